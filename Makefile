@@ -1,0 +1,46 @@
+# Two commands do everything on a machine with git, make and python3:
+#   make demo   sets up .venv and shows the main job on the embedded model
+#   make test   sets up what tests need and runs them all
+.PHONY: help demo test lint demo-assets clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+help:
+	@echo "make demo         set up .venv and show LoGo on the embedded model"
+	@echo "make test         linters, type checker and the whole test suite"
+	@echo "make demo-assets  rebuild the embedded model and its adapters from a seed (up to an hour on two cores)"
+	@echo "make clean        remove .venv and caches"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second run skip the installation.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV) (once; PyTorch is large) ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV) with what the tests need (once) ..."
+	$(INSTALL) --editable '.[dev]'
+	@touch $(VENV)/.installed $@
+
+demo: $(VENV)/.installed
+	$(BIN)/logo demo
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+demo-assets: $(VENV)/.installed-dev
+	$(BIN)/python -m logo.demo.build --out src/logo/demo/assets --seed 0
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

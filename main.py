@@ -1,0 +1,21 @@
+"""The official command line, verbatim: `python3 main.py --dataset ... --base_model ... --gpu 0`.
+
+Means `logo evaluate --preset official`, so that numbers can be compared with the published ones. Run by a Python
+without the package, it hands over to the one that `make demo` set up.
+"""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+VENV_PYTHON = Path(__file__).parent / ".venv" / "bin" / "python"
+
+if __name__ == "__main__":
+    if find_spec("logo") is None:
+        if not VENV_PYTHON.exists():
+            sys.exit("main.py: the package is not installed; run `make demo` or `pip install -e .` first")
+        os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+    from logo.cli import main
+
+    main(["evaluate", "--preset", "official", *sys.argv[1:]])

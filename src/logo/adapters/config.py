@@ -1,0 +1,162 @@
+"""What `adapter_config.json` says, and which of it can be mixed.
+
+A mixture is a weighted sum of plain low-rank products. Whatever makes an adapter more than that (DoRA, extra trained
+weights, biases, per-token activation, ...) is refused here by name: leaving it out silently would change answers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIG = "adapter_config.json"
+
+# Settings that turn a LoRA into something that is not a plain `s B A`, and what to tell the user about each.
+_NOT_PLAIN = {
+    "use_dora": "DoRA (use_dora) is not linear in its scale and cannot be mixed; train it without DoRA",
+    "modules_to_save": "it replaces whole modules (modules_to_save: {value}), which cannot be mixed",
+    "target_parameters": "it adapts raw parameters (target_parameters: {value}); only linear modules are supported",
+    "trainable_token_indices": "it trains token embeddings (trainable_token_indices), which cannot be mixed",
+    "alora_invocation_tokens": "it is an activated LoRA (alora_invocation_tokens), active on some tokens only",
+    "use_qalora": "QALoRA (use_qalora) pools its input by groups and is not a plain LoRA",
+    "lora_bias": "it has a bias on lora_B (lora_bias); only bias-free adapters can be mixed",
+    "layer_replication": "it replicates layers of the base model (layer_replication: {value})",
+    "arrow_config": "it is an Arrow router (arrow_config), not a single adapter",
+    "use_bdlora": "BD-LoRA (use_bdlora) is block-diagonal and is not read yet",
+    "velora_config": "VeLoRA (velora_config) is not a plain LoRA",
+    "monteclora_config": "MonteCLoRA (monteclora_config) is not a plain LoRA",
+    "kasa_config": "KaSA (kasa_config) is not a plain LoRA",
+    "megatron_config": "it was trained on Megatron layers (megatron_config), which are not read yet",
+}
+
+# Initialisations that also change the base weights; the adapter alone then means something else.
+_CHANGED_BASE = re.compile(r"(pissa|olora|corda|lora_ga)", re.IGNORECASE)
+
+_INFORMATIONAL = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+
+
+class Refusal(ValueError):
+    """Why something in an adapter folder cannot be used; the caller adds the adapter's name."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The part of an adapter's configuration that decides what it computes.
+
+    Attributes:
+        r: rank of modules that no `rank_pattern` key matches.
+        alpha: alpha of modules that no `alpha_pattern` key matches.
+        rslora: scale by `alpha / sqrt(r)` instead of `alpha / r`.
+        base_model: the base model it says it was trained on (information only, never compared).
+        unknown: keys this version does not know; they are ignored, and the pool warns once.
+    """
+
+    r: int = 8
+    alpha: float = 8.0
+    rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    base_model: str | None = None
+    unknown: tuple[str, ...] = ()
+
+    def rank(self, module: str) -> int:
+        """The rank the configuration gives to `module` (path relative to the base model)."""
+        return _lookup(self.rank_pattern, module, self.r)
+
+    def scaling(self, module: str, rank: int) -> float:
+        """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA (PEFT, `tuners/lora/layer.py`)."""
+        alpha = _lookup(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """Reads and checks `adapter_config.json` of a PEFT folder.
+
+    Raises:
+        Refusal: the file is missing or malformed, or asks for something that cannot be mixed.
+    """
+    path = folder / CONFIG
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"{CONFIG} is missing from {folder}") from None
+    except OSError as error:
+        raise Refusal(f"{CONFIG} cannot be read: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Refusal(f"{CONFIG} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise Refusal(f"{CONFIG} must hold an object, found {type(raw).__name__}")
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> LoraConfig:
+    """Checks a configuration that was read from JSON; see `read_config`."""
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        raise Refusal(f"peft_type is {kind!r}; only 'LORA' adapters can be mixed")
+    for key, message in _NOT_PLAIN.items():
+        # An empty list of invocation tokens still makes PEFT build an aLoRA, so there the presence counts.
+        if raw.get(key) or (key == "alora_invocation_tokens" and raw.get(key) is not None):
+            raise Refusal(message.format(value=_short(raw[key])))
+    if raw.get("bias", "none") != "none":
+        raise Refusal(f"bias is {raw['bias']!r}: it changes biases of the base model; only 'none' can be mixed")
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and _CHANGED_BASE.match(init):
+        raise Refusal(
+            f"init_lora_weights is {init!r}, which also changed the base weights; convert it to a plain LoRA first "
+            "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
+    known = _INFORMATIONAL | set(_NOT_PLAIN)
+    return LoraConfig(
+        r=_positive_int("r", raw.get("r", 8)),
+        alpha=_number("lora_alpha", raw.get("lora_alpha", 8)),
+        rslora=bool(raw.get("use_rslora", False)),
+        rank_pattern={key: _positive_int("rank_pattern", v) for key, v in _pattern(raw, "rank_pattern").items()},
+        alpha_pattern={key: _number("alpha_pattern", v) for key, v in _pattern(raw, "alpha_pattern").items()},
+        base_model=raw.get("base_model_name_or_path"),
+        unknown=tuple(sorted(set(raw) - known)),
+    )
+
+
+def _lookup(pattern: dict[str, Any], module: str, default: Any) -> Any:
+    """PEFT's `get_pattern_key`: the first key in dict order that matches the end of the path wins."""
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _pattern(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise Refusal(f"{key} must be an object of pattern: number, found {_short(value)}")
+    for expression in value:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise Refusal(f"{key} has the key {expression!r}, which is not a regular expression: {error}") from error
+    return value
+
+
+def _positive_int(key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise Refusal(f"{key} must be a positive whole number, found {_short(value)}")
+    return value
+
+
+def _number(key: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise Refusal(f"{key} must be a finite number, found {_short(value)}")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

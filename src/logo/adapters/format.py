@@ -1,0 +1,241 @@
+"""A PEFT adapter folder as an `Adapter`: which modules it adapts, with which scale, and how to read them.
+
+The tensor keys are the truth about what is adapted; the configuration only gives ranks and scales. Opening an adapter
+reads the configuration and the header of the weight file. Tensors are read later, and checked when they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from logo.adapters.config import CONFIG, LoraConfig, Refusal, read_config
+from logo.adapters.layout import BaseLayout
+from logo.adapters.weights import PICKLE, SAFETENSORS, PickleFile, SafetensorsFile, WeightFile, file_sha256
+from logo.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+_LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>.+))?\.weight$")
+_PREFIX = re.compile(r"^(?:_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.|base_model\.)+")
+_INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.)")
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """Where one adapted module's `A (r, in)` and `B (out, r)` lie in the file, and the scale `s` of `s B A`."""
+
+    key_a: str
+    key_b: str
+    rank: int
+    in_features: int
+    out_features: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The tensors of one adapted module, on the CPU, in the dtype they are stored in: `ΔW = scaling · B A`."""
+
+    A: torch.Tensor  # (r, in)
+    B: torch.Tensor  # (out, r)
+    scaling: float
+
+    def scaled_b(self) -> torch.Tensor:
+        """`s B` in float32, (out, r)."""
+        return self.B.float() * self.scaling
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter on disk.
+
+    Attributes:
+        name: its name in the pool: free-form, dots and slashes included.
+        folder: the PEFT folder it was read from.
+        config: rank, alpha and patterns.
+        modules: adapted module path -> where its tensors are. Paths are as in the file (known wrapper prefixes
+            removed) until `fit` maps them to the base model's own.
+        file: the weight file.
+    """
+
+    name: str
+    folder: Path
+    config: LoraConfig
+    modules: Mapping[str, LoraModule]
+    file: WeightFile
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(m.rank * (m.in_features + m.out_features) for m in self.modules.values())
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks in it, ascending."""
+        return tuple(sorted({m.rank for m in self.modules.values()}))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weight file."""
+        return self.file.path.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the weight file, equal to what `sha256sum` prints. Reads the whole file, once."""
+        return file_sha256(self.file.path)
+
+    def fit(self, layout: BaseLayout) -> Adapter:
+        """The same adapter with its modules under the base model's own paths.
+
+        Raises:
+            AdapterError: a tensor matches no module of the base, or one of another shape (up to five are named).
+        """
+        fitted: dict[str, LoraModule] = {}
+        problems: list[str] = []
+        for path, module in self.modules.items():
+            target = layout.resolve(path)
+            if target is None:
+                problems.append(f"{path} (no such linear module)")
+                continue
+            shape = layout.shapes[target]
+            if (module.in_features, module.out_features) != (shape.in_features, shape.out_features):
+                problems.append(
+                    f"{path} (adapter {module.in_features} -> {module.out_features}, "
+                    f"base {shape.in_features} -> {shape.out_features})"
+                )
+            elif target in fitted:
+                problems.append(f"{path} (a second entry for {target})")
+            else:
+                fitted[target] = module
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise AdapterError(
+                self.name,
+                f"does not fit the base model: {len(problems)} of {len(self.modules)} modules do not match: "
+                f"{'; '.join(problems[:5])}{more}. Was it trained on another base model?",
+            )
+        return replace(self, modules=fitted)
+
+    def read(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:
+        """Reads the tensors of `modules` (default: all of them).
+
+        Raises:
+            AdapterError: the file became unreadable, or a tensor holds NaN or Inf.
+        """
+        wanted = {path: self.modules[path] for path in (self.modules if modules is None else modules)}
+        keys = [key for m in wanted.values() for key in (m.key_a, m.key_b)]
+        try:
+            tensors = self.file.read(keys)
+        except Exception as error:  # safetensors raises its own Rust error type
+            raise AdapterError(self.name, f"{self.file.path.name} cannot be read: {_reason(error)}") from error
+        for key, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise AdapterError(self.name, f"tensor {key} holds NaN or Inf values; the adapter is damaged")
+        return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
+
+
+def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
+    """Opens a PEFT adapter folder: configuration and header only.
+
+    Args:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        name: its name in the pool; default: the folder's own name.
+        allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) where there is no safetensors file.
+
+    Raises:
+        AdapterError: anything in the folder that cannot be read or cannot be mixed; the reason says which.
+    """
+    folder = Path(folder)
+    name = name if name is not None else folder.resolve().name
+    try:
+        config = read_config(folder)
+        file = _weight_file(folder, allow_pickle)
+        try:
+            shapes = file.shapes()
+        except Exception as error:  # safetensors raises its own Rust error type
+            raise Refusal(f"{file.path.name} cannot be read: {_reason(error)}") from error
+        return Adapter(name, folder, config, _modules(shapes, config), file)
+    except Refusal as refusal:
+        raise AdapterError(name, str(refusal)) from refusal.__cause__
+
+
+def module_path(key_path: str) -> str:
+    """A tensor key's module path without the wrappers that training tools leave in it."""
+    return _INFIX.sub("", _PREFIX.sub("", key_path))
+
+
+def _weight_file(folder: Path, allow_pickle: bool) -> WeightFile:
+    if (folder / SAFETENSORS).is_file():
+        return SafetensorsFile(folder / SAFETENSORS)
+    if not (folder / PICKLE).is_file():
+        raise Refusal(f"{SAFETENSORS} is missing from {folder}")
+    if not allow_pickle:
+        raise Refusal(
+            f"its weights are pickled ({PICKLE}), and a pickle can run code; convert it to safetensors, "
+            "or pass --allow-pickle to read tensors only"
+        )
+    return PickleFile(folder / PICKLE)
+
+
+def _modules(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, LoraModule]:
+    """Pairs the A and B tensors by module and checks each pair against the configuration."""
+    sides: dict[str, dict[str, str]] = {}
+    adapter_names = set()
+    for key in shapes:
+        match = _LORA_KEY.match(key)
+        if match is None:
+            raise Refusal(_explain(key))
+        adapter_names.add(match["adapter"])
+        pair = sides.setdefault(module_path(match["module"]), {})
+        if match["side"] in pair:
+            raise Refusal(f"two tensors for one module: {pair[match['side']]} and {key}")
+        pair[match["side"]] = key
+    if len(adapter_names) > 1:
+        raise Refusal(f"the file holds several adapters ({', '.join(map(str, sorted(map(str, adapter_names))))})")
+    if not sides:
+        raise Refusal("the file holds no LoRA tensors: it would do nothing")
+    return {path: _pair(path, pair, shapes, config) for path, pair in sides.items()}
+
+
+def _pair(path: str, pair: dict[str, str], shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> LoraModule:
+    if len(pair) != 2:
+        missing = "B" if "A" in pair else "A"
+        raise Refusal(f"module {path} has no lora_{missing} tensor")
+    shape_a, shape_b = shapes[pair["A"]], shapes[pair["B"]]
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
+        raise Refusal(
+            f"module {path} has lora_A {list(shape_a)} and lora_B {list(shape_b)}; expected (r, in) and (out, r)"
+        )
+    rank = shape_a[0]
+    if rank != config.rank(path):
+        raise Refusal(
+            f"{CONFIG} gives rank {config.rank(path)} to module {path}, but its tensors have rank {rank}; "
+            "the scale depends on it, so correct r or rank_pattern"
+        )
+    return LoraModule(pair["A"], pair["B"], rank, shape_a[1], shape_b[0], config.scaling(path, rank))
+
+
+def _explain(key: str) -> str:
+    """Why a tensor that is no plain lora_A or lora_B makes the adapter unmixable."""
+    if "lora_embedding_" in key:
+        return f"it adapts an embedding ({key}); only linear modules can be mixed"
+    if "lora_magnitude_vector" in key:
+        return f"it holds a DoRA magnitude ({key}), which cannot be mixed"
+    if re.search(r"\.lora_[AB](\..+)?\.bias$", key):
+        return f"it has a bias on a LoRA factor ({key}); only bias-free adapters can be mixed"
+    if key.endswith(".bias"):
+        return f"it holds biases of the base model ({key}), which cannot be mixed"
+    if key.endswith(".weight") and ".lora_" not in key:
+        return f"it holds full weights ({key}), as modules_to_save or resized embeddings do; they cannot be mixed"
+    return f"tensor {key} is neither lora_A nor lora_B"
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text} (truncated or damaged?)" if type(error).__name__ == "SafetensorError" else text

@@ -1,0 +1,98 @@
+"""Which linear modules a base model has, and which of them a path in an adapter file means.
+
+Knows paths and shapes only, so that a pool can be checked against a model without running it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Segments that libraries wrap around the same model; a path may have more or fewer of them in front.
+_WRAPPERS = frozenset({"base_model", "model", "language_model", "text_model", "transformer", "module", "llm"})
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Sizes of a linear module, whatever class it is and however it stores its weight."""
+
+    in_features: int
+    out_features: int
+
+
+def linear_shape(module: nn.Module) -> LinearShape | None:
+    """The sizes of a linear module (also quantised ones and GPT-2's Conv1D), or None for any other module."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return LinearShape(int(module.in_features), int(module.out_features))  # type: ignore[call-overload]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
+        return LinearShape(int(module.nx), int(module.nf))  # type: ignore[call-overload]
+    return None
+
+
+def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear module of the model with its dotted path."""
+    for path, module in model.named_modules():
+        if path and linear_shape(module) is not None:
+            yield path, module
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """Paths and shapes of a base model's linear modules.
+
+    Attributes:
+        shapes: module path -> shape.
+        wrappers: path segments that may be missing or extra at the front of an adapter's path.
+    """
+
+    shapes: Mapping[str, LinearShape]
+    wrappers: frozenset[str] = _WRAPPERS
+    _by_core: dict[str, list[str]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_core: dict[str, list[str]] = {}
+        for path in self.shapes:
+            by_core.setdefault(self._core(path), []).append(path)
+        object.__setattr__(self, "_by_core", by_core)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BaseLayout:
+        """The layout of a model; it may live on the meta device."""
+        shapes = {path: shape for path, m in linear_modules(model) if (shape := linear_shape(m)) is not None}
+        prefix = getattr(model, "base_model_prefix", "")
+        return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()))
+
+    def resolve(self, path: str) -> str | None:
+        """The base model's module that `path` names: the longest dotted suffix, up to wrapper segments in front.
+
+        Everything below the wrappers has to agree, so layer 30 of one model never matches layer 3 of another.
+        Returns None when nothing matches, or more than one module does.
+        """
+        if path in self.shapes:
+            return path
+        candidates = self._by_core.get(self._core(path), [])
+        if len(candidates) > 1:
+            segments = path.split(".")
+            best = max(_common_suffix(segments, c.split(".")) for c in candidates)
+            candidates = [c for c in candidates if _common_suffix(segments, c.split(".")) == best]
+        return candidates[0] if len(candidates) == 1 else None
+
+    def _core(self, path: str) -> str:
+        segments = path.split(".")
+        start = 0
+        while start < len(segments) - 1 and segments[start] in self.wrappers:
+            start += 1
+        return ".".join(segments[start:])
+
+
+def _common_suffix(left: Iterable[str], right: Iterable[str]) -> int:
+    count = 0
+    for a, b in zip(reversed(list(left)), reversed(list(right)), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

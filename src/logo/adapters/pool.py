@@ -1,0 +1,257 @@
+"""`AdapterPool`: the named, ordered adapters that one base model chooses from.
+
+Opening a pool reads configurations and headers. Names are free-form; the order is always the sorted order of names.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from logo.adapters.config import CONFIG
+from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.hub import download_adapters
+from logo.adapters.layout import BaseLayout
+from logo.adapters.weights import PICKLE, SAFETENSORS
+from logo.errors import AdapterError, PoolError, StorageError, closest
+
+OnBadAdapter = Literal["error", "skip"]
+
+# Reading every tensor once finds NaN before it can cost anyone a run. Up to this size that takes well under a second,
+# so it is done at opening; a larger pool has its tensors checked when each is first read.
+VERIFY_UP_TO_BYTES = 256 * 2**20
+
+
+class AdapterPool:
+    """Adapters by name, sorted; the pool a base model chooses from.
+
+    Attributes:
+        refused: what was left out under `on_bad_adapter="skip"`, as the errors that say why.
+        version: grows with every change, so that what was computed from the pool knows when it is stale.
+    """
+
+    def __init__(self, adapters: Iterable[Adapter] = (), refused: Iterable[AdapterError] = ()) -> None:
+        self._adapters: dict[str, Adapter] = {}
+        self.refused: tuple[AdapterError, ...] = tuple(refused)
+        self.version = 0
+        for adapter in sorted(adapters, key=lambda a: a.name):
+            self.add(adapter)
+
+    @classmethod
+    def from_directory(
+        cls,
+        path: str | Path,
+        *,
+        on_bad_adapter: OnBadAdapter = "error",
+        allow_pickle: bool = False,
+        verify: bool | None = None,
+    ) -> AdapterPool:
+        """Opens every adapter folder below `path`, at any depth.
+
+        Args:
+            path: a folder; each folder in it that holds `adapter_config.json` or adapter weights is one adapter,
+                named by its relative path. `path` may itself be one adapter.
+            on_bad_adapter: `"error"` refuses the pool at the first sight of a bad adapter; `"skip"` leaves bad
+                adapters out and keeps the reasons in `refused`.
+            allow_pickle: read `adapter_model.bin` where there is no safetensors file.
+            verify: read all tensors now and check them for NaN and Inf. Default: if the pool is small (256 MiB).
+
+        Raises:
+            StorageError: `path` is not a readable folder.
+            PoolError: there is no usable adapter in it, or one is bad and `on_bad_adapter` is `"error"`.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            found = "a file" if root.exists() else "nothing"
+            raise StorageError(f"adapter folder {root}: expected a folder, found {found}; check the path")
+        adapters, refused = [], []
+        for folder, name in _adapter_folders(root):
+            try:
+                adapters.append(open_adapter(folder, name, allow_pickle=allow_pickle))
+            except AdapterError as error:
+                refused.append(error)
+        if verify is None:
+            verify = sum(adapter.size for adapter in adapters) <= VERIFY_UP_TO_BYTES
+        if verify:
+            adapters, damaged = _verified(adapters)
+            refused += damaged
+        _refuse(refused, on_bad_adapter, where=str(root))
+        if not adapters:
+            raise PoolError(_empty(root, refused))
+        pool = cls(adapters, refused)
+        pool._warn_about_unknown_keys()
+        return pool
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        max_workers: int = 8,
+        progress: bool = True,
+        on_bad_adapter: OnBadAdapter = "error",
+        allow_pickle: bool = False,
+        verify: bool | None = None,
+    ) -> AdapterPool:
+        """Downloads (or finds in the cache) every adapter below `subfolder` of a Hub repository, and opens them.
+
+        What exists is listed from the Hub. Downloads run in parallel and resume; with `local_files_only` or
+        `HF_HUB_OFFLINE=1` the cache is used as it is. Names are relative to `subfolder`.
+
+        Raises:
+            HubError: the repository is gated, missing or unreachable, or holds no adapters there.
+            PoolError: as `from_directory`.
+        """
+        folder = download_adapters(
+            repo_id,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            max_workers=max_workers,
+            progress=progress,
+            allow_pickle=allow_pickle,
+        )
+        return cls.from_directory(folder, on_bad_adapter=on_bad_adapter, allow_pickle=allow_pickle, verify=verify)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names in pool order."""
+        return tuple(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self._adapters.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    def __getitem__(self, name: str) -> Adapter:
+        try:
+            return self._adapters[name]
+        except KeyError:
+            raise PoolError(f"no adapter {name!r} in the pool of {len(self)}{closest(name, self.names)}") from None
+
+    def __repr__(self) -> str:
+        head = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
+        return f"AdapterPool({len(self)} adapters: {head})"
+
+    def add(self, adapter: Adapter | str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
+        """Adds an opened adapter, or opens the PEFT folder given; `name` defaults to the folder's own name.
+
+        Raises:
+            AdapterError: the folder cannot be used.
+            PoolError: the pool has an adapter of that name already.
+        """
+        if not isinstance(adapter, Adapter):
+            adapter = open_adapter(adapter, name, allow_pickle=allow_pickle)
+        if adapter.name in self._adapters:
+            raise PoolError(f"the pool already has an adapter {adapter.name!r}; remove it first or choose another name")
+        last = next(reversed(self._adapters), "")
+        self._adapters[adapter.name] = adapter
+        if adapter.name < last:
+            self._adapters = dict(sorted(self._adapters.items()))
+        self.version += 1
+        return adapter
+
+    def remove(self, name: str) -> Adapter:
+        """Takes an adapter out of the pool and returns it.
+
+        Raises:
+            PoolError: there is none of that name.
+        """
+        adapter = self[name]
+        del self._adapters[name]
+        self.version += 1
+        return adapter
+
+    def subset(self, names: str | Iterable[str]) -> AdapterPool:
+        """A new pool of these adapters; each entry is a name or a pattern such as `"flanv2.wmt*"`.
+
+        Raises:
+            PoolError: an entry matches nothing.
+        """
+        chosen: dict[str, Adapter] = {}
+        for entry in [names] if isinstance(names, str) else names:
+            matches = [entry] if entry in self else fnmatch.filter(self.names, entry)
+            if not matches:
+                raise PoolError(f"no adapter matches {entry!r} in the pool of {len(self)}{closest(entry, self.names)}")
+            chosen |= {name: self[name] for name in matches}
+        return AdapterPool(chosen.values())
+
+    def fit(self, layout: BaseLayout, *, on_bad_adapter: OnBadAdapter = "error") -> AdapterPool:
+        """A new pool whose adapters are matched to a base model's modules.
+
+        Raises:
+            PoolError: an adapter does not fit and `on_bad_adapter` is `"error"`, or none fits at all.
+        """
+        fitted, refused = [], []
+        for adapter in self:
+            try:
+                fitted.append(adapter.fit(layout))
+            except AdapterError as error:
+                refused.append(error)
+        _refuse(refused, on_bad_adapter, where="the pool")
+        if not fitted:
+            raise PoolError(f"none of the {len(self)} adapters fits the base model; the first: {refused[0]}")
+        return AdapterPool(fitted, self.refused + tuple(refused))
+
+    def sha256(self) -> dict[str, str]:
+        """Digest of every adapter's weight file, in pool order. Reads all files once."""
+        return {adapter.name: adapter.sha256 for adapter in self}
+
+    def _warn_about_unknown_keys(self) -> None:
+        unknown = sorted({key for adapter in self for key in adapter.config.unknown})
+        if unknown:
+            warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
+
+
+def _adapter_folders(root: Path) -> Iterator[tuple[Path, str]]:
+    """Folders below `root` that hold an adapter, with their names; hidden folders are left alone."""
+    marks = {CONFIG, SAFETENSORS, PICKLE}
+    seen = set()
+    for current, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(current)
+        if real in seen:  # a link back into the tree
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if marks & set(files):
+            folder = Path(current)
+            yield folder, folder.relative_to(root).as_posix() if folder != root else root.resolve().name
+
+
+def _verified(adapters: list[Adapter]) -> tuple[list[Adapter], list[AdapterError]]:
+    good, damaged = [], []
+    for adapter in adapters:
+        try:
+            adapter.read()
+            good.append(adapter)
+        except AdapterError as error:
+            damaged.append(error)
+    return good, damaged
+
+
+def _refuse(refused: list[AdapterError], on_bad_adapter: OnBadAdapter, where: str) -> None:
+    if refused and on_bad_adapter == "error":
+        more = f" ({len(refused) - 1} more bad in {where})" if len(refused) > 1 else ""
+        raise PoolError(f"{refused[0]}{more}; use on_bad_adapter 'skip' to go on without, or see `logo pool inspect`")
+
+
+def _empty(root: Path, refused: list[AdapterError]) -> str:
+    if refused:
+        return f"no usable adapter in {root}: all {len(refused)} are refused; the first: {refused[0]}"
+    return f"no adapters in {root}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"

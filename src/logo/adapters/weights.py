@@ -1,0 +1,87 @@
+"""The file an adapter's tensors live in: names and shapes at once, tensors when they are asked for.
+
+Knows about files and tensors; knows nothing about LoRA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+
+class WeightFile(Protocol):
+    """Tensors by key, read on demand."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, without reading the tensors where the format allows it."""
+        ...
+
+    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The tensors of these keys, on the CPU, in the dtype they are stored in."""
+        ...
+
+
+class SafetensorsFile:
+    """A `.safetensors` file; memory-mapped, so only what is asked for is read from disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="numpy") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in keys}
+
+
+class PickleFile:
+    """A pickled `.bin` file, opened only when the user allows it, and then with `weights_only=True`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        loaded = torch.load(self.path, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise ValueError("not a dictionary of tensors")
+        return loaded
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+
+    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {key: self._tensors[key] for key in keys}
+
+
+def file_sha256(path: Path) -> str:
+    """The hex digest that `sha256sum` prints for the file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: object) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):  # type: ignore[attr-defined]
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""Token ids in, token ids out: tokenizing and truncating prompts, padding batches, stopping, cutting the answers.
+
+Knows tokenizers and transformers' generate; knows nothing about adapters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria
+
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How prompts longer than the limit are cut.
+
+    Attributes:
+        limit: most prompt tokens, or None for as many as the model's context leaves.
+        side: `"left"` keeps the end of the prompt, `"right"` its beginning (the official code, at 2048).
+    """
+
+    limit: int | None = None
+    side: Literal["left", "right"] = "left"
+
+
+class Prompts:
+    """Turns text into token ids the same way for probing and for generating.
+
+    Args:
+        tokenizer: the base model's.
+        context: the model's context length in tokens, or None if unknown.
+        truncation: what to do with long prompts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int | None, truncation: Truncation) -> None:
+        self.tokenizer = tokenizer
+        self.context = context
+        self.truncation = truncation
+
+    def encode(self, prompts: Sequence[str], room: int = 0) -> list[list[int]]:
+        """Token ids of each prompt, special tokens included; too long ones are cut, with a warning.
+
+        Args:
+            room: tokens of the context to keep free for the answer.
+
+        Raises:
+            UsageError: a prompt has no tokens, or the answer alone would fill the context.
+        """
+        limit = self._limit(room)
+        encoded = []
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise UsageError(f"prompt {i + 1}: expected a string, found {type(prompt).__name__}")
+            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+            if not ids:
+                raise UsageError(f"prompt {i + 1} is empty: this tokenizer adds no token of its own; write something")
+            if limit is not None and len(ids) > limit:
+                warnings.warn(
+                    f"prompt {i + 1} has {len(ids)} tokens, more than the {limit} that fit: "
+                    f"its {'beginning' if self.truncation.side == 'left' else 'end'} is cut",
+                    UserWarning,
+                    stacklevel=3,
+                )
+                ids = self._cut(ids, limit)
+            encoded.append(ids)
+        return encoded
+
+    def _limit(self, room: int) -> int | None:
+        limits = [] if self.truncation.limit is None else [self.truncation.limit]
+        if self.context is not None:
+            if room >= self.context:
+                raise UsageError(
+                    f"max_new_tokens is {room}, but the model's context holds {self.context} tokens in all; "
+                    "ask for fewer new tokens"
+                )
+            limits.append(self.context - room)
+        return min(limits, default=None)
+
+    def _cut(self, ids: list[int], limit: int) -> list[int]:
+        if self.truncation.side == "right":
+            return ids[:limit]
+        # What the tokenizer puts in front of every text (a bos token) stays in front.
+        special = set(self.tokenizer.all_special_ids)
+        front = ids[:1] if ids[0] in special and limit > 1 else []
+        return front + ids[len(ids) - (limit - len(front)) :]
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """(rows, length) ids and attention mask. Probing pads on the right, generating on the left."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))  # type: ignore[call-overload]
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[i, place] = torch.tensor(row)
+            mask[i, place] = 1
+        return ids.to(device), mask.to(device)
+
+
+def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of at most `size`, longest first, so that rows of one batch need little padding."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def greedy_config(**options: Any) -> GenerationConfig:
+    """Plain greedy decoding, whatever sampling the checkpoint's own generation config asks for.
+
+    Any `GenerationConfig` option may be overridden; asking for sampling (`do_sample=True`) drops the greedy defaults.
+    """
+    if options.get("do_sample"):
+        return GenerationConfig(**options)
+    plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0}
+    return GenerationConfig(**{**plain, "top_k": 50, "no_repeat_ngram_size": 0, **options})
+
+
+class StopAtNewline(StoppingCriteria):
+    """Ends a row once its answer, the first line that is not blank, is complete.
+
+    Args:
+        tokenizer: to see newlines inside merged tokens.
+        prompt_length: padded length of the prompts, where continuations start.
+        official: end on the single token of "\\n" as the official code does, wherever it stands; merged tokens such
+            as "\\n\\n" then do not end a row, and a leading newline gives an empty answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, *, official: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_length = prompt_length
+        self.newline = tokenizer.encode("\n", add_special_tokens=False)[0] if official else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if self.newline is not None:
+            return input_ids[:, -1] == self.newline
+        done = [self._complete(row) for row in input_ids]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _complete(self, row: Tensor) -> bool:
+        if "\n" not in self.tokenizer.decode(row[-1:]):  # almost every step ends here
+            return False
+        return "\n" in self.tokenizer.decode(row[self.prompt_length :], skip_special_tokens=True).lstrip()
+
+
+class Cancelled(StoppingCriteria):
+    """Ends generation as soon as nobody listens any more."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
+
+
+def cut_after_end(
+    ids: list[int], end: set[int], limit: int, padding: int | None = None
+) -> tuple[list[int], FinishReason]:
+    """A row's continuation up to and including its end token, and why it ended.
+
+    Args:
+        ids: new tokens, with whatever padding `generate` put behind the end.
+        end: token ids that end a row.
+        limit: the most new tokens that were allowed.
+        padding: the pad token, where rows may have been ended by something other than an end token.
+    """
+    for i, token in enumerate(ids):
+        if token in end:
+            return ids[: i + 1], "stop"
+    while padding is not None and ids and ids[-1] == padding:
+        ids = ids[:-1]
+    return ids, "length" if len(ids) >= limit else "stop"

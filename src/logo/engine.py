@@ -1,0 +1,446 @@
+"""`LoGo`: a base model, a pool of adapters, and for every prompt the mixture that answers it.
+
+The only place that knows adapters, mixing and selection together. A prompt walks straight through:
+
+    tokenize -> probe -> signal -> selector -> Selection -> working set -> gates -> model.generate -> Generation
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from logo.adapters.layout import BaseLayout, linear_modules
+from logo.adapters.pool import AdapterPool, OnBadAdapter
+from logo.decoding import (
+    Cancelled,
+    FinishReason,
+    Prompts,
+    StopAtNewline,
+    Truncation,
+    batches_by_length,
+    cut_after_end,
+    greedy_config,
+)
+from logo.errors import UsageError
+from logo.mixing import AdapterCache, GatedLoRA, Gates, WorkingSet
+from logo.models import context_length, load_base
+from logo.selection import Selection
+from logo.selection.router import Router, SelectionSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_NEW_TOKENS = 256
+# Working sets kept ready: the pool's (for probing with it active) and that of the batch at hand.
+_READY_SETS = 2
+
+Forced = Mapping[str, float] | Selection
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: the decoded continuation, special tokens removed.
+        selection: which adapters gave it.
+        token_ids: the continuation's tokens, its end token included.
+        finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"`.
+        seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
+    """
+
+    text: str
+    selection: Selection
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    seconds: dict[str, float]
+
+
+class LoGo:
+    """Selects and mixes adapters per prompt on one base model.
+
+    Args:
+        model: a Hugging Face causal LM, in eval mode. Its weights are never changed.
+        tokenizer: the model's, with a pad token.
+        pool: the adapters. May change later (`pool.add`, `pool.remove`); the engine notices before the next call.
+        settings: how prompts are read, scored and selected.
+        truncation: what to do with prompts that are too long.
+        adapter_cache_gb: host memory (10⁹ bytes) for the tensors of adapters that were used last.
+        on_bad_adapter: what to do with adapters that do not fit the base model.
+
+    Raises:
+        PoolError: an adapter does not fit, or cannot be scored (see `SelectionSettings.unscorable`).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pool: AdapterPool,
+        *,
+        settings: SelectionSettings | None = None,
+        truncation: Truncation | None = None,
+        adapter_cache_gb: float = 4.0,
+        on_bad_adapter: OnBadAdapter = "error",
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pool = pool
+        self.settings = settings or SelectionSettings()
+        self.prompts = Prompts(tokenizer, context_length(model), truncation or Truncation())
+        self._on_bad_adapter = on_bad_adapter
+        self._layout = BaseLayout.of(model)
+        self._gated = GatedLoRA(dict(linear_modules(model)))
+        self._cache = AdapterCache(int(adapter_cache_gb * 1e9))
+        self._sets: OrderedDict[tuple[str, ...], WorkingSet] = OrderedDict()
+        self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
+        self._carried: tuple[str, ...] | None = None
+        self._fit_pool()
+        self._router = Router(model, self._fitted, self.settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model: str,
+        pool: AdapterPool | str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        device_map: str | dict[str, Any] | None = None,
+        model_dir: str | Path | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        truncation: Truncation | None = None,
+        adapter_cache_gb: float = 4.0,
+        on_bad_adapter: OnBadAdapter = "error",
+        **settings: Any,
+    ) -> LoGo:
+        """Loads a base model and puts the pool on it.
+
+        Args:
+            base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
+            pool: an `AdapterPool`, or a folder to open as one.
+            device: `"auto"`, `"cpu"`, `"cuda:0"`, ...; `device_map="auto"` instead spreads over several devices.
+            dtype: `"auto"`: the checkpoint's own on an accelerator, float32 on the CPU.
+            **settings: the fields of `SelectionSettings`: `signal`, `k`, `probe_context`, ...
+
+        Raises:
+            ModelError, HubError: the base model cannot be loaded.
+            PoolError, AdapterError: the pool cannot be used on it.
+            UsageError: a setting that does not exist or cannot be used.
+        """
+        chosen = SelectionSettings.of(**settings)
+        if not isinstance(pool, AdapterPool):
+            pool = AdapterPool.from_directory(pool, on_bad_adapter=on_bad_adapter)
+        model, tokenizer = load_base(
+            base_model,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            model_dir=model_dir,
+            revision=revision,
+            token=token,
+        )
+        return cls(
+            model,
+            tokenizer,
+            pool,
+            settings=chosen,
+            truncation=truncation,
+            adapter_cache_gb=adapter_cache_gb,
+            on_bad_adapter=on_bad_adapter,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in use: the pool's, less those that do not fit the base (`on_bad_adapter="skip"`)."""
+        self._sync()
+        return self._fitted.names
+
+    # -- selecting ----------------------------------------------------------------------------------------------
+
+    @overload
+    def select(self, prompts: str, *, batch_size: int = ...) -> Selection: ...
+    @overload
+    def select(self, prompts: Sequence[str], *, batch_size: int = ...) -> list[Selection]: ...
+    def select(self, prompts: str | Sequence[str], *, batch_size: int = 8) -> Selection | list[Selection]:
+        """Which adapters would answer, with their weights and the scores of all.
+
+        Args:
+            prompts: one prompt, or several (list in, list out).
+            batch_size: prompts per probe. `probe_context="carry"` always takes them one by one, in order.
+        """
+        if isinstance(prompts, str):
+            return self.select([prompts], batch_size=batch_size)[0]
+        _check_batch_size(batch_size)
+        with self._lock:
+            self._sync()
+            return self._select(self.prompts.encode(prompts), batch_size)
+
+    def _select(self, rows: Sequence[Sequence[int]], batch_size: int) -> list[Selection]:
+        if self.settings.probe_context == "carry":
+            return [self._select_carried(row) for row in rows]
+        selections: dict[int, Selection] = {}
+        for batch in batches_by_length([len(row) for row in rows], batch_size):
+            active = self._fitted.names if self.settings.probe_context == "pool" else ()
+            selections |= zip(batch, self._probe([rows[i] for i in batch], active), strict=True)
+        return [selections[i] for i in range(len(rows))]
+
+    def _select_carried(self, row: Sequence[int]) -> Selection:
+        """As the official code runs: what the last prompt selected is still active, at full scale, while probing."""
+        [selection] = self._probe([row], self._fitted.names if self._carried is None else self._carried)
+        self._carried = selection.adapters
+        return selection
+
+    def _probe(self, rows: Sequence[Sequence[int]], active: tuple[str, ...]) -> list[Selection]:
+        ids, mask = self.prompts.pad(rows, "right", self._input_device)
+        with self._mixture([Selection.forced(dict.fromkeys(active, 1.0))]):
+            return self._router(ids, mask)
+
+    # -- generating ---------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> Generation: ...
+    @overload
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[Generation]: ...
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        adapters: Forced | Sequence[Forced | None] | None = None,
+        max_new_tokens: int | None = None,
+        batch_size: int = 8,
+        generation_config: GenerationConfig | None = None,
+        stop_at_newline: bool | str = False,
+        **options: Any,
+    ) -> Generation | list[Generation]:
+        """Answers each prompt with its own mixture; rows with different mixtures share a batch.
+
+        Args:
+            prompts: one prompt, or several (list in, list out, same order).
+            adapters: instead of selecting: `{"name": weight, ...}`, or a `Selection`; `{}` is the base model alone.
+                A list gives each prompt its own (None: select).
+            max_new_tokens: default: the generation config's, else 256.
+            batch_size: prompts per forward pass.
+            generation_config: any transformers config; default: greedy, whatever the checkpoint's own asks for.
+            stop_at_newline: end each answer at its first line; `"official"`: by the official code's rule.
+            **options: options of `GenerationConfig`, such as `do_sample=True, temperature=0.7`.
+
+        Raises:
+            UsageError: an empty prompt, a forced adapter that is not in the pool, an option that cannot be used.
+        """
+        if isinstance(prompts, str):
+            return self.generate(
+                [prompts],
+                adapters=adapters,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                generation_config=generation_config,
+                stop_at_newline=stop_at_newline,
+                **options,
+            )[0]
+        _check_batch_size(batch_size)
+        config = self._generation_config(generation_config, max_new_tokens, options)
+        with self._lock:
+            self._sync()
+            rows = self.prompts.encode(prompts, room=config.max_new_tokens)
+            started = time.perf_counter()
+            selections = self._selections(rows, adapters, batch_size)
+            probed = (time.perf_counter() - started) / max(1, len(rows))
+            answers: dict[int, Generation] = {}
+            for batch in batches_by_length([len(row) for row in rows], batch_size):
+                part = [selections[i] for i in batch]
+                generated = self._generate([rows[i] for i in batch], part, config, stop_at_newline, probed)
+                answers |= zip(batch, generated, strict=True)
+            return [answers[i] for i in range(len(rows))]
+
+    def _generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        selections: Sequence[Selection],
+        config: GenerationConfig,
+        stop_at_newline: bool | str,
+        probed: float,
+    ) -> list[Generation]:
+        started = time.perf_counter()
+        ids, mask = self.prompts.pad(rows, "left", self._input_device)
+        criteria = StoppingCriteriaList()
+        if stop_at_newline:
+            criteria.append(StopAtNewline(self.tokenizer, ids.shape[1], official=stop_at_newline == "official"))
+        with self._mixture(selections), torch.no_grad():
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
+            )
+        ends = self._end_tokens(config)
+        # A row that a stop rule ended is filled up with pad tokens while the others go on.
+        padding = self.tokenizer.pad_token_id if stop_at_newline and len(rows) > 1 else None
+        cut = [cut_after_end(row, ends, config.max_new_tokens, padding) for row in output[:, ids.shape[1] :].tolist()]
+        texts = self.tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
+        seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
+        return [
+            Generation(text, selection, tuple(tokens), reason, dict(seconds))
+            for text, selection, (tokens, reason) in zip(texts, selections, cut, strict=True)
+        ]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        adapters: Forced | None = None,
+        max_new_tokens: int | None = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Answers one prompt piece by piece; the pieces joined are `generate(prompt).text`.
+
+        Leaving the loop early ends the generation. Arguments as `generate`.
+        """
+        config = self._generation_config(generation_config, max_new_tokens, options)
+        with self._lock:
+            self._sync()
+            row = self.prompts.encode([prompt], room=config.max_new_tokens)[0]
+            [selection] = self._selections([row], adapters, 1)
+        return self._stream(row, selection, config)
+
+    def _stream(self, row: Sequence[int], selection: Selection, config: GenerationConfig) -> Iterator[str]:
+        from transformers import TextIteratorStreamer
+
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        cancelled = Cancelled()
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                ids, mask = self.prompts.pad([row], "left", self._input_device)
+                with self._lock, self._mixture([selection]), torch.no_grad():
+                    self.model.generate(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        generation_config=config,
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([cancelled]),
+                    )
+            except BaseException as error:  # handed to the reader, who is waiting in another thread
+                failure.append(error)
+                streamer.end()
+
+        worker = threading.Thread(target=work, name="logo-stream", daemon=True)
+        worker.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            cancelled.requested = True
+            worker.join()
+        if failure:
+            raise failure[0]
+
+    # -- the mixture --------------------------------------------------------------------------------------------
+
+    def _selections(
+        self, rows: Sequence[Sequence[int]], adapters: Forced | Sequence[Forced | None] | None, batch_size: int
+    ) -> list[Selection]:
+        """Selects for the rows for which nothing is forced."""
+        if adapters is None or isinstance(adapters, (Mapping, Selection)):
+            wanted: list[Forced | None] = [adapters] * len(rows)
+        else:
+            wanted = list(adapters)
+            if len(wanted) != len(rows):
+                raise UsageError(f"adapters: expected one entry for each of {len(rows)} prompts, found {len(wanted)}")
+        open_rows = [i for i, entry in enumerate(wanted) if entry is None]
+        chosen = dict(zip(open_rows, self._select([rows[i] for i in open_rows], batch_size), strict=True))
+        return [chosen[i] if entry is None else self._forced(entry) for i, entry in enumerate(wanted)]
+
+    def _forced(self, entry: Forced) -> Selection:
+        selection = entry if isinstance(entry, Selection) else Selection.forced(entry)
+        for name, weight in zip(selection.adapters, selection.weights, strict=True):
+            self._fitted[name]  # raises with a did-you-mean
+            if not -1e6 < weight < 1e6:
+                raise UsageError(f"weight of adapter {name!r}: expected a finite number, found {weight}")
+        return selection
+
+    def _mixture(self, selections: Sequence[Selection]) -> AbstractContextManager[Any]:
+        """Activates one selection per row (or one for all rows): the union is the working set, weights the gates."""
+        used = {name for selection in selections for name in selection.adapters}
+        names = tuple(name for name in self._fitted.names if name in used)
+        if not names:
+            return nullcontext()
+        column = {name: i for i, name in enumerate(names)}
+        weights = torch.zeros(len(selections), len(names))
+        for row, selection in enumerate(selections):
+            for name, weight in zip(selection.adapters, selection.weights, strict=True):
+                weights[row, column[name]] = weight
+        return self._gated.active(self._working_set(names), Gates(weights))
+
+    def _working_set(self, names: tuple[str, ...]) -> WorkingSet:
+        if names not in self._sets:
+            adapters = [self._fitted[name] for name in names]
+            dtype = self.model.dtype if self.model.dtype.is_floating_point else torch.float32
+            while len(self._sets) >= _READY_SETS:
+                self._sets.popitem(last=False)
+            self._sets[names] = WorkingSet.build(adapters, self._gated.modules, self._cache, dtype)
+        self._sets.move_to_end(names)
+        return self._sets[names]
+
+    # -- pool and options ---------------------------------------------------------------------------------------
+
+    def _fit_pool(self) -> None:
+        self._fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
+        self._seen = self.pool.version
+
+    def _sync(self) -> None:
+        """Takes note of adapters that were added to or removed from the pool."""
+        if self.pool.version == self._seen:
+            return
+        with self._lock:
+            self._fit_pool()
+            self._router = Router(self.model, self._fitted, self.settings)
+            self._sets.clear()
+            if self._carried is not None:
+                self._carried = tuple(name for name in self._carried if name in self._fitted)
+
+    @property
+    def _input_device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def _end_tokens(self, config: GenerationConfig) -> set[int]:
+        ends = config.eos_token_id if config.eos_token_id is not None else self.model.generation_config.eos_token_id
+        if ends is None:
+            return set()
+        return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
+
+    def _generation_config(
+        self, config: GenerationConfig | None, max_new_tokens: int | None, options: dict[str, Any]
+    ) -> GenerationConfig:
+        if config is None:
+            config = greedy_config(**options)
+        else:
+            config = copy.deepcopy(config)
+            config.update(**options)
+        limit = max_new_tokens if max_new_tokens is not None else config.max_new_tokens
+        config.max_new_tokens = MAX_NEW_TOKENS if limit is None else limit
+        if config.max_new_tokens <= 0:
+            raise UsageError(f"max_new_tokens: expected 1 or more, found {config.max_new_tokens}")
+        if (config.num_return_sequences or 1) != 1:
+            raise UsageError("num_return_sequences: one answer per prompt; repeat the prompt to get several")
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        return config
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size <= 0:
+        raise UsageError(f"batch_size: expected 1 or more, found {batch_size}")
+
+

@@ -1,0 +1,121 @@
+"""The adapters that some row of a batch uses, stacked per module along the rank axis.
+
+    A (R, d_in)   B (d_out, R)   owner (R,)      R = Σ r_i, the scale folded into B
+
+Knows adapters and devices; knows nothing about prompts, rows or gates.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from logo.adapters.format import Adapter, LoraWeights
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The working set's adapters on one module: `ΔW_i = B[:, owner == i] A[owner == i]`."""
+
+    A: Tensor  # (R, d_in)
+    B: Tensor  # (d_out, R), scale folded in
+    owner: Tensor  # (R,) int64: index into WorkingSet.names of the adapter that each rank column belongs to
+
+
+@dataclass(frozen=True)
+class WorkingSet:
+    """Stacks per module for a fixed, ordered set of adapters.
+
+    Attributes:
+        names: the adapters; a weight matrix over this working set has one column for each, in this order.
+        stacks: base module path -> stack. Modules that none of the adapters touches are absent. Stacks whose
+            columns belong to the same adapters share one `owner` tensor.
+    """
+
+    names: tuple[str, ...]
+    stacks: Mapping[str, Stack]
+
+    @classmethod
+    def build(
+        cls, adapters: Sequence[Adapter], modules: Mapping[str, nn.Module], cache: AdapterCache, dtype: torch.dtype
+    ) -> WorkingSet:
+        """Stacks `adapters` (already fitted to the base) on the device of each module.
+
+        Args:
+            adapters: in the order that weights will have.
+            modules: base module path -> module, for placement.
+            cache: where the tensors of each adapter come from.
+            dtype: what the stacks compute in; scales are applied in float32 before the cast.
+        """
+        weights = [cache.read(adapter) for adapter in adapters]
+        paths = dict.fromkeys(path for adapter in adapters for path in adapter.modules)
+        owners: dict[tuple[tuple[int, int], ...], Tensor] = {}
+        stacks = {}
+        for path in paths:
+            parts = [(i, w[path]) for i, w in enumerate(weights) if path in w]
+            device = _device_of(modules[path])
+            columns = tuple((i, part.A.shape[0]) for i, part in parts)
+            if columns not in owners:
+                owners[columns] = torch.repeat_interleave(
+                    torch.tensor([i for i, _ in columns]), torch.tensor([r for _, r in columns])
+                ).to(device)
+            stacks[path] = Stack(
+                torch.cat([part.A.to(dtype) for _, part in parts]).to(device),
+                torch.cat([part.scaled_b().to(dtype) for _, part in parts], dim=1).to(device),
+                owners[columns],
+            )
+        return cls(tuple(adapter.name for adapter in adapters), stacks)
+
+
+class AdapterCache:
+    """Adapter tensors in host memory, least recently used ones dropped above a byte budget.
+
+    Args:
+        budget: bytes to keep. One adapter larger than that is still read, and is then the only one kept.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.bytes = 0
+        self._entries: OrderedDict[str, tuple[Adapter, dict[str, LoraWeights], int]] = OrderedDict()
+
+    def read(self, adapter: Adapter) -> dict[str, LoraWeights]:
+        """All tensors of the adapter; from memory if it is the adapter that was read under this name before."""
+        entry = self._entries.get(adapter.name)
+        if entry is not None and entry[0] is adapter:
+            self._entries.move_to_end(adapter.name)
+            return entry[1]
+        self.drop(adapter.name)
+        weights = adapter.read()
+        size = sum(w.A.nbytes + w.B.nbytes for w in weights.values())
+        self._entries[adapter.name] = (adapter, weights, size)
+        self.bytes += size
+        while self.bytes > self.budget and len(self._entries) > 1:
+            self.drop(next(iter(self._entries)))
+        return weights
+
+    def drop(self, name: str) -> None:
+        """Forgets an adapter; nothing happens if it is not held."""
+        entry = self._entries.pop(name, None)
+        if entry is not None:
+            self.bytes -= entry[2]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is held, least recently used first."""
+        return tuple(self._entries)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module computes; under accelerate's offloading that is not where its weights rest."""
+    hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if hook_device is not None:
+        return torch.device(hook_device)
+    tensor = next(module.parameters(), None)
+    if tensor is None:
+        tensor = next(module.buffers(), None)
+    return tensor.device if tensor is not None else torch.device("cpu")

@@ -1,0 +1,181 @@
+"""Base models: the names people use for them, and loading one with its tokenizer."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logo.adapters.hub import hub_error, is_hub_id
+from logo.errors import LoGoError, ModelError, UsageError, closest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO = "demo"
+OFFICIAL_ADAPTERS = "archon159/LoGo-loras-collection"
+OFFICIAL_MODELS = {
+    "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
+    "Qwen2.5-7B": "Qwen/Qwen2.5-7B",
+    "deepseek-llm-7b-base": "deepseek-ai/deepseek-llm-7b-base",
+}
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """Where a base model's adapters are when the user names none."""
+
+    location: str  # a folder, or a Hub repository
+    subfolder: str | None = None
+
+
+def demo_folder() -> Path:
+    """The embedded model and its pool, inside the package."""
+    return Path(__file__).parent / "demo" / "assets"
+
+
+def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
+    """The folder or Hub id behind a base model's name.
+
+    `"demo"` is the embedded model; `model_dir/name` is used where it exists; the official short names stand for their
+    Hub ids; anything else is a folder or a Hub id already.
+
+    Raises:
+        ModelError: it is none of these.
+    """
+    if name == DEMO:
+        return str(demo_folder() / "model")
+    if model_dir is not None and (Path(model_dir) / name / "config.json").is_file():
+        return str(Path(model_dir) / name)
+    if name in OFFICIAL_MODELS:
+        return OFFICIAL_MODELS[name]
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ModelError(f"base model {name}: the folder has no config.json; expected a Hugging Face model folder")
+        return name
+    if is_hub_id(name):
+        return name
+    known = (*OFFICIAL_MODELS, DEMO)
+    raise ModelError(
+        f"base model {name!r}: no such folder, and not a Hub id such as 'Qwen/Qwen2.5-7B'{closest(name, known)}; "
+        f"short names: {', '.join(known)}"
+    )
+
+
+def default_adapters(base_model: str, model_dir: str | Path | None = None) -> AdapterSource | None:
+    """The pool that belongs to a base model by name; None where there is none and the user has to say."""
+    if base_model == DEMO:
+        return AdapterSource(str(demo_folder() / "adapters"))
+    name = base_model if base_model in OFFICIAL_MODELS else _short_name(base_model)
+    if name is None:
+        return None
+    folder = f"{name}-loras-flanv2"
+    if model_dir is not None and (Path(model_dir) / folder).is_dir():
+        return AdapterSource(str(Path(model_dir) / folder))
+    return AdapterSource(OFFICIAL_ADAPTERS, folder)
+
+
+def _short_name(hub_id: str) -> str | None:
+    return next((short for short, full in OFFICIAL_MODELS.items() if full == hub_id), None)
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """`"auto"`: the first CUDA device, else Apple's, else the CPU; otherwise the device named.
+
+    Raises:
+        UsageError: the device does not exist here.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        found = f"{count} GPU(s)" if count else "no GPU"
+        raise UsageError(f"device {device!r}: this machine has {found}; use --gpu -1 or device 'cpu'")
+    return chosen
+
+
+def load_base(
+    base_model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    model_dir: str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal LM and its tokenizer: safetensors only, no remote code.
+
+    Args:
+        base_model: a name that `resolve_base` knows.
+        device: see `pick_device`; ignored with `device_map`.
+        dtype: `"auto"` (the checkpoint's own on an accelerator, float32 on the CPU) or a torch dtype's name.
+        device_map: `"auto"` spreads a model that is larger than one device (accelerate).
+
+    Raises:
+        ModelError: the model cannot be found or loaded.
+        HubError: the Hub refused or could not be reached.
+    """
+    import torch
+    import transformers
+
+    source = resolve_base(base_model, model_dir)
+    target = None if device_map is not None else pick_device(device)
+    on_cpu = target is not None and target.type == "cpu"
+    common: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=_dtype(dtype, torch.float32 if on_cpu else "auto"),
+            device_map=device_map,
+            use_safetensors=True,
+            **common,
+        )
+    except LoGoError:
+        raise
+    except Exception as error:
+        if is_hub_id(source):
+            raise hub_error(source, error) from error
+        reason = " ".join(str(error).split())
+        raise ModelError(f"base model {base_model}: cannot be loaded from {source}: {reason}") from error
+    if target is not None:
+        model = model.to(target)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"base model {base_model}: its tokenizer has neither a pad nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _dtype(name: str, default: Any) -> Any:
+    import torch
+
+    if name == "auto":
+        return default
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype {name!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    return dtype
+
+
+def context_length(model: Any) -> int | None:
+    """The longest sequence the model can read, in tokens; None where its configuration does not say."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+

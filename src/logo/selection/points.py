@@ -1,0 +1,137 @@
+"""Where a model is read: the decoder layers of any causal LM, and the query projection in one of them.
+
+Finds modules by what they are called and how many there are; anything it gets wrong can be named by the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from logo.adapters.layout import linear_shape
+from logo.errors import ModelError, UsageError, closest
+
+# Leaf names of query projections, the ones that hold nothing but the query first.
+QUERY_NAMES = ("q_proj", "query_proj", "wq", "query", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place where a prompt is read and adapters are scored.
+
+    Attributes:
+        layer: index of the decoder layer.
+        layer_path: dotted path of that layer.
+        module: dotted path of the linear module whose adapters are scored.
+        rows: output rows of the module that count, where it computes more than the query (fused projections).
+    """
+
+    layer: int
+    layer_path: str
+    module: str
+    rows: tuple[int, ...] | None = None
+
+
+def find_points(
+    model: nn.Module, layers: int | str | Sequence[int | str] = "last", module: str | None = None
+) -> tuple[Point, ...]:
+    """The points of these layers.
+
+    Args:
+        model: a Hugging Face causal LM.
+        layers: `"last"`, an index (negative ones count from the end), or several.
+        module: the linear module to read in each layer, by its name or the end of its path (`"v_proj"`,
+            `"mlp.down_proj"`), or its full path. Default: the query projection; of a fused one, its query rows.
+
+    Raises:
+        UsageError: a layer does not exist.
+        ModelError: the layers or the module cannot be found.
+    """
+    path, blocks = decoder_layers(model)
+    wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
+    if not wanted:
+        raise UsageError("probe_layer: expected 'last', an index or a list of them, found an empty list")
+    points = [_point(model, f"{path}.{i}", i, blocks[i], module) for i in (_index(x, len(blocks)) for x in wanted)]
+    return tuple(dict.fromkeys(points))
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and modules of the decoder stack: the module list as long as the text model is deep.
+
+    Raises:
+        ModelError: there is none, or more than one could be meant.
+    """
+    depth = text_config(model).num_hidden_layers
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and _is_stack(module)
+    ]
+    # A vision or audio tower may happen to be as deep as the text model.
+    found = [f for f in found if not any(word in f[0] for word in ("vision", "visual", "audio", "encoder"))] or found
+    if not found:
+        raise ModelError(f"no stack of {depth} decoder layers found in {type(model).__name__}")
+    return min(found, key=lambda f: f[0].count("."))
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the text model, also where it is part of a larger one."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _is_stack(blocks: nn.ModuleList) -> bool:
+    return len(blocks) > 0 and any(linear_shape(module) is not None for module in blocks[0].modules())
+
+
+def _index(layer: int | str, depth: int) -> int:
+    if layer == "last":
+        return depth - 1
+    try:
+        index = int(layer)
+    except ValueError:
+        raise UsageError(f"probe_layer: expected 'last' or a whole number, found {layer!r}") from None
+    if not -depth <= index < depth:
+        raise UsageError(f"probe_layer {index}: the model has {depth} layers, 0 to {depth - 1}")
+    return index % depth
+
+
+def _point(model: nn.Module, layer_path: str, index: int, block: nn.Module, module: str | None) -> Point:
+    linears = {path: m for path, m in block.named_modules() if linear_shape(m) is not None}
+    if module is None:
+        for name in QUERY_NAMES:
+            matches = [path for path in linears if path.rsplit(".", 1)[-1] == name]
+            if len(matches) == 1:
+                rows = _query_rows(name, text_config(model), linears[matches[0]])
+                return Point(index, layer_path, f"{layer_path}.{matches[0]}", rows)
+        raise ModelError(f"no query projection in {layer_path}; name the module to probe: {', '.join(linears)}")
+    inside = module.removeprefix(f"{layer_path}.")
+    matches = [path for path in linears if path == inside or path.endswith(f".{inside}")]
+    if len(matches) != 1:
+        what = "matches several modules of" if matches else "is not a linear module of"
+        listed = ", ".join(matches or linears)
+        raise ModelError(f"probe module {module!r} {what} {layer_path}{closest(inside, linears)}; there: {listed}")
+    return Point(index, layer_path, f"{layer_path}.{matches[0]}")
+
+
+def _query_rows(name: str, config: Any, module: nn.Module) -> tuple[int, ...] | None:
+    """Output rows of a fused projection that make up the query; None where all of them do."""
+    if name in ("q_proj", "query_proj", "wq", "query"):
+        return None
+    shape = linear_shape(module)
+    assert shape is not None  # callers pass linear modules only
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rows = torch.arange(shape.out_features)
+    if name != "query_key_value":  # Phi-3, GPT-2, MPT: all query heads first
+        return tuple(rows[: heads * size].tolist())
+    if getattr(config, "new_decoder_architecture", False):  # Falcon 40B: (kv heads, queries of the group + k + v, size)
+        groups = config.num_kv_heads
+        return tuple(rows.view(groups, heads // groups + 2, size)[:, :-2].flatten().tolist())
+    if getattr(config, "multi_query", False):  # Falcon 7B: all query heads, then one k and one v
+        return tuple(rows[: heads * size].tolist())
+    return tuple(rows.view(heads, 3, size)[:, 0].flatten().tolist())  # GPT-NeoX, Bloom: (heads, q k v, size)

@@ -1,0 +1,121 @@
+"""Parity with the official code's own outputs on the tiny model F1 (tests/data/golden/README.md)."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logo import AdapterPool, LoGo
+from logo.decoding import Truncation
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+FILES = sorted((GOLDEN / "expected").glob("*.json"))
+CONTEXTS = {"base": "base", "all": "pool", "asis": "carry", "asis_reversed": "carry"}
+
+
+@dataclass
+class Parity:
+    """How many instances of one file agree, and what does not."""
+
+    equal: int = 0
+    differ: list[str] = field(default_factory=list)
+
+
+def engine(signal: str, k: int, context: str, probe_input: str = "residual") -> LoGo:
+    return LoGo.from_pretrained(
+        str(GOLDEN / "F1" / "model"),
+        AdapterPool.from_directory(GOLDEN / "F1" / "adapters"),
+        device="cpu",
+        signal=signal,
+        k=k,
+        probe_context=context,
+        probe_input=probe_input,
+        truncation=Truncation(2048, "right"),
+    )
+
+
+def compare(path: Path) -> Parity:
+    expected = json.loads(path.read_text())
+    prompts = json.loads((GOLDEN / "F1" / "prompts.json").read_text())["prompts"]
+    meta = expected["meta"]
+    logo = engine(meta["metric"], meta["k"], CONTEXTS[meta["mode"]])
+    instances = expected["instances"]
+    answers = logo.generate(
+        [prompts[i["prompt_index"]] for i in instances], max_new_tokens=meta["max_new_tokens"], batch_size=1
+    )
+    parity = Parity()
+    for instance, answer in zip(instances, answers, strict=True):
+        problem = difference(instance, answer, logo.names)
+        parity.differ += [f"prompt {instance['prompt_index']}: {problem}"] if problem else []
+        parity.equal += not problem
+    return parity
+
+
+def difference(instance: dict[str, Any], answer: Any, names: tuple[str, ...]) -> str | None:
+    """What is not equal in the sense of the golden README, or None."""
+    selection = answer.selection
+    scores = [selection.scores[name] for name in names]
+    if scores != pytest.approx(instance["scores"], rel=1e-4):
+        return f"scores {scores} != {instance['scores']}"
+    if [names.index(name) for name in selection.adapters] != instance["selected"]:
+        return f"selected {selection.adapters} != {instance['selected']}"
+    if list(selection.weights) != pytest.approx(instance["weights"], abs=1e-5):
+        return f"weights {selection.weights} != {instance['weights']}"
+    if list(answer.token_ids) != instance["gen_ids"] and instance["min_top2_margin"] >= 1e-4:
+        return f"tokens {answer.token_ids} != {instance['gen_ids']}"
+    return None
+
+
+def test_all_golden_files_are_here() -> None:
+    assert len(FILES) == 14
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_equals_official_output(path: Path) -> None:
+    parity = compare(path)
+    assert parity.differ == []
+    assert parity.equal == 40
+
+
+@pytest.mark.parametrize("name", ["F1_norm_k3_base", "F1_entropy_k3_all"])
+def test_projection_input_gives_post_layernorm_scores(name: str) -> None:
+    expected = json.loads((GOLDEN / "expected" / f"{name}.json").read_text())
+    prompts = json.loads((GOLDEN / "F1" / "prompts.json").read_text())["prompts"]
+    meta = expected["meta"]
+    logo = engine(meta["metric"], meta["k"], CONTEXTS[meta["mode"]], "projection")
+    for instance, selection in zip(
+        expected["instances"], logo.select([prompts[i["prompt_index"]] for i in expected["instances"]]), strict=True
+    ):
+        assert list(selection.scores.values()) == pytest.approx(instance["scores_if_post_layernorm"], rel=1e-4)
+
+
+def test_tokenization_is_the_official_one() -> None:
+    recorded = json.loads((GOLDEN / "F1" / "prompts.json").read_text())
+    logo = engine("norm", 3, "base")
+    assert logo.prompts.encode(recorded["prompts"]) == recorded["token_ids"]
+
+
+def test_batches_give_the_same_as_batch_size_one() -> None:
+    prompts = json.loads((GOLDEN / "F1" / "prompts.json").read_text())["prompts"]
+    logo = engine("norm", 3, "base")
+    single = logo.generate(prompts, max_new_tokens=24, batch_size=1)
+    batched = logo.generate(prompts, max_new_tokens=24, batch_size=16)
+    margins = {
+        i["prompt_index"]: i["min_top2_margin"]
+        for i in json.loads((GOLDEN / "expected" / "F1_norm_k3_base.json").read_text())["instances"]
+    }
+    for i, (one, many) in enumerate(zip(single, batched, strict=True)):
+        assert many.selection.adapters == one.selection.adapters
+        assert many.selection.weights == pytest.approx(one.selection.weights, abs=1e-5)
+        assert many.token_ids == one.token_ids or margins[i] < 1e-4
+
+
+def test_golden_names_cover_both_signals_and_every_context() -> None:
+    modes = {re.fullmatch(r"F1_(norm|entropy)_k\d_(.+)", path.stem).groups() for path in FILES}  # type: ignore[union-attr]
+    assert {signal for signal, _ in modes} == {"norm", "entropy"}
+    assert {mode for _, mode in modes} == set(CONTEXTS)
