@@ -101,7 +101,7 @@ class Prompts:
     ) -> tuple[Tensor, Tensor]:
         """(rows, length) ids and attention mask. Probing pads on the right, generating on the left."""
         width = max(map(len, rows))
-        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))  # type: ignore[call-overload]
+        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
         mask = torch.zeros((len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):
             place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
@@ -128,7 +128,7 @@ def greedy_config(**options: Any) -> GenerationConfig:
     return GenerationConfig(**{**plain, "top_k": 50, "no_repeat_ngram_size": 0, **options})
 
 
-class StopAtNewline(StoppingCriteria):
+class StopAtNewline(StoppingCriteria):  # type: ignore[misc]
     """Ends a row once its answer, the first line that is not blank, is complete.
 
     Args:
@@ -145,7 +145,7 @@ class StopAtNewline(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
         if self.newline is not None:
-            return input_ids[:, -1] == self.newline
+            return torch.eq(input_ids[:, -1], self.newline)
         done = [self._complete(row) for row in input_ids]
         return torch.tensor(done, device=input_ids.device)
 
@@ -155,7 +155,7 @@ class StopAtNewline(StoppingCriteria):
         return "\n" in self.tokenizer.decode(row[self.prompt_length :], skip_special_tokens=True).lstrip()
 
 
-class Cancelled(StoppingCriteria):
+class Cancelled(StoppingCriteria):  # type: ignore[misc]
     """Ends generation as soon as nobody listens any more."""
 
     def __init__(self) -> None:

@@ -172,7 +172,7 @@ class LoGo:
     # -- selecting ----------------------------------------------------------------------------------------------
 
     @overload
-    def select(self, prompts: str, *, batch_size: int = ...) -> Selection: ...
+    def select(self, prompts: str, *, batch_size: int = ...) -> Selection: ...  # type: ignore[overload-overlap]
     @overload
     def select(self, prompts: Sequence[str], *, batch_size: int = ...) -> list[Selection]: ...
     def select(self, prompts: str | Sequence[str], *, batch_size: int = 8) -> Selection | list[Selection]:
@@ -412,7 +412,8 @@ class LoGo:
 
     @property
     def _input_device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight.device
 
     def _end_tokens(self, config: GenerationConfig) -> set[int]:
         ends = config.eos_token_id if config.eos_token_id is not None else self.model.generation_config.eos_token_id
@@ -442,5 +443,3 @@ class LoGo:
 def _check_batch_size(batch_size: int) -> None:
     if batch_size <= 0:
         raise UsageError(f"batch_size: expected 1 or more, found {batch_size}")
-
-

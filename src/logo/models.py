@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.hub import hub_error, is_hub_id
+from logo.adapters.layout import BaseLayout
 from logo.errors import LoGoError, ModelError, UsageError, closest
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ def load_base(
     target = None if device_map is not None else pick_device(device)
     on_cpu = target is not None and target.type == "cpu"
     common: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": False}
-    try:
+    with loading(base_model, source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
@@ -142,13 +144,6 @@ def load_base(
             use_safetensors=True,
             **common,
         )
-    except LoGoError:
-        raise
-    except Exception as error:
-        if is_hub_id(source):
-            raise hub_error(source, error) from error
-        reason = " ".join(str(error).split())
-        raise ModelError(f"base model {base_model}: cannot be loaded from {source}: {reason}") from error
     if target is not None:
         model = model.to(target)
     if tokenizer.pad_token_id is None:
@@ -179,3 +174,30 @@ def context_length(model: Any) -> int | None:
     return None
 
 
+def load_layout(base_model: str, *, model_dir: str | Path | None = None) -> BaseLayout:
+    """The linear modules of a base model from its configuration alone: no weights are read or downloaded.
+
+    Raises:
+        ModelError, HubError: as `load_base`.
+    """
+    import torch
+    import transformers
+
+    source = resolve_base(base_model, model_dir)
+    with loading(base_model, source), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return BaseLayout.of(transformers.AutoModelForCausalLM.from_config(config))
+
+
+@contextmanager
+def loading(base_model: str, source: str) -> Iterator[None]:
+    """Turns what transformers raises into one line about the base model."""
+    try:
+        yield
+    except LoGoError:
+        raise
+    except Exception as error:
+        if is_hub_id(source):
+            raise hub_error(source, error) from error
+        reason = " ".join(str(error).split())
+        raise ModelError(f"base model {base_model}: cannot be loaded from {source}: {reason}") from error

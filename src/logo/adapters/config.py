@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 CONFIG = "adapter_config.json"
 
@@ -128,7 +128,10 @@ def parse_config(raw: dict[str, Any]) -> LoraConfig:
     )
 
 
-def _lookup(pattern: dict[str, Any], module: str, default: Any) -> Any:
+_T = TypeVar("_T", int, float)
+
+
+def _lookup(pattern: dict[str, _T], module: str, default: _T) -> _T:
     """PEFT's `get_pattern_key`: the first key in dict order that matches the end of the path wins."""
     return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 

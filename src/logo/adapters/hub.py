@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import functools
 import glob
 import logging
 import re
@@ -31,6 +30,7 @@ PICKLE = "adapter_model.bin"
 
 _NAME = r"(?![^/@]*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"{_NAME}/{_NAME}(?<!\.git)")
+_SECRET = re.compile(r"(?i)(?:bearer\s+|hf_)[^\s'\"]+|\?[^\s'\"]+")  # a token, the signature in a URL
 _AGAIN = "run the same command again: finished files are kept and only the rest is fetched"
 _NOT_IN_GIT_NAMES = re.compile(r"^/|\.\.|[\\\s\x00-\x1f\x7f~^:?*\[]")
 _LOG_IN = "set HF_TOKEN, or run `hf auth login`"
@@ -156,9 +156,13 @@ def _snapshot(repo_id: str, *, progress: bool, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
-    if not progress:  # only these bars: `disable_progress_bars()` would silence the whole process
-        options["tqdm_class"] = functools.partial(tqdm, disable=True)
-    return Path(snapshot_download(repo_id, library_name="logo", **options))
+    class Silent(tqdm):
+        """Hides only these bars: `disable_progress_bars()` would silence the whole process."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+    return Path(snapshot_download(repo_id, library_name="logo", tqdm_class=None if progress else Silent, **options))
 
 
 @contextmanager
@@ -302,7 +306,8 @@ def _http_reason(repo_id: str, error: HfHubHTTPError, revision: str | None) -> s
         case errors.GatedRepoError():
             return f"access is gated; accept the licence at {page} and {_LOG_IN}"
         case errors.RepositoryNotFoundError():
-            return f"neither at {constants.ENDPOINT} nor a folder here; check the name or, if it is private, {_LOG_IN}"
+            where = f"not found at {constants.ENDPOINT} (nor is it a local folder)"
+            return f"{where}; check the name or, if it is private, {_LOG_IN}"
         case errors.RevisionNotFoundError():
             named = f"revision {revision!r}" if revision else "such revision"
             return f"it has no {named}; see the branches, tags and commits at {page}/tree/main"
@@ -350,5 +355,5 @@ def _last_resort(chain: list[BaseException]) -> str:
         switch = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else "local_files_only"
         return f"not in the cache, and {switch} forbids to fetch it; unset that, or download it beforehand"
     lines = str(chain[0]).strip().splitlines()
-    text = re.sub(r"(?i)(bearer|hf_)\s*[^\s'\"]+|\?\S+", "...", lines[0][:300]) if lines else "no message"
-    return f"{type(chain[0]).__name__}: {text}"
+    text = _SECRET.sub("...", lines[0][:300]) if lines else "no message"
+    return text if type(chain[0]) is OSError else f"{type(chain[0]).__name__}: {text}"

@@ -26,10 +26,10 @@ class LinearShape:
 
 def linear_shape(module: nn.Module) -> LinearShape | None:
     """The sizes of a linear module (also quantised ones and GPT-2's Conv1D), or None for any other module."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return LinearShape(int(module.in_features), int(module.out_features))  # type: ignore[call-overload]
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
-        return LinearShape(int(module.nx), int(module.nf))  # type: ignore[call-overload]
+    names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
+    in_features, out_features = (getattr(module, name, None) for name in names)
+    if isinstance(in_features, int) and isinstance(out_features, int):
+        return LinearShape(in_features, out_features)
     return None
 
 

@@ -65,20 +65,7 @@ class AdapterPool:
             PoolError: there is no usable adapter in it, or one is bad and `on_bad_adapter` is `"error"`.
         """
         root = Path(path)
-        if not root.is_dir():
-            found = "a file" if root.exists() else "nothing"
-            raise StorageError(f"adapter folder {root}: expected a folder, found {found}; check the path")
-        adapters, refused = [], []
-        for folder, name in _adapter_folders(root):
-            try:
-                adapters.append(open_adapter(folder, name, allow_pickle=allow_pickle))
-            except AdapterError as error:
-                refused.append(error)
-        if verify is None:
-            verify = sum(adapter.size for adapter in adapters) <= VERIFY_UP_TO_BYTES
-        if verify:
-            adapters, damaged = _verified(adapters)
-            refused += damaged
+        adapters, refused = survey(root, allow_pickle=allow_pickle, verify=verify)
         _refuse(refused, on_bad_adapter, where=str(root))
         if not adapters:
             raise PoolError(_empty(root, refused))
@@ -216,6 +203,31 @@ class AdapterPool:
         unknown = sorted({key for adapter in self for key in adapter.config.unknown})
         if unknown:
             warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
+
+
+def survey(
+    root: Path, *, allow_pickle: bool = False, verify: bool | None = None
+) -> tuple[list[Adapter], list[AdapterError]]:
+    """Every adapter below `root` that can be used, and why each other one cannot; see `from_directory`.
+
+    Raises:
+        StorageError: `root` is not a readable folder.
+    """
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise StorageError(f"adapter folder {root}: expected a folder, found {found}; check the path")
+    adapters, refused = [], []
+    for folder, name in _adapter_folders(root):
+        try:
+            adapters.append(open_adapter(folder, name, allow_pickle=allow_pickle))
+        except AdapterError as error:
+            refused.append(error)
+    if verify is None:
+        verify = sum(adapter.size for adapter in adapters) <= VERIFY_UP_TO_BYTES
+    if verify:
+        adapters, damaged = _verified(adapters)
+        refused += damaged
+    return adapters, refused
 
 
 def _adapter_folders(root: Path) -> Iterator[tuple[Path, str]]:

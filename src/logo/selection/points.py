@@ -80,7 +80,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the text model, also where it is part of a larger one."""
-    config = model.config
+    config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

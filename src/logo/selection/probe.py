@@ -68,8 +68,7 @@ class Probe:
             return read
 
         handles = [
-            module.register_forward_pre_hook(reader(place), with_kwargs=True)
-            for place, module in self._modules.items()
+            module.register_forward_pre_hook(reader(place), with_kwargs=True) for place, module in self._modules.items()
         ]
         try:
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)

@@ -45,7 +45,8 @@ def check_k(k: int, pool_size: int) -> int:
     if k <= 0:
         raise UsageError(f"number of selected adapters (k): expected 1 or more, found {k}")
     if k > pool_size:
-        warnings.warn(f"k is {k} but the pool has {pool_size} adapters: all of them are used", UserWarning, stacklevel=3)
+        message = f"k is {k} but the pool has {pool_size} adapters: all of them are used"
+        warnings.warn(message, UserWarning, stacklevel=3)
     return min(k, pool_size)
 
 
@@ -60,7 +61,7 @@ def select(scores: Tensor, names: Sequence[str], k: int) -> Selection:
     scores = scores.detach().float().cpu()
     if not bool(scores.isfinite().all()):
         bad = names[int((~scores.isfinite()).nonzero()[0])]
-        raise ModelError(f"the score of adapter {bad!r} is not finite: the model's hidden state or the adapter overflows")
+        raise ModelError(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
     top, order = torch.sort(scores, descending=True, stable=True)
     top, order = top[:k], order[:k]
     total = top.sum()

@@ -1,0 +1,50 @@
+"""The `logo` command and what its subcommands are called."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from logo import __version__
+from logo.cli import demo, evaluate, generate, pool, select
+
+EPILOG = (
+    "Errors are one line; add --debug anywhere for the traceback. Options may be written --like-this or --like_this."
+)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+app = typer.Typer(
+    name="logo",
+    help="LoGo: many LoRA adapters on one language model, picked and mixed for every single input.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    epilog=EPILOG,
+    context_settings={"token_normalize_func": _dashed, "help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, show_default=False)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)] = False,
+) -> None:
+    # --debug is taken off the command line in logo.cli.run, wherever it stands; here it is only documented.
+    if version:
+        typer.echo(f"logo {__version__}")
+        raise typer.Exit
+
+
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.command("select")(select.select)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(pool.app, name="pool")

@@ -1,0 +1,134 @@
+"""`logo demo`: the embedded model, side by side with and without its adapters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.options import EngineOptions, open_engine
+from logo.cli.output import bar, err, out, print_json, progress
+from logo.models import DEMO
+
+if TYPE_CHECKING:
+    from logo.demo.show import Answer, TaskScore
+
+LABELS = {"base": "base", "uniform": "uniform", "logo": "LoGo", "oracle": "oracle"}
+
+
+def demo(
+    selection_strategy: Annotated[str, typer.Option(help="Signal: `norm` or `entropy`.")] = "norm",
+    n_selected_modules: Annotated[
+        int, typer.Option("--n-selected-modules", "-k", help="Adapters selected per prompt.")
+    ] = 3,
+    rows: Annotated[int | None, typer.Option(help="Held-out rows per task.", show_default="all", min=1)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the same numbers as JSON.")] = False,
+) -> None:
+    """Show the main job on the embedded model: base model | LoGo | which adapters, then exact match per task.
+
+    Example: `logo demo --rows 10`
+    """
+    from logo.demo import show
+
+    options = EngineOptions(selection_strategy=selection_strategy, n_selected_modules=n_selected_modules, gpu=-1)
+    logo = open_engine(options, DEMO)
+    if not json:
+        out.print(
+            f"The embedded base model knows {len(logo.names)} skills but not which one you ask for; each adapter "
+            f"unlocks one.\nFor every prompt LoGo mixes the {n_selected_modules} adapters that respond most "
+            f"(signal: {selection_strategy}).\n"
+        )
+    answers = show.answers(logo)
+    if not json:
+        out.print(_side_by_side(answers))
+    results: list[TaskScore] = []
+    with progress(disable=json or not err.is_terminal) as shown:
+        task = shown.add_task("held-out rows", total=len(logo.names))
+        for result in show.scores(logo, rows, lambda name: shown.update(task, description=name)):
+            results.append(result)
+            shown.advance(task)
+    average = show.average(results)
+    if json:
+        print_json(_report(answers, results, average, options))
+        return
+    out.print(_table(results, average))
+    out.print(
+        "\nbase: no adapter · uniform: all adapters alike · LoGo: selected per prompt, no labels · "
+        "oracle: the task's own adapter.\nThe prompts' wordings and inputs were never trained on. "
+        'Your turn: logo generate "What is the opposite of hot?"'
+    )
+
+
+def _side_by_side(answers: list[Answer]) -> Table:
+    table = Table(show_lines=True, header_style="dim", border_style="dim")
+    table.add_column("prompt", ratio=4)
+    table.add_column("base model", ratio=2)
+    table.add_column("LoGo", ratio=2)
+    table.add_column("adapters selected", ratio=4, no_wrap=True)
+    for answer in answers:
+        table.add_row(
+            Text(answer.prompt),
+            _judged(answer.base, answer.gold),
+            _judged(answer.logo, answer.gold),
+            _bars(answer),
+        )
+    return table
+
+
+def _judged(text: str, gold: str) -> Text:
+    from logo.evaluation.metrics import em
+
+    right = em(text, gold) == 1
+    return Text(("✓ " if right else "✗ ") + text, style="green" if right else "red")
+
+
+def _bars(answer: Answer) -> Text:
+    selection = answer.selection
+    heaviest = max(selection.weights)
+    width = max(map(len, selection.adapters))
+    lines = [
+        f"{name:<{width}} {weight:.2f} {bar(weight / heaviest, 8)}"
+        for name, weight in zip(selection.adapters, selection.weights, strict=True)
+    ]
+    text = Text("\n").join(
+        Text(line, style="bold" if name == answer.task else "")
+        for line, name in zip(lines, selection.adapters, strict=True)
+    )
+    return text
+
+
+def _table(results: list[TaskScore], average: dict[str, float]) -> Table:
+    table = Table(header_style="dim", border_style="dim", title="exact match on held-out rows", title_style="")
+    table.add_column("task")
+    table.add_column("rows", justify="right")
+    for label in LABELS.values():
+        table.add_column(label, justify="right")
+    for result in results:
+        table.add_row(result.task, str(result.rows), *(f"{result.exact_match[m]:.2f}" for m in LABELS))
+    table.add_section()
+    table.add_row("average", str(sum(r.rows for r in results)), *(f"{average[m]:.2f}" for m in LABELS), style="bold")
+    return table
+
+
+def _report(
+    answers: list[Answer], results: list[TaskScore], average: dict[str, float], options: EngineOptions
+) -> dict[str, object]:
+    return {
+        "signal": options.selection_strategy,
+        "k": options.n_selected_modules,
+        "prompts": [
+            {
+                "task": a.task,
+                "prompt": a.prompt,
+                "gold": a.gold,
+                "base": a.base,
+                "logo": a.logo,
+                **a.selection.as_dict(),
+            }
+            for a in answers
+        ],
+        "tasks": {r.task: {"rows": r.rows, **r.exact_match} for r in results},
+        "average": average,
+    }

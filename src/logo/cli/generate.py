@@ -1,0 +1,107 @@
+"""`logo generate`: answers with the mixture that each prompt selects."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from logo.cli.options import EngineOptions, expanded, open_engine
+from logo.cli.output import err, note, out, print_json, selection_line, selection_table
+from logo.cli.prompts import base_or_demo, read_prompts
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.engine import Generation
+
+
+@expanded
+def generate(
+    engine: EngineOptions,
+    prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 8,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=WEIGHT]", help="Use this adapter instead of selecting (repeatable)."),
+    ] = None,
+    base_only: Annotated[bool, typer.Option("--base-only", help="Use no adapter at all.")] = False,
+    generation_early_stop: Annotated[
+        bool, typer.Option("--generation-early-stop", help="Stop at the end of the answer's first line.")
+    ] = False,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample instead of greedy decoding (see --temperature).")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="With --sample.", min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(help="With --sample.", min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list for several prompts.")] = False,
+) -> None:
+    """Answer prompts, each with the mixture of adapters it selects.
+
+    Example: `logo generate "What is the opposite of hot?"`
+    """
+    prompts = read_prompts(prompt, file)
+    forced = _forced(adapter, base_only)
+    base_model = base_or_demo(engine.base_model)
+    logo = open_engine(engine, base_model)
+    options: dict[str, Any] = {}
+    if sample:
+        import torch
+
+        torch.manual_seed(seed)
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    if len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
+        selection = logo.select(prompts[0]) if forced is None else None
+        for piece in logo.stream(prompts[0], adapters=selection or forced, max_new_tokens=max_new_tokens, **options):
+            print(piece, end="", flush=True)
+        print()
+        if selection is not None:
+            err.print(selection_table(selection, top=5))
+        return
+    answers = logo.generate(
+        prompts,
+        adapters=forced,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_at_newline=generation_early_stop,
+        **options,
+    )
+    if json:
+        records = [_record(p, answer) for p, answer in zip(prompts, answers, strict=True)]
+        print_json(records[0] if len(records) == 1 else records)
+        return
+    for answer in answers:
+        out.print(answer.text.strip(), markup=False)
+        note(f"  {selection_line(answer.selection)}")
+
+
+def _forced(adapter: list[str] | None, base_only: bool) -> dict[str, float] | None:
+    if base_only:
+        if adapter:
+            raise UsageError("--base-only and --adapter exclude each other: give one of them")
+        return {}
+    if not adapter:
+        return None
+    weights: dict[str, float] = {}
+    for entry in adapter:
+        name, _, weight = entry.rpartition("=")
+        try:
+            weights[name or entry] = float(weight) if name else 1.0
+        except ValueError:
+            raise UsageError(f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number") from None
+    return weights
+
+
+def _record(prompt: str, answer: Generation) -> dict[str, object]:
+    return {
+        "prompt": prompt,
+        "text": answer.text,
+        **answer.selection.as_dict(),
+        "tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "seconds": answer.seconds,
+    }

@@ -1,0 +1,260 @@
+"""Options that several commands share, defined once, and the engine they describe.
+
+A command takes them as one dataclass parameter; `expanded` turns the dataclass's fields into command line options.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from logo.errors import UsageError
+from logo.models import default_adapters
+
+if TYPE_CHECKING:
+    from logo.adapters.pool import AdapterPool
+    from logo.decoding import Truncation
+    from logo.engine import LoGo
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+POOL = "Pool"
+PROBE = "Probe and selection"
+DEVICE = "Device"
+
+DEFAULT_K = 20
+
+
+class Choice(str, Enum):
+    """A string option with fixed values."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class OnBad(Choice):
+    ERROR = "error"
+    SKIP = "skip"
+
+
+class Context(Choice):
+    BASE = "base"
+    POOL = "pool"
+    CARRY = "carry"
+
+
+class Read(Choice):
+    RESIDUAL = "residual"
+    PROJECTION = "projection"
+
+
+class Token(Choice):
+    LAST = "last"
+    MEAN = "mean"
+
+
+class Preset(Choice):
+    OFFICIAL = "official"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which model, which pool, how to probe and select. None: the preset's value, else the default shown."""
+
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id, folder, `demo`, `Llama-3.1-8B`, `Qwen2.5-7B` or `deepseek-llm-7b-base`.",
+            show_default="demo; evaluate: Llama-3.1-8B",
+        ),
+    ] = None
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_REPO",
+            help="Folder of adapters, or Hub repo `org/name[/folder][@revision]`.",
+            show_default="the base model's own",
+            rich_help_panel=POOL,
+        ),
+    ] = None
+    on_bad_adapter: Annotated[
+        OnBad,
+        typer.Option(help="An adapter that cannot be used: refuse the pool, or leave it out.", rich_help_panel=POOL),
+    ] = OnBad.ERROR
+    unscorable: Annotated[
+        OnBad, typer.Option(help="An adapter that lacks the probed module: likewise.", rich_help_panel=POOL)
+    ] = OnBad.ERROR
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin too (tensors only).", rich_help_panel=POOL)
+    ] = False
+    adapter_cache_gb: Annotated[
+        float, typer.Option(help="Host memory for adapters used last, in GB.", min=0.0, rich_help_panel=POOL)
+    ] = 4.0
+    selection_strategy: Annotated[str, typer.Option(help="Signal: `norm` or `entropy`.", rich_help_panel=PROBE)] = (
+        "norm"
+    )
+    n_selected_modules: Annotated[
+        int | None,
+        typer.Option(
+            "--n-selected-modules", "-k", help="Adapters selected per prompt.", show_default="20", rich_help_panel=PROBE
+        ),
+    ] = None
+    probe_context: Annotated[
+        Context | None,
+        typer.Option(
+            help="Adapters active while probing: none, the whole pool, or as the official script runs.",
+            show_default="base",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
+    probe_input: Annotated[
+        Read, typer.Option(help="What is read: before or after the layer's input norm.", rich_help_panel=PROBE)
+    ] = Read.RESIDUAL
+    probe_token: Annotated[
+        Token, typer.Option(help="The last prompt token, or the mean over all.", rich_help_panel=PROBE)
+    ] = Token.LAST
+    probe_layer: Annotated[str, typer.Option(help="`last`, an index, or several: `0,5,-1`.", rich_help_panel=PROBE)] = (
+        "last"
+    )
+    probe_module: Annotated[
+        str | None,
+        typer.Option(
+            help="Linear module to read, by name.", show_default="the query projection", rich_help_panel=PROBE
+        ),
+    ] = None
+    gpu: Annotated[
+        int,
+        typer.Option(help="GPU number; -1 for the CPU (used anyway where there is no GPU).", rich_help_panel=DEVICE),
+    ] = 0
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, float16 or auto (float32 on the CPU, else the checkpoint's).",
+            show_default="auto",
+            rich_help_panel=DEVICE,
+        ),
+    ] = None
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="`auto` spreads a large model over several GPUs.", rich_help_panel=DEVICE),
+    ] = None
+    model_dir: Annotated[
+        str, typer.Option(help="Looked in first for base models and adapters.", rich_help_panel=DEVICE)
+    ] = "./hf_models"
+
+    @property
+    def k(self) -> int:
+        """Adapters per prompt, as asked for."""
+        return DEFAULT_K if self.n_selected_modules is None else self.n_selected_modules
+
+
+def expanded(command: _F) -> _F:
+    """Gives a command one option for every field of its dataclass parameters."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name]))
+            continue
+        field_hints = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=field_hints[f.name])
+            for f in fields(groups[name])
+        ]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> Any:
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+        return command(**values)
+
+    parameters.sort(key=lambda p: p.kind)
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper  # type: ignore[return-value]
+
+
+def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
+    """The pool the options name, or the base model's own."""
+    from logo.adapters.hub import is_hub_id, split_hub_spec
+    from logo.adapters.pool import AdapterPool
+
+    common: dict[str, Any] = {
+        "on_bad_adapter": options.on_bad_adapter.value,
+        "allow_pickle": options.allow_pickle,
+        # Leaving damaged adapters out means finding them before the first prompt, not in the middle of a run.
+        "verify": True if options.on_bad_adapter is OnBad.SKIP else None,
+    }
+    if options.adapters is None:
+        source = default_adapters(base_model, options.model_dir)
+        if source is None:
+            raise UsageError(f"base model {base_model!r} has no adapters of its own: name them with --adapters")
+        if source.subfolder is not None:
+            return AdapterPool.from_hub(source.location, subfolder=source.subfolder, **common)
+        return AdapterPool.from_directory(source.location, **common)
+    if Path(options.adapters).is_dir() or not is_hub_id("/".join(options.adapters.split("@")[0].split("/")[:2])):
+        return AdapterPool.from_directory(options.adapters, **common)
+    repo, subfolder, revision = split_hub_spec(options.adapters)
+    return AdapterPool.from_hub(repo, subfolder=subfolder, revision=revision, **common)
+
+
+def open_engine(
+    options: EngineOptions, base_model: str, *, preset: Preset | None = None, truncation: Truncation | None = None
+) -> LoGo:
+    """Loads the base model and the pool."""
+    from logo.engine import LoGo
+    from logo.selection.router import SelectionSettings
+
+    official = preset is Preset.OFFICIAL
+    settings = SelectionSettings(
+        signal=options.selection_strategy,
+        k=options.k,
+        probe_context=(options.probe_context or (Context.CARRY if official else Context.BASE)).value,
+        probe_input=options.probe_input.value,
+        probe_token=options.probe_token.value,
+        probe_layer=_layers(options.probe_layer),
+        probe_module=options.probe_module,
+        unscorable=options.unscorable.value,
+    )
+    _quiet_transformers()
+    pool = open_pool(options, base_model)
+    if options.n_selected_modules is None:  # nobody asked for more than the pool has, so nobody is warned
+        settings = replace(settings, k=min(settings.k, len(pool)))
+    return LoGo.from_pretrained(
+        base_model,
+        pool,
+        device=_device(options.gpu),
+        dtype=options.dtype or ("float32" if official else "auto"),
+        device_map=options.device_map,
+        model_dir=options.model_dir,
+        truncation=truncation,
+        adapter_cache_gb=options.adapter_cache_gb,
+        on_bad_adapter=options.on_bad_adapter.value,
+        **vars(settings),
+    )
+
+
+def _device(gpu: int) -> str:
+    import torch
+
+    return f"cuda:{gpu}" if gpu >= 0 and torch.cuda.is_available() else "cpu"
+
+
+def _layers(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _quiet_transformers() -> None:
+    """Its notes and loading bars would stand between the user and the answer."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,97 @@
+"""How the command line shows things: consoles, weight bars, selections."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from logo.selection.selector import Selection
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+BAR = 12
+
+
+def note(message: str) -> None:
+    """Something worth knowing that is not the answer: stderr, so that stdout can be piped."""
+    err.print(f"[dim]{message}[/dim]")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
+    sys.stdout.write("\n")
+
+
+def bar(share: float, width: int = BAR) -> str:
+    """A bar for a share between 0 and 1, to an eighth of a character."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    blocks = " ▏▎▍▌▋▊▉"
+    return "█" * (eighths // 8) + (blocks[eighths % 8] if eighths % 8 else "")
+
+
+def selection_table(selection: Selection, top: int | None = None) -> Table:
+    """Selected adapters, best first, with bars for their weights."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("adapter", overflow="fold")
+    table.add_column("weight", justify="right")
+    table.add_column("", min_width=BAR)
+    table.add_column("score", justify="right")
+    heaviest = max(selection.weights, default=1.0)
+    rows = list(zip(selection.adapters, selection.weights, strict=True))
+    for name, weight in rows[:top]:
+        score = selection.scores.get(name)
+        shown = "forced" if score is None else f"{score:.4g}"
+        table.add_row(Text(name), f"{weight:.3f}", Text(bar(weight / heaviest), style="cyan"), shown)
+    if top is not None and len(rows) > top:
+        table.add_row(Text(f"and {len(rows) - top} more", style="dim"), "", "", "")
+    return table
+
+
+def selection_line(selection: Selection, top: int = 3) -> str:
+    """`plural 0.31 · reverse 0.22 · 6 more`."""
+    rows = list(zip(selection.adapters, selection.weights, strict=True))
+    shown = [f"{name} {weight:.2f}" for name, weight in rows[:top]]
+    return " · ".join(shown + ([f"{len(rows) - top} more"] if len(rows) > top else [])) or "base model alone"
+
+
+class RateColumn(ProgressColumn):
+    """Items per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("-/s" if speed is None else f"{speed:.2f}/s", style="dim")
+
+
+def progress(disable: bool = False) -> Progress:
+    """A progress bar on stderr with count, rate, elapsed time and time left."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]eta[/dim]"),
+        TimeRemainingColumn(),
+        console=err,
+        disable=disable,
+    )

@@ -1,0 +1,39 @@
+"""Prompts from the command line: arguments, a file with one per line, or stdin."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from logo.cli.output import note
+from logo.errors import StorageError, UsageError
+from logo.models import DEMO
+
+
+def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts to answer; `-` reads one from stdin.
+
+    Raises:
+        UsageError: there is none, or one is empty.
+        StorageError: the file cannot be read.
+    """
+    prompts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in arguments or []]
+    if file is not None:
+        try:
+            prompts += file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StorageError(f"prompt file {file}: cannot be read: {error}") from error
+    if not prompts:
+        raise UsageError("no prompt: give one in quotes, '-' to read it from stdin, or --file with one per line")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise UsageError(f"prompt {number} is empty: expected some text")
+    return prompts
+
+
+def base_or_demo(base_model: str | None) -> str:
+    """The base model asked for, or the embedded one (and says so)."""
+    if base_model is None:
+        note("No --base-model given: using the embedded demo model.")
+        return DEMO
+    return base_model

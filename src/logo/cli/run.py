@@ -1,0 +1,71 @@
+"""Running one command line: errors and warnings as single lines, exit codes, `--debug`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import typer
+from logo.cli.app import app
+from logo.errors import LoGoError, UsageError
+
+DEBUG = "--debug"
+
+# Typer ships its parser's error classes without exporting them all: BadParameter -> UsageError -> ClickException.
+PARSER_USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
+PARSER_ERROR: type[Any] = typer.BadParameter.__mro__[2]
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command and returns its exit code."""
+    debug = DEBUG in argv
+    if debug:
+        argv = [argument for argument in argv if argument != DEBUG]
+    warnings.showwarning = _show_warning
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        result = app(args=argv, prog_name="logo", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _explain(error: BaseException) -> int:
+    """Prints what went wrong as one line and returns the exit code."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):  # the reader has seen enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return _fail("interrupted", 130)
+    if isinstance(error, PARSER_USAGE_ERROR):
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return 2
+        command = error.ctx.command_path if error.ctx else "logo"
+        return _fail(f"{error.format_message()} (see `{command} --help`)", 2)
+    if isinstance(error, PARSER_ERROR):
+        return _fail(error.format_message(), 1)
+    if isinstance(error, LoGoError):
+        return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    kind = "out of memory" if type(error).__name__ == "OutOfMemoryError" else f"unexpected {type(error).__name__}"
+    return _fail(f"{kind}: {error} (run again with {DEBUG} for the traceback)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"logo: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"logo: warning: {' '.join(str(message).split())}", file=sys.stderr)

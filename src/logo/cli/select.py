@@ -1,0 +1,38 @@
+"""`logo select`: which adapters would answer, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logo.cli.options import EngineOptions, expanded, open_engine
+from logo.cli.output import out, print_json, selection_table
+from logo.cli.prompts import base_or_demo, read_prompts
+
+
+@expanded
+def select(
+    engine: EngineOptions,
+    prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts per probe.")] = 8,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list for several prompts.")] = False,
+) -> None:
+    """Show which adapters a prompt selects, with their weights and scores.
+
+    Example: `logo select "What is the opposite of hot?" -k 5`
+    """
+    prompts = read_prompts(prompt, file)
+    base_model = base_or_demo(engine.base_model)
+    logo = open_engine(engine, base_model)
+    selections = logo.select(prompts, batch_size=batch_size)
+    if json:
+        records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(prompts, selections, strict=True)]
+        print_json(records[0] if len(records) == 1 else records)
+        return
+    for text, selection in zip(prompts, selections, strict=True):
+        if len(prompts) > 1:
+            out.print(f"\n{text}", style="bold", markup=False)
+        out.print(selection_table(selection))

@@ -1,0 +1,161 @@
+"""A folder of text files that changes as one: complete and new, or as it was.
+
+The files are written and synced in a hidden sibling (`.{name}.new-*`), which then takes the folder's place by rename.
+The old folder steps aside first (`.{name}.old-*`), because a folder cannot be renamed onto one that is not empty; if
+the process dies between the two renames, the next writer puts the old one back before it does anything else. Writers
+below one parent folder wait for each other (an advisory lock on the parent), so whatever hidden sibling a writer meets
+is left from a dead one and is removed. Where there is no such lock (Windows, some network drives) nothing is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from logo.errors import StorageError
+
+_PROBE_BYTES = 1 << 20  # a disk without room for this much has no room for results
+
+
+def replace_folder(folder: Path, texts: Mapping[str, str], *, owned: Collection[str] = ()) -> None:
+    """Make `folder` hold `texts` (by file name). Of its earlier entries those in `owned` or `texts` go, others stay.
+
+    Raises:
+        StorageError: it cannot be written; the folder and its files are as before.
+    """
+    replaced = {*owned, *texts}
+    try:
+        target = folder.resolve()  # a link keeps its target's place, and its target's disk
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(target.parent) as alone:
+            if alone:
+                _clean(target, replaced)
+            new = _beside(target, "new", secrets.token_hex(4))
+            try:
+                new.mkdir()
+                for name, text in texts.items():
+                    _write(new / name, text)
+                _sync_folder(new)
+                _swap(new, target, replaced)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)  # nothing is there any more if all went well
+            _sync_folder(target.parent)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Make the folder if it is missing, and see that a file can be written there: before hours of work, not after.
+
+    Raises:
+        StorageError: it cannot be made or written, or its disk is full.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
+            rest = memoryview(bytes(_PROBE_BYTES))
+            while rest:  # a disk may take a part before it says what is wrong
+                rest = rest[probe.write(rest) :]
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise _unwritable(Path(folder), error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> StorageError:
+    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+    reason = "a file is where a folder should be" if in_the_way else error.strerror or str(error)
+    return StorageError(
+        f"result folder {str(folder)!r}: cannot be written ({reason}); "
+        "make room or change permissions there, or name another with --result_dir"
+    )
+
+
+def _beside(folder: Path, state: str, unique: str) -> Path:
+    return folder.with_name(f".{folder.name}.{state}-{unique}")
+
+
+def _swap(new: Path, folder: Path, replaced: Collection[str]) -> None:
+    """Put `new` in the place of `folder`."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    old = _beside(folder, "old", new.name.rpartition("-")[2])
+    os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        os.rename(old, folder)
+        raise
+    _retire(old, folder, replaced)
+
+
+def _retire(old: Path, folder: Path, replaced: Collection[str]) -> None:
+    """Delete a replaced folder, after moving what is not ours into its successor. Can be done again if it was cut."""
+    for entry in old.iterdir():
+        if entry.name not in replaced and not (folder / entry.name).exists():
+            os.rename(entry, folder / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clean(folder: Path, replaced: Collection[str]) -> None:
+    """Finish or undo what a writer that died left beside the folder. Only for one who holds the parent's lock."""
+    siblings = sorted(folder.parent.iterdir())
+    for old in (path for path in siblings if path.name.startswith(_beside(folder, "old", "").name)):
+        if folder.exists():
+            _retire(old, folder, replaced)
+        else:
+            os.rename(old, folder)
+    for new in (path for path in siblings if path.name.startswith(_beside(folder, "new", "").name)):
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _write(file: Path, text: str) -> None:
+    with open(file, "w", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the folder's entries durable, where the system can (Windows cannot open a folder)."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives have no such call
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Hold the folder's advisory lock; yields whether there is one. The system frees it if the process dies."""
+    if sys.platform == "win32":
+        yield False
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+        if locked:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""What a prediction is worth: the official metrics, one number (or three) per instance.
+
+Exact match: strip, lower, drop every ".", compare. BLEU: nltk's sentence BLEU-4 with uniform weights, smoothing method
+1, tokens at white space, one reference. ROUGE: rouge_score with its stemmer, F-measure. Which of them a dataset uses
+is a matter of its name's first part. Values are fractions of one; only `summary_line` speaks in percent.
+nltk and rouge_score are imported at the first use.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, Literal
+
+Kind = Literal["em", "em_multi", "bleu", "rouge"]
+Value = int | float | dict[str, float]
+
+_KINDS: Mapping[str, Kind] = {
+    "bbh": "em",
+    "wmt14": "bleu",
+    "wmt16": "bleu",
+    "gem": "rouge",
+    "ai2_arc": "em",
+    "nq": "em_multi",
+    "tqa": "em_multi",
+    "anli": "em",
+    "glue": "em",
+    "code_x_glue": "bleu",
+}
+_ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-L": "rougeL"}  # our key: rouge_score's
+_LABELS = {"em": "Accuracy", "bleu": "BLEU", "rouge-1": "ROUGE-1", "rouge-2": "ROUGE-2", "rouge-L": "ROUGE-L"}
+
+
+def metric_kind(dataset: str) -> Kind:
+    """The metric of a dataset, by the part of its name before the first dot; exact match for any other name."""
+    return _KINDS.get(dataset.partition(".")[0], "em")
+
+
+def first_line(text: str) -> str:
+    """The answer in a decoded continuation: stripped, then its first line (`str.splitlines`), '' if there is none.
+
+    Blanks at the end of that line stay when more lines follow, as in the official code.
+    """
+    lines = text.strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def em(prediction: str, completion: str | Sequence[str]) -> int:
+    """1 if the prediction equals the gold text after normalisation, else 0; a list of gold texts means any of them."""
+    golds = (completion,) if isinstance(completion, str) else completion
+    return int(any(_normalised(prediction) == _normalised(gold) for gold in golds))
+
+
+def em_multi(prediction: str, completion: str | Sequence[str]) -> int:
+    """1 if the prediction equals any of the gold texts; the official name for `em` over a list."""
+    return em(prediction, completion)
+
+
+def bleu(prediction: str, completion: str | Sequence[str]) -> float:
+    """BLEU-4 of one sentence; of a list of gold texts only the first counts (the official data has a single one)."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smoothing = SmoothingFunction().method1
+    return float(sentence_bleu([_first(completion).split()], prediction.split(), smoothing_function=smoothing))
+
+
+def rouge(prediction: str, completion: str | Sequence[str]) -> dict[str, float]:
+    """F-measures under "rouge-1", "rouge-2", "rouge-L"; of a list of gold texts only the first counts, as in `bleu`."""
+    scores = _rouge_scorer().score(_first(completion), prediction)
+    return {ours: float(scores[theirs].fmeasure) for ours, theirs in _ROUGE.items()}
+
+
+_METRICS: Mapping[Kind, Callable[[str, str | Sequence[str]], Value]] = {
+    "em": em,
+    "em_multi": em_multi,
+    "bleu": bleu,
+    "rouge": rouge,
+}
+
+
+def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Value:
+    """What one prediction is worth under a metric: 0 or 1, a BLEU in [0, 1], or the three ROUGE F-measures."""
+    return _METRICS[kind](prediction, completion)
+
+
+def mean(kind: Kind, values: Sequence[Value]) -> dict[str, float]:
+    """Means over instances: {"em": ..} for both exact matches, {"bleu": ..}, or the three ROUGE keys.
+
+    Raises:
+        ValueError: no values of this metric.
+    """
+    if kind == "rouge":
+        scores = [value for value in values if isinstance(value, dict)]
+        return {key: fmean(score[key] for score in scores) for key in _ROUGE}
+    return {"bleu" if kind == "bleu" else "em": fmean(value for value in values if not isinstance(value, dict))}
+
+
+def summary_line(kind: Kind, values: Sequence[Value]) -> str:
+    """The line a run prints, in percent: `Accuracy: 71.33`, `BLEU: 12.34`, `ROUGE-1: 45.10  ROUGE-2: ..  ROUGE-L: ..`.
+
+    Raises:
+        ValueError: as `mean`.
+    """
+    return "  ".join(f"{_LABELS[key]}: {100 * value:.2f}" for key, value in mean(kind, values).items())
+
+
+def _normalised(text: str) -> str:
+    return text.strip().lower().replace(".", "")
+
+
+def _first(completion: str | Sequence[str]) -> str:
+    return completion if isinstance(completion, str) else completion[0]
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(_ROUGE.values()), use_stemmer=True)

@@ -1,0 +1,527 @@
+"""The real huggingface_hub client, in processes of its own, against a real server (`hub_server.py`).
+
+huggingface_hub reads its `HF_*` variables when it is imported, so every client is a subprocess that makes a list of
+calls. None of them imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from hub_server import FOREVER, GOOD_TOKEN, STRANGER_TOKEN, HubServer
+from logo.adapters.hub import download_adapters, hub_error, is_hub_id, split_hub_spec
+from logo.errors import HubError, UsageError
+
+SOURCE = Path(__file__).parent.parent / "src"
+AGAIN = "run the same command again: finished files are kept and only the rest is fetched"
+BIG = 1_600_000  # columns: 12.8 MB, more than the 10 MiB that huggingface_hub reads (and can resume) at a time
+
+CLIENT = """
+import json, sys, time
+from logo.adapters.hub import download_adapters
+from logo.errors import LoGoError
+for call in json.load(sys.stdin):
+    begin, answer = time.perf_counter(), {}
+    try:
+        answer["folder"] = str(download_adapters(**call))
+    except LoGoError as error:
+        answer.update(error=type(error).__name__, message=str(error))
+    print(json.dumps(answer | {"seconds": time.perf_counter() - begin}), flush=True)
+assert "torch" not in sys.modules
+"""
+
+# Fills the disk without filling the disk: no file may grow beyond 4 MB.
+SMALL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))\n" + CLIENT
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call of `download_adapters` did."""
+
+    seconds: float
+    folder: Path | None = None
+    error: str | None = None
+    message: str = ""
+
+    @property
+    def files(self) -> list[str]:
+        assert self.folder is not None, self.message
+        return contents(self.folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One client process."""
+
+    answers: list[Answer]
+    stderr: str
+
+
+def run_client(env: dict[str, str], *calls: dict[str, Any], script: str = CLIENT) -> Run:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))}
+    process = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        input=json.dumps(calls),
+        env=inherited | {"PYTHONPATH": str(SOURCE)} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 0, process.stderr
+    rows = [json.loads(line) for line in process.stdout.splitlines()]
+    answers = [Answer(**{**row, "folder": Path(row["folder"]) if "folder" in row else None}) for row in rows]
+    assert len(answers) == len(calls)
+    for answer in answers:
+        assert "\n" not in answer.message and len(answer.message) < 400
+        assert "token\n" not in answer.message and GOOD_TOKEN not in answer.message
+        assert STRANGER_TOKEN not in answer.message
+    return Run(answers, process.stderr)
+
+
+def fetch(env: dict[str, str], **call: Any) -> Answer:
+    return run_client(env, call).answers[0]
+
+
+def refusal(env: dict[str, str], **call: Any) -> str:
+    answer = fetch(env, **call)
+    assert answer.error == "HubError", answer
+    return answer.message
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def write_adapter(folder: Path, value: float = 0.0, *, columns: int = 4, weights: str = "safetensors") -> None:
+    """A PEFT folder of rank 2; `value` makes its files differ from other adapters' (equal files are stored once)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4 + value, "target_modules": ["q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    name = "base_model.model.model.layers.0.self_attn.q.lora_{}.weight"
+    tensors = {
+        name.format("A"): np.full((2, columns), value, np.float32),
+        name.format("B"): np.full((4, 2), -value, np.float32),
+    }
+    if weights == "safetensors":
+        save_file(tensors, folder / "adapter_model.safetensors")
+    elif weights == "pickle":
+        (folder / "adapter_model.bin").write_bytes(b"never unpickled %f" % value)
+
+
+def pair(*folders: str) -> list[str]:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return sorted(f"{folder}/{name}" for folder in folders for name in names)
+
+
+TASKS = ("arc.easy:v1.0", "flan/cot/ecqa", "flan/cot/gsm8k", "sst2 & more", "we[i]rd")
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with adapters at several depths, under names of every kind, and other things beside them."""
+    root = tmp_path_factory.mktemp("repo")
+    for value, task in enumerate(TASKS, 1):
+        write_adapter(root / "tasks" / task, value)
+    (root / "tasks" / "flan" / "README.md").write_text("not an adapter", encoding="utf-8")
+    (root / "tasks" / "we[i]rd" / "optimizer.pt").write_bytes(b"not fetched")
+    write_adapter(root / "tasks-2" / "lookalike", 91)
+    write_adapter(root / "weird", 92)
+    write_adapter(root / "pickled" / "only", 93, weights="pickle")
+    write_adapter(root / "empty", 94, weights="none")
+    write_adapter(root / "both", 95)
+    write_adapter(root / "both", 95, weights="pickle")
+    (root / "README.md").write_text("a pool", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("big")
+    write_adapter(root / "large", 1, columns=BIG)
+    write_adapter(root / "small", 2)
+    return root
+
+
+@pytest.fixture
+def hub(pool: Path) -> Iterator[HubServer]:
+    with HubServer({"org/pool": pool}, page_size=3) as server:
+        yield server
+
+
+# Downloads that succeed
+
+
+def test_fetches_every_adapter_below_the_folder_once_and_in_parallel(
+    hub: HubServer, pool: Path, tmp_path: Path
+) -> None:
+    hub.delay = 0.05
+    run = run_client(hub.env(tmp_path), {"repo_id": "org/pool", "subfolder": "./tasks//", "progress": False})
+    (answer,) = run.answers
+    assert answer.files == pair(*TASKS)
+    assert answer.folder is not None and answer.folder.name == "tasks" and tmp_path in answer.folder.parents
+    for name in answer.files:
+        assert (answer.folder / name).read_bytes() == (pool / "tasks" / name).read_bytes()
+    assert sorted(hub.fetched()) == [f"tasks/{name}" for name in pair(*TASKS)]
+    assert hub.peak > 1
+    assert sum(request.kind == "tree" for request in hub.requests) > 5
+    assert run.stderr == ""
+
+
+def test_a_second_run_asks_one_question_and_fetches_nothing(hub: HubServer, tmp_path: Path) -> None:
+    first = run_client(hub.env(tmp_path), {"repo_id": "org/pool", "subfolder": "tasks", "max_workers": 1})
+    assert hub.peak == 1
+    assert "Fetching 10 files" in first.stderr
+    hub.clear()
+    assert fetch(hub.env(tmp_path), repo_id="org/pool", subfolder="tasks").folder == first.answers[0].folder
+    assert [request.kind for request in hub.requests if "agent" not in request.path] == ["info"]
+
+
+def test_a_folder_name_is_not_a_pattern(hub: HubServer, tmp_path: Path) -> None:
+    calls = [{"repo_id": "org/pool", "subfolder": name} for name in ("tasks/we[i]rd", "tasks/arc.easy:v1.0", "tas*")]
+    weird, single, star = run_client(hub.env(tmp_path), *calls).answers
+    assert weird.files == single.files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(hub.fetched()) == [f"tasks/{name}" for name in pair("arc.easy:v1.0", "we[i]rd")]
+    assert star.error == "HubError" and "no folder 'tas*'" in star.message
+
+
+def test_revisions_are_commits_branches_and_tags(pool: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_adapter(first / "a", 1)
+    write_adapter(second / "a", 2)
+    with HubServer({}) as hub:
+        old = hub.add("org/moving", first, "main", "v1.0", "refs/pr/3")
+        new = hub.add("org/moving", second, "main")
+        revisions = [None, "v1.0", "refs/pr/3", old, new]
+        calls = [{"repo_id": "org/moving", "revision": revision} for revision in revisions]
+        answers = run_client(hub.env(tmp_path / "home"), *calls).answers
+    values = [load_file(answer.folder / "a/adapter_model.safetensors") for answer in answers if answer.folder]
+    assert [next(iter(tensors.values()))[0, 0] for tensors in values] == [2, 1, 1, 1, 2]
+
+
+def test_pickles_are_fetched_only_when_allowed(hub: HubServer, tmp_path: Path) -> None:
+    whole, only, allowed, none = run_client(
+        hub.env(tmp_path),
+        {"repo_id": "org/pool"},
+        {"repo_id": "org/pool", "subfolder": "pickled"},
+        {"repo_id": "org/pool", "subfolder": "pickled", "allow_pickle": True},
+        {"repo_id": "org/pool", "subfolder": "empty"},
+    ).answers
+    assert whole.folder is not None and hub.fetched(".bin") == ["pickled/only/adapter_model.bin"]
+    assert only.error == "HubError" and "its folder 'pickled' has pickled adapters only" in only.message
+    assert allowed.files == ["only/adapter_config.json", "only/adapter_model.bin"]
+    assert none.error == "HubError" and "no adapter_model.safetensors" in none.message
+
+
+# Without a connection
+
+
+def test_what_was_downloaded_works_without_a_connection(hub: HubServer, tmp_path: Path) -> None:
+    call = {"repo_id": "org/pool", "subfolder": "tasks/flan"}
+    online = fetch(hub.env(tmp_path), **call)
+    hub.clear()
+    assert fetch(hub.env(tmp_path, HF_HUB_OFFLINE="1"), **call).folder == online.folder
+    assert fetch(hub.env(tmp_path), **call, local_files_only=True).folder == online.folder
+    assert [request for request in hub.requests if "agent" not in request.path] == []
+    # Offline, a part that was not fetched is an error, not a pool of what happens to be there.
+    offline = hub.env(tmp_path, HF_HUB_OFFLINE="1")
+    calls = [{"repo_id": "org/pool", "subfolder": folder} for folder in ("tasks", "", "tasks/flam")]
+    bigger, whole, missing = run_client(offline, *calls).answers
+    for answer in (bigger, whole):
+        assert (
+            answer.message
+            == f"Hub repo org/pool: offline, and its cached copy is incomplete; with a connection, {AGAIN}"
+        )
+    assert "no folder 'tasks/flam'; did you mean 'tasks/flan'" in missing.message
+
+
+def test_a_hub_that_is_gone_is_no_obstacle_for_a_complete_copy(pool: Path, tmp_path: Path) -> None:
+    call = {"repo_id": "org/pool", "subfolder": "tasks/flan"}
+    with HubServer({"org/pool": pool}) as hub:
+        online = fetch(hub.env(tmp_path), **call)
+    again, wider = run_client(hub.env(tmp_path), call, {"repo_id": "org/pool", "subfolder": "tasks"}).answers
+    assert again.folder == online.folder
+    assert wider.message.startswith(
+        f"Hub repo org/pool: its cached copy is incomplete, and {hub.url} cannot be reached"
+    )
+
+
+def test_nothing_cached_and_no_connection(hub: HubServer, tmp_path: Path) -> None:
+    beginning, end = "Hub repo org/pool: not in the cache, and", "forbids to fetch it; unset that"
+    assert f"{beginning} HF_HUB_OFFLINE=1 {end}" in refusal(hub.env(tmp_path, HF_HUB_OFFLINE="1"), repo_id="org/pool")
+    local = refusal(hub.env(tmp_path), repo_id="org/pool", local_files_only=True)
+    assert f"{beginning} local_files_only {end}" in local
+    assert all("agent" in request.path for request in hub.requests)
+
+
+def test_a_file_lost_from_the_cache_is_missed(hub: HubServer, tmp_path: Path) -> None:
+    call = {"repo_id": "org/pool", "subfolder": "tasks"}
+    folder = fetch(hub.env(tmp_path), **call).folder
+    assert folder is not None
+    (folder / "flan/cot/ecqa/adapter_model.safetensors").unlink()
+    assert "cached copy is incomplete" in refusal(hub.env(tmp_path), **call, local_files_only=True)
+    assert fetch(hub.env(tmp_path), **call).files == pair(*TASKS)
+
+
+def test_a_copy_that_other_tools_left_is_not_taken_for_the_whole(hub: HubServer, tmp_path: Path) -> None:
+    script = """
+import huggingface_hub
+for name in ("adapter_config.json", "adapter_model.safetensors"):
+    huggingface_hub.hf_hub_download("org/pool", f"tasks/flan/cot/ecqa/{name}")
+"""
+    run_client(hub.env(tmp_path), script=script)
+    message = refusal(hub.env(tmp_path, HF_HUB_OFFLINE="1"), repo_id="org/pool", subfolder="tasks")
+    assert "nothing tells whether its cached copy is complete" in message
+    snapshot = Path(message.rpartition(": ")[2])
+    assert contents(snapshot / "tasks") == pair("flan/cot/ecqa")
+    assert fetch(hub.env(tmp_path), repo_id="org/pool", subfolder="tasks").files == pair(*TASKS)
+
+
+# What the Hub refuses
+
+
+def test_gated(pool: Path, tmp_path: Path) -> None:
+    call = {"repo_id": "org/gated", "subfolder": "weird"}
+    with HubServer({"org/gated": pool}, gated=["org/gated"]) as hub:
+        anonymous, stranger, invalid, broken, none = run_client(
+            hub.env(tmp_path),
+            call,
+            *({**call, "token": token} for token in (STRANGER_TOKEN, "revoked-token", f"{GOOD_TOKEN}\n", True)),
+        ).answers
+        member, again = (fetch(hub.env(tmp_path, HF_TOKEN=token), **call) for token in (GOOD_TOKEN, STRANGER_TOKEN))
+        content = [request for request in hub.requests if request.path.startswith("/cdn/")]
+    accept = f"accept the licence at {hub.url}/org/gated"
+    log_in = "set HF_TOKEN, or run `hf auth login`"
+    assert anonymous.message == f"Hub repo org/gated: access is gated; {accept} and {log_in}"
+    assert accept in stranger.message and "not on the list" in stranger.message and log_in in stranger.message
+    assert "does not accept this token" in invalid.message and "revoked" not in invalid.message
+    assert "could not be formed" in broken.message and "check HF_TOKEN" in broken.message
+    assert "none is stored" in none.message and log_in in none.message
+    assert {answer.error for answer in (anonymous, stranger, invalid, broken, none)} == {"HubError"}
+    assert member.files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert again.folder == member.folder  # cached: which huggingface_hub serves without asking for the files again
+    assert [request.token for request in content] == [None], "the token belongs to the Hub, not to its storage"
+
+
+def test_what_does_not_exist(pool: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}", encoding="utf-8")
+    single = tmp_path / "single"
+    write_adapter(single)
+    repos = {"org/pool": pool, "org/private": pool, "org/base": bare, "org/single": single}
+    cases = [
+        ({"repo_id": "org/nope"}, "not found at {url} (nor is it a local folder); check the name or, if it is private"),
+        ({"repo_id": "org/nope", "token": GOOD_TOKEN}, "not found at {url}"),
+        ({"repo_id": "org/private"}, "if it is private, set HF_TOKEN, or run `hf auth login`"),
+        ({"repo_id": "org/private", "token": STRANGER_TOKEN}, "if it is private, set HF_TOKEN"),
+        (
+            {"repo_id": "org/pool", "revision": "v9"},
+            "no revision 'v9'; see the branches, tags and commits at {url}/org/",
+        ),
+        ({"repo_id": "org/pool", "revision": "f" * 40}, f"no revision '{'f' * 40}'"),
+        ({"repo_id": "org/pool", "subfolder": "task"}, "no folder 'task'; did you mean 'tasks', 'tasks-2'"),
+        ({"repo_id": "org/pool", "subfolder": "tasks/flan/cot/esqa"}, "did you mean 'tasks/flan/cot/ecqa', "),
+        (
+            {"repo_id": "org/pool", "subfolder": "zzz"},
+            "folders with adapters: 'both', 'empty', 'pickled', 'pickled/only'",
+        ),
+        (
+            {"repo_id": "org/base"},
+            "it holds no adapter (no adapter_config.json); is it a base model, or another revision?",
+        ),
+        (
+            {"repo_id": "org/single", "subfolder": "x"},
+            "no folder 'x'; its one adapter is at the top: leave the folder out",
+        ),
+    ]
+    with HubServer(repos, private=["org/private"]) as hub:
+        env = hub.env(tmp_path / "home")
+        run = run_client(env, *({**call, "progress": False} for call, _ in cases), {"repo_id": "org/single"})
+        assert fetch(env, repo_id="org/private", subfolder="weird", token=GOOD_TOKEN).files
+    for (call, expected), answer in zip(cases, run.answers, strict=False):
+        assert answer.error == "HubError", call
+        assert answer.message.startswith(f"Hub repo {call['repo_id']}: ")
+        assert expected.format(url=hub.url) in answer.message
+    assert run.answers[-1].files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert "No files matched" not in run.stderr
+
+
+# Connections that fail
+
+
+def test_a_dropped_connection_resumes_where_it_broke_off(big: Path, tmp_path: Path) -> None:
+    name = "large/adapter_model.safetensors"
+    with HubServer({"org/big": big}) as hub:
+        hub.cut(name, after=12_000_000)
+        answer = fetch(hub.env(tmp_path), repo_id="org/big")
+        asked = [request for request in hub.requests if request.kind == "content" and request.file == name]
+    assert answer.folder is not None and (answer.folder / name).read_bytes() == (big / name).read_bytes()
+    assert [(request.status, request.range) for request in asked] == [(200, None), (206, f"bytes={10 * 2**20}-")]
+
+
+def test_a_download_that_fails_is_finished_by_the_next_one(big: Path, tmp_path: Path) -> None:
+    large, small = (f"{name}/adapter_model.safetensors" for name in ("large", "small"))
+    with HubServer({"org/big": big}) as hub:
+        env = hub.env(tmp_path)
+        hub.cut(large, times=FOREVER, after=0)
+        dropped = refusal(env, repo_id="org/big")
+        assert hub.fetched("small/adapter_model.safetensors") == [small]
+        assert len(hub.fetched(large)) > 1, "huggingface_hub tries again before it gives up"
+        incomplete = refusal(env, repo_id="org/big", local_files_only=True)
+        hub.cut(large, after=4_000_000, reset=True)
+        reset = refusal(env, repo_id="org/big")
+        hub.clear()
+        answer = fetch(env, repo_id="org/big")
+        assert hub.fetched() == [large]
+    assert dropped == f"Hub repo org/big: the connection to {hub.url} was lost (RemoteProtocolError); {AGAIN}"
+    assert "cached copy is incomplete" in incomplete
+    assert f"was lost (ReadError); {AGAIN}" in reset
+    assert answer.files == pair("large", "small")
+
+
+def test_a_hub_that_is_not_there_or_is_none(hub: HubServer, tmp_path: Path) -> None:
+    with HubServer({}) as closed:
+        pass
+    answer = fetch(closed.env(tmp_path), repo_id="org/pool")
+    reach = f"{closed.url} cannot be reached (ConnectError); check the connection and HF_ENDPOINT, then {AGAIN}"
+    assert answer.message == f"Hub repo org/pool: {reach}"
+    assert answer.seconds < 5, "no retries: huggingface_hub falls back to the cache at once"
+    nonsense = refusal(hub.env(tmp_path, HF_ENDPOINT=hub.url.removeprefix("http://")), repo_id="org/pool")
+    assert "(UnsupportedProtocol); check HF_TOKEN and HF_ENDPOINT" in nonsense
+    hub.outage = 503
+    assert f"{hub.url} answered with HTTP status 503; wait, then {AGAIN}" in refusal(
+        hub.env(tmp_path), repo_id="org/pool"
+    )
+    hub.outage = 429
+    assert "too many requests" in refusal(hub.env(tmp_path), repo_id="org/pool")
+
+
+def test_a_full_disk_and_a_cache_that_cannot_be_written(big: Path, tmp_path: Path) -> None:
+    occupied = tmp_path / "occupied"
+    occupied.write_text("a file where the cache should be", encoding="utf-8")
+    with HubServer({"org/big": big}) as hub:
+        env = hub.env(tmp_path)
+        (full,) = run_client(env, {"repo_id": "org/big"}, script=SMALL_DISK).answers
+        blocked = refusal(env, repo_id="org/big", cache_dir=str(occupied))
+        elsewhere = fetch(env, repo_id="org/big", cache_dir=str(tmp_path / "elsewhere"))
+    assert full.error == "HubError"
+    assert (
+        f"no space for the cache (File too large); free some, or set HF_HOME to another disk, then {AGAIN}"
+        in full.message
+    )
+    assert "the cache cannot be used" in blocked and str(occupied) in blocked and "writable folder" in blocked
+    assert elsewhere.folder is not None and tmp_path / "elsewhere" in elsewhere.folder.parents
+
+
+# What needs no server
+
+
+@pytest.mark.parametrize("subfolder", ["/etc", "../up", "a/../../b", "a\\b", "..", "a/b\n"])
+def test_a_folder_outside_the_repository_is_refused(subfolder: str) -> None:
+    with pytest.raises(UsageError, match=r"^Hub repo org/name: .* is not a folder inside it"):
+        download_adapters("org/name", subfolder=subfolder)
+
+
+@pytest.mark.parametrize("revision", ["", "../../main", "/main", "a b", "v1\n", "a..b", "a\\b"])
+def test_a_revision_that_git_would_refuse_is_refused(revision: str) -> None:
+    with pytest.raises(UsageError, match="is not a branch, a tag or a commit"):
+        download_adapters("org/name", revision=revision)
+
+
+@pytest.mark.parametrize(
+    "repo_id", ["", "name", "a/b/c", "../b", "a/..", "a--b/c", "a/b.git", "a/b c", "a/b\n", "-a/b"]
+)
+def test_what_is_no_repo_id(repo_id: str) -> None:
+    assert not is_hub_id(repo_id)
+    with pytest.raises(UsageError, match="is not a Hub repo id"):
+        download_adapters(repo_id)
+
+
+def test_a_repo_id_is_not_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("meta-llama/Llama-3.1-8B") and is_hub_id("adapters/pool_2")
+    (tmp_path / "adapters" / "pool_2").mkdir(parents=True)
+    assert not is_hub_id("adapters/pool_2")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("org/pool", ("org/pool", None, None)),
+        ("org/pool/", ("org/pool", None, None)),
+        ("org/pool/tasks/flan v2", ("org/pool", "tasks/flan v2", None)),
+        ("org/pool@v1.0", ("org/pool", None, "v1.0")),
+        ("org/pool/tasks/a@refs/pr/4", ("org/pool", "tasks/a", "refs/pr/4")),
+    ],
+)
+def test_specs(text: str, expected: tuple[str, str | None, str | None]) -> None:
+    assert split_hub_spec(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["pool", "./org/pool", "/org/pool", "~/pool", "org/pool@", "@v1", "org/pool/../x", "org/a@../b"]
+)
+def test_what_is_no_spec(text: str) -> None:
+    with pytest.raises(UsageError):
+        split_hub_spec(text)
+
+
+def test_the_errors_of_transformers_are_explained_too(pool: Path, tmp_path: Path) -> None:
+    script = """
+import json, sys, time
+from transformers.utils.hub import cached_file
+from logo.adapters.hub import hub_error
+for call in json.load(sys.stdin):
+    try:
+        cached_file(**call, filename="config.json")
+    except OSError as error:
+        message = str(hub_error(call["path_or_repo_id"], error, revision=call.get("revision")))
+        print(json.dumps({"seconds": 0, "message": message}))
+"""
+    calls: list[dict[str, Any]] = [
+        {"path_or_repo_id": "org/gated"},
+        {"path_or_repo_id": "org/gated", "token": STRANGER_TOKEN},
+        {"path_or_repo_id": "org/nope"},
+        {"path_or_repo_id": "org/pool", "revision": "v9"},
+        {"path_or_repo_id": "org/pool", "local_files_only": True},
+        {"path_or_repo_id": "not//an id"},
+    ]
+    with HubServer({"org/pool": pool, "org/gated": pool}, gated=["org/gated"]) as hub:
+        messages = [answer.message for answer in run_client(hub.env(tmp_path), *calls, script=script).answers]
+    expected = [
+        f"Hub repo org/gated: access is gated; accept the licence at {hub.url}/org/gated and set HF_TOKEN",
+        "Hub repo org/gated: access is gated and this token's account is not on the list",
+        f"Hub repo org/nope: not found at {hub.url}",
+        "Hub repo org/pool: it has no revision 'v9'",
+        "Hub repo org/pool: not in the cache, and local_files_only forbids to fetch it",
+        "Hub repo not//an id: not a valid repo id",
+    ]
+    for message, beginning in zip(messages, expected, strict=True):
+        assert message.startswith(beginning)
+
+
+def test_an_unknown_error_is_one_line_without_secrets() -> None:
+    error = RuntimeError("CAS said\nno: Bearer hf_SECRET")
+    assert str(hub_error("org/pool", error)) == "Hub repo org/pool: RuntimeError: CAS said"
+    error = RuntimeError("GET https://cas/x?X-Signature=SECRET with 'Bearer SECRET' or hf_SECRET failed")
+    assert (
+        str(hub_error("org/pool", error))
+        == "Hub repo org/pool: RuntimeError: GET https://cas/x... with '...' or ... failed"
+    )
+    assert isinstance(hub_error("org/pool", RuntimeError()), HubError)
+
+
+def test_importing_it_is_light() -> None:
+    script = "import sys, logo.adapters.hub; assert not {'huggingface_hub', 'torch'} & set(sys.modules), sys.modules"
+    run_client({}, script=script)
