@@ -91,8 +91,9 @@ class AdapterPool:
     ) -> AdapterPool:
         """Downloads (or finds in the cache) every adapter below `subfolder` of a Hub repository, and opens them.
 
-        What exists is listed from the Hub. Downloads run in parallel and resume; with `local_files_only` or
-        `HF_HUB_OFFLINE=1` the cache is used as it is. Names are relative to `subfolder`.
+        What exists is listed from the Hub. Downloads run in parallel; after an interruption only what is missing is
+        fetched. With `local_files_only` or `HF_HUB_OFFLINE=1` the cache is used as it is. Names are relative to
+        `subfolder`.
 
         Raises:
             HubError: the repository is gated, missing or unreachable, or holds no adapters there.

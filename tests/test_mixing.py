@@ -1,0 +1,297 @@
+"""The gated LoRA against PEFT, and against its own formula."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.layout import BaseLayout, linear_modules
+from logo.mixing import AdapterCache, GatedLoRA, Gates, Stack, WorkingSet
+from logo.mixing.gated import low_rank
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@st.composite
+def lora_configs(draw: Any) -> peft.LoraConfig:
+    """Any plain LoRA that PEFT can train on a small Llama."""
+    targets = draw(st.lists(st.sampled_from(TARGETS), min_size=1, max_size=4, unique=True))
+    # PEFT warns of keys that match nothing, and saves patterns sorted by key whatever order they were trained in.
+    keys = st.sampled_from(sorted([*targets, r"layers\.1\..*", r"layers\.[02]\..*"]))
+    return peft.LoraConfig(
+        r=draw(st.integers(1, 6)),
+        lora_alpha=draw(st.integers(1, 16)),
+        use_rslora=draw(st.booleans()),
+        target_modules=targets,
+        rank_pattern=dict(sorted(draw(st.dictionaries(keys, st.integers(1, 5), max_size=2)).items())),
+        alpha_pattern=dict(sorted(draw(st.dictionaries(keys, st.integers(1, 16), max_size=2)).items())),
+        task_type="CAUSAL_LM",
+    )
+
+
+def peft_model(base: nn.Module, configs: list[peft.LoraConfig], seed: int) -> peft.PeftMixedModel:
+    """All adapters on a copy of the base, with random B."""
+    made = peft.PeftMixedModel(copy.deepcopy(base), configs[0], "a0")
+    for i, config in enumerate(configs[1:], start=1):
+        made.add_adapter(f"a{i}", config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in made.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return made.eval()
+
+
+def save(model: peft.PeftMixedModel, folder: Path) -> list[Adapter]:
+    """Writes every adapter as PEFT does, and opens it."""
+    adapters = []
+    for name, config in model.peft_config.items():
+        state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        path = folder / name
+        path.mkdir(parents=True)
+        from safetensors.torch import save_file
+
+        save_file({k: v.contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
+        config.save_pretrained(str(path))
+        adapters.append(open_adapter(path, name))
+    return adapters
+
+
+def peft_logits(model: peft.PeftMixedModel, weights: dict[str, float], ids: Tensor, mask: Tensor) -> Tensor:
+    """PEFT's own forward with each adapter's scaling multiplied by its weight."""
+    from peft.tuners.lora import LoraLayer
+
+    model.set_adapter(list(weights))
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    saved = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling = {k: s * weights.get(k, 0.0) for k, s in layer.scaling.items()}
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+    for layer, scaling in zip(layers, saved, strict=True):
+        layer.scaling = scaling
+    return logits
+
+
+def working_set(base: nn.Module, adapters: list[Adapter]) -> WorkingSet:
+    layout = BaseLayout.of(base)
+    fitted = [adapter.fit(layout) for adapter in adapters]
+    return WorkingSet.build(fitted, dict(linear_modules(base)), AdapterCache(10**9), torch.float32)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data(), configs=st.lists(lora_configs(), min_size=1, max_size=4), seed=st.integers(0, 1000))
+def test_equals_peft(data: Any, configs: list[peft.LoraConfig], seed: int, tmp_path_factory: Any) -> None:
+    """Any ranks, alphas, rsLoRA, patterns, targets and gates, a different mixture in every row."""
+    base = tiny.model("llama")
+    oracle = peft_model(base, configs, seed)
+    adapters = save(oracle, tmp_path_factory.mktemp("peft"))
+    rows = data.draw(
+        st.lists(
+            st.lists(st.floats(-0.5, 1, width=32), min_size=len(adapters), max_size=len(adapters)),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    ids, mask = tiny.padded(tiny.prompts([7, 5, 3][: len(rows)], seed))
+    with torch.no_grad(), GatedLoRA(dict(linear_modules(base))).active(working_set(base, adapters), torch.tensor(rows)):
+        ours = base(input_ids=ids, attention_mask=mask).logits
+    for i, weights in enumerate(rows):
+        theirs = peft_logits(oracle, {a.name: w for a, w in zip(adapters, weights, strict=True)}, ids, mask)
+        length = int(mask[i].sum())
+        torch.testing.assert_close(
+            ours[i, :length], theirs[i, :length], rtol=1e-5, atol=1e-5 * float(theirs.abs().max())
+        )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "opt", "falcon", "gemma3"])
+def test_equals_peft_on_other_architectures(name: str, tmp_path: Path) -> None:
+    base = tiny.model(name)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules="all-linear", fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM"
+    )
+    oracle = peft_model(base, [config, config], seed=1)
+    adapters = save(oracle, tmp_path)
+    ids, mask = tiny.padded(tiny.prompts([6, 6]))
+    with (
+        torch.no_grad(),
+        GatedLoRA(dict(linear_modules(base))).active(
+            working_set(base, adapters), torch.tensor([[0.7, 0.3], [0.0, 1.0]])
+        ),
+    ):
+        ours = base(input_ids=ids, attention_mask=mask).logits
+    for i, weights in enumerate([{"a0": 0.7, "a1": 0.3}, {"a1": 1.0}]):
+        theirs = peft_logits(oracle, weights, ids, mask)[i]
+        torch.testing.assert_close(ours[i], theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+class Quantised(nn.Module):
+    """A linear layer as quantisers make them: int8 weights, no `weight` in float, only sizes and a call."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = float(linear.weight.abs().max()) / 127
+        self.register_buffer("packed", (linear.weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.packed.float() * self.scale).T
+
+
+def test_works_on_quantised_linear_layers(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    adapters = save(
+        peft_model(base, [peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")], 0), tmp_path
+    )
+    plain = working_set(base, adapters)
+    for layer in base.model.layers:
+        layer.self_attn.q_proj = Quantised(layer.self_attn.q_proj)
+    ids, mask = tiny.padded(tiny.prompts([5]))
+    seen = {}
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["x"], seen["y"] = inputs[0], output
+
+    quantised = base.model.layers[0].self_attn.q_proj
+    modules = dict(linear_modules(base))
+    assert "model.layers.0.self_attn.q_proj" in modules
+    with torch.no_grad(), GatedLoRA(modules).active(working_set(base, adapters), torch.tensor([[0.5]])):
+        handle = quantised.register_forward_hook(record)
+        base(input_ids=ids, attention_mask=mask)
+        handle.remove()
+    stack = plain.stacks["model.layers.0.self_attn.q_proj"]
+    expected = quantised(seen["x"]) + 0.5 * (seen["x"] @ stack.A.T) @ stack.B.T
+    torch.testing.assert_close(seen["y"], expected)
+
+
+def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    before = {name: parameter.clone() for name, parameter in base.state_dict().items()}
+    adapters = save(
+        peft_model(base, [peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")], 0), tmp_path
+    )
+    ids, mask = tiny.padded(tiny.prompts([6, 4]))
+    plain = base(input_ids=ids, attention_mask=mask).logits
+    gated = GatedLoRA(dict(linear_modules(base)))
+    attached = base(input_ids=ids, attention_mask=mask).logits
+    with gated.active(working_set(base, adapters), torch.tensor([[1.0], [0.0]])):
+        mixed = base(input_ids=ids, attention_mask=mask).logits
+    after = base(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(plain, attached) and torch.equal(plain, after)
+    assert not torch.allclose(plain[0], mixed[0])
+    torch.testing.assert_close(mixed[1], plain[1])  # a row with no mixture, in a batch where another has one
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in before.items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_an_exception_detaches_the_mixture(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    adapters = save(
+        peft_model(base, [peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")], 0), tmp_path
+    )
+    with (
+        pytest.raises(KeyboardInterrupt),
+        GatedLoRA(dict(linear_modules(base))).active(working_set(base, adapters), torch.ones(1, 1)),
+    ):
+        raise KeyboardInterrupt
+    assert not any(module._forward_hooks for module in base.modules())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    length=st.integers(1, 5),
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_packed_tokens_equal_rows(rows: int, length: int, ranks: list[int], seed: int) -> None:
+    """One gate per token over a packed sequence is the same as one gate per row of a padded batch."""
+    generator = torch.Generator().manual_seed(seed)
+    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+    stack = Stack(
+        torch.randn(sum(ranks), 6, generator=generator), torch.randn(5, sum(ranks), generator=generator), owner
+    )
+    x = torch.randn(rows, length, 6, generator=generator)
+    weights = torch.randn(rows, len(ranks), generator=generator)
+    by_row = low_rank(x, stack, Gates(weights))
+    per_token = weights.repeat_interleave(length, dim=0)
+    packed = low_rank(x.reshape(1, rows * length, 6), stack, Gates(per_token, per_token=True))
+    torch.testing.assert_close(packed.reshape(by_row.shape), by_row)
+    torch.testing.assert_close(low_rank(x, stack, Gates(per_token, per_token=True)), by_row)
+    flat = low_rank(x.reshape(rows * length, 6), stack, Gates(weights))  # OPT's MLP flattens its batch
+    torch.testing.assert_close(flat.reshape(by_row.shape), by_row)
+    expected = sum(
+        weights[:, i, None, None] * (x @ stack.A[owner == i].T) @ stack.B[:, owner == i].T for i in range(len(ranks))
+    )
+    torch.testing.assert_close(by_row, expected)
+
+
+def test_beams_repeat_their_row() -> None:
+    stack = Stack(torch.randn(2, 4), torch.randn(3, 2), torch.tensor([0, 1]))
+    x = torch.randn(2, 1, 4).repeat_interleave(3, dim=0)
+    weights = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    torch.testing.assert_close(
+        low_rank(x, stack, Gates(weights)), low_rank(x, stack, Gates(weights.repeat_interleave(3, dim=0)))
+    )
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_gates_that_do_not_fit_the_batch_are_refused(per_token: bool) -> None:
+    stack = Stack(torch.randn(1, 4), torch.randn(3, 1), torch.tensor([0]))
+    with pytest.raises(ValueError, match="cannot serve a batch of 5"):
+        low_rank(torch.randn(5, 1, 4), stack, Gates(torch.ones(2, 1), per_token=per_token))
+
+
+def test_gates_can_be_replaced_between_steps(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    adapters = save(
+        peft_model(base, [peft.LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM")], 0), tmp_path
+    )
+    ids, mask = tiny.padded(tiny.prompts([4]))
+    made = working_set(base, adapters)
+    gated = GatedLoRA(dict(linear_modules(base)))
+    with gated.active(made, torch.zeros(1, 1)) as mixture:
+        mixture.gates = Gates(torch.ones(1, 1))
+        replaced = base(input_ids=ids, attention_mask=mask).logits
+    with gated.active(made, torch.ones(1, 1)):
+        torch.testing.assert_close(base(input_ids=ids, attention_mask=mask).logits, replaced)
+
+
+def test_a_working_set_holds_only_what_its_adapters_touch(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    configs = [
+        peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM"),
+        peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    ]
+    made = working_set(base, save(peft_model(base, configs, 0), tmp_path))
+    assert made.stacks["model.layers.0.self_attn.q_proj"].owner.tolist() == [0, 0, 1, 1, 1]
+    assert made.stacks["model.layers.1.self_attn.q_proj"].owner.tolist() == [1, 1, 1]
+    assert "model.layers.0.self_attn.v_proj" not in made.stacks
+    assert len({id(stack.owner) for stack in made.stacks.values()}) == 2  # shared by modules of the same columns
+
+
+def test_the_cache_keeps_to_its_budget(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    configs = [peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")] * 3
+    adapters = save(peft_model(base, configs, 0), tmp_path)
+    one = sum(w.A.nbytes + w.B.nbytes for w in adapters[0].read().values())
+    cache = AdapterCache(2 * one)
+    for adapter in (adapters[0], adapters[1], adapters[0], adapters[2]):
+        cache.read(adapter)
+    assert cache.names == ("a0", "a2")
+    assert cache.bytes == 2 * one
+    assert cache.read(adapters[0]) is cache.read(adapters[0])

@@ -1,0 +1,87 @@
+"""Tiny random models of many architectures, made from their configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import nn
+
+COMMON: dict[str, Any] = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+LLAMA_LIKE: dict[str, Any] = {
+    **COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+GEMMA_LIKE = {**LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: tf.LlamaConfig(**LLAMA_LIKE),
+    "qwen2": lambda: tf.Qwen2Config(**LLAMA_LIKE, tie_word_embeddings=True),
+    "qwen3": lambda: tf.Qwen3Config(**LLAMA_LIKE, head_dim=16),
+    "gemma2": lambda: tf.Gemma2Config(**GEMMA_LIKE),
+    "gemma3": lambda: tf.Gemma3TextConfig(**GEMMA_LIKE),
+    "mistral": lambda: tf.MistralConfig(**LLAMA_LIKE, sliding_window=16),
+    "phi3": lambda: tf.Phi3Config(**LLAMA_LIKE),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(
+        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+    ),
+    "gpt2": lambda: tf.GPT2Config(**COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=128),
+    "opt": lambda: tf.OPTConfig(
+        **COMMON,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+    ),
+    "falcon": lambda: tf.FalconConfig(**COMMON, hidden_size=32, num_hidden_layers=3, num_attention_heads=4),
+    "falcon_heads": lambda: tf.FalconConfig(
+        **COMMON, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, multi_query=False
+    ),
+    "falcon_groups": lambda: tf.FalconConfig(
+        **COMMON,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+    ),
+}
+
+
+def model(name: str, seed: int = 0) -> nn.Module:
+    """A random causal LM in float32, weights large enough for outputs to differ."""
+    torch.manual_seed(seed)
+    made = tf.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    for parameter in made.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+    return made.eval().requires_grad_(False)
+
+
+def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Random token ids, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, COMMON["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+
+def padded(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, length) ids and mask."""
+    width = max(map(len, rows))
+    fill = [[COMMON["pad_token_id"]] * (width - len(row)) for row in rows]
+    marks = [[0] * len(f) for f in fill]
+    if side == "left":
+        ids = [f + r for f, r in zip(fill, rows, strict=True)]
+        mask = [m + [1] * len(r) for m, r in zip(marks, rows, strict=True)]
+    else:
+        ids = [r + f for f, r in zip(fill, rows, strict=True)]
+        mask = [[1] * len(r) + m for m, r in zip(marks, rows, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
