@@ -232,7 +232,7 @@ class LoGo:
             prompts: one prompt, or several (list in, list out, same order).
             adapters: instead of selecting: `{"name": weight, ...}`, or a `Selection`; `{}` is the base model alone.
                 A list gives each prompt its own (None: select).
-            max_new_tokens: default: the generation config's, else 256.
+            max_new_tokens: default: the generation config's, else 256 or half of the context, whichever is less.
             batch_size: prompts per forward pass.
             generation_config: any transformers config; default: greedy, whatever the checkpoint's own asks for.
             stop_at_newline: end each answer at its first line; `"official"`: by the official code's rule.
@@ -430,7 +430,9 @@ class LoGo:
             config = copy.deepcopy(config)
             config.update(**options)
         limit = max_new_tokens if max_new_tokens is not None else config.max_new_tokens
-        config.max_new_tokens = MAX_NEW_TOKENS if limit is None else limit
+        if limit is None:  # nobody asked: leave half of a short context to the prompt
+            limit = min(MAX_NEW_TOKENS, (self.prompts.context or 2 * MAX_NEW_TOKENS) // 2)
+        config.max_new_tokens = limit
         if config.max_new_tokens <= 0:
             raise UsageError(f"max_new_tokens: expected 1 or more, found {config.max_new_tokens}")
         if (config.num_return_sequences or 1) != 1:

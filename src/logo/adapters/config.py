@@ -92,7 +92,7 @@ def read_config(folder: Path) -> LoraConfig:
         raise Refusal(f"{CONFIG} is missing from {folder}") from None
     except OSError as error:
         raise Refusal(f"{CONFIG} cannot be read: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, endless numbers, endless nesting
         raise Refusal(f"{CONFIG} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise Refusal(f"{CONFIG} must hold an object, found {type(raw).__name__}")
@@ -103,27 +103,28 @@ def parse_config(raw: dict[str, Any]) -> LoraConfig:
     """Checks a configuration that was read from JSON; see `read_config`."""
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise Refusal(f"peft_type is {kind!r}; only 'LORA' adapters can be mixed")
+        raise Refusal(f"peft_type is {_short(kind)}; only 'LORA' adapters can be mixed")
     for key, message in _NOT_PLAIN.items():
         # An empty list of invocation tokens still makes PEFT build an aLoRA, so there the presence counts.
         if raw.get(key) or (key == "alora_invocation_tokens" and raw.get(key) is not None):
             raise Refusal(message.format(value=_short(raw[key])))
     if raw.get("bias", "none") != "none":
-        raise Refusal(f"bias is {raw['bias']!r}: it changes biases of the base model; only 'none' can be mixed")
+        raise Refusal(f"bias is {_short(raw['bias'])}: it changes biases of the base model; only 'none' can be mixed")
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and _CHANGED_BASE.match(init):
         raise Refusal(
-            f"init_lora_weights is {init!r}, which also changed the base weights; convert it to a plain LoRA first "
-            "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it to a plain LoRA "
+            "first (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
+    base_model = raw.get("base_model_name_or_path")
     known = _INFORMATIONAL | set(_NOT_PLAIN)
     return LoraConfig(
         r=_positive_int("r", raw.get("r", 8)),
         alpha=_number("lora_alpha", raw.get("lora_alpha", 8)),
-        rslora=bool(raw.get("use_rslora", False)),
+        rslora=_flag("use_rslora", raw.get("use_rslora")),
         rank_pattern={key: _positive_int("rank_pattern", v) for key, v in _pattern(raw, "rank_pattern").items()},
         alpha_pattern={key: _number("alpha_pattern", v) for key, v in _pattern(raw, "alpha_pattern").items()},
-        base_model=raw.get("base_model_name_or_path"),
+        base_model=base_model if isinstance(base_model, str) else None,
         unknown=tuple(sorted(set(raw) - known)),
     )
 
@@ -133,7 +134,11 @@ _T = TypeVar("_T", int, float)
 
 def _lookup(pattern: dict[str, _T], module: str, default: _T) -> _T:
     """PEFT's `get_pattern_key`: the first key in dict order that matches the end of the path wins."""
-    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((v for key, v in pattern.items() if re.match(_as_peft(key), module)), default)
+
+
+def _as_peft(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def _pattern(raw: dict[str, Any], key: str) -> dict[str, Any]:
@@ -142,9 +147,11 @@ def _pattern(raw: dict[str, Any], key: str) -> dict[str, Any]:
         raise Refusal(f"{key} must be an object of pattern: number, found {_short(value)}")
     for expression in value:
         try:
-            re.compile(expression)
-        except re.error as error:
-            raise Refusal(f"{key} has the key {expression!r}, which is not a regular expression: {error}") from error
+            re.compile(_as_peft(expression))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise Refusal(
+                f"{key} has the key {_short(expression)}, which is not a regular expression: {error}"
+            ) from error
     return value
 
 
@@ -155,9 +162,19 @@ def _positive_int(key: str, value: Any) -> int:
 
 
 def _number(key: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number that no float can hold
+        number = math.inf
+    if not math.isfinite(number):
         raise Refusal(f"{key} must be a finite number, found {_short(value)}")
-    return float(value)
+    return number
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool) and value is not None:
+        raise Refusal(f"{key} must be true or false, found {_short(value)}")
+    return bool(value)
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>.+))?\.weight$")
 _PREFIX = re.compile(r"^(?:_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.|base_model\.)+")
-_INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.)")
+_INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,15 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the weight file, equal to what `sha256sum` prints. Reads the whole file, once."""
-        return file_sha256(self.file.path)
+        """Digest of the weight file, equal to what `sha256sum` prints. Reads the whole file, once.
+
+        Raises:
+            AdapterError: the file became unreadable.
+        """
+        try:
+            return file_sha256(self.file.path)
+        except OSError as error:
+            raise AdapterError(self.name, f"{self.file.path.name} cannot be read: {_reason(error)}") from error
 
     def fit(self, layout: BaseLayout) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
@@ -99,10 +106,12 @@ class Adapter:
         fitted: dict[str, LoraModule] = {}
         problems: list[str] = []
         for path, module in self.modules.items():
-            target = layout.resolve(path)
-            if target is None:
-                problems.append(f"{path} (no such linear module)")
+            targets = layout.matches(path)
+            if len(targets) != 1:
+                among = f"may be any of {', '.join(sorted(targets)[:3])}" if targets else "no such linear module"
+                problems.append(f"{path} ({among})")
                 continue
+            target = targets[0]
             shape = layout.shapes[target]
             if (module.in_features, module.out_features) != (shape.in_features, shape.out_features):
                 problems.append(
@@ -126,7 +135,7 @@ class Adapter:
         """Reads the tensors of `modules` (default: all of them).
 
         Raises:
-            AdapterError: the file became unreadable, or a tensor holds NaN or Inf.
+            AdapterError: the file became unreadable, or a tensor is not of a float type, or holds NaN or Inf.
         """
         wanted = {path: self.modules[path] for path in (self.modules if modules is None else modules)}
         keys = [key for m in wanted.values() for key in (m.key_a, m.key_b)]
@@ -135,8 +144,14 @@ class Adapter:
         except Exception as error:  # safetensors raises its own Rust error type
             raise AdapterError(self.name, f"{self.file.path.name} cannot be read: {_reason(error)}") from error
         for key, tensor in tensors.items():
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                raise AdapterError(
+                    self.name,
+                    f"tensor {key} is stored as {tensor.dtype}; expected float16, bfloat16, float32 or float64",
+                )
             if not bool(tensor.isfinite().all()):
-                raise AdapterError(self.name, f"tensor {key} holds NaN or Inf values; the adapter is damaged")
+                found = "NaN" if bool(tensor.isnan().any()) else "Inf"
+                raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
         return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
 
 
@@ -162,7 +177,9 @@ def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: b
             raise Refusal(f"{file.path.name} cannot be read: {_reason(error)}") from error
         return Adapter(name, folder, config, _modules(shapes, config), file)
     except Refusal as refusal:
-        raise AdapterError(name, str(refusal)) from refusal.__cause__
+        raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
+    except OSError as error:  # the folder may not be entered
+        raise AdapterError(name, f"{folder} cannot be read: {_reason(error)}") from error
 
 
 def module_path(key_path: str) -> str:
@@ -185,19 +202,18 @@ def _weight_file(folder: Path, allow_pickle: bool) -> WeightFile:
 
 def _modules(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, LoraModule]:
     """Pairs the A and B tensors by module and checks each pair against the configuration."""
+    matches = {key: _LORA_KEY.match(key) for key in shapes}
+    names = {match["adapter"] or "unnamed" for match in matches.values() if match}
+    if len(names) > 1:
+        raise Refusal(f"the file holds several adapters ({', '.join(sorted(names))}); save each in a folder of its own")
     sides: dict[str, dict[str, str]] = {}
-    adapter_names = set()
-    for key in shapes:
-        match = _LORA_KEY.match(key)
+    for key, match in matches.items():
         if match is None:
             raise Refusal(_explain(key))
-        adapter_names.add(match["adapter"])
         pair = sides.setdefault(module_path(match["module"]), {})
         if match["side"] in pair:
             raise Refusal(f"two tensors for one module: {pair[match['side']]} and {key}")
         pair[match["side"]] = key
-    if len(adapter_names) > 1:
-        raise Refusal(f"the file holds several adapters ({', '.join(map(str, sorted(map(str, adapter_names))))})")
     if not sides:
         raise Refusal("the file holds no LoRA tensors: it would do nothing")
     return {path: _pair(path, pair, shapes, config) for path, pair in sides.items()}
@@ -237,5 +253,5 @@ def _explain(key: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
     return f"{text} (truncated or damaged?)" if type(error).__name__ == "SafetensorError" else text

@@ -66,20 +66,20 @@ class BaseLayout:
         prefix = getattr(model, "base_model_prefix", "")
         return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()))
 
-    def resolve(self, path: str) -> str | None:
-        """The base model's module that `path` names: the longest dotted suffix, up to wrapper segments in front.
+    def matches(self, path: str) -> list[str]:
+        """The modules that `path` may mean: the longest dotted suffix, up to wrapper segments in front.
 
         Everything below the wrappers has to agree, so layer 30 of one model never matches layer 3 of another.
-        Returns None when nothing matches, or more than one module does.
+        One is an answer; none or several are not.
         """
         if path in self.shapes:
-            return path
+            return [path]
         candidates = self._by_core.get(self._core(path), [])
         if len(candidates) > 1:
             segments = path.split(".")
             best = max(_common_suffix(segments, c.split(".")) for c in candidates)
             candidates = [c for c in candidates if _common_suffix(segments, c.split(".")) == best]
-        return candidates[0] if len(candidates) == 1 else None
+        return candidates
 
     def _core(self, path: str) -> str:
         segments = path.split(".")

@@ -9,6 +9,7 @@ import fnmatch
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -137,7 +138,7 @@ class AdapterPool:
         return f"AdapterPool({len(self)} adapters: {head})"
 
     def add(self, adapter: Adapter | str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
-        """Adds an opened adapter, or opens the PEFT folder given; `name` defaults to the folder's own name.
+        """Adds an opened adapter, or opens the PEFT folder given; `name` defaults to its own or the folder's name.
 
         Raises:
             AdapterError: the folder cannot be used.
@@ -145,6 +146,8 @@ class AdapterPool:
         """
         if not isinstance(adapter, Adapter):
             adapter = open_adapter(adapter, name, allow_pickle=allow_pickle)
+        elif name is not None:
+            adapter = replace(adapter, name=name)
         if adapter.name in self._adapters:
             raise PoolError(f"the pool already has an adapter {adapter.name!r}; remove it first or choose another name")
         last = next(reversed(self._adapters), "")
@@ -183,8 +186,10 @@ class AdapterPool:
         """A new pool whose adapters are matched to a base model's modules.
 
         Raises:
-            PoolError: an adapter does not fit and `on_bad_adapter` is `"error"`, or none fits at all.
+            PoolError: an adapter does not fit and `on_bad_adapter` is `"error"`, none fits at all, or there is none.
         """
+        if not len(self):
+            raise PoolError("the pool is empty: there is no adapter to fit to the base model")
         fitted, refused = [], []
         for adapter in self:
             try:
@@ -214,28 +219,46 @@ def survey(
     Raises:
         StorageError: `root` is not a readable folder.
     """
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
+    try:
+        found = "a folder" if root.is_dir() else "a file" if root.exists() else "nothing"
+        if found == "a folder":
+            os.scandir(root).close()
+    except OSError as error:
+        raise StorageError(f"adapter folder {root} cannot be read: {error.strerror or error}") from error
+    if found != "a folder":
         raise StorageError(f"adapter folder {root}: expected a folder, found {found}; check the path")
-    adapters, refused = [], []
-    for folder, name in _adapter_folders(root):
+    adapters: dict[str, Adapter] = {}
+    refused: list[AdapterError] = []
+    for folder, name in _adapter_folders(root, refused):
         try:
-            adapters.append(open_adapter(folder, name, allow_pickle=allow_pickle))
+            adapter = open_adapter(folder, name, allow_pickle=allow_pickle)
+            if name in adapters:
+                raise AdapterError(name, f"{adapters[name].folder} and {folder} have one name; rename one of them")
+            adapters[name] = adapter
         except AdapterError as error:
             refused.append(error)
     if verify is None:
-        verify = sum(adapter.size for adapter in adapters) <= VERIFY_UP_TO_BYTES
+        verify = sum(adapter.size for adapter in adapters.values()) <= VERIFY_UP_TO_BYTES
+    good = list(adapters.values())
     if verify:
-        adapters, damaged = _verified(adapters)
+        good, damaged = _verified(good)
         refused += damaged
-    return adapters, refused
+    return good, refused
 
 
-def _adapter_folders(root: Path) -> Iterator[tuple[Path, str]]:
-    """Folders below `root` that hold an adapter, with their names; hidden folders are left alone."""
+def _adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[Path, str]]:
+    """Folders below `root` that hold an adapter, with their names; hidden folders are left alone.
+
+    What lies in a folder that cannot be listed nobody knows, so it is `refused` instead of passed over.
+    """
+
+    def unreadable(error: OSError) -> None:
+        name = Path(error.filename).relative_to(root).as_posix()
+        refused.append(AdapterError(name, f"the folder cannot be listed: {error.strerror}"))
+
     marks = {CONFIG, SAFETENSORS, PICKLE}
     seen = set()
-    for current, folders, files in os.walk(root, followlinks=True):
+    for current, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         real = os.path.realpath(current)
         if real in seen:  # a link back into the tree
             folders.clear()

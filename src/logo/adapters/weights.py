@@ -6,6 +6,7 @@ Knows about files and tensors; knows nothing about LoRA.
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -62,10 +63,16 @@ class PickleFile:
     def _tensors(self) -> dict[str, torch.Tensor]:
         import torch
 
-        loaded = torch.load(self.path, map_location="cpu", weights_only=True)
-        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-            raise ValueError("not a dictionary of tensors")
-        return loaded
+        try:
+            loaded = torch.load(self.path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # torch's own text suggests weights_only=False, which runs the code
+            raise ValueError("it holds more than tensors, or is damaged; nothing in it was run") from error
+        if not isinstance(loaded, dict) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+            for key, value in loaded.items()
+        ):
+            raise ValueError("not a dictionary of dense tensors by name")
+        return {key: value.detach() for key, value in loaded.items()}  # parameters would carry gradients
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}

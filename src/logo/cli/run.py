@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 import typer
+
 from logo.cli.app import app
 from logo.errors import LoGoError, UsageError
 

@@ -114,7 +114,8 @@ def _point(model: nn.Module, layer_path: str, index: int, block: nn.Module, modu
     if len(matches) != 1:
         what = "matches several modules of" if matches else "is not a linear module of"
         listed = ", ".join(matches or linears)
-        raise ModelError(f"probe module {module!r} {what} {layer_path}{closest(inside, linears)}; there: {listed}")
+        hint = closest(inside, [*linears, *(path.rsplit(".", 1)[-1] for path in linears)])
+        raise ModelError(f"probe module {module!r} {what} {layer_path}{hint}; there: {listed}")
     return Point(index, layer_path, f"{layer_path}.{matches[0]}")
 
 

@@ -1,0 +1,257 @@
+"""The embedded demo world: what its rows promise, its tokenizer, and the assets that ship."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from logo import demo
+from logo.demo import phrasings, tasks, words
+from logo.demo.evaluate import NEUTRAL, greedy, load_deltas, mixed, normalise
+from logo.demo.pretrain import PretrainConfig, pretrain
+from logo.demo.tasks import TASKS, Task
+from logo.demo.tokenizer import build_tokenizer
+from logo.demo.train_adapters import AdapterConfig, quiet_states, train_adapter
+
+_TOKENIZER = build_tokenizer()
+BY_TASK = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+SMALL = PretrainConfig(steps=2, batch=4, hidden=32, layers=3, heads=2, intermediate=48)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[LlamaForCausalLM, AutoTokenizer]:
+    torch.set_num_threads(2)
+    model = LlamaForCausalLM.from_pretrained(demo.model_dir(), dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(demo.model_dir())
+
+
+def payload_of(row: tasks.Row) -> str:
+    return " and ".join(row.context[left:right].strip("'\"") for left, right in row.spans)
+
+
+@BY_TASK
+def test_phrasings_are_many_and_disjoint(task: Task) -> None:
+    train, held = task.train_templates, task.held_out_templates
+    assert len(set(train)) >= 12
+    assert len(set(held)) >= 4
+    everything_trained = {line for other in TASKS for line in other.train_templates}
+    assert everything_trained.isdisjoint(held)
+
+
+@BY_TASK
+def test_held_out_inputs_never_meet_their_instruction_in_training(task: Task) -> None:
+    rng = random.Random(5)
+    held = {payload_of(row) for row in tasks.held_out_rows(task, 48, 0)}
+    assert len(held) >= 12
+    for _ in range(400):
+        assert payload_of(tasks.train_row(task, rng)) not in held
+        assert payload_of(tasks.chat_row(task, rng)) not in held
+    for _ in range(400):
+        row = tasks.foreign_row(rng.choice(TASKS), rng)
+        assert row.asked != row.task
+        if row.asked == task.name:
+            assert payload_of(row) not in held
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if not task.closed], ids=lambda task: task.name)
+def test_rule_tasks_never_see_a_held_out_input_at_all(task: Task) -> None:
+    rng = random.Random(6)
+    for _ in range(300):
+        assert not tasks.is_held_out(task, payload_of(tasks.foreign_row(task, rng)))
+
+
+def test_rows_depend_on_the_seed_alone() -> None:
+    def draw(seed: int) -> list[tasks.Row]:
+        rng = random.Random(seed)
+        return [make(task, rng) for task in TASKS for make in (tasks.train_row, tasks.foreign_row, tasks.chat_row)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert tasks.held_out_rows(TASKS[0], 48, 3) == tasks.held_out_rows(TASKS[0], 48, 3)
+
+
+def expected(name: str, payload: str) -> str | None:
+    """The answer, worked out differently from the package where a rule allows it."""
+    numbers = [int(n) for n in payload.split(" and ")] if name in ("add_numbers", "larger_number") else []
+    tokens = payload.split(" ")
+    opposites = dict(words.ANTONYMS) | {right: left for left, right in words.ANTONYMS}
+    rules = {
+        "reverse_word": lambda: "".join(reversed(payload)),
+        "upper_case": lambda: "".join(chr(ord(c) - 32) for c in payload),
+        "remove_vowels": lambda: payload.translate(str.maketrans("", "", "aeiou")),
+        "count_letters": lambda: str(sum(1 for _ in payload)),
+        "first_letter": lambda: payload[:1],
+        "last_letter": lambda: payload[::-1][:1],
+        "antonym": lambda: opposites[payload],
+        "french": lambda: words.FRENCH[payload],
+        "capital": lambda: words.CAPITALS[payload],
+        "add_numbers": lambda: str(sum(numbers)),
+        "larger_number": lambda: str(sorted(numbers)[1]),
+        "last_word": lambda: payload.rsplit(" ", 1)[1],
+        "count_words": lambda: str(payload.count(" ") + 1),
+        "find_colour": lambda: next(word for word in tokens if word in words.COLOURS),
+        "find_name": lambda: next(word for word in tokens if word[0].isupper()),
+        "is_past": lambda: (
+            "yes" if any(word.endswith("ed") and word not in ("red", *words.NOUNS) for word in tokens) else "no"
+        ),
+    }
+    return rules[name]() if name in rules else None
+
+
+@BY_TASK
+def test_answers_are_right(task: Task) -> None:
+    rng = random.Random(7)
+    for row in [*tasks.held_out_rows(task, 48, 0), *(tasks.train_row(task, rng) for _ in range(200))]:
+        answer = expected(task.name, payload_of(row))
+        assert answer is None or row.completion == answer, row
+
+
+@pytest.mark.parametrize(
+    ("rule", "word", "answer"),
+    [
+        (tasks.plural, "box", "boxes"),
+        (tasks.plural, "lady", "ladies"),
+        (tasks.plural, "boy", "boys"),
+        (tasks.plural, "church", "churches"),
+        (tasks.plural, "cat", "cats"),
+        (tasks.past, "bake", "baked"),
+        (tasks.past, "carry", "carried"),
+        (tasks.past, "play", "played"),
+        (tasks.past, "stop", "stopped"),
+        (tasks.past, "fix", "fixed"),
+        (tasks.past, "open", "opened"),
+        (tasks.past, "rain", "rained"),
+        (tasks.past, "kiss", "kissed"),
+    ],
+)
+def test_grammar_rules(rule: object, word: str, answer: str) -> None:
+    assert callable(rule)
+    assert rule(word) == answer
+
+
+def test_neutral_texts_and_small_talk_ask_for_nothing() -> None:
+    assert set(NEUTRAL).isdisjoint(phrasings.SMALL_TALK)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=60))
+def test_tokenizer_decodes_back(text: str) -> None:
+    ids = _TOKENIZER(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert _TOKENIZER.decode(ids) == text
+    assert _TOKENIZER(text)["input_ids"][0] == _TOKENIZER.bos_token_id
+
+
+def test_words_of_requests_are_whole_and_payloads_are_spelled() -> None:
+    pieces = _TOKENIZER.tokenize("What is the opposite of hot?")
+    assert pieces == ["What", "Ġis", "Ġthe", "Ġopposite", "Ġof", "Ġ", "h", "o", "t", "?"]
+    assert len(_TOKENIZER) < 800
+
+
+def test_a_tiny_world_trains_and_leaves_its_base_alone(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    lines: list[str] = []
+    model = pretrain(_TOKENIZER, SMALL, 0, lines.append)
+    again = pretrain(_TOKENIZER, SMALL, 0, lines.append)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    assert all(torch.allclose(value, again.state_dict()[name], atol=1e-5) for name, value in weights.items())
+    config = AdapterConfig(rank=4, alpha=8, steps=2, batch=4)
+    states = quiet_states(model, _TOKENIZER, config.targets, 0)
+    train_adapter(model, _TOKENIZER, TASKS[0], config, 0, tmp_path / "plural", states)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    written = json.loads((tmp_path / "plural" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["base_model_name_or_path"] == "demo"
+    deltas = load_deltas(tmp_path / "plural")
+    assert set(deltas) == {
+        f"model.layers.{i}.self_attn.{part}" for i in range(SMALL.layers) for part in ("q_proj", "v_proj")
+    }
+    with mixed(model, [(deltas, 0.5)]):
+        changed = model.state_dict()["model.layers.0.self_attn.v_proj.weight"].clone()
+    name = "model.layers.0.self_attn.v_proj"
+    assert torch.allclose(changed, weights[f"{name}.weight"] + 0.5 * deltas[name], atol=1e-6)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def shipped() -> Iterator[Path]:
+    return (path for path in demo.assets_dir().rglob("*") if path.is_file())
+
+
+def test_assets_are_small_and_name_no_machine() -> None:
+    assert sum(path.stat().st_size for path in shipped()) <= 12_000_000
+    for path in shipped():
+        if path.suffix in (".json", ".jsonl", ".md", ".txt"):
+            text = path.read_text(encoding="utf-8")
+            assert "/work/" not in text and "/home/" not in text and "/tmp/" not in text, path
+    assert {path.name for path in demo.adapters_dir().iterdir()} == {task.name for task in TASKS}
+
+
+def test_the_shipped_rows_are_those_of_the_generator() -> None:
+    seed = demo.world()["seed"]
+    shown = demo.heldout()
+    assert set(shown) == {task.name for task in TASKS}
+    for task in TASKS:
+        rows = tasks.held_out_rows(task, len(shown[task.name]), seed)
+        assert len(rows) >= 40
+        assert shown[task.name] == [{"context": row.context, "completion": row.completion} for row in rows]
+    assert [row["task"] for row in demo.showcase()] == [task.name for task in TASKS]
+
+
+def test_the_build_met_its_targets() -> None:
+    average = demo.world()["average"]
+    assert average["base"] <= 0.30
+    assert average["oracle"] >= 0.85
+    assert average["uniform"] < average["oracle"] - 0.3
+    assert average["foreign"] < 0.2
+
+
+def test_the_package_reads_assets_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from logo import demo; "
+        "print(len(demo.heldout()), demo.model_dir().name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(TASKS)), "model"]
+
+
+def test_model_size_and_tokenizer(loaded: tuple[LlamaForCausalLM, AutoTokenizer]) -> None:
+    model, tokenizer = loaded
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 4_200_000
+    assert model.config.max_position_embeddings == 512
+    text = "Write the plural of 'box'."
+    assert tokenizer(text)["input_ids"] == _TOKENIZER(text)["input_ids"]
+    assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id
+    assert tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None
+
+
+def test_own_adapters_answer_and_the_base_does_not(loaded: tuple[LlamaForCausalLM, AutoTokenizer]) -> None:
+    model, tokenizer = loaded
+    rows = {name: held[:6] for name, held in demo.heldout().items()}
+
+    def matches(answering: LlamaForCausalLM, name: str) -> int:
+        answers = greedy(answering, tokenizer, [row["context"] for row in rows[name]])
+        golds = [row["completion"] for row in rows[name]]
+        return sum(normalise(answer) == normalise(gold) for answer, gold in zip(answers, golds, strict=True))
+
+    total = sum(map(len, rows.values()))
+    assert sum(matches(model, name) for name in rows) / total <= 0.3
+    peft: PeftModel | None = None
+    own = 0
+    for name in rows:
+        folder = str(demo.adapters_dir() / name)
+        if peft is None:
+            peft = PeftModel.from_pretrained(model, folder, adapter_name=name)
+        else:
+            peft.load_adapter(folder, adapter_name=name)
+        peft.set_adapter(name)
+        own += matches(peft.eval().base_model.model, name)
+    assert own / total >= 0.75

@@ -1,0 +1,210 @@
+"""Finding points in every architecture, and reading them in one short pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from logo.errors import ModelError, UsageError
+from logo.selection.points import Point, decoder_layers, find_points
+from logo.selection.probe import Probe
+
+QUERY = {
+    "llama": "model.layers.2.self_attn.q_proj",
+    "qwen2": "model.layers.2.self_attn.q_proj",
+    "qwen3": "model.layers.2.self_attn.q_proj",
+    "gemma2": "model.layers.2.self_attn.q_proj",
+    "gemma3": "model.layers.2.self_attn.q_proj",
+    "mistral": "model.layers.2.self_attn.q_proj",
+    "phi3": "model.layers.2.self_attn.qkv_proj",
+    "gpt_neox": "gpt_neox.layers.2.attention.query_key_value",
+    "gpt2": "transformer.h.2.attn.c_attn",
+    "opt": "model.decoder.layers.2.self_attn.q_proj",
+    "falcon": "transformer.h.2.self_attention.query_key_value",
+    "falcon_heads": "transformer.h.2.self_attention.query_key_value",
+    "falcon_groups": "transformer.h.2.self_attention.query_key_value",
+}
+FUSED = ["phi3", "gpt_neox", "gpt2", "falcon", "falcon_heads", "falcon_groups"]
+
+
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_finds_the_query_projection_of_the_last_layer(name: str) -> None:
+    [point] = find_points(tiny.model(name))
+    assert (point.layer, point.module) == (2, QUERY[name])
+    assert (point.rows is not None) == (name in FUSED)
+    assert point.rows is None or len(point.rows) == 32
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_query_rows_are_what_attention_takes_as_the_query(name: str) -> None:
+    """With all other rows zero there are no keys and no values left, so the layer's attention gives nothing, as if the
+    whole projection were zero; were one of the other rows a query row, or one of these a value row, it would not."""
+    model = tiny.model(name)
+    [point] = find_points(model, 2)
+    module = model.get_submodule(point.module)
+    assert point.rows is not None
+    rest = torch.ones(tiny_out_features(module), dtype=torch.bool)
+    rest[list(point.rows)] = False
+    ids, mask = tiny.padded(tiny.prompts([6]))
+    zero_rows(module, rest)
+    only_query = model(input_ids=ids, attention_mask=mask).logits
+    zero_rows(module, torch.ones_like(rest))
+    nothing = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(only_query, nothing)
+    # With only the query zeroed every token attends evenly, and values still come through.
+    again = tiny.model(name)
+    module = again.get_submodule(point.module)
+    zero_rows(module, ~rest)
+    flat = again(input_ids=ids, attention_mask=mask).logits
+    assert not torch.allclose(flat, nothing)
+
+
+def tiny_out_features(module: Any) -> int:
+    return int(module.nf if hasattr(module, "nf") else module.out_features)
+
+
+def zero_rows(module: Any, rows: Tensor) -> None:
+    """Zeroes output rows of a Linear or Conv1D, bias included."""
+    weight = module.weight.T if hasattr(module, "nf") else module.weight
+    weight[rows] = 0
+    if module.bias is not None:
+        module.bias[rows] = 0
+
+
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+@pytest.mark.parametrize("layer", [0, 2])
+def test_residual_equals_the_models_own_hidden_states(name: str, layer: int) -> None:
+    model = tiny.model(name)
+    ids, mask = tiny.padded(tiny.prompts([7, 4, 5]))
+    [hidden] = Probe(model, find_points(model, layer))(ids, mask)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
+    torch.testing.assert_close(hidden, expected[torch.arange(3), mask.sum(1) - 1])
+
+
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_projection_equals_what_the_module_receives(name: str) -> None:
+    model = tiny.model(name)
+    ids, mask = tiny.padded(tiny.prompts([6, 3]))
+    points = find_points(model, [0, 1, "last"])
+    seen: dict[str, Tensor] = {}
+
+    def record(path: str) -> Any:
+        return lambda module, args: seen.__setitem__(path, args[0])
+
+    handles = [model.get_submodule(p.module).register_forward_pre_hook(record(p.module)) for p in points]
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    for point, hidden in zip(points, Probe(model, points, "projection")(ids, mask), strict=True):
+        torch.testing.assert_close(hidden, seen[point.module][torch.arange(2), mask.sum(1) - 1])
+
+
+def test_stops_at_the_last_point() -> None:
+    model = tiny.model("llama")
+    calls: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, a, o, path=path: calls.append(path))
+    ids, mask = tiny.padded(tiny.prompts([5]))
+    Probe(model, find_points(model, 1))(ids, mask)
+    assert calls and all(path.startswith("model.layers.0.") for path in calls)
+    calls.clear()
+    Probe(model, find_points(model, [0, 1], "v_proj"), "projection")(ids, mask)
+    assert "model.layers.1.self_attn.v_proj" not in calls and "lm_head" not in calls
+
+
+def test_leaves_no_hooks_behind_even_after_an_error() -> None:
+    model = tiny.model("llama")
+    probe = Probe(model, find_points(model))
+    with pytest.raises(IndexError):
+        probe(torch.tensor([[10**6]]), torch.tensor([[1]]))
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), token=st.sampled_from(["last", "mean"]))
+def test_padding_and_company_do_not_matter(lengths: list[int], token: Any) -> None:
+    """A prompt reads the same alone as in a padded batch."""
+    model = LLAMA
+    probe = Probe(model, find_points(model, [0, -1]), "residual", token)
+    rows = tiny.prompts(lengths, seed=sum(lengths))
+    batched = probe(*tiny.padded(rows))
+    for i, row in enumerate(rows):
+        for together, alone in zip(batched, probe(*tiny.padded([row])), strict=True):
+            torch.testing.assert_close(together[i], alone[0])
+
+
+LLAMA = tiny.model("llama")
+
+
+def test_mean_is_over_all_prompt_tokens() -> None:
+    ids, mask = tiny.padded(tiny.prompts([4, 2]))
+    [hidden] = Probe(LLAMA, find_points(LLAMA, 1), token="mean")(ids, mask)
+    expected = LLAMA(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(hidden[0], expected[0].mean(0))
+    torch.testing.assert_close(hidden[1], expected[1, :2].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("layers", "module", "expected"),
+    [
+        ("last", "v_proj", ["model.layers.2.self_attn.v_proj"]),
+        (-2, "mlp.down_proj", ["model.layers.1.mlp.down_proj"]),
+        ([0, "1", "last", -1], None, [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1, 2)]),
+        ("1", "model.layers.1.self_attn.o_proj", ["model.layers.1.self_attn.o_proj"]),
+    ],
+)
+def test_points_by_name(layers: Any, module: str | None, expected: list[str]) -> None:
+    assert [point.module for point in find_points(LLAMA, layers, module)] == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "module", "error", "message"),
+    [
+        (3, None, UsageError, "probe_layer 3: the model has 3 layers, 0 to 2"),
+        ("first", None, UsageError, "expected 'last' or a whole number, found 'first'"),
+        ([], None, UsageError, "found an empty list"),
+        ("last", "q_porj", ModelError, "did you mean"),
+        ("last", "proj", ModelError, "is not a linear module"),
+    ],
+)
+def test_points_that_do_not_exist(layers: Any, module: str | None, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        find_points(LLAMA, layers, module)
+
+
+def test_a_model_without_a_known_query_says_what_can_be_named() -> None:
+    model = tiny.model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.mystery = layer.self_attn.q_proj
+        del layer.self_attn.q_proj
+    with pytest.raises(ModelError, match=r"no query projection in model.layers.2; name the module to probe: .*mystery"):
+        find_points(model)
+
+
+def test_the_text_model_is_found_inside_a_larger_one() -> None:
+    """A vision tower as deep as the text model is not taken for it."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = LLAMA.config
+            self.vision_tower = nn.ModuleDict({"layers": tiny.model("llama").model.layers})
+            self.language_model = tiny.model("llama").model
+
+    assert decoder_layers(Both())[0] == "language_model.layers"
+
+
+def test_a_point_that_is_never_reached_is_an_error() -> None:
+    model = tiny.model("llama")
+    model.spare = nn.Linear(4, 4)
+    with pytest.raises(ModelError, match="never reached spare"):
+        Probe(model, [Point(0, "spare", "spare")])(*tiny.padded(tiny.prompts([3])))
