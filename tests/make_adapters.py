@@ -87,6 +87,19 @@ def write_peft(
     return folder
 
 
+def load_peft(folder: Path, base: nn.Module | None = None) -> nn.Module:
+    """The base model with the adapter in it, as PEFT loads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base if base is not None else tiny.model("llama"), folder)
+
+
+def lora_layers(wrapped: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's adapted modules by their path in the base model."""
+    layers = wrapped.base_model.model.named_modules()
+    return {path: module for path, module in layers if isinstance(module, peft.tuners.lora.LoraLayer)}
+
+
 def edit_config(folder: Path, **changes: Any) -> Path:
     """Changes settings of an adapter that is there."""
     raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -163,6 +176,7 @@ REFUSED: dict[str, Callable[[Path], Path]] = {
     "olora": by_peft(init_lora_weights="olora"),
     "pissa": by_peft(init_lora_weights="pissa"),
     # the same, where only the tensors tell
+    "tensors_base_copy": by_peft(target_modules=["lm_head", "q_proj"]),
     "tensors_bias": lambda f: edit_config(write_peft(f, tiny.model("qwen2"), bias="lora_only"), bias="none"),
     "tensors_dora": lambda f: edit_config(write_peft(f, use_dora=True), use_dora=False),
     "tensors_embedding": lambda f: write_peft(

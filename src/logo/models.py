@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.hub import hub_error, is_hub_id
+from logo.adapters.hub import download_model, hub_error, is_hub_id
 from logo.adapters.layout import BaseLayout
 from logo.errors import LoGoError, ModelError, UsageError, closest
 
@@ -131,18 +131,17 @@ def load_base(
     import torch
     import transformers
 
-    source = resolve_base(base_model, model_dir)
     target = None if device_map is not None else pick_device(device)
     on_cpu = target is not None and target.type == "cpu"
-    common: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": False}
+    source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     with loading(base_model, source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=_dtype(dtype, torch.float32 if on_cpu else "auto"),
             device_map=device_map,
             use_safetensors=True,
-            **common,
+            trust_remote_code=False,
         )
     if target is not None:
         model = model.to(target)
@@ -187,6 +186,15 @@ def load_layout(base_model: str, *, model_dir: str | Path | None = None) -> Base
     with loading(base_model, source), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         return BaseLayout.of(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def fetch(source: str, *, revision: str | None = None, token: str | bool | None = None) -> str:
+    """The local folder of a base model: `source` itself, or where its Hub repository was downloaded to.
+
+    Raises:
+        HubError: the Hub refused or could not be reached.
+    """
+    return str(download_model(source, revision=revision, token=token)) if is_hub_id(source) else source
 
 
 @contextmanager

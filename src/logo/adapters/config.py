@@ -103,13 +103,13 @@ def parse_config(raw: dict[str, Any]) -> LoraConfig:
     """Checks a configuration that was read from JSON; see `read_config`."""
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise Refusal(f"peft_type is {_short(kind)}; only 'LORA' adapters can be mixed")
+        raise Refusal(f'peft_type is {_short(kind)}; only "LORA" adapters can be mixed')
     for key, message in _NOT_PLAIN.items():
         # An empty list of invocation tokens still makes PEFT build an aLoRA, so there the presence counts.
         if raw.get(key) or (key == "alora_invocation_tokens" and raw.get(key) is not None):
             raise Refusal(message.format(value=_short(raw[key])))
     if raw.get("bias", "none") != "none":
-        raise Refusal(f"bias is {_short(raw['bias'])}: it changes biases of the base model; only 'none' can be mixed")
+        raise Refusal(f'bias is {_short(raw["bias"])}: it changes biases of the base model; only "none" can be mixed')
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and _CHANGED_BASE.match(init):
         raise Refusal(

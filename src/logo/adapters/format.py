@@ -241,12 +241,19 @@ def _explain(key: str) -> str:
     """Why a tensor that is no plain lora_A or lora_B makes the adapter unmixable."""
     if "lora_embedding_" in key:
         return f"it adapts an embedding ({key}); only linear modules can be mixed"
+    if "trainable_tokens_" in key:
+        return f"it trains token embeddings ({key}), which cannot be mixed"
     if "lora_magnitude_vector" in key:
         return f"it holds a DoRA magnitude ({key}), which cannot be mixed"
     if re.search(r"\.lora_[AB](\..+)?\.bias$", key):
         return f"it has a bias on a LoRA factor ({key}); only bias-free adapters can be mixed"
     if key.endswith(".bias"):
         return f"it holds biases of the base model ({key}), which cannot be mixed"
+    if key.endswith(".base_layer.weight"):
+        return (
+            f"it holds a copy of a base weight ({key}), as PEFT adds when lm_head is adapted; if the vocabulary was "
+            "not resized, save it again with save_embedding_layers=False"
+        )
     if key.endswith(".weight") and ".lora_" not in key:
         return f"it holds full weights ({key}), as modules_to_save or resized embeddings do; they cannot be mixed"
     return f"tensor {key} is neither lora_A nor lora_B"

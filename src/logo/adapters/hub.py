@@ -22,7 +22,7 @@ from logo.errors import HubError, UsageError
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-__all__ = ["download_adapters", "hub_error", "is_hub_id", "split_hub_spec"]
+__all__ = ["download_adapters", "download_model", "hub_error", "is_hub_id", "split_hub_spec"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -91,6 +91,28 @@ def download_adapters(
         raise hub_error(repo_id, error, revision=revision) from error
     _require_adapters(repo_id, folder, files, allow_pickle)
     return snapshot / folder
+
+
+def download_model(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """Fetch a base model (configuration, tokenizer, safetensors) and return its local folder.
+
+    Unlike transformers' own download it tells within seconds that the Hub cannot be reached, and fetches no pickles.
+
+    Raises:
+        UsageError, HubError: as `download_adapters`.
+    """
+    _check_revision(repo_id, revision)
+    try:
+        return _snapshot(
+            repo_id,
+            revision=revision,
+            token=token,
+            progress=True,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            ignore_patterns=["*/*", "consolidated*", "adapter_*"],
+        )
+    except Exception as error:  # the boundary, as in download_adapters
+        raise hub_error(repo_id, error, revision=revision) from error
 
 
 def is_hub_id(text: str) -> bool:
@@ -334,7 +356,8 @@ def _transport_reason(kind: str) -> str:
     if kind in ("LocalProtocolError", "UnsupportedProtocol"):  # a token with a line break, an HF_ENDPOINT without http
         return f"the request to {constants.ENDPOINT} could not be formed ({kind}); check HF_TOKEN and HF_ENDPOINT"
     if kind in ("ConnectError", "ConnectTimeout", "ProxyError"):
-        return f"{constants.ENDPOINT} cannot be reached ({kind}); check the connection and HF_ENDPOINT, then {_AGAIN}"
+        where = f"{constants.ENDPOINT} cannot be reached ({kind}), and there is no local folder of that name"
+        return f"{where}; check the path, or the connection and HF_ENDPOINT, then {_AGAIN}"
     return f"the connection to {constants.ENDPOINT} was lost ({kind}); {_AGAIN}"
 
 

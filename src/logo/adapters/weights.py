@@ -43,12 +43,14 @@ class SafetensorsFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         from safetensors import safe_open
 
+        self.path.open("rb").close()  # safetensors calls a file that may not be read a missing one
         with safe_open(self.path, framework="numpy") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         from safetensors import safe_open
 
+        self.path.open("rb").close()
         with safe_open(self.path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in keys}
 

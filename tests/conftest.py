@@ -1,0 +1,9 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Tiny models gain nothing from threads and lose much to them on a busy machine; subprocesses inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

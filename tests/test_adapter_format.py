@@ -1,0 +1,541 @@
+"""A PEFT folder as an `Adapter`: equal to what PEFT loads from it, or refused in one line that says why."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as budget
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import tiny
+from logo.adapters.format import Adapter, module_path, open_adapter
+from logo.adapters.layout import BaseLayout
+from logo.adapters.weights import SafetensorsFile, _digest
+from logo.errors import AdapterError
+from make_adapters import (
+    CONFIG,
+    LLAMA,
+    ONE_KEY,
+    PICKLE,
+    REFUSED,
+    SAFETENSORS,
+    SEEN_WHEN_READ,
+    Q,
+    V,
+    damage,
+    edit_config,
+    edit_weights,
+    load_peft,
+    lora_layers,
+    settings,
+    tensors,
+    write,
+    write_drawer,
+    write_peft,
+)
+
+# What each refusal has to say, besides the name.
+REASONS = {
+    "ia3": 'peft_type is "IA3"; only "LORA" adapters can be mixed',
+    "alora": "it is an activated LoRA (alora_invocation_tokens)",
+    "arrow": "it is an Arrow router",
+    "bdlora": "BD-LoRA (use_bdlora)",
+    "bias_all": 'bias is "all"',
+    "bias_lora_only": 'bias is "lora_only"',
+    "dora": "DoRA (use_dora)",
+    "kasa": "KaSA",
+    "layer_replication": "it replicates layers of the base model (layer_replication: [[0, 2], [1, 3]])",
+    "lora_bias": "it has a bias on lora_B (lora_bias)",
+    "megatron": "it was trained on Megatron layers",
+    "modules_to_save": 'it replaces whole modules (modules_to_save: ["lm_head"])',
+    "monteclora": "MonteCLoRA",
+    "qalora": "QALoRA (use_qalora)",
+    "target_parameters": 'it adapts raw parameters (target_parameters: ["mlp.up_proj.weight"])',
+    "trainable_tokens": "it trains token embeddings (trainable_token_indices)",
+    "velora": "VeLoRA",
+    "corda": 'init_lora_weights is "corda"',
+    "lora_ga": 'init_lora_weights is "lora_ga"',
+    "olora": 'init_lora_weights is "olora"',
+    "pissa": 'init_lora_weights is "pissa"',
+    "tensors_base_copy": "it holds a copy of a base weight (base_model.model.lm_head.base_layer.weight)",
+    "tensors_bias": "it holds biases of the base model (base_model.model.model.layers.0.self_attn.q_proj.base_layer",
+    "tensors_dora": "it holds a DoRA magnitude (base_model.model.model.layers.0.self_attn.q_proj.lora_mag",
+    "tensors_embedding": "it adapts an embedding (base_model.model.model.embed_tokens.lora_embedding_A)",
+    "tensors_full": "it holds full weights (base_model.model.lm_head.weight)",
+    "tensors_lora_bias": "it has a bias on a LoRA factor (base_model.model.model.layers.0.self_attn.q_proj.lora_B",
+    "tensors_tokens": "it trains token embeddings (base_model.model.model.embed_tokens.token_adapter.tr",
+    "tensors_unknown": "tensor hada_w1_a is neither lora_A nor lora_B",
+    "empty": "the file holds no LoRA tensors",
+    "inf": f"tensor {ONE_KEY} holds Inf",
+    "integers": f"tensor {ONE_KEY} is stored as torch.int8; expected float16",
+    "lonely_lora_A": "module model.layers.0.self_attn.q_proj has no lora_B tensor",
+    "nan": f"tensor {ONE_KEY} holds NaN",
+    "rank_mismatch": f"{CONFIG} gives rank 8 to module model.layers.0.self_attn.q_proj, but its tensors have rank 4",
+    "shape_mismatch": "module model.layers.0.self_attn.q_proj has lora_A [3, 32] and lora_B [32, 4]; expected (r, in)",
+    "twice": f"two tensors for one module: {ONE_KEY} and {ONE_KEY.removeprefix('base_model.model.')}",
+    "two_adapters": "the file holds several adapters (first, second)",
+    "config_list": f"{CONFIG} must hold an object, found list",
+    "config_malformed": f"{CONFIG} is not valid JSON",
+    "config_missing": f"{CONFIG} is missing",
+    "pickled": f"its weights are pickled ({PICKLE}), and a pickle can run code",
+    "weights_missing": f"{SAFETENSORS} is missing",
+    "weights_truncated": f"{SAFETENSORS} cannot be read",
+}
+
+
+@pytest.fixture(scope="session")
+def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_drawer(tmp_path_factory.mktemp("drawer"))
+
+
+def refusal(folder: Path, name: str | None = None, **options: Any) -> AdapterError:
+    """The error that opening and reading the folder ends in; always one line that begins with the name."""
+    with pytest.raises(AdapterError) as caught:
+        open_adapter(folder, name, **options).read()
+    error = caught.value
+    assert error.name == (name if name is not None else folder.name)
+    assert str(error) == f"adapter {error.name!r}: {error.reason}"
+    assert len(str(error).splitlines()) == 1
+    return error
+
+
+# ---- refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_each_kind_that_cannot_be_mixed_is_refused_with_its_reason(drawer: Path, kind: str) -> None:
+    assert refusal(drawer / kind).reason.startswith(REASONS[kind])
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refusal_comes_at_opening_unless_only_the_values_tell(drawer: Path, kind: str) -> None:
+    if kind in SEEN_WHEN_READ:
+        open_adapter(drawer / kind)
+    else:
+        with pytest.raises(AdapterError):
+            open_adapter(drawer / kind)
+
+
+def test_no_two_kinds_have_the_same_reason(drawer: Path) -> None:
+    reasons = [refusal(drawer / kind).reason.replace(str(drawer / kind), "FOLDER") for kind in REFUSED]
+    assert len(set(reasons)) == len(REFUSED)
+
+
+def test_the_good_adapter_of_the_drawer_opens_and_reads(drawer: Path) -> None:
+    assert set(open_adapter(drawer / "good").read()) == set(LLAMA)
+
+
+def test_a_pissa_adapter_that_peft_converted_is_accepted(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="pissa")
+    wrapped = peft.get_peft_model(base, config)
+    with pytest.warns(UserWarning):
+        wrapped.peft_config["default"].init_lora_weights = True
+        wrapped.save_pretrained(tmp_path / "initial")
+        wrapped.peft_config["default"].init_lora_weights = "pissa"
+        for layer in lora_layers(wrapped).values():
+            layer.lora_B["default"].weight.data += 0.5
+        wrapped.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    weights = open_adapter(tmp_path / "plain").read()
+    for path, layer in lora_layers(wrapped).items():
+        merged = layer.base_layer.weight + layer.get_delta_weight("default")
+        torch.testing.assert_close(
+            before[f"{path}.weight"] + weights[path].scaled_b() @ weights[path].A.float(), merged, atol=1e-4, rtol=1e-4
+        )
+    assert open_adapter(tmp_path / "plain").ranks == (8,)
+
+
+# ---- accepted: the same modules, factors and scales as PEFT ---------------------------------------------------------
+
+ACCEPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {}),
+    "rslora": ("llama", {"use_rslora": True}),
+    "float_alpha": ("llama", {"lora_alpha": 2.5}),
+    "one_layer": ("llama", {"layers_to_transform": [1]}),
+    "layers_pattern": ("llama", {"layers_to_transform": [0, 2], "layers_pattern": "layers"}),
+    "excluded": ("llama", {"target_modules": "all-linear", "exclude_modules": ["down_proj"]}),
+    "regex": ("llama", {"target_modules": r".*\.(0|2)\.self_attn\.(q|o)_proj"}),
+    "all_linear": ("llama", {"target_modules": "all-linear"}),
+    "lm_head": ("llama", {"target_modules": ["lm_head", "q_proj"], "save": {"save_embedding_layers": False}}),
+    "ranks": ("llama", {"target_modules": "all-linear", "rank_pattern": {r"layers\.1\..*": 3, "mlp.*": 2}}),
+    "scales": ("llama", {"alpha_pattern": {"layers.2.self_attn.q_proj": 3, "v_proj": 5}, "use_rslora": True}),
+    "gaussian": ("llama", {"init_lora_weights": "gaussian"}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "conv1d_all": ("gpt2", {"target_modules": "all-linear", "fan_in_fan_out": True}),
+    "fused": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "gpt_neox": ("gpt_neox", {"target_modules": ["query_key_value"]}),
+    "with_biases": ("qwen2", {"target_modules": ["q_proj", "k_proj"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_what_is_read_is_what_peft_loads(tmp_path: Path, kind: str) -> None:
+    base, changes = ACCEPTED[kind]
+    write_peft(tmp_path, tiny.model(base), **changes)
+    layers = lora_layers(load_peft(tmp_path, tiny.model(base)))
+    adapter = open_adapter(tmp_path).fit(BaseLayout.of(tiny.model(base)))
+    weights = adapter.read()
+    assert set(adapter.modules) == set(layers) == set(weights)
+    for path, layer in layers.items():
+        assert adapter.modules[path].rank == layer.r["default"]
+        assert weights[path].scaling == layer.scaling["default"]
+        assert torch.equal(weights[path].A, layer.lora_A["default"].weight)
+        assert torch.equal(weights[path].B, layer.lora_B["default"].weight)
+        delta = weights[path].scaled_b() @ weights[path].A  # (out, in)
+        expected = layer.get_delta_weight("default")
+        torch.testing.assert_close(delta.T if layer.fan_in_fan_out else delta, expected)
+    assert adapter.config.unknown == ()
+
+
+def test_ranks_and_parameters_are_counted(tmp_path: Path) -> None:
+    write_peft(tmp_path, target_modules="all-linear", rank_pattern={"mlp.*": 2, "q_proj": 3})
+    adapter = open_adapter(tmp_path)
+    assert adapter.ranks == (2, 3, 4)
+    assert adapter.parameters == sum(tensor.numel() for tensor in SafetensorsFile(tmp_path / SAFETENSORS).read(
+        SafetensorsFile(tmp_path / SAFETENSORS).shapes()
+    ).values())  # fmt: skip
+    assert adapter.size == (tmp_path / SAFETENSORS).stat().st_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_keep_the_type_they_are_stored_in_and_scale_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    stored = tensors(dtype=dtype)
+    adapter = open_adapter(write(tmp_path, stored, lora_alpha=3))
+    weights = adapter.read()[f"model.layers.0.{Q}"]
+    assert weights.A.dtype == weights.B.dtype == dtype
+    assert torch.equal(weights.A, stored[ONE_KEY])
+    assert weights.scaled_b().dtype == torch.float32
+    assert torch.equal(weights.scaled_b(), stored[ONE_KEY.replace("lora_A", "lora_B")].float() * 0.75)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.int64])
+def test_other_types_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    stored = {key: value.abs().to(dtype) for key, value in tensors().items()}
+    assert f"is stored as {dtype}; expected float16" in refusal(write(tmp_path / "a", stored)).reason
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+PATH = f"model.layers.0.{Q}"
+VARIANTS = {
+    "peft": f"base_model.model.{PATH}.lora_A.weight",
+    "in memory": f"base_model.model.{PATH}.lora_A.default.weight",
+    "adapter name with dots": f"base_model.model.{PATH}.lora_A.flanv2.wmt16.weight",
+    "base_model only": f"base_model.{PATH}.lora_A.weight",
+    "no prefix": f"{PATH}.lora_A.weight",
+    "compiled": f"_orig_mod.base_model.model.{PATH}.lora_A.weight",
+    "compiled inside": f"base_model.model._orig_mod.{PATH}.lora_A.weight",
+    "compiled layer": f"base_model.model.model.layers.0._orig_mod.{Q}.lora_A.weight",
+    "compiled module": f"base_model.model.{PATH}._orig_mod.lora_A.weight",
+    "fsdp": f"base_model.model._fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module.{Q}.lora_A.weight",
+    "fsdp outside": f"_fsdp_wrapped_module.base_model.model.{PATH}.lora_A.weight",
+    "base_layer": f"base_model.model.{PATH}.base_layer.lora_A.weight",
+    "base_layer inside": "base_model.model.model.layers.0.self_attn.base_layer.q_proj.lora_A.weight",
+}
+
+
+@pytest.mark.parametrize("key", VARIANTS.values(), ids=VARIANTS)
+def test_wrappers_that_training_tools_leave_in_keys_are_removed(tmp_path: Path, key: str) -> None:
+    a, b = tensors({PATH: (32, 32)}, prefix="").values()
+    adapter = open_adapter(write(tmp_path, {key: a, key.replace("lora_A", "lora_B"): b}))
+    assert set(adapter.fit(BaseLayout.of(tiny.model("llama"))).modules) == {PATH}
+    assert torch.equal(next(iter(adapter.read().values())).A, a)
+
+
+WRAPPERS = st.lists(st.sampled_from(["_orig_mod", "_fsdp_wrapped_module", "base_layer"]), max_size=2)
+
+
+@given(st.data())
+def test_wrappers_anywhere_leave_the_path(data: st.DataObject) -> None:
+    segments = PATH.split(".")
+    front = data.draw(st.sampled_from(["", "base_model.model.", "_orig_mod.base_model.model."]))
+    wrapped = [part for segment in segments for part in (segment, *data.draw(WRAPPERS))]
+    assert module_path(front + ".".join(wrapped)) == PATH
+
+
+def test_a_module_name_that_only_resembles_a_wrapper_is_kept() -> None:
+    assert (
+        module_path("base_model.model.my_orig_mod.base_layers.0.base_layer_x")
+        == "my_orig_mod.base_layers.0.base_layer_x"
+    )
+
+
+def test_patterns_are_looked_up_without_the_wrappers(tmp_path: Path) -> None:
+    a, b = tensors({PATH: (32, 32)}, rank=2, prefix="").values()
+    key = VARIANTS["compiled layer"]
+    write(tmp_path, {key: a, key.replace("lora_A", "lora_B"): b}, rank_pattern={f"^{PATH}": 2})
+    assert open_adapter(tmp_path).modules[PATH].scaling == 4.0
+
+
+@pytest.mark.parametrize(
+    "shape_a, shape_b",
+    [((4, 32, 1), (32, 4)), ((4, 32), (32, 4, 1, 1)), ((0, 32), (32, 0)), ((4,), (4,)), ((32, 4), (32, 4))],
+    ids=["3-D", "convolution", "rank 0", "1-D", "transposed"],
+)
+def test_factors_of_other_shapes_are_refused_with_both(
+    tmp_path: Path, shape_a: tuple[int, ...], shape_b: tuple[int, ...]
+) -> None:
+    key_b = ONE_KEY.replace("lora_A", "lora_B")
+    folder = write(tmp_path / "a", {ONE_KEY: torch.ones(shape_a), key_b: torch.ones(shape_b)})
+    assert f"has lora_A {list(shape_a)} and lora_B {list(shape_b)}; expected" in refusal(folder).reason
+
+
+def test_a_key_with_line_breaks_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert "is neither lora_A nor lora_B" in refusal(write(tmp_path / "a", {"two\nlines\r\n": torch.ones(1)})).reason
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@budget(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_damaged_file_is_refused_in_one_line_or_still_an_adapter(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    write(folder, tensors({PATH: (32, 32)}))
+    content = bytearray((folder / SAFETENSORS).read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
+        content[place] ^= data.draw(st.integers(1, 255))
+    (folder / SAFETENSORS).write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        weights = open_adapter(folder).read()
+    except AdapterError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert all(bool(w.A.isfinite().all() and w.B.isfinite().all()) for w in weights.values())
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.1, 0.5, 0.999])
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path, keep: float) -> None:
+    path = write(tmp_path / "a") / SAFETENSORS
+    os.truncate(path, int(path.stat().st_size * keep))
+    assert re.match(rf"{SAFETENSORS} cannot be read: .*truncated or damaged", refusal(tmp_path / "a").reason)
+
+
+@pytest.mark.parametrize("name", ["dir", "dangling"])
+def test_what_is_no_file_is_no_weight_file(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "a")
+    (folder / SAFETENSORS).unlink()
+    (folder / SAFETENSORS).mkdir() if name == "dir" else (folder / SAFETENSORS).symlink_to("gone")
+    assert refusal(folder).reason.startswith(f"{SAFETENSORS} is missing")
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "nowhere").reason.startswith(f"{CONFIG} is missing from {tmp_path / 'nowhere'}")
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    assert refusal(tmp_path / "a.safetensors").reason == f"{CONFIG} cannot be read: Not a directory"
+
+
+def test_a_path_that_no_system_can_have_is_refused(tmp_path: Path) -> None:
+    assert "File name too long" in refusal(tmp_path / ("x" * 300)).reason
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder that everyone may enter, and for the test's length no rights beyond those of everyone."""
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        for path in folder.rglob("*"):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("locked", [CONFIG, SAFETENSORS, "."])
+def test_what_may_not_be_read_is_refused(as_nobody: Path, locked: str) -> None:
+    folder = write(as_nobody / "a")
+    open_adapter(folder).read()  # imports everything before rights are gone
+    (folder / locked).chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    assert "ermission denied" in refusal(folder).reason
+
+
+def test_a_file_that_is_gone_when_it_is_needed_is_refused(tmp_path: Path) -> None:
+    adapter = open_adapter(write(tmp_path / "a"))
+    shutil.rmtree(tmp_path / "a")
+    for use in (adapter.read, lambda: adapter.sha256):
+        with pytest.raises(AdapterError, match=rf"adapter 'a': {SAFETENSORS} cannot be read: No such file") as caught:
+            use()
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_file_that_was_replaced_meanwhile_is_refused(tmp_path: Path) -> None:
+    adapter = open_adapter(write(tmp_path / "a"))
+    save_file({"other": torch.ones(1)}, tmp_path / "a" / SAFETENSORS)
+    with pytest.raises(AdapterError, match=rf"{SAFETENSORS} cannot be read"):
+        adapter.read()
+
+
+def test_sha256_is_that_of_the_file(tmp_path: Path) -> None:
+    content = (write(tmp_path) / SAFETENSORS).read_bytes()
+    assert open_adapter(tmp_path).sha256 == hashlib.sha256(content).hexdigest()
+
+
+@given(st.binary(max_size=5000))
+def test_the_digest_of_older_pythons_is_the_same(content: bytes) -> None:
+    assert _digest(io.BytesIO(content)) == hashlib.sha256(content).hexdigest()
+
+
+# ---- lazy -----------------------------------------------------------------------------------------------------------
+
+
+def test_opening_reads_no_tensor(tmp_path: Path) -> None:
+    adapter = open_adapter(damage(write(tmp_path), float("nan")))  # the value is in the bytes, not in the header
+    with pytest.raises(AdapterError, match="holds NaN"):
+        adapter.read()
+
+
+def test_reading_some_modules_reads_only_those(tmp_path: Path) -> None:
+    adapter = open_adapter(damage(write(tmp_path), float("nan")))
+    other = f"model.layers.0.{V}"
+    assert set(adapter.read([other])) == {other}
+    with pytest.raises(AdapterError, match="holds NaN"):
+        adapter.read([PATH])
+
+
+def test_reading_nothing_reads_nothing(tmp_path: Path) -> None:
+    assert open_adapter(damage(write(tmp_path), float("nan"))).read([]) == {}
+
+
+# ---- pickles --------------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def pickled(folder: Path, content: object) -> Path:
+    write(folder)
+    (folder / SAFETENSORS).unlink()
+    torch.save(content, folder / PICKLE)
+    return folder
+
+
+def test_a_pickle_is_read_when_it_is_allowed(tmp_path: Path) -> None:
+    write_peft(tmp_path, save={"safe_serialization": False})
+    adapter = open_adapter(tmp_path, allow_pickle=True)
+    weights = adapter.read()
+    for path, layer in lora_layers(load_peft(tmp_path)).items():
+        assert torch.equal(weights[path].A, layer.lora_A["default"].weight)
+    assert adapter.sha256 == hashlib.sha256((tmp_path / PICKLE).read_bytes()).hexdigest()
+
+
+def test_a_pickle_that_runs_code_does_not_run_and_nobody_is_told_how_to(tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    folder = pickled(tmp_path / "evil", tensors() | {"x": Evil(mark)})
+    reason = refusal(folder, allow_pickle=True).reason
+    assert reason == f"{PICKLE} cannot be read: it holds more than tensors, or is damaged; nothing in it was run"
+    assert not mark.exists()
+    torch.load(folder / PICKLE, weights_only=False)
+    assert mark.exists()  # so the trap was a real one
+
+
+def test_a_pickle_is_not_even_opened_when_it_is_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pickled(tmp_path / "a", tensors())
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
+    assert "--allow-pickle" in refusal(folder).reason
+
+
+def test_safetensors_win_over_a_pickle_beside_them(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    (folder / PICKLE).write_bytes(b"never read")
+    assert set(open_adapter(folder, allow_pickle=True).read()) == set(LLAMA)
+
+
+def test_pickled_parameters_carry_no_gradient(tmp_path: Path) -> None:
+    folder = pickled(tmp_path / "a", {key: torch.nn.Parameter(value) for key, value in tensors().items()})
+    weights = open_adapter(folder, allow_pickle=True).read()[PATH]
+    assert not weights.A.requires_grad and not weights.B.requires_grad
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        list(tensors().values()),
+        {1: torch.ones(2)},
+        {"step": 3},
+        {"model": tensors()},
+        {key: value.to_sparse() for key, value in tensors().items()},
+    ],
+    ids=["list", "number key", "number", "nested", "sparse"],
+)
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
+    reason = refusal(pickled(tmp_path / "a", content), allow_pickle=True).reason
+    assert reason == f"{PICKLE} cannot be read: not a dictionary of dense tensors by name"
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"PK\x03\x04", b"\x80\x02N."])
+def test_a_damaged_pickle_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    folder = pickled(tmp_path / "a", {})
+    (folder / PICKLE).write_bytes(content)
+    reason = refusal(folder, allow_pickle=True).reason
+    assert reason.startswith(f"{PICKLE} cannot be read: ")
+    assert "weights_only" not in reason
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["with space", "ünï-çødé 模型", "flanv2.wmt16_translate.1", "lora_A", "weight", "a'b"])
+def test_the_name_is_the_folders_own_whatever_it_is(tmp_path: Path, name: str) -> None:
+    assert open_adapter(write(tmp_path / name)).name == name
+
+
+def test_the_name_of_the_current_folder_is_its_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path / "here"))
+    assert open_adapter(".").name == "here"
+
+
+def test_a_name_can_be_given(tmp_path: Path) -> None:
+    assert open_adapter(write(tmp_path / "a"), "group/a.b").name == "group/a.b"
+
+
+def test_a_name_with_a_line_break_is_shown_in_one_line(tmp_path: Path) -> None:
+    refusal(write(tmp_path / "two\nlines", r=3))
+    refusal(tmp_path / "no\nwhere")
+
+
+def test_settings_do_not_leak_between_adapters(tmp_path: Path) -> None:
+    first = open_adapter(write(tmp_path / "a", lora_alpha=8))
+    second = open_adapter(edit_config(write(tmp_path / "b"), lora_alpha=16))
+    assert isinstance(first, Adapter)
+    assert second.modules[PATH].scaling == 2 * first.modules[PATH].scaling
+    assert settings()["lora_alpha"] == 8
+
+
+def test_more_than_one_module_may_have_ranks_of_its_own(tmp_path: Path) -> None:
+    folder = write(tmp_path, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 1})
+    edit_weights(folder, lambda w: w.update(tensors({p: s for p, s in LLAMA.items() if p.endswith(Q)}, rank=2)))
+    scales = {path.rsplit(".")[-1]: (m.rank, m.scaling) for path, m in open_adapter(folder).modules.items()}
+    assert scales == {"q_proj": (2, 4.0), "v_proj": (4, 0.25)}
