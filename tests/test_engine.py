@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
 
@@ -67,8 +67,8 @@ def adapters(llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def engine(model: nn.Module, adapters: Path, bos: bool = True, **settings: Any) -> LoGo:
-    made = LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=SelectionSettings.of(**{"k": 3, **settings}))  # fmt: skip
-    return made
+    chosen = SelectionSettings.of(**{"k": 3, **settings})
+    return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen)
 
 
 PROMPTS = ["w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26", "w7 w8", "w40 w41 w42 w43"]
@@ -276,7 +276,8 @@ def test_residual_needs_a_module_of_its_width(llama: nn.Module, tmp_path: Path) 
     write_adapter(tmp_path / "mlp", llama, ("down_proj",), rank=2, seed=5)
     with pytest.raises(UsageError, match="takes 48 features, the residual stream has 32; use probe_input 'projection'"):
         engine(llama, tmp_path, k=1, probe_module="down_proj")
-    assert engine(llama, tmp_path, k=1, probe_module="down_proj", probe_input="projection").select("w3").adapters == ("mlp",)  # fmt: skip
+    logo = engine(llama, tmp_path, k=1, probe_module="down_proj", probe_input="projection")
+    assert logo.select("w3").adapters == ("mlp",)
 
 
 def test_k_larger_than_the_pool_warns_once(llama: nn.Module, adapters: Path) -> None:

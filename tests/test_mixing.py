@@ -8,12 +8,12 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tiny
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout, linear_modules
 from logo.mixing import AdapterCache, GatedLoRA, Gates, Stack, WorkingSet

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tiny
 from logo.errors import ModelError, UsageError
 from logo.selection.points import Point, decoder_layers, find_points
 from logo.selection.probe import Probe

@@ -20,7 +20,6 @@ def _dashed(name: str) -> str:
 
 app = typer.Typer(
     name="logo",
-    help="LoGo: many LoRA adapters on one language model, picked and mixed for every single input.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,17 +29,28 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"logo {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, show_default=False)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+            show_default=False,
+        ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)] = False,
 ) -> None:
+    """LoGo: many LoRA adapters on one language model, picked and mixed for every single input."""
     # --debug is taken off the command line in logo.cli.run, wherever it stands; here it is only documented.
-    if version:
-        typer.echo(f"logo {__version__}")
-        raise typer.Exit
 
 
 app.command("demo")(demo.demo)

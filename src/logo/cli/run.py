@@ -14,6 +14,7 @@ from logo.cli.app import app
 from logo.errors import LoGoError, UsageError
 
 DEBUG = "--debug"
+INTERRUPTED = 130
 
 # Typer ships its parser's error classes without exporting them all: BadParameter -> UsageError -> ClickException.
 PARSER_USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
@@ -30,6 +31,8 @@ def run(argv: list[str]) -> int:
     try:
         result = app(args=argv, prog_name="logo", standalone_mode=False)
         sys.stdout.flush()
+        if result == INTERRUPTED:  # typer turns Ctrl-C into an exit code
+            return _fail("interrupted", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except BaseException as error:
         if debug:
@@ -41,11 +44,8 @@ def _explain(error: BaseException) -> int:
     """Prints what went wrong as one line and returns the exit code."""
     if isinstance(error, typer.Exit):
         return error.exit_code
-    if isinstance(error, BrokenPipeError):  # the reader has seen enough, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     if isinstance(error, PARSER_USAGE_ERROR):
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()

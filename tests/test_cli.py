@@ -1,0 +1,230 @@
+"""The command line as its users meet it: real processes for the main jobs, one line for everything that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logo.cli.run import run
+
+ROOT = Path(__file__).parent.parent
+F1 = Path(__file__).parent / "data" / "golden" / "F1"
+DATA = Path(__file__).parent / "data"
+ENGINE = ["--base-model", str(F1 / "model"), "--adapters", str(F1 / "adapters"), "--gpu", "-1"]
+FILES = {
+    "eval_results.json",
+    "predictions.json",
+    "selected_loras.json",
+    "weights.json",
+    "metric_dict.json",
+    "time_dict.json",
+    "run.json",
+}
+
+
+def logo(*arguments: str, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from logo.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd, **kwargs)
+
+
+def evaluate_arguments(result_dir: Path, *more: str) -> list[str]:
+    return [
+        *("--dataset", "bbh.boolean_expressions", "--data_dir", str(DATA), "--base_model", str(F1 / "model")),
+        *("--adapters", str(F1 / "adapters"), "--n_selected_modules", "3", "--limit", "4", "--max_new_tokens", "8"),
+        *("--gpu", "-1", "--result_dir", str(result_dir), *more),
+    ]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
+
+
+def test_help_is_light() -> None:
+    """No torch, no transformers for --help; every command explains itself with an example."""
+    code = (
+        "import sys; from logo.cli.run import run; code = run(['--help']); "
+        "heavy = [m for m in ('torch', 'transformers', 'huggingface_hub', 'nltk', 'safetensors') if m in sys.modules]; "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "generate", "select", "evaluate", "pool"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", [["demo"], ["generate"], ["select"], ["evaluate"], ["pool", "inspect"]])
+def test_every_command_has_help_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command, "--help"]) == 0
+    assert "Example: logo" in " ".join(capsys.readouterr().out.split())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("logo 0.")
+
+
+def test_select_prints_a_table_and_json() -> None:
+    table = logo("select", "Hello there", *ENGINE, "-k", "3")
+    assert table.returncode == 0, table.stderr
+    assert "weight" in table.stdout and "█" in table.stdout
+    done = logo("select", "Hello there", "Good bye", *ENGINE, "-k", "3", "--json")
+    records = json.loads(done.stdout)
+    assert [record["prompt"] for record in records] == ["Hello there", "Good bye"]
+    for record in records:
+        assert len(record["adapters"]) == len(record["weights"]) == 3
+        assert record["adapters"][0] == max(record["scores"], key=record["scores"].get)
+        assert record["adapters"][0] in table.stdout or record["prompt"] != "Hello there"
+
+
+def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["tokens"] == 5 and record["finish_reason"] == "length" and len(record["adapters"]) == 12
+    assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--base-only"]) == 0
+    captured = capsys.readouterr()
+    assert "base model alone" in captured.err
+    assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--adapter", "ad03=0.5", "--json"]) == 0
+    forced = json.loads(capsys.readouterr().out)
+    assert (forced["adapters"], forced["weights"]) == (["ad03"], [0.5])
+    assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--sample", "--seed", "7", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["text"]
+    assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--sample", "--seed", "7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == first
+
+
+def test_prompts_from_stdin_and_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    done = logo("select", "-", "--file", str(tmp_path / "prompts.txt"), *ENGINE, "-k", "1", "--json", input="zero\n")
+    assert [record["prompt"] for record in json.loads(done.stdout)] == ["zero", "one", "two"]
+
+
+def test_evaluate_and_the_official_script_write_the_same_files(tmp_path: Path) -> None:
+    ours = logo("evaluate", *evaluate_arguments(tmp_path / "ours", "--probe-context", "carry"), cwd=ROOT)
+    assert ours.returncode == 0, ours.stderr
+    name = "model_selection_norm_n_3_seed_0/bbh.boolean_expressions"
+    assert ours.stdout.splitlines() == ["Accuracy: 0.00", str(tmp_path / "ours" / name)]
+    official = subprocess.run(
+        [sys.executable, "main.py", *evaluate_arguments(tmp_path / "official")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
+    assert official.returncode == 0, official.stderr
+    mine, theirs = read(tmp_path / "ours" / name), read(tmp_path / "official" / name)
+    assert set(mine) == set(theirs) == FILES
+    assert all(mine[file] == theirs[file] for file in FILES - {"time_dict.json", "run.json"})
+    assert len(mine["predictions.json"]) == 4 and len(mine["metric_dict.json"]["norm"][0]) == 12
+    assert set(mine["time_dict.json"]) >= {"loading", "inference"}
+    recorded = theirs["run.json"]
+    assert recorded["options"]["preset"] == "official" and recorded["options"]["probe_context"] == "carry"
+    assert list(recorded["pool"]) == [f"ad{i:02}" for i in range(12)]
+
+
+def test_evaluate_several_datasets_in_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = evaluate_arguments(tmp_path, "--batch_size", "4", "--json")
+    arguments[1] = "bbh.*"
+    assert run(["evaluate", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert [summary["dataset"] for summary in json.loads(captured.out)] == [
+        "bbh.boolean_expressions",
+        "bbh.word_sorting",
+    ]
+    assert "left out: bbh.causal_judgement" in captured.err
+
+
+def test_main_without_the_package_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text((ROOT / "main.py").read_text())
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-S", "-I", "main.py"], cwd=tmp_path, capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 1 and "run `make demo`" in done.stderr
+
+
+BAD = {
+    "no such folder": (["select", "x", "--adapters", "/no/such"], 1, "adapter folder /no/such: expected a folder"),
+    "k": (["select", "x", *ENGINE, "-k", "0"], 2, "expected 1 or more, found 0"),
+    "empty prompt": (["generate", "  ", *ENGINE], 2, "prompt 1 is empty"),
+    "no prompt": (["generate", *ENGINE], 2, "no prompt"),
+    "option": (["select", "x", "--base-modle", "y"], 2, "--base-model"),
+    "choice": (["select", "x", *ENGINE, "--probe-context", "all"], 2, "'base', 'pool', 'carry'"),
+    "signal": (["select", "x", *ENGINE, "--selection_strategy", "nrom"], 2, "did you mean 'norm'"),
+    "command": (["slect", "x"], 2, "select"),
+    "base model": (["select", "x", "--base-model", "Qwen2.5-8B", *ENGINE[2:]], 1, "did you mean 'Qwen2.5-7B'"),
+    "weight": (["generate", "x", *ENGINE, "--adapter", "ad01=much"], 2, "expected NAME or NAME=WEIGHT"),
+    "adapter": (["generate", "x", *ENGINE, "--adapter", "ad99"], 1, "did you mean 'ad0"),
+    "layer": (["select", "x", *ENGINE, "--probe-layer", "7"], 2, "the model has 4 layers"),
+    "context": (["generate", "x", *ENGINE, "--max-new-tokens", "5000"], 2, "context holds 4096 tokens"),
+    "prompt file": (["select", "--file", "/no/such", *ENGINE], 1, "prompt file /no/such"),
+    "pool": (["pool", "inspect", "/no/such"], 1, "expected a folder, found nothing"),
+    "dtype": (["select", "x", *ENGINE, "--dtype", "int8"], 2, "expected 'auto', 'float32'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, code, message = BAD[case]
+    assert run(arguments) == code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line and not line.startswith("No --base-model")]
+    assert len(lines) == 1 and lines[0].startswith("logo: error: ") and message in lines[0]
+    assert captured.out == "" and "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["select", "x", "--adapters", "/no/such", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def evaluate_bad(tmp_path: Path, *arguments: str) -> list[str]:
+    return ["evaluate", *evaluate_arguments(tmp_path / "results"), *arguments]
+
+
+def test_bad_data_and_results_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "bbh" / "navigate" / "test.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text('{"context": "a", "completion": "b"}\n{"context": "a"\n')
+    (tmp_path / "file").write_text("")
+    cases = {
+        "test.jsonl:2: expected": ["--data_dir", str(tmp_path), "--dataset", "bbh.navigate"],
+        "did you mean 'bbh.boolean_expressions'": ["--dataset", "bbh.boolean_expression"],
+        "limit": ["--limit", "0"],
+        "cannot be written": ["--result_dir", str(tmp_path / "file" / "results")],
+        "batch_size": ["--batch_size", "0"],
+    }
+    for message, arguments in cases.items():
+        assert run(evaluate_bad(tmp_path, *arguments)) in (1, 2)
+        err = capsys.readouterr().err
+        assert message in err and len(err.splitlines()) == 1
+    assert not [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+
+
+def test_an_interrupted_run_keeps_the_earlier_result(tmp_path: Path) -> None:
+    """Ctrl-C in the middle: exit code 130, one line, the result that was there is untouched."""
+    assert logo("evaluate", *evaluate_arguments(tmp_path)).returncode == 0
+    [folder] = (tmp_path / "model_selection_norm_n_3_seed_0").iterdir()
+    before = read(folder)
+    command = [sys.executable, "-c", "from logo.cli import main; main()", "evaluate"]
+    slow = evaluate_arguments(tmp_path, "--max_new_tokens", "4000")
+    process = subprocess.Popen([*command, *slow], stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "logo: error: interrupted"
+    assert read(folder) == before
+
+
+def test_output_can_be_piped_to_a_reader_that_stops() -> None:
+    code = "from logo.cli import main; main()"
+    shell = f"{sys.executable} -c '{code}' select --help | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert done.stdout and done.stderr == ""
