@@ -37,7 +37,9 @@ from make_adapters import (
     damage,
     edit_config,
     edit_weights,
+    everyones_folder,
     load_peft,
+    lock,
     lora_layers,
     settings,
     tensors,
@@ -348,30 +350,16 @@ def test_a_path_that_no_system_can_have_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def as_nobody() -> Iterator[Path]:
-    """A folder that everyone may enter, and for the test's length no rights beyond those of everyone."""
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    folder.chmod(0o755)
-    root = os.geteuid() == 0
-    try:
+def shared() -> Iterator[Path]:
+    with everyones_folder() as folder:
         yield folder
-    finally:
-        if root:
-            os.seteuid(0)
-        for path in folder.rglob("*"):
-            path.chmod(0o755)
-        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("locked", [CONFIG, SAFETENSORS, "."])
-def test_what_may_not_be_read_is_refused(as_nobody: Path, locked: str) -> None:
-    folder = write(as_nobody / "a")
+def test_what_may_not_be_read_is_refused(shared: Path, locked: str) -> None:
+    folder = write(shared / "a")
     open_adapter(folder).read()  # imports everything before rights are gone
-    (folder / locked).chmod(0)
-    if os.geteuid() == 0:
-        os.seteuid(65534)
+    lock(folder / locked)
     assert "ermission denied" in refusal(folder).reason
 
 

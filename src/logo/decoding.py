@@ -5,6 +5,7 @@ Knows tokenizers and transformers' generate; knows nothing about adapters.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MAX_NEW_TOKENS = 256
 
 FinishReason = Literal["stop", "length"]
 
@@ -77,6 +80,31 @@ class Prompts:
             encoded.append(ids)
         return encoded
 
+    def generation_config(
+        self, config: GenerationConfig | None, max_new_tokens: int | None, options: dict[str, Any]
+    ) -> GenerationConfig:
+        """What one call generates with: the config given, or a greedy one, with the options on top.
+
+        Raises:
+            UsageError: no new tokens, or several answers per prompt.
+        """
+        if config is None:
+            config = greedy_config(**options)
+        else:
+            config = copy.deepcopy(config)
+            config.update(**options)
+        limit = max_new_tokens if max_new_tokens is not None else config.max_new_tokens
+        if limit is None:  # nobody asked: leave half of a short context to the prompt
+            limit = min(MAX_NEW_TOKENS, (self.context or 2 * MAX_NEW_TOKENS) // 2)
+        if limit <= 0:
+            raise UsageError(f"max_new_tokens: expected 1 or more, found {limit}")
+        if (config.num_return_sequences or 1) != 1:
+            raise UsageError("num_return_sequences: one answer per prompt; repeat the prompt to get several")
+        config.max_new_tokens = limit
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        return config
+
     def _limit(self, room: int) -> int | None:
         limits = [] if self.truncation.limit is None else [self.truncation.limit]
         if self.context is not None:
@@ -126,6 +154,14 @@ def greedy_config(**options: Any) -> GenerationConfig:
         return GenerationConfig(**options)
     plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0}
     return GenerationConfig(**{**plain, "top_k": 50, "no_repeat_ngram_size": 0, **options})
+
+
+def end_tokens(config: GenerationConfig, model_config: GenerationConfig) -> set[int]:
+    """Token ids that end a row: the call's, else the checkpoint's."""
+    ends = config.eos_token_id if config.eos_token_id is not None else model_config.eos_token_id
+    if ends is None:
+        return set()
+    return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
 
 
 class StopAtNewline(StoppingCriteria):  # type: ignore[misc]

@@ -7,12 +7,9 @@ The only place that knows adapters, mixing and selection together. A prompt walk
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -21,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from logo.adapters.layout import BaseLayout, linear_modules
+from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
 from logo.decoding import (
     Cancelled,
@@ -31,20 +28,16 @@ from logo.decoding import (
     Truncation,
     batches_by_length,
     cut_after_end,
-    greedy_config,
+    end_tokens,
 )
 from logo.errors import UsageError
-from logo.mixing import AdapterCache, GatedLoRA, Gates, WorkingSet
+from logo.mixing import Mixer
 from logo.models import context_length, load_base
 from logo.selection import Selection
 from logo.selection.router import Router, SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MAX_NEW_TOKENS = 256
-# Working sets kept ready: the pool's (for probing with it active) and that of the batch at hand.
-_READY_SETS = 2
 
 Forced = Mapping[str, float] | Selection
 
@@ -102,9 +95,8 @@ class LoGo:
         self.prompts = Prompts(tokenizer, context_length(model), truncation or Truncation())
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
-        self._gated = GatedLoRA(dict(linear_modules(model)))
-        self._cache = AdapterCache(int(adapter_cache_gb * 1e9))
-        self._sets: OrderedDict[tuple[str, ...], WorkingSet] = OrderedDict()
+        dtype = model.dtype if model.dtype.is_floating_point else torch.float32
+        self._mixer = Mixer(model, dtype, int(adapter_cache_gb * 1e9))
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self._carried: tuple[str, ...] | None = None
         self._fit_pool()
@@ -206,7 +198,7 @@ class LoGo:
 
     def _probe(self, rows: Sequence[Sequence[int]], active: tuple[str, ...]) -> list[Selection]:
         ids, mask = self.prompts.pad(rows, "right", self._input_device)
-        with self._mixture([Selection.forced(dict.fromkeys(active, 1.0))]):
+        with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)]):
             return self._router(ids, mask)
 
     # -- generating ---------------------------------------------------------------------------------------------
@@ -252,7 +244,7 @@ class LoGo:
                 **options,
             )[0]
         _check_batch_size(batch_size)
-        config = self._generation_config(generation_config, max_new_tokens, options)
+        config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         with self._lock:
             self._sync()
             rows = self.prompts.encode(prompts, room=config.max_new_tokens)
@@ -279,11 +271,11 @@ class LoGo:
         criteria = StoppingCriteriaList()
         if stop_at_newline:
             criteria.append(StopAtNewline(self.tokenizer, ids.shape[1], official=stop_at_newline == "official"))
-        with self._mixture(selections), torch.no_grad():
+        with self._mixer.active(self._fitted, [s.mixture for s in selections]), torch.no_grad():
             output = self.model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
             )
-        ends = self._end_tokens(config)
+        ends = end_tokens(config, self.model.generation_config)
         # A row that a stop rule ended is filled up with pad tokens while the others go on.
         padding = self.tokenizer.pad_token_id if stop_at_newline and len(rows) > 1 else None
         cut = [cut_after_end(row, ends, config.max_new_tokens, padding) for row in output[:, ids.shape[1] :].tolist()]
@@ -307,7 +299,7 @@ class LoGo:
 
         Leaving the loop early ends the generation. Arguments as `generate`.
         """
-        config = self._generation_config(generation_config, max_new_tokens, options)
+        config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         with self._lock:
             self._sync()
             row = self.prompts.encode([prompt], room=config.max_new_tokens)[0]
@@ -324,7 +316,7 @@ class LoGo:
         def work() -> None:
             try:
                 ids, mask = self.prompts.pad([row], "left", self._input_device)
-                with self._lock, self._mixture([selection]), torch.no_grad():
+                with self._lock, self._mixer.active(self._fitted, [selection.mixture]), torch.no_grad():
                     self.model.generate(
                         input_ids=ids,
                         attention_mask=mask,
@@ -346,7 +338,7 @@ class LoGo:
         if failure:
             raise failure[0]
 
-    # -- the mixture --------------------------------------------------------------------------------------------
+    # -- what is wanted --------------------------------------------------------------------------------------------
 
     def _selections(
         self, rows: Sequence[Sequence[int]], adapters: Forced | Sequence[Forced | None] | None, batch_size: int
@@ -370,29 +362,6 @@ class LoGo:
                 raise UsageError(f"weight of adapter {name!r}: expected a finite number, found {weight}")
         return selection
 
-    def _mixture(self, selections: Sequence[Selection]) -> AbstractContextManager[Any]:
-        """Activates one selection per row (or one for all rows): the union is the working set, weights the gates."""
-        used = {name for selection in selections for name in selection.adapters}
-        names = tuple(name for name in self._fitted.names if name in used)
-        if not names:
-            return nullcontext()
-        column = {name: i for i, name in enumerate(names)}
-        weights = torch.zeros(len(selections), len(names))
-        for row, selection in enumerate(selections):
-            for name, weight in zip(selection.adapters, selection.weights, strict=True):
-                weights[row, column[name]] = weight
-        return self._gated.active(self._working_set(names), Gates(weights))
-
-    def _working_set(self, names: tuple[str, ...]) -> WorkingSet:
-        if names not in self._sets:
-            adapters = [self._fitted[name] for name in names]
-            dtype = self.model.dtype if self.model.dtype.is_floating_point else torch.float32
-            while len(self._sets) >= _READY_SETS:
-                self._sets.popitem(last=False)
-            self._sets[names] = WorkingSet.build(adapters, self._gated.modules, self._cache, dtype)
-        self._sets.move_to_end(names)
-        return self._sets[names]
-
     # -- pool and options ---------------------------------------------------------------------------------------
 
     def _fit_pool(self) -> None:
@@ -406,7 +375,7 @@ class LoGo:
         with self._lock:
             self._fit_pool()
             self._router = Router(self.model, self._fitted, self.settings)
-            self._sets.clear()
+            self._mixer.forget()
             if self._carried is not None:
                 self._carried = tuple(name for name in self._carried if name in self._fitted)
 
@@ -414,32 +383,6 @@ class LoGo:
     def _input_device(self) -> torch.device:
         weight: Tensor = self.model.get_input_embeddings().weight
         return weight.device
-
-    def _end_tokens(self, config: GenerationConfig) -> set[int]:
-        ends = config.eos_token_id if config.eos_token_id is not None else self.model.generation_config.eos_token_id
-        if ends is None:
-            return set()
-        return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
-
-    def _generation_config(
-        self, config: GenerationConfig | None, max_new_tokens: int | None, options: dict[str, Any]
-    ) -> GenerationConfig:
-        if config is None:
-            config = greedy_config(**options)
-        else:
-            config = copy.deepcopy(config)
-            config.update(**options)
-        limit = max_new_tokens if max_new_tokens is not None else config.max_new_tokens
-        if limit is None:  # nobody asked: leave half of a short context to the prompt
-            limit = min(MAX_NEW_TOKENS, (self.prompts.context or 2 * MAX_NEW_TOKENS) // 2)
-        config.max_new_tokens = limit
-        if config.max_new_tokens <= 0:
-            raise UsageError(f"max_new_tokens: expected 1 or more, found {config.max_new_tokens}")
-        if (config.num_return_sequences or 1) != 1:
-            raise UsageError("num_return_sequences: one answer per prompt; repeat the prompt to get several")
-        if config.pad_token_id is None:
-            config.pad_token_id = self.tokenizer.pad_token_id
-        return config
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -131,8 +131,12 @@ def load_base(
     import torch
     import transformers
 
-    target = None if device_map is not None else pick_device(device)
-    on_cpu = target is not None and target.type == "cpu"
+    on_cpu = False
+    if device_map is None:
+        target = pick_device(device)
+        on_cpu = target.type == "cpu"
+        # Straight to the device: half the host memory, and the only way for quantised weights.
+        device_map = None if on_cpu else {"": target}
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     with loading(base_model, source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -143,8 +147,6 @@ def load_base(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    if target is not None:
-        model = model.to(target)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"base model {base_model}: its tokenizer has neither a pad nor an eos token")

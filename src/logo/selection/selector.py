@@ -31,6 +31,11 @@ class Selection:
         """What the user asked for instead of what the model would choose."""
         return cls(tuple(weights), tuple(float(w) for w in weights.values()), {})
 
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Adapter name -> weight."""
+        return dict(zip(self.adapters, self.weights, strict=True))
+
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return {"adapters": list(self.adapters), "weights": list(self.weights), "scores": dict(self.scores)}

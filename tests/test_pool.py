@@ -1,0 +1,522 @@
+"""`AdapterPool`: what is found in a folder, in which order, and what happens to the bad ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as budget
+from hypothesis import strategies as st
+
+from logo import AdapterPool
+from logo.adapters import pool as pool_module
+from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.layout import BaseLayout, LinearShape
+from logo.adapters.pool import survey
+from logo.adapters.weights import SafetensorsFile
+from logo.errors import AdapterError, LoGoError, PoolError, StorageError
+from make_adapters import (
+    CONFIG,
+    PICKLE,
+    REFUSED,
+    SAFETENSORS,
+    SEEN_WHEN_READ,
+    Q,
+    damage,
+    everyones_folder,
+    lock,
+    tensors,
+    write,
+    write_drawer,
+    write_peft,
+)
+
+TINY = tensors({"layers.0.q": (2, 2)}, rank=1)
+FITS = BaseLayout({"layers.0.q": LinearShape(2, 2)})
+
+
+def put(root: Path, *names: str) -> Path:
+    """Adapters of a few bytes, below `root`."""
+    for name in names:
+        write(root / name, TINY, r=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_drawer(tmp_path_factory.mktemp("drawer"))
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    return open_adapter(put(tmp_path_factory.mktemp("one"), "one") / "one")
+
+
+def refused(call: Any, kind: type[LoGoError] = PoolError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert type(caught.value) is kind
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# ---- order and changes ----------------------------------------------------------------------------------------------
+
+NAMES = st.lists(st.text(min_size=1, max_size=6), unique=True, max_size=8)
+
+
+@given(names=NAMES)
+def test_the_order_is_that_of_the_names_whatever_came_first(one: Adapter, names: list[str]) -> None:
+    at_once = AdapterPool(_named(one, name) for name in names)
+    one_by_one = AdapterPool()
+    for name in names:
+        one_by_one.add(one, name)
+    assert at_once.names == one_by_one.names == tuple(sorted(names))
+    assert [adapter.name for adapter in at_once] == sorted(names)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abcde")), max_size=20))
+def test_a_pool_behaves_like_a_sorted_dictionary_whose_version_grows(
+    one: Adapter, steps: list[tuple[bool, str]]
+) -> None:
+    pool, model = AdapterPool(), set[str]()
+    for add, name in steps:
+        before = pool.version
+        if add == (name in model):
+            refused(lambda add=add, name=name: pool.add(one, name) if add else pool.remove(name))
+            assert pool.version == before
+            continue
+        changed = pool.add(one, name) if add else pool.remove(name)
+        assert changed.name == name
+        model ^= {name}
+        assert pool.version > before
+        assert pool.names == tuple(sorted(model))
+        assert len(pool) == len(model)
+        assert (name in pool) == add
+
+
+def _named(adapter: Adapter, name: str) -> Adapter:
+    return AdapterPool().add(adapter, name)
+
+
+def test_a_folder_can_be_added_under_its_own_or_another_name(tmp_path: Path) -> None:
+    put(tmp_path, "x")
+    pool = AdapterPool()
+    assert pool.add(tmp_path / "x").name == "x"
+    assert pool.add(str(tmp_path / "x"), "group/y.1").name == "group/y.1"
+    assert pool.names == ("group/y.1", "x")
+
+
+def test_adding_a_name_twice_is_refused_and_changes_nothing(one: Adapter) -> None:
+    pool = AdapterPool([one])
+    assert "already has an adapter 'one'" in refused(lambda: pool.add(one))
+    assert pool.names == ("one",)
+    refused(lambda: AdapterPool([one, one]))
+
+
+def test_adding_a_bad_folder_is_refused_and_changes_nothing(one: Adapter, tmp_path: Path) -> None:
+    pool = AdapterPool([one])
+    assert refused(lambda: pool.add(tmp_path / "nowhere"), AdapterError).startswith("adapter 'nowhere': ")
+    assert (pool.names, pool.version) == (("one",), 1)
+
+
+def test_an_unknown_name_is_met_with_the_closest(one: Adapter) -> None:
+    pool = AdapterPool(_named(one, name) for name in ("flanv2.wmt16", "flanv2.rte"))
+    asked = refused(lambda: pool["flanv2.wnt16"])
+    assert asked == "no adapter 'flanv2.wnt16' in the pool of 2 (did you mean 'flanv2.wmt16'?)"
+    assert refused(lambda: pool.remove("flanv2.wnt16")) == asked
+    assert refused(lambda: pool["zzz"]) == "no adapter 'zzz' in the pool of 2"
+
+
+def test_a_long_pool_is_shown_short(one: Adapter) -> None:
+    assert repr(AdapterPool([one])) == "AdapterPool(1 adapters: one)"
+    assert repr(AdapterPool(_named(one, c) for c in "dcba")) == "AdapterPool(4 adapters: a, b, c, ...)"
+
+
+# ---- subset ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        ("b", ("b",)),
+        (["b", "a"], ("a", "b")),
+        (["a", "a"], ("a",)),
+        ("t/*", ("t/x", "t/y")),
+        (["t/*", "t/x", "?"], ("a", "b", "t/x", "t/y")),
+        ("*[xy]", ("t/x", "t/y")),
+        ("odd[1]", ("odd[1]",)),
+        ("*", ("a", "b", "odd[1]", "t/x", "t/y")),
+    ],
+)
+def test_a_subset_is_chosen_by_names_and_patterns(one: Adapter, asked: Any, chosen: tuple[str, ...]) -> None:
+    pool = AdapterPool(_named(one, name) for name in ("b", "a", "t/y", "t/x", "odd[1]"))
+    assert pool.subset(asked).names == chosen
+    assert len(pool) == 5
+
+
+@pytest.mark.parametrize("asked", ["c", "T/*", ["a", "t/z*"]])
+def test_an_entry_that_matches_nothing_is_refused(one: Adapter, asked: Any) -> None:
+    pool = AdapterPool(_named(one, name) for name in ("a", "t/x"))
+    entry = asked if isinstance(asked, str) else asked[-1]
+    assert refused(lambda: pool.subset(asked)).startswith(f"no adapter matches {entry!r} in the pool of 2")
+
+
+def test_a_misspelt_entry_is_met_with_the_closest(one: Adapter) -> None:
+    assert "did you mean 'summarise'?" in refused(lambda: AdapterPool([_named(one, "summarise")]).subset("sumarise"))
+
+
+# ---- what is found --------------------------------------------------------------------------------------------------
+
+SEGMENT = st.text("abc.- é", min_size=1, max_size=4).filter(lambda s: not s.startswith(".") and s.strip() == s)
+
+
+@budget(max_examples=25, deadline=None)
+@given(st.sets(st.lists(SEGMENT, min_size=1, max_size=3).map("/".join), min_size=1, max_size=5))
+def test_every_folder_with_an_adapter_is_found_and_named_by_its_relative_path(
+    tmp_path_factory: pytest.TempPathFactory, names: set[str]
+) -> None:
+    root = put(tmp_path_factory.mktemp("found"), *names)  # some of them inside others
+    assert AdapterPool.from_directory(root).names == tuple(sorted(names))
+
+
+def test_the_path_may_be_text_relative_and_end_with_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "here/a", "here/b/c")
+    monkeypatch.chdir(tmp_path)
+    for path in ("here", "here/", "./here", Path("here")):
+        assert AdapterPool.from_directory(path).names == ("a", "b/c")
+
+
+def test_an_adapter_folder_is_a_pool_of_one_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "mine")
+    assert AdapterPool.from_directory(tmp_path / "mine").names == ("mine",)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert AdapterPool.from_directory(".").names == ("mine",)
+
+
+def test_the_folder_that_peft_saves_several_adapters_to_holds_them_all(tmp_path: Path) -> None:
+    write_peft(tmp_path / "root")
+    shutil.copytree(tmp_path / "root", tmp_path / "root" / "second")  # `default` lies in the folder itself
+    assert AdapterPool.from_directory(tmp_path / "root").names == ("root", "second")
+
+
+def test_two_folders_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
+    put(tmp_path, "x", "x/x", "x/y")
+    assert "adapter 'x': " in refused(lambda: AdapterPool.from_directory(tmp_path / "x"))
+    pool = AdapterPool.from_directory(tmp_path / "x", on_bad_adapter="skip")
+    assert pool.names == ("x", "y")
+    assert [error.name for error in pool.refused] == ["x"]
+    assert "rename one of them" in pool.refused[0].reason
+
+
+def test_hidden_folders_are_left_alone(tmp_path: Path) -> None:
+    put(tmp_path, "a", ".cache/b", "c/.git/d")
+    assert AdapterPool.from_directory(tmp_path).names == ("a",)
+    assert AdapterPool.from_directory(tmp_path / ".cache").names == ("b",)  # asked for by name
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    put(tmp_path, "a")
+    for name in ("README.md", "a/README.md", "a/tokenizer.json", "a/training_args.bin", "config.json"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "model.safetensors").write_text("x")
+    assert AdapterPool.from_directory(tmp_path).names == ("a",)
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    put(tmp_path, "elsewhere/a", "elsewhere/b")
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert AdapterPool.from_directory(tmp_path / "pool").names == ("linked/a", "linked/b")
+
+
+def test_links_to_files_are_followed_as_in_the_hub_cache(tmp_path: Path) -> None:
+    put(tmp_path, "blobs")
+    (tmp_path / "snapshot" / "a").mkdir(parents=True)
+    for name in (CONFIG, SAFETENSORS):
+        (tmp_path / "snapshot" / "a" / name).symlink_to(tmp_path / "blobs" / name)
+    assert AdapterPool.from_directory(tmp_path / "snapshot").names == ("a",)
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    put(tmp_path, "a", "b/c")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "b" / "itself").symlink_to(tmp_path / "b")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert AdapterPool.from_directory(tmp_path).names == ("a", "b/c")
+
+
+def test_a_folder_that_two_paths_lead_to_is_one_adapter(tmp_path: Path) -> None:
+    put(tmp_path, "run7")
+    (tmp_path / "best").symlink_to("run7")
+    assert AdapterPool.from_directory(tmp_path).names == ("best",)
+
+
+@pytest.mark.parametrize("name", ["with space", "ünï-çødé 模型", "a'b", "two\nlines", "%s {x}"])
+def test_any_name_can_be_used_and_any_can_be_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    put(tmp_path, name)
+    assert AdapterPool.from_directory(tmp_path).names == (name,)
+    (tmp_path / name / SAFETENSORS).unlink()
+    assert repr(name) in refused(lambda: AdapterPool.from_directory(tmp_path))
+
+
+def test_a_name_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        (tmp_path / name).mkdir()
+    except OSError:
+        pytest.skip("this file system has text names only")
+    write(tmp_path / "a", TINY, r=1)
+    for file in (CONFIG, SAFETENSORS):
+        shutil.copy(tmp_path / "a" / file, tmp_path / name / file)
+    assert repr(name) in refused(lambda: AdapterPool.from_directory(tmp_path))  # safetensors opens no such path
+    assert AdapterPool.from_directory(tmp_path, on_bad_adapter="skip").names == ("a",)
+
+
+def test_three_hundred_adapters(tmp_path: Path) -> None:
+    write(tmp_path / "first", TINY, r=1)
+    for i in range(300):
+        (tmp_path / f"flanv2.{i:03}").mkdir()
+        for file in (CONFIG, SAFETENSORS):
+            os.link(tmp_path / "first" / file, tmp_path / f"flanv2.{i:03}" / file)
+    pool = AdapterPool.from_directory(tmp_path)
+    assert len(pool) == 301
+    assert pool.names == tuple(sorted(pool.names))
+    assert len(pool.fit(FITS)) == 301
+    assert len(pool.subset("flanv2.1*")) == 100
+    assert len(os.listdir("/proc/self/fd")) < 200  # no file stays open
+
+
+# ---- folders that hold nothing --------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_is_a_storage_error(tmp_path: Path) -> None:
+    text = refused(lambda: AdapterPool.from_directory(tmp_path / "no"), StorageError)
+    assert text == f"adapter folder {tmp_path / 'no'}: expected a folder, found nothing; check the path"
+
+
+def test_a_file_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("x")
+    assert "expected a folder, found a file" in refused(lambda: survey(tmp_path / "f"), StorageError)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "nul\0byte", ""])
+def test_a_path_that_cannot_be_is_one_line(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((StorageError, PoolError)) as caught:  # "" is the current folder, which is empty
+        AdapterPool.from_directory(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_without_adapters_says_what_was_expected(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    text = refused(lambda: AdapterPool.from_directory(tmp_path, on_bad_adapter="skip"))
+    assert text == f"no adapters in {tmp_path}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"
+
+
+def test_a_folder_of_bad_adapters_only_is_refused_even_when_they_are_skipped(tmp_path: Path) -> None:
+    write_drawer(tmp_path, ["empty", "rank_mismatch"])
+    shutil.rmtree(tmp_path / "good")
+    text = refused(lambda: AdapterPool.from_directory(tmp_path, on_bad_adapter="skip"))
+    assert text.startswith(f"no usable adapter in {tmp_path}: all 2 are refused; the first: adapter 'empty': ")
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    with everyones_folder() as folder:
+        yield folder
+
+
+def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(shared: Path) -> None:
+    put(shared, "a", "group/b")
+    AdapterPool.from_directory(shared)  # imports everything before rights are gone
+    lock(shared / "group")
+    assert "adapter 'group': the folder cannot be listed" in refused(lambda: AdapterPool.from_directory(shared))
+    pool = AdapterPool.from_directory(shared, on_bad_adapter="skip")
+    assert (pool.names, [error.name for error in pool.refused]) == (("a",), ["group"])
+
+
+@pytest.mark.parametrize("below", ["", "group"])
+def test_a_pool_that_may_not_be_entered_is_a_storage_error(shared: Path, below: str) -> None:
+    put(shared, "locked/group/b")
+    lock(shared / "locked")
+    text = refused(lambda: AdapterPool.from_directory(shared / "locked" / below), StorageError)
+    assert text == f"adapter folder {shared / 'locked' / below} cannot be read: Permission denied"
+
+
+# ---- bad ones among good ones ---------------------------------------------------------------------------------------
+
+
+def test_one_bad_adapter_refuses_the_pool_naming_the_first_and_counting_the_others(drawer: Path) -> None:
+    text = refused(lambda: AdapterPool.from_directory(drawer))
+    assert text.startswith("adapter 'alora': it is an activated LoRA")
+    assert f"({len(REFUSED) - 1} more bad in {drawer})" in text
+    assert text.endswith("use on_bad_adapter 'skip' to go on without, or see `logo pool inspect`")
+
+
+def test_a_single_bad_adapter_counts_no_others(tmp_path: Path) -> None:
+    write_drawer(tmp_path, ["empty"])
+    assert "more bad" not in refused(lambda: AdapterPool.from_directory(tmp_path))
+
+
+def test_skipping_keeps_the_good_one_and_every_reason(drawer: Path) -> None:
+    pool = AdapterPool.from_directory(drawer, on_bad_adapter="skip")
+    assert pool.names == ("good",)
+    assert sorted(error.name for error in pool.refused) == sorted(REFUSED)
+    assert all(isinstance(error, AdapterError) and error.reason for error in pool.refused)
+
+
+def test_a_survey_tells_the_same_without_raising(drawer: Path) -> None:
+    good, bad = survey(drawer)
+    assert ([a.name for a in good], sorted(e.name for e in bad)) == (["good"], sorted(REFUSED))
+
+
+def test_an_adapter_inside_a_bad_one_is_still_found(tmp_path: Path) -> None:
+    put(tmp_path, "bad", "bad/checkpoint-100")
+    (tmp_path / "bad" / CONFIG).write_text("{")
+    pool = AdapterPool.from_directory(tmp_path, on_bad_adapter="skip")
+    assert (pool.names, [e.name for e in pool.refused]) == (("bad/checkpoint-100",), ["bad"])
+
+
+# ---- lazy -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Which weight files have tensors read from them."""
+    done: list[Path] = []
+    read = SafetensorsFile.read
+
+    def spy(self: SafetensorsFile, keys: Any) -> dict[str, torch.Tensor]:
+        done.append(self.path)
+        return read(self, keys)
+
+    monkeypatch.setattr(SafetensorsFile, "read", spy)
+    return done
+
+
+def test_a_small_pool_is_verified_when_it_is_opened(tmp_path: Path, reads: list[Path]) -> None:
+    put(tmp_path, "a", "b")
+    AdapterPool.from_directory(tmp_path)
+    assert reads == [tmp_path / "a" / SAFETENSORS, tmp_path / "b" / SAFETENSORS]
+
+
+def test_a_big_pool_has_only_its_headers_read(
+    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(write(tmp_path / "nan"), float("nan"))
+    write(tmp_path / "good")
+    size = sum((tmp_path / name / SAFETENSORS).stat().st_size for name in ("nan", "good"))
+    monkeypatch.setattr(pool_module, "VERIFY_UP_TO_BYTES", size - 1)
+    assert AdapterPool.from_directory(tmp_path).names == ("good", "nan")
+    assert reads == []
+    monkeypatch.setattr(pool_module, "VERIFY_UP_TO_BYTES", size)
+    refused(lambda: AdapterPool.from_directory(tmp_path))
+
+
+def test_without_verification_damage_shows_when_the_adapter_is_read(tmp_path: Path) -> None:
+    damage(write(tmp_path / "nan"), float("nan"))  # opens well: the header is whole
+    pool = AdapterPool.from_directory(tmp_path, verify=False)
+    assert "holds NaN" in refused(pool["nan"].read, AdapterError)
+
+
+def test_with_verification_damage_shows_at_once_however_big_the_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "VERIFY_UP_TO_BYTES", 0)
+    damage(write(tmp_path / "nan"), float("nan"))
+    assert "adapter 'nan': tensor" in refused(lambda: AdapterPool.from_directory(tmp_path, verify=True))
+
+
+def test_only_damaged_values_wait_for_reading(drawer: Path) -> None:
+    pool = AdapterPool.from_directory(drawer, on_bad_adapter="skip", verify=False)
+    assert set(pool.names) == {"good"} | SEEN_WHEN_READ
+
+
+def test_the_digests_are_those_of_the_files(tmp_path: Path) -> None:
+    put(tmp_path, "b", "a")
+    write(tmp_path / "c")
+    expected = {n: hashlib.sha256((tmp_path / n / SAFETENSORS).read_bytes()).hexdigest() for n in ("a", "b", "c")}
+    digests = AdapterPool.from_directory(tmp_path).sha256()
+    assert digests == expected
+    assert list(digests) == ["a", "b", "c"]
+
+
+# ---- pickles --------------------------------------------------------------------------------------------------------
+
+
+def test_pickles_are_read_when_they_are_allowed(tmp_path: Path) -> None:
+    put(tmp_path, "plain", "old")
+    (tmp_path / "old" / SAFETENSORS).unlink()
+    torch.save(TINY, tmp_path / "old" / PICKLE)
+    assert "adapter 'old': its weights are pickled" in refused(lambda: AdapterPool.from_directory(tmp_path))
+    pool = AdapterPool.from_directory(tmp_path, allow_pickle=True)
+    assert pool.names == ("old", "plain")
+    assert torch.equal(pool["old"].read()["layers.0.q"].A, pool["plain"].read()["layers.0.q"].A)
+    fresh = AdapterPool()
+    refused(lambda: fresh.add(tmp_path / "old"), AdapterError)
+    assert fresh.add(tmp_path / "old", allow_pickle=True).name == "old"
+
+
+# ---- unknown settings -----------------------------------------------------------------------------------------------
+
+
+def test_unknown_settings_of_a_whole_pool_make_one_warning(tmp_path: Path) -> None:
+    write(tmp_path / "a", TINY, r=1, later_one=None)
+    write(tmp_path / "b", TINY, r=1, later_one=2, another=True)
+    put(tmp_path, "c")
+    with pytest.warns(UserWarning) as caught:
+        AdapterPool.from_directory(tmp_path)
+    assert [str(w.message) for w in caught] == [f"{CONFIG}: unknown settings ignored: another, later_one"]
+    assert caught[0].filename == __file__
+
+
+def test_what_the_installed_peft_saves_makes_no_warning(tmp_path: Path) -> None:
+    write_peft(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert AdapterPool.from_directory(tmp_path).names == ("a",)
+
+
+# ---- fitting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fitted_pool_is_a_new_one_with_the_models_own_paths(tmp_path: Path) -> None:
+    write(tmp_path / "a", tensors({"model.layers.0.q": (2, 2)}, rank=1), r=1)
+    pool = AdapterPool.from_directory(tmp_path)
+    assert [set(a.modules) for a in pool.fit(FITS)] == [{"layers.0.q"}]
+    assert [set(a.modules) for a in pool] == [{"model.layers.0.q"}]
+
+
+def test_adapters_that_do_not_fit_are_refused_or_skipped(tmp_path: Path) -> None:
+    put(tmp_path, "a")
+    for name in ("y", "z"):
+        write(tmp_path / name, tensors({f"layers.0.{Q}": (2, 2)}, rank=1), r=1)
+    pool = AdapterPool.from_directory(tmp_path)
+    text = refused(lambda: pool.fit(FITS))
+    assert text.startswith("adapter 'y': does not fit the base model: 1 of 1 modules")
+    assert "(1 more bad in the pool)" in text
+    fitted = pool.fit(FITS, on_bad_adapter="skip")
+    assert (fitted.names, [e.name for e in fitted.refused]) == (("a",), ["y", "z"])
+    text = refused(lambda: pool.subset(["y", "z"]).fit(FITS, on_bad_adapter="skip"))
+    assert text.startswith("none of the 2 adapters fits the base model; the first: adapter 'y': ")
+
+
+def test_what_was_refused_before_is_remembered_after_fitting(tmp_path: Path) -> None:
+    put(tmp_path, "a", "b")
+    (tmp_path / "b" / CONFIG).write_text("[]")
+    pool = AdapterPool.from_directory(tmp_path, on_bad_adapter="skip")
+    assert [error.name for error in pool.fit(FITS).refused] == ["b"]
+
+
+def test_an_empty_pool_cannot_be_fitted() -> None:
+    assert "the pool is empty" in refused(lambda: AdapterPool().fit(FITS))
