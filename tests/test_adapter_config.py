@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from logo.adapters.config import LoraConfig, Refusal, parse_config, read_config
 from logo.adapters.format import open_adapter
 from logo.errors import AdapterError
-from make_adapters import CONFIG, edit_config, load_peft, lora_layers, settings, write_peft
+from make_adapters import CONFIG, calm, edit_config, load_peft, lora_layers, settings, write_peft
 
 FIELDS = [field.name for field in dataclasses.fields(peft.LoraConfig)]
 
@@ -67,6 +67,7 @@ def one_line(error: BaseException) -> str:
 # ---- patterns -------------------------------------------------------------------------------------------------------
 
 
+@calm
 @given(RANKS, ALPHAS, st.sampled_from(MODULES), st.booleans())
 def test_patterns_are_looked_up_as_peft_does(
     ranks: dict[str, int], alphas: dict[str, float], module: str, rslora: bool
@@ -78,7 +79,7 @@ def test_patterns_are_looked_up_as_peft_does(
     assert config.scaling(module, rank) == (alpha / math.sqrt(rank) if rslora else alpha / rank)
 
 
-@budget(max_examples=20, deadline=None)
+@budget(calm, max_examples=20)
 @given(RANKS, ALPHAS, st.integers(1, 5), st.integers(1, 20), st.booleans())
 def test_ranks_and_scales_are_those_of_the_loaded_peft_model(
     tmp_path_factory: pytest.TempPathFactory,
@@ -131,6 +132,7 @@ def test_what_the_installed_peft_writes_is_known(tmp_path: Path) -> None:
     assert read_config(tmp_path).unknown == ()
 
 
+@calm
 @given(st.dictionaries(st.text(max_size=8), JSON, max_size=4))
 def test_unknown_settings_are_listed_and_change_nothing(extra: dict[str, Any]) -> None:
     extra = {key: value for key, value in extra.items() if key not in FIELDS}
@@ -215,7 +217,7 @@ def test_what_is_left_out_has_peft_defaults() -> None:
     assert (config.r, config.alpha, config.rslora) == (default.r, default.lora_alpha, default.use_rslora)
 
 
-@budget(max_examples=300)
+@budget(calm, max_examples=300)
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
 def test_any_values_give_a_config_or_one_line(changes: dict[str, Any]) -> None:
     try:
@@ -230,6 +232,7 @@ def test_any_values_give_a_config_or_one_line(changes: dict[str, Any]) -> None:
 # ---- the file -------------------------------------------------------------------------------------------------------
 
 
+@calm
 @given(content=st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_file_gives_a_config_or_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.getbasetemp() / "any_config"

@@ -34,6 +34,7 @@ from make_adapters import (
     SEEN_WHEN_READ,
     Q,
     V,
+    calm,
     damage,
     edit_config,
     edit_weights,
@@ -260,6 +261,7 @@ def test_wrappers_that_training_tools_leave_in_keys_are_removed(tmp_path: Path, 
 WRAPPERS = st.lists(st.sampled_from(["_orig_mod", "_fsdp_wrapped_module", "base_layer"]), max_size=2)
 
 
+@calm
 @given(st.data())
 def test_wrappers_anywhere_leave_the_path(data: st.DataObject) -> None:
     segments = PATH.split(".")
@@ -302,7 +304,7 @@ def test_a_key_with_line_breaks_is_refused_in_one_line(tmp_path: Path) -> None:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-@budget(max_examples=60, deadline=None)
+@budget(calm, max_examples=60)
 @given(st.data())
 def test_a_damaged_file_is_refused_in_one_line_or_still_an_adapter(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -384,6 +386,7 @@ def test_sha256_is_that_of_the_file(tmp_path: Path) -> None:
     assert open_adapter(tmp_path).sha256 == hashlib.sha256(content).hexdigest()
 
 
+@calm
 @given(st.binary(max_size=5000))
 def test_the_digest_of_older_pythons_is_the_same(content: bytes) -> None:
     assert _digest(io.BytesIO(content)) == hashlib.sha256(content).hexdigest()
@@ -503,6 +506,17 @@ def test_the_name_is_the_folders_own_whatever_it_is(tmp_path: Path, name: str) -
 def test_the_name_of_the_current_folder_is_its_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write(tmp_path / "here"))
     assert open_adapter(".").name == "here"
+
+
+def test_a_link_has_a_name_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "run7")
+    (tmp_path / "best").symlink_to("run7")
+    assert open_adapter(tmp_path / "best").name == open_adapter(tmp_path / "run7" / ".." / "best").name == "best"
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert refusal(tmp_path / "loop").reason.startswith(f"{CONFIG} cannot be read: ")
 
 
 def test_a_name_can_be_given(tmp_path: Path) -> None:

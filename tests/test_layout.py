@@ -18,7 +18,7 @@ import tiny
 from logo.adapters.format import open_adapter
 from logo.adapters.layout import BaseLayout, LinearShape, linear_modules, linear_shape
 from logo.errors import AdapterError
-from make_adapters import Q, V, tensors, write, write_peft
+from make_adapters import Q, V, calm, tensors, write, write_peft
 
 SQUARE = LinearShape(8, 8)
 WRAPPERS = ["base_model", "model", "language_model", "text_model", "transformer", "module", "llm"]
@@ -42,6 +42,7 @@ FRONT = st.lists(st.sampled_from(WRAPPERS), max_size=3)
 NAMES = st.sampled_from([Q, V, "mlp.up_proj", "q_proj", "self_attn.k_proj"])
 
 
+@calm
 @given(st.integers(1, 40), st.integers(0, 60), FRONT, FRONT, NAMES)
 def test_a_path_matches_its_own_layer_or_nothing(
     count: int, index: int, base: list[str], adapter: list[str], name: str
@@ -52,6 +53,7 @@ def test_a_path_matches_its_own_layer_or_nothing(
     assert found == ([".".join([*base, "layers", str(index), name])] if exists else [])
 
 
+@calm
 @given(st.lists(st.sampled_from(["a", "b", "0", "1", "11", "model", "layers"]), min_size=1, max_size=5), st.data())
 def test_below_the_wrappers_every_segment_has_to_agree(path: list[str], data: st.DataObject) -> None:
     other = data.draw(st.permutations(path))
@@ -61,6 +63,7 @@ def test_below_the_wrappers_every_segment_has_to_agree(path: list[str], data: st
     assert there.matches(".".join(other)) == ([".".join(path)] if same else [])
 
 
+@calm
 @given(st.integers(1, 12), st.data())
 def test_every_path_of_a_model_matches_itself(count: int, data: st.DataObject) -> None:
     there = layers(count)
@@ -97,11 +100,17 @@ def test_wrappers_in_the_middle_are_not_skipped() -> None:
     assert layers(2, "decoder.model.layers").matches(f"decoder.layers.1.{Q}") == []
 
 
+def test_a_module_that_is_called_like_a_wrapper_is_only_itself() -> None:
+    assert layout("model.llm").matches("llm") == ["model.llm"]
+    assert layout("model.llm").matches("module") == []
+
+
 def test_a_vision_tower_of_the_same_names_is_left_alone() -> None:
     there = layout(
         *(f"model.language_model.layers.{i}.{Q}" for i in range(2)),
         *(f"model.vision_tower.vision_model.encoder.layers.{i}.{Q}" for i in range(2)),
         *(f"model.visual.layers.{i}.{Q}" for i in range(4)),
+        *(f"model.vision_tower.layers.{i}.{Q}" for i in range(4)),
     )
     assert there.matches(f"model.layers.1.{Q}") == [f"model.language_model.layers.1.{Q}"]
     assert there.matches(f"model.layers.3.{Q}") == []  # only the vision tower is that deep
@@ -175,7 +184,7 @@ def test_fitting_renames_modules_and_changes_nothing_else(tmp_path: Path) -> Non
     assert list(adapter.modules) == [f"language_model.layers.{i}.{Q}" for i in range(2)]
 
 
-@budget(max_examples=25, deadline=None)
+@budget(calm, max_examples=25)
 @given(st.integers(1, 6), st.integers(1, 9))
 def test_a_model_with_fewer_layers_is_refused_and_one_with_more_is_not(
     tmp_path_factory: pytest.TempPathFactory, base: int, depth: int
@@ -196,7 +205,7 @@ def test_a_model_with_fewer_layers_is_refused_and_one_with_more_is_not(
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
-@budget(max_examples=15, deadline=None)
+@budget(calm, max_examples=15)
 def test_other_shapes_are_refused_with_both(
     tmp_path_factory: pytest.TempPathFactory, a_in: int, a_out: int, in_features: int, out_features: int
 ) -> None:

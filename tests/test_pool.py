@@ -30,6 +30,7 @@ from make_adapters import (
     SAFETENSORS,
     SEEN_WHEN_READ,
     Q,
+    calm,
     damage,
     everyones_folder,
     lock,
@@ -73,6 +74,7 @@ def refused(call: Any, kind: type[LoGoError] = PoolError) -> str:
 NAMES = st.lists(st.text(min_size=1, max_size=6), unique=True, max_size=8)
 
 
+@calm
 @given(names=NAMES)
 def test_the_order_is_that_of_the_names_whatever_came_first(one: Adapter, names: list[str]) -> None:
     at_once = AdapterPool(_named(one, name) for name in names)
@@ -83,6 +85,7 @@ def test_the_order_is_that_of_the_names_whatever_came_first(one: Adapter, names:
     assert [adapter.name for adapter in at_once] == sorted(names)
 
 
+@calm
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from("abcde")), max_size=20))
 def test_a_pool_behaves_like_a_sorted_dictionary_whose_version_grows(
     one: Adapter, steps: list[tuple[bool, str]]
@@ -179,7 +182,7 @@ def test_a_misspelt_entry_is_met_with_the_closest(one: Adapter) -> None:
 SEGMENT = st.text("abc.- é", min_size=1, max_size=4).filter(lambda s: not s.startswith(".") and s.strip() == s)
 
 
-@budget(max_examples=25, deadline=None)
+@budget(calm, max_examples=25)
 @given(st.sets(st.lists(SEGMENT, min_size=1, max_size=3).map("/".join), min_size=1, max_size=5))
 def test_every_folder_with_an_adapter_is_found_and_named_by_its_relative_path(
     tmp_path_factory: pytest.TempPathFactory, names: set[str]

@@ -32,7 +32,7 @@ from logo.decoding import (
 )
 from logo.errors import UsageError
 from logo.mixing import Mixer
-from logo.models import context_length, load_base
+from logo.models import context_length, default_pool, load_base
 from logo.selection import Selection
 from logo.selection.router import Router, SelectionSettings
 
@@ -106,7 +106,7 @@ class LoGo:
     def from_pretrained(
         cls,
         base_model: str,
-        pool: AdapterPool | str | Path,
+        pool: AdapterPool | str | Path | None = None,
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -123,7 +123,8 @@ class LoGo:
 
         Args:
             base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
-            pool: an `AdapterPool`, or a folder to open as one.
+            pool: an `AdapterPool`, or a folder to open as one. Default: the base model's own, where it has one (the
+                demo's, or the authors' published adapters for the three official models).
             device: `"auto"`, `"cpu"`, `"cuda:0"`, ...; `device_map="auto"` instead spreads over several devices.
             dtype: `"auto"`: the checkpoint's own on an accelerator, float32 on the CPU.
             **settings: the fields of `SelectionSettings`: `signal`, `k`, `probe_context`, ...
@@ -134,7 +135,9 @@ class LoGo:
             UsageError: a setting that does not exist or cannot be used.
         """
         chosen = SelectionSettings.of(**settings)
-        if not isinstance(pool, AdapterPool):
+        if pool is None:
+            pool = default_pool(base_model, model_dir, on_bad_adapter=on_bad_adapter)
+        elif not isinstance(pool, AdapterPool):
             pool = AdapterPool.from_directory(pool, on_bad_adapter=on_bad_adapter)
         model, tokenizer = load_base(
             base_model,

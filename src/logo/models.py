@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.hub import download_model, hub_error, is_hub_id
 from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import AdapterPool
 from logo.errors import LoGoError, ModelError, UsageError, closest
 
 if TYPE_CHECKING:
@@ -23,14 +23,6 @@ OFFICIAL_MODELS = {
     "Qwen2.5-7B": "Qwen/Qwen2.5-7B",
     "deepseek-llm-7b-base": "deepseek-ai/deepseek-llm-7b-base",
 }
-
-
-@dataclass(frozen=True)
-class AdapterSource:
-    """Where a base model's adapters are when the user names none."""
-
-    location: str  # a folder, or a Hub repository
-    subfolder: str | None = None
 
 
 def demo_folder() -> Path:
@@ -66,21 +58,26 @@ def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
     )
 
 
-def default_adapters(base_model: str, model_dir: str | Path | None = None) -> AdapterSource | None:
-    """The pool that belongs to a base model by name; None where there is none and the user has to say."""
+def default_pool(base_model: str, model_dir: str | Path | None = None, **options: Any) -> AdapterPool:
+    """The pool that belongs to a base model by name: the demo's own, or the authors' published one.
+
+    Args:
+        model_dir: looked in for the published adapters before the Hub.
+        **options: as `AdapterPool.from_directory`.
+
+    Raises:
+        UsageError: the base model has none, and the user has to say.
+        PoolError, HubError: the pool cannot be opened.
+    """
     if base_model == DEMO:
-        return AdapterSource(str(demo_folder() / "adapters"))
-    name = base_model if base_model in OFFICIAL_MODELS else _short_name(base_model)
-    if name is None:
-        return None
-    folder = f"{name}-loras-flanv2"
+        return AdapterPool.from_directory(demo_folder() / "adapters", **options)
+    short = {full: name for name, full in OFFICIAL_MODELS.items()}.get(base_model, base_model)
+    if short not in OFFICIAL_MODELS:
+        raise UsageError(f"base model {base_model!r} has no adapters of its own: name a pool (--adapters)")
+    folder = f"{short}-loras-flanv2"
     if model_dir is not None and (Path(model_dir) / folder).is_dir():
-        return AdapterSource(str(Path(model_dir) / folder))
-    return AdapterSource(OFFICIAL_ADAPTERS, folder)
-
-
-def _short_name(hub_id: str) -> str | None:
-    return next((short for short, full in OFFICIAL_MODELS.items() if full == hub_id), None)
+        return AdapterPool.from_directory(Path(model_dir) / folder, **options)
+    return AdapterPool.from_hub(OFFICIAL_ADAPTERS, subfolder=folder, **options)
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -188,6 +185,17 @@ def load_layout(base_model: str, *, model_dir: str | Path | None = None) -> Base
     with loading(base_model, source), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         return BaseLayout.of(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def check_access(base_model: str, *, model_dir: str | Path | None = None) -> None:
+    """Fails early if a base model does not exist or may not be read, before anything large is fetched.
+
+    Raises:
+        ModelError, HubError: as `load_base`.
+    """
+    source = resolve_base(base_model, model_dir)
+    if is_hub_id(source):
+        download_model(source, config_only=True)
 
 
 def fetch(source: str, *, revision: str | None = None, token: str | bool | None = None) -> str:

@@ -6,6 +6,7 @@ reads the configuration and the header of the weight file. Tensors are read late
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -167,7 +168,7 @@ def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: b
         AdapterError: anything in the folder that cannot be read or cannot be mixed; the reason says which.
     """
     folder = Path(folder)
-    name = name if name is not None else folder.resolve().name
+    name = name if name is not None else own_name(folder)
     try:
         config = read_config(folder)
         file = _weight_file(folder, allow_pickle)
@@ -178,8 +179,11 @@ def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: b
         return Adapter(name, folder, config, _modules(shapes, config), file)
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
-    except OSError as error:  # the folder may not be entered
-        raise AdapterError(name, f"{folder} cannot be read: {_reason(error)}") from error
+
+
+def own_name(folder: Path) -> str:
+    """The last part of the path to a folder, also when it is written as `.`; of a link, the link's name."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def module_path(key_path: str) -> str:

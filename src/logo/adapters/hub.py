@@ -33,6 +33,7 @@ _REPO_ID = re.compile(rf"{_NAME}/{_NAME}(?<!\.git)")
 _SECRET = re.compile(r"(?i)(?:bearer\s+|hf_)[^\s'\"]+|\?[^\s'\"]+")  # a token, the signature in a URL
 _AGAIN = "run the same command again: finished files are kept and only the rest is fetched"
 _NOT_IN_GIT_NAMES = re.compile(r"^/|\.\.|[\\\s\x00-\x1f\x7f~^:?*\[]")
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _LOG_IN = "set HF_TOKEN, or run `hf auth login`"
 
 
@@ -93,10 +94,13 @@ def download_adapters(
     return snapshot / folder
 
 
-def download_model(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+def download_model(
+    repo_id: str, *, revision: str | None = None, token: str | bool | None = None, config_only: bool = False
+) -> Path:
     """Fetch a base model (configuration, tokenizer, safetensors) and return its local folder.
 
     Unlike transformers' own download it tells within seconds that the Hub cannot be reached, and fetches no pickles.
+    With `config_only`, it only makes sure of the access to the model.
 
     Raises:
         UsageError, HubError: as `download_adapters`.
@@ -107,8 +111,8 @@ def download_model(repo_id: str, *, revision: str | None = None, token: str | bo
             repo_id,
             revision=revision,
             token=token,
-            progress=True,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            progress=not config_only,
+            allow_patterns=["config.json"] if config_only else _MODEL_FILES,
             ignore_patterns=["*/*", "consolidated*", "adapter_*"],
         )
     except Exception as error:  # the boundary, as in download_adapters

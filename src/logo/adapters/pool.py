@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from logo.adapters.config import CONFIG
-from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.hub import download_adapters
 from logo.adapters.layout import BaseLayout
 from logo.adapters.weights import PICKLE, SAFETENSORS
@@ -267,7 +267,7 @@ def _adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         if marks & set(files):
             folder = Path(current)
-            yield folder, folder.relative_to(root).as_posix() if folder != root else root.resolve().name
+            yield folder, folder.relative_to(root).as_posix() if folder != root else own_name(root)
 
 
 def _verified(adapters: list[Adapter]) -> tuple[list[Adapter], list[AdapterError]]:

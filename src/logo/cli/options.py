@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from logo.errors import UsageError
-from logo.models import default_adapters
-
 if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
     from logo.decoding import Truncation
@@ -186,6 +183,7 @@ def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
     """The pool the options name, or the base model's own."""
     from logo.adapters.hub import is_hub_id, split_hub_spec
     from logo.adapters.pool import AdapterPool
+    from logo.models import default_pool
 
     common: dict[str, Any] = {
         "on_bad_adapter": options.on_bad_adapter.value,
@@ -194,12 +192,7 @@ def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
         "verify": True if options.on_bad_adapter is OnBad.SKIP else None,
     }
     if options.adapters is None:
-        source = default_adapters(base_model, options.model_dir)
-        if source is None:
-            raise UsageError(f"base model {base_model!r} has no adapters of its own: name them with --adapters")
-        if source.subfolder is not None:
-            return AdapterPool.from_hub(source.location, subfolder=source.subfolder, **common)
-        return AdapterPool.from_directory(source.location, **common)
+        return default_pool(base_model, options.model_dir, **common)
     if Path(options.adapters).is_dir() or not is_hub_id("/".join(options.adapters.split("@")[0].split("/")[:2])):
         return AdapterPool.from_directory(options.adapters, **common)
     repo, subfolder, revision = split_hub_spec(options.adapters)
@@ -211,6 +204,7 @@ def open_engine(
 ) -> LoGo:
     """Loads the base model and the pool."""
     from logo.engine import LoGo
+    from logo.models import check_access
     from logo.selection.router import SelectionSettings
 
     official = preset is Preset.OFFICIAL
@@ -225,6 +219,7 @@ def open_engine(
         unscorable=options.unscorable.value,
     )
     _quiet_transformers()
+    check_access(base_model, model_dir=options.model_dir)
     pool = open_pool(options, base_model)
     if options.n_selected_modules is None:  # nobody asked for more than the pool has, so nobody is warned
         settings = replace(settings, k=min(settings.k, len(pool)))
