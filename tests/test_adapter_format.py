@@ -541,3 +541,9 @@ def test_more_than_one_module_may_have_ranks_of_its_own(tmp_path: Path) -> None:
     edit_weights(folder, lambda w: w.update(tensors({p: s for p, s in LLAMA.items() if p.endswith(Q)}, rank=2)))
     scales = {path.rsplit(".")[-1]: (m.rank, m.scaling) for path, m in open_adapter(folder).modules.items()}
     assert scales == {"q_proj": (2, 4.0), "v_proj": (4, 0.25)}
+
+
+def test_a_git_lfs_pointer_is_called_what_it_is(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / SAFETENSORS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "is a Git LFS pointer" in refusal(tmp_path).reason

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -207,20 +206,30 @@ def test_bad_data_and_results_leave_nothing_behind(tmp_path: Path, capsys: pytes
     assert not [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
 
 
-def test_an_interrupted_run_keeps_the_earlier_result(tmp_path: Path) -> None:
-    """Ctrl-C in the middle: exit code 130, one line, the result that was there is untouched."""
-    assert logo("evaluate", *evaluate_arguments(tmp_path)).returncode == 0
+def test_an_interrupted_run_keeps_the_earlier_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at the third row: exit code 130, one line, the result that was there is untouched."""
+    from logo import LoGo
+
+    assert run(["evaluate", *evaluate_arguments(tmp_path)]) == 0
     [folder] = (tmp_path / "model_selection_norm_n_3_seed_0").iterdir()
     before = read(folder)
-    command = [sys.executable, "-c", "from logo.cli import main; main()", "evaluate"]
-    slow = evaluate_arguments(tmp_path, "--max_new_tokens", "4000")
-    process = subprocess.Popen([*command, *slow], stderr=subprocess.PIPE, text=True)
-    time.sleep(8)
-    process.send_signal(2)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "logo: error: interrupted"
+    generate = LoGo.generate
+    calls = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(LoGo, "generate", interrupted)
+    capsys.readouterr()
+    assert run(["evaluate", *evaluate_arguments(tmp_path)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "logo: error: interrupted"
     assert read(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_output_can_be_piped_to_a_reader_that_stops() -> None:

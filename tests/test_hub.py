@@ -394,8 +394,9 @@ def test_a_hub_that_is_not_there_or_is_none(hub: HubServer, tmp_path: Path) -> N
     with HubServer({}) as closed:
         pass
     answer = fetch(closed.env(tmp_path), repo_id="org/pool")
-    reach = f"{closed.url} cannot be reached (ConnectError); check the connection and HF_ENDPOINT, then {AGAIN}"
-    assert answer.message == f"Hub repo org/pool: {reach}"
+    reach = f"{closed.url} cannot be reached (ConnectError), and there is no local folder of that name"
+    todo = f"check the path, or the connection and HF_ENDPOINT, then {AGAIN}"
+    assert answer.message == f"Hub repo org/pool: {reach}; {todo}"
     assert answer.seconds < 5, "no retries: huggingface_hub falls back to the cache at once"
     nonsense = refusal(hub.env(tmp_path, HF_ENDPOINT=hub.url.removeprefix("http://")), repo_id="org/pool")
     assert "(UnsupportedProtocol); check HF_TOKEN and HF_ENDPOINT" in nonsense

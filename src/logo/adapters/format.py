@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>.+))?\.weight$")
 _PREFIX = re.compile(r"^(?:_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.|base_model\.)+")
+_LFS_POINTER = b"version https://git-lfs"
 _INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 
 
@@ -96,7 +98,7 @@ class Adapter:
         try:
             return file_sha256(self.file.path)
         except OSError as error:
-            raise AdapterError(self.name, f"{self.file.path.name} cannot be read: {_reason(error)}") from error
+            raise AdapterError(self.name, _unreadable(error, self.file.path)) from error
 
     def fit(self, layout: BaseLayout) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
@@ -143,7 +145,7 @@ class Adapter:
         try:
             tensors = self.file.read(keys)
         except Exception as error:  # safetensors raises its own Rust error type
-            raise AdapterError(self.name, f"{self.file.path.name} cannot be read: {_reason(error)}") from error
+            raise AdapterError(self.name, _unreadable(error, self.file.path)) from error
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 raise AdapterError(
@@ -175,7 +177,7 @@ def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: b
         try:
             shapes = file.shapes()
         except Exception as error:  # safetensors raises its own Rust error type
-            raise Refusal(f"{file.path.name} cannot be read: {_reason(error)}") from error
+            raise Refusal(_unreadable(error, file.path)) from error
         return Adapter(name, folder, config, _modules(shapes, config), file)
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
@@ -263,6 +265,10 @@ def _explain(key: str) -> str:
     return f"tensor {key} is neither lora_A nor lora_B"
 
 
-def _reason(error: Exception) -> str:
+def _unreadable(error: Exception, file: Path) -> str:
+    with suppress(OSError), file.open("rb") as start:
+        if start.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return f"{file.name} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
     text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
-    return f"{text} (truncated or damaged?)" if type(error).__name__ == "SafetensorError" else text
+    doubt = " (truncated or damaged?)" if type(error).__name__ == "SafetensorError" else ""
+    return f"{file.name} cannot be read: {text}{doubt}"
