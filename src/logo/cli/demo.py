@@ -56,7 +56,7 @@ def demo(
     out.print(_table(results, average))
     out.print(
         "\nbase: no adapter · uniform: all adapters alike · LoGo: selected per prompt, no labels · "
-        "oracle: the task's own adapter.\nThe prompts' wordings and inputs were never trained on. "
+        "oracle: the task's own adapter.\nNone of these wordings was trained on, nor these inputs with their task. "
         'Your turn: logo generate "What is the opposite of hot?"'
     )
 

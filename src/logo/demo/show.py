@@ -1,0 +1,88 @@
+"""What `logo demo` shows: prompts answered by the base model and by LoGo, and exact match per task.
+
+Everything is measured on held-out rows when it is called; nothing is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from logo.demo import heldout, showcase
+from logo.evaluation.metrics import em, first_line
+
+if TYPE_CHECKING:
+    from logo.engine import LoGo
+    from logo.selection.selector import Selection
+
+MAX_NEW_TOKENS = 32
+BATCH_SIZE = 32
+METHODS = ("base", "uniform", "logo", "oracle")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt of the side-by-side view."""
+
+    task: str
+    prompt: str
+    gold: str
+    base: str
+    logo: str
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Exact match of each method on one task's held-out rows."""
+
+    task: str
+    rows: int
+    exact_match: Mapping[str, float]  # method -> 0..1
+
+
+def answers(logo: LoGo) -> list[Answer]:
+    """The showcase prompts, answered by the base model alone and by what LoGo selects."""
+    rows = showcase()
+    prompts = [row["context"] for row in rows]
+    base = _generate(logo, prompts, [{}] * len(prompts))
+    selections = logo.select(prompts, batch_size=BATCH_SIZE)
+    mixed = _generate(logo, prompts, selections)
+    return [
+        Answer(row["task"], row["context"], row["completion"], plain, answer, selection)
+        for row, plain, answer, selection in zip(rows, base, mixed, selections, strict=True)
+    ]
+
+
+def scores(logo: LoGo, rows_per_task: int | None = None, on_task: Callable[[str], None] = print) -> Iterator[TaskScore]:
+    """Exact match per task of: no adapter, all adapters alike, LoGo's selection, the task's own adapter."""
+    uniform = dict.fromkeys(logo.names, 1 / len(logo.names))
+    for task, rows in heldout().items():
+        on_task(task)
+        rows = rows[:rows_per_task]
+        prompts = [row["context"] for row in rows]
+        mixtures: dict[str, Sequence[Mapping[str, float] | Selection]] = {
+            "base": [{}] * len(rows),
+            "uniform": [uniform] * len(rows),
+            "logo": logo.select(prompts, batch_size=BATCH_SIZE),
+            "oracle": [{task: 1.0}] * len(rows),
+        }
+        golds = [row["completion"] for row in rows]
+        matches = {
+            method: sum(map(em, _generate(logo, prompts, mixture), golds)) / len(rows)
+            for method, mixture in mixtures.items()
+        }
+        yield TaskScore(task, len(rows), matches)
+
+
+def average(results: Sequence[TaskScore]) -> dict[str, float]:
+    """Mean over tasks of each method's exact match."""
+    return {method: sum(r.exact_match[method] for r in results) / len(results) for method in METHODS}
+
+
+def _generate(logo: LoGo, prompts: Sequence[str], mixtures: Sequence[Mapping[str, float] | Selection]) -> list[str]:
+    generations = logo.generate(
+        prompts, adapters=mixtures, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE, stop_at_newline=True
+    )
+    return [first_line(generation.text) for generation in generations]
