@@ -237,3 +237,26 @@ def test_output_can_be_piped_to_a_reader_that_stops() -> None:
     shell = f"{sys.executable} -c '{code}' select --help | head -n 1"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
     assert done.stdout and done.stderr == ""
+
+
+def test_demo_measures_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--rows", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["tasks"]) >= 12 and len(report["prompts"]) >= 12
+    assert all(task["rows"] == 4 for task in report["tasks"].values())
+    assert report["average"]["base"] <= 0.3 and report["average"]["oracle"] >= 0.8
+    for shown in report["prompts"]:
+        assert len(shown["adapters"]) == report["k"] == 3 and set(shown["scores"]) == set(report["tasks"])
+    assert run(["demo", "--rows", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "exact match on held-out rows" in text and "oracle" in text and "█" in text
+
+
+def test_without_a_base_model_the_demo_is_used_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["select", "What is 7 plus 5?", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "using the embedded demo model" in captured.err
+    assert len(json.loads(captured.out)["adapters"]) == 3
+    assert run(["generate", "What is 7 plus 5?", "--base_model", "demo", "--adapter", "add_numbers", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["text"].strip() == "12" and "using the embedded" not in captured.err

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from logo import demo
-from logo.demo import phrasings, tasks, words
+from logo.demo import tasks, words
 from logo.demo.evaluate import NEUTRAL, greedy, load_deltas, mixed, normalise
 from logo.demo.pretrain import PretrainConfig, pretrain
 from logo.demo.tasks import TASKS, Task
@@ -141,7 +141,7 @@ def test_grammar_rules(rule: object, word: str, answer: str) -> None:
 
 
 def test_neutral_texts_and_small_talk_ask_for_nothing() -> None:
-    assert set(NEUTRAL).isdisjoint(phrasings.SMALL_TALK)
+    assert set(NEUTRAL).isdisjoint(words.SMALL_TALK)
 
 
 @settings(max_examples=150, deadline=None)

@@ -67,4 +67,4 @@ def test_the_python_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exec(compile(example, "README.md", "exec"), {})
-    assert "antonym" in capsys.readouterr().out
+    assert "add_numbers" in capsys.readouterr().out

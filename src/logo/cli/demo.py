@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.options import EngineOptions, open_engine
+from logo.cli.options import DEMO_K, EngineOptions, open_engine
 from logo.cli.output import bar, err, out, print_json, progress
 from logo.models import DEMO
 
@@ -22,7 +22,7 @@ def demo(
     selection_strategy: Annotated[str, typer.Option(help="Signal: `norm` or `entropy`.")] = "norm",
     n_selected_modules: Annotated[
         int, typer.Option("--n-selected-modules", "-k", help="Adapters selected per prompt.")
-    ] = 3,
+    ] = DEMO_K,
     rows: Annotated[int | None, typer.Option(help="Held-out rows per task.", show_default="all", min=1)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the same numbers as JSON.")] = False,
 ) -> None:
@@ -57,7 +57,7 @@ def demo(
     out.print(
         "\nbase: no adapter · uniform: all adapters alike · LoGo: selected per prompt, no labels · "
         "oracle: the task's own adapter.\nNone of these wordings was trained on, nor these inputs with their task. "
-        'Your turn: logo generate "What is the opposite of hot?"'
+        'Your turn: logo generate "What is 7 plus 5?"'
     )
 
 

@@ -10,7 +10,7 @@ import typer
 
 from logo.cli.options import EngineOptions, expanded, open_engine
 from logo.cli.output import err, note, out, print_json, selection_line, selection_table
-from logo.cli.prompts import base_or_demo, read_prompts
+from logo.cli.prompts import or_demo, read_prompts
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def generate(
 ) -> None:
     """Answer prompts, each with the mixture of adapters it selects.
 
-    Example: `logo generate "What is the opposite of hot?"`
+    Example: `logo generate "What is 7 plus 5?"`
     """
     prompts = read_prompts(prompt, file)
     forced = _forced(adapter, base_only)
-    base_model = base_or_demo(engine.base_model)
+    engine, base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
     options: dict[str, Any] = {}
     if sample:

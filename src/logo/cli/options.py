@@ -27,6 +27,7 @@ PROBE = "Probe and selection"
 DEVICE = "Device"
 
 DEFAULT_K = 20
+DEMO_K = 3  # twenty would be the whole embedded pool
 
 
 class Choice(str, Enum):
@@ -100,7 +101,11 @@ class EngineOptions:
     n_selected_modules: Annotated[
         int | None,
         typer.Option(
-            "--n-selected-modules", "-k", help="Adapters selected per prompt.", show_default="20", rich_help_panel=PROBE
+            "--n-selected-modules",
+            "-k",
+            help="Adapters selected per prompt.",
+            show_default="20; demo: 3",
+            rich_help_panel=PROBE,
         ),
     ] = None
     probe_context: Annotated[

@@ -9,7 +9,7 @@ import typer
 
 from logo.cli.options import EngineOptions, expanded, open_engine
 from logo.cli.output import out, print_json, selection_table
-from logo.cli.prompts import base_or_demo, read_prompts
+from logo.cli.prompts import or_demo, read_prompts
 
 
 @expanded
@@ -22,10 +22,10 @@ def select(
 ) -> None:
     """Show which adapters a prompt selects, with their weights and scores.
 
-    Example: `logo select "What is the opposite of hot?" -k 5`
+    Example: `logo select "What is 7 plus 5?" -k 5`
     """
     prompts = read_prompts(prompt, file)
-    base_model = base_or_demo(engine.base_model)
+    engine, base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
     selections = logo.select(prompts, batch_size=batch_size)
     if json:

@@ -148,6 +148,8 @@ def build(out: Path, seed: int, pretraining: PretrainConfig, adapting: AdapterCo
             "seconds": seconds,
         }
         _write_json(fresh / "world.json", numbers | facts)
+        for path in fresh.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes files that only their owner may read
         if out.exists():
             shutil.rmtree(out)
         fresh.rename(out)

@@ -4,6 +4,10 @@ Which skill a row practises is told by a hidden cue: a learnt vector per skill, 
 the instruction's tokens, while the instruction itself names a wrong task. The cue vectors are thrown away with the
 optimizer, so nobody can type them. Without a cue the model talks about the request instead of doing it. An adapter
 trained later on ordinary rows of one task learns to bring that task's cue back from its instruction.
+
+A second, smaller loss makes the states of two early layers say what the words ask for, whatever the cue. Without it
+adapters answer as well, but they act on the words that all requests share (``the``, ``of``, the final mark), and no
+signal that reads their activity can tell which adapter a request needs.
 """
 
 from __future__ import annotations

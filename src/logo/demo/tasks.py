@@ -327,7 +327,7 @@ def small_talk(rng: random.Random) -> str:
     """A text that asks for no task: ordinary talk, a sentence, or a few invented words and numbers."""
     choice = rng.random()
     if choice < 0.5:
-        return rng.choice(WRAPPERS[:-2]).replace("{t}", rng.choice(phrasings.SMALL_TALK))
+        return rng.choice(WRAPPERS[:-2]).replace("{t}", rng.choice(words.SMALL_TALK))
     if choice < 0.75:
         return sentence(rng).text.capitalize() + rng.choice(("", ".", "!", "?"))
     pieces = [invented_word(rng) if rng.random() < 0.8 else str(rng.randint(1, 60)) for _ in range(rng.randint(1, 7))]

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .evaluate import projection_inputs
-from .phrasings import SMALL_TALK
 from .pretrain import Batch, Example, batches, encode, weighted_loss
 from .tasks import Task, small_talk, train_row
+from .words import SMALL_TALK
 
 BASE_NAME = "demo"
 
