@@ -234,6 +234,19 @@ def test_finish_reason_and_end_token(llama: nn.Module, adapters: Path) -> None:
     assert batch[0].token_ids == full.token_ids[: cut + 1] and batch[0].finish_reason == "stop"
 
 
+def test_stop_strings_and_dict_outputs() -> None:
+    f1 = Path(__file__).parent / "data" / "golden" / "F1"
+    logo = LoGo.from_pretrained(str(f1 / "model"), f1 / "adapters", device="cpu", k=3)
+    prompts = ["Hello there", "A", "The garden repairs the broken clock"]
+    plain = logo.generate(prompts, max_new_tokens=12, batch_size=3)
+    piece = logo.tokenizer.decode(plain[2].token_ids[3:5])
+    config = GenerationConfig(stop_strings=[piece], return_dict_in_generate=True, do_sample=False, max_new_tokens=12)
+    stopped = logo.generate(prompts, generation_config=config, batch_size=3)
+    assert piece in stopped[2].text and len(stopped[2].token_ids) < 12 and stopped[2].finish_reason == "stop"
+    assert stopped[2].token_ids == plain[2].token_ids[: len(stopped[2].token_ids)]
+    assert "".join(logo.stream(prompts[2], generation_config=config)) == stopped[2].text
+
+
 def test_stop_at_newline_keeps_the_answer(llama: nn.Module, adapters: Path) -> None:
     """Stopping early gives the same first line as going on."""
     from logo.evaluation.metrics import first_line

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
@@ -236,21 +236,12 @@ class LoGo:
         Raises:
             UsageError: an empty prompt, a forced adapter that is not in the pool, an option that cannot be used.
         """
-        if isinstance(prompts, str):
-            return self.generate(
-                [prompts],
-                adapters=adapters,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                generation_config=generation_config,
-                stop_at_newline=stop_at_newline,
-                **options,
-            )[0]
+        texts = [prompts] if isinstance(prompts, str) else prompts
         _check_batch_size(batch_size)
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         with self._lock:
             self._sync()
-            rows = self.prompts.encode(prompts, room=config.max_new_tokens)
+            rows = self.prompts.encode(texts, room=config.max_new_tokens)
             started = time.perf_counter()
             selections = self._selections(rows, adapters, batch_size)
             probed = (time.perf_counter() - started) / max(1, len(rows))
@@ -259,7 +250,8 @@ class LoGo:
                 part = [selections[i] for i in batch]
                 generated = self._generate([rows[i] for i in batch], part, config, stop_at_newline, probed)
                 answers |= zip(batch, generated, strict=True)
-            return [answers[i] for i in range(len(rows))]
+        ordered = [answers[i] for i in range(len(rows))]
+        return ordered[0] if isinstance(prompts, str) else ordered
 
     def _generate(
         self,
@@ -270,24 +262,45 @@ class LoGo:
         probed: float,
     ) -> list[Generation]:
         started = time.perf_counter()
-        ids, mask = self.prompts.pad(rows, "left", self._input_device)
-        criteria = StoppingCriteriaList()
+        criteria: list[StoppingCriteria] = []
         if stop_at_newline:
-            criteria.append(StopAtNewline(self.tokenizer, ids.shape[1], official=stop_at_newline == "official"))
-        with self._mixer.active(self._fitted, [s.mixture for s in selections]), torch.no_grad():
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
-            )
+            start = max(map(len, rows))
+            criteria.append(StopAtNewline(self.tokenizer, start, official=stop_at_newline == "official"))
+        tokens = self._continue(rows, selections, config, criteria)
         ends = end_tokens(config, self.model.generation_config)
         # A row that a stop rule ended is filled up with pad tokens while the others go on.
-        padding = self.tokenizer.pad_token_id if stop_at_newline and len(rows) > 1 else None
-        cut = [cut_after_end(row, ends, config.max_new_tokens, padding) for row in output[:, ids.shape[1] :].tolist()]
+        stopped_early = len(rows) > 1 and (stop_at_newline or config.stop_strings)
+        padding = self.tokenizer.pad_token_id if stopped_early else None
+        cut = [cut_after_end(row, ends, config.max_new_tokens, padding) for row in tokens]
         texts = self.tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
         return [
             Generation(text, selection, tuple(tokens), reason, dict(seconds))
             for text, selection, (tokens, reason) in zip(texts, selections, cut, strict=True)
         ]
+
+    def _continue(
+        self,
+        rows: Sequence[Sequence[int]],
+        selections: Sequence[Selection],
+        config: GenerationConfig,
+        criteria: list[StoppingCriteria],
+        **options: Any,
+    ) -> list[list[int]]:
+        """The new tokens of each row, generated with each row's own mixture."""
+        ids, mask = self.prompts.pad(rows, "left", self._input_device)
+        if config.stop_strings:
+            options["tokenizer"] = self.tokenizer
+        with self._mixer.active(self._fitted, [selection.mixture for selection in selections]), torch.no_grad():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **options,
+            )
+        sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
+        return sequences[:, ids.shape[1] :].tolist()
 
     def stream(
         self,
@@ -318,15 +331,8 @@ class LoGo:
 
         def work() -> None:
             try:
-                ids, mask = self.prompts.pad([row], "left", self._input_device)
-                with self._lock, self._mixer.active(self._fitted, [selection.mixture]), torch.no_grad():
-                    self.model.generate(
-                        input_ids=ids,
-                        attention_mask=mask,
-                        generation_config=config,
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([cancelled]),
-                    )
+                with self._lock:
+                    self._continue([row], [selection], config, [cancelled], streamer=streamer)
             except BaseException as error:  # handed to the reader, who is waiting in another thread
                 failure.append(error)
                 streamer.end()

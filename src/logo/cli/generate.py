@@ -56,8 +56,9 @@ def generate(
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     if len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
         selection = logo.select(prompts[0]) if forced is None else None
-        for piece in logo.stream(prompts[0], adapters=selection or forced, max_new_tokens=max_new_tokens, **options):
-            print(piece, end="", flush=True)
+        pieces = logo.stream(prompts[0], adapters=selection or forced, max_new_tokens=max_new_tokens, **options)
+        for number, piece in enumerate(pieces):
+            print(piece if number else piece.lstrip(), end="", flush=True)
         print()
         if selection is not None:
             err.print(selection_table(selection, top=5))
