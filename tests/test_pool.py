@@ -363,7 +363,9 @@ def test_one_bad_adapter_refuses_the_pool_naming_the_first_and_counting_the_othe
     text = refused(lambda: AdapterPool.from_directory(drawer))
     assert text.startswith("adapter 'alora': it is an activated LoRA")
     assert f"({len(REFUSED) - 1} more bad in {drawer})" in text
-    assert text.endswith("use on_bad_adapter 'skip' to go on without, or see `logo pool inspect`")
+    assert text.endswith(
+        "leave bad ones out with --on-bad-adapter skip (on_bad_adapter='skip'), or see `logo pool inspect`"
+    )
 
 
 def test_a_single_bad_adapter_counts_no_others(tmp_path: Path) -> None:

@@ -284,7 +284,8 @@ def _verified(adapters: list[Adapter]) -> tuple[list[Adapter], list[AdapterError
 def _refuse(refused: list[AdapterError], on_bad_adapter: OnBadAdapter, where: str) -> None:
     if refused and on_bad_adapter == "error":
         more = f" ({len(refused) - 1} more bad in {where})" if len(refused) > 1 else ""
-        raise PoolError(f"{refused[0]}{more}; use on_bad_adapter 'skip' to go on without, or see `logo pool inspect`")
+        hint = "leave bad ones out with --on-bad-adapter skip (on_bad_adapter='skip'), or see `logo pool inspect`"
+        raise PoolError(f"{refused[0]}{more}; {hint}")
 
 
 def _empty(root: Path, refused: list[AdapterError]) -> str:
