@@ -82,6 +82,11 @@ def test_select_prints_a_table_and_json() -> None:
         assert record["adapters"][0] in table.stdout or record["prompt"] != "Hello there"
 
 
+def test_a_terminal_without_unicode_is_no_reason_to_fail() -> None:
+    done = logo("select", "Hello", *ENGINE, "-k", "3", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "?" in done.stdout and done.stderr == ""
+
+
 def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)

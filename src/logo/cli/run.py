@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -27,6 +28,9 @@ def run(argv: list[str]) -> int:
     if debug:
         argv = [argument for argument in argv if argument != DEBUG]
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows '?'
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         result = app(args=argv, prog_name="logo", standalone_mode=False)
