@@ -265,3 +265,33 @@ def test_without_a_base_model_the_demo_is_used_and_named(capsys: pytest.CaptureF
     assert run(["generate", "What is 7 plus 5?", "--base_model", "demo", "--adapter", "add_numbers", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["text"].strip() == "12" and "using the embedded" not in captured.err
+
+
+def test_results_reach_a_pipe_while_the_bar_is_on_the_terminal(tmp_path: Path) -> None:
+    """stdout to a file, stderr to a (pseudo) terminal: the lines are in the file, the bar is not."""
+    import pty
+
+    terminal, screen = pty.openpty()
+    command = [
+        sys.executable,
+        "-c",
+        "from logo.cli import main; main()",
+        "evaluate",
+        *evaluate_arguments(tmp_path / "r"),
+    ]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=screen)
+        os.close(screen)
+        shown = b""
+        while True:
+            try:
+                block = os.read(terminal, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not block:
+                break
+            shown += block
+    assert process.wait(timeout=60) == 0
+    os.close(terminal)
+    assert (tmp_path / "out").read_text().startswith("Accuracy: 0.00\n")
+    assert b"4/4" in shown and b"eta" in shown and b"Accuracy" not in shown

@@ -93,5 +93,7 @@ def progress(disable: bool = False) -> Progress:
         TextColumn("[dim]eta[/dim]"),
         TimeRemainingColumn(),
         console=err,
+        # On one screen, lines have to be printed above the bar; in a pipe they must not end up on stderr.
+        redirect_stdout=sys.stdout.isatty(),
         disable=disable,
     )
