@@ -230,7 +230,7 @@ def write_drawer(root: Path, kinds: Iterable[str] = tuple(REFUSED)) -> Path:
 @contextmanager
 def everyones_folder() -> Iterator[Path]:
     """A folder that every user may enter (pytest's own may not be); gives rights back and removes it at the end."""
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     user = os.geteuid()
     try:
@@ -242,9 +242,9 @@ def everyones_folder() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def lock(path: Path) -> None:
-    """Takes all rights from `path`, opens everything below its parents to everyone, and makes root nobody."""
-    for file in path.parents[-3].rglob("*"):  # /tmp/x
+def lock(path: Path, root: Path) -> None:
+    """Takes all rights from `path`, opens everything else below `root` to everyone, and makes root nobody."""
+    for file in root.rglob("*"):
         if file.is_file():
             file.chmod(0o644)  # safetensors saves for the owner only
     path.chmod(0)

@@ -361,7 +361,7 @@ def shared() -> Iterator[Path]:
 def test_what_may_not_be_read_is_refused(shared: Path, locked: str) -> None:
     folder = write(shared / "a")
     open_adapter(folder).read()  # imports everything before rights are gone
-    lock(folder / locked)
+    lock(folder / locked, shared)
     assert "ermission denied" in refusal(folder).reason
 
 

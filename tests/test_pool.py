@@ -342,7 +342,7 @@ def shared() -> Iterator[Path]:
 def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(shared: Path) -> None:
     put(shared, "a", "group/b")
     AdapterPool.from_directory(shared)  # imports everything before rights are gone
-    lock(shared / "group")
+    lock(shared / "group", shared)
     assert "adapter 'group': the folder cannot be listed" in refused(lambda: AdapterPool.from_directory(shared))
     pool = AdapterPool.from_directory(shared, on_bad_adapter="skip")
     assert (pool.names, [error.name for error in pool.refused]) == (("a",), ["group"])
@@ -351,7 +351,7 @@ def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(shared: 
 @pytest.mark.parametrize("below", ["", "group"])
 def test_a_pool_that_may_not_be_entered_is_a_storage_error(shared: Path, below: str) -> None:
     put(shared, "locked/group/b")
-    lock(shared / "locked")
+    lock(shared / "locked", shared)
     text = refused(lambda: AdapterPool.from_directory(shared / "locked" / below), StorageError)
     assert text == f"adapter folder {shared / 'locked' / below} cannot be read: Permission denied"
 
