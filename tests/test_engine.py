@@ -285,6 +285,20 @@ def test_an_adapter_without_the_probed_module(llama: nn.Module, adapters: Path, 
     assert logo.generate(PROMPTS[0], adapters={"mlp": 1.0}, max_new_tokens=3).selection.adapters == ("mlp",)
 
 
+def test_a_pool_that_became_unusable_is_refused_until_it_is_mended(
+    llama: nn.Module, adapters: Path, tmp_path: Path
+) -> None:
+    logo = engine(llama, adapters)
+    before = logo.select(PROMPTS[0])
+    write_adapter(tmp_path / "mlp", llama, ("down_proj",), rank=2, seed=5)
+    logo.pool.add(tmp_path / "mlp")
+    for _ in range(2):
+        with pytest.raises(PoolError, match="cannot be scored: mlp"):
+            logo.select(PROMPTS[0])
+    logo.pool.remove("mlp")
+    assert logo.select(PROMPTS[0]) == before
+
+
 def test_residual_needs_a_module_of_its_width(llama: nn.Module, tmp_path: Path) -> None:
     write_adapter(tmp_path / "mlp", llama, ("down_proj",), rank=2, seed=5)
     with pytest.raises(UsageError, match="takes 48 features, the residual stream has 32; use probe_input 'projection'"):

@@ -100,7 +100,6 @@ class LoGo:
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self._carried: tuple[str, ...] | None = None
         self._fit_pool()
-        self._router = Router(model, self._fitted, self.settings)
 
     @classmethod
     def from_pretrained(
@@ -374,8 +373,11 @@ class LoGo:
     # -- pool and options ---------------------------------------------------------------------------------------
 
     def _fit_pool(self) -> None:
-        self._fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
-        self._seen = self.pool.version
+        version = self.pool.version
+        fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
+        router = Router(self.model, fitted, self.settings)
+        # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
+        self._fitted, self._router, self._seen = fitted, router, version
 
     def _sync(self) -> None:
         """Takes note of adapters that were added to or removed from the pool."""
@@ -383,7 +385,6 @@ class LoGo:
             return
         with self._lock:
             self._fit_pool()
-            self._router = Router(self.model, self._fitted, self.settings)
             self._mixer.forget()
             if self._carried is not None:
                 self._carried = tuple(name for name in self._carried if name in self._fitted)
