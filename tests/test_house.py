@@ -15,7 +15,7 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 LAYERS = [
     {"errors"},
     {"adapters"},
-    {"mixing", "selection", "models", "decoding"},
+    {"mixing", "selection", "models", "decoding", "scoring"},
     {"engine"},
     {"backends", "baselines"},
     {"evaluation", "training", "serving", "bench"},

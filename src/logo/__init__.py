@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
     from logo.decoding import Truncation
     from logo.engine import Generation, LoGo
-    from logo.selection.router import SelectionSettings
     from logo.selection.selector import Selection
+    from logo.selection.settings import SelectionSettings
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _LAZY = {
     "Generation": "logo.engine",
     "LoGo": "logo.engine",
     "Selection": "logo.selection.selector",
-    "SelectionSettings": "logo.selection.router",
+    "SelectionSettings": "logo.selection.settings",
     "Truncation": "logo.decoding",
 }
 

@@ -7,9 +7,10 @@ The only place that knows adapters, mixing and selection together. A prompt walk
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -33,8 +34,10 @@ from logo.decoding import (
 from logo.errors import UsageError
 from logo.mixing import Mixer
 from logo.models import context_length, default_pool, load_base
+from logo.scoring import Scored, completion_ids, score_mixtures
 from logo.selection import Selection
-from logo.selection.router import Router, SelectionSettings
+from logo.selection.router import Router
+from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -182,6 +185,11 @@ class LoGo:
         with self._lock:
             self._sync()
             return self._select(self.prompts.encode(prompts), batch_size)
+
+    def reselect(self, scores: Mapping[str, float], without: Collection[str]) -> Selection:
+        """What would be selected if some adapters were not in the pool; `scores` as in `Selection.scores`."""
+        self._sync()
+        return self._router.reselect(scores, without)
 
     def _select(self, rows: Sequence[Sequence[int]], batch_size: int) -> list[Selection]:
         if self.settings.probe_context == "carry":
@@ -346,6 +354,25 @@ class LoGo:
         if failure:
             raise failure[0]
 
+    # -- scoring ------------------------------------------------------------------------------------------------
+
+    def score(self, prompt: str, completion: str, mixtures: Sequence[Forced]) -> list[Scored]:
+        """What a gold completion is worth under each of several mixtures, teacher-forced; see `logo.scoring`.
+
+        Args:
+            mixtures: as `adapters` of `generate`; `{}` is the base model alone. Equal ones are computed once.
+
+        Raises:
+            UsageError: no prompt, a completion without tokens or too long, an adapter that is not in the pool.
+        """
+        with self._lock:
+            self._sync()
+            wanted = [self._forced(entry).mixture for entry in mixtures]
+            gold = completion_ids(self.tokenizer, prompt, completion, self.prompts.context)
+            [row] = self.prompts.encode([prompt], room=len(gold))
+            active = functools.partial(self._mixer.active, self._fitted)
+            return score_mixtures(self.model, row, gold, wanted, active, len(self.tokenizer), self._input_device)
+
     # -- what is wanted --------------------------------------------------------------------------------------------
 
     def _selections(
@@ -375,7 +402,7 @@ class LoGo:
     def _fit_pool(self) -> None:
         version = self.pool.version
         fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
-        router = Router(self.model, fitted, self.settings)
+        router = Router(self.model, fitted, self.settings, self.prompts.encode, self.tokenizer.bos_token_id)
         # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
         self._fitted, self._router, self._seen = fitted, router, version
 

@@ -210,7 +210,7 @@ def open_engine(
     """Loads the base model and the pool."""
     from logo.engine import LoGo
     from logo.models import check_access
-    from logo.selection.router import SelectionSettings
+    from logo.selection.settings import SelectionSettings
 
     official = preset is Preset.OFFICIAL
     settings = SelectionSettings(

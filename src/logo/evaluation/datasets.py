@@ -124,9 +124,13 @@ def load_rows(
         StorageError: the file cannot be read.
         UsageError: a limit below 1.
     """
+    return read_rows(dataset_file(data_dir, dataset, split), limit)
+
+
+def read_rows(file: Path, limit: int | None = None) -> list[Row]:
+    """`load_rows` of a file wherever it lies."""
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit}: expected at least 1 row; leave it out for all rows")
-    file = dataset_file(data_dir, dataset, split)
     rows: list[Row] = []
     blank = 0  # the first of the blank lines just before this one, 0 if none: blank lines may only end the file
     for number, line in enumerate(_read(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):

@@ -1,4 +1,4 @@
-"""A folder of text files that changes as one: complete and new, or as it was.
+"""A folder of text files, or one file, that changes as one: complete and new, or as it was.
 
 The files are written and synced in a hidden sibling (`.{name}.new-*`), which then takes the folder's place by rename.
 The old folder steps aside first (`.{name}.old-*`), because a folder cannot be renamed onto one that is not empty; if
@@ -51,8 +51,34 @@ def replace_folder(folder: Path, texts: Mapping[str, str], *, owned: Collection[
         raise _unwritable(folder, error) from error
 
 
-def check_writable(folder: str | os.PathLike[str]) -> None:
+def replace_file(file: Path, content: bytes) -> None:
+    """Make `file` hold `content`: written and synced beside it, then renamed onto it.
+
+    Raises:
+        StorageError: it cannot be written; what was there is as before.
+    """
+    target = file.resolve()  # a link keeps its target's place, and its target's disk
+    new = _beside(target, "new", secrets.token_hex(4))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(new, "xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(new, target)
+        finally:
+            new.unlink(missing_ok=True)  # not there any more if all went well
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise StorageError(f"file {str(file)!r}: cannot be written ({error.strerror or error})") from error
+
+
+def check_writable(folder: str | os.PathLike[str], option: str = "--result_dir") -> None:
     """Make the folder if it is missing, and see that a file can be written there: before hours of work, not after.
+
+    Args:
+        option: how the user names another one.
 
     Raises:
         StorageError: it cannot be made or written, or its disk is full.
@@ -65,15 +91,15 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
                 rest = rest[probe.write(rest) :]
             os.fsync(probe.fileno())
     except OSError as error:
-        raise _unwritable(Path(folder), error) from error
+        raise _unwritable(Path(folder), error, option) from error
 
 
-def _unwritable(folder: Path, error: OSError) -> StorageError:
+def _unwritable(folder: Path, error: OSError, option: str = "--result_dir") -> StorageError:
     in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
     reason = "a file is where a folder should be" if in_the_way else error.strerror or str(error)
     return StorageError(
         f"result folder {str(folder)!r}: cannot be written ({reason}); "
-        "make room or change permissions there, or name another with --result_dir"
+        f"make room or change permissions there, or name another with {option}"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from logo.evaluation.folders import check_writable, replace_folder
 from logo.evaluation.runner import DatasetResult
 
-__all__ = ["RESULT_FILES", "check_writable", "result_files", "result_folder", "run_record", "write_results"]
+__all__ = ["RESULT_FILES", "check_writable", "result_files", "result_folder", "run_record", "versions", "write_results"]
 
 RESULT_FILES = (
     "eval_results.json",
@@ -116,16 +116,17 @@ def run_record(
         "options": plain,
         "pool": dict(pool),
         "device": device,
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str | None]:
-    """Read from the installed distributions, so that nothing heavy is imported; None where one is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+def versions() -> dict[str, str | None]:
+    """Of what a result stands on, read from the installed distributions, so that nothing heavy is imported; None where
+    one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
     for key, distribution in _DISTRIBUTIONS.items():
         try:
-            versions[key] = metadata.version(distribution)
+            found[key] = metadata.version(distribution)
         except metadata.PackageNotFoundError:
-            versions[key] = None
-    return versions
+            found[key] = None
+    return found

@@ -35,6 +35,11 @@ class Point:
     module: str
     rows: tuple[int, ...] | None = None
 
+    @property
+    def name(self) -> str:
+        """Short: the layer's index and the module within it, such as `4.self_attn.v_proj`."""
+        return f"{self.layer}.{self.module.removeprefix(f'{self.layer_path}.')}"
+
 
 def find_points(
     model: nn.Module, layers: int | str | Sequence[int | str] = "last", module: str | None = None
@@ -56,6 +61,26 @@ def find_points(
     if not wanted:
         raise UsageError("probe_layer: expected 'last', an index or a list of them, found an empty list")
     points = [_point(model, f"{path}.{i}", i, blocks[i], module) for i in (_index(x, len(blocks)) for x in wanted)]
+    return tuple(dict.fromkeys(points))
+
+
+def named_points(model: nn.Module, names: Sequence[str]) -> tuple[Point, ...]:
+    """Points by name: `"4.v_proj"`, `"4.self_attn.v_proj"` or a full module path.
+
+    Raises:
+        UsageError: a name that is not of this kind, or no name at all.
+        ModelError: there is no such module.
+    """
+    path, blocks = decoder_layers(model)
+    points = []
+    for name in names:
+        layer, _, module = name.removeprefix(f"{path}.").partition(".")
+        if not module or not layer.lstrip("-").isdigit():
+            raise UsageError(f"probe point {name!r}: expected a layer and a module, such as '4.v_proj'")
+        index = _index(layer, len(blocks))
+        points.append(_point(model, f"{path}.{index}", index, blocks[index], module))
+    if not points:
+        raise UsageError("probe_points: expected at least one point, such as '4.v_proj'")
     return tuple(dict.fromkeys(points))
 
 

@@ -7,16 +7,14 @@ Knows where to read and which token; knows nothing about adapters. To probe with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from logo.errors import ModelError
 from logo.selection.points import Point
-
-ProbeInput = Literal["residual", "projection"]
-ProbeToken = Literal["last", "mean"]
+from logo.selection.signals import ProbeInput, ProbeToken
 
 
 class _Stop(Exception):
@@ -31,15 +29,23 @@ class Probe:
         points: where to read.
         read: `"residual"`, the residual stream that enters the layer, before its input norm (the official choice:
             `hidden_states[layer]`), or `"projection"`, what the point's own module receives.
-        token: `"last"`, the last prompt token's vector, or `"mean"`, the mean over all prompt tokens.
+        token: `"last"`, the last prompt token's vector, `"mean"`, the mean over all prompt tokens, or `"each"`, the
+            vectors of all prompt tokens but the one that begins every text.
+        bos: the token that begins every text; None if there is none.
     """
 
     def __init__(
-        self, model: nn.Module, points: Sequence[Point], read: ProbeInput = "residual", token: ProbeToken = "last"
+        self,
+        model: nn.Module,
+        points: Sequence[Point],
+        read: ProbeInput = "residual",
+        token: ProbeToken = "last",
+        bos: int | None = None,
     ) -> None:
         self.model = model
         self.points = tuple(points)
         self.token = token
+        self.bos = bos
         # Several modules of one layer may share what they read: one hook for each distinct place.
         self._places = {
             point: point.layer_path if read == "residual" else point.module for point in self.points
@@ -55,13 +61,19 @@ class Probe:
             attention_mask: (rows, length), 1 on prompt tokens.
 
         Returns:
-            One float32 tensor (rows, d) per point, on the device of the point's layer.
+            One float32 tensor (rows, d) per point, on the device of the point's layer; with `token="each"`, one
+            (tokens, d) in the order of `owners`. Points that read the same vectors share one tensor.
         """
         hidden: dict[str, Tensor] = {}
+        mask = self._read_tokens(input_ids, attention_mask)
+        latest: list[Tensor] = []  # what was read last and what became of it: q, k and v receive the same tensor
 
         def reader(place: str) -> Any:
             def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hidden[place] = self._reduce(args[0] if args else kwargs["hidden_states"], attention_mask)
+                entering = args[0] if args else kwargs["hidden_states"]
+                if not latest or latest[0] is not entering:
+                    latest[:] = entering, self._reduce(entering, mask)
+                hidden[place] = latest[1]
                 if len(hidden) == len(self._modules):
                     raise _Stop
 
@@ -80,13 +92,31 @@ class Probe:
         missing = ", ".join(place for place in self._modules if place not in hidden)
         raise ModelError(f"the forward pass of {type(self.model).__name__} never reached {missing}")
 
-    def _reduce(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """(rows, length, d) to one float32 vector per row."""
-        mask = attention_mask.to(hidden.device)
+    def owners(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(vectors,) int64 on the CPU: which row each hidden vector belongs to."""
+        if self.token != "each":
+            return torch.arange(len(input_ids))
+        return self._read_tokens(input_ids, attention_mask).nonzero()[:, 0].cpu()
+
+    def _read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(rows, length): 1 on the tokens that are read."""
+        if self.token != "each" or self.bos is None:
+            return attention_mask
+        # A prompt of nothing but that token is still a prompt.
+        left_out = (input_ids[:, 0] == self.bos) & (attention_mask.sum(dim=1) > 1)
+        mask = attention_mask.clone()
+        mask[left_out, 0] = 0
+        return mask
+
+    def _reduce(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """(rows, length, d) to float32 vectors: one per row, or all that are read."""
+        mask = mask.to(hidden.device)
         if hidden.dim() == 2:  # flattened tokens, as OPT's MLP receives them
             hidden = hidden.view(*mask.shape, -1)
         if self.token == "last":
             rows = torch.arange(hidden.shape[0], device=hidden.device)
             return hidden[rows, mask.sum(dim=1) - 1].float()
+        if self.token == "each":
+            return hidden[mask.bool()].float()
         weights = mask.float() / mask.sum(dim=1, keepdim=True)
         return torch.einsum("rtd,rt->rd", hidden.float(), weights)

@@ -2,74 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from logo.adapters.pool import AdapterPool
-from logo.errors import PoolError, UsageError, closest
+from logo.errors import PoolError, UsageError
+from logo.selection.calibration import Baseline
+from logo.selection.calibrator import Calibrated, calibrate, plan
 from logo.selection.index import ScoringIndex
-from logo.selection.points import Point, find_points
-from logo.selection.probe import Probe, ProbeInput, ProbeToken
-from logo.selection.selector import Selection, check_k, select
-from logo.selection.signals import get_signal
+from logo.selection.listening import Texts, respond
+from logo.selection.neutral import NEUTRAL
+from logo.selection.points import Point
+from logo.selection.probe import Probe
+from logo.selection.requests import REQUESTS
+from logo.selection.selector import Selection, Selector, check_k
+from logo.selection.settings import SelectionSettings
+from logo.selection.whitening import Whitening
 
-ProbeContext = Literal["base", "pool", "carry"]
-Unscorable = Literal["error", "skip"]
+Encode = Callable[[Sequence[str]], list[list[int]]]
 
-
-@dataclass(frozen=True)
-class SelectionSettings:
-    """How prompts are read, scored and selected. Defaults are ours; `official()` is what the authors' code does.
-
-    Attributes:
-        signal: `"norm"` or `"entropy"`, or any other registered signal.
-        k: adapters per prompt.
-        probe_context: which adapters are active while probing: `"base"` none · `"pool"` all, unscaled · `"carry"` as
-            the official code really runs: all for the first prompt, then those the prompt before selected.
-        probe_input: `"residual"` (entering the layer, before its norm) or `"projection"` (what the module receives).
-        probe_token: `"last"` prompt token, or the `"mean"` over all of them.
-        probe_layer: `"last"`, an index, or several (scores are averaged over them).
-        probe_module: the module to read, by name; default: the query projection.
-        unscorable: adapters that do not touch the probed module: `"error"` refuses the pool, `"skip"` never selects
-            them (they can still be forced).
-    """
-
-    signal: str = "norm"
-    k: int = 20
-    probe_context: ProbeContext = "base"
-    probe_input: ProbeInput = "residual"
-    probe_token: ProbeToken = "last"
-    probe_layer: int | str | Sequence[int | str] = "last"
-    probe_module: str | None = None
-    unscorable: Unscorable = "error"
-
-    def __post_init__(self) -> None:
-        get_signal(self.signal)
-        if self.k <= 0:
-            raise UsageError(f"number of selected adapters (k): expected 1 or more, found {self.k}")
-        choices = (
-            ("probe_context", ProbeContext),
-            ("probe_input", ProbeInput),
-            ("probe_token", ProbeToken),
-            ("unscorable", Unscorable),
-        )
-        for name, choice in choices:
-            value, allowed = getattr(self, name), get_args(choice)
-            if value not in allowed:
-                raise UsageError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
-
-    @classmethod
-    def of(cls, **settings: Any) -> SelectionSettings:
-        """Settings by keyword, with a did-you-mean for unknown ones."""
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise UsageError(f"unknown setting {name!r}{closest(name, known)}; known: {', '.join(known)}")
-        return cls(**settings)
+# Prompts that a running baseline remembers; neutral texts are the first of them.
+_REMEMBERED = 256
 
 
 class Router:
@@ -79,31 +34,86 @@ class Router:
         model: the base model.
         pool: adapters fitted to it.
         settings: what to read and how to score.
+        encode: texts to token ids, as prompts are encoded; for the texts of a calibration.
+        bos: the token that begins every text, if there is one.
+
+    Attributes:
+        points: where prompts are read.
+        names: the adapters that are scored.
+        calibrated: how the points were chosen; None for signals without calibration.
 
     Raises:
-        PoolError: adapters that do not touch a probed module, unless `settings.unscorable` is `"skip"`.
+        PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`.
     """
 
-    def __init__(self, model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> None:
-        self.points = find_points(model, settings.probe_layer, settings.probe_module)
-        self.names = _scorable(pool, self.points, settings.unscorable)
-        self.k = check_k(settings.k, len(self.names))
-        self._signal = get_signal(settings.signal)
-        self._probe = Probe(model, self.points, settings.probe_input, settings.probe_token)
-        self._indices = [_index(model, pool, self.names, point) for point in self.points]
-        if settings.probe_input == "residual":
+    def __init__(
+        self, model: nn.Module, pool: AdapterPool, settings: SelectionSettings, encode: Encode, bos: int | None
+    ) -> None:
+        self.signal = signal = settings.reading
+        planned = plan(model, pool, settings)
+        self.names = _scorable(pool, planned.points, settings, all_points=planned.all_points)
+        adapters = [pool[name] for name in self.names]
+        self.calibrated: Calibrated | None = None
+        self.points = planned.points
+        if signal.scale != "raw":
+            texts = Texts(encode(NEUTRAL), encode(REQUESTS) if planned.count else [], bos)
+            self.calibrated = calibrate(model, adapters, planned, texts, settings)
+            self.points = self.calibrated.points
+        self.selector = Selector(
+            check_k(settings.k, len(self.names)), signal.weighting, settings.temperature, settings.keep_mass
+        )
+        self._probe = Probe(model, self.points, signal.input, signal.token, bos)
+        self._columns = [[i for i, a in enumerate(adapters) if point.module in a.modules] for point in self.points]
+        self._indices = [
+            ScoringIndex.read([adapters[i] for i in columns], point, _device(model, point), self._whitening(point))
+            for point, columns in zip(self.points, self._columns, strict=True)
+        ]
+        # (adapters, points, texts): what a running baseline is computed from
+        self._remembered = self.calibrated.neutral if self.calibrated and settings.baseline == "running" else None
+        self._baseline = None if self.calibrated is None else Baseline.of(self.calibrated.neutral)
+        if signal.input == "residual":
             self._check_widths(model)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> list[Selection]:
         """One selection per row of right-padded prompts (rows, length)."""
         scores = self.scores(input_ids, attention_mask)
-        return [select(row, self.names, self.k) for row in scores]
+        return [self.selector(row, self.names) for row in scores]
+
+    def reselect(self, scores: Mapping[str, float], without: Collection[str]) -> Selection:
+        """The selection that these scores give when some adapters are left out."""
+        left = [name for name in scores if name not in without]
+        if not left:
+            return Selection((), (), {})
+        return self.selector(torch.tensor([scores[name] for name in left]), left)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(rows, adapters) float32 on the CPU: the signal, averaged over the points."""
+        """(rows, adapters) float32 on the CPU."""
         hidden = self._probe(input_ids, attention_mask)
-        per_point = [self._signal(index, h).cpu() for index, h in zip(self._indices, hidden, strict=True)]
-        return torch.stack(per_point).mean(dim=0)
+        owners = self._probe.owners(input_ids, attention_mask)
+        rows = len(input_ids)
+        per_point = [respond(self.signal, i, h, owners, rows) for i, h in zip(self._indices, hidden, strict=True)]
+        responses = torch.full((len(self.names), len(self.points), rows), torch.nan)
+        for at, (columns, response) in enumerate(zip(self._columns, per_point, strict=True)):
+            responses[columns, at] = response.T.cpu()
+        if self._baseline is None:
+            return self._mean_over_points(responses)
+        scores = self._baseline.scores(responses)
+        if self._remembered is not None:
+            self._remembered = torch.cat([self._remembered, responses], dim=2)[:, :, -_REMEMBERED:]
+            self._baseline = Baseline.of(self._remembered)
+        return scores
+
+    def _mean_over_points(self, responses: Tensor) -> Tensor:
+        """(rows, adapters) of (adapters, points, rows): over the points that each adapter touches."""
+        touched = torch.zeros(responses.shape[:2])
+        for at, columns in enumerate(self._columns):
+            touched[columns, at] = 1
+        # Not nanmean: a response that is not a number has to be seen.
+        sums = torch.where(touched[:, :, None] > 0, responses, torch.zeros(())).sum(dim=1)
+        return (sums / touched.sum(dim=1, keepdim=True)).T
+
+    def _whitening(self, point: Point) -> Whitening | None:
+        return None if self.calibrated is None else self.calibrated.whitenings.get(point.module)
 
     def _check_widths(self, model: nn.Module) -> None:
         width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
@@ -115,23 +125,23 @@ class Router:
                 )
 
 
-def _scorable(pool: AdapterPool, points: Sequence[Point], unscorable: Unscorable) -> tuple[str, ...]:
+def _scorable(
+    pool: AdapterPool, points: Sequence[Point], settings: SelectionSettings, *, all_points: bool
+) -> tuple[str, ...]:
+    """Adapters that touch the points: all of them, or any where a signal scores over the points an adapter has."""
     modules = {point.module for point in points}
-    lacking = [adapter.name for adapter in pool if not modules <= set(adapter.modules)]
-    if lacking and (unscorable == "error" or len(lacking) == len(pool)):
+    lacking = [a.name for a in pool if not (modules <= set(a.modules) if all_points else modules & set(a.modules))]
+    if lacking and (settings.unscorable == "error" or len(lacking) == len(pool)):
         shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        listed = sorted(modules)
+        where = f"the probed module {', '.join(listed)}" if len(listed) <= 4 else f"any of {len(listed)} probed modules"
         raise PoolError(
-            f"{len(lacking)} of {len(pool)} adapters do not touch the probed module {', '.join(sorted(modules))} and "
+            f"{len(lacking)} of {len(pool)} adapters do not touch {where} and "
             f"cannot be scored: {shown}; probe another module (--probe_module) or leave them out (--unscorable skip)"
         )
     return tuple(adapter.name for adapter in pool if adapter.name not in set(lacking))
 
 
-def _index(model: nn.Module, pool: AdapterPool, names: Sequence[str], point: Point) -> ScoringIndex:
-    factors = []
-    for name in names:
-        weights = pool[name].read([point.module])[point.module]
-        b = weights.scaled_b()
-        factors.append((weights.A, b if point.rows is None else b[list(point.rows)]))
+def _device(model: nn.Module, point: Point) -> torch.device:
     device = next(model.get_submodule(point.layer_path).parameters()).device
-    return ScoringIndex(factors, torch.device("cpu") if device.type == "meta" else device)
+    return torch.device("cpu") if device.type == "meta" else device

@@ -1,4 +1,9 @@
-"""Scores to a `Selection`: the top k adapters, with weights in proportion to their scores."""
+"""Scores to a `Selection`: the best adapters, with weights that follow their scores.
+
+linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
+softmax    w_i ∝ exp(score_i / T)
+adaptive   softmax whose temperature follows how clearly the best score stands out, see `adaptive_temperature`
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ import torch
 from torch import Tensor
 
 from logo.errors import ModelError, UsageError
+from logo.selection.signals import Weighting
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,69 @@ class Selection:
         return {"adapters": list(self.adapters), "weights": list(self.weights), "scores": dict(self.scores)}
 
 
+@dataclass(frozen=True)
+class Selector:
+    """How many adapters answer, and how scores become weights.
+
+    Attributes:
+        k: adapters at most.
+        weighting: see the module's docstring.
+        temperature: of `"softmax"`.
+        keep_mass: keep the best adapters that together hold this share of the weight; None: all k.
+    """
+
+    k: int
+    weighting: Weighting = "linear"
+    temperature: float = 0.5
+    keep_mass: float | None = None
+
+    def __call__(self, scores: Tensor, names: Sequence[str]) -> Selection:
+        """The highest of these scores (adapters,), ties to the earlier name.
+
+        Raises:
+            ModelError: a score is NaN or infinite.
+        """
+        scores = scores.detach().float().cpu()
+        if not bool(scores.isfinite().all()):
+            bad = names[int((~scores.isfinite()).nonzero()[0])]
+            raise ModelError(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
+        top, order = torch.sort(scores, descending=True, stable=True)
+        weights = self._weights(top)
+        if self.keep_mass is not None:
+            # The first adapter always stays; one is dropped when those before it already hold the mass.
+            kept = int((weights.cumsum(0) - weights < self.keep_mass * (1 - 1e-6)).sum())
+            weights = weights[:kept] / weights[:kept].sum()
+        order = order[: len(weights)]
+        return Selection(
+            tuple(names[i] for i in order.tolist()),
+            tuple(weights.tolist()),
+            dict(zip(names, scores.tolist(), strict=True)),
+        )
+
+    def _weights(self, ranked: Tensor) -> Tensor:
+        """(k,) of all scores, best first: (adapters,)."""
+        top = ranked[: self.k]
+        if self.weighting == "linear":
+            return linear(top)
+        temperature = self.temperature if self.weighting == "softmax" else adaptive_temperature(ranked)
+        return (top / temperature).softmax(dim=0)
+
+
+def linear(top: Tensor) -> Tensor:
+    """`score / Σ score` (k,); scores below zero, which only signals beside the official ones have, weigh nothing.
+
+    All-zero scores give uniform weights (paper, equation 4; the authors' code divides by zero there).
+    """
+    top = top.clamp_min(0)
+    total = top.sum()
+    return top / total if total > 0 else torch.full_like(top, 1 / len(top))
+
+
+def adaptive_temperature(ranked: Tensor) -> float:
+    """The temperature that suits these scores (adapters,), best first."""
+    return 0.5
+
+
 def check_k(k: int, pool_size: int) -> int:
     """`k`, or the pool's size where `k` is larger (with one warning).
 
@@ -55,24 +124,9 @@ def check_k(k: int, pool_size: int) -> int:
     return min(k, pool_size)
 
 
-def select(scores: Tensor, names: Sequence[str], k: int) -> Selection:
-    """The `k` highest scores (adapters,), ties to the earlier name; weights are `score / Σ score` over them.
-
-    All-zero scores give uniform weights (paper, equation 4; the authors' code divides by zero there).
-
-    Raises:
-        ModelError: a score is NaN or infinite.
-    """
-    scores = scores.detach().float().cpu()
-    if not bool(scores.isfinite().all()):
-        bad = names[int((~scores.isfinite()).nonzero()[0])]
-        raise ModelError(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
-    top, order = torch.sort(scores, descending=True, stable=True)
-    top, order = top[:k], order[:k]
-    total = top.sum()
-    weights = top / total if total > 0 else torch.full_like(top, 1 / len(top))
-    return Selection(
-        tuple(names[i] for i in order.tolist()),
-        tuple(weights.tolist()),
-        dict(zip(names, scores.tolist(), strict=True)),
-    )
+def check_shares(temperature: float, keep_mass: float | None) -> None:
+    """Raises UsageError unless the temperature is positive and the mass a share."""
+    if not 0 < temperature < float("inf"):
+        raise UsageError(f"temperature: expected a number above 0, found {temperature}")
+    if keep_mass is not None and not 0 < keep_mass <= 1:
+        raise UsageError(f"keep_mass: expected a share above 0 and up to 1, found {keep_mass}")

@@ -1,12 +1,15 @@
-"""Signals: pure functions from an index and hidden vectors to one score per adapter.
+"""Signals: how strongly each adapter responds, as pure functions from an index and hidden vectors to scores.
 
-A signal is registered by name. Both official ones are those of the paper (arXiv 2511.07129, section 3) with the
-constants of the authors' code.
+A signal is registered by name, together with what it reads where the user asks for nothing else. `norm` and `entropy`
+are those of the paper (arXiv 2511.07129, section 3) with the constants of the authors' code. All of them are explained
+in docs/how-selection-works.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,17 +17,61 @@ from torch import Tensor
 from logo.errors import UsageError, closest
 from logo.selection.index import ScoringIndex
 
-Signal = Callable[[ScoringIndex, Tensor], Tensor]  # (index, hidden (rows, d)) -> scores (rows, adapters)
+Score = Callable[[ScoringIndex, Tensor], Tensor]  # (index, hidden (n, d)) -> scores (n, adapters)
+ProbeInput = Literal["residual", "projection"]
+ProbeToken = Literal["last", "mean", "each"]
+Weighting = Literal["linear", "softmax", "adaptive"]
+# raw: the response itself · zscore: against the adapter's own responses to neutral text · whitened: likewise, of hidden
+# vectors from which is taken what all text has in common
+Scale = Literal["raw", "zscore", "whitened"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A score function and its usual reading.
+
+    Attributes:
+        score: one score per hidden vector and adapter.
+        layers: `"last"`, the query projection of the last layer, or `"early"`, every adapted module of the layers
+            within `probe_depth`.
+        input: see `logo.selection.probe.Probe`.
+        token: likewise; with `"each"`, scores are averaged over the tokens.
+        scale: what the responses are compared with.
+        chosen: use the points on which this pool's adapters differ most, instead of all.
+        weighting: how scores become weights.
+    """
+
+    score: Score
+    layers: Literal["last", "early"] = "last"
+    input: ProbeInput = "residual"
+    token: ProbeToken = "last"
+    scale: Scale = "raw"
+    chosen: bool = False
+    weighting: Weighting = "linear"
+
+    def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
+        """(n, adapters) for hidden (n, d)."""
+        return self.score(index, hidden)
+
 
 SIGNALS: dict[str, Signal] = {}
 
 
-def register(name: str) -> Callable[[Signal], Signal]:
-    """Adds a signal under a name that `get_signal` and the command line know."""
+def register(
+    name: str,
+    *,
+    layers: Literal["last", "early"] = "last",
+    input: ProbeInput = "residual",
+    token: ProbeToken = "last",
+    scale: Scale = "raw",
+    chosen: bool = False,
+    weighting: Weighting = "linear",
+) -> Callable[[Score], Score]:
+    """Adds a signal under a name that `get_signal` and the command line know; arguments as `Signal`."""
 
-    def add(signal: Signal) -> Signal:
-        SIGNALS[name] = signal
-        return signal
+    def add(score: Score) -> Score:
+        SIGNALS[name] = Signal(score, layers, input, token, scale, chosen, weighting)
+        return score
 
     return add
 
@@ -55,3 +102,35 @@ def entropy(index: ScoringIndex, hidden: Tensor) -> Tensor:
         q = response.softmax(dim=-1)
         chunks.append(1 / (-(q * (q + 1e-8).log()).sum(dim=-1) + 1e-6))
     return torch.cat(chunks, dim=1)
+
+
+@register(
+    "calibrated",
+    layers="early",
+    input="projection",
+    token="each",
+    scale="whitened",
+    chosen=True,
+    weighting="adaptive",
+)
+def calibrated(index: ScoringIndex, hidden: Tensor) -> Tensor:
+    """`‖ΔW_i W (h - μ)‖₂` at several early points and all tokens, compared with the same on neutral text."""
+    return index.norms(hidden)
+
+
+@register("norm_z", scale="zscore", weighting="softmax")
+def norm_z(index: ScoringIndex, hidden: Tensor) -> Tensor:
+    """The official norm, as a z-score over neutral prompts (SEQR, arXiv 2509.18093, calibrates norms like this)."""
+    return index.norms(hidden)
+
+
+@register("arrow", layers="early", input="projection", token="each")
+def arrow(index: ScoringIndex, hidden: Tensor) -> Tensor:
+    """`|v_iᵀ h|` with `v_i` the first right singular vector of `ΔW_i` (Arrow, arXiv 2405.11157)."""
+    return index.alignments(hidden)
+
+
+@register("spectr", layers="early", input="projection", token="each")
+def spectr(index: ScoringIndex, hidden: Tensor) -> Tensor:
+    """`‖Σ_i V_iᵀ h‖`, the whole spectrum, which is `‖ΔW_i h‖` per token and layer (SpectR, COLM 2025)."""
+    return index.norms(hidden)

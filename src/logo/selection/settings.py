@@ -1,0 +1,107 @@
+"""`SelectionSettings`: how prompts are read, scored and selected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from logo.errors import UsageError, closest
+from logo.selection.selector import check_shares
+from logo.selection.signals import ProbeInput, ProbeToken, Signal, Weighting, get_signal
+
+ProbeContext = Literal["base", "pool", "carry"]
+Unscorable = Literal["error", "skip"]
+BaselineKind = Literal["neutral", "running"]
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """How prompts are read, scored and selected. None: what the signal does by itself (`logo.selection.signals`).
+
+    Attributes:
+        signal: `"calibrated"`, the official `"norm"` or `"entropy"`, or any other registered signal.
+        k: adapters per prompt.
+        weighting: how scores become weights: `"linear"` (official), `"softmax"`, or `"adaptive"`, as sharp as one
+            adapter stands out. See `logo.selection.selector`.
+        temperature: of `"softmax"`, in units of the score.
+        keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
+        probe_context: which adapters are active while probing: `"base"` none · `"pool"` all, unscaled · `"carry"` as
+            the official code really runs: all for the first prompt, then those the prompt before selected.
+        probe_input: `"residual"` (entering the layer, before its norm) or `"projection"` (what the module receives).
+        probe_token: `"last"` prompt token, the `"mean"` over all of them, or `"each"`, averaging scores.
+        probe_layer: `"last"`, an index, or several (scores are averaged over them).
+        probe_module: the module to read, by name; default: the query projection.
+        probe_depth: how far the probe may go, as a share of the layers, where the signal reads several points.
+        probe_points: how many points a signal that chooses its points may choose; or the points themselves, as
+            `"4.v_proj"` or full module paths.
+        baseline: what calibrated signals compare with: `"neutral"` text, or `"running"`, the last prompts that came,
+            beginning with neutral text. Scores then depend on what came before.
+        calibration_cache: folder in which calibrations are kept; `""` keeps none; None: the user's cache.
+        unscorable: adapters that do not touch what is probed: `"error"` refuses the pool, `"skip"` never selects them
+            (they can still be forced).
+    """
+
+    signal: str = "norm"
+    k: int = 20
+    weighting: Weighting | None = None
+    temperature: float = 0.5
+    keep_mass: float | None = None
+    probe_context: ProbeContext = "base"
+    probe_input: ProbeInput | None = None
+    probe_token: ProbeToken | None = None
+    probe_layer: int | str | Sequence[int | str] | None = None
+    probe_module: str | None = None
+    probe_depth: float = 0.5
+    probe_points: int | Sequence[str] | None = None
+    baseline: BaselineKind = "neutral"
+    calibration_cache: str | None = None
+    unscorable: Unscorable = "error"
+
+    def __post_init__(self) -> None:
+        get_signal(self.signal)
+        if self.k <= 0:
+            raise UsageError(f"number of selected adapters (k): expected 1 or more, found {self.k}")
+        choices: tuple[tuple[str, Any], ...] = (
+            ("weighting", Weighting),
+            ("probe_context", ProbeContext),
+            ("probe_input", ProbeInput),
+            ("probe_token", ProbeToken),
+            ("baseline", BaselineKind),
+            ("unscorable", Unscorable),
+        )
+        for name, choice in choices:
+            value, allowed = getattr(self, name), get_args(choice)
+            if value is not None and value not in allowed:
+                raise UsageError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+        check_shares(self.temperature, self.keep_mass)
+        if not 0 < self.probe_depth <= 1:
+            raise UsageError(
+                f"probe_depth: expected a share of the layers above 0 and up to 1, found {self.probe_depth}"
+            )
+        if isinstance(self.probe_points, int) and self.probe_points <= 0:
+            raise UsageError(f"probe_points: expected 1 or more, or names of points, found {self.probe_points}")
+        if not isinstance(self.probe_points, int | None) and (self.probe_layer, self.probe_module) != (None, None):
+            raise UsageError("probe_points names layers and modules: leave out probe_layer and probe_module")
+        if self.baseline == "running" and self.reading.scale == "raw":
+            raise UsageError(f"baseline 'running': the signal {self.signal!r} is not compared with a baseline")
+
+    @property
+    def reading(self) -> Signal:
+        """The signal with what these settings ask of it."""
+        signal = get_signal(self.signal)
+        return replace(
+            signal,
+            input=self.probe_input or signal.input,
+            token=self.probe_token or signal.token,
+            weighting=self.weighting or signal.weighting,
+        )
+
+    @classmethod
+    def of(cls, **settings: Any) -> SelectionSettings:
+        """Settings by keyword, with a did-you-mean for unknown ones."""
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise UsageError(f"unknown setting {name!r}{closest(name, known)}; known: {', '.join(known)}")
+        return cls(**settings)

@@ -1,0 +1,128 @@
+"""The calibration store: responses, whitenings and chosen points on disk, each under a digest of what it depends on.
+
+    <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per module, neutral texts first
+    <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
+    <cache>/calibration/<base model, texts and reading>/points-<pool>.json        what was chosen, for people to read
+
+Nothing in it is needed: what is missing or damaged is computed anew. Files are written under another name and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from logo.adapters.format import Adapter
+from logo.selection.listening import Texts
+from logo.selection.signals import Signal
+from logo.selection.whitening import SHRINKAGE, Whitening
+
+# Changes when what is stored means something else.
+_FORMAT = 1
+_SAMPLED = 64
+
+
+def default_cache() -> Path:
+    """`$LOGO_CACHE`, else `logo` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    own = os.environ.get("LOGO_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logo"
+
+
+class CalibrationStore:
+    """Where the calibrations of one base model and one way of reading are kept.
+
+    Args:
+        cache: the cache folder; None keeps nothing.
+        key: digest of everything the stored values depend on but the adapter; see `key_of`.
+    """
+
+    def __init__(self, cache: Path | None, key: str) -> None:
+        self.folder = None if cache is None else cache / "calibration" / key
+
+    def responses(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Module path -> `a` (texts,) of this adapter, as far as known."""
+        return self._load(f"{adapter_key(adapter)}.safetensors")
+
+    def keep_responses(self, adapter: Adapter, responses: Mapping[str, Tensor]) -> None:
+        """Keeps all responses of an adapter."""
+        self._save(f"{adapter_key(adapter)}.safetensors", save({k: v.contiguous() for k, v in responses.items()}))
+
+    def whitening(self, module: str) -> Whitening | None:
+        """The whitening of a module's input, if known."""
+        tensors = self._load(f"whitening/{module}.safetensors")
+        return Whitening(**tensors) if set(tensors) == {"mean", "basis", "gain"} else None
+
+    def keep_whitening(self, module: str, whitening: Whitening) -> None:
+        """Keeps the whitening of a module's input."""
+        tensors = {name: tensor.contiguous() for name, tensor in vars(whitening).items()}
+        self._save(f"whitening/{module}.safetensors", save(tensors))
+
+    def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:
+        """Writes down which points were chosen for these adapters; returns where."""
+        digest = hashlib.sha256("".join(adapter_key(adapter) for adapter in adapters).encode()).hexdigest()[:16]
+        name = f"points-{digest}.json"
+        self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
+        return None if self.folder is None else self.folder / name
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        if self.folder is None or not (self.folder / name).is_file():
+            return {}
+        try:
+            tensors: dict[str, Tensor] = load_file(str(self.folder / name))
+            return tensors
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{self.folder / name} is damaged and computed anew: {error}", UserWarning, stacklevel=2)
+            return {}
+
+    def _save(self, name: str, data: bytes) -> None:
+        if self.folder is None:
+            return
+        file = self.folder / name
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as part:
+                part.write(data)
+            os.replace(part.name, file)
+        except OSError as error:
+            warnings.warn(
+                f"the calibration cannot be kept in {self.folder}: {error.strerror}; it is computed anew each time "
+                "(LOGO_CACHE names another folder)",
+                UserWarning,
+                stacklevel=2,
+            )
+            self.folder = None
+
+
+def key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
+    """Digest of the base model, the texts and the reading."""
+    config: Any = model.config
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    reading = [signal.input, signal.token, signal.scale, signal.score.__name__]
+    rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
+    parts = [_FORMAT, SHRINKAGE, reading, rows, texts.bos, settings]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for name, tensor in model.named_parameters():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta":
+            # A sample: reading all weights of a large model takes longer than calibrating it.
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.float32)
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def adapter_key(adapter: Adapter) -> str:
+    """Digest of an adapter's weights and scales."""
+    scales = sorted((path, module.scaling) for path, module in adapter.modules.items())
+    return hashlib.sha256(f"{adapter.sha256} {scales}".encode()).hexdigest()[:32]

@@ -1,0 +1,69 @@
+"""Whitening: takes out of a hidden vector what all text has in common.
+
+Hidden vectors of a language model vary mostly along a few directions that say little about the prompt, and they have a
+large mean. An adapter's response `ΔW h` is dominated by both. With mean `μ` and covariance `C` of neutral tokens,
+
+    W = (C / m + λ) ^ -1/2, up to a constant        m = mean eigenvalue of C
+
+makes `W (h - μ)` what is particular about `h`: every direction in which neutral text varies much is shrunk, the others
+pass. It is a property of the base model and a point, shared by all adapters, and it costs nothing per prompt because
+`T W` is computed once for every adapter's factor `T`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# λ: between 0.1 and 1 little changes (docs/how-selection-works.md).
+SHRINKAGE = 0.3
+
+# Directions that are shrunk by less than this share are left as they are: bounds what has to be kept.
+_NEGLIGIBLE = 0.02
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """`W = I - V diag(1 - gain) Vᵀ`, in float32.
+
+    Attributes:
+        mean: `μ` (d,).
+        basis: `V` (d, n), orthonormal.
+        gain: (n,) in (0, 1): what remains of each of these directions.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    gain: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor) -> Whitening:
+        """The whitening of these hidden vectors (tokens, d).
+
+        A sample of fewer tokens than dimensions is enough: directions it does not span are left alone.
+        """
+        hidden = hidden.float()
+        mean = hidden.mean(dim=0)
+        centred = hidden - mean
+        count, width = centred.shape
+        # The smaller of the two Gram matrices has all eigenvalues that are not zero.
+        gram = centred.T @ centred if width <= count else centred @ centred.T
+        values, vectors = torch.linalg.eigh(gram.double() / count)
+        values = values.clamp_min(0)
+        floor = SHRINKAGE * values.sum() / width
+        gain = (floor / (values + floor)).sqrt() if floor > 0 else torch.ones_like(values)
+        kept = gain < 1 - _NEGLIGIBLE
+        values, vectors, gain = values[kept], vectors[:, kept], gain[kept].float()
+        if width > count:
+            vectors = centred.T.double() @ vectors / (values * count).sqrt()
+        return cls(mean, vectors.float(), gain)
+
+    def fold(self, factor: Tensor) -> Tensor:
+        """`T W` for a factor `T` (r, d): `‖T W (h - μ)‖` is then one product and one offset away."""
+        return factor - (factor @ self.basis) * (1 - self.gain) @ self.basis.T
+
+    def to(self, device: torch.device) -> Whitening:
+        """The same on another device."""
+        return Whitening(self.mean.to(device), self.basis.to(device), self.gain.to(device))
