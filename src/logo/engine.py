@@ -35,7 +35,8 @@ from logo.errors import UsageError
 from logo.mixing import Mixer
 from logo.models import context_length, default_pool, load_base
 from logo.scoring import Scored, completion_ids, score_mixtures
-from logo.selection import Selection
+from logo.selection import Point, Selection
+from logo.selection.calibrator import Calibrated
 from logo.selection.router import Router
 from logo.selection.settings import SelectionSettings
 
@@ -165,6 +166,18 @@ class LoGo:
         """The adapters in use: the pool's, less those that do not fit the base (`on_bad_adapter="skip"`)."""
         self._sync()
         return self._fitted.names
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Where prompts are read."""
+        self._sync()
+        return self._router.points
+
+    @property
+    def calibrated(self) -> Calibrated | None:
+        """How the points were chosen and what responses are compared with; None for signals without calibration."""
+        self._sync()
+        return self._router.calibrated
 
     # -- selecting ----------------------------------------------------------------------------------------------
 

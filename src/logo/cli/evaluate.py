@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress, TaskID
 
-from logo.cli.options import EngineOptions, Preset, expanded, open_engine
+from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Preset, expanded, open_engine
 from logo.cli.output import err, print_json, progress
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def evaluate(
     from logo.evaluation.results import result_files, run_record, write_results
 
     base_model = engine.base_model or OFFICIAL_BASE
+    engine = replace(engine, selection_strategy=engine.selection_strategy or OFFICIAL_SIGNAL)
     official = run.preset is Preset.OFFICIAL
     jobs = _jobs(engine, run, base_model)
 
@@ -103,7 +104,7 @@ def evaluate(
         for job in jobs:
             result, record = _run(configured, job, run, bar)
             record |= {"options": options, "pool": {name: digests[name] for name in logo.names}}
-            strategy = engine.selection_strategy
+            strategy = logo.settings.signal
             files = result_files(
                 result, strategy=strategy, loading_seconds=loading, run=run_record(**record, device=_device_name(logo))
             )
@@ -128,7 +129,7 @@ def _jobs(engine: EngineOptions, run: RunOptions, base_model: str) -> list[Job]:
         err.print(f"logo: warning: not in {run.data_dir}, left out: {', '.join(found.missing)}", markup=False)
     jobs = []
     for name in found.names:
-        folder = result_folder(run.result_dir, base_model, engine.selection_strategy, engine.k, run.seed, name)
+        folder = result_folder(run.result_dir, base_model, str(engine.selection_strategy), engine.k, run.seed, name)
         file = dataset_file(run.data_dir, name)
         jobs.append(Job(name, load_rows(run.data_dir, name, run.limit), file, file_sha256(file), folder))
     check_writable(run.result_dir)
@@ -182,7 +183,8 @@ def _seed(seed: int) -> None:
 
 def _resolved(logo: LoGo) -> dict[str, Any]:
     """The settings as they were used, presets applied."""
-    return {**asdict(logo.settings), "dtype": str(logo.model.dtype).removeprefix("torch.")}
+    points = [point.name for point in logo.points]
+    return {**asdict(logo.settings), "points": points, "dtype": str(logo.model.dtype).removeprefix("torch.")}
 
 
 def _device_name(logo: LoGo) -> str:

@@ -26,6 +26,8 @@ POOL = "Pool"
 PROBE = "Probe and selection"
 DEVICE = "Device"
 
+DEFAULT_SIGNAL = "calibrated"
+OFFICIAL_SIGNAL = "norm"
 DEFAULT_K = 20
 DEMO_K = 3  # twenty would be the whole embedded pool
 
@@ -56,6 +58,18 @@ class Read(Choice):
 class Token(Choice):
     LAST = "last"
     MEAN = "mean"
+    EACH = "each"
+
+
+class Weights(Choice):
+    LINEAR = "linear"
+    SOFTMAX = "softmax"
+    ADAPTIVE = "adaptive"
+
+
+class BaselineKind(Choice):
+    NEUTRAL = "neutral"
+    RUNNING = "running"
 
 
 class Preset(Choice):
@@ -95,9 +109,14 @@ class EngineOptions:
     adapter_cache_gb: Annotated[
         float, typer.Option(help="Host memory for adapters used last, in GB.", min=0.0, rich_help_panel=POOL)
     ] = 4.0
-    selection_strategy: Annotated[str, typer.Option(help="Signal: `norm` or `entropy`.", rich_help_panel=PROBE)] = (
-        "norm"
-    )
+    selection_strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="Signal: `calibrated`, the official `norm` or `entropy`, or `norm_z`, `arrow`, `spectr`.",
+            show_default="calibrated; evaluate: norm",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
     n_selected_modules: Annotated[
         int | None,
         typer.Option(
@@ -117,18 +136,84 @@ class EngineOptions:
         ),
     ] = None
     probe_input: Annotated[
-        Read, typer.Option(help="What is read: before or after the layer's input norm.", rich_help_panel=PROBE)
-    ] = Read.RESIDUAL
+        Read | None,
+        typer.Option(
+            help="What is read: before or after the layer's input norm.",
+            show_default="the signal's; official: residual",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
     probe_token: Annotated[
-        Token, typer.Option(help="The last prompt token, or the mean over all.", rich_help_panel=PROBE)
-    ] = Token.LAST
-    probe_layer: Annotated[str, typer.Option(help="`last`, an index, or several: `0,5,-1`.", rich_help_panel=PROBE)] = (
-        "last"
-    )
+        Token | None,
+        typer.Option(
+            help="The last prompt token, the mean of all, or the scores of each, averaged.",
+            show_default="the signal's; official: last",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
+    probe_layer: Annotated[
+        str | None,
+        typer.Option(
+            help="`last`, an index, or several: `0,5,-1`.",
+            show_default="the signal's; official: last",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
     probe_module: Annotated[
         str | None,
         typer.Option(
-            help="Linear module to read, by name.", show_default="the query projection", rich_help_panel=PROBE
+            help="Linear module to read, by name.",
+            show_default="the signal's; official: the query projection",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
+    probe_depth: Annotated[
+        float,
+        typer.Option(
+            help="How far the probe may go, as a share of the layers, where the signal reads several points.",
+            rich_help_panel=PROBE,
+        ),
+    ] = 0.5
+    probe_points: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|POINTS",
+            help="How many points `calibrated` may choose, or the points: `4.v_proj,6.mlp.down_proj`.",
+            show_default="12",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
+    baseline: Annotated[
+        BaselineKind,
+        typer.Option(
+            help="What responses are compared with: neutral text, or the last prompts that came.",
+            rich_help_panel=PROBE,
+        ),
+    ] = BaselineKind.NEUTRAL
+    calibration_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where calibrations are kept; '' keeps none.",
+            show_default="$LOGO_CACHE or ~/.cache/logo",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
+    weighting: Annotated[
+        Weights | None,
+        typer.Option(
+            help="How scores become weights.", show_default="the signal's; official: linear", rich_help_panel=PROBE
+        ),
+    ] = None
+    weight_temperature: Annotated[
+        float, typer.Option(help="Of `--weighting softmax`, in units of the score.", rich_help_panel=PROBE)
+    ] = 0.5
+    keep_mass: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the selected adapters, keep the best that together hold this share of the weight.",
+            show_default="keep all",
+            rich_help_panel=PROBE,
         ),
     ] = None
     gpu: Annotated[
@@ -214,13 +299,20 @@ def open_engine(
 
     official = preset is Preset.OFFICIAL
     settings = SelectionSettings(
-        signal=options.selection_strategy,
+        signal=options.selection_strategy or DEFAULT_SIGNAL,
         k=options.k,
+        weighting=_value(options.weighting),
+        weight_temperature=options.weight_temperature,
+        keep_mass=options.keep_mass,
         probe_context=(options.probe_context or (Context.CARRY if official else Context.BASE)).value,
-        probe_input=options.probe_input.value,
-        probe_token=options.probe_token.value,
-        probe_layer=_layers(options.probe_layer),
+        probe_input=_value(options.probe_input),
+        probe_token=_value(options.probe_token),
+        probe_layer=_parts(options.probe_layer),
         probe_module=options.probe_module,
+        probe_depth=options.probe_depth,
+        probe_points=_points(options.probe_points),
+        baseline=options.baseline.value,
+        calibration_cache=options.calibration_cache,
         unscorable=options.unscorable.value,
     )
     _quiet_transformers()
@@ -248,8 +340,16 @@ def _device(gpu: int) -> str:
     return f"cuda:{gpu}" if gpu >= 0 and torch.cuda.is_available() else "cpu"
 
 
-def _layers(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
+def _value(choice: Choice | None) -> Any:
+    return None if choice is None else choice.value
+
+
+def _parts(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",")]
+
+
+def _points(text: str | None) -> int | list[str] | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else _parts(text)
 
 
 def _quiet_transformers() -> None:

@@ -6,7 +6,7 @@ Everything is measured on held-out rows when it is called; nothing is stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from logo.demo import heldout, showcase
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 32
 BATCH_SIZE = 32
-METHODS = ("base", "uniform", "logo", "oracle")
+SIGNALS = ("norm", "calibrated")  # the official one and ours, side by side
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TaskScore:
 
     task: str
     rows: int
-    exact_match: Mapping[str, float]  # method -> 0..1
+    exact_match: Mapping[str, float]  # base, uniform, each signal, oracle -> 0..1
 
 
 def answers(logo: LoGo) -> list[Answer]:
@@ -55,9 +55,21 @@ def answers(logo: LoGo) -> list[Answer]:
     ]
 
 
+def side_by_side(logo: LoGo) -> dict[str, LoGo]:
+    """Signal -> an engine that selects by it: the engine's own and those that are always shown."""
+    names = dict.fromkeys([*SIGNALS, logo.settings.signal])
+    return {
+        name: logo
+        if name == logo.settings.signal
+        else type(logo)(logo.model, logo.tokenizer, logo.pool, settings=replace(logo.settings, signal=name))
+        for name in names
+    }
+
+
 def scores(logo: LoGo, rows_per_task: int | None = None, on_task: Callable[[str], None] = print) -> Iterator[TaskScore]:
-    """Exact match per task of: no adapter, all adapters alike, LoGo's selection, the task's own adapter."""
+    """Exact match per task of: no adapter, all adapters alike, each signal's selection, the task's own adapter."""
     uniform = dict.fromkeys(logo.names, 1 / len(logo.names))
+    engines = side_by_side(logo)
     for task, rows in heldout().items():
         on_task(task)
         rows = rows[:rows_per_task]
@@ -65,7 +77,7 @@ def scores(logo: LoGo, rows_per_task: int | None = None, on_task: Callable[[str]
         mixtures: dict[str, Sequence[Mapping[str, float] | Selection]] = {
             "base": [{}] * len(rows),
             "uniform": [uniform] * len(rows),
-            "logo": logo.select(prompts, batch_size=BATCH_SIZE),
+            **{name: engine.select(prompts, batch_size=BATCH_SIZE) for name, engine in engines.items()},
             "oracle": [{task: 1.0}] * len(rows),
         }
         golds = [row["completion"] for row in rows]
@@ -78,7 +90,8 @@ def scores(logo: LoGo, rows_per_task: int | None = None, on_task: Callable[[str]
 
 def average(results: Sequence[TaskScore]) -> dict[str, float]:
     """Mean over tasks of each method's exact match."""
-    return {method: sum(r.exact_match[method] for r in results) / len(results) for method in METHODS}
+    methods = results[0].exact_match
+    return {method: sum(r.exact_match[method] for r in results) / len(results) for method in methods}
 
 
 def _generate(logo: LoGo, prompts: Sequence[str], mixtures: Sequence[Mapping[str, float] | Selection]) -> list[str]:

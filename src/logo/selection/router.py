@@ -60,7 +60,7 @@ class Router:
             self.calibrated = calibrate(model, adapters, planned, texts, settings)
             self.points = self.calibrated.points
         self.selector = Selector(
-            check_k(settings.k, len(self.names)), signal.weighting, settings.temperature, settings.keep_mass
+            check_k(settings.k, len(self.names)), signal.weighting, settings.weight_temperature, settings.keep_mass
         )
         self._probe = Probe(model, self.points, signal.input, signal.token, bos)
         self._columns = [[i for i, a in enumerate(adapters) if point.module in a.modules] for point in self.points]

@@ -24,7 +24,7 @@ class SelectionSettings:
         k: adapters per prompt.
         weighting: how scores become weights: `"linear"` (official), `"softmax"`, or `"adaptive"`, as sharp as one
             adapter stands out. See `logo.selection.selector`.
-        temperature: of `"softmax"`, in units of the score.
+        weight_temperature: of `"softmax"`, in units of the score.
         keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
         probe_context: which adapters are active while probing: `"base"` none · `"pool"` all, unscaled · `"carry"` as
             the official code really runs: all for the first prompt, then those the prompt before selected.
@@ -45,7 +45,7 @@ class SelectionSettings:
     signal: str = "norm"
     k: int = 20
     weighting: Weighting | None = None
-    temperature: float = 0.5
+    weight_temperature: float = 0.5
     keep_mass: float | None = None
     probe_context: ProbeContext = "base"
     probe_input: ProbeInput | None = None
@@ -74,7 +74,7 @@ class SelectionSettings:
             value, allowed = getattr(self, name), get_args(choice)
             if value is not None and value not in allowed:
                 raise UsageError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
-        check_shares(self.temperature, self.keep_mass)
+        check_shares(self.weight_temperature, self.keep_mass)
         if not 0 < self.probe_depth <= 1:
             raise UsageError(
                 f"probe_depth: expected a share of the layers above 0 and up to 1, found {self.probe_depth}"
