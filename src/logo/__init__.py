@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
     from logo.decoding import Truncation
     from logo.engine import Generation, LoGo
+    from logo.scoring import Scored
     from logo.selection.selector import Selection
     from logo.selection.settings import SelectionSettings
 
@@ -34,6 +35,7 @@ _LAZY = {
     "AdapterPool": "logo.adapters.pool",
     "Generation": "logo.engine",
     "LoGo": "logo.engine",
+    "Scored": "logo.scoring",
     "Selection": "logo.selection.selector",
     "SelectionSettings": "logo.selection.settings",
     "Truncation": "logo.decoding",
@@ -50,6 +52,7 @@ __all__ = [
     "LoGoError",
     "ModelError",
     "PoolError",
+    "Scored",
     "Selection",
     "SelectionSettings",
     "StorageError",

@@ -80,6 +80,11 @@ class Prompts:
             encoded.append(ids)
         return encoded
 
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that nobody asked about: cut where they are too long, left out where nothing remains."""
+        ids: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
+        return [row[: self.context] for row in ids if row]
+
     def generation_config(
         self, config: GenerationConfig | None, max_new_tokens: int | None, options: dict[str, Any]
     ) -> GenerationConfig:

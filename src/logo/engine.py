@@ -415,7 +415,7 @@ class LoGo:
     def _fit_pool(self) -> None:
         version = self.pool.version
         fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
-        router = Router(self.model, fitted, self.settings, self.prompts.encode, self.tokenizer.bos_token_id)
+        router = Router(self.model, fitted, self.settings, self.prompts.texts, self.tokenizer.bos_token_id)
         # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
         self._fitted, self._router, self._seen = fitted, router, version
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from logo.errors import StorageError
+
 if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
     from logo.decoding import Truncation
@@ -190,6 +192,15 @@ class EngineOptions:
             rich_help_panel=PROBE,
         ),
     ] = BaselineKind.NEUTRAL
+    calibration_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Unlabelled prompts like those to come, one per line, on which points are ranked.",
+            show_default="some of ours",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
     calibration_cache: Annotated[
         str | None,
         typer.Option(
@@ -312,6 +323,7 @@ def open_engine(
         probe_depth=options.probe_depth,
         probe_points=_points(options.probe_points),
         baseline=options.baseline.value,
+        calibration_prompts=_lines(options.calibration_prompts),
         calibration_cache=options.calibration_cache,
         unscorable=options.unscorable.value,
     )
@@ -346,6 +358,15 @@ def _value(choice: Choice | None) -> Any:
 
 def _parts(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",")]
+
+
+def _lines(file: Path | None) -> list[str] | None:
+    if file is None:
+        return None
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"--calibration-prompts {file}: cannot be read: {error}") from error
 
 
 def _points(text: str | None) -> int | list[str] | None:

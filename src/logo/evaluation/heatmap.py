@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -36,6 +37,8 @@ def heatmap(weights: Mapping[str, Mapping[str, float]], adapters: Sequence[str],
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
+    # It has to say where it keeps fonts; nobody asked.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     rows, columns = ordered(list(weights), adapters)
     values = np.array([[weights[task].get(name, 0.0) for name in columns] for task in rows])
     longest = max(values.shape)

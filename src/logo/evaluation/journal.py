@@ -76,11 +76,6 @@ class Journal:
         except OSError as error:
             raise _unusable(self.path, error) from error
 
-    def remove(self) -> None:
-        """Deletes the file: the run is complete and its result is written."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
-
     def _read(self, run: str) -> None:
         self._file.seek(0)
         *whole, cut = self._file.read().splitlines(keepends=True) or [b""]

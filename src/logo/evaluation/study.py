@@ -16,27 +16,21 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from logo import __version__
 from logo.errors import DataError, UsageError, closest
 from logo.evaluation.datasets import Row, read_rows
 from logo.evaluation.folders import replace_file
-from logo.evaluation.intervals import estimate
 from logo.evaluation.journal import Journal, fingerprint
 from logo.evaluation.results import versions
+from logo.evaluation.summary import Measured, Section, summary
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
     from logo.selection.selector import Selection
-
-# "signals" or "mixtures" -> name -> metric -> value. Of one row, of a task, or of all tasks.
-Section = dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -46,26 +40,6 @@ class Task:
     name: str
     file: Path
     rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is known of one row.
-
-    Attributes:
-        task: the task's name; `index`: the row's place in it.
-        answers: every signal and fixed mixture; ranks (`top1`, `top3`, `mrr`) only of signals on own tasks.
-        left_out: the same without the row's own adapter; None on unseen tasks.
-        weights: signal -> its mixture.
-        seconds: `select` by signal, and `score`.
-    """
-
-    task: str
-    index: int
-    answers: Section
-    left_out: Section | None
-    weights: dict[str, dict[str, float]]
-    seconds: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,11 +73,13 @@ def find_tasks(folder: str | os.PathLike[str], request: str = "", limit: int | N
     if not names:
         raise DataError(f"rows folder {str(root)!r}: expected files NAME.jsonl, found none")
     wanted = [item.strip() for item in request.split(",") if item.strip()] or ["*"]
+    chosen: set[str] = set()
     for item in wanted:
-        if not fnmatch.filter(names, item):
+        matching = [name for name in names if name == item or fnmatch.fnmatchcase(name, item)]
+        if not matching:
             raise DataError(f"task {item!r}: no such file in {str(root)!r}{closest(item, names)}")
-    chosen = [name for name in names if any(fnmatch.fnmatchcase(name, item) for item in wanted)]
-    return [Task(name, files[name], tuple(read_rows(files[name], limit))) for name in chosen]
+        chosen.update(matching)
+    return [Task(name, files[name], tuple(read_rows(files[name], limit))) for name in sorted(chosen)]
 
 
 def study(
@@ -134,9 +110,8 @@ def study(
     """
     settings = {**settings, **_engine_settings(engines), "seed": seed}
     run = fingerprint(_identity(engines, tasks, settings))
-    # Under "carry" a selection depends on the rows before, so there is no going on in the middle.
-    if any(logo.settings.probe_context == "carry" for logo in engines.values()):
-        journal_file.unlink(missing_ok=True)
+    if any(_depends_on_order(logo) for logo in engines.values()):
+        journal_file.unlink(missing_ok=True)  # there is no going on in the middle
     with Journal(journal_file, run) as journal:
         rows = [Measured(**record) for record in journal.records]
         done = {(row.task, row.index) for row in rows}
@@ -152,6 +127,11 @@ def study(
     report = summary(rows, names, seed=seed)
     report |= {"settings": settings, "seconds": _seconds(rows, loading), "versions": versions()}
     return Study(report, tuple(rows))
+
+
+def journal_of(report: Path) -> Path:
+    """Where the rows of an unfinished study are kept, beside its report."""
+    return report.with_name(f"{report.name}.partial.jsonl")
 
 
 def write_report(file: Path, report: Mapping[str, object]) -> None:
@@ -229,96 +209,21 @@ def _without(
     return {"signals": signals, "mixtures": _fixed_mixtures(names, None)}
 
 
-# -- from rows to a report --------------------------------------------------------------------------------------
-
-
-def summary(rows: Iterable[Measured], pool: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
-    """The numbers of a study: `signals`, `mixtures`, `left_out`, `unseen`, `tasks` and `pool`; None without rows.
-
-    Args:
-        rows: in any order.
-        pool: the adapters' names; tasks of these names are own tasks.
-        seed: of the bootstrap.
-    """
-    tasks: dict[str, list[Measured]] = {}
-    for row in sorted(rows, key=lambda row: (row.task, row.index)):
-        tasks.setdefault(row.task, []).append(row)
-    own = {name: measured for name, measured in tasks.items() if name in set(pool)}
-    answers = section([[row.answers for row in measured] for measured in own.values()], seed)
-    left_out = [[row.left_out for row in measured if row.left_out is not None] for measured in own.values()]
-    unseen = [[row.answers for row in measured] for name, measured in tasks.items() if name not in own]
-    return {
-        "signals": answers and answers["signals"],
-        "mixtures": answers and answers["mixtures"],
-        "left_out": section(left_out, seed),
-        "unseen": section(unseen, seed),
-        "tasks": {name: _of_task(measured) for name, measured in tasks.items()},
-        "pool": list(pool),
-    }
-
-
-def section(tasks: Sequence[Sequence[Section]], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]] | None:
-    """Means over tasks of rows that all have the same metrics, with `intervals`; None without rows."""
-    tasks = [rows for rows in tasks if rows]
-    if not tasks:
-        return None
-    keys = [
-        (kind, name, metric)
-        for kind, named in tasks[0][0].items()
-        for name, metrics in named.items()
-        for metric in metrics
-    ]
-    values = [np.array([[row[kind][name][metric] for kind, name, metric in keys] for row in rows]) for rows in tasks]
-    found = estimate(values, seed=seed)
-    report: dict[str, dict[str, dict[str, Any]]] = {}
-    for column, (kind, name, metric) in enumerate(keys):
-        entry = report.setdefault(kind, {}).setdefault(name, {"intervals": {}})
-        entry[metric] = float(found.mean[column])
-        entry["intervals"][metric] = [float(found.low[column]), float(found.high[column])]
-    # The numbers first, their intervals last.
-    for named in report.values():
-        for entry in named.values():
-            entry["intervals"] = entry.pop("intervals")
-    return report
-
-
-def mean_weights(rows: Iterable[Measured], signal: str) -> dict[str, dict[str, float]]:
-    """Task -> adapter -> mean weight over the task's rows, for one signal; adapters never selected are absent."""
-    tasks: dict[str, list[dict[str, float]]] = {}
-    for row in rows:
-        tasks.setdefault(row.task, []).append(row.weights[signal])
-    return {
-        task: {name: fmean(w.get(name, 0.0) for w in weights) for name in sorted({n for w in weights for n in w})}
-        for task, weights in sorted(tasks.items())
-    }
-
-
-def _of_task(rows: Sequence[Measured]) -> dict[str, Any]:
-    report: dict[str, Any] = {"rows": len(rows), **_plain_means([row.answers for row in rows])}
-    left_out = [row.left_out for row in rows if row.left_out is not None]
-    return report | ({"left_out": _plain_means(left_out)} if left_out else {})
-
-
-def _plain_means(rows: Sequence[Section]) -> Section:
-    return {
-        kind: {
-            name: {metric: fmean(row[kind][name][metric] for row in rows) for metric in metrics}
-            for name, metrics in named.items()
-        }
-        for kind, named in rows[0].items()
-    }
-
-
 # -- what it stands on ------------------------------------------------------------------------------------------
 
 
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     model = next(iter(engines.values())).model
     signals = {
-        name: {**asdict(logo.settings), "points": [f"{point.module}" for point in logo._router.points]}
+        name: {**asdict(logo.settings), "points": [point.module for point in logo.points]}
         for name, logo in engines.items()
     }
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}
+
+
+def _depends_on_order(logo: LoGo) -> bool:
+    """Whether a selection depends on the prompts before."""
+    return logo.settings.probe_context == "carry" or logo.settings.baseline == "running"
 
 
 def _identity(engines: Mapping[str, LoGo], tasks: Sequence[Task], settings: Mapping[str, object]) -> dict[str, object]:

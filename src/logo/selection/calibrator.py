@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class Calibrated:
         neutral: `a` (adapters, points, neutral texts); NaN where an adapter does not touch a point.
         whitenings: module path -> whitening; empty where the signal uses none.
         file: where the choice was written down.
+        listened: how many adapters were not known yet.
+        seconds: how long the calibration took.
     """
 
     points: tuple[Point, ...]
@@ -60,6 +63,8 @@ class Calibrated:
     neutral: Tensor
     whitenings: dict[str, Whitening]
     file: Path | None
+    listened: int
+    seconds: float
 
 
 def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Plan:
@@ -101,6 +106,7 @@ def calibrate(
         texts: neutral texts, and requests where points are to be chosen.
         settings: for signal and cache folder.
     """
+    started = time.perf_counter()
     signal = settings.reading
     cache = default_cache() if settings.calibration_cache is None else Path(settings.calibration_cache)
     store = CalibrationStore(None if settings.calibration_cache == "" else cache, key_of(model, texts, signal))
@@ -125,7 +131,8 @@ def calibrate(
     points = tuple(planned.points[i] for i in chosen)
     whitenings = _whitenings(model, points, texts, settings, store, heard) if signal.scale == "whitened" else {}
     file = store.keep_choice(adapters, _choice(points, ranking, adapters, settings)) if planned.count else None
-    return Calibrated(points, ranking, neutral[:, chosen], whitenings, file)
+    listened = len(heard.responses)
+    return Calibrated(points, ranking, neutral[:, chosen], whitenings, file, listened, time.perf_counter() - started)
 
 
 def _table(

@@ -56,7 +56,8 @@ class Router:
         self.calibrated: Calibrated | None = None
         self.points = planned.points
         if signal.scale != "raw":
-            texts = Texts(encode(NEUTRAL), encode(REQUESTS) if planned.count else [], bos)
+            requests = encode(settings.calibration_prompts or REQUESTS) if planned.count else []
+            texts = Texts(encode(NEUTRAL), requests, bos)
             self.calibrated = calibrate(model, adapters, planned, texts, settings)
             self.points = self.calibrated.points
         self.selector = Selector(

@@ -37,6 +37,7 @@ class SelectionSettings:
             `"4.v_proj"` or full module paths.
         baseline: what calibrated signals compare with: `"neutral"` text, or `"running"`, the last prompts that came,
             beginning with neutral text. Scores then depend on what came before.
+        calibration_prompts: unlabelled prompts, like those to come, on which points are ranked; None: some of ours.
         calibration_cache: folder in which calibrations are kept; `""` keeps none; None: the user's cache.
         unscorable: adapters that do not touch what is probed: `"error"` refuses the pool, `"skip"` never selects them
             (they can still be forced).
@@ -55,6 +56,7 @@ class SelectionSettings:
     probe_depth: float = 0.5
     probe_points: int | Sequence[str] | None = None
     baseline: BaselineKind = "neutral"
+    calibration_prompts: Sequence[str] | None = None
     calibration_cache: str | None = None
     unscorable: Unscorable = "error"
 
@@ -83,6 +85,8 @@ class SelectionSettings:
             raise UsageError(f"probe_points: expected 1 or more, or names of points, found {self.probe_points}")
         if not isinstance(self.probe_points, int | None) and (self.probe_layer, self.probe_module) != (None, None):
             raise UsageError("probe_points names layers and modules: leave out probe_layer and probe_module")
+        if self.calibration_prompts is not None and len(self.calibration_prompts) < 8:
+            raise UsageError(f"calibration_prompts: expected 8 or more, found {len(self.calibration_prompts)}")
         if self.baseline == "running" and self.reading.scale == "raw":
             raise UsageError(f"baseline 'running': the signal {self.signal!r} is not compared with a baseline")
 

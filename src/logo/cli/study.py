@@ -1,0 +1,200 @@
+"""`logo study`: which signal finds the right adapters on this pool, and what that is worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.options import EngineOptions, expanded, open_engine
+from logo.cli.output import err, note, out, progress
+from logo.cli.prompts import or_demo
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.engine import LoGo
+    from logo.evaluation.study import Study, Task
+
+SIGNALS = "calibrated,norm,entropy"
+
+# Heading, part of the report (None: own tasks with the whole pool), metric.
+COLUMNS: tuple[tuple[str, str | None, str], ...] = (
+    ("top-1", None, "top1"),
+    ("top-3", None, "top3"),
+    ("MRR", None, "mrr"),
+    ("EM\nown", None, "exact_match"),
+    ("NLL\nown", None, "nll"),
+    ("EM\nleft out", "left_out", "exact_match"),
+    ("EM\nunseen", "unseen", "exact_match"),
+    ("NLL\nunseen", "unseen", "nll"),
+)
+WIDTH = 100  # what the table needs with its intervals; a narrower terminal gets it without
+
+
+@expanded
+def study(
+    engine: EngineOptions,
+    rows: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="Folder of NAME.jsonl; rows of an adapter's name are that adapter's own."),
+    ],
+    json: Annotated[Path, typer.Option("--json", metavar="OUT", help="The JSON file to write all numbers to.")],
+    signals: Annotated[
+        str | None, typer.Option(help="Signals to compare, separated by commas.", show_default=SIGNALS)
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Names or patterns, `a,b*`, of the files to use; empty: all.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.", show_default="all")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the intervals.", min=0)] = 0,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(help="Picture of the first signal's mean weights.", show_default="OUT with .png"),
+    ] = None,
+) -> None:
+    """Compare signals on a pool: do they find each prompt's own adapter, and how good is the gold answer under the mix?
+
+    An interrupted study goes on where it stopped when the same command is given again.
+
+    Example: `logo study --base-model M --adapters DIR --rows ROWS --limit 8 --json study.json`
+    """
+    from logo.evaluation.folders import replace_file
+    from logo.evaluation.study import find_tasks, journal_of, write_report
+
+    found = find_tasks(rows, tasks, limit)
+    names = _signals(signals or engine.selection_strategy or SIGNALS)
+    picture = _checked(json, heatmap)
+    started = time.perf_counter()
+    engine, base_model = or_demo(engine)
+    engines = _engines(engine, base_model, names)
+    settings = {"base_model": base_model, "adapters": engine.adapters, "rows": rows, "tasks": tasks, "limit": limit}
+    _say_what(found, next(iter(engines.values())))
+    result = _measure(engines, found, json, settings, seed, time.perf_counter() - started)
+    write_report(json, result.report)
+    replace_file(picture, _picture(result, names[0]))
+    journal_of(json).unlink(missing_ok=True)
+    screen = out if out.is_terminal else Console(width=WIDTH, highlight=False)
+    screen.print(_table(result.report, intervals=screen.width >= WIDTH))
+    note(f"{json} · {picture}")
+
+
+def _signals(text: str) -> list[str]:
+    """The names in a list, each checked."""
+    from logo.selection.signals import get_signal
+
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UsageError(f"signals {text!r}: expected names separated by commas, found none")
+    for name in names:
+        get_signal(name)
+    return names
+
+
+def _checked(json: Path, heatmap: Path | None) -> Path:
+    """The picture's place, when both files can be written: looked at before hours are spent."""
+    from logo.evaluation.folders import check_writable
+
+    picture = json.with_suffix(".png") if heatmap is None else heatmap
+    if picture.resolve() == json.resolve():
+        raise UsageError(f"--json and --heatmap are both {json}: expected two files")
+    for option, file in (("--json", json), ("--heatmap", picture)):
+        if file.is_dir():
+            raise UsageError(f"{option} {file}: expected a file to write, found a folder")
+        check_writable(file.parent, option)
+    return picture
+
+
+def _engines(options: EngineOptions, base_model: str, names: Sequence[str]) -> dict[str, LoGo]:
+    """One engine per signal, on one model and one pool."""
+    from logo.engine import LoGo
+
+    first = open_engine(replace(options, selection_strategy=names[0]), base_model)
+    engines = {names[0]: first}
+    for name in names[1:]:
+        engines[name] = LoGo(
+            first.model,
+            first.tokenizer,
+            first.pool,
+            settings=replace(first.settings, signal=name),
+            adapter_cache_gb=options.adapter_cache_gb,
+            on_bad_adapter=options.on_bad_adapter.value,
+        )
+    return engines
+
+
+def _say_what(tasks: Sequence[Task], logo: LoGo) -> None:
+    adapters = set(logo.names)
+    own = sum(task.name in adapters for task in tasks)
+    note(f"adapters: {len(adapters)} · tasks with an adapter of their own: {own} · unseen tasks: {len(tasks) - own}")
+    if not own:
+        err.print("logo: warning: no file of rows is named like an adapter, so nothing says which is right")
+
+
+def _measure(
+    engines: Mapping[str, LoGo],
+    tasks: Sequence[Task],
+    json: Path,
+    settings: Mapping[str, object],
+    seed: int,
+    loading: float,
+) -> Study:
+    from logo.evaluation.study import journal_of
+    from logo.evaluation.study import study as run_study
+
+    journal = journal_of(json)
+    total = sum(len(task.rows) for task in tasks)
+    with progress(disable=not err.is_terminal) as shown:
+        bar = shown.add_task("rows", total=total)
+        try:
+            return run_study(
+                engines,
+                tasks,
+                journal,
+                settings=settings,
+                seed=seed,
+                loading=loading,
+                on_progress=lambda name: shown.update(bar, advance=1, description=name),
+            )
+        except KeyboardInterrupt:
+            note(f"What is done is kept in {journal}: the same command goes on from there.")
+            raise
+
+
+def _picture(result: Study, signal: str) -> bytes:
+    from logo.evaluation.heatmap import heatmap
+    from logo.evaluation.summary import mean_weights
+
+    title = f"{signal}: mean weight of each adapter, by task"
+    return heatmap(mean_weights(result.rows, signal), result.report["pool"], title)
+
+
+def _table(report: Mapping[str, Any], *, intervals: bool) -> Table:
+    """Signals and fixed mixtures as rows; under each number its interval."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("", overflow="fold")
+    for heading, _, _ in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    parts: dict[str | None, Mapping[str, Any]] = {None: report}
+    parts |= {name: report[name] or {} for name in ("left_out", "unseen")}
+    for kind in ("signals", "mixtures"):
+        for name in dict.fromkeys(name for part in parts.values() for name in part.get(kind) or {}):
+            entries = {part: (values.get(kind) or {}).get(name) for part, values in parts.items()}
+            table.add_row(Text(name), *(_cell(entries[part], metric, intervals) for _, part, metric in COLUMNS))
+    table.caption = "Means of the tasks' means" + (", 95 % intervals below." if intervals else ".")
+    table.caption_justify = "left"
+    return table
+
+
+def _cell(entry: Mapping[str, Any] | None, metric: str, intervals: bool) -> Text:
+    if entry is None or metric not in entry:
+        return Text("-", style="dim")
+    number = f"{entry[metric]:.2f}"
+    if not intervals:
+        return Text(number)
+    low, high = entry["intervals"][metric]
+    return Text.assemble(f"{number}\n", (f"{low:.2f}–{high:.2f}", "dim"))

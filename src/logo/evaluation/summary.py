@@ -1,0 +1,112 @@
+"""From the measured rows of a study to its numbers: means over tasks with intervals, and mean weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from logo.evaluation.intervals import estimate
+
+# "signals" or "mixtures" -> name -> metric -> value. Of one row, of a task, or of all tasks.
+Section = dict[str, dict[str, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one row.
+
+    Attributes:
+        task: the task's name; `index`: the row's place in it.
+        answers: every signal and fixed mixture; ranks (`top1`, `top3`, `mrr`) only of signals on own tasks.
+        left_out: the same without the row's own adapter; None on unseen tasks.
+        weights: signal -> its mixture.
+        seconds: `select` by signal, and `score`.
+    """
+
+    task: str
+    index: int
+    answers: Section
+    left_out: Section | None
+    weights: dict[str, dict[str, float]]
+    seconds: dict[str, Any] = field(default_factory=dict)
+
+
+def summary(rows: Iterable[Measured], pool: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
+    """The numbers of a study: `signals`, `mixtures`, `left_out`, `unseen`, `tasks` and `pool`; None without rows.
+
+    Args:
+        rows: in any order.
+        pool: the adapters' names; tasks of these names are own tasks.
+        seed: of the bootstrap.
+    """
+    tasks: dict[str, list[Measured]] = {}
+    for row in sorted(rows, key=lambda row: (row.task, row.index)):
+        tasks.setdefault(row.task, []).append(row)
+    own = {name: measured for name, measured in tasks.items() if name in set(pool)}
+    answers = section([[row.answers for row in measured] for measured in own.values()], seed)
+    left_out = [[row.left_out for row in measured if row.left_out is not None] for measured in own.values()]
+    unseen = [[row.answers for row in measured] for name, measured in tasks.items() if name not in own]
+    return {
+        "signals": answers and answers["signals"],
+        "mixtures": answers and answers["mixtures"],
+        "left_out": section(left_out, seed),
+        "unseen": section(unseen, seed),
+        "tasks": {name: _of_task(measured) for name, measured in tasks.items()},
+        "pool": list(pool),
+    }
+
+
+def section(tasks: Sequence[Sequence[Section]], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]] | None:
+    """Means over tasks of rows that all have the same metrics, with `intervals`; None without rows."""
+    tasks = [rows for rows in tasks if rows]
+    if not tasks:
+        return None
+    keys = [
+        (kind, name, metric)
+        for kind, named in tasks[0][0].items()
+        for name, metrics in named.items()
+        for metric in metrics
+    ]
+    values = [np.array([[row[kind][name][metric] for kind, name, metric in keys] for row in rows]) for rows in tasks]
+    found = estimate(values, seed=seed)
+    report: dict[str, dict[str, dict[str, Any]]] = {}
+    for column, (kind, name, metric) in enumerate(keys):
+        entry = report.setdefault(kind, {}).setdefault(name, {"intervals": {}})
+        entry[metric] = float(found.mean[column])
+        entry["intervals"][metric] = [float(found.low[column]), float(found.high[column])]
+    # The numbers first, their intervals last.
+    for named in report.values():
+        for entry in named.values():
+            entry["intervals"] = entry.pop("intervals")
+    return report
+
+
+def mean_weights(rows: Iterable[Measured], signal: str) -> dict[str, dict[str, float]]:
+    """Task -> adapter -> mean weight over the task's rows, for one signal; adapters never selected are absent."""
+    tasks: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, []).append(row.weights[signal])
+    return {
+        task: {name: fmean(w.get(name, 0.0) for w in weights) for name in sorted({n for w in weights for n in w})}
+        for task, weights in sorted(tasks.items())
+    }
+
+
+def _of_task(rows: Sequence[Measured]) -> dict[str, Any]:
+    report: dict[str, Any] = {"rows": len(rows), **_plain_means([row.answers for row in rows])}
+    left_out = [row.left_out for row in rows if row.left_out is not None]
+    return report | ({"left_out": _plain_means(left_out)} if left_out else {})
+
+
+def _plain_means(rows: Sequence[Section]) -> Section:
+    return {
+        kind: {
+            name: {metric: fmean(row[kind][name][metric] for row in rows) for metric in metrics}
+            for name, metrics in named.items()
+        }
+        for kind, named in rows[0].items()
+    }

@@ -1,0 +1,131 @@
+"""Baselines, contrast and choice of points: tensors in, tensors out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logo.selection.calibration import Baseline, agreement, choose, contrast, prompt_means
+
+SIZES = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(2, 12))
+
+
+def responses(size: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@given(SIZES, st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_neutral_text_scores_nothing_on_average(size: tuple[int, int, int], seed: int) -> None:
+    neutral = responses(size, seed)
+    scores = Baseline.of(neutral).scores(neutral)  # (texts, adapters)
+    assert scores.shape == (size[2], size[0])
+    torch.testing.assert_close(scores.mean(dim=0), torch.zeros(size[0]), atol=2e-5, rtol=0)
+
+
+@given(SIZES, st.integers(0, 99), st.floats(-20, 20), st.floats(0.5, 50))
+@settings(max_examples=60, deadline=None)
+def test_size_does_not_count(size: tuple[int, int, int], seed: int, shift: float, stretch: float) -> None:
+    """An adapter's scores do not change when all its log responses are moved, as by scaling its weights."""
+    neutral, prompts = responses(size, seed), responses((*size[:2], 4), seed + 100)
+    plain = Baseline.of(neutral).scores(prompts)
+    moved = torch.zeros(size[0], 1, 1)
+    moved[0] = shift
+    torch.testing.assert_close(Baseline.of(neutral + moved).scores(prompts + moved), plain, atol=2e-3, rtol=1e-3)
+
+
+def test_scores_are_the_mean_z_over_points() -> None:
+    neutral, prompts = responses((3, 4, 50)), responses((3, 4, 5), 1)
+    z = (prompts - neutral.mean(2, keepdim=True)) / neutral.std(2, keepdim=True)
+    torch.testing.assert_close(Baseline.of(neutral).scores(prompts), z.mean(dim=1).T)
+
+
+@pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])
+def test_an_adapter_scores_over_the_points_it_has(nothing: float) -> None:
+    neutral, prompts = responses((4, 3, 60)), responses((4, 3, 8), 1)
+    whole = Baseline.of(neutral).scores(prompts)
+    neutral[1, 0], prompts[1, 0] = nothing, nothing
+    baseline = Baseline.of(neutral)
+    scores = baseline.scores(prompts)
+    assert scores.isfinite().all()
+    torch.testing.assert_close(scores[:, [0, 2, 3]], whole[:, [0, 2, 3]])
+    z = (prompts[1, 1:] - neutral[1, 1:].mean(1, keepdim=True)) / neutral[1, 1:].std(1, keepdim=True)
+    torch.testing.assert_close(scores[:, 1], z.mean(dim=0) * baseline.trust[1])
+    assert 0 < baseline.trust[1] < 1  # two points swing more than three
+
+
+def test_an_adapter_of_one_point_does_not_win_by_noise() -> None:
+    """With responses that say nothing, an adapter heard at one of twenty points wins about as often as any other."""
+    neutral, prompts = responses((10, 20, 96)), responses((10, 20, 4000), 1)
+    neutral[0, 1:] = prompts[0, 1:] = torch.nan
+    wins = Baseline.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=10) / 4000
+    assert wins[0] < 0.2  # 0.1 would be its share; without scaling it is above 0.5
+
+
+def test_a_silent_adapter_never_wins() -> None:
+    neutral, prompts = responses((3, 2, 30)), responses((3, 2, 40), 1) - 3  # all below their baselines
+    neutral[2] = prompts[2] = -torch.inf
+    scores = Baseline.of(neutral).scores(prompts)
+    assert scores.isfinite().all()
+    assert (scores[:, 2] <= scores[:, :2].min(dim=1).values).all()
+    alone = Baseline.of(neutral[2:]).scores(prompts[2:])
+    assert (alone == 0).all()
+
+
+def test_a_constant_adapter_does_not_win_everything() -> None:
+    """Hardly any spread on neutral text is an accident, not a reason to multiply what comes later."""
+    neutral, prompts = responses((5, 3, 40)), responses((5, 3, 200), 1)
+    neutral[0] = 0.001 * neutral[0]
+    wins = Baseline.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=5)
+    assert wins[0] < 150
+
+
+def test_an_overflow_is_seen() -> None:
+    prompts = responses((3, 2, 4), 1)
+    prompts[1, 0, 2] = torch.nan
+    assert Baseline.of(responses((3, 2, 30))).scores(prompts)[2].isnan().any()
+
+
+def test_contrast_finds_the_point_where_adapters_differ() -> None:
+    neutral, requests = responses((6, 3, 50)), responses((6, 3, 36), 1)
+    for i in range(36):
+        requests[i % 6, 1, i] += 5  # at point 1 every request excites one adapter
+    requests[:, 2] += 5 * responses((36,), 2)  # at point 2 some requests excite all of them, which tells nothing
+    values = contrast(neutral, requests)
+    assert values.argmax() == 1
+    assert float(values[2]) == pytest.approx(float(values[0]), abs=0.3)
+    assert choose(neutral, requests, most=1, enough=1.0) == [1]
+
+
+def test_fewer_points_are_enough_where_they_agree() -> None:
+    signal = 3 * responses((6, 1, 40), 3)
+    neutral, requests = responses((6, 8, 50)), responses((6, 8, 40), 1) + signal
+    most = choose(neutral, requests, most=8, enough=1.0)
+    few = choose(neutral, requests, most=8, enough=0.97)
+    assert sorted(most) == list(range(8))
+    assert len(few) < 8
+    assert most[: len(few)] == few
+    order = agreement(neutral, requests, most)
+    assert order[len(few) - 1] >= 0.97 > order[len(few) - 2]
+
+
+def test_every_adapter_is_heard_at_some_chosen_point() -> None:
+    neutral, requests = responses((5, 10, 50)), 3 * responses((5, 10, 40), 1)
+    neutral[4, :7] = requests[4, :7] = torch.nan  # touches the last three points only
+    requests[:4, 7:] = neutral[:4, 7:] = torch.nan
+    chosen = choose(neutral, requests, most=4, enough=1.0)
+    assert {7, 8, 9} <= set(chosen)
+    assert len(chosen) == 7
+
+
+def test_a_pool_of_one_has_nothing_to_contrast() -> None:
+    neutral, requests = responses((1, 3, 50)), responses((1, 3, 40), 1)
+    assert (contrast(neutral, requests) == 0).all()
+    assert choose(neutral, requests, most=2, enough=0.97)
+
+
+def test_prompt_means_are_over_the_tokens_of_each_prompt() -> None:
+    values = torch.tensor([[1.0], [3.0], [10.0]])
+    assert prompt_means(values, torch.tensor([1, 1, 0]), 2).tolist() == [[10.0], [2.0]]

@@ -1,0 +1,192 @@
+"""`LoGo.score`: teacher-forced numbers equal to what transformers and PEFT say about the same mixture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+import make_adapters
+import tiny
+from logo import AdapterPool, LoGo, ModelError, PoolError, SelectionSettings, UsageError, scoring
+from logo.scoring import completion_ids, joined, score_logits
+from test_engine import tokenizer, write_adapter
+
+PROMPT, GOLD = "w3 w4 w5 w6", "w7 w8 w9"
+
+
+@pytest.fixture(scope="module")
+def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("drawer")
+    make_adapters.write_peft(root / "a", seed=1)
+    make_adapters.write_peft(root / "b", seed=2, r=2, target_modules=["q_proj", "down_proj"])
+    make_adapters.write_peft(root / "c", seed=3, use_rslora=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def logo(drawer: Path) -> LoGo:
+    settings = SelectionSettings(signal="norm", k=2)
+    return LoGo(tiny.model("llama"), tokenizer(), AdapterPool.from_directory(drawer), settings=settings)
+
+
+def plain(model: nn.Module, tokens: PreTrainedTokenizerFast, prompt: str, gold: str) -> tuple[float, bool]:
+    """Mean negative log likelihood and exact match, from all logits of one unbatched forward pass."""
+    start = tokens(prompt)["input_ids"]
+    answer = tokens(f" {gold}", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([start + answer])).logits[0, len(start) - 1 : -1]
+    chosen = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
+    return float(-chosen.mean()), logits.argmax(-1).tolist() == answer
+
+
+def merged(pool: AdapterPool, mixture: dict[str, float]) -> nn.Module:
+    """The base model with the mixture added to its weights."""
+    model = tiny.model("llama")
+    with torch.no_grad():
+        for name, weight in mixture.items():
+            for path, factors in pool[name].read().items():
+                module = model.get_submodule(path)
+                module.weight += weight * factors.scaling * factors.B.float() @ factors.A.float()
+    return model
+
+
+def test_every_mixture_scores_as_with_merged_weights(logo: LoGo) -> None:
+    mixtures: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "c": 0.7}, {"a": 1 / 3, "b": 1 / 3}]
+    scored = logo.score(PROMPT, GOLD, mixtures)
+    for mixture, found in zip(mixtures, scored, strict=True):
+        nll, match = plain(merged(logo.pool, mixture), logo.tokenizer, PROMPT, GOLD)
+        assert found.nll == pytest.approx(nll, rel=1e-5)
+        assert (found.exact_match, found.tokens) == (match, 3)
+    assert len({round(found.nll, 4) for found in scored}) == len(mixtures)  # they really differ
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_one_adapter_scores_as_in_peft(logo: LoGo, drawer: Path, name: str) -> None:
+    [found] = logo.score(PROMPT, GOLD, [{name: 1.0}])
+    nll, _ = plain(make_adapters.load_peft(drawer / name), logo.tokenizer, PROMPT, GOLD)
+    assert found.nll == pytest.approx(nll, rel=1e-5)
+
+
+def test_exact_match_is_what_greedy_decoding_would_write(logo: LoGo) -> None:
+    mixtures: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 1.0, "c": 0.5}]
+    tried = 0
+    for first in range(3, 80):
+        prompt = f"w{first} w{first + 1}"
+        written = [logo.generate(prompt, adapters=mixture, max_new_tokens=5) for mixture in mixtures]
+        for own, answer in enumerate(written):
+            if len(answer.token_ids) < 5 or not all(3 <= token < 90 for token in answer.token_ids):
+                continue  # a text with special tokens is not read back as those tokens
+            scored = logo.score(prompt, answer.text, mixtures)
+            assert [found.exact_match for found in scored] == [other.text == answer.text for other in written]
+            assert scored[own].exact_match and {found.tokens for found in scored} == {5}
+            *start, last = answer.text.split()
+            wrong = " ".join([*start, "w3" if last != "w3" else "w4"])
+            assert not logo.score(prompt, wrong, [mixtures[own]])[0].exact_match
+            tried += 1
+        if tried >= 12:
+            return
+    raise AssertionError(f"only {tried} answers could be tried")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "opt", "falcon", "gpt_neox"])
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    model = tiny.model(name)
+    write_adapter(tmp_path / "t", model, ("q_proj", "query_key_value", "c_attn"), rank=2, seed=0)
+    logo = LoGo(model, tokenizer(), AdapterPool.from_directory(tmp_path), settings=SelectionSettings("norm", k=1))
+    base, mixed = logo.score(PROMPT, GOLD, [{}, {"t": 1.0}])
+    nll, match = plain(model, logo.tokenizer, PROMPT, GOLD)
+    assert (base.nll, base.exact_match) == (pytest.approx(nll, rel=1e-5), match)
+    assert mixed.nll != pytest.approx(nll, rel=1e-4)
+
+
+def test_equal_mixtures_are_computed_once_and_only_at_the_completion(logo: LoGo) -> None:
+    shapes: list[tuple[int, ...]] = []
+    handle = logo.model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    selection = logo.select(PROMPT)
+    mixtures = [{}, {"a": 1.0}, selection, {"a": 1.0, "b": 0.0}, selection.mixture, {}]
+    scored = logo.score(PROMPT, GOLD, mixtures)
+    handle.remove()
+    assert shapes == [(3, 3, 96)]  # three mixtures, three gold tokens
+    assert scored[0] == scored[5] and scored[1] == scored[3] and scored[2] == scored[4]
+    assert logo.score(PROMPT, GOLD, []) == []
+
+
+def test_small_parts_give_the_same(logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixtures: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "c": 0.7}, {"c": 1.0}]
+    whole = logo.score(PROMPT, GOLD, mixtures)
+    calls: list[int] = []
+    handle = logo.model.lm_head.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    for limit in ({"MAX_TOKENS": 15}, {"MAX_LOGITS": 2 * 3 * 96}, {"MAX_TOKENS": 1}):
+        with monkeypatch.context() as patch:
+            for name, value in limit.items():
+                patch.setattr(scoring, name, value)
+            parts = logo.score(PROMPT, GOLD, mixtures)
+        assert [part.nll for part in parts] == pytest.approx([found.nll for found in whole], rel=1e-5)
+    handle.remove()
+    assert calls == [2, 2, 1, 2, 2, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_model_that_always_computes_all_logits(logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = logo.score(PROMPT, GOLD, [{}])
+    forward = logo.model.forward
+
+    def old(input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    monkeypatch.setattr(logo.model, "forward", old)
+    assert logo.score(PROMPT, GOLD, [{}])[0].nll == pytest.approx(whole[0].nll, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "text"),
+    [
+        ("Question:", "yes", " yes"),
+        ("Answer: ", "yes", "yes"),
+        ("Answer:\n", "yes", "yes"),
+        ("Answer:", "\nyes", "\nyes"),
+        ("", "yes", "yes"),
+    ],
+)
+def test_one_space_at_the_seam_where_there_is_none(prompt: str, completion: str, text: str) -> None:
+    assert joined(prompt, completion) == text
+
+
+def test_no_special_tokens_in_the_completion() -> None:
+    assert completion_ids(tokenizer(), PROMPT, GOLD) == [7, 8, 9]
+
+
+def test_a_long_prompt_makes_room_for_the_completion(logo: LoGo) -> None:
+    long = " ".join(f"w{3 + i % 80}" for i in range(200))
+    with pytest.warns(UserWarning, match="prompt 1 has 201 tokens, more than the 125 that fit"):
+        [found] = logo.score(long, GOLD, [{}])
+    kept = logo.prompts.encode(["w3"])[0][:1] + tokenizer()(long)["input_ids"][-124:]
+    with torch.no_grad():
+        logits = logo.model(input_ids=torch.tensor([kept + [7, 8, 9]])).logits[0, -4:-1]
+    assert found.nll == pytest.approx(float(nn.functional.cross_entropy(logits, torch.tensor([7, 8, 9]))), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((PROMPT, "", [{}]), "completion '' has no tokens"),
+        ((PROMPT, 7, [{}]), "completion: expected a string, found int"),
+        ((PROMPT, " ".join(["w3"] * 128), [{}]), "the completion has 128 tokens, but the model's context holds 128"),
+        ((PROMPT, GOLD, [{"a": float("nan")}]), "weight of adapter 'a'"),
+        ((PROMPT, GOLD, [{"d": 1.0}]), "'d'"),
+    ],
+)
+def test_what_cannot_be_scored(logo: LoGo, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises((UsageError, PoolError), match=message):
+        logo.score(*arguments)
+
+
+def test_an_overflow_is_not_a_number_to_report() -> None:
+    logits = torch.zeros(1, 2, 5)
+    logits[0, 1, 3] = float("nan")
+    with pytest.raises(ModelError, match="likelihood of the completion is nan"):
+        score_logits(logits, torch.tensor([1, 2]))
