@@ -1,0 +1,326 @@
+"""The calibrated signal end to end on tiny models: what it computes, what it keeps, and pools that try to break it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
+from logo.errors import ModelError
+from logo.selection import calibrator, listening
+from logo.selection.index import ScoringIndex
+from logo.selection.neutral import NEUTRAL
+from logo.selection.requests import REQUESTS
+from logo.selection.whitening import Whitening
+from tests import tiny
+from tests.test_engine import write_adapter
+
+PROMPTS = ["Where is it?", "a", "The cat sat on the mat and slept.", "3 + 4 =", "def f(x):"]
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Characters as tokens, so that every text is another one."""
+    vocab = {"<s>": 0, "</s>": 1, "<pad>": 2} | {chr(c): c - 29 for c in range(32, 125)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="|"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return tiny.model("llama")
+
+
+def engine(model: nn.Module, folder: Path, **settings: Any) -> LoGo:
+    chosen = SelectionSettings.of(**{"signal": "calibrated", "k": 1, "probe_depth": 1.0, **settings})
+    return LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=chosen)
+
+
+def pool(model: nn.Module, folder: Path, count: int = 4, names: tuple[str, ...] = ("q_proj", "v_proj")) -> Path:
+    for i in range(count):
+        write_adapter(folder / f"t{i}", model, names, rank=2 + i, seed=i)
+    return folder
+
+
+def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
+    """Computed the long way: every text alone through the whole model, ΔW whole, whitening as a matrix."""
+    logo = engine(llama, pool(llama, tmp_path), probe_points=["0.q_proj", "1.v_proj", "1.q_proj"])
+    texts = logo.prompts.texts([*NEUTRAL, PROMPTS[2]])
+    expected = []
+    for adapter in logo.pool.fit(logo._layout):
+        per_point = []
+        for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"):
+            hidden = [inputs(llama, path, row)[1:] for row in texts]  # without the first token, bos
+            whitening = Whitening.of(torch.cat(hidden[:-1]))
+            matrix = whitening.fold(torch.eye(32))
+            weights = adapter.read([path])[path]
+            delta = weights.scaled_b() @ weights.A
+            responses = torch.stack(
+                [((h - whitening.mean) @ matrix @ delta.T).norm(dim=1).mean().log() for h in hidden]
+            )
+            neutral = responses[:-1]
+            per_point.append((responses[-1] - neutral.mean()) / neutral.std())
+        expected.append(per_point)
+    two = engine(llama, tmp_path, probe_points=["0.q_proj", "1.v_proj"])
+    scores = two.select(PROMPTS[2]).scores
+    wanted = torch.tensor(expected).mean(dim=1)
+    assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
+
+
+def inputs(model: nn.Module, path: str, row: list[int]) -> torch.Tensor:
+    """(tokens, d): what a module receives."""
+    seen = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    model(input_ids=torch.tensor([row]))
+    handle.remove()
+    return seen[0]
+
+
+def test_batches_and_order_do_not_matter(llama: nn.Module, tmp_path: Path) -> None:
+    logo = engine(llama, pool(llama, tmp_path))
+    alone = [logo.select(prompt).scores for prompt in PROMPTS]
+    batched = logo.select(PROMPTS[::-1], batch_size=5)[::-1]
+    for one, many in zip(alone, batched, strict=True):
+        assert list(many.scores.values()) == pytest.approx(list(one.values()), abs=1e-3)
+
+
+def test_an_adapters_size_does_not_matter(llama: nn.Module, tmp_path: Path) -> None:
+    plain = engine(llama, pool(llama, tmp_path / "plain"))
+    large = shutil.copytree(tmp_path / "plain", tmp_path / "large")
+    file = large / "t1" / "adapter_model.safetensors"
+    save_file({key: 30 * value for key, value in load_file(file).items()}, file)
+    for a, b in zip(plain.select(PROMPTS), engine(llama, large).select(PROMPTS), strict=True):
+        assert list(a.scores.values()) == pytest.approx(list(b.scores.values()), abs=2e-3)
+
+
+def change(folder: Path, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({key: how(value) if "lora_B" in key else value for key, value in load_file(file).items()}, file)
+
+
+def zeros(model: nn.Module, folder: Path) -> None:
+    change(folder / "t1", torch.zeros_like)
+
+
+def only_zeros(model: nn.Module, folder: Path) -> None:
+    for i in range(4):
+        change(folder / f"t{i}", torch.zeros_like)
+
+
+def twins(model: nn.Module, folder: Path) -> None:
+    shutil.copytree(folder / "t1", folder / "t1-copy")
+
+
+def one(model: nn.Module, folder: Path) -> None:
+    for i in range(1, 4):
+        shutil.rmtree(folder / f"t{i}")
+
+
+def giant(model: nn.Module, folder: Path) -> None:
+    write_adapter(folder / "giant", model, ALL, rank=64, seed=9, scale=100)
+
+
+def dwarf(model: nn.Module, folder: Path) -> None:
+    write_adapter(folder / "dwarf", model, ("q_proj",), rank=1, seed=9, scale=1e-6)
+
+
+def other_modules(model: nn.Module, folder: Path) -> None:
+    write_adapter(folder / "other", model, ("down_proj",), rank=3, seed=9)
+
+
+def zero_layer(model: nn.Module, folder: Path) -> None:
+    file = folder / "t2" / "adapter_model.safetensors"
+    save_file({k: v * ("layers.1." not in k) for k, v in load_file(file).items()}, file)
+
+
+POOLS = [zeros, only_zeros, twins, one, giant, dwarf, other_modules, zero_layer]
+STRANGE = ["w", "日本語の文", "w5 " * 100, "aaaaaaaa", "."]
+
+
+@pytest.mark.parametrize("signal", ["calibrated", "norm_z", "arrow", "spectr"])
+@pytest.mark.parametrize("make", POOLS, ids=lambda f: f.__name__)
+def test_strange_pools_and_prompts(make: Any, signal: str, llama: nn.Module, tmp_path: Path) -> None:
+    make(llama, pool(llama, tmp_path))
+    logo = engine(llama, tmp_path, signal=signal, unscorable="skip")
+    prompts = [*STRANGE, *(f"{chr(i) * (i % 7)} and {chr(i + 9)}{i}" for i in range(40, 100))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the longest is cut
+        selections = logo.select(prompts)
+    for selection in selections:
+        assert all(abs(score) < 1e9 for score in selection.scores.values())  # NaN compares false
+        assert sum(selection.weights) == pytest.approx(1)
+    if signal == "calibrated" and make in (zeros, twins, giant, dwarf, other_modules, zero_layer):
+        winners = [selection.adapters[0] for selection in selections]
+        assert max(winners.count(name) for name in set(winners)) < 0.8 * len(prompts), "one adapter wins everything"
+    if make is zeros and signal == "calibrated":
+        assert "t1" not in {selection.adapters[0] for selection in selections}
+    if make is twins:
+        for selection in selections:
+            assert selection.scores["t1"] == pytest.approx(selection.scores["t1-copy"], abs=1e-5)
+
+
+def test_every_architecture_is_calibrated(tmp_path: Path) -> None:
+    names = ("q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "fc2", "dense_4h_to_h", "c_proj")
+    for name in ("gpt2", "opt", "falcon", "phi3", "gpt_neox", "gemma3"):
+        model = tiny.model(name)
+        for i in range(3):
+            write_adapter(tmp_path / name / f"t{i}", model, names, rank=2, seed=i)
+        selection = engine(model, tmp_path / name).select(PROMPTS[0])
+        assert all(abs(score) < 100 for score in selection.scores.values())
+
+
+def test_only_new_adapters_are_listened_to(llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across engines through the disk, and when the pool of a running engine grows."""
+    measured: list[list[str]] = []
+
+    def listen(model: Any, wanted: Any, *rest: Any) -> Any:
+        measured.append(sorted({adapter.name for adapters in wanted.values() for adapter in adapters}))
+        return listening.listen(model, wanted, *rest)
+
+    monkeypatch.setattr(calibrator, "listen", listen)
+    settings = {"calibration_cache": str(tmp_path / "cache")}
+    first = engine(llama, pool(llama, tmp_path / "pool"), **settings)
+    assert measured[0] == ["t0", "t1", "t2", "t3"]
+    measured.clear()
+    again = engine(llama, tmp_path / "pool", **settings)
+    assert not any(measured)
+    assert again.select(PROMPTS[0]) == first.select(PROMPTS[0])
+    write_adapter(tmp_path / "new", llama, ("q_proj", "v_proj"), rank=3, seed=8)
+    again.pool.add(tmp_path / "new")
+    grown = again.select(PROMPTS[0])
+    assert [names for names in measured if names] == [["new"]]
+    assert set(grown.scores) == {"new", "t0", "t1", "t2", "t3"}
+    fresh = LoGo(llama, tokenizer(), again.pool, settings=again.settings)
+    assert fresh.select(PROMPTS[0]) == grown  # the way there does not matter
+    again.pool.remove("new")
+    assert again.select(PROMPTS[0]) == first.select(PROMPTS[0])
+
+
+def test_changed_weights_are_listened_to_again(llama: nn.Module, tmp_path: Path) -> None:
+    settings = {"calibration_cache": str(tmp_path / "cache")}
+    engine(llama, pool(llama, tmp_path / "pool"), **settings)
+    write_adapter(tmp_path / "other", llama, ("q_proj", "v_proj"), rank=2, seed=77)
+    shutil.rmtree(tmp_path / "pool" / "t0")
+    shutil.copytree(tmp_path / "other", tmp_path / "pool" / "t0")
+    logo = engine(llama, tmp_path / "pool", **settings)
+    assert logo.calibrated is not None and logo.calibrated.listened == 1
+    kept, uncached = (
+        e.select(PROMPTS[0]).scores for e in (logo, engine(llama, tmp_path / "pool", calibration_cache=""))
+    )
+    assert list(kept.values()) == pytest.approx(list(uncached.values()), abs=1e-4)
+
+
+def test_a_damaged_cache_is_made_anew(llama: nn.Module, tmp_path: Path) -> None:
+    settings = {"calibration_cache": str(tmp_path / "cache")}
+    first = engine(llama, pool(llama, tmp_path / "pool"), **settings)
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        file.write_bytes(b"no tensors")
+    with pytest.warns(UserWarning, match="damaged and computed anew"):
+        again = engine(llama, tmp_path / "pool", **settings)
+    assert again.select(PROMPTS[0]) == first.select(PROMPTS[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine(llama, tmp_path / "pool", **settings)
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning(llama: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="cannot be kept in .*LOGO_CACHE") as warned:
+        engine(llama, pool(llama, tmp_path / "pool"), calibration_cache=str(tmp_path / "file"))
+    assert len(warned) == 1
+
+
+def test_the_choice_is_written_down_and_can_be_overridden(llama: nn.Module, tmp_path: Path) -> None:
+    pool(llama, tmp_path / "pool", names=ALL)
+    logo = engine(llama, tmp_path / "pool", calibration_cache=str(tmp_path / "cache"), probe_points=3)
+    assert logo.calibrated is not None and logo.calibrated.file is not None
+    written = json.loads(logo.calibrated.file.read_text())
+    assert written["points"] == [point.name for point in logo.points]
+    assert 1 <= len(logo.points) <= 3
+    assert len(written["ranking"]) == 7 * 3
+    values = [entry["contrast"] for entry in written["ranking"]]
+    assert values == sorted(values, reverse=True)
+    assert written["points"][0] == written["ranking"][0]["point"]
+    given = engine(llama, tmp_path / "pool", probe_points=["2.mlp.down_proj", "model.layers.0.self_attn.k_proj"])
+    assert [point.name for point in given.points] == ["2.mlp.down_proj", "0.self_attn.k_proj"]
+
+
+def test_the_probe_stays_within_its_depth(llama: nn.Module, tmp_path: Path) -> None:
+    pool(llama, tmp_path)
+    assert {point.layer for point in engine(llama, tmp_path, probe_depth=0.34, probe_points=9).points} == {0}
+    assert max(point.layer for point in engine(llama, tmp_path, probe_depth=0.67, probe_points=9).points) <= 1
+
+
+def test_own_prompts_may_rank_the_points(llama: nn.Module, tmp_path: Path) -> None:
+    own = [f"{i} x {i + 3} y {i + 9}" for i in range(3, 40)]
+    ours = engine(llama, pool(llama, tmp_path, names=ALL)).calibrated
+    theirs = engine(llama, tmp_path, calibration_prompts=own).calibrated
+    assert ours is not None and theirs is not None
+    assert ours.ranking != theirs.ranking
+
+
+def test_a_running_baseline_follows_the_traffic(llama: nn.Module, tmp_path: Path) -> None:
+    """It begins as the neutral one, and what all prompts have in common stops counting."""
+    neutral = engine(llama, pool(llama, tmp_path))
+    running = engine(llama, tmp_path, baseline="running")
+    prompts = [f"the same begin{i}" for i in range(3, 50)]
+    assert running.select(prompts[0]) == neutral.select(prompts[0])
+    for start in range(0, 47, 8):
+        running.select(prompts * 6)
+    mean = torch.tensor([list(s.scores.values()) for s in running.select(prompts)]).mean(dim=0)
+    before = torch.tensor([list(s.scores.values()) for s in neutral.select(prompts)]).mean(dim=0)
+    assert mean.abs().max() < 0.2 < before.abs().max()
+
+
+def test_texts_are_many_and_short() -> None:
+    assert len(set(NEUTRAL)) == len(NEUTRAL) >= 64
+    assert len(set(REQUESTS)) == len(REQUESTS) >= 64
+    assert max(map(len, NEUTRAL + REQUESTS)) < 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"probe_depth": 0}, UsageError, "probe_depth: expected a share"),
+        ({"probe_points": 0}, UsageError, "probe_points: expected 1 or more"),
+        ({"probe_points": []}, UsageError, "expected at least one point"),
+        ({"probe_points": ["v_proj"]}, UsageError, "expected a layer and a module, such as '4.v_proj'"),
+        ({"probe_points": ["0.v_prj"]}, ModelError, "did you mean 'v_proj'"),
+        ({"probe_points": ["7.v_proj"]}, UsageError, "the model has 3 layers"),
+        ({"probe_points": ["0.v_proj"], "probe_layer": 1}, UsageError, "leave out probe_layer"),
+        ({"baseline": "running", "signal": "norm"}, UsageError, "not compared with a baseline"),
+        ({"baseline": "runing"}, UsageError, "baseline: expected one of neutral, running"),
+        ({"weighting": "sharp"}, UsageError, "weighting: expected one of linear, softmax, adaptive"),
+        ({"keep_mass": 0}, UsageError, "keep_mass: expected a share"),
+        ({"weight_temperature": 0}, UsageError, "weight_temperature: expected a number above 0"),
+        ({"calibration_prompts": ["one"]}, UsageError, "expected 8 or more, found 1"),
+        ({"probe_points": ["0.o_proj"]}, PoolError, "do not touch the probed module model.layers.0.self_attn.o_proj"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_settings(settings: Any, error: type[Exception], message: str, llama: nn.Module, tmp_path: Path) -> None:
+    pool(llama, tmp_path)
+    with pytest.raises(error, match=message):
+        engine(llama, tmp_path, **settings)
+
+
+def test_alignment_is_with_the_first_right_singular_vector() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [(torch.randn(r, 10, generator=generator), torch.randn(6, r, generator=generator)) for r in (1, 3, 8)]
+    hidden = torch.randn(5, 10, generator=generator)
+    expected = torch.stack([(hidden @ torch.linalg.svd(b @ a).Vh[0]).abs() for a, b in factors], dim=1)
+    found = ScoringIndex(factors, torch.device("cpu")).alignments(hidden)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
