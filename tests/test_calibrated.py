@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.errors import ModelError
 from logo.selection import calibrator, listening
@@ -23,8 +24,7 @@ from logo.selection.index import ScoringIndex
 from logo.selection.neutral import NEUTRAL
 from logo.selection.requests import REQUESTS
 from logo.selection.whitening import Whitening
-from tests import tiny
-from tests.test_engine import write_adapter
+from test_engine import write_adapter
 
 PROMPTS = ["Where is it?", "a", "The cat sat on the mat and slept.", "3 + 4 =", "def f(x):"]
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -278,7 +278,7 @@ def test_a_running_baseline_follows_the_traffic(llama: nn.Module, tmp_path: Path
     running = engine(llama, tmp_path, baseline="running")
     prompts = [f"the same begin{i}" for i in range(3, 50)]
     assert running.select(prompts[0]) == neutral.select(prompts[0])
-    for start in range(0, 47, 8):
+    for _start in range(0, 47, 8):
         running.select(prompts * 6)
     mean = torch.tensor([list(s.scores.values()) for s in running.select(prompts)]).mean(dim=0)
     before = torch.tensor([list(s.scores.values()) for s in neutral.select(prompts)]).mean(dim=0)
