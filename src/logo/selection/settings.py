@@ -87,6 +87,8 @@ class SelectionSettings:
             raise UsageError("probe_points names layers and modules: leave out probe_layer and probe_module")
         if self.calibration_prompts is not None and len(self.calibration_prompts) < 8:
             raise UsageError(f"calibration_prompts: expected 8 or more, found {len(self.calibration_prompts)}")
+        if self.weighting == "adaptive" and self.reading.scale == "raw":
+            raise UsageError(f"weighting 'adaptive': the signal {self.signal!r} has no scale of its own; use 'softmax'")
         if self.baseline == "running" and self.reading.scale == "raw":
             raise UsageError(f"baseline 'running': the signal {self.signal!r} is not compared with a baseline")
 

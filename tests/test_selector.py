@@ -1,0 +1,87 @@
+"""Scores to weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logo.errors import ModelError
+from logo.selection.selector import Selection, Selector, adaptive_temperature
+
+SCORES = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
+
+
+def select(scores: list[float], k: int = 20, **how: object) -> Selection:
+    selector = Selector(min(k, len(scores)), **how)  # type: ignore[arg-type]
+    return selector(torch.tensor(scores), [f"a{i:02}" for i in range(len(scores))])
+
+
+@given(SCORES, st.integers(1, 45), st.sampled_from(["linear", "softmax", "adaptive"]), st.floats(0.05, 1))
+@settings(max_examples=150, deadline=None)
+def test_any_scores_make_a_mixture(scores: list[float], k: int, weighting: str, mass: float) -> None:
+    whole = select(scores, k, weighting=weighting)
+    assert sum(whole.weights) == pytest.approx(1, abs=1e-4)
+    assert all(0 <= weight <= 1 for weight in whole.weights)
+    assert list(whole.weights) == sorted(whole.weights, reverse=True)
+    assert len(whole.adapters) == min(k, len(scores))
+    kept = select(scores, k, weighting=weighting, keep_mass=mass)
+    assert kept.adapters == whole.adapters[: len(kept.adapters)]
+    assert sum(kept.weights) == pytest.approx(1, abs=1e-4)
+    held = sum(whole.weights[: len(kept.adapters)])
+    assert held >= mass - 1e-4
+    assert len(kept.adapters) == 1 or held - whole.weights[len(kept.adapters) - 1] < mass
+
+
+@given(SCORES, st.floats(-9, 9))
+@settings(max_examples=50, deadline=None)
+def test_softmax_sees_differences_only(scores: list[float], shift: float) -> None:
+    one, other = (select([s + d for s in scores], weighting="softmax", k=40) for d in (0, shift))
+    # An order of scores closer than rounding is nobody's business.
+    assert one.weights == pytest.approx(other.weights, abs=1e-3)
+
+
+def test_softmax_is_the_formula() -> None:
+    selection = select([1.0, 3.0, 2.0], weighting="softmax", temperature=0.5, k=2)
+    assert selection.adapters == ("a01", "a02")
+    assert selection.weights == pytest.approx(torch.tensor([6.0, 4.0]).softmax(0).tolist())
+
+
+def test_linear_weights_are_the_papers() -> None:
+    assert select([1.0, 3.0, 0.0], k=2).weights == pytest.approx((0.75, 0.25))
+    assert select([0.0, 0.0]).weights == (0.5, 0.5)
+    assert select([-1.0, 2.0, 1.0]).weights == pytest.approx((2 / 3, 1 / 3, 0))
+
+
+def temperature(*ranked: float) -> float:
+    return adaptive_temperature(torch.tensor(ranked))
+
+
+def test_sharp_when_one_stands_out_and_broad_when_none_does() -> None:
+    rest = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]
+    assert temperature(6.0, *rest) == 0.1
+    assert 0.1 < temperature(3.0, *rest) < 2
+    assert temperature(1.25, *rest) == 2
+    assert temperature(6.0, *rest) <= temperature(4.0, *rest) <= temperature(2.5, *rest) <= temperature(1.5, *rest)
+
+
+def test_twins_are_one_leading_group() -> None:
+    rest = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]
+    twins = select([6.0, 6.0, *rest], weighting="adaptive")
+    assert twins.weights[:2] == pytest.approx((0.5, 0.5), abs=1e-3)
+
+
+def test_nothing_above_its_baseline_is_broad() -> None:
+    assert temperature(-0.1, -4.0, -5.0, -6.0) == 2
+    assert temperature(3.0) == 2
+    assert temperature(3.0, 3.0) == 2
+
+
+def test_ties_go_to_the_earlier_name() -> None:
+    assert select([1.0, 2.0, 2.0, 2.0], k=2).adapters == ("a01", "a02")
+
+
+def test_a_score_that_is_not_a_number_is_named() -> None:
+    with pytest.raises(ModelError, match="'a01' is not finite"):
+        select([1.0, float("nan")])
