@@ -17,7 +17,6 @@ from torch import Tensor
 from logo.errors import ModelError, UsageError
 from logo.selection.signals import Weighting
 
-
 # Between one adapter nearly alone and the better half of a pool.
 _SHARPEST, _BROADEST = 0.1, 2.0
 # Of z-scores, for pools too small to show their own.
@@ -114,7 +113,7 @@ def linear(top: Tensor) -> Tensor:
 def adaptive_temperature(ranked: Tensor) -> float:
     """The temperature that suits these z-scores (adapters,), best first: sharp when something stands out, else broad.
 
-        T = (4 σ / (edge · top))²,   between 0.1 and 2
+        T = 3 (σ / edge)³ / top,   between 0.1 and 2
 
     `top` is how far the best score is above the adapter's own baseline, in its standard deviations. `edge` is the
     largest step down between neighbours among the first four, so that two adapters of one task count as a leading
@@ -129,7 +128,7 @@ def adaptive_temperature(ranked: Tensor) -> float:
     edge = float((ranked[:-1] - ranked[1:])[:3].max())
     if edge <= 0:
         return _BROADEST
-    return min(max((4 * spread / (edge * top)) ** 2, _SHARPEST), _BROADEST)
+    return min(max(3 * (spread / edge) ** 3 / top, _SHARPEST), _BROADEST)
 
 
 def check_k(k: int, pool_size: int) -> int:
