@@ -483,3 +483,15 @@ def test_a_row_that_cannot_be_scored_is_named(engines: Engines, tmp_path: Path) 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["study", "--help"]) == 0
     assert "Example: logo study" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_signal_may_be_given_a_temperature(tmp_path: Path) -> None:
+    from logo.cli.study import _signals
+
+    assert _signals("calibrated, norm/0.5") == {
+        "calibrated": {"signal": "calibrated"},
+        "norm/0.5": {"signal": "norm", "weighting": "softmax", "weight_temperature": 0.5},
+    }
+    for bad, message in (("norm/", "expected a temperature"), ("norm/-1", "above 0"), ("nrom/1", "did you mean")):
+        with pytest.raises(UsageError, match=message):
+            _signals(bad)

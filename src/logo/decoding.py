@@ -6,14 +6,15 @@ Knows tokenizers and transformers' generate; knows nothing about adapters.
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
 from logo.errors import UsageError
 
@@ -204,6 +205,34 @@ class Cancelled(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
+
+
+def streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, Cancelled], None]) -> Iterator[str]:
+    """The text of a generation piece by piece, while it runs in another thread.
+
+    Args:
+        generate: generates, given a streamer and a stopping criterion that is met when the reader has left.
+    """
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    cancelled = Cancelled()
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            generate(streamer, cancelled)
+        except BaseException as error:  # handed to the reader, who is waiting in another thread
+            failure.append(error)
+            streamer.end()
+
+    worker = threading.Thread(target=work, name="logo-stream", daemon=True)
+    worker.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        cancelled.requested = True
+        worker.join()
+    if failure:
+        raise failure[0]
 
 
 def cut_after_end(

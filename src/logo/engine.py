@@ -30,6 +30,7 @@ from logo.decoding import (
     batches_by_length,
     cut_after_end,
     end_tokens,
+    streamed,
 )
 from logo.errors import UsageError
 from logo.mixing import Mixer
@@ -172,6 +173,12 @@ class LoGo:
         """Where prompts are read."""
         self._sync()
         return self._router.points
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of what adapters are scored with."""
+        self._sync()
+        return self._router.index_bytes
 
     @property
     def calibrated(self) -> Calibrated | None:
@@ -343,29 +350,11 @@ class LoGo:
         return self._stream(row, selection, config)
 
     def _stream(self, row: Sequence[int], selection: Selection, config: GenerationConfig) -> Iterator[str]:
-        from transformers import TextIteratorStreamer
+        def generate(streamer: Any, cancelled: Cancelled) -> None:
+            with self._lock:
+                self._continue([row], [selection], config, [cancelled], streamer=streamer)
 
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        cancelled = Cancelled()
-        failure: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                with self._lock:
-                    self._continue([row], [selection], config, [cancelled], streamer=streamer)
-            except BaseException as error:  # handed to the reader, who is waiting in another thread
-                failure.append(error)
-                streamer.end()
-
-        worker = threading.Thread(target=work, name="logo-stream", daemon=True)
-        worker.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            cancelled.requested = True
-            worker.join()
-        if failure:
-            raise failure[0]
+        return streamed(self.tokenizer, generate)
 
     # -- scoring ------------------------------------------------------------------------------------------------
 

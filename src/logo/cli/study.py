@@ -47,7 +47,12 @@ def study(
     ],
     json: Annotated[Path, typer.Option("--json", metavar="OUT", help="The JSON file to write all numbers to.")],
     signals: Annotated[
-        str | None, typer.Option(help="Signals to compare, separated by commas.", show_default=SIGNALS)
+        str | None,
+        typer.Option(
+            help="Signals to compare, separated by commas; `calibrated/0.5` is one with softmax weights of temperature "
+            "0.5 instead of its own weighting.",
+            show_default=SIGNALS,
+        ),
     ] = None,
     tasks: Annotated[str, typer.Option(help="Names or patterns, `a,b*`, of the files to use; empty: all.")] = "",
     limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.", show_default="all")] = None,
@@ -67,32 +72,41 @@ def study(
     from logo.evaluation.study import find_tasks, journal_of, write_report
 
     found = find_tasks(rows, tasks, limit)
-    names = _signals(signals or engine.selection_strategy or SIGNALS)
+    arms = _signals(signals or engine.selection_strategy or SIGNALS)
     picture = _checked(json, heatmap)
     started = time.perf_counter()
     engine, base_model = or_demo(engine)
-    engines = _engines(engine, base_model, names)
+    engines = _engines(engine, base_model, arms)
     settings = {"base_model": base_model, "adapters": engine.adapters, "rows": rows, "tasks": tasks, "limit": limit}
     _say_what(found, next(iter(engines.values())))
     result = _measure(engines, found, json, settings, seed, time.perf_counter() - started)
     write_report(json, result.report)
-    replace_file(picture, _picture(result, names[0]))
+    replace_file(picture, _picture(result, next(iter(arms))))
     journal_of(json).unlink(missing_ok=True)
     screen = out if out.is_terminal else Console(width=WIDTH, highlight=False)
     screen.print(_table(result.report, intervals=screen.width >= WIDTH))
     note(f"{json} · {picture}")
 
 
-def _signals(text: str) -> list[str]:
-    """The names in a list, each checked."""
-    from logo.selection.signals import get_signal
+def _signals(text: str) -> dict[str, dict[str, Any]]:
+    """What each entry of a list asks for, as settings; every signal and temperature checked."""
+    from logo.selection.settings import SelectionSettings
 
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
+    arms: dict[str, dict[str, Any]] = {}
+    for entry in (part.strip() for part in text.split(",") if part.strip()):
+        signal, slash, temperature = entry.partition("/")
+        arms[entry] = {"signal": signal}
+        if slash:
+            try:
+                arms[entry] |= {"weighting": "softmax", "weight_temperature": float(temperature)}
+            except ValueError:
+                raise UsageError(
+                    f"signals: {entry!r}: expected a temperature after the slash, as in {signal}/0.5"
+                ) from None
+        SelectionSettings(**arms[entry])
+    if not arms:
         raise UsageError(f"signals {text!r}: expected names separated by commas, found none")
-    for name in names:
-        get_signal(name)
-    return names
+    return arms
 
 
 def _checked(json: Path, heatmap: Path | None) -> Path:
@@ -109,20 +123,26 @@ def _checked(json: Path, heatmap: Path | None) -> Path:
     return picture
 
 
-def _engines(options: EngineOptions, base_model: str, names: Sequence[str]) -> dict[str, LoGo]:
-    """One engine per signal, on one model and one pool."""
+def _engines(options: EngineOptions, base_model: str, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, LoGo]:
+    """One engine per entry, on one model and one pool."""
     from logo.engine import LoGo
 
-    first = open_engine(replace(options, selection_strategy=names[0]), base_model)
-    engines = {names[0]: first}
-    for name in names[1:]:
-        engines[name] = LoGo(
-            first.model,
-            first.tokenizer,
-            first.pool,
-            settings=replace(first.settings, signal=name),
-            adapter_cache_gb=options.adapter_cache_gb,
-            on_bad_adapter=options.on_bad_adapter.value,
+    signals = [str(arm["signal"]) for arm in arms.values()]
+    first = open_engine(replace(options, selection_strategy=signals[0]), base_model)
+    engines = {}
+    for name, arm in arms.items():
+        settings = replace(first.settings, **arm)
+        engines[name] = (
+            first
+            if settings == first.settings
+            else LoGo(
+                first.model,
+                first.tokenizer,
+                first.pool,
+                settings=settings,
+                adapter_cache_gb=options.adapter_cache_gb,
+                on_bad_adapter=options.on_bad_adapter.value,
+            )
         )
     return engines
 

@@ -56,6 +56,13 @@ class ScoringIndex:
         """Length of the hidden vectors it scores; None for an empty index."""
         return self._factors[0][0].shape[1] if self._factors else None
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the factors and of what was made of them so far."""
+        tensors = [tensor for pair in self._factors for tensor in pair]
+        tensors += [self.__dict__[name] for name in ("_stacked", "_directions") if name in self.__dict__]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def norms(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i h‖₂` for hidden (rows, d), or `‖ΔW_i W (h - μ)‖₂` with a whitening; (rows, adapters), float32."""
         responses = hidden.to(self.device, torch.float32) @ self._stacked.T - self._offset  # (rows, R)
@@ -77,15 +84,14 @@ class ScoringIndex:
             part = self._factors[start : start + size]
             yield torch.stack([(hidden @ a.T) @ b.T for a, b in part], dim=1)
 
-    @cached_property
-    def _plain(self) -> list[Tensor]:
+    def _products(self) -> list[Tensor]:
         """`R_i A_i` (min(r_i, out), d) per adapter."""
         return [torch.linalg.qr(b, mode="r").R @ a for a, b in self._factors]
 
     @cached_property
     def _stacked(self) -> Tensor:
         """(R, d): the rows `R_i A_i` of all adapters, whitened where a whitening is given."""
-        stacked = torch.cat(self._plain)
+        stacked = torch.cat(self._products())
         return stacked if self._whitening is None else self._whitening.fold(stacked)
 
     @cached_property
@@ -97,7 +103,7 @@ class ScoringIndex:
     def _directions(self) -> Tensor:
         """(adapters, d): unit vectors; zeros for an adapter of zeros, which has no direction."""
         directions = []
-        for factor in self._plain:
+        for factor in self._products():
             _, values, right = torch.linalg.svd(factor, full_matrices=False)
             directions.append(right[0] * (values[0] > 0))
         return torch.stack(directions)

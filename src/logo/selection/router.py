@@ -104,6 +104,11 @@ class Router:
             self._baseline = Baseline.of(self._remembered)
         return scores
 
+    @property
+    def index_bytes(self) -> int:
+        """Memory of the scoring indices."""
+        return sum(index.bytes for index in self._indices)
+
     def _mean_over_points(self, responses: Tensor) -> Tensor:
         """(rows, adapters) of (adapters, points, rows): over the points that each adapter touches."""
         touched = torch.zeros(responses.shape[:2])
