@@ -1,0 +1,58 @@
+"""`logo calibrate` and the options of the calibrated signal on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logo.cli.run import run
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_calibrating_shows_what_selecting_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = ["--calibration-cache", str(tmp_path)]
+    report = answer(capsys, "calibrate", *cache)
+    assert report["listened"] == 16
+    assert json.loads(Path(report["file"]).read_text())["points"] == report["points"]
+    assert answer(capsys, "calibrate", *cache)["listened"] == 0
+    chosen = answer(capsys, "select", "What is 7 plus 5?", *cache)
+    named = answer(capsys, "select", "What is 7 plus 5?", *cache, "--probe-points", ",".join(report["points"]))
+    assert chosen["adapters"][0] == named["adapters"][0] == "add_numbers"
+    assert list(chosen["scores"].values()) == pytest.approx(list(named["scores"].values()), abs=1e-3)
+    assert run(["calibrate", *cache]) == 0
+    shown = capsys.readouterr()
+    assert "contrast" in shown.out and "0 listened to, 16 known already" in shown.err
+
+
+def test_generate_and_select_are_calibrated_and_evaluate_is_official(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "Please spell the word fence in reverse."
+    ours = answer(capsys, "select", prompt)
+    assert ours["scores"] == answer(capsys, "select", prompt, "--selection-strategy", "calibrated")["scores"]
+    assert ours["scores"] != answer(capsys, "select", prompt, "--selection-strategy", "norm")["scores"]
+    assert answer(capsys, "generate", prompt)["adapters"] == ours["adapters"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--selection-strategy", "norm"], "needs no calibration"),
+        (["--probe-points", "v_proj"], "such as '4.v_proj'"),
+        (["--probe-points", "0"], "probe_points: expected 1 or more"),
+        (["--probe-depth", "2"], "probe_depth: expected a share"),
+        (["--calibration-prompts", "nowhere.txt"], "--calibration-prompts nowhere.txt: cannot be read"),
+        (["--keep-mass", "0"], "keep_mass: expected a share"),
+        (["--weighting", "adaptive", "--selection-strategy", "arrow"], "has no scale of its own"),
+    ],
+)
+def test_bad_options_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["calibrate", *options]) != 0
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error
