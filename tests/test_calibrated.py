@@ -216,7 +216,7 @@ def test_changed_weights_are_listened_to_again(llama: nn.Module, tmp_path: Path)
     shutil.rmtree(tmp_path / "pool" / "t0")
     shutil.copytree(tmp_path / "other", tmp_path / "pool" / "t0")
     logo = engine(llama, tmp_path / "pool", **settings)
-    assert logo.calibrated is not None and logo.calibrated.listened == 1
+    assert logo.router.calibrated is not None and logo.router.calibrated.listened == 1
     kept, uncached = (
         e.select(PROMPTS[0]).scores for e in (logo, engine(llama, tmp_path / "pool", calibration_cache=""))
     )
@@ -246,28 +246,28 @@ def test_a_cache_that_cannot_be_written_is_one_warning(llama: nn.Module, tmp_pat
 def test_the_choice_is_written_down_and_can_be_overridden(llama: nn.Module, tmp_path: Path) -> None:
     pool(llama, tmp_path / "pool", names=ALL)
     logo = engine(llama, tmp_path / "pool", calibration_cache=str(tmp_path / "cache"), probe_points=3)
-    assert logo.calibrated is not None and logo.calibrated.file is not None
-    written = json.loads(logo.calibrated.file.read_text())
-    assert written["points"] == [point.name for point in logo.points]
-    assert 1 <= len(logo.points) <= 3
+    assert logo.router.calibrated is not None and logo.router.calibrated.file is not None
+    written = json.loads(logo.router.calibrated.file.read_text())
+    assert written["points"] == [point.name for point in logo.router.points]
+    assert 1 <= len(logo.router.points) <= 3
     assert len(written["ranking"]) == 7 * 3
     values = [entry["contrast"] for entry in written["ranking"]]
     assert values == sorted(values, reverse=True)
     assert written["points"][0] == written["ranking"][0]["point"]
     given = engine(llama, tmp_path / "pool", probe_points=["2.mlp.down_proj", "model.layers.0.self_attn.k_proj"])
-    assert [point.name for point in given.points] == ["2.mlp.down_proj", "0.self_attn.k_proj"]
+    assert [point.name for point in given.router.points] == ["2.mlp.down_proj", "0.self_attn.k_proj"]
 
 
 def test_the_probe_stays_within_its_depth(llama: nn.Module, tmp_path: Path) -> None:
     pool(llama, tmp_path)
-    assert {point.layer for point in engine(llama, tmp_path, probe_depth=0.34, probe_points=9).points} == {0}
-    assert max(point.layer for point in engine(llama, tmp_path, probe_depth=0.67, probe_points=9).points) <= 1
+    assert {point.layer for point in engine(llama, tmp_path, probe_depth=0.34, probe_points=9).router.points} == {0}
+    assert max(point.layer for point in engine(llama, tmp_path, probe_depth=0.67, probe_points=9).router.points) <= 1
 
 
 def test_own_prompts_may_rank_the_points(llama: nn.Module, tmp_path: Path) -> None:
     own = [f"{i} x {i + 3} y {i + 9}" for i in range(3, 40)]
-    ours = engine(llama, pool(llama, tmp_path, names=ALL)).calibrated
-    theirs = engine(llama, tmp_path, calibration_prompts=own).calibrated
+    ours = engine(llama, pool(llama, tmp_path, names=ALL)).router.calibrated
+    theirs = engine(llama, tmp_path, calibration_prompts=own).router.calibrated
     assert ours is not None and theirs is not None
     assert ours.ranking != theirs.ranking
 

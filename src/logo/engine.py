@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -36,15 +36,13 @@ from logo.errors import UsageError
 from logo.mixing import Mixer
 from logo.models import context_length, default_pool, load_base
 from logo.scoring import Scored, completion_ids, score_mixtures
-from logo.selection import Point, Selection
-from logo.selection.calibrator import Calibrated
+from logo.selection import Selection
+from logo.selection.forced import Forced, forced
 from logo.selection.router import Router
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Forced = Mapping[str, float] | Selection
 
 
 @dataclass(frozen=True)
@@ -169,22 +167,10 @@ class LoGo:
         return self._fitted.names
 
     @property
-    def points(self) -> tuple[Point, ...]:
-        """Where prompts are read."""
+    def router(self) -> Router:
+        """How prompts are read and adapters scored, for the pool as it is now."""
         self._sync()
-        return self._router.points
-
-    @property
-    def index_bytes(self) -> int:
-        """Memory of what adapters are scored with."""
-        self._sync()
-        return self._router.index_bytes
-
-    @property
-    def calibrated(self) -> Calibrated | None:
-        """How the points were chosen and what responses are compared with; None for signals without calibration."""
-        self._sync()
-        return self._router.calibrated
+        return self._router
 
     # -- selecting ----------------------------------------------------------------------------------------------
 
@@ -205,11 +191,6 @@ class LoGo:
         with self._lock:
             self._sync()
             return self._select(self.prompts.encode(prompts), batch_size)
-
-    def reselect(self, scores: Mapping[str, float], without: Collection[str]) -> Selection:
-        """What would be selected if some adapters were not in the pool; `scores` as in `Selection.scores`."""
-        self._sync()
-        return self._router.reselect(scores, without)
 
     def _select(self, rows: Sequence[Sequence[int]], batch_size: int) -> list[Selection]:
         if self.settings.probe_context == "carry":
@@ -356,8 +337,6 @@ class LoGo:
 
         return streamed(self.tokenizer, generate)
 
-    # -- scoring ------------------------------------------------------------------------------------------------
-
     def score(self, prompt: str, completion: str, mixtures: Sequence[Forced]) -> list[Scored]:
         """What a gold completion is worth under each of several mixtures, teacher-forced; see `logo.scoring`.
 
@@ -369,7 +348,7 @@ class LoGo:
         """
         with self._lock:
             self._sync()
-            wanted = [self._forced(entry).mixture for entry in mixtures]
+            wanted = [forced(entry, self._fitted).mixture for entry in mixtures]
             gold = completion_ids(self.tokenizer, prompt, completion, self.prompts.context)
             [row] = self.prompts.encode([prompt], room=len(gold))
             active = functools.partial(self._mixer.active, self._fitted)
@@ -389,15 +368,7 @@ class LoGo:
                 raise UsageError(f"adapters: expected one entry for each of {len(rows)} prompts, found {len(wanted)}")
         open_rows = [i for i, entry in enumerate(wanted) if entry is None]
         chosen = dict(zip(open_rows, self._select([rows[i] for i in open_rows], batch_size), strict=True))
-        return [chosen[i] if entry is None else self._forced(entry) for i, entry in enumerate(wanted)]
-
-    def _forced(self, entry: Forced) -> Selection:
-        selection = entry if isinstance(entry, Selection) else Selection.forced(entry)
-        for name, weight in zip(selection.adapters, selection.weights, strict=True):
-            self._fitted[name]  # raises with a did-you-mean
-            if not -1e6 < weight < 1e6:
-                raise UsageError(f"weight of adapter {name!r}: expected a finite number, found {weight}")
-        return selection
+        return [chosen[i] if entry is None else forced(entry, self._fitted) for i, entry in enumerate(wanted)]
 
     # -- pool and options ---------------------------------------------------------------------------------------
 

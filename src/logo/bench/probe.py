@@ -93,8 +93,8 @@ def probe_bench(
             seconds,
             seconds / medians[PREFILL],
             peaks[name],
-            len(engines[name].points) if name in engines else 0,
-            engines[name].index_bytes if name in engines else 0,
+            len(engines[name].router.points) if name in engines else 0,
+            engines[name].router.index_bytes if name in engines else 0,
         )
         for name, seconds in medians.items()
     }

@@ -33,7 +33,7 @@ def calibrate(
     engine, base_model = or_demo(engine)
     with err.status("Loading and calibrating ..."):
         logo = open_engine(engine, base_model)
-    calibrated = logo.calibrated
+    calibrated = logo.router.calibrated
     if calibrated is None:
         raise UsageError(f"the signal {logo.settings.signal!r} needs no calibration; `calibrated` and `norm_z` do")
     if json:

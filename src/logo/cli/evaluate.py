@@ -183,7 +183,7 @@ def _seed(seed: int) -> None:
 
 def _resolved(logo: LoGo) -> dict[str, Any]:
     """The settings as they were used, presets applied."""
-    points = [point.name for point in logo.points]
+    points = [point.name for point in logo.router.points]
     return {**asdict(logo.settings), "points": points, "dtype": str(logo.model.dtype).removeprefix("torch.")}
 
 

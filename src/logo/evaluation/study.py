@@ -204,7 +204,7 @@ def _without(
     """What is mixed when the row's own adapter is not in the pool; None if nothing is left to choose from."""
     if any(set(selection.scores) <= {own} for selection in picked.values()):
         return None
-    signals = {name: logo.reselect(picked[name].scores, [own]).mixture for name, logo in engines.items()}
+    signals = {name: logo.router.reselect(picked[name].scores, [own]).mixture for name, logo in engines.items()}
     names = [name for name in next(iter(engines.values())).names if name != own]
     return {"signals": signals, "mixtures": _fixed_mixtures(names, None)}
 
@@ -215,7 +215,7 @@ def _without(
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     model = next(iter(engines.values())).model
     signals = {
-        name: {**asdict(logo.settings), "points": [point.module for point in logo.points]}
+        name: {**asdict(logo.settings), "points": [point.module for point in logo.router.points]}
         for name, logo in engines.items()
     }
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}
