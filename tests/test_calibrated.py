@@ -304,6 +304,7 @@ def test_texts_are_many_and_short() -> None:
         ({"baseline": "running", "signal": "norm"}, UsageError, "not compared with a baseline"),
         ({"baseline": "runing"}, UsageError, "baseline: expected one of neutral, running"),
         ({"weighting": "sharp"}, UsageError, "weighting: expected one of linear, softmax, adaptive"),
+        ({"probe_context": "carry"}, UsageError, "the base model read alone; use 'base'"),
         ({"keep_mass": 0}, UsageError, "keep_mass: expected a share"),
         ({"weight_temperature": 0}, UsageError, "weight_temperature: expected a number above 0"),
         ({"calibration_prompts": ["one"]}, UsageError, "expected 8 or more, found 1"),

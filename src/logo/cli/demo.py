@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.options import DEFAULT_SIGNAL, DEMO_K, EngineOptions, open_engine
-from logo.cli.output import bar, err, out, print_json, progress
+from logo.cli.output import bar, err, out, print_json, progress, weighty
 from logo.models import DEMO
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def demo(
         return
     out.print(_table(results, average))
     out.print(
-        "\nbase: no adapter · uniform: all adapters alike · norm: selected per prompt as in the paper · "
-        "calibrated: likewise, by our signal · oracle: the task's own adapter. No labels are used but by the oracle.\n"
-        "None of these wordings was trained on, nor these inputs with their task. "
+        "\nbase: no adapter · uniform: all adapters alike · norm: selected per prompt as in the paper ·\n"
+        "calibrated: selected per prompt by our signal · oracle: the task's own adapter. Only the oracle knows the task.\n"
+        "None of these wordings was trained on, nor these inputs with their task.\n"
         'Your turn: logo generate "What is 7 plus 5?"'
     )
 
@@ -86,18 +86,14 @@ def _judged(text: str, gold: str) -> Text:
 
 
 def _bars(answer: Answer) -> Text:
-    selection = answer.selection
-    heaviest = max(selection.weights)
-    width = max(map(len, selection.adapters))
+    shown = weighty(answer.selection)
+    heaviest = max(shown.values())
+    width = max(map(len, shown))
     lines = [
-        f"{name:<{width}} {weight:.2f} {bar(weight / heaviest, 8)}"
-        for name, weight in zip(selection.adapters, selection.weights, strict=True)
+        Text(f"{name:<{width}} {weight:.2f} {bar(weight / heaviest, 8)}", style="bold" if name == answer.task else "")
+        for name, weight in shown.items()
     ]
-    text = Text("\n").join(
-        Text(line, style="bold" if name == answer.task else "")
-        for line, name in zip(lines, selection.adapters, strict=True)
-    )
-    return text
+    return Text("\n").join(lines)
 
 
 def _table(results: list[TaskScore], average: dict[str, float]) -> Table:

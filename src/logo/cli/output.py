@@ -69,8 +69,17 @@ def selection_table(selection: Selection, top: int | None = None) -> Table:
 def selection_line(selection: Selection, top: int = 3) -> str:
     """`plural 0.31 · reverse 0.22 · 6 more`."""
     rows = list(zip(selection.adapters, selection.weights, strict=True))
-    shown = [f"{name} {weight:.2f}" for name, weight in rows[:top]]
-    return " · ".join(shown + ([f"{len(rows) - top} more"] if len(rows) > top else [])) or "base model alone"
+    shown = [f"{name} {weight:.2f}" for name, weight in rows[:top] if _counts(weight)]
+    return " · ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > top else [])) or "base model alone"
+
+
+def weighty(selection: Selection) -> dict[str, float]:
+    """The adapters whose weight is not zero to two digits."""
+    return {name: weight for name, weight in selection.mixture.items() if _counts(weight)}
+
+
+def _counts(weight: float) -> bool:
+    return abs(weight) >= 0.005
 
 
 class RateColumn(ProgressColumn):

@@ -89,6 +89,11 @@ class SelectionSettings:
             raise UsageError(f"calibration_prompts: expected 8 or more, found {len(self.calibration_prompts)}")
         if self.weighting == "adaptive" and self.reading.scale == "raw":
             raise UsageError(f"weighting 'adaptive': the signal {self.signal!r} has no scale of its own; use 'softmax'")
+        if self.probe_context != "base" and self.reading.scale != "raw":
+            raise UsageError(
+                f"probe_context {self.probe_context!r}: the signal {self.signal!r} compares with neutral text that the "
+                "base model read alone; use 'base'"
+            )
         if self.baseline == "running" and self.reading.scale == "raw":
             raise UsageError(f"baseline 'running': the signal {self.signal!r} is not compared with a baseline")
 

@@ -50,15 +50,16 @@ class Whitening:
         count, width = centred.shape
         # The smaller of the two Gram matrices has all eigenvalues that are not zero.
         gram = centred.T @ centred if width <= count else centred @ centred.T
-        values, vectors = torch.linalg.eigh(gram.double() / count)
+        # On the CPU, since not every accelerator has double precision.
+        values, vectors = torch.linalg.eigh(gram.cpu().double() / count)
         values = values.clamp_min(0)
         floor = SHRINKAGE * values.sum() / width
         gain = (floor / (values + floor)).sqrt() if floor > 0 else torch.ones_like(values)
         kept = gain < 1 - _NEGLIGIBLE
-        values, vectors, gain = values[kept], vectors[:, kept], gain[kept].float()
+        basis = vectors[:, kept].float().to(hidden.device)
         if width > count:
-            vectors = centred.T.double() @ vectors / (values * count).sqrt()
-        return cls(mean, vectors.float(), gain)
+            basis = centred.T @ basis / (values[kept] * count).sqrt().float().to(hidden.device)
+        return cls(mean, basis, gain[kept].float().to(hidden.device))
 
     def fold(self, factor: Tensor) -> Tensor:
         """`T W` for a factor `T` (r, d): `‖T W (h - μ)‖` is then one product and one offset away."""
