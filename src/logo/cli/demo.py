@@ -56,8 +56,8 @@ def demo(
     out.print(_table(results, average))
     out.print(
         "\nbase: no adapter · uniform: all adapters alike · norm: selected per prompt as in the paper ·\n"
-        "calibrated: selected per prompt by our signal · oracle: the task's own adapter. Only the oracle knows the task.\n"
-        "None of these wordings was trained on, nor these inputs with their task.\n"
+        "calibrated: selected per prompt by our signal · oracle: the task's own adapter.\n"
+        "Only the oracle knows the task. None of these wordings was trained on, nor these inputs with their task.\n"
         'Your turn: logo generate "What is 7 plus 5?"'
     )
 
