@@ -19,8 +19,6 @@ from logo.selection.signals import Weighting
 
 # Between one adapter nearly alone and the better half of a pool.
 _SHARPEST, _BROADEST = 0.1, 2.0
-# Of z-scores, for pools too small to show their own.
-_USUAL_SPREAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -113,22 +111,17 @@ def linear(top: Tensor) -> Tensor:
 def adaptive_temperature(ranked: Tensor) -> float:
     """The temperature that suits these z-scores (adapters,), best first: sharp when something stands out, else broad.
 
-        T = 3 (σ / edge)³ / top,   between 0.1 and 2
+        T = 0.3 / lead⁵,   between 0.1 and 2
 
-    `top` is how far the best score is above the adapter's own baseline, in its standard deviations. `edge` is the
-    largest step down between neighbours among the first four, so that two adapters of one task count as a leading
-    group; σ is the spread of all scores but the best, against which that step has to be seen. Where nothing is above
-    its own baseline, the mixture is as broad as it gets. Form and constants were chosen on one pool
-    (docs/how-selection-works.md).
+    `lead` is how far the best score is above the mean of the next five, in standard deviations of neutral text. Not
+    above the second alone: a near relative of the right adapter is no reason to doubt it, a whole field close behind
+    is. Where nothing is above its own baseline, the mixture is as broad as it gets. The constants were chosen on rows
+    of one pool that no study uses (docs/how-selection-works.md).
     """
-    top = float(ranked[0])
-    if len(ranked) == 1 or top <= 0:
+    if len(ranked) == 1 or ranked[0] <= 0:
         return _BROADEST
-    spread = float(ranked[1:].std(correction=0)) if len(ranked) > 3 else _USUAL_SPREAD
-    edge = float((ranked[:-1] - ranked[1:])[:3].max())
-    if edge <= 0:
-        return _BROADEST
-    return min(max(3 * (spread / edge) ** 3 / top, _SHARPEST), _BROADEST)
+    lead = float(ranked[0] - ranked[1:6].mean())
+    return min(max(0.3 / max(lead, 1e-3) ** 5, _SHARPEST), _BROADEST)
 
 
 def check_k(k: int, pool_size: int) -> int:
