@@ -54,11 +54,14 @@ def test_help_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "select", "evaluate", "pool"):
+    for command in ("demo", "generate", "select", "evaluate", "calibrate", "study", "bench", "pool"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", [["demo"], ["generate"], ["select"], ["evaluate"], ["pool", "inspect"]])
+COMMANDS = ["demo", "generate", "select", "evaluate", "calibrate", "study", "bench probe", "pool inspect"]
+
+
+@pytest.mark.parametrize("command", [name.split() for name in COMMANDS], ids=COMMANDS)
 def test_every_command_has_help_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*command, "--help"]) == 0
     assert "Example: logo" in " ".join(capsys.readouterr().out.split())
@@ -249,7 +252,10 @@ def test_demo_measures_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None
     report = json.loads(capsys.readouterr().out)
     assert len(report["tasks"]) >= 12 and len(report["prompts"]) >= 12
     assert all(task["rows"] == 4 for task in report["tasks"].values())
-    assert report["average"]["base"] <= 0.3 and report["average"]["oracle"] >= 0.8
+    average = report["average"]
+    assert average["base"] <= 0.3 and average["oracle"] >= 0.8
+    assert average["logo"] == average["calibrated"] > average["norm"]
+    assert average["calibrated"] >= 0.85 * average["oracle"]  # 0.95 on all rows, which is too long for a test
     for shown in report["prompts"]:
         assert len(shown["adapters"]) == report["k"] == 3 and set(shown["scores"]) == set(report["tasks"])
     assert run(["demo", "--rows", "1"]) == 0
