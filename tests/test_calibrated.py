@@ -285,6 +285,20 @@ def test_a_running_baseline_follows_the_traffic(llama: nn.Module, tmp_path: Path
     assert mean.abs().max() < 0.2 < before.abs().max()
 
 
+def test_an_overflow_is_not_remembered(llama: nn.Module, tmp_path: Path) -> None:
+    """A running baseline goes on as if the prompt that overflowed had never come."""
+    model = tiny.model("llama")
+    running, other = (engine(model, pool(model, tmp_path / name), baseline="running") for name in ("a", "b"))
+    embeddings = model.get_input_embeddings().weight
+    kept = embeddings[5].clone()
+    embeddings[5] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        running.select(chr(5 + 29) * 3)
+    embeddings[5] = kept
+    assert running.select(PROMPTS) == other.select(PROMPTS)
+    assert running.select(PROMPTS) == other.select(PROMPTS)
+
+
 def test_texts_are_many_and_short() -> None:
     assert len(set(NEUTRAL)) == len(NEUTRAL) >= 64
     assert len(set(REQUESTS)) == len(REQUESTS) >= 64

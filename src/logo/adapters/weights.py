@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -84,7 +84,13 @@ class PickleFile:
 
 
 def file_sha256(path: Path) -> str:
-    """The hex digest that `sha256sum` prints for the file."""
+    """The hex digest that `sha256sum` prints for the file; read again only when it has changed."""
+    stat = path.stat()
+    return _sha256_of(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=2**16)
+def _sha256_of(path: Path, size: int, modified: int, inode: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 

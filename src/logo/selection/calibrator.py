@@ -130,7 +130,11 @@ def calibrate(
         ranking = tuple(sorted(zip(planned.points, values, strict=True), key=lambda entry: -entry[1]))
     points = tuple(planned.points[i] for i in chosen)
     whitenings = _whitenings(model, points, texts, settings, store, heard) if signal.scale == "whitened" else {}
-    file = store.keep_choice(adapters, _choice(points, ranking, adapters, settings)) if planned.count else None
+    file = (
+        store.keep_choice(adapters, _choice(points, ranking, adapters, settings, planned.count))
+        if planned.count
+        else None
+    )
     listened = len(heard.responses)
     return Calibrated(points, ranking, neutral[:, chosen], whitenings, file, listened, time.perf_counter() - started)
 
@@ -168,11 +172,13 @@ def _choice(
     ranking: Sequence[tuple[Point, float]],
     adapters: Sequence[Adapter],
     settings: SelectionSettings,
+    most: int,
 ) -> dict[str, object]:
     """What is written down for people."""
     return {
         "signal": settings.signal,
         "probe_depth": settings.probe_depth,
+        "most_points": most,
         "adapters": [adapter.name for adapter in adapters],
         "points": [point.name for point in points],
         "ranking": [{"point": point.name, "contrast": round(value, 4)} for point, value in ranking],

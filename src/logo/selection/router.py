@@ -65,6 +65,7 @@ class Router:
         )
         self._probe = Probe(model, self.points, signal.input, signal.token, bos)
         self._columns = [[i for i, a in enumerate(adapters) if point.module in a.modules] for point in self.points]
+        self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
         self._indices = [
             ScoringIndex.read([adapters[i] for i in columns], point, _device(model, point), self._whitening(point))
             for point, columns in zip(self.points, self._columns, strict=True)
@@ -100,7 +101,9 @@ class Router:
             return self._mean_over_points(responses)
         scores = self._baseline.scores(responses)
         if self._remembered is not None:
-            self._remembered = torch.cat([self._remembered, responses], dim=2)[:, :, -_REMEMBERED:]
+            # A prompt that overflowed is an error of its own and must not silence adapters for those to come.
+            usable = responses[:, :, (responses.isfinite() | ~self._baseline.heard[:, :, None]).all(dim=0).all(dim=0)]
+            self._remembered = torch.cat([self._remembered, usable], dim=2)[:, :, -_REMEMBERED:]
             self._baseline = Baseline.of(self._remembered)
         return scores
 
@@ -111,12 +114,9 @@ class Router:
 
     def _mean_over_points(self, responses: Tensor) -> Tensor:
         """(rows, adapters) of (adapters, points, rows): over the points that each adapter touches."""
-        touched = torch.zeros(responses.shape[:2])
-        for at, columns in enumerate(self._columns):
-            touched[columns, at] = 1
         # Not nanmean: a response that is not a number has to be seen.
-        sums = torch.where(touched[:, :, None] > 0, responses, torch.zeros(())).sum(dim=1)
-        return (sums / touched.sum(dim=1, keepdim=True)).T
+        sums = torch.where(self._touched[:, :, None], responses, torch.zeros(())).sum(dim=1)
+        return (sums / self._touched.sum(dim=1, keepdim=True)).T
 
     def _whitening(self, point: Point) -> Whitening | None:
         return None if self.calibrated is None else self.calibrated.whitenings.get(point.module)

@@ -70,7 +70,8 @@ class CalibrationStore:
 
     def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:
         """Writes down which points were chosen for these adapters; returns where."""
-        digest = hashlib.sha256("".join(adapter_key(adapter) for adapter in adapters).encode()).hexdigest()[:16]
+        asked = [adapter_key(adapter) for adapter in adapters] + [choice["probe_depth"], choice["most_points"]]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
         name = f"points-{digest}.json"
         self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
         return None if self.folder is None else self.folder / name
