@@ -23,6 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
+from logo.adapters.format import LoraModule, LoraWeights
+from logo.selection.index import ScoringIndex
+from logo.selection.points import Point
+from logo.selection.whitening import Whitening
 
 # For properties that touch files: how long one example takes says nothing on a machine that does other work too.
 calm = budget(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -250,3 +254,22 @@ def lock(path: Path, root: Path) -> None:
     path.chmod(0)
     if os.geteuid() == 0:
         os.seteuid(65534)
+
+
+def index_of(factors: Iterable[tuple[torch.Tensor, torch.Tensor]], whitening: Whitening | None = None) -> ScoringIndex:
+    """The scoring index of adapters with these `A (r, d)` and `B (out, r)`, without any file."""
+    point = Point(0, "layer", "layer.module")
+    adapters = [Loose(LoraWeights(a, b, 1.0)) for a, b in factors]
+    return ScoringIndex.read(adapters, point, torch.device("cpu"), whitening)  # type: ignore[arg-type]
+
+
+class Loose:
+    """An adapter of one module whose tensors are in memory."""
+
+    def __init__(self, weights: LoraWeights) -> None:
+        rank, in_features = weights.A.shape
+        self.modules = {"layer.module": LoraModule("a", "b", rank, in_features, len(weights.B), weights.scaling)}
+        self.file, self._weights = object(), weights
+
+    def read(self, modules: Iterable[str]) -> dict[str, LoraWeights]:
+        return dict.fromkeys(modules, self._weights)

@@ -17,7 +17,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 
 def test_calibrating_shows_what_selecting_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache = ["--calibration-cache", str(tmp_path)]
+    cache = ["--cache", str(tmp_path)]
     report = answer(capsys, "calibrate", *cache)
     assert report["listened"] == 16
     assert json.loads(Path(report["file"]).read_text())["points"] == report["points"]

@@ -20,10 +20,10 @@ import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.errors import ModelError
 from logo.selection import calibrator, listening
-from logo.selection.index import ScoringIndex
 from logo.selection.neutral import NEUTRAL
 from logo.selection.requests import REQUESTS
 from logo.selection.whitening import Whitening
+from make_adapters import index_of
 from test_engine import write_adapter
 
 PROMPTS = ["Where is it?", "a", "The cat sat on the mat and slept.", "3 + 4 =", "def f(x):"]
@@ -191,7 +191,7 @@ def test_only_new_adapters_are_listened_to(llama: nn.Module, tmp_path: Path, mon
         return listening.listen(model, wanted, *rest)
 
     monkeypatch.setattr(calibrator, "listen", listen)
-    settings = {"calibration_cache": str(tmp_path / "cache")}
+    settings = {"cache": str(tmp_path / "cache")}
     first = engine(llama, pool(llama, tmp_path / "pool"), **settings)
     assert measured[0] == ["t0", "t1", "t2", "t3"]
     measured.clear()
@@ -210,21 +210,19 @@ def test_only_new_adapters_are_listened_to(llama: nn.Module, tmp_path: Path, mon
 
 
 def test_changed_weights_are_listened_to_again(llama: nn.Module, tmp_path: Path) -> None:
-    settings = {"calibration_cache": str(tmp_path / "cache")}
+    settings = {"cache": str(tmp_path / "cache")}
     engine(llama, pool(llama, tmp_path / "pool"), **settings)
     write_adapter(tmp_path / "other", llama, ("q_proj", "v_proj"), rank=2, seed=77)
     shutil.rmtree(tmp_path / "pool" / "t0")
     shutil.copytree(tmp_path / "other", tmp_path / "pool" / "t0")
     logo = engine(llama, tmp_path / "pool", **settings)
     assert logo.router.calibrated is not None and logo.router.calibrated.listened == 1
-    kept, uncached = (
-        e.select(PROMPTS[0]).scores for e in (logo, engine(llama, tmp_path / "pool", calibration_cache=""))
-    )
+    kept, uncached = (e.select(PROMPTS[0]).scores for e in (logo, engine(llama, tmp_path / "pool", cache="")))
     assert list(kept.values()) == pytest.approx(list(uncached.values()), abs=1e-4)
 
 
 def test_a_damaged_cache_is_made_anew(llama: nn.Module, tmp_path: Path) -> None:
-    settings = {"calibration_cache": str(tmp_path / "cache")}
+    settings = {"cache": str(tmp_path / "cache")}
     first = engine(llama, pool(llama, tmp_path / "pool"), **settings)
     for file in (tmp_path / "cache").rglob("*.safetensors"):
         file.write_bytes(b"no tensors")
@@ -238,14 +236,14 @@ def test_a_damaged_cache_is_made_anew(llama: nn.Module, tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_one_warning(llama: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="cannot be kept in .*LOGO_CACHE") as warned:
-        engine(llama, pool(llama, tmp_path / "pool"), calibration_cache=str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="can be kept in .*LOGO_CACHE") as warned:
+        engine(llama, pool(llama, tmp_path / "pool"), cache=str(tmp_path / "file"))
     assert len(warned) == 1
 
 
 def test_the_choice_is_written_down_and_can_be_overridden(llama: nn.Module, tmp_path: Path) -> None:
     pool(llama, tmp_path / "pool", names=ALL)
-    logo = engine(llama, tmp_path / "pool", calibration_cache=str(tmp_path / "cache"), probe_points=3)
+    logo = engine(llama, tmp_path / "pool", cache=str(tmp_path / "cache"), probe_points=3)
     assert logo.router.calibrated is not None and logo.router.calibrated.file is not None
     written = json.loads(logo.router.calibrated.file.read_text())
     assert written["points"] == [point.name for point in logo.router.points]
@@ -337,5 +335,5 @@ def test_alignment_is_with_the_first_right_singular_vector() -> None:
     factors = [(torch.randn(r, 10, generator=generator), torch.randn(6, r, generator=generator)) for r in (1, 3, 8)]
     hidden = torch.randn(5, 10, generator=generator)
     expected = torch.stack([(hidden @ torch.linalg.svd(b @ a).Vh[0]).abs() for a, b in factors], dim=1)
-    found = ScoringIndex(factors, torch.device("cpu")).alignments(hidden)
+    found = index_of(factors).alignments(hidden)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -341,10 +341,10 @@ def shared() -> Iterator[Path]:
 
 def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(shared: Path) -> None:
     put(shared, "a", "group/b")
-    AdapterPool.from_directory(shared)  # imports everything before rights are gone
+    AdapterPool.from_directory(shared, cache="")  # imports everything before rights are gone
     lock(shared / "group", shared)
-    assert "adapter 'group': the folder cannot be listed" in refused(lambda: AdapterPool.from_directory(shared))
-    pool = AdapterPool.from_directory(shared, on_bad_adapter="skip")
+    assert "adapter 'group': the folder cannot be listed" in refused(lambda: AdapterPool.from_directory(shared, cache=""))
+    pool = AdapterPool.from_directory(shared, on_bad_adapter="skip", cache="")
     assert (pool.names, [error.name for error in pool.refused]) == (("a",), ["group"])
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from logo.selection import whitening
-from logo.selection.index import ScoringIndex
 from logo.selection.whitening import SHRINKAGE, Whitening
+from make_adapters import index_of
 
 
 def sample(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_the_index_scores_whitened_vectors() -> None:
     factors = [(torch.randn(r, 12, generator=generator), torch.randn(7, r, generator=generator)) for r in (1, 3, 9)]
     hidden = sample(100, 12)
     found = Whitening.of(hidden)
-    scored = ScoringIndex(factors, torch.device("cpu"), found).norms(hidden)
+    scored = index_of(factors, found).norms(hidden)
     particular = (hidden - found.mean) @ found.fold(torch.eye(12))
     expected = torch.stack([(particular @ a.T @ b.T).norm(dim=1) for a, b in factors], dim=1)
     torch.testing.assert_close(scored, expected, atol=1e-4, rtol=1e-4)

@@ -17,21 +17,11 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
-from logo.decoding import (
-    Cancelled,
-    FinishReason,
-    Prompts,
-    StopAtNewline,
-    Truncation,
-    batches_by_length,
-    cut_after_end,
-    end_tokens,
-    streamed,
-)
+from logo.decoder import Decoder
+from logo.decoding import FinishReason, Prompts, Truncation, batches_by_length
 from logo.errors import UsageError
 from logo.mixing import Mixer
 from logo.models import context_length, default_pool, load_base
@@ -42,7 +32,7 @@ from logo.selection.router import Router
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,6 +64,8 @@ class LoGo:
         settings: how prompts are read, scored and selected.
         truncation: what to do with prompts that are too long.
         adapter_cache_gb: host memory (10⁹ bytes) for the tensors of adapters that were used last.
+        fold: add the mixture into a copy of the weights it acts on where all rows of a batch share it, so that
+            decoding costs what the base model costs. None: when that pays; see `logo.mixing.costs`.
         on_bad_adapter: what to do with adapters that do not fit the base model.
 
     Raises:
@@ -89,6 +81,7 @@ class LoGo:
         settings: SelectionSettings | None = None,
         truncation: Truncation | None = None,
         adapter_cache_gb: float = 4.0,
+        fold: bool | None = None,
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
         self.model = model
@@ -99,7 +92,8 @@ class LoGo:
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
         dtype = model.dtype if model.dtype.is_floating_point else torch.float32
-        self._mixer = Mixer(model, dtype, int(adapter_cache_gb * 1e9))
+        self._mixer = Mixer(model, dtype, int(adapter_cache_gb * 1e9), fold)
+        self._decoder = Decoder(model, self.prompts, self._mixer)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self._carried: tuple[str, ...] | None = None
         self._fit_pool()
@@ -118,6 +112,7 @@ class LoGo:
         token: str | bool | None = None,
         truncation: Truncation | None = None,
         adapter_cache_gb: float = 4.0,
+        fold: bool | None = None,
         on_bad_adapter: OnBadAdapter = "error",
         **settings: Any,
     ) -> LoGo:
@@ -138,9 +133,9 @@ class LoGo:
         """
         chosen = SelectionSettings.of(**settings)
         if pool is None:
-            pool = default_pool(base_model, model_dir, on_bad_adapter=on_bad_adapter)
+            pool = default_pool(base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
         elif not isinstance(pool, AdapterPool):
-            pool = AdapterPool.from_directory(pool, on_bad_adapter=on_bad_adapter)
+            pool = AdapterPool.from_directory(pool, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
         model, tokenizer = load_base(
             base_model,
             device=device,
@@ -157,6 +152,7 @@ class LoGo:
             settings=chosen,
             truncation=truncation,
             adapter_cache_gb=adapter_cache_gb,
+            fold=fold,
             on_bad_adapter=on_bad_adapter,
         )
 
@@ -192,13 +188,16 @@ class LoGo:
             self._sync()
             return self._select(self.prompts.encode(prompts), batch_size)
 
-    def _select(self, rows: Sequence[Sequence[int]], batch_size: int) -> list[Selection]:
+    def _select(self, rows: Sequence[Sequence[int]], batch_size: int, *, answering: bool = False) -> list[Selection]:
         if self.settings.probe_context == "carry":
             return [self._select_carried(row) for row in rows]
         selections: dict[int, Selection] = {}
         for batch in batches_by_length([len(row) for row in rows], batch_size):
             active = self._fitted.names if self.settings.probe_context == "pool" else ()
-            selections |= zip(batch, self._probe([rows[i] for i in batch], active), strict=True)
+            found = self._probe([rows[i] for i in batch], active)
+            if answering:  # their tensors are read while the next batch is probed
+                self._mixer.prefetch(self._fitted, [name for selection in found for name in selection.adapters])
+            selections |= zip(batch, found, strict=True)
         return [selections[i] for i in range(len(rows))]
 
     def _select_carried(self, row: Sequence[int]) -> Selection:
@@ -270,45 +269,14 @@ class LoGo:
         probed: float,
     ) -> list[Generation]:
         started = time.perf_counter()
-        criteria: list[StoppingCriteria] = []
-        if stop_at_newline:
-            start = max(map(len, rows))
-            criteria.append(StopAtNewline(self.tokenizer, start, official=stop_at_newline == "official"))
-        tokens = self._continue(rows, selections, config, criteria)
-        ends = end_tokens(config, self.model.generation_config)
-        # A row that a stop rule ended is filled up with pad tokens while the others go on.
-        stopped_early = len(rows) > 1 and (stop_at_newline or config.stop_strings)
-        padding = self.tokenizer.pad_token_id if stopped_early else None
-        cut = [cut_after_end(row, ends, config.max_new_tokens, padding) for row in tokens]
-        texts = self.tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
+        mixtures = [selection.mixture for selection in selections]
+        answers = self._decoder(self._fitted, rows, mixtures, config, stop_at_newline)
+        texts = self.tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
         return [
-            Generation(text, selection, tuple(tokens), reason, dict(seconds))
-            for text, selection, (tokens, reason) in zip(texts, selections, cut, strict=True)
+            Generation(text, selection, tuple(ids), reason, dict(seconds))
+            for text, selection, (ids, reason) in zip(texts, selections, answers, strict=True)
         ]
-
-    def _continue(
-        self,
-        rows: Sequence[Sequence[int]],
-        selections: Sequence[Selection],
-        config: GenerationConfig,
-        criteria: list[StoppingCriteria],
-        **options: Any,
-    ) -> list[list[int]]:
-        """The new tokens of each row, generated with each row's own mixture."""
-        ids, mask = self.prompts.pad(rows, "left", self._input_device)
-        if config.stop_strings:
-            options["tokenizer"] = self.tokenizer
-        with self._mixer.active(self._fitted, [selection.mixture for selection in selections]), torch.no_grad():
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList(criteria),
-                **options,
-            )
-        sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
-        return sequences[:, ids.shape[1] :].tolist()
 
     def stream(
         self,
@@ -328,14 +296,7 @@ class LoGo:
             self._sync()
             row = self.prompts.encode([prompt], room=config.max_new_tokens)[0]
             [selection] = self._selections([row], adapters, 1)
-        return self._stream(row, selection, config)
-
-    def _stream(self, row: Sequence[int], selection: Selection, config: GenerationConfig) -> Iterator[str]:
-        def generate(streamer: Any, cancelled: Cancelled) -> None:
-            with self._lock:
-                self._continue([row], [selection], config, [cancelled], streamer=streamer)
-
-        return streamed(self.tokenizer, generate)
+        return self._decoder.stream(self._fitted, row, selection.mixture, config, self._lock)
 
     def score(self, prompt: str, completion: str, mixtures: Sequence[Forced]) -> list[Scored]:
         """What a gold completion is worth under each of several mixtures, teacher-forced; see `logo.scoring`.
@@ -367,7 +328,9 @@ class LoGo:
             if len(wanted) != len(rows):
                 raise UsageError(f"adapters: expected one entry for each of {len(rows)} prompts, found {len(wanted)}")
         open_rows = [i for i, entry in enumerate(wanted) if entry is None]
-        chosen = dict(zip(open_rows, self._select([rows[i] for i in open_rows], batch_size), strict=True))
+        chosen = dict(
+            zip(open_rows, self._select([rows[i] for i in open_rows], batch_size, answering=True), strict=True)
+        )
         return [chosen[i] if entry is None else forced(entry, self._fitted) for i, entry in enumerate(wanted)]
 
     # -- pool and options ---------------------------------------------------------------------------------------
@@ -375,7 +338,8 @@ class LoGo:
     def _fit_pool(self) -> None:
         version = self.pool.version
         fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
-        router = Router(self.model, fitted, self.settings, self.prompts.texts, self.tokenizer.bos_token_id)
+        before = getattr(self, "_router", None)
+        router = Router(self.model, fitted, self.settings, self.prompts.texts, self.tokenizer.bos_token_id, before)
         # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
         self._fitted, self._router, self._seen = fitted, router, version
 

@@ -69,6 +69,9 @@ class LoraConfig:
     base_model: str | None = None
     unknown: tuple[str, ...] = ()
 
+    def __hash__(self) -> int:
+        return hash((self.r, self.alpha, self.rslora, *self.rank_pattern.items(), *self.alpha_pattern.items()))
+
     def rank(self, module: str) -> int:
         """The rank the configuration gives to `module` (path relative to the base model)."""
         return _lookup(self.rank_pattern, module, self.r)

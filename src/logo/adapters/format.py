@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -178,7 +178,10 @@ def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: b
             shapes = file.shapes()
         except Exception as error:  # safetensors raises its own Rust error type
             raise Refusal(_unreadable(error, file.path)) from error
-        return Adapter(name, folder, config, _modules(shapes, config), file)
+        # Patterns are looked up in their order, which does not count when configurations are compared.
+        order = (*config.rank_pattern, "", *config.alpha_pattern)
+        config, modules = _recipe(tuple(shapes.items()), config, order)
+        return Adapter(name, folder, config, modules, file)
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
 
@@ -204,6 +207,14 @@ def _weight_file(folder: Path, allow_pickle: bool) -> WeightFile:
             "or pass --allow-pickle to read tensors only"
         )
     return PickleFile(folder / PICKLE)
+
+
+@lru_cache(maxsize=256)
+def _recipe(
+    shapes: tuple[tuple[str, tuple[int, ...]], ...], config: LoraConfig, order: tuple[str, ...]
+) -> tuple[LoraConfig, dict[str, LoraModule]]:
+    """Configuration and modules, one object for all adapters of one training recipe: pools have thousands of them."""
+    return config, _modules(dict(shapes), config)
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, LoraModule]:

@@ -16,8 +16,10 @@ from typing import Literal
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.hub import download_adapters
+from logo.adapters.known import KnownPool
 from logo.adapters.layout import BaseLayout
 from logo.adapters.weights import PICKLE, SAFETENSORS
+from logo.cache import cache_folder
 from logo.errors import AdapterError, PoolError, StorageError, closest
 
 OnBadAdapter = Literal["error", "skip"]
@@ -50,6 +52,7 @@ class AdapterPool:
         on_bad_adapter: OnBadAdapter = "error",
         allow_pickle: bool = False,
         verify: bool | None = None,
+        cache: str | Path | None = None,
     ) -> AdapterPool:
         """Opens every adapter folder below `path`, at any depth.
 
@@ -60,13 +63,15 @@ class AdapterPool:
                 adapters out and keeps the reasons in `refused`.
             allow_pickle: read `adapter_model.bin` where there is no safetensors file.
             verify: read all tensors now and check them for NaN and Inf. Default: if the pool is small (256 MiB).
+            cache: folder in which is kept what opening finds out, so that the pool opens at once the next time; `""`
+                keeps nothing; None: the user's cache.
 
         Raises:
             StorageError: `path` is not a readable folder.
             PoolError: there is no usable adapter in it, or one is bad and `on_bad_adapter` is `"error"`.
         """
         root = Path(path)
-        adapters, refused = survey(root, allow_pickle=allow_pickle, verify=verify)
+        adapters, refused = survey(root, allow_pickle=allow_pickle, verify=verify, cache=cache_folder(cache))
         _refuse(refused, on_bad_adapter, where=str(root))
         if not adapters:
             raise PoolError(_empty(root, refused))
@@ -89,6 +94,7 @@ class AdapterPool:
         on_bad_adapter: OnBadAdapter = "error",
         allow_pickle: bool = False,
         verify: bool | None = None,
+        cache: str | Path | None = None,
     ) -> AdapterPool:
         """Downloads (or finds in the cache) every adapter below `subfolder` of a Hub repository, and opens them.
 
@@ -111,7 +117,9 @@ class AdapterPool:
             progress=progress,
             allow_pickle=allow_pickle,
         )
-        return cls.from_directory(folder, on_bad_adapter=on_bad_adapter, allow_pickle=allow_pickle, verify=verify)
+        return cls.from_directory(
+            folder, on_bad_adapter=on_bad_adapter, allow_pickle=allow_pickle, verify=verify, cache=cache
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -191,11 +199,16 @@ class AdapterPool:
         if not len(self):
             raise PoolError("the pool is empty: there is no adapter to fit to the base model")
         fitted, refused = [], []
+        recipes: dict[int, Adapter] = {}  # adapters that share their modules fit alike
         for adapter in self:
+            alike = recipes.get(id(adapter.modules))
             try:
-                fitted.append(adapter.fit(layout))
+                fit = adapter.fit(layout) if alike is None else replace(adapter, modules=alike.modules)
             except AdapterError as error:
                 refused.append(error)
+            else:
+                recipes[id(adapter.modules)] = fit
+                fitted.append(fit)
         _refuse(refused, on_bad_adapter, where="the pool")
         if not fitted:
             raise PoolError(f"none of the {len(self)} adapters fits the base model; the first: {refused[0]}")
@@ -212,13 +225,43 @@ class AdapterPool:
 
 
 def survey(
-    root: Path, *, allow_pickle: bool = False, verify: bool | None = None
+    root: Path, *, allow_pickle: bool = False, verify: bool | None = None, cache: Path | None = None
 ) -> tuple[list[Adapter], list[AdapterError]]:
     """Every adapter below `root` that can be used, and why each other one cannot; see `from_directory`.
+
+    Args:
+        cache: as `KnownPool.of`.
 
     Raises:
         StorageError: `root` is not a readable folder.
     """
+    _check_folder(root)
+    known = KnownPool.of(root, cache)
+    adapters: dict[str, Adapter] = {}
+    refused: list[AdapterError] = []
+    unchanged = set()
+    for folder, name in _adapter_folders(root, refused):
+        try:
+            adapter = known.get(folder, name)
+            if adapter is None:
+                adapter = open_adapter(folder, name, allow_pickle=allow_pickle)
+            elif known.verified(name):
+                unchanged.add(name)
+            if name in adapters:
+                raise AdapterError(name, f"{adapters[name].folder} and {folder} have one name; rename one of them")
+            adapters[name] = adapter
+        except AdapterError as error:
+            refused.append(error)
+    unverified = [adapter for name, adapter in adapters.items() if name not in unchanged]
+    if verify is None:
+        verify = sum(adapter.size for adapter in unverified) <= VERIFY_UP_TO_BYTES
+    damaged = _damaged(unverified) if verify else {}
+    good = [adapter for name, adapter in adapters.items() if name not in damaged]
+    known.keep(good, {adapter.name for adapter in good} if verify else unchanged)
+    return good, refused + list(damaged.values())
+
+
+def _check_folder(root: Path) -> None:
     try:
         found = "a folder" if root.is_dir() else "a file" if root.exists() else "nothing"
         if found == "a folder":
@@ -227,26 +270,9 @@ def survey(
         raise StorageError(f"adapter folder {root} cannot be read: {error.strerror or error}") from error
     if found != "a folder":
         raise StorageError(f"adapter folder {root}: expected a folder, found {found}; check the path")
-    adapters: dict[str, Adapter] = {}
-    refused: list[AdapterError] = []
-    for folder, name in _adapter_folders(root, refused):
-        try:
-            adapter = open_adapter(folder, name, allow_pickle=allow_pickle)
-            if name in adapters:
-                raise AdapterError(name, f"{adapters[name].folder} and {folder} have one name; rename one of them")
-            adapters[name] = adapter
-        except AdapterError as error:
-            refused.append(error)
-    if verify is None:
-        verify = sum(adapter.size for adapter in adapters.values()) <= VERIFY_UP_TO_BYTES
-    good = list(adapters.values())
-    if verify:
-        good, damaged = _verified(good)
-        refused += damaged
-    return good, refused
 
 
-def _adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[Path, str]]:
+def _adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[str, str]]:
     """Folders below `root` that hold an adapter, with their names; hidden folders are left alone.
 
     What lies in a folder that cannot be listed nobody knows, so it is `refused` instead of passed over.
@@ -258,27 +284,32 @@ def _adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[
 
     marks = {CONFIG, SAFETENSORS, PICKLE}
     seen = set()
+    top = str(root)
     for current, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(current)
-        if real in seen:  # a link back into the tree
+        try:
+            stat = os.stat(current)
+        except OSError as error:  # removed meanwhile
+            unreadable(error)
+            continue
+        if (stat.st_dev, stat.st_ino) in seen:  # a link back into the tree
             folders.clear()
             continue
-        seen.add(real)
+        seen.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if marks & set(files):
-            folder = Path(current)
-            yield folder, folder.relative_to(root).as_posix() if folder != root else own_name(root)
+        if not marks.isdisjoint(files):
+            name = own_name(root) if current == top else current[len(top) :].strip(os.sep).replace(os.sep, "/")
+            yield current, name
 
 
-def _verified(adapters: list[Adapter]) -> tuple[list[Adapter], list[AdapterError]]:
-    good, damaged = [], []
+def _damaged(adapters: Iterable[Adapter]) -> dict[str, AdapterError]:
+    """Reads all tensors of these adapters; name -> what is wrong."""
+    damaged = {}
     for adapter in adapters:
         try:
             adapter.read()
-            good.append(adapter)
         except AdapterError as error:
-            damaged.append(error)
-    return good, damaged
+            damaged[adapter.name] = error
+    return damaged
 
 
 def _refuse(refused: list[AdapterError], on_bad_adapter: OnBadAdapter, where: str) -> None:

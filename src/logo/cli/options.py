@@ -201,11 +201,11 @@ class EngineOptions:
             rich_help_panel=PROBE,
         ),
     ] = None
-    calibration_cache: Annotated[
+    cache: Annotated[
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Where calibrations are kept; '' keeps none.",
+            help="Where what is computed once per pool is kept; '' keeps nothing.",
             show_default="$LOGO_CACHE or ~/.cache/logo",
             rich_help_panel=PROBE,
         ),
@@ -289,6 +289,7 @@ def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
     common: dict[str, Any] = {
         "on_bad_adapter": options.on_bad_adapter.value,
         "allow_pickle": options.allow_pickle,
+        "cache": options.cache,
         # Leaving damaged adapters out means finding them before the first prompt, not in the middle of a run.
         "verify": True if options.on_bad_adapter is OnBad.SKIP else None,
     }
@@ -324,7 +325,7 @@ def open_engine(
         probe_points=_points(options.probe_points),
         baseline=options.baseline.value,
         calibration_prompts=_lines(options.calibration_prompts),
-        calibration_cache=options.calibration_cache,
+        cache=options.cache,
         unscorable=options.unscorable.value,
     )
     _quiet_transformers()

@@ -7,14 +7,14 @@ Knows adapters and devices; knows nothing about prompts, rows or gates.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.format import Adapter
+from logo.mixing.adapter_cache import AdapterCache
 
 
 @dataclass(frozen=True)
@@ -69,45 +69,6 @@ class WorkingSet:
                 owners[columns],
             )
         return cls(tuple(adapter.name for adapter in adapters), stacks)
-
-
-class AdapterCache:
-    """Adapter tensors in host memory, least recently used ones dropped above a byte budget.
-
-    Args:
-        budget: bytes to keep. One adapter larger than that is still read, and is then the only one kept.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.bytes = 0
-        self._entries: OrderedDict[str, tuple[Adapter, dict[str, LoraWeights], int]] = OrderedDict()
-
-    def read(self, adapter: Adapter) -> dict[str, LoraWeights]:
-        """All tensors of the adapter; from memory if it is the adapter that was read under this name before."""
-        entry = self._entries.get(adapter.name)
-        if entry is not None and entry[0] is adapter:
-            self._entries.move_to_end(adapter.name)
-            return entry[1]
-        self.drop(adapter.name)
-        weights = adapter.read()
-        size = sum(w.A.nbytes + w.B.nbytes for w in weights.values())
-        self._entries[adapter.name] = (adapter, weights, size)
-        self.bytes += size
-        while self.bytes > self.budget and len(self._entries) > 1:
-            self.drop(next(iter(self._entries)))
-        return weights
-
-    def drop(self, name: str) -> None:
-        """Forgets an adapter; nothing happens if it is not held."""
-        entry = self._entries.pop(name, None)
-        if entry is not None:
-            self.bytes -= entry[2]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What is held, least recently used first."""
-        return tuple(self._entries)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
+from logo.cache import cache_folder
 from logo.errors import PoolError
 from logo.selection.calibration import choose, contrast
 from logo.selection.listening import Heard, Texts, candidates, listen
 from logo.selection.points import Point, decoder_layers, find_points, named_points
 from logo.selection.settings import SelectionSettings
-from logo.selection.store import CalibrationStore, default_cache, key_of
+from logo.selection.store import CalibrationStore, key_of
 from logo.selection.whitening import Whitening
 
 # Points that are read at most, and the agreement with them at which fewer are enough.
@@ -108,8 +109,7 @@ def calibrate(
     """
     started = time.perf_counter()
     signal = settings.reading
-    cache = default_cache() if settings.calibration_cache is None else Path(settings.calibration_cache)
-    store = CalibrationStore(None if settings.calibration_cache == "" else cache, key_of(model, texts, signal))
+    store = CalibrationStore(cache_folder(settings.cache), key_of(model, texts, signal))
     known = {adapter.name: store.responses(adapter) for adapter in adapters}
     missing = {
         point: [a for a in adapters if point.module in a.modules and point.module not in known[a.name]]

@@ -1,7 +1,8 @@
 """The scoring index of one point: every adapter's response to a hidden vector, in a few stacked products.
 
 With `s_i B_i = Q_i R_i` (QR), `‖ΔW_i h‖ = ‖R_i A_i h‖`: norms need an (r, d) factor per adapter and no output-sized
-vector. Whole responses `ΔW_i h` are computed in bounded chunks for the signals that need them.
+vector. The factors of all adapters lie in one matrix, so that a pool of any size costs one product. Whole responses
+`ΔW_i h`, which need `B_i`, are computed in bounded chunks for the signals that ask for them.
 """
 
 from __future__ import annotations
@@ -24,50 +25,95 @@ class ScoringIndex:
     """All scorable adapters of a pool at one point.
 
     Args:
-        factors: per adapter, `A (r_i, d)` and `s B (out, r_i)`, in pool order.
-        device: where scores are computed.
-        whitening: applied to hidden vectors before they are scored by their norm.
+        stacked: (R, d) float32, the rows `R_i A_i` of all adapters, whitened where there is a whitening.
+        ranks: rows per adapter.
+        offset: (R,): the stacked response to the mean hidden vector, taken from every response; None: nothing.
+        adapters: in pool order; they all touch the point.
+        point: where.
     """
 
     def __init__(
-        self, factors: Sequence[tuple[Tensor, Tensor]], device: torch.device, whitening: Whitening | None = None
+        self, stacked: Tensor, ranks: Sequence[int], offset: Tensor | None, adapters: Sequence[Adapter], point: Point
     ) -> None:
-        self._factors = [(a.float().to(device), b.float().to(device)) for a, b in factors]
-        self._whitening = None if whitening is None else whitening.to(device)
-        self.device = device
+        self.stacked = stacked
+        self.ranks = tuple(ranks)
+        self.offset = offset
+        self.adapters = tuple(adapters)
+        self.point = point
 
     @classmethod
     def read(
-        cls, adapters: Sequence[Adapter], point: Point, device: torch.device, whitening: Whitening | None = None
+        cls,
+        adapters: Sequence[Adapter],
+        point: Point,
+        device: torch.device,
+        whitening: Whitening | None = None,
+        before: ScoringIndex | None = None,
     ) -> ScoringIndex:
-        """The index of adapters that all touch the point; reads their tensors at that point only."""
-        factors = []
-        for adapter in adapters:
-            weights = adapter.read([point.module])[point.module]
-            b = weights.scaled_b()
-            factors.append((weights.A, b if point.rows is None else b[list(point.rows)]))
-        return cls(factors, device, whitening)
+        """The index of adapters that all touch the point; reads their tensors at that point only.
+
+        Args:
+            whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
+            before: an index of the same point and whitening, whose rows are taken over for adapters it has.
+        """
+        ranks = [_rank(adapter, point) for adapter in adapters]
+        stacked = torch.empty(sum(ranks), adapters[0].modules[point.module].in_features if adapters else 0)
+        # The file object is what stays the same when a pool is fitted again.
+        known = (
+            {} if before is None else {id(a.file): rows for a, rows in zip(before.adapters, before.rows, strict=True)}
+        )
+        for adapter, rows in zip(adapters, _rows(ranks), strict=True):
+            if before is not None and id(adapter.file) in known:
+                stacked[rows] = before.stacked[known[id(adapter.file)]].cpu()
+                continue
+            a, b = _factors(adapter, point)
+            product = torch.linalg.qr(b, mode="r").R @ a
+            # Each for itself: an adapter's rows are the same to the bit, whatever company it is read in.
+            stacked[rows] = product if whitening is None else whitening.fold(product)
+        offset = None if whitening is None else (stacked @ whitening.mean).to(device)
+        return cls(stacked.to(device), ranks, offset, adapters, point)
 
     def __len__(self) -> int:
-        return len(self._factors)
+        return len(self.adapters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where scores are computed."""
+        return self.stacked.device
 
     @property
     def width(self) -> int | None:
         """Length of the hidden vectors it scores; None for an empty index."""
-        return self._factors[0][0].shape[1] if self._factors else None
+        return self.stacked.shape[1] if len(self) else None
+
+    @property
+    def rows(self) -> list[slice]:
+        """The rows of each adapter in `stacked`."""
+        return _rows(self.ranks)
 
     @property
     def bytes(self) -> int:
-        """Memory of the factors and of what was made of them so far."""
-        tensors = [tensor for pair in self._factors for tensor in pair]
-        tensors += [self.__dict__[name] for name in ("_stacked", "_directions") if name in self.__dict__]
+        """Memory of the stacked factors and of what was made or read besides so far."""
+        tensors = [self.stacked, *(() if self.offset is None else (self.offset,))]
+        tensors += [tensor for pair in self.__dict__.get("_pairs", ()) for tensor in pair]
+        tensors += [self.__dict__["_directions"]] if "_directions" in self.__dict__ else []
         return sum(tensor.nbytes for tensor in tensors)
 
     def norms(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i h‖₂` for hidden (rows, d), or `‖ΔW_i W (h - μ)‖₂` with a whitening; (rows, adapters), float32."""
-        responses = hidden.to(self.device, torch.float32) @ self._stacked.T - self._offset  # (rows, R)
+        hidden = hidden.to(self.device, torch.float32)
+        size = max(1, _CHUNK // max(1, len(self.stacked)))
+        return torch.cat([self._norms(part) for part in torch.split(hidden, size)])
+
+    def _norms(self, hidden: Tensor) -> Tensor:
+        responses = hidden @ self.stacked.T  # (rows, R)
+        if self.offset is not None:
+            responses -= self.offset
+        if len(set(self.ranks)) == 1:
+            norms: Tensor = torch.linalg.vector_norm(responses.view(len(hidden), len(self), -1), dim=2)
+            return norms
         squares = torch.zeros(len(hidden), len(self), device=self.device)
-        return squares.index_add_(1, self._owner, responses.square()).sqrt()
+        return squares.index_add_(1, self._owner, responses.square_()).sqrt_()
 
     def alignments(self, hidden: Tensor) -> Tensor:
         """`|v_iᵀ h|` for hidden (rows, d), `v_i` the first right singular vector of `ΔW_i`; (rows, adapters)."""
@@ -76,40 +122,48 @@ class ScoringIndex:
     def responses(self, hidden: Tensor) -> Iterator[Tensor]:
         """`ΔW_i h` for hidden (rows, d), in pool order: chunks (rows, adapters of the chunk, out), float32."""
         hidden = hidden.to(self.device, torch.float32)
-        if not self._factors:
+        if not len(self):
             return
-        out = self._factors[0][1].shape[0]
+        out = self._pairs[0][1].shape[0]
         size = max(1, _CHUNK // (len(hidden) * out))
         for start in range(0, len(self), size):
-            part = self._factors[start : start + size]
+            part = self._pairs[start : start + size]
             yield torch.stack([(hidden @ a.T) @ b.T for a, b in part], dim=1)
 
-    def _products(self) -> list[Tensor]:
-        """`R_i A_i` (min(r_i, out), d) per adapter."""
-        return [torch.linalg.qr(b, mode="r").R @ a for a, b in self._factors]
-
     @cached_property
-    def _stacked(self) -> Tensor:
-        """(R, d): the rows `R_i A_i` of all adapters, whitened where a whitening is given."""
-        stacked = torch.cat(self._products())
-        return stacked if self._whitening is None else self._whitening.fold(stacked)
-
-    @cached_property
-    def _offset(self) -> Tensor | float:
-        """(R,): the stacked response to the mean hidden vector."""
-        return 0.0 if self._whitening is None else self._stacked @ self._whitening.mean
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """`A (r, d)` and `s B (out, r)` per adapter: only some signals ask for them, so they are read when one does."""
+        pairs = (_factors(adapter, self.point) for adapter in self.adapters)
+        return [(a.to(self.device), b.to(self.device)) for a, b in pairs]
 
     @cached_property
     def _directions(self) -> Tensor:
         """(adapters, d): unit vectors; zeros for an adapter of zeros, which has no direction."""
         directions = []
-        for factor in self._products():
-            _, values, right = torch.linalg.svd(factor, full_matrices=False)
+        for rows in self.rows:
+            _, values, right = torch.linalg.svd(self.stacked[rows], full_matrices=False)
             directions.append(right[0] * (values[0] > 0))
         return torch.stack(directions)
 
     @cached_property
     def _owner(self) -> Tensor:
-        """(R,): which adapter each row of `_stacked` belongs to."""
-        ranks = torch.tensor([min(b.shape) for _, b in self._factors])
-        return torch.repeat_interleave(torch.arange(len(self)), ranks).to(self.device)
+        """(R,): which adapter each row of `stacked` belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.ranks)).to(self.device)
+
+
+def _rows(ranks: Sequence[int]) -> list[slice]:
+    ends = torch.tensor(ranks, dtype=torch.int64).cumsum(0).tolist()
+    return [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+
+
+def _rank(adapter: Adapter, point: Point) -> int:
+    """Rows of `R_i`: the smaller side of `B_i`, or of the part of it that belongs to the point."""
+    module = adapter.modules[point.module]
+    return min(module.rank, module.out_features if point.rows is None else len(point.rows))
+
+
+def _factors(adapter: Adapter, point: Point) -> tuple[Tensor, Tensor]:
+    """`A (r, d)` and `s B (out, r)` in float32."""
+    weights = adapter.read([point.module])[point.module]
+    b = weights.scaled_b()
+    return weights.A.float(), b if point.rows is None else b[list(point.rows)]

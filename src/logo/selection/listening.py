@@ -88,11 +88,12 @@ def listen(model: nn.Module, wanted: Mapping[Point, Sequence[Adapter]], texts: T
 
 
 def respond(signal: Signal, index: ScoringIndex, hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
-    """`a` of each prompt at one point: hidden (vectors, d), owners (vectors,) -> (rows, adapters).
+    """`a` of each prompt at one point: hidden (vectors, d), owners (vectors,) -> (rows, adapters)."""
+    return finished(signal, prompt_means(signal(index, hidden), owners, rows))
 
-    -inf where there is no response at all.
-    """
-    means = prompt_means(signal(index, hidden), owners, rows)
+
+def finished(signal: Signal, means: Tensor) -> Tensor:
+    """`a` of mean responses; -inf where there is no response at all."""
     return means.log() if signal.scale == "whitened" else means
 
 

@@ -6,11 +6,13 @@ Knows where to read and which token; knows nothing about adapters. To probe with
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from logo.errors import ModelError
 from logo.selection.points import Point
@@ -53,19 +55,20 @@ class Probe:
         self._modules = {place: model.get_submodule(place) for place in dict.fromkeys(self._places.values())}
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None) -> list[Tensor]:
         """Hidden vectors of a batch of prompts.
 
         Args:
             input_ids: (rows, length), padded on the right, so that positions count from each row's first token.
-            attention_mask: (rows, length), 1 on prompt tokens.
+            attention_mask: (rows, length), 1 on prompt tokens; with a cache, (rows, its length + length).
+            cache: keys and values of a prefix, which all rows begin with; those of the rows are added to it.
 
         Returns:
             One float32 tensor (rows, d) per point, on the device of the point's layer; with `token="each"`, one
             (tokens, d) in the order of `owners`. Points that read the same vectors share one tensor.
         """
         hidden: dict[str, Tensor] = {}
-        mask = self._read_tokens(input_ids, attention_mask)
+        mask = self._read_tokens(input_ids, attention_mask)[:, -input_ids.shape[1] :]
         latest: list[Tensor] = []  # what was read last and what became of it: q, k and v receive the same tensor
 
         def reader(place: str) -> Any:
@@ -83,7 +86,10 @@ class Probe:
             module.register_forward_pre_hook(reader(place), with_kwargs=True) for place, module in self._modules.items()
         ]
         try:
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            kept: dict[str, Any] = {"use_cache": cache is not None}
+            if cache is not None:
+                kept[cache_argument(self.model) or ""] = cache
+            self.model(input_ids=input_ids, attention_mask=attention_mask, **kept)
         except _Stop:
             return [hidden[self._places[point]] for point in self.points]
         finally:
@@ -96,12 +102,18 @@ class Probe:
         """(vectors,) int64 on the CPU: which row each hidden vector belongs to."""
         if self.token != "each":
             return torch.arange(len(input_ids))
-        return self._read_tokens(input_ids, attention_mask).nonzero()[:, 0].cpu()
+        return self.places(input_ids, attention_mask)[0]
+
+    def places(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """With `token="each"`, row and column of each hidden vector in `input_ids`: (vectors,) int64, on the CPU."""
+        mask = self._read_tokens(input_ids, attention_mask)[:, -input_ids.shape[1] :]
+        rows, columns = mask.nonzero().cpu().T
+        return rows, columns
 
     def _read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(rows, length): 1 on the tokens that are read."""
-        if self.token != "each" or self.bos is None:
-            return attention_mask
+        """Like `attention_mask`: 1 on the tokens that are read."""
+        if self.token != "each" or self.bos is None or attention_mask.shape != input_ids.shape:
+            return attention_mask  # after a prefix, no text begins
         # A prompt of nothing but that token is still a prompt.
         left_out = (input_ids[:, 0] == self.bos) & (attention_mask.sum(dim=1) > 1)
         mask = attention_mask.clone()
@@ -120,3 +132,9 @@ class Probe:
             return hidden[mask.bool()].float()
         weights = mask.float() / mask.sum(dim=1, keepdim=True)
         return torch.einsum("rtd,rt->rd", hidden.float(), weights)
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """What a model's forward pass calls the cache of keys and values; None where it takes none."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), None)

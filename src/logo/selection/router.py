@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from logo.adapters.pool import AdapterPool
 from logo.errors import PoolError, UsageError
 from logo.selection.calibration import Baseline
-from logo.selection.calibrator import Calibrated, calibrate, plan
-from logo.selection.index import ScoringIndex
-from logo.selection.listening import Texts, respond
+from logo.selection.calibrator import plan
+from logo.selection.indexed import IndexedPool
+from logo.selection.listening import Texts
 from logo.selection.neutral import NEUTRAL
 from logo.selection.points import Point
+from logo.selection.prefixes import Prefixes, reusable
 from logo.selection.probe import Probe
+from logo.selection.reader import Reader
 from logo.selection.requests import REQUESTS
 from logo.selection.selector import Selection, Selector, check_k
 from logo.selection.settings import SelectionSettings
-from logo.selection.whitening import Whitening
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
@@ -36,6 +37,7 @@ class Router:
         settings: what to read and how to score.
         encode: texts to token ids, as prompts are encoded; for the texts of a calibration.
         bos: the token that begins every text, if there is one.
+        before: the router of an earlier state of the pool, from which is taken over what is still true.
 
     Attributes:
         points: where prompts are read.
@@ -47,29 +49,36 @@ class Router:
     """
 
     def __init__(
-        self, model: nn.Module, pool: AdapterPool, settings: SelectionSettings, encode: Encode, bos: int | None
+        self,
+        model: nn.Module,
+        pool: AdapterPool,
+        settings: SelectionSettings,
+        encode: Encode,
+        bos: int | None,
+        before: Router | None = None,
     ) -> None:
         self.signal = signal = settings.reading
         planned = plan(model, pool, settings)
         self.names = _scorable(pool, planned.points, settings, all_points=planned.all_points)
         adapters = [pool[name] for name in self.names]
-        self.calibrated: Calibrated | None = None
-        self.points = planned.points
+        texts = None
         if signal.scale != "raw":
             requests = encode(settings.calibration_prompts or REQUESTS) if planned.count else []
             texts = Texts(encode(NEUTRAL), requests, bos)
-            self.calibrated = calibrate(model, adapters, planned, texts, settings)
-            self.points = self.calibrated.points
+        earlier = None if before is None else before._indexed
+        indexed = IndexedPool.of(model, adapters, planned, texts, settings, earlier)
+        self._indexed: IndexedPool = indexed
+        self.points, self.calibrated = indexed.points, indexed.calibrated
         self.selector = Selector(
             check_k(settings.k, len(self.names)), signal.weighting, settings.weight_temperature, settings.keep_mass
         )
-        self._probe = Probe(model, self.points, signal.input, signal.token, bos)
-        self._columns = [[i for i, a in enumerate(adapters) if point.module in a.modules] for point in self.points]
+        probe = Probe(model, self.points, signal.input, signal.token, bos)
+        prefixes = None
+        if settings.probe_context == "base" and reusable(model):
+            prefixes = Prefixes(int(settings.prefix_cache_gb * 1e9))
+        self._reader = Reader(probe, indexed.indices, signal, prefixes)
+        self._columns = indexed.columns
         self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
-        self._indices = [
-            ScoringIndex.read([adapters[i] for i in columns], point, _device(model, point), self._whitening(point))
-            for point, columns in zip(self.points, self._columns, strict=True)
-        ]
         # (adapters, points, texts): what a running baseline is computed from
         self._remembered = self.calibrated.neutral if self.calibrated and settings.baseline == "running" else None
         self._baseline = None if self.calibrated is None else Baseline.of(self.calibrated.neutral)
@@ -90,10 +99,8 @@ class Router:
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(rows, adapters) float32 on the CPU."""
-        hidden = self._probe(input_ids, attention_mask)
-        owners = self._probe.owners(input_ids, attention_mask)
+        per_point = self._reader(input_ids, attention_mask)
         rows = len(input_ids)
-        per_point = [respond(self.signal, i, h, owners, rows) for i, h in zip(self._indices, hidden, strict=True)]
         responses = torch.full((len(self.names), len(self.points), rows), torch.nan)
         for at, (columns, response) in enumerate(zip(self._columns, per_point, strict=True)):
             responses[columns, at] = response.T.cpu()
@@ -110,7 +117,7 @@ class Router:
     @property
     def index_bytes(self) -> int:
         """Memory of the scoring indices."""
-        return sum(index.bytes for index in self._indices)
+        return self._indexed.bytes
 
     def _mean_over_points(self, responses: Tensor) -> Tensor:
         """(rows, adapters) of (adapters, points, rows): over the points that each adapter touches."""
@@ -118,12 +125,9 @@ class Router:
         sums = torch.where(self._touched[:, :, None], responses, torch.zeros(())).sum(dim=1)
         return (sums / self._touched.sum(dim=1, keepdim=True)).T
 
-    def _whitening(self, point: Point) -> Whitening | None:
-        return None if self.calibrated is None else self.calibrated.whitenings.get(point.module)
-
     def _check_widths(self, model: nn.Module) -> None:
         width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-        for point, index in zip(self.points, self._indices, strict=True):
+        for point, index in zip(self.points, self._indexed.indices, strict=True):
             if index.width not in (None, width):
                 raise UsageError(
                     f"probe module {point.module} takes {index.width} features, the residual stream has {width}; "
@@ -146,8 +150,3 @@ def _scorable(
             f"cannot be scored: {shown}; probe another module (--probe_module) or leave them out (--unscorable skip)"
         )
     return tuple(adapter.name for adapter in pool if adapter.name not in set(lacking))
-
-
-def _device(model: nn.Module, point: Point) -> torch.device:
-    device = next(model.get_submodule(point.layer_path).parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device

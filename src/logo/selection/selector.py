@@ -17,8 +17,10 @@ from torch import Tensor
 from logo.errors import ModelError, UsageError
 from logo.selection.signals import Weighting
 
-# Between one adapter nearly alone and the better half of a pool.
+# Temperatures: one adapter nearly alone, and the better half of a pool.
 _SHARPEST, _BROADEST = 0.1, 2.0
+# Leads up to which a mixture is broad, and from which it is sharp, in standard deviations of neutral text.
+_UNSURE, _SURE = 0.8, 0.9
 
 
 @dataclass(frozen=True)
@@ -111,17 +113,17 @@ def linear(top: Tensor) -> Tensor:
 def adaptive_temperature(ranked: Tensor) -> float:
     """The temperature that suits these z-scores (adapters,), best first: sharp when something stands out, else broad.
 
-        T = 0.3 / lead⁵,   between 0.1 and 2
-
-    `lead` is how far the best score is above the mean of the next five, in standard deviations of neutral text. Not
-    above the second alone: a near relative of the right adapter is no reason to doubt it, a whole field close behind
-    is. Where nothing is above its own baseline, the mixture is as broad as it gets. The constants were chosen on rows
-    of one pool that no study uses (docs/how-selection-works.md).
+    `lead` is how far the best score is above the mean of the next five. Not above the second alone: a near relative of
+    the right adapter is no reason to doubt it, a whole field close behind is. Up to a lead of 0.8 the mixture is broad
+    (T = 2), from 0.9 on it is sharp (T = 0.1), and between them log T is in proportion. Where nothing is above its own
+    baseline, the mixture is broad. The constants were chosen on rows of one pool that no study uses
+    (docs/how-selection-works.md).
     """
     if len(ranked) == 1 or ranked[0] <= 0:
         return _BROADEST
     lead = float(ranked[0] - ranked[1:6].mean())
-    return min(max(0.3 / max(lead, 1e-3) ** 5, _SHARPEST), _BROADEST)
+    sureness = min(max((lead - _UNSURE) / (_SURE - _UNSURE), 0.0), 1.0)
+    return float(_BROADEST * (_SHARPEST / _BROADEST) ** sureness)
 
 
 def check_k(k: int, pool_size: int) -> int:

@@ -38,7 +38,8 @@ class SelectionSettings:
         baseline: what calibrated signals compare with: `"neutral"` text, or `"running"`, the last prompts that came,
             beginning with neutral text. Scores then depend on what came before.
         calibration_prompts: unlabelled prompts, like those to come, on which points are ranked; None: some of ours.
-        calibration_cache: folder in which calibrations are kept; `""` keeps none; None: the user's cache.
+        cache: folder in which calibrations and scoring indices are kept; `""` keeps nothing; None: the user's cache.
+        prefix_cache_gb: memory (10⁹ bytes) for what prompts begin with, so that what several share is probed once.
         unscorable: adapters that do not touch what is probed: `"error"` refuses the pool, `"skip"` never selects them
             (they can still be forced).
     """
@@ -57,7 +58,8 @@ class SelectionSettings:
     probe_points: int | Sequence[str] | None = None
     baseline: BaselineKind = "neutral"
     calibration_prompts: Sequence[str] | None = None
-    calibration_cache: str | None = None
+    cache: str | None = None
+    prefix_cache_gb: float = 0.25
     unscorable: Unscorable = "error"
 
     def __post_init__(self) -> None:
@@ -81,6 +83,8 @@ class SelectionSettings:
             raise UsageError(
                 f"probe_depth: expected a share of the layers above 0 and up to 1, found {self.probe_depth}"
             )
+        if not 0 <= self.prefix_cache_gb < float("inf"):
+            raise UsageError(f"prefix_cache_gb: expected 0 or more, found {self.prefix_cache_gb}")
         if isinstance(self.probe_points, int) and self.probe_points <= 0:
             raise UsageError(f"probe_points: expected 1 or more, or names of points, found {self.probe_points}")
         if not isinstance(self.probe_points, int | None) and (self.probe_layer, self.probe_module) != (None, None):

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
+from logo.cache import write_cached
 from logo.selection.listening import Texts
 from logo.selection.signals import Signal
 from logo.selection.whitening import SHRINKAGE, Whitening
@@ -31,12 +30,6 @@ from logo.selection.whitening import SHRINKAGE, Whitening
 # Changes when what is stored means something else.
 _FORMAT = 1
 _SAMPLED = 64
-
-
-def default_cache() -> Path:
-    """`$LOGO_CACHE`, else `logo` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    own = os.environ.get("LOGO_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logo"
 
 
 class CalibrationStore:
@@ -48,7 +41,7 @@ class CalibrationStore:
     """
 
     def __init__(self, cache: Path | None, key: str) -> None:
-        self.folder = None if cache is None else cache / "calibration" / key
+        self._cache, self._name = cache, f"calibration/{key}"
 
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
         """Module path -> `a` (texts,) of this adapter, as far as known."""
@@ -73,36 +66,23 @@ class CalibrationStore:
         asked = [adapter_key(adapter) for adapter in adapters] + [choice["probe_depth"], choice["most_points"]]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
         name = f"points-{digest}.json"
-        self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
-        return None if self.folder is None else self.folder / name
+        return self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        if self.folder is None or not (self.folder / name).is_file():
+        file = None if self._cache is None else self._cache / self._name / name
+        if file is None or not file.is_file():
             return {}
         try:
-            tensors: dict[str, Tensor] = load_file(str(self.folder / name))
+            tensors: dict[str, Tensor] = load_file(str(file))
             return tensors
         except (OSError, SafetensorError) as error:
-            warnings.warn(f"{self.folder / name} is damaged and computed anew: {error}", UserWarning, stacklevel=2)
+            warnings.warn(f"{file} is damaged and computed anew: {error}", UserWarning, stacklevel=2)
             return {}
 
-    def _save(self, name: str, data: bytes) -> None:
-        if self.folder is None:
-            return
-        file = self.folder / name
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as part:
-                part.write(data)
-            os.replace(part.name, file)
-        except OSError as error:
-            warnings.warn(
-                f"the calibration cannot be kept in {self.folder}: {error.strerror}; it is computed anew each time "
-                "(LOGO_CACHE names another folder)",
-                UserWarning,
-                stacklevel=2,
-            )
-            self.folder = None
+    def _save(self, name: str, data: bytes) -> Path | None:
+        if self._cache is None:
+            return None
+        return write_cached(self._cache, f"{self._name}/{name}", lambda part: Path(part).write_bytes(data))
 
 
 def key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:

@@ -1,0 +1,134 @@
+"""Known pools: what opening a folder of adapters found out, kept so that opening it again reads one file.
+
+    <cache>/pools/<digest of the folder's path>.json
+
+An adapter is taken from there while its configuration and its weight file have the size, the time and the inode that
+they had. Adapters of one training recipe have the same modules, which are written, and held in memory, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from logo.adapters.config import CONFIG, LoraConfig
+from logo.adapters.format import Adapter, LoraModule
+from logo.adapters.weights import SAFETENSORS, SafetensorsFile
+from logo.cache import write_cached
+
+# Changes when what is kept means something else.
+_FORMAT = 1
+
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: str | Path) -> Stamp:
+    """Size, modification time and inode: a file that was written to has another one."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+@dataclass
+class KnownPool:
+    """The adapters that were found below one folder.
+
+    Attributes:
+        cache: the cache folder; None keeps nothing.
+        name: of the file in it.
+        entries: name -> stamps of configuration and weights, number of the recipe, whether all tensors were checked.
+        recipes: configuration and modules, as often as they differ.
+    """
+
+    cache: Path | None = None
+    name: str = ""
+    entries: dict[str, tuple[Stamp, Stamp, int, bool]] = field(default_factory=dict)
+    recipes: list[tuple[LoraConfig, dict[str, LoraModule]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, root: Path, cache: Path | None) -> KnownPool:
+        """What is known about the adapters below `root`; nothing, if that cannot be read."""
+        if cache is None:
+            return cls()
+        digest = hashlib.sha256(os.path.realpath(root).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+        name = f"pools/{digest}.json"
+        try:
+            kept = json.loads((cache / name).read_bytes())
+            if kept["format"] != _FORMAT:
+                return cls(cache, name)
+            recipes = [(_config(config), _modules(modules)) for config, modules in kept["recipes"]]
+            entries = {
+                name: ((a[0], a[1], a[2]), (b[0], b[1], b[2]), recipe, verified)
+                for name, a, b, recipe, verified in kept["adapters"]
+                if 0 <= recipe < len(recipes)
+            }
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return cls(cache, name)
+        return cls(cache, name, entries, recipes)
+
+    def get(self, folder: str, name: str) -> Adapter | None:
+        """The adapter of this name, if nothing about its files has changed."""
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        weights = os.path.join(folder, SAFETENSORS)
+        try:
+            if stamp(os.path.join(folder, CONFIG)) != entry[0] or stamp(weights) != entry[1]:
+                return None
+        except OSError:
+            return None
+        config, modules = self.recipes[entry[2]]
+        return Adapter(name, Path(folder), config, modules, SafetensorsFile(Path(weights)))
+
+    def verified(self, name: str) -> bool:
+        """Whether all tensors of this adapter were read and checked before."""
+        return name in self.entries and self.entries[name][3]
+
+    def keep(self, adapters: Iterable[Adapter], verified: Collection[str]) -> None:
+        """Writes down these adapters instead of what was known, if that differs.
+
+        Args:
+            verified: names of those whose tensors were all read and checked.
+        """
+        if self.cache is None:
+            return
+        recipes: dict[tuple[int, int], int] = {}
+        held: list[tuple[LoraConfig, dict[str, LoraModule]]] = []
+        entries = {}
+        for adapter in adapters:
+            if not isinstance(adapter.file, SafetensorsFile):
+                continue
+            try:
+                stamps = stamp(adapter.folder / CONFIG), stamp(adapter.file.path)
+            except OSError:  # removed meanwhile
+                continue
+            key = id(adapter.config), id(adapter.modules)
+            if key not in recipes:
+                recipes[key] = len(held)
+                held.append((adapter.config, dict(adapter.modules)))
+            entries[adapter.name] = *stamps, recipes[key], adapter.name in verified
+        if entries == self.entries:
+            return
+        self.entries, self.recipes = entries, held
+        kept = {
+            "format": _FORMAT,
+            "recipes": [
+                [asdict(config), {path: list(vars(module).values()) for path, module in modules.items()}]
+                for config, modules in held
+            ],
+            "adapters": [[name, *entry] for name, entry in entries.items()],
+        }
+        data = json.dumps(kept, separators=(",", ":")).encode("utf-8", "surrogateescape")
+        write_cached(self.cache, self.name, lambda part: Path(part).write_bytes(data))
+
+
+def _config(kept: dict[str, Any]) -> LoraConfig:
+    return LoraConfig(**{**kept, "unknown": tuple(kept["unknown"])})
+
+
+def _modules(kept: dict[str, list[Any]]) -> dict[str, LoraModule]:
+    return {path: LoraModule(*values) for path, values in kept.items()}

@@ -1,0 +1,60 @@
+"""The cache folder: what LoGo keeps on disk so that it need not be computed twice.
+
+Nothing in it is needed. What is missing, damaged or out of date is computed anew, and a folder that cannot be written
+costs time only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+# Folders that could not be written to, which has been said.
+_refusing: set[Path] = set()
+
+
+def default_cache() -> Path:
+    """`$LOGO_CACHE`, else `logo` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    own = os.environ.get("LOGO_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logo"
+
+
+def cache_folder(cache: str | Path | None) -> Path | None:
+    """The folder that a `cache` argument means: None the user's, `""` none at all."""
+    if cache is None:
+        return default_cache()
+    return Path(cache) if cache != "" else None
+
+
+def write_cached(cache: Path, name: str, write: Callable[[str], object]) -> Path | None:
+    """Writes `cache/name` under another name and renames it, so that readers see all of it or nothing.
+
+    Args:
+        write: given the path to write to.
+
+    Returns:
+        The file, or None: a folder that refuses is a warning, once.
+    """
+    file = cache / name
+    part = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(str(part))
+        os.replace(part, file)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        if cache not in _refusing:
+            _refusing.add(cache)
+            warnings.warn(
+                f"nothing can be kept in {cache}: {error.strerror or error}; it is computed anew each time "
+                "(LOGO_CACHE names another folder)",
+                UserWarning,
+                stacklevel=3,
+            )
+        return None
+    return file

@@ -1,0 +1,108 @@
+"""`Decoder`: prompts and a mixture for each, continued by `model.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from logo.adapters.pool import AdapterPool
+from logo.decoding import Cancelled, FinishReason, Prompts, StopAtNewline, cut_after_end, end_tokens, streamed
+from logo.mixing import Mixer, Work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# How much the last batch counts in how long answers are taken to be.
+_RECENT = 0.2
+
+
+class Decoder:
+    """Continues prompts under mixtures.
+
+    Args:
+        model: a Hugging Face causal LM.
+        prompts: for padding and the tokenizer.
+        mixer: of the same model.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer) -> None:
+        self.model = model
+        self.prompts = prompts
+        self._mixer = mixer
+        self._usual: float | None = None  # new tokens per answer, so far
+
+    def __call__(
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Sequence[int]],
+        mixtures: Sequence[Mapping[str, float]],
+        config: GenerationConfig,
+        stop_at_newline: bool | str = False,
+    ) -> list[tuple[list[int], FinishReason]]:
+        """The new tokens of each row, its end token included, and why it ended.
+
+        Args:
+            pool: fitted to the model.
+            rows: token ids of the prompts, in one batch.
+            mixtures: adapter name -> weight, one per row.
+            config: how to decode.
+            stop_at_newline: see `StopAtNewline`.
+        """
+        criteria: list[StoppingCriteria] = []
+        tokenizer = self.prompts.tokenizer
+        if stop_at_newline:
+            start = max(map(len, rows))
+            criteria.append(StopAtNewline(tokenizer, start, official=stop_at_newline == "official"))
+        tokens = self._continue(pool, rows, mixtures, config, criteria)
+        ends = end_tokens(config, self.model.generation_config)
+        # A row that a stop rule ended is filled up with pad tokens while the others go on.
+        stopped_early = len(rows) > 1 and (stop_at_newline or config.stop_strings)
+        padding = tokenizer.pad_token_id if stopped_early else None
+        answers = [cut_after_end(row, ends, config.max_new_tokens, padding) for row in tokens]
+        length = max((len(ids) for ids, _ in answers), default=0)
+        self._usual = length if self._usual is None else (1 - _RECENT) * self._usual + _RECENT * length
+        return answers
+
+    def stream(
+        self, pool: AdapterPool, row: Sequence[int], mixture: Mapping[str, float], config: GenerationConfig, lock: Any
+    ) -> Iterator[str]:
+        """The text of one continuation piece by piece; `lock` is held while it is generated."""
+
+        def generate(streamer: Any, cancelled: Cancelled) -> None:
+            with lock:
+                self._continue(pool, [row], [mixture], config, [cancelled], streamer=streamer)
+
+        return streamed(self.prompts.tokenizer, generate)
+
+    def _continue(
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Sequence[int]],
+        mixtures: Sequence[Mapping[str, float]],
+        config: GenerationConfig,
+        criteria: list[StoppingCriteria],
+        **options: Any,
+    ) -> list[list[int]]:
+        weight: Tensor = self.model.get_input_embeddings().weight
+        ids, mask = self.prompts.pad(rows, "left", weight.device)
+        if config.stop_strings:
+            options["tokenizer"] = self.prompts.tokenizer
+        with self._mixer.active(pool, mixtures, self._work(ids, config)), torch.no_grad():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **options,
+            )
+        sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
+        return sequences[:, ids.shape[1] :].tolist()
+
+    def _work(self, ids: Tensor, config: GenerationConfig) -> Work:
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        limit = config.max_new_tokens
+        return Work(ids.numel(), len(ids) * copies, limit if self._usual is None else min(limit, self._usual))

@@ -1,0 +1,101 @@
+"""Folding: one mixture added into the weights it acts on, so that decoding costs what the base model costs.
+
+`W' = W + Σ_i w_i s_i B_i A_i` takes the place of `W` while a block lasts. `W` itself is never written to and is back
+when the block is left, however that happens. Only plain floating-point weights that are in place can be folded into:
+quantised and offloaded modules keep their gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from logo.mixing.working_set import Stack, WorkingSet
+
+
+def foldable(module: nn.Module) -> bool:
+    """Whether a module's weight is a plain floating-point matrix that lies where it computes."""
+    weight = module._parameters.get("weight")
+    return (
+        (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
+        and weight is not None
+        and type(weight) is nn.Parameter
+        and weight.is_floating_point()
+        and weight.element_size() > 1
+        and weight.device.type != "meta"
+        and not hasattr(module, "_hf_hook")
+    )
+
+
+class Folder:
+    """Folds mixtures into the modules of one base model; keeps the memory it folds into.
+
+    Args:
+        modules: base module path -> linear module.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self._folded: dict[str, nn.Parameter] = {}
+        self._holds: tuple[WorkingSet, Tensor] | None = None  # the mixture that `_folded` holds
+
+    @contextmanager
+    def active(self, working_set: WorkingSet, weights: Tensor) -> Iterator[None]:
+        """Adds one mixture to every adapted module inside the block.
+
+        Args:
+            working_set: its modules are all `foldable`.
+            weights: (n,), one per adapter of the working set.
+        """
+        self._fold(working_set, weights)
+        originals = {path: self.modules[path].weight for path in working_set.stacks}
+        try:
+            for path in originals:
+                self.modules[path]._parameters["weight"] = self._folded[path]
+            yield
+        finally:
+            for path, weight in originals.items():
+                self.modules[path]._parameters["weight"] = weight  # type: ignore[assignment]
+
+    def forget(self) -> None:
+        """Gives the memory back."""
+        self._folded.clear()
+        self._holds = None
+
+    def _fold(self, working_set: WorkingSet, weights: Tensor) -> None:
+        held = self._holds
+        if held is not None and held[0] is working_set and torch.equal(held[1], weights):
+            return
+        self._holds = None  # until all of it is there
+        for path, stack in working_set.stacks.items():
+            self._folded[path] = nn.Parameter(
+                fold(self.modules[path], stack, weights, out=self._folded.get(path)), requires_grad=False
+            )
+        for path in self._folded.keys() - working_set.stacks.keys():
+            del self._folded[path]
+        self._holds = working_set, weights
+
+
+@torch.no_grad()
+def fold(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """`W + B diag(w) A` in the layout of the module's weight.
+
+    Args:
+        module: a `foldable` one.
+        stack: the low-rank factors on it.
+        weights: (n,), one per adapter that the stack's columns belong to.
+        out: memory to use, of the weight's shape and dtype; never the weight itself.
+    """
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    gate = weights.to(stack.A.device, stack.A.dtype)[stack.owner]  # (R,)
+    left, right = stack.B * gate, stack.A
+    if type(module).__name__ == "Conv1D":  # (in, out)
+        left, right = right.T, left.T
+    if weight.dtype != stack.A.dtype:
+        return (weight.to(stack.A.dtype) + left @ right).to(weight.dtype)
+    if out is None or out.shape != weight.shape or out.dtype != weight.dtype or out.device != weight.device:
+        out = torch.empty_like(weight)
+    return torch.addmm(weight, left, right, out=out)

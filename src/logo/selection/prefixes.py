@@ -1,0 +1,126 @@
+"""Prompt prefixes that were probed before: their keys and values per layer, and what the adapters answered to them.
+
+Prefixes are kept in blocks of tokens, each under a digest of all tokens up to its end, so that prompts that begin alike
+share what they have in common and no more. The least recently used blocks go when the budget is spent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from logo.selection.probe import cache_argument
+
+# Tokens of a block: prefixes are reused in whole blocks.
+BLOCK = 64
+
+KeyValues = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of one prefix.
+
+    Attributes:
+        keys_values: per layer that was run, (1, heads, BLOCK, size) each.
+        sums: per point, the summed responses to the block's tokens that are read, (adapters,); empty where responses
+            are not summed over tokens.
+        tokens: how many tokens of the block are read.
+    """
+
+    keys_values: KeyValues
+    sums: list[Tensor]
+    tokens: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory it takes."""
+        tensors = [*self.sums, *(tensor for pair in self.keys_values for tensor in pair)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+class Prefixes:
+    """Blocks of prefixes within a byte budget.
+
+    Args:
+        budget: bytes to keep; 0 keeps nothing.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.bytes = 0
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+
+    def common(self, rows: Sequence[Sequence[int]]) -> int:
+        """How many whole blocks all rows begin with, so that every row has a token after them."""
+        shortest = min(rows, key=len)
+        shared = 0
+        while shared < len(shortest) - 1 and all(row[shared] == shortest[shared] for row in rows):
+            shared += 1
+        return shared // BLOCK
+
+    def find(self, row: Sequence[int], most: int) -> list[Block]:
+        """The blocks that are known of the first `most` blocks of a row."""
+        found = []
+        keys = self._keys(row, most)
+        for key in keys:
+            if key not in self._blocks:
+                break
+            found.append(self._blocks[key])
+        for key in reversed(keys[: len(found)]):  # the first block is the one that most prompts share
+            self._blocks.move_to_end(key)
+        return found
+
+    def keep(self, row: Sequence[int], first: int, make: Callable[[int], Block]) -> None:
+        """Keeps the whole blocks of a row from block number `first` on.
+
+        Args:
+            make: makes the block of a number; called for those that are not held yet.
+        """
+        keys = self._keys(row, len(row) // BLOCK)
+        for number in reversed(range(first, len(keys))):  # if not all fit, the first ones stay
+            if keys[number] in self._blocks:
+                continue
+            block = make(number)
+            self._blocks[keys[number]] = block
+            self.bytes += block.bytes
+            while self.bytes > self.budget and self._blocks:
+                self.bytes -= self._blocks.popitem(last=False)[1].bytes
+
+    @staticmethod
+    def _keys(row: Sequence[int], count: int) -> list[bytes]:
+        digest = hashlib.blake2b(digest_size=16)
+        keys = []
+        for block in range(count):
+            digest.update(torch.tensor(row[block * BLOCK : (block + 1) * BLOCK]).numpy().tobytes())
+            keys.append(digest.digest())
+        return keys
+
+
+def reusable(model: nn.Module) -> bool:
+    """Whether keys and values are all that a model keeps of the tokens before: not so where it carries a state on."""
+    return cache_argument(model) is not None and not getattr(model, "_is_stateful", False)
+
+
+def cache_of(blocks: Sequence[Block], rows: int) -> DynamicCache:
+    """The key-value cache that these blocks make, for a batch of rows that all begin with them."""
+    cache = DynamicCache()
+    for layer, pairs in enumerate(zip(*(block.keys_values for block in blocks), strict=True)):
+        keys, values = (torch.cat(part, dim=2).expand(rows, -1, -1, -1) for part in zip(*pairs, strict=True))
+        cache.update(keys, values, layer)
+    return cache
+
+
+def cut(cache: DynamicCache, row: int, block: int) -> KeyValues:
+    """Keys and values of one block of one row of a cache; copies."""
+    part = slice(block * BLOCK, (block + 1) * BLOCK)
+    return [
+        (layer.keys[row : row + 1, :, part].clone(), layer.values[row : row + 1, :, part].clone())
+        for layer in cache.layers
+    ]

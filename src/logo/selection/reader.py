@@ -1,0 +1,91 @@
+"""`Reader`: prompts in, every adapter's response at every point out. Probe, indices and known prefixes put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from logo.selection.index import ScoringIndex
+from logo.selection.listening import finished
+from logo.selection.prefixes import BLOCK, Block, Prefixes, cache_of, cut
+from logo.selection.probe import Probe
+from logo.selection.signals import Signal
+
+
+class Reader:
+    """Responses of the adapters of a pool to prompts.
+
+    Args:
+        probe: where hidden vectors are read.
+        indices: one per point of the probe.
+        signal: scores hidden vectors.
+        prefixes: what is known of prompts that begin alike; None: every prompt is read whole.
+    """
+
+    def __init__(
+        self, probe: Probe, indices: Sequence[ScoringIndex], signal: Signal, prefixes: Prefixes | None
+    ) -> None:
+        self._probe = probe
+        self._indices = indices
+        self._signal = signal
+        # A mean of hidden vectors cannot be put together from responses.
+        self._prefixes = None if probe.token == "mean" else prefixes
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        """Per point, `a` (rows, adapters) of right-padded prompts (rows, length); see `logo.selection.calibration`."""
+        lengths: list[int] = attention_mask.sum(dim=1).tolist()
+        if self._prefixes is None or max(lengths) <= BLOCK:
+            return self._read(input_ids, attention_mask, [], None)
+        rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+        shared = self._prefixes.common(rows)
+        known = self._prefixes.find(rows[0], shared)
+        if len(rows) > 1 and len(known) < shared:  # read once what all of them begin with
+            beginning = input_ids[:1, : shared * BLOCK]
+            self._read(beginning, torch.ones_like(beginning), known, [rows[0][: shared * BLOCK]])
+            known = self._prefixes.find(rows[0], shared)
+        return self._read(input_ids, attention_mask, known, rows)
+
+    def _read(
+        self, input_ids: Tensor, attention_mask: Tensor, known: list[Block], rows: list[list[int]] | None
+    ) -> list[Tensor]:
+        """Reads what comes after the known blocks, and keeps the blocks that it read of these rows (None: nothing)."""
+        cache = None if rows is None else cache_of(known, len(input_ids))
+        start = len(known) * BLOCK
+        hidden = self._probe(input_ids[:, start:], attention_mask, cache)
+        values = [self._signal(index, vectors) for index, vectors in zip(self._indices, hidden, strict=True)]
+        sums: list[Tensor] = []
+        counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)
+        if self._probe.token == "each":
+            sums, counts = self._block_sums(values, input_ids[:, start:], attention_mask)
+            number = counts.sum(dim=1) + sum(block.tokens for block in known)
+            for i, part in enumerate(sums):
+                total = part.sum(dim=1) + sum(block.sums[i].to(part.device) for block in known)
+                values[i] = total / number[:, None].to(part.device)
+        if rows is not None and cache is not None:
+            self._keep(cache, rows, len(known), sums, counts)
+        return [finished(self._signal, value) for value in values]
+
+    def _block_sums(self, values: list[Tensor], input_ids: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Per point (rows, blocks, adapters), of values (vectors, adapters); and the vectors in each (rows, blocks)."""
+        owners, positions = self._probe.places(input_ids, mask)
+        rows, blocks = len(input_ids), -(-input_ids.shape[1] // BLOCK)
+        cells = owners * blocks + positions // BLOCK
+        sums = []
+        for value in values:
+            part = torch.zeros(rows * blocks, value.shape[1], device=value.device)
+            sums.append(part.index_add_(0, cells.to(value.device), value).view(rows, blocks, -1))
+        return sums, torch.bincount(cells, minlength=rows * blocks).view(rows, blocks)
+
+    def _keep(self, cache: DynamicCache, rows: list[list[int]], first: int, sums: list[Tensor], counts: Tensor) -> None:
+        assert self._prefixes is not None
+        for r, row in enumerate(rows):
+
+            def block(number: int, r: int = r) -> Block:
+                at = number - first
+                tokens = int(counts[r, at]) if sums else 0
+                return Block(cut(cache, r, number), [part[r, at].clone() for part in sums], tokens)
+
+            self._prefixes.keep(row, first, block)
