@@ -4,9 +4,36 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Tiny models gain nothing from threads and lose much to them on a busy machine; subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What tests calibrate stays among them.
 os.environ["LOGO_CACHE"] = tempfile.mkdtemp(prefix="logo-cache-")
+
+
+@pytest.fixture(scope="session")
+def llama() -> nn.Module:
+    import tiny
+
+    return tiny.model("llama")
+
+
+@pytest.fixture(scope="session")
+def adapters(llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six adapters: different ranks and targets, one of which lacks the query projection's last layer."""
+    from test_engine import write_adapter
+
+    root = tmp_path_factory.mktemp("adapters")
+    for i, names in enumerate(
+        [("q_proj", "v_proj"), ("q_proj",), ("q_proj", "down_proj"), ("q_proj", "o_proj"), ("q_proj", "v_proj")]
+    ):
+        write_adapter(root / "tasks" / f"t{i}", llama, names, rank=i + 1, seed=i)
+    return root

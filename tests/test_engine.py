@@ -50,22 +50,6 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}))
 
 
-@pytest.fixture(scope="session")
-def llama() -> nn.Module:
-    return tiny.model("llama")
-
-
-@pytest.fixture(scope="session")
-def adapters(llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six adapters: different ranks and targets, one of which lacks the query projection's last layer."""
-    root = tmp_path_factory.mktemp("adapters")
-    for i, names in enumerate(
-        [("q_proj", "v_proj"), ("q_proj",), ("q_proj", "down_proj"), ("q_proj", "o_proj"), ("q_proj", "v_proj")]
-    ):
-        write_adapter(root / "tasks" / f"t{i}", llama, names, rank=i + 1, seed=i)
-    return root
-
-
 def engine(model: nn.Module, adapters: Path, bos: bool = True, **settings: Any) -> LoGo:
     chosen = SelectionSettings.of(**{"k": 3, **settings})
     return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen)

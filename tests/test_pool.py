@@ -343,7 +343,9 @@ def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(shared: 
     put(shared, "a", "group/b")
     AdapterPool.from_directory(shared, cache="")  # imports everything before rights are gone
     lock(shared / "group", shared)
-    assert "adapter 'group': the folder cannot be listed" in refused(lambda: AdapterPool.from_directory(shared, cache=""))
+    assert "adapter 'group': the folder cannot be listed" in refused(
+        lambda: AdapterPool.from_directory(shared, cache="")
+    )
     pool = AdapterPool.from_directory(shared, on_bad_adapter="skip", cache="")
     assert (pool.names, [error.name for error in pool.refused]) == (("a",), ["group"])
 

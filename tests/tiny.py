@@ -57,10 +57,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def model(name: str, seed: int = 0) -> nn.Module:
-    """A random causal LM in float32, weights large enough for outputs to differ."""
+def model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """A random causal LM in float32, weights large enough for outputs to differ; `changes` to its configuration."""
     torch.manual_seed(seed)
-    made = tf.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    config = CONFIGS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    made = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in made.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)

@@ -1,23 +1,22 @@
 """What selecting costs beside a plain prefill of the same prompts by the base model.
 
-Arms run alternately for several rounds in one process, each prompt alone, and medians are reported: a machine that is
-slower for a while is slower for all of them.
+Each prompt is taken alone; see `logo.bench.rounds` for how arms are timed.
 """
 
 from __future__ import annotations
 
 import inspect
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from logo.bench.rounds import side_by_side
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from logo.engine import LoGo
 
 PREFILL = "prefill"
@@ -71,32 +70,18 @@ def probe_bench(
     """
     first = next(iter(engines.values()))
     rows = first.prompts.encode(prompts)
-    runs: dict[str, Callable[[], None]] = {PREFILL: lambda: _prefill(first, rows)}
+    runs: dict[str, Callable[[], None]] = {PREFILL: lambda: prefill(first.model, rows)}
     runs |= {name: _selecting(logo, prompts) for name, logo in engines.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, int | None] = {}
-    for round_ in range(rounds + 1):
-        for name, run in runs.items():
-            with _peak(first) as peak:
-                started = time.perf_counter()
-                run()
-                _wait(first)
-                spent = time.perf_counter() - started
-            if round_:
-                times[name].append(spent)
-                peaks[name] = None if peak[0] is None else max(peak[0], peaks.get(name) or 0)
-        if on_round is not None:
-            on_round()
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    timed = side_by_side(runs, rounds, device=first.model.device, on_round=on_round)
     arms = {
         name: Arm(
-            seconds,
-            seconds / medians[PREFILL],
-            peaks[name],
+            arm.seconds,
+            arm.seconds / timed[PREFILL].seconds,
+            arm.peak_bytes,
             len(engines[name].router.points) if name in engines else 0,
             engines[name].router.index_bytes if name in engines else 0,
         )
-        for name, seconds in medians.items()
+        for name, arm in timed.items()
     }
     device = str(first.model.device)
     return ProbeBench(arms, rounds, len(rows), sum(map(len, rows)), torch.get_num_threads(), device)
@@ -111,48 +96,9 @@ def _selecting(logo: LoGo, prompts: Sequence[str]) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def _prefill(logo: LoGo, rows: Sequence[Sequence[int]]) -> None:
+def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
     """As `generate` begins: the whole prompt, a cache for what follows, logits of the last token only."""
-    device = logo.model.get_input_embeddings().weight.device
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(logo.model.forward).parameters else {}
+    device = model.get_input_embeddings().weight.device
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for row in rows:
-        logo.model(input_ids=torch.tensor([row], device=device), use_cache=True, **last)
-
-
-def _wait(logo: LoGo) -> None:
-    if logo.model.device.type == "cuda":
-        torch.cuda.synchronize(logo.model.device)
-
-
-@contextmanager
-def _peak(logo: LoGo) -> Iterator[list[int | None]]:
-    """One number, set when the block is left: the most bytes held inside above those held before."""
-    result: list[int | None] = [None]
-    if logo.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(logo.model.device)
-        before = torch.cuda.memory_allocated(logo.model.device)
-        yield result
-        result[0] = torch.cuda.max_memory_allocated(logo.model.device) - before
-        return
-    reset = _reset_peak()
-    before = _status("VmRSS") if reset else 0
-    yield result
-    if reset:
-        result[0] = max(0, _status("VmHWM") - before)
-
-
-def _reset_peak() -> bool:
-    """Makes Linux forget the process's peak; False where there is no such thing."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status(field: str) -> int:
-    """Bytes of a field of the process's status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return 0
+        model(input_ids=torch.tensor([row], device=device), use_cache=True, **last)

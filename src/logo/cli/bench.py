@@ -13,14 +13,109 @@ from logo.cli.output import err, note, out, print_json, progress
 from logo.cli.prompts import or_demo, read_prompts
 
 if TYPE_CHECKING:
+    from logo.bench.full import Results
     from logo.bench.probe import ProbeBench
 
-app = typer.Typer(no_args_is_help=True, help="Measure what things cost, side by side in one run.")
+app = typer.Typer(invoke_without_command=True)
+
+SIZES = "Sizes of the synthetic model and pool"
+PARTS = "What is measured"
 
 
 @app.callback()
-def root() -> None:
-    """Measure what things cost, side by side in one run."""
+def bench(
+    context: typer.Context,
+    base_model: Annotated[
+        str | None, typer.Option(help="Measure with a real base model (with --adapters).", show_default="synthetic")
+    ] = None,
+    adapters: Annotated[Path | None, typer.Option(metavar="DIR", help="Its pool.", show_default="synthetic")] = None,
+    count: Annotated[int, typer.Option(help="Adapters in the pool.", min=2, rich_help_panel=SIZES)] = 260,
+    k: Annotated[int, typer.Option("-k", help="Adapters per prompt.", min=1, rich_help_panel=SIZES)] = 20,
+    rank: Annotated[int, typer.Option(help="Of the adapters.", min=1, rich_help_panel=SIZES)] = 16,
+    targets: Annotated[
+        str, typer.Option(help="Projections they adapt: q_proj, k_proj, v_proj, o_proj.", rich_help_panel=SIZES)
+    ] = "q_proj,v_proj",
+    hidden: Annotated[int, typer.Option(help="Width of the model.", min=64, rich_help_panel=SIZES)] = 1024,
+    layers: Annotated[int, typer.Option(help="Layers of the model.", min=1, rich_help_panel=SIZES)] = 12,
+    heads: Annotated[int, typer.Option(help="Attention heads.", min=1, rich_help_panel=SIZES)] = 16,
+    vocabulary: Annotated[int, typer.Option(help="Tokens it knows.", min=256, rich_help_panel=SIZES)] = 32000,
+    seed: Annotated[int, typer.Option(help="Of weights and prompts.", rich_help_panel=SIZES)] = 0,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds that count, after one that does not.", min=1, rich_help_panel=PARTS)
+    ] = 5,
+    device: Annotated[str, typer.Option(help="Where to measure.", rich_help_panel=PARTS)] = "cpu",
+    peft: Annotated[
+        bool, typer.Option(help="Measure PEFT too (loads every adapter: minutes).", rich_help_panel=PARTS)
+    ] = True,
+    large: Annotated[
+        int, typer.Option(help="Small adapters in a pool of thousands; 0: none.", min=0, rich_help_panel=PARTS)
+    ] = 10000,
+    curves: Annotated[bool, typer.Option(help="Measure how cost grows.", rich_help_panel=PARTS)] = True,
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write everything measured as JSON.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Draw the curves.", show_default="beside the JSON")
+    ] = None,
+) -> None:
+    """What every part of LoGo costs beside the base model alone and beside PEFT, in one run: a table, JSON, pictures.
+
+    The model and the adapters are synthetic unless named; what counts is their sizes.
+
+    Example: `logo bench --json bench.json`
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from logo.bench.curves import draw
+    from logo.bench.full import Plan, run_bench
+    from logo.bench.synthetic import Sizes
+    from logo.errors import UsageError
+    from logo.evaluation.study import write_report
+
+    if (base_model is None) != (adapters is None):
+        raise UsageError("a real base model and its pool go together: --base-model M --adapters DIR")
+    sizes = Sizes(hidden, layers, heads, vocabulary, rank, tuple(targets.split(",")))
+    plan = Plan(sizes, count, min(k, count), base_model, adapters, rounds, device, peft, large, curves, seed)
+    with err.status("") as shown:
+        results = run_bench(plan, lambda part: shown.update(f"[dim]{part}[/dim]"))
+    out.print(_parts(results))
+    out.print(_ratios(results))
+    about = results.about
+    note(
+        f"medians of {about['rounds']} rounds after a warm-up · {about['hardware']}, {about['threads']} threads · "
+        f"float32 · {about['adapters']} adapters, k {about['k']}"
+    )
+    if json is not None:
+        write_report(json, results.as_dict())
+        note(f"written: {json}")
+    picture = png if png is not None or json is None else json.with_suffix(".png")
+    if picture is not None and results.shown:
+        draw(list(results.shown), picture)
+        note(f"drawn: {picture}")
+
+
+def _parts(results: Results) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("part", "arm", "ms", "peak MB"):
+        table.add_column(heading, justify="right" if heading in ("ms", "peak MB") else "left")
+    for part in results.parts:
+        for i, (name, arm) in enumerate(part.arms.items()):
+            peak = "-" if arm.peak_bytes is None else f"{arm.peak_bytes / 1e6:.0f}"
+            table.add_row("" if i else part.name, name, f"{1000 * arm.seconds:,.1f}", peak)
+    large = results.large
+    if large is not None:
+        table.add_row(f"{large.adapters:,} adapters", "cold", f"{1000 * large.cold:,.1f}", "-")
+        table.add_row("", "known", f"{1000 * large.known:,.1f}", f"{large.held_bytes / 1e6:.0f}")
+        table.add_row("", "scoring", f"{1000 * large.scoring:,.2f}", f"{large.index_bytes / 1e6:.0f}")
+        table.add_row("", "one product with the index", f"{1000 * large.product:,.2f}", "-")
+    return table
+
+
+def _ratios(results: Results) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("ratio")
+    table.add_column("", justify="right")
+    for name, value in results.ratios.items():
+        table.add_row(name, f"{value:.4f}" if value < 0.1 else f"{value:.2f}")
+    return table
 
 
 @app.command("probe")

@@ -74,7 +74,7 @@ class ScoringIndex:
         return cls(stacked.to(device), ranks, offset, adapters, point)
 
     def __len__(self) -> int:
-        return len(self.adapters)
+        return len(self.ranks)
 
     @property
     def device(self) -> torch.device:

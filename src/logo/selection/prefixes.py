@@ -84,14 +84,15 @@ class Prefixes:
             make: makes the block of a number; called for those that are not held yet.
         """
         keys = self._keys(row, len(row) // BLOCK)
-        for number in reversed(range(first, len(keys))):  # if not all fit, the first ones stay
-            if keys[number] in self._blocks:
-                continue
-            block = make(number)
-            self._blocks[keys[number]] = block
-            self.bytes += block.bytes
-            while self.bytes > self.budget and self._blocks:
-                self.bytes -= self._blocks.popitem(last=False)[1].bytes
+        for number in range(first, len(keys)):
+            if keys[number] not in self._blocks:
+                self._blocks[keys[number]] = block = make(number)
+                self.bytes += block.bytes
+        for key in reversed(keys):  # if not all fit, the first ones stay
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+        while self.bytes > self.budget:
+            self.bytes -= self._blocks.popitem(last=False)[1].bytes
 
     @staticmethod
     def _keys(row: Sequence[int], count: int) -> list[bytes]:

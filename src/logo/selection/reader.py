@@ -64,7 +64,7 @@ class Reader:
             for i, part in enumerate(sums):
                 total = part.sum(dim=1) + sum(block.sums[i].to(part.device) for block in known)
                 values[i] = total / number[:, None].to(part.device)
-        if rows is not None and cache is not None:
+        if rows is not None and cache is not None and cache.layers:  # before the first layer there is nothing to reuse
             self._keep(cache, rows, len(known), sums, counts)
         return [finished(self._signal, value) for value in values]
 

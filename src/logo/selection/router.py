@@ -11,6 +11,7 @@ from logo.adapters.pool import AdapterPool
 from logo.errors import PoolError, UsageError
 from logo.selection.calibration import Baseline
 from logo.selection.calibrator import plan
+from logo.selection.index import ScoringIndex
 from logo.selection.indexed import IndexedPool
 from logo.selection.listening import Texts
 from logo.selection.neutral import NEUTRAL
@@ -113,6 +114,11 @@ class Router:
             self._remembered = torch.cat([self._remembered, usable], dim=2)[:, :, -_REMEMBERED:]
             self._baseline = Baseline.of(self._remembered)
         return scores
+
+    @property
+    def indices(self) -> tuple[ScoringIndex, ...]:
+        """One per point."""
+        return self._indexed.indices
 
     @property
     def index_bytes(self) -> int:

@@ -1,0 +1,207 @@
+"""The whole bench in one run: every part, the ratios that matter, the pictures."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from logo.adapters.pool import AdapterPool
+from logo.bench.curves import Curve, curves
+from logo.bench.large import LargePool, large_pool
+from logo.bench.parts import Bench, Part, endless, mixtures_of, peft_opened, real_prompts
+from logo.bench.peft_arm import PeftArm
+from logo.bench.synthetic import Sizes, base_model, write_adapters
+from logo.engine import LoGo
+from logo.models import load_base
+from logo.selection.settings import SelectionSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# One layer of Llama-3.1-8B, with hardly any vocabulary.
+LLAMA_8B_LAYER = Sizes(hidden=4096, layers=1, heads=32, vocabulary=512)
+# Lengths in tokens.
+_PROMPT, _DECODE_PROMPT, _NEW, _PREFIX, _AFTER_PREFIX, _BATCH = 256, 64, 32, 1000, 64, 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        sizes: of the synthetic model and its adapters.
+        adapters, k: in the synthetic pool, and per prompt.
+        base_model, folder: a real base model and its pool instead.
+        rounds: that count.
+        device: `"cpu"`, `"cuda"`, ...
+        peft, large, with_curves: whether PEFT, the pool of thousands (how many; 0: none) and the curves are measured.
+    """
+
+    sizes: Sizes = field(default_factory=Sizes)
+    adapters: int = 260
+    k: int = 20
+    base_model: str | None = None
+    folder: Path | None = None
+    rounds: int = 5
+    device: str = "cpu"
+    peft: bool = True
+    large: int = 10000
+    with_curves: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished run."""
+
+    about: Mapping[str, object]
+    parts: tuple[Part, ...]
+    large: LargePool | None
+    shown: tuple[Curve, ...]
+    held_bytes: int
+
+    def part(self, name: str) -> Part | None:
+        """The part of this name, if it was measured."""
+        return next((part for part in self.parts if part.name == name), None)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Costs as ours over theirs, speeds as ours over theirs."""
+        wanted = {
+            "open_vs_peft": ("open pool", "cold", "PEFT"),
+            "select_vs_prefill": ("select", "norm", "prefill"),
+            "select_calibrated_vs_prefill": ("select", "calibrated", "prefill"),
+            "prefix_second_vs_first": ("shared prefix", "norm, second", "norm, first"),
+            "prefix_calibrated_second_vs_first": ("shared prefix", "calibrated, second", "calibrated, first"),
+            "prefill_vs_base": ("prefill", "mixture", "base"),
+            "decode1_vs_base": ("decode, batch 1", "base", "mixture"),
+            "decode16_vs_base": (f"decode, batch {_BATCH}", "base", "related"),
+            "decode16_random_vs_base": (f"decode, batch {_BATCH}", "base", "random"),
+            "decode16_random_8b_layer_vs_base": ("decode, one layer of 8B", "base", "random"),
+            "e2e1_vs_peft": ("end to end, batch 1", "PEFT", "LoGo"),
+            "e2e16_vs_peft": (f"end to end, batch {_BATCH}", "PEFT", "LoGo"),
+            "e2e16_vs_peft_one_batch": (f"end to end, batch {_BATCH}", "PEFT, one batch", "LoGo"),
+        }
+        found = {}
+        for name, (part, over, under) in wanted.items():
+            measured = self.part(part)
+            if measured is not None and over in measured.arms and under in measured.arms:
+                found[name] = measured.ratio(over, under)
+        return found
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        parts = {
+            part.name: {"arms": {name: asdict(arm) for name, arm in part.arms.items()}, **part.counts}
+            for part in self.parts
+        }
+        return {
+            "about": dict(self.about),
+            "ratios": self.ratios,
+            "parts": parts,
+            "held_bytes": self.held_bytes,
+            "large_pool": None if self.large is None else self.large.as_dict(),
+            "curves": [asdict(curve) for curve in self.shown],
+        }
+
+
+def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Results:
+    """Runs everything.
+
+    Args:
+        say: called with the name of every part that begins.
+    """
+    with ExitStack() as stack:
+        folder = plan.folder
+        if folder is None:
+            say(f"writing {plan.adapters} adapters")
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "pool"
+            write_adapters(folder, plan.sizes, plan.adapters, plan.seed)
+        bench = _bench(plan, plan.sizes, folder, say)
+        opened, held = bench.opening()
+        peft = None
+        if plan.peft:
+            say("open pool with PEFT")
+            model, tokenizer = _base(plan, plan.sizes)
+            peft, spent = peft_opened(lambda: PeftArm(model, tokenizer, folder, plan.k))
+            opened = replace(opened, arms={**opened.arms, "PEFT": spent})
+        names = bench.logo.names
+        parts = [
+            opened,
+            bench.selecting(_PROMPT),
+            bench.prefix(_PREFIX, _AFTER_PREFIX),
+            bench.prefilling(_PROMPT),
+            bench.decoding(1, _DECODE_PROMPT, {"mixture": mixtures_of(names, 1, bench.k)["random"]}),
+            bench.decoding(_BATCH, _DECODE_PROMPT, mixtures_of(names, _BATCH, bench.k)),
+            bench.end_to_end(1, _DECODE_PROMPT, _NEW, peft),
+            bench.end_to_end(_BATCH, _DECODE_PROMPT, _NEW, peft),
+        ]
+        if plan.base_model is None:
+            parts.append(_one_layer(plan, say))
+        del peft
+        shown = tuple(curves(bench)) if plan.with_curves else ()
+        about = _about(plan, bench)
+        del bench
+        large = large_pool(plan.large, plan.rounds, say, plan.seed) if plan.large else None
+    return Results(about, tuple(parts), large, shown, held)
+
+
+def _bench(plan: Plan, sizes: Sizes, folder: Path, say: Callable[[str], None]) -> Bench:
+    model, tokenizer = _base(plan, sizes)
+    pool = AdapterPool.from_directory(folder)
+    k = min(plan.k, len(pool))
+    logo = LoGo(model, tokenizer, pool, settings=SelectionSettings(signal="norm", k=k))
+    made = endless(sizes, plan.seed + 1) if plan.base_model is None else real_prompts(logo, plan.seed + 1)
+    return Bench(logo, folder, k, made, plan.rounds, say)
+
+
+def _base(plan: Plan, sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if plan.base_model is not None:
+        return load_base(plan.base_model, device=plan.device, dtype="float32")
+    model, tokenizer = base_model(sizes, plan.seed)
+    return model.to(plan.device), tokenizer
+
+
+def _one_layer(plan: Plan, say: Callable[[str], None]) -> Part:
+    """Random mixtures in one layer of Llama-3.1-8B's shapes, where a union of adapters weighs less beside the base."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "pool"
+        say("writing adapters for one layer of 8B")
+        write_adapters(folder, replace(LLAMA_8B_LAYER, rank=plan.sizes.rank), plan.adapters, plan.seed)
+        bench = _bench(plan, LLAMA_8B_LAYER, folder, say)
+        mixtures = {"random": mixtures_of(bench.logo.names, _BATCH, plan.k)["random"]}
+        return replace(bench.decoding(_BATCH, _DECODE_PROMPT, mixtures), name="decode, one layer of 8B")
+
+
+def _about(plan: Plan, bench: Bench) -> dict[str, object]:
+    device: Any = torch.device(plan.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": plan.device,
+        "hardware": name,
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "base_model": plan.base_model or plan.sizes.as_dict(),
+        "adapters": len(bench.logo.names),
+        "k": bench.k,
+        "rounds": plan.rounds,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

@@ -1,0 +1,211 @@
+"""The parts of answering a prompt, each side by side with the base model alone and with PEFT."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logo.adapters.pool import AdapterPool
+from logo.bench.peft_arm import PeftArm
+from logo.bench.probe import prefill
+from logo.bench.rounds import Timed, resident, side_by_side, timed
+from logo.bench.synthetic import Sizes, prompts, random_mixtures, related_mixtures
+from logo.decoding import greedy_config
+from logo.engine import LoGo
+from logo.selection.neutral import NEUTRAL
+from logo.selection.settings import SelectionSettings
+
+# Decoding is the difference between generations of so many and of one token.
+_DECODED = 32
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part, measured.
+
+    Attributes:
+        name: what was done.
+        arms: the arms by name.
+        counts: what one pass of an arm does, for seconds per unit: prompts, tokens.
+    """
+
+    name: str
+    arms: Mapping[str, Timed]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def ratio(self, arm: str, to: str) -> float:
+        """Seconds of one arm to those of another."""
+        return self.arms[arm].seconds / self.arms[to].seconds
+
+
+@dataclass
+class Bench:
+    """What is measured, and with what.
+
+    Attributes:
+        logo: the engine, on the model and pool at hand.
+        folder: the pool's, for PEFT.
+        k: adapters per prompt.
+        prompts: made for a number of prompts and a length in tokens; always others.
+        rounds: that count.
+        say: called with the name of every part that begins.
+    """
+
+    logo: LoGo
+    folder: Path
+    k: int
+    prompts: Callable[[int, int], list[str]]
+    rounds: int
+    say: Callable[[str], None] = lambda part: None
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        device: torch.device = self.logo.model.device
+        return device
+
+    def opening(self) -> tuple[Part, int]:
+        """From a folder to an engine that can select: cold, and known; and the memory that this holds."""
+        self.say("open pool")
+        model, tokenizer = self.logo.model, self.logo.tokenizer
+
+        def opened(cache: str) -> LoGo:
+            settings = SelectionSettings(signal="norm", k=self.k, cache=cache)
+            return LoGo(model, tokenizer, AdapterPool.from_directory(self.folder, cache=cache), settings=settings)
+
+        with tempfile.TemporaryDirectory() as cache:
+            opened(cache)
+            arms = {"cold": lambda: opened(""), "known": lambda: opened(cache)}
+            before = resident()
+            kept = opened(cache)
+            held = resident() - before
+            del kept
+            return Part("open pool", side_by_side(arms, self.rounds, device=self.device)), held
+
+    def selecting(self, tokens: int) -> Part:
+        """Probe, score, choose and weigh, by both signals, beside a plain prefill of the same prompt."""
+        self.say("select")
+        logo = self.logo
+        engines = {
+            signal: LoGo(logo.model, logo.tokenizer, logo.pool, settings=SelectionSettings(signal=signal, k=self.k))
+            for signal in ("norm", "calibrated")
+        }
+        arms: dict[str, Callable[[], object]] = {}
+        [prompt] = self.prompts(1, tokens)
+        rows = logo.prompts.encode([prompt])
+        arms["prefill"] = lambda: prefill(logo.model, rows)
+        for signal, engine in engines.items():
+            # Always another prompt: what is known of an earlier one would be no fair game.
+            arms[signal] = lambda engine=engine: engine.select(self.prompts(1, tokens)[0])  # type: ignore[misc]
+        return Part("select", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
+
+    def prefix(self, shared: int, own: int) -> Part:
+        """The second prompt with a prefix beside the first, calibrated; official beside it."""
+        self.say("shared prefix")
+        logo = self.logo
+        arms: dict[str, Callable[[], object]] = {}
+        for signal in ("norm", "calibrated"):
+            engine = LoGo(logo.model, logo.tokenizer, logo.pool, settings=SelectionSettings(signal=signal, k=self.k))
+            state: dict[str, str] = {}
+
+            def first(engine: LoGo = engine, state: dict[str, str] = state) -> None:
+                [state["prefix"], end] = self.prompts(1, shared) + self.prompts(1, own)
+                engine.select(f"{state['prefix']} {end}")
+
+            def second(engine: LoGo = engine, state: dict[str, str] = state) -> None:
+                engine.select(f"{state['prefix']} {self.prompts(1, own)[0]}")
+
+            arms |= {f"{signal}, first": first, f"{signal}, second": second}
+        return Part("shared prefix", side_by_side(arms, self.rounds, device=self.device), {"tokens": shared + own})
+
+    def decoding(self, batch: int, tokens: int, mixtures: Mapping[str, Sequence[Mapping[str, float]]]) -> Part:
+        """Seconds per decoding step of a batch: the base model, and LoGo with these mixtures (a set of rows each)."""
+        self.say(f"decode, batch {batch}")
+        texts = self.prompts(batch, tokens)
+        arms = {
+            f"{name}, {steps}": self._generating(texts, rows, steps)
+            for name, rows in {"base": [{}] * batch, **mixtures}.items()
+            for steps in (1, _DECODED + 1)
+        }
+        found = side_by_side(arms, self.rounds, device=self.device)
+        steps = {}
+        for name in ("base", *mixtures):
+            short, long = found[f"{name}, 1"], found[f"{name}, {_DECODED + 1}"]
+            spent = [(b - a) / _DECODED for a, b in zip(short.rounds, long.rounds, strict=True)]
+            steps[name] = Timed((long.seconds - short.seconds) / _DECODED, tuple(spent), long.peak_bytes)
+        return Part(f"decode, batch {batch}", steps, {"rows": batch})
+
+    def prefilling(self, tokens: int) -> Part:
+        """One prompt and one token, with a mixture and without; what the mixture needs is ready."""
+        self.say("prefill")
+        texts = self.prompts(1, tokens)
+        mixture = random_mixtures(self.logo.names, 1, self.k)
+        arms = {"base": self._generating(texts, [{}], 1), "mixture": self._generating(texts, mixture, 1)}
+        return Part("prefill", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
+
+    def end_to_end(self, batch: int, tokens: int, new: int, peft: PeftArm | None) -> Part:
+        """From prompts to answers of so many new tokens, always other prompts; per batch."""
+        self.say(f"end to end, batch {batch}")
+        config = _config(new)
+        arms: dict[str, Callable[[], object]] = {
+            "base": lambda: self.logo.generate(
+                self.prompts(batch, tokens), adapters={}, generation_config=config, batch_size=batch
+            ),
+            "LoGo": lambda: self.logo.generate(self.prompts(batch, tokens), generation_config=config, batch_size=batch),
+        }
+        if peft is not None:
+            arms["PEFT"] = lambda: [peft.answer(prompt, config) for prompt in self.prompts(batch, tokens)]
+            if batch > 1:
+                arms["PEFT, one batch"] = lambda: peft.answer_batch(self.prompts(batch, tokens), config)
+        return Part(f"end to end, batch {batch}", side_by_side(arms, self.rounds, device=self.device), {"new": new})
+
+    def _generating(self, texts: list[str], mixtures: Sequence[Mapping[str, float]], new: int) -> Callable[[], object]:
+        config = _config(new)
+        return lambda: self.logo.generate(
+            texts, adapters=list(mixtures), generation_config=config, batch_size=len(texts)
+        )
+
+
+def peft_opened(make: Callable[[], PeftArm]) -> tuple[PeftArm, Timed]:
+    """PEFT with every adapter loaded, and how long that took: once, since it takes a minute."""
+    made: list[PeftArm] = []
+    spent = timed(lambda: made.append(make()))
+    return made[0], Timed(spent, (spent,), None)
+
+
+def endless(sizes: Sizes, seed: int) -> Callable[[int, int], list[str]]:
+    """Synthetic prompts that never repeat."""
+    numbers = itertools.count(seed)
+    return lambda count, tokens: prompts(sizes, count, tokens, next(numbers))
+
+
+def real_prompts(logo: LoGo, seed: int) -> Callable[[int, int], list[str]]:
+    """Prompts of real text for a real model: pieces of a few dozen short texts, in ever another order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(count: int, tokens: int) -> list[str]:
+        made = []
+        for _ in range(count):
+            text, number = "", 0
+            while number < tokens:
+                text += NEUTRAL[int(torch.randint(len(NEUTRAL), (), generator=generator))] + "\n"
+                number = len(logo.prompts.encode([text])[0])
+            made.append(logo.tokenizer.decode(logo.prompts.encode([text])[0][:tokens], skip_special_tokens=True))
+        return made
+
+    return make
+
+
+def mixtures_of(names: tuple[str, ...], batch: int, k: int) -> dict[str, list[dict[str, float]]]:
+    """What is decoded side by side in a batch."""
+    return {"related": related_mixtures(names, batch, k), "random": random_mixtures(names, batch, k)}
+
+
+def _config(new: int) -> Any:
+    return greedy_config(max_new_tokens=new, min_new_tokens=new)

@@ -1,0 +1,88 @@
+"""The method done the straightforward way with PEFT's public API, as someone would write it who has no LoGo.
+
+Load every adapter into one `PeftModel`; per prompt one forward pass with adapters disabled, the norm of every adapter's
+response at the last layer's query projection, a weighted adapter of the best k, and `generate`. PEFT mixes in the model
+itself, so prompts are answered one after the other; its batches of several adapters need each mixture loaded as an
+adapter of its own, which is the second way to answer a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PeftArm:
+    """A `PeftModel` with every adapter of a folder.
+
+    Args:
+        model: changed in place, as PEFT does.
+        tokenizer: the model's.
+        folder: of adapter folders.
+        k: adapters per prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, k: int) -> None:
+        try:
+            from peft import PeftModel
+        except ImportError:
+            raise UsageError("comparing with PEFT needs peft: install lora-on-the-go[train]") from None
+        self.tokenizer = tokenizer
+        self.k = k
+        self.names = sorted(path.name for path in folder.iterdir())
+        first, *others = self.names
+        self.model: Any = PeftModel.from_pretrained(model, str(folder / first), adapter_name=first)
+        for name in others:
+            self.model.load_adapter(str(folder / name), adapter_name=name)
+        self.model.eval()
+
+    @torch.no_grad()
+    def select(self, prompt: str) -> dict[str, float]:
+        """The k adapters of the largest responses, with weights in proportion to them."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        with self.model.disable_adapter():
+            states = self.model(**inputs, output_hidden_states=True).hidden_states
+        hidden = states[-2][0, -1]
+        projection = self.model.get_base_model().model.layers[-1].self_attn.q_proj
+        scores = {}
+        for name in self.names:
+            response = projection.lora_B[name].weight @ (projection.lora_A[name].weight @ hidden)
+            scores[name] = float(projection.scaling[name] * response.norm())
+        best = sorted(scores, key=lambda name: -scores[name])[: self.k]
+        total = sum(scores[name] for name in best)
+        return {name: scores[name] / total for name in best}
+
+    @torch.no_grad()
+    def answer(self, prompt: str, config: Any) -> list[int]:
+        """Selects, mixes and generates; the new tokens."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        self._add("mixture", self.select(prompt))
+        self.model.set_adapter("mixture")
+        output = self.model.generate(**inputs, generation_config=config)
+        self.model.delete_adapter("mixture")
+        tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return tokens
+
+    @torch.no_grad()
+    def answer_batch(self, prompts: Sequence[str], config: Any) -> list[list[int]]:
+        """The same for prompts of one length, generated as one batch in which every row names its mixture."""
+        inputs = self.tokenizer(list(prompts), return_tensors="pt").to(self.model.device)
+        names = [f"mixture{i}" for i in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            self._add(name, self.select(prompt))
+        output = self.model.generate(**inputs, generation_config=config, adapter_names=names)
+        for name in names:
+            self.model.delete_adapter(name)
+        tokens: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return tokens
+
+    def _add(self, name: str, weights: Mapping[str, float]) -> None:
+        self.model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")

@@ -1,0 +1,135 @@
+"""Folding: the same answers as gates, base weights untouched whatever happens, refused where it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from logo import AdapterPool, LoGo, SelectionSettings
+from logo.adapters.layout import linear_modules
+from logo.errors import ModelError
+from logo.mixing import Folder, GatedLoRA, Mixer, Work, costs
+from logo.mixing.costs import Costs, Rates
+from logo.mixing.folding import foldable
+from test_engine import PROMPTS, engine, tokenizer, write_adapter
+from test_mixing import Quantised, peft_model, save, working_set
+
+
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_folded_equals_gated(name: str, tmp_path: Path) -> None:
+    base = tiny.model(name)
+    config = peft.LoraConfig(r=3, target_modules="all-linear", fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM")
+    adapters = save(peft_model(base, [config, config], seed=1), tmp_path)
+    stacks, modules = working_set(base, adapters), dict(linear_modules(base))
+    weights = torch.tensor([0.7, -0.2])
+    ids, mask = tiny.padded(tiny.prompts([6, 4]))
+    with torch.no_grad():
+        plain = base(input_ids=ids, attention_mask=mask).logits
+        with GatedLoRA(modules).active(stacks, weights[None]):
+            gated = base(input_ids=ids, attention_mask=mask).logits
+        with Folder(modules).active(stacks, weights):
+            folded = base(input_ids=ids, attention_mask=mask).logits
+        after = base(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(folded, gated, rtol=1e-4, atol=1e-5 * float(gated.abs().max()))
+    assert not torch.allclose(folded, plain, atol=1e-4)
+    assert torch.equal(plain, after)
+
+
+def test_base_weights_are_never_written_to(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    stacks = working_set(base, save(peft_model(base, [config], 0), tmp_path))
+    before = {name: (parameter, parameter.clone()) for name, parameter in base.named_parameters()}
+    folder = Folder(dict(linear_modules(base)))
+    with pytest.raises(KeyboardInterrupt), folder.active(stacks, torch.ones(1)):
+        assert any(parameter is not before[name][0] for name, parameter in base.named_parameters())
+        raise KeyboardInterrupt
+    for name, parameter in base.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+
+
+def test_one_mixture_after_another(tmp_path: Path) -> None:
+    """Memory is used again, so that nothing of the mixture before may be left in it."""
+    base = tiny.model("llama")
+    both, one = ["q_proj", "v_proj"], ["q_proj"]
+    configs = [peft.LoraConfig(r=2, target_modules=t, task_type="CAUSAL_LM") for t in (both, one)]
+    first, second = save(peft_model(base, configs, 0), tmp_path)
+    modules = dict(linear_modules(base))
+    folder = Folder(modules)
+    ids, mask = tiny.padded(tiny.prompts([6]))
+
+    def logits(adapter: Any, weight: float, by: Folder) -> torch.Tensor:
+        with torch.no_grad(), by.active(working_set(base, [adapter]), torch.tensor([weight])):
+            found: torch.Tensor = base(input_ids=ids, attention_mask=mask).logits
+            return found
+
+    for adapter, weight in ((first, 1.0), (first, 0.3), (second, 1.0), (first, 1.0)):
+        assert torch.equal(logits(adapter, weight, folder), logits(adapter, weight, Folder(modules)))
+
+
+def test_what_cannot_be_folded_keeps_its_gates(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    for i in range(3):
+        write_adapter(tmp_path / f"t{i}", base, ("q_proj", "v_proj"), rank=2, seed=i)
+    for layer in base.model.layers:
+        layer.self_attn.q_proj = Quantised(layer.self_attn.q_proj)
+    pool, settings = AdapterPool.from_directory(tmp_path), SelectionSettings(k=2)
+    asked, gated = (LoGo(base, tokenizer(), pool, settings=settings, fold=fold) for fold in (True, False))
+    for prompt in PROMPTS:
+        assert asked.generate(prompt, max_new_tokens=6).token_ids == gated.generate(prompt, max_new_tokens=6).token_ids
+    assert not foldable(base.model.layers[0].self_attn.q_proj)
+    assert foldable(base.model.layers[0].self_attn.v_proj)
+
+
+def test_generation_is_the_same_folded(tmp_path: Path, llama: nn.Module, adapters: Path) -> None:
+    pool, settings = AdapterPool.from_directory(adapters), SelectionSettings(k=3)
+    folded, gated = (LoGo(llama, tokenizer(), pool, settings=settings, fold=fold) for fold in (True, False))
+    for prompt in PROMPTS:
+        one, other = folded.generate(prompt, max_new_tokens=12), gated.generate(prompt, max_new_tokens=12)
+        assert one.token_ids == other.token_ids
+        assert "".join(folded.stream(prompt, max_new_tokens=12)) == one.text
+    assert folded.generate(PROMPTS, max_new_tokens=6)  # different mixtures in one batch: gates
+
+
+def test_an_error_in_the_middle_leaves_the_base_as_it_was(llama: nn.Module, adapters: Path) -> None:
+    logo = LoGo(llama, tokenizer(), AdapterPool.from_directory(adapters), settings=SelectionSettings(k=3), fold=True)
+    plain = logo.generate(PROMPTS[0], adapters={}, max_new_tokens=8).token_ids
+
+    def fail(*_: Any) -> None:
+        raise ModelError("out of memory, say")
+
+    handle = llama.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(ModelError):
+        logo.generate(PROMPTS[0], max_new_tokens=8)
+    handle.remove()
+    assert logo.generate(PROMPTS[0], adapters={}, max_new_tokens=8).token_ids == plain
+
+
+def test_folding_pays_for_long_answers_and_not_for_short_ones(
+    llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logo = engine(llama, adapters)
+    stacks = logo._mixer._working_set(logo._fitted, logo.names[:3])
+    # Folding takes what ten passes over the factors take.
+    fold = sum(len(s.A) * s.A.shape[1] * len(s.B) for s in stacks.stacks.values())
+    gates = sum(len(s.A) * (s.A.shape[1] + len(s.B)) for s in stacks.stacks.values())
+    monkeypatch.setattr(costs, "_measure", lambda *_: Rates(10 * gates / fold, 1.0, 0.5))
+    pays = Costs(dict(linear_modules(llama))).folding_pays
+    assert not pays(stacks, Work(prompt=4, rows=1, steps=6))
+    assert pays(stacks, Work(prompt=4, rows=1, steps=9))
+    assert pays(stacks, Work(prompt=40, rows=1, steps=1))  # reading the prompt alone is worth it
+    assert pays(stacks, Work(prompt=4, rows=8, steps=3))  # eight rows cost four times what one costs
+
+
+def test_costs_are_measured_on_the_real_modules(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    stacks = logo._mixer._working_set(logo._fitted, logo.names[:3])
+    measured = Costs(dict(linear_modules(llama)))._measured(stacks)
+    assert min(measured.fold, measured.few, measured.many) > 0
+    assert Mixer(llama, torch.float32, 10**9)._folds(stacks, None) is False  # nothing is known about the work

@@ -1,0 +1,137 @@
+"""What prompts begin with is probed once: the same scores, fewer tokens read, within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tiny
+from logo import AdapterPool, LoGo, SelectionSettings
+from logo.selection.prefixes import BLOCK, Block, Prefixes
+from test_engine import tokenizer, write_adapter
+
+LONG = {"max_position_embeddings": 512}
+
+
+def words(count: int, seed: int) -> str:
+    ids = torch.randint(3, 90, (count,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"w{i}" for i in ids.tolist())
+
+
+def engines(model: nn.Module, folder: Path, **chosen: Any) -> tuple[LoGo, LoGo]:
+    """One that reuses prefixes and one that does not."""
+    pool = AdapterPool.from_directory(folder)
+    return tuple(  # type: ignore[return-value]
+        LoGo(model, tokenizer(), pool, settings=SelectionSettings.of(k=3, prefix_cache_gb=budget, **chosen))
+        for budget in (0.25, 0)
+    )
+
+
+@contextmanager
+def read_tokens(model: nn.Module) -> Iterator[list[int]]:
+    """How many tokens each forward pass in the block is given, over all rows."""
+    seen: list[int] = []
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
+    yield seen
+    handle.remove()
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Path]]:
+    made = {}
+    for name in ("llama", "gemma3", "gpt2", "opt", "falcon", "phi3", "gpt_neox", "mistral", "qwen3", "gemma2"):
+        model = tiny.model(name, **({"n_positions": 512} if name == "gpt2" else LONG))
+        folder = tmp_path_factory.mktemp(name)
+        query = ("q_proj", "qkv_proj", "query_key_value", "c_attn")
+        for i in range(4):
+            write_adapter(folder / f"t{i}", model, query, rank=2, seed=i)
+        made[name] = model, folder
+    return made
+
+
+@pytest.mark.parametrize("signal", ["norm", "calibrated", "spectr"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "gpt2", "opt", "falcon", "phi3", "gpt_neox", "mistral", "qwen3", "gemma2"]
+)
+def test_scores_do_not_depend_on_what_is_known(name: str, signal: str, pools: Any) -> None:
+    model, folder = pools[name]
+    reusing, plain = engines(model, folder, signal=signal)
+    prefix = words(150, 0)
+    prompts = [f"{prefix} {words(n, n)}" for n in (5, 40, 90)] + [words(30, 7), prefix]
+    for prompt in prompts:
+        found, expected = reusing.select(prompt), plain.select(prompt)
+        assert list(found.scores.values()) == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-4)
+    together = engines(model, folder, signal=signal)[0].select(prompts[:3], batch_size=3)
+    for one, prompt in zip(together, prompts, strict=False):
+        assert list(one.scores.values()) == pytest.approx(
+            list(plain.select(prompt).scores.values()), rel=1e-3, abs=1e-4
+        )
+
+
+def test_only_what_is_new_is_read(pools: Any) -> None:
+    model, folder = pools["llama"]
+    reusing, _ = engines(model, folder, signal="norm")
+    prefix = words(3 * BLOCK - 1, 1)  # with the bos token, three blocks
+    with read_tokens(model) as seen:
+        reusing.select(f"{prefix} {words(9, 2)}")
+        reusing.select(f"{prefix} {words(20, 3)}")
+        reusing.select(f"{prefix} {words(20, 3)}")
+        reusing.select(words(10, 4))
+    assert seen == [3 * BLOCK + 9, 20, 20, 11]
+    other = words(2 * BLOCK - 1, 5)
+    with read_tokens(model) as seen:
+        reusing.select([f"{other} {words(5, n)}" for n in range(4)], batch_size=4)
+    assert seen == [2 * BLOCK, 4 * 5]  # once for all rows, then what is each row's own
+
+
+def test_off_with_no_budget_or_with_adapters_active(pools: Any) -> None:
+    model, folder = pools["llama"]
+    prefix = words(150, 1)
+    for chosen in ({"prefix_cache_gb": 0}, {"probe_context": "pool"}, {"probe_token": "mean"}):
+        settings_ = SelectionSettings.of(k=3, signal="norm", **chosen)
+        logo = LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=settings_)
+        logo.select(prefix)
+        with read_tokens(model) as seen:
+            logo.select(prefix)
+        assert seen == [151], chosen
+
+
+def block(size: int) -> Block:
+    return Block([(torch.zeros(1, 1, BLOCK, size), torch.zeros(1, 1, BLOCK, size))], [], 0)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5), st.integers(0, 3)), max_size=12),
+    st.integers(0, 12),
+)
+def test_blocks_stay_within_the_budget_and_are_found_from_the_start(rows: Any, most: int) -> None:
+    """Rows of a few beginnings and ends: what is found is what was kept of the same tokens, without gaps."""
+    one = block(4)
+    prefixes = Prefixes(most * one.bytes)
+    for start, blocks, end in rows:
+        row = [start] * (BLOCK * blocks) + [7 + end]
+        known = len(prefixes.find(row, blocks))
+        prefixes.keep(row, known, lambda number: block(4))
+        assert prefixes.bytes <= prefixes.budget
+        assert prefixes.bytes == sum(held.bytes for held in prefixes._blocks.values())
+        assert len(prefixes.find(row, blocks)) >= min(blocks, most)
+    assert prefixes.find([9] * BLOCK * 2, 2) == []
+
+
+def test_common_blocks_leave_every_row_a_token() -> None:
+    prefixes = Prefixes(10**6)
+    long = [1] * (2 * BLOCK)
+    assert prefixes.common([long]) == 1
+    assert prefixes.common([[*long, 2]]) == 2
+    assert prefixes.common([[*long, 2], [*long, 3, 4]]) == 2
+    assert prefixes.common([[*long, 2], [5, *long]]) == 0
