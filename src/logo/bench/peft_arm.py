@@ -67,6 +67,7 @@ class PeftArm:
         self._add("mixture", self.select(prompt))
         self.model.set_adapter("mixture")
         output = self.model.generate(**inputs, generation_config=config)
+        self.model.set_adapter(self.names[0])
         self.model.delete_adapter("mixture")
         tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
         return tokens
