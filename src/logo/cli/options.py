@@ -111,6 +111,18 @@ class EngineOptions:
     adapter_cache_gb: Annotated[
         float, typer.Option(help="Host memory for adapters used last, in GB.", min=0.0, rich_help_panel=POOL)
     ] = 4.0
+    fold: Annotated[
+        bool | None,
+        typer.Option(
+            "--fold/--no-fold",
+            help="Add the mixture into a copy of the weights.",
+            show_default="when it pays",
+            rich_help_panel=POOL,
+        ),
+    ] = None
+    prefix_cache_gb: Annotated[
+        float, typer.Option(help="Memory for what prompts begin with, in GB.", min=0.0, rich_help_panel=PROBE)
+    ] = 0.25
     selection_strategy: Annotated[
         str | None,
         typer.Option(
@@ -326,6 +338,7 @@ def open_engine(
         baseline=options.baseline.value,
         calibration_prompts=_lines(options.calibration_prompts),
         cache=options.cache,
+        prefix_cache_gb=options.prefix_cache_gb,
         unscorable=options.unscorable.value,
     )
     _quiet_transformers()
@@ -342,6 +355,7 @@ def open_engine(
         model_dir=options.model_dir,
         truncation=truncation,
         adapter_cache_gb=options.adapter_cache_gb,
+        fold=options.fold,
         on_bad_adapter=options.on_bad_adapter.value,
         **vars(settings),
     )

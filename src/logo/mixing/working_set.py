@@ -64,11 +64,21 @@ class WorkingSet:
                     torch.tensor([i for i, _ in columns]), torch.tensor([r for _, r in columns])
                 ).to(device)
             stacks[path] = Stack(
-                torch.cat([part.A.to(dtype) for _, part in parts]).to(device),
-                torch.cat([part.scaled_b().to(dtype) for _, part in parts], dim=1).to(device),
+                _joined([part.A.to(dtype) for _, part in parts], 0, device),
+                _joined([part.scaled_b().to(dtype) for _, part in parts], 1, device),
                 owners[columns],
             )
         return cls(tuple(adapter.name for adapter in adapters), stacks)
+
+
+def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
+    """The parts in one tensor on the device: joined in host memory, and then one copy."""
+    if device.type != "cuda":
+        return torch.cat(list(parts), dim=dim).to(device)
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    pinned = torch.empty(shape, dtype=parts[0].dtype, pin_memory=True)  # so that the copy runs beside other work
+    return torch.cat(list(parts), dim=dim, out=pinned).to(device, non_blocking=True)
 
 
 def _device_of(module: nn.Module) -> torch.device:
