@@ -295,3 +295,29 @@ def test_the_cache_keeps_to_its_budget(tmp_path: Path) -> None:
     assert cache.names == ("a0", "a2")
     assert cache.bytes == 2 * one
     assert cache.read(adapters[0]) is cache.read(adapters[0])
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 5), copies=st.integers(1, 2), length=st.integers(1, 20))
+def test_every_way_of_multiplying_is_the_formula(data: Any, rows: int, copies: int, length: int) -> None:
+    """Few tokens and many, rows that share adapters and rows that have their own, whatever the shape of the input."""
+    ranks = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=7))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    chosen = data.draw(st.lists(st.sets(st.integers(0, len(ranks) - 1), max_size=3), min_size=rows, max_size=rows))
+    weights = torch.zeros(rows, len(ranks))
+    for r, adapters in enumerate(chosen):
+        weights[r, list(adapters)] = torch.rand(len(adapters), generator=generator) + 0.1
+    total = sum(ranks)
+    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+    stack = Stack(torch.randn(total, 6, generator=generator), torch.randn(5, total, generator=generator), owner)
+    x = torch.randn(rows * copies, length, 6, generator=generator)
+    gate = weights[:, owner].repeat_interleave(copies, dim=0)[:, None]
+    expected = ((x @ stack.A.T) * gate) @ stack.B.T
+    torch.testing.assert_close(low_rank(x, stack, Gates(weights)), expected, rtol=1e-4, atol=1e-5)
+    per_token = Gates(weights.repeat_interleave(copies * length, dim=0), per_token=True)
+    torch.testing.assert_close(low_rank(x, stack, per_token), expected, rtol=1e-4, atol=1e-5)
+    flat = low_rank(x.view(-1, 6), stack, per_token)
+    torch.testing.assert_close(flat, expected.view(-1, 5), rtol=1e-4, atol=1e-5)
+    one = Gates(weights[:1])
+    expected = ((x @ stack.A.T) * weights[:1, owner]) @ stack.B.T
+    torch.testing.assert_close(low_rank(x, stack, one), expected, rtol=1e-4, atol=1e-5)

@@ -16,8 +16,8 @@ from logo.mixing import Mixer, Work
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# How much the last batch counts in how long answers are taken to be.
-_RECENT = 0.2
+# How much the last answer counts in how long answers are taken to be.
+_RECENT = 0.1
 
 
 class Decoder:
@@ -33,7 +33,7 @@ class Decoder:
         self.model = model
         self.prompts = prompts
         self._mixer = mixer
-        self._usual: float | None = None  # new tokens per answer, so far
+        self._usual: float | None = None  # new tokens of an answer that ends by itself
 
     def __call__(
         self,
@@ -63,8 +63,7 @@ class Decoder:
         stopped_early = len(rows) > 1 and (stop_at_newline or config.stop_strings)
         padding = tokenizer.pad_token_id if stopped_early else None
         answers = [cut_after_end(row, ends, config.max_new_tokens, padding) for row in tokens]
-        length = max((len(ids) for ids, _ in answers), default=0)
-        self._usual = length if self._usual is None else (1 - _RECENT) * self._usual + _RECENT * length
+        self._learn([len(ids) for ids, reason in answers if reason == "stop"])
         return answers
 
     def stream(
@@ -102,7 +101,13 @@ class Decoder:
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         return sequences[:, ids.shape[1] :].tolist()
 
+    def _learn(self, lengths: list[int]) -> None:
+        """Remembers how long answers are that end by themselves; of those that were cut off nobody knows."""
+        for length in lengths:
+            self._usual = length if self._usual is None else (1 - _RECENT) * self._usual + _RECENT * length
+
     def _work(self, ids: Tensor, config: GenerationConfig) -> Work:
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         limit = config.max_new_tokens
-        return Work(ids.numel(), len(ids) * copies, limit if self._usual is None else min(limit, self._usual))
+        steps = limit if self._usual is None else max(config.min_new_tokens or 0, min(limit, self._usual))
+        return Work(ids.numel(), len(ids) * copies, steps)
