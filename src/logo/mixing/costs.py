@@ -1,7 +1,7 @@
 """When folding pays: measured on the machine, the model and the sizes at hand.
 
 Folding costs `Σ out · in · R` once; gates cost `Σ R (in + out)` for every token. What a unit of either takes is timed
-on one module the first time that sizes of an order come up, and from then on the rule is arithmetic.
+the first time that sizes of an order come up, and from then on the rule is arithmetic.
 """
 
 from __future__ import annotations
@@ -63,35 +63,56 @@ class Costs:
 
     def folding_pays(self, working_set: WorkingSet, work: Work) -> bool:
         """Whether one mixture of this working set is cheaper folded than gated."""
-        sizes = [(len(stack.A), stack.A.shape[1], len(stack.B)) for stack in working_set.stacks.values()]
-        rates = self._measured(working_set)
-        folding = rates.fold * sum(rank * width * out for rank, width, out in sizes)
-        size = sum(rank * (width + out) for rank, width, out in sizes)
+        rates, stacks = self._measured(working_set), working_set.stacks.values()
+        folding = rates.fold * sum(map(fold_size, stacks))
+        size = sum(map(gate_size, stacks))
         return folding < rates.gates(size, work.prompt) + work.steps * rates.gates(size, work.rows)
 
     def _measured(self, working_set: WorkingSet) -> Rates:
-        path = max(working_set.stacks, key=lambda path: working_set.stacks[path].B.numel())
-        stack = working_set.stacks[path]
+        stack = next(iter(working_set.stacks.values()))
         # Within a factor of two, a unit of work takes the same time.
-        key = len(stack.A).bit_length(), stack.A.dtype, str(stack.A.device)
+        rank = max(len(stack.A) for stack in working_set.stacks.values())
+        key = rank.bit_length(), stack.A.dtype, str(stack.A.device)
         if key not in self._rates:
-            self._rates[key] = _measure(self._modules[path], stack, len(working_set.names))
+            self._rates[key] = _measure(self._modules, working_set)
         return self._rates[key]
 
 
 @torch.no_grad()
-def _measure(module: nn.Module, stack: Stack, adapters: int) -> Rates:
+def _measure(modules: Mapping[str, nn.Module], working_set: WorkingSet) -> Rates:
+    """Folds one module; runs the gates of all, since in a cache that holds one module's factors they seem cheaper."""
+    adapters, stacks = len(working_set.names), working_set.stacks
     weights = torch.full((adapters,), 1 / adapters)
-    (rank, width), out = stack.A.shape, len(stack.B)
     gates = Gates(weights[None])
-    few, many = (torch.zeros(1, n, width, dtype=stack.A.dtype, device=stack.A.device) for n in (_FEW, _MANY))
+    path = max(stacks, key=lambda path: stacks[path].B.numel())
+    module, stack = modules[path], stacks[path]
     memory = fold(module, stack, weights)
-    size = rank * (width + out)
+    size = sum(gate_size(stack) for stack in stacks.values())
+
+    def run(tokens: int) -> Callable[[], None]:
+        inputs = {s.A.shape[1]: torch.zeros(1, tokens, s.A.shape[1], dtype=s.A.dtype) for s in stacks.values()}
+
+        def gated() -> None:
+            for stack in stacks.values():
+                low_rank(inputs[stack.A.shape[1]].to(stack.A.device), stack, gates)
+
+        return gated
+
     return Rates(
-        _seconds(lambda: fold(module, stack, weights, out=memory), stack) / (rank * width * out),
-        _seconds(lambda: low_rank(few, stack, gates), stack) / size,
-        _seconds(lambda: low_rank(many, stack, gates), stack) / (size * _MANY),
+        _seconds(lambda: fold(module, stack, weights, out=memory), stack) / fold_size(stack),
+        _seconds(run(_FEW), stack) / size,
+        _seconds(run(_MANY), stack) / (size * _MANY),
     )
+
+
+def fold_size(stack: Stack) -> int:
+    """Multiplications that folding one module takes."""
+    return len(stack.A) * stack.A.shape[1] * len(stack.B)
+
+
+def gate_size(stack: Stack) -> int:
+    """Multiplications that gates on one module take for one token."""
+    return len(stack.A) * (stack.A.shape[1] + len(stack.B))
 
 
 def _seconds(run: Callable[[], object], stack: Stack) -> float:
