@@ -40,6 +40,7 @@ class Gates:
         self.weights = weights
         self.per_token = per_token
         self._expanded: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+        self._turned: dict[tuple[int, torch.Size, torch.device, torch.dtype], Tensor] = {}
         self._own: dict[int, list[tuple[Tensor, Tensor]]] = {}
         # Less than half of the working set in every row: what prompts have when many of them share a batch.
         self.sparse = len(weights) > 1 and not per_token and 2 * int((weights != 0).sum(dim=1).max()) < weights.shape[1]
@@ -60,6 +61,13 @@ class Gates:
         if self.per_token:
             return gate.reshape(*lead, -1)
         return gate.reshape(gate.shape[0], *[1] * (len(lead) - 1), -1)
+
+    def turned(self, owner: Tensor, lead: torch.Size, like: Tensor) -> Tensor:
+        """The gate with the rank first: (R, ...), broadcastable to (R, *lead)."""
+        key = (id(owner), lead, like.device, like.dtype)
+        if key not in self._turned:
+            self._turned[key] = self.columns(owner, like.new_empty((*lead, 0))).movedim(-1, 0).contiguous()
+        return self._turned[key]
 
     def own(self, stack: Stack) -> list[tuple[Tensor, Tensor]]:
         """Per row of weights, the rank columns of the adapters it uses, and their gates."""
@@ -139,10 +147,9 @@ def low_rank(x: Tensor, stack: Stack, gates: Gates) -> Tensor:
         return torch.nn.functional.linear(shrunk * gates.columns(stack.owner, shrunk), stack.B)  # (..., d_out)
     # The same with the factors on the left, which CPU libraries multiply faster by the few columns of a batch.
     lead = x.shape[:-1]
-    turned = torch.mm(stack.A, x.reshape(-1, x.shape[-1]).T).view(-1, *lead)  # (R, ...)
-    gate = gates.columns(stack.owner, turned.movedim(0, -1))  # (..., R) or (rows, 1, R)
-    turned = (turned * gate.movedim(-1, 0)).view(len(stack.A), -1)
-    return torch.mm(stack.B, turned).T.reshape(*lead, -1)
+    turned = torch.mm(stack.A, x.reshape(-1, x.shape[-1]).T)  # (R, tokens)
+    turned = (turned.view(-1, *lead) * gates.turned(stack.owner, lead, turned)).view(len(stack.A), -1)
+    return torch.unflatten(torch.mm(stack.B, turned).T, 0, lead)
 
 
 def _row_by_row(x: Tensor, stack: Stack, gates: Gates) -> Tensor:
