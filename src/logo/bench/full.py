@@ -120,6 +120,7 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
         say: called with the name of every part that begins.
     """
     with ExitStack() as stack:
+        layer = [_one_layer(plan, say)] if plan.base_model is None else []
         folder = plan.folder
         if folder is None:
             say(f"writing {plan.adapters} adapters")
@@ -127,31 +128,25 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
             write_adapters(folder, plan.sizes, plan.adapters, plan.seed)
         bench = _bench(plan, plan.sizes, folder, say)
         opened, held = bench.opening()
-        peft = None
-        if plan.peft:
-            say("open pool with PEFT")
-            model, tokenizer = _base(plan, plan.sizes)
-            peft, spent = peft_opened(lambda: PeftArm(model, tokenizer, folder, plan.k))
-            opened = replace(opened, arms={**opened.arms, "PEFT": spent})
         names = bench.logo.names
         parts = [
-            opened,
             bench.selecting(_PROMPT),
             bench.prefix(_PREFIX, _AFTER_PREFIX),
             bench.prefilling(_PROMPT),
             bench.decoding(1, _DECODE_PROMPT, {"mixture": mixtures_of(names, 1, bench.k)["random"]}),
             bench.decoding(_BATCH, _DECODE_PROMPT, mixtures_of(names, _BATCH, bench.k)),
-            bench.end_to_end(1, _DECODE_PROMPT, _NEW, peft),
-            bench.end_to_end(_BATCH, _DECODE_PROMPT, _NEW, peft),
+            *layer,
         ]
-        if plan.base_model is None:
-            parts.append(_one_layer(plan, say))
-        del peft
         shown = tuple(curves(bench)) if plan.with_curves else ()
-        about = _about(plan, bench)
-        del bench
         large = large_pool(plan.large, plan.rounds, say, plan.seed) if plan.large else None
-    return Results(about, tuple(parts), large, shown, held)
+        peft = None
+        if plan.peft:  # last: what a hundred thousand modules of hundreds of adapters cost is PEFT's alone
+            say("open pool with PEFT")
+            model, tokenizer = _base(plan, plan.sizes)
+            peft, spent = peft_opened(lambda: PeftArm(model, tokenizer, folder, bench.k))
+            opened = replace(opened, arms={**opened.arms, "PEFT": spent})
+        ends = [bench.end_to_end(batch, _DECODE_PROMPT, _NEW, peft) for batch in (1, _BATCH)]
+        return Results(_about(plan, bench), (opened, *parts, *ends), large, shown, held)
 
 
 def _bench(plan: Plan, sizes: Sizes, folder: Path, say: Callable[[str], None]) -> Bench:

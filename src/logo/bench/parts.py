@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,7 +139,7 @@ class Bench:
         for name in ("base", *mixtures):
             short, long = found[f"{name}, 1"], found[f"{name}, {_DECODED + 1}"]
             spent = [(b - a) / _DECODED for a, b in zip(short.rounds, long.rounds, strict=True)]
-            steps[name] = Timed((long.seconds - short.seconds) / _DECODED, tuple(spent), long.peak_bytes)
+            steps[name] = Timed(statistics.median(spent), tuple(spent), long.peak_bytes)
         return Part(f"decode, batch {batch}", steps, {"rows": batch})
 
     def prefilling(self, tokens: int) -> Part:
