@@ -42,6 +42,9 @@ def test_every_command_shown_is_one_that_parses(page: str, command: list[str]) -
     context = node.make_context("logo", command, resilient_parsing=False)
     while isinstance(node, typer.core.TyperGroup):
         rest = [*context._protected_args, *context.args]
+        if not rest:
+            assert node.invoke_without_command  # `logo bench` does something by itself
+            break
         name, found, arguments = node.resolve_command(context, rest)
         assert found is not None
         node = found
