@@ -1,0 +1,259 @@
+"""What a whole dataset's answers are worth by the measures other work reports, beside the official numbers.
+
+By the kind of the dataset: corpus BLEU and chrF (sacrebleu), mean ROUGE of the best reference (rouge_score), or exact
+match and token F1 by the rules of SQuAD v1.1. All gold texts of an instance count as references.
+
+Every measure is a function of sums over instances, so one bootstrap serves all of them: instances are drawn again,
+their statistics are added up, and no text is read twice. sacrebleu gives the values; that our statistics add up to the
+same is a matter of tests. Values are fractions of one, BLEU and chrF 0 to 100 as that library gives them.
+sacrebleu, rouge_score and nltk are imported at the first use.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from logo.evaluation.intervals import DRAWS, Values, percentiles, resampled
+from logo.evaluation.metrics import metric_kind, rouge
+
+CHRF_ORDER = 6  # longest character n-gram
+CHRF_BETA = 2  # recall counts twice as much as precision
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_BY_CHARACTER = {"CJK": "zh", "HIRAGANA": "char", "KATAKANA": "char", "THAI": "char", "LAO": "char", "KHMER": "char"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A measure of many answers together.
+
+    Attributes:
+        rows: (instances, parts), what each instance adds.
+        worth: sums (..., parts) -> values (...).
+        value: of all instances together.
+        signature: how sacrebleu computed it; '' where another library did.
+    """
+
+    rows: Values
+    worth: Callable[[Values], Values]
+    value: float
+    signature: str = ""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """The measures of one dataset by name: `values`, 95 % `intervals` (low, high), and sacrebleu's `signatures`."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
+
+
+def extra_metrics(
+    dataset: str,
+    predictions: Sequence[str],
+    golds: Sequence[Sequence[str]],
+    *,
+    seed: int = 0,
+    resamples: int = DRAWS,
+) -> Extra:
+    """The measures beside the official one, with bootstrap intervals over instances.
+
+    Translation and code: `bleu`, `chrf`. Text from data: `rouge-1`, `rouge-2`, `rouge-L`, `bleu`, `chrf`. Questions:
+    `exact_match`, `f1`. Without sacrebleu, `bleu` and `chrf` are left out with a warning.
+
+    Args:
+        dataset: its name, which says what kind it is (`logo.evaluation.metrics.metric_kind`).
+        predictions: one answer per instance; '' is a wrong one.
+        golds: all gold texts of each instance, at least one, of any number.
+        seed: of the draws.
+        resamples: how many draws.
+
+    Raises:
+        ValueError: no instances, unequal numbers of predictions and golds, or an instance without a gold text.
+    """
+    found = corpora(dataset, predictions, golds)
+    values, intervals = {}, {}
+    for name, corpus in found.items():
+        values[name] = corpus.value
+        drawn = corpus.worth(resampled(corpus.rows, seed=[seed], draws=resamples))
+        low, high = percentiles(drawn, values[name])
+        intervals[name] = (float(low), float(high))
+    return Extra(values, intervals, {name: corpus.signature for name, corpus in found.items() if corpus.signature})
+
+
+def corpora(dataset: str, predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, Corpus]:
+    """The measures of `extra_metrics` with what each instance adds to them, for whoever draws instances himself.
+
+    Raises:
+        ValueError: as `extra_metrics`.
+    """
+    if not predictions or len(predictions) != len(golds) or not all(golds):
+        raise ValueError(
+            f"dataset {dataset!r}: expected one or more predictions with at least one gold text each, "
+            f"found {len(predictions)} predictions and {sum(1 for texts in golds if texts)} with gold texts"
+        )
+    kind = metric_kind(dataset)
+    if kind in ("em", "em_multi"):
+        pairs = list(zip(predictions, golds, strict=True))
+        return {
+            "exact_match": mean_of([max(float(same(answer, gold)) for gold in texts) for answer, texts in pairs]),
+            "f1": mean_of([max(token_f1(answer, gold) for gold in texts) for answer, texts in pairs]),
+        }
+    found: dict[str, Corpus] = {}
+    if kind == "rouge":
+        scores = [[rouge(answer, gold) for gold in texts] for answer, texts in zip(predictions, golds, strict=True)]
+        found = {key: mean_of([max(score[key] for score in each) for each in scores]) for key in scores[0][0]}
+    try:
+        import sacrebleu  # noqa: F401
+    except ImportError:
+        warnings.warn(
+            f"dataset {dataset!r}: corpus BLEU and chrF are left out, because sacrebleu is not installed; "
+            "`pip install lora-on-the-go[eval]` brings it",
+            stacklevel=2,
+        )
+        return found
+    return {**found, "bleu": _bleu(predictions, golds), "chrf": _chrf(predictions, golds)}
+
+
+def mean_of(values: Sequence[float]) -> Corpus:
+    """The measure that is the mean of one number per instance."""
+    rows = np.array(values, dtype=np.float64)
+    return Corpus(np.stack([rows, np.ones_like(rows)], axis=1), mean_worth, float(rows.mean()))
+
+
+def mean_worth(sums: Values) -> Values:
+    """Means (...) of sums (..., 2): of the numbers, and how many there are."""
+    return np.asarray(sums[..., 0] / sums[..., 1])
+
+
+# -- questions: the rules of SQuAD v1.1 -----------------------------------------------------------------------------
+
+
+def same(prediction: str, gold: str) -> bool:
+    """Whether two answers are one after `normalised`."""
+    return normalised(prediction) == normalised(gold)
+
+
+def token_f1(prediction: str, gold: str) -> float:
+    """The harmonic mean of precision and recall of the answer's words after `normalised`, in [0, 1]."""
+    answer, right = normalised(prediction).split(), normalised(gold).split()
+    if not answer or not right:
+        return float(answer == right)
+    common = sum((Counter(answer) & Counter(right)).values())
+    return 2 * common / (len(answer) + len(right))
+
+
+def normalised(text: str) -> str:
+    """In lower case, without ASCII punctuation, without `a`, `an` and `the`, and with single blanks.
+
+    Articles stay where nothing else is left, so that the choice "(A)" is not the same as no answer; SQuAD has no such
+    answers, and its own script would call them equal.
+    """
+    plain = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split())
+
+
+# -- texts: BLEU and chrF -------------------------------------------------------------------------------------------
+
+
+def tokenizer_for(golds: Sequence[Sequence[str]]) -> str:
+    """sacrebleu's tokenizer for these gold texts: `13a`, `zh` for Chinese, `char` for other writing without blanks.
+
+    Told from the letters of all texts together, so that it depends neither on a dataset's name nor on the answers.
+    """
+    scripts: Counter[str] = Counter()
+    for text in (text for texts in golds for text in texts):
+        for letter in filter(str.isalpha, text):
+            script = "" if letter < "\u0e00" else unicodedata.name(letter, "").partition(" ")[0]
+            scripts[_BY_CHARACTER.get(script, "13a")] += 1
+    if 2 * scripts["13a"] >= scripts.total():
+        return "13a"
+    # A Japanese text is Chinese characters and kana: kana decide.
+    return "char" if 10 * scripts["char"] > scripts["zh"] else "zh"
+
+
+def _bleu(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
+    from sacrebleu.metrics.bleu import BLEU
+
+    tokenizer = tokenizer_for(golds)
+    whole = BLEU(tokenize=tokenizer, force=True)  # `force`: nothing is said about texts that look tokenized
+    value = whole.corpus_score(list(predictions), _streams(golds)).score
+    # The same counts, one instance at a time; with an effective order only the sentences' own scores would differ.
+    single = BLEU(tokenize=tokenizer, force=True, effective_order=True)
+    scores = [single.sentence_score(answer, list(texts)) for answer, texts in zip(predictions, golds, strict=True)]
+    rows = np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores], dtype=np.float64)
+    return Corpus(rows, bleu_worth, float(value), str(whole.get_signature()))
+
+
+def bleu_worth(sums: Values) -> Values:
+    """BLEU-4 with exponential smoothing, 0 to 100 (...), of sums (..., 10): the answers' and the references' length,
+    and for each order the n-grams that match and all of the answers'."""
+    length, wanted = sums[..., 0], sums[..., 1]
+    right, total = sums[..., 2:6], sums[..., 6:10]
+    missed = right == 0
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        precision = np.where(missed, 1 / 2.0 ** np.cumsum(missed, axis=-1), right) / total
+        brevity = np.exp(np.minimum(0, 1 - wanted / length))
+        score = 100 * brevity * np.exp(np.log(precision).mean(axis=-1))
+    return np.asarray(np.where(missed.all(axis=-1) | (total == 0).any(axis=-1), 0.0, score))
+
+
+def _chrf(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
+    from sacrebleu.metrics.chrf import CHRF
+
+    whole = CHRF()
+    value = whole.corpus_score(list(predictions), _streams(golds)).score
+    rows = np.stack([chrf_counts(answer, texts) for answer, texts in zip(predictions, golds, strict=True)])
+    return Corpus(rows, chrf_worth, float(value), str(whole.get_signature()))
+
+
+def chrf_counts(prediction: str, golds: Sequence[str]) -> Values:
+    """(18,): for each order the answer's character n-grams, the gold text's, and those in both; of the gold text that
+    is best for the answer."""
+    answer = _character_ngrams(prediction)
+    counts = []
+    for gold in golds:
+        pairs = list(zip(answer, _character_ngrams(gold), strict=True))
+        # An order that a gold text is too short for does not count against the answer.
+        ours = [own.total() if theirs else 0 for own, theirs in pairs]
+        counts.append(
+            [*ours, *(theirs.total() for _, theirs in pairs), *((own & theirs).total() for own, theirs in pairs)]
+        )
+    each = np.array(counts, dtype=np.float64)
+    best: Values = each[int(chrf_worth(each).argmax())]
+    return best
+
+
+def chrf_worth(sums: Values) -> Values:
+    """chrF2, 0 to 100 (...), of sums (..., 18) as `chrf_counts` has them."""
+    ours, theirs, both = (sums[..., start : start + CHRF_ORDER] for start in (0, CHRF_ORDER, 2 * CHRF_ORDER))
+    counts = (ours > 0) & (theirs > 0)
+    orders = np.maximum(counts.sum(axis=-1), 1)
+    precision = (both / np.where(counts, ours, np.inf)).sum(axis=-1) / orders
+    recall = (both / np.where(counts, theirs, np.inf)).sum(axis=-1) / orders
+    weight = CHRF_BETA**2
+    apart = weight * precision + recall
+    return np.asarray(100 * ((1 + weight) * precision * recall / np.where(apart > 0, apart, 1.0)))
+
+
+def _character_ngrams(text: str) -> list[Counter[str]]:
+    """Those of each order from 1, without blanks."""
+    line = "".join(text.split())
+    return [Counter(line[i : i + n] for i in range(len(line) - n + 1)) for n in range(1, CHRF_ORDER + 1)]
+
+
+def _streams(golds: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """First gold texts, second ones, ...; None where an instance has no more."""
+    longest = max(map(len, golds))
+    return [[texts[i] if i < len(texts) else None for texts in golds] for i in range(longest)]
