@@ -23,7 +23,8 @@ from logo.adapters.pool import AdapterPool, OnBadAdapter
 from logo.decoder import Decoder
 from logo.decoding import FinishReason, Prompts, Truncation, batches_by_length
 from logo.errors import UsageError
-from logo.mixing import Mixer
+from logo.mixing import Merge, Mixer
+from logo.mixing.mixer import EXACT
 from logo.models import context_length, default_pool, load_base
 from logo.scoring import Scored, completion_ids, score_mixtures
 from logo.selection import Selection
@@ -66,10 +67,13 @@ class LoGo:
         adapter_cache_gb: host memory (10⁹ bytes) for the tensors of adapters that were used last.
         fold: add the mixture into a copy of the weights it acts on where all rows of a batch share it, so that
             decoding costs what the base model costs. None: when that pays; see `logo.mixing.costs`.
+        merge: how selected adapters are combined, a kind by name or a `Merge` with its options; see
+            `logo.mixing.merges`. May be changed later (`logo.merge = "ties"`).
         on_bad_adapter: what to do with adapters that do not fit the base model.
 
     Raises:
         PoolError: an adapter does not fit, or cannot be scored (see `SelectionSettings.unscorable`).
+        UsageError: a merge that does not exist.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class LoGo:
         truncation: Truncation | None = None,
         adapter_cache_gb: float = 4.0,
         fold: bool | None = None,
+        merge: Merge | str = EXACT,
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
         self.model = model
@@ -95,6 +100,7 @@ class LoGo:
         self._mixer = Mixer(model, dtype, int(adapter_cache_gb * 1e9), fold)
         self._decoder = Decoder(model, self.prompts, self._mixer)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
+        self.merge = merge
         self._carried: tuple[str, ...] | None = None
         self._fit_pool()
 
@@ -113,6 +119,7 @@ class LoGo:
         truncation: Truncation | None = None,
         adapter_cache_gb: float = 4.0,
         fold: bool | None = None,
+        merge: Merge | str = EXACT,
         on_bad_adapter: OnBadAdapter = "error",
         **settings: Any,
     ) -> LoGo:
@@ -153,6 +160,7 @@ class LoGo:
             truncation=truncation,
             adapter_cache_gb=adapter_cache_gb,
             fold=fold,
+            merge=merge,
             on_bad_adapter=on_bad_adapter,
         )
 
@@ -167,6 +175,16 @@ class LoGo:
         """How prompts are read and adapters scored, for the pool as it is now."""
         self._sync()
         return self._router
+
+    @property
+    def merge(self) -> Merge:
+        """How selected adapters are combined when they answer or are scored; probing always sums them exactly."""
+        return self._mixer.merge
+
+    @merge.setter
+    def merge(self, merge: Merge | str) -> None:
+        with self._lock:
+            self._mixer.merge = merge if isinstance(merge, Merge) else Merge(merge)
 
     # -- selecting ----------------------------------------------------------------------------------------------
 
@@ -208,7 +226,7 @@ class LoGo:
 
     def _probe(self, rows: Sequence[Sequence[int]], active: tuple[str, ...]) -> list[Selection]:
         ids, mask = self.prompts.pad(rows, "right", self._input_device)
-        with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)]):
+        with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)], merge=EXACT):
             return self._router(ids, mask)
 
     # -- generating ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.format import Adapter
+from logo.adapters.format import Adapter, LoraWeights
 from logo.mixing.adapter_cache import AdapterCache
 
 
@@ -51,8 +51,18 @@ class WorkingSet:
             cache: where the tensors of each adapter come from.
             dtype: what the stacks compute in; scales are applied in float32 before the cast.
         """
-        weights = [cache.read(adapter) for adapter in adapters]
-        paths = dict.fromkeys(path for adapter in adapters for path in adapter.modules)
+        return cls.of([a.name for a in adapters], [cache.read(adapter) for adapter in adapters], modules, dtype)
+
+    @classmethod
+    def of(
+        cls,
+        names: Sequence[str],
+        weights: Sequence[Mapping[str, LoraWeights]],
+        modules: Mapping[str, nn.Module],
+        dtype: torch.dtype,
+    ) -> WorkingSet:
+        """Stacks adapters whose tensors are at hand: per adapter, module path -> factors."""
+        paths = dict.fromkeys(path for adapter in weights for path in adapter)
         owners: dict[tuple[tuple[int, int], ...], Tensor] = {}
         stacks = {}
         for path in paths:
@@ -68,7 +78,7 @@ class WorkingSet:
                 _joined([part.scaled_b().to(dtype) for _, part in parts], 1, device),
                 owners[columns],
             )
-        return cls(tuple(adapter.name for adapter in adapters), stacks)
+        return cls(tuple(names), stacks)
 
 
 def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
