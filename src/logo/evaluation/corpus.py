@@ -184,7 +184,7 @@ def tokenizer_for(golds: Sequence[Sequence[str]]) -> str:
 
 
 def _bleu(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
-    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu import BLEU
 
     tokenizer = tokenizer_for(golds)
     whole = BLEU(tokenize=tokenizer, force=True)  # `force`: nothing is said about texts that look tokenized
@@ -210,7 +210,7 @@ def bleu_worth(sums: Values) -> Values:
 
 
 def _chrf(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
-    from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu import CHRF
 
     whole = CHRF()
     value = whole.corpus_score(list(predictions), _streams(golds)).score
