@@ -34,7 +34,7 @@ def replace_folder(folder: Path, texts: Mapping[str, str], *, owned: Collection[
     try:
         target = folder.resolve()  # a link keeps its target's place, and its target's disk
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.parent) as alone:
+        with locked(target.parent) as alone:
             if alone:
                 _clean(target, replaced)
             new = _beside(target, "new", secrets.token_hex(4))
@@ -166,7 +166,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool]:
     """Hold the folder's advisory lock; yields whether there is one. The system frees it if the process dies."""
     if sys.platform == "win32":
         yield False
@@ -177,11 +177,11 @@ def _alone(folder: Path) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            locked = True
+            held = True
         except OSError:
-            locked = False
-        yield locked
-        if locked:
+            held = False
+        yield held
+        if held:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)

@@ -1,0 +1,123 @@
+"""Preparing a dataset: find its raw files, make instances, draw, write both splits and the manifest's entry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from logo.evaluation.datasets import dataset_file, file_sha256
+from logo.evaluation.folders import replace_folder
+from logo.evaluation.sources.declarations import SPLITS, Declaration
+from logo.evaluation.sources.instances import Instance, Instances, columns_of, draw, make_instances
+from logo.evaluation.sources.manifest import Entry, add_to_manifest
+from logo.evaluation.sources.places import Place, fetch, find_local
+from logo.evaluation.sources.readers import read_raw
+
+
+@dataclass(frozen=True)
+class Request:
+    """How much of every dataset is drawn, and from where.
+
+    Attributes:
+        raw: a folder with local copies; None: the Hub.
+    """
+
+    rows: int = 150
+    train_rows: int = 300
+    seed: int = 0
+    raw: Path | None = None
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+def prepare(
+    declaration: Declaration, data_dir: Path, request: Request, on_stage: Callable[[str], None] = _quiet
+) -> Entry:
+    """Write `{data_dir}/{main}/{sub}/{test,train}.jsonl` and return the entry that the manifest now has.
+
+    What was there before is replaced, as a whole and at the end, or stays if anything goes wrong.
+
+    Args:
+        on_stage: told what is being done.
+
+    Raises:
+        DataError: raw files that are missing or do not fit the declaration.
+        HubError: they cannot be fetched.
+        StorageError: they cannot be read, or the result not written.
+    """
+    wanted = [split for split in SPLITS if split == "test" or request.train_rows > 0]
+    on_stage("finding files" if request.raw is not None else "fetching")
+    place = fetch(declaration, wanted) if request.raw is None else find_local(declaration, request.raw, wanted)
+    drawn, unusable = _drawn(declaration, place, request, on_stage)
+    texts = {f"{split}.jsonl": "".join(map(_line, items)) for split, items in drawn.items()}
+    folder = dataset_file(data_dir, declaration.name).parent
+    replace_folder(folder, texts, owned=[f"{split}.jsonl" for split in SPLITS])
+    entry = _entry(declaration, data_dir, request, place, drawn, unusable)
+    add_to_manifest(data_dir, declaration.name, entry)
+    return entry
+
+
+def _drawn(
+    declaration: Declaration, place: Place, request: Request, on_stage: Callable[[str], None]
+) -> tuple[dict[str, list[Instance]], int]:
+    """The rows of each split, and the number of raw rows that could not be used."""
+    found: dict[str, Instances] = {}
+    for split, names in place.names.items():
+        same = next((known for known in found if place.names[known] == names), None)
+        if same is not None:  # train rows are what the draw of test rows leaves
+            found[split] = found[same]
+            continue
+        on_stage(f"reading {split} rows")
+        columns = columns_of(declaration, place.layout)
+        found[split] = make_instances(
+            declaration, place.layout, read_raw(place.layout, split, place.root, names, columns)
+        )
+    drawn = {"test": draw(found["test"].items, request.rows, request.seed)}
+    if "train" in found:
+        train = draw(found["train"].items, request.train_rows, request.seed, without=drawn["test"])
+        if train:  # a data file has at least one row
+            drawn["train"] = train
+    unusable = {id(instances): instances.unusable for instances in found.values()}
+    return drawn, sum(unusable.values())
+
+
+def _line(instance: Instance) -> str:
+    return json.dumps(instance.row(), ensure_ascii=False) + "\n"
+
+
+def _entry(
+    declaration: Declaration,
+    data_dir: Path,
+    request: Request,
+    place: Place,
+    drawn: dict[str, list[Instance]],
+    unusable: int,
+) -> Entry:
+    hub = declaration.hub
+    source: dict[str, Any] = {"homepage": declaration.homepage}
+    if request.raw is None and hub is not None:
+        source |= {"repo": hub.repo, "revision": hub.revision, "commit": place.commit, "config": hub.config}
+    source["files"] = {
+        split: [{"path": name, "sha256": file_sha256(place.root / name)} for name in names]
+        for split, names in place.names.items()
+    }
+    return {
+        "files": {
+            split: {"sha256": file_sha256(dataset_file(data_dir, declaration.name, split)), "rows": len(items)}
+            for split, items in drawn.items()
+        },
+        "source": source,
+        "metric": declaration.metric,
+        "licence": declaration.licence,
+        "citation": declaration.citation,
+        "declaration_sha256": declaration.sha256,
+        "asked": {"rows": request.rows, "train_rows": request.train_rows, "seed": request.seed},
+        "unusable_rows": unusable,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
