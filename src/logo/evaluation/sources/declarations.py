@@ -49,9 +49,6 @@ class Hub:
     config: str = "default"
     splits: Mapping[str, str] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        return self.repo if self.revision == "main" else f"{self.repo}@{self.revision}"
-
 
 @dataclass(frozen=True)
 class Declaration:
@@ -81,7 +78,7 @@ class Declaration:
     @property
     def source(self) -> str:
         """Where its rows come from, in short."""
-        return str(self.hub) if self.hub is not None else self.homepage or "local files"
+        return self.hub.repo if self.hub is not None else self.homepage or "local files"
 
 
 def usual_places(config: str, split: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from logo.errors import DataError, HubError
 from logo.evaluation.sources.declarations import Declaration, Hub, Layout
 from logo.evaluation.sources.readers import files_below, matching
 
-_OFFER = "or prepare from local files with --from DIR"
+_OFFER = "mend that, or prepare from local files with --from DIR"
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,19 @@ def fetch(declaration: Declaration, splits: Sequence[str]) -> Place:
     try:
         listed = _listing(hub)
     except Exception as error:  # the boundary: httpx and the file system each raise their own kinds
-        cached = _cached(hub, layout, splits) if _is_offline(error) else None
-        if cached is not None:
-            return cached
-        raise HubError(f"{hub_error(repo, error, revision=hub.revision)}; {_OFFER}") from error
+        if not _is_offline(error):
+            raise HubError(f"{hub_error(repo, error, revision=hub.revision)}; {_OFFER}") from error
+        if (cached := _cached(hub, layout, splits)) is None:
+            raise HubError(
+                f"Hub repo {repo}: {_no_connection()}, and its files are not in the cache; {_OFFER}"
+            ) from error
+        return cached
     names = _names(layout, splits, listed)
     for split, found in names.items():
         if not found:
             raise HubError(
                 f"Hub repo {repo}: revision {hub.revision!r} has no file {layout.files[split]} for {split} rows; "
-                f"it has {_some(listed)}; mend the declaration, {_OFFER}"
+                f"it has {_some(listed)}; {_OFFER}"
             )
     try:
         wanted = sorted({name for found in names.values() for name in found})
@@ -155,6 +158,12 @@ def _cached(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place | None:
         return None
     names = _names(layout, splits, files_below(root))
     return Place(layout, root, names, commit) if all(names.values()) else None
+
+
+def _no_connection() -> str:
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE=1 is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
 
 
 def _is_offline(error: BaseException | None) -> bool:

@@ -1,0 +1,279 @@
+"""`logo datasets`: which datasets there are, preparing them from their sources, checking what was prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.output import err, note, out, print_json, progress
+from logo.errors import DataError, LoGoError, UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from logo.evaluation.sources.declarations import Declaration
+    from logo.evaluation.sources.manifest import Entry
+    from logo.evaluation.sources.prepare import Request
+
+app = typer.Typer(invoke_without_command=True)
+
+WIDTH = 160  # of the table where there is no terminal to fit
+
+DataDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of {main}/{sub}/{test,train}.jsonl.")]
+Source = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE.yaml", help="Your own dataset's declaration; may be given several times."),
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME]...", help="Names or patterns: `bbh.*`, `anli`, `wmt14.fr-en`.", show_default="all"),
+]
+
+
+@app.callback()
+def datasets(context: typer.Context) -> None:
+    """Datasets: list them, prepare them from their sources, verify what was prepared. Alone, it lists.
+
+    Example: `logo datasets prepare bbh anli.r1 --data-dir ./data`
+    """
+    if context.invoked_subcommand is None:
+        list_datasets()
+
+
+@app.command("list")
+def list_datasets(
+    names: Names = None,
+    data_dir: DataDir = Path("./data"),
+    source: Source = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, with homepages, citations and notes.")] = False,
+) -> None:
+    """List the datasets, and how many rows of each are prepared.
+
+    Example: `logo datasets list gem --data-dir ./data`
+    """
+    from logo.evaluation.sources.loading import chosen
+    from logo.evaluation.sources.manifest import read_manifest
+
+    known, manifest = _known(source), read_manifest(data_dir)
+    there = _present(data_dir)
+    found = chosen(names or [], [*known, *(name for name in there if name not in known)])
+    rows = [_row(name, known.get(name), manifest.get(name), data_dir) for name in found]
+    if json:
+        print_json(rows)
+        return
+    screen = out if out.is_terminal else Console(width=WIDTH, highlight=False)
+    screen.print(_table(rows))
+    prepared = sum(row["rows"] is not None for row in rows)
+    note(f"{len(rows)} datasets, {prepared} with rows in {data_dir}; `logo datasets prepare NAME` prepares more")
+
+
+@app.command("prepare")
+def prepare(
+    names: Names = None,
+    data_dir: DataDir = Path("./data"),
+    rows: Annotated[int, typer.Option(help="Test rows of each dataset.", min=1)] = 150,
+    train_rows: Annotated[int, typer.Option(help="Train rows, none of them a test row; 0: no file.", min=0)] = 300,
+    seed: Annotated[int, typer.Option(help="Of the draw: the same seed draws the same rows everywhere.")] = 0,
+    raw: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="DIR", help="Local copies of the sources' files.", show_default="the Hub"),
+    ] = None,
+    source: Source = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Fetch datasets from their sources and draw test and train rows, as prompts with gold answers.
+
+    With --source and no NAME, only those files' datasets. One that fails does not stop the others (exit code 1).
+
+    Example: `logo datasets prepare "bbh.*" anli --data-dir ./data --rows 150`
+    """
+    from logo.evaluation.folders import check_writable
+    from logo.evaluation.sources.loading import chosen
+    from logo.evaluation.sources.manifest import read_manifest
+    from logo.evaluation.sources.prepare import Request
+
+    known, own = _known(source), _declared(source)
+    found = chosen(names or list(own), list(known))
+    if raw is not None and not raw.is_dir():
+        raise UsageError(f"--from {raw}: expected a folder, found {'a file' if raw.exists() else 'nothing'}")
+    check_writable(data_dir, "--data-dir")
+    manifest = read_manifest(data_dir)
+    request = Request(rows, train_rows, seed, raw)
+    failed = 0
+    with progress(disable=not err.is_terminal) as bar:
+        task = bar.add_task("datasets", total=len(found))
+        for name in found:
+            kept = None if force else _kept(data_dir, name, manifest.get(name), request)
+            if kept is not None:
+                print(kept, flush=True)
+            else:
+                failed += not _prepare(known[name], data_dir, request, bar)
+            bar.advance(task)
+    if failed:
+        err.print(f"logo: {failed} of {len(found)} datasets could not be prepared", markup=False)
+        raise typer.Exit(1)
+
+
+@app.command("verify")
+def verify(names: Names = None, data_dir: DataDir = Path("./data")) -> None:
+    """Check prepared files against the manifest: checksums, counts, the form of every row, no train row in the test.
+
+    Prints one line per problem; exit code 1 if there is any.
+
+    Example: `logo datasets verify --data-dir ./data`
+    """
+    from logo.evaluation.sources.loading import chosen
+    from logo.evaluation.sources.manifest import NAME, read_manifest
+    from logo.evaluation.sources.manifest import verify as problems_of
+
+    manifest = read_manifest(data_dir)
+    if not manifest:
+        raise DataError(
+            f"{data_dir / NAME}: expected a manifest, found none; `logo datasets prepare` writes it, "
+            "or change --data-dir"
+        )
+    found = chosen(names or [], list(manifest))
+    problems = [problem for name in found for problem in problems_of(data_dir, name, manifest[name])]
+    for problem in problems:
+        print(problem)
+    unlisted = [name for name in _present(data_dir) if name not in manifest]
+    if unlisted and not names:
+        note(f"not in the manifest, not checked: {', '.join(unlisted)}")
+    note(f"{len(found)} datasets checked, {len(problems)} problems")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _declared(files: Sequence[Path] | None) -> dict[str, Declaration]:
+    """The user's own declarations by name."""
+    from logo.evaluation.sources.loading import load_declaration
+
+    own: dict[str, Declaration] = {}
+    for file in files or []:
+        made = load_declaration(file)
+        if made.name in own:
+            raise UsageError(f"--source {file}: declares {made.name!r}, as another --source does; expected one of each")
+        own[made.name] = made
+    return own
+
+
+def _known(files: Sequence[Path] | None) -> dict[str, Declaration]:
+    """All declarations by name; the user's own take the place of ours."""
+    from logo.evaluation.sources.loading import packaged
+
+    return {**packaged(), **_declared(files)}
+
+
+def _present(data_dir: Path) -> tuple[str, ...]:
+    from logo.evaluation.datasets import find_datasets
+
+    try:
+        return find_datasets(data_dir).names
+    except DataError:  # no folder, or nothing in it
+        return ()
+
+
+def _row(name: str, declaration: Declaration | None, entry: Entry | None, data_dir: Path) -> dict[str, Any]:
+    """What is known of a dataset: from its declaration, or what the manifest kept of it."""
+    from logo.evaluation.metrics import metric_kind
+
+    made = entry or {}
+    origin = made.get("source", {})
+    counts = _counts(data_dir, name)
+    return {
+        "name": name,
+        "group": declaration.group if declaration else "own",
+        "metric": metric_kind(name),
+        "rows": counts.get("test"),
+        "train_rows": counts.get("train"),
+        "prepared": entry is not None,
+        "source": declaration.source if declaration else origin.get("repo") or origin.get("homepage") or None,
+        "licence": declaration.licence if declaration else made.get("licence"),
+        "homepage": declaration.homepage if declaration else origin.get("homepage"),
+        "citation": declaration.citation if declaration else made.get("citation"),
+        "notes": declaration.notes if declaration else "",
+    }
+
+
+def _counts(data_dir: Path, name: str) -> dict[str, int]:
+    """Lines of the files that are there."""
+    from logo.evaluation.datasets import dataset_file
+
+    found = {}
+    for split in ("test", "train"):
+        try:
+            text = dataset_file(data_dir, name, split).read_bytes()
+        except OSError:
+            continue
+        found[split] = sum(1 for line in text.split(b"\n") if line.strip())
+    return found
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("dataset", "group", "metric", "test", "train", "source", "licence"):
+        table.add_column(heading, justify="right" if heading in ("test", "train") else "left", overflow="fold")
+    for row in rows:
+        counts = ["-" if row[key] is None else str(row[key]) for key in ("rows", "train_rows")]
+        cells = [str(row[key] or "-") for key in ("source", "licence")]
+        table.add_row(*map(Text, (row["name"], row["group"], row["metric"], *counts, *cells)))
+    return table
+
+
+def _kept(data_dir: Path, name: str, entry: Entry | None, request: Request) -> str | None:
+    """The line that says why nothing is done, if the dataset's files are there already."""
+    from logo.evaluation.sources.declarations import SPLITS
+    from logo.evaluation.sources.manifest import counts, state
+
+    found = state(data_dir, name, SPLITS, entry)
+    if found is None:
+        return None
+    if entry is None or found != "whole":
+        reason = "its files are not in the manifest" if entry is None else "its files are not as the manifest says"
+        return f"{name}: kept; {reason} (--force replaces them)"
+    asked = {"rows": request.rows, "train_rows": request.train_rows, "seed": request.seed}
+    other = "" if entry.get("asked") == asked else f" of {_asked(entry)} (--force draws anew)"
+    return f"{name}: kept, {_rows(counts(entry))}{other}"
+
+
+def _asked(entry: Entry) -> str:
+    asked = entry.get("asked", {})
+    return ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in asked.items())
+
+
+def _rows(counts: Mapping[str, int]) -> str:
+    return " + ".join(f"{count} {split}" for split, count in counts.items()) + " rows"
+
+
+def _prepare(declaration: Declaration, data_dir: Path, request: Request, bar: Progress) -> bool:
+    """Prepare one and say how it went; whether it went well."""
+    from logo.evaluation.sources.manifest import counts
+    from logo.evaluation.sources.prepare import prepare as prepare_one
+
+    task = bar.add_task(declaration.name, total=None)
+    try:
+        entry = prepare_one(
+            declaration, data_dir, request, lambda stage: bar.update(task, description=f"{declaration.name}: {stage}")
+        )
+    except LoGoError as error:
+        message = " ".join(str(error).split())
+        prefix = "" if declaration.name in message else f"{declaration.name}: "
+        err.print(f"logo: error: {prefix}{message}", markup=False)
+        return False
+    finally:
+        bar.remove_task(task)
+    made = counts(entry)
+    short = made["test"] < request.rows or made.get("train", 0) < request.train_rows
+    extra = [
+        *(["all that the source has"] if short else []),
+        *([f"{entry['unusable_rows']} source rows without text left out"] if entry["unusable_rows"] else []),
+        *([str(entry["source"]["commit"])[:8]] if entry["source"].get("commit") else []),
+    ]
+    print(f"{declaration.name}: {_rows(made)}" + (f" ({'; '.join(extra)})" if extra else ""), flush=True)
+    return True
