@@ -3,9 +3,10 @@
     with HubServer({"org/pool": folder}) as hub:
         subprocess.run(command, env=os.environ | hub.env(home=tmp_path))
 
-Speaks what the client asks for models: model info, the paginated tree, and `resolve` with etags, ranges, error codes
-and, like the real Hub, a redirect of large files to another host (here the same server under the name `localhost`).
-huggingface_hub reads `HF_ENDPOINT` when it is imported, so the client has to be another process (see `env`).
+Speaks what the client asks for models and datasets: info, the paginated tree, and `resolve` with etags, ranges, error
+codes and, like the real Hub, a redirect of large files to another host (here the same server under the name
+`localhost`). huggingface_hub reads `HF_ENDPOINT` when it is imported, so the client has to be another process (see
+`env`).
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Request:
 
 
 class HubServer:
-    """Serves `{repo_id: folder}` until the `with` block ends.
+    """Serves `{repo_id: folder}` until the `with` block ends; the id of a dataset is `datasets/org/name`.
 
     Attributes:
         url: what `HF_ENDPOINT` has to be.
@@ -453,6 +454,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _route(path: str) -> tuple[str, tuple[str, ...]]:
     """`/api/models/org/name/tree/main` to ("tree", ("org/name", "main", "")); slashes in a revision are quoted."""
+    for prefix, as_model in (("/api/datasets/", "/api/models/"), ("/datasets/", "/")):
+        if path.startswith(prefix):
+            kind, arguments = _route(as_model + path.removeprefix(prefix))
+            return kind, (f"datasets/{arguments[0]}", *arguments[1:]) if arguments else ()
     match [unquote(part) for part in path.strip("/").split("/")]:
         case ["api", "models", org, name]:
             return "info", (f"{org}/{name}", "main")

@@ -32,7 +32,7 @@ Source = Annotated[
 ]
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[NAME]...", help="Names or patterns: `bbh.*`, `anli`, `wmt14.fr-en`.", show_default="all"),
+    typer.Argument(metavar="NAME", help="Names or patterns: `bbh.*`, `anli`, `wmt14.fr-en`.", show_default="all"),
 ]
 
 

@@ -62,7 +62,7 @@ def fetch(declaration: Declaration, splits: Sequence[str]) -> Place:
         if not found:
             raise HubError(
                 f"Hub repo {repo}: revision {hub.revision!r} has no file {layout.files[split]} for {split} rows; "
-                f"it has {_some(listed)}; {_OFFER}"
+                f"it has {_some(listed)}; mend the declaration"
             )
     try:
         wanted = sorted({name for found in names.values() for name in found})
