@@ -168,3 +168,31 @@ def _table(result: ProbeBench) -> Table:
         index = f"{arm.index_bytes / 1e6:.1f}" if arm.points else "-"
         table.add_row(name, f"{arm.seconds:.3f}", f"{arm.ratio:.2f}", peak, str(arm.points or "-"), index)
     return table
+
+
+@app.command("merges")
+def merges(
+    seed: Annotated[int, typer.Option(help="Of the model, the adapters and what is dropped.", min=0)] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Every way of combining adapters beside PEFT's own, on a small random model: the largest difference of a logit.
+
+    Example: `logo bench merges`
+    """
+    from logo.bench.merges import SIZES, WEIGHTS, compare_merges
+
+    compared = compare_merges(seed=seed)
+    if json:
+        print_json([row.as_dict() for row in compared])
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("merge", "in PEFT", "max difference", "largest logit", "from Σ w s B A"):
+        table.add_column(heading, justify="left" if heading in ("merge", "in PEFT") else "right")
+    for row in compared:
+        exact = "-" if row.from_exact is None else f"{row.from_exact:.2g}"
+        table.add_row(row.kind, row.peft, f"{row.difference:.1e}", f"{row.logit:.2f}", exact)
+    out.print(table)
+    note(
+        f"float32 · a random Llama of {SIZES.layers} layers, {len(WEIGHTS)} adapters of rank {SIZES.rank}, weights "
+        f"{', '.join(map(str, WEIGHTS))} · last column: how far ΔW is from the weighted sum of what the adapters do"
+    )

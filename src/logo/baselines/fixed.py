@@ -1,0 +1,157 @@
+"""Methods that look at no prompt: the bounds that any way of selecting lies between, and Arrow, which looks later."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
+from logo.engine import LoGo
+from logo.errors import DataError, UsageError, closest
+from logo.selection import Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSelector(Method):
+    """LoGo: what the engine's own signal selects for each prompt."""
+
+    name: ClassVar[str] = "logo"
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        return Prepared(lambda prompts, batch_size: logo.select(prompts, batch_size=batch_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base(Method):
+    """The base model alone."""
+
+    name: ClassVar[str] = "base"
+
+    @property
+    def picks(self) -> int:
+        return 0
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        return Prepared(same_for_all({}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Method):
+    """The whole pool, all adapters with the same weight."""
+
+    name: ClassVar[str] = "uniform"
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        return Prepared(same_for_all(dict.fromkeys(logo.names, 1 / len(logo.names))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Method):
+    """k adapters drawn for each prompt, with the same weight.
+
+    The draw depends on the seed and the prompt's text alone, not on what was asked before.
+    """
+
+    name: ClassVar[str] = "random"
+
+    k: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("k", self.k)
+
+    @property
+    def picks(self) -> int:
+        return self.k
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        names = logo.names
+        k = min(self.k, len(names))
+
+        def draw(prompt: str) -> Selection:
+            chosen = random.Random(f"{self.seed} {prompt}").sample(names, k)
+            return ranked(dict.fromkeys(chosen, 1 / k))
+
+        return Prepared(lambda prompts, batch_size: [draw(prompt) for prompt in prompts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Method):
+    """The right adapter alone: the one that a row names, else the one that is called like the dataset."""
+
+    name: ClassVar[str] = "oracle"
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompts"})
+
+    @property
+    def picks(self) -> int:
+        return 1
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        named = _named_by_rows(task, logo.names)
+        unnamed = len(set(task.prompts)) - len(named)
+        whole = None if named and not unnamed else _called_like(task.name, logo.names)
+        if whole is None and (unnamed or not named):
+            sub = task.name.partition(".")[2] or task.name
+            raise DataError(
+                f"oracle: dataset {task.name!r}: {unnamed} rows name no adapter, and the pool has none called "
+                f"{task.name!r} or {sub!r}{closest(sub, logo.names)}; put an 'adapter' field into the rows"
+            )
+
+        def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
+            return [ranked({_found(named.get(prompt, whole), task): 1.0}) for prompt in prompts]
+
+        return Prepared(select, {"adapter": whole} if whole else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrow(Method):
+    """Arrow (arXiv 2405.11157): the whole pool, routed for every token on every module; see `logo.mixing.arrow`."""
+
+    name: ClassVar[str] = "arrow"
+    own_merge: ClassVar[str] = "arrow"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge not in (None, "arrow"):
+            raise UsageError(f"method 'arrow' routes tokens and merges nothing: leave out merge {self.merge!r}")
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        return Prepared(same_for_all(dict.fromkeys(logo.names, 1 / len(logo.names))))
+
+
+def _named_by_rows(task: Task, names: Sequence[str]) -> dict[str, str]:
+    """Prompt -> adapter, for the rows that name one."""
+    named: dict[str, str] = {}
+    for number, (prompt, adapter) in enumerate(zip(task.prompts, task.adapters, strict=False), start=1):
+        if adapter is None:
+            continue
+        if adapter not in names:
+            raise DataError(
+                f"oracle: dataset {task.name!r}: row {number} names adapter {adapter!r}, which the pool does not have"
+                f"{closest(adapter, names)}"
+            )
+        if named.setdefault(prompt, adapter) != adapter:
+            raise DataError(
+                f"oracle: dataset {task.name!r}: row {number} names adapter {adapter!r}, but an earlier row with the "
+                f"same context names {named[prompt]!r}"
+            )
+    return named
+
+
+def _called_like(dataset: str, names: Sequence[str]) -> str | None:
+    """The adapter with the dataset's name, or the name of its sub-folder, whole or as the last part of a path."""
+    for wanted in (dataset, dataset.partition(".")[2]):
+        if wanted in names:
+            return wanted
+        ending = [name for name in names if wanted and name.endswith(f"/{wanted}")]
+        if len(ending) == 1:
+            return ending[0]
+    return None
+
+
+def _found(adapter: str | None, task: Task) -> str:
+    if adapter is None:
+        raise UsageError(f"oracle: this prompt is not one of dataset {task.name!r}, so no row names its adapter")
+    return adapter

@@ -1,0 +1,149 @@
+"""Methods that learn from a few labelled rows: the best adapter of a dataset, and LoraHub's weights for it."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from logo.baselines.method import Example, Method, Need, Prepared, Task, check_count, same_for_all
+from logo.engine import LoGo
+from logo.errors import DataError, UsageError
+from logo.scoring import Scored
+
+# Adapters whose tensors are in memory together while each is tried alone.
+_TOGETHER = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestSingle(Method):
+    """The adapter that does best on train rows of the dataset: most exact matches, then the least surprise.
+
+    Attributes:
+        rows: labelled rows to try on, drawn from the train rows with the seed; all, where there are fewer.
+    """
+
+    name: ClassVar[str] = "best-single"
+    needs: ClassVar[frozenset[Need]] = frozenset({"train"})
+
+    rows: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("train rows", self.rows)
+
+    @property
+    def picks(self) -> int:
+        return 1
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        rows = labelled(self.name, task, self.rows, self.seed)
+        table: dict[str, tuple[float, float]] = {}
+        for start in range(0, len(logo.names), _TOGETHER):
+            names = logo.names[start : start + _TOGETHER]
+            alone = [{name: 1.0} for name in names]
+            scored = [_score(logo, task, row, alone) for row in rows]
+            for i, name in enumerate(names):
+                column = [row[i] for row in scored]
+                matches = sum(value.exact_match for value in column) / len(column)
+                table[name] = matches, sum(value.nll for value in column) / len(column)
+        best = min(table, key=lambda name: (-table[name][0], table[name][1]))
+        found = {name: {"exact_match": matches, "nll": nll} for name, (matches, nll) in table.items()}
+        return Prepared(same_for_all({best: 1.0}), {"adapter": best, "rows": len(rows), "table": found})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraHub(Method):
+    """LoraHub (arXiv 2307.13269): random adapters, weights for the dataset found on a few rows without gradients.
+
+    Minimises the mean loss of the rows' tokens plus `penalty · mean |w|`, by nevergrad's NGOpt from all zeros. A and B
+    are summed apart from each other, as the state dicts are there.
+
+    Attributes:
+        k: adapters drawn from the pool with the seed.
+        rows: labelled rows, drawn from the train rows with the seed.
+        budget: mixtures that are tried.
+        penalty: see above.
+        bound: weights lie between `-bound` and `bound`.
+    """
+
+    name: ClassVar[str] = "lorahub"
+    needs: ClassVar[frozenset[Need]] = frozenset({"train"})
+    own_merge: ClassVar[str] = "fusion"
+
+    k: int = 20
+    rows: int = 5
+    budget: int = 40
+    penalty: float = 0.05
+    bound: float = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, value in (("k", self.k), ("train rows", self.rows), ("lorahub budget", self.budget)):
+            check_count(option, value)
+
+    @property
+    def picks(self) -> int:
+        return self.k
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        rows = labelled(self.name, task, self.rows, self.seed)
+        names = sorted(random.Random(self.seed).sample(logo.names, min(self.k, len(logo.names))))
+
+        def loss(weights: Sequence[float]) -> float:
+            mixture = dict(zip(names, weights, strict=True))
+            scored = [_score(logo, task, row, [mixture])[0] for row in rows]
+            surprise = sum(value.nll * value.tokens for value in scored) / sum(value.tokens for value in scored)
+            return surprise + self.penalty * sum(map(abs, weights)) / len(weights)
+
+        weights, found = minimise(loss, len(names), self.budget, self.bound, self.seed)
+        mixture = {name: weight for name, weight in zip(names, weights, strict=True) if weight}
+        record = {"seed": self.seed, "rows": len(rows), "budget": self.budget, "loss": found, "drawn": names}
+        return Prepared(same_for_all(mixture), record | {"weights": dict(zip(names, weights, strict=True))})
+
+
+def labelled(method: str, task: Task, count: int, seed: int) -> list[Example]:
+    """So many of the train rows, drawn with the seed.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not task.train:
+        main, _, sub = task.name.partition(".")
+        raise DataError(
+            f"method {method!r} learns from labelled rows, but dataset {task.name!r} has no train rows: expected a "
+            f"file {main}/{sub}/train.jsonl in the data folder"
+        )
+    return random.Random(seed).sample(list(task.train), min(count, len(task.train)))
+
+
+def minimise(
+    loss: Callable[[Sequence[float]], float], size: int, budget: int, bound: float, seed: int
+) -> tuple[list[float], float]:
+    """The weights that nevergrad's NGOpt recommends after so many trials, and their loss.
+
+    Raises:
+        UsageError: nevergrad is not installed.
+    """
+    try:
+        import nevergrad
+    except ImportError:
+        raise UsageError("method 'lorahub' needs nevergrad: install lora-on-the-go[eval]") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own choice of optimisers
+        space: Any = nevergrad.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
+        space.random_state.seed(seed)
+        optimiser = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
+        found = optimiser.minimize(lambda weights: loss([float(w) for w in weights]))
+    weights = [float(w) for w in found.value]
+    return weights, loss(weights)
+
+
+def _score(logo: LoGo, task: Task, row: Example, mixtures: Sequence[dict[str, float]]) -> list[Scored]:
+    gold = row.completion if isinstance(row.completion, str) else row.completion[0]
+    try:
+        return logo.score(row.context, gold, mixtures)
+    except UsageError as error:
+        raise DataError(f"dataset {task.name!r}: a train row cannot be scored: {error}") from error

@@ -1,0 +1,174 @@
+"""`Method`: how adapters are chosen for the prompts of a dataset, and `Answering`, which answers with what it chooses.
+
+A method is a value: its options, and nothing that changes. What it finds out about a dataset, once, before the first
+prompt, is in the `Prepared` that it makes of a `Task`. Knows datasets only as texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from logo.engine import Generation, LoGo
+from logo.errors import UsageError
+from logo.mixing import Merge
+from logo.mixing.merges import MajoritySign
+from logo.selection import Selection
+
+Need = Literal["train", "prompts", "samples"]
+Select = Callable[[Sequence[str], int], list[Selection]]  # (prompts, batch size) -> one selection each
+
+
+class Example(Protocol):
+    """A labelled row; of several gold texts the first is used."""
+
+    @property
+    def context(self) -> str: ...
+    @property
+    def completion(self) -> str | tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset, as far as a method may look at it.
+
+    Attributes:
+        name: `main.sub`.
+        prompts: the contexts of all test rows, in dataset order; for methods that need `"prompts"`.
+        train: labelled rows that are not among them; for methods that need `"train"`.
+        adapters: the adapter that each test row names as its own, parallel to `prompts`; empty: none does.
+    """
+
+    name: str
+    prompts: Sequence[str] = ()
+    train: Sequence[Example] = ()
+    adapters: Sequence[str | None] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method that knows its dataset.
+
+    Attributes:
+        select: a selection for each prompt, the same one whatever prompts it is asked for together with.
+        record: what was found out, for JSON: weights, tables, seeds.
+    """
+
+    select: Select
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How adapters are chosen and combined. Each kind is a subclass with options of its own.
+
+    Attributes:
+        merge: how the chosen adapters are combined, a kind of `logo.mixing.merges`; None: as the method does itself.
+        density, majority_sign, arrow_top_k, arrow_temperature: see `logo.mixing.Merge`.
+        seed: of everything random. The same seed, dataset and pool always give the same selections.
+
+    Raises:
+        UsageError: an option that cannot be used.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What `prepare` looks at: labelled train rows, all test prompts, samples of what each adapter was made for."""
+    own_merge: ClassVar[str] = "mixture"
+
+    merge: str | None = None
+    density: float = 0.5
+    majority_sign: MajoritySign = "total"
+    arrow_top_k: int = 3
+    arrow_temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _ = self.merging  # refuses what cannot be used
+
+    @property
+    def merging(self) -> Merge:
+        """How the chosen adapters are combined."""
+        return Merge(
+            self.merge or self.own_merge,
+            self.density,
+            self.majority_sign,
+            self.seed,
+            self.arrow_top_k,
+            self.arrow_temperature,
+        )
+
+    @property
+    def picks(self) -> int | None:
+        """Adapters per prompt at most; None where the pool, the data or the engine decides."""
+        return None
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        """Finds out what has to be known about a dataset before its first prompt.
+
+        Args:
+            logo: its `merge` is this method's `merging`; see `Answering`.
+
+        Raises:
+            UsageError, DataError: the task or an option lacks what the method needs.
+        """
+        raise NotImplementedError
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name and options for JSON."""
+        return {"method": self.name, **dataclasses.asdict(self), "merge": self.merging.kind}
+
+
+class Answering:
+    """An engine for one dataset: selects by a method and answers with what it selects.
+
+    Attributes:
+        record: what the method found out about the dataset, for JSON.
+
+    Args:
+        logo: its `merge` becomes the method's.
+        method: prepared for the task at once.
+        **options: of `LoGo.generate`, for every prompt.
+    """
+
+    def __init__(self, logo: LoGo, method: Method, task: Task, **options: Any) -> None:
+        logo.merge = method.merging
+        self._logo = logo
+        self._prepared = method.prepare(logo, task)
+        self._options = options
+        self.record = self._prepared.record
+
+    def select(self, prompts: Sequence[str], batch_size: int = 8) -> list[Selection]:
+        """One selection for each prompt."""
+        return self._prepared.select(prompts, batch_size)
+
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[Generation]:
+        """One answer for each prompt; its seconds of `"probe"` are its share of the time that selecting took."""
+        started = time.perf_counter()
+        selections = self.select(prompts, batch_size)
+        probe = (time.perf_counter() - started) / max(1, len(prompts))
+        answers = self._logo.generate(
+            list(prompts), adapters=selections, max_new_tokens=max_new_tokens, batch_size=batch_size, **self._options
+        )
+        return [dataclasses.replace(answer, seconds={**answer.seconds, "probe": probe}) for answer in answers]
+
+
+def same_for_all(weights: dict[str, float], scores: dict[str, float] | None = None) -> Select:
+    """One selection, best first, for every prompt."""
+    selection = ranked(weights, scores)
+    return lambda prompts, batch_size: [selection] * len(prompts)
+
+
+def ranked(weights: dict[str, float], scores: dict[str, float] | None = None) -> Selection:
+    """The selection with these weights, highest first, ties in their order."""
+    order = sorted(weights, key=lambda name: -weights[name])
+    return Selection(tuple(order), tuple(weights[name] for name in order), dict(scores or {}))
+
+
+def check_count(option: str, value: int) -> None:
+    """Raises UsageError unless it is 1 or more."""
+    if value < 1:
+        raise UsageError(f"{option}: expected 1 or more, found {value}")

@@ -1,0 +1,141 @@
+"""Methods that compare texts: the prompt with samples of what each adapter was made for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from logo.baselines.embedding import DEFAULT_MODEL, embed
+from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
+from logo.engine import LoGo
+from logo.errors import DataError, UsageError
+from logo.selection import Selection
+
+Variant = Literal["mixture", "fusion", "selection"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(Method):
+    """What both methods share.
+
+    Attributes:
+        samples: adapter name -> inputs of the kind it was made for.
+        embedding_model: a Hub id or a folder of sentence-transformers.
+        instruction: put before every text, prompts and samples alike.
+        k: adapters that are mixed.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"samples"})
+
+    samples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    embedding_model: str = DEFAULT_MODEL
+    instruction: str = ""
+    k: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("k", self.k)
+
+    @property
+    def picks(self) -> int:
+        return self.k
+
+    def as_dict(self) -> dict[str, Any]:
+        counts = {name: len(texts) for name, texts in self.samples.items()}
+        return {**super().as_dict(), "samples": counts}
+
+    def vectors(self, logo: LoGo) -> Tensor:
+        """(pool, d): the mean of the embeddings of each adapter's samples.
+
+        Raises:
+            DataError: an adapter has no samples.
+        """
+        lacking = [name for name in logo.names if not self.samples.get(name)]
+        if lacking:
+            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+            raise DataError(
+                f"method {self.name!r} knows adapters by samples of their inputs, and there are none for "
+                f"{', '.join(lacking[:5])}{more}: expected a folder (--adapter-samples DIR) with NAME.jsonl for each"
+            )
+        texts = tuple(tuple(self.samples[name]) for name in logo.names)
+        return _means(texts, self.embedding_model, self.instruction, str(logo.model.device))
+
+    def embedded(self, logo: LoGo, prompts: Sequence[str]) -> Tensor:
+        """(prompts, d)."""
+        return embed(prompts, self.embedding_model, self.instruction, str(logo.model.device))
+
+    def closest(self, names: Sequence[str], similarities: Tensor) -> Selection:
+        """The k adapters of the highest similarities (pool,), alike in weight; ties to the earlier name."""
+        order = torch.sort(similarities, descending=True, stable=True).indices[: self.picks].tolist()
+        chosen = dict.fromkeys((names[i] for i in order), 1 / len(order))
+        return ranked(chosen, dict(zip(names, similarities.tolist(), strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRetriever(Retrieval):
+    """LoraRetriever (arXiv 2402.09997): for each prompt, the adapters whose samples are most like it.
+
+    Attributes:
+        variant: `mixture` of the k outputs, `fusion` of the k adapters' factors, or `selection` of the best one.
+    """
+
+    name: ClassVar[str] = "loraretriever"
+
+    variant: Variant = "mixture"
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("mixture", "fusion", "selection"):
+            raise UsageError(f"variant: expected 'mixture', 'fusion' or 'selection', found {self.variant!r}")
+        if self.merge is None and self.variant == "fusion":
+            object.__setattr__(self, "merge", "fusion")
+        super().__post_init__()
+
+    @property
+    def picks(self) -> int:
+        return 1 if self.variant == "selection" else self.k
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        vectors, names = self.vectors(logo), logo.names
+
+        def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
+            # The inner product with the mean itself: an adapter of many kinds of input is far from any one of them.
+            return [self.closest(names, similarities) for similarities in self.embedded(logo, prompts) @ vectors.T]
+
+        return Prepared(select, {"embedding_model": self.embedding_model})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSoup(Retrieval):
+    """AdapterSoup (arXiv 2302.07027), by similarity of text: one set of adapters for all prompts of a dataset.
+
+    The mean embedding of the test prompts is compared with each adapter's, by the angle between them, and what the
+    closest adapters do is averaged. The paper averages the adapters themselves, which for LoRA is `merge="fusion"`.
+    """
+
+    name: ClassVar[str] = "adaptersoup"
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompts", "samples"})
+
+    k: int = 5
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        if not task.prompts:
+            raise DataError(f"method {self.name!r}: dataset {task.name!r} has no prompts to compare adapters with")
+        vectors = self.vectors(logo)
+        wanted = self.embedded(logo, task.prompts).mean(dim=0)
+        similarities = torch.nn.functional.cosine_similarity(vectors, wanted[None])
+        selection = self.closest(logo.names, similarities)
+        record = {"embedding_model": self.embedding_model, "adapters": list(selection.adapters)}
+        return Prepared(same_for_all(selection.mixture, selection.scores), record)
+
+
+@functools.lru_cache(maxsize=2)
+def _means(texts: tuple[tuple[str, ...], ...], model: str, instruction: str, device: str) -> Tensor:
+    """Of every group of texts; kept, because all datasets of a run ask for those of one pool."""
+    vectors = embed([text for group in texts for text in group], model, instruction, device)
+    parts = torch.split(vectors, [len(group) for group in texts])
+    return torch.stack([part.mean(dim=0) for part in parts])

@@ -1,0 +1,146 @@
+"""Options that say which method selects adapters and how they are combined, and the `Method` they describe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from logo.cli.options import Choice
+
+if TYPE_CHECKING:
+    from logo.baselines import Method
+
+METHOD = "Method"
+DEFAULT_EMBEDDING = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class Sign(Choice):
+    TOTAL = "total"
+    FREQUENCY = "frequency"
+
+
+class Variant(Choice):
+    MIXTURE = "mixture"
+    FUSION = "fusion"
+    SELECTION = "selection"
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Which method, and its own options; those of other methods are not looked at."""
+
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Who selects: `logo`, `base`, `uniform`, `random`, `oracle`, `best-single`, `lorahub`, "
+            "`loraretriever`, `adaptersoup` or `arrow`.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "logo"
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            help="How what is selected is combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
+            "`dare_ties` or `arrow`.",
+            show_default="the method's: mixture; lorahub: fusion",
+            rich_help_panel=METHOD,
+        ),
+    ] = None
+    merge_density: Annotated[
+        float, typer.Option(help="Share of entries that `ties` and `dare` keep.", rich_help_panel=METHOD)
+    ] = 0.5
+    merge_sign: Annotated[
+        Sign,
+        typer.Option(help="Majority of `ties`: of the sum, or of the number of adapters.", rich_help_panel=METHOD),
+    ] = Sign.TOTAL
+    arrow_top_k: Annotated[
+        int, typer.Option(help="Adapters per token and module of `arrow`.", rich_help_panel=METHOD)
+    ] = 3
+    arrow_temperature: Annotated[float, typer.Option(help="Of the softmax of `arrow`.", rich_help_panel=METHOD)] = 1.0
+    train_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Labelled rows of train.jsonl to learn from.",
+            show_default="best-single: 16; lorahub: 5",
+            rich_help_panel=METHOD,
+        ),
+    ] = None
+    lorahub_budget: Annotated[
+        int, typer.Option(help="Mixtures that `lorahub` tries per dataset.", rich_help_panel=METHOD)
+    ] = 40
+    retriever_variant: Annotated[
+        Variant,
+        typer.Option(
+            help="`loraretriever`: mix the k closest adapters, fuse their factors, or take the closest.",
+            rich_help_panel=METHOD,
+        ),
+    ] = Variant.MIXTURE
+    adapter_samples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of NAME.jsonl: rows of the kind that adapter NAME was made for, for `loraretriever` and "
+            "`adaptersoup`.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None
+    samples_per_adapter: Annotated[
+        int, typer.Option(help="First rows of each of these files to read.", rich_help_panel=METHOD)
+    ] = 20
+    embedding_model: Annotated[
+        str,
+        typer.Option(help="Any sentence-transformers model: a folder or a Hub id.", rich_help_panel=METHOD),
+    ] = DEFAULT_EMBEDDING
+    embedding_instruction: Annotated[
+        str, typer.Option(help="Put before every text that is embedded.", rich_help_panel=METHOD)
+    ] = ""
+
+
+def make_method(options: MethodOptions, *, k: int | None = None, seed: int = 0) -> Method:
+    """The method that the options describe; reads the adapters' samples where the method asks for them.
+
+    Args:
+        k: adapters per prompt, where the user asked for a number; None: the method's own.
+        seed: of everything random in it.
+
+    Raises:
+        UsageError: a method or merge that does not exist, or an option out of range.
+        DataError: the samples are needed but cannot be used.
+    """
+    from logo.baselines import get_method
+    from logo.baselines.registry import method_class
+
+    kind = method_class(options.method)
+    given: dict[str, Any] = {
+        "merge": options.merge,
+        "density": options.merge_density,
+        "majority_sign": options.merge_sign.value,
+        "arrow_top_k": options.arrow_top_k,
+        "arrow_temperature": options.arrow_temperature,
+        "seed": seed,
+        "budget": options.lorahub_budget,
+        "variant": options.retriever_variant.value,
+        "embedding_model": options.embedding_model,
+        "instruction": options.embedding_instruction,
+    }
+    given |= {name: value for name, value in (("k", k), ("rows", options.train_rows)) if value is not None}
+    known = {field.name for field in fields(kind)}
+    if "samples" in known:
+        given["samples"] = _samples(options)
+    return get_method(options.method, **{name: value for name, value in given.items() if name in known})
+
+
+def _samples(options: MethodOptions) -> dict[str, tuple[str, ...]]:
+    from logo.errors import UsageError
+    from logo.evaluation.study import find_tasks
+
+    if options.adapter_samples is None:
+        raise UsageError(
+            f"--method {options.method} compares prompts with samples of what each adapter was made for: "
+            "expected --adapter-samples DIR with NAME.jsonl for every adapter"
+        )
+    tasks = find_tasks(options.adapter_samples, limit=options.samples_per_adapter)
+    return {task.name: tuple(row.context for row in task.rows) for task in tasks}
