@@ -58,25 +58,27 @@ def pool(model: nn.Module, folder: Path, count: int = 4, names: tuple[str, ...] 
 def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     """Computed the long way: every text alone through the whole model, ΔW whole, whitening as a matrix."""
     logo = engine(llama, pool(llama, tmp_path), probe_points=["0.q_proj", "1.v_proj", "1.q_proj"])
-    texts = logo.prompts.texts([*NEUTRAL, PROMPTS[2]])
+    texts = logo.prompts.texts([*NEUTRAL, *REQUESTS, PROMPTS[2]])
+    neutral = slice(len(NEUTRAL))
     expected = []
     for adapter in logo.pool.fit(logo._layout):
         per_point = []
         for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"):
             hidden = [inputs(llama, path, row)[1:] for row in texts]  # without the first token, bos
-            whitening = Whitening.of(torch.cat(hidden[:-1]))
+            whitening = Whitening.of(torch.cat(hidden[neutral]))
             matrix = whitening.fold(torch.eye(32))
             weights = adapter.read([path])[path]
             delta = weights.scaled_b() @ weights.A
             responses = torch.stack(
                 [((h - whitening.mean) @ matrix @ delta.T).norm(dim=1).mean().log() for h in hidden]
             )
-            neutral = responses[:-1]
-            per_point.append((responses[-1] - neutral.mean()) / neutral.std())
-        expected.append(per_point)
+            per_point.append((responses - responses[neutral].mean()) / responses[neutral].std())
+        expected.append(torch.stack(per_point).mean(dim=0))
     two = engine(llama, tmp_path, probe_points=["0.q_proj", "1.v_proj"])
     scores = two.select(PROMPTS[2]).scores
-    wanted = torch.tensor(expected).mean(dim=1)
+    mean_z = torch.stack(expected)  # (adapters, texts)
+    swing = mean_z[:, :-1].std(dim=1)
+    wanted = mean_z[:, -1] * (swing.median() / swing).clamp(max=1)
     assert torch.tensor(list(scores.values())).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 
 

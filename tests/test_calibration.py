@@ -36,21 +36,51 @@ def test_size_does_not_count(size: tuple[int, int, int], seed: int, shift: float
     torch.testing.assert_close(Baseline.of(neutral + moved).scores(prompts + moved), plain, atol=2e-3, rtol=1e-3)
 
 
-def test_scores_are_the_mean_z_over_points() -> None:
+def test_scores_are_the_mean_z_over_points_by_what_it_can_be_trusted() -> None:
     neutral, prompts = responses((3, 4, 50)), responses((3, 4, 5), 1)
     z = (prompts - neutral.mean(2, keepdim=True)) / neutral.std(2, keepdim=True)
-    torch.testing.assert_close(Baseline.of(neutral).scores(prompts), z.mean(dim=1).T)
+    baseline = Baseline.of(neutral)
+    torch.testing.assert_close(baseline.scores(prompts), z.mean(dim=1).T * baseline.trust)
+
+
+@given(SIZES.filter(lambda size: size[2] > 2), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_trust_only_takes_away(size: tuple[int, int, int], seed: int) -> None:
+    """Nobody gains by having been quiet; at least half of the adapters keep their scores."""
+    trust = Baseline.of(responses(size, seed), responses((*size[:2], 9), seed + 100)).trust
+    assert ((trust > 0) & (trust <= 1)).all()
+    assert 2 * int((trust == 1).sum()) >= size[0]
+
+
+def test_an_adapter_that_every_request_excites_must_stand_out_further() -> None:
+    neutral, requests, prompts = responses((8, 4, 60)), responses((8, 4, 40), 1), responses((8, 4, 2000), 2)
+    common = 3 * responses((40,), 3)
+    requests[0] += common  # not what it was trained for: whatever is not neutral text
+    prompts[0] += 3 * responses((2000,), 4)
+    wins = Baseline.of(neutral, requests).scores(prompts).argmax(dim=1).bincount(minlength=8) / 2000
+    without = Baseline.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=8) / 2000
+    assert wins[0] < 0.7 * without[0]
+
+
+def test_a_request_that_overflowed_silences_its_adapter_and_no_other() -> None:
+    neutral, requests, prompts = responses((4, 2, 30)), responses((4, 2, 20), 1), responses((4, 2, 5), 2)
+    requests[3, :, 7] = torch.nan
+    scores = Baseline.of(neutral, requests).scores(prompts)
+    assert scores.isfinite().all()
+    assert (scores[:, 3] <= scores[:, :3].min(dim=1).values).all()
 
 
 @pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])
 def test_an_adapter_scores_over_the_points_it_has(nothing: float) -> None:
     neutral, prompts = responses((4, 3, 60)), responses((4, 3, 8), 1)
-    whole = Baseline.of(neutral).scores(prompts)
+    whole = Baseline.of(neutral)
     neutral[1, 0], prompts[1, 0] = nothing, nothing
     baseline = Baseline.of(neutral)
     scores = baseline.scores(prompts)
     assert scores.isfinite().all()
-    torch.testing.assert_close(scores[:, [0, 2, 3]], whole[:, [0, 2, 3]])
+    others = [0, 2, 3]
+    trusted = whole.trust[others] / baseline.trust[others]  # what is usual depends on who is heard everywhere
+    torch.testing.assert_close(scores[:, others] * trusted, whole.scores(prompts)[:, others])
     z = (prompts[1, 1:] - neutral[1, 1:].mean(1, keepdim=True)) / neutral[1, 1:].std(1, keepdim=True)
     torch.testing.assert_close(scores[:, 1], z.mean(dim=0) * baseline.trust[1])
     assert 0 < baseline.trust[1] < 1  # two points swing more than three

@@ -4,10 +4,11 @@ For adapter i, point p and text x with tokens t:
 
     a_ip(x) = log mean_t ‖ΔW_ip W_p (h_pt(x) - μ_p)‖        W, μ: see `logo.selection.whitening`
     z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
-    score_i(x) = mean over points of z_ip(x)
+    score_i(x) = trust_i · mean over points of z_ip(x)
 
-Raw norms say how large an adapter is; z says how much more than usual it responds. What is kept per adapter are the
-`a_ip` of the neutral texts and of some unlabelled requests: everything else follows from them, for any pool.
+Raw norms say how large an adapter is; z says how much more than usual it responds; trust says how much that means, for
+an adapter that every kind of request excites. What is kept per adapter are the `a_ip` of the neutral texts and of some
+unlabelled requests: everything else follows from them, for any pool.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Baseline:
         mean: (adapters, points).
         spread: (adapters, points), positive.
         heard: (adapters, points), bool: the adapter touches the point and responds there at all.
-        trust: (adapters,): below 1 for adapters heard at fewer points than others, see `scores`.
+        trust: (adapters,): below 1 for adapters whose mean z swings more than others' from text to text, see `scores`.
     """
 
     mean: Tensor
@@ -48,15 +49,21 @@ class Baseline:
     trust: Tensor
 
     @classmethod
-    def of(cls, responses: Tensor) -> Baseline:
-        """The baseline that these texts give: `a` (adapters, points, texts); -inf or NaN where there is no response."""
-        heard = responses.isfinite().all(dim=2)
-        known = torch.where(heard[:, :, None], responses, torch.zeros(()))
+    def of(cls, neutral: Tensor, requests: Tensor | None = None) -> Baseline:
+        """The baseline that these texts give: `a` (adapters, points, texts); -inf or NaN where there is no response.
+
+        Args:
+            neutral: gives mean and spread.
+            requests: other texts on which swings are measured too.
+        """
+        every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
+        heard = every.isfinite().all(dim=2)
+        known = torch.where(heard[:, :, None], neutral, torch.zeros(()))
         spread = known.std(dim=2)
         usual = torch.where(heard, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
         spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
         baseline = cls(known.mean(dim=2), spread, heard, torch.ones(len(known)))
-        return replace(baseline, trust=_trust(baseline._mean_z(responses), heard))
+        return replace(baseline, trust=_trust(baseline._mean_z(every), heard))
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter is not heard."""
@@ -66,9 +73,9 @@ class Baseline:
     def scores(self, responses: Tensor) -> Tensor:
         """(rows, adapters) of `a` (adapters, points, rows): the mean of z over the points where an adapter is heard.
 
-        A mean over fewer points swings more, on neutral text too. An adapter that is heard at fewer points than others
-        is scaled by how much less steady its mean is, so that it must stand out as clearly as they. One that is heard
-        nowhere scores as the least of the others.
+        Some adapters respond to everything that is not neutral text, and a mean over fewer points swings more. An
+        adapter whose mean swings more than others' over all texts that it was heard on is scaled down by that, so that
+        it must stand out as clearly as they. One that is heard nowhere scores as the least of the others.
         """
         scores = (self._mean_z(responses) * self.trust[:, None]).T  # (rows, adapters)
         silent = ~self.heard.any(dim=1)
@@ -82,13 +89,11 @@ class Baseline:
 
 
 def _trust(mean_z: Tensor, heard: Tensor) -> Tensor:
-    """(adapters,): of `mean_z` (adapters, neutral texts), how steady it is beside that of fully heard adapters."""
+    """(adapters,): of `mean_z` (adapters, texts), how steady it is beside the usual adapter heard at all points."""
     swing = mean_z.std(dim=1)
     points = heard.sum(dim=1)
-    full = points == points.max()
-    usual = swing[full].median()
-    trust = (usual / swing.clamp_min(1e-6)).clamp(max=1.0)
-    return torch.where(full, torch.ones(()), trust)
+    usual = swing[points == points.max()].median().clamp_min(_LEAST_SPREAD)
+    return (usual / swing.clamp_min(1e-6)).clamp(max=1.0)
 
 
 def contrast(neutral: Tensor, requests: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class Calibrated:
         points: where prompts are read, best first.
         ranking: every candidate with its contrast, best first; empty where the points were given.
         neutral: `a` (adapters, points, neutral texts); NaN where an adapter does not touch a point.
+        requests: the same of the requests; none of them where the signal listens to neutral texts only.
         whitenings: module path -> whitening; empty where the signal uses none.
         file: where the choice was written down.
         listened: how many adapters were not known yet.
@@ -62,6 +63,7 @@ class Calibrated:
     points: tuple[Point, ...]
     ranking: tuple[tuple[Point, float], ...]
     neutral: Tensor
+    requests: Tensor
     whitenings: dict[str, Whitening]
     file: Path | None
     listened: int
@@ -104,7 +106,7 @@ def calibrate(
         model: the base model, with no adapter active.
         adapters: those that are scored, in pool order.
         planned: where to read.
-        texts: neutral texts, and requests where points are to be chosen.
+        texts: neutral texts, and requests for signals that listen to them.
         settings: for signal and cache folder.
     """
     started = time.perf_counter()
@@ -136,7 +138,8 @@ def calibrate(
         else None
     )
     listened = len(heard.responses)
-    return Calibrated(points, ranking, neutral[:, chosen], whitenings, file, listened, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Calibrated(points, ranking, neutral[:, chosen], requests[:, chosen], whitenings, file, listened, seconds)
 
 
 def _table(

@@ -33,7 +33,7 @@ from logo.selection.settings import SelectionSettings
 from logo.selection.store import key_of
 
 # Changes when what is kept means something else.
-_FORMAT = 1
+_FORMAT = 2
 # Pools change, and the indices of those that are gone are of no use to anyone.
 _MOST_FILES = 16
 
@@ -129,6 +129,7 @@ def _keep(cache: Path, name: str, pool: IndexedPool) -> None:
             tensors[f"{i}.offset"] = index.offset
     if pool.calibrated is not None:
         tensors["neutral"] = pool.calibrated.neutral.contiguous()
+        tensors["requests"] = pool.calibrated.requests.contiguous()
         about["ranking"] = [(point.module, value) for point, value in pool.calibrated.ranking]
         about["file"] = None if pool.calibrated.file is None else str(pool.calibrated.file)
 
@@ -168,8 +169,9 @@ def _load(
             if "neutral" in names:
                 ranking = tuple((candidates[module], value) for module, value in about["ranking"])
                 written_down = None if about["file"] is None else Path(about["file"])
-                neutral, spent = kept.get_tensor("neutral"), time.perf_counter() - started
-                calibrated = Calibrated(tuple(points), ranking, neutral, {}, written_down, 0, spent)
+                heard = kept.get_tensor("neutral"), kept.get_tensor("requests")
+                spent = time.perf_counter() - started
+                calibrated = Calibrated(tuple(points), ranking, *heard, {}, written_down, 0, spent)
         file.touch()  # used again
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         warnings.warn(f"{file} is damaged and computed anew: {error}", UserWarning, stacklevel=2)

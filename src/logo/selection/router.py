@@ -64,7 +64,7 @@ class Router:
         adapters = [pool[name] for name in self.names]
         texts = None
         if signal.scale != "raw":
-            requests = encode(settings.calibration_prompts or REQUESTS) if planned.count else []
+            requests = encode(settings.calibration_prompts or REQUESTS) if signal.chosen else []
             texts = Texts(encode(NEUTRAL), requests, bos)
         earlier = None if before is None else before._indexed
         indexed = IndexedPool.of(model, adapters, planned, texts, settings, earlier)
@@ -82,7 +82,7 @@ class Router:
         self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
         # (adapters, points, texts): what a running baseline is computed from
         self._remembered = self.calibrated.neutral if self.calibrated and settings.baseline == "running" else None
-        self._baseline = None if self.calibrated is None else Baseline.of(self.calibrated.neutral)
+        self._baseline = self._of_calibration()
         if signal.input == "residual":
             self._check_widths(model)
 
@@ -112,8 +112,14 @@ class Router:
             # A prompt that overflowed is an error of its own and must not silence adapters for those to come.
             usable = responses[:, :, (responses.isfinite() | ~self._baseline.heard[:, :, None]).all(dim=0).all(dim=0)]
             self._remembered = torch.cat([self._remembered, usable], dim=2)[:, :, -_REMEMBERED:]
-            self._baseline = Baseline.of(self._remembered)
+            self._baseline = self._of_calibration()
         return scores
+
+    def _of_calibration(self) -> Baseline | None:
+        if self.calibrated is None:
+            return None
+        texts = self.calibrated.neutral if self._remembered is None else self._remembered
+        return Baseline.of(texts, self.calibrated.requests)
 
     @property
     def indices(self) -> tuple[ScoringIndex, ...]:
