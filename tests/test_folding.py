@@ -115,7 +115,7 @@ def test_folding_pays_for_long_answers_and_not_for_short_ones(
     llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logo = engine(llama, adapters)
-    stacks = logo._mixer._working_set(logo._fitted, logo.names[:3])
+    stacks = working_set(llama, [logo.pool[name] for name in logo.names[:3]])
     # Folding takes what ten passes over the factors take.
     fold = sum(len(s.A) * s.A.shape[1] * len(s.B) for s in stacks.stacks.values())
     gates = sum(len(s.A) * (s.A.shape[1] + len(s.B)) for s in stacks.stacks.values())
@@ -129,7 +129,7 @@ def test_folding_pays_for_long_answers_and_not_for_short_ones(
 
 def test_costs_are_measured_on_the_real_modules(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
-    stacks = logo._mixer._working_set(logo._fitted, logo.names[:3])
+    stacks = working_set(llama, [logo.pool[name] for name in logo.names[:3]])
     measured = Costs(dict(linear_modules(llama)))._measured(stacks)
     assert min(measured.fold, measured.few, measured.many) > 0
     assert Mixer(llama, torch.float32, 10**9)._folds(stacks, None) is False  # nothing is known about the work

@@ -85,7 +85,8 @@ def peft_logits(model: peft.PeftMixedModel, weights: dict[str, float], ids: Tens
 def working_set(base: nn.Module, adapters: list[Adapter]) -> WorkingSet:
     layout = BaseLayout.of(base)
     fitted = [adapter.fit(layout) for adapter in adapters]
-    return WorkingSet.build(fitted, dict(linear_modules(base)), AdapterCache(10**9), torch.float32)
+    names, weights = [a.name for a in fitted], [a.read() for a in fitted]
+    return WorkingSet.of(names, weights, dict(linear_modules(base)), torch.float32)
 
 
 @settings(

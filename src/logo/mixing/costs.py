@@ -15,25 +15,11 @@ from torch import nn
 
 from logo.mixing.folding import fold
 from logo.mixing.gated import Gates, low_rank
+from logo.mixing.work import Work
 from logo.mixing.working_set import Stack, WorkingSet
 
 # Tokens at which gates are timed: one decoding step of one row, and enough to keep the processor busy.
 _FEW, _MANY = 1, 64
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a mixture is going to be used for.
-
-    Attributes:
-        prompt: tokens that are read in one pass, over all rows.
-        rows: sequences that are decoded together.
-        steps: decoding steps to be expected.
-    """
-
-    prompt: int
-    rows: int
-    steps: float
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logo.mixing.groups import GroupedMixture, GroupedStack
 from logo.mixing.working_set import Stack, WorkingSet
 
-# Tokens per row from which a row is better off with the factors of its own adapters alone, gathered for it.
-_LONG = 8
 # Tokens for which products with the factors on the left are faster on a CPU (measured: 20 to 30 % at 16 to 256).
 _FEW, _MANY = 12, 256
 
@@ -41,9 +40,6 @@ class Gates:
         self.per_token = per_token
         self._expanded: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
         self._turned: dict[tuple[int, torch.Size, torch.device, torch.dtype], Tensor] = {}
-        self._own: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        # Less than half of the working set in every row: what prompts have when many of them share a batch.
-        self.sparse = len(weights) > 1 and not per_token and 2 * int((weights != 0).sum(dim=1).max()) < weights.shape[1]
 
     def columns(self, owner: Tensor, like: Tensor) -> Tensor:
         """The gate `g` of one module, shaped to multiply `A x`.
@@ -68,15 +64,6 @@ class Gates:
         if key not in self._turned:
             self._turned[key] = self.columns(owner, like.new_empty((*lead, 0))).movedim(-1, 0).contiguous()
         return self._turned[key]
-
-    def own(self, stack: Stack) -> list[tuple[Tensor, Tensor]]:
-        """Per row of weights, the rank columns of the adapters it uses, and their gates."""
-        key = id(stack.owner)
-        if key not in self._own:
-            every = self.weights.to(stack.A.device, stack.A.dtype)[:, stack.owner]  # (rows, R)
-            columns = [gate.nonzero()[:, 0] for gate in every]
-            self._own[key] = [(found, gate[found]) for found, gate in zip(columns, every, strict=True)]
-        return self._own[key]
 
     def _repeated(self, owner: Tensor, count: int, like: Tensor) -> Tensor:
         # Stacks with the same columns share one owner tensor, which lives as long as the working set does.
@@ -112,14 +99,25 @@ class GatedLoRA:
             The live mixture, whose `gates` may be replaced between forward passes.
         """
         mixture = Mixture(gates if isinstance(gates, Gates) else Gates(gates))
-        handles = [
-            self.modules[path].register_forward_hook(mixture.hook(stack)) for path, stack in working_set.stacks.items()
-        ]
-        try:
+        with hooked(self.modules, {path: mixture.hook(stack) for path, stack in working_set.stacks.items()}):
             yield mixture
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    @contextmanager
+    def grouped(self, stacks: Mapping[str, GroupedStack], mixture: GroupedMixture) -> Iterator[None]:
+        """The same for rows in groups, each with its own adapters' factors."""
+        with hooked(self.modules, {path: mixture.hook(stack) for path, stack in stacks.items()}):
+            yield
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, Any]) -> Iterator[None]:
+    """Forward hooks on modules, by path, inside the block."""
+    handles = [modules[path].register_forward_hook(hook) for path, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Mixture:
@@ -140,8 +138,6 @@ class Mixture:
 def low_rank(x: Tensor, stack: Stack, gates: Gates) -> Tensor:
     """`B (g ⊙ (A x))` for `x` (..., d_in); returns (..., d_out) in the stack's dtype."""
     x = x.to(stack.A.dtype)
-    if gates.sparse and x.dim() == 3 and x.shape[1] >= _LONG:
-        return _row_by_row(x, stack, gates)
     if x.device.type != "cpu" or not _FEW <= x.numel() // x.shape[-1] <= _MANY:
         shrunk = torch.nn.functional.linear(x, stack.A)  # (..., R)
         return torch.nn.functional.linear(shrunk * gates.columns(stack.owner, shrunk), stack.B)  # (..., d_out)
@@ -150,17 +146,3 @@ def low_rank(x: Tensor, stack: Stack, gates: Gates) -> Tensor:
     turned = torch.mm(stack.A, x.reshape(-1, x.shape[-1]).T)  # (R, tokens)
     turned = (turned.view(-1, *lead) * gates.turned(stack.owner, lead, turned)).view(len(stack.A), -1)
     return torch.unflatten(torch.mm(stack.B, turned).T, 0, lead)
-
-
-def _row_by_row(x: Tensor, stack: Stack, gates: Gates) -> Tensor:
-    """The same for (rows, length, d_in), each row with its own adapters only."""
-    own = gates.own(stack)
-    if len(x) % len(own):
-        raise ValueError(f"gates for {len(own)} rows cannot serve a batch of {len(x)} rows")
-    result = torch.empty(*x.shape[:-1], len(stack.B), dtype=x.dtype, device=x.device)
-    copies = len(x) // len(own)
-    for r, (columns, gate) in enumerate(own):
-        part = slice(r * copies, (r + 1) * copies)
-        shrunk = torch.nn.functional.linear(x[part], stack.A[columns])  # (copies, length, its R)
-        torch.matmul(shrunk, (stack.B[:, columns] * gate).T, out=result[part])
-    return result

@@ -1,8 +1,8 @@
 """`Mixer`: names and weights per row, made into an active mixture on the model, folded or gated.
 
 Where adapters are to be combined in another way than the exact mixture, every distinct row of a batch becomes one
-adapter first, and that is folded or gated; or each token is routed. Keeps the working sets that were used last, so that
-a batch like the one before costs no stacking.
+adapter first, and that is folded or gated; or each token is routed. Keeps what was stacked last, so that a batch like
+the one before costs no stacking.
 """
 
 from __future__ import annotations
@@ -10,23 +10,29 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from logo.adapters.format import LoraWeights
 from logo.adapters.layout import linear_modules
 from logo.adapters.pool import AdapterPool
 from logo.mixing.adapter_cache import AdapterCache
 from logo.mixing.arrow import Arrow, Routing
-from logo.mixing.costs import Costs, Work
+from logo.mixing.costs import Costs
 from logo.mixing.folding import Folder, foldable
 from logo.mixing.gated import GatedLoRA, Gates
+from logo.mixing.groups import GroupedMixture, GroupedStack, Groups, cheapest, stacked
 from logo.mixing.merges import ARROW, Merge, merged
+from logo.mixing.work import Work
 from logo.mixing.working_set import WorkingSet
 
 # The pool's own (for probing with it active) and that of the batch at hand.
 _READY_SETS = 2
+# Tokens of a row where nothing is known about the work: one pass over some text.
+_A_PROMPT = 64
 
 EXACT = Merge()
 
@@ -59,7 +65,7 @@ class Mixer:
         self.merge = merge
         self._dtype = dtype
         self._cache = AdapterCache(cache_bytes)
-        self._sets: OrderedDict[Hashable, WorkingSet] = OrderedDict()
+        self._ready: OrderedDict[Hashable, Any] = OrderedDict()
 
     def active(
         self,
@@ -86,27 +92,32 @@ class Mixer:
         if not names:
             return nullcontext()
         if merge.exact or merge.kind == ARROW:
-            working_set = self._working_set(pool, names)
-            weights = torch.tensor([[row.get(name, 0.0) for name in names] for row in rows])
+            parts = _Parts.of(pool, names, rows, self._cache)
         else:
-            working_set, weights = self._merged(pool, names, rows, merge)
+            parts = _Parts.merged(pool, names, rows, merge, self._cache)
         if merge.kind == ARROW:
-            weights = (weights != 0).float()  # whether, not how much
-        shared = bool((weights == weights[0]).all())
-        weights = weights[:1] if shared else weights
-        if merge.kind == ARROW:
-            return self._arrow.active(working_set, weights != 0, Routing(merge.arrow_top_k, merge.arrow_temperature))
-        if shared and self._folds(working_set, work):
-            return self._folder.active(working_set, weights[0])
-        return self._gated.active(working_set, Gates(weights))
+            allowed = parts.weights != 0
+            if bool((allowed == allowed[0]).all()):
+                allowed = allowed[:1]
+            routing = Routing(merge.arrow_top_k, merge.arrow_temperature)
+            return self._arrow.active(self._working_set(parts), allowed, routing)
+        if bool((parts.weights == parts.weights[0]).all()):
+            working_set = self._working_set(parts)
+            if self._folds(working_set, work):
+                return self._folder.active(working_set, parts.weights[0])
+            return self._gated.active(working_set, Gates(parts.weights[:1]))
+        groups = cheapest(parts.weights, parts.sizes, work or Work(_A_PROMPT * len(rows), len(rows), 0))
+        if len(groups.adapters) == 1:
+            return self._gated.active(self._working_set(parts), Gates(parts.weights))
+        return self._gated.grouped(self._grouped(parts, groups), GroupedMixture(groups, parts.weights))
 
     def prefetch(self, pool: AdapterPool, names: Sequence[str]) -> None:
         """Starts to read these adapters in the background."""
         self._cache.prefetch([pool[name] for name in names])
 
     def forget(self) -> None:
-        """Drops the stacked working sets: the pool has changed."""
-        self._sets.clear()
+        """Drops what is stacked: the pool has changed."""
+        self._ready.clear()
         self._folder.forget()
         self._arrow.forget()
 
@@ -117,32 +128,85 @@ class Mixer:
             return False
         return self._fold is True or (work is not None and self._costs.folding_pays(working_set, work))
 
-    def _working_set(self, pool: AdapterPool, names: tuple[str, ...]) -> WorkingSet:
-        adapters = [pool[name] for name in names]
-        return self._ready(names, lambda: WorkingSet.build(adapters, self._gated.modules, self._cache, self._dtype))
+    def _working_set(self, parts: _Parts) -> WorkingSet:
+        def build() -> WorkingSet:
+            return WorkingSet.of(parts.names, parts.read(), self._gated.modules, self._dtype)
 
-    def _merged(
-        self, pool: AdapterPool, names: Sequence[str], rows: Sequence[Mapping[str, float]], merge: Merge
-    ) -> tuple[WorkingSet, torch.Tensor]:
-        """A working set of one merged adapter per distinct mixture, and which of them each row has: 1, else 0."""
+        found: WorkingSet = self._kept(parts.key, build)
+        return found
+
+    def _grouped(self, parts: _Parts, groups: Groups) -> dict[str, GroupedStack]:
+        def build() -> dict[str, GroupedStack]:
+            return stacked(groups, parts.read(), self._gated.modules, self._dtype)
+
+        found: dict[str, GroupedStack] = self._kept((parts.key, groups.adapters), build)
+        return found
+
+    def _kept(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        if key not in self._ready:
+            while len(self._ready) >= _READY_SETS:
+                self._ready.popitem(last=False)
+            self._ready[key] = build()
+        self._ready.move_to_end(key)
+        return self._ready[key]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is stacked for a batch, before it is read.
+
+    Attributes:
+        names: the adapters, or those that mixtures were merged into.
+        weights: (rows, names).
+        sizes: how many numbers each has, in some unit.
+        read: reads, or merges, their tensors: module path -> factors, for each.
+        key: what tells these tensors from others.
+    """
+
+    names: tuple[str, ...]
+    weights: torch.Tensor
+    sizes: tuple[float, ...]
+    read: Callable[[], list[Mapping[str, LoraWeights]]]
+    key: Hashable
+
+    @classmethod
+    def of(
+        cls, pool: AdapterPool, names: tuple[str, ...], rows: Sequence[Mapping[str, float]], cache: AdapterCache
+    ) -> _Parts:
+        """Adapters as they are."""
+        adapters = [pool[name] for name in names]
+        return cls(
+            names,
+            torch.tensor([[row.get(name, 0.0) for name in names] for row in rows]),
+            tuple(float(adapter.parameters) for adapter in adapters),
+            lambda: [cache.read(adapter) for adapter in adapters],
+            names,
+        )
+
+    @classmethod
+    def merged(
+        cls,
+        pool: AdapterPool,
+        names: tuple[str, ...],
+        rows: Sequence[Mapping[str, float]],
+        merge: Merge,
+        cache: AdapterCache,
+    ) -> _Parts:
+        """One merged adapter per distinct mixture: weight 1 in the rows that have it, else 0."""
         mixtures = [tuple((name, row[name]) for name in names if row.get(name)) for row in rows]
         distinct = tuple(mixture for mixture in dict.fromkeys(mixtures) if mixture)
 
-        def build() -> WorkingSet:
-            adapters = []
+        def read() -> list[Mapping[str, LoraWeights]]:
+            adapters: list[Mapping[str, LoraWeights]] = []
             for mixture in distinct:  # the tensors of one at a time, so that the cache may drop the others'
-                tensors = {name: self._cache.read(pool[name]) for name, _ in mixture}
+                tensors = {name: cache.read(pool[name]) for name, _ in mixture}
                 adapters.append(merged(merge, dict(mixture), tensors))
-            made = ["+".join(name for name, _ in mixture) for mixture in distinct]
-            return WorkingSet.of(made, adapters, self._gated.modules, self._dtype)
+            return adapters
 
-        chosen = torch.tensor([[float(mixture == other) for other in distinct] for mixture in mixtures])
-        return self._ready((merge, distinct), build), chosen
-
-    def _ready(self, key: Hashable, build: Callable[[], WorkingSet]) -> WorkingSet:
-        if key not in self._sets:
-            while len(self._sets) >= _READY_SETS:
-                self._sets.popitem(last=False)
-            self._sets[key] = build()
-        self._sets.move_to_end(key)
-        return self._sets[key]
+        return cls(
+            tuple("+".join(name for name, _ in mixture) for mixture in distinct),
+            torch.tensor([[float(mixture == other) for other in distinct] for mixture in mixtures]),
+            (1.0,) * len(distinct),
+            read,
+            (merge, distinct),
+        )

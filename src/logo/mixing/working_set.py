@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.format import Adapter, LoraWeights
-from logo.mixing.adapter_cache import AdapterCache
+from logo.adapters.format import LoraWeights
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,6 @@ class WorkingSet:
     stacks: Mapping[str, Stack]
 
     @classmethod
-    def build(
-        cls, adapters: Sequence[Adapter], modules: Mapping[str, nn.Module], cache: AdapterCache, dtype: torch.dtype
-    ) -> WorkingSet:
-        """Stacks `adapters` (already fitted to the base) on the device of each module.
-
-        Args:
-            adapters: in the order that weights will have.
-            modules: base module path -> module, for placement.
-            cache: where the tensors of each adapter come from.
-            dtype: what the stacks compute in; scales are applied in float32 before the cast.
-        """
-        return cls.of([a.name for a in adapters], [cache.read(adapter) for adapter in adapters], modules, dtype)
-
-    @classmethod
     def of(
         cls,
         names: Sequence[str],
@@ -61,13 +46,20 @@ class WorkingSet:
         modules: Mapping[str, nn.Module],
         dtype: torch.dtype,
     ) -> WorkingSet:
-        """Stacks adapters whose tensors are at hand: per adapter, module path -> factors."""
+        """Stacks adapters on the device of each module.
+
+        Args:
+            names: in the order that weights will have.
+            weights: per adapter, fitted to the base: module path -> factors.
+            modules: base module path -> module, for placement.
+            dtype: what the stacks compute in; scales are applied in float32 before the cast.
+        """
         paths = dict.fromkeys(path for adapter in weights for path in adapter)
         owners: dict[tuple[tuple[int, int], ...], Tensor] = {}
         stacks = {}
         for path in paths:
             parts = [(i, w[path]) for i, w in enumerate(weights) if path in w]
-            device = _device_of(modules[path])
+            device = device_of(modules[path])
             columns = tuple((i, part.A.shape[0]) for i, part in parts)
             if columns not in owners:
                 owners[columns] = torch.repeat_interleave(
@@ -91,7 +83,7 @@ def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
     return torch.cat(list(parts), dim=dim, out=pinned).to(device, non_blocking=True)
 
 
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where a module computes; under accelerate's offloading that is not where its weights rest."""
     hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if hook_device is not None:

@@ -1,0 +1,197 @@
+"""Rows of a batch that use the same adapters, computed together with those adapters only.
+
+Multiplying all rows by the factors of every adapter in the batch reads each factor once, but multiplies rows by
+adapters that they do not use. With rows in `n` groups of one size, a group is multiplied by its own adapters' factors:
+
+    A (n, d_in, R)   B (n, R, d_out)   gates (n, rows, R)      R: the ranks of the group that has most, others padded
+
+so that one product of batched matrices serves all groups. Which grouping is cheapest follows from what the rows share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logo.adapters.format import LoraWeights
+from logo.mixing.work import Work
+from logo.mixing.working_set import device_of
+
+# What reading a number of a factor takes, in multiplications of that number (measured on an AMD EPYC with PyTorch's CPU
+# build, 1 to 16 rows: docs/performance.md). Where arithmetic is cheaper still, larger groups would be chosen.
+_READ = 4.0
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows in groups of one size.
+
+    Attributes:
+        rows: (n, m) rows of each group; the last ones of a group may be -1, nothing.
+        adapters: per group, which adapters its rows use: columns of the weights, ascending.
+    """
+
+    rows: Tensor
+    adapters: tuple[tuple[int, ...], ...]
+
+
+def cheapest(weights: Tensor, sizes: Sequence[float], work: Work) -> Groups:
+    """The grouping of least cost.
+
+    Args:
+        weights: (rows, adapters), 0 where a row does not use an adapter.
+        sizes: how many numbers each adapter has, in any unit.
+        work: what the mixtures will be used for.
+    """
+    used, size = weights != 0, torch.tensor(sizes, dtype=torch.float64)
+    count = len(weights)
+    found = []
+    for number in {min(2**i, count) for i in range(count.bit_length() + 1)}:
+        groups = _grouped(used, size, -(-count // number))
+        largest = max(float(size[list(adapters)].sum()) for adapters in groups.adapters)
+        tokens = work.prompt + work.rows * work.steps
+        # Every group is as large as the largest. Each pass reads the factors of all, and multiplies every token.
+        cost = largest * (_READ * len(groups.adapters) * (1 + work.steps) + tokens)
+        found.append((cost, len(groups.adapters), groups))
+    return min(found, key=lambda entry: entry[:2])[2]
+
+
+def _grouped(used: Tensor, size: Tensor, m: int) -> Groups:
+    """Groups of m rows, each begun with the first row that is left and filled with those that add least to it."""
+    left = torch.ones(len(used), dtype=torch.bool)
+    rows, adapters = [], []
+    while left.any():
+        members = [int(left.nonzero()[0])]
+        left[members] = False
+        union = used[members[0]].clone()
+        while len(members) < m and left.any():
+            added = ((used & ~union) * size).sum(dim=1)
+            best = int(torch.where(left, added, torch.inf).argmin())
+            members.append(best)
+            left[best] = False
+            union |= used[best]
+        rows.append(members + [-1] * (m - len(members)))
+        adapters.append(tuple(union.nonzero()[:, 0].tolist()))
+    return Groups(torch.tensor(rows), tuple(adapters))
+
+
+@dataclass(frozen=True)
+class GroupedStack:
+    """The factors of every group on one module, zeros where a group has fewer ranks than others."""
+
+    A: Tensor  # (n, d_in, R)
+    B: Tensor  # (n, R, d_out), scale folded in
+    owner: Tensor  # (n, R) int64: column of the weights that each rank belongs to; -1: none
+
+
+def stacked(
+    groups: Groups,
+    tensors: Sequence[Mapping[str, LoraWeights]],
+    modules: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+) -> dict[str, GroupedStack]:
+    """Base module path -> the factors of all groups, on the module's device.
+
+    Args:
+        tensors: per adapter (columns of the weights), module path -> factors.
+        modules: base module path -> module, for placement.
+        dtype: what the stacks compute in.
+    """
+    paths = dict.fromkeys(path for adapter in tensors for path in adapter)
+    owners: dict[tuple[tuple[tuple[int, int], ...], ...], Tensor] = {}
+    stacks = {}
+    for path in paths:
+        device = device_of(modules[path])
+        parts = {i: adapter[path] for i, adapter in enumerate(tensors) if path in adapter}
+        ready = {i: (part.A.to(dtype), part.scaled_b().to(dtype)) for i, part in parts.items()}
+        columns = tuple(tuple((i, len(ready[i][0])) for i in group if i in ready) for group in groups.adapters)
+        ranks = max(sum(rank for _, rank in group) for group in columns)
+        d_in, d_out = next(iter(ready.values()))[0].shape[1], len(next(iter(ready.values()))[1])
+        pinned = device.type == "cuda"  # filled in host memory, and then one copy that runs beside other work
+        A = torch.zeros(len(columns), d_in, ranks, dtype=dtype, pin_memory=pinned)
+        B = torch.zeros(len(columns), ranks, d_out, dtype=dtype, pin_memory=pinned)
+        for g, group in enumerate(columns):
+            at = 0
+            for i, rank in group:
+                A[g, :, at : at + rank] = ready[i][0].T
+                B[g, at : at + rank] = ready[i][1].T
+                at += rank
+        if columns not in owners:
+            owners[columns] = _owner(columns, ranks)
+        stacks[path] = GroupedStack(A.to(device, non_blocking=True), B.to(device, non_blocking=True), owners[columns])
+    return stacks
+
+
+def _owner(columns: Sequence[Sequence[tuple[int, int]]], ranks: int) -> Tensor:
+    owner = torch.full((len(columns), ranks), -1)
+    for g, group in enumerate(columns):
+        belongs = [i for i, rank in group for _ in range(rank)]
+        owner[g, : len(belongs)] = torch.tensor(belongs, dtype=torch.int64)
+    return owner
+
+
+class GroupedMixture:
+    """The mixtures of a batch in groups, as forward hooks add them.
+
+    Args:
+        groups: which rows belong together.
+        weights: (rows, adapters).
+
+    A batch dimension that is a multiple of `rows` (beam search, several return sequences) repeats every row that many
+    times.
+    """
+
+    def __init__(self, groups: Groups, weights: Tensor) -> None:
+        self.weights = weights
+        flat = groups.rows.flatten()
+        self._shape = groups.rows.shape  # (n, m)
+        self._order = flat.clamp_min(0)
+        self._place = torch.empty(len(weights), dtype=torch.int64)
+        self._place[flat[flat >= 0]] = (flat >= 0).nonzero()[:, 0]
+        self._present = (flat >= 0).view(*self._shape, 1)
+        self._gates: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def hook(self, stack: GroupedStack) -> Any:
+        """A forward hook that adds every row's low-rank term on one module."""
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + self.low_rank(inputs[0], stack).to(output.dtype)
+
+        return add
+
+    def low_rank(self, x: Tensor, stack: GroupedStack) -> Tensor:
+        """`B (g ⊙ (A x))` for `x` (batch, ..., d_in) -> (batch, ..., d_out), in the stack's dtype.
+
+        Raises:
+            ValueError: the batch is no multiple of the rows that there are weights for.
+        """
+        rows, (n, m) = len(self.weights), self._shape
+        if len(x) % rows:
+            raise ValueError(f"gates for {rows} rows cannot serve a batch of {len(x)} rows")
+        order, place = self._indices(x.device)
+        lead, each = x.shape[:-1], x.shape[:-1].numel() // rows
+        grouped = x.to(stack.A.dtype).reshape(rows, each, -1)[order].view(n, m * each, -1)
+        shrunk = torch.bmm(grouped, stack.A).view(n, m, each, -1) * self._gate(stack)[:, :, None]
+        result = torch.bmm(shrunk.view(n, m * each, -1), stack.B)  # (n, m * each, d_out)
+        return result.view(n * m, each, -1)[place].view(*lead, -1)
+
+    def _gate(self, stack: GroupedStack) -> Tensor:
+        """(n, m, R); stacks with the same columns share one owner tensor, which lives as long as the stacks do."""
+        key = (id(stack.owner), stack.A.device, stack.A.dtype)
+        if key not in self._gates:
+            owner = stack.owner
+            weights = self.weights[self._order].view(*self._shape, -1)  # (n, m, adapters)
+            picked = weights.gather(2, owner.clamp_min(0)[:, None].expand(-1, self._shape[1], -1))
+            gate = torch.where(self._present & (owner >= 0)[:, None], picked, torch.zeros(()))
+            self._gates[key] = gate.to(stack.A.device, stack.A.dtype)
+        return self._gates[key]
+
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._moved:
+            self._moved[device] = self._order.to(device), self._place.to(device)
+        return self._moved[device]
