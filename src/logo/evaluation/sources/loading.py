@@ -95,7 +95,7 @@ class _Reader:
         for index, entry in enumerate(raw if isinstance(raw, list) else [raw]):
             layouts.append(self._layout(f"raw[{index}]", entry, fields))
         if not layouts:
-            raise self._wrong("source", "'source' (a repository on the Hub), 'raw' (local files) or both", "neither")
+            raise self._wrong("source", "'source' (a repository on the Hub), 'raw' (local files) or both", None)
         context = self._template("context", top)
         return Declaration(
             name=name,
@@ -130,7 +130,7 @@ class _Reader:
         files = self._files("source.files", source.get("files", {}))
         files = {split: Files(usual_places(config, name)) for split, name in splits.items()} | files
         if "test" not in files:
-            raise self._wrong("source.test", "the split whose rows become test rows", "none")
+            raise self._wrong("source.test", "the split whose rows become test rows", None)
         hub = Hub(self._text("source.repo", source), self._text("source.revision", source, "main"), config, splits)
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub.repo, re.ASCII):
             raise self._wrong("source.repo", "a repository on the Hub like 'org/name'", hub.repo)
@@ -142,7 +142,7 @@ class _Reader:
         raw = self._keys(where, entry, _RAW_KEYS, needed=("files",))
         files = self._files(f"{where}.files", raw["files"])
         if "test" not in files:
-            raise self._wrong(f"{where}.files", "the file 'test'", ", ".join(files) or "nothing")
+            raise self._wrong(f"{where}.files", "the file 'test'", ", ".join(files))
         own = self._fields(f"{where}.fields", raw.get("fields", {}))
         return self._shape(where, raw, files, {**fields, **own})
 
@@ -163,7 +163,7 @@ class _Reader:
                 options = places if isinstance(places, list) else [places]
                 found[split] = Files(tuple(self._place(here, place) for place in options))
             if not (found[split].patterns or found[split].columns):
-                raise self._wrong(here, "a path or pattern", "nothing")
+                raise self._wrong(here, "a path or pattern", None)
         return found
 
     def _place(self, where: str, place: Any) -> str:
@@ -265,6 +265,6 @@ def _parsed(file: Path, content: bytes) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
-        raise DataError(f"{file}{line}: expected YAML, found this: {problem}; mend the line") from None
+        raise DataError(f"{file}{line}: not valid YAML: {problem}; mend the line") from None
     except RecursionError:
-        raise DataError(f"{file}: expected YAML, found brackets nested without end") from None
+        raise DataError(f"{file}: not valid YAML: brackets nested without end; mend it") from None
