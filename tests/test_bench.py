@@ -78,7 +78,7 @@ def test_the_whole_bench(small: None, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
     asked = {
         "open_vs_peft", "select_vs_prefill", "select_calibrated_vs_prefill", "prefill_vs_base", "decode1_vs_base",
-        "decode16_vs_base", "decode16_random_vs_base", "decode16_random_8b_layer_vs_base", "e2e1_vs_peft",
+        "decode16_vs_base", "decode16_random_vs_base", "decode16_random_8b_layer_vs_base", "e2e1_vs_peft", "e2e1_vs_peft_all_active",
         "e2e16_vs_peft", "e2e16_vs_peft_one_batch", "prefix_second_vs_first", "prefix_calibrated_second_vs_first",
     }  # fmt: skip
     assert set(report["ratios"]) == asked
@@ -126,6 +126,7 @@ def test_peft_does_the_same_method(tmp_path: Path) -> None:
         assert list(weights) == list(answer.selection.adapters)
         assert list(weights.values()) == pytest.approx(list(answer.selection.weights), rel=1e-4)
         assert arm.answer(prompt, config) == list(answer.token_ids)
+        assert arm.answer_active(prompt, config) == list(answer.token_ids)
     assert arm.answer_batch(asked, config) == [list(answer.token_ids) for answer in ours]
 
 

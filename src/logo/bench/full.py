@@ -87,6 +87,7 @@ class Results:
             "decode16_random_vs_base": (f"decode, batch {_BATCH}", "base", "random"),
             "decode16_random_8b_layer_vs_base": ("decode, one layer of 8B", "base", "random"),
             "e2e1_vs_peft": ("end to end, batch 1", "PEFT", "LoGo"),
+            "e2e1_vs_peft_all_active": ("end to end, batch 1", "PEFT, all active", "LoGo"),
             "e2e16_vs_peft": (f"end to end, batch {_BATCH}", "PEFT", "LoGo"),
             "e2e16_vs_peft_one_batch": (f"end to end, batch {_BATCH}", "PEFT, one batch", "LoGo"),
         }

@@ -164,6 +164,8 @@ class Bench:
             arms["PEFT"] = lambda: [peft.answer(prompt, config) for prompt in self.prompts(batch, tokens)]
             if batch > 1:
                 arms["PEFT, one batch"] = lambda: peft.answer_batch(self.prompts(batch, tokens), config)
+            else:
+                arms["PEFT, all active"] = lambda: peft.answer_active(self.prompts(1, tokens)[0], config)
         return Part(f"end to end, batch {batch}", side_by_side(arms, self.rounds, device=self.device), {"new": new})
 
     def _generating(self, texts: list[str], mixtures: Sequence[Mapping[str, float]], new: int) -> Callable[[], object]:

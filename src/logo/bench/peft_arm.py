@@ -3,7 +3,8 @@
 Load every adapter into one `PeftModel`; per prompt one forward pass with adapters disabled, the norm of every adapter's
 response at the last layer's query projection, a weighted adapter of the best k, and `generate`. PEFT mixes in the model
 itself, so prompts are answered one after the other; its batches of several adapters need each mixture loaded as an
-adapter of its own, which is the second way to answer a batch.
+adapter of its own, which is the second way to answer a batch. The authors' script makes no weighted adapter but has all
+selected ones active at once, which is the second way to answer one prompt.
 """
 
 from __future__ import annotations
@@ -69,6 +70,29 @@ class PeftArm:
         output = self.model.generate(**inputs, generation_config=config)
         self.model.set_adapter(self.names[0])
         self.model.delete_adapter("mixture")
+        tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return tokens
+
+    @torch.no_grad()
+    def answer_active(self, prompt: str, config: Any) -> list[int]:
+        """The same without making a new adapter: the selected ones are all active, each scaled by its weight.
+
+        That is how the authors' script mixes.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        weights = self.select(prompt)
+        self.model.base_model.set_adapter(list(weights))
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            for name, weight in weights.items():
+                layer.set_scale(name, weight)
+        output = self.model.generate(**inputs, generation_config=config)
+        for layer in layers:
+            for name in weights:
+                layer.set_scale(name, 1.0)
+        self.model.set_adapter(self.names[0])
         tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
         return tokens
 
