@@ -1,0 +1,90 @@
+"""`logo report`: result folders as one page, pictures and a LaTeX table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from logo.cli.output import err, note, print_json
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.evaluation.report import Analysis
+
+
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS...",
+            help="Run folders, folders of single datasets, or a folder that holds several runs.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path(
+        "report.html"
+    ),
+    png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the pictures here too.", show_default="no pictures")
+    ] = None,
+    latex: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tables here too.", show_default="no LaTeX")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The page's heading.", show_default="base model and runs")] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where prompts are looked for when a result holds none and its data file has moved.",
+            show_default="as the run did",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the intervals and tests.", min=0)] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print all numbers, and what was written.")] = False,
+) -> None:
+    """Make one self-contained page of results: tables with intervals, runs against runs, adapters, every instance.
+
+    Example: `logo report results -o report.html --png pictures --latex tables.tex`
+    """
+    from logo.evaluation.folders import check_writable, replace_file
+    from logo.evaluation.report import analyse, page, pictures, read_runs, summary
+    from logo.evaluation.report import latex as tables
+    from logo.evaluation.report import png as drawn
+
+    for option, file in (("--output", output), ("--latex", latex)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option} {file}: expected a file to write, found a folder")
+        if file is not None:
+            check_writable(file.parent, option)
+    if png is not None:
+        check_writable(png, "--png")
+    started = time.perf_counter()
+    analysis = analyse(read_runs(results, data_dir), seed=seed)
+    written = {output: page(analysis, title).encode("utf-8")}
+    if latex is not None:
+        written[latex] = tables(analysis).encode("utf-8")
+    if png is not None:
+        written |= {png / f"{scene.name}.png": drawn(scene) for scene in pictures(analysis)}
+    for file, content in written.items():
+        replace_file(file, content)
+    _warn(analysis)
+    if json:
+        print_json({"files": {str(file): len(content) for file, content in written.items()}, **summary(analysis)})
+        return
+    print(output)
+    seconds = time.perf_counter() - started
+    note(
+        f"{len(analysis.runs)} runs · {len(analysis.datasets)} datasets · {analysis.instances} answers · "
+        f"page {len(written[output]) / 1e6:.2f} MB · {seconds:.1f} s"
+    )
+
+
+def _warn(analysis: Analysis) -> None:
+    """Says once that results have no prompts, and why the first one has none."""
+    lacking = [result for run in analysis.runs for result in run.results.values() if result.no_prompts]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        first = f"{lacking[0].folder}: {lacking[0].no_prompts}"
+        err.print(f"logo: warning: {len(lacking)} results without prompts: {first}{more}", markup=False)

@@ -1,0 +1,217 @@
+"""Who answered what: weights by dataset, which adapters respond alike, how scores are spread, how sure selection was.
+
+A picture cannot show ten thousand adapters; everything here is about those that got most weight, at most `LARGEST`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logo.evaluation.intervals import Values
+from logo.evaluation.report.results import Result, Run
+
+LARGEST = 400
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_FEWEST = 3  # instances that a correlation needs to say anything
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Mean weights (datasets, adapters); adapters in the order of the dataset that uses them most. `left_out`: how many
+    adapters were never selected, or too little to be shown."""
+
+    datasets: tuple[str, ...]
+    adapters: tuple[str, ...]
+    values: Values
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Spearman's correlation (adapters, adapters) of scores over `instances`, alike adapters side by side."""
+
+    adapters: tuple[str, ...]
+    values: Values
+    instances: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`QUANTILES` of each adapter's scores (adapters, 5), highest median first."""
+
+    adapters: tuple[str, ...]
+    values: Values
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What selections looked like.
+
+    Attributes:
+        heaviest: mean weight of the first adapter.
+        effective: mean of 1 / sum of squared weights: as many adapters of equal weight would be as spread out.
+        known: instances whose right adapter is known and scored; `first`, `in_three`: the share of them in which it has
+            the highest score, or one of the three highest; `reciprocal`: the mean of 1 / its rank.
+    """
+
+    heaviest: float
+    effective: float
+    known: int
+    first: float
+    in_three: float
+    reciprocal: float
+
+
+def pool(run: Run) -> list[str]:
+    """Every adapter of a run: its pool as far as it is written, and what was selected."""
+    names: dict[str, None] = {}
+    for result in run.results.values():
+        names |= dict.fromkeys(result.run.get("pool") or ())
+        names |= dict.fromkeys(result.columns)
+    for result in run.results.values():
+        names |= dict.fromkeys(name for selected in result.selected for name in selected)
+    return list(names)
+
+
+def weights(run: Run) -> Weights | None:
+    """Mean weight of each adapter by dataset, over the instances that did not fail; None where none was selected."""
+    names = pool(run)
+    place = {name: number for number, name in enumerate(names)}
+    values = np.zeros((len(run.results), len(names)))
+    for row, result in enumerate(run.results.values()):
+        for selected, shares in zip(result.selected, result.weights, strict=True):
+            for name, share in zip(selected, shares, strict=True):
+                values[row, place[name]] += share
+        values[row] /= max(1, len(result) - len(result.errors))
+    total = np.abs(values).sum(axis=0)
+    if not total.any():
+        return None
+    kept = [int(n) for n in np.argsort(-total, kind="stable")[:LARGEST] if total[n] > 0]
+    kept.sort(key=lambda n: (int(np.argmax(values[:, n])), -float(values[:, n].max()), names[n]))
+    shown = tuple(names[n] for n in kept)
+    return Weights(tuple(run.results), shown, values[:, kept], len(names) - len(kept))
+
+
+def similarity(run: Run) -> Similarity | None:
+    """Which adapters' scores rise and fall together over a run's instances; None where too few have scores."""
+    names, scores = _scores(run)
+    if len(scores) < _FEWEST or len(names) < 2:
+        return None
+    ranks = np.apply_along_axis(_ranks, 0, scores)
+    ranks -= ranks.mean(axis=0)
+    length = np.sqrt((ranks**2).sum(axis=0))
+    ranks /= np.where(length > 0, length, 1.0)  # an adapter whose score never changes is like no other
+    values = np.clip(ranks.T @ ranks, -1.0, 1.0)
+    np.fill_diagonal(values, 1.0)
+    order = leaf_order(1.0 - values)
+    return Similarity(tuple(names[n] for n in order), values[np.ix_(order, order)], len(scores))
+
+
+def spread(run: Run) -> Spread | None:
+    """How each adapter's scores are distributed over a run's instances; None where there are none."""
+    names, scores = _scores(run)
+    if not scores.size:
+        return None
+    values = np.quantile(scores, QUANTILES, axis=0).T
+    order = sorted(range(len(names)), key=lambda n: (-float(values[n, 2]), names[n]))
+    return Spread(tuple(names[n] for n in order), values[order])
+
+
+def selected(run: Run) -> Selected | None:
+    """A run's selections in a few numbers; None where nothing was selected."""
+    results = list(run.results.values())
+    shares = [np.array(row) for result in results for row in result.weights if row]
+    if not shares:
+        return None
+    squares = [float((row**2).sum()) for row in shares]
+    ranks = np.array([rank for result in results for rank in right_ranks(result) if rank is not None])
+    return Selected(
+        heaviest=float(np.mean([row.max() for row in shares])),
+        effective=float(np.mean([1.0 / square for square in squares if square > 0] or [0.0])),
+        known=len(ranks),
+        first=float((ranks <= 1).mean()) if len(ranks) else 0.0,
+        in_three=float((ranks <= 3).mean()) if len(ranks) else 0.0,
+        reciprocal=float((1.0 / ranks).mean()) if len(ranks) else 0.0,
+    )
+
+
+def right_adapter(result: Result, index: int) -> str | None:
+    """The adapter that an instance is said to belong to, by its row or else by the dataset's name; None if neither
+    says."""
+    named = result.prompts[index].adapter if result.prompts is not None else None
+    return named if named is not None else own_adapter(result.dataset, result.columns)
+
+
+def own_adapter(dataset: str, adapters: Sequence[str]) -> str | None:
+    """The adapter that is called like a dataset, or like its part after the dot; None if there is none."""
+    return next((name for name in (dataset, dataset.partition(".")[2]) if name and name in adapters), None)
+
+
+def right_ranks(result: Result) -> list[int | None]:
+    """The place of each instance's right adapter among all scores, from 1; ties count against it. None where it is not
+    known or was not scored."""
+    place = {name: column for column, name in enumerate(result.columns)}
+    ranks: list[int | None] = []
+    for index in range(len(result)):
+        adapter = right_adapter(result, index)
+        column = place.get(adapter) if adapter is not None else None
+        known = column is not None and not np.isnan(result.scores[index]).any()
+        ranks.append(int((result.scores[index] >= result.scores[index, column]).sum()) if known else None)
+    return ranks
+
+
+def leaf_order(distance: Values) -> list[int]:
+    """The leaves of a clustering by average linkage, neighbours alike; groups are turned so that near ends meet.
+
+    Args:
+        distance: (n, n), symmetric.
+    """
+    count = len(distance)
+    between = distance.astype(np.float64).copy()
+    np.fill_diagonal(between, np.inf)
+    leaves: dict[int, list[int]] = {n: [n] for n in range(count)}
+    for _ in range(count - 1):
+        a, b = sorted(divmod(int(np.argmin(between)), count))
+        first, second = leaves[a], leaves.pop(b)
+        turned = [(first, second), (first, second[::-1]), (first[::-1], second), (first[::-1], second[::-1])]
+        left, right = min(turned, key=lambda ends: distance[ends[0][-1], ends[1][0]])
+        merged = (len(first) * between[a] + len(second) * between[b]) / (len(first) + len(second))
+        leaves[a] = left + right
+        between[a, :] = between[:, a] = merged
+        between[b, :] = between[:, b] = np.inf
+        between[a, a] = np.inf
+    return next(iter(leaves.values()), [])
+
+
+def _scores(run: Run) -> tuple[list[str], Values]:
+    """Scores (instances, adapters) of all datasets that scored the same adapters as the first, without those that
+    failed; of a large pool the adapters with most weight."""
+    results = [result for result in run.results.values() if result.columns]
+    if not results:
+        return [], np.zeros((0, 0))
+    names = list(results[0].columns)
+    stacked = np.concatenate([result.scores for result in results if list(result.columns) == names])
+    stacked = stacked[~np.isnan(stacked).any(axis=1)]
+    kept = _heaviest(run, names)
+    return [names[n] for n in kept], stacked[:, kept]
+
+
+def _heaviest(run: Run, names: Sequence[str]) -> list[int]:
+    if len(names) <= LARGEST:
+        return list(range(len(names)))
+    total = dict.fromkeys(names, 0.0)
+    for result in run.results.values():
+        for selected, shares in zip(result.selected, result.weights, strict=True):
+            for name, share in zip(selected, shares, strict=True):
+                total[name] = total.get(name, 0.0) + share
+    return sorted(sorted(range(len(names)), key=lambda n: (-total[names[n]], n))[:LARGEST])
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse])

@@ -1,0 +1,127 @@
+"""Everything a report says, computed once: what page, pictures, table and JSON summary are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from logo.evaluation.report import adapters, numbers, runs
+from logo.evaluation.report.adapters import Selected, Similarity, Spread, Weights
+from logo.evaluation.report.numbers import Cell, Line, Versus
+from logo.evaluation.report.results import Run
+from logo.evaluation.report.runs import Seconds
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The numbers of some runs; what is per run is parallel to `runs`.
+
+    Attributes:
+        runs: as they were read; `labels`: their short names, all different.
+        differing: the options that set them apart.
+        datasets: every dataset of any run, grouped as the paper does.
+        groups, lines, extra: official measures by group and by dataset, and the measures beside them.
+        overall: the mean over all datasets.
+        versus: every run against every earlier one.
+        weights, similarity, spread, selected: of each run, None where it has none.
+        seconds: where each run's time went.
+    """
+
+    runs: tuple[Run, ...]
+    labels: tuple[str, ...]
+    differing: dict[str, tuple[str, ...]]
+    datasets: tuple[str, ...]
+    groups: tuple[Line, ...]
+    overall: Line
+    lines: tuple[Line, ...]
+    extra: tuple[Line, ...]
+    versus: tuple[Versus, ...]
+    weights: tuple[Weights | None, ...]
+    similarity: tuple[Similarity | None, ...]
+    spread: tuple[Spread | None, ...]
+    selected: tuple[Selected | None, ...]
+    seconds: tuple[Seconds, ...]
+
+    @property
+    def instances(self) -> int:
+        """Answers of all runs together."""
+        return sum(len(result) for run in self.runs for result in run.results.values())
+
+
+def analyse(found: Sequence[Run], *, seed: int = 0) -> Analysis:
+    """All numbers of at least one run. `seed`: of the bootstrap and of the randomisation tests."""
+    return Analysis(
+        runs=tuple(found),
+        labels=tuple(runs.labels(found)),
+        differing=runs.differing(found),
+        datasets=tuple(numbers.datasets_of(found)),
+        groups=tuple(numbers.group_lines(found, seed=seed)),
+        overall=numbers.overall(found, seed=seed),
+        lines=tuple(numbers.dataset_lines(found, seed=seed)),
+        extra=tuple(numbers.extra_lines(found)),
+        versus=tuple(numbers.versus(found, seed=seed)),
+        weights=tuple(adapters.weights(run) for run in found),
+        similarity=tuple(adapters.similarity(run) for run in found),
+        spread=tuple(adapters.spread(run) for run in found),
+        selected=tuple(adapters.selected(run) for run in found),
+        seconds=tuple(runs.seconds(run) for run in found),
+    )
+
+
+def summary(analysis: Analysis) -> dict[str, Any]:
+    """The numbers for machines: fractions as in the result files, sacrebleu's measures as that library gives them."""
+    labels = analysis.labels
+    return {
+        "runs": [
+            {
+                "label": label,
+                "folder": str(run.folder),
+                "base_model": run.base,
+                "method": run.method,
+                "k": run.k,
+                "seed": run.seed,
+                "datasets": len(run.results),
+                "instances": sum(map(len, run.results.values())),
+                "errors": sum(len(result.errors) for result in run.results.values()),
+                "mean": _cell(cell),
+                "selected": None if chosen is None else asdict(chosen),
+                "seconds": {"loading": times.loading, **times.stages},
+            }
+            for label, run, cell, chosen, times in zip(
+                labels, analysis.runs, analysis.overall.cells, analysis.selected, analysis.seconds, strict=True
+            )
+        ],
+        "groups": [_line(line, labels) for line in analysis.groups],
+        "datasets": [_line(line, labels) for line in analysis.lines],
+        "extra": [_line(line, labels) for line in analysis.extra],
+        "versus": [
+            {
+                "run": labels[pair.b],
+                "against": labels[pair.a],
+                "difference": pair.difference.value,
+                "interval": [pair.difference.low, pair.difference.high],
+                "p": pair.p,
+                "instances": asdict(pair.instances),
+                "datasets": asdict(pair.datasets),
+            }
+            for pair in analysis.versus
+        ],
+    }
+
+
+def _line(line: Line, labels: Sequence[str]) -> dict[str, Any]:
+    cells = {label: _cell(cell) for label, cell in zip(labels, line.cells, strict=True) if cell is not None}
+    return {"group": line.group, "dataset": line.dataset, "metric": line.metric, "runs": cells}
+
+
+def _cell(cell: Cell | None) -> dict[str, Any] | None:
+    if cell is None:
+        return None
+    return {
+        "value": cell.value,
+        "interval": [cell.low, cell.high],
+        "instances": cell.rows,
+        "datasets": cell.datasets,
+        "best": cell.mark == "best",
+    }

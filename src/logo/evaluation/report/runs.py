@@ -1,0 +1,98 @@
+"""What tells runs apart: short labels, the options in which they differ, and what their time went to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from logo.evaluation.report.results import Run
+
+# Places, names and bookkeeping: they change no answer, or are shown elsewhere.
+_UNTOLD = frozenset(
+    {"dataset", "data_dir", "result_dir", "save_dir", "model_dir", "cache", "adapter_cache_gb", "prefix_cache_gb"}
+    | {"base_model", "method", "signal", "selection_strategy", "k", "n_selected_modules", "seed", "gpu"}
+)
+_VARIES = "differs between its datasets"
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where a run's time went.
+
+    Attributes:
+        loading: model and pool; datasets of one process share it.
+        stages: of answering, by name; what is left of the wall time is `other`.
+        instances: how many were answered.
+    """
+
+    loading: float
+    stages: Mapping[str, float]
+    instances: int
+
+    @property
+    def total(self) -> float:
+        """Everything together."""
+        return self.loading + sum(self.stages.values())
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run, all different: the method, and whatever else sets it apart from the others."""
+    if len(runs) == 1:
+        return [_method(runs[0])]
+    parts: list[list[str]] = [[_method(run)] for run in runs]
+    for name in ("base", "k", "seed"):
+        values = [getattr(run, name) for run in runs]
+        if len(set(values)) > 1:
+            for told, value in zip(parts, values, strict=True):
+                told += [str(value) if name == "base" else f"{name} {value}"] if value is not None else []
+    found = [" · ".join(told) for told in parts]
+    for name, options in differing(runs).items():
+        if len(set(found)) == len(found):
+            break
+        apart = [f"{text} · {name} {option}" for text, option in zip(found, options, strict=True)]
+        found = [new if found.count(old) > 1 else old for old, new in zip(found, apart, strict=True)]
+    unclear = [text for text in found if found.count(text) > 1]
+    found = [f"{text} · {run.folder}" if text in unclear else text for text, run in zip(found, runs, strict=True)]
+    return [text if found.count(text) == 1 else f"{text} ({number})" for number, text in enumerate(found, start=1)]
+
+
+def differing(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
+    """The options that are not the same in all runs: name -> a value per run, as text."""
+    names = dict.fromkeys(name for run in runs for result in run.results.values() for name in result.options)
+    found = {name: tuple(_option(run, name) for run in runs) for name in names if name not in _UNTOLD}
+    return {name: values for name, values in found.items() if len(set(values)) > 1 or _VARIES in values}
+
+
+def seconds(run: Run) -> Seconds:
+    """Where a run's time went."""
+    results = run.results.values()
+    stages: dict[str, float] = {}
+    inference = 0.0
+    for result in results:
+        inference += result.seconds.get("inference", 0.0)
+        for name, value in result.seconds.items():
+            if name not in ("loading", "inference"):
+                stages[name] = stages.get(name, 0.0) + value
+    rest = inference - sum(stages.values())
+    # Stages are measured apart from the whole; what rounding leaves is not a stage.
+    if rest > 0.001 * inference or not stages:
+        stages["other" if stages else "inference"] = max(0.0, rest)
+    loading = sum({result.seconds.get("loading", 0.0) for result in results})
+    return Seconds(loading, stages, sum(len(result) for result in results))
+
+
+def _method(run: Run) -> str:
+    method = run.method or run.folder.resolve().name
+    merge = run.options.get("merge")
+    return method if merge in (None, "mixture") else f"{method} ({merge})"
+
+
+def _option(run: Run, name: str) -> str:
+    values = {_text(result.options.get(name)) for result in run.results.values()}
+    return values.pop() if len(values) == 1 else _VARIES
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "–" if value is None else json.dumps(value)

@@ -1,0 +1,133 @@
+"""A picture as a list of marks with roles instead of colours, so that one description is drawn twice: as SVG that
+follows the page's light or dark colours (`svg`), and as PNG (`png`). Lengths are CSS pixels, y grows downwards."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+from logo.evaluation.intervals import Values
+
+Anchor = Literal["start", "middle", "end"]
+
+SERIES = 8  # colours; more runs begin again, with the next shape
+SHAPES = 4  # circle, diamond, square, triangle
+SMALL = 12.0  # font size of ticks and names
+_WIDTH = 0.55  # of a character of proportional print, in font sizes, on average
+
+
+@dataclass(frozen=True)
+class Rect:
+    """A filled (or, with `outline`, framed) rectangle."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    role: str
+    title: str = ""
+    outline: bool = False
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """A straight line."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    role: str
+    width: float = 1.0
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of radius `r`; `shape` is the number of one of `SHAPES`."""
+
+    x: float
+    y: float
+    r: float
+    role: str
+    shape: int = 0
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Label:
+    """A line of text whose baseline's `anchor` lies at (x, y); `up`: it reads from bottom to top."""
+
+    x: float
+    y: float
+    text: str
+    role: str = "ink"
+    anchor: Anchor = "start"
+    size: float = SMALL
+    bold: bool = False
+    up: bool = False
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Raster:
+    """A matrix (rows, columns) of numbers in [-1, 1], one field each: the stronger, the further from 0."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    values: Values
+    key: str = ""  # under which the page keeps its numbers
+
+
+SceneMark = Rect | Stroke | Dot | Label | Raster
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture. `name` is its file's name without an ending; `text` says in words what it shows."""
+
+    name: str
+    title: str
+    text: str
+    width: float
+    height: float
+    marks: tuple[SceneMark, ...]
+
+
+def series(number: int) -> tuple[str, int]:
+    """The role and shape of a run by its place."""
+    return f"s{number % SERIES}", (number + number // SERIES) % SHAPES
+
+
+def text_width(text: str, size: float = SMALL) -> float:
+    """About how wide a text is."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return size * (_WIDTH * (len(text) - wide) + wide)
+
+
+def short(text: str, longest: int = 40) -> str:
+    """A name cut in its middle, where the ends tell it apart from others."""
+    text = " ".join(text.split())
+    if len(text) <= longest:
+        return text
+    head = (longest - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (longest - 1 - head) :]}"
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`."""
+    span = high - low
+    if not span > 0:
+        return [low, low + 1.0]
+    power = 10.0
+    step = 1.0
+    while step * about > span:
+        step /= power
+    while step * power * about < span:
+        step *= power
+    step *= next((factor for factor in (1, 2, 5) if factor * step * about >= span), 10)
+    first, last = int(low // step), int(-(-high // step))
+    return [number * step for number in range(first, last + 1)]

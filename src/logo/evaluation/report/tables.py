@@ -1,0 +1,279 @@
+"""The tables of the page. Headers are headers, a column is a run or a measure, and marks are told in words as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from logo.evaluation.report.adapters import Similarity, Weights
+from logo.evaluation.report.analysis import Analysis
+from logo.evaluation.report.markup import Html, element, escape, join
+from logo.evaluation.report.numbers import NAMES, Cell, Line
+from logo.evaluation.report.results import Run
+from logo.evaluation.report.scene import Dot, Scene, series
+from logo.evaluation.report.svg import svg_mark
+
+MOST = 5  # adapters per dataset, and pairs, that are told in words below a heat map
+_NOTHING = Html('<td class="none">–</td>')
+
+
+def table(caption: str, head: Iterable[Html], rows: Iterable[Html], *, kind: str = "") -> Html:
+    """A table in a box of its own that scrolls sideways where it is too wide, by keyboard as well."""
+    return element(
+        "div",
+        element(
+            "table",
+            element("caption", caption),
+            element("thead", element("tr", *head)),
+            join(*rows) if kind == "bodies" else element("tbody", *rows),
+            class_=kind or None,
+        ),
+        class_="scroll",
+        role="region",
+        tabindex=0,
+        aria_label=caption,
+    )
+
+
+def column(text: object, *, numeric: bool = False) -> Html:
+    """A column's header."""
+    return element("th", text, scope="col", class_="num" if numeric else None)
+
+
+def row(name: object, *cells: object, title: str | None = None) -> Html:
+    """A row with its header; cells that are not `<td>` elements yet become some."""
+    told = (c if isinstance(c, Html) and c.startswith("<td") else element("td", c) for c in cells)
+    return element("tr", element("th", name, scope="row", title=title), *told)
+
+
+def run_name(analysis: Analysis, number: int) -> Html:
+    """A run's label beside its point in the pictures."""
+    role, shape = series(number)
+    point = element(
+        "svg", svg_mark(Dot(6, 6, 4, role, shape)), width=12, height=12, viewBox="0 0 12 12", aria_hidden="true"
+    )
+    return element("span", point, " ", element("bdi", analysis.labels[number]), class_="run")
+
+
+def runs_table(analysis: Analysis) -> Html:
+    """What was run."""
+    heads = ["run", "base model", "method", "k", "seed", "adapters", "datasets", "answers", "failed", "device", "date"]
+    numeric = {"k", "seed", "adapters", "datasets", "answers", "failed"}
+    rows = []
+    for number, run in enumerate(analysis.runs):
+        first = next(iter(run.results.values()))
+        failed = sum(len(result.errors) for result in run.results.values())
+        cells = [
+            run.k,
+            run.seed,
+            len(first.run.get("pool") or first.columns) or None,
+            len(run.results),
+            f"{sum(map(len, run.results.values())):,}".replace(",", " "),
+            failed,
+        ]
+        rows.append(
+            row(
+                run_name(analysis, number),
+                *(_text(text) for text in (run.base, run.method)),
+                *(_plain(cell) for cell in cells),
+                _text(first.run.get("device")),
+                _text(_minute(first.run.get("date"))),
+                title=run.folder.resolve().name,
+            )
+        )
+    return table("Runs", (column(name, numeric=name in numeric) for name in heads), rows, kind="told")
+
+
+def groups_table(analysis: Analysis) -> Html:
+    """Runs by groups, with the mean over all datasets where there are several groups."""
+    lines = list(analysis.groups)
+    single = len({line.metric for line in lines}) == 1
+    heads = [column("run")]
+    for line in lines:
+        what = [line.group, " ", element("small", NAMES.get(line.metric, line.metric))]
+        heads.append(column(join(*what), numeric=True))
+    if len({line.group for line in lines}) > 1:
+        what = [element("span", "all datasets"), " ", element("small", "accuracy" if single else "primary measures")]
+        heads.append(column(join(*what), numeric=True))
+        lines.append(analysis.overall)
+    rows = [
+        row(run_name(analysis, number), *(_cell(line, line.cells[number]) for line in lines))
+        for number in range(len(analysis.runs))
+    ]
+    return table("Mean of the datasets' means, in percent, with 95 % intervals", heads, rows, kind="stacked")
+
+
+def datasets_table(analysis: Analysis, lines: Sequence[Line], caption: str) -> Html:
+    """Datasets and measures by runs, a body per group."""
+    heads = [
+        column("dataset"),
+        column("measure"),
+        *(column(run_name(analysis, n), numeric=True) for n in _all(analysis)),
+    ]
+    bodies = []
+    for group in dict.fromkeys(line.group for line in lines):
+        title = element("th", group, scope="rowgroup", colspan=len(heads))
+        rows = [element("tr", title, class_="group")]
+        previous = None
+        for line in lines:
+            if line.group == group:
+                told = escape("") if line.dataset == previous else _dataset(str(line.dataset))
+                cells = [_cell(line, cell) for cell in line.cells]
+                rows.append(row(told, NAMES.get(line.metric, line.metric), *cells))
+                previous = line.dataset
+        bodies.append(element("tbody", *rows))
+    return table(caption, heads, bodies, kind="bodies")
+
+
+def versus_table(analysis: Analysis) -> Html:
+    """Pairs of runs."""
+    heads = ["run", "against", "difference", "p", "better", "worse", "same", "datasets won", "lost", "even"]
+    rows = []
+    for pair in analysis.versus:
+        found = pair.difference
+        clear = found.low > 0 or found.high < 0
+        value = element("strong" if clear else "span", signed(100 * found.value))
+        interval = element("small", f"{signed(100 * found.low)} to {signed(100 * found.high)}", class_="ci")
+        counts = [
+            getattr(record, name) for record in (pair.instances, pair.datasets) for name in ("wins", "losses", "ties")
+        ]
+        rows.append(
+            row(
+                run_name(analysis, pair.b),
+                run_name(analysis, pair.a),
+                element("td", value, " ", interval, class_="num"),
+                element("td", "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}", class_="num"),
+                *(_plain(count) for count in counts),
+            )
+        )
+    caption = "Paired difference in points over shared instances, with 95 % intervals; then instances, then datasets"
+    return table(caption, (column(name, numeric=n > 1) for n, name in enumerate(heads)), rows)
+
+
+def selected_table(analysis: Analysis) -> Html | None:
+    """How selections looked, and how often they found the right adapter where it is known."""
+    if not any(analysis.selected):
+        return None
+    known = any(found is not None and found.known for found in analysis.selected)
+    heads = ["run", "weight of the first", "effective number"]
+    heads += ["right adapter first", "among three", "mean reciprocal rank", "of instances"] if known else []
+    rows = []
+    for number, found in enumerate(analysis.selected):
+        cells: list[object] = [None] * (len(heads) - 1)
+        if found is not None:
+            cells = [f"{found.heaviest:.2f}", f"{found.effective:.1f}"]
+            told = [
+                f"{100 * found.first:.1f} %",
+                f"{100 * found.in_three:.1f} %",
+                f"{found.reciprocal:.2f}",
+                found.known,
+            ]
+            cells += (told if found.known else [None] * 4) if known else []
+        rows.append(row(run_name(analysis, number), *(_plain(cell) for cell in cells)))
+    return table("Selections", (column(name, numeric=n > 0) for n, name in enumerate(heads)), rows)
+
+
+def weights_table(found: Weights) -> Html:
+    """Each dataset's heaviest adapters, in words."""
+    rows = []
+    for name, values in zip(found.datasets, found.values, strict=True):
+        order = sorted(range(len(values)), key=lambda n: (-float(values[n]), found.adapters[n]))[:MOST]
+        told = [f"{found.adapters[n]} {values[n]:.2f}" for n in order if values[n] > 0]
+        rows.append(row(name, join(*_separated(told))))
+    return table(f"The {MOST} heaviest adapters of each dataset", [column("dataset"), column("mean weight")], rows)
+
+
+def similarity_table(found: Similarity) -> Html:
+    """The most alike pairs, in words."""
+    count = len(found.adapters)
+    pairs = [(float(found.values[a, b]), a, b) for a in range(count) for b in range(a + 1, count)]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    rows = [row(found.adapters[a], found.adapters[b], _plain(f"{value:.2f}")) for value, a, b in pairs[: 2 * MOST]]
+    heads = [column("adapter"), column("and"), column("correlation", numeric=True)]
+    return table("The most alike adapters", heads, rows)
+
+
+def time_table(analysis: Analysis) -> Html:
+    """Seconds by run and stage."""
+    stages = list(dict.fromkeys(name for spent in analysis.seconds for name in spent.stages))
+    rows = []
+    for number, spent in enumerate(analysis.seconds):
+        each = 1000 * sum(spent.stages.values()) / spent.instances
+        shown = [spent.loading, *(spent.stages.get(stage, 0.0) for stage in stages), spent.total]
+        rows.append(row(run_name(analysis, number), *(_plain(f"{s:.1f}") for s in shown), _plain(f"{each:.0f}")))
+    heads = ["run", "loading", *stages, "together", "ms per answer"]
+    return table("Seconds by stage", (column(name, numeric=n > 0) for n, name in enumerate(heads)), rows)
+
+
+def options_table(analysis: Analysis) -> Html | None:
+    """Options in which runs differ; None where they do not."""
+    if not analysis.differing:
+        return None
+    heads = [column("option"), *(column(run_name(analysis, n)) for n in _all(analysis))]
+    rows = [row(element("code", name), *values) for name, values in analysis.differing.items()]
+    return table("Other options that differ", heads, rows)
+
+
+def versions_table(run: Run) -> Html | None:
+    """What the first dataset of a run stood on."""
+    versions = next(iter(run.results.values())).run.get("versions")
+    if not isinstance(versions, dict):
+        return None
+    rows = [row(name, _text(version)) for name, version in versions.items()]
+    return table("Versions", [column("of"), column("version")], rows)
+
+
+def figure(scene: Scene, drawing: Html, *more: object) -> Html:
+    """A picture with its title and what it shows in words."""
+    caption = element("figcaption", element("b", scene.title), element("span", scene.text))
+    box = element("div", drawing, class_="scroll picture", role="region", tabindex=0, aria_label=scene.title)
+    return element("figure", caption, box, *more, id=f"figure-{scene.name}")
+
+
+def signed(value: float) -> str:
+    """One digit after the point, always with a sign, unless nothing is left of it."""
+    text = f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
+    return "0.0" if text == "+0.0" else text
+
+
+def _all(analysis: Analysis) -> range:
+    return range(len(analysis.runs))
+
+
+def _cell(line: Line, cell: Cell | None) -> Html:
+    if cell is None:
+        return _NOTHING
+    value, low, high = (line.scale * number for number in (cell.value, cell.low, cell.high))
+    interval = element("small", f"{low:.1f}–{high:.1f}", class_="ci")
+    rest: list[object] = [" ", interval]
+    if cell.mark == "close":
+        rest.append(element("span", " (interval overlaps the best’s)", class_="unseen"))
+    if not cell.complete:
+        what = f"{cell.datasets} datasets, {cell.rows} rows" if line.dataset is None else f"{cell.rows} rows"
+        rest += [" ", element("small", f"only {what}", class_="part")]
+    told = element("strong", f"{value:.1f}") if cell.mark == "best" else element("span", f"{value:.1f}", class_="value")
+    return element(
+        "td", told, *rest, class_=" ".join(filter(None, ["num", cell.mark, "" if cell.complete else "part"]))
+    )
+
+
+def _dataset(name: str) -> Html:
+    return element("a", name, href="#instances", data_dataset=name)
+
+
+def _plain(value: object) -> Html:
+    return _NOTHING if value is None else element("td", value, class_="num")
+
+
+def _text(value: object) -> Html:
+    return _NOTHING if value is None else element("td", value)
+
+
+def _minute(date: object) -> str | None:
+    """`2026-01-02 03:04` of a date in UTC as `run.json` has it."""
+    return None if date is None else str(date).replace("T", " ")[:16]
+
+
+def _separated(texts: Sequence[str]) -> Iterable[object]:
+    for number, text in enumerate(texts):
+        yield " · " if number else None
+        yield element("bdi", text)

@@ -1,0 +1,129 @@
+"""A real browser for tests: headless Chromium through chromedriver, spoken to over HTTP with the standard library."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+MISSING = None if CHROMIUM and DRIVER else "needs chromium and chromedriver on the PATH"
+
+
+class Browser:
+    """One window."""
+
+    def __init__(self, address: str, profile: Path) -> None:
+        self._address = address
+        options = {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={profile}"]}
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self._send("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+        self._address += f"/session/{session['sessionId']}"
+
+    def open(self, page: Path, hash_: str = "") -> None:
+        """Loads a file, and waits for its script."""
+        self._send("POST", "/url", {"url": page.resolve().as_uri() + hash_})
+        self.wait("return document.documentElement.dataset.ready === 'yes'")
+
+    def run(self, script: str, *arguments: object) -> Any:
+        """What a script returns; it may be a promise."""
+        return self._send("POST", "/execute/sync", {"script": script, "args": list(arguments)})
+
+    def wait(self, script: str, *arguments: object, seconds: float = 20.0) -> Any:
+        """What a script returns as soon as that is true."""
+        end = time.monotonic() + seconds
+        while not (found := self.run(script, *arguments)):
+            assert time.monotonic() < end, f"never true: {script}"
+            time.sleep(0.02)
+        return found
+
+    def emulate(self, width: int, height: int = 900, *, dark: bool = False, media: str = "") -> None:
+        """The size of the window in CSS pixels, and the preferred colours."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.devtools("Emulation.setDeviceMetricsOverride", metrics)
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.devtools("Emulation.setEmulatedMedia", {"media": media, "features": features})
+
+    def press(self, key: str) -> None:
+        """A key, as a user presses it."""
+        named = {"Enter": "\r", "ArrowRight": "", "ArrowDown": "", "Tab": ""}
+        text = named.get(key, key)
+        what = {"key": key, **({"text": text} if text else {})}
+        if key == "Enter":
+            what["windowsVirtualKeyCode"] = 13  # type: ignore[assignment]
+        self.devtools("Input.dispatchKeyEvent", {"type": "keyDown", **what})
+        self.devtools("Input.dispatchKeyEvent", {"type": "keyUp", "key": key})
+
+    def messages(self) -> list[str]:
+        """What was written to the console since the last time: errors, violated policies, what scripts say."""
+        return [entry["message"] for entry in self._send("POST", "/se/log", {"type": "browser"})]
+
+    def screenshot(self) -> bytes:
+        """A PNG of the window."""
+        return base64.b64decode(self._send("GET", "/screenshot"))
+
+    def devtools(self, command: str, parameters: dict[str, Any]) -> Any:
+        """One command of the DevTools protocol."""
+        return self._send("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def close(self) -> None:
+        """Ends the browser."""
+        self._send("DELETE", "")
+
+    def _send(self, method: str, path: str, content: dict[str, Any] | None = None) -> Any:
+        data = None if content is None else json.dumps(content).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self._address + path, data=data, method=method, headers=headers)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by way of a proxy
+        try:
+            with opener.open(request, timeout=120) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(json.load(error)["value"]["message"]) from None
+
+
+@contextlib.contextmanager
+def browser(profile: Path) -> Iterator[Browser]:
+    """A browser with a fresh profile, gone at the end of the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    driver = subprocess.Popen([str(DRIVER), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 30
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert driver.poll() is None and time.monotonic() < end, "chromedriver does not start"
+                time.sleep(0.05)
+        window = Browser(f"http://127.0.0.1:{port}", profile)
+        try:
+            yield window
+        finally:
+            window.close()
+    finally:
+        driver.terminate()
+        driver.wait(timeout=30)
