@@ -190,3 +190,99 @@ def test_an_overflow_is_not_a_number_to_report() -> None:
     logits[0, 1, 3] = float("nan")
     with pytest.raises(ModelError, match="likelihood of the completion is nan"):
         score_logits(logits, torch.tensor([1, 2]))
+
+
+# -- many prompts, each with its own mixture ------------------------------------------------------------------------
+
+MIXTURES: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "c": 0.7}, {"a": 1 / 3, "b": 1 / 3}]
+
+
+def pairs_of(lengths: list[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompts and completions of these lengths, none like another."""
+    return [
+        ([1, *range(3 + i, 2 + i + start)], list(range(50 + i, 50 + i + end))) for i, (start, end) in enumerate(lengths)
+    ]
+
+
+PAIRS = pairs_of([(4, 3), (12, 1), (2, 6), (7, 7), (1, 2)])
+
+
+def alone(model: nn.Module, prompt: list[int], gold: list[int]) -> tuple[float, bool]:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + gold])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.log_softmax(-1)[torch.arange(len(gold)), torch.tensor(gold)]
+    return float(chosen.sum()), logits.argmax(-1).tolist() == gold
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_pairs_in_a_batch_score_as_merged_weights_alone(logo: LoGo, batch_size: int) -> None:
+    scored = logo.score_pairs(PAIRS, MIXTURES, batch_size=batch_size)
+    for (prompt, gold), mixture, found in zip(PAIRS, MIXTURES, scored, strict=True):
+        likelihood, match = alone(merged(logo.pool, mixture), prompt, gold)
+        assert found.log_likelihood == pytest.approx(likelihood, rel=1e-5)
+        assert (found.exact_match, found.tokens) == (match, len(gold))
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_pairs_under_one_adapter_score_as_in_peft(logo: LoGo, drawer: Path, name: str) -> None:
+    model = make_adapters.load_peft(drawer / name)
+    scored = logo.score_pairs(PAIRS, [{name: 1.0}] * 5)
+    for (prompt, gold), found in zip(PAIRS, scored, strict=True):
+        assert found.log_likelihood == pytest.approx(alone(model, prompt, gold)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_changes_nothing_whatever_the_positions(kind: str, tmp_path: Path) -> None:
+    model = tiny.model(kind)
+    target = "q_proj" if kind == "llama" else "c_attn"
+    write_adapter(tmp_path / "a", model, (target,), rank=2, seed=0)
+    settings = SelectionSettings(signal="norm", k=1, probe_module=target)
+    logo = LoGo(model, tokenizer(), AdapterPool.from_directory(tmp_path), settings=settings)
+    mixtures: list[dict[str, float]] = [{"a": 0.5}, {}, {"a": 2.0}, {}, {"a": 1.0}]
+    together = logo.score_pairs(PAIRS, mixtures)
+    apart = [logo.score_pairs([pair], [mixture])[0] for pair, mixture in zip(PAIRS, mixtures, strict=True)]
+    assert [one.nll for one in together] == pytest.approx([one.nll for one in apart], rel=1e-5)
+
+
+def test_single_tokens_after_one_prompt_are_one_row(logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [1, 5, 6, 7]
+    pairs = [(prompt, [gold]) for gold in (8, 9, 10, 11)] + [(prompt[:2], [6, 7, 12])]
+    mixtures = [{"a": 1.0}] * 3 + [{"b": 1.0}] + [{"a": 1.0}]
+    expected = [logo.score_pairs([pair], [mixture])[0] for pair, mixture in zip(pairs, mixtures, strict=True)]
+    shapes = []
+    real = scoring.tail_logits
+
+    def counted(model: Any, ids: torch.Tensor, count: int, mask: torch.Tensor) -> torch.Tensor:
+        shapes.append((*ids.shape, count))
+        return real(model, ids, count, mask)
+
+    monkeypatch.setattr(scoring, "tail_logits", counted)
+    scored = logo.score_pairs(pairs, mixtures)
+    assert shapes == [(2, 4, 3)]  # three golds and the longer pair read the same tokens under the same mixture
+    for one, other in zip(scored, expected, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 3 * 100)
+    assert [one.nll for one in logo.score_pairs(pairs, mixtures)] == pytest.approx(
+        [one.nll for one in scored], rel=1e-5
+    )
+    assert len(shapes) == 3  # a batch that is too large was halved
+
+
+def test_pairs_that_cannot_be_scored(logo: LoGo) -> None:
+    assert logo.score_pairs([], []) == []
+    with pytest.raises(UsageError, match="pair 2: the completion has no tokens"):
+        logo.score_pairs([([1], [2]), ([1], [])], [{}, {}])
+    with pytest.raises(UsageError, match="pair 1: the prompt has no tokens"):
+        logo.score_pairs([([], [2])], [{}])
+    with pytest.raises(UsageError, match="one entry for each of 1 pairs, found 2"):
+        logo.score_pairs([([1], [2])], [{}, {}])
+    with pytest.raises(PoolError, match="nobody"):
+        logo.score_pairs([([1], [2])], [{"nobody": 1.0}])
+    context = logo.prompts.context
+    assert context is not None
+    longest = [1] * context
+    assert logo.score_pairs([(longest, [2])], [{}])[0].tokens == 1
+    with pytest.raises(UsageError, match="shorten the prompt"):
+        logo.score_pairs([(longest, [2, 3])], [{}])
+    with pytest.raises(UsageError, match="batch_size"):
+        logo.score_pairs([([1], [2])], [{}], batch_size=0)

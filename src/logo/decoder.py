@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from logo.adapters.pool import AdapterPool
-from logo.decoding import Cancelled, FinishReason, Prompts, StopAtNewline, cut_after_end, end_tokens, streamed
+from logo.decoding import Cancelled, FinishReason, Prompts, StopAt, StopAtNewline, cut_after_end, end_tokens, streamed
 from logo.mixing import Mixer, Work
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Decoder:
         mixtures: Sequence[Mapping[str, float]],
         config: GenerationConfig,
         stop_at_newline: bool | str = False,
+        stop: Sequence[str] = (),
     ) -> list[tuple[list[int], FinishReason]]:
         """The new tokens of each row, its end token included, and why it ended.
 
@@ -51,16 +52,19 @@ class Decoder:
             mixtures: adapter name -> weight, one per row.
             config: how to decode.
             stop_at_newline: see `StopAtNewline`.
+            stop: see `StopAt`.
         """
         criteria: list[StoppingCriteria] = []
         tokenizer = self.prompts.tokenizer
+        start = max(map(len, rows))
+        if stop:
+            criteria.append(StopAt(tokenizer, start, stop))
         if stop_at_newline:
-            start = max(map(len, rows))
             criteria.append(StopAtNewline(tokenizer, start, official=stop_at_newline == "official"))
         tokens = self._continue(pool, rows, mixtures, config, criteria)
         ends = end_tokens(config, self.model.generation_config)
         # A row that a stop rule ended is filled up with pad tokens while the others go on.
-        stopped_early = len(rows) > 1 and (stop_at_newline or config.stop_strings)
+        stopped_early = len(rows) > 1 and (stop_at_newline or stop or config.stop_strings)
         padding = tokenizer.pad_token_id if stopped_early else None
         answers = [cut_after_end(row, ends, config.max_new_tokens, padding) for row in tokens]
         self._learn([len(ids) for ids, reason in answers if reason == "stop"])

@@ -197,6 +197,33 @@ class StopAtNewline(StoppingCriteria):  # type: ignore[misc]
         return "\n" in self.tokenizer.decode(row[self.prompt_length :], skip_special_tokens=True).lstrip()
 
 
+class StopAt(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row once its answer holds one of some texts, wherever tokens begin and end.
+
+    Args:
+        tokenizer: to see the texts.
+        prompt_length: padded length of the prompts, where continuations start; what stands before ends nothing.
+        stops: the texts, none of them empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, stops: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_length = prompt_length
+        self.stops = tuple(stops)
+        # A token is a byte or more, special ones apart; a few more, because some decoders drop a blank in front.
+        self.tail = max(len(stop.encode()) for stop in stops) + 4
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
+        start = max(self.prompt_length, input_ids.shape[1] - self.tail)
+        texts = self.tokenizer.batch_decode(input_ids[:, start:])  # special tokens may be asked for too
+        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """What stands before the first of the texts, whichever that is; all of it if there is none."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
+
+
 class Cancelled(StoppingCriteria):  # type: ignore[misc]
     """Ends generation as soon as nobody listens any more."""
 

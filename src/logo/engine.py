@@ -21,12 +21,12 @@ from torch import Tensor
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
 from logo.decoder import Decoder
-from logo.decoding import FinishReason, Prompts, Truncation, batches_by_length
+from logo.decoding import FinishReason, Prompts, Truncation, batches_by_length, cut_at
 from logo.errors import UsageError
 from logo.mixing import Merge, Mixer
 from logo.mixing.mixer import EXACT
 from logo.models import context_length, default_pool, load_base
-from logo.scoring import Scored, completion_ids, score_mixtures
+from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
 from logo.selection import Selection
 from logo.selection.forced import Forced, forced
 from logo.selection.router import Router
@@ -41,7 +41,7 @@ class Generation:
     """One answer.
 
     Attributes:
-        text: the decoded continuation, special tokens removed.
+        text: the decoded continuation, special tokens removed, cut before a `stop` text.
         selection: which adapters gave it.
         token_ids: the continuation's tokens, its end token included.
         finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"`.
@@ -229,6 +229,13 @@ class LoGo:
         with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)], merge=EXACT):
             return self._router(ids, mask)
 
+    def restart(self) -> None:
+        """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""
+        with self._lock:
+            self._carried = None
+            if self.settings.baseline == "running":
+                self._fit_pool()
+
     # -- generating ---------------------------------------------------------------------------------------------
 
     @overload
@@ -244,6 +251,7 @@ class LoGo:
         batch_size: int = 8,
         generation_config: GenerationConfig | None = None,
         stop_at_newline: bool | str = False,
+        stop: Sequence[str] = (),
         **options: Any,
     ) -> Generation | list[Generation]:
         """Answers each prompt with its own mixture; rows with different mixtures share a batch.
@@ -256,6 +264,7 @@ class LoGo:
             batch_size: prompts per forward pass.
             generation_config: any transformers config; default: greedy, whatever the checkpoint's own asks for.
             stop_at_newline: end each answer at its first line; `"official"`: by the official code's rule.
+            stop: end each answer before the first of these texts.
             **options: options of `GenerationConfig`, such as `do_sample=True, temperature=0.7`.
 
         Raises:
@@ -263,6 +272,7 @@ class LoGo:
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         _check_batch_size(batch_size)
+        stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         with self._lock:
             self._sync()
@@ -273,7 +283,7 @@ class LoGo:
             answers: dict[int, Generation] = {}
             for batch in batches_by_length([len(row) for row in rows], batch_size):
                 part = [selections[i] for i in batch]
-                generated = self._generate([rows[i] for i in batch], part, config, stop_at_newline, probed)
+                generated = self._generate([rows[i] for i in batch], part, config, (stop_at_newline, stop), probed)
                 answers |= zip(batch, generated, strict=True)
         ordered = [answers[i] for i in range(len(rows))]
         return ordered[0] if isinstance(prompts, str) else ordered
@@ -283,16 +293,16 @@ class LoGo:
         rows: Sequence[Sequence[int]],
         selections: Sequence[Selection],
         config: GenerationConfig,
-        stop_at_newline: bool | str,
+        stops: tuple[bool | str, Sequence[str]],
         probed: float,
     ) -> list[Generation]:
         started = time.perf_counter()
         mixtures = [selection.mixture for selection in selections]
-        answers = self._decoder(self._fitted, rows, mixtures, config, stop_at_newline)
+        answers = self._decoder(self._fitted, rows, mixtures, config, *stops)
         texts = self.tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
         return [
-            Generation(text, selection, tuple(ids), reason, dict(seconds))
+            Generation(cut_at(text, stops[1]), selection, tuple(ids), reason, dict(seconds))
             for text, selection, (ids, reason) in zip(texts, selections, answers, strict=True)
         ]
 
@@ -332,6 +342,35 @@ class LoGo:
             [row] = self.prompts.encode([prompt], room=len(gold))
             active = functools.partial(self._mixer.active, self._fitted)
             return score_mixtures(self.model, row, gold, wanted, active, len(self.tokenizer), self._input_device)
+
+    def score_pairs(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        adapters: Sequence[Forced],
+        *,
+        batch_size: int = 8,
+    ) -> list[Scored]:
+        """What completions are worth, each after its own prompt and under its own mixture; rows share batches.
+
+        Args:
+            pairs: token ids of a prompt, special tokens included, and of what continues it.
+            adapters: one entry for each pair, as `adapters` of `generate`.
+            batch_size: rows per forward pass.
+
+        Raises:
+            UsageError: a pair with an empty side or too long for the context, an adapter that is not in the pool.
+        """
+        _check_batch_size(batch_size)
+        with self._lock:
+            self._sync()
+            mixtures = [forced(entry, self._fitted).mixture for entry in adapters]
+            rows = continued_rows(pairs, mixtures, self.prompts.context)
+            active = functools.partial(self._mixer.active, self._fitted)
+            pad = functools.partial(self.prompts.pad, side="right", device=self._input_device)
+            scored: dict[int, Scored] = {}
+            for batch in batches_by_length([len(row.ids) for row in rows], batch_size):
+                scored |= score_continued(self.model, [rows[i] for i in batch], active, pad, len(self.tokenizer))
+        return [scored[number] for number in range(len(pairs))]
 
     # -- what is wanted --------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.hub import download_model, hub_error, is_hub_id
+from logo.adapters.hub import download_model, hub_error, is_hub_id, split_hub_spec
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
 from logo.errors import LoGoError, ModelError, UsageError, closest
@@ -78,6 +78,28 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
     if model_dir is not None and (Path(model_dir) / folder).is_dir():
         return AdapterPool.from_directory(Path(model_dir) / folder, **options)
     return AdapterPool.from_hub(OFFICIAL_ADAPTERS, subfolder=folder, **options)
+
+
+def open_pool(
+    adapters: str | None, base_model: str, model_dir: str | Path | None = None, **options: Any
+) -> AdapterPool:
+    """The pool that is called so: a folder, or a Hub repository `org/name[/folder][@revision]`.
+
+    Args:
+        adapters: None: the base model's own, see `default_pool`.
+        model_dir: looked in for published adapters before the Hub.
+        **options: as `AdapterPool.from_directory`.
+
+    Raises:
+        UsageError: nothing is named, and the base model has no pool of its own.
+        PoolError, HubError: the pool cannot be opened.
+    """
+    if adapters is None:
+        return default_pool(base_model, model_dir, **options)
+    if Path(adapters).is_dir() or not is_hub_id("/".join(adapters.split("@")[0].split("/")[:2])):
+        return AdapterPool.from_directory(adapters, **options)
+    repo, subfolder, revision = split_hub_spec(adapters)
+    return AdapterPool.from_hub(repo, subfolder=subfolder, revision=revision, **options)
 
 
 def pick_device(device: str = "auto") -> torch.device:

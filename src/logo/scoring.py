@@ -1,6 +1,7 @@
 """What a gold completion is worth to a model: exact match and likelihood, teacher-forced in one forward pass.
 
-Pure functions on texts, tokens and tensors. Knows mixtures only as something that the caller can make active.
+Either one prompt and completion under several mixtures, or many, each under its own. Pure functions on texts, tokens
+and tensors. Knows mixtures only as something that the caller can make active.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,32 @@ class Scored:
     exact_match: bool
     nll: float
     tokens: int
+
+    @property
+    def log_likelihood(self) -> float:
+        """Of the whole completion, in nats."""
+        return -self.nll * self.tokens
+
+
+@dataclass
+class Continued:
+    """A row to compute: a prompt with all but the last token of what continues it, under a mixture.
+
+    Attributes:
+        ids: its tokens.
+        mixture: adapter name -> weight.
+        golds: what is asked of it: pair number -> (tokens of the prompt, tokens of the completion). Completions of one
+            token to one prompt share a row.
+    """
+
+    ids: tuple[int, ...]
+    mixture: Mapping[str, float]
+    golds: dict[int, tuple[int, Sequence[int]]] = field(default_factory=dict)
+
+    @property
+    def first(self) -> int:
+        """The first position whose logits are needed."""
+        return min(start for start, _ in self.golds.values()) - 1
 
 
 def joined(prompt: str, completion: str) -> str:
@@ -100,7 +127,7 @@ def score_mixtures(
     """
     # The last gold token is only predicted, never read.
     ids = torch.tensor([*prompt, *gold[:-1]], device=device)
-    keys = [frozenset((name, weight) for name, weight in mixture.items() if weight) for mixture in mixtures]
+    keys = [_key(mixture) for mixture in mixtures]
     distinct = list(dict.fromkeys(keys))
     scored: dict[frozenset[tuple[str, float]], Scored] = {}
     size = rows_per_pass(len(ids), len(gold), vocabulary)
@@ -111,15 +138,90 @@ def score_mixtures(
     return [scored[key] for key in keys]
 
 
-def tail_logits(model: Any, ids: Tensor, count: int) -> Tensor:
-    """Logits (rows, count, vocabulary) at the last `count` positions of unpadded rows (rows, length).
+def continued_rows(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    mixtures: Sequence[Mapping[str, float]],
+    context: int | None = None,
+) -> list[Continued]:
+    """The rows that have to be computed to score each (prompt, completion) under its own mixture.
+
+    Args:
+        pairs: token ids; the prompt's with special tokens.
+        mixtures: one for each pair.
+        context: the model's context length in tokens, or None if unknown.
+
+    Raises:
+        UsageError: unequal numbers of pairs and mixtures, or a pair with an empty side or too long for the context.
+    """
+    if len(pairs) != len(mixtures):
+        raise UsageError(f"adapters: expected one entry for each of {len(pairs)} pairs, found {len(mixtures)}")
+    rows: dict[tuple[tuple[int, ...], frozenset[tuple[str, float]]], Continued] = {}
+    for number, ((prompt, gold), mixture) in enumerate(zip(pairs, mixtures, strict=True)):
+        if not prompt or not gold:
+            side = "completion" if prompt else "prompt"
+            raise UsageError(f"pair {number + 1}: the {side} has no tokens; expected at least one on either side")
+        ids = (*prompt, *gold[:-1])  # the last gold token is only predicted, never read
+        if context is not None and len(ids) > context:
+            raise UsageError(
+                f"pair {number + 1} has {len(ids) + 1} tokens, but the model reads {context} and predicts one more: "
+                "shorten the prompt"
+            )
+        row = rows.setdefault((ids, _key(mixture)), Continued(ids, mixture))
+        row.golds[number] = (len(prompt), gold)
+    return list(rows.values())
+
+
+@torch.no_grad()
+def score_continued(
+    model: Any,
+    rows: Sequence[Continued],
+    active: Callable[[Sequence[Mapping[str, float]]], AbstractContextManager[Any]],
+    pad: Callable[[Sequence[Sequence[int]]], tuple[Tensor, Tensor]],
+    vocabulary: int,
+) -> dict[int, Scored]:
+    """Scores a batch of rows, each under its own mixture: pair number -> what its completion is worth.
+
+    Args:
+        model: a Hugging Face causal LM.
+        rows: of `continued_rows`.
+        active: activates one mixture per row of a batch on the model.
+        pad: pads rows on the right and says where tokens are; both (rows, length).
+        vocabulary: its size; a batch whose logits would take too much is halved.
+    """
+    first = min(row.first for row in rows)
+    kept = max(len(row.ids) for row in rows) - first
+    if len(rows) > 1 and len(rows) * kept * vocabulary > MAX_LOGITS:
+        half = len(rows) // 2
+        parts = (rows[:half], rows[half:])
+        return {n: s for part in parts for n, s in score_continued(model, part, active, pad, vocabulary).items()}
+    ids, mask = pad([row.ids for row in rows])
+    with active([row.mixture for row in rows]):
+        logits = tail_logits(model, ids, kept, mask)
+    scored = {}
+    for row, tail in zip(rows, logits, strict=True):
+        for number, (start, gold) in row.golds.items():
+            own = tail[None, start - 1 - first :][:, : len(gold)]
+            scored[number] = score_logits(own, torch.tensor(list(gold), device=tail.device))[0]
+    return scored
+
+
+def _key(mixture: Mapping[str, float]) -> frozenset[tuple[str, float]]:
+    return frozenset((name, weight) for name, weight in mixture.items() if weight)
+
+
+def tail_logits(model: Any, ids: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
+    """Logits (rows, count, vocabulary) at the last `count` positions of rows (rows, length), padding included.
 
     Where the model can, it computes no others: with 262,000 words in the vocabulary those of a whole prompt would be
     the largest tensor by far.
+
+    Args:
+        mask: (rows, length), 0 where rows are padded; None: nowhere.
     """
     able = "logits_to_keep" in inspect.signature(model.forward).parameters
     options = {"logits_to_keep": count} if able else {}
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
+    mask = torch.ones_like(ids) if mask is None else mask
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
     logits: Tensor = output.logits[:, -count:]
     return logits
 
