@@ -25,6 +25,8 @@ FILES = {
     "metric_dict.json",
     "time_dict.json",
     "run.json",
+    "rows.json",
+    "metrics.json",
 }
 
 
@@ -205,7 +207,7 @@ def test_bad_data_and_results_leave_nothing_behind(tmp_path: Path, capsys: pytes
         "did you mean 'bbh.boolean_expressions'": ["--dataset", "bbh.boolean_expression"],
         "limit": ["--limit", "0"],
         "cannot be written": ["--result_dir", str(tmp_path / "file" / "results")],
-        "batch_size": ["--batch_size", "0"],
+        "batch-size": ["--batch_size", "0"],
     }
     for message, arguments in cases.items():
         assert run(evaluate_bad(tmp_path, *arguments)) in (1, 2)
@@ -234,10 +236,10 @@ def test_an_interrupted_run_keeps_the_earlier_result(
 
     monkeypatch.setattr(LoGo, "generate", interrupted)
     capsys.readouterr()
-    assert run(["evaluate", *evaluate_arguments(tmp_path)]) == 130
+    assert run(["evaluate", *evaluate_arguments(tmp_path, "--overwrite")]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "logo: error: interrupted"
     assert read(folder) == before
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == [folder.name]
 
 
 def test_output_can_be_piped_to_a_reader_that_stops() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,48 @@ def test_rows_come_back_as_they_were_written(
     put(root, "mine.rows", b"\xef\xbb\xbf" * bom + ("\n".join(lines) + end).encode())
     expected = [Row(a, b if isinstance(b, str) else tuple(b)) for a, b in rows]
     assert load_rows(root, "mine.rows", limit) == expected[:limit]
+
+
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries(
+            {"context": TEXT, "completion": TEXT | st.lists(TEXT, min_size=1, max_size=3)},
+            optional={"references": st.none() | st.lists(TEXT, min_size=1, max_size=3), "adapter": st.none() | TEXT},
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_references_and_adapters(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
+    root = tmp_path_factory.mktemp("data")
+    put(root, "mine.rows", "\n".join(map(json.dumps, rows)))
+    for given_, row in zip(rows, load_rows(root, "mine.rows"), strict=True):
+        present = {key: value for key, value in given_.items() if value is not None}
+        assert json.loads(json.dumps(row.as_dict())) == present
+        assert (list(row.references), row.adapter) == (present.get("references", []), present.get("adapter"))
+        completion = present["completion"]
+        first = [completion] if isinstance(completion, str) else completion
+        assert list(row.golds) == list(dict.fromkeys([*first, *present.get("references", [])]))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ('"references": "a"', """found 'references' is "a\""""),
+        ('"references": []', "found 'references' is an empty list"),
+        ('"references": ["a", 3]', "found 'references'[1] is 3"),
+        ('"references": [" "]', "found 'references'[0] is empty"),
+        ('"adapter": ""', "found 'adapter' is empty"),
+        ('"adapter": ["a"]', "found 'adapter' is a list"),
+    ],
+)
+def test_malformed_references_and_adapters_are_named(tmp_path: Path, value: str, found: str) -> None:
+    file = put(tmp_path, "mine.rows", f'{GOOD}\n{{"context": "a", "completion": "b", {value}}}\n')
+    with pytest.raises(DataError) as caught:
+        load_rows(tmp_path, "mine.rows")
+    message = str(caught.value)
+    assert message.startswith(f'{file}:2: expected "references", if there are any, to be a list of texts')
+    assert found in message and message.endswith("mend or delete the line")
 
 
 def test_the_official_rows() -> None:

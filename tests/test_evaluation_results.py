@@ -1,4 +1,4 @@
-"""The seven files of a dataset: where they go, what is in them."""
+"""The files of a dataset: where they go, what is in them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from logo.errors import StorageError
-from logo.evaluation.results import RESULT_FILES, result_files, result_folder, run_record, write_results
+from logo.evaluation.datasets import Row
+from logo.evaluation.intervals import estimate
+from logo.evaluation.results import (
+    RESULT_FILES,
+    metrics_record,
+    read_results,
+    result_files,
+    result_folder,
+    run_record,
+    write_results,
+)
 from logo.evaluation.runner import DatasetResult
 
 RESULT = DatasetResult(
@@ -23,6 +34,8 @@ RESULT = DatasetResult(
     scores=((1.0, 3.0), (3.0, 2.0)),
     seconds={"inference": 2.5, "probe": 0.5, "generate": 1.5},
 )
+
+ROWS = [Row("Q: a?", "Yes"), Row("Q: b?", ("No", "no way"), ("no", "No"), "b")]
 
 
 def record(**changes: object) -> dict[str, object]:
@@ -62,6 +75,11 @@ def test_the_folder_is_named_as_the_official_one(base_model: str | Path, name: s
     assert folder == Path(f"results/{name}_selection_norm_n_20_seed_0/bbh.boolean_expressions")
 
 
+def test_another_method_has_a_folder_of_its_own() -> None:
+    folder = result_folder("results", "org/M", "norm", 20, 1, "bbh.x", method="lorahub")
+    assert folder == Path("results/M_method_lorahub_n_20_seed_1/bbh.x")
+
+
 def test_a_model_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "F1" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "F1")
@@ -71,7 +89,7 @@ def test_a_model_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_files(tmp_path: Path) -> None:
     folder = tmp_path / "results" / "F1_selection_norm_n_2_seed_0" / "bbh.navigate"
-    write_results(folder, result_files(RESULT, strategy="norm", loading_seconds=4.0, run=record()))
+    write_results(folder, result_files(RESULT, ROWS, strategy="norm", loading_seconds=4.0, run=record()))
     files = read(folder)
     assert sorted(files) == sorted(RESULT_FILES)
     assert files["eval_results.json"] == [1, 0]
@@ -81,6 +99,11 @@ def test_the_files(tmp_path: Path) -> None:
     assert files["metric_dict.json"] == {"norm": [[1.0, 3.0], [3.0, 2.0]]}
     assert files["time_dict.json"] == {"loading": 4.0, "inference": 2.5, "probe": 0.5, "generate": 1.5}
     assert files["run.json"] == {**record(), "score_columns": ["a/x.1", "b"]}
+    assert files["rows.json"] == [
+        {"context": "Q: a?", "completion": "Yes"},
+        {"context": "Q: b?", "completion": ["No", "no way"], "references": ["no", "No"], "adapter": "b"},
+    ]
+    assert read_results(folder) == files
     # byte for byte what json.dump writes by default
     assert (folder / "predictions.json").read_bytes() == b'["Yes", "N\\u00e9\\u2028"]'
 
@@ -145,7 +168,7 @@ def test_no_environment_variable_is_recorded(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_second_run_replaces_the_first_and_keeps_notes(tmp_path: Path) -> None:
     folder = tmp_path / "r"
-    write_results(folder, {**result_files(RESULT, strategy="norm", loading_seconds=1.0, run={})})
+    write_results(folder, {**result_files(RESULT, ROWS, strategy="norm", loading_seconds=1.0, run={})})
     (folder / "notes.md").write_text("mine")
     write_results(folder, {"eval_results.json": [1]})
     assert sorted(path.name for path in folder.iterdir()) == ["eval_results.json", "notes.md"]
@@ -167,3 +190,62 @@ def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"result folder {str(folder)!r}: cannot be written (")
     assert str(caught.value).endswith("--result_dir")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_results_that_are_not_whole_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    write_results(folder, result_files(RESULT, ROWS, strategy="norm", loading_seconds=1.0, run={}))
+    (folder / "weights.json").write_text("[1, ")
+    with pytest.raises(StorageError, match=r"weights\.json cannot be read"):
+        read_results(folder)
+    (folder / "weights.json").unlink()
+    with pytest.raises(StorageError, match=r"expected the file weights\.json, found none; run it again"):
+        read_results(folder)
+
+
+# --- metrics.json
+
+
+def result(dataset: str, values: list[object], predictions: list[str], errors: dict[int, str]) -> DatasetResult:
+    none: tuple[tuple[str, ...], ...] = ((),) * len(values)
+    return DatasetResult(
+        dataset, tuple(values), tuple(predictions), none, ((),) * len(values), (), ((),) * len(values), {}, errors
+    )
+
+
+def test_metrics_of_right_and_wrong() -> None:
+    values = [1, 0, 1, 1, 0, 0, 1, 0]
+    found = metrics_record(
+        result("bbh.x", values, ["the cat", *["x"] * 7], {7: "gone", 1: "refused"}), [["cat"]] * 8, seed=3
+    )
+    assert found["official"] == {"em": 0.5}
+    expected = estimate([np.array(values, dtype=float)[:, None]], seed=3)
+    [low, high] = found["official_intervals"]["em"]
+    assert (low, high) == (expected.low[0], expected.high[0]) and 0 < low < 0.5 < high < 1
+    assert found["extra"]["exact_match"] == 1 / 8 and set(found["extra_intervals"]) == set(found["extra"])
+    assert found["errors"] == [{"index": 1, "message": "refused"}, {"index": 7, "message": "gone"}]
+    values = [0.1, 0.35, 0.2, 0.9, 0.71]
+    ends = [metrics_record(result("wmt14.x", values, ["a"] * 5, {}), [["b"]] * 5, seed=seed) for seed in (0, 0, 1)]
+    assert ends[0] == ends[1] and ends[0]["official_intervals"] != ends[2]["official_intervals"]
+
+
+def test_metrics_of_text() -> None:
+    zeros = {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-L": 0.0}
+    ones = dict.fromkeys(zeros, 1.0)
+    found = metrics_record(result("gem.x", [ones, zeros], ["a b c d", ""], {}), [["x", "a b c d"], ["e"]])
+    assert found["official"] == dict.fromkeys(zeros, 0.5)
+    assert all(found["official_intervals"][key] == (0.0, 1.0) for key in zeros)
+    assert found["extra"]["rouge-L"] == 0.5  # the second gold text counts
+    assert "version" in found["signatures"]["bleu"] and set(found["extra"]) >= {"bleu", "chrf"}
+
+
+def test_metrics_of_nothing() -> None:
+    empty = metrics_record(result("bbh.x", [], [], {}), [])
+    assert empty == {
+        "official": {},
+        "official_intervals": {},
+        "extra": {},
+        "extra_intervals": {},
+        "signatures": {},
+        "errors": [],
+    }

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from logo import __version__
-from logo.cli import bench, calibrate, compare, datasets, demo, evaluate, generate, pool, select, study
+from logo.cli import bench, calibrate, compare, datasets, demo, evaluate, generate, merge_results, pool, select, study
 
 EPILOG = (
     "Errors are one line; add --debug anywhere for the traceback. Options may be written --like-this or --like_this."
@@ -57,6 +57,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("select")(select.select)
 app.command("evaluate")(evaluate.evaluate)
+app.command("merge-results")(merge_results.merge_results)
 app.command("compare")(compare.compare)
 app.command("calibrate")(calibrate.calibrate)
 app.command("study")(study.study)

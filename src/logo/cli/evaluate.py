@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress, TaskID
 
-from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Preset, expanded, open_engine
-from logo.cli.output import err, print_json, progress
+from logo.cli.options import OFFICIAL_SIGNAL, Context, EngineOptions, Preset, expanded, open_engine
+from logo.cli.output import err, note, progress
+from logo.cli.scoreboard import Score, show
+from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.engine import Generation, LoGo
-    from logo.evaluation.datasets import Row
-    from logo.evaluation.runner import DatasetResult
+    from logo.engine import LoGo
+    from logo.evaluation.jobs import Job
+    from logo.evaluation.resume import Plan
+    from logo.evaluation.session import Session
 
 OFFICIAL_BASE = "Llama-3.1-8B"
 
@@ -32,15 +32,47 @@ class RunOptions:
         str, typer.Option(help="Name, list `a,b` or pattern `bbh.*`; empty: all in the data folder.")
     ] = ""
     data_dir: Annotated[str, typer.Option(help="Rows are read from DATA_DIR/main/sub/test.jsonl.")] = "./data"
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Instead of a data folder: a folder of NAME.jsonl, one dataset each.",
+            show_default="none",
+        ),
+    ] = None
+    train_rows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of NAME.jsonl with training rows, for methods that need some.",
+            show_default="train.jsonl beside test.jsonl",
+        ),
+    ] = None
     result_dir: Annotated[str, typer.Option(help="Where result folders are made.")] = "results"
-    seed: Annotated[int, typer.Option(help="Random seed; part of the result folder's name.")] = 0
+    seed: Annotated[int, typer.Option(help="Random seed; part of the result folder's name.", min=0)] = 0
     limit: Annotated[int | None, typer.Option(help="Only the first rows of each dataset.", show_default="all")] = None
     batch_size: Annotated[
-        int, typer.Option(help="Prompts per forward pass; `--probe-context carry` still probes one by one.")
+        int,
+        typer.Option(
+            help="Prompts per forward pass, halved if memory does not suffice; `--probe-context carry` still probes "
+            "one by one.",
+            min=1,
+        ),
     ] = 1
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256
     generation_early_stop: Annotated[
         bool, typer.Option("--generation-early-stop", help="Stop generating at the first newline.")
+    ] = False
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Answer only part I of N; `logo merge-results` puts the parts together.",
+            show_default="all rows",
+        ),
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin again, whatever is done or half done already.")
     ] = False
     save_dir: Annotated[str, typer.Option(help="Accepted for the official command line; not used.", hidden=True)] = ""
     preset: Annotated[
@@ -49,117 +81,113 @@ class RunOptions:
     ] = None
 
 
-@dataclass(frozen=True)
-class Configured:
-    """The engine with this run's generation options filled in."""
-
-    logo: LoGo
-    options: dict[str, Any]
-
-    def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Sequence[Generation]:
-        return self.logo.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **self.options)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One dataset, read and checked before the model is loaded."""
-
-    dataset: str
-    rows: list[Row]
-    file: Path
-    sha256: str
-    folder: Path
-
-
 @expanded
 def evaluate(
     engine: EngineOptions,
     run: RunOptions,
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON summary instead of the lines.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the lines.")] = False,
 ) -> None:
     """Evaluate on datasets; writes one result folder for each.
 
+    A run that was interrupted goes on where it stopped when the same command is given again; datasets that are done are
+    not answered again.
+
     Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
     """
-    from logo.decoding import Truncation
-    from logo.evaluation.metrics import mean, metric_kind, summary_line
-    from logo.evaluation.results import result_files, run_record, write_results
-
     base_model = engine.base_model or OFFICIAL_BASE
-    engine = replace(engine, selection_strategy=engine.selection_strategy or OFFICIAL_SIGNAL)
-    official = run.preset is Preset.OFFICIAL
+    engine = replace(
+        engine,
+        selection_strategy=engine.selection_strategy or OFFICIAL_SIGNAL,
+        # What is remembered of other prompts would show in the last digits of scores, and in an interrupted run other
+        # prompts came before.
+        prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
+    )
     jobs = _jobs(engine, run, base_model)
+    session = _open(engine, run, base_model)
+    plans = session.plans(jobs, overwrite=run.overwrite)
 
-    started = time.perf_counter()
-    truncation = Truncation(2048, "right") if official else None
-    logo = open_engine(engine, base_model, preset=run.preset, truncation=truncation)
-    options = {"base_model": base_model, **asdict(engine), **asdict(run), **_resolved(logo)}
-    digests = logo.pool.sha256()
-    loading = time.perf_counter() - started
-    configured = Configured(logo, _generation_options(logo, official, run.generation_early_stop))
-    _seed(run.seed)
-
-    summaries = []
+    scores = []
     with progress(disable=not err.is_terminal) as bar:
-        for job in jobs:
-            result, record = _run(configured, job, run, bar)
-            record |= {"options": options, "pool": {name: digests[name] for name in logo.names}}
-            strategy = logo.settings.signal
-            files = result_files(
-                result, strategy=strategy, loading_seconds=loading, run=run_record(**record, device=_device_name(logo))
-            )
-            write_results(job.folder, files)
-            kind = metric_kind(job.dataset)
-            summaries.append({"dataset": job.dataset, **mean(kind, result.eval_results), "folder": str(job.folder)})
+        for plan in plans:
+            score = _stored(plan) if plan.done else _answered(session, plan, bar)
+            scores.append(score)
             if not json:
-                heading = [job.dataset] if len(jobs) > 1 else []
-                print(*heading, summary_line(kind, result.eval_results), job.folder, sep="\n", flush=True)
-    if json:
-        print_json(summaries)
+                heading = [score.dataset] if len(jobs) > 1 else []
+                print(*heading, score.line, score.folder, sep="\n", flush=True)
+    show(scores, json=json)
 
 
 def _jobs(engine: EngineOptions, run: RunOptions, base_model: str) -> list[Job]:
     """Everything that can be wrong with data and results, looked at before hours are spent."""
-    from logo.evaluation.datasets import dataset_file, file_sha256, find_datasets, load_rows
     from logo.evaluation.folders import check_writable
-    from logo.evaluation.results import result_folder
+    from logo.evaluation.jobs import find_jobs
+    from logo.evaluation.results import run_folder
+    from logo.evaluation.shards import Shard
 
-    found = find_datasets(run.data_dir, run.dataset)
-    if found.missing:
-        err.print(f"logo: warning: not in {run.data_dir}, left out: {', '.join(found.missing)}", markup=False)
-    jobs = []
-    for name in found.names:
-        folder = result_folder(run.result_dir, base_model, str(engine.selection_strategy), engine.k, run.seed, name)
-        file = dataset_file(run.data_dir, name)
-        jobs.append(Job(name, load_rows(run.data_dir, name, run.limit), file, file_sha256(file), folder))
+    shard = None if run.shard is None else Shard.parse(run.shard)
+    if shard is not None and _carries(engine, run):
+        raise UsageError("shard: with --probe-context carry a row depends on the row before; answer all rows in one go")
+    folder = run_folder(run.result_dir, base_model, str(engine.selection_strategy), engine.k, run.seed)
+    jobs, missing = find_jobs(
+        folder, run.dataset, data_dir=run.data_dir, rows=run.rows, train_rows=run.train_rows, limit=run.limit
+    )
+    if missing:
+        err.print(f"logo: warning: not in {run.data_dir}, left out: {', '.join(missing)}", markup=False)
     check_writable(run.result_dir)
-    for parent in {job.folder.parent for job in jobs if job.folder.parent.exists()}:
-        check_writable(parent)
-    return jobs
+    if folder.exists():
+        check_writable(folder)
+    return jobs if shard is None else [job.cut(shard, run.batch_size) for job in jobs]
 
 
-def _run(engine: Configured, job: Job, run: RunOptions, bar: Progress) -> tuple[DatasetResult, dict[str, Any]]:
-    """Answers one dataset; returns the result and what `run_record` has to know about it."""
-    from logo.evaluation.runner import evaluate as evaluate_rows
+def _carries(engine: EngineOptions, run: RunOptions) -> bool:
+    if engine.probe_context is None:
+        return run.preset is Preset.OFFICIAL
+    return engine.probe_context is Context.CARRY
 
-    task = bar.add_task(job.dataset, total=len(job.rows))
-    began = datetime.now(timezone.utc)
-    result = evaluate_rows(
-        engine,
-        job.rows,
-        dataset=job.dataset,
+
+def _open(engine: EngineOptions, run: RunOptions, base_model: str) -> Session:
+    from logo.decoding import Truncation
+    from logo.evaluation.identity import pool_digests
+    from logo.evaluation.results import LOGO
+    from logo.evaluation.session import Session
+
+    official = run.preset is Preset.OFFICIAL
+    started = time.perf_counter()
+    truncation = Truncation(2048, "right") if official else None
+    logo = open_engine(engine, base_model, preset=run.preset, truncation=truncation)
+    pool = pool_digests(logo)
+    loading = time.perf_counter() - started
+    named = {"method": LOGO, "merge": logo.merge.kind}
+    return Session(
+        logo,
+        base_model,
+        pool=pool,
+        seed=run.seed,
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
-        on_progress=functools.partial(_advance, bar, task),
+        generation=_generation_options(logo, official, run.generation_early_stop),
+        options={"base_model": base_model, **asdict(engine), **asdict(run), **_resolved(logo), **named},
+        loading=loading,
     )
-    return result, {
-        "dataset": job.dataset,
-        "data_file": job.file,
-        "data_sha256": job.sha256,
-        "rows": len(job.rows),
-        "started": began,
-        "seconds": result.seconds["inference"],
-    }
+
+
+def _stored(plan: Plan) -> Score:
+    """A result that was there."""
+    from logo.evaluation.results import read_results
+
+    note(f"{plan.job.dataset} is done already (--overwrite answers it again)")
+    return Score(plan.job.dataset, plan.job.folder, read_results(plan.job.folder), skipped=True)
+
+
+def _answered(session: Session, plan: Plan, bar: Progress) -> Score:
+    job = plan.job
+    task = bar.add_task(job.dataset, total=len(job.places))
+    try:
+        files = session.run(plan, functools.partial(_advance, bar, task))
+    except KeyboardInterrupt:
+        note("What is done is kept: the same command goes on from there.")
+        raise
+    return Score(job.dataset, job.folder, files)
 
 
 def _advance(bar: Progress, task: TaskID, done: int) -> None:
@@ -175,20 +203,7 @@ def _generation_options(logo: LoGo, official: bool, early_stop: bool) -> dict[st
     }
 
 
-def _seed(seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)
-
-
 def _resolved(logo: LoGo) -> dict[str, Any]:
     """The settings as they were used, presets applied."""
     points = [point.name for point in logo.router.points]
     return {**asdict(logo.settings), "points": points, "dtype": str(logo.model.dtype).removeprefix("torch.")}
-
-
-def _device_name(logo: LoGo) -> str:
-    import torch
-
-    device = logo.model.device
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

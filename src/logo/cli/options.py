@@ -31,6 +31,7 @@ DEVICE = "Device"
 DEFAULT_SIGNAL = "calibrated"
 OFFICIAL_SIGNAL = "norm"
 DEFAULT_K = 20
+DEFAULT_PREFIX_CACHE_GB = 0.25
 DEMO_K = 3  # twenty would be the whole embedded pool
 
 
@@ -121,8 +122,14 @@ class EngineOptions:
         ),
     ] = None
     prefix_cache_gb: Annotated[
-        float, typer.Option(help="Memory for what prompts begin with, in GB.", min=0.0, rich_help_panel=PROBE)
-    ] = 0.25
+        float | None,
+        typer.Option(
+            help="Memory for what prompts begin with, in GB.",
+            min=0.0,
+            show_default="0.25; evaluate: 0",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
     selection_strategy: Annotated[
         str | None,
         typer.Option(
@@ -338,7 +345,7 @@ def open_engine(
         baseline=options.baseline.value,
         calibration_prompts=_lines(options.calibration_prompts),
         cache=options.cache,
-        prefix_cache_gb=options.prefix_cache_gb,
+        prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
         unscorable=options.unscorable.value,
     )
     _quiet_transformers()

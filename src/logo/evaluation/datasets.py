@@ -2,8 +2,9 @@
 
 A dataset is the file `{data_dir}/{main}/{sub}/{split}.jsonl`, named `main.sub`: the first dot separates, `sub` may
 hold more of them. Every line is an object with a `context` (the prompt) and a `completion` (the gold text, or a list
-of texts that are all right). A file is validated whole before its first row is used, so that a typing error on the
-last line is not met after hours of work. What a prediction is worth is not known here: see `metrics`.
+of texts that are all right); it may have `references` (all gold texts, where the official metric reads only one) and
+an `adapter` (the one made for such rows). A file is validated whole before its first row is used, so that a typing
+error on the last line is not met after hours of work. What a prediction is worth is not known here: see `metrics`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +51,36 @@ OFFICIAL: tuple[str, ...] = (
 """The names of the official dataset list, in its order."""
 
 _SHOWN = 60  # characters of a wrong value that are worth showing in a message
+_EXPECTED = '{"context": text, "completion": text or list of texts}'
+_OPTIONAL = '"references", if there are any, to be a list of texts and "adapter" a name'
 
 
 @dataclass(frozen=True)
 class Row:
-    """One instance: the prompt and its gold text, or all gold texts that count as right."""
+    """One instance.
+
+    Attributes:
+        context: the prompt.
+        completion: its gold text, or all gold texts that count as right.
+        references: all gold texts, where the data has more than the official metric reads.
+        adapter: the adapter made for such rows, where the data names it.
+    """
 
     context: str
     completion: str | tuple[str, ...]
+    references: tuple[str, ...] = ()
+    adapter: str | None = None
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """All gold texts, each once: those of `completion` first, then the other `references`."""
+        texts = (self.completion,) if isinstance(self.completion, str) else self.completion
+        return tuple(dict.fromkeys((*texts, *self.references)))
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON, as a data file has it: what the row does not have is left out."""
+        row: dict[str, object] = {"context": self.context, "completion": self.completion}
+        return row | {key: value for key in ("references", "adapter") if (value := getattr(self, key))}
 
 
 @dataclass(frozen=True)
@@ -225,32 +248,52 @@ def _row(file: Path, number: int, line: bytes) -> Row:
     for key in ("context", "completion"):
         if key not in row:
             raise _malformed(file, number, f"no {key!r}, only {_shown(', '.join(row))}")
-    context, completion = row["context"], row["completion"]
-    _check_text(file, number, "'context'", context)
-    if not isinstance(completion, list):
-        _check_text(file, number, "'completion'", completion)
-        return Row(context, completion)
-    if not completion:
-        raise _malformed(file, number, "'completion' is an empty list")
-    for index, text in enumerate(completion):
-        _check_text(file, number, f"'completion'[{index}]", text)
-    return Row(context, tuple(completion))
+    try:
+        return _checked(row)
+    except _Wrong as wrong:
+        raise _malformed(file, number, wrong.found, wrong.expected) from None
 
 
-def _check_text(file: Path, number: int, name: str, value: object) -> None:
+class _Wrong(Exception):
+    """A value of a row that is not as it should be."""
+
+    def __init__(self, found: str, expected: str = _EXPECTED) -> None:
+        super().__init__(found)
+        self.found, self.expected = found, expected
+
+
+def _checked(row: Mapping[str, object]) -> Row:
+    context = _text("'context'", row["context"])
+    found = row["completion"]
+    completion = _texts("'completion'", found) if isinstance(found, list) else _text("'completion'", found)
+    try:  # null is what table formats write where a row has no value
+        references = () if row.get("references") is None else _texts("'references'", row["references"])
+        adapter = None if row.get("adapter") is None else _text("'adapter'", row["adapter"])
+    except _Wrong as wrong:
+        raise _Wrong(wrong.found, _OPTIONAL) from None
+    return Row(context, completion, references, adapter)
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise _Wrong(f"{name} is {_shown(value)}")
+    if not value:
+        raise _Wrong(f"{name} is an empty list")
+    return tuple(_text(f"{name}[{index}]", text) for index, text in enumerate(value))
+
+
+def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _malformed(file, number, f"{name} is {_shown(value)}")
+        raise _Wrong(f"{name} is {_shown(value)}")
     if not value.strip():
-        raise _malformed(file, number, f"{name} is empty")
+        raise _Wrong(f"{name} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):  # no tokenizer accepts these
-        raise _malformed(file, number, f"{name} holds half of a surrogate pair: {_shown(value)}")
+        raise _Wrong(f"{name} holds half of a surrogate pair: {_shown(value)}")
+    return value
 
 
-def _malformed(file: Path, number: int, found: str) -> DataError:
-    return DataError(
-        f'{file}:{number}: expected {{"context": text, "completion": text or list of texts}}, found {found}; '
-        "mend or delete the line"
-    )
+def _malformed(file: Path, number: int, found: str, expected: str = _EXPECTED) -> DataError:
+    return DataError(f"{file}:{number}: expected {expected}, found {found}; mend or delete the line")
 
 
 def _shown(value: object) -> str:

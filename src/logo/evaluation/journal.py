@@ -30,6 +30,7 @@ class Journal:
     Args:
         path: the file; made if it is missing.
         run: the run's `fingerprint`.
+        fresh: drop what is there, of whatever run it is, and begin again.
 
     Attributes:
         records: what earlier processes of this run have written.
@@ -39,7 +40,7 @@ class Journal:
         StorageError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path, run: str) -> None:
+    def __init__(self, path: Path, run: str, *, fresh: bool = False) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
         try:
@@ -49,6 +50,8 @@ class Journal:
             raise _unusable(path, error) from error
         try:
             self._lock()
+            if fresh:
+                self._file.truncate(0)
             self._read(run)
         except BaseException as error:
             self._file.close()

@@ -29,7 +29,7 @@ _KINDS: Mapping[str, Kind] = {
     "code_x_glue": "bleu",
 }
 _ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-L": "rougeL"}  # our key: rouge_score's
-_LABELS = {"em": "Accuracy", "bleu": "BLEU", "rouge-1": "ROUGE-1", "rouge-2": "ROUGE-2", "rouge-L": "ROUGE-L"}
+LABELS = {"em": "Accuracy", "bleu": "BLEU", "rouge-1": "ROUGE-1", "rouge-2": "ROUGE-2", "rouge-L": "ROUGE-L"}
 
 
 def metric_kind(dataset: str) -> Kind:
@@ -102,7 +102,7 @@ def summary_line(kind: Kind, values: Sequence[Value]) -> str:
     Raises:
         ValueError: as `mean`.
     """
-    return "  ".join(f"{_LABELS[key]}: {100 * value:.2f}" for key, value in mean(kind, values).items())
+    return "  ".join(f"{LABELS[key]}: {100 * value:.2f}" for key, value in mean(kind, values).items())
 
 
 def _normalised(text: str) -> str:

@@ -1,23 +1,46 @@
 """Where the results of one dataset go, and what is in them.
 
-Seven JSON files per dataset, six of them as the official script writes them and `run.json` with everything one needs
-to do the run again. They appear together or not at all: see `folders.replace_folder`.
+Nine JSON files per dataset: six as the official script writes them, `run.json` with everything one needs to do the run
+again, `rows.json` with the rows that were answered, so that a report needs no data folder, and `metrics.json` with what
+all answers together are worth. They appear together or not at all: see `folders.replace_folder`.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+
+from logo.errors import StorageError
+from logo.evaluation.corpus import Extra, extra_metrics
+from logo.evaluation.datasets import Row
 from logo.evaluation.folders import check_writable, replace_folder
+from logo.evaluation.intervals import estimate
+from logo.evaluation.journal import fingerprint
+from logo.evaluation.metrics import mean, metric_kind
 from logo.evaluation.runner import DatasetResult
 
-__all__ = ["RESULT_FILES", "check_writable", "result_files", "result_folder", "run_record", "versions", "write_results"]
+__all__ = [
+    "LOGO",
+    "RESULT_FILES",
+    "check_writable",
+    "metrics_record",
+    "read_results",
+    "result_files",
+    "result_folder",
+    "run_folder",
+    "run_record",
+    "versions",
+    "write_results",
+]
+
+LOGO = "logo"  # the method that is not a baseline
 
 RESULT_FILES = (
     "eval_results.json",
@@ -27,7 +50,10 @@ RESULT_FILES = (
     "metric_dict.json",
     "time_dict.json",
     "run.json",
+    "rows.json",
+    "metrics.json",
 )
+_INDENTED = frozenset({"run.json", "metrics.json"})  # for reading; the others are as the official script writes them
 
 _SECRETS = frozenset({"token", "hf_token", "auth_token", "api_key", "password", "secret"})
 _DISTRIBUTIONS = {  # key in run.json: distribution
@@ -37,29 +63,53 @@ _DISTRIBUTIONS = {  # key in run.json: distribution
     "huggingface_hub": "huggingface_hub",
     "nltk": "nltk",
     "rouge_score": "rouge_score",
+    "sacrebleu": "sacrebleu",
 }
 
 
-def result_folder(
-    result_dir: str | PurePath, base_model: str | PurePath, strategy: str, k: int, seed: int, dataset: str
+def run_folder(
+    result_dir: str | PurePath, base_model: str | PurePath, strategy: str, k: int, seed: int, method: str = LOGO
 ) -> Path:
-    """`{result_dir}/{base}_selection_{strategy}_n_{k}_seed_{seed}/{dataset}`, base being the last part of the model's
-    Hub id, folder (a slash at its end does not matter) or name."""
+    """`{result_dir}/{base}_selection_{strategy}_n_{k}_seed_{seed}`, base being the last part of the model's Hub id,
+    folder (a slash at its end does not matter) or name. With another method it is
+    `{base}_method_{method}_n_{k}_seed_{seed}`."""
     base = PurePath(base_model).name
     if base in ("", ".."):  # '.', '..', 'models/..': the folder's own name says more
         base = Path(base_model).resolve().name or "model"
-    return Path(result_dir) / f"{base}_selection_{strategy}_n_{k}_seed_{seed}" / dataset
+    chosen = f"selection_{strategy}" if method == LOGO else f"method_{method}"
+    return Path(result_dir) / f"{base}_{chosen}_n_{k}_seed_{seed}"
+
+
+def result_folder(
+    result_dir: str | PurePath,
+    base_model: str | PurePath,
+    strategy: str,
+    k: int,
+    seed: int,
+    dataset: str,
+    method: str = LOGO,
+) -> Path:
+    """The folder of one dataset: `run_folder(...) / dataset`."""
+    return run_folder(result_dir, base_model, strategy, k, seed, method) / dataset
 
 
 def result_files(
-    result: DatasetResult, *, strategy: str, loading_seconds: float, run: Mapping[str, object]
+    result: DatasetResult,
+    rows: Sequence[Row],
+    *,
+    strategy: str,
+    loading_seconds: float,
+    run: Mapping[str, object],
+    seed: int = 0,
 ) -> dict[str, object]:
-    """The content of the seven files by name.
+    """The content of all files by name.
 
     Args:
+        rows: that were answered, parallel to the result.
         strategy: the signal's name, the one key of `metric_dict.json`.
         loading_seconds: wall time of loading the model and the pool.
         run: what `run_record` returned; the names of the score columns are added to it.
+        seed: of the intervals in `metrics.json`.
     """
     return {
         "eval_results.json": result.eval_results,
@@ -69,6 +119,36 @@ def result_files(
         "metric_dict.json": {strategy: result.scores},
         "time_dict.json": {"loading": loading_seconds, **result.seconds},
         "run.json": {**run, "score_columns": result.scored},
+        "rows.json": [row.as_dict() for row in rows],
+        "metrics.json": metrics_record(result, [row.golds for row in rows], seed=seed),
+    }
+
+
+def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, seed: int = 0) -> dict[str, object]:
+    """What `metrics.json` holds: means of the official metric and the measures of `logo.evaluation.corpus`, each with
+    its 95 % interval, and the rows that have no answer. A shard without rows has neither means nor measures.
+
+    Args:
+        golds: all gold texts of each row.
+        seed: of the bootstraps.
+    """
+    official: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+    extra = Extra()
+    if result.predictions:
+        official = mean(metric_kind(result.dataset), result.eval_results)
+        columns = [[v[key] if isinstance(v, dict) else v for key in official] for v in result.eval_results]
+        found = estimate([np.array(columns, dtype=np.float64)], seed=seed)
+        ends = zip(found.low.tolist(), found.high.tolist(), strict=True)
+        intervals = dict(zip(official, ends, strict=True))
+        extra = extra_metrics(result.dataset, result.predictions, golds, seed=seed)
+    return {
+        "official": official,
+        "official_intervals": intervals,
+        "extra": extra.values,
+        "extra_intervals": extra.intervals,
+        "signatures": extra.signatures,
+        "errors": [{"index": index, "message": message} for index, message in sorted(result.errors.items())],
     }
 
 
@@ -80,8 +160,26 @@ def write_results(folder: str | PurePath, files: Mapping[str, object]) -> None:
         StorageError: the folder cannot be written or the disk is full; nothing has changed then.
         TypeError, ValueError: a content that JSON cannot hold; nothing was touched.
     """
-    texts = {name: json.dumps(content, indent=2 if name == "run.json" else None) for name, content in files.items()}
+    texts = {name: json.dumps(content, indent=2 if name in _INDENTED else None) for name, content in files.items()}
     replace_folder(Path(folder), texts, owned=RESULT_FILES)
+
+
+def read_results(folder: str | PurePath) -> dict[str, Any]:
+    """The content of a folder's result files by name; those of another name are left alone.
+
+    Raises:
+        StorageError: a file is missing or cannot be read.
+    """
+    files = {}
+    for name in RESULT_FILES:
+        file = Path(folder) / name
+        try:
+            files[name] = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise StorageError(f"result {str(folder)!r}: expected the file {name}, found none; run it again") from None
+        except (OSError, ValueError) as error:
+            raise StorageError(f"result {str(folder)!r}: {name} cannot be read ({error}); run it again") from None
+    return files
 
 
 def run_record(
@@ -95,6 +193,8 @@ def run_record(
     device: str,
     started: datetime,
     seconds: float,
+    identity: Mapping[str, object] | None = None,
+    shard: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """What `run.json` holds: enough to do the run again and to see that it was the same one.
 
@@ -106,6 +206,9 @@ def run_record(
         rows: how many were evaluated.
         device: in words, for example `cuda:0 (NVIDIA H100)` or `cpu`.
         started: when this dataset began, with a time zone; `seconds`: how long it took.
+        identity: what the results depend on (`logo.evaluation.identity`); with the pool it makes the fingerprint by
+            which the same run is known again.
+        shard: which part of the dataset these rows are (`logo.evaluation.resume.part_of`); None: all of it.
     """
     kept = {name: value for name, value in options.items() if name.strip("-").replace("-", "_") not in _SECRETS}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
@@ -115,6 +218,9 @@ def run_record(
         "dataset": {"name": dataset, "file": str(data_file), "sha256": data_sha256, "rows": rows},
         "options": plain,
         "pool": dict(pool),
+        "identity": dict(identity or {}),
+        "fingerprint": fingerprint({**(identity or {}), "pool": dict(pool)}),
+        "shard": None if shard is None else dict(shard),
         "device": device,
         "versions": versions(),
     }

@@ -1,61 +1,56 @@
 """One dataset through one engine: prompts in dataset order, a judged answer per row.
 
-Knows an engine only by the few things it reads from it (the protocols below), so a test, a baseline or another
-backend fits as well as `logo.LoGo`. Writes nothing: a run that is interrupted or fails leaves no file behind. The unit
-is one `Instance`; `answers` yields them as they come, which is where a journal or a shard can be put in between, and
-`collect` makes the result of any list of them.
+Knows an engine only by the few things it reads from it (`logo.evaluation.batches`), so a test, a baseline or another
+backend fits as well as `logo.LoGo`. Writes nothing but a journal, if it is given one. The unit is one `Instance`;
+`answers` yields them as they come, and `collect` makes the result of any list of them: of a run that was interrupted,
+or of the shards of one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from logo.errors import UsageError
+from logo.evaluation.batches import Engine, Failure, GenerationLike, SelectionLike, in_batches
 from logo.evaluation.datasets import Row
-from logo.evaluation.metrics import Value, first_line, measure, metric_kind
+from logo.evaluation.journal import Journal
+from logo.evaluation.metrics import Kind, Value, first_line, measure, metric_kind
 
-
-class SelectionLike(Protocol):
-    """What is read of a `Selection`."""
-
-    @property
-    def adapters(self) -> tuple[str, ...]: ...
-    @property
-    def weights(self) -> tuple[float, ...]: ...
-    @property
-    def scores(self) -> Mapping[str, float]: ...
-
-
-class GenerationLike(Protocol):
-    """What is read of a `Generation`."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def selection(self) -> SelectionLike: ...
-    @property
-    def seconds(self) -> Mapping[str, float]: ...
-
-
-class Engine(Protocol):
-    """Anything that answers prompts, one generation each, in their order."""
-
-    def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Sequence[GenerationLike]: ...
+__all__ = [
+    "DatasetResult",
+    "Engine",
+    "GenerationLike",
+    "Instance",
+    "SelectionLike",
+    "answers",
+    "collect",
+    "evaluate",
+]
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One row answered and judged. `scores` are in pool order; `seconds` is this row's share of each stage."""
+    """One row answered and judged, or the `error` that left it without an answer and worth nothing.
+
+    Attributes:
+        value: 0 or 1, a BLEU, or the three ROUGE numbers.
+        prediction: the first line of the answer.
+        selected: names, best first; `weights` are parallel to it.
+        scores: by adapter, in pool order; empty for a row without an answer.
+        seconds: this row's share of each stage.
+        error: one line; None for a row with an answer.
+    """
 
     value: Value
     prediction: str
-    selected: tuple[str, ...]  # best first
-    weights: tuple[float, ...]  # parallel to `selected`
-    scores: dict[str, float]
-    seconds: dict[str, float]
+    selected: tuple[str, ...]
+    weights: tuple[float, ...]
+    scores: Mapping[str, float]
+    seconds: Mapping[str, float]
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,9 @@ class DatasetResult:
         selected: names, best first.
         weights: parallel to `selected`.
         scored: names of the columns of `scores`, in pool order.
-        scores: one number per scored adapter.
+        scores: one number per scored adapter; None in rows without an answer.
         seconds: "inference" is the wall time; the engine's own stages are summed over the instances.
+        errors: by index, why a row has no answer.
     """
 
     dataset: str
@@ -79,8 +75,9 @@ class DatasetResult:
     selected: tuple[tuple[str, ...], ...]
     weights: tuple[tuple[float, ...], ...]
     scored: tuple[str, ...]
-    scores: tuple[tuple[float, ...], ...]
+    scores: tuple[tuple[float | None, ...], ...]
     seconds: dict[str, float]
+    errors: dict[int, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -90,77 +87,95 @@ def evaluate(
     dataset: str,
     batch_size: int = 1,
     max_new_tokens: int = 256,
+    journal: Journal | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> DatasetResult:
     """Answer and judge every row.
 
     Args:
-        batch_size: how many rows the engine gets at once.
+        batch_size: how many rows the engine gets at once, as long as they fit into memory.
         max_new_tokens: of each answer.
-        on_progress: gets the number of rows done so far, after each batch.
+        journal: of these rows under these settings: what it holds is not answered again, the rest is added to it.
+        on_progress: gets the number of rows done so far, after each batch and at the start of a run that goes on.
 
     Raises:
         UsageError: no rows, or a batch size or token limit below 1.
+        LoGoError: as `logo.evaluation.batches.in_batches`.
     """
-    start = time.perf_counter()
-    instances: list[Instance] = []
-    for batch in answers(engine, rows, dataset=dataset, batch_size=batch_size, max_new_tokens=max_new_tokens):
+    if not rows:
+        raise UsageError(f"dataset {dataset!r}: expected at least one row, found none")
+    records = [] if journal is None else journal.records
+    instances = [_recorded(values) for record in records for values in record["instances"]]
+    seconds = sum(record["seconds"] for record in records)
+    report = on_progress or (lambda done: None)
+    if instances:
+        report(len(instances))
+    # What did not fit into memory before the interruption is not tried again, unless other batches are asked for.
+    size = records[-1]["size"] if records and records[-1]["batch_size"] == batch_size else batch_size
+    began = time.perf_counter()
+    for batch, fits in answers(
+        engine,
+        rows[len(instances) :],
+        dataset=dataset,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        size=size,
+        proven=any(instance.error is None for instance in instances),
+    ):
+        took, began = time.perf_counter() - began, time.perf_counter()
+        if journal is not None:
+            kept = {"instances": [asdict(instance) for instance in batch]}
+            journal.append({**kept, "seconds": took, "batch_size": batch_size, "size": fits})
         instances.extend(batch)
-        if on_progress is not None:
-            on_progress(len(instances))
-    return collect(dataset, instances, inference=time.perf_counter() - start)
+        seconds += took
+        report(len(instances))
+    return collect(dataset, instances, inference=seconds)
 
 
 def answers(
-    engine: Engine, rows: Sequence[Row], *, dataset: str, batch_size: int, max_new_tokens: int
-) -> Iterator[list[Instance]]:
-    """The rows' instances, a batch at a time and in order (`probe_context=carry` depends on the order).
+    engine: Engine,
+    rows: Sequence[Row],
+    *,
+    dataset: str,
+    batch_size: int,
+    max_new_tokens: int,
+    size: int | None = None,
+    proven: bool = False,
+) -> Iterator[tuple[list[Instance], int]]:
+    """The rows' instances, a batch at a time and in order (`probe_context=carry` depends on the order), each with the
+    number of rows that are tried at once after it.
 
     Raises:
         UsageError: a batch size or token limit below 1.
-        RuntimeError: the engine does not return one generation per prompt.
+        LoGoError, RuntimeError: as `logo.evaluation.batches.in_batches`, which has the arguments too.
     """
     for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if number < 1:
             raise UsageError(f"{name} {number}: expected at least 1")
     kind = metric_kind(dataset)
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        generations = engine.generate(
-            [row.context for row in batch], max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
-        if len(generations) != len(batch):
-            raise RuntimeError(f"engine: expected {len(batch)} generations, one per prompt, found {len(generations)}")
-        instances = []
-        for row, generation in zip(batch, generations, strict=True):
-            prediction = first_line(generation.text)
-            selection = generation.selection
-            instances.append(
-                Instance(
-                    value=measure(kind, prediction, row.completion),
-                    prediction=prediction,
-                    selected=tuple(selection.adapters),
-                    weights=tuple(selection.weights),
-                    scores=dict(selection.scores),
-                    seconds=dict(generation.seconds),
-                )
-            )
-        yield instances
+    prompts = [row.context for row in rows]
+    done = 0
+    for batch in in_batches(
+        engine, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, size=size, proven=proven
+    ):
+        some = rows[done : done + len(batch.answers)]
+        done += len(some)
+        yield [_judged(kind, row, answer) for row, answer in zip(some, batch.answers, strict=True)], batch.size
 
 
 def collect(dataset: str, instances: Sequence[Instance], *, inference: float) -> DatasetResult:
     """The result of a dataset from its instances, in dataset order. `inference`: wall seconds they took.
 
     Raises:
-        UsageError: no instances.
         RuntimeError: instances that scored different adapters, so that they have no common columns.
     """
-    if not instances:
-        raise UsageError(f"dataset {dataset!r}: expected at least one row, found none")
-    scored = tuple(instances[0].scores)
-    for index, instance in enumerate(instances):
+    answered = [(index, instance) for index, instance in enumerate(instances) if instance.error is None]
+    scored = tuple(answered[0][1].scores) if answered else ()
+    for index, instance in answered:
         if tuple(instance.scores) != scored:
-            raise RuntimeError(f"dataset {dataset!r}: instance {index} scored other adapters than instance 0")
+            raise RuntimeError(
+                f"dataset {dataset!r}: instance {index} scored other adapters than instance {answered[0][0]}"
+            )
     seconds = {"inference": inference}
     for instance in instances:
         for stage, share in instance.seconds.items():
@@ -172,6 +187,29 @@ def collect(dataset: str, instances: Sequence[Instance], *, inference: float) ->
         selected=tuple(instance.selected for instance in instances),
         weights=tuple(instance.weights for instance in instances),
         scored=scored,
-        scores=tuple(tuple(instance.scores.values()) for instance in instances),
+        scores=tuple(tuple(instance.scores.get(name) for name in scored) for instance in instances),
         seconds=seconds,
+        errors={index: instance.error for index, instance in enumerate(instances) if instance.error is not None},
     )
+
+
+def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:
+    if isinstance(answer, Failure):
+        # Not what an empty answer is worth: a gold text may be empty once it is normalised.
+        nothing: Value = {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-L": 0.0} if kind == "rouge" else 0
+        return Instance(nothing, "", (), (), {}, {}, answer.message)
+    prediction = first_line(answer.text)
+    selection = answer.selection
+    return Instance(
+        value=measure(kind, prediction, row.completion),
+        prediction=prediction,
+        selected=tuple(selection.adapters),
+        weights=tuple(selection.weights),
+        scores=dict(selection.scores),
+        seconds=dict(answer.seconds),
+    )
+
+
+def _recorded(values: Mapping[str, Any]) -> Instance:
+    """An instance as a journal has it."""
+    return Instance(**{**values, "selected": tuple(values["selected"]), "weights": tuple(values["weights"])})

@@ -1,0 +1,143 @@
+"""What an evaluation says when it is done: the official lines, intervals, a table, and the rows without an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.output import err, note, print_json
+
+SHOWN = 20  # rows without an answer that are named; metrics.json has all
+
+
+@dataclass(frozen=True)
+class Score:
+    """One dataset's result.
+
+    Attributes:
+        dataset: its name.
+        folder: where the result is; `files`: what it holds, by name.
+        skipped: it was there before this command.
+    """
+
+    dataset: str
+    folder: Path
+    files: Mapping[str, Any]
+    skipped: bool = False
+
+    @property
+    def rows(self) -> int:
+        return len(self.files["predictions.json"])
+
+    @property
+    def seconds(self) -> float:
+        return float(self.files["time_dict.json"]["inference"])
+
+    @property
+    def line(self) -> str:
+        """As the official script prints it: `Accuracy: 71.33`."""
+        from logo.evaluation.metrics import metric_kind, summary_line
+
+        if not self.rows:
+            return "no rows in this shard"
+        return summary_line(metric_kind(self.dataset), self.files["eval_results.json"])
+
+    @property
+    def errors(self) -> list[tuple[int, str]]:
+        """Row (from 1, in the dataset) and message of each row without an answer."""
+        from logo.evaluation.shards import Shard, positions
+
+        cut = self.files["run.json"]["shard"]
+        found = self.files["metrics.json"]["errors"]
+        shard = None if cut is None else Shard(cut["index"], cut["count"])
+        places = positions(cut["rows"], cut["block"], shard) if cut is not None else range(self.rows)
+        return [(places[error["index"]] + 1, error["message"]) for error in found]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        metrics = self.files["metrics.json"]
+        return {
+            "dataset": self.dataset,
+            **metrics["official"],
+            "intervals": metrics["official_intervals"],
+            **{key: metrics[key] for key in ("extra", "extra_intervals", "signatures")},
+            "rows": self.rows,
+            "errors": [{"row": row, "message": message} for row, message in self.errors],
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "folder": str(self.folder),
+        }
+
+
+def show(scores: Sequence[Score], *, json: bool) -> None:
+    """What comes after the official lines, or all of it as JSON.
+
+    Raises:
+        typer.Exit: rows without an answer: exit code 1.
+    """
+    if json:
+        print_json([score.as_dict() for score in scores])
+    elif len(scores) > 1:
+        err.print(table(scores))
+    else:
+        say_intervals(scores[0])
+    if say_errors(scores):
+        raise typer.Exit(1)
+
+
+def say_intervals(score: Score) -> None:
+    """One line beside the official ones, on stderr."""
+    intervals = score.files["metrics.json"]["official_intervals"]
+    if intervals:
+        ends = ", ".join(f"{_label(key)} {_ends(pair)}" for key, pair in intervals.items())
+        note(f"95 % interval: {ends if len(intervals) > 1 else _ends(*intervals.values())} · {score.rows} rows")
+
+
+def table(scores: Sequence[Score]) -> Table:
+    """A line for each dataset and official metric, in percent."""
+    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    shown.add_column("dataset", overflow="fold")
+    shown.add_column("rows", justify="right")
+    shown.add_column("metric")
+    for heading in ("score", "95 % interval", "seconds"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    failed = any(score.errors for score in scores)
+    if failed:
+        shown.add_column("no answer", justify="right")
+    for score in scores:
+        metrics = score.files["metrics.json"]
+        begin: tuple[Any, ...] = (Text(score.dataset), str(score.rows))
+        end: tuple[Any, ...] = (f"{score.seconds:.1f}", *([str(len(score.errors) or "")] if failed else []))
+        if not metrics["official"]:
+            shown.add_row(*begin, "", "", "", *end)
+        for key, value in metrics["official"].items():
+            interval = Text(_ends(metrics["official_intervals"][key]), style="dim")
+            shown.add_row(*begin, _label(key), f"{100 * value:.2f}", interval, *end)
+            begin, end = ("", ""), ("", "") if failed else ("",)
+    return shown
+
+
+def say_errors(scores: Sequence[Score]) -> bool:
+    """Names the rows without an answer on stderr; returns whether there are any."""
+    found = [(score, row, message) for score in scores for row, message in score.errors]
+    for score, row, message in found[:SHOWN]:
+        err.print(f"logo: error: {score.dataset} row {row} has no answer: {message}", markup=False)
+    if len(found) > SHOWN:
+        err.print(f"logo: error: and {len(found) - SHOWN} more rows; metrics.json in each folder names all")
+    return bool(found)
+
+
+def _label(key: str) -> str:
+    from logo.evaluation.metrics import LABELS
+
+    return LABELS[key]
+
+
+def _ends(pair: Sequence[float]) -> str:
+    return f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f}"

@@ -1,0 +1,165 @@
+"""Prompts through an engine, a batch at a time, whatever happens on the way.
+
+A batch that does not fit into memory is halved, and so are those after it. A batch in which the engine refuses
+something is asked again prompt by prompt, so that only the prompt at fault goes without an answer. What concerns the
+run and not a prompt (an option that cannot be used, a disk that is gone) ends it. Knows engines by the protocols below
+only, and nothing about datasets.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from logo.errors import HubError, LoGoError, StorageError
+
+OUT_OF_MEMORY = "out of memory with this prompt alone; fewer new tokens or a smaller dtype need less"
+
+
+class SelectionLike(Protocol):
+    """What is read of a `Selection`."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+    @property
+    def weights(self) -> tuple[float, ...]: ...
+    @property
+    def scores(self) -> Mapping[str, float]: ...
+
+
+class GenerationLike(Protocol):
+    """What is read of a `Generation`."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def selection(self) -> SelectionLike: ...
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+
+
+class Engine(Protocol):
+    """Anything that answers prompts, one generation each, in their order."""
+
+    def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Sequence[GenerationLike]: ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No answer to a prompt: the error, its message one line."""
+
+    error: Exception
+
+    @property
+    def message(self) -> str:
+        return OUT_OF_MEMORY if is_out_of_memory(self.error) else " ".join(str(self.error).split())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What became of a few prompts, in their order; `size`: how many are tried at once from here on."""
+
+    answers: tuple[GenerationLike | Failure, ...]
+    size: int
+
+
+def in_batches(
+    engine: Engine,
+    prompts: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    size: int | None = None,
+    proven: bool = False,
+) -> Iterator[Batch]:
+    """Answers to all prompts, in order.
+
+    Args:
+        batch_size: how many prompts the engine gets at once, as long as they fit into memory.
+        max_new_tokens: of each answer.
+        size: how many it gets at first, where more have turned out not to fit.
+        proven: the engine has answered prompts of this run before, so what it refuses is a matter of the prompt.
+
+    Raises:
+        LoGoError: the engine refuses the first prompts (a whole batch, and two at least) for one and the same reason,
+            or cannot read its files.
+        RuntimeError: the engine does not return one generation per prompt; or the first prompts do not fit into
+            memory one by one.
+    """
+    held: list[Batch] = []  # not yet told from a run that cannot work at all
+    size, done, lost = size or batch_size, 0, 0
+    while done < len(prompts):
+        some = list(prompts[done : done + size])
+        answers = _answers(engine, some, max_new_tokens)
+        if answers is None:
+            lost = max(lost, len(some))
+            size = len(some) // 2
+            _release_memory()
+            continue
+        [*_, last] = answers
+        if len(some) == 1 and isinstance(last, Failure) and is_out_of_memory(last.error):
+            size, lost = batch_size, 0  # it was this prompt, and is no reason to be slow with the others
+        if lost:
+            message = f"out of memory with {lost} prompts at once: going on with {size}"
+            warnings.warn(message, UserWarning, stacklevel=2)
+            lost = 0
+        done += len(some)
+        held.append(Batch(answers, size))
+        if not proven:
+            failures = [answer for batch in held for answer in batch.answers if isinstance(answer, Failure)]
+            alike = len({failure.message for failure in failures}) == 1
+            if alike and len(failures) == sum(len(batch.answers) for batch in held):
+                if len(failures) >= max(2, min(batch_size, len(prompts))):
+                    raise failures[0].error
+                continue
+            proven = True
+        yield from held
+        held.clear()
+    yield from held
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or the host had no memory left for a tensor."""
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _answers(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[GenerationLike | Failure, ...] | None:
+    """One for each prompt; None if several do not fit into memory."""
+    answers = _attempt(engine, prompts, max_new_tokens)
+    if not isinstance(answers, Failure):
+        return answers
+    if len(prompts) == 1:
+        return (answers,)
+    if is_out_of_memory(answers.error):
+        return None
+    single = [_attempt(engine, [prompt], max_new_tokens) for prompt in prompts]
+    return tuple(answer if isinstance(answer, Failure) else answer[0] for answer in single)
+
+
+def _attempt(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[GenerationLike, ...] | Failure:
+    try:
+        generations = engine.generate(prompts, max_new_tokens=max_new_tokens, batch_size=len(prompts))
+    except (StorageError, HubError):
+        raise
+    except (LoGoError, RuntimeError) as error:
+        if not isinstance(error, LoGoError) and not is_out_of_memory(error):
+            raise
+        # Its frames hold the tensors that leave no room for the next attempt.
+        return Failure(error.with_traceback(None))
+    if len(generations) != len(prompts):
+        raise RuntimeError(f"engine: expected {len(prompts)} generations, one per prompt, found {len(generations)}")
+    return tuple(generations)
+
+
+def _release_memory() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()

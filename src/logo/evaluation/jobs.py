@@ -1,0 +1,115 @@
+"""What one command evaluates: a `Job` per dataset, its rows read and checked before a model is loaded.
+
+Rows come from a data folder (`logo.evaluation.datasets`) or from a flat folder of `NAME.jsonl` files, as `logo study`
+takes them. A job may stand for one shard of its dataset (`logo.evaluation.shards`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from logo.errors import DataError, UsageError
+from logo.evaluation.datasets import Found, Row, dataset_file, file_sha256, find_datasets, load_rows, read_rows
+from logo.evaluation.shards import Shard, positions, shard_folder
+from logo.evaluation.study import find_tasks
+
+DATA_DIR = "./data"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dataset, or one shard of it.
+
+    Attributes:
+        dataset: its name.
+        rows: all rows of the dataset that the command asked for, those of other shards included.
+        file: where they were read from; `sha256`: of its bytes.
+        folder: where the result goes.
+        train_file: where its training rows are; None if nobody said so.
+        shard: which part is answered; None: all.
+        block: rows that stay together when a dataset is cut into shards.
+    """
+
+    dataset: str
+    rows: tuple[Row, ...]
+    file: Path
+    sha256: str
+    folder: Path
+    train_file: Path | None = None
+    shard: Shard | None = None
+    block: int = 1
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where in `rows` the rows are that this job answers."""
+        return positions(len(self.rows), self.block, self.shard)
+
+    def cut(self, shard: Shard, block: int) -> Job:
+        """The job that answers one shard of this one."""
+        return replace(self, folder=shard_folder(self.folder, shard), shard=shard, block=block)
+
+
+def find_jobs(
+    run_folder: Path,
+    request: str = "",
+    *,
+    data_dir: str | os.PathLike[str] = DATA_DIR,
+    rows: str | os.PathLike[str] | None = None,
+    train_rows: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+) -> tuple[list[Job], tuple[str, ...]]:
+    """The jobs that a request stands for, every row checked, and the official datasets that it meant but did not find.
+
+    Args:
+        run_folder: results go into `run_folder / dataset`.
+        request: names, a list or patterns, see `find_datasets`; empty: all.
+        data_dir: folder of `{main}/{sub}/test.jsonl`.
+        rows: instead of it, a folder of `NAME.jsonl`, one dataset each.
+        train_rows: folder of `NAME.jsonl` with training rows; without it, those of `data_dir` are `train.jsonl`.
+        limit: only the first rows of each dataset.
+
+    Raises:
+        DataError: no such folder, file or dataset, or a malformed line.
+        UsageError: both kinds of folder, or a limit below 1.
+    """
+    if rows is None:
+        found = find_datasets(data_dir, request)
+        named = [(name, dataset_file(data_dir, name), load_rows(data_dir, name, limit)) for name in found.names]
+    else:
+        if os.fspath(data_dir) != DATA_DIR:
+            raise UsageError(f"--data_dir {data_dir} and --rows {rows}: expected one of them, found both")
+        tasks = find_tasks(rows, request, limit)
+        found = Found(tuple(task.name for task in tasks))
+        named = [(task.name, task.file, list(task.rows)) for task in tasks]
+    jobs = []
+    for name, file, some in named:
+        train = None
+        if train_rows is not None:
+            train = Path(train_rows) / f"{name}.jsonl"
+        elif rows is None:
+            train = dataset_file(data_dir, name, "train")
+        jobs.append(Job(name, tuple(some), file, file_sha256(file), run_folder / name, train))
+    return jobs, found.missing
+
+
+def train_rows(job: Job) -> Sequence[Row]:
+    """The training rows of a dataset, for methods that learn from some.
+
+    Raises:
+        UsageError: nobody said where they are.
+        DataError: there is no such file, or it holds a malformed line.
+    """
+    if job.train_file is None:
+        raise UsageError(
+            f"dataset {job.dataset!r}: this method needs training rows; name a folder that has {job.dataset}.jsonl "
+            "with --train-rows"
+        )
+    if not job.train_file.is_file():
+        raise DataError(
+            f"dataset {job.dataset!r}: this method needs training rows, expected the file {job.train_file}, found "
+            "none; put it there or name another folder with --train-rows"
+        )
+    return read_rows(job.train_file)

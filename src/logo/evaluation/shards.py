@@ -1,0 +1,54 @@
+"""Shards: one dataset cut into parts that several processes answer, and which rows each of them gets.
+
+Rows stay together in blocks, a block being what one batch holds; shard i of n gets every n-th block from the i-th on.
+So every batch of a shard is a batch of the whole run, and its numbers are the same to the last bit. With batches of
+one, shard i gets rows i, i + n, i + 2 n, ...
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from logo.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index`, from 1, of `count`."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """`2/4` as a shard.
+
+        Raises:
+            UsageError: it is not one.
+        """
+        match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"shard {text!r}: expected i/n with i from 1 to n, such as 1/4")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def positions(rows: int, block: int, shard: Shard | None = None) -> tuple[int, ...]:
+    """Which of so many rows a shard has, in order; without a shard, all. There may be none where blocks are few."""
+    if shard is None:
+        return tuple(range(rows))
+    return tuple(row for row in range(rows) if row // block % shard.count == shard.index - 1)
+
+
+def shard_folder(folder: Path, shard: Shard) -> Path:
+    """Where a shard's result goes, beside the whole one."""
+    return folder.with_name(f"{folder.name}.shard-{shard.index}-of-{shard.count}")
+
+
+def is_shard_folder(folder: Path) -> bool:
+    """Whether a folder is named as a shard's."""
+    return re.fullmatch(r".+\.shard-\d+-of-\d+", folder.name) is not None

@@ -1,0 +1,71 @@
+"""What a command evaluates, from a data folder or a flat one, and where its training rows are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from logo.errors import DataError, UsageError
+from logo.evaluation.datasets import Row, file_sha256
+from logo.evaluation.jobs import find_jobs, train_rows
+from logo.evaluation.shards import Shard
+
+DATA = Path(__file__).parent / "data"
+
+
+def put(file: Path, *completions: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"context": f"q{i}", "completion": text}) for i, text in enumerate(completions)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_jobs_of_a_data_folder(tmp_path: Path) -> None:
+    jobs, missing = find_jobs(tmp_path / "run", "bbh.*", data_dir=DATA, limit=3)
+    assert [job.dataset for job in jobs] == ["bbh.boolean_expressions", "bbh.word_sorting"]
+    assert "bbh.navigate" in missing
+    job = jobs[0]
+    assert job.folder == tmp_path / "run" / "bbh.boolean_expressions"
+    assert (job.file, job.sha256) == (DATA / "bbh/boolean_expressions/test.jsonl", file_sha256(job.file))
+    assert len(job.rows) == 3 and job.places == (0, 1, 2)
+
+
+def test_jobs_of_a_flat_folder(tmp_path: Path) -> None:
+    for name in ("b", "a", "deep/c"):
+        put(tmp_path / "rows" / f"{name}.jsonl", "1", "2")
+    jobs, missing = find_jobs(tmp_path / "run", rows=tmp_path / "rows")
+    assert [job.dataset for job in jobs] == ["a", "b", "deep/c"] and missing == ()
+    assert jobs[2].folder == tmp_path / "run" / "deep" / "c"
+    assert jobs[0].rows == (Row("q0", "1"), Row("q1", "2"))
+    for request, names in (("b", ["b"]), ("b,a", ["a", "b"]), ("*c", ["deep/c"])):
+        assert [job.dataset for job in find_jobs(tmp_path, request, rows=tmp_path / "rows")[0]] == names
+    with pytest.raises(DataError, match="no such file"):
+        find_jobs(tmp_path, "d", rows=tmp_path / "rows")
+    with pytest.raises(UsageError, match="expected one of them, found both"):
+        find_jobs(tmp_path, rows=tmp_path / "rows", data_dir=DATA)
+
+
+def test_training_rows(tmp_path: Path) -> None:
+    put(tmp_path / "data/mine/x/test.jsonl", "1")
+    put(tmp_path / "rows/x.jsonl", "1")
+    put(tmp_path / "train/x.jsonl", "3", "4")
+    [job], _ = find_jobs(tmp_path, data_dir=tmp_path / "data")
+    with pytest.raises(DataError, match=r"needs training rows, expected the file .*train\.jsonl, found none"):
+        train_rows(job)
+    put(tmp_path / "data/mine/x/train.jsonl", "2")
+    assert train_rows(job) == [Row("q0", "2")]
+    [job], _ = find_jobs(tmp_path, rows=tmp_path / "rows")
+    with pytest.raises(UsageError, match=r"a folder that has x\.jsonl with --train-rows"):
+        train_rows(job)
+    [job], _ = find_jobs(tmp_path, rows=tmp_path / "rows", train_rows=tmp_path / "train", limit=1)
+    assert train_rows(job) == [Row("q0", "3"), Row("q1", "4")]  # a limit is for what is evaluated
+
+
+def test_a_shard_of_a_job(tmp_path: Path) -> None:
+    put(tmp_path / "rows/x.jsonl", *"abcdefg")
+    [job], _ = find_jobs(tmp_path / "run", rows=tmp_path / "rows")
+    part = job.cut(Shard(2, 2), 2)
+    assert part.places == (2, 3, 6) and part.rows == job.rows
+    assert part.folder == tmp_path / "run" / "x.shard-2-of-2"
