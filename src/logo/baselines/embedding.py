@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from logo.adapters.hub import hub_error, is_hub_id
 from logo.errors import ModelError, UsageError
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _BATCH = 64
+_OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "rust_model*"]
 
 
 def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "", device: str = "cpu") -> Tensor:
@@ -25,7 +28,8 @@ def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "
 
     Raises:
         UsageError: sentence-transformers is not installed.
-        ModelError: the model cannot be loaded.
+        HubError: the model is no folder, and the Hub does not give it.
+        ModelError: it cannot be loaded.
     """
     loaded = _load(model, device)
     with torch.no_grad():
@@ -45,11 +49,29 @@ def _load(model: str, device: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UsageError("retrieval by text needs sentence-transformers: install lora-on-the-go[eval]") from None
+    folder = _fetch(model)
     try:
-        return SentenceTransformer(model, device=device)
-    except Exception as error:  # whatever the Hub's client, transformers or the model's own files raise
+        return SentenceTransformer(folder, device=device, local_files_only=True)
+    except Exception as error:  # whatever transformers or the model's own files raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"embedding model {model!r} cannot be loaded: {reason[:300]}. Expected a sentence-transformers model: "
-            "a folder or a Hub id"
+            f"embedding model {model!r} cannot be loaded: {reason[:300]}; expected a sentence-transformers model"
         ) from error
+
+
+def _fetch(model: str) -> str:
+    """The folder of a model, downloaded where it is not one already."""
+    if Path(model).is_dir():
+        return model
+    repo_id = model if "/" in model else f"sentence-transformers/{model}"
+    if not is_hub_id(repo_id):
+        raise ModelError(
+            f"embedding model {model!r}: no such folder, and not a Hub id such as {DEFAULT_MODEL!r}; see "
+            "--embedding-model"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(repo_id, ignore_patterns=_OTHER_FRAMEWORKS)
+    except Exception as error:  # httpx, xet and the file system each raise their own kinds
+        raise hub_error(repo_id, error) from error

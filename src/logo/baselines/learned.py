@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from unittest.mock import patch
+
+import numpy
 
 from logo.baselines.method import Example, Method, Need, Prepared, Task, check_count, same_for_all
 from logo.engine import LoGo
@@ -129,16 +133,33 @@ def minimise(
     """
     try:
         import nevergrad
+        from nevergrad.optimization import metamodel
     except ImportError:
         raise UsageError("method 'lorahub' needs nevergrad: install lora-on-the-go[eval]") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about its own choice of optimisers
+    with _global_seed(seed), warnings.catch_warnings(), patch.object(metamodel, "float", _as_float, create=True):
+        warnings.simplefilter("ignore")  # nevergrad's, about the optimisers it has chosen itself
         space: Any = nevergrad.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
         space.random_state.seed(seed)
         optimiser = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
         found = optimiser.minimize(lambda weights: loss([float(w) for w in weights]))
     weights = [float(w) for w in found.value]
     return weights, loss(weights)
+
+
+def _as_float(value: Any) -> float:
+    """nevergrad 1.0 takes an array of one number for a number, which numpy has stopped to do."""
+    return float(numpy.asarray(value).reshape(-1)[0])
+
+
+@contextmanager
+def _global_seed(seed: int) -> Iterator[None]:
+    """Some of nevergrad's optimisers draw from numpy's global generator."""
+    state = numpy.random.get_state()
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        numpy.random.set_state(state)
 
 
 def _score(logo: LoGo, task: Task, row: Example, mixtures: Sequence[dict[str, float]]) -> list[Scored]:

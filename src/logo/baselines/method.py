@@ -102,6 +102,11 @@ class Method:
         )
 
     @property
+    def label(self) -> str:
+        """The name, with what sets this one apart from others of its kind."""
+        return self.name if self.merging.kind == self.own_merge else f"{self.name}-{self.merging.kind}"
+
+    @property
     def picks(self) -> int | None:
         """Adapters per prompt at most; None where the pool, the data or the engine decides."""
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -46,8 +48,8 @@ class Retrieval(Method):
         return self.k
 
     def as_dict(self) -> dict[str, Any]:
-        counts = {name: len(texts) for name, texts in self.samples.items()}
-        return {**super().as_dict(), "samples": counts}
+        digest = hashlib.sha256(json.dumps(self.samples, sort_keys=True).encode()).hexdigest()
+        return {**super().as_dict(), "samples": {"adapters": len(self.samples), "sha256": digest}}
 
     def vectors(self, logo: LoGo) -> Tensor:
         """(pool, d): the mean of the embeddings of each adapter's samples.

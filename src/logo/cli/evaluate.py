@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress, TaskID
 
+from logo.cli.methods import MethodOptions, make_method
 from logo.cli.options import OFFICIAL_SIGNAL, Context, EngineOptions, Preset, expanded, open_engine
 from logo.cli.output import err, note, progress
 from logo.cli.scoreboard import Score, show
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
+    from logo.baselines import Method
     from logo.engine import LoGo
     from logo.evaluation.jobs import Job
     from logo.evaluation.resume import Plan
@@ -85,6 +87,7 @@ class RunOptions:
 def evaluate(
     engine: EngineOptions,
     run: RunOptions,
+    method: MethodOptions,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the lines.")] = False,
 ) -> None:
     """Evaluate on datasets; writes one result folder for each.
@@ -102,8 +105,9 @@ def evaluate(
         # prompts came before.
         prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
     )
-    jobs = _jobs(engine, run, base_model)
-    session = _open(engine, run, base_model)
+    chosen = _method(method, engine, run)
+    jobs = _jobs(engine, run, chosen, base_model)
+    session = _open(engine, run, chosen, base_model)
     plans = session.plans(jobs, overwrite=run.overwrite)
 
     scores = []
@@ -117,17 +121,27 @@ def evaluate(
     show(scores, json=json)
 
 
-def _jobs(engine: EngineOptions, run: RunOptions, base_model: str) -> list[Job]:
+def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> Method | None:
+    """None: the engine's own selection and the exact mixture, which need no method around them."""
+    from logo.evaluation.results import LOGO
+
+    method = make_method(options, k=engine.n_selected_modules, seed=run.seed)
+    return None if method.label == LOGO else method
+
+
+def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_model: str) -> list[Job]:
     """Everything that can be wrong with data and results, looked at before hours are spent."""
     from logo.evaluation.folders import check_writable
     from logo.evaluation.jobs import find_jobs
-    from logo.evaluation.results import run_folder
+    from logo.evaluation.results import LOGO, run_folder
     from logo.evaluation.shards import Shard
 
     shard = None if run.shard is None else Shard.parse(run.shard)
     if shard is not None and _carries(engine, run):
         raise UsageError("shard: with --probe-context carry a row depends on the row before; answer all rows in one go")
-    folder = run_folder(run.result_dir, base_model, str(engine.selection_strategy), engine.k, run.seed)
+    k = engine.k if method is None or method.picks is None else method.picks
+    label = LOGO if method is None else method.label
+    folder = run_folder(run.result_dir, base_model, str(engine.selection_strategy), k, run.seed, label)
     jobs, missing = find_jobs(
         folder, run.dataset, data_dir=run.data_dir, rows=run.rows, train_rows=run.train_rows, limit=run.limit
     )
@@ -145,7 +159,7 @@ def _carries(engine: EngineOptions, run: RunOptions) -> bool:
     return engine.probe_context is Context.CARRY
 
 
-def _open(engine: EngineOptions, run: RunOptions, base_model: str) -> Session:
+def _open(engine: EngineOptions, run: RunOptions, method: Method | None, base_model: str) -> Session:
     from logo.decoding import Truncation
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
@@ -157,7 +171,9 @@ def _open(engine: EngineOptions, run: RunOptions, base_model: str) -> Session:
     logo = open_engine(engine, base_model, preset=run.preset, truncation=truncation)
     pool = pool_digests(logo)
     loading = time.perf_counter() - started
-    named = {"method": LOGO, "merge": logo.merge.kind}
+    if method is not None:
+        logo.merge = method.merging
+    named = {"method": LOGO if method is None else method.label, "merge": logo.merge.kind}
     return Session(
         logo,
         base_model,
@@ -168,6 +184,7 @@ def _open(engine: EngineOptions, run: RunOptions, base_model: str) -> Session:
         generation=_generation_options(logo, official, run.generation_early_stop),
         options={"base_model": base_model, **asdict(engine), **asdict(run), **_resolved(logo), **named},
         loading=loading,
+        method=method,
     )
 
 

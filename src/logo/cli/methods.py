@@ -60,10 +60,10 @@ class MethodOptions:
         int, typer.Option(help="Adapters per token and module of `arrow`.", rich_help_panel=METHOD)
     ] = 3
     arrow_temperature: Annotated[float, typer.Option(help="Of the softmax of `arrow`.", rich_help_panel=METHOD)] = 1.0
-    train_rows: Annotated[
+    shots: Annotated[
         int | None,
         typer.Option(
-            help="Labelled rows of train.jsonl to learn from.",
+            help="Labelled training rows to learn from.",
             show_default="best-single: 16; lorahub: 5",
             rich_help_panel=METHOD,
         ),
@@ -126,7 +126,7 @@ def make_method(options: MethodOptions, *, k: int | None = None, seed: int = 0) 
         "embedding_model": options.embedding_model,
         "instruction": options.embedding_instruction,
     }
-    given |= {name: value for name, value in (("k", k), ("rows", options.train_rows)) if value is not None}
+    given |= {name: value for name, value in (("k", k), ("rows", options.shots)) if value is not None}
     known = {field.name for field in fields(kind)}
     if "samples" in known:
         given["samples"] = _samples(options)

@@ -195,6 +195,7 @@ def run_record(
     seconds: float,
     identity: Mapping[str, object] | None = None,
     shard: Mapping[str, object] | None = None,
+    found_out: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """What `run.json` holds: enough to do the run again and to see that it was the same one.
 
@@ -209,6 +210,7 @@ def run_record(
         identity: what the results depend on (`logo.evaluation.identity`); with the pool it makes the fingerprint by
             which the same run is known again.
         shard: which part of the dataset these rows are (`logo.evaluation.resume.part_of`); None: all of it.
+        found_out: what the method learnt about the dataset before its first prompt.
     """
     kept = {name: value for name, value in options.items() if name.strip("-").replace("-", "_") not in _SECRETS}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
@@ -221,6 +223,7 @@ def run_record(
         "identity": dict(identity or {}),
         "fingerprint": fingerprint({**(identity or {}), "pool": dict(pool)}),
         "shard": None if shard is None else dict(shard),
+        "found_out": dict(found_out or {}),
         "device": device,
         "versions": versions(),
     }

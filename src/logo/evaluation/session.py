@@ -6,33 +6,23 @@ those before it: the seed is set anew and the engine forgets its prompts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from logo.baselines.method import Answering, Task
 from logo.errors import UsageError
 from logo.evaluation.identity import engine_identity, order_dependence, rows_digest
-from logo.evaluation.jobs import Job
+from logo.evaluation.jobs import Job, train_rows
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
 from logo.evaluation.resume import Plan, open_journal, part_of, plan
 from logo.evaluation.runner import collect, evaluate
 
 if TYPE_CHECKING:
+    from logo.baselines import Method
     from logo.engine import Generation, LoGo
-    from logo.selection.selector import Selection
-
-
-class Method(Protocol):
-    """Chooses adapters in the place of LoGo's own selection."""
-
-    def prepare(self, job: Job) -> None:
-        """Makes ready for a dataset, before the first of its prompts."""
-
-    def select(self, prompts: list[str], batch_size: int) -> list[Selection]:
-        """One selection per prompt."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,6 @@ class Session:
         options: every option of the command, for `run.json`.
         loading: seconds that opening the engine took.
         method: chooses adapters instead of the engine; None: the engine does.
-        method_name: its name; `method_options`: everything else that its choices depend on.
     """
 
     logo: LoGo
@@ -62,28 +51,22 @@ class Session:
     options: Mapping[str, Any] = field(default_factory=dict)
     loading: float = 0.0
     method: Method | None = None
-    method_name: str = LOGO
-    method_options: Mapping[str, Any] = field(default_factory=dict)
 
     def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Sequence[Generation]:
         """Answers prompts with this session's options; what `logo.evaluation.runner` asks of an engine."""
-        started = time.perf_counter()
-        chosen = None if self.method is None else self.method.select(prompts, batch_size)
-        share = (time.perf_counter() - started) / len(prompts)
-        answers = self.logo.generate(
-            prompts, adapters=chosen, max_new_tokens=max_new_tokens, batch_size=batch_size, **self.generation
-        )
-        if chosen is None:
-            return answers
-        return [replace(answer, seconds={**answer.seconds, "select": share}) for answer in answers]
+        return self.logo.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **self.generation)
 
     def plans(self, jobs: Sequence[Job], *, overwrite: bool = False) -> list[Plan]:
         """What is to be done about each job; looked at before the first one begins.
 
         Raises:
             UsageError: a journal of another run lies in the way, or rows depend on each other and cannot be cut into
-                shards.
+                shards, or nobody said where the training rows are that the method needs.
+            DataError: those training rows are missing or malformed.
         """
+        if self.method is not None and "train" in self.method.needs:
+            for job in jobs:
+                train_rows(job)
         reason = order_dependence(self.logo, self.generation)
         if reason is not None and any(job.shard is not None for job in jobs):
             raise UsageError(f"shards: a row's result must not depend on other rows, but {reason}")
@@ -106,11 +89,11 @@ class Session:
         job = plan.job
         rows = [job.rows[place] for place in job.places]
         began = datetime.now(timezone.utc)
-        self._begin(job)
+        engine = self._begin(job)
         with open_journal(plan) as journal:
             if rows:
                 result = evaluate(
-                    self,
+                    engine,
                     rows,
                     dataset=job.dataset,
                     batch_size=self.batch_size,
@@ -132,6 +115,7 @@ class Session:
                 seconds=result.seconds["inference"],
                 identity=self._identity(job),
                 shard=part_of(job),
+                found_out=engine.record if isinstance(engine, Answering) else {},
             )
             strategy = self.logo.settings.signal
             files = result_files(
@@ -153,20 +137,29 @@ class Session:
         return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
     def _identity(self, job: Job) -> dict[str, Any]:
+        learns = self.method is not None and "train" in self.method.needs
         return {
             **self._engine,
-            "method": self.method_name,
-            "method_options": dict(self.method_options),
+            **({"train_sha256": rows_digest(train_rows(job))} if learns else {}),
+            "method": {"method": LOGO} if self.method is None else self.method.as_dict(),
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
             "dataset": job.dataset,
             "rows_sha256": rows_digest(job.rows),
         }
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job) -> Session | Answering:
+        """What answers this dataset, with nothing left over from those before."""
         import torch
 
         torch.manual_seed(self.seed)
         self.logo.restart()
-        if self.method is not None:
-            self.method.prepare(job)
+        if self.method is None:
+            return self
+        task = Task(
+            job.dataset,
+            prompts=[row.context for row in job.rows],
+            train=train_rows(job) if "train" in self.method.needs else (),
+            adapters=[row.adapter for row in job.rows],
+        )
+        return Answering(self.logo, self.method, task, **self.generation)
