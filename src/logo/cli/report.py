@@ -76,9 +76,14 @@ def report(
     print(output)
     seconds = time.perf_counter() - started
     note(
-        f"{len(analysis.runs)} runs · {len(analysis.datasets)} datasets · {analysis.instances} answers · "
+        f"{_counted(len(analysis.runs), 'run')} · {_counted(len(analysis.datasets), 'dataset')} · "
+        f"{_counted(analysis.instances, 'answer')} · "
         f"page {len(written[output]) / 1e6:.2f} MB · {seconds:.1f} s"
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _warn(analysis: Analysis) -> None:

@@ -21,6 +21,7 @@ from logo.evaluation.report.svg import svg
 
 LONGEST_TITLE = 60  # characters of runs
 MARKS = "Best in bold. Dotted: the 95 % interval overlaps the best’s."
+ALL = "All: the mean over datasets of accuracy, BLEU or ROUGE-L, whichever a dataset has."
 THRESHOLD = "An answer counts as right when it is worth at least one half; exact match is worth one or nothing."
 
 
@@ -86,7 +87,9 @@ def _lede(analysis: Analysis) -> Html:
 def _overview(analysis: Analysis) -> tuple[str, str, Html]:
     options = tables.options_table(analysis)
     versions = tables.versions_table(analysis.runs[0])
-    notes = element("p", MARKS, class_="key") if len(analysis.runs) > 1 else None
+    told = [MARKS] if len(analysis.runs) > 1 else []
+    told += [ALL] if len({line.group for line in analysis.groups}) > 1 else []
+    notes = element("p", " ".join(told), class_="key") if told else None
     return (
         "overview",
         "Overview",

@@ -18,14 +18,15 @@ NEGATIVE = (214, 90, 60)
 
 def svg(scene: Scene) -> Html:
     """An `<svg>` that a screen reader announces by its title and text."""
+    name = f"picture-{scene.name}"
     return element(
         "svg",
-        element("title", scene.title, id=f"{scene.name}-title"),
-        element("desc", scene.text, id=f"{scene.name}-text"),
+        element("title", scene.title, id=f"{name}-title"),
+        element("desc", scene.text, id=f"{name}-text"),
         *(svg_mark(mark) for mark in scene.marks),
         xmlns="http://www.w3.org/2000/svg",
         role="img",
-        aria_labelledby=f"{scene.name}-title {scene.name}-text",
+        aria_labelledby=f"{name}-title {name}-text",
         viewBox=f"0 0 {number(scene.width)} {number(scene.height)}",
         width=scene.width,
         height=scene.height,

@@ -17,13 +17,20 @@ _NOTHING = Html('<td class="none">–</td>')
 
 
 def table(caption: str, head: Iterable[Html], rows: Iterable[Html], *, kind: str = "") -> Html:
-    """A table in a box of its own that scrolls sideways where it is too wide, by keyboard as well."""
+    """A table in a box of its own that scrolls sideways where it is too wide, by keyboard as well.
+
+    Args:
+        head: cells of the header, or its rows.
+        rows: rows of the body; of `kind` "bodies" whole bodies.
+    """
+    cells = list(head)
+    heads = cells if cells and cells[0].startswith("<tr") else [element("tr", *cells)]
     return element(
         "div",
         element(
             "table",
-            element("caption", caption),
-            element("thead", element("tr", *head)),
+            element("caption", element("span", caption)),
+            element("thead", *heads),
             join(*rows) if kind == "bodies" else element("tbody", *rows),
             class_=kind or None,
         ),
@@ -86,15 +93,15 @@ def runs_table(analysis: Analysis) -> Html:
 def groups_table(analysis: Analysis) -> Html:
     """Runs by groups, with the mean over all datasets where there are several groups."""
     lines = list(analysis.groups)
-    single = len({line.metric for line in lines}) == 1
-    heads = [column("run")]
-    for line in lines:
-        what = [line.group, " ", element("small", NAMES.get(line.metric, line.metric))]
-        heads.append(column(join(*what), numeric=True))
     if len({line.group for line in lines}) > 1:
-        what = [element("span", "all datasets"), " ", element("small", "accuracy" if single else "primary measures")]
-        heads.append(column(join(*what), numeric=True))
         lines.append(analysis.overall)
+    groups = [line.group for line in lines]
+    above = [element("th", "run", scope="col", rowspan=2)]
+    for group in dict.fromkeys(groups):
+        span = groups.count(group)
+        above.append(element("th", group or "All", scope="colgroup", colspan=span if span > 1 else None, class_="num"))
+    below = [column(NAMES.get(line.metric, "mean"), numeric=True) for line in lines]
+    heads = [element("tr", *above), element("tr", *below)]
     rows = [
         row(run_name(analysis, number), *(_cell(line, line.cells[number]) for line in lines))
         for number in range(len(analysis.runs))

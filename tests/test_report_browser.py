@@ -1,0 +1,191 @@
+"""The page in a real browser: opened from a file, filtered, searched and read, at two widths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from browser import MISSING, Browser, browser
+from logo.evaluation.report import analyse, page, read_runs
+from report_runs import ROWS, TASKS, demo_results, write_result
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+LINES = "return [...document.querySelectorAll('#list > li')].map(item => item.innerText)"
+STATUS = "return document.getElementById('status').textContent"
+CHOOSE = (
+    "const control = document.getElementById(arguments[0]); control.value = arguments[1];"
+    "control.dispatchEvent(new Event(control.tagName === 'INPUT' ? 'input' : 'change'))"
+)
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    demo = demo_results(tmp_path_factory)
+    file = tmp_path_factory.mktemp("page") / "r.html"
+    file.write_text(page(analyse(read_runs([demo / "results"], demo / "data"))), encoding="utf-8")
+    return file
+
+
+def choose(window: Browser, control: str, value: str, status: str) -> list[str]:
+    """Sets a control and returns the lines as soon as the status is as expected."""
+    window.run(CHOOSE, control, value)
+    window.wait(f"{STATUS} === arguments[0]", status)
+    found: list[str] = window.run(LINES)
+    return found
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_fits_its_window_and_says_nothing_on_the_console(
+    window: Browser, report: Path, width: int, dark: bool
+) -> None:
+    window.emulate(width, dark=dark)
+    window.open(report)
+    assert window.messages() == []
+    assert window.run("return document.documentElement.scrollWidth") == width
+    assert window.run("return document.querySelectorAll('#list > li').length") == ROWS * len(TASKS)
+    ground, ink = window.run(
+        "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
+        ".map(colour => colour.match(/\\d+/g).map(Number).reduce((a, b) => a + b))"
+    )
+    assert (ground < ink) == dark and abs(ground - ink) > 400
+
+
+def test_wrong_rows_are_found_and_one_is_opened(window: Browser, report: Path) -> None:
+    window.emulate(1280)
+    window.open(report)
+    marks = window.run("return [...document.querySelectorAll('#list .worth .unseen')].map(mark => mark.textContent)")
+    wrong = marks.count("wrong")
+    assert 0 < wrong <= len(marks) == ROWS * len(TASKS)
+    lines = choose(window, "f-show", "wrong", f"1–{wrong} of {wrong} instances")
+    assert len(lines) == wrong and all("✗" in line for line in lines)
+    window.run("document.querySelector('#list .line').click()")
+    window.wait("return document.querySelectorAll('#list .answer').length === 2")
+    opened = window.run("return document.querySelector('#list .open').innerText")
+    assert "Prompt" in opened and "Gold text" in opened and "entropy" in opened and "norm" in opened
+    bars = window.run(
+        "return [...document.querySelectorAll('#list .answer:first-child .bars li')].map(item => "
+        "[item.querySelector('.bar i').getBoundingClientRect().width, "
+        "Number(item.querySelector('.value').textContent)])"
+    )
+    assert len(bars) == 3 and abs(sum(weight for _, weight in bars) - 1) < 0.002
+    widest = bars[0]
+    assert all(abs(bar / widest[0] - weight / widest[1]) < 0.02 for bar, weight in bars)
+    address = window.run("return location.hash")
+    assert address.startswith("#i/demo.")
+    window.run("document.querySelector('#list .line').click()")
+    assert window.run("return document.querySelector('#list .open')") is None
+
+    window.open(report, "?again" + address)  # the address of one instance leads to it
+    assert window.wait("return document.querySelector('#list .open')?.innerText") == opened
+    assert window.messages() == []
+
+
+def test_search_dataset_and_paging(window: Browser, report: Path) -> None:
+    window.open(report)
+    lines = choose(window, "f-dataset", "2", f"1–{ROWS} of {ROWS} instances")
+    assert all(f"demo.{TASKS[2]}" in line for line in lines)
+    assert choose(window, "f-text", "no such text anywhere", "No such instance.") == []
+    window.run("document.getElementById('f-reset').click()")
+    total = ROWS * len(TASKS)
+    window.wait(f"{STATUS} === arguments[0]", f"1–{total} of {total} instances")
+    text = window.run("return document.querySelector('#list .gist span').textContent")
+    window.run(CHOOSE, "f-text", text.upper())
+    window.wait("return document.querySelectorAll('#list mark').length > 0")
+    assert window.run("return document.querySelector('#list mark').textContent") == text
+
+
+def test_keys(window: Browser, report: Path) -> None:
+    window.open(report)
+    window.run("document.getElementById('browser').focus()")
+    focused = "return [...document.querySelectorAll('#list .line')].indexOf(document.activeElement)"
+    for key, place in (("j", 0), ("j", 1), ("j", 2), ("k", 1)):
+        window.press(key)
+        assert window.run(focused) == place
+    window.press("Enter")
+    window.wait("return document.querySelector('#list .open') !== null")
+    window.press("/")
+    assert window.run("return document.activeElement.id") == "f-text"
+    window.press("j")  # now it is a letter
+    assert window.run("return document.getElementById('f-text').value") == "j"
+
+
+def test_a_heat_map_tells_its_numbers(window: Browser, report: Path) -> None:
+    window.open(report)
+    window.run("document.querySelector('#figure-weights-0 svg').focus()")
+    window.press("ArrowRight")
+    reading = "document.getElementById('reading-weights-0')"
+    text = window.wait(f"return {reading}.classList.contains('told') && {reading}.textContent")
+    name, _, value = text.partition(": ")
+    dataset, adapter = name.split(" × ")
+    row = window.run(
+        "return [...document.querySelectorAll('#figure-weights-0 tbody tr')].map(row => row.textContent)"
+        ".find(text => text.startsWith(arguments[0]))",
+        dataset,
+    )
+    assert f"{adapter} {float(value):.2f}" in row
+
+
+def test_without_script_the_tables_are_there(window: Browser, report: Path) -> None:
+    window.devtools("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        window._send("POST", "/url", {"url": report.resolve().as_uri()})
+        text = window._send("POST", "/execute/sync", {"script": "return document.body.innerText", "args": []})
+    finally:
+        window.devtools("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert "demo.antonym" in text and "Browsing instances needs JavaScript" in text
+
+
+def test_hostile_text_in_a_browser(window: Browser, tmp_path: Path) -> None:
+    evil = ["</script><script>document.title='x'</script>", "<img src=x onerror=\"document.title='x'\">"]
+    write_result(
+        tmp_path / "r" / "d.x",
+        [0, 0],
+        predictions=evil,
+        selected=[evil, evil],
+        weights=[[0.5, 0.5]] * 2,
+        rows=[{"context": text, "completion": text} for text in evil],
+        run_json={"score_columns": evil, "options": {"method": evil[1]}},
+        metrics={"errors": [{"index": 0, "message": evil[1]}]},
+    )
+    file = tmp_path / "r.html"
+    file.write_text(page(analyse(read_runs([tmp_path / "r"])), "safe"), encoding="utf-8")
+    window.open(file)
+    window.run("for (const line of document.querySelectorAll('#list .line')) line.click()")
+    window.wait("return document.querySelectorAll('#list .answer').length === 2")
+    assert window.run("return [document.title, document.querySelectorAll('img').length]") == ["safe", 0]
+    assert evil[1] in window.run("return document.getElementById('list').innerText")
+    assert window.messages() == []
+
+
+def test_it_stays_fast_with_thousands_of_instances(window: Browser, tmp_path: Path) -> None:
+    """39 datasets of 150 rows with twenty adapters each: opening and searching all texts take a moment."""
+    names = [f"adapter {n}" for n in range(60)]
+    for number in range(39):
+        write_result(
+            tmp_path / "r" / f"d.x{number:02d}",
+            [row % 2 for row in range(150)],
+            selected=[names[row % 40 :][:20] for row in range(150)],
+            weights=[[0.05] * 20] * 150,
+            scores={"norm": [[1.0]] * 150},
+            rows=[{"context": f"prompt {number} {row} " + "word " * 60, "completion": "gold"} for row in range(150)],
+        )
+    file = tmp_path / "r.html"
+    file.write_text(page(analyse(read_runs([tmp_path / "r"]))), encoding="utf-8")
+    started = time.perf_counter()
+    window.open(file)
+    assert window.run(STATUS) == "1–20 of 5850 instances"
+    opened = time.perf_counter()
+    lines = choose(window, "f-text", "prompt 38 149", "1–1 of 1 instances")
+    assert len(lines) == 1 and "d.x38" in lines[0]
+    assert opened - started < 10 and time.perf_counter() - opened < 10  # far more than it takes on an idle machine

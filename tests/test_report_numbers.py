@@ -1,0 +1,193 @@
+"""The report's numbers: means and marks, one run against another, weights, similarity, ranks."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logo.evaluation.report import adapters
+from logo.evaluation.report.numbers import (
+    Cell,
+    dataset_lines,
+    group_lines,
+    marked,
+    overall,
+    shared_rows,
+    versus,
+)
+from logo.evaluation.report.results import Run, read_runs
+from report_runs import write_result
+
+FRACTION = st.floats(0, 1, width=32)
+CELL = st.builds(
+    lambda value, below, above, rows: Cell(value, value - below, value + above, rows),
+    FRACTION,
+    FRACTION,
+    FRACTION,
+    st.integers(1, 2),
+)
+
+
+def rows_of(*prompts: str) -> list[dict[str, str]]:
+    return [{"context": prompt, "completion": "gold"} for prompt in prompts]
+
+
+@given(cells=st.lists(st.none() | CELL, max_size=6))
+def test_marks(cells: list[Cell | None]) -> None:
+    found = marked(cells)
+    assert [cell is None for cell in found] == [cell is None for cell in cells]
+    most = max((cell.rows for cell in found if cell), default=0)
+    whole = [cell for cell in found if cell and cell.rows == most]
+    assert all(cell.complete == (cell.rows == most) for cell in found if cell)
+    assert not any(cell.mark for cell in found if cell and not cell.complete)
+    best = [cell for cell in whole if cell.mark == "best"]
+    if len({cell.value for cell in whole}) < 2:
+        assert not any(cell.mark for cell in whole)  # nothing is better than anything
+        return
+    top = max(cell.value for cell in whole)
+    assert {cell.value for cell in best} == {top} and len(best) == sum(cell.value == top for cell in whole)
+    for cell in whole:
+        overlaps = any(cell.high >= other.low for other in best)
+        assert (cell.mark == "close") == (cell.value < top and overlaps)
+
+
+def test_groups_and_intervals(tmp_path: Path) -> None:
+    """Datasets count alike in a group; an interval the run has written is used as it is."""
+    rouge = [{"rouge-1": 0.5, "rouge-2": 0.25, "rouge-L": 0.375}] * 2
+    write_result(tmp_path / "a" / "wmt14.fr-en", [0.5] * 4)
+    write_result(tmp_path / "a" / "wmt16.de-en", [0.25], metrics={"official_intervals": {"bleu": [0.125, 0.75]}})
+    write_result(tmp_path / "a" / "gem.dart", rouge)
+    [run] = read_runs([tmp_path])
+    groups = {(line.group, line.metric): line.cells[0] for line in group_lines([run])}
+    translation = groups["Translation", "bleu"]
+    assert translation is not None and translation.value == 0.375
+    assert (translation.datasets, translation.rows) == (2, 5)
+    text = groups["Struct-to-Text", "rouge-2"]
+    assert text is not None and (text.value, text.low, text.high) == (0.25, 0.25, 0.25)
+    [cell] = overall([run]).cells
+    assert cell is not None and cell.value == pytest.approx((0.5 + 0.25 + 0.375) / 3)
+    cells = {(line.dataset, line.metric): line.cells[0] for line in dataset_lines([run])}
+    written = cells["wmt16.de-en", "bleu"]
+    assert written is not None and (written.low, written.value, written.high) == (0.125, 0.25, 0.75)
+
+
+def two_runs(root: Path, a: list[int], b: list[int], prompts_b: list[str] | None = None) -> list[Run]:
+    prompts = [f"prompt {i}" for i in range(len(a))]
+    write_result(root / "a" / "d.x", a, rows=rows_of(*prompts))
+    write_result(root / "b" / "d.x", b, rows=rows_of(*(prompts_b or prompts)))
+    return read_runs([root])
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=12))
+@settings(max_examples=30, deadline=None)
+def test_one_run_against_another(pairs: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory) -> None:
+    a, b = ([pair[run] for pair in pairs] for run in (0, 1))
+    [found] = versus(two_runs(tmp_path_factory.mktemp("versus"), a, b))
+    wins, losses = sum(y > x for x, y in pairs), sum(y < x for x, y in pairs)
+    assert (found.instances.wins, found.instances.losses, found.instances.ties) == (
+        wins,
+        losses,
+        len(a) - wins - losses,
+    )
+    assert found.difference.value == pytest.approx(np.mean(b) - np.mean(a))
+    assert found.difference.low <= found.difference.value <= found.difference.high
+    assert found.datasets.wins + found.datasets.losses + found.datasets.ties == 1
+    assert found.datasets.wins == (wins > losses)
+
+
+def test_only_shared_instances_are_compared(tmp_path: Path) -> None:
+    """Another order, other rows, the same row twice: matched by what was asked, not by place."""
+    runs = two_runs(tmp_path, [1, 0, 0], [0, 1, 1], ["prompt 2", "prompt 0", "elsewhere"])
+    first, second = (run.results["d.x"] for run in runs)
+    assert shared_rows(first, second) == ([0, 2], [1, 0])
+    [found] = versus(runs)
+    assert (found.instances.wins, found.instances.losses, found.instances.ties) == (0, 0, 2)
+    twice = two_runs(tmp_path / "twice", [1, 0], [0, 1], ["prompt 0", "prompt 0"])
+    assert shared_rows(*(run.results["d.x"] for run in twice)) == ([0], [0])
+
+
+def test_without_prompts_places_count_if_the_files_agree(tmp_path: Path) -> None:
+    def digest(text: str) -> dict[str, object]:
+        return {"dataset": {"sha256": text}}
+
+    write_result(tmp_path / "a" / "d.x", [1, 0], run_json=digest("1"))
+    write_result(tmp_path / "b" / "d.x", [0, 0], run_json=digest("1"))
+    write_result(tmp_path / "c" / "d.x", [0, 0], run_json=digest("2"))
+    write_result(tmp_path / "d" / "d.x", [0, 0, 0], run_json=digest("1"))
+    a, b, c, d = (run.results["d.x"] for run in read_runs([tmp_path]))
+    assert shared_rows(a, b) == ([0, 1], [0, 1])
+    assert shared_rows(a, c) == ([], []) and shared_rows(a, d) == ([], [])
+
+
+def test_mean_weights_leave_failed_rows_out(tmp_path: Path) -> None:
+    write_result(
+        tmp_path / "r" / "d.x",
+        [1, 0, 1],
+        selected=[["b", "a"], [], ["b"]],
+        weights=[[0.75, 0.25], [], [1.0]],
+        scores={"norm": [[1.0, 3.0, 0.5], [None] * 3, [1.0, 2.0, 0.5]]},
+        run_json={"score_columns": ["a", "b", "never"], "pool": {"a": "", "b": "", "never": ""}},
+        metrics={"errors": [{"index": 1, "message": "oops"}]},
+    )
+    [run] = read_runs([tmp_path])
+    found = adapters.weights(run)
+    assert found is not None and found.left_out == 1
+    assert dict(zip(found.adapters, found.values[0], strict=True)) == {"b": 0.875, "a": 0.125}
+    chosen = adapters.selected(run)
+    assert chosen is not None and chosen.heaviest == 0.875
+    assert chosen.effective == pytest.approx((1 / (0.75**2 + 0.25**2) + 1) / 2)
+    spread = adapters.spread(run)
+    assert spread is not None and spread.adapters == ("b", "a", "never")
+    assert spread.values[0].tolist() == np.quantile([3.0, 2.0], adapters.QUANTILES).tolist()
+
+
+def test_the_right_adapter_is_named_by_the_row_or_the_dataset(tmp_path: Path) -> None:
+    rows = [{"context": "p", "completion": "g", "adapter": "x"}, *rows_of("q", "r")]
+    scores = {"norm": [[1.0, 3.0], [2.0, 1.0], [2.0, 2.0]]}
+    write_result(tmp_path / "r" / "d.y", [1, 1, 1], scores=scores, rows=rows, run_json={"score_columns": ["x", "y"]})
+    [run] = read_runs([tmp_path])
+    assert adapters.right_ranks(run.results["d.y"]) == [2, 2, 2]  # a tie counts against it
+    chosen = adapters.selected(run)
+    assert chosen is not None and (chosen.known, chosen.first, chosen.in_three, chosen.reciprocal) == (3, 0.0, 1.0, 0.5)
+
+
+@given(
+    blocks=st.lists(st.integers(0, 3), min_size=2, max_size=14),
+    noise=st.randoms(use_true_random=False),
+)
+@settings(max_examples=50, deadline=None)
+def test_alike_adapters_become_neighbours(blocks: list[int], noise: object) -> None:
+    """A matrix made of blocks and then shuffled is put back into blocks."""
+    count = len(blocks)
+    distance = np.array([[0.1 if a == b else 1.0 for b in blocks] for a in blocks])
+    distance += np.array([[noise.random() * 0.01 for _ in range(count)] for _ in range(count)])  # type: ignore[attr-defined]
+    distance = (distance + distance.T) / 2
+    order = adapters.leaf_order(distance)
+    assert sorted(order) == list(range(count))
+    told = [blocks[n] for n in order]
+    changes = sum(a != b for a, b in itertools.pairwise(told))
+    assert changes == len(set(blocks)) - 1
+
+
+@given(scores=st.lists(st.lists(st.integers(-3, 3), min_size=4, max_size=4), min_size=3, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_similarity_is_the_rank_correlation(scores: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> None:
+    from scipy.stats import spearmanr
+
+    root = tmp_path_factory.mktemp("similarity")
+    write_result(
+        root / "r" / "d.x", [0] * len(scores), scores={"norm": scores}, run_json={"score_columns": list("abcd")}
+    )
+    found = adapters.similarity(read_runs([root])[0])
+    assert found is not None and sorted(found.adapters) == list("abcd")
+    columns = np.array(scores, dtype=float)[:, ["abcd".index(name) for name in found.adapters]]
+    for a in range(4):
+        for b in range(4):
+            constant = any(len(set(columns[:, n])) == 1 for n in (a, b))
+            expected = 1.0 if a == b else 0.0 if constant else spearmanr(columns[:, a], columns[:, b]).statistic
+            assert found.values[a, b] == pytest.approx(expected, abs=1e-9)
