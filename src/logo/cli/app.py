@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from logo import __version__
-from logo.cli import bench, calibrate, compare, datasets, demo, evaluate, generate, merge_results, pool, select, study
+from logo.cli import (
+    bench,
+    calibrate,
+    compare,
+    datasets,
+    demo,
+    evaluate,
+    generate,
+    merge_results,
+    pool,
+    report,
+    select,
+    study,
+)
 
 EPILOG = (
     "Errors are one line; add --debug anywhere for the traceback. Options may be written --like-this or --like_this."
@@ -61,6 +74,7 @@ app.command("merge-results")(merge_results.merge_results)
 app.command("compare")(compare.compare)
 app.command("calibrate")(calibrate.calibrate)
 app.command("study")(study.study)
+app.command("report")(report.report)
 app.add_typer(pool.app, name="pool")
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(bench.app, name="bench")
