@@ -60,10 +60,10 @@ def temperature(*ranked: float) -> float:
 
 def test_sharp_when_one_stands_out_and_broad_when_none_does() -> None:
     rest = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]
-    assert temperature(6.0, *rest) == pytest.approx(0.2)
-    assert temperature(0.76 + 1.1, *rest) == pytest.approx(0.2)  # above the mean of the next five
-    assert temperature(0.76 + 0.95, *rest) == pytest.approx(0.4**0.5, rel=1e-4)  # half-way on a scale of logarithms
-    assert temperature(0.76 + 0.8, *rest) == pytest.approx(2)
+    assert temperature(6.0, *rest) == pytest.approx(0.3)
+    assert temperature(0.76 + 0.9, *rest) == pytest.approx(0.3)  # above the mean of the next five
+    assert temperature(0.76 + 0.75, *rest) == pytest.approx(0.6**0.5, rel=1e-4)  # half-way on a scale of logarithms
+    assert temperature(0.76 + 0.6, *rest) == pytest.approx(2)
     assert temperature(1.25, *rest) == 2
 
 
