@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import HubError, StorageError, UsageError
@@ -59,6 +59,7 @@ def rows(count: int) -> list[Row]:
     return [Row(f"prompt {index}", str(index % 3)) for index in range(count)]
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 20), batch_size=st.integers(1, 25))
 def test_order_and_results_do_not_depend_on_the_batch_size(count: int, batch_size: int) -> None:
     engine = FakeEngine(lambda prompt: f" {prompt[7:]} \nmore")
@@ -207,6 +208,7 @@ class Small(FakeEngine):
         return super().generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 33), fits=st.integers(1, 33))
 def test_a_batch_that_does_not_fit_is_halved(count: int, batch_size: int, fits: int) -> None:
     engine, plain = Small(fits), FakeEngine(lambda prompt: prompt[7:])
@@ -258,6 +260,7 @@ def refusing(bad: Collection[int], reason: str = "prompt {}: not this one\npleas
     return FakeEngine(answer)
 
 
+@settings(deadline=None)
 @given(data=st.data(), count=st.integers(1, 12), batch_size=st.integers(1, 6))
 def test_bad_rows_are_told_and_the_rest_is_answered(data: st.DataObject, count: int, batch_size: int) -> None:
     bad = data.draw(st.sets(st.integers(0, count - 1)))
@@ -322,6 +325,7 @@ def test_what_the_machine_refuses_is_no_bad_row(error: Exception) -> None:
 # --- journals
 
 
+@settings(deadline=None)
 @given(
     data=st.data(),
     count=st.integers(1, 10),

@@ -18,6 +18,7 @@ from logo.evaluation.corpus import Corpus, corpora, mean_of
 from logo.evaluation.groups import grouped
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.paired import Difference, Pair, Record, bootstrap, randomisation, record, sign_test
+from logo.evaluation.shards import is_shard_folder
 
 EXTRA = "extra."  # before the names of measures beside the official ones, some of which have the same names
 _EVALUATED, _PREDICTIONS, _ROWS, _RUN = "eval_results.json", "predictions.json", "rows.json", "run.json"
@@ -103,7 +104,9 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Finished]:
             f"run {str(root)!r}: expected a result folder, found {'a file' if root.exists() else 'nothing'}"
         )
     folders = [root] if (root / _EVALUATED).is_file() else sorted(path.parent for path in root.glob(f"*/{_EVALUATED}"))
-    found = [_read_dataset(path) for path in folders if path == root or not path.name.startswith(".")]
+    # Hidden folders are half written, shards are parts of a dataset.
+    whole = [path for path in folders if not path.name.startswith(".") and not is_shard_folder(path)]
+    found = [_read_dataset(path) for path in ([root] if folders == [root] else whole)]
     if not found:
         raise DataError(
             f"run {str(root)!r}: expected {_EVALUATED} in it or in its sub-folders, found none; name a folder below "
@@ -196,8 +199,8 @@ def _extra(side: Finished, rows: Sequence[Mapping[str, Any]] | None) -> dict[str
 
 
 def _golds(row: Mapping[str, Any]) -> list[str]:
-    texts = row.get("references") or row["completion"]
-    return [texts] if isinstance(texts, str) else list(texts)
+    texts = row["completion"]
+    return list(dict.fromkeys([*([texts] if isinstance(texts, str) else texts), *row.get("references", ())]))
 
 
 def _wanted(pairs: Mapping[str, Pair], metrics: str) -> dict[str, Pair]:

@@ -22,6 +22,7 @@ from logo.evaluation.datasets import OFFICIAL
 from logo.evaluation.intervals import Values
 from logo.evaluation.metrics import Value
 from logo.evaluation.report.prompts import Prompt, prompts_of
+from logo.evaluation.shards import is_shard_folder
 
 MARK = "eval_results.json"  # a folder with this file is the result of one dataset
 _NAME = re.compile(r"(?P<base>.+)_(?:selection|method)_(?P<method>.+)_n_(?P<k>\d+)_seed_(?P<seed>\d+)")
@@ -192,12 +193,13 @@ def _run(folder: Path, datasets: Iterable[Path], data_dir: Path | None) -> Run:
 
 
 def _found(path: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """The dataset folders at or below a folder; hidden ones are another process's work in progress."""
+    """The dataset folders at or below a folder; hidden ones are another process's work in progress, shards are parts of
+    a dataset."""
     if (path / MARK).is_file():
         yield path
     elif depth and path.is_dir():
         for child in sorted(path.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
+            if child.is_dir() and not child.name.startswith(".") and not is_shard_folder(child):
                 yield from _found(child, depth - 1)
 
 
