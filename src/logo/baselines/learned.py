@@ -133,10 +133,9 @@ def minimise(
     """
     try:
         import nevergrad
-        from nevergrad.optimization import metamodel
     except ImportError:
         raise UsageError("method 'lorahub' needs nevergrad: install lora-on-the-go[eval]") from None
-    with _global_seed(seed), warnings.catch_warnings(), patch.object(metamodel, "float", _as_float, create=True):
+    with _repeatable(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nevergrad's, about the optimisers it has chosen itself
         space: Any = nevergrad.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
         space.random_state.seed(seed)
@@ -146,20 +145,25 @@ def minimise(
     return weights, loss(weights)
 
 
+@contextmanager
+def _repeatable(seed: int) -> Iterator[None]:
+    """Some of nevergrad's optimisers draw from numpy's global generator, or from one that cma seeds by the clock."""
+    from cma import options_parameters as cma
+    from nevergrad.optimization import metamodel
+
+    state = numpy.random.get_state()
+    numpy.random.seed(seed)
+    by_seed = patch.dict(cma.cma_default_options, seed=str(seed + 1))  # 0 means the clock
+    try:
+        with by_seed, patch.object(metamodel, "float", _as_float, create=True):
+            yield
+    finally:
+        numpy.random.set_state(state)
+
+
 def _as_float(value: Any) -> float:
     """nevergrad 1.0 takes an array of one number for a number, which numpy has stopped to do."""
     return float(numpy.asarray(value).reshape(-1)[0])
-
-
-@contextmanager
-def _global_seed(seed: int) -> Iterator[None]:
-    """Some of nevergrad's optimisers draw from numpy's global generator."""
-    state = numpy.random.get_state()
-    numpy.random.seed(seed)
-    try:
-        yield
-    finally:
-        numpy.random.set_state(state)
 
 
 def _score(logo: LoGo, task: Task, row: Example, mixtures: Sequence[dict[str, float]]) -> list[Scored]:

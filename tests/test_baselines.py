@@ -1,0 +1,438 @@
+"""Baselines: one interface, selections that a seed repeats, and what each of them is by definition."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as budget
+from hypothesis import strategies as st
+from torch import nn
+
+import logo.baselines.embedding as embedding
+from logo import LoGo
+from logo.baselines import Answering, Method, Task, get_method, methods
+from logo.baselines.learned import labelled, minimise
+from logo.cli.methods import DEFAULT_EMBEDDING, MethodOptions, Sign, Variant, make_method
+from logo.errors import DataError, HubError, LoGoError, ModelError, PoolError, UsageError
+from logo.mixing import Merge
+from test_engine import PROMPTS, engine, write_adapter
+
+ALL = ("logo", "base", "uniform", "random", "oracle", "best-single", "lorahub", "loraretriever", "adaptersoup", "arrow")
+SAMPLES = {f"t{i}": tuple(f"w{10 * i + j} w{20 + i}" for j in range(3, 6)) for i in range(4)}
+SHORT = {"lorahub": {"k": 3, "budget": 6, "rows": 2}, "random": {"k": 2}, "best-single": {"rows": 2}}
+
+
+@dataclass(frozen=True)
+class Row:
+    context: str
+    completion: str | tuple[str, ...]
+
+
+TRAIN = tuple(Row(f"w{i} w{i + 1}", ("w50", "w51") if i % 2 else "w50 w51") for i in range(3, 9))
+TASK = Task("main.t2", PROMPTS, TRAIN)
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A real sentence-transformers model, tiny and random, in a folder."""
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("sentences")
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(3, 90))])}
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(root / "bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=64, initializer_range=1.0, **sizes)
+    BertModel(config).eval().save_pretrained(root / "bert")
+    # Of a plain encoder, the library makes one with mean pooling.
+    SentenceTransformer(str(root / "bert"), device="cpu").save_pretrained(str(root / "model"))
+    return str(root / "model")
+
+
+@pytest.fixture(scope="module")
+def pool(llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pool")
+    for i, names in enumerate([("q_proj", "v_proj"), ("q_proj",), ("q_proj", "down_proj"), ("q_proj", "v_proj")]):
+        write_adapter(root / f"t{i}", llama, names, rank=2, seed=i, scale=0.4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny_logo(llama: nn.Module, pool: Path) -> LoGo:
+    return engine(llama, pool, k=2)
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoGo:
+    return LoGo.from_pretrained("demo", signal="calibrated", k=3)
+
+
+def heldout(name: str) -> list[Row]:
+    file = Path(embedding.__file__).parents[1] / "demo" / "assets" / "heldout" / f"{name}.jsonl"
+    return [Row(**json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def made(name: str, sentences: str = "", **options: Any) -> Method:
+    if name in ("loraretriever", "adaptersoup"):
+        options = {"samples": SAMPLES, "embedding_model": sentences, **options}
+    return get_method(name, **{**SHORT.get(name, {}), **options})
+
+
+# -- the interface, for all of them -----------------------------------------------------------------------------
+
+
+def test_there_are_these_methods() -> None:
+    listed = methods()
+    assert tuple(listed) == ALL
+    assert all(10 < len(line) < 120 and line.endswith(".") for line in listed.values())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
+    """Selections are the pool's, repeat themselves, and do not depend on what is asked for together with what."""
+    logo, method = tiny_logo, made(name, sentences)
+    before = logo.score("w3", "w4", [{}])
+    first, again = (Answering(logo, method, TASK) for _ in range(2))
+    selections = first.select(PROMPTS, 2)
+    assert again.select(PROMPTS, 2) == selections and again.record == first.record
+    alone = [first.select([prompt], 1)[0] for prompt in reversed(PROMPTS)][::-1]
+    for others in (again.select(PROMPTS, 5), alone):
+        for one, other in zip(selections, others, strict=True):
+            assert one.adapters == other.adapters and one.weights == pytest.approx(other.weights)
+            assert one.scores == pytest.approx(
+                other.scores, rel=1e-5
+            )  # a batch's shape changes the last digit of what it reads
+    for selection in selections:
+        assert set(selection.adapters) <= set(logo.names)
+        assert list(selection.weights) == sorted(selection.weights, reverse=True)
+        if name not in ("base", "lorahub"):
+            assert sum(selection.weights) == pytest.approx(1)
+        if method.picks is not None:
+            assert len(selection.adapters) <= method.picks
+    answers = first.generate(PROMPTS, max_new_tokens=4, batch_size=2)
+    assert logo.merge == method.merging
+    for prompt, selection, answer in zip(PROMPTS, selections, answers, strict=True):
+        assert answer.selection == selection and set(answer.seconds) == {"probe", "generate"}
+        assert answer.token_ids == logo.generate(prompt, adapters=selection, max_new_tokens=4).token_ids
+    logo.merge = "mixture"
+    assert logo.score("w3", "w4", [{}]) == before
+    assert not any(module._forward_hooks for module in logo.model.modules())
+    json.dumps([first.record, method.as_dict()])
+    assert method.as_dict()["method"] == name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_any_merge_goes_with_any_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
+    if name == "arrow":
+        with pytest.raises(UsageError, match=r"leave out merge 'ties'"):
+            made(name, merge="ties")
+        return
+    method = made(name, sentences, merge="dare", density=0.3, seed=4)
+    assert method.merging == Merge("dare_linear", 0.3, seed=4)
+    assert len(Answering(tiny_logo, method, TASK).generate(PROMPTS[:1], max_new_tokens=1, batch_size=1)) == 1
+    assert made(name, sentences).merging.kind == ("fusion" if name == "lorahub" else "mixture")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lorahup", {}, "unknown method 'lorahup' .did you mean 'lorahub'"),
+        ("lorahub", {"bugdet": 3}, "method 'lorahub' has no option 'bugdet' .did you mean 'budget'"),
+        ("lorahub", {"budget": 0}, "lorahub budget: expected 1 or more, found 0"),
+        ("best-single", {"rows": 0}, "train rows: expected 1 or more"),
+        ("random", {"k": 0}, "k: expected 1 or more"),
+        ("adaptersoup", {"k": -1}, "k: expected 1 or more, found -1"),
+        ("loraretriever", {"variant": "best"}, "variant: expected 'mixture', 'fusion' or 'selection', found 'best'"),
+        ("uniform", {"merge": "mean"}, "unknown merge 'mean'"),
+    ],
+)
+def test_what_cannot_be_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        get_method(name, **options)
+
+
+# -- fixed ones -------------------------------------------------------------------------------------------------
+
+
+def test_the_bounds(tiny_logo: LoGo) -> None:
+    [base] = Answering(tiny_logo, made("base"), TASK).select(PROMPTS[:1])
+    assert base.mixture == {}
+    for name in ("uniform", "arrow"):
+        [whole] = Answering(tiny_logo, made(name), TASK).select(PROMPTS[:1])
+        assert whole.mixture == dict.fromkeys(tiny_logo.names, 0.25)
+    [own] = Answering(tiny_logo, made("logo"), TASK).select(PROMPTS[:1])
+    assert own == tiny_logo.select(PROMPTS[0]) and own.scores
+
+
+@budget(deadline=None, max_examples=30)
+@given(prompts=st.lists(st.text(min_size=1), min_size=1, max_size=6), seed=st.integers(0, 99), k=st.integers(1, 6))
+def test_random_depends_on_seed_and_prompt_alone(tiny_logo: LoGo, prompts: list[str], seed: int, k: int) -> None:
+    method = get_method("random", seed=seed, k=k)
+    select = method.prepare(tiny_logo, TASK).select
+    drawn = select(prompts, 8)
+    assert select(prompts[::-1], 1) == drawn[::-1]
+    assert all(len(set(selection.adapters)) == min(k, 4) for selection in drawn)
+
+
+def test_random_draws_differ(tiny_logo: LoGo) -> None:
+    texts = [f"w{i}" for i in range(3, 60)]
+    one, other = (get_method("random", seed=s, k=2).prepare(tiny_logo, TASK).select(texts, 8) for s in (0, 1))
+    assert len({selection.adapters for selection in one}) > 5
+    assert one != other
+    assert {name for selection in one for name in selection.adapters} == set(tiny_logo.names)
+
+
+def test_the_oracle_knows_rows_and_names(tiny_logo: LoGo) -> None:
+    def chosen(task: Task, prompts: Sequence[str] = PROMPTS) -> list[tuple[str, ...]]:
+        return [s.adapters for s in get_method("oracle").prepare(tiny_logo, task).select(prompts, 8)]
+
+    rows = ("t0", None, "t3", "t3", "t1")
+    assert chosen(Task("main.t2", PROMPTS)) == [("t2",)] * 5
+    assert chosen(Task("t1", PROMPTS)) == [("t1",)] * 5
+    assert chosen(Task("main.t2", PROMPTS, adapters=rows)) == [("t0",), ("t2",), ("t3",), ("t3",), ("t1",)]
+    everyone = ("t0", "t1", "t2", "t3", "t0")
+    assert chosen(Task("main.other", PROMPTS, adapters=everyone)) == [(name,) for name in everyone]
+    with pytest.raises(DataError, match=r"'main.t22': 5 rows name no adapter, and the pool has none called .* 't22'"):
+        chosen(Task("main.t22", PROMPTS))
+    with pytest.raises(DataError, match=r"1 rows name no adapter"):
+        chosen(Task("main.other", PROMPTS, adapters=rows))
+    with pytest.raises(DataError, match=r"row 2 names adapter 'tt', which the pool does not have"):
+        chosen(Task("main.t2", PROMPTS, adapters=("t0", "tt", None, None, None)))
+    with pytest.raises(
+        DataError, match=r"row 2 names adapter 't1', but an earlier row with the same context names 't0'"
+    ):
+        chosen(Task("main.t2", ["w3", "w3"], adapters=("t0", "t1")))
+    with pytest.raises(UsageError, match=r"not one of dataset 'main.other'"):
+        chosen(Task("main.other", PROMPTS, adapters=everyone), ["w80"])
+
+
+def test_the_oracle_finds_adapters_in_folders(llama: nn.Module, adapters: Path) -> None:
+    nested = engine(llama, adapters)
+    [selection] = get_method("oracle").prepare(nested, Task("main.t3", ["w3"])).select(["w3"], 1)
+    assert selection.adapters == ("tasks/t3",)
+
+
+# -- learned ones -----------------------------------------------------------------------------------------------
+
+
+def test_best_single_is_the_best_of_its_table(tiny_logo: LoGo) -> None:
+    prepared = get_method("best-single", rows=4, seed=3).prepare(tiny_logo, TASK)
+    rows = labelled("best-single", TASK, 4, 3)
+    assert len({row.context for row in rows}) == 4
+    for name, entry in prepared.record["table"].items():
+        golds = [row.completion if isinstance(row.completion, str) else row.completion[0] for row in rows]
+        scored = [tiny_logo.score(row.context, gold, [{name: 1.0}])[0] for row, gold in zip(rows, golds, strict=True)]
+        assert entry["nll"] == pytest.approx(sum(s.nll for s in scored) / 4, rel=1e-4)
+        assert entry["exact_match"] == sum(s.exact_match for s in scored) / 4
+    table = prepared.record["table"]
+    best = max(table, key=lambda name: (table[name]["exact_match"], -table[name]["nll"]))
+    assert prepared.record["adapter"] == best and prepared.select(["w3"], 1)[0].mixture == {best: 1.0}
+
+
+@pytest.mark.parametrize("name", ["antonym", "add_numbers"])
+def test_best_single_finds_the_right_adapter(name: str, demo: LoGo) -> None:
+    rows = heldout(name)
+    prepared = get_method("best-single", rows=6).prepare(demo, Task(f"demo.{name}", train=rows))
+    assert prepared.record["adapter"] == name
+
+
+def test_lorahub_finds_weights_that_answer(demo: LoGo) -> None:
+    """Against a budget of one, which is the base model; repeated by its seed; another seed draws other rows."""
+    rows = heldout("antonym")
+    task = Task("demo.antonym", train=rows[8:])
+    found = Answering(demo, get_method("lorahub", k=16, seed=1), task)
+    assert demo.merge.kind == "fusion"
+    weights = found.record["weights"]
+    assert list(weights) == list(demo.names) and max(weights, key=lambda name: weights[name]) == "antonym"
+    assert all(abs(weight) <= 1.5 for weight in weights.values())
+    plain = Answering(demo, get_method("lorahub", k=16, seed=1, budget=1), task)
+    assert found.record["loss"] < plain.record["loss"] - 0.5
+    answers = found.generate([row.context for row in rows[:8]], max_new_tokens=8, batch_size=8)
+    right = sum(answer.text.strip() == row.completion for answer, row in zip(answers, rows[:8], strict=True))
+    assert right >= 5
+    demo.merge = "mixture"
+
+
+def test_lorahub_repeats_itself_by_its_seed(tiny_logo: LoGo) -> None:
+    def record(seed: int) -> dict[str, Any]:
+        return Answering(tiny_logo, get_method("lorahub", k=3, budget=12, rows=2, seed=seed), TASK).record
+
+    one, again, other = record(0), record(0), record(1)
+    assert one == again and one["seed"] == 0 and len(one["drawn"]) == 3
+    assert one["weights"] != other["weights"]
+
+
+@pytest.mark.parametrize(("size", "budget"), [(2, 200), (3, 200), (4, 200), (16, 200)])
+def test_minimise(size: int, budget: int) -> None:
+    """Sizes for which nevergrad takes a meta-model, another with CMA in it, and Cobyla, which answers by default."""
+    target = [0.9, -0.4, 0.1, -1.2] * 4
+
+    def loss(weights: Sequence[float]) -> float:
+        return sum((w - t) ** 2 for w, t in zip(weights, target[:size], strict=True))
+
+    before = numpy.random.get_state()[1].tolist()
+    weights, found = minimise(loss, size, budget, 1.5, 0)
+    assert found == loss(weights) <= 1e-3
+    assert minimise(loss, size, budget, 1.5, 0) == (weights, found)
+    assert numpy.random.get_state()[1].tolist() == before
+    assert all(abs(weight) <= 1.5 for weight in weights)
+
+
+@pytest.mark.parametrize("name", ["best-single", "lorahub"])
+def test_learning_needs_rows_that_can_be_scored(name: str, tiny_logo: LoGo) -> None:
+    assert get_method(name).needs == {"train"}
+    with pytest.raises(DataError, match=rf"method '{name}' .* 'main.x' has no train rows: .* main/x/train.jsonl"):
+        get_method(name).prepare(tiny_logo, Task("main.x"))
+    with pytest.raises(DataError, match=r"dataset 'main.x': a train row cannot be scored: completion '' has no tokens"):
+        get_method(name).prepare(tiny_logo, Task("main.x", train=[Row("w3", "")]))
+
+
+# -- retrieval --------------------------------------------------------------------------------------------------
+
+
+def vectors(sentences: str, texts: Sequence[str], instruction: str = "") -> torch.Tensor:
+    """Straight from the library, one text at a time."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(sentences, device="cpu", local_files_only=True)
+    rows = [torch.tensor(model.encode(instruction + text, show_progress_bar=False)) for text in texts]
+    return torch.stack([row / row.norm() for row in rows])
+
+
+@pytest.mark.parametrize("instruction", ["", "w88 w89 "])
+@pytest.mark.parametrize(
+    ("variant", "k", "kind"), [("mixture", 3, "mixture"), ("fusion", 2, "fusion"), ("selection", 3, "mixture")]
+)
+def test_loraretriever(variant: Any, k: int, kind: str, instruction: str, tiny_logo: LoGo, sentences: str) -> None:
+    method = made("loraretriever", sentences, variant=variant, k=k, instruction=instruction)
+    assert method.merging.kind == kind and method.needs == {"samples"}
+    selections = Answering(tiny_logo, method, Task("main.x")).select(PROMPTS)
+    means = torch.stack([vectors(sentences, SAMPLES[name], instruction).mean(dim=0) for name in tiny_logo.names])
+    for prompt, selection in zip(PROMPTS, selections, strict=True):
+        expected = (means @ vectors(sentences, [prompt], instruction)[0]).tolist()
+        assert list(selection.scores) == list(tiny_logo.names)
+        assert list(selection.scores.values()) == pytest.approx(expected, abs=1e-5)
+        best = sorted(selection.scores, key=lambda name: -selection.scores[name])
+        picks = 1 if variant == "selection" else k
+        assert list(selection.adapters) == best[:picks] and selection.weights == (1 / picks,) * picks
+    assert len({selection.adapters for selection in selections}) > 1
+
+
+def test_adaptersoup_has_one_set_for_all(tiny_logo: LoGo, sentences: str) -> None:
+    method = made("adaptersoup", sentences, k=2)
+    select = method.prepare(tiny_logo, TASK).select
+    selections = select(PROMPTS, 8)
+    assert len(set(map(repr, selections))) == 1 and select(["w77"], 1)[0] == selections[0]
+    mean = vectors(sentences, PROMPTS).mean(dim=0)
+    for name, score in selections[0].scores.items():
+        own = vectors(sentences, SAMPLES[name]).mean(dim=0)
+        assert score == pytest.approx(float(mean @ own / mean.norm() / own.norm()), abs=1e-5)
+    assert list(selections[0].adapters) == sorted(selections[0].scores, key=lambda n: -selections[0].scores[n])[:2]
+    with pytest.raises(DataError, match=r"dataset 'main.x' has no prompts"):
+        method.prepare(tiny_logo, Task("main.x"))
+    assert made("adaptersoup", sentences, k=9).prepare(tiny_logo, TASK).select(["w3"], 1)[0].weights == (0.25,) * 4
+
+
+@pytest.mark.parametrize("name", ["loraretriever", "adaptersoup"])
+def test_samples_are_needed_for_every_adapter(name: str, tiny_logo: LoGo, sentences: str) -> None:
+    few = {key: SAMPLES[key] for key in ("t0", "t3")} | {"t2": ()}
+    with pytest.raises(DataError, match=r"there are none for t1, t2: expected .*--adapter-samples DIR"):
+        made(name, sentences, samples=few).prepare(tiny_logo, TASK)
+
+
+def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, demo: LoGo) -> None:
+    embedding._load.cache_clear()
+
+    def said(model: str, kind: type[LoGoError]) -> str:
+        with pytest.raises(kind) as error:
+            embedding.embed(["w3"], model)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no such folder, and not a Hub id" in said("/nowhere/at all", ModelError)
+    (tmp_path / "empty").mkdir()
+    assert f"embedding model '{tmp_path / 'empty'}' cannot be loaded" in said(str(tmp_path / "empty"), ModelError)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "Hub repo sentence-transformers/none: not in the cache" in said("none", HubError)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert "install lora-on-the-go[eval]" in said("none", UsageError)
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    with pytest.raises(UsageError, match=r"needs nevergrad: install lora-on-the-go\[eval\]"):
+        get_method("lorahub").prepare(demo, Task("demo.antonym", train=heldout("antonym")))
+
+
+def test_a_selection_for_another_pool_is_refused(tiny_logo: LoGo) -> None:
+    with pytest.raises(PoolError):
+        tiny_logo.generate("w3", adapters={"t9": 1.0})
+
+
+# -- from the command line --------------------------------------------------------------------------------------
+
+
+def test_options_become_a_method(tmp_path: Path) -> None:
+    for name, texts in SAMPLES.items():
+        lines = (json.dumps({"context": text, "completion": "x"}) for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    made = make_method(MethodOptions(), k=7, seed=3)
+    assert made == get_method("logo", seed=3)  # its k is the engine's
+    assert make_method(MethodOptions("random"), k=7) == get_method("random", k=7)
+    assert make_method(MethodOptions("random")) == get_method("random", k=20)
+    options = MethodOptions("lorahub", "ties", 0.2, Sign.FREQUENCY, shots=3, lorahub_budget=9)
+    expected = {"merge": "ties", "density": 0.2, "majority_sign": "frequency", "rows": 3, "budget": 9, "seed": 2}
+    assert make_method(options, seed=2) == get_method("lorahub", **expected)
+    options = MethodOptions("arrow", arrow_top_k=2, arrow_temperature=0.5)
+    assert make_method(options).merging == Merge("arrow", arrow_top_k=2, arrow_temperature=0.5)
+    options = MethodOptions(
+        "loraretriever", retriever_variant=Variant.FUSION, adapter_samples=tmp_path, samples_per_adapter=2
+    )
+    retriever: Any = make_method(options, k=4)
+    assert retriever.samples == {name: texts[:2] for name, texts in SAMPLES.items()}
+    assert (retriever.k, retriever.merging.kind, retriever.embedding_model) == (4, "fusion", DEFAULT_EMBEDDING)
+    (tmp_path / "t3.jsonl").write_text('{"context": "another", "completion": "x"}')
+    told = retriever.as_dict()["samples"]
+    assert told["adapters"] == 4 and told != make_method(options, k=4).as_dict()["samples"]
+    assert (retriever.label, make_method(MethodOptions("random")).label) == ("loraretriever-fusion", "random")
+    with pytest.raises(UsageError, match=r"--method adaptersoup .* expected --adapter-samples DIR"):
+        make_method(MethodOptions("adaptersoup"))
+    with pytest.raises(DataError, match=r"expected a folder with NAME.jsonl files"):
+        make_method(MethodOptions("adaptersoup", adapter_samples=tmp_path / "none"))
+    with pytest.raises(UsageError, match=r"unknown method 'oracel' .did you mean 'oracle'"):
+        make_method(MethodOptions("oracel"))
+
+
+def test_defaults_are_those_of_the_methods() -> None:
+    assert embedding.DEFAULT_MODEL == DEFAULT_EMBEDDING
+    bare = MethodOptions()
+    assert (bare.merge_density, bare.arrow_top_k, bare.arrow_temperature) == (0.5, 3, 1.0)
+    for name in ("logo", "lorahub", "best-single", "arrow", "oracle", "uniform", "base"):
+        assert make_method(MethodOptions(name)) == get_method(name)
+
+
+def test_the_bench_compares_with_peft() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-c", "from logo.cli import main; main()", "bench", "merges", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert shown.returncode == 0, shown.stderr
+    rows = {row["kind"]: row for row in json.loads(shown.stdout)}
+    assert list(rows) == ["mixture", "fusion", "linear", "ties", "dare_linear", "dare_ties", "arrow"]
+    for kind, row in rows.items():
+        assert row["difference"] < 1e-5 * (1 + row["logit"]), f"{kind}: {row['difference']:.2e}"
+    assert rows["mixture"]["from_exact"] < 1e-6
+    assert all(row["from_exact"] > 0.1 for kind, row in rows.items() if kind not in ("mixture", "arrow"))
