@@ -74,3 +74,9 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1, error
         assert not Path(page).exists()
+
+
+def test_help_shows_defaults_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Example: logo report" in text and "report.html" in text

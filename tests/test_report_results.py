@@ -156,6 +156,15 @@ def test_a_broken_file_is_named(tmp_path: Path, file: str, text: str, message: s
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_shards_are_no_results(tmp_path: Path) -> None:
+    write_result(tmp_path / NAME / "d.x.shard-1-of-2", [1])
+    with pytest.raises(UsageError, match="merge-results"):
+        read_runs([tmp_path])
+    write_result(tmp_path / NAME / "d.x", [1, 0])
+    [run] = read_runs([tmp_path])
+    assert list(run.results) == ["d.x"]
+
+
 def test_a_missing_file_and_folders_without_results(tmp_path: Path) -> None:
     folder = write_result(tmp_path / NAME / "d.x", [1])
     (folder / "weights.json").unlink()

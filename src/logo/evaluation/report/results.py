@@ -205,7 +205,8 @@ def _found(path: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 def _kind(path: Path) -> str:
     if path.is_dir():
-        return "none"
+        shards = any(is_shard_folder(child) for child in path.rglob("*.shard-*"))
+        return "only shards, of which `logo merge-results` makes one" if shards else "none"
     return "a file" if path.exists() else "no such folder"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from logo.evaluation.report.adapters import Similarity, Weights
 from logo.evaluation.report.analysis import Analysis
-from logo.evaluation.report.markup import Html, element, escape, join
+from logo.evaluation.report.markup import Html, element, join
 from logo.evaluation.report.numbers import NAMES, Cell, Line
 from logo.evaluation.report.results import Run
 from logo.evaluation.report.scene import Dot, Scene, series
@@ -123,10 +123,11 @@ def datasets_table(analysis: Analysis, lines: Sequence[Line], caption: str) -> H
         previous = None
         for line in lines:
             if line.group == group:
-                told = escape("") if line.dataset == previous else _dataset(str(line.dataset))
+                name = str(line.dataset)
+                told = element("span", name, class_="unseen") if name == previous else _dataset(name)
                 cells = [_cell(line, cell) for cell in line.cells]
                 rows.append(row(told, NAMES.get(line.metric, line.metric), *cells))
-                previous = line.dataset
+                previous = name
         bodies.append(element("tbody", *rows))
     return table(caption, heads, bodies, kind="bodies")
 
