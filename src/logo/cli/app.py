@@ -15,6 +15,7 @@ from logo.cli import (
     demo,
     evaluate,
     generate,
+    lm_eval,
     merge_results,
     pool,
     report,
@@ -72,6 +73,7 @@ app.command("select")(select.select)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge-results")(merge_results.merge_results)
 app.command("compare")(compare.compare)
+app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 app.command("calibrate")(calibrate.calibrate)
 app.command("study")(study.study)
 app.command("report")(report.report)

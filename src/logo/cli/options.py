@@ -301,23 +301,18 @@ def expanded(command: _F) -> _F:
 
 def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
     """The pool the options name, or the base model's own."""
-    from logo.adapters.hub import is_hub_id, split_hub_spec
-    from logo.adapters.pool import AdapterPool
-    from logo.models import default_pool
+    from logo import models
 
-    common: dict[str, Any] = {
-        "on_bad_adapter": options.on_bad_adapter.value,
-        "allow_pickle": options.allow_pickle,
-        "cache": options.cache,
+    return models.open_pool(
+        options.adapters,
+        base_model,
+        options.model_dir,
+        on_bad_adapter=options.on_bad_adapter.value,
+        allow_pickle=options.allow_pickle,
+        cache=options.cache,
         # Leaving damaged adapters out means finding them before the first prompt, not in the middle of a run.
-        "verify": True if options.on_bad_adapter is OnBad.SKIP else None,
-    }
-    if options.adapters is None:
-        return default_pool(base_model, options.model_dir, **common)
-    if Path(options.adapters).is_dir() or not is_hub_id("/".join(options.adapters.split("@")[0].split("/")[:2])):
-        return AdapterPool.from_directory(options.adapters, **common)
-    repo, subfolder, revision = split_hub_spec(options.adapters)
-    return AdapterPool.from_hub(repo, subfolder=subfolder, revision=revision, **common)
+        verify=True if options.on_bad_adapter is OnBad.SKIP else None,
+    )
 
 
 def open_engine(

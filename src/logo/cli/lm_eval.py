@@ -1,0 +1,60 @@
+"""`logo lm-eval`: lm-evaluation-harness's own command line, with LoGo among its models."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Annotated
+
+import typer
+
+from logo.errors import UsageError
+
+MODEL = "logo"
+_SUBCOMMANDS = frozenset({"run", "ls", "validate"})
+_NAMES_A_MODEL = ("--model", "-M", "--config", "-C")
+
+# Everything is the harness's, also what looks like an option of ours.
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+def lm_eval(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ARGUMENTS",
+            help="Whatever `lm_eval` takes; `logo lm-eval run --help` shows it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Run lm-evaluation-harness with `--model logo`: one selection per context, whatever the task.
+
+    `--model_args` are `base_model=..., adapters=..., k=..., signal=...` and all other settings of selection.
+
+    Example: `logo lm-eval --model_args base_model=demo,k=3 --tasks my_task --include_path tasks --batch_size 8`
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("lm-evaluation-harness is not installed: `pip install lora-on-the-go[eval]`")
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import model_registry
+
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="logo.evaluation.harness:LoGoLM")
+    before = sys.argv
+    sys.argv = ["lm_eval", *completed(arguments or [])]  # the harness reads nothing else
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+
+
+def completed(arguments: list[str]) -> list[str]:
+    """The harness's arguments with `--model logo` where they run something and name no model."""
+    command, rest = (
+        ("run", arguments) if arguments[:1] not in ([name] for name in _SUBCOMMANDS) else (arguments[0], arguments[1:])
+    )
+    if not arguments or command != "run" or not rest or "--help" in rest or "-h" in rest:
+        return arguments
+    named = any(argument.split("=")[0] in _NAMES_A_MODEL for argument in rest)
+    return [command, *([] if named else ["--model", MODEL]), *rest]

@@ -1,0 +1,338 @@
+"""LoGo as a model of lm-evaluation-harness, so that every task of the harness runs with mixtures chosen per prompt.
+
+The harness asks three things: how likely a continuation is after a context, how likely a whole text is, and what
+follows a context. Adapters are selected once per context and serve all its continuations and answers; a text that has
+no context is its own. Tokens are those of the harness's own `hf` models, so that numbers can be compared with theirs.
+Importing this registers the model as `logo`. Knows the harness, which knows nothing of it: see `logo.cli.lm_eval`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from logo import __version__
+from logo.adapters.pool import OnBadAdapter
+from logo.decoding import MAX_NEW_TOKENS, batches_by_length
+from logo.engine import LoGo
+from logo.errors import UsageError, closest
+from logo.models import check_access, open_pool
+from logo.scoring import Scored
+from logo.selection.settings import SelectionSettings
+
+DEFAULT_K = 20
+UNKNOWN_CONTEXT = 2048  # tokens, where a model does not say how many it reads
+_BATCHES = 8  # between two steps of a progress bar; rows are sorted by length, so more make no difference
+
+Mixture = Mapping[str, float]
+
+
+@register_model("logo")  # type: ignore[misc, untyped-decorator, unused-ignore]
+class LoGoLM(TemplateLM):  # type: ignore[misc]
+    """A base model and a pool of adapters, mixed per context.
+
+    Args:
+        base_model: as `logo --base-model`: a Hub id, a folder, `demo`, or an official short name.
+        adapters: a folder, or a Hub repository `org/name[/folder][@revision]`; None: the base model's own.
+        k: adapters per context; None: 20, or all of a smaller pool.
+        signal: what scores adapters.
+        batch_size: rows per forward pass, each with its own mixture.
+        device: `auto`, `cpu`, `cuda:0`, ...; the harness says `cuda:0` where nobody says anything, so a GPU is used
+            only where there is one.
+        max_gen_toks: new tokens where a task does not say; None: 256, or half of a context that is shorter than twice.
+        model_dir: looked in first for base models and adapters.
+        on_bad_adapter: `error`, or `skip` those that cannot be used.
+        allow_pickle: read `adapter_model.bin` too, tensors only.
+        options: all other options of `LoGo.from_pretrained` and `SelectionSettings`, by name.
+
+    Raises:
+        UsageError: an option that does not exist or cannot be used.
+        ModelError, PoolError, HubError: the model or the pool cannot be opened.
+    """
+
+    def __init__(
+        self,
+        base_model: str = "",
+        adapters: str | None = None,
+        *,
+        k: int | None = None,
+        signal: str = "calibrated",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        max_gen_toks: int | None = None,
+        model_dir: str = "./hf_models",
+        on_bad_adapter: OnBadAdapter = "error",
+        allow_pickle: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        _check_options(options)
+        if not base_model:
+            raise UsageError("--model_args: expected base_model=..., a Hub id, a folder or demo; found none")
+        self.batch_size = _batch_size(batch_size)
+        settings = SelectionSettings(
+            signal=signal, **{name: options.pop(name) for name in _SETTINGS.intersection(options)}
+        )
+        check_access(base_model, model_dir=model_dir)
+        pool = open_pool(
+            adapters,
+            base_model,
+            model_dir,
+            on_bad_adapter=on_bad_adapter,
+            allow_pickle=allow_pickle,
+            cache=settings.cache,
+            verify=True if on_bad_adapter == "skip" else None,
+        )
+        self.logo = LoGo.from_pretrained(
+            base_model,
+            pool,
+            device=_device(device),
+            model_dir=model_dir,
+            on_bad_adapter=on_bad_adapter,
+            **options,
+            **{**vars(settings), "k": min(DEFAULT_K, len(pool)) if k is None else k},
+        )
+        self._device = self.logo.model.device
+        self._revision = options.get("revision") or "main"
+        self._max_gen_toks = max_gen_toks
+        self._mixtures: dict[str, Mixture] = {}
+        adds = self.tokenizer("")["input_ids"][:1] == [self.prefix_token_id]
+        self._first = self.tokenizer.decode(self.prefix_token_id) if adds else ""
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        return self.logo.tokenizer
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    @property
+    def eot_token_id(self) -> int:
+        """Ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a text that has no context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads at once."""
+        return self.logo.prompts.context or UNKNOWN_CONTEXT
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens where a task does not say how many."""
+        return self._max_gen_toks or min(MAX_NEW_TOKENS, self.max_length // 2)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; with the tokenizer's special ones unless the text begins with its first one or the caller says."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the base model's tokenizer writes it."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    # -- what the harness asks ----------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Log likelihood of each continuation in nats, and whether it is what greedy decoding would write.
+
+        Args:
+            requests: (context, continuation) as text, and the token ids of both.
+        """
+        mixtures = self._select([context or continuation for (context, continuation), _, _ in requests], disable_tqdm)
+        pairs = [(self._cut(context, len(following)), following) for _, context, following in requests]
+        scored = self._score(pairs, mixtures, disable_tqdm)
+        answers = [(found.log_likelihood, found.exact_match) for found in scored]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log likelihood in nats of each whole text, every token once, with as much context as the model reads.
+
+        Adapters are selected once per text, on the text itself.
+        """
+        texts = [request.args[0] for request in requests]
+        mixtures = self._select(texts, disable_tqdm)
+        pairs: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for number, text in enumerate(texts):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            parts = [make_disjoint_window(window) for window in windows]
+            pairs += parts
+            owners += [number] * len(parts)
+        totals = [0.0] * len(texts)
+        scored = self._score(pairs, [mixtures[owner] for owner in owners], disable_tqdm)
+        for owner, found in zip(owners, scored, strict=True):
+            totals[owner] += found.log_likelihood
+        for text, total in zip(texts, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What follows each context, up to the first of its `until` texts; greedy unless the task samples."""
+        contexts = [request.args[0] for request in requests]
+        mixtures = self._select(contexts, disable_tqdm)
+        groups: dict[str, list[int]] = {}  # requests that are to be decoded alike
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+        answers: dict[int, str] = {}
+        with tqdm(total=len(contexts), desc="Generating", disable=disable_tqdm) as bar:
+            for numbers in groups.values():
+                asked = requests[numbers[0]].args[1]
+                options = self._decoding(asked)
+                for part in self._parts([len(contexts[number]) for number in numbers]):
+                    chosen = [numbers[i] for i in part]
+                    found = self.logo.generate(
+                        [self._plain(contexts[i]) for i in chosen],
+                        adapters=[mixtures[i] for i in chosen],
+                        batch_size=self.batch_size,
+                        **options,
+                    )
+                    for number, answer in zip(chosen, found, strict=True):
+                        answers[number] = answer.text
+                        self.cache_hook.add_partial("generate_until", (contexts[number], asked), answer.text)
+                    bar.update(len(part))
+        return [answers[number] for number in range(len(contexts))]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the results stand on, for the harness's record: the base model, the pool, and how it was mixed."""
+        digests = self.logo.pool.sha256()
+        pool = {name: digests[name] for name in self.logo.names}
+        used = list(self._mixtures.values())
+        weights = {name: sum(mixture.get(name, 0.0) for mixture in used) / max(1, len(used)) for name in pool}
+        points = [point.name for point in self.logo.router.points]
+        return {
+            "model_num_parameters": self.logo.model.num_parameters(),
+            "model_dtype": self.logo.model.dtype,
+            "model_revision": self._revision,
+            "model_sha": getattr(self.logo.model.config, "_commit_hash", None) or "",
+            "peft_sha": hashlib.sha256(json.dumps(pool).encode()).hexdigest(),
+            "logo": {
+                "version": __version__,
+                "settings": {**asdict(self.logo.settings), "points": points},
+                "pool": pool,
+                "contexts": len(used),
+                "mean_weights": {name: round(weight, 6) for name, weight in weights.items() if weight},
+            },
+        }
+
+    # -- how ----------------------------------------------------------------------------------------------------------
+
+    def _select(self, texts: Sequence[str], quiet: bool) -> list[Mixture]:
+        """The mixture of each text; those that were seen before are not selected again."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._mixtures]
+        with tqdm(total=len(new), desc="Selecting adapters", disable=quiet or not new) as bar:
+            step = self.batch_size * _BATCHES
+            for start in range(0, len(new), step):
+                part = new[start : start + step]
+                selections = self.logo.select([self._plain(text) for text in part], batch_size=self.batch_size)
+                self._mixtures |= {text: found.mixture for text, found in zip(part, selections, strict=True)}
+                bar.update(len(part))
+        return [self._mixtures[text] for text in texts]
+
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], mixtures: Sequence[Mixture], quiet: bool
+    ) -> list[Scored]:
+        scored: dict[int, Scored] = {}
+        with tqdm(total=len(pairs), desc="Scoring", disable=quiet) as bar:
+            # Continuations of one context stay together, so that those of a single token are one row.
+            order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
+            step = self.batch_size * _BATCHES
+            for part in (order[start : start + step] for start in range(0, len(order), step)):
+                found = self.logo.score_pairs(
+                    [pairs[i] for i in part], [mixtures[i] for i in part], batch_size=self.batch_size
+                )
+                scored |= zip(part, found, strict=True)
+                bar.update(len(part))
+        return [scored[number] for number in range(len(pairs))]
+
+    def _decoding(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of `LoGo.generate` that do what a task asks."""
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(asked), self.max_gen_toks))
+        options["stop"] = options.pop("until")
+        options["max_new_tokens"] = options.pop("max_gen_toks")
+        options.pop("max_length", None)
+        if not (options.get("do_sample") and options.get("temperature", 1.0)):
+            options["do_sample"] = False  # and so without what only sampling knows
+            options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
+        return options
+
+    def _parts(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        return batches_by_length(lengths, self.batch_size * _BATCHES)
+
+    def _plain(self, text: str) -> str:
+        """The text without the special token that the engine's tokenizer puts first: a chat template has done it."""
+        return text.removeprefix(self._first)
+
+    def _cut(self, context: list[int], following: int) -> list[int]:
+        """The end of a context that leaves room for as many tokens more, the last of which is not read."""
+        room = self.max_length + 1 - following
+        if room < 1:
+            raise UsageError(f"a continuation has {following} tokens, but the model reads {self.max_length} at once")
+        return context[-room:]
+
+
+_SETTINGS = {field.name for field in fields(SelectionSettings)} - {"k", "signal"}
+
+
+def _check_options(options: Iterable[str]) -> None:
+    """Refuses unknown names with a did-you-mean. A token is none of them: what is given here is written to results."""
+    engine = inspect.signature(LoGo.from_pretrained).parameters
+    own = inspect.signature(LoGoLM.__init__).parameters
+    known = sorted({*_SETTINGS, *engine, *own} - {"self", "pool", "settings", "options", "truncation", "token"})
+    for name in options:
+        if name not in known:
+            raise UsageError(f"--model_args: unknown option {name!r}{closest(name, known)}; known: {', '.join(known)}")
+
+
+def _device(asked: str | None) -> str:
+    return "auto" if asked is None or (asked.startswith("cuda") and not torch.cuda.is_available()) else asked
+
+
+def _batch_size(asked: int | str) -> int:
+    try:
+        size = int(asked)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise UsageError(f"--batch_size {asked}: expected a number, 1 or more; it is not found automatically")
+    return size
