@@ -113,9 +113,8 @@ def test_every_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
     for others in (again.select(PROMPTS, 5), alone):
         for one, other in zip(selections, others, strict=True):
             assert one.adapters == other.adapters and one.weights == pytest.approx(other.weights)
-            assert one.scores == pytest.approx(
-                other.scores, rel=1e-5
-            )  # a batch's shape changes the last digit of what it reads
+            # A batch's shape changes the last digit of what it reads.
+            assert one.scores == pytest.approx(other.scores, rel=1e-5)
     for selection in selections:
         assert set(selection.adapters) <= set(logo.names)
         assert list(selection.weights) == sorted(selection.weights, reverse=True)
@@ -295,7 +294,7 @@ def test_minimise(size: int, budget: int) -> None:
 @pytest.mark.parametrize("name", ["best-single", "lorahub"])
 def test_learning_needs_rows_that_can_be_scored(name: str, tiny_logo: LoGo) -> None:
     assert get_method(name).needs == {"train"}
-    with pytest.raises(DataError, match=rf"method '{name}' .* 'main.x' has no train rows: .* main/x/train.jsonl"):
+    with pytest.raises(DataError, match=rf"method '{name}' .* 'main.x' has no train rows"):
         get_method(name).prepare(tiny_logo, Task("main.x"))
     with pytest.raises(DataError, match=r"dataset 'main.x': a train row cannot be scored: completion '' has no tokens"):
         get_method(name).prepare(tiny_logo, Task("main.x", train=[Row("w3", "")]))

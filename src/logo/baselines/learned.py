@@ -15,10 +15,11 @@ import numpy
 from logo.baselines.method import Example, Method, Need, Prepared, Task, check_count, same_for_all
 from logo.engine import LoGo
 from logo.errors import DataError, UsageError
-from logo.scoring import Scored
+from logo.scoring import Scored, completion_ids
 
 # Adapters whose tensors are in memory together while each is tried alone.
 _TOGETHER = 32
+_ROWS_PER_PASS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +94,18 @@ class LoraHub(Method):
         return self.k
 
     def prepare(self, logo: LoGo, task: Task) -> Prepared:
-        rows = labelled(self.name, task, self.rows, self.seed)
+        pairs = [_tokens(logo, task, row) for row in labelled(self.name, task, self.rows, self.seed)]
         names = sorted(random.Random(self.seed).sample(logo.names, min(self.k, len(logo.names))))
 
         def loss(weights: Sequence[float]) -> float:
-            mixture = dict(zip(names, weights, strict=True))
-            scored = [_score(logo, task, row, [mixture])[0] for row in rows]
+            mixtures = [dict(zip(names, weights, strict=True))] * len(pairs)
+            scored = logo.score_pairs(pairs, mixtures, batch_size=_ROWS_PER_PASS)
             surprise = sum(value.nll * value.tokens for value in scored) / sum(value.tokens for value in scored)
             return surprise + self.penalty * sum(map(abs, weights)) / len(weights)
 
         weights, found = minimise(loss, len(names), self.budget, self.bound, self.seed)
         mixture = {name: weight for name, weight in zip(names, weights, strict=True) if weight}
-        record = {"seed": self.seed, "rows": len(rows), "budget": self.budget, "loss": found, "drawn": names}
+        record = {"seed": self.seed, "rows": len(pairs), "budget": self.budget, "loss": found, "drawn": names}
         return Prepared(same_for_all(mixture), record | {"weights": dict(zip(names, weights, strict=True))})
 
 
@@ -115,10 +116,8 @@ def labelled(method: str, task: Task, count: int, seed: int) -> list[Example]:
         DataError: there are none.
     """
     if not task.train:
-        main, _, sub = task.name.partition(".")
         raise DataError(
-            f"method {method!r} learns from labelled rows, but dataset {task.name!r} has no train rows: expected a "
-            f"file {main}/{sub}/train.jsonl in the data folder"
+            f"method {method!r} learns from labelled rows, but dataset {task.name!r} has no train rows: expected some"
         )
     return random.Random(seed).sample(list(task.train), min(count, len(task.train)))
 
@@ -167,8 +166,24 @@ def _as_float(value: Any) -> float:
 
 
 def _score(logo: LoGo, task: Task, row: Example, mixtures: Sequence[dict[str, float]]) -> list[Scored]:
-    gold = row.completion if isinstance(row.completion, str) else row.completion[0]
+    with _named(task):
+        return logo.score(row.context, _gold(row), mixtures)
+
+
+def _tokens(logo: LoGo, task: Task, row: Example) -> tuple[list[int], list[int]]:
+    """Prompt and gold text, as they are scored after each other."""
+    with _named(task):
+        gold = completion_ids(logo.tokenizer, row.context, _gold(row), logo.prompts.context)
+        return logo.prompts.encode([row.context], room=len(gold))[0], gold
+
+
+def _gold(row: Example) -> str:
+    return row.completion if isinstance(row.completion, str) else row.completion[0]
+
+
+@contextmanager
+def _named(task: Task) -> Iterator[None]:
     try:
-        return logo.score(row.context, gold, mixtures)
+        yield
     except UsageError as error:
         raise DataError(f"dataset {task.name!r}: a train row cannot be scored: {error}") from error
