@@ -175,7 +175,9 @@ def _of_run(analysis: Analysis, number: int) -> Html:
     spreads, scene = analysis.spread[number], spread(analysis, number)
     if scene is not None and spreads is not None:
         parts.append(tables.figure(scene, svg(scene), element("p", spread_words(spreads), class_="key")))
-    return join(*parts) if parts else element("p", "This run selected no adapters and scored none.", class_="notice")
+    if not parts:
+        return element("p", "This run selected no adapters and scored none.", class_="notice")
+    return element("div", *parts, class_="figures")
 
 
 def _reading(scene: Scene) -> Html:

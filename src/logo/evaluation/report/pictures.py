@@ -279,7 +279,7 @@ def _map(
     square: bool = False,
 ) -> Scene:
     """A heat map; fields shrink with their number, and names go where they no longer fit."""
-    cell = max(2.5, min(26.0, MAP / max(1, len(columns))))
+    cell = max(2.5, min(20.0, MAP / max(1, len(columns))))
     tall = cell if square else max(cell, 16.0)
     left = _margin(rows) + 8 if tall >= NAMED else 12.0
     named = cell >= NAMED
@@ -287,12 +287,12 @@ def _map(
     top = 30.0
     marks: list[SceneMark] = [
         Label(left, 13, scale[0], "muted"),
-        Raster(left + 24, 4, 110, 11, np.linspace(-1.0 if scale[0] != "0" else 0.0, 1.0, 56)[None, :]),
-        Label(left + 140, 13, f"{scale[1]}   {scale[2]}", "muted"),
+        Raster(left + 24, 4, 80, 11, np.linspace(-1.0 if scale[0] != "0" else 0.0, 1.0, 56)[None, :]),
+        Label(left + 110, 13, f"{scale[1]}   {scale[2]}", "muted"),
     ]
     if any(own):
-        at = left + 140 + text_width(f"{scale[1]}   {scale[2]}") + 24
-        marks += [Rect(at, 4, 11, 11, "own", outline=True), Label(at + 17, 13, "the dataset's own adapter", "muted")]
+        at = left + 110 + text_width(f"{scale[1]}   {scale[2]}") + 24
+        marks += [Rect(at, 4, 11, 11, "own", outline=True), Label(at + 17, 13, "own adapter", "muted")]
     marks.append(Raster(left, top, width, height, values, key=name))
     for number, row in enumerate(rows):
         if tall >= NAMED:
@@ -308,7 +308,7 @@ def _map(
             x = left + cell * (number + 0.5) + 4
             marks.append(Label(x, below + 8, short(column), anchor="end", up=True, title=column))
         below += 8 + max(text_width(short(column)) for column in columns)
-    least = left + 190 + text_width(scale[1] + scale[2]) + (190 if any(own) else 0)
+    least = left + 120 + text_width(f"{scale[1]}   {scale[2]}") + (110 if any(own) else 0)
     return Scene(name, title, text, max(left + width + PAD, least), below + PAD + 4, tuple(marks))
 
 

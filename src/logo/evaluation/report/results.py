@@ -187,8 +187,9 @@ def _run(folder: Path, datasets: Iterable[Path], data_dir: Path | None) -> Run:
         results=results,
         base=None if base is None else Path(str(base)).name or str(base),
         method=None if method is None else str(method),
-        k=_whole(options.get("k"), options.get("n_selected_modules"), parts.get("k")),
-        seed=_whole(options.get("seed"), parts.get("seed")),
+        # The folder's name first: a method may use another number of adapters than was asked for.
+        k=_whole(parts.get("k"), options.get("k"), options.get("n_selected_modules")),
+        seed=_whole(parts.get("seed"), options.get("seed")),
     )
 
 

@@ -38,21 +38,17 @@ class Seconds:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """A short name for each run, all different: the method, and whatever else sets it apart from the others."""
-    if len(runs) == 1:
-        return [_method(runs[0])]
-    parts: list[list[str]] = [[_method(run)] for run in runs]
-    for name in ("base", "k", "seed"):
-        values = [getattr(run, name) for run in runs]
-        if len(set(values)) > 1:
-            for told, value in zip(parts, values, strict=True):
-                told += [str(value) if name == "base" else f"{name} {value}"] if value is not None else []
-    found = [" · ".join(told) for told in parts]
-    for name, options in differing(runs).items():
-        if len(set(found)) == len(found):
-            break
-        apart = [f"{text} · {name} {option}" for text, option in zip(found, options, strict=True)]
-        found = [new if found.count(old) > 1 else old for old, new in zip(found, apart, strict=True)]
+    """A short name for each run, all different: the method, and what sets it apart from others of that method."""
+    found = [_method(run) for run in runs]
+    if len({run.base for run in runs}) > 1:
+        found = [f"{text} · {run.base}" for text, run in zip(found, runs, strict=True)]
+    apart = {name: tuple(str(getattr(run, name)) for run in runs) for name in ("k", "seed")} | differing(runs)
+    for name, values in apart.items():
+        alike = [text for text in found if found.count(text) > 1]
+        told = dict.fromkeys(
+            text for text in alike if len({v for t, v in zip(found, values, strict=True) if t == text}) > 1
+        )
+        found = [f"{t} · {name} {v}" if t in told else t for t, v in zip(found, values, strict=True)]
     unclear = [text for text in found if found.count(text) > 1]
     found = [f"{text} · {run.folder}" if text in unclear else text for text, run in zip(found, runs, strict=True)]
     return [text if found.count(text) == 1 else f"{text} ({number})" for number, text in enumerate(found, start=1)]

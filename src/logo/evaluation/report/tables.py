@@ -13,6 +13,7 @@ from logo.evaluation.report.scene import Dot, Scene, series
 from logo.evaluation.report.svg import svg_mark
 
 MOST = 5  # adapters per dataset, and pairs, that are told in words below a heat map
+HALF = 500.0  # a picture that is no wider may stand beside another
 _NOTHING = Html('<td class="none">–</td>')
 
 
@@ -234,7 +235,8 @@ def figure(scene: Scene, drawing: Html, *more: object) -> Html:
     """A picture with its title and what it shows in words."""
     caption = element("figcaption", element("b", scene.title), element("span", scene.text))
     box = element("div", drawing, class_="scroll picture", role="region", tabindex=0, aria_label=scene.title)
-    return element("figure", caption, box, *more, id=f"figure-{scene.name}")
+    half = "half" if scene.width <= HALF else None
+    return element("figure", caption, box, *more, id=f"figure-{scene.name}", class_=half)
 
 
 def signed(value: float) -> str:
