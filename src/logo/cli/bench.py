@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from logo.cli.options import EngineOptions, expanded, open_engine
+from logo.cli.opening import open_engine
+from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import err, note, out, print_json, progress
 from logo.cli.prompts import or_demo, read_prompts
 

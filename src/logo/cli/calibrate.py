@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.options import EngineOptions, expanded, open_engine
+from logo.cli.opening import open_engine
+from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import bar, err, note, out, print_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError

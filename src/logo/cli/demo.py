@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.options import DEFAULT_SIGNAL, DEMO_K, EngineOptions, open_engine
+from logo.cli.opening import open_engine
+from logo.cli.options import DEFAULT_SIGNAL, DEMO_K, EngineOptions
 from logo.cli.output import bar, err, out, print_json, progress, weighty
 from logo.models import DEMO
 

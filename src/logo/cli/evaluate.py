@@ -11,7 +11,8 @@ import typer
 from rich.progress import Progress, TaskID
 
 from logo.cli.methods import MethodOptions, make_method
-from logo.cli.options import OFFICIAL_SIGNAL, Context, EngineOptions, Preset, expanded, open_engine
+from logo.cli.opening import open_engine
+from logo.cli.options import OFFICIAL_SIGNAL, Context, EngineOptions, Preset, expanded
 from logo.cli.output import err, note, progress
 from logo.cli.scoreboard import Score, show
 from logo.errors import UsageError
@@ -27,8 +28,8 @@ OFFICIAL_BASE = "Llama-3.1-8B"
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What is evaluated, and where results go."""
+class RowOptions:
+    """What is evaluated, and how it is answered."""
 
     dataset: Annotated[
         str, typer.Option(help="Name, list `a,b` or pattern `bbh.*`; empty: all in the data folder.")
@@ -50,8 +51,6 @@ class RunOptions:
             show_default="train.jsonl beside test.jsonl",
         ),
     ] = None
-    result_dir: Annotated[str, typer.Option(help="Where result folders are made.")] = "results"
-    seed: Annotated[int, typer.Option(help="Random seed; part of the result folder's name.", min=0)] = 0
     limit: Annotated[int | None, typer.Option(help="Only the first rows of each dataset.", show_default="all")] = None
     batch_size: Annotated[
         int,
@@ -65,6 +64,17 @@ class RunOptions:
     generation_early_stop: Annotated[
         bool, typer.Option("--generation-early-stop", help="Stop generating at the first newline.")
     ] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin again, whatever is done or half done already.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class RunOptions(RowOptions):
+    """The same, and where results go."""
+
+    result_dir: Annotated[str, typer.Option(help="Where result folders are made.")] = "results"
+    seed: Annotated[int, typer.Option(help="Random seed; part of the result folder's name.", min=0)] = 0
     shard: Annotated[
         str | None,
         typer.Option(
@@ -73,9 +83,6 @@ class RunOptions:
             show_default="all rows",
         ),
     ] = None
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin again, whatever is done or half done already.")
-    ] = False
     save_dir: Annotated[str, typer.Option(help="Accepted for the official command line; not used.", hidden=True)] = ""
     preset: Annotated[
         Preset | None,
@@ -182,7 +189,7 @@ def _open(engine: EngineOptions, run: RunOptions, method: Method | None, base_mo
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
         generation=_generation_options(logo, official, run.generation_early_stop),
-        options={"base_model": base_model, **asdict(engine), **asdict(run), **_resolved(logo), **named},
+        options={"base_model": base_model, **asdict(engine), **asdict(run), **resolved(logo), **named},
         loading=loading,
         method=method,
     )
@@ -220,7 +227,7 @@ def _generation_options(logo: LoGo, official: bool, early_stop: bool) -> dict[st
     }
 
 
-def _resolved(logo: LoGo) -> dict[str, Any]:
+def resolved(logo: LoGo) -> dict[str, Any]:
     """The settings as they were used, presets applied."""
     points = [point.name for point in logo.router.points]
     return {**asdict(logo.settings), "points": points, "dtype": str(logo.model.dtype).removeprefix("torch.")}

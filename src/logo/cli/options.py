@@ -1,4 +1,4 @@
-"""Options that several commands share, defined once, and the engine they describe.
+"""Options that several commands share, defined once; `logo.cli.opening` makes an engine of them.
 
 A command takes them as one dataclass parameter; `expanded` turns the dataclass's fields into command line options.
 """
@@ -8,19 +8,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
-
-from logo.errors import StorageError
-
-if TYPE_CHECKING:
-    from logo.adapters.pool import AdapterPool
-    from logo.decoding import Truncation
-    from logo.engine import LoGo
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -297,102 +290,3 @@ def expanded(command: _F) -> _F:
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper  # type: ignore[return-value]
-
-
-def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
-    """The pool the options name, or the base model's own."""
-    from logo import models
-
-    return models.open_pool(
-        options.adapters,
-        base_model,
-        options.model_dir,
-        on_bad_adapter=options.on_bad_adapter.value,
-        allow_pickle=options.allow_pickle,
-        cache=options.cache,
-        # Leaving damaged adapters out means finding them before the first prompt, not in the middle of a run.
-        verify=True if options.on_bad_adapter is OnBad.SKIP else None,
-    )
-
-
-def open_engine(
-    options: EngineOptions, base_model: str, *, preset: Preset | None = None, truncation: Truncation | None = None
-) -> LoGo:
-    """Loads the base model and the pool."""
-    from logo.engine import LoGo
-    from logo.models import check_access
-    from logo.selection.settings import SelectionSettings
-
-    official = preset is Preset.OFFICIAL
-    settings = SelectionSettings(
-        signal=options.selection_strategy or DEFAULT_SIGNAL,
-        k=options.k,
-        weighting=_value(options.weighting),
-        weight_temperature=options.weight_temperature,
-        keep_mass=options.keep_mass,
-        probe_context=(options.probe_context or (Context.CARRY if official else Context.BASE)).value,
-        probe_input=_value(options.probe_input),
-        probe_token=_value(options.probe_token),
-        probe_layer=_parts(options.probe_layer),
-        probe_module=options.probe_module,
-        probe_depth=options.probe_depth,
-        probe_points=_points(options.probe_points),
-        baseline=options.baseline.value,
-        calibration_prompts=_lines(options.calibration_prompts),
-        cache=options.cache,
-        prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
-        unscorable=options.unscorable.value,
-    )
-    _quiet_transformers()
-    check_access(base_model, model_dir=options.model_dir)
-    pool = open_pool(options, base_model)
-    if options.n_selected_modules is None:  # nobody asked for more than the pool has, so nobody is warned
-        settings = replace(settings, k=min(settings.k, len(pool)))
-    return LoGo.from_pretrained(
-        base_model,
-        pool,
-        device=_device(options.gpu),
-        dtype=options.dtype or ("float32" if official else "auto"),
-        device_map=options.device_map,
-        model_dir=options.model_dir,
-        truncation=truncation,
-        adapter_cache_gb=options.adapter_cache_gb,
-        fold=options.fold,
-        on_bad_adapter=options.on_bad_adapter.value,
-        **vars(settings),
-    )
-
-
-def _device(gpu: int) -> str:
-    import torch
-
-    return f"cuda:{gpu}" if gpu >= 0 and torch.cuda.is_available() else "cpu"
-
-
-def _value(choice: Choice | None) -> Any:
-    return None if choice is None else choice.value
-
-
-def _parts(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",")]
-
-
-def _lines(file: Path | None) -> list[str] | None:
-    if file is None:
-        return None
-    try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"--calibration-prompts {file}: cannot be read: {error}") from error
-
-
-def _points(text: str | None) -> int | list[str] | None:
-    return int(text) if text is not None and text.lstrip("-").isdigit() else _parts(text)
-
-
-def _quiet_transformers() -> None:
-    """Its notes and loading bars would stand between the user and the answer."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from logo.cli.options import EngineOptions, expanded, open_engine
+from logo.cli.opening import open_engine
+from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import out, print_json, selection_table
 from logo.cli.prompts import or_demo, read_prompts
 

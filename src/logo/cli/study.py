@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.options import EngineOptions, expanded, open_engine
+from logo.cli.opening import open_engine
+from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import err, note, out, progress
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError

@@ -1,0 +1,146 @@
+"""What the options describe: settings, a base model with its pool, and the engine on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, Choice, Context, EngineOptions, OnBad, Preset
+from logo.errors import StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from logo.adapters.pool import AdapterPool
+    from logo.decoding import Truncation
+    from logo.engine import LoGo
+    from logo.selection.settings import SelectionSettings
+
+
+def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
+    """The pool the options name, or the base model's own."""
+    from logo import models
+
+    return models.open_pool(
+        options.adapters,
+        base_model,
+        options.model_dir,
+        on_bad_adapter=options.on_bad_adapter.value,
+        allow_pickle=options.allow_pickle,
+        cache=options.cache,
+        # Leaving damaged adapters out means finding them before the first prompt, not in the middle of a run.
+        verify=True if options.on_bad_adapter is OnBad.SKIP else None,
+    )
+
+
+def selection_settings(options: EngineOptions, preset: Preset | None = None) -> SelectionSettings:
+    """How prompts are read, scored and selected; refuses what cannot be used before a model is loaded."""
+    from logo.selection.settings import SelectionSettings
+
+    official = preset is Preset.OFFICIAL
+    return SelectionSettings(
+        signal=options.selection_strategy or DEFAULT_SIGNAL,
+        k=options.k,
+        weighting=_value(options.weighting),
+        weight_temperature=options.weight_temperature,
+        keep_mass=options.keep_mass,
+        probe_context=(options.probe_context or (Context.CARRY if official else Context.BASE)).value,
+        probe_input=_value(options.probe_input),
+        probe_token=_value(options.probe_token),
+        probe_layer=_parts(options.probe_layer),
+        probe_module=options.probe_module,
+        probe_depth=options.probe_depth,
+        probe_points=_points(options.probe_points),
+        baseline=options.baseline.value,
+        calibration_prompts=_lines(options.calibration_prompts),
+        cache=options.cache,
+        prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
+        unscorable=options.unscorable.value,
+    )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base model and a pool, on which any number of engines may be put."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pool: AdapterPool
+
+    def engine(self, options: EngineOptions, settings: SelectionSettings, truncation: Truncation | None = None) -> LoGo:
+        """An engine with these settings."""
+        from logo.engine import LoGo
+
+        if options.n_selected_modules is None:  # nobody asked for more than the pool has, so nobody is warned
+            settings = replace(settings, k=min(settings.k, len(self.pool)))
+        return LoGo(
+            self.model,
+            self.tokenizer,
+            self.pool,
+            settings=settings,
+            truncation=truncation,
+            adapter_cache_gb=options.adapter_cache_gb,
+            fold=options.fold,
+            on_bad_adapter=options.on_bad_adapter.value,
+        )
+
+
+def open_base(options: EngineOptions, base_model: str, preset: Preset | None = None) -> Opened:
+    """Opens the pool and loads the base model."""
+    from logo.models import check_access, load_base
+
+    _quiet_transformers()
+    check_access(base_model, model_dir=options.model_dir)
+    pool = open_pool(options, base_model)
+    model, tokenizer = load_base(
+        base_model,
+        device=_device(options.gpu),
+        dtype=options.dtype or ("float32" if preset is Preset.OFFICIAL else "auto"),
+        device_map=options.device_map,
+        model_dir=options.model_dir,
+    )
+    return Opened(model, tokenizer, pool)
+
+
+def open_engine(
+    options: EngineOptions, base_model: str, *, preset: Preset | None = None, truncation: Truncation | None = None
+) -> LoGo:
+    """Loads the base model and the pool, and puts an engine on them."""
+    settings = selection_settings(options, preset)
+    return open_base(options, base_model, preset).engine(options, settings, truncation)
+
+
+def _device(gpu: int) -> str:
+    import torch
+
+    return f"cuda:{gpu}" if gpu >= 0 and torch.cuda.is_available() else "cpu"
+
+
+def _value(choice: Choice | None) -> Any:
+    return None if choice is None else choice.value
+
+
+def _parts(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",")]
+
+
+def _lines(file: Path | None) -> list[str] | None:
+    if file is None:
+        return None
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"--calibration-prompts {file}: cannot be read: {error}") from error
+
+
+def _points(text: str | None) -> int | list[str] | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else _parts(text)
+
+
+def _quiet_transformers() -> None:
+    """Its notes and loading bars would stand between the user and the answer."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
