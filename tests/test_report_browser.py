@@ -91,7 +91,33 @@ def test_wrong_rows_are_found_and_one_is_opened(window: Browser, report: Path) -
     assert window.messages() == []
 
 
-def test_search_dataset_and_paging(window: Browser, report: Path) -> None:
+def test_lost_won_and_order(window: Browser, tmp_path: Path) -> None:
+    rows = [{"context": f"prompt {n}", "completion": "gold"} for n in range(45)]
+    values = {"a": [0.2, 0.9, 0.4, 0.6, 0.5] * 9, "b": [0.9, 0.2, 0.3, 0.7, 0.5] * 9}
+    for name, worth in values.items():
+        write_result(tmp_path / "r" / name / "wmt14.fr-en", worth, rows=rows)
+    file = tmp_path / "r.html"
+    file.write_text(page(analyse(read_runs([tmp_path / "r"]))), encoding="utf-8")
+    window.open(file)
+    lost = choose(window, "f-show", "lost", "1–9 of 9 instances")
+    assert all(" 20.0" in f" {line}" and "prompt" in line for line in lost)
+    won = choose(window, "f-show", "won", "1–9 of 9 instances")
+    assert all(" 90.0" in f" {line}" for line in won)
+    choose(window, "f-run", "1", "1–9 of 9 instances")
+    choose(window, "f-show", "all", "1–20 of 45 instances")
+    window.run(CHOOSE, "f-order", "worst")
+    window.wait("return document.querySelector('#list .worth').textContent.startsWith('20.0')")
+    for _ in range(2):
+        window.run("document.getElementById('next').click()")
+    window.wait(f"{STATUS} === '41–45 of 45 instances'")
+    shown = window.run(
+        "return [...document.querySelectorAll('#list .worth')].map(each => parseFloat(each.textContent))"
+    )
+    assert shown == [90.0] * 5
+    assert window.run("return document.getElementById('next').disabled")
+
+
+def test_search_and_dataset(window: Browser, report: Path) -> None:
     window.open(report)
     lines = choose(window, "f-dataset", "2", f"1–{ROWS} of {ROWS} instances")
     assert all(f"demo.{TASKS[2]}" in line for line in lines)

@@ -194,7 +194,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     expected, found = (Parsed(page(analyse(read_runs([root])), root_title)) for root, root_title in (harmless, evil))
     assert [name for name, _ in found.elements] == [name for name, _ in expected.elements]
     for (_, ours), (_, theirs) in zip(found.elements, expected.elements, strict=True):
-        assert ours.keys() == theirs.keys()
+        assert ours.keys() - {"class"} == theirs.keys() - {"class"}  # which follows from a picture's width
     assert found.blocks.keys() == expected.blocks.keys() and found.blocks["code"] == expected.blocks["code"]
     prompts = found.block("p0")
     assert isinstance(prompts, list)
