@@ -60,7 +60,17 @@ def test_help_is_light() -> None:
         assert command in done.stdout
 
 
-COMMANDS = ["demo", "generate", "select", "evaluate", "calibrate", "study", "bench probe", "pool inspect"]
+COMMANDS = [
+    "demo",
+    "generate",
+    "select",
+    "evaluate",
+    "merge-results",
+    "calibrate",
+    "study",
+    "bench probe",
+    "pool inspect",
+]
 
 
 @pytest.mark.parametrize("command", [name.split() for name in COMMANDS], ids=COMMANDS)

@@ -14,7 +14,7 @@ def merge_results(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RESULTS...",
+            metavar="RESULTS",
             help="Shards' folders, or folders in which all shards are meant, of one machine or of several.",
             show_default=False,
         ),

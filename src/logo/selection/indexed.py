@@ -33,7 +33,10 @@ from logo.selection.settings import SelectionSettings
 from logo.selection.store import key_of
 
 # Changes when what is kept means something else.
-_FORMAT = 2
+_FORMAT = 3
+# Bytes. In memory tensors begin at multiples of it, so in the file they do too: libraries sum in another order where
+# they do not, and the last digit of a score would tell whether the index was new.
+_ALIGNMENT = 64
 # Pools change, and the indices of those that are gone are of no use to anyone.
 _MOST_FILES = 16
 
@@ -126,7 +129,7 @@ def _keep(cache: Path, name: str, pool: IndexedPool) -> None:
     for i, index in enumerate(pool.indices):
         tensors[f"{i}.stacked"] = index.stacked
         if index.offset is not None:
-            tensors[f"{i}.offset"] = index.offset
+            tensors[f"offset.{i}"] = index.offset  # by its name it comes after the large ones, which stay aligned
     if pool.calibrated is not None:
         tensors["neutral"] = pool.calibrated.neutral.contiguous()
         tensors["requests"] = pool.calibrated.requests.contiguous()
@@ -136,6 +139,10 @@ def _keep(cache: Path, name: str, pool: IndexedPool) -> None:
     def write(part: str) -> None:
         try:
             save_file(tensors, part, {"about": json.dumps(about)})
+            with open(part, "rb") as stream:
+                beginning = 8 + int.from_bytes(stream.read(8), "little")
+            if beginning % _ALIGNMENT:
+                save_file(tensors, part, {"about": json.dumps(about) + " " * (-beginning % _ALIGNMENT)})
         except SafetensorError as error:  # also a full disk
             raise OSError(str(error)) from error
 
@@ -163,7 +170,7 @@ def _load(
             for i, (point, ranks) in enumerate(zip(points, about["ranks"], strict=True)):
                 touching = [adapter for adapter in adapters if point.module in adapter.modules]
                 device = _device(model, point)
-                offset = kept.get_tensor(f"{i}.offset").to(device) if f"{i}.offset" in names else None
+                offset = kept.get_tensor(f"offset.{i}").to(device) if f"offset.{i}" in names else None
                 indices.append(ScoringIndex(kept.get_tensor(f"{i}.stacked").to(device), ranks, offset, touching, point))
             calibrated = None
             if "neutral" in names:
