@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.output import err, note, out, print_json
+from logo.cli.output import err, note, out, print_json, screen
 
 if TYPE_CHECKING:
     from logo.evaluation.comparison import Compared, Comparison
@@ -54,8 +53,8 @@ def compare(
         print_json({"a": str(run_a), "b": str(run_b), **asdict(found)})
         return
     out.print(Text.assemble(("A ", "bold"), str(run_a), "\n", ("B ", "bold"), str(run_b), "\n"))
-    screen = out if out.is_terminal else Console(width=WIDTH, highlight=False)
-    screen.print(_table(found))
+    shown = screen(WIDTH)
+    shown.print(_table(found))
 
 
 def _table(found: Comparison) -> Table:

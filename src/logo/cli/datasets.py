@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.output import err, note, out, print_json, progress
+from logo.cli.output import err, note, print_json, progress, screen
 from logo.errors import DataError, LoGoError, UsageError
 
 if TYPE_CHECKING:
@@ -67,8 +66,8 @@ def list_datasets(
     if json:
         print_json(rows)
         return
-    screen = out if out.is_terminal else Console(width=WIDTH, highlight=False)
-    screen.print(_table(rows))
+    shown = screen(WIDTH)
+    shown.print(_table(rows))
     prepared = sum(row["rows"] is not None for row in rows)
     note(f"{len(rows)} datasets, {prepared} with rows in {data_dir}; `logo datasets prepare NAME` prepares more")
 

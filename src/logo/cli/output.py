@@ -30,6 +30,12 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 BAR = 12
 
 
+def screen(width: int, *, stderr: bool = False) -> Console:
+    """Where a table goes: the terminal, or as wide as the table needs where there is none."""
+    console = err if stderr else out
+    return console if console.is_terminal else Console(width=width, stderr=stderr, highlight=False)
+
+
 def note(message: str) -> None:
     """Something worth knowing that is not the answer: stderr, so that stdout can be piped."""
     err.print(f"[dim]{message}[/dim]")

@@ -11,9 +11,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.output import err, note, print_json
+from logo.cli.output import err, note, print_json, screen
 
 SHOWN = 20  # rows without an answer that are named; metrics.json has all
+WIDTH = 100  # of the table, where there is no terminal to say
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def show(scores: Sequence[Score], *, json: bool) -> None:
     if json:
         print_json([score.as_dict() for score in scores])
     elif len(scores) > 1:
-        err.print(table(scores))
+        screen(WIDTH, stderr=True).print(table(scores))
     else:
         say_intervals(scores[0])
     if say_errors(scores):

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, expanded
-from logo.cli.output import err, note, out, progress
+from logo.cli.output import err, note, progress, screen
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
 
@@ -84,8 +83,8 @@ def study(
     write_report(json, result.report)
     replace_file(picture, _picture(result, next(iter(arms))))
     journal_of(json).unlink(missing_ok=True)
-    screen = out if out.is_terminal else Console(width=WIDTH, highlight=False)
-    screen.print(_table(result.report, intervals=screen.width >= WIDTH))
+    shown = screen(WIDTH)
+    shown.print(_table(result.report, intervals=shown.width >= WIDTH))
     note(f"{json} · {picture}")
 
 
