@@ -187,6 +187,7 @@ BOMB = '<!DOCTYPE r [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><r><e>&b;</e></r>'
         ("x.csv", "a,b\n1,2\n3\n", r"x\.csv:3: expected 2 cells \(a, b\), found 1"),
         ("x.csv", 'a,b\n1,"2\n', "not a table"),
         ("x.xml", "<r><e></r>", "not XML"),
+        ("x.xml", "<e>" * 5000 + "</e>" * 5000, "elements nested without end"),
         ("x.xml", BOMB, "has a document type, which may hold entities"),
         ("x.txt", "a\n", r"expected a file that ends in \.parquet, .*, found \.txt; for plain text"),
         ("x.parquet", "PAR1 no more", "cannot be read as Parquet"),

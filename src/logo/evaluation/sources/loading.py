@@ -241,7 +241,7 @@ class _Reader:
 
 
 def _parsed(file: Path, content: bytes) -> Any:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     class Loader(yaml.BaseLoader):  # type: ignore[misc]
         """Only text, lists and mappings; a key that stands twice is an error."""

@@ -108,7 +108,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, RawRow]]:
 
 def _parquet(root: Path, names: Sequence[str], columns: Iterable[str]) -> Iterator[tuple[str, RawRow]]:
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError as error:
         raise UsageError(
             "Parquet files need the library `datasets`, which is not installed; pip install 'lora-on-the-go[eval]'"
@@ -217,8 +217,11 @@ def _xml(layout: Layout, name: str, text: str) -> Iterator[Any]:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise DataError(f"{name}: not XML: {error}") from None
-    for element in root.iter(layout.element):
-        yield element_value(element)
+    try:
+        for element in root.iter(layout.element):
+            yield element_value(element)
+    except RecursionError:
+        raise DataError(f"{name}: elements nested without end; expected those of a dataset") from None
 
 
 def element_value(element: ElementTree.Element) -> Any:
