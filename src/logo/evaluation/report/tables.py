@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from logo.evaluation.report.adapters import Similarity, Weights
@@ -267,7 +268,10 @@ def _cell(line: Line, cell: Cell | None) -> Html:
 
 
 def _dataset(name: str) -> Html:
-    return element("a", name, href="#instances", data_dataset=name)
+    """A link to a dataset's instances, whose name may be broken where its parts meet."""
+    parts = re.split(r"(?<=\.)", name)
+    told = join(*(join(element("wbr") if number else None, part) for number, part in enumerate(parts)))
+    return element("a", told, href="#instances", data_dataset=name)
 
 
 def _plain(value: object) -> Html:
