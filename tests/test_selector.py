@@ -62,9 +62,9 @@ def test_sharp_when_one_stands_out_and_broad_when_none_does() -> None:
     rest = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]
     assert temperature(6.0, *rest) == pytest.approx(0.3)
     assert temperature(0.76 + 0.9, *rest) == pytest.approx(0.3)  # above the mean of the next five
-    assert temperature(0.76 + 0.75, *rest) == pytest.approx(0.6**0.5, rel=1e-4)  # half-way on a scale of logarithms
-    assert temperature(0.76 + 0.6, *rest) == pytest.approx(2)
-    assert temperature(1.25, *rest) == 2
+    assert temperature(0.76 + 0.8, *rest) == pytest.approx(0.24**0.5, rel=1e-4)  # half-way on a scale of logarithms
+    assert temperature(0.76 + 0.7, *rest) == pytest.approx(0.8)
+    assert temperature(1.25, *rest) == 0.8
 
 
 def test_twins_are_one_leading_group() -> None:
@@ -74,9 +74,9 @@ def test_twins_are_one_leading_group() -> None:
 
 
 def test_nothing_above_its_baseline_is_broad() -> None:
-    assert temperature(-0.1, -4.0, -5.0, -6.0) == 2
-    assert temperature(3.0) == 2
-    assert temperature(3.0, 3.0) == 2
+    assert temperature(-0.1, -4.0, -5.0, -6.0) == 0.8
+    assert temperature(3.0) == 0.8
+    assert temperature(3.0, 3.0) == 0.8
 
 
 def test_ties_go_to_the_earlier_name() -> None:

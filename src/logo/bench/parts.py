@@ -22,8 +22,9 @@ from logo.engine import LoGo
 from logo.selection.neutral import NEUTRAL
 from logo.selection.settings import SelectionSettings
 
-# Decoding is the difference between generations of so many and of one token.
-_DECODED = 32
+# Decoding is the difference between generations of few tokens and of so many more: not of one token, whose mixtures are
+# grouped and folded in other ways than those of long answers.
+_BEFORE, _DECODED = 9, 32
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,12 @@ class Bench:
         arms = {
             f"{name}, {steps}": self._generating(texts, rows, steps)
             for name, rows in {"base": [{}] * batch, **mixtures}.items()
-            for steps in (1, _DECODED + 1)
+            for steps in (_BEFORE, _BEFORE + _DECODED)
         }
         found = side_by_side(arms, self.rounds, device=self.device)
         steps = {}
         for name in ("base", *mixtures):
-            short, long = found[f"{name}, 1"], found[f"{name}, {_DECODED + 1}"]
+            short, long = found[f"{name}, {_BEFORE}"], found[f"{name}, {_BEFORE + _DECODED}"]
             spent = [(b - a) / _DECODED for a, b in zip(short.rounds, long.rounds, strict=True)]
             steps[name] = Timed(statistics.median(spent), tuple(spent), long.peak_bytes)
         return Part(f"decode, batch {batch}", steps, {"rows": batch})

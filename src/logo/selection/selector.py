@@ -17,10 +17,10 @@ from torch import Tensor
 from logo.errors import ModelError, UsageError
 from logo.selection.signals import Weighting
 
-# Temperatures: one adapter nearly alone, and the better half of a pool.
-_SHARPEST, _BROADEST = 0.3, 2.0
+# Temperatures: one adapter nearly alone, and several.
+_SHARPEST, _BROADEST = 0.3, 0.8
 # Leads up to which a mixture is broad, and from which it is sharp, in standard deviations of neutral text.
-_UNSURE, _SURE = 0.6, 0.9
+_UNSURE, _SURE = 0.7, 0.9
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def adaptive_temperature(ranked: Tensor) -> float:
     """The temperature that suits these z-scores (adapters,), best first: sharp when something stands out, else broad.
 
     `lead` is how far the best score is above the mean of the next five. Not above the second alone: a near relative of
-    the right adapter is no reason to doubt it, a whole field close behind is. Up to a lead of 0.6 the mixture is broad
-    (T = 2), from 0.9 on it is sharp (T = 0.3), and between them log T is in proportion. Where nothing is above its own
+    the right adapter is no reason to doubt it, a whole field close behind is. Up to a lead of 0.7 the mixture is broad
+    (T = 0.8), from 0.9 on it is sharp (T = 0.3), and between them log T is in proportion. Where nothing is above its own
     baseline, the mixture is broad. The constants were chosen on rows of one pool that no study uses
     (docs/how-selection-works.md).
     """
