@@ -87,7 +87,7 @@ def demo_page(demo: Path) -> Parsed:
 
 def cells(text: str) -> list[list[str]]:
     """The rows of all tables as text."""
-    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", text, flags=re.DOTALL)
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", text.replace("<wbr>", ""), flags=re.DOTALL)
     found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.DOTALL) for row in rows]
     return [[" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in row] for row in found]
 
