@@ -14,7 +14,7 @@ from logo.cli.output import err, note, print_json, progress, screen
 from logo.errors import DataError, LoGoError, UsageError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from logo.evaluation.sources.declarations import Declaration
     from logo.evaluation.sources.manifest import Entry
@@ -112,8 +112,9 @@ def prepare(
             if kept is not None:
                 print(kept, flush=True)
             else:
-                failed += not _prepare(known[name], data_dir, request, bar)
+                failed += not _prepare(known[name], data_dir, request, bar, task)
             bar.advance(task)
+        bar.update(task, description="datasets")
     if failed:
         err.print(f"logo: {failed} of {len(found)} datasets could not be prepared", markup=False)
         raise typer.Exit(1)
@@ -250,23 +251,21 @@ def _rows(counts: Mapping[str, int]) -> str:
     return " + ".join(f"{count} {split}" for split, count in counts.items()) + " rows"
 
 
-def _prepare(declaration: Declaration, data_dir: Path, request: Request, bar: Progress) -> bool:
+def _prepare(declaration: Declaration, data_dir: Path, request: Request, bar: Progress, task: TaskID) -> bool:
     """Prepare one and say how it went; whether it went well."""
     from logo.evaluation.sources.manifest import counts
     from logo.evaluation.sources.prepare import prepare as prepare_one
 
-    task = bar.add_task(declaration.name, total=None)
+    def say(stage: str) -> None:
+        bar.update(task, description=f"{declaration.name}: {stage}")
+
     try:
-        entry = prepare_one(
-            declaration, data_dir, request, lambda stage: bar.update(task, description=f"{declaration.name}: {stage}")
-        )
+        entry = prepare_one(declaration, data_dir, request, say)
     except LoGoError as error:
         message = " ".join(str(error).split())
         prefix = "" if declaration.name in message else f"{declaration.name}: "
         err.print(f"logo: error: {prefix}{message}", markup=False)
         return False
-    finally:
-        bar.remove_task(task)
     made = counts(entry)
     short = made["test"] < request.rows or made.get("train", 0) < request.train_rows
     extra = [

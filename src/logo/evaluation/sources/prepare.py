@@ -73,7 +73,7 @@ def _drawn(
         if same is not None:  # train rows are what the draw of test rows leaves
             found[split] = found[same]
             continue
-        on_stage(f"reading {split} rows")
+        on_stage(f"reading {split}")
         columns = columns_of(declaration, place.layout)
         found[split] = make_instances(
             declaration, place.layout, read_raw(place.layout, split, place.root, names, columns)
