@@ -19,7 +19,7 @@ from logo.adapters.format import LoraWeights
 from logo.errors import UsageError
 from logo.mixing import Merge
 from logo.mixing.merges import KINDS, fusion, linear, merged, mixture, ties
-from test_engine import PROMPTS, engine, write_adapter
+from test_engine import PROMPTS, engine, hooks, write_adapter
 
 PEFT_NAMES = {"mixture": "cat", "linear": "linear", "ties": "ties", "dare_linear": "dare_linear"}
 PEFT_NAMES |= {"dare_ties": "dare_ties"}
@@ -261,18 +261,13 @@ def equals(llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_batch_of_merges_equals_one_by_one(kind: str, llama: nn.Module, equals: Path) -> None:
     logo = engine(llama, equals)
     logo.merge = Merge(kind, density=0.6)
-    before, hooks = llama(input_ids=torch.tensor([[5, 6, 7]])).logits, hooks_on(llama)
+    before, there = llama(input_ids=torch.tensor([[5, 6, 7]])).logits, hooks(llama)
     batched = logo.generate(PROMPTS, adapters=MIXES, max_new_tokens=8, batch_size=5)
     for prompt, mix, answer in zip(PROMPTS, MIXES, batched, strict=True):
         assert logo.generate(prompt, adapters=mix, max_new_tokens=8).token_ids == answer.token_ids
     assert batched[2].token_ids == logo.generate(PROMPTS[2], adapters={}, max_new_tokens=8).token_ids
     assert torch.equal(before, llama(input_ids=torch.tensor([[5, 6, 7]])).logits)
-    assert hooks_on(llama) == hooks
-
-
-def hooks_on(model: nn.Module) -> int:
-    """Forward hooks, those of transformers included, which stay once hidden states were asked for."""
-    return sum(len(module._forward_hooks) for module in model.modules())
+    assert hooks(llama) == there
 
 
 @pytest.mark.parametrize("fold", [False, True])
