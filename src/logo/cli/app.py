@@ -21,6 +21,7 @@ from logo.cli import (
     report,
     select,
     study,
+    sweep,
 )
 
 EPILOG = (
@@ -76,6 +77,7 @@ app.command("compare")(compare.compare)
 app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 app.command("calibrate")(calibrate.calibrate)
 app.command("study")(study.study)
+app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
 app.add_typer(pool.app, name="pool")
 app.add_typer(datasets.app, name="datasets")

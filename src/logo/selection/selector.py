@@ -115,8 +115,8 @@ def adaptive_temperature(ranked: Tensor) -> float:
 
     `lead` is how far the best score is above the mean of the next five. Not above the second alone: a near relative of
     the right adapter is no reason to doubt it, a whole field close behind is. Up to a lead of 0.7 the mixture is broad
-    (T = 0.8), from 0.9 on it is sharp (T = 0.3), and between them log T is in proportion. Where nothing is above its own
-    baseline, the mixture is broad. The constants were chosen on rows of one pool that no study uses
+    (T = 0.8), from 0.9 on it is sharp (T = 0.3), and between them log T is in proportion. Where nothing is above its
+    own baseline, the mixture is broad. The constants were chosen on rows of one pool that no study uses
     (docs/how-selection-works.md).
     """
     if len(ranked) == 1 or ranked[0] <= 0:

@@ -1,0 +1,274 @@
+"""Which options a sweep may vary, and what a combination of their values means: a grid on the command line as cells.
+
+An axis is an option of `logo evaluate` under its own name, and reads its values as the option does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from logo.cli.methods import MethodOptions, make_method
+from logo.cli.opening import selection_settings
+from logo.cli.options import Choice, EngineOptions
+from logo.errors import LoGoError, UsageError, closest
+
+if TYPE_CHECKING:
+    from logo.baselines import Method
+    from logo.evaluation.sweep.grid import Axis, Value
+    from logo.evaluation.sweep.running import Cell
+    from logo.selection.settings import SelectionSettings
+
+DEFAULT = "default"  # a value: as where the option is not given
+
+SELECTION = {  # axis: field of EngineOptions
+    "k": "n_selected_modules",
+    "signal": "selection_strategy",
+    "weighting": "weighting",
+    "weight-temperature": "weight_temperature",
+    "keep-mass": "keep_mass",
+    "probe-context": "probe_context",
+    "probe-input": "probe_input",
+    "probe-token": "probe_token",
+    "probe-layer": "probe_layer",
+    "probe-module": "probe_module",
+    "probe-depth": "probe_depth",
+    "probe-points": "probe_points",
+    "baseline": "baseline",
+}
+METHODS = {  # axis: field of MethodOptions
+    "method": "method",
+    "merge": "merge",
+    "merge-density": "merge_density",
+    "merge-sign": "merge_sign",
+    "arrow-top-k": "arrow_top_k",
+    "arrow-temperature": "arrow_temperature",
+    "shots": "shots",
+    "lorahub-budget": "lorahub_budget",
+    "retriever-variant": "retriever_variant",
+    "samples-per-adapter": "samples_per_adapter",
+}
+SEED = "seed"
+AXES = (*SELECTION, *METHODS, SEED)
+
+_ALIASES = {"n-selected-modules": "k", "selection-strategy": "signal"}
+_LISTS = ("probe-layer", "probe-points")  # their options separate by commas, as the values of an axis are
+_MERGE_AXES = {  # axis: the merges that look at it
+    "merge-density": ("ties", "dare_linear", "dare_ties"),
+    "merge-sign": ("ties", "dare_ties"),
+    "arrow-top-k": ("arrow",),
+    "arrow-temperature": ("arrow",),
+}
+_METHOD_FIELDS = {  # axis: the method's own option
+    "shots": "rows",
+    "lorahub-budget": "budget",
+    "retriever-variant": "variant",
+    "samples-per-adapter": "samples",
+}
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all cells have in common, where the grid says nothing else."""
+
+    engine: EngineOptions
+    method: MethodOptions
+    seed: int
+
+    def at(self, values: Mapping[str, Value]) -> Common:
+        """With the options of these axes."""
+        engine = {SELECTION[axis]: _option(axis, value) for axis, value in values.items() if axis in SELECTION}
+        method = {METHODS[axis]: _option(axis, value) for axis, value in values.items() if axis in METHODS}
+        seed = int(values.get(SEED, self.seed))
+        return Common(replace(self.engine, **engine), replace(self.method, **method), seed)
+
+    def parts(self) -> tuple[SelectionSettings, Method]:
+        """What they describe.
+
+        Raises:
+            UsageError: they cannot be used, or not together.
+        """
+        method = _method(self.method, self.engine.n_selected_modules, self.seed)
+        return selection_settings(self.engine), method
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A combination that cannot be, and why."""
+
+    values: Mapping[str, Value]
+    reason: str
+
+
+def read_grid(texts: Sequence[str]) -> tuple[Axis, ...]:
+    """The axes of `--grid AXIS=VALUES ...`, every value read as the option reads it.
+
+    Raises:
+        UsageError: an axis or a value that does not exist, or one that is there twice.
+    """
+    from logo.evaluation.sweep.grid import Axis, split
+
+    axes: list[Axis] = []
+    for text in texts:
+        name, values = split(text)
+        name = _ALIASES.get(name, name)
+        if name not in AXES:
+            raise UsageError(f"grid {text!r}: no axis {name!r}{closest(name, AXES)}; known: {', '.join(AXES)}")
+        if name in (axis.name for axis in axes):
+            raise UsageError(f"grid: axis {name!r} is there twice; give all of its values at once")
+        axes.append(Axis(name, tuple(_value(name, value) for value in values)))
+    if not axes:
+        raise UsageError("grid: expected at least one axis, such as --grid k=1,3,20")
+    return tuple(axes)
+
+
+def make_cells(axes: Sequence[Axis], common: Common) -> tuple[list[Cell], list[Skipped]]:
+    """The cells of a grid, and the combinations that cannot be.
+
+    Raises:
+        UsageError: a value that no combination can use, or no cell is left.
+        DataError: the samples that a method needs cannot be used.
+    """
+    from logo.evaluation.sweep.grid import product
+
+    for axis in axes:
+        for value in axis.values:
+            _check_alone(axis.name, value, common)
+    cells, skipped = [], []
+    for values in product(axes):
+        try:
+            cells.append(_cell(values, common))
+        except UsageError as error:
+            skipped.append(Skipped(values, str(error)))
+    if not cells:
+        raise UsageError(f"grid: none of {len(skipped)} combinations can be: {skipped[0].reason}")
+    return cells, skipped
+
+
+def _cell(values: Mapping[str, Value], common: Common) -> Cell:
+    from logo.evaluation.results import LOGO
+    from logo.evaluation.sweep.running import Cell
+
+    here = common.at(values)
+    method = _method(here.method, here.engine.n_selected_modules, here.seed)
+    moot = frozenset(axis for axis in values if _is_moot(axis, here, method))
+    # Cells that share a run must not differ in what the run does not look at: it would not be known again.
+    here = common.at({axis: value for axis, value in values.items() if axis not in moot})
+    settings, method = here.parts()
+    return Cell(
+        values,
+        settings,
+        None if method.label == LOGO else method,
+        here.seed,
+        moot,
+        {**asdict(here.engine), SEED: here.seed, "method": method.label, "merge": method.merging.kind},
+    )
+
+
+def _is_moot(axis: str, here: Common, method: Method) -> bool:
+    """Whether an axis makes no difference to a cell, for certain."""
+    from logo.evaluation.results import LOGO
+
+    own = {field.name for field in fields(method)}
+    if axis in _MERGE_AXES:
+        return method.merging.kind not in _MERGE_AXES[axis]
+    if axis in _METHOD_FIELDS:
+        return _METHOD_FIELDS[axis] not in own
+    if axis == "k":
+        return method.name != LOGO and "k" not in own
+    if axis not in SELECTION:
+        return False
+    if method.name != LOGO:  # it does not select by a signal
+        return True
+    if axis == "weight-temperature":
+        return selection_settings(here.engine).reading.weighting != "softmax"
+    return False
+
+
+def _check_alone(axis: str, value: Value, common: Common) -> None:
+    """Whether a value can be used at all, with whatever else: what cannot is a mistake and no combination."""
+    from logo.selection.signals import SIGNALS, get_signal
+
+    if axis == "signal":
+        get_signal(str(value))
+        return
+    if axis == "method":
+        replace(common, method=replace(common.method, merge=None)).at({axis: value}).parts()
+        return
+    plain = Common(EngineOptions(), MethodOptions(), 0)
+    if axis in SELECTION:
+        attempts: list[Callable[[], object]] = [
+            functools.partial(selection_settings, replace(plain.at({axis: value}).engine, selection_strategy=signal))
+            for signal in SIGNALS
+        ]
+        _one_of(attempts, axis, value)
+        return
+    for method in ("logo", "best-single", "lorahub"):
+        try:
+            plain.at({axis: value, "method": method}).parts()
+        except UsageError as error:
+            raise UsageError(f"grid {axis}={value}: {error}") from None
+
+
+def _one_of(attempts: Sequence[Callable[[], object]], axis: str, value: Value) -> None:
+    reasons = []
+    for attempt in attempts:
+        try:
+            attempt()
+            return
+        except LoGoError as error:
+            reasons.append(str(error))
+    raise UsageError(f"grid {axis}={value}: {reasons[0]}")
+
+
+@functools.lru_cache(maxsize=8)
+def _method(options: MethodOptions, k: int | None, seed: int) -> Method:
+    """Kept, because some read a folder of samples."""
+    return make_method(options, k=k, seed=seed)
+
+
+def _value(axis: str, text: str) -> Value:
+    """As tables show it: a number, or a text."""
+    if axis == SEED:
+        return _number(axis, text, int)
+    kind, default = _kind(axis)
+    if text == DEFAULT and axis not in ("k", "signal"):
+        return DEFAULT if default is None else default.value if isinstance(default, Choice) else default
+    if issubclass(kind, Choice):
+        known = [choice.value for choice in kind]
+        if text not in known:
+            raise UsageError(
+                f"grid {axis}: no value {text!r}{closest(text, known)}; known: {', '.join([*known, DEFAULT])}"
+            )
+        return text
+    return text if kind is str else _number(axis, text, int if kind is int else float)
+
+
+def _number(axis: str, text: str, kind: type[int] | type[float]) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"grid {axis}: expected {what}, found {text!r}") from None
+
+
+def _option(axis: str, value: Value) -> Any:
+    """As the option's field has it."""
+    kind, default = _kind(axis)
+    if value == DEFAULT and default is None:
+        return None
+    if axis in _LISTS:
+        return str(value).replace("+", ",")
+    return kind(value) if issubclass(kind, Choice) else value
+
+
+def _kind(axis: str) -> tuple[type, Any]:
+    """Type and default of an axis's option."""
+    group: type[Any] = EngineOptions if axis in SELECTION else MethodOptions
+    name = SELECTION.get(axis) or METHODS[axis]
+    hint = get_type_hints(group)[name]
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    return kinds[0], next(field.default for field in fields(group) if field.name == name)

@@ -1,0 +1,316 @@
+"""`logo sweep`: datasets under every combination of some options; one table, and a picture for every axis."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.axes import Common, Skipped, make_cells, read_grid
+from logo.cli.evaluate import RowOptions, resolved
+from logo.cli.methods import MethodOptions
+from logo.cli.opening import open_base
+from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, expanded
+from logo.cli.output import err, note, out, print_json, progress
+from logo.cli.prompts import or_demo
+
+if TYPE_CHECKING:
+    from logo.engine import LoGo
+    from logo.evaluation.jobs import Job
+    from logo.evaluation.session import Session
+    from logo.evaluation.sweep.grid import Axis, Value
+    from logo.evaluation.sweep.means import Mean, Standing
+    from logo.evaluation.sweep.running import Cell, Swept
+    from logo.selection.settings import SelectionSettings
+
+MOOT = "·"  # in place of a value that makes no difference
+MOST_GROUPS = 7  # of datasets that have a column of their own
+SHOWN = 20  # lines about what failed
+
+
+@expanded
+def sweep(
+    engine: EngineOptions,
+    rows: RowOptions,
+    method: MethodOptions,
+    grid: Annotated[
+        list[str],
+        typer.Option(
+            metavar="AXIS=VALUES",
+            help="An option and its values, `k=1,3,20`; again for every further axis. `+` stands for a comma inside a "
+            "value: `probe-layer=0+5,last`.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for table, pictures and result folders.")
+    ] = Path("sweep"),
+    seed: Annotated[int, typer.Option(help="Random seed.", min=0)] = 0,
+    list_: Annotated[bool, typer.Option("--list", help="Show the cells and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Evaluate under every combination of some options: k, signal, layer, token, weighting, method, merge, ...
+
+    Writes DIR/sweep.csv, sweep.parquet, a picture per axis in DIR/plots, and a result folder for each cell and dataset
+    in DIR/runs. What is done is not done again: repeat the command to go on, or with more values.
+
+    Example: `logo sweep --base-model M --adapters DIR --rows ROWS --grid k=1,3,20 --grid signal=norm,calibrated`
+    """
+    axes = read_grid(grid)
+    engine, base_model = _engine(engine, quiet=list_)
+    cells, skipped = make_cells(axes, Common(engine, method, seed))
+    _say_skipped(skipped)
+    if list_:
+        _list(axes, cells, skipped, json=json)
+        return
+    jobs = _jobs(rows, cells, output)
+    swept = _answered(_Opener(engine, rows, base_model), cells, jobs, output, rows.overwrite)
+    written = _written(axes, swept, output, seed)
+    _show(axes, swept, skipped, written, seed, json=json)
+    if swept.failures:
+        raise typer.Exit(1)
+
+
+def _engine(options: EngineOptions, *, quiet: bool) -> tuple[EngineOptions, str]:
+    """With the defaults of `logo evaluate`, so that a cell is what that command would do."""
+    if quiet and options.base_model is None:
+        options = replace(options, base_model="demo")
+    options, base_model = or_demo(options)
+    return replace(
+        options,
+        selection_strategy=options.selection_strategy or OFFICIAL_SIGNAL,
+        prefix_cache_gb=0.0 if options.prefix_cache_gb is None else options.prefix_cache_gb,
+    ), base_model
+
+
+def _jobs(options: RowOptions, cells: Sequence[Cell], output: Path) -> list[Job]:
+    """Everything that can be wrong with data and results, looked at before hours are spent."""
+    from logo.evaluation.folders import check_writable
+    from logo.evaluation.jobs import find_jobs, train_rows
+
+    jobs, missing = find_jobs(
+        output,
+        options.dataset,
+        data_dir=options.data_dir,
+        rows=options.rows,
+        train_rows=options.train_rows,
+        limit=options.limit,
+    )
+    if missing:
+        err.print(f"logo: warning: not in {options.data_dir}, left out: {', '.join(missing)}", markup=False)
+    if any(cell.method is not None and "train" in cell.method.needs for cell in cells):
+        for job in jobs:
+            train_rows(job)
+    check_writable(output, "--output")
+    return jobs
+
+
+class _Opener:
+    """Sessions of cells on one base model and pool; of engines only the last one is kept."""
+
+    def __init__(self, options: EngineOptions, rows: RowOptions, base_model: str) -> None:
+        started = time.perf_counter()
+        self._options, self._rows, self._base_model = options, rows, base_model
+        self._base = open_base(options, base_model)
+        self._loading = time.perf_counter() - started
+        self._settings: SelectionSettings | None = None
+        self._logo: LoGo | None = None
+
+    def __call__(self, cell: Cell) -> Session:
+        from logo.evaluation.identity import pool_digests
+        from logo.evaluation.session import Session
+        from logo.mixing.mixer import EXACT
+
+        logo = self._engine(cell)
+        logo.merge = EXACT if cell.method is None else cell.method.merging
+        return Session(
+            logo,
+            self._base_model,
+            pool=pool_digests(logo),
+            seed=cell.seed,
+            batch_size=self._rows.batch_size,
+            max_new_tokens=self._rows.max_new_tokens,
+            generation={"stop_at_newline": self._rows.generation_early_stop},
+            options={**asdict(self._rows), **resolved(logo), **cell.options, "base_model": self._base_model},
+            loading=self._loading,
+            method=cell.method,
+        )
+
+    def _engine(self, cell: Cell) -> LoGo:
+        if self._logo is None or self._settings != cell.settings:
+            self._logo = None  # what it holds has to go before the next one needs the memory
+            options = replace(self._options, n_selected_modules=cell.options["n_selected_modules"])
+            self._logo = self._base.engine(options, cell.settings)
+            self._settings = cell.settings
+        return self._logo
+
+
+def _answered(opener: _Opener, cells: Sequence[Cell], jobs: Sequence[Job], output: Path, overwrite: bool) -> Swept:
+    from logo.evaluation.sweep.running import runs
+    from logo.evaluation.sweep.running import sweep as run_sweep
+
+    total = len(runs(cells)) * sum(len(job.rows) for job in jobs)
+    with progress(disable=not err.is_terminal) as shown:
+        bar = shown.add_task("rows", total=total)
+        try:
+            return run_sweep(
+                cells,
+                jobs,
+                output,
+                opener,
+                overwrite=overwrite,
+                on_progress=lambda what, done: shown.update(bar, completed=done, description=escape(what)),
+            )
+        except KeyboardInterrupt:
+            note("What is done is kept: the same command goes on from there.")
+            raise
+
+
+def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> list[Path]:
+    """The files of the whole sweep, in the order they are written."""
+    from logo.evaluation.folders import replace_file
+    from logo.evaluation.sweep.plots import plots
+    from logo.evaluation.sweep.table import as_csv, as_parquet, has_parquet, table
+
+    found = table(axes, swept.outcomes)
+    contents = {output / "sweep.csv": as_csv(found)}
+    if has_parquet():
+        contents[output / "sweep.parquet"] = as_parquet(found)
+    else:
+        err.print("logo: warning: no sweep.parquet, since pyarrow is not installed: install lora-on-the-go[eval]")
+    contents |= {output / "plots" / name: picture for name, picture in plots(axes, swept.outcomes, seed=seed).items()}
+    for file, content in contents.items():
+        replace_file(file, content)
+    return list(contents)
+
+
+def _list(axes: Sequence[Axis], cells: Sequence[Cell], skipped: Sequence[Skipped], *, json: bool) -> None:
+    from logo.evaluation.sweep.running import runs
+
+    chosen = runs(cells)
+    if json:
+        print_json(
+            {
+                "cells": [{"values": cell.values, "moot": sorted(cell.moot), "folder": cell.name} for cell in cells],
+                "runs": len(chosen),
+                "skipped": [{"values": one.values, "reason": one.reason} for one in skipped],
+            }
+        )
+        return
+    shown = _plain_table(axes)
+    shown.add_column("folder", overflow="fold")
+    for cell in chosen:
+        shown.add_row(*_values(axes, cell), Text(cell.name, style="dim"))
+    out.print(shown)
+    shared = f", {len(cells)} cells" if len(cells) > len(chosen) else ""
+    note(f"{_counted(len(chosen), 'run')} of every dataset{shared}")
+    if len(cells) > len(chosen):
+        note(f"{MOOT} makes no difference: these cells share a run")
+
+
+def _show(
+    axes: Sequence[Axis],
+    swept: Swept,
+    skipped: Sequence[Skipped],
+    written: Sequence[Path],
+    seed: int,
+    *,
+    json: bool,
+) -> None:
+    from logo.evaluation.sweep.means import datasets_of, standings
+    from logo.evaluation.sweep.running import runs
+
+    chosen = {cell.key for cell in runs([outcome.cell for outcome in swept.outcomes])}
+    best = standings([outcome for outcome in swept.outcomes if outcome.cell.key in chosen], seed=seed)
+    if json:
+        print_json(
+            {
+                "datasets": datasets_of(swept.outcomes),
+                "cells": [_as_dict(standing) for standing in best],
+                "failures": [asdict(failure) for failure in swept.failures],
+                "skipped": [{"values": one.values, "reason": one.reason} for one in skipped],
+                "files": [str(file) for file in written],
+            }
+        )
+    elif best:
+        out.print(_table(axes, best, len(datasets_of(swept.outcomes))))
+        note(" · ".join(str(file) for file in written))
+    for failure in swept.failures[:SHOWN]:
+        where = failure.name if failure.dataset is None else f"{failure.name}, dataset {failure.dataset!r}"
+        err.print(f"logo: error: cell {where}: {failure.message}", markup=False)
+    if len(swept.failures) > SHOWN:
+        err.print(f"logo: error: and {len(swept.failures) - SHOWN} more")
+
+
+def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int) -> Table:
+    """A line for each run, best first, in percent."""
+    groups = list(dict.fromkeys(group for standing in best for group in standing.groups))
+    groups = groups if 1 < len(groups) <= MOST_GROUPS else []
+    lacking = not all(standing.complete for standing in best)
+    shown = _plain_table(axes)
+    for heading in ("mean", "95 % interval", *groups, *(["datasets"] if lacking else []), "seconds"):
+        shown.add_column(heading, justify="right")
+    for standing in best:
+        shown.add_row(
+            *_values(axes, standing.cell),
+            f"{100 * standing.mean.value:.2f}",
+            Text(f"{100 * standing.mean.low:.2f} to {100 * standing.mean.high:.2f}", style="dim"),
+            *(_percent(standing.groups.get(group)) for group in groups),
+            *([f"{standing.mean.datasets} of {datasets}"] if lacking else []),
+            f"{standing.seconds:.1f}",
+        )
+    if any(standing.cell.moot for standing in best):
+        shown.caption = f"{MOOT} makes no difference"
+        shown.caption_justify = "left"
+    return shown
+
+
+def _plain_table(axes: Sequence[Axis]) -> Table:
+    from logo.evaluation.sweep.grid import numbers
+
+    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for axis in axes:
+        shown.add_column(axis.name, justify="left" if numbers(axis.values) is None else "right", overflow="fold")
+    return shown
+
+
+def _values(axes: Sequence[Axis], cell: Cell) -> list[Text]:
+    return [Text(MOOT, style="dim") if axis.name in cell.moot else Text(str(cell.values[axis.name])) for axis in axes]
+
+
+def _percent(mean: Mean | None) -> str:
+    return "-" if mean is None else f"{100 * mean.value:.2f}"
+
+
+def _as_dict(standing: Standing) -> dict[str, Any]:
+    """For JSON; means as fractions of one."""
+    return {
+        "values": standing.cell.values,
+        "moot": sorted(standing.cell.moot),
+        "folder": standing.cell.name,
+        "mean": asdict(standing.mean),
+        "complete": standing.complete,
+        "groups": {group: asdict(mean) for group, mean in standing.groups.items()},
+        "seconds": standing.seconds,
+    }
+
+
+def _say_skipped(skipped: Sequence[Skipped]) -> None:
+    """A line for each reason, with what the combinations of that reason have in common."""
+    from logo.evaluation.sweep.grid import label
+
+    for reason in dict.fromkeys(one.reason for one in skipped):
+        some = [one.values for one in skipped if one.reason == reason]
+        common: dict[str, Value] = {axis: v for axis, v in some[0].items() if all(v == other[axis] for other in some)}
+        note(escape(f"left out {_counted(len(some), 'cell')} ({label(common)}): {reason}"))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

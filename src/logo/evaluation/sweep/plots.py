@@ -1,0 +1,215 @@
+"""Pictures of a sweep: for every axis, the score against it.
+
+A panel per group of datasets: lines with 95 % bands over numbers, bars over anything else, one line or bar for every
+value of a second axis. Where there are more than two axes, each combination of the others has its own row of panels.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from logo.evaluation.groups import grouped
+from logo.evaluation.metrics import LABELS, metric_kind
+from logo.evaluation.sweep.grid import Axis, Value, label, numbers
+from logo.evaluation.sweep.means import Mean, datasets_of, means
+from logo.evaluation.sweep.running import Outcome
+
+SERIES = ("#2563a8", "#c9591f", "#1f8a63", "#8a4fb5", "#9a7400", "#c2386b", "#1f8799", "#5f666e")
+MARKS = "osD^vPX*"
+GRID, INK = "#dfe2e6", "#1c2024"
+PANEL = (3.5, 2.7)  # inches
+ACROSS = 4  # panels beside each other
+DOWN = 10  # rows of panels in one picture
+DPI = 130
+FONT = 8.0
+EVERYTHING = "all datasets"
+_WIDE = 8.0  # how far apart numbers are, as a ratio, that want a logarithmic axis
+_TICKS = 12  # values that are all written below the axis
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One group of datasets under one combination of the axes that are not drawn: points[line][x]."""
+
+    title: str
+    measure: str
+    points: Mapping[Value | None, Mapping[Value, Mean]]
+
+
+def plots(axes: Sequence[Axis], outcomes: Sequence[Outcome], *, seed: int = 0) -> dict[str, bytes]:
+    """PNGs by file name, `k.png`, `k-2.png`, ...: every axis of which more than one value was run.
+
+    Args:
+        seed: of the intervals.
+    """
+    run = {axis.name: {outcome.cell.values[axis.name] for outcome in outcomes} for axis in axes}
+    varied = [
+        Axis(axis.name, tuple(value for value in axis.values if value in run[axis.name]))
+        for axis in axes
+        if len(run[axis.name]) > 1
+    ]
+    groups = grouped(datasets_of(outcomes))
+    if len(groups) > 1:
+        groups = {EVERYTHING: datasets_of(outcomes), **groups}
+    found = {group: means(outcomes, names, seed=seed) for group, names in groups.items()}
+    pictures = {}
+    for axis in varied:
+        others = [other for other in varied if other is not axis]
+        second = others[0] if others else None
+        panels = list(_panels(axis, second, others[1:], groups, found))
+        across = min(ACROSS, len(groups))
+        size = across * DOWN
+        for number, start in enumerate(range(0, len(panels), size), start=1):
+            name = f"{axis.name}.png" if number == 1 else f"{axis.name}-{number}.png"
+            pictures[name] = _drawn(axis, second, panels[start : start + size], across)
+    return pictures
+
+
+def _panels(
+    axis: Axis,
+    second: Axis | None,
+    rest: Sequence[Axis],
+    groups: Mapping[str, Sequence[str]],
+    found: Mapping[str, Sequence[tuple[Any, Mean]]],
+) -> Iterator[Panel]:
+    for values in itertools.product(*(other.values for other in rest)):
+        fixed = dict(zip((other.name for other in rest), values, strict=True))
+        for group, names in groups.items():
+            points: dict[Value | None, dict[Value, Mean]] = {}
+            for cell, mean in found[group]:
+                if all(cell.values[name] == value for name, value in fixed.items()):
+                    line = None if second is None else cell.values[second.name]
+                    points.setdefault(line, {})[cell.values[axis.name]] = mean
+            if points:
+                head = f"{group} ({len(names)})" if len(names) > 1 else names[0]
+                yield Panel(f"{head}\n{label(fixed)}" if fixed else head, _measure(names), points)
+
+
+def _measure(datasets: Sequence[str]) -> str:
+    """What the panel's y axis says: the measure that its datasets share."""
+    kinds = {metric_kind(name).removesuffix("_multi") for name in datasets}
+    names = {LABELS["rouge-L" if kind == "rouge" else kind] for kind in kinds}
+    return f"{names.pop()}, %" if len(names) == 1 else "primary measure, %"
+
+
+def _drawn(axis: Axis, second: Axis | None, panels: Sequence[Panel], across: int) -> bytes:
+    # The classes behind pyplot: no global state, no window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has to say where it keeps fonts; nobody asked
+    across = min(across, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(PANEL[0] * across + 0.3, PANEL[1] * down + 0.6), dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    lines: tuple[Value | None, ...] = (None,) if second is None else second.values
+    colours = _colours(second)
+    ordered = numbers(axis.values) is not None
+    places = figure.subplots(down, across, squeeze=False).flat
+    for at, panel in itertools.zip_longest(places, panels):
+        if panel is None:
+            at.set_axis_off()
+            continue
+        (_lines if ordered else _bars)(at, axis, panel, lines, colours)
+        at.set_title(panel.title, fontsize=FONT + 1, loc="left", color=INK)
+        at.set_ylabel(panel.measure, fontsize=FONT)
+        at.set_xlabel(axis.name, fontsize=FONT)
+        at.tick_params(labelsize=FONT, length=0, pad=4)
+        at.spines[["top", "right"]].set_visible(False)
+        at.spines[["left", "bottom"]].set_color(GRID)
+        at.grid(axis="y", color=GRID, linewidth=0.6)
+        at.set_axisbelow(True)
+    if second is not None:
+        _legend(figure, second, colours, ordered)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name with characters that the font lacks is drawn with boxes
+        canvas.print_figure(picture, format="png")
+    return picture.getvalue()
+
+
+def _lines(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], colours: Sequence[Any]) -> None:
+    """Over numbers, in their order; a cell that is missing breaks the line."""
+    known = numbers(axis.values) or []
+    order = sorted(zip(known, axis.values, strict=True))
+    for number, line in enumerate(lines):
+        points = panel.points.get(line, {})
+        if not points:
+            continue
+        found = [(x, points.get(value)) for x, value in order]
+        xs = [x for x, _ in found]
+        value, low, high = (
+            [100 * getattr(mean, name) if mean else math.nan for _, mean in found] for name in ("value", "low", "high")
+        )
+        at.fill_between(xs, low, high, color=colours[number], alpha=0.13, linewidth=0)
+        at.plot(xs, value, color=colours[number], marker=MARKS[number % len(MARKS)], markersize=4, linewidth=1.5)
+    xs = [x for x, _ in order]
+    if xs[0] > 0 and xs[-1] / xs[0] >= _WIDE and len(xs) > 2:
+        at.set_xscale("log")
+    if len(xs) <= _TICKS:
+        at.set_xticks(xs, [f"{x:g}" for x in xs])
+        at.minorticks_off()
+    at.set_ylim(bottom=max(0.0, at.get_ylim()[0]))
+
+
+def _bars(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], colours: Sequence[Any]) -> None:
+    """A bar for each value, those of the second axis beside each other."""
+    width = 0.8 / len(lines)
+    for number, line in enumerate(lines):
+        points = panel.points.get(line, {})
+        for place, value in enumerate(axis.values):
+            mean = points.get(value)
+            if mean is None:
+                continue
+            x = place + (number - (len(lines) - 1) / 2) * width
+            at.bar(x, 100 * mean.value, 0.92 * width, color=colours[number], linewidth=0)
+            at.plot([x, x], [100 * mean.low, 100 * mean.high], color=INK, linewidth=1)
+    at.set_xlim(-0.6, len(axis.values) - 0.4)
+    texts = [str(value) for value in axis.values]
+    crowded = sum(len(text) for text in texts) > 34 or len(texts) > 6
+    at.set_xticks(range(len(texts)), texts, rotation=35 if crowded else 0, ha="right" if crowded else "center")
+    at.set_ylim(bottom=0)
+
+
+def _colours(second: Axis | None) -> list[Any]:
+    """From dark to light where the second axis has an order, else as different as they can be."""
+    if second is None:
+        return [SERIES[0]]
+    if numbers(second.values) is not None or len(second.values) > len(SERIES):
+        from matplotlib import colormaps
+
+        steps = max(1, len(second.values) - 1)
+        return [colormaps["viridis"](0.88 * number / steps) for number in range(len(second.values))]
+    return list(SERIES[: len(second.values)])
+
+
+def _legend(figure: Any, second: Axis, colours: Sequence[Any], lines: bool) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [
+        Line2D([], [], color=colour, marker=MARKS[number % len(MARKS)], markersize=4, label=str(value))
+        if lines
+        else Patch(color=colour, label=str(value))
+        for number, (value, colour) in enumerate(zip(second.values, colours, strict=True))
+    ]
+    figure.legend(
+        handles=handles,
+        title=second.name,
+        loc="outside upper left",
+        ncols=min(len(handles), 8),
+        fontsize=FONT,
+        title_fontsize=FONT,
+        frameon=False,
+        alignment="left",
+    )

@@ -1,0 +1,194 @@
+"""Every cell of a sweep through a session, and what came of it.
+
+A cell's results are ordinary result folders, at `{out}/runs/{name of the cell}/{dataset}`: what is done is known again,
+what was interrupted goes on, and every tool that reads results reads these. A cell that fails does not keep the others
+from being run. Cells in which an axis makes no difference share a run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logo.errors import LoGoError
+from logo.evaluation.intervals import Values
+from logo.evaluation.jobs import Job
+from logo.evaluation.results import read_results
+from logo.evaluation.sweep.grid import Value, cell_name
+
+if TYPE_CHECKING:
+    from logo.baselines import Method
+    from logo.evaluation.session import Session
+    from logo.selection.settings import SelectionSettings
+
+RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of values, and what it means.
+
+    Attributes:
+        values: by axis, as the table shows them.
+        settings: of selection.
+        method: chooses adapters instead of the engine; None: the engine does.
+        seed: of sampling, the method and intervals.
+        moot: axes whose value makes no difference here, such as the signal where a method does not select by it.
+        options: every option, for `run.json`.
+    """
+
+    values: Mapping[str, Value]
+    settings: SelectionSettings
+    method: Method | None = None
+    seed: int = 0
+    moot: frozenset[str] = frozenset()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[tuple[str, Value], ...]:
+        """The values, by which a cell is told from all others."""
+        return tuple(self.values.items())
+
+    @property
+    def name(self) -> str:
+        """Of its folder below `runs`; cells that do the same have the same one."""
+        return cell_name({axis: value for axis, value in self.values.items() if axis not in self.moot})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell is worth on one dataset.
+
+    Attributes:
+        values: (rows, 1), the primary official measure of each row: ROUGE-L where there are three.
+        metrics: what `metrics.json` holds; `seconds`: what `time_dict.json` does.
+        folder: of the result, relative to the sweep's.
+    """
+
+    cell: Cell
+    dataset: str
+    values: Values
+    metrics: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    folder: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A dataset that a cell could not answer, or could not answer some rows of; `dataset` is None for all of them."""
+
+    name: str
+    dataset: str | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What came of a sweep: outcomes in the order of cells and datasets, and failures in the order they happened."""
+
+    outcomes: tuple[Outcome, ...]
+    failures: tuple[Failure, ...]
+
+
+def sweep(
+    cells: Sequence[Cell],
+    jobs: Sequence[Job],
+    out: Path,
+    open_session: Callable[[Cell], Session],
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[str, int], None] | None = None,
+) -> Swept:
+    """Answers every dataset in every cell, as far as that is not done yet.
+
+    Args:
+        jobs: the datasets; their folders are not looked at.
+        out: the sweep's folder.
+        open_session: makes the session of a cell. Cells of the same settings come one after the other, so that an
+            engine can serve all of them, and none is needed again once others have come.
+        overwrite: answer everything again.
+        on_progress: gets what is being answered, `cell · dataset`, and the number of rows done, of all runs.
+    """
+    done: set[tuple[str, str]] = set()
+    failures: list[Failure] = []
+    rows = 0
+    tell = on_progress or (lambda what, count: None)
+    for cell in _runs(cells):
+        try:
+            session = open_session(cell)
+        except (LoGoError, RuntimeError) as error:
+            failures.append(_failure(cell, None, error))
+            rows += sum(len(job.rows) for job in jobs)
+            continue
+        for job in (_placed(job, out, cell) for job in jobs):
+            what, before = f"{cell.name} · {job.dataset}", rows
+            tell(what, rows)
+            try:
+                [plan] = session.plans([job], overwrite=overwrite)
+                if not plan.done:
+                    session.run(plan, functools.partial(_tell_from, tell, what, before))
+                done.add((cell.name, job.dataset))
+            except (LoGoError, RuntimeError) as error:
+                failures.append(_failure(cell, job.dataset, error))
+            rows = before + len(job.rows)
+            tell(what, rows)
+    outcomes = tuple(_outcomes(cells, jobs, out, done))
+    return Swept(outcomes, (*failures, *_unanswered(outcomes)))
+
+
+def runs(cells: Sequence[Cell]) -> list[Cell]:
+    """The first of all cells that do the same, for each such set."""
+    return list({cell.name: cell for cell in reversed(cells)}.values())[::-1]
+
+
+def _runs(cells: Sequence[Cell]) -> list[Cell]:
+    """Those that are to be run, sorted by settings in order of their first use."""
+    chosen = runs(cells)
+    settings = [cell.settings for cell in chosen]
+    return sorted(chosen, key=lambda cell: settings.index(cell.settings))
+
+
+def _placed(job: Job, out: Path, cell: Cell) -> Job:
+    return replace(job, folder=out / RUNS / cell.name / job.dataset)
+
+
+def _tell_from(tell: Callable[[str, int], None], what: str, before: int, count: int) -> None:
+    tell(what, before + count)
+
+
+def _failure(cell: Cell, dataset: str | None, error: Exception) -> Failure:
+    return Failure(cell.name, dataset, " ".join(str(error).split()))
+
+
+def _outcomes(cells: Sequence[Cell], jobs: Sequence[Job], out: Path, done: set[tuple[str, str]]) -> Iterable[Outcome]:
+    """Of what is done, read from the folders, so that it does not matter which process did it."""
+    known: dict[str, Outcome] = {}
+    for cell in cells:
+        for job in jobs:
+            folder = f"{RUNS}/{cell.name}/{job.dataset}"
+            if (cell.name, job.dataset) not in done:
+                continue
+            if folder not in known:
+                known[folder] = _read(cell, job.dataset, out, folder)
+            yield replace(known[folder], cell=cell)
+
+
+def _read(cell: Cell, dataset: str, out: Path, folder: str) -> Outcome:
+    files = read_results(out / folder)
+    values = [value["rouge-L"] if isinstance(value, dict) else value for value in files["eval_results.json"]]
+    column = np.array(values, dtype=np.float64)[:, None]
+    return Outcome(cell, dataset, column, files["metrics.json"], files["time_dict.json"], folder)
+
+
+def _unanswered(outcomes: Sequence[Outcome]) -> Iterable[Failure]:
+    for outcome in {outcome.folder: outcome for outcome in outcomes}.values():
+        errors = outcome.metrics["errors"]
+        if errors:
+            some = "1 row has" if len(errors) == 1 else f"{len(errors)} rows have"
+            first = f"row {errors[0]['index'] + 1}: {errors[0]['message']}"
+            yield Failure(outcome.cell.name, outcome.dataset, f"{some} no answer; {first}")
