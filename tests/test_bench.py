@@ -79,7 +79,8 @@ def test_the_whole_bench(small: None, tmp_path: Path, capsys: pytest.CaptureFixt
     asked = {
         "open_vs_peft", "select_vs_prefill", "select_calibrated_vs_prefill", "prefill_vs_base", "decode1_vs_base",
         "decode16_vs_base", "decode16_random_vs_base", "decode16_random_8b_layer_vs_base", "e2e1_vs_peft",
-        "e2e1_vs_peft_all_active", "e2e16_vs_peft", "e2e16_vs_peft_one_batch", "prefix_second_vs_first", "prefix_calibrated_second_vs_first",
+        "e2e1_vs_peft_all_active", "e2e16_vs_peft", "e2e16_vs_peft_one_batch", "prefix_second_vs_first",
+        "prefix_calibrated_second_vs_first",
     }  # fmt: skip
     assert set(report["ratios"]) == asked
     seconds = {name: {a: arm["seconds"] for a, arm in part["arms"].items()} for name, part in report["parts"].items()}
