@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import OFFICIAL, Row, dataset_file, file_sha256, find_datasets, load_rows
+from logo.evaluation.datasets import OFFICIAL, Row, dataset_file, file_sha256, find_datasets, load_rows, read_rows
 
 BBH = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "logo"
@@ -76,13 +76,19 @@ def test_references_and_adapters(tmp_path_factory: pytest.TempPathFactory, rows:
         assert list(row.golds) == list(dict.fromkeys([*first, *present.get("references", [])]))
 
 
+def test_blank_references_are_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    start = '{"context": "a", "completion": "b", "references": '
+    file.write_text(f'{start}["", "c", " "]}}\n{start}[" "]}}\n')
+    assert [row.references for row in read_rows(file)] == [("c",), ()]
+
+
 @pytest.mark.parametrize(
     ("value", "found"),
     [
         ('"references": "a"', """found 'references' is "a\""""),
         ('"references": []', "found 'references' is an empty list"),
         ('"references": ["a", 3]', "found 'references'[1] is 3"),
-        ('"references": [" "]', "found 'references'[0] is empty"),
         ('"adapter": ""', "found 'adapter' is empty"),
         ('"adapter": ["a"]', "found 'adapter' is a list"),
     ],

@@ -267,11 +267,20 @@ def _checked(row: Mapping[str, object]) -> Row:
     found = row["completion"]
     completion = _texts("'completion'", found) if isinstance(found, list) else _text("'completion'", found)
     try:  # null is what table formats write where a row has no value
-        references = () if row.get("references") is None else _texts("'references'", row["references"])
+        references = () if row.get("references") is None else _references(row["references"])
         adapter = None if row.get("adapter") is None else _text("'adapter'", row["adapter"])
     except _Wrong as wrong:
         raise _Wrong(wrong.found, _OPTIONAL) from None
     return Row(context, completion, references, adapter)
+
+
+def _references(value: object) -> tuple[str, ...]:
+    """Real sets hold blank references here and there; they say nothing, and are passed over."""
+    if isinstance(value, list) and value:
+        value = [text for text in value if not isinstance(text, str) or text.strip()]
+        if not value:
+            return ()
+    return _texts("'references'", value)
 
 
 def _texts(name: str, value: object) -> tuple[str, ...]:
