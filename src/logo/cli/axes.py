@@ -164,8 +164,13 @@ def _cell(values: Mapping[str, Value], common: Common) -> Cell:
         None if method.label == LOGO else method,
         here.seed,
         moot,
-        {**asdict(here.engine), SEED: here.seed, "method": method.label, "merge": method.merging.kind},
+        {**_named(here.engine), SEED: here.seed, "method": method.label, "merge": method.merging.kind},
     )
+
+
+def _named(engine: EngineOptions) -> dict[str, Any]:
+    """The options by name; what model they are for is no matter of a cell."""
+    return {name: value for name, value in asdict(engine).items() if name != "base_model"}
 
 
 def _is_moot(axis: str, here: Common, method: Method) -> bool:
@@ -196,7 +201,7 @@ def _check_alone(axis: str, value: Value, common: Common) -> None:
         get_signal(str(value))
         return
     if axis == "method":
-        replace(common, method=replace(common.method, merge=None)).at({axis: value}).parts()
+        _method(replace(common.method, method=str(value), merge=None), common.engine.n_selected_modules, common.seed)
         return
     plain = Common(EngineOptions(), MethodOptions(), 0)
     if axis in SELECTION:
@@ -233,7 +238,10 @@ def _method(options: MethodOptions, k: int | None, seed: int) -> Method:
 def _value(axis: str, text: str) -> Value:
     """As tables show it: a number, or a text."""
     if axis == SEED:
-        return _number(axis, text, int)
+        seed = _number(axis, text, int)
+        if seed < 0:
+            raise UsageError(f"grid {axis}: expected 0 or more, found {seed}")
+        return seed
     kind, default = _kind(axis)
     if text == DEFAULT and axis not in ("k", "signal"):
         return DEFAULT if default is None else default.value if isinstance(default, Choice) else default

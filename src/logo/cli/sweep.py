@@ -138,7 +138,7 @@ class _Opener:
             batch_size=self._rows.batch_size,
             max_new_tokens=self._rows.max_new_tokens,
             generation={"stop_at_newline": self._rows.generation_early_stop},
-            options={**asdict(self._rows), **resolved(logo), **cell.options, "base_model": self._base_model},
+            options={"base_model": self._base_model, **asdict(self._rows), **cell.options, **resolved(logo)},
             loading=self._loading,
             method=cell.method,
         )

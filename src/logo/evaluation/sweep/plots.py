@@ -19,12 +19,14 @@ from logo.evaluation.groups import grouped
 from logo.evaluation.metrics import LABELS, metric_kind
 from logo.evaluation.sweep.grid import Axis, Value, label, numbers
 from logo.evaluation.sweep.means import Mean, datasets_of, means
-from logo.evaluation.sweep.running import Outcome
+from logo.evaluation.sweep.running import Cell, Outcome
 
 SERIES = ("#2563a8", "#c9591f", "#1f8a63", "#8a4fb5", "#9a7400", "#c2386b", "#1f8799", "#5f666e")
 MARKS = "osD^vPX*"
+SHADES = ("#a9c9e8", "#2563a8", "#0c2444")  # of values that have an order
 GRID, INK = "#dfe2e6", "#1c2024"
 PANEL = (3.5, 2.7)  # inches
+LEGEND = 1.3  # inches beside the panels
 ACROSS = 4  # panels beside each other
 DOWN = 10  # rows of panels in one picture
 DPI = 130
@@ -39,6 +41,7 @@ class Panel:
     """One group of datasets under one combination of the axes that are not drawn: points[line][x]."""
 
     title: str
+    group: str
     measure: str
     points: Mapping[Value | None, Mapping[Value, Mean]]
 
@@ -63,8 +66,11 @@ def plots(axes: Sequence[Axis], outcomes: Sequence[Outcome], *, seed: int = 0) -
     for axis in varied:
         others = [other for other in varied if other is not axis]
         second = others[0] if others else None
-        panels = list(_panels(axis, second, others[1:], groups, found))
-        across = min(ACROSS, len(groups))
+        across = math.ceil(len(groups) / math.ceil(len(groups) / ACROSS)) if groups else 1
+        panels: list[Panel | None] = []
+        for fixed in _combinations(others[1:]):
+            some = list(_panels(axis, second, fixed, groups, found))
+            panels += [*some, *[None] * (-len(some) % across)]
         size = across * DOWN
         for number, start in enumerate(range(0, len(panels), size), start=1):
             name = f"{axis.name}.png" if number == 1 else f"{axis.name}-{number}.png"
@@ -72,24 +78,28 @@ def plots(axes: Sequence[Axis], outcomes: Sequence[Outcome], *, seed: int = 0) -
     return pictures
 
 
+def _combinations(axes: Sequence[Axis]) -> Iterator[dict[str, Value]]:
+    for values in itertools.product(*(axis.values for axis in axes)):
+        yield dict(zip((axis.name for axis in axes), values, strict=True))
+
+
 def _panels(
     axis: Axis,
     second: Axis | None,
-    rest: Sequence[Axis],
+    fixed: Mapping[str, Value],
     groups: Mapping[str, Sequence[str]],
-    found: Mapping[str, Sequence[tuple[Any, Mean]]],
+    found: Mapping[str, Sequence[tuple[Cell, Mean]]],
 ) -> Iterator[Panel]:
-    for values in itertools.product(*(other.values for other in rest)):
-        fixed = dict(zip((other.name for other in rest), values, strict=True))
-        for group, names in groups.items():
-            points: dict[Value | None, dict[Value, Mean]] = {}
-            for cell, mean in found[group]:
-                if all(cell.values[name] == value for name, value in fixed.items()):
-                    line = None if second is None else cell.values[second.name]
-                    points.setdefault(line, {})[cell.values[axis.name]] = mean
-            if points:
-                head = f"{group} ({len(names)})" if len(names) > 1 else names[0]
-                yield Panel(f"{head}\n{label(fixed)}" if fixed else head, _measure(names), points)
+    """One for each group; none where no cell has these values of the other axes."""
+    for group, names in groups.items():
+        points: dict[Value | None, dict[Value, Mean]] = {}
+        for cell, mean in found[group]:
+            if all(cell.values[name] == value for name, value in fixed.items()):
+                line = None if second is None else cell.values[second.name]
+                points.setdefault(line, {})[cell.values[axis.name]] = mean
+        if points:
+            head = f"{group} ({len(names)})" if len(names) > 1 else names[0]
+            yield Panel(f"{head}\n{label(fixed)}" if fixed else head, group, _measure(names), points)
 
 
 def _measure(datasets: Sequence[str]) -> str:
@@ -99,25 +109,27 @@ def _measure(datasets: Sequence[str]) -> str:
     return f"{names.pop()}, %" if len(names) == 1 else "primary measure, %"
 
 
-def _drawn(axis: Axis, second: Axis | None, panels: Sequence[Panel], across: int) -> bytes:
+def _drawn(axis: Axis, second: Axis | None, panels: Sequence[Panel | None], across: int) -> bytes:
     # The classes behind pyplot: no global state, no window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has to say where it keeps fonts; nobody asked
-    across = min(across, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(PANEL[0] * across + 0.3, PANEL[1] * down + 0.6), dpi=DPI, layout="constrained")
+    beside = 0.0 if second is None else LEGEND
+    figure = Figure(figsize=(PANEL[0] * across + beside, PANEL[1] * down), dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     lines: tuple[Value | None, ...] = (None,) if second is None else second.values
     colours = _colours(second)
     ordered = numbers(axis.values) is not None
-    places = figure.subplots(down, across, squeeze=False).flat
-    for at, panel in itertools.zip_longest(places, panels):
+    first: dict[str, Any] = {}
+    for number, panel in enumerate(panels, start=1):
         if panel is None:
-            at.set_axis_off()
             continue
+        # Of one group, all panels have one scale.
+        at = figure.add_subplot(down, across, number, sharey=first.get(panel.group))
+        first.setdefault(panel.group, at)
         (_lines if ordered else _bars)(at, axis, panel, lines, colours)
         at.set_title(panel.title, fontsize=FONT + 1, loc="left", color=INK)
         at.set_ylabel(panel.measure, fontsize=FONT)
@@ -127,6 +139,8 @@ def _drawn(axis: Axis, second: Axis | None, panels: Sequence[Panel], across: int
         at.spines[["left", "bottom"]].set_color(GRID)
         at.grid(axis="y", color=GRID, linewidth=0.6)
         at.set_axisbelow(True)
+    for at in first.values():
+        at.set_ylim(bottom=max(0.0, at.get_ylim()[0]) if ordered else 0.0)
     if second is not None:
         _legend(figure, second, colours, ordered)
     for text in figure.findobj(Text):
@@ -152,19 +166,20 @@ def _lines(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], col
             [100 * getattr(mean, name) if mean else math.nan for _, mean in found] for name in ("value", "low", "high")
         )
         at.fill_between(xs, low, high, color=colours[number], alpha=0.13, linewidth=0)
-        at.plot(xs, value, color=colours[number], marker=MARKS[number % len(MARKS)], markersize=4, linewidth=1.5)
+        look = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "linewidth": 1.5, "zorder": 3}
+        at.plot(xs, value, color=colours[number], clip_on=False, **look)
     xs = [x for x, _ in order]
     if xs[0] > 0 and xs[-1] / xs[0] >= _WIDE and len(xs) > 2:
         at.set_xscale("log")
     if len(xs) <= _TICKS:
         at.set_xticks(xs, [f"{x:g}" for x in xs])
         at.minorticks_off()
-    at.set_ylim(bottom=max(0.0, at.get_ylim()[0]))
 
 
 def _bars(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], colours: Sequence[Any]) -> None:
     """A bar for each value, those of the second axis beside each other."""
     width = 0.8 / len(lines)
+    size = min(3.0, 72 * PANEL[0] * width / len(axis.values) / 4)  # points: a quarter of a bar
     for number, line in enumerate(lines):
         points = panel.points.get(line, {})
         for place, value in enumerate(axis.values):
@@ -173,24 +188,37 @@ def _bars(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], colo
                 continue
             x = place + (number - (len(lines) - 1) / 2) * width
             at.bar(x, 100 * mean.value, 0.92 * width, color=colours[number], linewidth=0)
-            at.plot([x, x], [100 * mean.low, 100 * mean.high], color=INK, linewidth=1)
+            # White below, so that it is seen on a dark bar; the point shows where a bar of no height is.
+            for colour, more in (("white", 1.6), (INK, 0.0)):
+                ends = [100 * mean.low, 100 * mean.high]
+                at.plot(
+                    [x, x],
+                    ends,
+                    color=colour,
+                    linewidth=size / 3 + more,
+                    solid_capstyle="butt",
+                    zorder=3,
+                    clip_on=False,
+                )
+                at.plot([x], [100 * mean.value], "o", color=colour, markersize=size + more, zorder=3, clip_on=False)
     at.set_xlim(-0.6, len(axis.values) - 0.4)
     texts = [str(value) for value in axis.values]
     crowded = sum(len(text) for text in texts) > 34 or len(texts) > 6
     at.set_xticks(range(len(texts)), texts, rotation=35 if crowded else 0, ha="right" if crowded else "center")
-    at.set_ylim(bottom=0)
 
 
 def _colours(second: Axis | None) -> list[Any]:
-    """From dark to light where the second axis has an order, else as different as they can be."""
+    """From light to dark where the second axis has an order, else as different as they can be."""
     if second is None:
         return [SERIES[0]]
-    if numbers(second.values) is not None or len(second.values) > len(SERIES):
-        from matplotlib import colormaps
+    known = numbers(second.values)
+    if known is None and len(second.values) <= len(SERIES):
+        return list(SERIES[: len(second.values)])
+    from matplotlib.colors import LinearSegmentedColormap
 
-        steps = max(1, len(second.values) - 1)
-        return [colormaps["viridis"](0.88 * number / steps) for number in range(len(second.values))]
-    return list(SERIES[: len(second.values)])
+    shades = LinearSegmentedColormap.from_list("shades", SHADES)
+    places = range(len(second.values)) if known is None else [sorted(known).index(value) for value in known]
+    return [shades(place / max(1, len(second.values) - 1)) for place in places]
 
 
 def _legend(figure: Any, second: Axis, colours: Sequence[Any], lines: bool) -> None:
@@ -206,8 +234,7 @@ def _legend(figure: Any, second: Axis, colours: Sequence[Any], lines: bool) -> N
     figure.legend(
         handles=handles,
         title=second.name,
-        loc="outside upper left",
-        ncols=min(len(handles), 8),
+        loc="outside right upper",
         fontsize=FONT,
         title_fontsize=FONT,
         frameon=False,

@@ -143,7 +143,10 @@ def sweep(
 
 def runs(cells: Sequence[Cell]) -> list[Cell]:
     """The first of all cells that do the same, for each such set."""
-    return list({cell.name: cell for cell in reversed(cells)}.values())[::-1]
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.name, cell)
+    return list(first.values())
 
 
 def _runs(cells: Sequence[Cell]) -> list[Cell]:

@@ -47,7 +47,7 @@ def table(axes: Sequence[Axis], outcomes: Sequence[Outcome]) -> Table:
     types: list[type] = []
     for axis in axes:
         found = numbers(axis.values)
-        shown.append(dict(zip(axis.values, axis.values if found is None else found, strict=True)))
+        shown.append(dict(zip(axis.values, map(str, axis.values) if found is None else found, strict=True)))
         types.append(str if found is None else type(found[0]))
     rows = []
     for outcome in outcomes:
