@@ -119,7 +119,7 @@ class EngineOptions:
         typer.Option(
             help="Memory for what prompts begin with, in GB.",
             min=0.0,
-            show_default="0.25; evaluate: 0",
+            show_default="0.25; evaluate, sweep: 0",
             rich_help_panel=PROBE,
         ),
     ] = None
@@ -127,7 +127,7 @@ class EngineOptions:
         str | None,
         typer.Option(
             help="Signal: `calibrated`, the official `norm` or `entropy`, or `norm_z`, `arrow`, `spectr`.",
-            show_default="calibrated; evaluate: norm",
+            show_default="calibrated; evaluate, sweep: norm",
             rich_help_panel=PROBE,
         ),
     ] = None

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -166,7 +168,7 @@ def _answered(opener: _Opener, cells: Sequence[Cell], jobs: Sequence[Job], outpu
                 output,
                 opener,
                 overwrite=overwrite,
-                on_progress=lambda what, done: shown.update(bar, completed=done, description=escape(what)),
+                on_progress=lambda what, done: shown.update(bar, completed=done, description=_short(what)),
             )
         except KeyboardInterrupt:
             note("What is done is kept: the same command goes on from there.")
@@ -205,10 +207,10 @@ def _list(axes: Sequence[Axis], cells: Sequence[Cell], skipped: Sequence[Skipped
         )
         return
     shown = _plain_table(axes)
-    shown.add_column("folder", overflow="fold")
+    shown.add_column("folder", no_wrap=True)
     for cell in chosen:
         shown.add_row(*_values(axes, cell), Text(cell.name, style="dim"))
-    out.print(shown)
+    _print(shown)
     shared = f", {len(cells)} cells" if len(cells) > len(chosen) else ""
     note(f"{_counted(len(chosen), 'run')} of every dataset{shared}")
     if len(cells) > len(chosen):
@@ -240,7 +242,11 @@ def _show(
             }
         )
     elif best:
-        out.print(_table(axes, best, len(datasets_of(swept.outcomes))))
+        count = len(datasets_of(swept.outcomes))
+        shown = _table(axes, best, count)
+        if out.is_terminal and _width(shown) > out.width:  # the table of the files has the groups too
+            shown = _table(axes, best, count, groups=False)
+        _print(shown)
         note(" · ".join(str(file) for file in written))
     for failure in swept.failures[:SHOWN]:
         where = failure.name if failure.dataset is None else f"{failure.name}, dataset {failure.dataset!r}"
@@ -249,20 +255,31 @@ def _show(
         err.print(f"logo: error: and {len(swept.failures) - SHOWN} more")
 
 
-def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int) -> Table:
-    """A line for each run, best first, in percent."""
-    groups = list(dict.fromkeys(group for standing in best for group in standing.groups))
-    groups = groups if 1 < len(groups) <= MOST_GROUPS else []
+def _print(table: Table) -> None:
+    """On a terminal as wide as that is; elsewhere nothing is cut."""
+    screen = out if out.is_terminal else Console(width=_width(table), highlight=False)
+    screen.print(table)
+
+
+def _width(table: Table) -> int:
+    """Columns that a table takes where nothing is wrapped."""
+    return Measurement.get(out, out.options.update(width=10_000), table).maximum
+
+
+def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int, *, groups: bool = True) -> Table:
+    """A line for each run, best first, in percent; a column for each group of datasets where they are few."""
+    names = list(dict.fromkeys(group for standing in best for group in standing.groups))
+    names = names if groups and 1 < len(names) <= MOST_GROUPS else []
     lacking = not all(standing.complete for standing in best)
     shown = _plain_table(axes)
-    for heading in ("mean", "95 % interval", *groups, *(["datasets"] if lacking else []), "seconds"):
-        shown.add_column(heading, justify="right")
+    for heading in ("mean", "95 % interval", *names, *(["datasets"] if lacking else []), "seconds"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for standing in best:
         shown.add_row(
             *_values(axes, standing.cell),
             f"{100 * standing.mean.value:.2f}",
             Text(f"{100 * standing.mean.low:.2f} to {100 * standing.mean.high:.2f}", style="dim"),
-            *(_percent(standing.groups.get(group)) for group in groups),
+            *(_percent(standing.groups.get(group)) for group in names),
             *([f"{standing.mean.datasets} of {datasets}"] if lacking else []),
             f"{standing.seconds:.1f}",
         )
@@ -277,7 +294,7 @@ def _plain_table(axes: Sequence[Axis]) -> Table:
 
     shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for axis in axes:
-        shown.add_column(axis.name, justify="left" if numbers(axis.values) is None else "right", overflow="fold")
+        shown.add_column(axis.name, justify="left" if numbers(axis.values) is None else "right", no_wrap=True)
     return shown
 
 
@@ -310,6 +327,12 @@ def _say_skipped(skipped: Sequence[Skipped]) -> None:
         some = [one.values for one in skipped if one.reason == reason]
         common: dict[str, Value] = {axis: v for axis, v in some[0].items() if all(v == other[axis] for other in some)}
         note(escape(f"left out {_counted(len(some), 'cell')} ({label(common)}): {reason}"))
+
+
+def _short(what: str) -> str:
+    """As much of the end as leaves room for the bar."""
+    room = max(16, err.width // 3)
+    return escape(what if len(what) <= room else f"…{what[1 - room :]}")
 
 
 def _counted(number: int, what: str) -> str:
