@@ -22,8 +22,9 @@ from logo.errors import (
 if TYPE_CHECKING:
     from logo.adapters.format import Adapter
     from logo.adapters.pool import AdapterPool
+    from logo.decoder import Generation
     from logo.decoding import Truncation
-    from logo.engine import Generation, LoGo
+    from logo.engine import LoGo
     from logo.scoring import Scored
     from logo.selection.selector import Selection
     from logo.selection.settings import SelectionSettings
@@ -33,7 +34,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Adapter": "logo.adapters.format",
     "AdapterPool": "logo.adapters.pool",
-    "Generation": "logo.engine",
+    "Generation": "logo.decoder",
     "LoGo": "logo.engine",
     "Scored": "logo.scoring",
     "Selection": "logo.selection.selector",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +13,32 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Cancelled, FinishReason, Prompts, StopAt, StopAtNewline, cut_after_end, end_tokens, streamed
 from logo.mixing import Mixer, Work
+from logo.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # How much the last answer counts in how long answers are taken to be.
 _RECENT = 0.1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: the decoded continuation, special tokens removed, cut before a `stop` text.
+        selection: which adapters gave it.
+        token_ids: the continuation's tokens, its end token included.
+        finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"`.
+        seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
+    """
+
+    text: str
+    selection: Selection
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    seconds: dict[str, float]
 
 
 class Decoder:

@@ -11,7 +11,6 @@ import functools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
-from logo.decoder import Decoder
-from logo.decoding import FinishReason, Prompts, Truncation, batches_by_length, cut_at
+from logo.decoder import Decoder, Generation
+from logo.decoding import Prompts, Truncation, batches_by_length, cut_at
 from logo.errors import UsageError
-from logo.mixing import Merge, Mixer
-from logo.mixing.mixer import EXACT
+from logo.mixing import EXACT, Merge, Mixer
 from logo.models import context_length, default_pool, load_base
 from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
 from logo.selection import Selection
@@ -34,25 +32,6 @@ from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    Attributes:
-        text: the decoded continuation, special tokens removed, cut before a `stop` text.
-        selection: which adapters gave it.
-        token_ids: the continuation's tokens, its end token included.
-        finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"`.
-        seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
-    """
-
-    text: str
-    selection: Selection
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    seconds: dict[str, float]
 
 
 class LoGo:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-from logo.engine import Generation, LoGo
+from logo.decoder import Generation
+from logo.engine import LoGo
 from logo.errors import UsageError
 from logo.mixing import Merge
 from logo.mixing.merges import MajoritySign
@@ -62,7 +64,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(ABC):
     """How adapters are chosen and combined. Each kind is a subclass with options of its own.
 
     Attributes:
@@ -111,6 +113,7 @@ class Method:
         """Adapters per prompt at most; None where the pool, the data or the engine decides."""
         return None
 
+    @abstractmethod
     def prepare(self, logo: LoGo, task: Task) -> Prepared:
         """Finds out what has to be known about a dataset before its first prompt.
 
@@ -120,7 +123,6 @@ class Method:
         Raises:
             UsageError, DataError: the task or an option lacks what the method needs.
         """
-        raise NotImplementedError
 
     def as_dict(self) -> dict[str, Any]:
         """Name and options for JSON."""

@@ -15,7 +15,7 @@ from logo.cli.prompts import or_demo, read_prompts
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.engine import Generation
+    from logo.decoder import Generation
 
 
 @expanded

@@ -128,7 +128,7 @@ class _Opener:
     def __call__(self, cell: Cell) -> Session:
         from logo.evaluation.identity import pool_digests
         from logo.evaluation.session import Session
-        from logo.mixing.mixer import EXACT
+        from logo.mixing import EXACT
 
         logo = self._engine(cell)
         logo.merge = EXACT if cell.method is None else cell.method.merging

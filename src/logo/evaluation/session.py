@@ -22,7 +22,8 @@ from logo.evaluation.runner import collect, evaluate
 
 if TYPE_CHECKING:
     from logo.baselines import Method
-    from logo.engine import Generation, LoGo
+    from logo.decoder import Generation
+    from logo.engine import LoGo
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Session:
         job = plan.job
         rows = [job.rows[place] for place in job.places]
         began = datetime.now(timezone.utc)
-        engine = self._begin(job)
+        engine = self._answering(job)
         with open_journal(plan) as journal:
             if rows:
                 result = evaluate(
@@ -148,7 +149,7 @@ class Session:
             "rows_sha256": rows_digest(job.rows),
         }
 
-    def _begin(self, job: Job) -> Session | Answering:
+    def _answering(self, job: Job) -> Session | Answering:
         """What answers this dataset, with nothing left over from those before."""
         import torch
 

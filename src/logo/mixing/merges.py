@@ -162,6 +162,10 @@ KINDS: dict[str, Kind] = {
 """Every kind that is a function of the factors, by name."""
 
 
+EXACT = Merge()
+"""`Σ w s B A`."""
+
+
 # -- whole adapters ---------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from logo.mixing.costs import Costs
 from logo.mixing.folding import Folder, foldable
 from logo.mixing.gated import GatedLoRA, Gates
 from logo.mixing.groups import GroupedMixture, GroupedStack, Groups, cheapest, stacked
-from logo.mixing.merges import ARROW, Merge, merged
+from logo.mixing.merges import ARROW, EXACT, Merge, merged
 from logo.mixing.work import Work
 from logo.mixing.working_set import WorkingSet
 
@@ -33,8 +33,6 @@ from logo.mixing.working_set import WorkingSet
 _READY_SETS = 2
 # Tokens of a row where nothing is known about the work: one pass over some text.
 _A_PROMPT = 64
-
-EXACT = Merge()
 
 
 class Mixer:
