@@ -18,7 +18,7 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.mixing import Merge, Stack
 from logo.mixing.arrow import Experts, Routing, direction, routed
-from test_engine import PROMPTS, engine, tokenizer, write_adapter
+from test_engine import PROMPTS, engine, hooks, tokenizer, write_adapter
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -159,7 +159,7 @@ def test_a_batch_equals_one_by_one(llama: nn.Module, adapters: Path) -> None:
     logo.merge = Merge("arrow", arrow_top_k=2)
     names = logo.names
     mixes = [dict.fromkeys(names, 1.0), {names[1]: 0.5}, {}, {names[0]: 1.0, names[3]: 2.0}, {names[2]: 0.0}]
-    before = llama(input_ids=torch.tensor([[5, 6, 7]])).logits
+    before, there = llama(input_ids=torch.tensor([[5, 6, 7]])).logits, hooks(llama)
     batched = logo.generate(PROMPTS, adapters=mixes, max_new_tokens=8, batch_size=5)
     for prompt, mix, answer in zip(PROMPTS, mixes, batched, strict=True):
         assert logo.generate(prompt, adapters=mix, max_new_tokens=8).token_ids == answer.token_ids
@@ -167,7 +167,7 @@ def test_a_batch_equals_one_by_one(llama: nn.Module, adapters: Path) -> None:
     assert [batched[i].token_ids == base[i] for i in range(5)][2::2] == [True, True]
     assert batched[0].token_ids != base[0]
     assert torch.equal(before, llama(input_ids=torch.tensor([[5, 6, 7]])).logits)
-    assert not any(module._forward_hooks for module in llama.modules())
+    assert hooks(llama) == there
 
 
 def test_one_adapter_is_itself(llama: nn.Module, adapters: Path) -> None:

@@ -25,7 +25,7 @@ from logo.baselines.learned import labelled, minimise
 from logo.cli.methods import DEFAULT_EMBEDDING, MethodOptions, Sign, Variant, make_method
 from logo.errors import DataError, HubError, LoGoError, ModelError, PoolError, UsageError
 from logo.mixing import Merge
-from test_engine import PROMPTS, engine, write_adapter
+from test_engine import PROMPTS, engine, hooks, write_adapter
 
 ALL = ("logo", "base", "uniform", "random", "oracle", "best-single", "lorahub", "loraretriever", "adaptersoup", "arrow")
 SAMPLES = {f"t{i}": tuple(f"w{10 * i + j} w{20 + i}" for j in range(3, 6)) for i in range(4)}
@@ -105,7 +105,7 @@ def test_there_are_these_methods() -> None:
 def test_every_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
     """Selections are the pool's, repeat themselves, and do not depend on what is asked for together with what."""
     logo, method = tiny_logo, made(name, sentences)
-    before = logo.score("w3", "w4", [{}])
+    before, there = logo.score("w3", "w4", [{}]), hooks(logo.model)
     first, again = (Answering(logo, method, TASK) for _ in range(2))
     selections = first.select(PROMPTS, 2)
     assert again.select(PROMPTS, 2) == selections and again.record == first.record
@@ -129,7 +129,7 @@ def test_every_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
         assert answer.token_ids == logo.generate(prompt, adapters=selection, max_new_tokens=4).token_ids
     logo.merge = "mixture"
     assert logo.score("w3", "w4", [{}]) == before
-    assert not any(module._forward_hooks for module in logo.model.modules())
+    assert hooks(logo.model) == there
     json.dumps([first.record, method.as_dict()])
     assert method.as_dict()["method"] == name
 
