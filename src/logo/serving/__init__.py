@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: HTTP outside, one engine inside."""

@@ -1,0 +1,151 @@
+"""The types of request fields: strict about what a value is, and nothing about what it means.
+
+JSON's whole numbers fit where a fraction is expected and 16.0 is a whole number, as JSON Schema has it; `true` is no
+number, `"1"` neither, and a field that is null counts as left out (`Body`), as OpenAI's clients expect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000
+MAX_CHOICES = 16
+MAX_LOGPROBS = 20
+MAX_TOKEN = 2**31 - 1  # of ids and of counts: more than any vocabulary and any context
+
+TAGS = ("<text>", "<texts>", "<tokens>", "<token lists>", "<parts>")
+"""Names of union branches; pydantic puts them into an error's place, where no client would know them."""
+
+
+def refused(message: str) -> PydanticCustomError:
+    """A problem in our own words; `logo.serving.errors` shows it after the field's name."""
+    return PydanticCustomError("logo", "{message}", {"message": message})
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise refused(f"expected Unicode text, found half a surrogate pair at character {error.start}") from None
+    return text
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and abs(value) < 2**63 and value.is_integer() else value
+
+
+Text = Annotated[str, Strict(), AfterValidator(_encodable)]
+Flag = Annotated[bool, Strict()]
+Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
+TokenCount = Annotated[Whole, Field(ge=1, le=MAX_TOKEN)]
+Token = Annotated[Whole, Field(ge=0, le=MAX_TOKEN)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+StopText = Annotated[
+    str, Strict(), StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_encodable)
+]
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    """Which branch of a prompt a value is meant to be, so that a problem in it is told about that branch alone."""
+    if isinstance(value, str):
+        return "<text>"
+    if not isinstance(value, list):
+        return None
+    if value and isinstance(value[0], list):
+        return "<token lists>"
+    return "<tokens>" if value and isinstance(value[0], (int, float)) else "<texts>"
+
+
+def _kind_of_one_prompt(value: Any) -> str | None:
+    kind = _kind_of_prompt(value)
+    return kind if kind in ("<text>", "<tokens>") else None
+
+
+def _kind_of_stop(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<texts>" if isinstance(value, list) else None
+
+
+def branches(kind: Callable[[Any], str | None], expected: str) -> Discriminator:
+    """Tells the branches of a union apart; `expected` is said of a value that fits none."""
+    return Discriminator(
+        kind, custom_error_type="logo", custom_error_message=f"expected {expected}, found another type"
+    )
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<texts>")]
+    | Annotated[Tokens, Tag("<tokens>")]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<token lists>")],
+    branches(_kind_of_prompt, "a string, a list of strings, or token ids"),
+]
+OnePrompt = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[Tokens, Tag("<tokens>")],
+    branches(_kind_of_one_prompt, "a string or token ids"),
+]
+Stop = Annotated[
+    Annotated[StopText, Tag("<text>")] | Annotated[list[StopText], Field(max_length=MAX_STOPS), Tag("<texts>")],
+    branches(_kind_of_stop, "a string or a list of strings"),
+]
+
+
+def _nullable(schema: dict[str, Any]) -> None:
+    """Tells readers of the OpenAPI document that null is the same as leaving a field out."""
+    required = schema.get("required", ())
+    for name, field in schema.get("properties", {}).items():
+        if name not in required and {"type": "null"} not in field.get("anyOf", ()):
+            kept = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **kept}
+
+
+class Body(BaseModel):
+    """What every object in a request shares: null is left out; unknown fields are kept, as vLLM does."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_nullable)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+
+    @model_validator(mode="after")
+    def _unknown_fields_are_json(self) -> Body:
+        for name, value in (self.model_extra or {}).items():
+            if not is_json(value):
+                raise refused(f"expected JSON in field {name[:40]!r}, found NaN or Infinity, which JSON does not have")
+        return self
+
+
+def is_json(value: Any) -> bool:
+    """False if there is a NaN or an infinite number somewhere in a value; Python's parser lets them pass."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        if isinstance(value, (dict, list)):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return True

@@ -1,0 +1,270 @@
+"""What clients may ask: the bodies of all requests, checked; nothing here knows of models or of the pool.
+
+OpenAI's fields, vLLM's `return_token_ids` and `lora_name`, and `logo` of ours. A field that would change the answer
+but that this server does not have is refused by name (`UNSUPPORTED`), never ignored; any other unknown field is kept
+in `model_extra`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from logo.serving.fields import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    Body,
+    Flag,
+    Number,
+    OnePrompt,
+    Prompt,
+    Seed,
+    Stop,
+    Text,
+    TokenCount,
+    Whole,
+    branches,
+    refused,
+)
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+# Field -> whether its value asks for nothing that this server lacks.
+UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
+    # OpenAI's
+    "frequency_penalty": lambda v: _is(v, 0),
+    "presence_penalty": lambda v: _is(v, 0),
+    "logit_bias": lambda v: not v,
+    "best_of": lambda v: _is(v, 1),
+    "suffix": lambda v: v == "",
+    "echo": lambda v: v is False,
+    "response_format": lambda v: v == {"type": "text"},
+    "tools": lambda v: v == [],
+    "tool_choice": lambda v: v in ("none", "auto"),
+    "functions": lambda v: v == [],
+    "function_call": lambda v: v in ("none", "auto"),
+    "modalities": lambda v: v == ["text"],
+    "audio": lambda v: False,
+    "web_search_options": lambda v: False,
+    # vLLM's
+    "top_k": lambda v: _is(v, 0) or _is(v, -1),
+    "min_p": lambda v: _is(v, 0),
+    "min_tokens": lambda v: _is(v, 0),
+    "repetition_penalty": lambda v: _is(v, 1),
+    "length_penalty": lambda v: _is(v, 1),
+    "use_beam_search": lambda v: v is False,
+    "ignore_eos": lambda v: v is False,
+    "stop_token_ids": lambda v: v == [],
+    "bad_words": lambda v: v == [],
+    "allowed_token_ids": lambda v: False,
+    "prompt_logprobs": lambda v: False,
+    "truncate_prompt_tokens": lambda v: False,
+    "structured_outputs": lambda v: False,
+    "guided_json": lambda v: False,
+    "guided_regex": lambda v: False,
+    "guided_choice": lambda v: False,
+    "guided_grammar": lambda v: False,
+    "chat_template": lambda v: False,
+    "add_generation_prompt": lambda v: v is True,
+    "continue_final_message": lambda v: v is False,
+    "documents": lambda v: v == [],
+    "lora_request": lambda v: False,
+}
+
+
+def _is(value: Any, number: int) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == number
+
+
+class LogoOptions(Body):
+    """Field `logo` of a request: a mixture of the client's own, or other settings of the selection.
+
+    Unknown fields are refused here: they can only be slips, and would mean another mixture than the one wanted.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapters: dict[Text, Annotated[Number, Field(gt=-1e6, lt=1e6)]] | None = Field(
+        None, description="Adapter -> weight: exactly this mixture. An empty object: the base model alone."
+    )
+    k: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | None = Field(None, description="How many adapters are mixed.")
+    signal: Text | None = Field(None, description="The signal that scores adapters.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> LogoOptions:
+        if self.adapters is not None and (self.k is not None or self.signal is not None):
+            raise refused("expected either 'adapters' (this mixture) or 'k' and 'signal' (select), found both")
+        return self
+
+
+class StreamOptions(Body):
+    """Field `stream_options` of a request."""
+
+    include_usage: Flag = Field(False, description="End a stream with a chunk that has the counts of tokens.")
+
+
+class _Generation(Body):
+    """What both ways of asking for text share."""
+
+    model: Text = Field(description="'logo' selects adapters by itself; an adapter's name; or the base model's.")
+    temperature: Annotated[Number, Field(ge=0, le=2)] = Field(1.0, description="0 decodes greedily.")
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] = Field(1, description="Answers per prompt.")
+    seed: Seed | None = None
+    stop: Stop | None = None
+    stream: Flag = False
+    stream_options: StreamOptions | None = Field(None, description="Without 'stream' it has no effect.")
+    return_token_ids: Flag = Field(False, description="Every choice carries its 'token_ids' too.")
+    user: Text | None = Field(None, description="Has no effect.")
+    logo: LogoOptions | None = None
+
+    @model_validator(mode="after")
+    def _nothing_unsupported(self) -> _Generation:
+        for name, value in (self.model_extra or {}).items():
+            if value is not None and name in UNSUPPORTED and not UNSUPPORTED[name](value):
+                raise unsupported(name)
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts before which an answer ends."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def unsupported(name: str) -> PydanticCustomError:
+    """A field that this server does not have, as a validation error whose `param` is the field."""
+    return PydanticCustomError(
+        "logo_field", "{message}", {"field": name, "message": "not supported by this server; leave it out"}
+    )
+
+
+class CompletionRequest(_Generation):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Prompt = Field(description="A text, several, the token ids of one, or of several.")
+    max_tokens: TokenCount = 16
+    logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="Log-probabilities of the tokens and of so many others at every place."
+    )
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Always a list: of texts or of token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt[0], int):
+            return [prompt]
+        return prompt
+
+
+class TextPart(Body):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _kind_of_content(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<parts>")],
+    branches(_kind_of_content, "a string or a list of text parts"),
+]
+
+
+class Message(Body):
+    """One turn of a conversation; unknown fields (`tool_calls`, ...) are kept for the chat template."""
+
+    role: Role
+    content: Content | None = Field(None, description="Only an assistant's may be null.")
+    name: Text | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise refused(f"expected 'content' in a message of role {self.role!r}, found none")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content as one text; its parts follow each other as they are."""
+        if self.content is None:
+            return ""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class ChatRequest(_Generation):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_tokens: TokenCount | None = Field(None, description="The old name of 'max_completion_tokens'.")
+    max_completion_tokens: TokenCount | None = Field(None, description="Default: as many as the context has room for.")
+    logprobs: Flag = False
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Needs 'logprobs'.")
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refused("'top_logprobs' needs 'logprobs': true")
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise refused("expected either 'max_tokens' or 'max_completion_tokens', found both with different values")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The limit under either name. None: as many as there is room for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class SelectRequest(Body):
+    """Body of `POST /v1/logo/select`: one prompt, or one conversation."""
+
+    prompt: OnePrompt | None = None
+    messages: Messages | None = None
+    logo: LogoOptions | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> SelectRequest:
+        if (self.prompt is None) == (self.messages is None):
+            found = "none" if self.prompt is None else "both"
+            raise refused(f"expected either 'prompt' or 'messages', found {found}")
+        return self
+
+
+class UnloadAdapter(Body):
+    """Body of `POST /v1/unload_lora_adapter`."""
+
+    lora_name: Annotated[Text, Field(min_length=1, max_length=200)]
+
+
+class LoadAdapter(UnloadAdapter):
+    """Body of `POST /v1/load_lora_adapter`."""
+
+    lora_path: Annotated[Text, Field(min_length=1, max_length=4096, description="Inside the server's folder.")]
+    load_inplace: Flag = Field(False, description="Replace an adapter of this name.")
+
+    @model_validator(mode="after")
+    def _names_a_place(self) -> LoadAdapter:
+        parts = self.lora_name.split("/")
+        if not self.lora_name.isprintable() or "\\" in self.lora_name or not all(parts) or {".", ".."} & set(parts):
+            raise refused("expected a 'lora_name' of printable characters, without '..', found another")
+        if "\0" in self.lora_path:
+            raise refused("expected a path in 'lora_path', found one with a zero byte")
+        return self

@@ -1,0 +1,256 @@
+"""What the server answers: OpenAI's objects, with `logo` (which adapters, how strongly) on every one."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+FinishReason = Literal["stop", "length"]
+
+
+def _absent(value: Any) -> bool:
+    return value is None
+
+
+def _finite(value: Any) -> Any:
+    """OpenAI's own stand-in for the logarithm of zero, which JSON cannot hold."""
+    return max(value, -9999.0) if isinstance(value, float) else value
+
+
+Logprob = Annotated[float, BeforeValidator(_finite)]
+
+
+class Reply(BaseModel):
+    """What every object of an answer shares. Fields with `exclude_if` are left out rather than null."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Usage(Reply):
+    """Counts of tokens; prompts are counted once each, answers all."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt: int, completion: int) -> Usage:
+        """The counts and their sum."""
+        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+class Mixture(Reply):
+    """Top-level `logo` of an answer: what the prompt was answered with."""
+
+    adapters: list[str] = Field(description="Best first; empty: the base model alone.")
+    weights: list[float] = Field(description="Parallel to 'adapters'.")
+    probe_ms: float = Field(description="How long the selection took.")
+    queue_ms: float = Field(description="How long the request waited for a place.")
+
+
+class CompletionLogprobs(Reply):
+    """Parallel lists over the tokens of an answer."""
+
+    tokens: list[str]
+    token_logprobs: list[Logprob | None]
+    top_logprobs: list[dict[str, Logprob]]
+    text_offset: list[int] = Field(description="Where each token begins in the text, in characters.")
+
+
+class CompletionChoice(Reply):
+    """One answer, or a piece of it (then `finish_reason` is null until the last)."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    token_ids: list[int] | None = Field(None, exclude_if=_absent)
+
+
+class _Answer(Reply):
+    id: str
+    created: int
+    model: str
+    usage: Usage | None = Field(None, exclude_if=_absent)
+    logo: Mixture | list[Mixture] | None = Field(
+        None,
+        exclude_if=_absent,
+        description="A list if the request has several prompts; in streams on the first chunk.",
+    )
+
+
+class Completion(_Answer):
+    """Answer of `POST /v1/completions`."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class CompletionChunk(Completion):
+    """A piece of a streamed completion; the one with the usage has no choices."""
+
+
+class TopLogprob(Reply):
+    """A token that could have stood at a place."""
+
+    token: str
+    logprob: Logprob
+    bytes: list[int] | None = None
+
+
+class TokenLogprob(TopLogprob):
+    """The token that stands there."""
+
+    top_logprobs: list[TopLogprob] = []
+
+
+class ChatLogprobs(Reply):
+    """One entry per token."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ReplyMessage(Reply):
+    """The assistant's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Reply):
+    """One answer."""
+
+    index: int
+    message: ReplyMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+    token_ids: list[int] | None = Field(None, exclude_if=_absent)
+
+
+class ChatCompletion(_Answer):
+    """Answer of `POST /v1/chat/completions`."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class Delta(Reply):
+    """What a chunk adds to the message: the first one its role, the others text."""
+
+    role: Literal["assistant"] | None = Field(None, exclude_if=_absent)
+    content: str | None = Field(None, exclude_if=_absent)
+
+
+class ChatChunkChoice(Reply):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    token_ids: list[int] | None = Field(None, exclude_if=_absent)
+
+
+class ChatCompletionChunk(_Answer):
+    """A piece of a streamed chat completion; the one with the usage has no choices."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+
+
+class ModelRole(Reply):
+    """What a model id means: selects by itself, the base model alone, or one adapter."""
+
+    role: Literal["auto", "base", "adapter"]
+
+
+class ModelCard(Reply):
+    """An id that requests may give as `model`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "logo"
+    root: str | None = None
+    parent: str | None = Field(None, description="The base model of an adapter.")
+    max_model_len: int | None = None
+    permission: list[None] = []
+    logo: ModelRole
+
+
+class ModelList(Reply):
+    """Answer of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class SelectionReply(Reply):
+    """Answer of `POST /v1/logo/select`."""
+
+    adapters: list[str] = Field(description="Best first.")
+    weights: list[float]
+    scores: dict[str, float] = Field(description="Of every adapter, in pool order; empty for a forced mixture.")
+    probe_ms: float
+    tokens: int = Field(description="Of the prompt.")
+
+
+class AdapterCard(Reply):
+    """What the pool page shows of an adapter."""
+
+    id: str
+    rank: int = Field(description="The largest of its modules.")
+    parameters: int
+    modules: int
+    targets: list[str] = Field(description="Last parts of the names of its modules, each once.")
+    size_bytes: int
+    selected: int = Field(description="How often it was selected since the server started.")
+
+
+class AdapterList(Reply):
+    """Answer of `GET /v1/logo/adapters`."""
+
+    object: Literal["list"] = "list"
+    base_model: str
+    default_k: int
+    signal: str
+    data: list[AdapterCard]
+
+
+class ErrorBody(Reply):
+    """What went wrong: for people, for programs (`type`, `code`), and in which field (`param`)."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorReply(Reply):
+    """Every answer that is not a success."""
+
+    error: ErrorBody
+
+
+def new_id(prefix: Literal["cmpl", "chatcmpl"]) -> str:
+    """An id that no other answer has."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """For `created`: seconds since 1970."""
+    return int(time.time())
+
+
+DONE = b"data: [DONE]\n\n"
+"""Ends a stream."""
+
+
+def event(reply: Reply) -> bytes:
+    """One server-sent event."""
+    return b"data: " + reply.model_dump_json().encode("utf-8") + b"\n\n"
