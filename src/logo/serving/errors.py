@@ -7,7 +7,6 @@ into JSON. Values of a request are shown cut; what went wrong inside is told to 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +17,6 @@ from starlette.responses import Response
 
 from logo.errors import AdapterError, LoGoError, PoolError, StorageError, UsageError
 from logo.serving.problems import problem, shown, unreadable
-
-log = logging.getLogger("logo.serving")
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -55,8 +52,12 @@ class ApiError(HTTPException):
         self.code = code
 
     def body(self) -> dict[str, Any]:
-        """The JSON object of the answer, also for the event that ends a broken stream."""
+        """The JSON object of the answer."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def event(self) -> bytes:
+        """The server-sent event with which a stream breaks off."""
+        return b"data: " + json.dumps(self.body()).encode("ascii") + b"\n\n"
 
     def response(self) -> Response:
         """The answer."""
@@ -164,7 +165,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     state: Mapping[str, Any] = request.scope.get("state", {})
     answer = api_error(error, state.get("request_id"))
     if type(error) is HTTPException and error.status_code in (404, 405):
-        method, path = request.method, shown(request.url.path)
+        method, path = request.method, shown(request.scope["path"])
         answer.message = f"no route {path}" if error.status_code == 404 else f"{path} does not take {method}"
     return answer.response()
 

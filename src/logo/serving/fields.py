@@ -35,9 +35,10 @@ TAGS = ("<text>", "<texts>", "<tokens>", "<token lists>", "<parts>")
 """Names of union branches; pydantic puts them into an error's place, where no client would know them."""
 
 
-def refused(message: str) -> PydanticCustomError:
-    """A problem in our own words; `logo.serving.errors` shows it after the field's name."""
-    return PydanticCustomError("logo", "{message}", {"message": message})
+def refused(message: str, field: str | None = None) -> PydanticCustomError:
+    """A problem in our own words, of the object that is checked or of one `field` of it."""
+    context = {"message": message} if field is None else {"message": message, "field": field}
+    return PydanticCustomError("logo", "{message}", context)
 
 
 def _encodable(text: str) -> str:
@@ -55,15 +56,19 @@ def _whole(value: Any) -> Any:
 
 Text = Annotated[str, Strict(), AfterValidator(_encodable)]
 Flag = Annotated[bool, Strict()]
-Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
-TokenCount = Annotated[Whole, Field(ge=1, le=MAX_TOKEN)]
-Token = Annotated[Whole, Field(ge=0, le=MAX_TOKEN)]
+# The bound stands before the reading of 16.0: pydantic then writes it into the OpenAPI document.
+Seed = Annotated[int, Strict(), Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
+Count = Annotated[int, Strict(), Field(ge=1, le=MAX_TOKEN), BeforeValidator(_whole)]
+Choices = Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES), BeforeValidator(_whole)]
+Logprobs = Annotated[int, Strict(), Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_whole)]
+Token = Annotated[int, Strict(), Field(ge=0, le=MAX_TOKEN), BeforeValidator(_whole)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 StopText = Annotated[
     str, Strict(), StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_encodable)
 ]
+Name = Annotated[str, Strict(), StringConstraints(min_length=1, max_length=200), AfterValidator(_encodable)]
+Path = Annotated[str, Strict(), StringConstraints(min_length=1, max_length=4096), AfterValidator(_encodable)]
 
 
 def _kind_of_prompt(value: Any) -> str | None:
@@ -88,9 +93,7 @@ def _kind_of_stop(value: Any) -> str | None:
 
 def branches(kind: Callable[[Any], str | None], expected: str) -> Discriminator:
     """Tells the branches of a union apart; `expected` is said of a value that fits none."""
-    return Discriminator(
-        kind, custom_error_type="logo", custom_error_message=f"expected {expected}, found another type"
-    )
+    return Discriminator(kind, custom_error_type="logo_kind", custom_error_message=expected)
 
 
 Prompt = Annotated[
@@ -135,7 +138,7 @@ class Body(BaseModel):
     def _unknown_fields_are_json(self) -> Body:
         for name, value in (self.model_extra or {}).items():
             if not is_json(value):
-                raise refused(f"expected JSON in field {name[:40]!r}, found NaN or Infinity, which JSON does not have")
+                raise refused("expected JSON, found NaN or Infinity, which JSON does not have", name)
         return self
 
 

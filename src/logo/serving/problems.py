@@ -44,11 +44,11 @@ def problem(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         place = place[1:]
     if kind == "json_invalid":
         return f"the body is not JSON: {context.get('error', 'unreadable')} at character {place[-1]}", None
-    field = context["field"] if kind == "logo_field" else path(place)
+    field = path([*place, context["field"]] if "field" in context else place)
     message = _message(kind, context, value, str(first["msg"]))
     if field:
         return f"{field}: {message}", field
-    return (_no_object(value, kind) if kind.startswith(("missing", "model")) else message), None
+    return (_no_object(value, kind) if kind in ("missing", "model_type", "model_attributes_type") else message), None
 
 
 def path(place: Sequence[str | int]) -> str:
@@ -97,7 +97,7 @@ def _message(kind: str, context: _Context, value: Any, fallback: str) -> str:
         return "expected a value, found none"
     if kind == "extra_forbidden":
         return "there is no such field here"
-    if kind in ("logo", "logo_field"):
+    if kind == "logo":
         return fallback
     if kind == "logo_kind":
         return f"expected {fallback}, found {shown(value)}"

@@ -11,21 +11,21 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
 
 from logo.serving.fields import (
-    MAX_CHOICES,
-    MAX_LOGPROBS,
     Body,
+    Choices,
+    Count,
     Flag,
+    Logprobs,
+    Name,
     Number,
     OnePrompt,
+    Path,
     Prompt,
     Seed,
     Stop,
     Text,
-    TokenCount,
-    Whole,
     branches,
     refused,
 )
@@ -90,7 +90,7 @@ class LogoOptions(Body):
     adapters: dict[Text, Annotated[Number, Field(gt=-1e6, lt=1e6)]] | None = Field(
         None, description="Adapter -> weight: exactly this mixture. An empty object: the base model alone."
     )
-    k: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | None = Field(None, description="How many adapters are mixed.")
+    k: Count | None = Field(None, description="How many adapters are mixed.")
     signal: Text | None = Field(None, description="The signal that scores adapters.")
 
     @model_validator(mode="after")
@@ -112,7 +112,7 @@ class _Generation(Body):
     model: Text = Field(description="'logo' selects adapters by itself; an adapter's name; or the base model's.")
     temperature: Annotated[Number, Field(ge=0, le=2)] = Field(1.0, description="0 decodes greedily.")
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] = Field(1, description="Answers per prompt.")
+    n: Choices = Field(1, description="Answers per prompt.")
     seed: Seed | None = None
     stop: Stop | None = None
     stream: Flag = False
@@ -125,7 +125,7 @@ class _Generation(Body):
     def _nothing_unsupported(self) -> _Generation:
         for name, value in (self.model_extra or {}).items():
             if value is not None and name in UNSUPPORTED and not UNSUPPORTED[name](value):
-                raise unsupported(name)
+                raise refused("not supported by this server; leave it out", name)
         return self
 
     @property
@@ -141,19 +141,12 @@ class _Generation(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def unsupported(name: str) -> PydanticCustomError:
-    """A field that this server does not have, as a validation error whose `param` is the field."""
-    return PydanticCustomError(
-        "logo_field", "{message}", {"field": name, "message": "not supported by this server; leave it out"}
-    )
-
-
 class CompletionRequest(_Generation):
     """Body of `POST /v1/completions`."""
 
     prompt: Prompt = Field(description="A text, several, the token ids of one, or of several.")
-    max_tokens: TokenCount = 16
-    logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+    max_tokens: Count = 16
+    logprobs: Logprobs | None = Field(
         None, description="Log-probabilities of the tokens and of so many others at every place."
     )
 
@@ -195,7 +188,7 @@ class Message(Body):
     @model_validator(mode="after")
     def _says_something(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise refused(f"expected 'content' in a message of role {self.role!r}, found none")
+            raise refused(f"expected a value in a message of role {self.role!r}, found none", "content")
         return self
 
     @property
@@ -213,18 +206,18 @@ class ChatRequest(_Generation):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Messages
-    max_tokens: TokenCount | None = Field(None, description="The old name of 'max_completion_tokens'.")
-    max_completion_tokens: TokenCount | None = Field(None, description="Default: as many as the context has room for.")
+    max_tokens: Count | None = Field(None, description="The old name of 'max_completion_tokens'.")
+    max_completion_tokens: Count | None = Field(None, description="Default: as many as the context has room for.")
     logprobs: Flag = False
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Needs 'logprobs'.")
+    top_logprobs: Logprobs | None = Field(None, description="Needs 'logprobs'.")
 
     @model_validator(mode="after")
     def _one_meaning(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise refused("'top_logprobs' needs 'logprobs': true")
+            raise refused("expected 'logprobs': true beside it, found false", "top_logprobs")
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
-            raise refused("expected either 'max_tokens' or 'max_completion_tokens', found both with different values")
+            raise refused("expected this or 'max_completion_tokens', found both and different", "max_tokens")
         return self
 
     @property
@@ -251,20 +244,20 @@ class SelectRequest(Body):
 class UnloadAdapter(Body):
     """Body of `POST /v1/unload_lora_adapter`."""
 
-    lora_name: Annotated[Text, Field(min_length=1, max_length=200)]
+    lora_name: Name
 
 
 class LoadAdapter(UnloadAdapter):
     """Body of `POST /v1/load_lora_adapter`."""
 
-    lora_path: Annotated[Text, Field(min_length=1, max_length=4096, description="Inside the server's folder.")]
+    lora_path: Path = Field(description="Inside the server's folder for this.")
     load_inplace: Flag = Field(False, description="Replace an adapter of this name.")
 
     @model_validator(mode="after")
-    def _names_a_place(self) -> LoadAdapter:
+    def _safe(self) -> LoadAdapter:
         parts = self.lora_name.split("/")
         if not self.lora_name.isprintable() or "\\" in self.lora_name or not all(parts) or {".", ".."} & set(parts):
-            raise refused("expected a 'lora_name' of printable characters, without '..', found another")
+            raise refused("expected printable characters, '/' only between them and no '..', found others", "lora_name")
         if "\0" in self.lora_path:
-            raise refused("expected a path in 'lora_path', found one with a zero byte")
+            raise refused("expected a path, found one with a zero byte", "lora_path")
         return self
