@@ -1,0 +1,281 @@
+"""What every request passes before a route sees it: id, log, host, CORS, key, size. Pure ASGI: streams stay streams.
+
+`guard` puts the layers around an app, outermost first:
+
+    RequestId -> AccessLog -> SecurityHeaders -> Failures -> Hosts -> CORS -> ApiKeys -> BodyLimit -> app
+
+An error of any layer has OpenAI's shape, the request's id, the security headers and a line in the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import logging
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from logo.errors import UsageError
+from logo.serving.errors import api_error, forbidden, too_large, unauthorized
+from logo.serving.logs import AccessLog, request_id
+from logo.serving.problems import shown
+
+log = logging.getLogger("logo.serving")
+
+OPEN_PATHS = ("/", "/health", "/ready", "/version")
+"""What needs no key, besides the page's files: what a browser loads before it can ask for one, and probes."""
+
+PAGE = "/page/"
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What the guards of a server let pass.
+
+    Attributes:
+        host: what the server is bound to. On loopback, requests for other host names are refused (`Hosts`).
+        api_keys: any of these opens the API. None given: it is open.
+        max_body_bytes: of a request's body.
+        allow_hosts: further host names for a server on loopback (behind a proxy, say). On any other address they
+            are, when given, the only names besides loopback's.
+        cors_origins: web pages from these origins may use the API; `*` means all.
+        open_metrics: `/metrics` needs no key.
+
+    Raises:
+        UsageError: an empty key, or one that no header can hold.
+    """
+
+    host: str = "127.0.0.1"
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    max_body_bytes: int = 1_000_000
+    allow_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    open_metrics: bool = False
+
+    def __post_init__(self) -> None:
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise UsageError("--api-key: expected one or more printable ASCII characters without spaces")
+
+
+def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
+    """The app behind all guards, for uvicorn. Websockets, which no route has, are turned away."""
+    app = BodyLimit(app, settings.max_body_bytes)
+    if settings.api_keys:
+        app = ApiKeys(app, settings.api_keys, (*OPEN_PATHS, *(("/metrics",) if settings.open_metrics else ())))
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    if is_loopback(settings.host) or settings.allow_hosts:
+        app = Hosts(app, (settings.host, *settings.allow_hosts))
+    return RequestId(AccessLog(SecurityHeaders(Failures(app))))
+
+
+def is_loopback(host: str) -> bool:
+    """True if a server bound to this name or address is reached from its own machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+class RequestId:
+    """Gives every request an id: the client's own `X-Request-Id` if it is sane, else a new one.
+
+    It stands in the response, in `request.state.request_id` and, for the log, in a context variable.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+        given = Headers(scope=scope).getlist("x-request-id")
+        name = given[0] if len(given) == 1 and _SANE_ID.fullmatch(given[0]) else f"req-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = name
+        token = request_id.set(name)
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = name
+            await send(message)
+
+        try:
+            await self.app(scope, receive, named)
+        finally:
+            request_id.reset(token)
+
+
+class SecurityHeaders:
+    """Headers that keep browsers from guessing types, leaking addresses and running what is not ours."""
+
+    HEADERS: ClassVar = {
+        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self.HEADERS)
+            await send(message)
+
+        await self.app(scope, receive, secured)
+
+
+class Failures:
+    """The last place where an exception can go: logged once with its traceback, answered if nothing was yet.
+
+    What breaks after its response has begun is left incomplete: the server then cuts the connection, and the client
+    sees that something is missing.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            answer = api_error(error, request_id.get())
+            if answer.status_code >= 500 or begun:
+                log.error("a request failed", exc_info=error)
+            if not begun:
+                await answer.response()(scope, receive, send)
+
+
+class Hosts:
+    """Answers only to host names that are known to mean this server: a guard against DNS rebinding.
+
+    A web page can make its own name point to 127.0.0.1 and would then be of the same origin as a server there; but
+    the browser still sends the page's name as `Host`. Others get 403 (not 421, after which clients try again).
+    """
+
+    LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
+        self.app = app
+        self.names = {_host(name) for name in (*self.LOOPBACK, *names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            hosts = Headers(scope=scope).getlist("host")
+            if len(hosts) != 1 or _host(hosts[0]) not in self.names:
+                found = shown(hosts[0]) if hosts else "none"
+                answer = forbidden(f"Host: expected a name of this server, found {found}; see --allow-host")
+                return await answer.response()(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+class ApiKeys:
+    """Lets a request pass if it names one of the keys, in `Authorization: Bearer KEY`, or asks for an open path.
+
+    Args:
+        app: what is guarded.
+        keys: any of them will do.
+        open_paths: need none; nor do the page's files.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Iterable[str] = OPEN_PATHS) -> None:
+        self.app = app
+        self._keys = [_digest(key.encode("utf-8")) for key in keys]
+        self._open = frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._is_open(scope["path"]):
+            return await self.app(scope, receive, send)
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) != 1:
+            return await unauthorized().response()(scope, receive, send)
+        scheme, _, key = given[0].strip().partition(b" ")
+        if scheme.lower() != b"bearer" or not self._is_known(key.strip()):
+            answer = unauthorized("expected a valid API key as 'Authorization: Bearer KEY', found another")
+            return await answer.response()(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self._open or (path.startswith(PAGE) and ".." not in path.split("/"))
+
+    def _is_known(self, key: bytes) -> bool:
+        """Takes the same time whichever key it is and however much of it is right."""
+        digest = _digest(key)
+        return sum(hmac.compare_digest(digest, known) for known in self._keys) > 0
+
+
+class BodyLimit:
+    """413 for bodies above a limit: at once if the length is announced, else as soon as the limit is passed.
+
+    The app sees the latter as an `ApiError` while it reads.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.limit):
+            return await too_large(self.limit).response()(scope, receive, send)
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.limit:
+                raise too_large(self.limit)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def _digest(key: bytes) -> bytes:
+    """Of equal length for all keys, so that comparing tells nothing of their lengths either."""
+    return hashlib.sha256(key).digest()
+
+
+def _host(header: str) -> str:
+    """A host name without port, brackets and case."""
+    name = header.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name if name.count(":") > 1 else name.partition(":")[0].removesuffix(".")

@@ -1,0 +1,155 @@
+"""One line per request, as text or JSON: what was asked of which route, and how it went. Never what was said.
+
+No line holds a header, a body, a query string or a key. Every record written while a request is answered carries its
+id.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.config
+import time
+import traceback
+from contextvars import ContextVar
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from logo.serving.problems import plain
+
+Level = Literal["debug", "info", "warning", "error"]
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The request that is being answered; None outside of any."""
+
+access = logging.getLogger("logo.access")
+
+# What a route may leave in `request.state` for the log.
+_STATE = ("model", "prompt_tokens", "completion_tokens")
+
+# Asked every few seconds by machines; lines of successes only at level debug.
+_PROBES = ("/health", "/ready", "/metrics")
+
+
+class AccessLog:
+    """Writes a line when a request has been answered, or its client has gone.
+
+    Routes may set `request.state.model`, `.prompt_tokens` and `.completion_tokens` at any time before the answer ends.
+    A client that hangs up before the answer is complete is told apart by `disconnected`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started = time.perf_counter()
+        status, ended, gone = 0, False, False
+
+        async def watched(message: Message) -> None:
+            nonlocal status, ended
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif message["type"] == "http.response.body":
+                ended = not message.get("more_body", False)
+            await send(message)
+
+        async def heard() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or (message["type"] == "http.disconnect" and not ended)
+            return message
+
+        try:
+            await self.app(scope, heard, watched)
+        finally:
+            state = scope.get("state", {})
+            fields: dict[str, Any] = {
+                "method": plain(scope["method"]),
+                "path": plain(scope["path"]),
+                "status": status,
+                "ms": round(1000 * (time.perf_counter() - started), 1),
+            }
+            fields |= {name: _safe(state[name]) for name in _STATE if state.get(name) is not None}
+            if not ended:
+                fields["disconnected" if gone else "incomplete"] = True
+            level = logging.DEBUG if scope["path"] in _PROBES and status < 400 else logging.INFO
+            access.log(level, "%s", _Line(fields), extra={"fields": fields})
+
+
+class RequestIds(logging.Filter):
+    """Adds the id of the request that is being answered to records."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = request_id.get() or "-"
+        return True
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per record: time, level, logger, request id, then the record's fields or its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        if (name := getattr(record, "request_id", "-")) != "-":
+            entry["request_id"] = name
+        fields = getattr(record, "fields", None)
+        entry |= fields if fields is not None else {"message": record.getMessage()}
+        if record.exc_info:
+            entry["exception"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(entry, default=str)
+
+
+def configure(log_json: bool = False, level: Level = "info") -> None:
+    """Sets up the loggers of this package and of uvicorn, to stderr; give uvicorn `log_config=None, access_log=False`.
+
+    Args:
+        log_json: one JSON object per line.
+        level: of this package. uvicorn says only what went wrong, unless it is `debug`.
+    """
+    text = {"format": "%(asctime)s %(levelname)s %(request_id)s %(message)s"}
+    server = level if level in ("debug", "error") else "warning"
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "filters": {"ids": {"()": RequestIds}},
+            "formatters": {"lines": {"()": JsonLines} if log_json else text},
+            "handlers": {
+                "stderr": {
+                    "class": "logging.StreamHandler",
+                    "stream": "ext://sys.stderr",
+                    "formatter": "lines",
+                    "filters": ["ids"],
+                }
+            },
+            "loggers": {
+                "logo": {"handlers": ["stderr"], "level": level.upper(), "propagate": False},
+                "uvicorn": {"handlers": ["stderr"], "level": server.upper(), "propagate": False},
+                "uvicorn.error": {"level": server.upper()},
+                "uvicorn.access": {"handlers": [], "level": "CRITICAL", "propagate": False},
+            },
+        }
+    )
+
+
+def _safe(value: Any) -> Any:
+    return plain(value) if isinstance(value, str) else value
+
+
+class _Line:
+    """A request as text; written only if some handler wants text."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields = fields
+
+    def __str__(self) -> str:
+        rest = dict(self.fields)
+        first = f"{rest.pop('method')} {rest.pop('path')} {rest.pop('status')} {rest.pop('ms')} ms"
+        return " ".join([first, *(f"{name}={json.dumps(value)}" for name, value in rest.items())])
