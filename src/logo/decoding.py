@@ -151,6 +151,12 @@ def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raises UsageError unless it is a number of rows."""
+    if batch_size <= 0:
+        raise UsageError(f"batch_size: expected 1 or more, found {batch_size}")
+
+
 def greedy_config(**options: Any) -> GenerationConfig:
     """Plain greedy decoding, whatever sampling the checkpoint's own generation config asks for.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
 from logo.decoder import Decoder, Generation
-from logo.decoding import Prompts, Truncation, batches_by_length, cut_at
+from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, cut_at
 from logo.errors import UsageError
 from logo.mixing import EXACT, Merge, Mixer
 from logo.models import context_length, default_pool, load_base
@@ -144,10 +144,15 @@ class LoGo:
         )
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters in use: the pool's, less those that do not fit the base (`on_bad_adapter="skip"`)."""
+    def fitted(self) -> AdapterPool:
+        """The pool, matched to the base model, less what does not fit it (`on_bad_adapter="skip"`)."""
         self._sync()
-        return self._fitted.names
+        return self._fitted
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in use, in pool order."""
+        return self.fitted.names
 
     @property
     def router(self) -> Router:
@@ -180,10 +185,14 @@ class LoGo:
         """
         if isinstance(prompts, str):
             return self.select([prompts], batch_size=batch_size)[0]
-        _check_batch_size(batch_size)
+        return self.select_ids(self.prompts.encode(prompts), batch_size=batch_size)
+
+    def select_ids(self, rows: Sequence[Sequence[int]], *, batch_size: int = 8) -> list[Selection]:
+        """`select` for prompts that are token ids already, special tokens included."""
+        check_batch_size(batch_size)
         with self._lock:
             self._sync()
-            return self._select(self.prompts.encode(prompts), batch_size)
+            return self._select(rows, batch_size)
 
     def _select(self, rows: Sequence[Sequence[int]], batch_size: int, *, answering: bool = False) -> list[Selection]:
         if self.settings.probe_context == "carry":
@@ -250,7 +259,7 @@ class LoGo:
             UsageError: an empty prompt, a forced adapter that is not in the pool, an option that cannot be used.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         with self._lock:
@@ -339,7 +348,7 @@ class LoGo:
         Raises:
             UsageError: a pair with an empty side or too long for the context, an adapter that is not in the pool.
         """
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         with self._lock:
             self._sync()
             mixtures = [forced(entry, self._fitted).mixture for entry in adapters]
@@ -350,8 +359,6 @@ class LoGo:
             for batch in batches_by_length([len(row.ids) for row in rows], batch_size):
                 scored |= score_continued(self.model, [rows[i] for i in batch], active, pad, len(self.tokenizer))
         return [scored[number] for number in range(len(pairs))]
-
-    # -- what is wanted --------------------------------------------------------------------------------------------
 
     def _selections(
         self, rows: Sequence[Sequence[int]], adapters: Forced | Sequence[Forced | None] | None, batch_size: int
@@ -368,8 +375,6 @@ class LoGo:
             zip(open_rows, self._select([rows[i] for i in open_rows], batch_size, answering=True), strict=True)
         )
         return [chosen[i] if entry is None else forced(entry, self._fitted) for i, entry in enumerate(wanted)]
-
-    # -- pool and options ---------------------------------------------------------------------------------------
 
     def _fit_pool(self) -> None:
         version = self.pool.version
@@ -393,8 +398,3 @@ class LoGo:
     def _input_device(self) -> torch.device:
         weight: Tensor = self.model.get_input_embeddings().weight
         return weight.device
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size <= 0:
-        raise UsageError(f"batch_size: expected 1 or more, found {batch_size}")

@@ -20,6 +20,7 @@ from logo.cli import (
     pool,
     report,
     select,
+    serve,
     study,
     sweep,
 )
@@ -71,6 +72,7 @@ def root(
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("select")(select.select)
+app.command("serve")(serve.serve)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge-results")(merge_results.merge_results)
 app.command("compare")(compare.compare)

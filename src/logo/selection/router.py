@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +92,13 @@ class Router:
         scores = self.scores(input_ids, attention_mask)
         return [self.selector(row, self.names) for row in scores]
 
-    def reselect(self, scores: Mapping[str, float], without: Collection[str]) -> Selection:
-        """The selection that these scores give when some adapters are left out."""
+    def reselect(self, scores: Mapping[str, float], without: Collection[str] = (), k: int | None = None) -> Selection:
+        """The selection that these scores give when some adapters are left out, or another number may answer."""
         left = [name for name in scores if name not in without]
         if not left:
             return Selection((), (), {})
-        return self.selector(torch.tensor([scores[name] for name in left]), left)
+        selector = self.selector if k is None else replace(self.selector, k=k)
+        return selector(torch.tensor([scores[name] for name in left]), left)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(rows, adapters) float32 on the CPU."""

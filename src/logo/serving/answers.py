@@ -1,0 +1,272 @@
+"""`Answers`: a request's prompts made into pieces of text, whatever the endpoint and whether streamed or not.
+
+model, options -> Wish     prompts -> ids -> Chosen     ids, Chosen -> Piece, Piece, ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from logo.decoding import MAX_NEW_TOKENS, FinishReason
+from logo.errors import closest
+from logo.serving.batching import GenerationFailed, GenerationTimeout
+from logo.serving.chat import chat_ids
+from logo.serving.errors import bad_request, model_not_found, timed_out
+from logo.serving.metrics import Metrics
+from logo.serving.protocol import LogoOptions, Message
+from logo.serving.sampling import Sampling, TokenLogprob
+from logo.serving.service import Chosen, Service, Wish
+from logo.serving.text import Text
+
+AUTO = "logo"
+"""The model name that selects by itself."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, ready to be answered.
+
+    Attributes:
+        prompts: token ids.
+        chosen: a mixture for each.
+        n: answers per prompt.
+        sampling: of the first answer; the seeds of the others follow it.
+        stops: texts that end an answer.
+        began: when the request came, by `time.perf_counter`.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    chosen: tuple[Chosen, ...]
+    n: int
+    sampling: Sampling
+    stops: tuple[str, ...]
+    began: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What was added to one answer.
+
+    Attributes:
+        index: which answer: those of the first prompt come first.
+        text: whole characters that are new.
+        tokens: new token ids; their text may follow later.
+        logprobs: one for each token, where asked for.
+        finish_reason: None while the answer goes on.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+class Answers:
+    """Answers requests.
+
+    Args:
+        service: selects and generates.
+        metrics: where it is counted.
+        base_model: the name under which the base model alone answers.
+        timeout: seconds that a request may take, its waiting included; None: as long as it takes.
+    """
+
+    def __init__(self, service: Service, metrics: Metrics, base_model: str, timeout: float | None) -> None:
+        self.service = service
+        self.metrics = metrics
+        self.base_model = base_model
+        self.timeout = timeout
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        return self.service.logo.tokenizer
+
+    # -- what is asked ---------------------------------------------------------------------------------------------
+
+    def wish(self, model: str, options: LogoOptions | None) -> Wish:
+        """What a model's name and the field `logo` ask for.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        names = self.service.logo.pool.names
+        if model not in (AUTO, self.base_model) and model not in names:
+            raise model_not_found(model, closest(model, (AUTO, self.base_model, *names)))
+        options = options or LogoOptions()
+        if options.adapters is not None:
+            return Wish(adapters=options.adapters)
+        if model == AUTO:
+            return Wish(k=options.k, signal=options.signal)
+        return Wish(adapters={} if model == self.base_model else {model: 1.0})
+
+    def encoded(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        """Token ids of prompts.
+
+        Raises:
+            ApiError: a prompt without tokens, or an id that the model does not know.
+        """
+        known = self.service.logo.model.get_input_embeddings().weight.shape[0]
+        rows = []
+        for prompt in prompts:
+            ids: list[int] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+            if not ids:
+                raise bad_request("prompt: expected a text, found an empty one", "prompt")
+            if max(ids) >= known:
+                raise bad_request(f"prompt: expected token ids below {known}, found {max(ids)}", "prompt")
+            rows.append(ids)
+        return rows
+
+    def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            ApiError: it has no tokens.
+            UsageError: the model's template refuses it.
+        """
+        turns = [{**(m.model_extra or {}), "role": m.role, "content": m.text} for m in messages]
+        ids = chat_ids(self.tokenizer, turns)
+        if not ids:
+            raise bad_request("messages: expected a text, found an empty one", "messages")
+        return ids
+
+    def room(self, prompts: Sequence[Sequence[int]], max_tokens: int | None, param: str) -> int:
+        """How many new tokens the answers may have; None asks for a usual number, or as many as there is room for.
+
+        Raises:
+            ApiError: they do not fit behind the longest prompt.
+        """
+        context, longest = self.service.batching.context, max(map(len, prompts))
+        left = context - longest
+        asked = min(MAX_NEW_TOKENS, left) if max_tokens is None else max_tokens
+        if longest >= context or asked > left:
+            raise bad_request(
+                f"this model's context holds {context} tokens: found {longest} in the prompt and {max(asked, 1)} for "
+                "the answer; send a shorter prompt or ask for fewer tokens",
+                param,
+                "context_length_exceeded",
+            )
+        return asked
+
+    # -- answering -------------------------------------------------------------------------------------------------
+
+    async def choose(self, prompts: Sequence[Sequence[int]], wish: Wish, began: float) -> tuple[Chosen, ...]:
+        """A mixture for each prompt; they are probed together.
+
+        Raises:
+            ApiError: out of time.
+            LoGoError: as `Service.choose`.
+        """
+        choosing = asyncio.gather(*(self.service.choose(ids, wish) for ids in prompts))
+        try:
+            chosen = await asyncio.wait_for(choosing, self._left(began))
+        except asyncio.TimeoutError:
+            self.metrics.failures.labels("timeout").inc()
+            raise timed_out(self.timeout or 0) from None
+        for one in chosen:
+            self.metrics.chosen(one)
+        return tuple(chosen)
+
+    async def pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+        """All answers of a request, piece by piece as they come. Leaving the loop ends them.
+
+        Raises:
+            ApiError, or what made an answer fail.
+        """
+        answers = [
+            self._answer(prompt * asked.n + choice, prompt, choice, asked)
+            for prompt in range(len(asked.prompts))
+            for choice in range(asked.n)
+        ]
+        async with aclosing(answers[0] if len(answers) == 1 else _merged(answers)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _answer(self, index: int, prompt: int, choice: int, asked: Asked) -> AsyncGenerator[Piece, None]:
+        sampling, ids = asked.sampling, asked.prompts[prompt]
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + choice)
+        text = Text(self.tokenizer, asked.stops)
+        count, before = 0, asked.began
+        left = self._left(asked.began)
+        deadline = None if left is None else asyncio.get_running_loop().time() + left
+        self.metrics.prompt_tokens.inc(len(ids))
+        self.metrics.prompt_length.observe(len(ids))
+        try:
+            async with aclosing(self.service.generate(ids, asked.chosen[prompt], sampling, deadline)) as deltas:
+                async for delta in deltas:
+                    before = self._count(len(delta.tokens), count, before)
+                    count += len(delta.tokens)
+                    shown, reason = text.push(delta.tokens), delta.finish_reason
+                    if reason is not None:
+                        shown += text.finish()
+                    if text.stopped:
+                        reason = "stop"
+                    if reason is not None:
+                        self._ended(reason, count, asked.began)
+                    yield Piece(index, shown, delta.tokens, delta.logprobs, reason)
+                    if reason is not None:
+                        return
+        except GenerationTimeout:
+            self.metrics.failures.labels("timeout").inc()
+            raise timed_out(self.timeout or 0) from None
+        except GenerationFailed as error:
+            self.metrics.failures.labels("error").inc()
+            raise error.__cause__ or error from None
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.failures.labels("left").inc()
+            raise
+
+    def _left(self, began: float) -> float | None:
+        return None if self.timeout is None else max(0.0, began + self.timeout - time.perf_counter())
+
+    def _count(self, new: int, count: int, before: float) -> float:
+        now = time.perf_counter()
+        self.metrics.generation_tokens.inc(new)
+        if not count and new:
+            self.metrics.first_token.observe(now - before)
+        else:
+            for _ in range(new):
+                self.metrics.inter_token.observe((now - before) / new)
+        return now
+
+    def _ended(self, reason: FinishReason, count: int, began: float) -> None:
+        self.metrics.success.labels(reason).inc()
+        self.metrics.answer_length.observe(count)
+        self.metrics.end_to_end.observe(time.perf_counter() - began)
+
+
+async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """The pieces of several answers as they come."""
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def forward(stream: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async for piece in stream:
+                queue.put_nowait(piece)
+        except Exception as error:  # raised where the pieces are read
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(forward(stream)) for stream in streams]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,64 @@
+"""The server's app: routes over one service, and the page."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+
+from logo.serving import changes, errors, routes
+from logo.serving.answers import Answers
+from logo.serving.metrics import Metrics
+from logo.serving.replies import now
+from logo.serving.service import Service
+
+PAGE = Path(__file__).parent / "page"
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """What the person who starts a server decides.
+
+    Attributes:
+        base_model: the name under which the base model alone answers.
+        request_timeout: seconds that a request may take, its waiting included; None: as long as it takes.
+        adapter_changes: a folder from which adapters may be added under way; None: the pool stays as it is.
+    """
+
+    base_model: str
+    request_timeout: float | None = 600.0
+    adapter_changes: Path | None = None
+
+
+def create_app(service: Service, settings: AppSettings) -> FastAPI:
+    """The app; `logo.serving.guards.guard` goes around it. The service begins and ends with it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    app = FastAPI(title="LoGo", version=version("lora-on-the-go"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.settings = settings
+    app.state.created = now()
+    app.state.answers = Answers(service, Metrics(service), settings.base_model, settings.request_timeout)
+    errors.install(app)
+    app.include_router(routes.router)
+    if settings.adapter_changes is not None:
+        app.include_router(changes.router)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    return app

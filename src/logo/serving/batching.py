@@ -1,0 +1,296 @@
+"""Sequences that are generated together: transformers' continuous batching with a mixture and a sampling for each.
+
+Sequences join and leave at any step. Cached blocks are never shared between sequences, since what they hold depends on
+the mixture that wrote it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from logo.adapters.layout import linear_modules
+from logo.decoding import FinishReason, end_tokens, greedy_config
+from logo.errors import LoGoError, ModelError
+from logo.mixing.resident import Part, Resident, Share
+from logo.serving.sampling import Drawing, Sampling, TokenLogprob, next_tokens
+from logo.serving.steps import attach
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PAGE = 32
+# Tokens of context that a sequence is taken to need where memory for all of it would be too much.
+_USUAL_LENGTH = 512
+# Tokens of one step: long prompts are read in parts of this, so that other sequences need not wait for all of it.
+_STEP_TOKENS = 512
+
+
+class GenerationFailed(LoGoError, RuntimeError):
+    """A sequence that ended without an answer; the cause is its `__cause__`."""
+
+
+class GenerationTimeout(LoGoError, TimeoutError):
+    """A sequence that was not done by its deadline."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one or more steps added to an answer.
+
+    Attributes:
+        tokens: new token ids.
+        logprobs: one for each, where asked for.
+        finish_reason: None while the answer goes on.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How much is kept for sequences in flight.
+
+    Attributes:
+        concurrent: sequences of one step at most.
+        kv_cache_gb: memory (10⁹ bytes) for keys and values on a CPU; accelerators give what is free.
+    """
+
+    concurrent: int = 64
+    kv_cache_gb: float = 2.0
+
+
+@dataclass
+class _Job:
+    parts: Sequence[Part]
+    drawing: Drawing
+    outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    share: Share | None = None  # set and released by the thread that generates only
+    error: Exception | None = None
+
+
+class Batching:
+    """Generates for many callers at once.
+
+    Args:
+        model: a causal LM whose attention transformers can batch (sdpa or flash).
+        dtype: what mixtures compute in.
+        memory: see `Memory`.
+        context: tokens of a prompt and its answer at most, or None if the model knows no limit.
+
+    Attributes:
+        context: the same, as far as the memory for keys and values reaches.
+        steps: how many forward passes were made with some mixture, and with none: `{"gate", "base"}`.
+
+    Raises:
+        ModelError: the model, or this version of transformers, cannot be batched.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, memory: Memory, context: int | None) -> None:
+        from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+
+        self._model = model
+        self._resident = Resident(dict(linear_modules(model)), dtype)
+        self._ends = sorted(end_tokens(greedy_config(), model.generation_config)) or [-1]
+        self._jobs: dict[str, _Job] = {}
+        self._left: deque[_Job] = deque()
+        self._numbers = itertools.count()
+        self._standing: tuple[Any, ...] | None = None
+        self._mixed = False
+        self.steps = {"base": 0, "gate": 0}
+        self._manager = self._make(memory, context)
+        attach(self._manager, self)
+        reach = infer_max_single_request_tokens(self._cache)
+        self.context = reach if context is None else min(context, reach)
+
+    def start(self) -> None:
+        """Begins to generate, in a thread of its own."""
+        self._hooks = self._resident.hooks()
+        self._hooks.__enter__()
+        self._manager.start()
+
+    def stop(self) -> None:
+        """Ends what is still being generated, and the thread."""
+        if self._manager.is_running():
+            self._manager.stop(block=True, hard_stop=True)
+        self._hooks.__exit__(None, None, None)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that generates is there."""
+        return bool(self._manager.is_running()) and self._manager.background_thread_status.fatal_error is None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model is the caller's inside the block: sequences in flight wait, no mixture is active."""
+        with self._manager.pause():
+            self._resident.gate([])
+            self._standing = None
+            yield
+
+    @property
+    def running(self) -> int:
+        """Sequences that have begun."""
+        return len(self._manager.batch_processor.scheduler.active_requests)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not."""
+        return len(self._jobs) - self.running
+
+    @property
+    def adapters(self) -> int:
+        """Adapters whose tensors are stacked."""
+        return self._resident.adapters
+
+    @property
+    def kv_blocks(self) -> tuple[int, int]:
+        """Blocks of keys and values in use, and in all."""
+        total = self._cache.num_blocks
+        return round(total * (1 - self._cache.compute_free_capacity())), total
+
+    async def generate(
+        self, prompt: Sequence[int], parts: Sequence[Part], sampling: Sampling, deadline: float | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """The tokens that continue a prompt, as they come. Leaving the loop ends the sequence.
+
+        Args:
+            deadline: by the event loop's clock; None: as long as it takes.
+
+        Raises:
+            GenerationFailed, GenerationTimeout: see there.
+        """
+        job = _Job(parts, Drawing(sampling))
+        timer = None
+        if deadline is not None:
+            timer = asyncio.get_running_loop().call_at(deadline, job.outputs.put_nowait, None)
+        sequence = str(next(self._numbers))
+        self._jobs[sequence] = job
+        manager, ended, sent = self._manager, False, 0
+        try:
+            manager.register_result_handler(sequence, job.outputs.put_nowait)
+            # Always streaming: of a sequence that is cancelled nothing would be heard.
+            added = manager.add_request(
+                list(prompt), sequence, sampling.max_tokens, streaming=True, eos_token_id=self._ends
+            )
+            if added is None:
+                raise GenerationFailed("generation has stopped; the server has to be started again")
+            while not ended:
+                output = await job.outputs.get()
+                while output is not None and not job.outputs.empty():  # the last one holds all before
+                    output = job.outputs.get_nowait()
+                if output is None:
+                    raise GenerationTimeout("the answer took longer than a request may")
+                ended = output.is_finished()
+                if output.error is not None or job.error is not None:
+                    ended = True
+                    raise GenerationFailed(output.error or str(job.error)) from job.error
+                tokens = output.generated_tokens
+                reason: FinishReason | None = None
+                if ended:
+                    reason = "stop" if tokens and tokens[-1] in self._ends else "length"
+                yield Delta(tuple(tokens[sent:]), tuple(job.drawing.logprobs[sent : len(tokens)]), reason)
+                sent = len(tokens)
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if not ended:
+                manager.cancel_request(sequence)
+            with manager.output_router._lock:
+                manager.output_router.result_handlers.pop(sequence, None)
+            del self._jobs[sequence]
+            self._left.append(job)
+
+    # -- called by the thread that generates ------------------------------------------------------------------------
+
+    def before(self, step: Sequence[tuple[str, int]]) -> None:
+        """Gates the tokens of the next forward pass."""
+        while self._left:
+            job = self._left.popleft()
+            if job.share is not None:
+                self._resident.leave(job.share)
+                self._standing = None
+        standing = tuple(step)
+        if standing != self._standing:
+            self._mixed = self._resident.gate([(self._share(sequence), tokens) for sequence, tokens in step])
+            self._standing = standing
+        self.steps["gate" if self._mixed else "base"] += 1
+
+    def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
+        """Draws for each sequence in its own way."""
+        jobs = [self._jobs.get(sequence) for sequence in ids]
+        drawings = [_GREEDY if job is None else job.drawing for job in jobs]
+        tokens, failed = next_tokens(scores, drawings)
+        for row, error in failed.items():
+            job = jobs[row]
+            if job is not None:
+                job.error = error
+        return tokens
+
+    def failed(self, sequence: str, error: Exception) -> None:
+        """Remembers why a sequence was ended."""
+        self._standing = None
+        job = self._jobs.get(sequence)
+        if job is not None:
+            job.error = error
+
+    def _share(self, sequence: str) -> Share:
+        job = self._jobs.get(sequence)
+        if job is None:  # its caller has left, and this is its last step
+            return _NOTHING
+        if job.share is None:
+            job.share = self._resident.join(job.parts)
+        return job.share
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _cache(self) -> Any:
+        return self._manager.batch_processor.cache
+
+    def _make(self, memory: Memory, context: int | None) -> Any:
+        from transformers import ContinuousBatchingConfig
+
+        model = self._model
+        on_cpu = model.device.type == "cpu"
+        config = ContinuousBatchingConfig(
+            page_size=_PAGE,
+            num_blocks=self._blocks(memory, context) if on_cpu else None,
+            max_batch_tokens=_STEP_TOKENS,
+            max_requests_per_batch=min(memory.concurrent, _STEP_TOKENS),
+            allow_block_sharing=False,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            max_memory_percent=0.9 if on_cpu else None,
+        )
+        generation = greedy_config(eos_token_id=self._ends, max_new_tokens=1)
+        try:
+            return model.init_continuous_batching(generation, config)
+        except (AttributeError, ValueError) as error:
+            raise ModelError(f"this base model cannot be served in batches: {error}") from error
+
+    def _blocks(self, memory: Memory, context: int | None) -> int:
+        """Whole-model blocks: a usual length for every sequence, one sequence of full length, within the memory."""
+        config = self._model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * heads * size * self._model.dtype.itemsize
+        longest = context or _USUAL_LENGTH
+        tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))
+        tokens = min(tokens, int(memory.kv_cache_gb * 1e9 / per_token))
+        return max(1, math.ceil(tokens / _PAGE))
+
+
+_NOTHING = Share((), torch.empty(0, dtype=torch.int64), torch.empty(0))
+_GREEDY = Drawing(Sampling(1))

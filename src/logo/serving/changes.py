@@ -1,0 +1,69 @@
+"""Adding and removing adapters under way: vLLM's routes and bodies, paths only inside one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+
+from logo.errors import PoolError, StorageError, closest
+from logo.serving import protocol
+from logo.serving.answers import AUTO, Answers
+from logo.serving.errors import ApiError, bad_request, not_found
+from logo.serving.problems import shown
+from logo.serving.routes import ERRORS
+
+router = APIRouter(responses=ERRORS, tags=["Adapters"])
+
+
+@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+async def load(body: protocol.LoadAdapter, request: Request) -> Response:
+    """Adds an adapter to the pool; one that fails a check changes nothing."""
+    answers: Answers = request.app.state.answers
+    folder = inside(request.app.state.settings.adapter_changes, body.lora_path)
+    pool = answers.service.logo.pool
+    if body.lora_name in (AUTO, answers.base_model):
+        raise bad_request(f"lora_name: {shown(body.lora_name)} already means another model", "lora_name")
+    if body.lora_name in pool and not body.load_inplace:
+        raise bad_request(f"The lora adapter {shown(body.lora_name)} has already been loaded.", "lora_name")
+    if not folder.is_dir():
+        raise not_found(f"lora_path: expected a folder, found none at {shown(body.lora_path)}", "lora_path")
+    await answers.service.add(folder, body.lora_name, replace=body.load_inplace)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+async def unload(body: protocol.UnloadAdapter, request: Request) -> Response:
+    """Takes an adapter out of the pool; requests that have selected it are still answered with it."""
+    answers: Answers = request.app.state.answers
+    names = answers.service.logo.pool.names
+    if body.lora_name not in names:
+        hint = closest(body.lora_name, names)
+        raise not_found(f"The lora adapter {shown(body.lora_name)} cannot be found.{hint}", "lora_name")
+    try:
+        await answers.service.remove(body.lora_name)
+    except PoolError as error:  # another request was faster
+        raise not_found(str(error), "lora_name") from error
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def inside(root: Path, path: str) -> Path:
+    """The folder that a client names, absolute or relative to `root`, links followed.
+
+    Raises:
+        ApiError: it lies outside of `root`.
+    """
+    try:
+        found = (root / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StorageError(f"lora_path {shown(path)} cannot be followed") from error
+    if not found.is_relative_to(root.resolve()):
+        raise ApiError(
+            403,
+            f"lora_path: expected a folder inside the one this server was given, found {shown(path)}",
+            "invalid_request_error",
+            "lora_path",
+            "forbidden",
+        )
+    return found

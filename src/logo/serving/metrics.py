@@ -1,0 +1,97 @@
+"""What the server counts, for Prometheus: vLLM's names under `logo:`, and what only this server has.
+
+Labels are bounded: reasons, forms, and adapters of the pool. Nothing a client writes becomes a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from logo.serving.service import Chosen, Service
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+
+class Metrics:
+    """Counters and histograms of one server, in a registry of their own.
+
+    Args:
+        service: whose state the gauges show.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.registry = CollectorRegistry()
+
+        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(f"logo:{name}", text, buckets=tuple(buckets), registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"logo:{name}", text, labels, registry=self.registry)
+
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens that were read.")
+        self.generation_tokens = counter("generation_tokens", "Tokens that were generated.")
+        self.success = counter("request_success", "Answers that ended, by reason.", "finished_reason")
+        self.failures = counter("request_failure", "Answers that did not end, by reason.", "reason")
+        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SHORT)
+        self.inter_token = histogram("inter_token_latency_seconds", "Between the tokens of an answer.", _SHORT)
+        self.end_to_end = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LONG)
+        self.queue = histogram("request_queue_time_seconds", "From arrival to being probed.", _SHORT)
+        self.probe = histogram("probe_seconds", "Probing, together with others.", _SHORT)
+        self.prompt_length = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self.answer_length = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
+        self.adapters_per_request = histogram(
+            "adapters_per_request", "Adapters of a mixture.", (0, 1, 2, 5, 10, 20, 50)
+        )
+        self.registry.register(_State(service))
+        ProcessCollector(registry=self.registry)
+
+    def chosen(self, chosen: Chosen) -> None:
+        """Counts one selection."""
+        self.queue.observe(chosen.queue_ms / 1e3)
+        if chosen.probe_ms:
+            self.probe.observe(chosen.probe_ms / 1e3)
+        self.adapters_per_request.observe(len(chosen.selection.adapters))
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
+
+
+class _State(Collector):
+    """What the service is doing now, read when it is asked for."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        service, batching = self._service, self._service.batching
+        used, total = batching.kv_blocks
+        gauges: dict[str, tuple[str, float]] = {
+            "num_requests_running": ("Answers that are being generated.", batching.running),
+            "num_requests_waiting": ("Requests that wait to be probed or generated.", service.waiting),
+            "kv_blocks_used": ("Blocks of keys and values in use.", used),
+            "kv_blocks": ("Blocks of keys and values in all.", total),
+            "kv_cache_usage_perc": ("Share of the blocks in use, 1 is all.", used / total),
+            "pool_adapters": ("Adapters in the pool.", len(service.logo.pool)),
+            "adapters_stacked": ("Adapters whose tensors are ready to be mixed.", batching.adapters),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"logo:{name}", text, value=value)
+        selected = CounterMetricFamily("logo:adapter_selected", "Answers an adapter had a part in.", labels=["adapter"])
+        for adapter in service.logo.pool.names:
+            selected.add_metric([adapter], service.selected.get(adapter, 0))
+        yield selected
+        steps = CounterMetricFamily("logo:steps", "Forward passes, with some mixture or none.", labels=["form"])
+        for form, count in batching.steps.items():
+            steps.add_metric([form], count)
+        yield steps

@@ -1,0 +1,86 @@
+"""A server as a process: the port first, then the model, then requests; SIGTERM lets what was accepted end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from logo.errors import UsageError
+from logo.serving.app import AppSettings, create_app
+from logo.serving.guards import GuardSettings, guard
+from logo.serving.service import Service
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket of this address, taken before anything slow happens; 0 is any port that is free.
+
+    Raises:
+        UsageError: it cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        taken = socket.socket(family, kind, protocol)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error
+    return taken
+
+
+def address_of(taken: socket.socket) -> str:
+    """`http://host:port` of a socket."""
+    host, port = taken.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells the service first that it is going down."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        await super().startup(sockets)
+        if self.started:
+            self._started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second signal does not wait."""
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    service: Service,
+    settings: AppSettings,
+    guards: GuardSettings,
+    taken: socket.socket,
+    started: Callable[[], None] = lambda: None,
+    **uvicorn_options: Any,
+) -> None:
+    """Serves until a signal comes, and then until what was accepted has ended.
+
+    Args:
+        taken: where to listen.
+        started: called when requests are taken.
+    """
+    config = uvicorn.Config(
+        guard(create_app(service, settings), guards),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_keep_alive=30,
+        **uvicorn_options,
+    )
+    Server(config, service, started).run(sockets=[taken])

@@ -1,0 +1,343 @@
+"""`Service`: selecting for requests that wait, and generating with what was selected, while the pool may change.
+
+    ids -> (probed with others that wait) -> Selection -> tensors -> generated with others -> tokens
+
+The model belongs to the thread that generates. Selecting and changing the pool happen in one other thread, which
+pauses generation for as long as it needs the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.pool import AdapterPool
+from logo.engine import LoGo
+from logo.errors import LoGoError, UsageError
+from logo.mixing.adapter_cache import AdapterCache
+from logo.mixing.resident import Part
+from logo.selection import Selection
+from logo.selection.forced import forced
+from logo.serving.batching import Batching, Delta, Memory
+from logo.serving.sampling import Sampling
+
+
+class Overloaded(LoGoError, RuntimeError):
+    """As many requests wait as may."""
+
+
+class Draining(LoGoError, RuntimeError):
+    """The server is going down and takes no new requests."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request asks of its mixture.
+
+    Attributes:
+        adapters: instead of selecting: name -> weight; `{}` is the base model alone.
+        k: adapters at most; None: as the server was told.
+        signal: another signal than the server's.
+    """
+
+    adapters: Mapping[str, float] | None = None
+    k: int | None = None
+    signal: str | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A mixture that is ready to be generated with.
+
+    Attributes:
+        selection: names, weights, scores.
+        parts: their tensors.
+        queue_ms: how long the prompt waited to be probed.
+        probe_ms: how long probing took, together with others; 0 where nothing was selected.
+    """
+
+    selection: Selection
+    parts: tuple[Part, ...]
+    queue_ms: float
+    probe_ms: float
+
+
+@dataclass
+class _Waiting:
+    ids: Sequence[int]
+    wish: Wish
+    since: float
+    future: asyncio.Future[Chosen]
+
+
+class Service:
+    """One base model and its pool, for many requests.
+
+    Args:
+        logo: the engine; its own `generate` must not be used while the service runs.
+        memory: for sequences in flight.
+        max_queue: requests that may wait beside those in flight.
+        adapter_cache_gb: host memory for adapter tensors.
+        probe_batch: prompts per probe.
+
+    Raises:
+        UsageError: an engine that selects in a way that depends on the order of prompts.
+    """
+
+    def __init__(
+        self, logo: LoGo, memory: Memory, *, max_queue: int = 256, adapter_cache_gb: float = 4.0, probe_batch: int = 16
+    ) -> None:
+        if logo.settings.probe_context != "base":
+            raise UsageError(
+                f"probe_context {logo.settings.probe_context!r}: a server probes prompts together and in any order; "
+                "use 'base'"
+            )
+        if not logo.merge.exact:
+            raise UsageError(f"merge {logo.merge.kind!r}: a server mixes adapters exactly; leave it out")
+        self.logo = logo
+        self.memory = memory
+        self.max_queue = max_queue
+        dtype = logo.model.dtype if logo.model.dtype.is_floating_point else None
+        self.batching = Batching(logo.model, dtype or _float32(), memory, logo.prompts.context)
+        self._cache = AdapterCache(int(adapter_cache_gb * 1e9))
+        self._probe_batch = probe_batch
+        self._others: dict[str, LoGo] = {}  # engines of other signals, by name
+        self._worker = ThreadPoolExecutor(1, "logo-select")
+        self._waiting: list[_Waiting] = []
+        self._wake = asyncio.Event()
+        self._open = 0
+        self.draining = False
+        self.selected: dict[str, int] = {}
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begins to serve; inside a running event loop."""
+        self.batching.start()
+        self._selecting = asyncio.create_task(self._select_forever())
+
+    async def close(self) -> None:
+        """Ends everything; requests in flight fail."""
+        self.draining = True
+        self._selecting.cancel()
+        await asyncio.gather(self._selecting, return_exceptions=True)
+        await asyncio.get_running_loop().run_in_executor(self._worker, self.batching.stop)
+        self._worker.shutdown()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.batching.alive and not self.draining
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun to be generated."""
+        return len(self._waiting) + self.batching.waiting
+
+    @contextmanager
+    def admitted(self, count: int = 1) -> Iterator[None]:
+        """Room for so many answers, inside the block.
+
+        Raises:
+            Overloaded, Draining: there is none.
+        """
+        if self.draining:
+            raise Draining("the server is shutting down")
+        room = self.memory.concurrent + self.max_queue
+        if self._open + count > room:
+            raise Overloaded(f"{self._open} answers are being made or waited for, of {room} at most; try again later")
+        self._open += count
+        try:
+            yield
+        finally:
+            self._open -= count
+
+    # -- selecting and generating ----------------------------------------------------------------------------------
+
+    async def choose(self, ids: Sequence[int], wish: Wish) -> Chosen:
+        """The mixture for a prompt.
+
+        Raises:
+            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
+        """
+        waiting = _Waiting(ids, wish, time.perf_counter(), asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._wake.set()
+        try:
+            return await waiting.future
+        finally:
+            if waiting in self._waiting:  # cancelled before its turn
+                self._waiting.remove(waiting)
+
+    def generate(
+        self, ids: Sequence[int], chosen: Chosen, sampling: Sampling, deadline: float | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """See `Batching.generate`."""
+        for name in chosen.selection.adapters:
+            self.selected[name] = self.selected.get(name, 0) + 1
+        return self.batching.generate(ids, chosen.parts, sampling, deadline)
+
+    async def _select_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                batch = self._waiting[: self._probe_batch]
+                del self._waiting[: self._probe_batch]
+                results = await loop.run_in_executor(self._worker, self._choose, batch)
+                for waiting, result in zip(batch, results, strict=True):
+                    if waiting.future.done():
+                        continue
+                    if isinstance(result, Exception):
+                        waiting.future.set_exception(result)
+                    else:
+                        waiting.future.set_result(result)
+
+    def _choose(self, batch: Sequence[_Waiting]) -> list[Chosen | Exception]:
+        """In the other thread: selects for all of the batch, those of one signal together."""
+        results: dict[int, Chosen | Exception] = {}
+        began = time.perf_counter()
+        for signal in dict.fromkeys(waiting.wish.signal for waiting in batch):
+            members = [i for i, w in enumerate(batch) if w.wish.signal == signal]
+            to_probe = [i for i in members if batch[i].wish.adapters is None]
+            try:
+                logo = self._engine(signal)
+                scored = self._probed(logo, [batch[i].ids for i in to_probe])
+            except Exception as error:  # handed to those who wait for it
+                results |= dict.fromkeys(members, error)
+                continue
+            took = 1e3 * (time.perf_counter() - began)
+            for i in members:
+                found = scored.get(to_probe.index(i)) if i in to_probe else None
+                queued = 1e3 * (began - batch[i].since)
+                results[i] = self._finished(logo, batch[i].wish, found, queued, took if i in to_probe else 0.0)
+        return [results[i] for i in range(len(batch))]
+
+    def _probed(self, logo: LoGo, rows: list[Sequence[int]]) -> dict[int, Selection | Exception]:
+        if not rows:
+            return {}
+        with self.batching.paused():
+            try:
+                return dict(enumerate(logo.select_ids(rows, batch_size=self._probe_batch)))
+            except Exception as error:
+                if len(rows) == 1:
+                    return {0: error}
+        # One prompt that cannot be scored is no reason for the others to fail.
+        return {i: found for i, row in enumerate(rows) for found in self._probed(logo, [row]).values()}
+
+    def _finished(
+        self, logo: LoGo, wish: Wish, found: Selection | Exception | None, queued: float, took: float
+    ) -> Chosen | Exception:
+        try:
+            if isinstance(found, Exception):
+                return found
+            pool = logo.fitted
+            if found is None:
+                selection = forced(wish.adapters or {}, pool)
+            else:
+                selection = found if wish.k is None else logo.router.reselect(found.scores, (), k=wish.k)
+            return Chosen(selection, self._parts(pool, selection), queued, took)
+        except Exception as error:
+            return error
+
+    def _parts(self, pool: AdapterPool, selection: Selection) -> tuple[Part, ...]:
+        adapters = [pool[name] for name in selection.adapters]
+        # Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes.
+        return tuple(
+            Part(_Key(adapter), self._cache.read(adapter), weight)
+            for adapter, weight in zip(adapters, selection.weights, strict=True)
+            if weight
+        )
+
+    def _engine(self, signal: str | None) -> LoGo:
+        if signal is None or signal == self.logo.settings.signal:
+            return self.logo
+        if signal not in self._others:
+            settings = replace(self.logo.settings, signal=signal, weighting=None)
+            with self.batching.paused():  # a signal may have to be calibrated
+                self._others[signal] = LoGo(self.logo.model, self.logo.tokenizer, self.logo.pool, settings=settings)
+        return self._others[signal]
+
+    # -- the pool --------------------------------------------------------------------------------------------------
+
+    async def add(self, folder: Path, name: str, *, replace: bool = False) -> Adapter:
+        """Opens an adapter folder and adds it to the pool; all of it or nothing.
+
+        Args:
+            replace: an adapter that has this name.
+
+        Raises:
+            LoGoError: the adapter cannot be used, or the pool has one of that name.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._add, folder, name, replace)
+
+    async def remove(self, name: str) -> None:
+        """Takes an adapter out of the pool; what has selected it is still answered with it.
+
+        Raises:
+            LoGoError: there is none of that name, or it is the last one.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._remove, name)
+
+    def _add(self, folder: Path, name: str, replaced: bool) -> Adapter:
+        pool = self.logo.pool
+        adapter = open_adapter(folder, name)
+        adapter.read()  # finds what is not finite
+        before = pool.remove(name) if replaced and name in pool else None
+        pool.add(adapter)
+        try:
+            self._take_note()
+        except Exception:
+            pool.remove(name)
+            if before is not None:
+                pool.add(before)
+            self._take_note()
+            raise
+        return adapter
+
+    def _remove(self, name: str) -> None:
+        pool = self.logo.pool
+        pool[name]  # raises with a did-you-mean
+        if len(pool) == 1:
+            raise UsageError(f"adapter {name!r} is the only one left: a pool needs one")
+        adapter = pool.remove(name)
+        try:
+            self._take_note()
+        except Exception:
+            pool.add(adapter)
+            raise
+
+    def _take_note(self) -> None:
+        """Indexes what is new in the pool now, so that no request has to wait for it."""
+        with self.batching.paused():
+            for logo in (self.logo, *self._others.values()):
+                logo.router  # noqa: B018
+
+
+class _Key:
+    """Tells an adapter's tensors from those of others, also of one that had its name before."""
+
+    __slots__ = ("adapter",)
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def __hash__(self) -> int:
+        return hash((self.adapter.name, id(self.adapter.file)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.adapter.file is other.adapter.file
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32
