@@ -7,6 +7,7 @@ into JSON. Values of a request are shown cut; what went wrong inside is told to 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,14 +99,14 @@ def too_large(limit: int) -> ApiError:
 
 def too_many(retry_after: float) -> ApiError:
     """429: the queue is full; worth another try after so many seconds."""
-    seconds = max(1, round(retry_after))
+    seconds = _seconds(retry_after)
     message = f"too many requests are waiting; try again in {seconds} s"
     return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(seconds)})
 
 
 def unavailable(message: str, retry_after: float | None = None) -> ApiError:
     """503: not now: loading, draining or out of memory."""
-    headers = None if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
+    headers = None if retry_after is None else {"Retry-After": str(_seconds(retry_after))}
     return ApiError(503, message, SERVER, code="unavailable", headers=headers)
 
 
@@ -150,6 +151,11 @@ def shown_line(text: str, limit: int = 500) -> str:
     """A message of ours as one line of bounded length; names in it came from the client."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _seconds(retry_after: float) -> int:
+    """`Retry-After` knows whole seconds only."""
+    return max(1, math.ceil(retry_after))
 
 
 def _of_starlette(error: HTTPException) -> ApiError:

@@ -130,10 +130,10 @@ def configure(log_json: bool = False, level: Level = "info") -> None:
                 }
             },
             "loggers": {
-                "logo": {"handlers": ["stderr"], "level": level.upper(), "propagate": False},
-                "uvicorn": {"handlers": ["stderr"], "level": server.upper(), "propagate": False},
+                "logo": {"handlers": ["stderr"], "level": level.upper()},
+                "uvicorn": {"handlers": ["stderr"], "level": server.upper()},
                 "uvicorn.error": {"level": server.upper()},
-                "uvicorn.access": {"handlers": [], "level": "CRITICAL", "propagate": False},
+                "uvicorn.access": {"handlers": [], "level": "CRITICAL"},
             },
         }
     )

@@ -40,7 +40,7 @@ def problem(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     first = errors[0]
     kind, context, value = str(first["type"]), first.get("ctx", {}), first.get("input")
     place = list(first["loc"])
-    if place[:1] == ["body"]:
+    if place[:1] in (["body"], ["query"], ["path"], ["header"]):
         place = place[1:]
     if kind == "json_invalid":
         return f"the body is not JSON: {context.get('error', 'unreadable')} at character {place[-1]}", None
@@ -119,7 +119,7 @@ def _no_object(value: Any, kind: str) -> str:
 
 
 def _number(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+    return str(int(bound)) if int(bound) == bound else f"{bound:g}"
 
 
 def _count(number: int, what: str) -> str:

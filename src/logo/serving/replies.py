@@ -17,7 +17,7 @@ def _absent(value: Any) -> bool:
 
 def _finite(value: Any) -> Any:
     """OpenAI's own stand-in for the logarithm of zero, which JSON cannot hold."""
-    return max(value, -9999.0) if isinstance(value, float) else value
+    return -9999.0 if isinstance(value, float) and not value > -9999.0 else value
 
 
 Logprob = Annotated[float, BeforeValidator(_finite)]

@@ -1,0 +1,73 @@
+"""Answers as JSON: OpenAI's shape, `logo` on top, nothing that JSON cannot hold."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from logo.serving.replies import (
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    Mixture,
+    TokenLogprob,
+    Usage,
+    event,
+    new_id,
+)
+
+
+def test_replies_have_openais_shape() -> None:
+    mixture = Mixture(adapters=["a"], weights=[1.0], probe_ms=1.5, queue_ms=0.0)
+    logprobs = CompletionLogprobs(
+        tokens=["a"], token_logprobs=[-math.inf], top_logprobs=[{"a": -1e9, "b": -0.5}], text_offset=[0]
+    )
+    choice = CompletionChoice(index=0, text="a", logprobs=logprobs, finish_reason="stop")
+    reply = Completion(id="cmpl-1", created=1, model="logo", choices=[choice], usage=Usage.of(3, 4), logo=mixture)
+    assert json.loads(reply.model_dump_json()) == {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "created": 1,
+        "model": "logo",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+        "logo": {"adapters": ["a"], "weights": [1.0], "probe_ms": 1.5, "queue_ms": 0.0},
+        "choices": [
+            {
+                "index": 0,
+                "text": "a",
+                "logprobs": {
+                    "tokens": ["a"],
+                    "token_logprobs": [-9999.0],
+                    "top_logprobs": [{"a": -9999.0, "b": -0.5}],
+                    "text_offset": [0],
+                },
+                "finish_reason": "stop",
+            }
+        ],
+    }
+
+
+def test_chunks_leave_out_what_they_do_not_have() -> None:
+    chunk = ChatCompletionChunk(
+        id="chatcmpl-1", created=1, model="m", choices=[ChatChunkChoice(index=0, delta=Delta(content="é\u2028\n"))]
+    )
+    sent = event(chunk)
+    assert sent.startswith(b"data: {") and sent.endswith(b"}\n\n") and sent.count(b"\n") == 2
+    assert json.loads(sent[6:]) == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "delta": {"content": "é\u2028\n"}, "logprobs": None, "finish_reason": None}],
+    }
+
+
+def test_logarithms_of_zero_are_numbers_in_chats_too() -> None:
+    assert TokenLogprob(token="x", logprob=-math.inf, bytes=[120]).logprob == -9999.0
+
+
+def test_ids_tell_what_they_name_and_never_repeat() -> None:
+    assert new_id("cmpl").startswith("cmpl-") and new_id("chatcmpl") != new_id("chatcmpl")
