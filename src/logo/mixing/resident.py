@@ -84,6 +84,11 @@ class Resident:
         """How many adapters are stacked, in use or not."""
         return len(self._held)
 
+    @property
+    def columns(self) -> int:
+        """How many columns there is room for."""
+        return self._capacity
+
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Adds the gated term to every module inside the block; nothing where no gate is set."""
@@ -151,12 +156,12 @@ class Resident:
         columns = [heapq.heappop(self._free) for _ in range(rank)]
         for path, factors in weights.items():
             if path not in self._stacks:
-                place = {"dtype": self._dtype, "device": device_of(self._modules[path])}
-                d_in, d_out = factors.A.shape[1], len(factors.B)
-                self._stacks[path] = (
-                    torch.zeros(self._capacity, d_in, **place),
-                    torch.zeros(self._capacity, d_out, **place),
+                device = device_of(self._modules[path])
+                A, B = (
+                    torch.zeros(self._capacity, width, dtype=self._dtype, device=device)
+                    for width in (factors.A.shape[1], len(factors.B))
                 )
+                self._stacks[path] = A, B
         for path, (A, B) in self._stacks.items():
             found = weights.get(path)
             own = columns[: 0 if found is None else len(found.A)]

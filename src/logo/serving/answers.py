@@ -106,7 +106,7 @@ class Answers:
             return Wish(k=options.k, signal=options.signal)
         return Wish(adapters={} if model == self.base_model else {model: 1.0})
 
-    def encoded(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+    def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Token ids of prompts.
 
         Raises:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -109,22 +109,46 @@ class Batching:
         self._standing: tuple[Any, ...] | None = None
         self._mixed = False
         self.steps = {"base": 0, "gate": 0}
+        self._hooks: AbstractContextManager[None] | None = None
         self._manager = self._make(memory, context)
         attach(self._manager, self)
         reach = infer_max_single_request_tokens(self._cache)
         self.context = reach if context is None else min(context, reach)
 
     def start(self) -> None:
-        """Begins to generate, in a thread of its own."""
+        """Begins to generate, in a thread of its own; nothing if it has begun already.
+
+        Raises:
+            ModelError: sequences do not come out as the model continues them by itself.
+        """
+        if self._hooks is not None:
+            return
+        prompt = [1 + i % (self._model.config.get_text_config().vocab_size - 1) for i in range(2, 10)]
+        want = self._continued(prompt)
         self._hooks = self._resident.hooks()
         self._hooks.__enter__()
         self._manager.start()
+        try:
+            self._manager.add_request(prompt, "check", len(want), eos_token_id=-1)
+            found = self._manager.get_result("check", timeout=600)
+            if found is None or found.error or found.generated_tokens != want:
+                reason = "found other tokens" if found is None or not found.error else found.error
+                raise ModelError(
+                    f"{type(self._model).__name__} cannot be served: transformers' continuous batching does not "
+                    f"compute what the model does ({reason})"
+                )
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Ends what is still being generated, and the thread."""
+        if self._hooks is None:
+            return
         if self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
         self._hooks.__exit__(None, None, None)
+        self._hooks = None
 
     @property
     def alive(self) -> bool:
@@ -253,6 +277,16 @@ class Batching:
             job.share = self._resident.join(job.parts)
         return job.share
 
+    @torch.no_grad()
+    def _continued(self, prompt: Sequence[int]) -> list[int]:
+        """Two tokens, as the model by itself continues a prompt."""
+        ids = torch.tensor([prompt], device=self._model.device)
+        for _ in range(2):
+            token = self._model(input_ids=ids, use_cache=False).logits[:, -1].float().argmax(dim=-1, keepdim=True)
+            ids = torch.cat([ids, token], dim=1)
+        found: list[int] = ids[0, len(prompt) :].tolist()
+        return found
+
     # -- memory -----------------------------------------------------------------------------------------------------
 
     @property
@@ -263,6 +297,14 @@ class Batching:
         from transformers import ContinuousBatchingConfig
 
         model = self._model
+        attention = model.config._attn_implementation
+        if attention != "sdpa" and "flash" not in attention:
+            # Transformers would exchange it for an attention of its own that leaves out what some models need
+            # (Gemma 2's soft cap): answers would be wrong, and nothing would say so.
+            raise ModelError(
+                f"{type(model).__name__} cannot be served: expected attention of kind sdpa or flash, found "
+                f"{attention!r}, which transformers' continuous batching does not compute exactly"
+            )
         on_cpu = model.device.type == "cpu"
         config = ContinuousBatchingConfig(
             page_size=_PAGE,
@@ -273,6 +315,7 @@ class Batching:
             use_async_batching=False,
             use_cuda_graph=False,
             max_memory_percent=0.9 if on_cpu else None,
+            auto_switch_to_flash=model.dtype.itemsize == 2,
         )
         generation = greedy_config(eos_token_id=self._ends, max_new_tokens=1)
         try:

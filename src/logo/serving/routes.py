@@ -47,7 +47,9 @@ class _Text:
     options: Options
 
 
-_STREAM = {200: {"content": {"text/event-stream": {}}, "description": "With 'stream', server-sent events."}}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "With 'stream', server-sent events."}
+}
 
 
 @router.post("/v1/completions", response_model=replies.Completion, responses=_STREAM, tags=["OpenAI"])

@@ -73,6 +73,9 @@ def serve(
     Args:
         taken: where to listen.
         started: called when requests are taken.
+
+    Raises:
+        ModelError: the model cannot be served.
     """
     config = uvicorn.Config(
         guard(create_app(service, settings), guards),
@@ -83,4 +86,8 @@ def serve(
         timeout_keep_alive=30,
         **uvicorn_options,
     )
-    Server(config, service, started).run(sockets=[taken])
+    service.batching.start()  # a model that cannot be served is one line, not a traceback of uvicorn's
+    try:
+        Server(config, service, started).run(sockets=[taken])
+    finally:
+        service.batching.stop()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +26,12 @@ VERSIONS = ">=5.24,<5.25"
 _log = logging.getLogger("logo.serving")
 
 _EXPECTED = {
-    ("inputs_and_outputs", "prepare_batch_tensors"): ("requests_in_batch",),
+    ("inputs_and_outputs", "prepare_batch_tensors"): (
+        "requests_in_batch",
+        "logits_processors",
+        "use_decode_fast_path",
+        "num_q_tokens",
+    ),
     ("", "_generation_step"): ("model",),
     ("", "_handle_request_error"): ("error", "state"),
     ("", "update_batch"): (),
@@ -52,31 +56,6 @@ class Steps(Protocol):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class _Before:
-    """A sequence as it was before a step was prepared."""
-
-    state: Any
-    position: int
-    tokens: list[int]
-    left: list[int]
-
-    @classmethod
-    def of(cls, state: Any) -> _Before:
-        return cls(state, state.position_offset, list(state.tokens_to_process), list(state.remaining_prefill_tokens))
-
-    def restore(self) -> None:
-        from transformers.generation.continuous_batching.requests import RequestStatus
-
-        self.state.position_offset = self.position
-        if len(self.tokens) > 1 or not self.state.generated_len():  # of its prompt: to be scheduled again as such
-            self.state.remaining_prefill_tokens = self.tokens + self.left
-            self.state.tokens_to_process = []
-            self.state.status = RequestStatus.PREFILLING
-        else:
-            self.state.tokens_to_process = self.tokens
-
-
 def attach(manager: Any, steps: Steps) -> None:
     """Lets `steps` decide what every step of a manager computes; before the manager is started.
 
@@ -88,40 +67,56 @@ def attach(manager: Any, steps: Steps) -> None:
     _check(processor)
     io, runner = processor.inputs_and_outputs, processor.model_runner
     prepare, compute = io.prepare_batch_tensors, processor._generation_step
-    before: list[_Before] = []
+    prepared: dict[str, Any] = {}
+    tokens: list[list[int]] = []
 
-    def prepare_batch_tensors(requests_in_batch: Any, *args: Any, **options: Any) -> None:
-        before[:] = [_Before.of(request.state) for request in requests_in_batch]
-        prepare(requests_in_batch, *args, **options)
+    def prepare_batch_tensors(**options: Any) -> None:
+        prepared.update(options)
+        tokens[:] = [list(request.state.tokens_to_process) for request in options["requests_in_batch"]]
+        prepare(**options)
+
+    def take_back() -> list[Any]:
+        """The sequences of the step, as they were before it was prepared."""
+        requests = list(prepared["requests_in_batch"])
+        for request, own in zip(requests, tokens, strict=True):
+            request.state.position_offset -= request.query_length
+            request.state.tokens_to_process = own
+        io.requests_in_batch = []
+        return requests
 
     def generation_step(model: Any) -> None:
         try:
             steps.before([(r.state.request_id, r.query_length) for r in io.requests_in_batch])
             compute(model)
         except Exception as error:  # whatever it is, the server has to go on
-            _take_back(processor, before, steps, error)
+            requests = take_back()
+            if len(requests) == 1:
+                _end(processor, steps, requests[0].state, error)
+            else:  # whichever it was, it fails again, and in the end alone; memory may do for fewer at a time
+                half = len(requests) // 2
+                for part in (requests[:half], requests[half:]):
+                    size = sum(request.query_length for request in part)
+                    prepare_batch_tensors(**{**prepared, "requests_in_batch": part, "num_q_tokens": size})
+                    generation_step(model)
+                    processor.update_batch()
+                    io.requests_in_batch = []  # the loop updates once more
 
     def sample(scores: Tensor, output_ids: Tensor) -> None:
         ids = [request.state.request_id for request in io.requests_in_batch if request.has_new_token]
-        tokens = steps.sample(scores[0, : len(ids)], ids)
-        output_ids[0, : len(ids)].copy_(tokens)
+        drawn = steps.sample(scores[0, : len(ids)], ids)
+        output_ids[0, : len(ids)].copy_(drawn)
 
     io.prepare_batch_tensors = prepare_batch_tensors
     processor._generation_step = generation_step
     runner._sample = sample
 
 
-def _take_back(processor: Any, before: Sequence[_Before], steps: Steps, error: Exception) -> None:
-    """Ends the sequence that asked most of the step (the newest of those) and takes the step back for the others."""
-    io = processor.inputs_and_outputs
-    blamed = max(enumerate(io.requests_in_batch), key=lambda entry: (entry[1].query_length, entry[0]))[1].state
-    _log.warning("a step failed (%s); ending request %s", type(error).__name__, blamed.request_id, exc_info=error)
-    for entry in before:
-        entry.restore()
-    io.requests_in_batch = []
-    steps.failed(blamed.request_id, error)
-    processor._handle_request_error(error, blamed)
-    processor.scheduler.finish_request(blamed.request_id)
+def _end(processor: Any, steps: Steps, state: Any, error: Exception) -> None:
+    """Ends the sequence that a step cannot be computed for."""
+    _log.warning("request %s cannot be generated: %s", state.request_id, type(error).__name__, exc_info=error)
+    steps.failed(state.request_id, error)
+    processor._handle_request_error(error, state)
+    processor.scheduler.finish_request(state.request_id)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -133,7 +128,7 @@ def _check(processor: Any) -> None:
     for (owner, name), parameters in _EXPECTED.items():
         target = getattr(getattr(processor, owner) if owner else processor, name, None)
         found = tuple(inspect.signature(target).parameters) if callable(target) else None
-        if found is None or found[: len(parameters)] != parameters:
+        if found is None or found[: len(parameters)] != parameters or (not parameters and found):
             raise ModelError(
                 f"serving needs transformers {VERSIONS}, found {transformers.__version__}: "
                 f"{owner or 'the processor'}.{name} of its continuous batching has changed"

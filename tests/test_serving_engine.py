@@ -1,0 +1,344 @@
+"""Sequences that share steps: each is answered as if it were alone, whoever comes, goes or fails beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from logo import LoGo
+from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
+from logo.serving import steps
+from logo.serving.batching import GenerationFailed, GenerationTimeout, Memory
+from logo.serving.sampling import Sampling
+from logo.serving.service import Chosen, Draining, Overloaded, Service, Wish
+from test_engine import engine, write_adapter
+
+_T = TypeVar("_T")
+POISON = 77
+
+
+def served(logo: LoGo, use: Callable[[Service], Awaitable[_T]], **options: Any) -> _T:
+    """What `use` makes of a running service."""
+
+    async def run() -> _T:
+        service = Service(logo, Memory(concurrent=options.pop("concurrent", 8)), **options)
+        await service.start()
+        try:
+            return await use(service)
+        finally:
+            await service.close()
+
+    return asyncio.run(run())
+
+
+async def answer(
+    service: Service, ids: list[int], wish: Wish, sampling: Sampling
+) -> tuple[tuple[int, ...], str, Chosen]:
+    chosen = await service.choose(ids, wish)
+    tokens: list[int] = []
+    reason = None
+    async for delta in service.generate(ids, chosen, sampling):
+        tokens += delta.tokens
+        reason = delta.finish_reason
+    assert reason is not None
+    return tuple(tokens), reason, chosen
+
+
+async def settled(service: Service) -> tuple[int, int, int]:
+    """Blocks, running and waiting sequences, once the generating thread has heard of everything."""
+    for _ in range(100):
+        found = (service.batching.kv_blocks[0], service.batching.running, service.waiting)
+        if found == (0, 0, 0):
+            break
+        await asyncio.sleep(0.02)
+    return found
+
+
+WISHES = [
+    Wish(),
+    Wish(adapters={}),
+    Wish(adapters={"tasks/t0": 1.0}),
+    Wish(adapters={"tasks/t1": 0.3, "tasks/t4": -2.0}),
+]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3", "mistral", "gpt2", "phi3"])
+def test_answers_are_those_of_generating_alone(architecture: str, tmp_path: Path) -> None:
+    """Also where windows slide, where prompts are longer than a step, and where more come than fit a step."""
+    model = tiny.model(architecture)
+    names = {"gpt2": "c_attn", "phi3": "qkv_proj"}.get(architecture, "q_proj")
+    for i in range(5):
+        write_adapter(tmp_path / "tasks" / f"t{i}", model, (names, "down_proj"), rank=i + 1, seed=i)
+    logo = engine(model, tmp_path)
+    rows = tiny.prompts([1, 3, 40, 9, 2, 70, 5, 12, 30, 4, 6, 90], seed=4)
+    wishes = [WISHES[i % len(WISHES)] for i in range(len(rows))]
+    lengths = [1 + 7 * i % 23 for i in range(len(rows))]
+
+    async def use(service: Service) -> list[Any]:
+        jobs = (
+            answer(service, ids, wish, Sampling(length))
+            for ids, wish, length in zip(rows, wishes, lengths, strict=True)
+        )
+        return [*await asyncio.gather(*jobs), await settled(service)]
+
+    *found, after = served(logo, use, concurrent=5)
+    assert after == (0, 0, 0)
+    for ids, wish, length, (tokens, reason, chosen) in zip(rows, wishes, lengths, found, strict=True):
+        [want] = alone(logo, [ids], [wish], length)
+        assert (tokens, reason) == (want[0], want[1])
+        assert chosen.selection.adapters == want[2]
+
+
+def alone(logo: LoGo, rows: list[list[int]], wishes: list[Wish], length: int) -> list[tuple[Any, ...]]:
+    """One by one, by the engine's own decoder."""
+    from logo.decoding import greedy_config
+    from logo.selection import Selection
+
+    config = greedy_config(max_new_tokens=length, pad_token_id=2)
+    results = []
+    for ids, wish in zip(rows, wishes, strict=True):
+        forced = wish.adapters is not None
+        selection = Selection.forced(wish.adapters or {}) if forced else logo.select_ids([ids])[0]
+        [(tokens, reason)] = logo._decoder(logo.fitted, [ids], [selection.mixture], config)
+        results.append((tuple(tokens), reason, selection.adapters))
+    return results
+
+
+def test_a_seed_gives_the_same_answer_in_any_company(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters, unscorable="skip")
+    rows = tiny.prompts([4, 9, 6], seed=1)
+    way = Sampling(12, temperature=1.5, top_p=0.9, seed=5)
+
+    async def use(service: Service) -> Any:
+        single = await answer(service, rows[0], Wish(), way)
+        many = await asyncio.gather(*(answer(service, ids, Wish(), way) for ids in (rows[1], rows[0], rows[2])))
+        other = await answer(service, rows[0], Wish(), Sampling(12, temperature=1.5, top_p=0.9, seed=6))
+        return single[0], many[1][0], other[0]
+
+    single, among, other = served(logo, use)
+    assert single == among != other
+
+
+def test_who_leaves_early_frees_what_it_held(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters, unscorable="skip")
+    rows = tiny.prompts([5, 8, 7, 30], seed=2)
+
+    async def leave(service: Service, ids: list[int], after: int) -> None:
+        chosen = await service.choose(ids, Wish())
+        async with aclosing(service.generate(ids, chosen, Sampling(90))) as deltas:
+            seen = 0
+            async for delta in deltas:
+                seen += len(delta.tokens)
+                if seen >= after:
+                    return
+
+    async def use(service: Service) -> Any:
+        kept = answer(service, rows[3], Wish(), Sampling(40))
+        results = await asyncio.gather(kept, *(leave(service, ids, n) for n, ids in enumerate(rows[:3], start=1)))
+        return results[0][0], await settled(service), len(service.batching._manager.output_router.result_handlers)
+
+    tokens, after, handlers = served(logo, use)
+    assert tokens == alone(logo, [rows[3]], [Wish()], 40)[0][0]
+    assert (after, handlers) == ((0, 0, 0), 0)
+
+
+def test_a_step_that_fails_ends_one_sequence_and_no_other(adapters: Path) -> None:
+    model = tiny.model("llama")
+    logo = engine(model, adapters, unscorable="skip")
+    good = tiny.prompts([6, 11, 3], seed=3)
+    good = [[i if i != POISON else 5 for i in row] for row in good]
+    want = alone(logo, good, [Wish()] * 3, 25)
+    bad = [4, POISON, 5]
+
+    def refuse(module: nn.Module, inputs: Any, options: Any) -> None:
+        ids = options["input_ids"] if "input_ids" in options else inputs[0]
+        if options.get("cache") is not None and bool((ids == POISON).any()):
+            raise torch.OutOfMemoryError("no room for this one")
+
+    async def use(service: Service) -> Any:
+        handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
+        try:
+            jobs = [answer(service, ids, Wish(), Sampling(25)) for ids in good]
+            jobs.insert(1, answer(service, bad, Wish(), Sampling(25)))
+            found = await asyncio.gather(*jobs, return_exceptions=True)
+            return found, await settled(service), service.batching.alive
+        finally:
+            handle.remove()
+
+    found, after, alive = served(logo, use)
+    error = found.pop(1)
+    assert isinstance(error, GenerationFailed)
+    assert isinstance(error.__cause__, torch.OutOfMemoryError)
+    assert [entry[0] for entry in found] == [entry[0] for entry in want]
+    assert alive
+    assert after == (0, 0, 0)
+
+
+def test_a_sequence_that_is_late_is_ended(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters, unscorable="skip")
+    ids = tiny.prompts([5], seed=2)[0]
+
+    async def use(service: Service) -> Any:
+        chosen = await service.choose(ids, Wish())
+        with pytest.raises(GenerationTimeout):
+            async for _ in service.generate(ids, chosen, Sampling(90), asyncio.get_running_loop().time() - 1):
+                raise AssertionError("a token came")
+        return await settled(service)
+
+    assert served(logo, use) == (0, 0, 0)
+
+
+def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: nn.Module, tmp_path: Path) -> None:
+    for i in range(3):
+        write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)
+    write_adapter(tmp_path / "other", llama, ("q_proj", "v_proj"), rank=3, seed=9)
+    ids = tiny.prompts([6], seed=5)[0]
+    wish = Wish(adapters={"t1": 1.0})
+    before = alone(engine(llama, tmp_path / "pool"), [ids], [wish], 30)[0][0]
+    shutil.copytree(tmp_path / "pool", tmp_path / "changed")
+    shutil.rmtree(tmp_path / "changed" / "t1")
+    shutil.copytree(tmp_path / "other", tmp_path / "changed" / "t1")
+    later = alone(engine(llama, tmp_path / "changed"), [ids], [wish], 30)[0][0]
+    assert before != later
+
+    async def use(service: Service) -> Any:
+        chosen = await service.choose(ids, wish)
+        deltas = service.generate(ids, chosen, Sampling(30))
+        first = (await anext(deltas)).tokens
+        waiting = await service.choose(ids, wish)  # selected, not begun
+        await service.remove("t1")
+        shutil.rmtree(tmp_path / "pool" / "t1")
+        with pytest.raises(PoolError, match="t1"):
+            await service.choose(ids, wish)
+        await service.add(tmp_path / "other", "t1")
+        new = await answer(service, ids, wish, Sampling(30))
+        rest = [token async for delta in deltas for token in delta.tokens]
+        held = [token async for delta in service.generate(ids, waiting, Sampling(30)) for token in delta.tokens]
+        return (*first, *rest), tuple(held), new[0], (await service.choose(ids, Wish())).selection.scores
+
+    begun, held, new, scores = served(engine(llama, tmp_path / "pool", k=2), use)
+    assert begun == held == before
+    assert new == later
+    fresh = engine(llama, tmp_path / "changed", k=2).select_ids([ids])[0].scores
+    assert scores == pytest.approx(fresh)
+
+
+@pytest.mark.parametrize("fault", ["nan", "shape", "unscorable", "taken", "pickle"])
+def test_an_adapter_that_cannot_be_used_changes_nothing(fault: str, llama: nn.Module, tmp_path: Path) -> None:
+    for i in range(3):
+        write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
+    bad = tmp_path / "bad"
+    names = ("down_proj",) if fault == "unscorable" else ("q_proj",)
+    maker = tiny.model("llama", hidden_size=64) if fault == "shape" else llama
+    write_adapter(bad, maker, names, rank=2, seed=7, scale=float("nan") if fault == "nan" else 0.2)
+    if fault == "pickle":
+        (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
+    ids = tiny.prompts([6], seed=5)[0]
+    logo = engine(llama, tmp_path / "pool")
+
+    async def use(service: Service) -> Any:
+        before = (await service.choose(ids, Wish())).selection
+        with pytest.raises((AdapterError, PoolError)):
+            await service.add(bad, "t1" if fault == "taken" else "new")
+        return before, (await service.choose(ids, Wish())).selection, service.logo.pool.names
+
+    before, after, names_after = served(logo, use)
+    assert before == after
+    assert names_after == ("t0", "t1", "t2")
+
+
+def test_the_last_adapter_stays(llama: nn.Module, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "pool" / "t0", llama, ("q_proj",), rank=2, seed=0)
+
+    async def use(service: Service) -> None:
+        with pytest.raises(UsageError, match="only one"):
+            await service.remove("t0")
+
+    served(engine(llama, tmp_path / "pool", k=1), use)
+
+
+def test_wishes_are_heard(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters, unscorable="skip")
+    ids = tiny.prompts([6], seed=5)[0]
+
+    async def use(service: Service) -> Any:
+        chosen = [await service.choose(ids, wish) for wish in (Wish(), Wish(k=1), Wish(signal="entropy"))]
+        for wish in (Wish(signal="nrm"), Wish(adapters={"tasks/t9": 1.0}), Wish(adapters={"tasks/t0": float("inf")})):
+            with pytest.raises(LoGoError):
+                await service.choose(ids, wish)
+        return chosen
+
+    plain, one, entropy = served(logo, use)
+    assert len(plain.selection.adapters) == 3
+    assert one.selection.adapters == plain.selection.adapters[:1]
+    assert one.selection.weights == (1.0,)
+    want = engine(llama, adapters, signal="entropy", unscorable="skip").select_ids([ids])[0]
+    assert entropy.selection.adapters == want.adapters
+
+
+def test_no_more_are_taken_than_there_is_room_for(llama: nn.Module, adapters: Path) -> None:
+    async def use(service: Service) -> None:
+        with service.admitted(10), pytest.raises(Overloaded), service.admitted(1):
+            pass
+        with service.admitted(10):
+            pass
+        service.draining = True
+        with pytest.raises(Draining), service.admitted():
+            pass
+
+    served(engine(llama, adapters, unscorable="skip"), use, max_queue=2)
+
+
+def test_orders_that_a_server_cannot_keep_are_refused(llama: nn.Module, adapters: Path) -> None:
+    with pytest.raises(UsageError, match="probe_context 'carry'"):
+        Service(engine(llama, adapters, unscorable="skip", probe_context="carry"), Memory())
+    tied = engine(llama, adapters, unscorable="skip")
+    tied.merge = "ties"  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="merge 'ties'"):
+        Service(tied, Memory())
+
+
+def test_a_model_that_is_not_batched_right_is_refused_at_the_start(tmp_path: Path) -> None:
+    """GPT-NeoX hands its cache other arguments than continuous batching takes."""
+    model = tiny.model("gpt_neox")
+    write_adapter(tmp_path / "t0", model, ("query_key_value",), rank=2, seed=0)
+    service = Service(engine(model, tmp_path, k=1), Memory(concurrent=2))
+    try:
+        with pytest.raises(ModelError, match="GPTNeoXForCausalLM cannot be served"):
+            service.batching.start()
+        assert not service.batching.alive
+    finally:
+        service.batching.stop()
+
+
+def test_attention_that_would_be_exchanged_is_refused(tmp_path: Path) -> None:
+    """Gemma 2 caps its attention, which the batched attention of transformers leaves out."""
+    model = tiny.model("gemma2")
+    write_adapter(tmp_path / "t0", model, ("q_proj",), rank=2, seed=0)
+    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM .* found 'eager'"):
+        Service(engine(model, tmp_path, k=1), Memory(concurrent=2))
+
+
+@pytest.mark.parametrize(("owner", "name"), list(steps._EXPECTED))
+def test_other_internals_are_refused_by_name(
+    owner: str, name: str, llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has to happen when transformers changes: a clear refusal at the start, not wrong answers."""
+    made = Service(engine(llama, adapters, unscorable="skip"), Memory(concurrent=2))
+    processor = made.batching._manager.batch_processor
+    for where, what in steps._EXPECTED:  # what attach has put over them
+        (getattr(processor, where) if where else processor).__dict__.pop(what, None)
+    steps._check(processor)
+    target = getattr(processor, owner) if owner else processor
+    monkeypatch.setattr(type(target), name, lambda self, something_else: None)
+    with pytest.raises(ModelError, match=rf"transformers .*{name}"):
+        steps._check(processor)
