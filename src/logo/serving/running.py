@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -86,8 +87,14 @@ def serve(
         timeout_keep_alive=30,
         **uvicorn_options,
     )
+    # uvicorn raises the signal again when it is done; ending as one was asked to is no failure.
+    signal.signal(signal.SIGTERM, _leave)
     service.batching.start()  # a model that cannot be served is one line, not a traceback of uvicorn's
     try:
         Server(config, service, started).run(sockets=[taken])
     finally:
         service.batching.stop()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
