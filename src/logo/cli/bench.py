@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from logo.cli import bench_serve
 from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import err, note, out, print_json, progress
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from logo.bench.probe import ProbeBench
 
 app = typer.Typer(invoke_without_command=True)
+app.command("serve")(bench_serve.serve)
 
 SIZES = "Sizes of the synthetic model and pool"
 PARTS = "What is measured"

@@ -1,0 +1,292 @@
+"""A server under load, side by side: what LoGo serves, its base model alone, and one prompt after another.
+
+`run_bench` sends the same requests to each arm in turn, watches the server meanwhile, and compares answers with
+`LoGo.generate`, token for token, once the server is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import httpx
+
+from logo.bench.figures import Summary
+from logo.bench.in_process import Difference, differences, one_by_one
+from logo.bench.load import Ask, Endpoint, run_load, said
+from logo.bench.local_server import LocalServer
+from logo.bench.watch import Churn, Watched, churn, sample, samples, settled
+from logo.errors import LoGoError
+
+if TYPE_CHECKING:
+    from logo.engine import LoGo
+
+Arm = Literal["logo", "base", "one-by-one"]
+ARMS: tuple[Arm, ...] = ("logo", "base", "one-by-one")
+
+_WARM_UP = 16  # requests before each load, which do not count
+
+Begin = Callable[[str, "int | None"], Callable[[], None]]
+"""Told what begins and of how many steps; returns what is to be called after each."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        asks: the requests.
+        arms: in this order.
+        concurrency: requests in flight.
+        seconds: send the asks again and again for so long; None: each once.
+        rounds: of all arms in turn; the server, where it is ours, is new in each.
+        verify: the answers to so many of the asks, the first ones, are compared.
+        churn: an adapter that comes and goes meanwhile.
+        timeout: seconds that one request may take.
+    """
+
+    asks: tuple[Ask, ...]
+    arms: tuple[Arm, ...] = ARMS
+    concurrency: int = 64
+    seconds: float | None = None
+    rounds: int = 1
+    verify: int = 0
+    churn: Churn | None = None
+    timeout: float = 300.0
+
+
+@dataclass
+class Results:
+    """A finished run.
+
+    Attributes:
+        loads: of each arm, one per round.
+        verified: answers compared.
+        differences: those that are not what `LoGo.generate` gives.
+        problems: what went wrong, one line each; a run is good where there are none.
+    """
+
+    loads: dict[Arm, list[Watched]] = field(default_factory=dict)
+    verified: int = 0
+    differences: list[Difference] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def summary(self, arm: Arm) -> Summary:
+        """An arm's answers of all rounds."""
+        loads = self.loads[arm]
+        return Summary.of([answer for load in loads for answer in load.answers], sum(load.seconds for load in loads))
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Speeds, LoGo's over the other's: output tokens (and requests) per second, medians over the rounds."""
+        rounds = {arm: [Summary.of(load.answers, load.seconds) for load in loads] for arm, loads in self.loads.items()}
+        found = {}
+        for name, other in (("logo_vs_base", "base"), ("logo_vs_one_by_one", "one-by-one")):
+            pairs = list(zip(rounds.get("logo", ()), rounds.get(other, ()), strict=False))  # type: ignore[call-overload]
+            for suffix, unit in (("", "output_tokens_per_second"), ("_requests", "requests_per_second")):
+                speeds = [getattr(ours, unit) / getattr(its, unit) for ours, its in pairs if getattr(its, unit)]
+                if speeds:
+                    found[name + suffix] = statistics.median(speeds)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the differences are the first hundred."""
+        return {
+            "arms": {
+                arm: {**self.summary(arm).as_dict(), "server": [load.server() for load in loads]}
+                for arm, loads in self.loads.items()
+            },
+            "ratios": self.ratios,
+            "verified": self.verified,
+            "different": len(self.differences),
+            "differences": [vars(one) for one in self.differences[:100]],
+            "problems": self.problems,
+        }
+
+
+def run_bench(
+    plan: Plan,
+    place: Endpoint | Callable[[], LocalServer],
+    engine: Callable[[], LoGo],
+    *,
+    api_key: str | None = None,
+    begin: Begin = lambda what, steps: lambda: None,
+) -> Results:
+    """Runs the arms on a server that is there, or on one of our own, which is started for every round.
+
+    Args:
+        place: where it is, or what starts one.
+        engine: opens the same model and pool in this process; called once, and only where it is needed. One by one
+            means `LoGo.generate` after our own server has ended; through a server that is not ours, one at a time.
+        api_key: of our own server.
+        begin: told what is going on.
+
+    Raises:
+        LoGoError: no server, or one that cannot do what is asked of it.
+    """
+    results = Results({arm: [] for arm in plan.arms})
+    local = not isinstance(place, Endpoint)
+    opened: list[LoGo] = []
+
+    def in_process() -> LoGo:
+        if not opened:
+            begin("opening the model", None)
+            opened.append(engine())
+        return opened[0]
+
+    for round_ in range(plan.rounds):
+        suffix = f", round {round_ + 1} of {plan.rounds}" if plan.rounds > 1 else ""
+        served = [arm for arm in plan.arms if arm != "one-by-one" or not local]
+        if served:
+            with _open(place, api_key, begin, results) as endpoint:
+                for arm in served:
+                    step = begin(f"{arm}{suffix}", None if plan.seconds else len(plan.asks))
+                    results.loads[arm].append(asyncio.run(_served(plan, endpoint, arm, step)))
+        if local and "one-by-one" in plan.arms:
+            results.loads["one-by-one"].append(_alone(plan, in_process(), begin(f"one-by-one{suffix}", len(plan.asks))))
+    results.problems += problems(results, local)
+    if plan.verify:
+        _verify(plan, results, in_process(), begin)
+    return results
+
+
+@contextlib.contextmanager
+def _open(
+    place: Endpoint | Callable[[], LocalServer], api_key: str | None, begin: Begin, results: Results
+) -> Iterator[Endpoint]:
+    if isinstance(place, Endpoint):
+        yield place
+        return
+    begin("starting the server", None)
+    with place() as server:
+        yield Endpoint(server.url, api_key)
+    if server.exit_code != 0:
+        results.problems.append(f"the server ended with code {server.exit_code} after SIGTERM: {server.said[-500:]}")
+
+
+async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], None]) -> Watched:
+    """One arm's load on a server, and how it stood meanwhile."""
+    async with endpoint.client() as client:
+        model = await _model(client, arm)
+        alone = arm == "one-by-one"
+        asks = [replace(ask, hang_up=None) for ask in plan.asks] if alone else plan.asks
+        concurrency = 1 if alone else plan.concurrency
+        patient = [replace(ask, hang_up=None) for ask in plan.asks[:_WARM_UP]]
+        await run_load(client, model, patient, concurrency=concurrency, timeout=plan.timeout)
+        started = time.perf_counter()
+        before = await sample(client, started)
+        stop = asyncio.Event()
+        watching = asyncio.create_task(samples(client, started, stop))
+        changing = asyncio.create_task(churn(client, plan.churn, stop)) if plan.churn else None
+        answers, seconds = await run_load(
+            client,
+            model,
+            asks,
+            concurrency=concurrency,
+            seconds=plan.seconds,
+            timeout=plan.timeout,
+            on_answer=lambda answer: step(),
+        )
+        stop.set()
+        changes, failed = await changing if changing else (0, [])
+        return Watched(
+            answers,
+            seconds,
+            before,
+            samples=await watching,
+            after=await settled(client, started, before),
+            changes=changes,
+            failed_changes=failed,
+        )
+
+
+async def _model(client: httpx.AsyncClient, arm: Arm) -> str:
+    """The id under which the server answers as the arm wants it.
+
+    Raises:
+        LoGoError: no server there, or none that has such a model.
+    """
+    role = "base" if arm == "base" else "auto"
+    try:
+        response = await client.get("/v1/models", timeout=60.0)
+        if response.status_code != 200:
+            raise LoGoError(f"server {client.base_url}: {response.status_code}: {said(response.text)}")
+        listed = response.json()["data"]
+        names = [str(model["id"]) for model in listed if model.get("logo", {}).get("role") == role]
+    except httpx.HTTPError as error:
+        raise LoGoError(f"server {client.base_url}: no answer ({type(error).__name__}: {error}); is it up?") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoGoError(f"server {client.base_url}: not the list of models of `logo serve`: {error}") from error
+    if not names:
+        raise LoGoError(
+            f"server {client.base_url}: has no model for the arm {arm!r} (of the role {role!r}); see --arms"
+        )
+    return names[0]
+
+
+def _alone(plan: Plan, engine: LoGo, step: Callable[[], None]) -> Watched:
+    one_by_one(engine, plan.asks, range(min(_WARM_UP, len(plan.asks))))
+    answers = one_by_one(engine, plan.asks, range(len(plan.asks)), seconds=plan.seconds, on_answer=step)
+    return Watched(answers, sum(answer.seconds for answer in answers))
+
+
+def problems(results: Results, own: bool) -> list[str]:
+    """Errors, changes of the pool that failed, and what the server kept.
+
+    Args:
+        own: the server has no other clients.
+    """
+    found = []
+    for arm, loads in results.loads.items():
+        for kind, count in results.summary(arm).errors.items():
+            first = next(a.message for load in loads for a in load.answers if a.outcome == "error" and a.kind == kind)
+            found.append(f"{arm}: {count} × {kind}: {first}")
+        for load in loads:
+            if load.failed_changes:
+                found.append(f"{arm}: {len(load.failed_changes)} × pool change: {load.failed_changes[0]}")
+            kept = ((load.after and load.after.kv_blocks) or 0) - ((load.before and load.before.kv_blocks) or 0)
+            if own and kept > 0:
+                found.append(f"{arm}: {kept:g} blocks of the KV cache more in use than before the load")
+    return found
+
+
+# -- the same answers as LoGo.generate --------------------------------------------------------------------------
+
+
+def _verify(plan: Plan, results: Results, engine: LoGo, begin: Begin) -> None:
+    """Compares whole answers of the first asks; those that the passing adapter had a part in, with it in the pool."""
+    known = {answer.ask: answer for load in results.loads.get("one-by-one", ()) for answer in load.answers}
+    for arm, loads in results.loads.items():
+        if arm == "one-by-one" and not any(load.before for load in loads):
+            continue  # nothing but LoGo.generate itself
+        answers = [a for load in loads for a in load.answers if a.outcome == "ok" and a.ask < plan.verify]
+        passing = plan.churn.name if plan.churn else None
+        for added in (False, True):
+            part = [answer for answer in answers if (passing in answer.adapters) == added]
+            expected = {} if added or arm == "base" else dict(known)
+            missing = sorted({answer.ask for answer in part} - set(expected))
+            step = begin(f"comparing {arm}", len(missing))
+            with _added(plan, engine, added and bool(part)):
+                made = one_by_one(engine, plan.asks, missing, base_only=arm == "base", on_answer=step)
+            expected |= {answer.ask: answer for answer in made}
+            results.differences += differences(arm, plan.asks, part, expected)
+            results.verified += len(part)
+    if results.differences:
+        results.problems.append(f"{len(results.differences)} of {results.verified} answers differ from LoGo.generate")
+
+
+@contextlib.contextmanager
+def _added(plan: Plan, engine: LoGo, wanted: bool) -> Iterator[None]:
+    if plan.churn is None or not wanted:
+        yield
+        return
+    engine.pool.add(plan.churn.folder, plan.churn.name)
+    try:
+        yield
+    finally:
+        engine.pool.remove(plan.churn.name)

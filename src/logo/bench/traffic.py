@@ -1,0 +1,93 @@
+"""What is asked in a load: prompts of many tasks and lengths; how long the answers, which streamed, which left early.
+
+The same seed makes the same requests.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from logo.bench.load import Ask
+from logo.errors import DataError, StorageError
+
+_FIELDS = ("prompt", "context")
+
+
+def read_asked(file: Path) -> list[str]:
+    """The prompts of a file: each line is one, or a JSON object that has it as `prompt` (or `context`).
+
+    Raises:
+        DataError: a line that is neither, or no prompt at all.
+        StorageError: the file cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"--prompts {file}: cannot be read: {error}") from error
+    prompts = [_prompt(line, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise DataError(f"--prompts {file}: expected one prompt per line, found none")
+    return prompts
+
+
+def _prompt(line: str, place: str) -> str:
+    if not line.lstrip().startswith("{"):
+        return line
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: begins like a JSON object and is none: {error}") from None
+    found = next((row[name] for name in _FIELDS if isinstance(row.get(name), str) and row[name].strip()), None)
+    if found is None:
+        raise DataError(f"{place}: expected some text as 'prompt' or 'context', found the fields {sorted(row)}")
+    return str(found)
+
+
+def demo_prompts() -> list[str]:
+    """The held-out rows of the demo world, all its tasks."""
+    from logo.demo import heldout
+
+    return [row["context"] for rows in heldout().values() for row in rows]
+
+
+def mixed_prompts(seed: int) -> list[str]:
+    """Requests of many kinds for any model; to most something is told first, from one sentence to a dozen."""
+    from logo.selection.neutral import NEUTRAL
+    from logo.selection.requests import REQUESTS
+
+    chance = random.Random(seed)
+    before = [chance.sample(NEUTRAL, chance.choice((0, 1, 2, 4, 12))) for _ in REQUESTS]
+    return ["\n\n".join([*told, request]) for told, request in zip(before, REQUESTS, strict=True)]
+
+
+def make_asks(
+    prompts: Sequence[str],
+    count: int,
+    *,
+    max_tokens: tuple[int, int],
+    stream_share: float,
+    hang_up_share: float,
+    seed: int,
+) -> list[Ask]:
+    """So many requests: the prompts in random order, over again where there are fewer.
+
+    Args:
+        max_tokens: fewest and most of the longest answers asked for, drawn evenly.
+        stream_share: of the requests, exactly so many (rounded) are streamed.
+        hang_up_share: of the requests, exactly so many are left by the client: half of them at the first token (or at
+            once, where the answer comes whole), the others at some later time.
+    """
+    chance = random.Random(seed)
+    order: list[str] = []
+    while len(order) < count:
+        order += chance.sample(prompts, len(prompts))
+    streamed = set(chance.sample(range(count), round(stream_share * count)))
+    left = set(chance.sample(range(count), round(hang_up_share * count)))
+    asks = []
+    for i, prompt in enumerate(order[:count]):
+        length, late, when = chance.randint(*max_tokens), chance.random() < 0.5, chance.random()
+        asks.append(Ask(prompt, length, i in streamed, (when if late else 0.0) if i in left else None))
+    return asks

@@ -1,0 +1,259 @@
+"""`logo bench serve`: a server under load, beside its base model alone and one prompt after another."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+
+from logo.cli.load_table import described, show
+from logo.cli.opening import open_engine
+from logo.cli.options import EngineOptions, expanded
+from logo.cli.output import err, note, progress
+from logo.cli.prompts import or_demo
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.bench.load import Ask
+    from logo.bench.local_server import LocalServer
+    from logo.bench.serving import Plan
+
+SERVER = "Server"
+LOAD = "Load"
+TROUBLE = "Trouble on purpose"
+
+SHOWN = 5  # differences that are named
+
+
+@expanded
+def serve(
+    engine: EngineOptions,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTIONS...]", help="More options for `logo serve`.", show_default=False),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="A server that is there already.", show_default="starts `logo serve` itself", rich_help_panel=SERVER
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="That it wants.", envvar="LOGO_API_KEY", rich_help_panel=SERVER)
+    ] = None,
+    arms: Annotated[
+        str, typer.Option(help="What is measured, of logo, base and one-by-one.", rich_help_panel=SERVER)
+    ] = "logo,base,one-by-one",
+    rounds: Annotated[int, typer.Option(help="Of all arms in turn.", min=1, rich_help_panel=SERVER)] = 1,
+    requests: Annotated[int, typer.Option(help="Different requests.", min=1, rich_help_panel=LOAD)] = 500,
+    duration: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Send them again and again for so long.",
+            min=1.0,
+            show_default="each once",
+            rich_help_panel=LOAD,
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.", min=1, rich_help_panel=LOAD)] = 64,
+    stream_share: Annotated[
+        float, typer.Option(help="Of the requests, streamed.", min=0.0, max=1.0, rich_help_panel=LOAD)
+    ] = 0.5,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="One per line, as text or as a JSON object with `prompt`.",
+            show_default="the demo's held-out rows; other models: requests of many kinds",
+            rich_help_panel=LOAD,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        str, typer.Option(metavar="N|N..M", help="Longest answers, drawn from this range.", rich_help_panel=LOAD)
+    ] = "8..64",
+    seed: Annotated[int, typer.Option(help="Of order, lengths and what else is drawn.", rich_help_panel=LOAD)] = 0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Of one request.", min=0.1, rich_help_panel=LOAD)
+    ] = 300.0,
+    churn: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Add an adapter and remove it again, once every so many seconds.",
+            min=0.01,
+            rich_help_panel=TROUBLE,
+        ),
+    ] = None,
+    churn_adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="That adapter.", rich_help_panel=TROUBLE)
+    ] = None,
+    hang_up: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Of the clients, close the connection at the first token or later.",
+            min=0.0,
+            max=1.0,
+            rich_help_panel=TROUBLE,
+        ),
+    ] = 0.0,
+    verify: Annotated[
+        str,
+        typer.Option(
+            metavar="N|all", help="Compare so many answers with `LoGo.generate`, token for token, in float32."
+        ),
+    ] = "0",
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write everything measured as JSON.")] = None,
+) -> None:
+    """Put a server under load by many HTTP clients: throughput, time to first token, time between tokens, errors.
+
+    The same requests go to LoGo, to the base model alone and, one by one, to LoGo without a server. Fails (exit code 1)
+    if a request fails that should not, if a compared answer differs, or if the server keeps what it should give back.
+
+    Example: `logo bench serve --requests 100 --verify all`
+    """
+    _check_clients()
+    from logo.bench.load import Endpoint
+    from logo.bench.serving import Plan, run_bench
+    from logo.bench.watch import Churn
+
+    if (churn is None) != (churn_adapter is None):
+        raise UsageError("--churn and --churn-adapter go together: give both or neither")
+    if url is not None and options:
+        raise UsageError(f"{' '.join(options)}: options for a server of our own; --url names one that is there already")
+    compared = _count(verify, requests)
+    engine, base_model = or_demo(_float32(engine) if compared else engine)
+    engine = replace(engine, base_model=base_model)
+    asks = _asks(prompts, base_model, requests, _range(max_new_tokens), stream_share, hang_up, seed)
+    passing = None
+    if churn is not None and churn_adapter is not None:
+        passing = Churn(churn, churn_adapter.resolve(), f"bench-{churn_adapter.resolve().name}")
+    plan = Plan(tuple(asks), _arms(arms), concurrency, duration, rounds, compared, passing, timeout)
+    place = Endpoint(url.rstrip("/"), api_key) if url is not None else _own(engine, plan, options or (), api_key)
+    with progress(disable=not err.is_terminal) as shown:
+        results = run_bench(
+            plan, place, lambda: open_engine(engine, base_model), api_key=api_key, begin=_Steps(shown).begin
+        )
+    show(results, plan, url is None)
+    if json is not None:
+        from logo.evaluation.folders import replace_file
+
+        about = {"url": url, "base_model": base_model, "seed": seed, **described(plan, url is None)}
+        content = jsonlib.dumps({"about": about, **results.as_dict()}, indent=2, ensure_ascii=False)
+        replace_file(json, (content + "\n").encode("utf-8"))
+        note(f"written: {json}")
+    for problem in results.problems:
+        err.print(f"[red]logo: problem:[/red] {escape(problem)}")
+    for difference in results.differences[:SHOWN]:
+        err.print(f"  {difference}", markup=False)
+    if results.problems:
+        raise typer.Exit(1)
+
+
+# -- what was asked for -----------------------------------------------------------------------------------------
+
+
+def _check_clients() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("httpx") is None:
+        raise UsageError("the library `httpx` is not installed; pip install 'lora-on-the-go[serve]'")
+
+
+def _count(text: str, requests: int) -> int:
+    if text == "all":
+        return requests
+    if not text.isdecimal():
+        raise UsageError(f"--verify {text!r}: expected a number or 'all'")
+    return min(int(text), requests)
+
+
+def _float32(engine: EngineOptions) -> EngineOptions:
+    if engine.dtype not in (None, "float32"):
+        raise UsageError(f"--verify compares tokens, which takes float32; leave out --dtype {engine.dtype}")
+    return replace(engine, dtype="float32")
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, dots, high = text.partition("..")
+    if not low.isdecimal() or (dots and not high.isdecimal()) or not 0 < int(low) <= int(high or low):
+        raise UsageError(f"--max-new-tokens {text!r}: expected a number, or a range such as 8..64")
+    return int(low), int(high or low)
+
+
+def _arms(text: str) -> tuple[Any, ...]:
+    from logo.bench.serving import ARMS
+
+    arms = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms:
+        raise UsageError(f"--arms {text!r}: expected some of {', '.join(ARMS)}, with commas between them")
+    return arms
+
+
+def _asks(
+    prompts: Path | None,
+    base_model: str,
+    requests: int,
+    max_tokens: tuple[int, int],
+    stream_share: float,
+    hang_up: float,
+    seed: int,
+) -> list[Ask]:
+    from logo.bench.traffic import demo_prompts, make_asks, mixed_prompts, read_asked
+    from logo.models import DEMO
+
+    if prompts is not None:
+        texts = read_asked(prompts)
+    else:
+        texts = demo_prompts() if base_model == DEMO else mixed_prompts(seed)
+    return make_asks(
+        texts, requests, max_tokens=max_tokens, stream_share=stream_share, hang_up_share=hang_up, seed=seed
+    )
+
+
+def _own(engine: EngineOptions, plan: Plan, options: Sequence[str], api_key: str | None) -> Callable[[], LocalServer]:
+    """Starts a server with these options; its key is not on its command line, where others could read it."""
+    from logo.bench.local_server import LocalServer
+
+    queue = max(256, plan.concurrency)  # none of ours is to be turned away
+    wanted = [*as_arguments(engine), f"--max-queue={queue}", *options]
+    if plan.churn is not None:
+        wanted += ["--allow-adapter-changes", str(plan.churn.folder.parent)]
+    return lambda: LocalServer(wanted, {} if api_key is None else {"LOGO_API_KEY": api_key})
+
+
+def as_arguments(engine: EngineOptions) -> list[str]:
+    """The options as they are written on a command line; those that have their default are left out."""
+    written = []
+    for option in fields(engine):
+        value, name = getattr(engine, option.name), option.name.replace("_", "-")
+        if value == option.default:
+            continue
+        if isinstance(value, bool):
+            written.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            written.append(f"--{name}={value}")
+    return written
+
+
+class _Steps:
+    """A line of progress for what is being done, and one for each load that is done."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown = shown
+        self._endless: TaskID | None = None
+
+    def begin(self, what: str, steps: int | None) -> Callable[[], None]:
+        if self._endless is not None:
+            self._shown.remove_task(self._endless)
+        task = self._shown.add_task(what, total=steps)
+        self._endless = task if steps is None else None
+        return lambda: self._shown.advance(task)
