@@ -43,7 +43,11 @@ class Browser:
 
     def open(self, page: Path, hash_: str = "") -> None:
         """Loads a file, and waits for its script."""
-        self._send("POST", "/url", {"url": page.resolve().as_uri() + hash_})
+        self.visit(page.resolve().as_uri() + hash_)
+
+    def visit(self, address: str) -> None:
+        """Loads a page of ours from anywhere, and waits for its script."""
+        self._send("POST", "/url", {"url": address})
         self.wait("return document.documentElement.dataset.ready === 'yes'")
 
     def run(self, script: str, *arguments: object) -> Any:
@@ -65,15 +69,13 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.devtools("Emulation.setEmulatedMedia", {"media": media, "features": features})
 
-    def press(self, key: str) -> None:
-        """A key, as a user presses it."""
-        named = {"Enter": "\r", "ArrowRight": "", "ArrowDown": "", "Tab": ""}
-        text = named.get(key, key)
-        what = {"key": key, **({"text": text} if text else {})}
-        if key == "Enter":
-            what["windowsVirtualKeyCode"] = 13  # type: ignore[assignment]
-        self.devtools("Input.dispatchKeyEvent", {"type": "keyDown", **what})
-        self.devtools("Input.dispatchKeyEvent", {"type": "keyUp", "key": key})
+    def press(self, key: str, *, control: bool = False, shift: bool = False) -> None:
+        """A key, as a user presses it, alone or with others held down."""
+        named = {"Enter": ("\r", 13), "Tab": ("", 9), "Escape": ("", 27), "ArrowRight": ("", 39), "ArrowDown": ("", 40)}
+        text, code = named.get(key, (key, 0))
+        what = {"key": key, "modifiers": 2 * control + 8 * shift, **({"windowsVirtualKeyCode": code} if code else {})}
+        self.devtools("Input.dispatchKeyEvent", {"type": "keyDown", **what, **({"text": text} if text else {})})
+        self.devtools("Input.dispatchKeyEvent", {"type": "keyUp", **what})
 
     def messages(self) -> list[str]:
         """What was written to the console since the last time: errors, violated policies, what scripts say."""

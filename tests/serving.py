@@ -1,0 +1,49 @@
+"""`logo serve` for tests: the real command as a process, asked with the standard library."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from logo.bench.local_server import LocalServer
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that takes requests."""
+
+    url: str
+    key: str = ""
+
+    def get(self, path: str) -> Any:
+        """The JSON at a path."""
+        return json.loads(self.text(path))
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON that a body is answered with."""
+        return json.loads(self.text(path, body))
+
+    def text(self, path: str, body: dict[str, Any] | None = None) -> str:
+        """What is answered, as text."""
+        with self.open(path, body) as answer:
+            text: str = answer.read().decode("utf-8")
+            return text
+
+    def open(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The answer, to be read as it comes and closed."""
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return direct.open(request, timeout=120)
+
+
+@contextlib.contextmanager
+def served(*options: str, key: str = "") -> Iterator[Served]:
+    """A server with these options of `logo serve`, until the block ends."""
+    with LocalServer(options, {"LOGO_API_KEY": key}, start=120, stop=60) as server:
+        yield Served(server.url, key)
