@@ -331,7 +331,7 @@ def idle(server: Served) -> bool:
 
 
 def test_a_request_that_takes_too_long_is_ended() -> None:
-    with served("--base-model", "demo", "--request-timeout", "0.2") as server:
+    with served("--base-model", "demo", "--request-timeout", "0.01") as server:
         body = {"model": "demo", "prompt": "The", "max_tokens": 480, "temperature": 1.9, "seed": 1, "n": 16}
         error = refused(lambda: server.post("/v1/completions", body))
         assert (error["status"], error["code"]) == (504, "timeout")

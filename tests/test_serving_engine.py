@@ -30,7 +30,8 @@ def served(logo: LoGo, use: Callable[[Service], Awaitable[_T]], **options: Any) 
     """What `use` makes of a running service."""
 
     async def run() -> _T:
-        service = Service(logo, Memory(concurrent=options.pop("concurrent", 8)), **options)
+        memory = options.pop("memory", None) or Memory(concurrent=options.pop("concurrent", 8))
+        service = Service(logo, memory, **options)
         await service.start()
         try:
             return await use(service)
@@ -51,6 +52,22 @@ async def answer(
         reason = delta.finish_reason
     assert reason is not None
     return tuple(tokens), reason, chosen
+
+
+def test_where_memory_is_short_sequences_wait_and_come_out_the_same(llama: nn.Module, adapters: Path) -> None:
+    """Some are taken out of memory in the middle, and read again from the beginning later."""
+    logo = engine(llama, adapters, unscorable="skip")
+    rows = tiny.prompts([20, 25, 30, 22, 18, 27], seed=8)
+    per_token = 2 * 3 * 2 * 8 * 4
+
+    async def use(service: Service) -> Any:
+        assert service.batching.kv_blocks[1] <= 6
+        found = await asyncio.gather(*(answer(service, ids, Wish(), Sampling(60)) for ids in rows))
+        return found, await settled(service)
+
+    found, after = served(logo, use, memory=Memory(6, 160 * per_token / 1e9))
+    assert [entry[0] for entry in found] == [entry[0] for entry in alone(logo, rows, [Wish()] * len(rows), 60)]
+    assert after == (0, 0, 0)
 
 
 async def settled(service: Service) -> tuple[int, int, int]:

@@ -245,6 +245,9 @@ class Batching:
             if job.share is not None:
                 self._resident.leave(job.share)
                 self._standing = None
+        unheard = self._manager.output_router.output_queue  # what came for callers that had left
+        while not unheard.empty():
+            unheard.get_nowait()
         standing = tuple(step)
         if standing != self._standing:
             self._mixed = self._resident.gate([(self._share(sequence), tokens) for sequence, tokens in step])

@@ -7,17 +7,17 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from logo.errors import PoolError, StorageError, closest
+from logo.errors import PoolError, closest
 from logo.serving import protocol
 from logo.serving.answers import AUTO, Answers
 from logo.serving.errors import ApiError, bad_request, not_found
 from logo.serving.problems import shown
-from logo.serving.routes import ERRORS
+from logo.serving.routes import ERRORS, TEXT
 
 router = APIRouter(responses=ERRORS, tags=["Adapters"])
 
 
-@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/load_lora_adapter", **TEXT)
 async def load(body: protocol.LoadAdapter, request: Request) -> Response:
     """Adds an adapter to the pool; one that fails a check changes nothing."""
     answers: Answers = request.app.state.answers
@@ -27,13 +27,11 @@ async def load(body: protocol.LoadAdapter, request: Request) -> Response:
         raise bad_request(f"lora_name: {shown(body.lora_name)} already means another model", "lora_name")
     if body.lora_name in pool and not body.load_inplace:
         raise bad_request(f"The lora adapter {shown(body.lora_name)} has already been loaded.", "lora_name")
-    if not folder.is_dir():
-        raise not_found(f"lora_path: expected a folder, found none at {shown(body.lora_path)}", "lora_path")
     await answers.service.add(folder, body.lora_name, replace=body.load_inplace)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/unload_lora_adapter", **TEXT)
 async def unload(body: protocol.UnloadAdapter, request: Request) -> Response:
     """Takes an adapter out of the pool; requests that have selected it are still answered with it."""
     answers: Answers = request.app.state.answers
@@ -52,12 +50,15 @@ def inside(root: Path, path: str) -> Path:
     """The folder that a client names, absolute or relative to `root`, links followed.
 
     Raises:
-        ApiError: it lies outside of `root`.
+        ApiError: it lies outside of `root`, or is no folder.
     """
     try:
         found = (root / path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise StorageError(f"lora_path {shown(path)} cannot be followed") from error
+        is_folder = found.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long for a file system, or links in a circle
+        raise bad_request(
+            f"lora_path: expected a path, found {shown(path)}, which leads nowhere", "lora_path"
+        ) from None
     if not found.is_relative_to(root.resolve()):
         raise ApiError(
             403,
@@ -66,4 +67,6 @@ def inside(root: Path, path: str) -> Path:
             "lora_path",
             "forbidden",
         )
+    if not is_folder:
+        raise not_found(f"lora_path: expected a folder, found none at {shown(path)}", "lora_path")
     return found

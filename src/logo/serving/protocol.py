@@ -109,7 +109,9 @@ class StreamOptions(Body):
 class _Generation(Body):
     """What both ways of asking for text share."""
 
-    model: Text = Field(description="'logo' selects adapters by itself; an adapter's name; or the base model's.")
+    model: Text = Field(
+        description="'logo' selects adapters by itself; an adapter's name; or the base model's.", examples=["logo"]
+    )
     temperature: Annotated[Number, Field(ge=0, le=2)] = Field(1.0, description="0 decodes greedily.")
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     n: Choices = Field(1, description="Answers per prompt.")
@@ -144,7 +146,9 @@ class _Generation(Body):
 class CompletionRequest(_Generation):
     """Body of `POST /v1/completions`."""
 
-    prompt: Prompt = Field(description="A text, several, the token ids of one, or of several.")
+    prompt: Prompt = Field(
+        description="A text, several, the token ids of one, or of several.", examples=["What is 7 plus 5?"]
+    )
     max_tokens: Count = 16
     logprobs: Logprobs | None = Field(
         None, description="Log-probabilities of the tokens and of so many others at every place."
@@ -207,7 +211,9 @@ class ChatRequest(_Generation):
 
     messages: Messages
     max_tokens: Count | None = Field(None, description="The old name of 'max_completion_tokens'.")
-    max_completion_tokens: Count | None = Field(None, description="Default: as many as the context has room for.")
+    max_completion_tokens: Count | None = Field(
+        None, description="Default: 256, or as many as the context has room for."
+    )
     logprobs: Flag = False
     top_logprobs: Logprobs | None = Field(None, description="Needs 'logprobs'.")
 
@@ -222,7 +228,7 @@ class ChatRequest(_Generation):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """The limit under either name. None: as many as there is room for."""
+        """The limit under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 

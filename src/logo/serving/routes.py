@@ -21,9 +21,12 @@ from logo.serving.sampling import Sampling
 from logo.serving.service import Draining, Overloaded
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": replies.ErrorReply} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+    status: {"model": replies.ErrorReply} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
 }
 _RETRY_AFTER = 1.0
+
+TEXT: dict[str, Any] = {"response_class": Response, "responses": {200: {"content": {"text/plain": {}}}}}
+"""For routes that answer in plain text: what fails there is JSON all the same."""
 
 router = APIRouter(responses=ERRORS)
 
@@ -189,14 +192,14 @@ async def models(request: Request) -> replies.ModelList:
 # -- the server itself ---------------------------------------------------------------------------------------------
 
 
-@router.get("/health", tags=["Server"])
+@router.get("/health", tags=["Server"], **TEXT)
 async def health(request: Request) -> Response:
     """200 as long as answers can be generated."""
     alive = _answers(request).service.batching.alive
     return PlainTextResponse("ok" if alive else "generation has stopped", 200 if alive else 503)
 
 
-@router.get("/ready", tags=["Server"])
+@router.get("/ready", tags=["Server"], **TEXT)
 async def ready(request: Request) -> Response:
     """200 as long as requests are taken."""
     is_ready = _answers(request).service.ready
@@ -209,7 +212,7 @@ async def server_version() -> dict[str, str]:
     return {"version": version("lora-on-the-go"), "transformers": version("transformers"), "torch": version("torch")}
 
 
-@router.get("/metrics", tags=["Server"])
+@router.get("/metrics", tags=["Server"], **TEXT)
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(_answers(request).metrics.text(), media_type=CONTENT_TYPE)

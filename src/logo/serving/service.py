@@ -134,7 +134,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return self.batching.alive and not self.draining
+        return self.batching.alive and not self._selecting.done() and not self.draining
 
     @property
     def waiting(self) -> int:
