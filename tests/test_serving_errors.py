@@ -219,11 +219,18 @@ def test_errors_of_clients_are_not_in_the_log(client: httpx.Client, caplog: pyte
 def test_a_stream_that_crashes_is_cut_so_that_the_client_notices(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(httpx.RemoteProtocolError), client.stream("GET", "/stream") as answer:
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(httpx.RemoteProtocolError),
+        client.stream("GET", "/stream") as answer,
+    ):
         assert answer.status_code == 200
         for piece in answer.iter_bytes():
             assert b"secret" not in piece
     eventually(lambda: [r for r in failures(caplog) if r.exc_info and isinstance(r.exc_info[1], RuntimeError)])
+    eventually(lambda: [r for r in caplog.records if r.name == "logo.access"])
+    [line] = [r for r in caplog.records if r.name == "logo.access"]
+    assert line.__dict__["fields"]["incomplete"] is True
     assert client.get("/number?n=1").json() == 1
 
 

@@ -3,86 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
-import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
-from starlette.responses import HTMLResponse, Response, StreamingResponse
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import Message
 
+from guarded_app import KEYS, LIMIT, error, make
 from http_server import eventually, raw, serving
 from logo.errors import UsageError
-from logo.serving.errors import install
 from logo.serving.guards import GuardSettings, guard, is_loopback
-
-KEYS = ("key-one", "key-two")
-LIMIT = 10_000
-JSON = {"Content-Type": "application/json"}
-
-
-class App(FastAPI):
-    """Counts what is told from outside only with difficulty."""
-
-    hung_up = 0
-    bytes_read = 0
-
-
-def make() -> App:
-    app = App()
-    install(app)
-
-    @app.get("/")
-    @app.get("/page/app.js")
-    async def page() -> Response:
-        return HTMLResponse("<p>page</p>")
-
-    @app.get("/health")
-    @app.get("/metrics")
-    @app.get("/v1/models")
-    @app.get("/page/../v1/models")
-    async def fine(request: Request) -> dict[str, str]:
-        return {"id": request.state.request_id}
-
-    @app.post("/v1/echo")
-    async def echo(request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        request.state.model = "logo\nFAKE LINE"
-        request.state.prompt_tokens, request.state.completion_tokens = 3, 4
-        return body
-
-    @app.post("/v1/read")
-    async def read(request: Request) -> int:
-        async for piece in request.stream():
-            app.bytes_read += len(piece)
-        return app.bytes_read
-
-    @app.post("/v1/ignore")
-    async def ignore() -> str:
-        return "fine"
-
-    @app.get("/v1/stream")
-    async def stream(count: int = 3) -> StreamingResponse:
-        async def pieces() -> AsyncIterator[bytes]:
-            try:
-                for i in range(count):
-                    yield b"data: %d\n\n" % i
-                    await asyncio.sleep(0.001)
-            except asyncio.CancelledError:
-                app.hung_up += 1
-                raise
-
-        return StreamingResponse(pieces(), media_type="text/event-stream")
-
-    @app.get("/v1/crash")
-    async def crash() -> None:
-        raise RuntimeError("secret")
-
-    return app
-
 
 APP = make()
 
@@ -106,14 +41,6 @@ def client(url: str) -> Iterator[httpx.Client]:
 def stranger(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url) as client:
         yield client
-
-
-def error(answer: httpx.Response, status: int) -> str:
-    assert answer.status_code == status, answer.text
-    body = answer.json()["error"]
-    assert body.keys() == {"message", "type", "param", "code"}
-    assert answer.headers["x-request-id"] and answer.headers["x-content-type-options"] == "nosniff"
-    return str(body["message"])
 
 
 # Keys
@@ -207,70 +134,13 @@ def test_servers_for_other_machines_take_all_names_unless_told() -> None:
     with serving(guard(make(), GuardSettings(host="0.0.0.0", allow_hosts=("mine.test",)))) as url:
         assert httpx.get(f"{url}/health", headers={"Host": "mine.test"}).status_code == 200
         assert httpx.get(f"{url}/health", headers={"Host": "any.test"}).status_code == 403
+    with serving(guard(make(), GuardSettings(host="127.0.0.2"))) as url:
+        assert httpx.get(f"{url}/health", headers={"Host": "127.0.0.2:80"}).status_code == 200
 
 
 def test_what_is_loopback() -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost", "Localhost"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.test", ""))
-
-
-# Sizes
-
-
-@pytest.mark.parametrize("route", ["/v1/echo", "/v1/read", "/v1/ignore", "/nothing"])
-def test_an_announced_length_above_the_limit_is_refused_unread(client: httpx.Client, route: str) -> None:
-    before = APP.bytes_read
-    for _ in range(5):
-        answer = client.post(route, content=b'"' + b"x" * 10_000_000 + b'"', headers=JSON)
-        assert error(answer, 413) == f"expected a body of at most {LIMIT} bytes, found more"
-    assert APP.bytes_read == before
-
-
-def test_the_limit_itself_is_allowed(client: httpx.Client) -> None:
-    body = json.dumps({"x": "y" * (LIMIT - 9)}).encode()
-    assert len(body) == LIMIT
-    assert client.post("/v1/echo", content=body, headers=JSON).status_code == 200
-    assert error(client.post("/v1/echo", content=body + b" ", headers=JSON), 413)
-
-
-@pytest.mark.parametrize("route", ["/v1/echo", "/v1/read"])
-def test_a_chunked_body_is_refused_as_soon_as_it_is_too_long(client: httpx.Client, route: str) -> None:
-    def pieces() -> Iterator[bytes]:
-        for _ in range(2000):
-            yield b"x" * 5000
-
-    before = APP.bytes_read
-    for _ in range(5):
-        assert error(client.post(route, content=pieces(), headers=JSON), 413)
-    assert APP.bytes_read - before <= 5 * LIMIT
-
-
-def test_an_endless_chunked_body_ends_with_the_answer(url: str) -> None:
-    """A client that never stops sending is cut off: the answer is there though the body has no end."""
-    head = (
-        f"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEYS[0]}\r\n"
-        "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-    ).encode()
-    answer = raw(url, head + b"2710\r\n" + b"x" * 10_000 + b"\r\n2\r\nyy\r\n")
-    assert answer.startswith(b"HTTP/1.1 413 ") and b"connection: close" in answer.lower()
-
-
-def test_a_short_chunked_body_is_fine(client: httpx.Client) -> None:
-    answer = client.post("/v1/echo", content=iter([b'{"a"', b": 1", b"}"]), headers=JSON)
-    assert answer.json() == {"a": 1}
-
-
-def test_lengths_that_are_none_are_refused(url: str) -> None:
-    for length in (b"-1", b"x", b"1, 2", b"9" * 5000):
-        head = b"POST /v1/ignore HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer key-one\r\nConnection: close\r\n"
-        status = raw(url, head + b"Content-Length: " + length + b"\r\n\r\n").split(b" ")[1]
-        assert status in (b"400", b"413"), length
-
-
-def test_a_compressed_body_is_not_unpacked(client: httpx.Client) -> None:
-    bomb = gzip.compress(b'{"a": "' + b"x" * 1_000_000 + b'"}')
-    assert len(bomb) < LIMIT
-    assert error(client.post("/v1/echo", content=bomb, headers=JSON | {"Content-Encoding": "gzip"}), 400)
 
 
 # Ids and headers
@@ -317,6 +187,12 @@ def test_cors_is_for_the_given_origins_only(client: httpx.Client, stranger: http
     )
 
 
+@pytest.mark.parametrize("origin", ["", "ok.test", "https://ok.test/", "https://ok.test/page", "https://a b"])
+def test_origins_that_are_none_are_refused(origin: str) -> None:
+    with pytest.raises(UsageError, match="--cors: expected"):
+        GuardSettings(cors_origins=("*", "http://localhost:3000", origin))
+
+
 def test_cors_is_off_unless_asked_for() -> None:
     with serving(guard(make(), GuardSettings())) as url:
         answer = httpx.get(f"{url}/v1/models", headers={"Origin": "https://ok.test"})
@@ -359,3 +235,46 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_does_no_harm(
         eventually(lambda: len([r for r in caplog.records if r.name == "logo.access"]) == 2)
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert client.post("/v1/echo", json={"a": 1}).json() == {"a": 1}
+
+
+# What is not HTTP
+
+
+def test_websockets_are_turned_away() -> None:
+    sent = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    scope = {"type": "websocket", "path": "/v1/models", "headers": [], "query_string": b""}
+    asyncio.run(guard(make(), GuardSettings())(scope, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_an_app_begins_and_ends_with_its_server() -> None:
+    happened = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        happened.append("began")
+        yield
+        happened.append("ended")
+
+    with serving(guard(FastAPI(lifespan=lifespan), GuardSettings())):
+        assert happened == ["began"]
+    assert happened == ["began", "ended"]
+
+
+def test_an_app_that_cannot_begin_ends_its_server(caplog: pytest.LogCaptureFixture) -> None:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        raise RuntimeError("no memory for it")
+        yield
+
+    app = guard(FastAPI(lifespan=lifespan), GuardSettings())
+    with pytest.raises(SystemExit):
+        uvicorn.Server(uvicorn.Config(app, port=0, log_config=None)).run()
+    assert "no memory for it" in caplog.text and "a request failed" not in caplog.text

@@ -168,6 +168,8 @@ def test_a_chat_that_is_refused_is_told_why_in_one_line(fields: dict[str, Any], 
         ("guided_json", {}),
         ("frequency_penalty", "x"),
         ("echo", 0),
+        ("presence_penalty", False),
+        ("best_of", True),
     ],
 )
 def test_what_would_change_the_answer_is_never_ignored(field: str, value: Any) -> None:

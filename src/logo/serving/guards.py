@@ -9,11 +9,13 @@ An error of any layer has OpenAI's shape, the request's id, the security headers
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
 import logging
 import re
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -42,6 +44,7 @@ CONTENT_SECURITY_POLICY = (
 )
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # without a path, or no browser's would ever equal it
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class GuardSettings:
         open_metrics: `/metrics` needs no key.
 
     Raises:
-        UsageError: an empty key, or one that no header can hold.
+        UsageError: an empty key or one that no header can hold; an origin that is none.
     """
 
     host: str = "127.0.0.1"
@@ -72,6 +75,11 @@ class GuardSettings:
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise UsageError("--api-key: expected one or more printable ASCII characters without spaces")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise UsageError(
+                    f"--cors: expected '*' or an origin such as https://example.org, found {shown(origin)}"
+                )
 
 
 def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
@@ -162,6 +170,8 @@ class Failures:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # what breaks while the server starts is for the server
+            return await self.app(scope, receive, send)
         begun = False
 
         async def watched(message: Message) -> None:
@@ -242,8 +252,14 @@ class ApiKeys:
 class BodyLimit:
     """413 for bodies above a limit: at once if the length is announced, else as soon as the limit is passed.
 
-    The app sees the latter as an `ApiError` while it reads.
+    The app sees the latter as an `ApiError` while it reads. The answer goes out before anything else is read; then the
+    connection stays open for a little while, though what comes is thrown away: to close it under a client that still
+    sends would reset it, and take the answer from the client before it has read it.
     """
+
+    LINGER = 30.0  # seconds at most, and
+    QUIET = 1.0  # seconds in which nothing comes
+    THROWN_AWAY = 64 * 2**20  # bytes at most
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app = app
@@ -253,8 +269,6 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.limit):
-            return await too_large(self.limit).response()(scope, receive, send)
         seen = 0
 
         async def counted() -> Message:
@@ -265,7 +279,28 @@ class BodyLimit:
                 raise too_large(self.limit)
             return message
 
-        await self.app(scope, counted, send)
+        async def lingering(message: Message) -> None:
+            if seen <= self.limit or message["type"] != "http.response.body" or message.get("more_body", False):
+                return await send(message)
+            await send({**message, "more_body": True})
+            await self._throw_away(receive)
+            await send({"type": "http.response.body", "body": b""})
+
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.limit):
+            seen = self.limit + 1
+            return await too_large(self.limit).response()(scope, receive, lingering)
+        await self.app(scope, counted, lingering)
+
+    async def _throw_away(self, receive: Receive) -> None:
+        seen, end = 0, time.monotonic() + self.LINGER
+        while seen < self.THROWN_AWAY and time.monotonic() < end:
+            try:
+                message = await asyncio.wait_for(receive(), self.QUIET)
+            except asyncio.TimeoutError:  # before Python 3.11 not the built-in one
+                return
+            seen += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
 
 def _digest(key: bytes) -> bytes:

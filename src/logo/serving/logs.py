@@ -37,7 +37,8 @@ class AccessLog:
     """Writes a line when a request has been answered, or its client has gone.
 
     Routes may set `request.state.model`, `.prompt_tokens` and `.completion_tokens` at any time before the answer ends.
-    A client that hangs up before the answer is complete is told apart by `disconnected`.
+    A client that hung up before the answer was complete is told by `disconnected`, an answer that broke off otherwise
+    by `incomplete`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -74,7 +75,7 @@ class AccessLog:
                 "ms": round(1000 * (time.perf_counter() - started), 1),
             }
             fields |= {name: _safe(state[name]) for name in _STATE if state.get(name) is not None}
-            if not ended:
+            if gone or not ended:
                 fields["disconnected" if gone else "incomplete"] = True
             level = logging.DEBUG if scope["path"] in _PROBES and status < 400 else logging.INFO
             access.log(level, "%s", _Line(fields), extra={"fields": fields})

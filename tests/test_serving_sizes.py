@@ -1,0 +1,94 @@
+"""Bodies that are too large: refused as soon as it can be known, with an answer that the client gets to read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from guarded_app import KEYS, LIMIT, error, make
+from http_server import raw, serving
+from logo.serving.guards import GuardSettings, guard
+
+JSON = {"Content-Type": "application/json"}
+APP = make()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(guard(APP, GuardSettings(api_keys=KEYS, max_body_bytes=LIMIT))) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}) as client:
+        yield client
+
+
+@pytest.mark.parametrize("route", ["/v1/echo", "/v1/read", "/v1/ignore", "/nothing"])
+def test_an_announced_length_above_the_limit_is_refused_unread(client: httpx.Client, route: str) -> None:
+    before = APP.bytes_read
+    for _ in range(20):
+        answer = client.post(route, content=b'"' + b"x" * 10_000_000 + b'"', headers=JSON)
+        assert error(answer, 413) == f"expected a body of at most {LIMIT} bytes, found more"
+    assert APP.bytes_read == before
+
+
+def test_the_limit_itself_is_allowed(client: httpx.Client) -> None:
+    body = json.dumps({"x": "y" * (LIMIT - 9)}).encode()
+    assert len(body) == LIMIT
+    assert client.post("/v1/echo", content=body, headers=JSON).status_code == 200
+    assert error(client.post("/v1/echo", content=body + b" ", headers=JSON), 413)
+
+
+@pytest.mark.parametrize("route", ["/v1/echo", "/v1/read"])
+def test_a_chunked_body_is_refused_as_soon_as_it_is_too_long(client: httpx.Client, route: str) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(2000):
+            yield b"x" * 5000
+
+    before = APP.bytes_read
+    for _ in range(10):
+        assert error(client.post(route, content=pieces(), headers=JSON), 413)
+    assert APP.bytes_read - before <= 10 * LIMIT
+
+
+def test_an_endless_chunked_body_ends_with_the_answer(url: str) -> None:
+    """A client that never stops sending is cut off: the answer is there though the body has no end."""
+    head = (
+        f"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+        "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    ).encode()
+    answer = raw(url, head + b"2710\r\n" + b"x" * 10_000 + b"\r\n2\r\nyy\r\n")
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"connection: close" in answer.lower()
+
+
+def test_a_client_that_asks_before_it_sends_is_told_not_to(url: str) -> None:
+    head = (
+        f"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 20000\r\nExpect: 100-continue\r\n\r\n"
+    ).encode()
+    answer = raw(url, head)
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"100 Continue" not in answer
+
+
+def test_a_short_chunked_body_is_fine(client: httpx.Client) -> None:
+    answer = client.post("/v1/echo", content=iter([b'{"a"', b": 1", b"}"]), headers=JSON)
+    assert answer.json() == {"a": 1}
+
+
+def test_lengths_that_are_none_are_refused(url: str) -> None:
+    for length in (b"-1", b"x", b"1, 2", b"9" * 5000):
+        head = b"POST /v1/ignore HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer key-one\r\nConnection: close\r\n"
+        status = raw(url, head + b"Content-Length: " + length + b"\r\n\r\n").split(b" ")[1]
+        assert status in (b"400", b"413"), length
+
+
+def test_a_compressed_body_is_not_unpacked(client: httpx.Client) -> None:
+    bomb = gzip.compress(b'{"a": "' + b"x" * 1_000_000 + b'"}')
+    assert len(bomb) < LIMIT
+    assert error(client.post("/v1/echo", content=bomb, headers=JSON | {"Content-Encoding": "gzip"}), 400)
