@@ -1,10 +1,8 @@
-"""The page at `/` of a real server, in a real browser: asked, searched, stopped, refused, at two widths."""
+"""The page at `/` of a real server, in a real browser: asked, searched, read, at two widths and by keys alone."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,36 +11,12 @@ import pytest
 
 import logo.serving
 from browser import MISSING, Browser, browser
-from http_server import eventually
-from logo.demo import adapters_dir, model_dir
-from relay import relay
+from page_tools import ASK, BARS, PROMPT, ROWS, SET, USE, ask, completion, enter, errors
 from serving import Served, served
 
 browses = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 PAGE = Path(logo.serving.__file__).parent / "page"
-PROMPT = "Write the verb 'climb' in its past form."
-KEY = "right-key"
-EVIL = ("<img src=x onerror=document.title=1>", "a\"b'c&lt;", "\u202eTxeT\u202c")
-COPIES = 3  # of each adapter in the strange pool: more than one screen, so that there is a picture of the scores
-LONG = 300
-
-ASK = "document.getElementById('prompt').value = arguments[0]; document.getElementById('ask-form').requestSubmit()"
-IDLE = "return document.getElementById('stop').hidden"
-SET = (
-    "const control = document.getElementById(arguments[0]); control.value = arguments[1];"
-    "control.dispatchEvent(new Event('input'))"
-)
-# [name, width of the bar, number] of each row of a table of bars.
-BARS = (
-    "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(row => [row.querySelector('th').textContent,"
-    "row.querySelector('rect').getBoundingClientRect().width, row.querySelector('.num').textContent])"
-)
-ROWS = "return [...document.querySelectorAll('.pool tbody tr')].map(row => row.dataset.adapter)"
-USE = (
-    "[...document.querySelectorAll('.pool tbody tr')].find(row => row.dataset.adapter === arguments[0])"
-    ".querySelector('button').click()"
-)
 # Every piece of text that can be seen, with its contrast to what lies behind it.
 CONTRASTS = """
   const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
@@ -79,63 +53,6 @@ def demo() -> Iterator[Served]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def strange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server with a key and room for three answers; its model never stops by itself, and names are hostile."""
-    root = tmp_path_factory.mktemp("strange")
-    base = shutil.copytree(model_dir(), root / "endless")
-    for file in (base / "config.json", base / "generation_config.json"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 600}))
-    folders = sorted(adapters_dir().iterdir())
-    for folder in folders:
-        for copy in range(COPIES):
-            shutil.copytree(folder, root / "pool" / f"{folder.name}.{copy}")
-    for name in EVIL:
-        shutil.copytree(folders[0], root / "pool" / name)
-    limits = ("--max-concurrent", "3", "--max-queue", "0")
-    engine = ("--selection-strategy", "norm", "--n-selected-modules", "10")
-    with served("--base-model", str(base), "--adapters", str(root / "pool"), *limits, *engine, key=KEY) as server:
-        yield server
-
-
-def enter(window: Browser, server: Served, width: int = 1280, *, dark: bool = False) -> None:
-    """The page as at a first visit, with the key where one is needed."""
-    window.emulate(width, dark=dark)
-    window.visit(f"{server.url}/")
-    if server.key and window.run("return !document.getElementById('key').hidden"):
-        give_key(window, server.key)
-        window.wait("return !document.getElementById('ask').hidden")
-    window.messages()
-
-
-def give_key(window: Browser, key: str) -> None:
-    window.run(SET, "key-text", key)
-    window.run("document.getElementById('key-form').requestSubmit()")
-
-
-def ask(window: Browser, prompt: str, **settings: object) -> tuple[str, str]:
-    """Both answers when they are complete: the base model's and LoGo's."""
-    for name, value in settings.items():
-        window.run(SET, name.replace("_", "-"), str(value))
-    window.run(ASK, prompt)
-    window.wait(IDLE, seconds=60)
-    base, right = window.run("return [...document.querySelectorAll('.answer .text')].map(node => node.textContent)")
-    return base, right
-
-
-def errors(window: Browser) -> list[str]:
-    """What the two answers and the scores say went wrong."""
-    found: list[str] = window.run("return [...document.querySelectorAll('.error')].map(node => node.textContent)")
-    return [text for text in found if text]
-
-
-def completion(server: Served, model: str, prompt: str = PROMPT, **more: Any) -> tuple[str, Any]:
-    """An answer of the API as the page shows it, and what it was mixed from."""
-    body = {"model": model, "prompt": prompt, "max_tokens": 64, "temperature": 0, **more}
-    reply = server.post("/v1/completions", body)
-    return reply["choices"][0]["text"].lstrip(), reply["logo"]
-
-
 def check_bars(rows: list[list[Any]], names: list[str], values: list[float]) -> None:
     """The rows name these values in this order, and their bars are as long in proportion."""
     assert [name for name, _, _ in rows] == names
@@ -144,9 +61,6 @@ def check_bars(rows: list[list[Any]], names: list[str], values: list[float]) -> 
     for (_, width, text), value in zip(rows, values, strict=True):
         assert abs(width / widest - value / max(values)) < 0.01
         assert text == "<0.001" if value < 0.0005 else abs(float(text) - value) < 0.0006
-
-
-# -- files ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_page_is_small_and_writes_text_only_as_text() -> None:
@@ -158,9 +72,6 @@ def test_the_page_is_small_and_writes_text_only_as_text() -> None:
         assert len(text.splitlines()) <= 400
         loaded = re.findall(r"(?:src|import|stylesheet\" href)[^\n]*?[\"'](https?:[^\"']*)", text)
         assert loaded == [], file  # everything comes from the server itself
-
-
-# -- the demo ------------------------------------------------------------------------------------------------------
 
 
 @browses
@@ -347,109 +258,6 @@ def test_a_screen_reader_is_told_what_is_what(window: Browser, demo: Served) -> 
     assert window.run(live) == [None, None]  # answers are told once, when they are complete
 
 
-# -- trouble -------------------------------------------------------------------------------------------------------
-
-
-@browses
-def test_a_wrong_key_is_refused_and_a_right_one_kept_in_this_tab(window: Browser, strange: Served) -> None:
-    window.emulate(390)
-    window.visit(f"{strange.url}/")
-    hidden = "return ['key', 'ask', 'pool'].map(id => document.getElementById(id).hidden)"
-    assert window.run(hidden) == [False, True, True]
-    assert window.run("return document.activeElement.id") == "key-text"
-    give_key(window, "wrong-key")
-    window.wait("return document.getElementById('key-trouble').textContent !== ''")
-    assert errors(window) == ["This key was refused. Please check it."]
-    give_key(window, "ключ")  # what no header can hold
-    window.wait("return document.getElementById('key-trouble').textContent.includes('plain letters')")
-    give_key(window, KEY)
-    window.wait("return document.activeElement.id === 'prompt'")
-    assert window.run(hidden) == [True, False, False]
-    assert window.run("return [localStorage.length, document.cookie, location.search + location.hash]") == [0, "", ""]
-    window.visit(f"{strange.url}/")
-    assert window.run(hidden) == [True, False, False]
-    assert window.run("return document.getElementById('spec').hidden")  # a link cannot bring the key along
-    window.run("document.getElementById('forget').click()")
-    window.wait("return document.activeElement?.id === 'key-text'")
-    assert window.run("return sessionStorage.length") == 0
-    messages = window.messages()
-    assert messages and all("401" in message for message in messages)  # the browser's own lines, and no others
-
-
-@browses
-def test_hostile_text_stays_text(window: Browser, strange: Served) -> None:
-    enter(window, strange, 390)
-    title = window.run("return document.title")
-    prompt = f"{EVIL[0]}<script>document.title='x'</script>"
-    ask(window, prompt, max_tokens=8, k=3 + 16 * COPIES)
-    assert errors(window) == []
-    assert window.run("return document.getElementById('asked').textContent") == prompt
-    window.run("document.querySelector('#logo .more button').click()")
-    assert set(EVIL) <= {name for name, _, _ in window.run(BARS, "#logo .bars")}
-    window.run("document.querySelector('#scores .more button').click()")
-    assert set(EVIL) <= {name for name, _, _ in window.run(BARS, "#scores table")}
-    window.run(SET, "search", "tXEt")
-    assert window.run(ROWS) == [EVIL[2]]
-    window.run(SET, "search", EVIL[0])
-    assert window.run(ROWS) == [EVIL[0]]
-    window.run(USE, EVIL[0])
-    ask(window, prompt)
-    assert window.run("return document.getElementById('logo-title').textContent") == EVIL[0]
-    assert window.run("return [document.title, document.querySelectorAll('img, main script').length]") == [title, 0]
-    assert window.run("return document.documentElement.scrollWidth") == 390
-    assert window.messages() == []
-
-
-@browses
-def test_large_pools_have_a_picture_and_show_their_rows_on_demand(window: Browser, strange: Served) -> None:
-    enter(window, strange)
-    total = 3 + 16 * COPIES
-    assert len(window.run(ROWS)) == 50
-    window.run("document.querySelector('#pool .more button').click()")
-    assert len(window.run(ROWS)) == total
-    assert window.run("return document.activeElement.closest('tr').rowIndex") == 51
-    ask(window, PROMPT, max_tokens=4)
-    assert errors(window) == []
-    assert f"{total} adapters" in window.run("return document.querySelector('.columns svg').getAttribute('aria-label')")
-    columns = window.run("return [...document.querySelectorAll('.columns path')].map(p => p.getAttribute('d'))")
-    assert [path.count("M") for path in columns] == [total - 10, 10]
-    assert len(window.run(BARS, "#scores table")) == 20
-
-
-@browses
-def test_stop_ends_it_here_and_on_the_server(window: Browser, strange: Served) -> None:
-    enter(window, strange)
-    for by in ("document.getElementById('stop').click()", "press('Escape')"):
-        window.run(
-            "const press = (key) => document.body.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));"
-            f"const observer = new MutationObserver(() => {{ observer.disconnect(); {by}; }});"
-            "observer.observe(document.querySelector('#logo .text'), { characterData: true, subtree: true })"
-        )
-        _, text = ask(window, PROMPT, max_tokens=LONG)
-        assert text and window.run("return document.querySelector('#logo .end').textContent") == "Stopped."
-        assert window.run("return document.getElementById('said').textContent") == "Stopped."
-        assert len(text) < len(completion(strange, "logo", max_tokens=LONG)[0])
-    assert errors(window) == []
-    eventually(lambda: re.findall(r"^logo:num_requests_running\S* (\S+)$", strange.text("/metrics"), re.M) == ["0.0"])
-
-
-@browses
-def test_a_full_server_says_try_again(window: Browser, strange: Served) -> None:
-    enter(window, strange)
-    full = {"model": "logo", "prompt": PROMPT, "max_tokens": 450, "n": 3, "stream": True}
-    for _ in range(5):  # a machine that stalls may lose the race
-        with strange.open("/v1/completions", full) as held:
-            held.readline()
-            ask(window, PROMPT, max_tokens=1)
-        if len(found := errors(window)) == 2:
-            break
-    assert all(re.fullmatch("Too many requests are waiting; try again in 1 s.", text) for text in found), found
-    window.wait("return [...document.querySelectorAll('.text')].every(node => node.textContent === '')")
-    ask(window, PROMPT, max_tokens=1)
-    while errors(window):  # until those that were held are gone
-        ask(window, PROMPT)
-
-
 @browses
 def test_what_the_server_refuses_is_told(window: Browser, demo: Served) -> None:
     enter(window, demo)
@@ -462,32 +270,3 @@ def test_what_the_server_refuses_is_told(window: Browser, demo: Served) -> None:
     assert not window.run("return document.getElementById('scores').hidden")
     ask(window, "word " * 600)
     assert window.run("return document.getElementById('scores').hidden")  # those of another prompt are gone
-
-
-@browses
-def test_a_lost_connection_is_told_and_comes_back(window: Browser, strange: Served) -> None:
-    lost = "The connection to the server was lost. Is it still running?"
-    with relay(strange.url) as door:
-        behind = Served(door.url, KEY)
-        enter(window, behind)
-        window.run(SET, "max-tokens", str(LONG))
-        window.run(ASK, PROMPT)
-        window.wait("return document.querySelector('#logo .text').textContent !== ''")
-        door.cut()
-        window.wait(IDLE)
-        assert lost in errors(window)
-        assert window.run("return document.querySelector('#logo .text').textContent") != ""  # what there is stays
-
-        door.refused = b" /v1/"
-        assert ask(window, PROMPT) == ("", "") and errors(window) == [lost] * 2
-        window.visit(f"{door.url}/")
-        trouble = "return !document.getElementById('trouble').hidden && document.getElementById('trouble').innerText"
-        assert lost in window.wait(trouble)
-        assert window.run("return document.getElementById('ask').hidden")
-        door.refused = None
-        window.run("document.querySelector('#trouble button').click()")
-        window.wait("return !document.getElementById('ask').hidden && document.getElementById('trouble').hidden")
-        ask(window, PROMPT, max_tokens=4)
-        while errors(window):  # until those that were cut off are gone
-            ask(window, PROMPT)
-        assert window.run("return document.querySelector('#logo .text').textContent") != ""
