@@ -90,7 +90,7 @@ def serve(
     if folder is not None and not folder.is_dir():
         raise StorageError(f"--allow-adapter-changes {folder}: expected a folder, found none; create it first")
     keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get("LOGO_API_KEY")]))
-    from logo.serving.guards import GuardSettings
+    from logo.serving.guards import GuardSettings, is_loopback
     from logo.serving.logs import configure
     from logo.serving.running import address_of, listening
 
@@ -98,6 +98,8 @@ def serve(
         host, keys, int(max_body_mb * 1e6), tuple(allow_host or ()), tuple(cors or ()), open_metrics
     )  # fmt: skip
     configure(log_json=log_json)
+    if not keys and not is_loopback(host):
+        note(f"Listening on {host} without an API key: whoever reaches it may use it. --api-key asks for one.")
     taken = listening(host, port)
     engine, base_model = or_demo(engine)
     name = served_model_name or base_model.rstrip("/").rpartition("/")[2]
