@@ -359,3 +359,8 @@ def test_other_internals_are_refused_by_name(
     monkeypatch.setattr(type(target), name, lambda self, something_else: None)
     with pytest.raises(ModelError, match=rf"transformers .*{name}"):
         steps._check(processor)
+
+
+def test_the_versions_looked_at_are_those_that_are_installed_with_it() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'"transformers{steps.VERSIONS}"' in text
