@@ -152,6 +152,8 @@ def test_an_id_is_made_or_taken_over_and_told(client: httpx.Client) -> None:
     assert made[0].json() != made[1].json()
     answer = client.get("/v1/models", headers={"X-Request-Id": "Mine_1.2-3"})
     assert answer.headers["x-request-id"] == answer.json()["id"] == "Mine_1.2-3"
+    answer = client.get("/v1/models", headers=[("X-Request-Id", "one"), ("X-Request-Id", "two")])
+    assert answer.headers["x-request-id"].startswith("req-")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a\tb", "é", "x" * 129, "a;b", "<b>"])

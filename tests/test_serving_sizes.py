@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 from collections.abc import Iterator
 
 import httpx
@@ -27,6 +28,17 @@ def url() -> Iterator[str]:
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}) as client:
         yield client
+
+
+def head(*lines: str) -> bytes:
+    """The beginning of a request by hand."""
+    first = (
+        "POST /v1/echo HTTP/1.1",
+        "Host: localhost",
+        f"Authorization: Bearer {KEYS[0]}",
+        "Content-Type: application/json",
+    )
+    return "".join(f"{line}\r\n" for line in (*first, *lines, "")).encode()
 
 
 @pytest.mark.parametrize("route", ["/v1/echo", "/v1/read", "/v1/ignore", "/nothing"])
@@ -59,20 +71,24 @@ def test_a_chunked_body_is_refused_as_soon_as_it_is_too_long(client: httpx.Clien
 
 def test_an_endless_chunked_body_ends_with_the_answer(url: str) -> None:
     """A client that never stops sending is cut off: the answer is there though the body has no end."""
-    head = (
-        f"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEYS[0]}\r\n"
-        "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-    ).encode()
-    answer = raw(url, head + b"2710\r\n" + b"x" * 10_000 + b"\r\n2\r\nyy\r\n")
+    answer = raw(url, head("Transfer-Encoding: chunked") + b"2710\r\n" + b"x" * 10_000 + b"\r\n2\r\nyy\r\n")
     assert answer.startswith(b"HTTP/1.1 413 ") and b"connection: close" in answer.lower()
 
 
+def test_the_answer_comes_first_and_is_still_there_when_all_is_sent(url: str) -> None:
+    """A connection that is closed under a client that still sends is reset, and the answer lost with it."""
+    host, port = url.removeprefix("http://").split(":")
+    size = 20_000_000
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head(f"Content-Length: {size}"))
+        assert connection.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 413"
+        connection.sendall(b"x" * size)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.endswith(b'"code": "request_too_large"}}')
+
+
 def test_a_client_that_asks_before_it_sends_is_told_not_to(url: str) -> None:
-    head = (
-        f"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEYS[0]}\r\n"
-        "Content-Type: application/json\r\nContent-Length: 20000\r\nExpect: 100-continue\r\n\r\n"
-    ).encode()
-    answer = raw(url, head)
+    answer = raw(url, head("Content-Length: 20000", "Expect: 100-continue"))
     assert answer.startswith(b"HTTP/1.1 413 ") and b"100 Continue" not in answer
 
 
@@ -82,9 +98,8 @@ def test_a_short_chunked_body_is_fine(client: httpx.Client) -> None:
 
 
 def test_lengths_that_are_none_are_refused(url: str) -> None:
-    for length in (b"-1", b"x", b"1, 2", b"9" * 5000):
-        head = b"POST /v1/ignore HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer key-one\r\nConnection: close\r\n"
-        status = raw(url, head + b"Content-Length: " + length + b"\r\n\r\n").split(b" ")[1]
+    for length in ("-1", "x", "1, 2", "9" * 5000):
+        status = raw(url, head("Connection: close", f"Content-Length: {length}")).split(b" ")[1]
         assert status in (b"400", b"413"), length
 
 

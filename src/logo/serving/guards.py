@@ -184,11 +184,9 @@ class Failures:
         except ClientDisconnect:
             pass
         except Exception as error:
-            answer = api_error(error, request_id.get())
-            if answer.status_code >= 500 or begun:
-                log.error("a request failed", exc_info=error)
+            log.error("a request failed", exc_info=error)
             if not begun:
-                await answer.response()(scope, receive, send)
+                await api_error(error, request_id.get()).response()(scope, receive, send)
 
 
 class Hosts:
@@ -258,7 +256,7 @@ class BodyLimit:
     """
 
     LINGER = 30.0  # seconds at most, and
-    QUIET = 1.0  # seconds in which nothing comes
+    QUIET = 2.0  # seconds in which nothing comes
     THROWN_AWAY = 64 * 2**20  # bytes at most
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
