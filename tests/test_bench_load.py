@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from logo.bench.load import Answer, Ask, run_load, send
+from logo.bench.load import run_load, send
 from logo.bench.watch import Churn, Sample, churn, sample, settled
+from logo.bench.wire import Answer, Ask
 from odd_server import TOKENS, OddServer
 
 
@@ -114,7 +115,7 @@ def test_so_many_clients_at_a_time() -> None:
     told: list[Answer] = []
 
     async def act(server: OddServer, client: Any) -> tuple[list[Answer], float, int]:
-        return *await run_load(client, "logo", asks, concurrency=7, on_answer=told.append), server.most
+        return *await run_load(server.endpoint, "logo", asks, concurrency=7, on_answer=told.append), server.most
 
     answers, seconds, most = on_odd_server(act)
     assert most == 7 and told == answers
@@ -127,7 +128,7 @@ def test_for_so_long() -> None:
     asks = [Ask("ok", 4), Ask("ok", 4)]
 
     async def act(server: OddServer, client: Any) -> tuple[list[Answer], float]:
-        return await run_load(client, "logo", asks, concurrency=2, seconds=0.3)
+        return await run_load(server.endpoint, "logo", asks, concurrency=2, seconds=0.3)
 
     answers, seconds = on_odd_server(act)
     assert seconds >= 0.3 and len(answers) > 2  # over again

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from logo.bench import local_server
 from logo.bench.figures import Percentiles, Summary, metric, second_half, slope
 from logo.bench.in_process import differences
-from logo.bench.load import Answer, Ask
 from logo.bench.local_server import LocalServer
 from logo.bench.serving import Results, problems
 from logo.bench.traffic import demo_prompts, make_asks, mixed_prompts, read_asked
 from logo.bench.watch import Sample, Watched
+from logo.bench.wire import Answer, Ask
 from logo.cli.bench_serve import as_arguments
 from logo.cli.options import BaselineKind, Context, EngineOptions, OnBad, Token, expanded
 from logo.cli.run import run

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from logo.bench.load import Answer
+    from logo.bench.wire import Answer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from logo.bench.load import Answer, Ask
+from logo.bench.wire import Answer, Ask
 
 if TYPE_CHECKING:
     from logo.engine import LoGo

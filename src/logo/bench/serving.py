@@ -18,9 +18,10 @@ import httpx
 
 from logo.bench.figures import Summary
 from logo.bench.in_process import Difference, differences, one_by_one
-from logo.bench.load import Ask, Endpoint, run_load, said
+from logo.bench.load import Endpoint, run_load
 from logo.bench.local_server import LocalServer
 from logo.bench.watch import Churn, Watched, churn, sample, samples, settled
+from logo.bench.wire import Ask, said
 from logo.errors import LoGoError
 
 if TYPE_CHECKING:
@@ -177,14 +178,14 @@ async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], N
         asks = [replace(ask, hang_up=None) for ask in plan.asks] if alone else plan.asks
         concurrency = 1 if alone else plan.concurrency
         patient = [replace(ask, hang_up=None) for ask in plan.asks[:_WARM_UP]]
-        await run_load(client, model, patient, concurrency=concurrency, timeout=plan.timeout)
+        await run_load(endpoint, model, patient, concurrency=concurrency, timeout=plan.timeout)
         started = time.perf_counter()
         before = await sample(client, started)
         stop = asyncio.Event()
         watching = asyncio.create_task(samples(client, started, stop))
         changing = asyncio.create_task(churn(client, plan.churn, stop)) if plan.churn else None
         answers, seconds = await run_load(
-            client,
+            endpoint,
             model,
             asks,
             concurrency=concurrency,

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from logo.bench.load import Ask
+from logo.bench.wire import Ask
 from logo.errors import DataError, StorageError
 
 _FIELDS = ("prompt", "context")

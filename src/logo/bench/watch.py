@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from logo.bench.figures import metric, second_half, slope
-from logo.bench.load import Answer, said
+from logo.bench.wire import Answer, said
 
 MEMORY = "process_resident_memory_bytes"
 KV_BLOCKS = "logo:kv_blocks_used"

@@ -20,9 +20,9 @@ from logo.cli.prompts import or_demo
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.bench.load import Ask
     from logo.bench.local_server import LocalServer
     from logo.bench.serving import Plan
+    from logo.bench.wire import Ask
 
 SERVER = "Server"
 LOAD = "Load"
