@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -44,7 +45,7 @@ def shown(tokenizer: Any, steps: list[list[int]], stops: list[str]) -> tuple[lis
 
 def split(ids: list[int], cuts: list[int]) -> list[list[int]]:
     places = sorted({cut % (len(ids) + 1) for cut in cuts} | {0, len(ids)})
-    return [ids[a:b] for a, b in zip(places, places[1:], strict=False)] or [[]]
+    return [ids[a:b] for a, b in itertools.pairwise(places)] or [[]]
 
 
 WORDS = st.text("ab é😀\n漢", max_size=30)

@@ -252,6 +252,8 @@ class Batching:
         if standing != self._standing:
             self._mixed = self._resident.gate([(self._share(sequence), tokens) for sequence, tokens in step])
             self._standing = standing
+            if self._model.device.type == "cuda":  # the forward pass runs in a stream of its own
+                torch.cuda.current_stream(self._model.device).synchronize()
         self.steps["gate" if self._mixed else "base"] += 1
 
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
