@@ -46,13 +46,6 @@ def _prompt(line: str, place: str) -> str:
     return str(found)
 
 
-def demo_prompts() -> list[str]:
-    """The held-out rows of the demo world, all its tasks."""
-    from logo.demo import heldout
-
-    return [row["context"] for rows in heldout().values() for row in rows]
-
-
 def mixed_prompts(seed: int) -> list[str]:
     """Requests of many kinds for any model; to most something is told first, from one sentence to a dozen."""
     from logo.selection.neutral import NEUTRAL

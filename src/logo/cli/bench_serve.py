@@ -207,13 +207,16 @@ def _asks(
     hang_up: float,
     seed: int,
 ) -> list[Ask]:
-    from logo.bench.traffic import demo_prompts, make_asks, mixed_prompts, read_asked
+    from logo.bench.traffic import make_asks, mixed_prompts, read_asked
+    from logo.demo import heldout
     from logo.models import DEMO
 
     if prompts is not None:
         texts = read_asked(prompts)
+    elif base_model == DEMO:
+        texts = [row["context"] for rows in heldout().values() for row in rows]
     else:
-        texts = demo_prompts() if base_model == DEMO else mixed_prompts(seed)
+        texts = mixed_prompts(seed)
     return make_asks(
         texts, requests, max_tokens=max_tokens, stream_share=stream_share, hang_up_share=hang_up, seed=seed
     )

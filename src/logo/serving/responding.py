@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 from starlette.datastructures import State
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from logo.serving.answers import Answers, Asked
 from logo.serving.errors import api_error
+from logo.serving.logs import request_id
 from logo.serving.rendering import Collected, Options, Rendering
 from logo.serving.replies import DONE, event
 
@@ -94,8 +95,7 @@ async def _events(
                     yield event(rendering.chunk(piece))
     except Exception as error:  # the status is sent already: the client learns of it in an event
         _log.warning("a stream failed: %s", error, exc_info=error)
-        body = JSONResponse(api_error(error).body()).body
-        yield b"data: " + bytes(body) + b"\n\n"
+        yield api_error(error, request_id.get()).event()
     else:
         if options.usage:
             yield event(rendering.last(asked, tokens))
