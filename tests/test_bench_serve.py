@@ -314,11 +314,11 @@ def test_no_server_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A server of its own; a third of the clients leave; an adapter like one of the pool's comes and goes."""
+    """A server of its own; a third of the clients leave; an adapter like one of the pool's comes, and goes at the end."""
     shutil.copytree(adapters_dir() / "antonym", tmp_path / "changes" / "extra")
     found = tmp_path / "bench.json"
     load = ["--requests", "30", "--concurrency", "8", "--hang-up", "0.3", "--max-new-tokens", "4..12"]
-    changes = ["--churn", "0.2", "--churn-adapter", str(tmp_path / "changes" / "extra")]
+    changes = ["--churn", "1000", "--churn-adapter", str(tmp_path / "changes" / "extra")]
     assert run(["bench", "serve", *load, *changes, "--verify", "all", "--json", str(found)]) == 0
     shown = capsys.readouterr()
     report = json.loads(found.read_text())
@@ -338,8 +338,9 @@ def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert 0 < arm["hung_up"] <= 9
         assert arm["first_token"]["p99"] <= arm["seconds"] and arm["inter_token"]["p50"] > 0
         assert server["kv_blocks_after"] == server["kv_blocks_before"] and server["resident_max"] > 5e7
-        assert server["adapter_changes"] >= 2
+        assert server["adapter_changes"] == 2  # there from the first requests to the last
     assert report["verified"] == arms["logo"]["ok"] + arms["base"]["ok"]
+    assert report["verified_with_passing"] > 0
     assert f"{report['verified']} of {report['verified']} answers equal" in shown.err
     assert "output tokens/s" in shown.out and "KV blocks" in shown.out
 

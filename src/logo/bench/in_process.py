@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from logo.bench.wire import Answer, Ask
 
 if TYPE_CHECKING:
+    from logo.bench.watch import Churn
     from logo.engine import LoGo
+
+Begin = Callable[[str, "int | None"], Callable[[], None]]
+"""Told what begins and of how many steps; returns what is to be called after each."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,59 @@ def one_by_one(
         )
         on_answer()
     return answers
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison found; `with_passing` answers are those that the passing adapter had a part in."""
+
+    differences: list[Difference]
+    with_passing: int
+
+
+def compare(
+    engine: LoGo,
+    arm: str,
+    asks: Sequence[Ask],
+    answers: Sequence[Answer],
+    known: Mapping[int, Answer],
+    *,
+    base_only: bool = False,
+    churn: Churn | None = None,
+    begin: Begin = lambda what, steps: lambda: None,
+) -> Compared:
+    """Holds a server's whole answers against `LoGo.generate`, those with a passing adapter with it in the pool.
+
+    Args:
+        known: what `LoGo.generate` is known to select and answer without it.
+        churn: the passing adapter.
+    """
+    passing = None if churn is None else churn.name
+    found: list[Difference] = []
+    counts = {}
+    for present in (False, True):
+        part = [answer for answer in answers if (passing in answer.adapters) == present]
+        expected = {} if present or base_only else dict(known)
+        missing = sorted({answer.ask for answer in part} - set(expected))
+        step = begin(f"comparing {arm}", len(missing))
+        with _added(engine, churn if present and part else None):
+            made = one_by_one(engine, asks, missing, base_only=base_only, on_answer=step)
+        found += differences(arm, asks, part, expected | {answer.ask: answer for answer in made})
+        counts[present] = len(part)
+    return Compared(found, counts[True])
+
+
+@contextlib.contextmanager
+def _added(engine: LoGo, churn: Churn | None) -> Iterator[None]:
+    """The adapter is in the engine's pool inside the block, as it was in the server's."""
+    if churn is None:
+        yield
+        return
+    engine.pool.add(churn.folder, churn.name)
+    try:
+        yield
+    finally:
+        engine.pool.remove(churn.name)
 
 
 def differences(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import httpx
 
 from logo.bench.figures import Summary
-from logo.bench.in_process import Difference, differences, one_by_one
+from logo.bench.in_process import Begin, Difference, compare, one_by_one
 from logo.bench.load import Endpoint, run_load
 from logo.bench.local_server import LocalServer
 from logo.bench.watch import Churn, Watched, churn, sample, samples, settled
@@ -31,9 +31,6 @@ Arm = Literal["logo", "base", "one-by-one"]
 ARMS: tuple[Arm, ...] = ("logo", "base", "one-by-one")
 
 _WARM_UP = 16  # requests before each load, which do not count
-
-Begin = Callable[[str, "int | None"], Callable[[], None]]
-"""Told what begins and of how many steps; returns what is to be called after each."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,14 @@ class Results:
     Attributes:
         loads: of each arm, one per round.
         verified: answers compared.
+        verified_with_passing: of these, those that the adapter that comes and goes had a part in.
         differences: those that are not what `LoGo.generate` gives.
         problems: what went wrong, one line each; a run is good where there are none.
     """
 
     loads: dict[Arm, list[Watched]] = field(default_factory=dict)
     verified: int = 0
+    verified_with_passing: int = 0
     differences: list[Difference] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -99,11 +98,16 @@ class Results:
         """For JSON; the differences are the first hundred."""
         return {
             "arms": {
-                arm: {**self.summary(arm).as_dict(), "server": [load.server() for load in loads]}
+                arm: {
+                    **self.summary(arm).as_dict(),
+                    "client_cpu_seconds": [load.client_cpu for load in loads],
+                    "server": [load.server() for load in loads],
+                }
                 for arm, loads in self.loads.items()
             },
             "ratios": self.ratios,
             "verified": self.verified,
+            "verified_with_passing": self.verified_with_passing,
             "different": len(self.differences),
             "differences": [vars(one) for one in self.differences[:100]],
             "problems": self.problems,
@@ -152,8 +156,24 @@ def run_bench(
             results.loads["one-by-one"].append(_alone(plan, in_process(), begin(f"one-by-one{suffix}", len(plan.asks))))
     results.problems += problems(results, local)
     if plan.verify:
-        _verify(plan, results, in_process(), begin)
+        _compare(plan, results, in_process(), begin)
     return results
+
+
+def _compare(plan: Plan, results: Results, engine: LoGo, begin: Begin) -> None:
+    """Holds what servers answered to the first asks against `LoGo.generate`."""
+    own = {arm for arm, loads in results.loads.items() if not any(load.before for load in loads)}  # is that itself
+    known = {a.ask: a for arm in own for load in results.loads[arm] for a in load.answers}
+    for arm, loads in results.loads.items():
+        if arm in own:
+            continue
+        answers = [a for load in loads for a in load.answers if a.outcome == "ok" and a.ask < plan.verify]
+        found = compare(engine, arm, plan.asks, answers, known, base_only=arm == "base", churn=plan.churn, begin=begin)
+        results.verified += len(answers)
+        results.verified_with_passing += found.with_passing
+        results.differences += found.differences
+    if results.differences:
+        results.problems.append(f"{len(results.differences)} of {results.verified} answers differ from LoGo.generate")
 
 
 @contextlib.contextmanager
@@ -184,6 +204,7 @@ async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], N
         stop = asyncio.Event()
         watching = asyncio.create_task(samples(client, started, stop))
         changing = asyncio.create_task(churn(client, plan.churn, stop)) if plan.churn else None
+        cpu = time.process_time()
         answers, seconds = await run_load(
             endpoint,
             model,
@@ -193,6 +214,7 @@ async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], N
             timeout=plan.timeout,
             on_answer=lambda answer: step(),
         )
+        cpu = time.process_time() - cpu
         stop.set()
         changes, failed = await changing if changing else (0, [])
         return Watched(
@@ -203,6 +225,7 @@ async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], N
             after=await settled(client, started, before),
             changes=changes,
             failed_changes=failed,
+            client_cpu=cpu,
         )
 
 
@@ -254,40 +277,3 @@ def problems(results: Results, own: bool) -> list[str]:
             if own and kept > 0:
                 found.append(f"{arm}: {kept:g} blocks of the KV cache more in use than before the load")
     return found
-
-
-# -- the same answers as LoGo.generate --------------------------------------------------------------------------
-
-
-def _verify(plan: Plan, results: Results, engine: LoGo, begin: Begin) -> None:
-    """Compares whole answers of the first asks; those that the passing adapter had a part in, with it in the pool."""
-    known = {answer.ask: answer for load in results.loads.get("one-by-one", ()) for answer in load.answers}
-    for arm, loads in results.loads.items():
-        if arm == "one-by-one" and not any(load.before for load in loads):
-            continue  # nothing but LoGo.generate itself
-        answers = [a for load in loads for a in load.answers if a.outcome == "ok" and a.ask < plan.verify]
-        passing = plan.churn.name if plan.churn else None
-        for added in (False, True):
-            part = [answer for answer in answers if (passing in answer.adapters) == added]
-            expected = {} if added or arm == "base" else dict(known)
-            missing = sorted({answer.ask for answer in part} - set(expected))
-            step = begin(f"comparing {arm}", len(missing))
-            with _added(plan, engine, added and bool(part)):
-                made = one_by_one(engine, plan.asks, missing, base_only=arm == "base", on_answer=step)
-            expected |= {answer.ask: answer for answer in made}
-            results.differences += differences(arm, plan.asks, part, expected)
-            results.verified += len(part)
-    if results.differences:
-        results.problems.append(f"{len(results.differences)} of {results.verified} answers differ from LoGo.generate")
-
-
-@contextlib.contextmanager
-def _added(plan: Plan, engine: LoGo, wanted: bool) -> Iterator[None]:
-    if plan.churn is None or not wanted:
-        yield
-        return
-    engine.pool.add(plan.churn.folder, plan.churn.name)
-    try:
-        yield
-    finally:
-        engine.pool.remove(plan.churn.name)

@@ -49,7 +49,7 @@ class Churn:
 
 @dataclass(frozen=True)
 class Watched:
-    """One load and how the server stood before, after and meanwhile."""
+    """One load, how the server stood before, after and meanwhile, and the CPU seconds that the clients took."""
 
     answers: Sequence[Answer]
     seconds: float
@@ -58,6 +58,7 @@ class Watched:
     samples: Sequence[Sample] = ()
     changes: int = 0
     failed_changes: Sequence[str] = ()
+    client_cpu: float | None = None
 
     def server(self) -> dict[str, object] | None:
         """Memory in bytes, blocks of the KV cache, and how memory drifts, in 10⁶ bytes per minute; for JSON."""

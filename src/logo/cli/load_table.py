@@ -23,7 +23,8 @@ def show(results: Results, plan: Plan, own: bool) -> None:
         note("output tokens (requests) per second, " + _ratios(results.ratios))
     if plan.verify:
         same = results.verified - len(results.differences)
-        note(f"{same} of {results.verified} answers equal `LoGo.generate`, token for token")
+        passing = f" ({results.verified_with_passing} with the passing adapter)" if plan.churn is not None else ""
+        note(f"{same} of {results.verified} answers equal `LoGo.generate`, token for token{passing}")
     about = described(plan, own)
     note(
         f"{about['requests']} different requests, {about['streamed']} streamed · {about['concurrency']} at a time · "
@@ -68,6 +69,9 @@ def _table(results: Results, plan: Plan) -> Table:
     row("ms to first token, p50 / p90 / p99", lambda s: _milliseconds(s.first_token))
     row("ms between tokens, p50 / p90 / p99", lambda s: _milliseconds(s.inter_token))
     row("ms end to end, p50 / p90 / p99", lambda s: _milliseconds(s.end_to_end))
+    spent = [[load.client_cpu or 0.0 for load in results.loads[arm]] for arm in arms]
+    if any(map(any, spent)):  # much of the wall time: the clients are what is slow
+        table.add_row("CPU seconds of the clients", *(f"{sum(one):,.1f}" if any(one) else "-" for one in spent))
     servers: list[Mapping[str, Any] | None] = [results.loads[arm][-1].server() for arm in arms]
     if any(servers):
         table.add_row("server: MB before / most / after", *(_three(s, "resident", 1e6) for s in servers))
