@@ -314,7 +314,7 @@ def test_no_server_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A server of its own; a third of the clients leave; an adapter like one of the pool's comes, and goes at the end."""
+    """A server of its own; a third of the clients leave; an adapter like one of the pool's comes and goes."""
     shutil.copytree(adapters_dir() / "antonym", tmp_path / "changes" / "extra")
     found = tmp_path / "bench.json"
     load = ["--requests", "30", "--concurrency", "8", "--hang-up", "0.3", "--max-new-tokens", "4..12"]
