@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ from logo.bench import local_server
 from logo.bench.figures import Percentiles, Summary, metric, second_half, slope
 from logo.bench.in_process import differences
 from logo.bench.local_server import LocalServer
-from logo.bench.serving import Results, problems
+from logo.bench.serving import Plan, Results, problems, run_bench
 from logo.bench.traffic import make_asks, mixed_prompts, read_asked
 from logo.bench.watch import Sample, Watched
 from logo.bench.wire import Answer, Ask
@@ -343,6 +345,23 @@ def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert report["verified_with_passing"] > 0
     assert f"{report['verified']} of {report['verified']} answers equal" in shown.err
     assert "output tokens/s" in shown.out and "KV blocks" in shown.out
+
+
+def test_a_server_that_dies() -> None:
+    """Its requests are errors; what comes after is not begun, and says why."""
+    started = []
+
+    def begin(what: str, steps: int | None) -> Callable[[], None]:
+        return lambda: os.kill(started[0].pid, signal.SIGKILL)  # at the first answer
+
+    def place() -> LocalServer:
+        started.append(LocalServer(["--base-model=demo"]))
+        return started[0]
+
+    asks = tuple(Ask("What is 7 plus 5?", 8, stream) for stream in (True, False) * 8)
+    with pytest.raises(LoGoError, match=r"no answer .* `logo serve` has ended by itself"):
+        run_bench(Plan(asks, ("logo", "base"), concurrency=4), place, lambda: pytest.fail("not needed"), begin=begin)
+    assert started[0].exit_code == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ import httpx
 
 from logo.bench.wire import Answer, Ask, Heard, Outcome, Refused, parsed, said
 
+_AFTER_FAILURE = 0.1  # seconds
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -73,6 +75,8 @@ async def run_load(
                 answer = await send(client, model, number, asks[number], timeout)
                 answers.append(answer)
                 on_answer(answer)
+                if answer.kind == "connection":  # a server that is gone is not asked a thousand times a second
+                    await asyncio.sleep(_AFTER_FAILURE)
 
     await asyncio.gather(*(worker() for _ in range(concurrency)))
     return answers, time.perf_counter() - started

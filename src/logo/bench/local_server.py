@@ -63,6 +63,11 @@ class LocalServer:
         return "\n".join(self._said)
 
     @property
+    def gone(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process.poll() is not None
+
+    @property
     def pid(self) -> int:
         """Of the process."""
         return self._process.pid

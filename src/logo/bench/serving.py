@@ -185,7 +185,14 @@ def _open(
         return
     begin("starting the server", None)
     with place() as server:
-        yield Endpoint(server.url, api_key)
+        try:
+            yield Endpoint(server.url, api_key)
+        except LoGoError as error:
+            if not server.gone:
+                raise
+            raise LoGoError(
+                f"{error} `logo serve` has ended by itself; the last it printed: {server.said[-500:]}"
+            ) from error
     if server.exit_code != 0:
         results.problems.append(f"the server ended with code {server.exit_code} after SIGTERM: {server.said[-500:]}")
 
