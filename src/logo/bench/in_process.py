@@ -129,7 +129,7 @@ def compare(
         part = [answer for answer in answers if (passing in answer.adapters) == present]
         expected = {} if present or base_only else dict(known)
         missing = sorted({answer.ask for answer in part} - set(expected))
-        step = begin(f"comparing {arm}", len(missing))
+        step = begin(f"comparing {arm}", len(missing)) if missing else lambda: None
         with _added(engine, churn if present and part else None):
             made = one_by_one(engine, asks, missing, base_only=base_only, on_answer=step)
         found += differences(arm, asks, part, expected | {answer.ask: answer for answer in made})
