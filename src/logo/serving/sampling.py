@@ -86,7 +86,7 @@ class Drawing:
         return torch.multinomial(row.softmax(dim=-1), 1, generator=self._generator)[0, 0]
 
 
-def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> tuple[Tensor, dict[int, ValueError]]:
+def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> tuple[Tensor, dict[int, Exception]]:
     """One token per row.
 
     Args:
@@ -94,18 +94,18 @@ def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> tuple[Tensor, di
         drawings: one per row.
 
     Returns:
-        (rows,) token ids, and the rows for which none could be drawn.
+        (rows,) token ids, and what went wrong in rows for which none could be drawn.
     """
     tokens = scores.argmax(dim=-1)
-    failed: dict[int, ValueError] = {}
+    failed: dict[int, Exception] = {}
     for row, drawing in enumerate(drawings):
-        if not drawing.sampling.greedy:
-            try:
+        try:
+            if not drawing.sampling.greedy:
                 tokens[row] = drawing.draw(scores[row])
-            except ValueError as error:
-                failed[row] = error
-        if drawing.sampling.logprobs is not None and row not in failed:
-            drawing.logprobs.append(_logprob(scores[row], int(tokens[row]), drawing.sampling.logprobs))
+            if drawing.sampling.logprobs is not None:
+                drawing.logprobs.append(_logprob(scores[row], int(tokens[row]), drawing.sampling.logprobs))
+        except Exception as error:  # of this row alone: the others have drawn, and must not draw again
+            failed[row] = error
     return tokens, failed
 
 
