@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.config
+import sys
 import time
 import traceback
 from contextvars import ContextVar
@@ -114,30 +114,21 @@ def configure(log_json: bool = False, level: Level = "info") -> None:
         log_json: one JSON object per line.
         level: of this package. uvicorn says only what went wrong, unless it is `debug`.
     """
-    text = {"format": "%(asctime)s %(levelname)s %(request_id)s %(message)s"}
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(RequestIds())
+    text = logging.Formatter("%(asctime)s %(levelname)s %(request_id)s %(message)s")
+    handler.setFormatter(JsonLines() if log_json else text)
     server = level if level in ("debug", "error") else "warning"
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "filters": {"ids": {"()": RequestIds}},
-            "formatters": {"lines": {"()": JsonLines} if log_json else text},
-            "handlers": {
-                "stderr": {
-                    "class": "logging.StreamHandler",
-                    "stream": "ext://sys.stderr",
-                    "formatter": "lines",
-                    "filters": ["ids"],
-                }
-            },
-            "loggers": {
-                "logo": {"handlers": ["stderr"], "level": level.upper()},
-                "uvicorn": {"handlers": ["stderr"], "level": server.upper()},
-                "uvicorn.error": {"level": server.upper()},
-                "uvicorn.access": {"handlers": [], "level": "CRITICAL"},
-            },
-        }
-    )
+    # By hand: logging's dictConfig closes the handlers of everybody, and some close the stream that they were given.
+    for name, own, number in (
+        ("logo", [handler], level),
+        ("uvicorn", [handler], server),
+        ("uvicorn.error", [], server),
+        ("uvicorn.access", [], "critical"),
+    ):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = own
+        logger.setLevel(number.upper())
 
 
 def _safe(value: Any) -> Any:
