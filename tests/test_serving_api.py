@@ -354,6 +354,9 @@ def test_a_signal_lets_what_was_accepted_end() -> None:
             asking = [asyncio.create_task(ask(n)) for n in range(24)]
             await started.wait()
             os.kill(running.pid, signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            with pytest.raises(openai.InternalServerError, match="shutting down"):
+                await ask(0)
             return await asyncio.gather(*asking)
 
         started = asyncio.Event()

@@ -104,9 +104,11 @@ def too_many(retry_after: float) -> ApiError:
     return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(seconds)})
 
 
-def unavailable(message: str, retry_after: float | None = None) -> ApiError:
-    """503: not now: loading, draining or out of memory."""
-    headers = None if retry_after is None else {"Retry-After": str(_seconds(retry_after))}
+def unavailable(message: str, retry_after: float | None = None, *, closing: bool = False) -> ApiError:
+    """503: not now: draining (`closing` ends the connection with it) or out of memory."""
+    headers = {} if retry_after is None else {"Retry-After": str(_seconds(retry_after))}
+    if closing:
+        headers["Connection"] = "close"
     return ApiError(503, message, SERVER, code="unavailable", headers=headers)
 
 

@@ -98,7 +98,7 @@ async def _generate(body: protocol.CompletionRequest | protocol.ChatRequest, tex
         except Overloaded:
             raise too_many(_RETRY_AFTER) from None
         except Draining as error:
-            raise unavailable(str(error), _RETRY_AFTER) from None
+            raise unavailable(str(error), _RETRY_AFTER, closing=True) from None
         try:
             chosen = await unless_left(request, answers.choose(text.prompts, wish, began))
             prompts = tuple(map(tuple, text.prompts))
@@ -125,7 +125,7 @@ async def select(body: protocol.SelectRequest, request: Request) -> replies.Sele
     except Overloaded:
         raise too_many(_RETRY_AFTER) from None
     except Draining as error:
-        raise unavailable(str(error), _RETRY_AFTER) from None
+        raise unavailable(str(error), _RETRY_AFTER, closing=True) from None
     except ClientLeft:
         return Response(status_code=CLIENT_LEFT)
     selection = chosen.selection

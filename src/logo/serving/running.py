@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from logo.errors import UsageError
 from logo.serving.app import AppSettings, create_app
 from logo.serving.guards import GuardSettings, guard
 from logo.serving.service import Service
+
+# Seconds between the signal and the end of listening.
+_FAREWELL = 1.0
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -54,6 +58,15 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no new requests: a moment in which they get 503 and a closed connection, and then none at all.
+
+        Closed without that, a connection that is kept for the next request would be reset under it.
+        """
+        if not self.force_exit:
+            await asyncio.sleep(_FAREWELL)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A second signal does not wait."""
