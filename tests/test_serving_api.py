@@ -52,15 +52,17 @@ def server(changes: Path) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+def client(server: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as made:
+        yield made
 
 
 def refused(call: Any) -> dict[str, Any]:
     """What an HTTP error says, and its status."""
     with pytest.raises(urllib.error.HTTPError) as caught:
         call()
-    body = json.loads(caught.value.read())
+    with caught.value as answer:
+        body = json.loads(answer.read())
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
     return {**body["error"], "status": caught.value.code}
@@ -292,7 +294,8 @@ def test_more_than_may_wait_are_turned_away_and_told_when_to_come_back() -> None
             try:
                 seen.append((200, None if server.post("/v1/completions", body) else ""))
             except urllib.error.HTTPError as error:
-                seen.append((error.code, error.headers["Retry-After"]))
+                with error:
+                    seen.append((error.code, error.headers["Retry-After"]))
 
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for thread in threads:
@@ -340,9 +343,8 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
 
 def test_a_signal_lets_what_was_accepted_end() -> None:
     with LocalServer(["--base-model", "demo"], {"LOGO_API_KEY": ""}, start=120, stop=60) as running:
-        client = openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
 
-        async def ask(n: int) -> int:
+        async def ask(client: openai.AsyncOpenAI, n: int) -> int:
             stream = await client.completions.create(
                 model="logo", prompt=PROMPTS[n % 4], max_tokens=60, temperature=1.9, seed=n, stream=True
             )
@@ -351,13 +353,15 @@ def test_a_signal_lets_what_was_accepted_end() -> None:
             return sum(reason is not None for reason in reasons)
 
         async def traffic() -> list[int]:
-            asking = [asyncio.create_task(ask(n)) for n in range(24)]
-            await started.wait()
-            os.kill(running.pid, signal.SIGTERM)
-            await asyncio.sleep(0.3)
-            with pytest.raises(openai.InternalServerError, match="shutting down"):
-                await ask(0)
-            return await asyncio.gather(*asking)
+            url = f"{running.url}/v1"
+            async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+                asking = [asyncio.create_task(ask(client, n)) for n in range(24)]
+                await started.wait()
+                os.kill(running.pid, signal.SIGTERM)
+                await asyncio.sleep(0.3)
+                with pytest.raises(openai.InternalServerError, match="shutting down"):
+                    await ask(client, 0)
+                return await asyncio.gather(*asking)
 
         started = asyncio.Event()
         assert asyncio.run(traffic()) == [1] * 24
