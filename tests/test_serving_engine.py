@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 import tiny
-from logo import LoGo
+from logo import AdapterPool, LoGo, SelectionSettings
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
 from logo.serving import steps
 from logo.serving.batching import GenerationFailed, GenerationTimeout, Memory
 from logo.serving.sampling import Sampling
 from logo.serving.service import Chosen, Draining, Overloaded, Service, Wish
-from test_engine import engine, write_adapter
+from test_engine import engine, tokenizer, write_adapter
 
 _T = TypeVar("_T")
 POISON = 77
@@ -249,8 +249,11 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
     assert scores == pytest.approx(fresh)
 
 
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
 @pytest.mark.parametrize("fault", ["nan", "shape", "unscorable", "taken", "pickle"])
-def test_an_adapter_that_cannot_be_used_changes_nothing(fault: str, llama: nn.Module, tmp_path: Path) -> None:
+def test_an_adapter_that_cannot_be_used_changes_nothing(
+    fault: str, on_bad: str, llama: nn.Module, tmp_path: Path
+) -> None:
     for i in range(3):
         write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
     bad = tmp_path / "bad"
@@ -260,13 +263,15 @@ def test_an_adapter_that_cannot_be_used_changes_nothing(fault: str, llama: nn.Mo
     if fault == "pickle":
         (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
     ids = tiny.prompts([6], seed=5)[0]
-    logo = engine(llama, tmp_path / "pool")
+    settings = SelectionSettings(k=3)
+    pool = AdapterPool.from_directory(tmp_path / "pool")
+    logo = LoGo(llama, tokenizer(), pool, settings=settings, on_bad_adapter=on_bad)
 
     async def use(service: Service) -> Any:
         before = (await service.choose(ids, Wish())).selection
         with pytest.raises((AdapterError, PoolError)):
             await service.add(bad, "t1" if fault == "taken" else "new")
-        return before, (await service.choose(ids, Wish())).selection, service.logo.pool.names
+        return before, (await service.choose(ids, Wish())).selection, tuple(service.adapters)
 
     before, after, names_after = served(logo, use)
     assert before == after

@@ -96,7 +96,7 @@ class Answers:
         Raises:
             ApiError: there is no such model.
         """
-        names = self.service.logo.pool.names
+        names = self.service.adapters
         if model not in (AUTO, self.base_model) and model not in names:
             raise model_not_found(model, closest(model, (AUTO, self.base_model, *names)))
         options = options or LogoOptions()

@@ -22,10 +22,9 @@ async def load(body: protocol.LoadAdapter, request: Request) -> Response:
     """Adds an adapter to the pool; one that fails a check changes nothing."""
     answers: Answers = request.app.state.answers
     folder = inside(request.app.state.settings.adapter_changes, body.lora_path)
-    pool = answers.service.logo.pool
     if body.lora_name in (AUTO, answers.base_model):
         raise bad_request(f"lora_name: {shown(body.lora_name)} already means another model", "lora_name")
-    if body.lora_name in pool and not body.load_inplace:
+    if body.lora_name in answers.service.adapters and not body.load_inplace:
         raise bad_request(f"The lora adapter {shown(body.lora_name)} has already been loaded.", "lora_name")
     await answers.service.add(folder, body.lora_name, replace=body.load_inplace)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -35,7 +34,7 @@ async def load(body: protocol.LoadAdapter, request: Request) -> Response:
 async def unload(body: protocol.UnloadAdapter, request: Request) -> Response:
     """Takes an adapter out of the pool; requests that have selected it are still answered with it."""
     answers: Answers = request.app.state.answers
-    names = answers.service.logo.pool.names
+    names = answers.service.adapters
     if body.lora_name not in names:
         hint = closest(body.lora_name, names)
         raise not_found(f"The lora adapter {shown(body.lora_name)} cannot be found.{hint}", "lora_name")

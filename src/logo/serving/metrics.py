@@ -82,13 +82,13 @@ class _State(Collector):
             "kv_blocks_used": ("Blocks of keys and values in use.", used),
             "kv_blocks": ("Blocks of keys and values in all.", total),
             "kv_cache_usage_perc": ("Share of the blocks in use, 1 is all.", used / total),
-            "pool_adapters": ("Adapters in the pool.", len(service.logo.pool)),
+            "pool_adapters": ("Adapters in the pool.", len(service.adapters)),
             "adapters_stacked": ("Adapters whose tensors are ready to be mixed.", batching.adapters),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"logo:{name}", text, value=value)
         selected = CounterMetricFamily("logo:adapter_selected", "Answers an adapter had a part in.", labels=["adapter"])
-        for adapter in service.logo.pool.names:
+        for adapter in list(service.adapters):
             selected.add_metric([adapter], service.selected.get(adapter, 0))
         yield selected
         steps = CounterMetricFamily("logo:steps", "Forward passes, with some mixture or none.", labels=["form"])

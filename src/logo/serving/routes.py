@@ -153,7 +153,7 @@ async def adapters(request: Request) -> replies.AdapterList:
             size_bytes=adapter.size,
             selected=service.selected.get(adapter.name, 0),
         )
-        for adapter in service.logo.pool
+        for adapter in service.adapters.values()
     ]
     return replies.AdapterList(
         base_model=answers.base_model,
@@ -179,7 +179,7 @@ async def models(request: Request) -> replies.ModelList:
             logo=replies.ModelRole.model_validate({"role": role}),
         )
 
-    names = answers.service.logo.pool.names
+    names = answers.service.adapters
     return replies.ModelList(
         data=[
             card(AUTO, "auto", None),

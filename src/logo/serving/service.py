@@ -87,6 +87,11 @@ class Service:
         adapter_cache_gb: host memory for adapter tensors.
         probe_batch: prompts per probe.
 
+    Attributes:
+        adapters: those that requests may use now, by name.
+        selected: how many answers each has had a part in.
+        draining: takes no new requests.
+
     Raises:
         UsageError: an engine that selects in a way that depends on the order of prompts.
     """
@@ -115,6 +120,7 @@ class Service:
         self._open = 0
         self.draining = False
         self.selected: dict[str, int] = {}
+        self.adapters: dict[str, Adapter] = {adapter.name: adapter for adapter in logo.fitted}
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -295,6 +301,8 @@ class Service:
         pool.add(adapter)
         try:
             self._take_note()
+            if name not in self.adapters:  # an engine that leaves out what does not fit says nothing by itself
+                raise next(error for error in self.logo.fitted.refused if error.name == name)
         except Exception:
             pool.remove(name)
             if before is not None:
@@ -320,6 +328,7 @@ class Service:
         with self.batching.paused():
             for logo in (self.logo, *self._others.values()):
                 logo.router  # noqa: B018
+        self.adapters = {adapter.name: adapter for adapter in self.logo.fitted}
 
 
 class _Key:
