@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,9 @@ def serve(
     Example: `logo serve --base-model demo`, then `curl localhost:8000/v1/completions -H 'Content-Type:
     application/json' -d '{"model": "logo", "prompt": "What is 7 plus 5?", "temperature": 0}'`
     """
+    for needed in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(needed) is None:
+            raise UsageError(f"serving needs {needed}: install lora-on-the-go[serve]")
     folder = None if allow_adapter_changes is None else allow_adapter_changes.resolve()
     if folder is not None and not folder.is_dir():
         raise StorageError(f"--allow-adapter-changes {folder}: expected a folder, found none; create it first")
