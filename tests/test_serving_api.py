@@ -223,6 +223,7 @@ COMPLETION = {"model": "logo", "prompt": "x"}
         ("completions", {**COMPLETION, "temperature": "hot"}, 400, "temperature"),
         ("completions", {**COMPLETION, "logo": {"adapters": {"nope": 1}}}, 400, None),
         ("completions", {**COMPLETION, "logo": {"signal": "nope"}}, 400, None),
+        ("completions", {**COMPLETION, "model": "antonym", "logo": {"k": 2}}, 400, "logo"),
         ("chat/completions", {"model": "logo", "messages": []}, 400, "messages"),
         ("chat/completions", {"model": "logo", "messages": [{"role": "user"}]}, 400, "messages[0].content"),
         ("logo/select", {}, 400, None),

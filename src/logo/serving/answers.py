@@ -18,6 +18,7 @@ from logo.serving.batching import GenerationFailed, GenerationTimeout
 from logo.serving.chat import chat_ids
 from logo.serving.errors import bad_request, model_not_found, timed_out
 from logo.serving.metrics import Metrics
+from logo.serving.problems import shown
 from logo.serving.protocol import LogoOptions, Message
 from logo.serving.sampling import Sampling, TokenLogprob
 from logo.serving.service import Chosen, Service, Wish
@@ -94,7 +95,7 @@ class Answers:
         """What a model's name and the field `logo` ask for.
 
         Raises:
-            ApiError: there is no such model.
+            ApiError: there is no such model, or it does not go with the options.
         """
         names = self.service.adapters
         if model not in (AUTO, self.base_model) and model not in names:
@@ -104,6 +105,8 @@ class Answers:
             return Wish(adapters=options.adapters)
         if model == AUTO:
             return Wish(k=options.k, signal=options.signal)
+        if options.k is not None or options.signal is not None:
+            raise bad_request(f"logo: 'k' and 'signal' select, but model {shown(model)} selects nothing", "logo")
         return Wish(adapters={} if model == self.base_model else {model: 1.0})
 
     def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
