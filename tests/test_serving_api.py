@@ -218,6 +218,7 @@ COMPLETION = {"model": "logo", "prompt": "x"}
         ("completions", {**COMPLETION, "max_tokens": 10**30}, 400, "max_tokens"),
         ("completions", {**COMPLETION, "max_tokens": 512}, 400, "max_tokens"),
         ("completions", {**COMPLETION, "prompt": ["x", "word " * 5000]}, 400, "max_tokens"),
+        ("completions", {**COMPLETION, "prompt": "word " * 100_000}, 400, "max_tokens"),
         ("completions", {**COMPLETION, "prompt": [10**9]}, 400, "prompt"),
         ("completions", {**COMPLETION, "prompt": []}, 400, "prompt"),
         ("completions", {**COMPLETION, "temperature": "hot"}, 400, "temperature"),

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from logo.decoding import MAX_NEW_TOKENS, FinishReason
 from logo.errors import closest
@@ -23,6 +23,11 @@ from logo.serving.protocol import LogoOptions, Message
 from logo.serving.sampling import Sampling, TokenLogprob
 from logo.serving.service import Chosen, Service, Wish
 from logo.serving.text import Text
+
+_T = TypeVar("_T")
+
+# Characters that take a few milliseconds to tokenize.
+_LONG = 10_000
 
 AUTO = "logo"
 """The model name that selects by itself."""
@@ -109,24 +114,25 @@ class Answers:
             raise bad_request(f"logo: 'k' and 'signal' select, but model {shown(model)} selects nothing", "logo")
         return Wish(adapters={} if model == self.base_model else {model: 1.0})
 
-    def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Token ids of prompts.
 
         Raises:
             ApiError: a prompt without tokens, or an id that the model does not know.
         """
         known = self.service.logo.model.get_input_embeddings().weight.shape[0]
-        rows = []
-        for prompt in prompts:
-            ids: list[int] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        rows: list[list[int]] = await _beside(
+            size, lambda: [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+        )
+        for ids in rows:
             if not ids:
                 raise bad_request("prompt: expected a text, found an empty one", "prompt")
             if max(ids) >= known:
                 raise bad_request(f"prompt: expected token ids below {known}, found {max(ids)}", "prompt")
-            rows.append(ids)
         return rows
 
-    def conversation(self, messages: Sequence[Message]) -> list[int]:
+    async def conversation(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation.
 
         Raises:
@@ -134,7 +140,7 @@ class Answers:
             UsageError: the model's template refuses it.
         """
         turns = [{**(m.model_extra or {}), "role": m.role, "content": m.text} for m in messages]
-        ids = chat_ids(self.tokenizer, turns)
+        ids = await _beside(sum(len(m.text) for m in messages), lambda: chat_ids(self.tokenizer, turns))
         if not ids:
             raise bad_request("messages: expected a text, found an empty one", "messages")
         return ids
@@ -243,6 +249,11 @@ class Answers:
         self.metrics.success.labels(reason).inc()
         self.metrics.answer_length.observe(count)
         self.metrics.end_to_end.observe(time.perf_counter() - began)
+
+
+async def _beside(size: int, work: Callable[[], _T]) -> _T:
+    """What `work` returns; long texts are tokenized in a thread, so that others are answered meanwhile."""
+    return await asyncio.to_thread(work) if size > _LONG else work()
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

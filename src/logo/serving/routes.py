@@ -59,7 +59,7 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
     """Continues prompts, each with the mixture of adapters it selects."""
     answers = _answers(request)
-    prompts = answers.encoded(body.prompts)
+    prompts = await answers.encoded(body.prompts)
     options = Options(body.model, body.return_token_ids, body.logprobs is not None, body.include_usage)
     text = _Text(
         prompts,
@@ -75,7 +75,7 @@ async def completions(body: protocol.CompletionRequest, request: Request) -> Res
 async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
     """Answers a conversation with the mixture of adapters it selects."""
     answers = _answers(request)
-    prompts = [answers.conversation(body.messages)]
+    prompts = [await answers.conversation(body.messages)]
     options = Options(body.model, body.return_token_ids, body.logprobs, body.include_usage)
     text = _Text(
         prompts,
@@ -117,7 +117,10 @@ async def _generate(body: protocol.CompletionRequest | protocol.ChatRequest, tex
 async def select(body: protocol.SelectRequest, request: Request) -> replies.SelectionReply | Response:
     """Which adapters would answer, with the scores of all."""
     answers, began = _answers(request), time.perf_counter()
-    ids = answers.encoded([body.prompt])[0] if body.prompt is not None else answers.conversation(body.messages or [])
+    if body.prompt is not None:
+        [ids] = await answers.encoded([body.prompt])
+    else:
+        ids = await answers.conversation(body.messages or [])
     answers.room([ids], None, "prompt" if body.messages is None else "messages")
     try:
         with answers.service.admitted():
