@@ -77,6 +77,7 @@ class Resident:
         self._width = 0  # columns up to the last one that is held
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._views: dict[str, Stack] = {}
+        self._shown: tuple[int, int, int] | None = None
         self._gates: Gates | None = None
 
     @property
@@ -132,6 +133,7 @@ class Resident:
         if not any(share.keys for share, _ in step):
             self._gates = None
             return False
+        self._show()
         rows = torch.zeros(len(step), self._width)
         for row, (share, _) in enumerate(step):
             rows[row, share.columns] = share.gates
@@ -193,7 +195,14 @@ class Resident:
             for column in columns:
                 heapq.heappush(self._free, column)
         self._width = max((max(held.columns, default=-1) + 1 for held in self._held.values()), default=0)
+
+    def _show(self) -> None:
+        """The columns in use of every stack, as they are multiplied; made again only where something has moved."""
+        shape = (self._width, self._capacity, len(self._stacks))
+        if shape == self._shown:
+            return
         owner = torch.arange(self._width)
         self._views = {
             path: Stack(A[: self._width], B[: self._width].T, owner) for path, (A, B) in self._stacks.items()
         }
+        self._shown = shape
