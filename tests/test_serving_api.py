@@ -214,6 +214,7 @@ COMPLETION = {"model": "logo", "prompt": "x"}
     ("path", "body", "status", "param"),
     [
         ("completions", {**COMPLETION, "model": "nope"}, 404, "model"),
+        ("completions", {"model": "nope", "prompt": "word " * 5000}, 404, "model"),
         ("completions", {**COMPLETION, "max_tokens": -1}, 400, "max_tokens"),
         ("completions", {**COMPLETION, "max_tokens": 10**30}, 400, "max_tokens"),
         ("completions", {**COMPLETION, "max_tokens": 512}, 400, "max_tokens"),

@@ -19,7 +19,7 @@ from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageErr
 from logo.serving import steps
 from logo.serving.batching import GenerationFailed, GenerationTimeout, Memory
 from logo.serving.sampling import Sampling
-from logo.serving.service import Chosen, Draining, Overloaded, Service, Wish
+from logo.serving.service import Chosen, NotReady, Overloaded, Service, Wish
 from test_engine import engine, tokenizer, write_adapter
 
 _T = TypeVar("_T")
@@ -314,7 +314,7 @@ def test_no_more_are_taken_than_there_is_room_for(llama: nn.Module, adapters: Pa
         with service.admitted(10):
             pass
         service.draining = True
-        with pytest.raises(Draining), service.admitted():
+        with pytest.raises(NotReady), service.admitted():
             pass
 
     served(engine(llama, adapters, unscorable="skip"), use, max_queue=2)
@@ -369,3 +369,42 @@ def test_other_internals_are_refused_by_name(
 def test_the_versions_looked_at_are_those_that_are_installed_with_it() -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     assert f'"transformers{steps.VERSIONS}"' in text
+
+
+def test_another_signal_leaves_out_what_the_server_leaves_out(llama: nn.Module, tmp_path: Path) -> None:
+    for i in range(3):
+        write_adapter(tmp_path / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
+    write_adapter(tmp_path / "wide", tiny.model("llama", hidden_size=64), ("q_proj",), rank=2, seed=7)
+    pool = AdapterPool.from_directory(tmp_path)
+    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings(k=2), on_bad_adapter="skip")
+
+    async def use(service: Service) -> Any:
+        return (await service.choose([5, 6, 7], Wish(signal="entropy"))).selection.scores
+
+    assert set(served(logo, use)) == {"t0", "t1", "t2"}
+
+
+def test_what_another_signal_cannot_score_is_added_all_the_same(llama: nn.Module, tmp_path: Path) -> None:
+    for i in range(3):
+        write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)
+    write_adapter(tmp_path / "values", llama, ("v_proj",), rank=2, seed=7)
+    logo = engine(llama, tmp_path / "pool", signal="calibrated", k=2)
+    ids = tiny.prompts([6], seed=5)[0]
+
+    async def use(service: Service) -> Any:
+        await service.choose(ids, Wish(signal="norm"))
+        await service.add(tmp_path / "values", "values")
+        with pytest.raises(PoolError, match="values"):
+            await service.choose(ids, Wish(signal="norm"))
+        return (await service.choose(ids, Wish())).selection.scores
+
+    assert "values" in served(logo, use)
+
+
+def test_where_generation_has_stopped_nothing_is_taken(llama: nn.Module, adapters: Path) -> None:
+    async def use(service: Service) -> None:
+        service.batching.stop()
+        with pytest.raises(NotReady, match="start"), service.admitted():
+            pass
+
+    served(engine(llama, adapters, unscorable="skip"), use)

@@ -23,6 +23,7 @@ from logo.decoder import Decoder, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, cut_at
 from logo.errors import UsageError
 from logo.mixing import EXACT, Merge, Mixer
+from logo.mixing.working_set import dtype_of
 from logo.models import context_length, default_pool, load_base
 from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
 from logo.selection import Selection
@@ -75,8 +76,7 @@ class LoGo:
         self.prompts = Prompts(tokenizer, context_length(model), truncation or Truncation())
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
-        dtype = model.dtype if model.dtype.is_floating_point else torch.float32
-        self._mixer = Mixer(model, dtype, int(adapter_cache_gb * 1e9), fold)
+        self._mixer = Mixer(model, dtype_of(model), int(adapter_cache_gb * 1e9), fold)
         self._decoder = Decoder(model, self.prompts, self._mixer)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self.merge = merge

@@ -83,6 +83,12 @@ def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
     return torch.cat(list(parts), dim=dim, out=pinned).to(device, non_blocking=True)
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What mixtures on a model compute in: its own floating point type."""
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    return dtype if dtype.is_floating_point else torch.float32
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes; under accelerate's offloading that is not where its weights rest."""
     hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)

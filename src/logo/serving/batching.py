@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from logo.adapters.layout import linear_modules
 from logo.decoding import FinishReason, end_tokens, greedy_config
 from logo.errors import LoGoError, ModelError
 from logo.mixing.resident import Part, Resident, Share
+from logo.mixing.working_set import dtype_of
 from logo.serving.sampling import Drawing, Sampling, TokenLogprob, next_tokens
-from logo.serving.steps import attach
+from logo.serving.steps import Steps, attach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,12 +81,11 @@ class _Job:
     error: Exception | None = None
 
 
-class Batching:
+class Batching(Steps):
     """Generates for many callers at once.
 
     Args:
         model: a causal LM whose attention transformers can batch (sdpa or flash).
-        dtype: what mixtures compute in.
         memory: see `Memory`.
         context: tokens of a prompt and its answer at most, or None if the model knows no limit.
 
@@ -97,11 +97,11 @@ class Batching:
         ModelError: the model, or this version of transformers, cannot be batched.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, memory: Memory, context: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, memory: Memory, context: int | None) -> None:
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         self._model = model
-        self._resident = Resident(dict(linear_modules(model)), dtype)
+        self._resident = Resident(dict(linear_modules(model)), dtype_of(model))
         self._ends = sorted(end_tokens(greedy_config(), model.generation_config)) or [-1]
         self._jobs: dict[str, _Job] = {}
         self._left: deque[_Job] = deque()
@@ -109,7 +109,7 @@ class Batching:
         self._standing: tuple[Any, ...] | None = None
         self._mixed = False
         self.steps = {"base": 0, "gate": 0}
-        self._hooks: AbstractContextManager[None] | None = None
+        self._hooked: ExitStack | None = None
         self._manager = self._make(memory, context)
         attach(self._manager, self)
         reach = infer_max_single_request_tokens(self._cache)
@@ -121,12 +121,12 @@ class Batching:
         Raises:
             ModelError: sequences do not come out as the model continues them by itself.
         """
-        if self._hooks is not None:
+        if self._hooked is not None:
             return
         prompt = [1 + i % (self._model.config.get_text_config().vocab_size - 1) for i in range(2, 10)]
         want = self._continued(prompt)
-        self._hooks = self._resident.hooks()
-        self._hooks.__enter__()
+        self._hooked = ExitStack()
+        self._hooked.enter_context(self._resident.hooks())
         self._manager.start()
         try:
             self._manager.add_request(prompt, "check", len(want), eos_token_id=-1)
@@ -143,12 +143,12 @@ class Batching:
 
     def stop(self) -> None:
         """Ends what is still being generated, and the thread."""
-        if self._hooks is None:
+        if self._hooked is None:
             return
         if self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
-        self._hooks.__exit__(None, None, None)
-        self._hooks = None
+        self._hooked.close()
+        self._hooked = None
 
     @property
     def alive(self) -> bool:

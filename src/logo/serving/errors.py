@@ -112,6 +112,11 @@ def unavailable(message: str, retry_after: float | None = None, *, closing: bool
     return ApiError(503, message, SERVER, code="unavailable", headers=headers)
 
 
+def client_left() -> ApiError:
+    """499, as nginx logs it: nobody waits for the answer any more."""
+    return ApiError(499, "the client has left", INVALID, code="client_left")
+
+
 def timed_out(seconds: float) -> ApiError:
     """504: not answered within the server's limit."""
     return ApiError(504, f"not answered within {seconds:g} s, the limit of this server", SERVER, code="timeout")

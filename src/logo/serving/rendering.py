@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal
 
 from logo.decoding import FinishReason
 from logo.serving import replies
@@ -49,48 +50,50 @@ class Options:
     usage: bool
 
 
-class Rendering(Protocol):
-    """What differs between the endpoints."""
+class Rendering(ABC):
+    """How the answers of one request look; what differs between the endpoints is theirs.
 
-    def whole(self, answers: Sequence[Collected], asked: Asked) -> replies.Reply:
-        """The answer of a request that is not streamed."""
-        raise NotImplementedError
+    Args:
+        options: what the request wants to see.
+        spelled: a token as text.
+        prefix: of the answer's id.
+    """
 
-    def first(self, asked: Asked) -> replies.Reply:
-        """The chunk that begins every answer, before any token."""
-        raise NotImplementedError
-
-    def chunk(self, piece: Piece) -> replies.Reply:
-        """A piece."""
-        raise NotImplementedError
-
-    def last(self, asked: Asked, tokens: int) -> replies.Reply:
-        """The chunk with the counts."""
-        raise NotImplementedError
-
-
-class _Both:
-    def __init__(self, options: Options, spelled: Spelled, prefix: Any) -> None:
-        self._options = options
+    def __init__(self, options: Options, spelled: Spelled, prefix: Literal["cmpl", "chatcmpl"]) -> None:
+        self.options = options
         self._spelled = spelled
         self._head: dict[str, Any] = {"id": replies.new_id(prefix), "created": replies.now(), "model": options.model}
-        self._offsets: dict[int, int] = {}
+
+    @abstractmethod
+    def whole(self, answers: Sequence[Collected], asked: Asked) -> replies.Reply:
+        """The answer of a request that is not streamed."""
+
+    @abstractmethod
+    def first(self, asked: Asked) -> replies.Reply:
+        """The chunk that begins every answer, before any token."""
+
+    @abstractmethod
+    def chunk(self, piece: Piece) -> replies.Reply:
+        """A piece."""
+
+    @abstractmethod
+    def last(self, asked: Asked, tokens: int) -> replies.Reply:
+        """The chunk with the counts."""
 
     def _ids(self, tokens: Sequence[int]) -> list[int] | None:
-        return list(tokens) if self._options.token_ids else None
+        return list(tokens) if self.options.token_ids else None
 
 
-class CompletionRendering(_Both):
+class CompletionRendering(Rendering):
     """`/v1/completions`."""
 
     def __init__(self, options: Options, spelled: Spelled) -> None:
         super().__init__(options, spelled, "cmpl")
+        self._offsets: dict[int, int] = {}  # characters of each answer so far
 
     def whole(self, answers: Sequence[Collected], asked: Asked) -> replies.Reply:
         """See `Rendering`."""
-        choices = [
-            self._choice(i, a.text, a.tokens, a.logprobs, a.finish_reason) for i, a in enumerate(answers)
-        ]  # fmt: skip
+        choices = [self._choice(i, a.text, a.tokens, a.logprobs, a.finish_reason) for i, a in enumerate(answers)]
         return replies.Completion(**self._head, choices=choices, usage=usage(asked, answers), logo=mixtures(asked))
 
     def first(self, asked: Asked) -> replies.Reply:
@@ -120,7 +123,7 @@ class CompletionRendering(_Both):
             text=text,
             finish_reason=reason,
             token_ids=self._ids(tokens),
-            logprobs=self._logprobs(index, logprobs) if self._options.logprobs else None,
+            logprobs=self._logprobs(index, logprobs) if self.options.logprobs else None,
         )
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> replies.CompletionLogprobs:
@@ -138,7 +141,7 @@ class CompletionRendering(_Both):
         )
 
 
-class ChatRendering(_Both):
+class ChatRendering(Rendering):
     """`/v1/chat/completions`."""
 
     def __init__(self, options: Options, spelled: Spelled) -> None:
@@ -180,7 +183,7 @@ class ChatRendering(_Both):
         return replies.ChatCompletionChunk(**self._head, choices=[], usage=_usage(asked, tokens))
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> replies.ChatLogprobs | None:
-        if not self._options.logprobs:
+        if not self.options.logprobs:
             return None
         return replies.ChatLogprobs(
             content=[

@@ -14,27 +14,20 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from logo.serving.answers import Answers, Asked
-from logo.serving.errors import api_error
+from logo.serving.errors import api_error, client_left
 from logo.serving.logs import request_id
-from logo.serving.rendering import Collected, Options, Rendering
+from logo.serving.rendering import Collected, Rendering
 from logo.serving.replies import DONE, event
 
 _T = TypeVar("_T")
 _log = logging.getLogger("logo.serving")
-
-CLIENT_LEFT = 499
-"""What nginx logs where nobody waits for the answer any more."""
-
-
-class ClientLeft(Exception):
-    """Nobody waits for the answer."""
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
     """What `work` returns; it is cancelled if the client hangs up meanwhile.
 
     Raises:
-        ClientLeft: that is what happened.
+        ApiError: that is what happened.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
@@ -42,7 +35,7 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientLeft
+        raise client_left()
     finally:
         for task in (working, leaving):
             task.cancel()
@@ -68,10 +61,8 @@ async def whole(answers: Answers, asked: Asked, rendering: Rendering, state: Sta
 class Streamed(StreamingResponse):
     """The answer as events; what the request holds is let go when it ends, however that happens."""
 
-    def __init__(
-        self, answers: Answers, asked: Asked, rendering: Rendering, options: Options, state: State, held: ExitStack
-    ) -> None:
-        self._events = _events(answers, asked, rendering, options, state)
+    def __init__(self, answers: Answers, asked: Asked, rendering: Rendering, state: State, held: ExitStack) -> None:
+        self._events = _events(answers, asked, rendering, state)
         self._held = held
         super().__init__(self._events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -82,10 +73,8 @@ class Streamed(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-async def _events(
-    answers: Answers, asked: Asked, rendering: Rendering, options: Options, state: State
-) -> AsyncGenerator[bytes, None]:
-    tokens = 0
+async def _events(answers: Answers, asked: Asked, rendering: Rendering, state: State) -> AsyncGenerator[bytes, None]:
+    tokens, options = 0, rendering.options
     yield event(rendering.first(asked))
     try:
         async with aclosing(answers.pieces(asked)) as pieces:

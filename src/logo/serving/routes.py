@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -16,9 +16,9 @@ from logo.serving.answers import AUTO, Answers, Asked
 from logo.serving.errors import too_many, unavailable
 from logo.serving.metrics import CONTENT_TYPE
 from logo.serving.rendering import ChatRendering, CompletionRendering, Options, Rendering
-from logo.serving.responding import CLIENT_LEFT, ClientLeft, Streamed, unless_left, whole
+from logo.serving.responding import Streamed, unless_left, whole
 from logo.serving.sampling import Sampling
-from logo.serving.service import Draining, Overloaded
+from logo.serving.service import NotReady, Overloaded
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": replies.ErrorReply} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
@@ -39,17 +39,6 @@ def _answers(request: Request) -> Answers:
 # -- generating ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Text:
-    """What both endpoints make of a body."""
-
-    prompts: list[list[int]]
-    max_tokens: int
-    logprobs: int | None
-    rendering: Rendering
-    options: Options
-
-
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "With 'stream', server-sent events."}
 }
@@ -59,78 +48,96 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
     """Continues prompts, each with the mixture of adapters it selects."""
     answers = _answers(request)
-    prompts = await answers.encoded(body.prompts)
     options = Options(body.model, body.return_token_ids, body.logprobs is not None, body.include_usage)
-    text = _Text(
-        prompts,
-        answers.room(prompts, body.max_tokens, "max_tokens"),
-        body.logprobs,
+    return await _generate(
+        body,
+        request,
         CompletionRendering(options, answers.tokenizer.decode),
-        options,
+        (body.max_tokens, "max_tokens"),
+        body.logprobs,
+        lambda: answers.encoded(body.prompts),
+        len(body.prompts),
     )
-    return await _generate(body, text, request)
 
 
 @router.post("/v1/chat/completions", response_model=replies.ChatCompletion, responses=_STREAM, tags=["OpenAI"])
 async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
     """Answers a conversation with the mixture of adapters it selects."""
     answers = _answers(request)
-    prompts = [await answers.conversation(body.messages)]
     options = Options(body.model, body.return_token_ids, body.logprobs, body.include_usage)
-    text = _Text(
-        prompts,
-        answers.room(prompts, body.max_new_tokens, "max_tokens" if body.max_tokens else "max_completion_tokens"),
-        (body.top_logprobs or 0) if body.logprobs else None,
+
+    async def encoded() -> list[list[int]]:
+        return [await answers.conversation(body.messages)]
+
+    return await _generate(
+        body,
+        request,
         ChatRendering(options, answers.tokenizer.decode),
-        options,
+        (body.max_new_tokens, "max_tokens" if body.max_tokens else "max_completion_tokens"),
+        (body.top_logprobs or 0) if body.logprobs else None,
+        encoded,
+        1,
     )
-    return await _generate(body, text, request)
 
 
-async def _generate(body: protocol.CompletionRequest | protocol.ChatRequest, text: _Text, request: Request) -> Response:
+async def _generate(
+    body: protocol.CompletionRequest | protocol.ChatRequest,
+    request: Request,
+    rendering: Rendering,
+    limit: tuple[int | None, str],
+    logprobs: int | None,
+    encoded: Callable[[], Awaitable[list[list[int]]]],
+    count: int,
+) -> Response:
+    """Answers a body of either endpoint.
+
+    Args:
+        limit: new tokens at most, and the field that says so.
+        encoded: tokenizes the prompts.
+        count: how many there are.
+    """
     answers, began = _answers(request), time.perf_counter()
-    request.state.model, request.state.prompt_tokens = body.model, sum(map(len, text.prompts))
+    request.state.model = body.model
     wish = answers.wish(body.model, body.logo)
-    sampling = Sampling(text.max_tokens, body.temperature, body.top_p, body.seed, text.logprobs)
     with ExitStack() as stack:
-        try:
-            stack.enter_context(answers.service.admitted(len(text.prompts) * body.n))
-        except Overloaded:
-            raise too_many(_RETRY_AFTER) from None
-        except Draining as error:
-            raise unavailable(str(error), _RETRY_AFTER, closing=True) from None
-        try:
-            chosen = await unless_left(request, answers.choose(text.prompts, wish, began))
-            prompts = tuple(map(tuple, text.prompts))
-            asked = Asked(prompts, chosen, body.n, sampling, body.stops, began)
-            if body.stream:
-                return Streamed(answers, asked, text.rendering, text.options, request.state, stack.pop_all())
-            return await unless_left(request, whole(answers, asked, text.rendering, request.state))
-        except ClientLeft:
-            return Response(status_code=CLIENT_LEFT)
+        stack.enter_context(_admitted(answers, count * body.n))
+        prompts = await encoded()
+        request.state.prompt_tokens = sum(map(len, prompts))
+        sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed, logprobs)
+        chosen = await unless_left(request, answers.choose(prompts, wish, began))
+        asked = Asked(tuple(map(tuple, prompts)), chosen, body.n, sampling, body.stops, began)
+        if body.stream:
+            return Streamed(answers, asked, rendering, request.state, stack.pop_all())
+        return await unless_left(request, whole(answers, asked, rendering, request.state))
+
+
+@contextmanager
+def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
+    """Room for so many answers, or the error that says why there is none."""
+    try:
+        with answers.service.admitted(count):
+            yield
+    except Overloaded:
+        raise too_many(_RETRY_AFTER) from None
+    except NotReady as error:
+        raise unavailable(str(error), _RETRY_AFTER, closing=True) from None
 
 
 # -- selecting and the pool ----------------------------------------------------------------------------------------
 
 
 @router.post("/v1/logo/select", response_model=replies.SelectionReply, tags=["LoGo"])
-async def select(body: protocol.SelectRequest, request: Request) -> replies.SelectionReply | Response:
+async def select(body: protocol.SelectRequest, request: Request) -> replies.SelectionReply:
     """Which adapters would answer, with the scores of all."""
     answers, began = _answers(request), time.perf_counter()
-    if body.prompt is not None:
-        [ids] = await answers.encoded([body.prompt])
-    else:
-        ids = await answers.conversation(body.messages or [])
-    answers.room([ids], None, "prompt" if body.messages is None else "messages")
-    try:
-        with answers.service.admitted():
-            [chosen] = await unless_left(request, answers.choose([ids], answers.wish(AUTO, body.logo), began))
-    except Overloaded:
-        raise too_many(_RETRY_AFTER) from None
-    except Draining as error:
-        raise unavailable(str(error), _RETRY_AFTER, closing=True) from None
-    except ClientLeft:
-        return Response(status_code=CLIENT_LEFT)
+    wish = answers.wish(AUTO, body.logo)
+    with _admitted(answers):
+        if body.prompt is not None:
+            [ids] = await answers.encoded([body.prompt])
+        else:
+            ids = await answers.conversation(body.messages or [])
+        answers.room([ids], None, "prompt" if body.messages is None else "messages")
+        [chosen] = await unless_left(request, answers.choose([ids], wish, began))
     selection = chosen.selection
     return replies.SelectionReply(
         adapters=list(selection.adapters),

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.pool import AdapterPool
@@ -33,8 +32,8 @@ class Overloaded(LoGoError, RuntimeError):
     """As many requests wait as may."""
 
 
-class Draining(LoGoError, RuntimeError):
-    """The server is going down and takes no new requests."""
+class NotReady(LoGoError, RuntimeError):
+    """No requests are taken: the server is going down, or cannot generate any more."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,7 @@ class Service:
         self.logo = logo
         self.memory = memory
         self.max_queue = max_queue
-        dtype = logo.model.dtype if logo.model.dtype.is_floating_point else None
-        self.batching = Batching(logo.model, dtype or _float32(), memory, logo.prompts.context)
+        self.batching = Batching(logo.model, memory, logo.prompts.context)
         self._cache = AdapterCache(int(adapter_cache_gb * 1e9))
         self._probe_batch = probe_batch
         self._others: dict[str, LoGo] = {}  # engines of other signals, by name
@@ -152,10 +150,12 @@ class Service:
         """Room for so many answers, inside the block.
 
         Raises:
-            Overloaded, Draining: there is none.
+            Overloaded, NotReady: there is none.
         """
         if self.draining:
-            raise Draining("the server is shutting down")
+            raise NotReady("the server is shutting down")
+        if not self.ready:
+            raise NotReady("generation has stopped; the server has to be started again")
         room = self.memory.concurrent + self.max_queue
         if self._open + count > room:
             raise Overloaded(f"{self._open} answers are being made or waited for, of {room} at most; try again later")
@@ -268,8 +268,12 @@ class Service:
             return self.logo
         if signal not in self._others:
             settings = replace(self.logo.settings, signal=signal, weighting=None)
+            logo = self.logo
             with self.batching.paused():  # a signal may have to be calibrated
-                self._others[signal] = LoGo(self.logo.model, self.logo.tokenizer, self.logo.pool, settings=settings)
+                # What does not fit is out of the pool already, or left out here as there.
+                self._others[signal] = LoGo(
+                    logo.model, logo.tokenizer, logo.pool, settings=settings, on_bad_adapter="skip"
+                )
         return self._others[signal]
 
     # -- the pool --------------------------------------------------------------------------------------------------
@@ -326,8 +330,12 @@ class Service:
     def _take_note(self) -> None:
         """Indexes what is new in the pool now, so that no request has to wait for it."""
         with self.batching.paused():
-            for logo in (self.logo, *self._others.values()):
-                logo.router  # noqa: B018
+            self.logo.router  # noqa: B018
+            for signal, logo in list(self._others.items()):
+                try:
+                    logo.router  # noqa: B018
+                except LoGoError:  # what this signal cannot score is told to whoever asks for the signal
+                    del self._others[signal]
         self.adapters = {adapter.name: adapter for adapter in self.logo.fitted}
 
 
@@ -344,9 +352,3 @@ class _Key:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self.adapter.file is other.adapter.file
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,20 +41,20 @@ _EXPECTED = {
 }
 
 
-class Steps(Protocol):
+class Steps(ABC):
     """Who decides what a step computes; called by the thread that generates."""
 
+    @abstractmethod
     def before(self, step: Sequence[tuple[str, int]]) -> None:
         """The next forward pass holds these sequences: their ids and numbers of tokens, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
         """(rows,) next tokens from (rows, vocabulary) float32 logits, one row per sequence."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failed(self, sequence: str, error: Exception) -> None:
         """A step failed, and this sequence is ended so that the others can go on."""
-        raise NotImplementedError
 
 
 def attach(manager: Any, steps: Steps) -> None:
