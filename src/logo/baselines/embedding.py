@@ -1,4 +1,10 @@
-"""Texts as vectors, by any sentence-transformers model: what retrieval compares prompts and adapters with."""
+"""Texts as vectors, by any sentence-transformers model: what retrieval compares prompts and adapters with.
+
+INSTRUCTOR models (arXiv 2212.09741) read an instruction before every text and leave its tokens out of the mean that is
+the text's vector. sentence-transformers does so only for the three models that it knows by their Hub ids. A model
+counts as INSTRUCTOR here if its name says so, if it is LoraRetriever's own, or if its pooling was saved with
+`include_prompt: false`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,7 @@ from logo.errors import ModelError, UsageError
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _BATCH = 64
+_LORA_RETRIEVER = "Styxxxx/lora_retriever"  # LoraRetriever's own, an INSTRUCTOR model by another name
 _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "rust_model*"]
 
 
@@ -23,7 +30,8 @@ def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "
 
     Args:
         model: a Hub id or a folder. It is loaded once; a folder, or a model in the cache, needs no network.
-        instruction: put before every text, for models that were trained with one.
+        instruction: put before every text, for models that were trained with one. INSTRUCTOR models get both without
+            blanks around them, as their own code does.
         device: where to compute.
 
     Raises:
@@ -32,6 +40,8 @@ def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "
         ModelError: it cannot be loaded.
     """
     loaded = _load(model, device)
+    if _leaves_out_instructions(loaded):
+        instruction, texts = instruction.strip(), [text.strip() for text in texts]
     with torch.no_grad():
         vectors: Tensor = loaded.encode(
             list(texts),
@@ -51,12 +61,20 @@ def _load(model: str, device: str) -> Any:
         raise UsageError("retrieval by text needs sentence-transformers: install lora-on-the-go[eval]") from None
     folder = _fetch(model)
     try:
-        return SentenceTransformer(folder, device=device, local_files_only=True)
+        loaded = SentenceTransformer(folder, device=device, local_files_only=True)
     except Exception as error:  # whatever transformers or the model's own files raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
             f"embedding model {model!r} cannot be loaded: {reason[:300]}; expected a sentence-transformers model"
         ) from error
+    # The library is given a folder, in which it does not know even the models that it knows by their ids.
+    if model == _LORA_RETRIEVER or "instructor" in Path(model).name.lower():
+        loaded.set_pooling_include_prompt(False)
+    return loaded
+
+
+def _leaves_out_instructions(loaded: Any) -> bool:
+    return any(getattr(module, "include_prompt", True) is False for module in loaded)
 
 
 def _fetch(model: str) -> str:

@@ -63,14 +63,14 @@ class BestSingle(Method):
 class LoraHub(Method):
     """LoraHub (arXiv 2307.13269): random adapters, weights for the dataset found on a few rows without gradients.
 
-    Minimises the mean loss of the rows' tokens plus `penalty · mean |w|`, by nevergrad's NGOpt from all zeros. A and B
-    are summed apart from each other, as the state dicts are there.
+    Minimises `objective` by nevergrad's NGOpt from all zeros. A and B are summed apart from each other, as the state
+    dicts are there.
 
     Attributes:
         k: adapters drawn from the pool with the seed.
         rows: labelled rows, drawn from the train rows with the seed.
         budget: mixtures that are tried.
-        penalty: see above.
+        penalty: see `objective`.
         bound: weights lie between `-bound` and `bound`.
     """
 
@@ -99,14 +99,23 @@ class LoraHub(Method):
 
         def loss(weights: Sequence[float]) -> float:
             mixtures = [dict(zip(names, weights, strict=True))] * len(pairs)
-            scored = logo.score_pairs(pairs, mixtures, batch_size=_ROWS_PER_PASS)
-            surprise = sum(value.nll * value.tokens for value in scored) / sum(value.tokens for value in scored)
-            return surprise + self.penalty * sum(map(abs, weights)) / len(weights)
+            return objective(logo.score_pairs(pairs, mixtures, batch_size=_ROWS_PER_PASS), weights, self.penalty)
 
         weights, found = minimise(loss, len(names), self.budget, self.bound, self.seed)
         mixture = {name: weight for name, weight in zip(names, weights, strict=True) if weight}
         record = {"seed": self.seed, "rows": len(pairs), "budget": self.budget, "loss": found, "drawn": names}
         return Prepared(same_for_all(mixture), record | {"weights": dict(zip(names, weights, strict=True))})
+
+
+def objective(scored: Sequence[Scored], weights: Sequence[float], penalty: float) -> float:
+    """What LoraHub minimises: `loss / rows + penalty · mean |w|`.
+
+    `loss` is the mean over the tokens of all rows, as a language model's loss of one batch is. The authors' code
+    (`default_get_loss` of sail-sg/lorahub) divides it once more by the number of rows, so the penalty weighs the more
+    the more rows there are.
+    """
+    loss = sum(value.nll * value.tokens for value in scored) / sum(value.tokens for value in scored)
+    return loss / len(scored) + penalty * sum(map(abs, weights)) / len(weights)
 
 
 def labelled(method: str, task: Task, count: int, seed: int) -> list[Example]:

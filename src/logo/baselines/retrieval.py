@@ -115,11 +115,12 @@ class LoraRetriever(Retrieval):
 class AdapterSoup(Retrieval):
     """AdapterSoup (arXiv 2302.07027), by similarity of text: one set of adapters for all prompts of a dataset.
 
-    The mean embedding of the test prompts is compared with each adapter's, by the angle between them, and what the
-    closest adapters do is averaged. The paper averages the adapters themselves, which for LoRA is `merge="fusion"`.
+    The mean embedding of the test prompts is compared with each adapter's, by the angle between them. The parameters
+    of the closest adapters are averaged, as in the paper; `merge="mixture"` averages what the adapters do instead.
     """
 
     name: ClassVar[str] = "adaptersoup"
+    own_merge: ClassVar[str] = "fusion"
     needs: ClassVar[frozenset[Need]] = frozenset({"prompts", "samples"})
 
     k: int = 5

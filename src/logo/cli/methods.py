@@ -45,7 +45,7 @@ class MethodOptions:
         typer.Option(
             help="How what is selected is combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
             "`dare_ties` or `arrow`.",
-            show_default="the method's: mixture; lorahub: fusion",
+            show_default="the method's: mixture; lorahub, adaptersoup: fusion",
             rich_help_panel=METHOD,
         ),
     ] = None

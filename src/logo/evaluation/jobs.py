@@ -113,3 +113,9 @@ def train_rows(job: Job) -> Sequence[Row]:
             "none; put it there or name another folder with --train-rows"
         )
     return read_rows(job.train_file)
+
+
+def trained_and_tested(job: Job) -> int:
+    """How many training rows of a dataset have the context of one of its test rows."""
+    tested = {row.context for row in job.rows}
+    return sum(row.context in tested for row in train_rows(job))

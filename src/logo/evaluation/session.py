@@ -6,6 +6,7 @@ those before it: the seed is set anew and the engine forgets its prompts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from logo.baselines.method import Answering, Task
 from logo.errors import UsageError
 from logo.evaluation.identity import engine_identity, order_dependence, rows_digest
-from logo.evaluation.jobs import Job, train_rows
+from logo.evaluation.jobs import Job, train_rows, trained_and_tested
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
 from logo.evaluation.resume import Plan, open_journal, part_of, plan
 from logo.evaluation.runner import collect, evaluate
@@ -65,9 +66,8 @@ class Session:
                 shards, or nobody said where the training rows are that the method needs.
             DataError: those training rows are missing or malformed.
         """
-        if self.method is not None and "train" in self.method.needs:
-            for job in jobs:
-                train_rows(job)
+        for job in jobs if self._learns else ():
+            self._warn_of_overlap(job)
         reason = order_dependence(self.logo, self.generation)
         if reason is not None and any(job.shard is not None for job in jobs):
             raise UsageError(f"shards: a row's result must not depend on other rows, but {reason}")
@@ -116,7 +116,7 @@ class Session:
                 seconds=result.seconds["inference"],
                 identity=self._identity(job),
                 shard=part_of(job),
-                found_out=engine.record if isinstance(engine, Answering) else {},
+                found_out={**engine.record, **self._overlap(job)} if isinstance(engine, Answering) else {},
             )
             strategy = self.logo.settings.signal
             files = result_files(
@@ -131,6 +131,26 @@ class Session:
         return engine_identity(self.logo, self.base_model, self.generation)
 
     @property
+    def _learns(self) -> bool:
+        """Whether the method looks at labelled training rows."""
+        return self.method is not None and "train" in self.method.needs
+
+    def _overlap(self, job: Job) -> dict[str, int]:
+        """For `run.json`: training rows that the method may learn from and that are answered too."""
+        return {"train_rows_also_tested": trained_and_tested(job)} if self._learns else {}
+
+    def _warn_of_overlap(self, job: Job) -> None:
+        shared = trained_and_tested(job)
+        if shared and self.method is not None:
+            warnings.warn(
+                f"dataset {job.dataset!r}: {shared} of its {len(train_rows(job))} training rows are test rows too "
+                f"(they have the same context), and method {self.method.name!r} learns from training rows: its result "
+                "may be too good",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    @property
     def _device(self) -> str:
         import torch
 
@@ -138,10 +158,9 @@ class Session:
         return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
     def _identity(self, job: Job) -> dict[str, Any]:
-        learns = self.method is not None and "train" in self.method.needs
         return {
             **self._engine,
-            **({"train_sha256": rows_digest(train_rows(job))} if learns else {}),
+            **({"train_sha256": rows_digest(train_rows(job))} if self._learns else {}),
             "method": {"method": LOGO} if self.method is None else self.method.as_dict(),
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
@@ -160,7 +179,7 @@ class Session:
         task = Task(
             job.dataset,
             prompts=[row.context for row in job.rows],
-            train=train_rows(job) if "train" in self.method.needs else (),
+            train=train_rows(job) if self._learns else (),
             adapters=[row.adapter for row in job.rows],
         )
         return Answering(self.logo, self.method, task, **self.generation)
