@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ def record(folder: Path, name: str = "run.json") -> Any:
 
 
 @pytest.mark.parametrize(("shared", "method"), [(3, "best-single"), (0, "best-single"), (3, "uniform")])
-def test_training_rows_that_are_test_rows_are_said(shared: int, method: str, tmp_path: Path) -> None:
+def test_training_rows_that_are_test_rows_are_said(
+    shared: int, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With their number, for a method that learns from them; in `run.json` as well."""
     held = heldout()["antonym"]
     rows = write_rows(tmp_path / "rows", antonym=held[:4])
@@ -38,8 +40,9 @@ def test_training_rows_that_are_test_rows_are_said(shared: int, method: str, tmp
     command = ["evaluate", *DEMO, "--rows", str(rows), "--train-rows", str(train), "--result-dir", str(tmp_path / "r")]
     learns = method == "best-single"
     expected = f"dataset 'antonym': {shared} of its {5 + shared} training rows are test rows too"
-    said = pytest.warns(UserWarning, match=expected) if shared and learns else contextlib.nullcontext()
-    with said:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
         assert run([*command, "--method", method, "--shots", "2", "--max-new-tokens", "2"]) == 0
+    assert (expected in capsys.readouterr().err) == bool(shared and learns)
     [folder] = (tmp_path / "r").glob("*/antonym")
     assert record(folder)["found_out"].get("train_rows_also_tested") == (shared if learns else None)
