@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import pytest
 
 from logo.cli.run import run
 from logo.demo import heldout
+from logo.errors import DataError
+from logo.evaluation.comparison import compare, read_run
+from logo.evaluation.jobs import declared_metric
+from logo.evaluation.metrics import KINDS, measure, measures, official_kind, recorded_kind
 
 DEMO = ("--base-model", "demo", "--gpu", "-1")
 
@@ -46,3 +51,107 @@ def test_training_rows_that_are_test_rows_are_said(
     assert (expected in capsys.readouterr().err) == bool(shared and learns)
     [folder] = (tmp_path / "r").glob("*/antonym")
     assert record(folder)["found_out"].get("train_rows_also_tested") == (shared if learns else None)
+
+
+# -- metrics --------------------------------------------------------------------------------------------------------
+
+MEASURED = {"em": {"em"}, "em_multi": {"em"}, "em_first": {"em_first"}, "bleu": {"bleu"}}
+MEASURED["rouge"] = {"rouge-1", "rouge-2", "rouge-L"}
+
+
+def evaluated(tmp_path: Path, *arguments: str, rows: Path | None = None, folder: str = "r") -> Path:
+    """The one result folder of a run on the demo."""
+    rows = rows or tmp_path / "rows"
+    command = ["evaluate", *DEMO, "--rows", str(rows), "--max-new-tokens", "6", "--result-dir", str(tmp_path / folder)]
+    assert run([*command, *arguments]) == 0
+    [made] = (tmp_path / folder).glob("*/*/run.json")
+    return made.parent
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beside", [True, False])
+def test_any_metric_for_any_dataset(kind: str, beside: bool, tmp_path: Path) -> None:
+    """Said on the command line or beside the rows; judged by it, recorded, and read so by everything that reads."""
+    rows = [row | {"completion": [str(row["completion"]), "x"]} for row in heldout()["antonym"][:3]]
+    write_rows(tmp_path / "rows", mine=rows)
+    if beside:
+        (tmp_path / "rows" / "mine.yaml").write_text(f"metric: {kind}\n")
+    folder = evaluated(tmp_path, *([] if beside else ["--metric", kind]))
+    ran = record(folder)
+    assert (ran["metric"], ran["identity"]["metric"]) == (kind, kind) and recorded_kind(ran, "mine") == kind
+    for row, answer, value in zip(rows, record(folder, "predictions.json"), record(folder, "eval_results.json")):
+        assert value == pytest.approx(measure(kind, answer, row["completion"]))
+    assert set(record(folder, "metrics.json")["official"]) == MEASURED[kind] == set(measures(kind))
+    done = read_run(folder.parent)
+    assert {compared.metric for compared in compare(done, done).datasets} == MEASURED[kind]
+
+
+def test_the_metric_of_the_command_comes_before_that_of_the_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", mine=heldout()["antonym"][:2])
+    (tmp_path / "rows" / "mine.yaml").write_text("metric: bleu")
+    assert record(evaluated(tmp_path, "--metric", "rouge"))["metric"] == "rouge"
+
+
+def test_runs_of_different_metrics_are_not_compared(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", mine=heldout()["antonym"][:2])
+    one = evaluated(tmp_path, folder="one").parent
+    other = evaluated(tmp_path, "--metric", "bleu", folder="other").parent
+    with pytest.raises(DataError, match=r"dataset 'mine': expected one metric in both runs, found em in .* and bleu"):
+        compare(read_run(one), read_run(other))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("metric: rogue", r"mine.yaml: expected a metric \(em, .*\), found 'rogue' \(did you mean 'rouge'\?\)"),
+        ("metric: [em]", r"mine.yaml: expected a metric"),
+        ("metrics: em", r"mine.yaml: expected 'metric: NAME' and nothing else, found \"{'metrics': 'em'}\""),
+        ("- em", r"mine.yaml: expected 'metric: NAME' and nothing else"),
+        ("a: b: c", r"mine.yaml: expected 'metric: NAME', found what is no YAML"),
+    ],
+)
+def test_a_metric_that_cannot_be_read_is_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(DataError, match=message):
+        declared_metric(tmp_path / "mine.jsonl")
+
+
+def test_the_official_script_sees_only_the_first_gold_text() -> None:
+    """Its loader (batches of one) makes of the list of a row as many lists of one text, and its loop takes the first:
+    what `em_first` computes."""
+    from torch.utils.data import DataLoader
+
+    golds = [["tower", "a spire"], ["Rome", "Roma", "the city"], ["one"]]
+    answers = ["a spire", "rome.", "one"]
+
+    class Rows(list[tuple[str, Sequence[str]]]):
+        pass
+
+    official = []
+    for (_, labels), answer in zip(DataLoader(Rows(zip("abc", golds)), batch_size=1), answers, strict=True):
+        [(output, label)] = zip([answer], labels)  # one output, as many labels as gold texts
+        official.append(int(any(measure("em", output, gold) for gold in label)))
+    assert official == [0, 1, 1]
+    assert official == [measure(official_kind("em_multi"), a, g) for a, g in zip(answers, golds, strict=True)]
+    assert [measure("em_multi", a, g) for a, g in zip(answers, golds, strict=True)] == [1, 1, 1]
+    assert [official_kind(kind) for kind in KINDS if kind != "em_multi"] == [
+        kind for kind in KINDS if kind != "em_multi"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [((), "em_multi"), (("--preset", "official"), "em_first"), (("--preset", "official", "--metric", "em"), "em")],
+)
+def test_the_preset_scores_nq_as_the_script(
+    arguments: tuple[str, ...], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data" / "nq" / "open"
+    data.mkdir(parents=True)
+    (data / "test.jsonl").write_text(json.dumps({"context": "hot ->", "completion": ["x", "cold"]}) + "\n")
+    command = ["evaluate", *DEMO, "--data-dir", str(tmp_path / "data"), "--result-dir", str(tmp_path / "r")]
+    assert run([*command, "--max-new-tokens", "4", *arguments]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    [folder] = (tmp_path / "r").glob("*/nq.open")
+    assert record(folder)["metric"] == kind
+    assert ("nq.open: answers are compared with the first gold text" in said) == (kind == "em_first")

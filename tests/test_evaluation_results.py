@@ -13,6 +13,7 @@ import pytest
 from logo.errors import StorageError
 from logo.evaluation.datasets import Row
 from logo.evaluation.intervals import estimate
+from logo.evaluation.metrics import metric_kind
 from logo.evaluation.results import (
     RESULT_FILES,
     metrics_record,
@@ -26,6 +27,7 @@ from logo.evaluation.runner import DatasetResult
 
 RESULT = DatasetResult(
     dataset="bbh.navigate",
+    metric="em",
     eval_results=(1, 0),
     predictions=("Yes", "Né\u2028"),
     selected=(("b", "a/x.1"), ("a/x.1", "b")),
@@ -209,7 +211,16 @@ def test_results_that_are_not_whole_are_named(tmp_path: Path) -> None:
 def result(dataset: str, values: list[object], predictions: list[str], errors: dict[int, str]) -> DatasetResult:
     none: tuple[tuple[str, ...], ...] = ((),) * len(values)
     return DatasetResult(
-        dataset, tuple(values), tuple(predictions), none, ((),) * len(values), (), ((),) * len(values), {}, errors
+        dataset,
+        metric_kind(dataset),
+        tuple(values),
+        tuple(predictions),
+        none,
+        ((),) * len(values),
+        (),
+        ((),) * len(values),
+        {},
+        errors,
     )
 
 

@@ -272,8 +272,8 @@ def test_words_that_yaml_would_turn_into_values_stay_words(tmp_path: Path) -> No
         ("licence: none", "licence: a\nlicence: b", "not valid YAML: the key 'licence' stands twice"),
         (
             "licence: none",
-            "licence: none\nmetric: bleu",
-            "'metric': expected 'em', which is what every dataset called mine",
+            "licence: none\nmetric: blue",
+            "'metric': expected one of em, em_multi, em_first, bleu, rouge, found 'blue'",
         ),
         ("raw: {files: {test: words.csv}}\n", "", "'source': expected 'source' .*, 'raw' .* or both, found nothing"),
         ("test: words.csv", "dev: words.csv", r"'raw\[0\].files.dev': no such key.*expected test, train"),

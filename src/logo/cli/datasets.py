@@ -181,15 +181,18 @@ def _present(data_dir: Path) -> tuple[str, ...]:
 
 def _row(name: str, declaration: Declaration | None, entry: Entry | None, data_dir: Path) -> dict[str, Any]:
     """What is known of a dataset: from its declaration, or what the manifest kept of it."""
+    from logo.evaluation.datasets import dataset_file
+    from logo.evaluation.jobs import declared_metric
     from logo.evaluation.metrics import metric_kind
 
     made = entry or {}
+    usual = declaration.metric if declaration else metric_kind(name)
     origin = made.get("source", {})
     counts = _counts(data_dir, name)
     return {
         "name": name,
         "group": declaration.group if declaration else "own",
-        "metric": metric_kind(name),
+        "metric": declared_metric(dataset_file(data_dir, name)) or usual,
         "rows": counts.get("test"),
         "train_rows": counts.get("train"),
         "prepared": entry is not None,

@@ -12,10 +12,11 @@ from rich.progress import Progress, TaskID
 
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import open_engine
-from logo.cli.options import OFFICIAL_SIGNAL, Context, EngineOptions, Preset, expanded
+from logo.cli.options import OFFICIAL_SIGNAL, Choice, Context, EngineOptions, Preset, expanded
 from logo.cli.output import err, note, progress
 from logo.cli.scoreboard import Score, show
 from logo.errors import UsageError
+from logo.evaluation.metrics import Kind, checked_kind
 
 if TYPE_CHECKING:
     from logo.baselines import Method
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     from logo.evaluation.session import Session
 
 OFFICIAL_BASE = "Llama-3.1-8B"
+
+
+class Metric(Choice):
+    EM = "em"
+    EM_MULTI = "em_multi"
+    EM_FIRST = "em_first"
+    BLEU = "bleu"
+    ROUGE = "rouge"
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,14 @@ class RowOptions:
             metavar="DIR",
             help="Folder of NAME.jsonl with training rows, for methods that need some.",
             show_default="train.jsonl beside test.jsonl",
+        ),
+    ] = None
+    metric: Annotated[
+        Metric | None,
+        typer.Option(
+            help="What answers are worth, for all datasets: `em_first` is exact match with the first gold text, `em` "
+            "and `em_multi` with any of them.",
+            show_default="what NAME.yaml says beside NAME.jsonl, else by the dataset's name",
         ),
     ] = None
     limit: Annotated[int | None, typer.Option(help="Only the first rows of each dataset.", show_default="all")] = None
@@ -150,14 +167,33 @@ def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_mo
     label = LOGO if method is None else method.label
     folder = run_folder(run.result_dir, base_model, str(engine.selection_strategy), k, run.seed, label)
     jobs, missing = find_jobs(
-        folder, run.dataset, data_dir=run.data_dir, rows=run.rows, train_rows=run.train_rows, limit=run.limit
+        folder,
+        run.dataset,
+        data_dir=run.data_dir,
+        rows=run.rows,
+        train_rows=run.train_rows,
+        limit=run.limit,
+        metric=metric_of(run),
+        official=run.preset is Preset.OFFICIAL,
     )
     if missing:
         err.print(f"logo: warning: not in {run.data_dir}, left out: {', '.join(missing)}", markup=False)
+    first = [job.dataset for job in jobs if job.metric == "em_first"]
+    if first:
+        err.print(
+            f"logo: warning: {', '.join(first)}: answers are compared with the first gold text only, as the official "
+            "script does; --metric em_multi accepts any of them",
+            markup=False,
+        )
     check_writable(run.result_dir)
     if folder.exists():
         check_writable(folder)
     return jobs if shard is None else [job.cut(shard, run.batch_size) for job in jobs]
+
+
+def metric_of(rows: RowOptions) -> Kind | None:
+    """The metric that the user asked for."""
+    return None if rows.metric is None else checked_kind(rows.metric.value, "--metric")
 
 
 def _carries(engine: EngineOptions, run: RunOptions) -> bool:

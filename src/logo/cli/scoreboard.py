@@ -43,11 +43,11 @@ class Score:
     @property
     def line(self) -> str:
         """As the official script prints it: `Accuracy: 71.33`."""
-        from logo.evaluation.metrics import metric_kind, summary_line
+        from logo.evaluation.metrics import recorded_kind, summary_line
 
         if not self.rows:
             return "no rows in this shard"
-        return summary_line(metric_kind(self.dataset), self.files["eval_results.json"])
+        return summary_line(recorded_kind(self.files["run.json"], self.dataset), self.files["eval_results.json"])
 
     @property
     def errors(self) -> list[tuple[int, str]]:

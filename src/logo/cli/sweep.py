@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.axes import Common, Skipped, make_cells, read_grid
-from logo.cli.evaluate import RowOptions, resolved
+from logo.cli.evaluate import RowOptions, metric_of, resolved
 from logo.cli.methods import MethodOptions
 from logo.cli.opening import open_base
 from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, expanded
@@ -104,6 +104,7 @@ def _jobs(options: RowOptions, cells: Sequence[Cell], output: Path) -> list[Job]
         rows=options.rows,
         train_rows=options.train_rows,
         limit=options.limit,
+        metric=metric_of(options),
     )
     if missing:
         err.print(f"logo: warning: not in {options.data_dir}, left out: {', '.join(missing)}", markup=False)

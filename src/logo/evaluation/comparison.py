@@ -16,7 +16,7 @@ from typing import Any
 from logo.errors import DataError, StorageError, UsageError, closest
 from logo.evaluation.corpus import Corpus, corpora, mean_of
 from logo.evaluation.groups import grouped
-from logo.evaluation.metrics import metric_kind
+from logo.evaluation.metrics import Kind, measures, recorded_kind
 from logo.evaluation.paired import Difference, Pair, Record, bootstrap, randomisation, record, sign_test
 from logo.evaluation.shards import is_shard_folder
 
@@ -33,6 +33,7 @@ class Finished:
         folder: where it was read from.
         values: 0 or 1, a BLEU, or the three ROUGE F-measures per instance.
         predictions: parallel to `values`.
+        metric: by which answers were judged.
         rows: {"context", "completion", ...} per instance; None where the run did not write them.
         sha256: of the data file; None where the run did not write it.
     """
@@ -41,6 +42,7 @@ class Finished:
     folder: Path
     values: tuple[Any, ...]
     predictions: tuple[str, ...]
+    metric: Kind
     rows: tuple[dict[str, Any], ...] | None
     sha256: str | None
 
@@ -164,7 +166,7 @@ def compare(a: Mapping[str, Finished], b: Mapping[str, Finished], metrics: str =
 def _compared(name: str, metric: str, pairs: Sequence[Pair], seed: int) -> Compared:
     records = [record(pair) for pair in pairs]
     total = sum(records[1:], records[0])
-    right_or_wrong = len(pairs) == 1 and metric in ("em", f"{EXTRA}exact_match")
+    right_or_wrong = len(pairs) == 1 and metric in ("em", "em_first", f"{EXTRA}exact_match")
     return Compared(
         name=name,
         metric=metric,
@@ -179,15 +181,20 @@ def _compared(name: str, metric: str, pairs: Sequence[Pair], seed: int) -> Compa
 
 def _pair(a: Finished, b: Finished, *, extra: bool) -> dict[str, Pair]:
     """Every measure that both have, the official ones first."""
+    if measures(a.metric) != measures(b.metric):
+        raise DataError(
+            f"dataset {a.dataset!r}: expected one metric in both runs, found {a.metric} in {a.folder} and {b.metric} "
+            f"in {b.folder}; evaluate both with the same --metric"
+        )
     sides = [_official(side) | (_extra(side, a.rows or b.rows) if extra else {}) for side in (a, b)]
     return {metric: Pair(sides[0][metric], sides[1][metric]) for metric in sides[0]}
 
 
 def _official(side: Finished) -> dict[str, Corpus]:
-    kind = metric_kind(side.dataset)
-    if kind == "rouge":
-        return {key: mean_of([value[key] for value in side.values]) for key in side.values[0]}
-    return {"bleu" if kind == "bleu" else "em": mean_of([float(value) for value in side.values])}
+    names = measures(side.metric)
+    if side.metric == "rouge":
+        return {key: mean_of([value[key] for value in side.values]) for key in names}
+    return {names[0]: mean_of([float(value) for value in side.values])}
 
 
 def _extra(side: Finished, rows: Sequence[Mapping[str, Any]] | None) -> dict[str, Corpus]:
@@ -195,7 +202,10 @@ def _extra(side: Finished, rows: Sequence[Mapping[str, Any]] | None) -> dict[str
     if rows is None:
         return {}
     golds = [_golds(row) for row in rows]
-    return {EXTRA + name: corpus for name, corpus in corpora(side.dataset, side.predictions, golds).items()}
+    return {
+        EXTRA + name: corpus
+        for name, corpus in corpora(side.dataset, side.predictions, golds, metric=side.metric).items()
+    }
 
 
 def _golds(row: Mapping[str, Any]) -> list[str]:
@@ -263,13 +273,14 @@ def _read_dataset(folder: Path) -> Finished:
     run = _read(folder / _RUN, dict) if (folder / _RUN).exists() else {}
     data = run.get("dataset", {})
     name = str(data.get("name", folder.resolve().name))
-    number = dict if metric_kind(name) == "rouge" else (int, float)
+    metric = recorded_kind(run, name)
+    number = dict if metric == "rouge" else (int, float)
     if not values or not all(isinstance(value, number) for value in values):
         raise DataError(f"{folder / _EVALUATED}: expected one value per row as `logo evaluate` writes them")
     for file, found in ((_PREDICTIONS, predictions), (_ROWS, rows)):
         if found is not None and len(found) != len(values):
             raise DataError(f"{folder / file}: expected {len(values)} entries as in {_EVALUATED}, found {len(found)}")
-    return Finished(name, folder, tuple(values), tuple(predictions), rows and tuple(rows), data.get("sha256"))
+    return Finished(name, folder, tuple(values), tuple(predictions), metric, rows and tuple(rows), data.get("sha256"))
 
 
 def _read(file: Path, kind: type) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from logo.evaluation.intervals import DRAWS, Values, percentiles, resampled
-from logo.evaluation.metrics import metric_kind, rouge
+from logo.evaluation.metrics import Kind, metric_kind, rouge
 
 CHRF_ORDER = 6  # longest character n-gram
 CHRF_BETA = 2  # recall counts twice as much as precision
@@ -64,6 +64,7 @@ def extra_metrics(
     predictions: Sequence[str],
     golds: Sequence[Sequence[str]],
     *,
+    metric: Kind | None = None,
     seed: int = 0,
     resamples: int = DRAWS,
 ) -> Extra:
@@ -73,16 +74,17 @@ def extra_metrics(
     `exact_match`, `f1`. Without sacrebleu, `bleu` and `chrf` are left out with a warning.
 
     Args:
-        dataset: its name, which says what kind it is (`logo.evaluation.metrics.metric_kind`).
+        dataset: its name.
         predictions: one answer per instance; '' is a wrong one.
         golds: all gold texts of each instance, at least one, of any number.
+        metric: what it is judged by, which says what kind it is; None: by its name.
         seed: of the draws.
         resamples: how many draws.
 
     Raises:
         ValueError: no instances, unequal numbers of predictions and golds, or an instance without a gold text.
     """
-    found = corpora(dataset, predictions, golds)
+    found = corpora(dataset, predictions, golds, metric=metric)
     values, intervals = {}, {}
     for name, corpus in found.items():
         values[name] = corpus.value
@@ -92,7 +94,9 @@ def extra_metrics(
     return Extra(values, intervals, {name: corpus.signature for name, corpus in found.items() if corpus.signature})
 
 
-def corpora(dataset: str, predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, Corpus]:
+def corpora(
+    dataset: str, predictions: Sequence[str], golds: Sequence[Sequence[str]], *, metric: Kind | None = None
+) -> dict[str, Corpus]:
     """The measures of `extra_metrics` with what each instance adds to them, for whoever draws instances himself.
 
     Raises:
@@ -103,8 +107,8 @@ def corpora(dataset: str, predictions: Sequence[str], golds: Sequence[Sequence[s
             f"dataset {dataset!r}: expected one or more predictions with at least one gold text each, "
             f"found {len(predictions)} predictions and {sum(1 for texts in golds if texts)} with gold texts"
         )
-    kind = metric_kind(dataset)
-    if kind in ("em", "em_multi"):
+    kind = metric or metric_kind(dataset)
+    if kind.startswith("em"):
         pairs = list(zip(predictions, golds, strict=True))
         return {
             "exact_match": mean_of([max(float(same(answer, gold)) for gold in texts) for answer, texts in pairs]),

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from logo.errors import DataError, UsageError
+from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import Found, Row, dataset_file, file_sha256, find_datasets, load_rows, read_rows
+from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_kind
 from logo.evaluation.shards import Shard, positions, shard_folder
 from logo.evaluation.study import find_tasks
 
@@ -26,6 +27,7 @@ class Job:
     Attributes:
         dataset: its name.
         rows: all rows of the dataset that the command asked for, those of other shards included.
+        metric: by which answers are judged.
         file: where they were read from; `sha256`: of its bytes.
         folder: where the result goes.
         train_file: where its training rows are; None if nobody said so.
@@ -35,6 +37,7 @@ class Job:
 
     dataset: str
     rows: tuple[Row, ...]
+    metric: Kind
     file: Path
     sha256: str
     folder: Path
@@ -60,6 +63,8 @@ def find_jobs(
     rows: str | os.PathLike[str] | None = None,
     train_rows: str | os.PathLike[str] | None = None,
     limit: int | None = None,
+    metric: Kind | None = None,
+    official: bool = False,
 ) -> tuple[list[Job], tuple[str, ...]]:
     """The jobs that a request stands for, every row checked, and the official datasets that it meant but did not find.
 
@@ -70,6 +75,8 @@ def find_jobs(
         rows: instead of it, a folder of `NAME.jsonl`, one dataset each.
         train_rows: folder of `NAME.jsonl` with training rows; without it, those of `data_dir` are `train.jsonl`.
         limit: only the first rows of each dataset.
+        metric: of all datasets; None: what stands beside the rows (`declared_metric`), else by the dataset's name.
+        official: as the official script computes it where nobody says a metric (`metrics.official_kind`).
 
     Raises:
         DataError: no such folder, file or dataset, or a malformed line.
@@ -91,8 +98,36 @@ def find_jobs(
             train = Path(train_rows) / f"{name}.jsonl"
         elif rows is None:
             train = dataset_file(data_dir, name, "train")
-        jobs.append(Job(name, tuple(some), file, file_sha256(file), run_folder / name, train))
+        kind = metric or declared_metric(file) or metric_kind(name)
+        kind = official_kind(kind) if official and metric is None else kind
+        jobs.append(Job(name, tuple(some), kind, file, file_sha256(file), run_folder / name, train))
     return jobs, found.missing
+
+
+def declared_metric(file: Path) -> Kind | None:
+    """The metric that stands beside a file of rows: `metric: rouge` in NAME.yaml beside NAME.jsonl; None without one.
+
+    Raises:
+        DataError: the file holds something else.
+        StorageError: it cannot be read.
+    """
+    import yaml
+
+    beside = file.with_suffix(".yaml")
+    try:
+        content = yaml.safe_load(beside.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{beside}: cannot be read ({error.strerror or error}); check its permissions") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{beside}: expected 'metric: NAME', found what is no YAML: {error}") from None
+    if not isinstance(content, dict) or set(content) != {"metric"}:
+        raise DataError(f"{beside}: expected 'metric: NAME' and nothing else, found {str(content)[:60]!r}")
+    try:
+        return checked_kind(content["metric"], str(beside))
+    except UsageError as error:
+        raise DataError(str(error)) from None
 
 
 def train_rows(job: Job) -> Sequence[Row]:

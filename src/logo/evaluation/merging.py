@@ -14,6 +14,7 @@ from typing import Any
 
 from logo.errors import DataError
 from logo.evaluation.datasets import Row
+from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
 from logo.evaluation.runner import DatasetResult
 from logo.evaluation.shards import Shard, is_shard_folder, positions
@@ -201,6 +202,7 @@ def _merged(parts: Sequence[Part]) -> Merged:
     loading = seconds.pop("loading")
     result = DatasetResult(
         dataset=parts[0].dataset,
+        metric=recorded_kind(parts[0].run, parts[0].dataset),
         eval_results=tuple(woven("eval_results.json")),
         predictions=tuple(woven("predictions.json")),
         selected=tuple(woven("selected_loras.json")),

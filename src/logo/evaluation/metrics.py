@@ -1,8 +1,9 @@
 """What a prediction is worth: the official metrics, one number (or three) per instance.
 
 Exact match: strip, lower, drop every ".", compare. BLEU: nltk's sentence BLEU-4 with uniform weights, smoothing method
-1, tokens at white space, one reference. ROUGE: rouge_score with its stemmer, F-measure. Which of them a dataset uses
-is a matter of its name's first part. Values are fractions of one; only `summary_line` speaks in percent.
+1, tokens at white space, one reference. ROUGE: rouge_score with its stemmer, F-measure. A dataset's metric is what a
+run was told, what stands beside its rows, or else a matter of its name's first part; `run.json` records it, and whoever
+reads a result asks `recorded_kind`. Values are fractions of one; only `summary_line` speaks in percent.
 nltk and rouge_score are imported at the first use.
 """
 
@@ -11,12 +12,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Kind = Literal["em", "em_multi", "bleu", "rouge"]
+from logo.errors import UsageError, closest
+
+Kind = Literal["em", "em_multi", "em_first", "bleu", "rouge"]
 Value = int | float | dict[str, float]
 
-_KINDS: Mapping[str, Kind] = {
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_BY_NAME: Mapping[str, Kind] = {
     "bbh": "em",
     "wmt14": "bleu",
     "wmt16": "bleu",
@@ -29,12 +34,46 @@ _KINDS: Mapping[str, Kind] = {
     "code_x_glue": "bleu",
 }
 _ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-L": "rougeL"}  # our key: rouge_score's
-LABELS = {"em": "Accuracy", "bleu": "BLEU", "rouge-1": "ROUGE-1", "rouge-2": "ROUGE-2", "rouge-L": "ROUGE-L"}
+LABELS = {
+    "em": "Accuracy",
+    "em_first": "Accuracy",
+    "bleu": "BLEU",
+    "rouge-1": "ROUGE-1",
+    "rouge-2": "ROUGE-2",
+    "rouge-L": "ROUGE-L",
+}
 
 
 def metric_kind(dataset: str) -> Kind:
-    """The metric of a dataset, by the part of its name before the first dot; exact match for any other name."""
-    return _KINDS.get(dataset.partition(".")[0], "em")
+    """The metric of a dataset of which nobody says another, by the part of its name before the first dot; exact match
+    for any other name."""
+    return _BY_NAME.get(dataset.partition(".")[0], "em")
+
+
+def official_kind(kind: Kind) -> Kind:
+    """What the official script computes where its table of metrics says `kind`.
+
+    Of several gold texts it sees only the first: the loader of its rows turns the list of a row into as many lists of
+    one text, and the row's one answer is compared with the first of them.
+    """
+    return "em_first" if kind == "em_multi" else kind
+
+
+def checked_kind(text: object, where: str) -> Kind:
+    """The metric of this name.
+
+    Raises:
+        UsageError: there is none; `where` says where the name stands.
+    """
+    for kind in KINDS:
+        if text == kind:
+            return kind
+    raise UsageError(f"{where}: expected a metric ({', '.join(KINDS)}), found {text!r}{closest(str(text), KINDS)}")
+
+
+def recorded_kind(run: Mapping[str, Any], dataset: str) -> Kind:
+    """The metric that a result was judged by, as its `run.json` says; by the dataset's name where that says nothing."""
+    return next((kind for kind in KINDS if run.get("metric") == kind), metric_kind(dataset))
 
 
 def first_line(text: str) -> str:
@@ -57,6 +96,11 @@ def em_multi(prediction: str, completion: str | Sequence[str]) -> int:
     return em(prediction, completion)
 
 
+def em_first(prediction: str, completion: str | Sequence[str]) -> int:
+    """1 if the prediction equals the first of the gold texts: see `official_kind`."""
+    return em(prediction, _first(completion))
+
+
 def bleu(prediction: str, completion: str | Sequence[str]) -> float:
     """BLEU-4 of one sentence; of a list of gold texts only the first counts (the official data has a single one)."""
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
@@ -74,6 +118,7 @@ def rouge(prediction: str, completion: str | Sequence[str]) -> dict[str, float]:
 _METRICS: Mapping[Kind, Callable[[str, str | Sequence[str]], Value]] = {
     "em": em,
     "em_multi": em_multi,
+    "em_first": em_first,
     "bleu": bleu,
     "rouge": rouge,
 }
@@ -84,16 +129,25 @@ def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Val
     return _METRICS[kind](prediction, completion)
 
 
+def measures(kind: Kind) -> tuple[str, ...]:
+    """The names of the numbers that a metric gives each answer: `em` (also of `em_multi`, which is the same function),
+    `em_first`, `bleu`, or the three of ROUGE; the primary one comes last."""
+    if kind == "rouge":
+        return tuple(_ROUGE)
+    return ("em" if kind == "em_multi" else kind,)
+
+
 def mean(kind: Kind, values: Sequence[Value]) -> dict[str, float]:
-    """Means over instances: {"em": ..} for both exact matches, {"bleu": ..}, or the three ROUGE keys.
+    """Means over instances, by measure.
 
     Raises:
         ValueError: no values of this metric.
     """
+    names = measures(kind)
     if kind == "rouge":
         scores = [value for value in values if isinstance(value, dict)]
-        return {key: fmean(score[key] for score in scores) for key in _ROUGE}
-    return {"bleu" if kind == "bleu" else "em": fmean(value for value in values if not isinstance(value, dict))}
+        return {key: fmean(score[key] for score in scores) for key in names}
+    return {names[0]: fmean(value for value in values if not isinstance(value, dict))}
 
 
 def summary_line(kind: Kind, values: Sequence[Value]) -> str:

@@ -23,7 +23,7 @@ from logo.evaluation.datasets import Row
 from logo.evaluation.folders import check_writable, replace_folder
 from logo.evaluation.intervals import estimate
 from logo.evaluation.journal import fingerprint
-from logo.evaluation.metrics import mean, metric_kind
+from logo.evaluation.metrics import Kind, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
 
 __all__ = [
@@ -136,12 +136,12 @@ def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, see
     intervals: dict[str, tuple[float, float]] = {}
     extra = Extra()
     if result.predictions:
-        official = mean(metric_kind(result.dataset), result.eval_results)
+        official = mean(result.metric, result.eval_results)
         columns = [[v[key] if isinstance(v, dict) else v for key in official] for v in result.eval_results]
         found = estimate([np.array(columns, dtype=np.float64)], seed=seed)
         ends = zip(found.low.tolist(), found.high.tolist(), strict=True)
         intervals = dict(zip(official, ends, strict=True))
-        extra = extra_metrics(result.dataset, result.predictions, golds, seed=seed)
+        extra = extra_metrics(result.dataset, result.predictions, golds, metric=result.metric, seed=seed)
     return {
         "official": official,
         "official_intervals": intervals,
@@ -187,6 +187,7 @@ def run_record(
     options: Mapping[str, object],
     pool: Mapping[str, str],
     dataset: str,
+    metric: Kind | None = None,
     data_file: str | PurePath,
     data_sha256: str,
     rows: int,
@@ -203,6 +204,7 @@ def run_record(
         options: every option by name; those that carry a secret (`token`, ...) are left out, and values that JSON
             does not know are written as text.
         pool: sha256 by adapter name, in pool order.
+        metric: by which the dataset was judged; None: by its name.
         data_file: the dataset's file; `data_sha256`: its digest when the rows were read.
         rows: how many were evaluated.
         device: in words, for example `cuda:0 (NVIDIA H100)` or `cpu`.
@@ -218,6 +220,7 @@ def run_record(
         "date": started.astimezone(timezone.utc).isoformat(timespec="seconds"),
         "duration": seconds,
         "dataset": {"name": dataset, "file": str(data_file), "sha256": data_sha256, "rows": rows},
+        "metric": metric or metric_kind(dataset),
         "options": plain,
         "pool": dict(pool),
         "identity": dict(identity or {}),

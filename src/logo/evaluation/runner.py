@@ -58,7 +58,7 @@ class DatasetResult:
     """One dataset, all tuples in dataset order.
 
     Attributes:
-        dataset: its name.
+        dataset: its name; `metric`: by which it was judged.
         eval_results: 0 or 1, a BLEU, or {"rouge-1", "rouge-2", "rouge-L"} per instance.
         predictions: the first line of each answer.
         selected: names, best first.
@@ -70,6 +70,7 @@ class DatasetResult:
     """
 
     dataset: str
+    metric: Kind
     eval_results: tuple[Value, ...]
     predictions: tuple[str, ...]
     selected: tuple[tuple[str, ...], ...]
@@ -85,6 +86,7 @@ def evaluate(
     rows: Sequence[Row],
     *,
     dataset: str,
+    metric: Kind | None = None,
     batch_size: int = 1,
     max_new_tokens: int = 256,
     journal: Journal | None = None,
@@ -93,6 +95,7 @@ def evaluate(
     """Answer and judge every row.
 
     Args:
+        metric: None: by the dataset's name.
         batch_size: how many rows the engine gets at once, as long as they fit into memory.
         max_new_tokens: of each answer.
         journal: of these rows under these settings: what it holds is not answered again, the rest is added to it.
@@ -116,7 +119,7 @@ def evaluate(
     for batch, fits in answers(
         engine,
         rows[len(instances) :],
-        dataset=dataset,
+        metric=metric or metric_kind(dataset),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         size=size,
@@ -129,14 +132,14 @@ def evaluate(
         instances.extend(batch)
         seconds += took
         report(len(instances))
-    return collect(dataset, instances, inference=seconds)
+    return collect(dataset, instances, inference=seconds, metric=metric)
 
 
 def answers(
     engine: Engine,
     rows: Sequence[Row],
     *,
-    dataset: str,
+    metric: Kind,
     batch_size: int,
     max_new_tokens: int,
     size: int | None = None,
@@ -152,7 +155,6 @@ def answers(
     for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if number < 1:
             raise UsageError(f"{name} {number}: expected at least 1")
-    kind = metric_kind(dataset)
     prompts = [row.context for row in rows]
     done = 0
     for batch in in_batches(
@@ -160,11 +162,17 @@ def answers(
     ):
         some = rows[done : done + len(batch.answers)]
         done += len(some)
-        yield [_judged(kind, row, answer) for row, answer in zip(some, batch.answers, strict=True)], batch.size
+        yield [_judged(metric, row, answer) for row, answer in zip(some, batch.answers, strict=True)], batch.size
 
 
-def collect(dataset: str, instances: Sequence[Instance], *, inference: float) -> DatasetResult:
-    """The result of a dataset from its instances, in dataset order. `inference`: wall seconds they took.
+def collect(
+    dataset: str, instances: Sequence[Instance], *, inference: float, metric: Kind | None = None
+) -> DatasetResult:
+    """The result of a dataset from its instances, in dataset order.
+
+    Args:
+        inference: wall seconds they took.
+        metric: by which they were judged; None: by the dataset's name.
 
     Raises:
         RuntimeError: instances that scored different adapters, so that they have no common columns.
@@ -182,6 +190,7 @@ def collect(dataset: str, instances: Sequence[Instance], *, inference: float) ->
             seconds[stage] = seconds.get(stage, 0.0) + share
     return DatasetResult(
         dataset=dataset,
+        metric=metric or metric_kind(dataset),
         eval_results=tuple(instance.value for instance in instances),
         predictions=tuple(instance.prediction for instance in instances),
         selected=tuple(instance.selected for instance in instances),

@@ -97,17 +97,19 @@ class Session:
                     engine,
                     rows,
                     dataset=job.dataset,
+                    metric=job.metric,
                     batch_size=self.batch_size,
                     max_new_tokens=self.max_new_tokens,
                     journal=journal,
                     on_progress=on_progress,
                 )
             else:  # more shards than blocks
-                result = collect(job.dataset, [], inference=0.0)
+                result = collect(job.dataset, [], inference=0.0, metric=job.metric)
             record = run_record(
                 options=self.options,
                 pool=self.pool,
                 dataset=job.dataset,
+                metric=job.metric,
                 data_file=job.file,
                 data_sha256=job.sha256,
                 rows=len(rows),
@@ -165,6 +167,7 @@ class Session:
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
             "dataset": job.dataset,
+            "metric": job.metric,
             "rows_sha256": rows_digest(job.rows),
         }
 

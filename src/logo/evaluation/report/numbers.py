@@ -20,13 +20,14 @@ from logo.evaluation import paired
 from logo.evaluation.corpus import mean_of
 from logo.evaluation.groups import group_of, grouped
 from logo.evaluation.intervals import Values, estimate
-from logo.evaluation.metrics import metric_kind
+from logo.evaluation.metrics import measures, recorded_kind
 from logo.evaluation.report.results import Result, Run
 
 Mark = Literal["", "best", "close"]
 
 NAMES: Mapping[str, str] = {
     "em": "accuracy",
+    "em_first": "accuracy",
     "bleu": "BLEU",
     "chrf": "chrF",
     "rouge-1": "ROUGE-1",
@@ -97,8 +98,8 @@ def official(result: Result) -> tuple[tuple[str, ...], Values]:
     if isinstance(first, dict):
         names = tuple(first)
         return names, np.array([[value[name] for name in names] for value in result.values if isinstance(value, dict)])
-    name = "bleu" if metric_kind(result.dataset) == "bleu" else "em"
-    return (name,), np.array([[value] for value in result.values], dtype=np.float64)
+    names = measures(recorded_kind(result.run, result.dataset))
+    return names, np.array([[value] for value in result.values], dtype=np.float64)
 
 
 def primary(result: Result) -> Values:

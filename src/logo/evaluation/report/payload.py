@@ -56,7 +56,7 @@ def blocks(analysis: Analysis) -> dict[str, str]:
             {
                 "name": name,
                 "metric": NAMES[official(first)[0][-1]],
-                "graded": official(first)[0][-1] != "em",
+                "graded": not official(first)[0][-1].startswith("em"),
                 "values": values,
                 "errors": errors,
                 "why": "" if all(rows.prompts) else next((r.no_prompts for r in results if r and r.no_prompts), ""),

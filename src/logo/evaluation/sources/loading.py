@@ -18,7 +18,7 @@ from typing import Any
 
 from logo.errors import DataError, StorageError, UsageError, closest
 from logo.evaluation.datasets import OFFICIAL, dataset_file
-from logo.evaluation.metrics import Kind, metric_kind
+from logo.evaluation.metrics import KINDS, Kind, metric_kind
 from logo.evaluation.sources.declarations import SPLITS, Declaration, Files, Hub, Layout, usual_places
 from logo.evaluation.sources.fields import Field
 from logo.evaluation.sources.templates import Template
@@ -115,11 +115,11 @@ class _Reader:
         )
 
     def _metric(self, name: str, top: Mapping[str, Any]) -> Kind:
-        kind = metric_kind(name)
-        if self._text("metric", top, kind) != kind:
-            main = name.partition(".")[0]
-            raise self._wrong("metric", f"{kind!r}, which is what every dataset called {main}.* has", top["metric"])
-        return kind
+        text = self._text("metric", top, metric_kind(name))
+        found = next((kind for kind in KINDS if text == kind), None)
+        if found is None:
+            raise self._wrong("metric", f"one of {', '.join(KINDS)}", text)
+        return found
 
     def _hub(self, top: Mapping[str, Any], fields: Mapping[str, Field]) -> tuple[Hub | None, list[Layout]]:
         if "source" not in top:

@@ -11,6 +11,7 @@ from typing import Any
 
 from logo.evaluation.datasets import dataset_file, file_sha256
 from logo.evaluation.folders import replace_folder
+from logo.evaluation.metrics import metric_kind
 from logo.evaluation.sources.declarations import SPLITS, Declaration
 from logo.evaluation.sources.instances import Instance, Instances, columns_of, draw, make_instances
 from logo.evaluation.sources.manifest import Entry, add_to_manifest
@@ -57,7 +58,9 @@ def prepare(
     drawn, unusable = _drawn(declaration, place, request, on_stage)
     texts = {f"{split}.jsonl": "".join(map(_line, items)) for split, items in drawn.items()}
     folder = dataset_file(data_dir, declaration.name).parent
-    replace_folder(folder, texts, owned=[f"{split}.jsonl" for split in SPLITS])
+    if declaration.metric != metric_kind(declaration.name):
+        texts["test.yaml"] = f"metric: {declaration.metric}\n"
+    replace_folder(folder, texts, owned=[*(f"{split}.jsonl" for split in SPLITS), "test.yaml"])
     entry = _entry(declaration, data_dir, request, place, drawn, unusable)
     add_to_manifest(data_dir, declaration.name, entry)
     return entry

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logo.evaluation.groups import grouped
-from logo.evaluation.metrics import LABELS, metric_kind
+from logo.evaluation.metrics import LABELS
 from logo.evaluation.sweep.grid import Axis, Value, label, numbers
 from logo.evaluation.sweep.means import Mean, datasets_of, means
 from logo.evaluation.sweep.running import Cell, Outcome
@@ -62,6 +62,7 @@ def plots(axes: Sequence[Axis], outcomes: Sequence[Outcome], *, seed: int = 0) -
     if len(groups) > 1:
         groups = {EVERYTHING: datasets_of(outcomes), **groups}
     found = {group: means(outcomes, names, seed=seed) for group, names in groups.items()}
+    measures = {group: _measure([o for o in outcomes if o.dataset in names]) for group, names in groups.items()}
     pictures = {}
     for axis in varied:
         others = [other for other in varied if other is not axis]
@@ -69,7 +70,7 @@ def plots(axes: Sequence[Axis], outcomes: Sequence[Outcome], *, seed: int = 0) -
         across = math.ceil(len(groups) / math.ceil(len(groups) / ACROSS)) if groups else 1
         panels: list[Panel | None] = []
         for fixed in _combinations(others[1:]):
-            some = list(_panels(axis, second, fixed, groups, found))
+            some = list(_panels(axis, second, fixed, groups, found, measures))
             panels += [*some, *[None] * (-len(some) % across)]
         size = across * DOWN
         for number, start in enumerate(range(0, len(panels), size), start=1):
@@ -89,6 +90,7 @@ def _panels(
     fixed: Mapping[str, Value],
     groups: Mapping[str, Sequence[str]],
     found: Mapping[str, Sequence[tuple[Cell, Mean]]],
+    measures: Mapping[str, str],
 ) -> Iterator[Panel]:
     """One for each group; none where no cell has these values of the other axes."""
     for group, names in groups.items():
@@ -99,13 +101,12 @@ def _panels(
                 points.setdefault(line, {})[cell.values[axis.name]] = mean
         if points:
             head = f"{group} ({len(names)})" if len(names) > 1 else names[0]
-            yield Panel(f"{head}\n{label(fixed)}" if fixed else head, group, _measure(names), points)
+            yield Panel(f"{head}\n{label(fixed)}" if fixed else head, group, measures[group], points)
 
 
-def _measure(datasets: Sequence[str]) -> str:
-    """What the panel's y axis says: the measure that its datasets share."""
-    kinds = {metric_kind(name).removesuffix("_multi") for name in datasets}
-    names = {LABELS["rouge-L" if kind == "rouge" else kind] for kind in kinds}
+def _measure(outcomes: Sequence[Outcome]) -> str:
+    """What the panel's y axis says: the primary measure that they share."""
+    names = {LABELS[list(outcome.metrics["official"])[-1]] for outcome in outcomes}
     return f"{names.pop()}, %" if len(names) == 1 else "primary measure, %"
 
 
