@@ -209,19 +209,9 @@ def test_results_that_are_not_whole_are_named(tmp_path: Path) -> None:
 
 
 def result(dataset: str, values: list[object], predictions: list[str], errors: dict[int, str]) -> DatasetResult:
-    none: tuple[tuple[str, ...], ...] = ((),) * len(values)
-    return DatasetResult(
-        dataset,
-        metric_kind(dataset),
-        tuple(values),
-        tuple(predictions),
-        none,
-        ((),) * len(values),
-        (),
-        ((),) * len(values),
-        {},
-        errors,
-    )
+    empty: tuple[tuple[str, ...], ...] = ((),) * len(values)
+    judged = (dataset, metric_kind(dataset), tuple(values), tuple(predictions))
+    return DatasetResult(*judged, empty, ((),) * len(values), (), ((),) * len(values), {}, errors)
 
 
 def test_metrics_of_right_and_wrong() -> None:

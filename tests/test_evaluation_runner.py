@@ -166,7 +166,7 @@ def test_a_run_can_be_put_together_from_parts() -> None:
     whole = evaluate(FakeEngine(str), rows(5), dataset="bbh.x")
 
     def part(some: Sequence[Row]) -> list:  # type: ignore[type-arg]
-        batches = answers(FakeEngine(str), some, dataset="bbh.x", batch_size=2, max_new_tokens=1)
+        batches = answers(FakeEngine(str), some, metric="em", batch_size=2, max_new_tokens=1)
         return [instance for batch, _ in batches for instance in batch]
 
     parts = collect("bbh.x", part(rows(5)[:3]) + part(rows(5)[3:]), inference=whole.seconds["inference"])

@@ -18,6 +18,7 @@ from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import Row
 from logo.evaluation.jobs import Job
 from logo.evaluation.merging import find_shards, merge
+from logo.evaluation.metrics import metric_kind
 from logo.evaluation.results import RESULT_FILES, result_files, run_record, write_results
 from logo.evaluation.resume import is_done, part_of
 from logo.evaluation.runner import collect, evaluate
@@ -47,7 +48,9 @@ class Sensitive(FakeEngine):
 
 def job_of(root: Path, rows: int, dataset: str = "gem.x") -> Job:
     data = tuple(Row(f"q{i}", str(i % 2), (str(i % 2), "two"), "a" if i % 2 else None) for i in range(rows))
-    return Job(dataset, data, root / "data.jsonl", "00", root / "M_selection_norm_n_2_seed_0" / dataset)
+    return Job(
+        dataset, data, metric_kind(dataset), root / "data.jsonl", "00", root / "M_selection_norm_n_2_seed_0" / dataset
+    )
 
 
 def answer(
