@@ -241,6 +241,16 @@ def test_packed_tokens_equal_rows(rows: int, length: int, ranks: list[int], seed
     torch.testing.assert_close(by_row, expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 300])
+def test_an_adapter_that_overflows_spoils_no_row_but_its_own(tokens: int) -> None:
+    stack = Stack(torch.randn(2, 4), torch.randn(3, 2), torch.tensor([0, 1]))
+    stack.A[1] = torch.finfo(torch.float32).max  # its response is not finite for most inputs
+    x = torch.ones(2, tokens, 4)
+    found = low_rank(x, stack, Gates(torch.tensor([[0.5, 0.0], [0.0, 1.0]])))
+    torch.testing.assert_close(found[0], (0.5 * x[0] @ stack.A[:1].T) @ stack.B[:, :1].T)
+    assert not found[1].isfinite().any()
+
+
 def test_beams_repeat_their_row() -> None:
     stack = Stack(torch.randn(2, 4), torch.randn(3, 2), torch.tensor([0, 1]))
     x = torch.randn(2, 1, 4).repeat_interleave(3, dim=0)

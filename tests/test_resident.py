@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from logo.adapters.format import LoraWeights
+from logo.errors import NotFinite
 from logo.mixing.resident import Part, Resident, Share
 from make_adapters import calm
 
@@ -60,10 +64,10 @@ def test_every_token_gets_its_own_mixture_whoever_joins_and_leaves(
                 present.append((event, resident.join(parts)))
             elif present:
                 resident.leave(present.pop(event % len(present))[1])
-            step = [(share, lengths[i % len(lengths)]) for i, (_, share) in enumerate(present)]
+            step = [(share, lengths[i % len(lengths)], True) for i, (_, share) in enumerate(present)]
             mixed = resident.gate(step)
             assert mixed == any(weight for mixture, _ in present for weight in mixture.values())
-            tokens = [mixture for (mixture, _), (_, count) in zip(present, step, strict=True) for _ in range(count)]
+            tokens = [mixture for (mixture, _), (_, count, _) in zip(present, step, strict=True) for _ in range(count)]
             if not tokens:
                 continue
             x = torch.randn(1, len(tokens), WIDTH, generator=generator)
@@ -82,7 +86,7 @@ def test_without_a_mixture_outputs_are_bit_equal_to_the_base_model() -> None:
         share = resident.join([Part(0, adapter(0), 1.0)])
         assert not resident.gate([])
         assert torch.equal(module(x), before)
-        resident.gate([(share, 3)])
+        resident.gate([(share, 3, True)])
         assert not torch.equal(module(x), before)
     assert torch.equal(module(x), before)
 
@@ -103,8 +107,111 @@ def test_an_adapter_of_another_key_is_another_adapter() -> None:
     with resident.hooks():
         results = []
         for key, number in (("a", 0), ("b", 8)):
-            resident.gate([(resident.join([Part(key, adapter(number), 1.0)]), 1)])
+            resident.gate([(resident.join([Part(key, adapter(number), 1.0)]), 1, True)])
             results.append(module(x)[0, 0])
     for number, result in zip((0, 8), results, strict=True):
         want = nn.functional.linear(x, module.weight, module.bias)[0, 0] + term({number: 1.0}, "one", x[0, 0])
         torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_dtype_cannot_hold_is_refused_and_nothing_has_changed() -> None:
+    """0 times infinity is NaN, so no gate would keep it from the tokens of others."""
+    resident = Resident({name: nn.Linear(WIDTH, WIDTH + 1) for name in MODULES}, torch.float16)
+    resident.join([Part(0, adapter(0), 1.0)])
+    before = books(resident)
+    large = {"one": LoraWeights(torch.ones(2, WIDTH), torch.full((WIDTH + 1, 2), 7e4), 1.0)}
+    with pytest.raises(NotFinite, match=r"one.*float16.*--dtype"):
+        resident.join([Part(1, adapter(1), 1.0), Part(2, large, 1.0)])
+    assert books(resident) == before
+
+
+def books(resident: Resident) -> Any:
+    """Everything that a join changes, but for what stands in columns that nobody has."""
+    held = {key: (list(own.columns), own.users) for key, own in resident._held.items()}
+    used = sorted(column for columns, _ in held.values() for column in columns)
+    written = {path: (A.shape, A[used].tolist(), B[used].tolist()) for path, (A, B) in resident._stacks.items()}
+    return held, list(resident._idle), sorted(resident._free), resident._capacity, written
+
+
+class Failing(TorchFunctionMode):
+    """Out of memory at the n-th thing that torch is asked for inside the block; never, if there are fewer."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise torch.OutOfMemoryError(f"no room for {function.__name__}")
+        return function(*args, **(kwargs or {}))
+
+
+class Trouble(RuleBasedStateMachine):
+    """Sequences come and go while memory runs out at any place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules = {name: nn.Linear(WIDTH, WIDTH + 1).requires_grad_(False) for name in MODULES}
+        self.resident = Resident(self.modules, torch.float32, head="three")
+        self.present: list[tuple[dict[int, float], Share]] = []
+
+    @rule(mixture=MIXTURES, at=st.integers(1, 150))
+    def join(self, mixture: dict[int, float], at: int) -> None:
+        parts = [Part(number, adapter(number), weight) for number, weight in mixture.items()]
+        before = books(self.resident)
+        try:
+            with Failing(at):
+                share = self.resident.join(parts)
+        except torch.OutOfMemoryError:
+            assert books(self.resident) == before
+        else:
+            self.present.append((mixture, share))
+
+    @precondition(lambda self: self.present)
+    @rule(place=st.integers(0, 20))
+    def leave(self, place: int) -> None:
+        self.resident.leave(self.present.pop(place % len(self.present))[1])
+
+    @precondition(lambda self: self.present)
+    @rule(at=st.integers(1, 30))
+    def gate(self, at: int) -> None:
+        before = books(self.resident)
+        try:
+            with Failing(at):
+                self.resident.gate([(share, 1, True) for _, share in self.present])
+        except torch.OutOfMemoryError:
+            assert books(self.resident) == before
+
+    @invariant()
+    def every_column_belongs_to_one_adapter_or_to_none(self) -> None:
+        held = [column for own in self.resident._held.values() for column in own.columns]
+        assert sorted(held + self.resident._free) == list(range(self.resident._capacity))
+        assert all(len(A) == len(B) == self.resident._capacity for A, B in self.resident._stacks.values())
+
+    @invariant()
+    def users_are_counted(self) -> None:
+        users = [key for _, share in self.present for key in share.keys]
+        assert {key: own.users for key, own in self.resident._held.items() if own.users} == {
+            key: users.count(key) for key in users
+        }
+        assert set(self.resident._idle) == {key for key, own in self.resident._held.items() if not own.users}
+
+    @invariant()
+    def mixtures_are_what_they_are_when_computed_afresh(self) -> None:
+        step = [(share, 1 + i % 2, i % 3 > 0) for i, (_, share) in enumerate(self.present)]
+        self.resident.gate(step)
+        tokens = [i for i, (_, count, _) in enumerate(step) for _ in range(count)]
+        heads = sorted(range(len(step)), key=lambda i: not step[i][2])
+        with self.resident.hooks():
+            for name, module in self.modules.items():
+                rows = heads if name == "three" else tokens
+                x = torch.randn(1, len(rows), WIDTH, generator=torch.Generator().manual_seed(len(rows)))
+                terms = [term(self.present[i][0], name, row) for i, row in zip(rows, x[0], strict=True)]
+                base = nn.functional.linear(x[0], module.weight, module.bias)
+                want = base + torch.stack(terms) if terms else base
+                torch.testing.assert_close(module(x)[0], want, rtol=1e-4, atol=1e-4)
+
+
+TestTrouble = Trouble.TestCase
+TestTrouble.settings = settings(calm, max_examples=60, stateful_step_count=25)

@@ -15,11 +15,13 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
+from logo.decoding import greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
-from logo.serving import steps
+from logo.serving import batching, steps
 from logo.serving.batching import GenerationFailed, GenerationTimeout, Memory
 from logo.serving.sampling import Sampling
 from logo.serving.service import Chosen, NotReady, Overloaded, Service, Wish
+from make_adapters import load_peft, write_peft
 from test_engine import engine, tokenizer, write_adapter
 
 _T = TypeVar("_T")
@@ -115,9 +117,42 @@ def test_answers_are_those_of_generating_alone(architecture: str, tmp_path: Path
         assert chosen.selection.adapters == want[2]
 
 
+@pytest.mark.parametrize("step", [512, 16], ids=["whole prompts", "prompts in parts"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
+    architecture: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is given one token of each sequence, in steps that read prompts and in others."""
+    monkeypatch.setattr(batching, "_STEP_TOKENS", step)
+    model = tiny.model(architecture, tie_word_embeddings=False)
+    names = ["lm_head", {"gpt2": "c_attn"}.get(architecture, "q_proj")]
+    for i in range(4):
+        base = tiny.model(architecture, tie_word_embeddings=False)
+        targets = names if i else names[1:]
+        save = {"save_embedding_layers": False}
+        write_peft(tmp_path / f"t{i}", base, save=save, seed=i, r=i + 1, lora_alpha=8, target_modules=targets)
+    logo = engine(model, tmp_path)
+    rows = tiny.prompts([1, 3, 40, 9, 2, 70, 5, 12], seed=4)
+    wishes = [Wish(adapters={f"t{i % 4}": 1.0, f"t{(i + 1) % 4}": 0.5 * (i % 2)}) for i in range(len(rows))]
+
+    async def use(service: Service) -> list[Any]:
+        jobs = (
+            answer(service, ids, wish, Sampling(9 + i)) for i, (ids, wish) in enumerate(zip(rows, wishes, strict=True))
+        )
+        return await asyncio.gather(*jobs)
+
+    found = served(logo, use, concurrent=5)
+    for i, (ids, wish, (tokens, *_)) in enumerate(zip(rows, wishes, found, strict=True)):
+        assert tokens == alone(logo, [ids], [wish], 9 + i)[0][0]
+    wrapped = load_peft(tmp_path / "t2", tiny.model(architecture, tie_word_embeddings=False)).eval()
+    config = greedy_config(max_new_tokens=11, pad_token_id=2)
+    ids = torch.tensor([rows[2]])
+    want = wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    assert found[2][0] == tuple(want[0, len(rows[2]) :].tolist())
+
+
 def alone(logo: LoGo, rows: list[list[int]], wishes: list[Wish], length: int) -> list[tuple[Any, ...]]:
     """One by one, by the engine's own decoder."""
-    from logo.decoding import greedy_config
     from logo.selection import Selection
 
     config = greedy_config(max_new_tokens=length, pad_token_id=2)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo.serving.sampling import Drawing, Sampling, next_tokens
+from logo.serving.steps import NO_TOKEN
 from make_adapters import calm
 
 VOCABULARY = 12
@@ -74,9 +75,45 @@ def test_logprobs_are_those_of_the_model_whatever_the_temperature(way: Sampling,
     )
 
 
-def test_a_row_that_cannot_be_drawn_fails_alone() -> None:
-    scores = torch.tensor([[0.0, float("nan")], [0.0, 1.0]])
+def test_a_row_that_cannot_be_drawn_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Drawing, scores: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room to draw")
+
+    monkeypatch.setattr(Drawing, "draw", fail)
+    scores = torch.tensor([[0.0, 2.0], [0.0, 1.0]])
     ways = [Drawing(Sampling(1, temperature=1.0, seed=0)), Drawing(Sampling(1))]
     tokens, failed = next_tokens(scores, ways)
     assert list(failed) == [0]
     assert int(tokens[1]) == 1
+
+
+@calm
+@given(
+    st.lists(SAMPLING, min_size=1, max_size=5),
+    st.sampled_from([float("nan"), float("inf")]),
+    st.integers(0, VOCABULARY - 1),
+    st.integers(0, 1000),
+    st.data(),
+)
+def test_rows_that_are_not_finite_are_told_and_nothing_is_drawn_beside_them(
+    ways: list[Sampling], value: float, place: int, seed: int, data: st.DataObject
+) -> None:
+    """The step is computed again without them, and then the others draw what they would have drawn without it."""
+    [scores] = steps(seed, 1, len(ways))
+    bad = data.draw(st.sets(st.integers(0, len(ways) - 1), min_size=1))
+    spoilt = scores.clone()
+    spoilt[sorted(bad), place] = value
+    drawings = [Drawing(way) for way in ways]
+    tokens, failed = next_tokens(spoilt, drawings)
+    assert [row for row, token in enumerate(tokens.tolist()) if token == NO_TOKEN] == sorted(bad)
+    assert not failed
+    again, fresh = next_tokens(scores, drawings)[0], next_tokens(scores, [Drawing(way) for way in ways])[0]
+    assert again.tolist() == fresh.tolist()
+    assert all(len(drawing.logprobs) == (drawing.sampling.logprobs is not None) for drawing in drawings)
+
+
+def test_tokens_that_a_model_rules_out_are_no_fault() -> None:
+    scores = torch.tensor([[0.0, float("-inf")], [float("-inf"), 1.0]])
+    ways = [Drawing(Sampling(1, temperature=1.0, seed=0)), Drawing(Sampling(1, logprobs=2))]
+    tokens, failed = next_tokens(scores, ways)
+    assert (tokens.tolist(), failed) == ([0, 1], {})

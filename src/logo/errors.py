@@ -40,6 +40,10 @@ class ModelError(LoGoError, ValueError):
     """A base model that cannot be loaded, or in which a module that is needed cannot be found."""
 
 
+class NotFinite(LoGoError, ArithmeticError):
+    """What was computed is NaN or infinite, so that nothing can be made of it."""
+
+
 class DataError(LoGoError, ValueError):
     """A dataset that does not exist, or a row that is malformed (names the file and the line)."""
 

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from logo.mixing.groups import GroupedMixture, GroupedStack
 from logo.mixing.working_set import Stack, WorkingSet
 
+# A gate, and where it is closed; None: nowhere.
+_Gate = tuple[Tensor, Tensor | None]
+
 # Tokens for which products with the factors on the left are faster on a CPU (measured: 20 to 30 % at 16 to 256).
 _FEW, _MANY = 12, 256
 
@@ -38,32 +41,34 @@ class Gates:
             raise ValueError(f"gate weights must be (rows, adapters), got shape {tuple(weights.shape)}")
         self.weights = weights
         self.per_token = per_token
+        self._all_open = bool((weights != 0).all())
         self._expanded: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
-        self._turned: dict[tuple[int, torch.Size, torch.device, torch.dtype], Tensor] = {}
+        self._shaped: dict[tuple[int, torch.Size, bool, torch.device, torch.dtype], _Gate] = {}
 
-    def columns(self, owner: Tensor, like: Tensor) -> Tensor:
-        """The gate `g` of one module, shaped to multiply `A x`.
+    def applied(self, owner: Tensor, response: Tensor) -> Tensor:
+        """`g ⊙ (A x)` of one module.
+
+        A closed gate gives 0, also where `A x` is not finite: an adapter that overflows spoils no row but its own.
 
         Args:
             owner: (R,) adapter index of each rank column.
-            like: `A x`, (..., R).
-
-        Returns:
-            (..., R) or (rows, 1, R), broadcastable to `like`.
+            response: `A x`, (..., R).
         """
-        lead = like.shape[:-1]
-        count = lead.numel() if self.per_token else lead[0]
-        gate = self._repeated(owner, count, like)
-        if self.per_token:
-            return gate.reshape(*lead, -1)
-        return gate.reshape(gate.shape[0], *[1] * (len(lead) - 1), -1)
+        return _product(response, self._gate(owner, response.shape[:-1], response, turned=False))
 
-    def turned(self, owner: Tensor, lead: torch.Size, like: Tensor) -> Tensor:
-        """The gate with the rank first: (R, ...), broadcastable to (R, *lead)."""
-        key = (id(owner), lead, like.device, like.dtype)
-        if key not in self._turned:
-            self._turned[key] = self.columns(owner, like.new_empty((*lead, 0))).movedim(-1, 0).contiguous()
-        return self._turned[key]
+    def applied_turned(self, owner: Tensor, lead: torch.Size, response: Tensor) -> Tensor:
+        """The same with the rank first: (R, *lead)."""
+        return _product(response, self._gate(owner, lead, response, turned=True))
+
+    def _gate(self, owner: Tensor, lead: torch.Size, like: Tensor, *, turned: bool) -> _Gate:
+        """The gate, shaped to multiply `A x`, whose dimensions but the rank are `lead`."""
+        key = (id(owner), lead, turned, like.device, like.dtype)
+        if key not in self._shaped:
+            gate = self._repeated(owner, lead.numel() if self.per_token else lead[0], like)
+            gate = gate.reshape(*(lead if self.per_token else (gate.shape[0], *[1] * (len(lead) - 1))), -1)
+            gate = gate.movedim(-1, 0).contiguous() if turned else gate
+            self._shaped[key] = gate, None if self._all_open else gate == 0
+        return self._shaped[key]
 
     def _repeated(self, owner: Tensor, count: int, like: Tensor) -> Tensor:
         # Stacks with the same columns share one owner tensor, which lives as long as the working set does.
@@ -135,14 +140,20 @@ class Mixture:
         return add
 
 
+def _product(response: Tensor, gate: _Gate) -> Tensor:
+    factor, closed = gate
+    product = response * factor
+    return product if closed is None else product.masked_fill_(closed, 0)
+
+
 def low_rank(x: Tensor, stack: Stack, gates: Gates) -> Tensor:
     """`B (g ⊙ (A x))` for `x` (..., d_in); returns (..., d_out) in the stack's dtype."""
     x = x.to(stack.A.dtype)
     if x.device.type != "cpu" or not _FEW <= x.numel() // x.shape[-1] <= _MANY:
         shrunk = torch.nn.functional.linear(x, stack.A)  # (..., R)
-        return torch.nn.functional.linear(shrunk * gates.columns(stack.owner, shrunk), stack.B)  # (..., d_out)
+        return torch.nn.functional.linear(gates.applied(stack.owner, shrunk), stack.B)  # (..., d_out)
     # The same with the factors on the left, which CPU libraries multiply faster by the few columns of a batch.
     lead = x.shape[:-1]
     turned = torch.mm(stack.A, x.reshape(-1, x.shape[-1]).T)  # (R, tokens)
-    turned = (turned.view(-1, *lead) * gates.turned(stack.owner, lead, turned)).view(len(stack.A), -1)
+    turned = gates.applied_turned(stack.owner, lead, turned.view(-1, *lead)).view(len(stack.A), -1)
     return torch.unflatten(torch.mm(stack.B, turned).T, 0, lead)

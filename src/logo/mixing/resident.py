@@ -3,7 +3,11 @@
     A (C, d_in)   B (C, d_out)   gate (tokens, C)        per module; one gate for all of them
 
 An adapter gets columns when the first sequence that uses it begins, and keeps them for the next one as long as there
-is room. Rows of a packed batch are tokens, so that each is gated by the mixture of its own sequence.
+is room. Rows of a packed batch are tokens, so that each is gated by the mixture of its own sequence. The output head
+may be given one token per sequence only; it then has a gate of its own.
+
+Joining is all or nothing. Everything that needs memory is made first; then the columns are written, which nobody uses
+yet; and then the books are changed, which cannot fail.
 
 Not safe for threads: everything is called by the one that runs the model.
 """
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from logo.adapters.format import LoraWeights
+from logo.errors import NotFinite
 from logo.mixing.gated import Gates, hooked, low_rank
 from logo.mixing.working_set import Stack, device_of
 
@@ -59,17 +64,37 @@ class _Held:
     users: int
 
 
+@dataclass
+class _Columns:
+    """Columns, and the stacks that have room for them, before anything of it holds.
+
+    Attributes:
+        own: adapter -> the columns that it gets.
+        free: those that nobody has, as a heap.
+        capacity: how many there are.
+        stacks: module path -> A (capacity, d_in), B (capacity, d_out).
+    """
+
+    own: dict[Hashable, list[int]]
+    free: list[int]
+    capacity: int
+    stacks: dict[str, tuple[Tensor, Tensor]]
+
+
 class Resident:
     """Stacks of adapters in use, and the gates of the step at hand.
 
     Args:
         modules: base module path -> linear module.
         dtype: what mixtures compute in; scales are applied in float32 before the cast.
+        head: path of the module that is given one row per sequence instead of all tokens: first the last tokens of
+            those whose next token is drawn, in order, and then anything for the others. None: there is no such module.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, head: str | None = None) -> None:
         self._modules = modules
         self._dtype = dtype
+        self._head = head
         self._held: dict[Hashable, _Held] = {}
         self._idle: OrderedDict[Hashable, None] = OrderedDict()
         self._free: list[int] = []
@@ -79,6 +104,7 @@ class Resident:
         self._views: dict[str, Stack] = {}
         self._shown: tuple[int, int, int] | None = None
         self._gates: Gates | None = None
+        self._head_gates: Gates | None = None
 
     @property
     def adapters(self) -> int:
@@ -97,19 +123,27 @@ class Resident:
             yield
 
     def join(self, parts: Sequence[Part]) -> Share:
-        """Makes room for a sequence's adapters; `leave` has to follow."""
+        """Makes room for a sequence's adapters; `leave` has to follow, unless this fails and nothing has changed.
+
+        Raises:
+            NotFinite: an adapter that the dtype of the mixtures cannot hold.
+        """
         parts = [part for part in parts if part.weight]
-        for part in parts:
-            held = self._held.get(part.key)
-            if held is None:
-                held = self._held[part.key] = _Held(self._place(part.weights), 0)
-            held.users += 1
-            self._idle.pop(part.key, None)
-        self._trim()
-        columns = [self._held[part.key].columns for part in parts]
+        new = {part.key: part.weights for part in parts if part.key not in self._held}
+        made = self._made(new)
+        columns = [made.own[part.key] if part.key in new else self._held[part.key].columns for part in parts]
         gates = [part.weight for part, own in zip(parts, columns, strict=True) for _ in own]
         flat = [column for own in columns for column in own]
-        return Share(tuple(part.key for part in parts), torch.tensor(flat, dtype=torch.int64), torch.tensor(gates))
+        share = Share(tuple(part.key for part in parts), torch.tensor(flat, dtype=torch.int64), torch.tensor(gates))
+        self._write(made, new)
+        # From here on nothing can fail.
+        self._free, self._capacity, self._stacks = made.free, made.capacity, made.stacks
+        self._held |= {key: _Held(own, 0) for key, own in made.own.items()}
+        for key in share.keys:
+            self._held[key].users += 1
+            self._idle.pop(key, None)
+        self._trim()
+        return share
 
     def leave(self, share: Share) -> None:
         """A sequence has ended."""
@@ -120,69 +154,87 @@ class Resident:
                 self._idle[key] = None
         self._trim()
 
-    def gate(self, step: Sequence[tuple[Share, int]]) -> bool:
+    def gate(self, step: Sequence[tuple[Share, int, bool]]) -> bool:
         """Sets whose tokens the next forward pass holds.
 
         Args:
-            step: the mixture and the number of tokens of each sequence, in the order of the packed row. Empty: the
-                base model alone.
+            step: for each sequence, in the order of the packed row: its mixture, its number of tokens, and whether its
+                next token is drawn. Empty: the base model alone.
 
         Returns:
             whether any token has a mixture.
         """
-        if not any(share.keys for share, _ in step):
-            self._gates = None
+        if not any(share.keys for share, _, _ in step):
+            self._gates = self._head_gates = None
             return False
         self._show()
         rows = torch.zeros(len(step), self._width)
-        for row, (share, _) in enumerate(step):
+        for row, (share, _, _) in enumerate(step):
             rows[row, share.columns] = share.gates
-        lengths = torch.tensor([tokens for _, tokens in step])
-        self._gates = Gates(rows.repeat_interleave(lengths, dim=0), per_token=True)
+        lengths = torch.tensor([tokens for _, tokens, _ in step])
+        gates = Gates(rows.repeat_interleave(lengths, dim=0), per_token=True)
+        drawn_first = sorted(range(len(step)), key=lambda row: not step[row][2])
+        self._gates, self._head_gates = gates, Gates(rows[drawn_first], per_token=True)
         return True
 
     def _hook(self, path: str) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            stack = self._views.get(path)
-            if self._gates is None or stack is None:
+            stack, gates = self._views.get(path), self._head_gates if path == self._head else self._gates
+            if gates is None or stack is None:
                 return None
-            return output + low_rank(inputs[0], stack, self._gates).to(output.dtype)
+            return output + low_rank(inputs[0], stack, gates).to(output.dtype)
 
         return add
 
-    def _place(self, weights: Mapping[str, LoraWeights]) -> list[int]:
-        """Writes an adapter into free columns: as many as its highest rank, zeros where a module has fewer."""
-        rank = max((len(factors.A) for factors in weights.values()), default=0)
-        if len(self._free) < rank:
-            self._grow(rank)
-        columns = [heapq.heappop(self._free) for _ in range(rank)]
-        for path, factors in weights.items():
-            if path not in self._stacks:
-                device = device_of(self._modules[path])
-                A, B = (
-                    torch.zeros(self._capacity, width, dtype=self._dtype, device=device)
-                    for width in (factors.A.shape[1], len(factors.B))
+    def _made(self, new: Mapping[Hashable, Mapping[str, LoraWeights]]) -> _Columns:
+        """Columns for these adapters, as many as the highest rank of each, and stacks that are long enough."""
+        ranks = {key: max((len(factors.A) for factors in weights.values()), default=0) for key, weights in new.items()}
+        needed, free, capacity = sum(ranks.values()), list(self._free), self._capacity
+        if len(free) < needed:
+            capacity = max(2 * capacity, capacity + needed)
+            free += range(self._capacity, capacity)
+            heapq.heapify(free)
+        own = {key: [heapq.heappop(free) for _ in range(rank)] for key, rank in ranks.items()}
+        more = capacity - self._capacity
+        stacks = dict(self._stacks)
+        if more:
+            for path, (A, B) in stacks.items():
+                stacks[path] = (
+                    torch.cat([A, A.new_zeros(more, A.shape[1])]),
+                    torch.cat([B, B.new_zeros(more, B.shape[1])]),
                 )
-                self._stacks[path] = A, B
-        for path, (A, B) in self._stacks.items():
-            found = weights.get(path)
-            own = columns[: 0 if found is None else len(found.A)]
-            A[columns[len(own) :]] = B[columns[len(own) :]] = 0
-            if found is not None:
-                A[own] = found.A.to(A.device, A.dtype)
-                B[own] = found.scaled_b().to(B.device, B.dtype).T
-        return columns
+        for weights in new.values():
+            for path, factors in weights.items():
+                if path not in stacks:
+                    device = device_of(self._modules[path])
+                    A, B = (
+                        torch.zeros(capacity, width, dtype=self._dtype, device=device)
+                        for width in (factors.A.shape[1], len(factors.B))
+                    )
+                    stacks[path] = A, B
+        return _Columns(own, free, capacity, stacks)
 
-    def _grow(self, rank: int) -> None:
-        before, self._capacity = self._capacity, max(2 * self._capacity, self._capacity + rank)
-        for column in range(before, self._capacity):
-            heapq.heappush(self._free, column)
-        more = self._capacity - before
-        for path, (A, B) in self._stacks.items():
-            self._stacks[path] = (
-                torch.cat([A, A.new_zeros(more, A.shape[1])]),
-                torch.cat([B, B.new_zeros(more, B.shape[1])]),
+    def _write(self, made: _Columns, new: Mapping[Hashable, Mapping[str, LoraWeights]]) -> None:
+        """Writes adapters into their columns, zeros where a module has fewer than the others or none."""
+        for key, weights in new.items():
+            columns = made.own[key]
+            for path, (A, B) in made.stacks.items():
+                found = weights.get(path)
+                own = columns[: 0 if found is None else len(found.A)]
+                A[columns[len(own) :]] = B[columns[len(own) :]] = 0
+                if found is not None:
+                    A[own] = self._cast(found.A, path).to(A.device)
+                    B[own] = self._cast(found.scaled_b().T, path).to(B.device)
+
+    def _cast(self, factor: Tensor, path: str) -> Tensor:
+        """In the dtype of the mixtures."""
+        cast = factor.to(self._dtype)
+        if not bool(cast.isfinite().all()):  # no gate would keep it from the tokens of others: 0 times infinity is NaN
+            raise NotFinite(
+                f"an adapter of this mixture holds a number on {path} that {str(self._dtype).removeprefix('torch.')} "
+                "cannot: serve the base model in another dtype (--dtype)"
             )
+        return cast
 
     def _trim(self) -> None:
         """Takes columns from adapters that have been idle longest, and notes how far the columns in use reach."""

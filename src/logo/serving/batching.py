@@ -101,7 +101,7 @@ class Batching(Steps):
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         self._model = model
-        self._resident = Resident(dict(linear_modules(model)), dtype_of(model))
+        self._resident = Resident(dict(linear_modules(model)), dtype_of(model), _head(model))
         self._ends = sorted(end_tokens(greedy_config(), model.generation_config)) or [-1]
         self._jobs: dict[str, _Job] = {}
         self._left: deque[_Job] = deque()
@@ -238,7 +238,7 @@ class Batching(Steps):
 
     # -- called by the thread that generates ------------------------------------------------------------------------
 
-    def before(self, step: Sequence[tuple[str, int]]) -> None:
+    def before(self, step: Sequence[tuple[str, int, bool]]) -> None:
         """Gates the tokens of the next forward pass."""
         while self._left:
             job = self._left.popleft()
@@ -250,7 +250,8 @@ class Batching(Steps):
             unheard.get_nowait()
         standing = tuple(step)
         if standing != self._standing:
-            self._mixed = self._resident.gate([(self._share(sequence), tokens) for sequence, tokens in step])
+            self._standing = None
+            self._mixed = self._resident.gate([(self._share(name), tokens, drawn) for name, tokens, drawn in step])
             self._standing = standing
             if self._model.device.type == "cuda":  # the forward pass runs in a stream of its own
                 torch.cuda.current_stream(self._model.device).synchronize()
@@ -338,6 +339,14 @@ class Batching(Steps):
         tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))
         tokens = min(tokens, int(memory.kv_cache_gb * 1e9 / per_token))
         return max(1, math.ceil(tokens / _PAGE))
+
+
+def _head(model: PreTrainedModel) -> str | None:
+    """Path of the output head, where continuous batching gives it one token per sequence only."""
+    if not model._supports_logits_to_keep():
+        return None
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None)
 
 
 _NOTHING = Share((), torch.empty(0, dtype=torch.int64), torch.empty(0))

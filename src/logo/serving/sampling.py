@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from logo.serving.steps import NO_TOKEN
+
 # Below this a temperature is greedy decoding, as in vLLM: dividing by it would overflow.
 _GREEDY = 1e-5
 
@@ -38,6 +40,11 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < _GREEDY
+
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely token is all that is asked for, so that nobody has to wait for the device."""
+        return self.greedy and self.logprobs is None
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,7 @@ class Drawing:
     _generator: torch.Generator | None = None
 
     def draw(self, scores: Tensor) -> Tensor:
-        """A token () from logits (vocabulary,).
-
-        Raises:
-            ValueError: logits that are not finite.
-        """
-        if not bool(scores.isfinite().all()):
-            raise ValueError("the model's output is not finite: nothing can be sampled from it")
+        """A token () from logits (vocabulary,), none of them NaN or above all bounds."""
         if self._generator is None:
             self._generator = torch.Generator(scores.device)
             seed = self.sampling.seed
@@ -94,10 +95,14 @@ def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> tuple[Tensor, di
         drawings: one per row.
 
     Returns:
-        (rows,) token ids, and what went wrong in rows for which none could be drawn.
+        (rows,) token ids, and what went wrong in rows for which none could be drawn. `NO_TOKEN` stands for a row that
+        holds NaN or an infinite largest logit; then nothing has been drawn for any row.
     """
-    tokens = scores.argmax(dim=-1)
+    best = scores.max(dim=-1)  # NaN is the largest of all
+    tokens = torch.where(best.values.isfinite(), best.indices, NO_TOKEN)
     failed: dict[int, Exception] = {}
+    if all(drawing.sampling.plain for drawing in drawings) or bool((tokens == NO_TOKEN).any()):
+        return tokens, failed
     for row, drawing in enumerate(drawings):
         try:
             if not drawing.sampling.greedy:

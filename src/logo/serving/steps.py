@@ -1,10 +1,16 @@
 """The seams in transformers' continuous batching where gates and sampling of our own go in.
 
-The only file that knows transformers' internals. Three methods of objects that a manager owns are wrapped:
+The only file that knows transformers' internals. Four methods of objects that a manager owns are wrapped:
 
     ContinuousBatchingIOs.prepare_batch_tensors   tells which sequences make up the step, and how it may be taken back
     ContinuousBatchProcessor._generation_step     gates before the forward pass; a failure ends one sequence, not all
     ModelRunner._sample                           draws by sequence instead of one way for all
+    ContinuousBatchingIOs.prepare_batch_update    hands on the tokens, which have come to the host by then
+
+A sequence whose logits are not finite may have spoilt those of the others in the same step, because attention computes
+all of them in one product and only then masks what is not their own. Such a step fails as a whole: it is computed again
+in halves, until what is not finite is alone. Whether a row is finite is written where its token would stand, so that it
+comes to the host in the one transfer that every step has.
 
 Written for transformers 5.24 (`VERSIONS`); `attach` refuses a version whose internals look different.
 """
@@ -20,9 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logo.errors import ModelError
+from logo.errors import ModelError, NotFinite
 
 VERSIONS = ">=5.24,<5.25"
+
+NO_TOKEN = -1
+"""What `Steps.sample` returns for a row that is not finite."""
 
 _log = logging.getLogger("logo.serving")
 
@@ -33,6 +42,7 @@ _EXPECTED = {
         "use_decode_fast_path",
         "num_q_tokens",
     ),
+    ("inputs_and_outputs", "prepare_batch_update"): (),
     ("", "_generation_step"): ("model",),
     ("", "_handle_request_error"): ("error", "state"),
     ("", "update_batch"): (),
@@ -45,12 +55,20 @@ class Steps(ABC):
     """Who decides what a step computes; called by the thread that generates."""
 
     @abstractmethod
-    def before(self, step: Sequence[tuple[str, int]]) -> None:
-        """The next forward pass holds these sequences: their ids and numbers of tokens, in order."""
+    def before(self, step: Sequence[tuple[str, int, bool]]) -> None:
+        """What the next forward pass holds.
+
+        Args:
+            step: the sequences in order: id, number of tokens, and whether its next token is drawn after them.
+        """
 
     @abstractmethod
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
-        """(rows,) next tokens from (rows, vocabulary) float32 logits, one row per sequence."""
+        """(rows,) next tokens from (rows, vocabulary) float32 logits, one row per sequence.
+
+        Where a row is not finite, `NO_TOKEN` stands in its place, and nothing was drawn for any row: the step will be
+        computed again.
+        """
 
     @abstractmethod
     def failed(self, sequence: str, error: Exception) -> None:
@@ -70,6 +88,7 @@ def attach(manager: Any, steps: Steps) -> None:
     prepare, compute = io.prepare_batch_tensors, processor._generation_step
     prepared: dict[str, Any] = {}
     tokens: list[list[int]] = []
+    drawn: list[int] = []
 
     def prepare_batch_tensors(**options: Any) -> None:
         prepared.update(options)
@@ -87,8 +106,14 @@ def attach(manager: Any, steps: Steps) -> None:
 
     def generation_step(model: Any) -> None:
         try:
-            steps.before([(r.state.request_id, r.query_length) for r in io.requests_in_batch])
+            steps.before([(r.state.request_id, r.query_length, r.has_new_token) for r in io.requests_in_batch])
             compute(model)
+            drawn[:] = io.output_ids[0, : io.num_request_in_batch].tolist()
+            if NO_TOKEN in drawn:
+                raise NotFinite(
+                    "the model's output is not finite with this mixture of adapters: nothing can be generated from it; "
+                    "an adapter is too large for the model's dtype, or damaged"
+                )
         except Exception as error:  # whatever it is, the server has to go on
             requests = take_back()
             if len(requests) == 1:
@@ -104,10 +129,13 @@ def attach(manager: Any, steps: Steps) -> None:
 
     def sample(scores: Tensor, output_ids: Tensor) -> None:
         ids = [request.state.request_id for request in io.requests_in_batch if request.has_new_token]
-        drawn = steps.sample(scores[0, : len(ids)], ids)
-        output_ids[0, : len(ids)].copy_(drawn)
+        output_ids[0, : len(ids)].copy_(steps.sample(scores[0, : len(ids)], ids))
+
+    def prepare_batch_update() -> tuple[list[Any], list[int], None]:
+        return io.requests_in_batch, drawn, None
 
     io.prepare_batch_tensors = prepare_batch_tensors
+    io.prepare_batch_update = prepare_batch_update
     processor._generation_step = generation_step
     runner._sample = sample
 
