@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from http_server import eventually, serving
-from logo.errors import AdapterError, DataError, ModelError, PoolError, StorageError, UsageError
+from logo.errors import AdapterError, DataError, ModelError, NotFinite, PoolError, StorageError, UsageError
 from logo.serving import errors
 from logo.serving.guards import GuardSettings, guard
 from logo.serving.protocol import CompletionRequest
@@ -39,6 +39,7 @@ FAILURES: dict[str, BaseException] = {
     "storage": StorageError("adapters/x: not readable"),
     "missing": missing(),
     "model": ModelError("/srv/secret/model is broken"),
+    "overflow": NotFinite("the model's output is not finite"),
     "data": DataError("/srv/secret/data is broken"),
     "crash": KeyError("secret"),
     "oom": OutOfMemoryError("CUDA out of memory: secret"),
@@ -113,6 +114,7 @@ INVALID = "invalid_request_error"
         ("missing", 404, INVALID, "not_found", "adapters/x: no such folder"),
         ("model", 500, "server_error", "internal_error", "the server failed to answer (request id req-"),
         ("data", 500, "server_error", "internal_error", "the server failed to answer (request id req-"),
+        ("overflow", 500, "server_error", "not_finite", "the model's output is not finite"),
         ("crash", 500, "server_error", "internal_error", "the server failed to answer (request id req-"),
         ("oom", 503, "server_error", "unavailable", "out of memory for this request"),
         ("memory", 503, "server_error", "unavailable", "out of memory for this request"),

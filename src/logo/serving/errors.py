@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from logo.errors import AdapterError, LoGoError, PoolError, StorageError, UsageError
+from logo.errors import AdapterError, LoGoError, NotFinite, PoolError, StorageError, UsageError
 from logo.serving.problems import problem, shown, unreadable
 
 INVALID = "invalid_request_error"
@@ -122,6 +122,11 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(504, f"not answered within {seconds:g} s, the limit of this server", SERVER, code="timeout")
 
 
+def failed(message: str, code: str) -> ApiError:
+    """500 with a reason: what the server has cannot answer this request, though nothing is wrong with the request."""
+    return ApiError(500, shown_line(message), SERVER, code=code)
+
+
 def internal(request_id: str | None = None) -> ApiError:
     """500: our fault. The text says nothing of the cause; the request id finds it in the log."""
     where = f" (request id {request_id})" if request_id else ""
@@ -142,6 +147,8 @@ def api_error(error: BaseException, request_id: str | None = None) -> ApiError:
     if isinstance(error, StorageError):
         missing = isinstance(error.__cause__, FileNotFoundError)
         return not_found(shown_line(str(error))) if missing else bad_request(shown_line(str(error)))
+    if isinstance(error, NotFinite):
+        return failed(str(error), "not_finite")
     if out_of_memory(error):
         return unavailable("out of memory for this request; send a shorter prompt or ask for fewer tokens")
     return internal(request_id)
