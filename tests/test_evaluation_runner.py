@@ -364,9 +364,9 @@ def test_an_interrupted_run_goes_on(
     whole = unless_out_of_memory(whole_engine, None)
     engine = Small(fits, bad)
     for stop in data.draw(st.lists(st.integers(0, 3), max_size=3)):
-        with Journal(file, "run") as journal, contextlib.suppress(KeyboardInterrupt, RuntimeError):
+        with Journal(file, {"run": 1}) as journal, contextlib.suppress(KeyboardInterrupt, RuntimeError):
             run(engine, journal, stop)
-    with Journal(file, "run") as journal:
+    with Journal(file, {"run": 1}) as journal:
         again = unless_out_of_memory(engine, journal)
     if isinstance(whole, str) or isinstance(again, str):
         assert isinstance(again, str) and isinstance(whole, str)

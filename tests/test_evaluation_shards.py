@@ -20,12 +20,14 @@ from logo.evaluation.jobs import Job
 from logo.evaluation.merging import find_shards, merge
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.results import RESULT_FILES, result_files, run_record, write_results
-from logo.evaluation.resume import is_done, part_of
+from logo.evaluation.resume import part_of
 from logo.evaluation.runner import collect, evaluate
 from logo.evaluation.shards import Shard, positions, shard_folder
+from logo.evaluation.standing import standing
 from test_evaluation_runner import FakeEngine, Generation, Selection
 
 SAME = [name for name in RESULT_FILES if name not in ("run.json", "time_dict.json")]
+ENVIRONMENT = {"torch": "2.8.0", "device": "cpu"}
 
 
 class Sensitive(FakeEngine):
@@ -54,7 +56,12 @@ def job_of(root: Path, rows: int, dataset: str = "gem.x") -> Job:
 
 
 def answer(
-    job: Job, batch_size: int, bad: frozenset[int] = frozenset(), identity: dict[str, Any] | None = None
+    job: Job,
+    batch_size: int,
+    bad: frozenset[int] = frozenset(),
+    identity: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+    learnt: str | None = None,
 ) -> None:
     """As a session does it, with the engine above."""
     rows = [job.rows[place] for place in job.places]
@@ -74,6 +81,8 @@ def answer(
         started=datetime(2026, 1, 2, tzinfo=timezone.utc),
         seconds=1.0,
         identity={"base_model": "M", "settings": {"k": 2}, **(identity or {})},
+        environments=[ENVIRONMENT | (environment or {})],
+        learnt=learnt,
         shard=part_of(job),
     )
     write_results(job.folder, result_files(result, rows, strategy="norm", loading_seconds=2.0, run=record, seed=3))
@@ -110,7 +119,9 @@ def test_any_cut_put_together_is_the_whole(
     record, expected = json.loads((job.folder / "run.json").read_text()), json.loads(whole["run.json"])
     assert [entry["shard"] for entry in record.pop("shards")] == [f"{i}/{count}" for i in range(1, count + 1)]
     assert record | {"duration": 1.0} == expected and record["duration"] == count
-    assert is_done(job.folder, expected["fingerprint"])  # the whole run need not be run any more
+    there = standing(job.folder)  # the whole run need not be run any more
+    assert there is not None and not there.missing
+    assert there.other({**expected["identity"], "pool": expected["pool"], "shard": None}) is None
     time = json.loads((job.folder / "time_dict.json").read_text())
     assert time.keys() == json.loads(whole["time_dict.json"]).keys() and time["loading"] == 2.0 * count
 
@@ -185,9 +196,9 @@ def half(job: Job) -> None:
         (gone, "dataset 'gem.x': missing of 3 shards in '{run}': 2/3; run them with --shard"),
         (twice, "dataset 'gem.x': shard 2/3 is there twice, in "),
         (other_settings, "gem.x.shard-1-of-3': settings.k is 5, not 2"),
-        (other_rows, 'rows_sha256 is "fffffffffffffffffff..., not absent'),
+        (other_rows, 'rows_sha256 is "fffffffffffffffffff..., not none'),
         (other_batches, "--batch_size is 1, not 2"),
-        (other_pool, 'adapter b is "cc", not "bb"'),
+        (other_pool, 'pool.b is "cc", not "bb"'),
         (other_count, "the number of shards is 3, not 2"),
         (shorter, "gem.x.shard-2-of-3': expected 2 rows, found 1 and 2; run that shard again"),
         (no_shard, "gem.x.shard-2-of-3': its run.json says nothing of a shard"),

@@ -21,7 +21,6 @@ from logo.cli.run import run
 from logo.evaluation.folders import replace_file
 from logo.evaluation.heatmap import heatmap, ordered
 from logo.evaluation.intervals import estimate
-from logo.evaluation.journal import Journal
 from logo.evaluation.study import find_tasks, journal_of, rank_metrics, study, write_report
 from logo.evaluation.summary import mean_weights, section
 from test_engine import tokenizer, write_adapter
@@ -240,30 +239,6 @@ def test_where_order_matters_nothing_is_resumed(engines: Engines, rows: Path, tm
     interrupted(carry(), rows, journal, after=5)
     again = study(carry(), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
     assert again["signals"] == whole["signals"] and again["unseen"] == whole["unseen"]
-
-
-def test_a_journal(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    with Journal(path, "run") as journal:
-        assert journal.records == []
-        journal.append({"a": 0.1})
-        with pytest.raises(UsageError, match="another process is on this run"):
-            Journal(path, "run")
-    with Journal(path, "run") as journal:
-        assert journal.records == [{"a": 0.1}]
-    with pytest.raises(UsageError, match="other settings"):
-        Journal(path, "other")
-    path.write_text("not json\nat all\n")
-    with pytest.raises(UsageError, match="not a journal, or damaged"):
-        Journal(path, "run")
-    assert path.read_text() == "not json\nat all\n"
-    path.write_text("")  # killed before the first line was complete
-    with Journal(path, "run") as journal:
-        journal.append({"a": 1})
-    with Journal(path, "run") as journal:
-        assert journal.records == [{"a": 1}]
-    with pytest.raises(StorageError, match="cannot be used"):
-        Journal(tmp_path / "no" / "journal", "run")
 
 
 def test_a_report_is_written_whole(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What LoGo is compared with: other ways to say which adapters answer a prompt, behind one interface."""
 
-from logo.baselines.method import Answering, Method, Prepared, Task
+from logo.baselines.method import Answering, Learned, Method, Prepared, Task
 from logo.baselines.registry import get_method, methods
 
-__all__ = ["Answering", "Method", "Prepared", "Task", "get_method", "methods"]
+__all__ = ["Answering", "Learned", "Method", "Prepared", "Task", "get_method", "methods"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy
 
-from logo.baselines.method import Example, Method, Need, Prepared, Task, check_count, same_for_all
+from logo.baselines.method import Example, Learned, Prepared, Task, check_count, same_for_all
 from logo.engine import LoGo
 from logo.errors import DataError, UsageError
 from logo.scoring import Scored, completion_ids
@@ -23,7 +23,7 @@ _ROWS_PER_PASS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestSingle(Method):
+class BestSingle(Learned):
     """The adapter that does best on train rows of the dataset: most exact matches, then the least surprise.
 
     Attributes:
@@ -31,7 +31,6 @@ class BestSingle(Method):
     """
 
     name: ClassVar[str] = "best-single"
-    needs: ClassVar[frozenset[Need]] = frozenset({"train"})
 
     rows: int = 16
 
@@ -43,7 +42,7 @@ class BestSingle(Method):
     def picks(self) -> int:
         return 1
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
         rows = labelled(self.name, task, self.rows, self.seed)
         table: dict[str, tuple[float, float]] = {}
         for start in range(0, len(logo.names), _TOGETHER):
@@ -56,11 +55,14 @@ class BestSingle(Method):
                 table[name] = matches, sum(value.nll for value in column) / len(column)
         best = min(table, key=lambda name: (-table[name][0], table[name][1]))
         found = {name: {"exact_match": matches, "nll": nll} for name, (matches, nll) in table.items()}
-        return Prepared(same_for_all({best: 1.0}), {"adapter": best, "rows": len(rows), "table": found})
+        return {"adapter": best, "rows": len(rows), "table": found}
+
+    def recall(self, learnt: Mapping[str, Any]) -> Prepared:
+        return Prepared(same_for_all({learnt["adapter"]: 1.0}), dict(learnt))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraHub(Method):
+class LoraHub(Learned):
     """LoraHub (arXiv 2307.13269): random adapters, weights for the dataset found on a few rows without gradients.
 
     Minimises `objective` by nevergrad's NGOpt from all zeros. A and B are summed apart from each other, as the state
@@ -75,7 +77,6 @@ class LoraHub(Method):
     """
 
     name: ClassVar[str] = "lorahub"
-    needs: ClassVar[frozenset[Need]] = frozenset({"train"})
     own_merge: ClassVar[str] = "fusion"
 
     k: int = 20
@@ -93,7 +94,7 @@ class LoraHub(Method):
     def picks(self) -> int:
         return self.k
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
         pairs = [_tokens(logo, task, row) for row in labelled(self.name, task, self.rows, self.seed)]
         names = sorted(random.Random(self.seed).sample(logo.names, min(self.k, len(logo.names))))
 
@@ -102,9 +103,12 @@ class LoraHub(Method):
             return objective(logo.score_pairs(pairs, mixtures, batch_size=_ROWS_PER_PASS), weights, self.penalty)
 
         weights, found = minimise(loss, len(names), self.budget, self.bound, self.seed)
-        mixture = {name: weight for name, weight in zip(names, weights, strict=True) if weight}
         record = {"seed": self.seed, "rows": len(pairs), "budget": self.budget, "loss": found, "drawn": names}
-        return Prepared(same_for_all(mixture), record | {"weights": dict(zip(names, weights, strict=True))})
+        return record | {"weights": dict(zip(names, weights, strict=True))}
+
+    def recall(self, learnt: Mapping[str, Any]) -> Prepared:
+        mixture = {name: weight for name, weight in learnt["weights"].items() if weight}
+        return Prepared(same_for_all(mixture), dict(learnt))
 
 
 def objective(scored: Sequence[Scored], weights: Sequence[float], penalty: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -129,6 +129,24 @@ class Method(ABC):
         return {"method": self.name, **dataclasses.asdict(self), "merge": self.merging.kind}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Learned(Method):
+    """A method that learns from labelled rows of the dataset; what it learnt can be kept and used again."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"train"})
+
+    @abstractmethod
+    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
+        """What is learnt about a dataset, for JSON; see `prepare`. The longest part of the work, so keep it."""
+
+    @abstractmethod
+    def recall(self, learnt: Mapping[str, Any]) -> Prepared:
+        """The method that knows its dataset by what it learnt of it before."""
+
+    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+        return self.recall(self.learn(logo, task))
+
+
 class Answering:
     """An engine for one dataset: selects by a method and answers with what it selects.
 
@@ -138,13 +156,16 @@ class Answering:
     Args:
         logo: its `merge` becomes the method's.
         method: prepared for the task at once.
+        prepared: the method that knows the task already.
         **options: of `LoGo.generate`, for every prompt.
     """
 
-    def __init__(self, logo: LoGo, method: Method, task: Task, **options: Any) -> None:
+    def __init__(
+        self, logo: LoGo, method: Method, task: Task, *, prepared: Prepared | None = None, **options: Any
+    ) -> None:
         logo.merge = method.merging
         self._logo = logo
-        self._prepared = method.prepare(logo, task)
+        self._prepared = method.prepare(logo, task) if prepared is None else prepared
         self._options = options
         self.record = self._prepared.record
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from logo.cli.methods import MethodOptions, make_method
@@ -82,7 +83,12 @@ class RowOptions:
         bool, typer.Option("--generation-early-stop", help="Stop generating at the first newline.")
     ] = False
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin again, whatever is done or half done already.")
+        bool,
+        typer.Option("--overwrite", help="Begin again, whatever is done or half done already, of whatever run it is."),
+    ] = False
+    mix_environments: Annotated[
+        bool,
+        typer.Option("--mix-environments", help="Go on with what other versions or another kind of device have begun."),
     ] = False
 
 
@@ -98,6 +104,14 @@ class RunOptions(RowOptions):
             metavar="I/N",
             help="Answer only part I of N; `logo merge-results` puts the parts together.",
             show_default="all rows",
+        ),
+    ] = None
+    run_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Added to the result folder's name, to keep several runs beside each other.",
+            show_default="none",
         ),
     ] = None
     save_dir: Annotated[str, typer.Option(help="Accepted for the official command line; not used.", hidden=True)] = ""
@@ -121,6 +135,8 @@ def evaluate(
 
     Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
     """
+    from logo.evaluation.resume import Wish
+
     base_model = engine.base_model or OFFICIAL_BASE
     engine = replace(
         engine,
@@ -132,7 +148,7 @@ def evaluate(
     chosen = _method(method, engine, run)
     jobs = _jobs(engine, run, chosen, base_model)
     session = _open(engine, run, chosen, base_model)
-    plans = session.plans(jobs, overwrite=run.overwrite)
+    plans = session.plans(jobs, Wish(run.overwrite, run.mix_environments))
 
     scores = []
     with progress(disable=not err.is_terminal) as bar:
@@ -165,7 +181,7 @@ def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_mo
         raise UsageError("shard: with --probe-context carry a row depends on the row before; answer all rows in one go")
     k = engine.k if method is None or method.picks is None else method.picks
     label = LOGO if method is None else method.label
-    folder = run_folder(run.result_dir, base_model, str(engine.selection_strategy), k, run.seed, label)
+    folder = run_folder(run.result_dir, base_model, str(engine.selection_strategy), k, run.seed, label, run.run_name)
     jobs, missing = find_jobs(
         folder,
         run.dataset,
@@ -235,7 +251,8 @@ def _stored(plan: Plan) -> Score:
     """A result that was there."""
     from logo.evaluation.results import read_results
 
-    note(f"{plan.job.dataset} is done already (--overwrite answers it again)")
+    under = f" under other versions or on another kind of device: {plan.note}" if plan.note else ""
+    note(escape(f"{plan.job.dataset} is done already{under} (--overwrite answers it again)"))
     return Score(plan.job.dataset, plan.job.folder, read_results(plan.job.folder), skipped=True)
 
 

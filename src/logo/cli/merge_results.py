@@ -19,6 +19,13 @@ def merge_results(
             show_default=False,
         ),
     ],
+    mix_environments: Annotated[
+        bool,
+        typer.Option(
+            "--mix-environments", help="Shards may have run under several versions or on several kinds of device."
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a whole result of another run.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the lines.")] = False,
 ) -> None:
     """Put the shards of an evaluation together: the same files as from a run that was never cut.
@@ -29,9 +36,10 @@ def merge_results(
     Example: `logo merge-results results`
     """
     from logo.evaluation.merging import find_shards, merge
+    from logo.evaluation.resume import Wish
 
     scores = []
-    for merged in merge(find_shards(folders)):
+    for merged in merge(find_shards(folders), Wish(overwrite, mix_environments)):
         score = Score(merged.files["run.json"]["dataset"]["name"], merged.folder, merged.files)
         scores.append(score)
     if not json:

@@ -73,7 +73,7 @@ def sweep(
         _list(axes, cells, skipped, json=json)
         return
     jobs = _jobs(rows, cells, output)
-    swept = _answered(_Opener(engine, rows, base_model), cells, jobs, output, rows.overwrite)
+    swept = _answered(_Opener(engine, rows, base_model), cells, jobs, output, rows)
     written = _written(axes, swept, output, seed)
     _show(axes, swept, skipped, written, seed, json=json)
     if swept.failures:
@@ -155,7 +155,8 @@ class _Opener:
         return self._logo
 
 
-def _answered(opener: _Opener, cells: Sequence[Cell], jobs: Sequence[Job], output: Path, overwrite: bool) -> Swept:
+def _answered(opener: _Opener, cells: Sequence[Cell], jobs: Sequence[Job], output: Path, rows: RowOptions) -> Swept:
+    from logo.evaluation.resume import Wish
     from logo.evaluation.sweep.running import runs
     from logo.evaluation.sweep.running import sweep as run_sweep
 
@@ -168,7 +169,7 @@ def _answered(opener: _Opener, cells: Sequence[Cell], jobs: Sequence[Job], outpu
                 jobs,
                 output,
                 opener,
-                overwrite=overwrite,
+                wish=Wish(rows.overwrite, rows.mix_environments, "another --output keeps both"),
                 on_progress=lambda what, done: shown.update(bar, completed=done, description=_short(what)),
             )
         except KeyboardInterrupt:

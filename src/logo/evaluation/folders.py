@@ -42,11 +42,11 @@ def replace_folder(folder: Path, texts: Mapping[str, str], *, owned: Collection[
                 new.mkdir()
                 for name, text in texts.items():
                     _write(new / name, text)
-                _sync_folder(new)
+                sync_folder(new)
                 _swap(new, target, replaced)
             finally:
                 shutil.rmtree(new, ignore_errors=True)  # nothing is there any more if all went well
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -69,9 +69,17 @@ def replace_file(file: Path, content: bytes) -> None:
             os.replace(new, target)
         finally:
             new.unlink(missing_ok=True)  # not there any more if all went well
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise StorageError(f"file {str(file)!r}: cannot be written ({error.strerror or error})") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it, durably, as far as they are missing."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def check_writable(folder: str | os.PathLike[str], option: str = "--result_dir") -> None:
@@ -151,7 +159,7 @@ def _write(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the folder's entries durable, where the system can (Windows cannot open a folder)."""
     if sys.platform == "win32":
         return

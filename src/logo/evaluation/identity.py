@@ -1,28 +1,37 @@
 """What the results of a run depend on, and nothing else: by it a run knows its own journal, result and shards.
 
-Where files lie, which device answers and how many prompts it takes at once are no part of it: devices and batches
-agree to rounding. What is recorded of the base model is a digest of a sample of its weights, not where it was found.
+Two parts, because they are treated apart. The *identity* is what was asked for: the base model's weights and tokenizer,
+settings, rows, and how answers are generated. The *environment* is what it runs on: versions and the kind of device,
+which agree to rounding but not always to the last token. Where files lie, which of several equal devices answers and
+how many prompts it takes at once are no part of either. What is recorded of the base model is a digest of a sample of
+its weights, not where it was found.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo import __version__
+from logo.errors import ModelError
 from logo.evaluation.datasets import Row
 from logo.evaluation.journal import fingerprint
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from logo.engine import LoGo
 
 # Settings that change how fast a prompt is read, not what is read.
 _NO_MATTER = frozenset({"cache", "prefix_cache_gb"})
 _SAMPLE = 16  # weights of each parameter
+_TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600 </s>"  # of what tokenizers read differently
 
 
 def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,9 +47,9 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
     if config is not None:
         options["generation_config"] = config.to_diff_dict()
     identity = {
-        "logo": __version__,
         "base_model": PurePath(base_model).name,
-        "weights": _weights_digest(logo),
+        "weights": weights_digest(logo.model),
+        "tokenizer": tokenizer_digest(logo.tokenizer),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
         "merge": asdict(logo.merge),
         "settings": {**settings, "points": [point.name for point in logo.router.points]},
@@ -49,6 +58,19 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain
+
+
+def environment(logo: LoGo) -> dict[str, str]:
+    """Versions that results depend on, and the kind of device: `cpu`, or the name of the GPUs."""
+    import torch
+    import transformers
+
+    return {
+        "logo": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "device": ", ".join(sorted({_kind(device) for device in _devices(logo.model)})),
+    }
 
 
 def pool_digests(logo: LoGo) -> dict[str, str]:
@@ -69,18 +91,80 @@ def order_dependence(logo: LoGo, generation: Mapping[str, Any]) -> str | None:
     if logo.settings.baseline == "running":
         return "--baseline running compares with the rows before"
     config = generation.get("generation_config")
-    if config is not None and config.do_sample:
-        return "the model's generation config asks for sampling"
+    if generation.get("do_sample", False if config is None else config.do_sample):
+        asks = "an option asks" if "do_sample" in generation else "the model's generation config asks"
+        return f"{asks} for sampling"
     return None
 
 
-def _weights_digest(logo: LoGo) -> str:
-    """Of the first few weights of every parameter: enough to tell two models apart, at no cost."""
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what a tokenizer makes of texts: vocabulary, merges, normaliser, added and special tokens; SHA-256 in hex."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        whole = json.loads(backend.to_str())
+        # How the last call padded and cut, if it did.
+        whole = {key: value for key, value in whole.items() if key not in ("padding", "truncation")}
+    else:
+        reads = tokenizer(_TEXT)["input_ids"]
+        whole = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "reads": reads}
+    return fingerprint({"tokenizer": whole, "special": tokenizer.special_tokens_map})
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Of a few weights of every parameter, wherever they are kept: enough to tell two models apart, at no cost.
+
+    Raises:
+        ModelError: a parameter is neither in memory nor where accelerate keeps what is offloaded.
+    """
     import torch
 
     digest = hashlib.sha256()
-    for parameter in logo.model.parameters():
-        if parameter.device.type != "meta":  # kept elsewhere by accelerate
-            sample = parameter.detach().flatten()[:_SAMPLE].to("cpu", torch.float32)
-            digest.update(sample.numpy().tobytes())
+    for name, parameter in _weights(model):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter by name, shared ones under each of their names; those that accelerate keeps on the host or on the
+    disk until they are used are read there, as every forward pass does."""
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter if parameter.device.type != "meta" else _offloaded(modules, name)
+
+
+def _offloaded(modules: Mapping[str, torch.nn.Module], name: str) -> torch.Tensor:
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, -1, -1):  # the hook of the module itself, or of one that it is part of
+        for hook in _hooks(modules[".".join(parts[:cut])]):
+            kept = getattr(hook, "weights_map", None)
+            if kept is not None:
+                with contextlib.suppress(KeyError):
+                    found: torch.Tensor = kept[".".join(parts[cut:])]
+                    return found
+    raise ModelError(
+        f"base model: weight {name} is not in memory, and accelerate does not keep it either; expected a model with "
+        "all its weights"
+    )
+
+
+def _hooks(module: torch.nn.Module) -> Sequence[object]:
+    """What accelerate has put around a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
+
+def _devices(model: PreTrainedModel) -> set[torch.device]:
+    """Those that compute: where weights are, and where offloaded ones are brought to."""
+    import torch
+
+    found = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
+    targets = {getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks(module)}
+    return found | {torch.device(target) for target in targets if target is not None}
+
+
+def _kind(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

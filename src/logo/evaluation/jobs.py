@@ -14,7 +14,7 @@ from pathlib import Path
 from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import Found, Row, dataset_file, file_sha256, find_datasets, load_rows, read_rows
 from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_kind
-from logo.evaluation.shards import Shard, positions, shard_folder
+from logo.evaluation.shards import Shard, positions, shard_folder, whole_folder
 from logo.evaluation.study import find_tasks
 
 DATA_DIR = "./data"
@@ -44,6 +44,11 @@ class Job:
     train_file: Path | None = None
     shard: Shard | None = None
     block: int = 1
+
+    @property
+    def whole(self) -> Path:
+        """Where the result of the whole dataset goes."""
+        return self.folder if self.shard is None else whole_folder(self.folder, self.shard)
 
     @property
     def places(self) -> tuple[int, ...]:

@@ -1,7 +1,11 @@
 """A journal: one line for every finished piece of a long run, so that a run that was killed goes on where it stopped.
 
-The first line is a fingerprint of everything the results depend on. A journal with another fingerprint belongs to
-another run and is refused, never mixed in and never overwritten. A last line that was cut in the middle is dropped.
+The first line says which run it is: everything that the results depend on. A journal of another run is refused with
+what differs, never mixed in and never overwritten. Every record is on the disk before the next piece begins.
+
+Each line carries a checksum of itself and of all lines before it. What is read back is therefore always the beginning
+of what was written: a last line that was cut is dropped, and where a line in the middle is damaged, missing or there
+twice, everything from there on is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -9,14 +13,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from io import BufferedRandom
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from logo.errors import StorageError, UsageError
+from logo.evaluation.differences import differences, told
+from logo.evaluation.folders import sync_folder
+
+_LINE = re.compile(rb'\{"check": "([0-9a-f]{64})", "content": (.*)\}\n', re.DOTALL)
 
 
 def fingerprint(content: Mapping[str, object]) -> str:
@@ -24,35 +35,88 @@ def fingerprint(content: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Written:
+    """What the bytes of a journal hold, as far as they are sound.
+
+    Attributes:
+        run: which run it is of; None where not even the first line was finished.
+        records: those before the first damage.
+        size: bytes up to there; `check`: of the last sound line.
+        dropped: finished lines from the first damaged one on.
+    """
+
+    run: dict[str, Any] | None
+    records: list[dict[str, Any]]
+    size: int
+    check: str
+    dropped: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether its run has not got as far as a record."""
+        return not self.records and not self.dropped
+
+
+def written(path: Path) -> Written | None:
+    """What a journal holds, without taking part in its run; None if there is none.
+
+    Raises:
+        UsageError: its first line is damaged, so that nobody can say which run it is of.
+        StorageError: it cannot be read.
+    """
+    try:
+        return _written(path, path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
 class Journal:
     """The records of a run so far, and a file that grows with each new one. Closed at the end of a `with` block.
 
     Args:
         path: the file; made if it is missing.
-        run: the run's `fingerprint`.
-        fresh: drop what is there, of whatever run it is, and begin again.
+        run: what this run is, as JSON: all that its results depend on, with names that a user understands.
+        fresh: drop what is there, of whatever run it is, and begin again; `drop_other`: only if it is another run's.
+        stamp: added to every record that is appended.
+        wait: for another process that has this journal, instead of refusing; the warning that is given then.
 
     Attributes:
-        records: what earlier processes of this run have written.
+        records: what earlier processes of this run have written; `appended`: how many this one has.
 
     Raises:
-        UsageError: the file is the journal of another run, or another process is writing it.
+        UsageError: the file is the journal of another run or damaged in its first line, or another process has it.
         StorageError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path, run: str, *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        run: Mapping[str, Any],
+        *,
+        fresh: bool = False,
+        drop_other: bool = False,
+        stamp: Mapping[str, object] | None = None,
+        wait: str | None = None,
+    ) -> None:
         self.path = path
+        self._stamp = dict(stamp or {})
         self.records: list[dict[str, Any]] = []
+        self.appended = 0
+        self._check = ""
         try:
-            # For reading and appending; created if it is missing, never truncated.
-            self._file: BufferedRandom = open(path, "a+b")  # noqa: SIM115 - closed by the with block
+            # For reading and appending; created if it is missing, never truncated. Unbuffered, so that closing it does
+            # not try again what could not be written.
+            self._file: FileIO = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by the with block
         except OSError as error:
             raise _unusable(path, error) from error
         try:
-            self._lock()
+            self._lock(wait)
             if fresh:
                 self._file.truncate(0)
-            self._read(run)
+            self._read(json.loads(json.dumps(run, default=str)), drop_other)
         except BaseException as error:
             self._file.close()
             if isinstance(error, OSError) and not isinstance(error, StorageError):
@@ -68,29 +132,51 @@ class Journal:
         self._file.close()
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Writes a record through to the file.
+        """Writes a record, and returns when it is on the disk.
 
         Raises:
             StorageError: it cannot be written.
         """
+        self._write({**record, **self._stamp})
+        self.appended += 1
+
+    def _write(self, content: Mapping[str, object]) -> None:
+        line, check = _line(self._check, content)
         try:
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise _unusable(self.path, error) from error
+        self._check = check
 
-    def _read(self, run: str) -> None:
+    def _read(self, run: dict[str, Any], drop_other: bool) -> None:
         self._file.seek(0)
-        *whole, cut = self._file.read().splitlines(keepends=True) or [b""]
-        if cut.endswith(b"\n"):
-            whole.append(cut)
-        if whole:
-            self.records = _records(self.path, whole, run)
-        self._file.truncate(sum(map(len, whole)))
-        if not whole:
-            self.append({"run": run})
+        found = _written(self.path, self._file.readall())
+        other = found.run is not None and found.run != run
+        if other and (drop_other or found.empty):  # a run that got nowhere stands in nobody's way
+            found = Written(None, [], 0, "", 0)
+        elif found.run is not None and other:
+            raise UsageError(
+                f"journal {self.path}: left by a run with other settings, pool or rows "
+                f"({told(differences(run, found.run))}); repeat that run to finish it, delete the file, or name "
+                "another result file"
+            )
+        if found.dropped:
+            warnings.warn(
+                f"journal {self.path}: line {len(found.records) + 2} is damaged: it and all lines after it are dropped "
+                f"({_counted(found.dropped)}); the run goes on from there",
+                UserWarning,
+                stacklevel=4,
+            )
+        self.records, self._check = found.records, found.check
+        self._file.truncate(found.size)
+        if found.run is None:
+            self._write(run)
+            sync_folder(self.path.parent)
 
-    def _lock(self) -> None:
+    def _lock(self, wait: str | None) -> None:
         """Two processes would write every record twice. Freed by the system when the file is closed."""
         if sys.platform == "win32":
             return
@@ -99,23 +185,43 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"journal {self.path}: another process is on this run; wait for it or end it") from None
+            if wait is None:
+                raise UsageError(
+                    f"journal {self.path}: another process is on this run; wait for it or end it"
+                ) from None
+            warnings.warn(wait, UserWarning, stacklevel=4)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError:
             return  # some network drives have no locks
 
 
-def _records(path: Path, lines: Sequence[bytes], run: str) -> list[dict[str, Any]]:
-    """The records in the lines of a journal of this run."""
-    try:
-        header, *records = [json.loads(line) for line in lines]
-    except ValueError:
-        raise UsageError(f"journal {path}: not a journal, or damaged; delete it to start again") from None
-    if not isinstance(header, dict) or header.get("run") != run:
+def _line(before: str, content: Mapping[str, object]) -> tuple[bytes, str]:
+    """A line and its checksum, which is of this content and, by the checksum before, of everything above it."""
+    text = json.dumps(content).encode()
+    check = hashlib.sha256(before.encode() + text).hexdigest()
+    return b'{"check": "%s", "content": %s}\n' % (check.encode(), text), check
+
+
+def _written(path: Path, content: bytes) -> Written:
+    *lines, _ = content.split(b"\n")  # the last one was cut, or is empty
+    found: list[dict[str, Any]] = []
+    size, check = 0, ""
+    for line in lines:
+        match = _LINE.fullmatch(line + b"\n")
+        if match is None or hashlib.sha256(check.encode() + match[2]).hexdigest() != match[1].decode():
+            break
+        found.append(json.loads(match[2]))
+        size, check = size + len(line) + 1, match[1].decode()
+    if lines and not found:
         raise UsageError(
-            f"journal {path}: left by a run with other settings, pool or rows; repeat that run to finish it, delete "
-            "the file, or name another result file"
+            f"journal {path}: not a journal, or damaged in its first line, which says which run it is of; "
+            "delete it to start again"
         )
-    return records
+    return Written(found[0] if found else None, found[1:], size, check, len(lines) - len(found))
+
+
+def _counted(number: int) -> str:
+    return "1 record" if number == 1 else f"{number} records"
 
 
 def _unusable(path: Path, error: OSError) -> StorageError:

@@ -1,24 +1,29 @@
 """Shards put together: the same files as a run that was never cut.
 
 Shards belong together if they are of one run folder's name and one dataset, wherever they lie, so that the result
-folders of several machines can be given as they are. All of them have to be there, once, and of one and the same run.
+folders of several machines can be given as they are. All of them have to be there, once, and of one and the same run;
+what their method learnt has to be the same, and so have versions and the kind of device, unless the user lets those
+differ.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.errors import DataError
+from logo.errors import DataError, UsageError
 from logo.evaluation.datasets import Row
+from logo.evaluation.differences import differences, told
 from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
+from logo.evaluation.resume import Wish
 from logo.evaluation.runner import DatasetResult
 from logo.evaluation.shards import Shard, is_shard_folder, positions
+from logo.evaluation.standing import standing
 
+_BOUND = ("learnt_sha256", "environments")  # beside its identity, what a whole result is told by
 _CUT = {"count": "the number of shards", "block": "--batch_size", "rows": "the number of rows"}
 
 
@@ -92,17 +97,26 @@ def find_shards(paths: Iterable[Path]) -> list[Part]:
     return [_part(folder) for folder in folders.values()]
 
 
-def merge(parts: Sequence[Part]) -> list[Merged]:
+def merge(parts: Sequence[Part], wish: Wish | None = None) -> list[Merged]:
     """Puts shards together and writes each whole result beside its first shard; all are checked before one is written.
+
+    Args:
+        wish: `overwrite` a whole result of another run; `mix` shards that ran under several versions or on several
+            kinds of device.
 
     Raises:
         DataError: a shard is missing, is there twice, or differs from the others in settings, pool or data; names it.
-        StorageError: a result cannot be written.
+        UsageError: there is a whole result already, of another run.
+        StorageError: a result cannot be read or written.
     """
+    wish = wish or Wish()
     groups: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
         groups.setdefault((part.run_folder.resolve().name, part.dataset), []).append(part)
-    done = [_merged(_checked(group)) for group in groups.values()]
+    done = [_merged(_checked(group, wish.mix)) for group in groups.values()]
+    for whole in done:
+        if not wish.overwrite:
+            _check_place(whole)
     for whole in done:
         write_results(whole.folder, whole.files)
     return done
@@ -126,7 +140,25 @@ def _part(folder: Path) -> Part:
     return part
 
 
-def _checked(parts: Sequence[Part]) -> list[Part]:
+def _check_place(merged: Merged) -> None:
+    """Whether nothing is lost where a whole result goes: the same one is written again.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    there = standing(merged.folder)
+    run: Any = merged.files["run.json"]
+    if there is None:
+        return
+    other = there.other({**run["identity"], "pool": run["pool"], "shard": None})
+    if other is None:
+        found = differences({key: run[key] for key in _BOUND}, {key: there.run.get(key) for key in _BOUND})
+        other = f"{merged.folder} holds a result of its own: {told(found)}" if found else None
+    if other is not None:
+        raise UsageError(f"dataset {run['dataset']['name']!r}: {other}; --overwrite replaces it")
+
+
+def _checked(parts: Sequence[Part], mix: bool) -> list[Part]:
     """All shards of one dataset, in order."""
     first = parts[0]
     named = f"dataset {first.dataset!r}"
@@ -148,34 +180,43 @@ def _checked(parts: Sequence[Part]) -> list[Part]:
         names = ", ".join(str(Shard(index, count)) for index in missing)
         where = str(first.run_folder)
         raise DataError(f"{named}: missing of {count} shards in {where!r}: {names}; run them with --shard, then merge")
-    return [held[index] for index in range(1, count + 1)]
+    ordered = [held[index] for index in range(1, count + 1)]
+    if not mix:
+        _check_environments(ordered)
+    return ordered
+
+
+def _check_environments(parts: Sequence[Part]) -> None:
+    """Raises DataError unless all shards ran under the same versions and on the same kind of device."""
+    first, *others = (_environments([part]) for part in parts)
+    for part, environments in zip(parts[1:], others, strict=True):
+        if environments != first:
+            under = "; ".join(told(differences(one, other)) for one, other in zip(first, environments, strict=False))
+            raise DataError(
+                f"dataset {part.dataset!r}: {str(part.folder)!r} ran under other versions or on another kind of device "
+                f"than {str(parts[0].folder)!r}: {under}; run one of them again where the other ran, or let them "
+                "differ with --mix-environments (run.json says so)"
+            )
 
 
 def _difference(one: Part, other: Part) -> str:
     """What tells two shards' runs apart, in a few words; '' if nothing does."""
-    pairs = [
-        *((name, one.run["shard"][key], other.run["shard"][key]) for key, name in _CUT.items()),
-        *_pairs("", one.run["identity"], other.run["identity"]),
-        *_pairs("adapter ", one.run["pool"], other.run["pool"]),
-    ]
-    for name, ours, theirs in pairs:
-        if ours != theirs:
-            return f"{name} is {_short(theirs)}, not {_short(ours)}"
-    return "" if one.run["fingerprint"] == other.run["fingerprint"] else "their fingerprints differ"
+    found = differences(_known_by(one.run), _known_by(other.run))
+    if found or one.run["fingerprint"] == other.run["fingerprint"]:
+        return told(found)
+    return "their fingerprints differ"
 
 
-def _pairs(prefix: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterable[tuple[str, object, object]]:
-    for key in dict.fromkeys((*one, *other)):
-        ours, theirs = one.get(key), other.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            yield from _pairs(f"{prefix}{key}.", ours, theirs)
-        else:
-            yield f"{prefix}{key}", ours, theirs
+def _known_by(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same in all shards."""
+    cut = {name: run["shard"][key] for key, name in _CUT.items()}
+    return {**cut, **run["identity"], "pool": run["pool"], "learnt_sha256": run.get("learnt_sha256")}
 
 
-def _short(value: object) -> str:
-    text = "absent" if value is None else json.dumps(value)
-    return text if len(text) <= 20 else f"{text[:20]}..."
+def _environments(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Each once."""
+    found = [one for part in parts for one in part.run.get("environments", [])]
+    return [one for at, one in enumerate(found) if one not in found[:at]]
 
 
 def _merged(parts: Sequence[Part]) -> Merged:
@@ -233,7 +274,7 @@ def _row(row: Mapping[str, Any]) -> Row:
 def _run(parts: Sequence[Part], rows: int) -> dict[str, Any]:
     """`run.json` of the whole: the first shard's, with what all of them took and where each ran."""
     runs = [part.run for part in parts]
-    told = [
+    shards = [
         {"shard": str(part.shard), **{key: part.run[key] for key in ("date", "duration", "device", "versions")}}
         for part in parts
     ]
@@ -245,5 +286,6 @@ def _run(parts: Sequence[Part], rows: int) -> dict[str, Any]:
         "options": {**runs[0]["options"], "shard": None},
         "device": ", ".join(dict.fromkeys(run["device"] for run in runs)),
         "shard": None,
-        "shards": told,
+        "environments": _environments(parts),
+        "shards": shards,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from logo.errors import StorageError
+from logo.errors import StorageError, UsageError
 from logo.evaluation.corpus import Extra, extra_metrics
 from logo.evaluation.datasets import Row
 from logo.evaluation.folders import check_writable, replace_folder
@@ -40,6 +41,7 @@ __all__ = [
     "write_results",
 ]
 
+_RUN_NAME = re.compile(r"[^\W_]([\w.+=-]{0,62}[^\W_])?")
 LOGO = "logo"  # the method that is not a baseline
 
 RESULT_FILES = (
@@ -68,16 +70,32 @@ _DISTRIBUTIONS = {  # key in run.json: distribution
 
 
 def run_folder(
-    result_dir: str | PurePath, base_model: str | PurePath, strategy: str, k: int, seed: int, method: str = LOGO
+    result_dir: str | PurePath,
+    base_model: str | PurePath,
+    strategy: str,
+    k: int,
+    seed: int,
+    method: str = LOGO,
+    run_name: str | None = None,
 ) -> Path:
     """`{result_dir}/{base}_selection_{strategy}_n_{k}_seed_{seed}`, base being the last part of the model's Hub id,
     folder (a slash at its end does not matter) or name. With another method it is
-    `{base}_method_{method}_n_{k}_seed_{seed}`."""
+    `{base}_method_{method}_n_{k}_seed_{seed}`; a run's own name follows after `_`.
+
+    Raises:
+        UsageError: a run's name that cannot be part of a folder's.
+    """
+    if run_name is not None and not _RUN_NAME.fullmatch(run_name):
+        raise UsageError(
+            f"--run-name {run_name!r}: expected up to 64 letters, digits and any of . _ - + = , beginning and ending "
+            "with a letter or a digit"
+        )
     base = PurePath(base_model).name
     if base in ("", ".."):  # '.', '..', 'models/..': the folder's own name says more
         base = Path(base_model).resolve().name or "model"
     chosen = f"selection_{strategy}" if method == LOGO else f"method_{method}"
-    return Path(result_dir) / f"{base}_{chosen}_n_{k}_seed_{seed}"
+    own = "" if run_name is None else f"_{run_name}"
+    return Path(result_dir) / f"{base}_{chosen}_n_{k}_seed_{seed}{own}"
 
 
 def result_folder(
@@ -197,6 +215,8 @@ def run_record(
     identity: Mapping[str, object] | None = None,
     shard: Mapping[str, object] | None = None,
     found_out: Mapping[str, object] | None = None,
+    learnt: str | None = None,
+    environments: Sequence[Mapping[str, object]] = (),
 ) -> dict[str, object]:
     """What `run.json` holds: enough to do the run again and to see that it was the same one.
 
@@ -212,7 +232,10 @@ def run_record(
         identity: what the results depend on (`logo.evaluation.identity`); with the pool it makes the fingerprint by
             which the same run is known again.
         shard: which part of the dataset these rows are (`logo.evaluation.resume.part_of`); None: all of it.
-        found_out: what the method learnt about the dataset before its first prompt.
+        found_out: what the method found out about the dataset before its first prompt; `learnt`: a digest of it, where
+            it was learnt from training rows and is kept for other shards.
+        environments: what the rows were answered on, see `logo.evaluation.identity.environment`: one, unless the run
+            was gone on with on another.
     """
     kept = {name: value for name, value in options.items() if name.strip("-").replace("-", "_") not in _SECRETS}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
@@ -227,6 +250,8 @@ def run_record(
         "fingerprint": fingerprint({**(identity or {}), "pool": dict(pool)}),
         "shard": None if shard is None else dict(shard),
         "found_out": dict(found_out or {}),
+        "learnt_sha256": learnt,
+        "environments": [dict(one) for one in environments],
         "device": device,
         "versions": versions(),
     }

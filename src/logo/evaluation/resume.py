@@ -1,22 +1,57 @@
 """Whether a dataset is done, half done or another run's: what a command that is given again finds, and goes on from.
 
-A result is this run's if its `run.json` says so; a journal (`logo.evaluation.journal`) lies hidden beside the folder in
-which the result will appear, and goes when it has. Where a row depends on those before it there is no going on in the
-middle, and an interrupted dataset begins again.
+A result is this run's if its `run.json` says so (`logo.evaluation.standing`); a journal (`logo.evaluation.journal`)
+lies hidden beside the folder in which the result will appear, and goes when it has. Where a row depends on those before
+it there is no going on in the middle, and an interrupted dataset begins again.
+
+What is asked for and what it runs on are kept apart. A result that was finished under other versions is done; a run
+that was begun under other versions goes on only if the user says that they may be mixed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logo.errors import StorageError, UsageError
+from logo.evaluation.differences import differences, told
+from logo.evaluation.folders import make_folder
 from logo.evaluation.jobs import Job
-from logo.evaluation.journal import Journal, fingerprint
-from logo.evaluation.results import RESULT_FILES
+from logo.evaluation.journal import Journal, written
+from logo.evaluation.standing import Standing, standing
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user allows where something is there already.
+
+    Attributes:
+        overwrite: begin again whatever is there.
+        mix: go on with what other versions or another kind of device have begun.
+        keep_both: how to have both results, in words, for a run that would replace another's.
+    """
+
+    overwrite: bool = False
+    mix: bool = False
+    keep_both: str = "--run-name NAME keeps both"
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Where what a method learns about a dataset is kept: one record in a journal that all shards share.
+
+    Attributes:
+        file: the journal; `run`: what it begins with.
+        fresh: learn, whatever is there; `drop_other`: only if another run has learnt it.
+    """
+
+    file: Path
+    run: Mapping[str, Any]
+    fresh: bool = False
+    drop_other: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,62 +60,156 @@ class Plan:
 
     Attributes:
         job: the job.
-        identity: what its rows depend on, see `logo.evaluation.identity`; the pool included.
+        run: what its journal begins with: the identity (`logo.evaluation.identity`), the pool and the shard included,
+            the environment in which it was begun, and a digest of the result that it may replace.
+        environment: what this process runs on.
         done: the result is there.
         fresh: nothing is taken over from an interrupted run.
+        learning: None where the method learns nothing.
+        note: what the user should know about a result that is done, in words.
     """
 
     job: Job
-    identity: Mapping[str, Any]
-    done: bool
-    fresh: bool
+    run: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    done: bool = False
+    fresh: bool = True
+    learning: Learning | None = None
+    note: str = ""
 
 
-def plan(job: Job, identity: Mapping[str, Any], *, overwrite: bool = False, in_order: bool = False) -> Plan:
+def plan(
+    job: Job,
+    identity: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    *,
+    wish: Wish | None = None,
+    in_order: bool = False,
+    learns: bool = False,
+) -> Plan:
     """What is to be done about a job.
 
     Args:
         identity: what its rows depend on, the pool included.
-        overwrite: begin again whatever is there.
+        environment: what this process runs on.
         in_order: rows depend on those before them.
+        learns: the method learns from training rows.
 
     Raises:
-        UsageError: a journal of another run lies there, or is damaged.
+        UsageError: what is there is another run's, was begun in another environment, or is damaged.
+        StorageError: what is there cannot be read.
     """
-    if overwrite:
-        return Plan(job, identity, done=False, fresh=True)
+    wish = wish or Wish()
+    there = standing(job.folder)
+    run = {**identity, "shard": part_of(job), "environment": dict(environment), "replaces": None}
+    if wish.overwrite:
+        learning = _learning(job, run, wish, begun=False) if learns else None
+        return Plan(job, {**run, "replaces": there and there.digest}, environment, learning=learning)
     file = journal_of(job.folder)
-    lines = _lines(file)
-    begun = len(lines) > 1  # a run that got nowhere stands in nobody's way
-    own = begun and _is_header(lines[0], _run(identity, job))
-    if not own and is_done(job.folder, fingerprint(identity), part_of(job)):
-        return Plan(job, identity, done=True, fresh=False)
-    if begun and not own:
-        raise UsageError(
-            f"dataset {job.dataset!r}: {file} was left by an unfinished run with other settings, pool or rows; repeat "
-            "that run to finish it, or begin again with --overwrite"
-        )
-    return Plan(job, identity, done=False, fresh=in_order or not begun)
+    begun = _begun(file)
+    found = [] if begun is None else differences(_asked(run), _asked(begun))
+    if begun is None or found:
+        if there is not None and there.other(_asked(run)) is None and not there.missing:
+            return Plan(job, run, environment, done=True, note=_under_others(there, environment))
+        if begun is not None:
+            raise UsageError(
+                f"dataset {job.dataset!r}: {file} was left by an unfinished run with other settings, pool or rows "
+                f"({told(found)}); repeat that run to finish it, or begin again with --overwrite"
+            )
+    resumed = begun is not None and not in_order
+    learning = _learning(job, run, wish, begun=resumed) if learns else None
+    if begun is not None:
+        run = {**run, "replaces": begun["replaces"]}
+        if resumed:
+            run = {**run, "environment": _accepted(job, file, begun, environment, wish, "begun")}
+    check_place(job, run, wish)
+    return Plan(job, run, environment, fresh=not resumed, learning=learning)
 
 
-def open_journal(plan: Plan) -> Journal:
+def check_place(job: Job, run: Mapping[str, Any], wish: Wish | None = None) -> None:
+    """Looks whether a result may be written: nothing is there, or only what may be replaced.
+
+    Args:
+        run: as `Plan.run`.
+
+    Raises:
+        UsageError: something else is there; names what differs.
+        StorageError: it cannot be read.
+    """
+    there = standing(job.folder)
+    other = None if there is None else there.other(_asked(run))
+    if there is not None and other is not None and there.digest != run["replaces"]:
+        raise UsageError(f"dataset {job.dataset!r}: {other}; --overwrite replaces it, {(wish or Wish()).keep_both}")
+
+
+def open_journal(plan: Plan, learnt: str | None = None) -> Journal:
     """The journal of a job that is to be done; its folder is made.
 
+    Args:
+        learnt: digest of what its method has learnt; answers that were given with other weights are refused.
+
     Raises:
-        UsageError: another process is on this job.
+        UsageError: another process is on this job, or the journal is of another run.
         StorageError: it cannot be written.
     """
-    file = journal_of(plan.job.folder)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"journal {str(file)!r}: cannot be made ({error.strerror or error})") from error
-    return Journal(file, _run(plan.identity, plan.job), fresh=plan.fresh)
+    run = {**plan.run, **({} if learnt is None else {"learnt_sha256": learnt})}
+    elsewhere = plan.run["environment"] != plan.environment
+    stamp = {"environment": plan.environment} if elsewhere else {}
+    return Journal(_placed(journal_of(plan.job.folder)), run, fresh=plan.fresh, stamp=stamp)
+
+
+def learn_once(plan: Plan, learn: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What a method has learnt about a dataset: once, whatever ends the run and however many shards it has.
+
+    Args:
+        learn: learns it, as JSON holds it; called where it is not kept already.
+
+    Raises:
+        UsageError: another run has learnt it.
+        StorageError: it cannot be kept.
+    """
+    learning = plan.learning
+    if learning is None:
+        raise RuntimeError("this plan's method learns nothing")
+    wait = f"dataset {plan.job.dataset!r}: another shard is learning; this one waits for what it finds"
+    with Journal(
+        _placed(learning.file),
+        learning.run,
+        fresh=learning.fresh,
+        drop_other=learning.drop_other,
+        wait=None if plan.job.shard is None else wait,
+    ) as journal:
+        if journal.records:
+            return journal.records[0]
+        found: dict[str, Any] = json.loads(json.dumps(learn()))
+        journal.append(found)
+        return found
+
+
+def environments(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
+    """What the rows of a finished job were answered on, and what its method learnt on: each once, in order."""
+    found = [] if plan.learning is None else [plan.learning.run["environment"]]
+    found += [record.get("environment", plan.run["environment"]) for record in journal.records]
+    if journal.appended or not found:
+        found.append(plan.environment)
+    return [dict(one) for at, one in enumerate(found) if one not in found[:at]]
+
+
+def finish(plan: Plan) -> None:
+    """Removes what is not needed any more once a result has been written. Other shards need what was learnt."""
+    journal_of(plan.job.folder).unlink(missing_ok=True)
+    if plan.learning is not None and plan.job.shard is None:
+        plan.learning.file.unlink(missing_ok=True)
 
 
 def journal_of(folder: Path) -> Path:
     """Where the rows of an unfinished result are kept: beside its folder, hidden."""
     return folder.with_name(f".{folder.name}.journal.jsonl")
+
+
+def learnt_of(job: Job) -> Path:
+    """Where what a method has learnt about a dataset is kept: beside its result's folder, hidden, for all shards."""
+    return job.whole.with_name(f".{job.whole.name}.learnt.jsonl")
 
 
 def part_of(job: Job) -> dict[str, Any] | None:
@@ -90,36 +219,71 @@ def part_of(job: Job) -> dict[str, Any] | None:
     return {"index": job.shard.index, "count": job.shard.count, "block": job.block, "rows": len(job.rows)}
 
 
-def is_done(folder: Path, run: str, part: Mapping[str, Any] | None = None) -> bool:
-    """Whether a folder holds the whole result of the run with this fingerprint."""
+def _asked(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the rows depend on, of what a journal begins with."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(run), default=str))
+    return {key: value for key, value in plain.items() if key not in ("environment", "replaces", "learnt_sha256")}
+
+
+def _begun(file: Path) -> dict[str, Any] | None:
+    """What a journal begins with; None where it holds nothing: a run that got nowhere stands in nobody's way."""
+    found = written(file)
+    return None if found is None or found.empty else found.run
+
+
+def _accepted(
+    job: Job, file: Path, begun: Mapping[str, Any], environment: Mapping[str, Any], wish: Wish, what: str
+) -> dict[str, Any]:
+    """The environment in which something was begun, where it may be gone on with."""
+    found = differences(environment, begun["environment"])
+    if found and not wish.mix:
+        raise UsageError(
+            f"dataset {job.dataset!r}: {file} was {what} under other versions or on another kind of device: "
+            f"{told(found)}; go on there, or here with --mix-environments (answers may differ in their last digits, "
+            "and run.json says so), or begin again with --overwrite"
+        )
+    return dict(begun["environment"])
+
+
+def _learning(job: Job, run: Mapping[str, Any], wish: Wish, *, begun: bool) -> Learning:
+    """Where it is kept, looked at before anything is answered.
+
+    Args:
+        run: this process's, as `Plan.run`.
+        begun: rows have been answered with it already.
+    """
+    file = learnt_of(job)
+    own = {**_asked(run), "shard": None, "environment": run["environment"]}
+    if wish.overwrite:
+        # A shard takes what other shards may have taken, if it is of this run.
+        return Learning(file, own, fresh=job.shard is None, drop_other=True)
+    kept = _begun(file)
+    if kept is None:
+        if begun:
+            raise UsageError(
+                f"dataset {job.dataset!r}: the rows so far were answered with what the method learnt, but {file} is "
+                "gone; put it back, or begin again with --overwrite"
+            )
+        return Learning(file, own)
+    found = differences(_asked(own), _asked(kept))
+    if found:
+        raise UsageError(
+            f"dataset {job.dataset!r}: {file} holds what another run learnt ({told(found)}); delete it, or begin again "
+            "with --overwrite"
+        )
+    return Learning(file, {**own, "environment": _accepted(job, file, kept, run["environment"], wish, "learnt")})
+
+
+def _under_others(there: Standing, environment: Mapping[str, Any]) -> str:
+    """Where a result that is done was answered under other versions or on another kind of device, in words."""
+    told_of = [found for one in there.run.get("environments", []) if (found := differences(environment, one))]
+    return "; ".join(map(told, told_of))
+
+
+def _placed(file: Path) -> Path:
+    """The file, in a folder that is there."""
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if not isinstance(record, dict) or (record.get("fingerprint"), record.get("shard")) != (run, part):
-        return False
-    return all((folder / name).is_file() for name in RESULT_FILES)
-
-
-def _run(identity: Mapping[str, Any], job: Job) -> str:
-    return fingerprint({"run": fingerprint(identity), "shard": part_of(job)})
-
-
-def _lines(file: Path) -> list[bytes]:
-    """The whole lines of a journal; none if there is no such file."""
-    try:
-        with open(file, "rb") as stream:
-            # A record of a large pool is long: two lines tell all there is to know.
-            return [line for line in (stream.readline(), stream.readline()) if line.endswith(b"\n")]
-    except FileNotFoundError:
-        return []
+        make_folder(file.parent)
     except OSError as error:
-        raise StorageError(f"journal {str(file)!r}: cannot be used ({error.strerror or error})") from error
-
-
-def _is_header(line: bytes, run: str) -> bool:
-    try:
-        header = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(header, dict) and header.get("run") == run
+        raise StorageError(f"journal {str(file)!r}: cannot be made ({error.strerror or error})") from error
+    return file

@@ -6,6 +6,7 @@ those before it: the seed is set anew and the engine forgets its prompts.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,23 @@ from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from logo.baselines.method import Answering, Task
+from logo.baselines.method import Answering, Learned, Task
 from logo.errors import UsageError
-from logo.evaluation.identity import engine_identity, order_dependence, rows_digest
+from logo.evaluation.identity import engine_identity, environment, order_dependence, rows_digest
 from logo.evaluation.jobs import Job, train_rows, trained_and_tested
+from logo.evaluation.journal import fingerprint
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
-from logo.evaluation.resume import Plan, open_journal, part_of, plan
+from logo.evaluation.resume import (
+    Plan,
+    Wish,
+    check_place,
+    environments,
+    finish,
+    learn_once,
+    open_journal,
+    part_of,
+    plan,
+)
 from logo.evaluation.runner import collect, evaluate
 
 if TYPE_CHECKING:
@@ -58,12 +70,16 @@ class Session:
         """Answers prompts with this session's options; what `logo.evaluation.runner` asks of an engine."""
         return self.logo.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **self.generation)
 
-    def plans(self, jobs: Sequence[Job], *, overwrite: bool = False) -> list[Plan]:
+    def plans(self, jobs: Sequence[Job], wish: Wish | None = None) -> list[Plan]:
         """What is to be done about each job; looked at before the first one begins.
 
+        Args:
+            wish: what may become of what is there already; None: nothing of another run is touched.
+
         Raises:
-            UsageError: a journal of another run lies in the way, or rows depend on each other and cannot be cut into
-                shards, or nobody said where the training rows are that the method needs.
+            UsageError: a result or a journal of another run is there, or one that was begun in another environment; or
+                rows depend on each other and cannot be cut into shards, or nobody said where the training rows are that
+                the method needs.
             DataError: those training rows are missing or malformed.
         """
         for job in jobs if self._learns else ():
@@ -71,9 +87,15 @@ class Session:
         reason = order_dependence(self.logo, self.generation)
         if reason is not None and any(job.shard is not None for job in jobs):
             raise UsageError(f"shards: a row's result must not depend on other rows, but {reason}")
-        pool = dict(self.pool)
         return [
-            plan(job, {**self._identity(job), "pool": pool}, overwrite=overwrite, in_order=reason is not None)
+            plan(
+                job,
+                {**self._identity(job), "pool": dict(self.pool)},
+                self._environment,
+                wish=wish,
+                in_order=reason is not None,
+                learns=self._learns,
+            )
             for job in jobs
         ]
 
@@ -84,14 +106,15 @@ class Session:
             on_progress: gets the number of rows done so far.
 
         Raises:
+            UsageError: another process is on this job, or the result of another run has appeared in its place.
             LoGoError: as `logo.evaluation.runner.evaluate`; the journal stays, and an earlier result.
             StorageError: journal or result cannot be written.
         """
         job = plan.job
         rows = [job.rows[place] for place in job.places]
         began = datetime.now(timezone.utc)
-        engine = self._answering(job)
-        with open_journal(plan) as journal:
+        engine, learnt = self._answering(plan)
+        with open_journal(plan, learnt) as journal:
             if rows:
                 result = evaluate(
                     engine,
@@ -119,23 +142,30 @@ class Session:
                 identity=self._identity(job),
                 shard=part_of(job),
                 found_out={**engine.record, **self._overlap(job)} if isinstance(engine, Answering) else {},
+                learnt=learnt,
+                environments=environments(plan, journal),
             )
             strategy = self.logo.settings.signal
             files = result_files(
                 result, rows, strategy=strategy, loading_seconds=self.loading, run=record, seed=self.seed
             )
+            check_place(job, plan.run)
             write_results(job.folder, files)
-        journal.path.unlink(missing_ok=True)
+        finish(plan)
         return files
 
     @cached_property
     def _engine(self) -> dict[str, Any]:
         return engine_identity(self.logo, self.base_model, self.generation)
 
+    @cached_property
+    def _environment(self) -> dict[str, str]:
+        return environment(self.logo)
+
     @property
     def _learns(self) -> bool:
         """Whether the method looks at labelled training rows."""
-        return self.method is not None and "train" in self.method.needs
+        return isinstance(self.method, Learned)
 
     def _overlap(self, job: Job) -> dict[str, int]:
         """For `run.json`: training rows that the method may learn from and that are answered too."""
@@ -168,21 +198,35 @@ class Session:
             "max_new_tokens": self.max_new_tokens,
             "dataset": job.dataset,
             "metric": job.metric,
+            "rows": len(job.rows),
             "rows_sha256": rows_digest(job.rows),
         }
 
-    def _answering(self, job: Job) -> Session | Answering:
-        """What answers this dataset, with nothing left over from those before."""
-        import torch
-
-        torch.manual_seed(self.seed)
-        self.logo.restart()
+    def _answering(self, plan: Plan) -> tuple[Session | Answering, str | None]:
+        """What answers this dataset, with nothing left over from those before; a digest of what was learnt for it."""
+        self._begin()
         if self.method is None:
-            return self
+            return self, None
+        job = plan.job
         task = Task(
             job.dataset,
             prompts=[row.context for row in job.rows],
             train=train_rows(job) if self._learns else (),
             adapters=[row.adapter for row in job.rows],
         )
-        return Answering(self.logo, self.method, task, **self.generation)
+        if not isinstance(self.method, Learned):
+            return Answering(self.logo, self.method, task, **self.generation), None
+        found = learn_once(plan, functools.partial(self._learn, self.method, task))
+        self._begin()  # as if it had been learnt long ago
+        prepared = self.method.recall(found)
+        return Answering(self.logo, self.method, task, prepared=prepared, **self.generation), fingerprint(found)
+
+    def _learn(self, method: Learned, task: Task) -> dict[str, Any]:
+        self.logo.merge = method.merging
+        return method.learn(self.logo, task)
+
+    def _begin(self) -> None:
+        import torch
+
+        torch.manual_seed(self.seed)
+        self.logo.restart()

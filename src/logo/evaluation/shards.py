@@ -46,9 +46,18 @@ def positions(rows: int, block: int, shard: Shard | None = None) -> tuple[int, .
 
 def shard_folder(folder: Path, shard: Shard) -> Path:
     """Where a shard's result goes, beside the whole one."""
-    return folder.with_name(f"{folder.name}.shard-{shard.index}-of-{shard.count}")
+    return folder.with_name(f"{folder.name}{_ending(shard)}")
+
+
+def whole_folder(folder: Path, shard: Shard) -> Path:
+    """Where the whole result goes, beside this shard's."""
+    return folder.with_name(folder.name.removesuffix(_ending(shard)))
 
 
 def is_shard_folder(folder: Path) -> bool:
     """Whether a folder is named as a shard's."""
     return re.fullmatch(r".+\.shard-\d+-of-\d+", folder.name) is not None
+
+
+def _ending(shard: Shard) -> str:
+    return f".shard-{shard.index}-of-{shard.count}"

@@ -24,7 +24,8 @@ from logo import __version__
 from logo.errors import DataError, UsageError, closest
 from logo.evaluation.datasets import Row, read_rows
 from logo.evaluation.folders import replace_file
-from logo.evaluation.journal import Journal, fingerprint
+from logo.evaluation.identity import rows_digest
+from logo.evaluation.journal import Journal
 from logo.evaluation.results import versions
 from logo.evaluation.summary import Measured, Section, summary
 
@@ -109,7 +110,7 @@ def study(
         DataError: a row cannot be scored (names the file and the line).
     """
     settings = {**settings, **_engine_settings(engines), "seed": seed}
-    run = fingerprint(_identity(engines, tasks, settings))
+    run = _identity(engines, tasks, settings)
     if any(_depends_on_order(logo) for logo in engines.values()):
         journal_file.unlink(missing_ok=True)  # there is no going on in the middle
     with Journal(journal_file, run) as journal:
@@ -234,7 +235,7 @@ def _identity(engines: Mapping[str, LoGo], tasks: Sequence[Task], settings: Mapp
         "logo": __version__,
         **{key: settings.get(key) for key in ("base_model", "dtype", "signals")},
         "pool": {name: digests[name] for name in scorer.names},
-        "rows": {task.name: [asdict(row) for row in task.rows] for task in tasks},
+        "rows_sha256": {task.name: rows_digest(task.rows) for task in tasks},
     }
 
 

@@ -23,6 +23,7 @@ from logo.evaluation.sweep.grid import Value, cell_name
 
 if TYPE_CHECKING:
     from logo.baselines import Method
+    from logo.evaluation.resume import Wish
     from logo.evaluation.session import Session
     from logo.selection.settings import SelectionSettings
 
@@ -101,7 +102,7 @@ def sweep(
     out: Path,
     open_session: Callable[[Cell], Session],
     *,
-    overwrite: bool = False,
+    wish: Wish | None = None,
     on_progress: Callable[[str, int], None] | None = None,
 ) -> Swept:
     """Answers every dataset in every cell, as far as that is not done yet.
@@ -111,7 +112,7 @@ def sweep(
         out: the sweep's folder.
         open_session: makes the session of a cell. Cells of the same settings come one after the other, so that an
             engine can serve all of them, and none is needed again once others have come.
-        overwrite: answer everything again.
+        wish: what may become of what is there already; None: nothing of another run is touched.
         on_progress: gets what is being answered, `cell · dataset`, and the number of rows done, of all runs.
     """
     done: set[tuple[str, str]] = set()
@@ -129,7 +130,7 @@ def sweep(
             what, before = f"{cell.name} · {job.dataset}", rows
             tell(what, rows)
             try:
-                [plan] = session.plans([job], overwrite=overwrite)
+                [plan] = session.plans([job], wish)
                 if not plan.done:
                     session.run(plan, functools.partial(_tell_from, tell, what, before))
                 done.add((cell.name, job.dataset))

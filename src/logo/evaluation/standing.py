@@ -1,0 +1,95 @@
+"""What stands in the folder in which a result is to appear: nothing, the result of this run, or somebody else's.
+
+A result is known by its `run.json`, which says what its rows depend on. Whatever else stands there is not replaced
+unless the user asks for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from logo.errors import StorageError
+from logo.evaluation.differences import differences, told
+from logo.evaluation.results import RESULT_FILES
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Result files as they stand in a folder.
+
+    Attributes:
+        folder: where; `names`: of the result files that are there.
+        run: what `run.json` says; empty where it is missing or cannot be understood.
+        problem: why it says nothing, in words; None where it does.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    run: Mapping[str, Any]
+    problem: str | None
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Result files that are not there."""
+        return tuple(name for name in RESULT_FILES if name not in self.names)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What its rows depend on: the run's identity, the pool included, and which shard it is."""
+        return {**self.run["identity"], "pool": self.run["pool"], "shard": self.run["shard"]}
+
+    def other(self, asked: Mapping[str, Any]) -> str | None:
+        """Why this is not the result of the run that asks, in words; None if it is.
+
+        Args:
+            asked: as `asked` above.
+        """
+        if self.problem is not None:
+            return f"{self.folder} holds {self.problem}"
+        found = differences(asked, self.asked)
+        return f"{self.folder} holds the result of another run: {told(found)}" if found else None
+
+    @property
+    def digest(self) -> str:
+        """Of the files, so that it is known whether they are still the same."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            content = (self.folder / name).read_bytes()
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        return digest.hexdigest()
+
+
+def standing(folder: Path) -> Standing | None:
+    """What stands in a folder; None if no result file does.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        names = tuple(name for name in RESULT_FILES if (folder / name).exists())
+        if not names:
+            return None
+        run, problem = _run(folder / "run.json")
+    except OSError as error:
+        raise StorageError(f"result {str(folder)!r}: cannot be read ({error.strerror or error})") from error
+    if problem is not None and "run.json" not in names:
+        problem = f"{', '.join(names)} {problem}"
+    return Standing(folder, names, run, problem)
+
+
+def _run(file: Path) -> tuple[dict[str, Any], str | None]:
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, "without a run.json that says which run it is of"
+    except ValueError as error:
+        return {}, f"a result whose run.json cannot be read ({error})"
+    said = isinstance(run, dict) and isinstance(run.get("identity"), dict) and isinstance(run.get("pool"), dict)
+    if not said or not run["identity"] or "shard" not in run:
+        return {}, "a result whose run.json does not say which run it is of"
+    return run, None
