@@ -1,16 +1,25 @@
-"""The README and the pages: commands parse, links lead somewhere, the Python example runs."""
+"""The README and the pages: commands parse and print what is shown, links lead somewhere, the Python example runs."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import typer
 
+from logo.bench.local_server import LocalServer
 from logo.cli.app import app
+from logo.cli.run import run
+from make_adapters import write_drawer
+from transcripts import Transcript, difference, files, transcripts
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,3 +80,74 @@ def test_the_python_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str
         warnings.simplefilter("error")
         exec(compile(example, "README.md", "exec"), {})
     assert "add_numbers" in capsys.readouterr().out
+
+
+# --- transcripts: the rules are in transcripts.py
+
+TRANSCRIPTS = {page: transcripts(page) for page in PAGES}
+RUN = {page: [t for t in found if t.why_not_run is None] for page, found in TRANSCRIPTS.items()}
+LEFT_OUT = [t for found in TRANSCRIPTS.values() for t in found if t.why_not_run]
+
+# Folders that a page speaks of without saying how to make them.
+FOLDERS = {"my-adapters": lambda at: write_drawer(at, ("dora", "nan", "pickled", "rank_mismatch", "weights_truncated"))}
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the repository's own in it, and a shell in which `logo` and `python` are this environment's."""
+    for name in ("src", "tests", "docs", "examples", "main.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    programs = tmp_path / ".programs"
+    programs.mkdir()
+    for name, what in {"logo": "-c 'from logo.cli import main; main()'", "python": "", "python3": ""}.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {what} "$@"\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("COLUMNS", "118")  # as wide as the pages
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / ".hf"))
+    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said_by(command: str) -> str:
+    """What a command prints on both streams; it has to succeed."""
+    if command.startswith("logo ") and "lm-eval" not in command:  # in this process: importing everything takes seconds
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = run(shlex.split(command)[1:])
+        text = said.getvalue()
+    else:
+        done = subprocess.run(
+            ["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+        )
+        code, text = done.returncode, done.stdout
+    assert code == 0, f"{command}\n{text}"
+    return text
+
+
+@pytest.mark.parametrize("page", [page for page, found in RUN.items() if found], ids=lambda page: page.name)
+def test_transcripts_are_what_the_commands_print(page: Path, world: Path) -> None:
+    for name, content in files(page).items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(content)
+    wrong, address = [], ""
+    with contextlib.ExitStack() as servers:
+        for transcript in RUN[page]:
+            for name in set(shlex.split(transcript.command)) & FOLDERS.keys():
+                FOLDERS[name](world / name)
+            if transcript.command.startswith("logo serve "):
+                server = servers.enter_context(LocalServer(shlex.split(transcript.command)[2:], start=240))
+                address, said = server.url.removeprefix("http://127.0.0.1"), server.said
+            else:
+                said = said_by(transcript.command.replace(":8000", address) if address else transcript.command)
+            found = difference(transcript.shown, said.replace(address, ":8000") if address else said)
+            if found and transcript.shown:
+                wrong.append(f"{transcript.page}:{transcript.line}: $ {transcript.command}\n{found}")
+    assert not wrong, "\n\n".join(wrong)
+
+
+@pytest.mark.parametrize("transcript", LEFT_OUT, ids=lambda found: f"{found.page}:{found.line}")
+def test_transcripts_that_need_more_than_the_demo(transcript: Transcript) -> None:
+    pytest.skip(f"`{transcript.command}` {transcript.why_not_run}")

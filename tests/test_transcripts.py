@@ -1,0 +1,121 @@
+"""The rules by which transcripts are read and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from transcripts import Transcript, difference, files, same_number, transcripts
+
+TABLE = """\
+dataset   rows  score  seconds
+antonym     48  10.42      0.2
+capital     48  58.33      0.2
+"""
+
+
+@pytest.mark.parametrize(
+    ("shown", "said"),
+    [
+        (TABLE, TABLE.replace("0.2", "9.7")),
+        (TABLE, TABLE.replace("10.42", "10.43")),  # one in the last digit
+        ("dataset  rows\n...\ncapital    48", "dataset rows\nantonym 48\nfrench 48\ncapital 48\n"),
+        ("...\nlast", "first\nsecond\nlast\n"),
+        ("first\n  ... (2 more)", "first\nsecond\nthird"),
+        ("in 2.5 s, 3 adapters", "in 11 s, 3 adapters"),
+        ('{"probe_ms": 1.5,\n "k": 3}', '{"probe_ms": 2.25, "k": 3}'),
+        ("mixture  9.5e-08", "mixture  2.1e-07"),
+        ("plural 0.99 ████████", "plural 0.99 ███████▉"),
+    ],
+)
+def test_what_says_the_same(shown: str, said: str) -> None:
+    assert difference(shown, said) is None
+
+
+@pytest.mark.parametrize(
+    ("shown", "said"),
+    [
+        (TABLE, TABLE.replace("10.42", "12.50")),
+        (TABLE, TABLE.replace("48  58", "47  58")),
+        (TABLE, TABLE + "\nmore"),
+        (TABLE, ""),
+        ("first\n...", "second"),
+        ("...\nlast", "last\nand one more"),
+        ("a\n...\nb\n...\nc", "a\nc\nb"),
+        ("in 2.5 s, 3 adapters", "in 2.5 s, 4 adapters"),
+        ('{"k": 3}', '{"k": 4}'),
+        ("mixture  9.5e-08", "mixture  9.5e-03"),
+        ("0.02", "0.04"),
+    ],
+)
+def test_what_does_not(shown: str, said: str) -> None:
+    assert difference(shown, said) is not None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("0.998673677444458", "0.998673600000000", True),  # within the tolerance of scores
+        ("0.998673677444458", "0.997673600000000", False),
+        ("1,050.9", "1,050.8", True),
+        ("1,051", "1,050", False),
+        ("−0.31", "0.31", False),
+        ("+2.08", "2.08", True),
+    ],
+)
+def test_numbers(one: str, other: str, same: bool) -> None:
+    assert same_number(one, other) is same
+
+
+PAGE = """\
+    $ logo demo
+    ...
+    $ for task in a b; do
+    >   echo $task
+    > done
+    a
+    b
+
+Words between two blocks.
+
+    logo demo is parsed, not run
+
+```text
+$ curl -s localhost:8000 \\
+    -d x
+[]
+```
+
+```yaml
+# tasks/one.yaml
+task: one
+```
+"""
+
+
+def test_a_page_is_read(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    found = [(one.line, one.command, one.shown) for one in transcripts(page)]
+    assert found == [
+        (1, "logo demo", "..."),
+        (3, "for task in a b; do\n  echo $task\ndone", "a\nb"),
+        (14, "curl -s localhost:8000 \\\n    -d x", "[]"),
+    ]
+    assert files(page) == {"tasks/one.yaml": "# tasks/one.yaml\ntask: one\n"}
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("logo evaluate --base_model demo -k 3", None),
+        ("logo lm-eval --model_args base_model=demo,k=3 --tasks t", None),
+        ("logo bench merges", None),
+        ("logo evaluate --base-model gemma-3-270m", "needs the model gemma-3-270m"),
+        ("logo bench --rounds 3", "measures times"),
+        ("logo bench serve --base-model demo", "measures times"),
+    ],
+)
+def test_what_is_not_run(command: str, why: str | None) -> None:
+    assert Transcript("page.md", 1, command, "").why_not_run == why
