@@ -10,6 +10,7 @@ import pytest
 
 from logo.cli.run import run
 from logo.evaluation.groups import GROUPS, group_of, grouped
+from logo.evaluation.paired import holm
 
 
 def write(
@@ -27,7 +28,14 @@ def write(
     kind = metric_kind(folder.name)
     texts = [gold if isinstance(gold, str) else gold[0] for gold in golds]
     values = [measure(kind, answer, gold) for answer, gold in zip(predictions, texts, strict=True)]
-    files: dict[str, Any] = {"eval_results.json": values, "predictions.json": predictions}
+    files: dict[str, Any] = {
+        "eval_results.json": values,
+        "predictions.json": predictions,
+        "selected_loras.json": [["a"]] * len(values),
+        "weights.json": [[1.0]] * len(values),
+        "metric_dict.json": {"norm": [[1.0]] * len(values)},
+        "time_dict.json": {"loading": 1.0, "inference": 1.0},
+    }
     if rows:
         files["rows.json"] = [
             {"context": f"question {i}", "completion": text} | ({} if isinstance(gold, str) else {"references": gold})
@@ -66,20 +74,24 @@ def compared(*arguments: Any, capsys: pytest.CaptureFixture[str]) -> dict[str, A
 def test_two_runs(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     found = compared(*runs, capsys=capsys)
     assert [(row["name"], row["metric"]) for row in found["datasets"]] == [
+        ("wmt16.en-de", "bleu"),  # the paper's own datasets come first
         ("bbh.one", "em"),
         ("bbh.two", "em"),
-        ("wmt16.en-de", "bleu"),
     ]
-    one, two, translation = found["datasets"]
+    translation, one, two = found["datasets"]
     assert one["difference"]["a"] == 0.25 and one["difference"]["b"] == 1.0
-    assert one["difference"]["low"] > 0 and one["difference"]["won"] == 1.0
+    assert one["difference"]["interval"][0] > 0
     assert one["record"] == {"wins": 6, "losses": 0, "ties": 2}
-    assert one["exact_p"] == 2 / 2**6 and one["p"] == pytest.approx(2 / 2**6, abs=0.01)
-    assert two["exact_p"] == 0.5
-    assert translation["exact_p"] is None and translation["p"] == 1.0 and translation["difference"]["value"] == 0
+    assert (one["test"], one["p"]) == ("mcnemar", pytest.approx(2 / 2**6))
+    assert (two["test"], two["p"]) == ("mcnemar", pytest.approx(0.5))
+    assert (translation["test"], translation["p"]) == ("randomisation", 1.0)
+    assert translation["difference"]["value"] == 0 and translation["difference"]["interval"] is None
     [group] = found["groups"]
     assert (group["name"], group["metric"], group["datasets"], group["rows"]) == ("BIG-Bench Hard", "em", 2, 16)
     assert group["difference"]["value"] == 0.5 and group["record"]["wins"] == 8
+    assert (group["test"], group["p"]) == ("randomisation", pytest.approx(2 / 2**8, abs=0.002))
+    tested = [*found["datasets"], group]
+    assert [row["p_holm"] for row in tested] == holm([row["p"] for row in tested])
     assert found["only_a"] == ["nq.open"] and found["only_b"] == [] and found["unchecked"] == []
 
 
@@ -87,8 +99,12 @@ def test_the_table(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) 
     assert run(["compare", *map(str, runs)]) == 0
     printed, notes = capsys.readouterr()
     lines = {line.split("  ")[0]: line.split() for line in printed.splitlines()}
-    assert lines["bbh.one"][1:6] == ["em", "8", "25.00", "100.00", "+75.00"] and lines["bbh.one"][-1] == "0.031"
+    assert lines["bbh.one"][1:6] == ["em", "8", "25.00", "100.00", "+75.00"]
+    assert lines["bbh.one"][-3:] == ["0.031", "0.094", "McNemar"] and lines["wmt16.en-de"][-1] == "randomised"
     assert lines["BIG-Bench Hard (2)"][3:7] == ["em", "16", "25.00", "75.00"]
+    told = " ".join(printed.split())
+    assert "by McNemar's exact test or approximate randomisation with 10,000 swaps" in told
+    assert "corrected for the 4 lines by Holm's method" in told
     assert str(runs[0]) in printed and str(runs[1]) in printed
     assert "nq.open" in notes and "warning" not in notes
 
@@ -119,7 +135,7 @@ def test_all_goes_over_groups_that_share_a_metric(tmp_path: Path, capsys: pytest
 
 def test_the_same_run_twice(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     for row in compared(runs[0], runs[0], "--metric", "*", capsys=capsys)["datasets"]:
-        assert row["p"] == 1 and row["exact_p"] in (1, None) and row["difference"]["value"] == 0
+        assert row["p"] == 1 and row["p_holm"] == 1 and row["difference"]["value"] == 0
 
 
 def refused(a: Path, b: Path, *options: str, capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
@@ -167,9 +183,9 @@ def test_official_results_have_neither_and_that_is_said(tmp_path: Path, capsys: 
 def test_what_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a" / "bbh.one", GOLDS, GOLDS)
     other = write(tmp_path / "b" / "bbh.two", GOLDS, GOLDS)
-    assert "found nothing" in refused(a, tmp_path / "none", capsys=capsys)
-    assert "found a file" in refused(a / "rows.json", a, capsys=capsys)
-    assert "expected eval_results.json in it or in its sub-folders" in refused(a, tmp_path, capsys=capsys)
+    assert "found no such folder" in refused(a, tmp_path / "none", capsys=capsys, code=2)
+    assert "found a file" in refused(a / "rows.json", a, capsys=capsys, code=2)
+    assert "expected the results of one run, found 2: a, b; name one" in refused(a, tmp_path, capsys=capsys, code=2)
     assert "the first run has bbh.one, the second bbh.two" in refused(a, other, capsys=capsys)
     assert "(did you mean 'em'?)" in refused(a, a, "--metric", "emm", capsys=capsys, code=2)
 
@@ -177,12 +193,12 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("eval_results.json", "[0, 1", "not JSON"),
-        ("eval_results.json", "[]", "expected one value per row"),
-        ("eval_results.json", '["yes"]', "expected one value per row"),
-        ("predictions.json", '["yes"]', "expected 8 entries as in eval_results.json, found 1"),
-        ("rows.json", "{}", "expected a JSON list"),
-        ("predictions.json", None, "expected a file beside eval_results.json"),
+        ("eval_results.json", "[0, 1", "expected JSON"),
+        ("eval_results.json", "[]", "expected one value per instance"),
+        ("eval_results.json", '["yes"]', "instance 0: expected a number"),
+        ("predictions.json", '["yes"]', "expected 8 entries, as many as eval_results.json has, found 1"),
+        ("rows.json", "{}", "expected a list of 8 rows"),
+        ("predictions.json", None, "expected a file, found none"),
     ],
 )
 def test_damaged_results_are_named(
@@ -207,6 +223,7 @@ def test_groups_are_the_papers() -> None:
         "mine": ["mine.x", "mine.y"],
     }
     assert {group_of(name) for name in ("anli.r1", "glue.qnli")} == {"NLI"}
+    assert {group_of(name) for name in ("words/antonym", "words/forms/plural.v2")} == {"words"}
     assert len(GROUPS) == 6  # five, and code
 
 

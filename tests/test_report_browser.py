@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from browser import MISSING, Browser, browser
-from logo.evaluation.report import analyse, page, read_runs
+from logo.evaluation.report import analyse, page
+from logo.evaluation.runs import read_runs
 from report_runs import ROWS, TASKS, demo_results, write_result
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
-from logo.evaluation.report import adapters
-from logo.evaluation.report.numbers import (
-    Cell,
-    dataset_lines,
-    group_lines,
-    marked,
-    overall,
-    shared_rows,
-    versus,
-)
-from logo.evaluation.report.results import Run, read_runs
+from logo.evaluation.datasets import OFFICIAL
+from logo.evaluation.intervals import Interval, proportion
+from logo.evaluation.paired import ALPHA
+from logo.evaluation.report import adapters, analyse, latex, page, summary
+from logo.evaluation.report.numbers import Cell, dataset_lines, group_lines, marked, overall
+from logo.evaluation.report.published import known
+from logo.evaluation.report.versus import Mark, Pairing, shared_rows
+from logo.evaluation.runs import Run, read_runs
 from report_runs import write_result
 
 FRACTION = st.floats(0, 1, width=32)
-CELL = st.builds(
-    lambda value, below, above, rows: Cell(value, value - below, value + above, rows),
-    FRACTION,
-    FRACTION,
-    FRACTION,
-    st.integers(1, 2),
-)
+CELL = st.builds(lambda value, rows: Cell(value, Interval(0.0, 1.0), rows), FRACTION, st.integers(1, 2))
 
 
 def rows_of(*prompts: str) -> list[dict[str, str]]:
@@ -38,42 +31,130 @@ def rows_of(*prompts: str) -> list[dict[str, str]]:
 
 
 @given(cells=st.lists(st.none() | CELL, max_size=6))
-def test_marks(cells: list[Cell | None]) -> None:
-    found = marked(cells)
+def test_only_cells_that_stand_on_as_much_as_any_are_judged(cells: list[Cell | None]) -> None:
+    most = max((cell.rows for cell in cells if cell), default=0)
+
+    def marks(values: Sequence[float | None]) -> list[Mark]:
+        assert list(values) == [cell.value if cell and cell.rows == most else None for cell in cells]
+        return ["" if value is None else "tied" for value in values]
+
+    found = marked(cells, marks)
     assert [cell is None for cell in found] == [cell is None for cell in cells]
-    most = max((cell.rows for cell in found if cell), default=0)
-    whole = [cell for cell in found if cell and cell.rows == most]
-    assert all(cell.complete == (cell.rows == most) for cell in found if cell)
-    assert not any(cell.mark for cell in found if cell and not cell.complete)
-    best = [cell for cell in whole if cell.mark == "best"]
-    if len({cell.value for cell in whole}) < 2:
-        assert not any(cell.mark for cell in whole)  # nothing is better than anything
+    assert all(cell.complete == (cell.rows == most) == (cell.mark == "tied") for cell in found if cell)
+    assert not any(cell.mark for cell in marked(cells) if cell)
+
+
+@given(
+    columns=st.lists(st.lists(st.integers(0, 1), min_size=24, max_size=24), min_size=1, max_size=4),
+    certain=st.sampled_from([[], [1] * 24, [0] * 24]),
+)
+@settings(max_examples=25, deadline=None)
+def test_bold_is_who_is_significantly_better_than_every_other(
+    columns: list[list[int]], certain: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    columns = [*columns, *([certain] if certain else [])]
+    root = tmp_path_factory.mktemp("marks")
+    for number, values in enumerate(columns):
+        write_result(root / f"run{number}" / "d.x", values, rows=rows_of(*map(str, range(24))))
+    pairing = Pairing(tuple(read_runs([root])))
+    [line] = dataset_lines(pairing)
+    marks = [cell.mark for cell in line.cells if cell]
+    means = [float(np.mean(values)) for values in columns]
+    if len(set(means)) < 2:
+        assert set(marks) == {""}  # nothing is better than anything
         return
-    top = max(cell.value for cell in whole)
-    assert {cell.value for cell in best} == {top} and len(best) == sum(cell.value == top for cell in whole)
-    for cell in whole:
-        overlaps = any(cell.high >= other.low for other in best)
-        assert (cell.mark == "close") == (cell.value < top and overlaps)
+    top = means.index(max(means))
+    ps = {
+        n: binomtest(
+            wins(columns[top], columns[n]), wins(columns[top], columns[n]) + wins(columns[n], columns[top])
+        ).pvalue
+        if columns[n] != columns[top]
+        else 1.0
+        for n in range(len(columns))
+        if n != top
+    }
+    worse = {n for n, p in zip(ps, holm_by_hand(list(ps.values())), strict=True) if p < ALPHA}
+    tied = set(ps) - worse
+    assert marks[top] == ("tied" if tied else "best")
+    assert {n for n, mark in enumerate(marks) if mark == "tied"} == (tied | {top} if tied else set())
+    assert marks.count("best") <= 1
+
+
+def wins(a: list[int], b: list[int]) -> int:
+    return sum(x > y for x, y in zip(a, b, strict=True))
+
+
+def holm_by_hand(ps: list[float]) -> list[float]:
+    ranked = sorted(range(len(ps)), key=lambda n: ps[n])
+    found, least = [0.0] * len(ps), 0.0
+    for place, n in enumerate(ranked):
+        least = max(least, min(1.0, ps[n] * (len(ps) - place)))
+        found[n] = least
+    return found
+
+
+def test_runs_that_were_asked_other_things_are_never_called_worse(tmp_path: Path) -> None:
+    write_result(tmp_path / "a" / "d.x", [1] * 30, rows=rows_of(*map(str, range(30))))
+    write_result(tmp_path / "b" / "d.x", [0] * 30, rows=rows_of(*map(str, range(1, 31))))
+    [line] = dataset_lines(Pairing(tuple(read_runs([tmp_path]))))
+    assert [cell.mark for cell in line.cells if cell] == ["tied", "tied"]
 
 
 def test_groups_and_intervals(tmp_path: Path) -> None:
-    """Datasets count alike in a group; an interval the run has written is used as it is."""
+    """Datasets count alike in a group; a group of one has that dataset's interval."""
     rouge = [{"rouge-1": 0.5, "rouge-2": 0.25, "rouge-L": 0.375}] * 2
+    old = {"official_intervals": {"em": [1.0, 1.0]}}  # as a bootstrap has it
     write_result(tmp_path / "a" / "wmt14.fr-en", [0.5] * 4)
-    write_result(tmp_path / "a" / "wmt16.de-en", [0.25], metrics={"official_intervals": {"bleu": [0.125, 0.75]}})
+    write_result(tmp_path / "a" / "wmt16.de-en", [0.25])
     write_result(tmp_path / "a" / "gem.dart", rouge)
-    [run] = read_runs([tmp_path])
-    groups = {(line.group, line.metric): line.cells[0] for line in group_lines([run])}
+    write_result(tmp_path / "a" / "bbh.navigate", [1, 1], metrics=old)
+    pairing = Pairing(tuple(read_runs([tmp_path])))
+    groups = {(line.group, line.metric): line.cells[0] for line in group_lines(pairing)}
     translation = groups["Translation", "bleu"]
     assert translation is not None and translation.value == 0.375
-    assert (translation.datasets, translation.rows) == (2, 5)
+    assert (translation.datasets, translation.rows, translation.interval) == (2, 5, None)
     text = groups["Struct-to-Text", "rouge-2"]
-    assert text is not None and (text.value, text.low, text.high) == (0.25, 0.25, 0.25)
-    [cell] = overall([run]).cells
-    assert cell is not None and cell.value == pytest.approx((0.5 + 0.25 + 0.375) / 3)
-    cells = {(line.dataset, line.metric): line.cells[0] for line in dataset_lines([run])}
-    written = cells["wmt16.de-en", "bleu"]
-    assert written is not None and (written.low, written.value, written.high) == (0.125, 0.25, 0.75)
+    assert text is not None and (text.value, text.interval) == (0.25, None)
+    [cell] = overall(pairing).cells
+    assert cell is not None and cell.value == pytest.approx((1 + 0.5 + 0.25 + 0.375) / 4)
+    cells = {(line.dataset, line.metric): line.cells[0] for line in dataset_lines(pairing)}
+    two_of_two, group = cells["bbh.navigate", "em"], groups["BIG-Bench Hard", "em"]
+    assert two_of_two is not None and group is not None
+    assert two_of_two.interval == group.interval == proportion(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("folder", "dataset", "shown"),
+    [
+        ("Llama-3.1-8B_selection_norm_n_20_seed_0", "bbh.boolean_expressions", True),
+        ("Llama-3.1-8B_selection_norm_n_20_seed_0_mine", "bbh.boolean_expressions", True),
+        ("Llama-3.1-8B_selection_entropy_n_20_seed_0", "bbh.boolean_expressions", False),
+        ("Llama-3.1-8B_selection_norm_n_3_seed_0", "bbh.boolean_expressions", False),
+        ("Qwen2.5-7B_selection_norm_n_20_seed_0", "bbh.boolean_expressions", False),
+        ("Llama-3.1-8B_method_uniform_n_20_seed_0", "bbh.boolean_expressions", False),
+        ("Llama-3.1-8B_selection_norm_n_20_seed_0", "bbh.navigate", False),
+    ],
+)
+def test_published_numbers_stand_beside_the_same_experiment(
+    tmp_path: Path, folder: str, dataset: str, shown: bool
+) -> None:
+    write_result(tmp_path / folder / dataset, [1, 0])
+    analysis = analyse(read_runs([tmp_path]))
+    [line] = analysis.lines
+    [cell] = line.cells
+    assert cell is not None and (cell.published is not None) == shown
+    for text in (page(analysis), latex(analysis)):
+        assert ("published 71.33" in text) == ("README of the authors" in text) == shown
+    [written] = summary(analysis)["datasets"]
+    [told] = written["runs"].values()
+    assert (told["published"] is not None and told["published"]["value"] == 0.7133) == shown
+    assert shown or told["published"] is None
+
+
+def test_published_numbers_say_where_they_are_from() -> None:
+    for number in known():
+        assert 0 <= number.value <= 1 and number.source and number.url.startswith("https://")
+        assert number.dataset in OFFICIAL and number.metric in ("em", "bleu", "rouge-1", "rouge-2", "rouge-L")
 
 
 def two_runs(root: Path, a: list[int], b: list[int], prompts_b: list[str] | None = None) -> list[Run]:
@@ -87,7 +168,7 @@ def two_runs(root: Path, a: list[int], b: list[int], prompts_b: list[str] | None
 @settings(max_examples=30, deadline=None)
 def test_one_run_against_another(pairs: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory) -> None:
     a, b = ([pair[run] for pair in pairs] for run in (0, 1))
-    [found] = versus(two_runs(tmp_path_factory.mktemp("versus"), a, b))
+    [found] = Pairing(tuple(two_runs(tmp_path_factory.mktemp("versus"), a, b))).versus()
     wins, losses = sum(y > x for x, y in pairs), sum(y < x for x, y in pairs)
     assert (found.instances.wins, found.instances.losses, found.instances.ties) == (
         wins,
@@ -95,7 +176,9 @@ def test_one_run_against_another(pairs: list[tuple[int, int]], tmp_path_factory:
         len(a) - wins - losses,
     )
     assert found.difference.value == pytest.approx(np.mean(b) - np.mean(a))
-    assert found.difference.low <= found.difference.value <= found.difference.high
+    ends = found.difference.interval
+    assert ends is not None and ends.low <= found.difference.value <= ends.high
+    assert found.significance.test == "mcnemar" and found.p_holm == found.significance.p
     assert found.datasets.wins + found.datasets.losses + found.datasets.ties == 1
     assert found.datasets.wins == (wins > losses)
 
@@ -105,7 +188,7 @@ def test_only_shared_instances_are_compared(tmp_path: Path) -> None:
     runs = two_runs(tmp_path, [1, 0, 0], [0, 1, 1], ["prompt 2", "prompt 0", "elsewhere"])
     first, second = (run.results["d.x"] for run in runs)
     assert shared_rows(first, second) == ([0, 2], [1, 0])
-    [found] = versus(runs)
+    [found] = Pairing(tuple(runs)).versus()
     assert (found.instances.wins, found.instances.losses, found.instances.ties) == (0, 0, 2)
     twice = two_runs(tmp_path / "twice", [1, 0], [0, 1], ["prompt 0", "prompt 0"])
     assert shared_rows(*(run.results["d.x"] for run in twice)) == ([0], [0])

@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logo.evaluation.report import analyse, latex, page, pictures, png, read_runs, summary
+from logo.evaluation.report import analyse, latex, page, pictures, png, summary
 from logo.evaluation.report.latex import escaped
 from logo.evaluation.report.markup import element, escape
 from logo.evaluation.report.payload import packed, unpacked
 from logo.evaluation.report.svg import coloured, png_uri
+from logo.evaluation.runs import read_runs
 from report_runs import ROWS, SIGNALS, TASKS, demo_results, write_result
 
 HOSTILE = [

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import DataError, UsageError
-from logo.evaluation.report.results import read_result, read_runs
 from logo.evaluation.report.runs import differing, labels, seconds
+from logo.evaluation.runs import read_runs
+from logo.evaluation.stored import read_result
 from report_runs import ROWS, SIGNALS, TASKS, demo_results, write_result
 
 NAME = "m_selection_norm_n_2_seed_0"
@@ -88,7 +89,7 @@ def test_columns_are_never_named_wrong(data: st.DataObject, tmp_path_factory: py
         weights=[[1 / k] * k for _ in scores],
         scores={"norm": scores},
     )
-    found = read_result(folder).columns
+    found = read_result(folder, folder.name).columns
     assert len(set(found)) == width
     assert all(name == names[column] or name == f"#{column}" for column, name in enumerate(found))
 
@@ -101,14 +102,14 @@ def test_prompts_come_from_rows_json_or_from_a_data_file_that_is_still_the_same(
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     elsewhere = {"dataset": {"name": "d.x", "file": "moved/test.jsonl", "sha256": digest, "rows": 1}}
     folder = write_result(tmp_path / NAME / "d.x", [1], run_json=elsewhere)
-    lost = read_result(folder)
+    lost = read_result(folder, folder.name)
     assert lost.prompts is None and "not there any more" in lost.no_prompts
-    found = read_result(folder, tmp_path / "data")
+    found = read_result(folder, "d.x", tmp_path / "data")
     assert found.prompts is not None and found.prompts[0].golds == ("x", "y", "z") and found.prompts[0].adapter == "b"
     data.write_text(line.replace('"c"', '"other"') + "\n")
-    assert "has changed since" in read_result(folder, tmp_path / "data").no_prompts
+    assert "has changed since" in read_result(folder, "d.x", tmp_path / "data").no_prompts
     (folder / "rows.json").write_text(f"[{line}]")
-    assert read_result(folder, tmp_path / "data").prompts == found.prompts
+    assert read_result(folder, "d.x", tmp_path / "data").prompts == found.prompts
 
 
 def test_failed_rows_and_runs_without_adapters(tmp_path: Path) -> None:
@@ -121,11 +122,11 @@ def test_failed_rows_and_runs_without_adapters(tmp_path: Path) -> None:
         scores={"norm": [[2.0, 1.0], [None, None]]},
         metrics={"errors": [{"index": 1, "message": "too long"}], "official_intervals": {"rouge-1": [0.1, None]}},
     )
-    result = read_result(folder)
-    assert result.errors == {1: "too long"} and result.intervals == {}
+    result = read_result(folder, folder.name)
+    assert result.errors == {1: "too long"}
     assert np.isnan(result.scores[1]).all() and not np.isnan(result.scores[0]).any()
     bare = write_result(tmp_path / "b" / "d.x", [1], selected=[[]], weights=[[]], scores={})
-    assert read_result(bare).scores.shape == (1, 0)
+    assert read_result(bare, "d.x").scores.shape == (1, 0)
 
 
 BROKEN = {
@@ -148,10 +149,10 @@ BROKEN = {
 @pytest.mark.parametrize(("file", "text", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_file_is_named(tmp_path: Path, file: str, text: str, message: str) -> None:
     folder = write_result(tmp_path / NAME / "d.x", [1, 0])
-    read_result(folder)
+    read_result(folder, folder.name)
     (folder / file).write_text(text)
     with pytest.raises(DataError) as caught:
-        read_result(folder)
+        read_result(folder, folder.name)
     assert file in str(caught.value) and message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 

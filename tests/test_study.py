@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as profile
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -20,7 +21,7 @@ from logo import AdapterPool, DataError, LoGo, SelectionSettings, StorageError, 
 from logo.cli.run import run
 from logo.evaluation.folders import replace_file
 from logo.evaluation.heatmap import heatmap, ordered
-from logo.evaluation.intervals import estimate
+from logo.evaluation.intervals import FEWEST
 from logo.evaluation.study import find_tasks, journal_of, rank_metrics, study, write_report
 from logo.evaluation.summary import mean_weights, section
 from test_engine import tokenizer, write_adapter
@@ -89,8 +90,9 @@ def test_what_the_report_holds(report: dict[str, Any]) -> None:
         assert list(part) == ["signals", "mixtures"]
         assert list(part["signals"]) == ["norm", "entropy"] and list(part["mixtures"]) == ["uniform", "base"]
     for entry in entries(report):
-        for metric, (low, high) in entry["intervals"].items():
-            assert low <= entry[metric] <= high
+        for metric, ends in entry["intervals"].items():
+            assert ends is None or ends[0] <= entry[metric] <= ends[1]
+        assert entry["intervals"]["exact_match"] is not None and entry["intervals"]["nll"] is None  # few rows
     assert {name: task["rows"] for name, task in report["tasks"].items()} == {"other": 4, "t1": 6, "t3": 2}
     assert list(report["tasks"]["t1"]["signals"]["norm"]) == list(METRICS)
     assert "left_out" in report["tasks"]["t1"] and "left_out" not in report["tasks"]["other"]
@@ -267,30 +269,35 @@ def test_ranks(scores: dict[str, float], expected: tuple[float, float, float]) -
     assert tuple(rank_metrics(scores, "a").values()) == expected
 
 
+def measured(tasks: list[list[float]]) -> list[list[Any]]:
+    return [[{"signals": {"norm": {"nll": value}}} for value in rows] for rows in tasks]
+
+
 @given(
-    tasks=st.lists(st.lists(st.floats(-10, 10), min_size=1, max_size=6), min_size=1, max_size=4),
+    tasks=st.lists(st.lists(st.floats(-10, 10), min_size=1, max_size=14), min_size=1, max_size=4),
     seed=st.integers(0, 5),
 )
+@profile(max_examples=40, deadline=None)
 def test_intervals_hold_the_mean(tasks: list[list[float]], seed: int) -> None:
-    values = [np.array(rows)[:, None] for rows in tasks]
-    found = estimate(values, seed=seed, draws=50)
-    assert found.mean[0] == pytest.approx(np.mean([np.mean(rows) for rows in tasks]))
-    assert found.low[0] <= found.mean[0] <= found.high[0]
-    again = estimate(values, seed=seed, draws=50)
-    assert (found.low, found.high) == (again.low, again.high)
+    found = section(measured(tasks), seed)
+    assert found is not None and found == section(measured(tasks), seed)
+    entry = found["signals"]["norm"]
+    assert entry["nll"] == pytest.approx(np.mean([np.mean(rows) for rows in tasks]))
+    ends = entry["intervals"]["nll"]
+    assert ends is None or ends[0] <= entry["nll"] <= ends[1]
+    few = any(len(rows) < FEWEST and not set(rows) <= {0, 1} for rows in tasks)
+    assert ends is None if few else True
 
 
 def test_intervals_are_as_wide_as_statistics_says() -> None:
     random = np.random.default_rng(1)
-    tasks = [random.normal(size=(300, 2)), random.normal(size=(75, 2))]
-    found = estimate(tasks)
-    error = math.sqrt(1 / 300 + 1 / 75) / 2
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    found = section(measured([list(random.normal(size=300)), list(random.normal(size=75))]))
+    assert found is not None
+    low, high = found["signals"]["norm"]["intervals"]["nll"]
+    assert high - low == pytest.approx(1.96 * math.sqrt(1 / 300 + 1 / 75), rel=0.15)
 
 
-def test_intervals_need_rows() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        estimate([])
+def test_without_rows_there_are_no_means() -> None:
     assert section([]) is None and section([[]]) is None
 
 

@@ -18,7 +18,9 @@ from logo.cli.axes import AXES, Common, make_cells, read_grid
 from logo.cli.methods import MethodOptions
 from logo.cli.options import EngineOptions
 from logo.errors import UsageError
-from logo.evaluation.intervals import estimate
+from logo.evaluation.corpus import mean_of
+from logo.evaluation.intervals import of_mean
+from logo.evaluation.paired import Pair, difference, holm, significance
 from logo.evaluation.sweep.grid import Axis, Value, cell_name, numbers, product, split
 from logo.evaluation.sweep.means import means, standings
 from logo.evaluation.sweep.plots import plots
@@ -215,8 +217,9 @@ def test_means_are_those_of_each_cell_alone() -> None:
     assert [cell.values for cell, _ in together] == [values for i, values in enumerate(product(TWO)) if i != 2]
     for cell, mean in together:
         columns = [one.values for one in found if one.cell.key == cell.key and one.dataset.startswith("bbh")]
-        alone = estimate(columns, seed=3)
-        assert [mean.value, mean.low, mean.high] == pytest.approx([alone.mean[0], alone.low[0], alone.high[0]])
+        alone = [mean_of(column[:, 0]) for column in columns]
+        assert mean.value == pytest.approx(np.mean([one.value for one in alone]))
+        assert mean.interval == of_mean([one.value for one in alone], [one.interval() for one in alone])
         assert mean.datasets == 2
     ranked = standings(found)
     assert [standing.complete for standing in ranked] == [True, True, True, False]
@@ -224,6 +227,23 @@ def test_means_are_those_of_each_cell_alone() -> None:
     assert whole == sorted(whole, reverse=True)
     assert set(ranked[-1].groups) == {"NLI"} and ranked[-1].mean.datasets == 2 and ranked[-1].seconds == 4.0
     assert standings([]) == []
+
+
+def test_cells_are_compared_with_the_best_row_by_row() -> None:
+    found = outcomes(TWO, {"bbh.a": 40, "bbh.b": 30})
+    best, *others = standings(found, seed=3)
+    assert best.behind is None and all(other.behind for other in others)
+    columns = {one.cell.key + (one.dataset,): mean_of(one.values[:, 0]) for one in found}
+    ps = []
+    for other in others:
+        names = ("bbh.a", "bbh.b")
+        pairs = [Pair(columns[(*best.cell.key, name)], columns[(*other.cell.key, name)]) for name in names]
+        assert other.behind is not None
+        assert other.behind.difference == difference(pairs, seed=3)
+        assert other.behind.significance == significance(pairs, seed=3)
+        assert other.behind.difference.value == pytest.approx(other.mean.value - best.mean.value)
+        ps.append(other.behind.significance.p)
+    assert [other.behind and other.behind.p_holm for other in others] == holm(ps)
 
 
 def test_both_formats_hold_the_same_whatever_is_in_them() -> None:

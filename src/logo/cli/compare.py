@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +10,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.output import err, note, out, print_json, screen
+from logo.cli.output import err, natural_width, note, out, print_json, screen
 
 if TYPE_CHECKING:
     from logo.evaluation.comparison import Compared, Comparison
 
-WIDTH = 120  # what the table needs; a pipe gets that much
+WIDTH = 100  # a pipe gets this much, or what the table needs
 _HUNDREDS = frozenset({"extra.bleu", "extra.chrf"})  # what comes in hundreds already
+TEST_NAMES = {"mcnemar": "McNemar", "randomisation": "randomised"}  # in a column
 
 
 def compare(
@@ -37,7 +38,7 @@ def compare(
     Example: `logo compare results/demo_selection_norm_n_3_seed_0 results/demo_selection_calibrated_n_3_seed_0`
     """
     from logo.evaluation.comparison import compare as compare_runs
-    from logo.evaluation.comparison import read_run
+    from logo.evaluation.runs import read_run
 
     found = compare_runs(read_run(run_a), read_run(run_b), metric, seed=seed)
     for name, only in ((run_a, found.only_a), (run_b, found.only_b)):
@@ -50,51 +51,80 @@ def compare(
             markup=False,
         )
     if json:
-        print_json({"a": str(run_a), "b": str(run_b), **asdict(found)})
+        print_json({"a": str(run_a), "b": str(run_b), **found.as_json()})
         return
     out.print(Text.assemble(("A ", "bold"), str(run_a), "\n", ("B ", "bold"), str(run_b), "\n"))
-    shown = screen(WIDTH)
-    shown.print(_table(found))
+    table = _table(found)
+    screen(max(WIDTH, natural_width(table))).print(table)
 
 
 def _table(found: Comparison) -> Table:
+    everything = [*found.datasets, *found.groups]
+    several = len(everything) > 1
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("", overflow="fold")
     table.add_column("metric", no_wrap=True)
-    for heading in ("rows", "A", "B", "B − A", "95 %", "better", "worse", "same", "p"):
+    for heading in (
+        "rows",
+        "A",
+        "B",
+        "B − A",
+        "95 %",
+        "better",
+        "worse",
+        "same",
+        "p",
+        *(["p Holm"] if several else []),
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("test", no_wrap=True)
     for compared in found.datasets:
-        table.add_row(*_cells(compared))
+        table.add_row(*_cells(compared, several))
     if found.groups:
         table.add_row()
         table.add_row(Text("means of datasets", style="dim"))
         for compared in found.groups:
-            table.add_row(*_cells(compared))
-    table.caption = (
-        "All in percent, BLEU and chrF of 100. better, worse, same: rows on which B's answer is worth more than A's, "
-        "less, as much. p: how often chance alone makes such a difference: McNemar's exact test for right and "
-        "wrong, else 10,000 random swaps of the runs' answers."
-    )
+            table.add_row(*_cells(compared, several))
+    table.caption = _caption(everything)
     table.caption_justify = "left"
     return table
 
 
-def _cells(compared: Compared) -> list[Any]:
+def _caption(shown: Sequence[Compared]) -> str:
+    from logo.evaluation.paired import ALPHA, TESTS
+
+    used = {one.significance.test for one in shown}
+    tests = " or ".join(text for name, text in TESTS.items() if name in used)
+    holm = f" p Holm: the same, corrected for the {len(shown)} lines by Holm's method." if len(shown) > 1 else ""
+    return (
+        "All in percent, BLEU and chrF of 100. better, worse, same: rows on which B's answer is worth more than A's, "
+        f"less, as much. p: two-sided, by {tests}.{holm} Bold: {'p Holm' if holm else 'p'} below {ALPHA}."
+    )
+
+
+def _cells(compared: Compared, several: bool) -> list[Any]:
+    from logo.evaluation.paired import ALPHA
+
     scale = 1 if compared.metric in _HUNDREDS else 100
     difference, record = compared.difference, compared.record
-    p = compared.p if compared.exact_p is None else compared.exact_p
-    clear = difference.low > 0 or difference.high < 0
     name = compared.name if compared.datasets == 1 else f"{compared.name} ({compared.datasets})"
+    ends = difference.interval
     return [
         Text(name),
         compared.metric,
         str(compared.rows),
         f"{scale * difference.a:.2f}",
         f"{scale * difference.b:.2f}",
-        Text(f"{scale * difference.value:+.2f}", style="bold" if clear else ""),
-        Text(f"{scale * difference.low:+.2f} to {scale * difference.high:+.2f}", style="dim"),
+        Text(f"{scale * difference.value:+.2f}", style="bold" if compared.p_holm < ALPHA else ""),
+        Text(f"{scale * ends.low:+.2f} to {scale * ends.high:+.2f}" if ends else "-", style="dim"),
         str(record.wins),
         str(record.losses),
         str(record.ties),
-        "<0.001" if p < 0.001 else f"{p:.3f}",
+        _p(compared.significance.p),
+        *([_p(compared.p_holm)] if several else []),
+        TEST_NAMES[compared.significance.test],
     ]
+
+
+def _p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"

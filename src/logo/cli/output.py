@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,6 +35,11 @@ def screen(width: int, *, stderr: bool = False) -> Console:
     """Where a table goes: the terminal, or as wide as the table needs where there is none."""
     console = err if stderr else out
     return console if console.is_terminal else Console(width=width, stderr=stderr, highlight=False)
+
+
+def natural_width(table: Table) -> int:
+    """Columns that a table takes where nothing is wrapped."""
+    return Measurement.get(out, out.options.update(width=10_000), table).maximum
 
 
 def note(message: str) -> None:

@@ -49,9 +49,10 @@ def report(
     Example: `logo report results -o report.html --png pictures --latex tables.tex`
     """
     from logo.evaluation.folders import check_writable, replace_file
-    from logo.evaluation.report import analyse, page, pictures, read_runs, summary
+    from logo.evaluation.report import analyse, page, pictures, summary
     from logo.evaluation.report import latex as tables
     from logo.evaluation.report import png as drawn
+    from logo.evaluation.runs import read_runs
 
     for option, file in (("--output", output), ("--latex", latex)):
         if file is not None and file.is_dir():

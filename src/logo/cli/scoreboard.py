@@ -118,7 +118,7 @@ def table(scores: Sequence[Score]) -> Table:
         if not metrics["official"]:
             shown.add_row(*begin, "", "", "", *end)
         for key, value in metrics["official"].items():
-            interval = Text(_ends(metrics["official_intervals"][key]), style="dim")
+            interval = Text(_ends(metrics["official_intervals"].get(key)), style="dim")
             shown.add_row(*begin, _label(key), f"{100 * value:.2f}", interval, *end)
             begin, end = ("", ""), ("", "") if failed else ("",)
     return shown
@@ -140,5 +140,5 @@ def _label(key: str) -> str:
     return LABELS[key]
 
 
-def _ends(pair: Sequence[float]) -> str:
-    return f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f}"
+def _ends(pair: Sequence[float] | None) -> str:
+    return "-" if pair is None else f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f}"

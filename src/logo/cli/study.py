@@ -214,7 +214,7 @@ def _cell(entry: Mapping[str, Any] | None, metric: str, intervals: bool) -> Text
     if entry is None or metric not in entry:
         return Text("-", style="dim")
     number = f"{entry[metric]:.2f}"
-    if not intervals:
+    if not intervals or entry["intervals"][metric] is None:
         return Text(number)
     low, high = entry["intervals"][metric]
     return Text.assemble(f"{number}\n", (f"{low:.2f}–{high:.2f}", "dim"))

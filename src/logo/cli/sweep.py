@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -20,15 +19,16 @@ from logo.cli.evaluate import RowOptions, metric_of, resolved
 from logo.cli.methods import MethodOptions
 from logo.cli.opening import open_base
 from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, expanded
-from logo.cli.output import err, note, out, print_json, progress
+from logo.cli.output import err, natural_width, note, out, print_json, progress
 from logo.cli.prompts import or_demo
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
+    from logo.evaluation.intervals import Interval
     from logo.evaluation.jobs import Job
     from logo.evaluation.session import Session
     from logo.evaluation.sweep.grid import Axis, Value
-    from logo.evaluation.sweep.means import Mean, Standing
+    from logo.evaluation.sweep.means import Behind, Mean, Standing
     from logo.evaluation.sweep.running import Cell, Swept
     from logo.selection.settings import SelectionSettings
 
@@ -246,7 +246,7 @@ def _show(
     elif best:
         count = len(datasets_of(swept.outcomes))
         shown = _table(axes, best, count)
-        if out.is_terminal and _width(shown) > out.width:  # the table of the files has the groups too
+        if out.is_terminal and natural_width(shown) > out.width:  # the table of the files has the groups too
             shown = _table(axes, best, count, groups=False)
         _print(shown)
         note(" · ".join(str(file) for file in written))
@@ -259,13 +259,8 @@ def _show(
 
 def _print(table: Table) -> None:
     """On a terminal as wide as that is; elsewhere nothing is cut."""
-    screen = out if out.is_terminal else Console(width=_width(table), highlight=False)
+    screen = out if out.is_terminal else Console(width=natural_width(table), highlight=False)
     screen.print(table)
-
-
-def _width(table: Table) -> int:
-    """Columns that a table takes where nothing is wrapped."""
-    return Measurement.get(out, out.options.update(width=10_000), table).maximum
 
 
 def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int, *, groups: bool = True) -> Table:
@@ -274,21 +269,53 @@ def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int, *, gro
     names = names if groups and 1 < len(names) <= MOST_GROUPS else []
     lacking = not all(standing.complete for standing in best)
     shown = _plain_table(axes)
-    for heading in ("mean", "95 % interval", *names, *(["datasets"] if lacking else []), "seconds"):
+    compared = any(standing.behind for standing in best)
+    behind = ("to the best", "95 % interval", "p Holm") if compared else ()
+    for heading in ("mean", "95 % interval", *behind, *names, *(["datasets"] if lacking else []), "seconds"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for standing in best:
         shown.add_row(
             *_values(axes, standing.cell),
             f"{100 * standing.mean.value:.2f}",
-            Text(f"{100 * standing.mean.low:.2f} to {100 * standing.mean.high:.2f}", style="dim"),
+            Text(_ends(standing.mean.interval), style="dim"),
+            *(_behind(standing.behind) if compared else ()),
             *(_percent(standing.groups.get(group)) for group in names),
             *([f"{standing.mean.datasets} of {datasets}"] if lacking else []),
             f"{standing.seconds:.1f}",
         )
-    if any(standing.cell.moot for standing in best):
-        shown.caption = f"{MOOT} makes no difference"
-        shown.caption_justify = "left"
+    shown.caption = " ".join(_captions(best))
+    shown.caption_justify = "left"
     return shown
+
+
+def _captions(best: Sequence[Standing]) -> Iterator[str]:
+    from logo.evaluation.paired import ALPHA, TESTS
+
+    if any(standing.cell.moot for standing in best):
+        yield f"{MOOT} makes no difference."
+    tests = {standing.behind.significance.test for standing in best if standing.behind}
+    if tests:
+        named = " or ".join(text for name, text in TESTS.items() if name in tests)
+        yield (
+            "to the best: the mean less the first line's, paired row by row. "
+            f"p Holm: by {named}, corrected for all lines by Holm's method; bold below {ALPHA}."
+        )
+
+
+def _behind(behind: Behind | None) -> list[Text]:
+    """How far a cell is from the best one."""
+    from logo.evaluation.paired import ALPHA
+
+    if behind is None:
+        return [Text("-", style="dim")] * 3
+    found = behind.difference
+    p = "<0.001" if behind.p_holm < 0.001 else f"{behind.p_holm:.3f}"
+    style = "bold" if behind.p_holm < ALPHA else ""
+    return [Text(f"{100 * found.value:+.2f}", style=style), Text(_ends(found.interval, "+"), style="dim"), Text(p)]
+
+
+def _ends(interval: Interval | None, sign: str = "") -> str:
+    return "-" if interval is None else " to ".join(f"{100 * end:{sign}.2f}" for end in interval)
 
 
 def _plain_table(axes: Sequence[Axis]) -> Table:
@@ -315,6 +342,7 @@ def _as_dict(standing: Standing) -> dict[str, Any]:
         "moot": sorted(standing.cell.moot),
         "folder": standing.cell.name,
         "mean": asdict(standing.mean),
+        "behind": None if standing.behind is None else asdict(standing.behind),
         "complete": standing.complete,
         "groups": {group: asdict(mean) for group, mean in standing.groups.items()},
         "seconds": standing.seconds,

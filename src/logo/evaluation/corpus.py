@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from logo.evaluation.intervals import DRAWS, Values, percentiles, resampled
+from logo.evaluation.intervals import Interval, Values, bootstrap, proportion
 from logo.evaluation.metrics import Kind, metric_kind, rouge
 
 CHRF_ORDER = 6  # longest character n-gram
@@ -49,13 +49,29 @@ class Corpus:
     value: float
     signature: str = ""
 
+    @property
+    def right_or_wrong(self) -> bool:
+        """Whether it is a mean of instances that are worth 0 or 1 each."""
+        return self.worth is mean_worth and bool(np.isin(self.rows[:, 0], (0.0, 1.0)).all())
+
+    def interval(self, *, seed: Sequence[int] = (0,)) -> Interval | None:
+        """Its 95 % interval: Wilson's where instances are right or wrong, else a bootstrap's, as far as that has one.
+
+        Args:
+            seed: of the draws.
+        """
+        if self.right_or_wrong:
+            return proportion(int(self.rows[:, 0].sum()), len(self.rows))
+        return bootstrap(self.rows, self.worth, seed=seed)
+
 
 @dataclass(frozen=True)
 class Extra:
-    """The measures of one dataset by name: `values`, 95 % `intervals` (low, high), and sacrebleu's `signatures`."""
+    """The measures of one dataset by name: `values`, their 95 % `intervals` as far as they have one, and sacrebleu's
+    `signatures`."""
 
     values: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
 
 
@@ -66,9 +82,8 @@ def extra_metrics(
     *,
     metric: Kind | None = None,
     seed: int = 0,
-    resamples: int = DRAWS,
 ) -> Extra:
-    """The measures beside the official one, with bootstrap intervals over instances.
+    """The measures beside the official one, with their intervals.
 
     Translation and code: `bleu`, `chrf`. Text from data: `rouge-1`, `rouge-2`, `rouge-L`, `bleu`, `chrf`. Questions:
     `exact_match`, `f1`. Without sacrebleu, `bleu` and `chrf` are left out with a warning.
@@ -78,20 +93,18 @@ def extra_metrics(
         predictions: one answer per instance; '' is a wrong one.
         golds: all gold texts of each instance, at least one, of any number.
         metric: what it is judged by, which says what kind it is; None: by its name.
-        seed: of the draws.
-        resamples: how many draws.
+        seed: of the intervals that are drawn.
 
     Raises:
         ValueError: no instances, unequal numbers of predictions and golds, or an instance without a gold text.
     """
     found = corpora(dataset, predictions, golds, metric=metric)
-    values, intervals = {}, {}
-    for name, corpus in found.items():
-        values[name] = corpus.value
-        drawn = corpus.worth(resampled(corpus.rows, seed=[seed], draws=resamples))
-        low, high = percentiles(drawn, values[name])
-        intervals[name] = (float(low), float(high))
-    return Extra(values, intervals, {name: corpus.signature for name, corpus in found.items() if corpus.signature})
+    intervals = {name: corpus.interval(seed=[seed]) for name, corpus in found.items()}
+    return Extra(
+        {name: corpus.value for name, corpus in found.items()},
+        {name: interval for name, interval in intervals.items() if interval is not None},
+        {name: corpus.signature for name, corpus in found.items() if corpus.signature},
+    )
 
 
 def corpora(
@@ -130,7 +143,7 @@ def corpora(
     return {**found, "bleu": _bleu(predictions, golds), "chrf": _chrf(predictions, golds)}
 
 
-def mean_of(values: Sequence[float]) -> Corpus:
+def mean_of(values: Sequence[float] | Values) -> Corpus:
     """The measure that is the mean of one number per instance."""
     rows = np.array(values, dtype=np.float64)
     return Corpus(np.stack([rows, np.ones_like(rows)], axis=1), mean_worth, float(rows.mean()))

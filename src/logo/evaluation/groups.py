@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 _GROUPS: Mapping[str, str] = {
@@ -21,8 +22,9 @@ GROUPS: tuple[str, ...] = tuple(dict.fromkeys(_GROUPS.values()))
 
 
 def group_of(dataset: str) -> str:
-    """The group of a dataset, by the part of its name before the first dot; that part itself for any other name."""
-    main = dataset.partition(".")[0]
+    """The group of a dataset, by the part of its name before the first dot or slash; that part itself for any other
+    name."""
+    main = re.split(r"[./]", dataset, maxsplit=1)[0]
     return _GROUPS.get(main, main)
 
 

@@ -1,87 +1,94 @@
-"""Means over tasks and how far they can be trusted: a bootstrap that draws each task's rows again.
+"""How far a number can be trusted: 95 % intervals of what some rows are worth, and of means over datasets.
 
-The mean is the mean of the tasks' means, so that a task with many rows counts no more than one with few. Tasks are
-kept as they are: an interval says how much the numbers would move with other rows of the same tasks.
+Where every row is right or wrong it is Wilson's interval, which stays within [0, 1] and always has a width. Elsewhere
+it is percentiles of a bootstrap that draws the rows again. Of fewer than `FEWEST` rows, and where every draw gives the
+same number, a bootstrap knows nothing, and there is no interval. The interval of a mean over datasets comes from
+theirs, squared and added (MOVER; Zou and Donner 2008). Datasets are kept as they are: an interval says how much a
+number would move with other rows of the same datasets. scipy is imported at the first use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 1000
 LEVEL = 0.95
-_COUNTS = 2**23  # drawn at once: 64 MB
+FEWEST = 10  # rows; percentiles of fewer are far too close together
+BATCH = 2**22  # numbers drawn at once: 32 MB
+EQUAL = 1e-9  # numbers that are closer, relative to the larger, differ by rounding
 
-Values = NDArray[np.float64]  # (rows, metrics) of one task
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Means and their percentile interval, each (metrics,)."""
-
-    mean: Values
-    low: Values
-    high: Values
+Values = NDArray[np.float64]
 
 
-def estimate(tasks: Sequence[Values], *, seed: int = 0, draws: int = DRAWS, level: float = LEVEL) -> Estimate:
-    """Mean of task means, with bootstrap intervals.
+class Interval(NamedTuple):
+    """Its ends, in the unit of the number that it belongs to."""
 
-    A draw takes whole rows, so that metrics stay paired. A task of one row cannot vary.
+    low: float
+    high: float
 
-    Args:
-        tasks: (rows, metrics) for each task; at least one task, each with at least one row.
-        seed: of the draws; each task has its own stream, so that the order of work does not matter.
-        level: share of the draws inside the interval.
+
+def proportion(right: int, rows: int) -> Interval:
+    """Wilson's interval of a share of right rows.
 
     Raises:
-        ValueError: no tasks, or a task without rows.
+        ValueError: no rows, or more right ones than there are.
     """
-    if not tasks or not all(len(values) for values in tasks):
-        raise ValueError("intervals need at least one task, and at least one row in each")
-    mean = np.mean([values.mean(axis=0) for values in tasks], axis=0)
-    drawn = np.zeros((draws, tasks[0].shape[1]))
-    for number, values in enumerate(tasks):
-        drawn += resampled(values, seed=[seed, number], draws=draws) / (len(values) * len(tasks))
-    low, high = percentiles(drawn, mean, level)
-    return Estimate(mean, low, high)
+    from scipy.stats import binomtest
+
+    found = binomtest(right, rows).proportion_ci(LEVEL, "wilson")
+    return Interval(float(found.low), float(found.high))
 
 
-def resampled(values: Values, *, seed: Sequence[int], draws: int = DRAWS) -> Values:
-    """Sums (draws, metrics) over as many rows as there are, drawn with replacement.
-
-    The draws depend on the seed and the number of rows alone, so that two runs on the same rows can be drawn alike.
+def bootstrap(rows: Values, worth: Callable[[Values], Values], *, seed: Sequence[int]) -> Interval | None:
+    """The percentile interval of what the sums of rows are worth, under rows drawn again with replacement.
 
     Args:
-        values: (rows, metrics), at least one row.
-        seed: of the draws; any number of integers.
+        rows: (rows, parts), what each row adds.
+        worth: sums (..., parts) -> values (...).
+        seed: of the draws, any number of integers; with as many rows the draws are the same.
+
+    Returns:
+        None where there are fewer than `FEWEST` rows, or where every draw is worth the same.
+    """
+    from scipy.stats import bootstrap as draw
+
+    count, parts = rows.shape
+    if count < FEWEST:
+        return None
+    low, high = draw(
+        (np.arange(count),),
+        lambda places, axis: worth(rows[places].sum(axis=-2)),
+        n_resamples=DRAWS,
+        batch=max(1, BATCH // (count * parts)),
+        vectorized=True,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    if not high - low > EQUAL * max(abs(low), abs(high)):
+        return None
+    value = float(worth(rows.sum(axis=0)))
+    return Interval(min(float(low), value), max(float(high), value))
+
+
+def of_mean(values: Sequence[float], intervals: Sequence[Interval | None]) -> Interval | None:
+    """The interval of the mean of some datasets' values; None if one of them has no interval.
+
+    Each end is as far from the mean as the root of the sum of the datasets' squared distances, divided by how many
+    they are. Of a single dataset it is that dataset's interval.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no datasets, or not one interval for each.
     """
-    rows = len(values)
-    if not rows:
-        raise ValueError("a bootstrap needs at least one row")
-    random = np.random.default_rng(seed)
-    drawn = np.empty((draws, values.shape[1]))
-    part = max(1, _COUNTS // rows)
-    for start in range(0, draws, part):
-        size = min(part, draws - start)
-        # How often each row was drawn. Drawing in parts goes on in the same stream.
-        counts = random.multinomial(rows, np.full(rows, 1 / rows), size=size)
-        drawn[start : start + size] = counts @ values
-    return drawn
-
-
-def percentiles(drawn: Values, value: Values | float, level: float = LEVEL) -> tuple[Values, Values]:
-    """The lower and upper end (...) of the share `level` of draws (draws, ...).
-
-    Args:
-        value: (...), what the draws are draws of; it never lies outside, not even by rounding where all are equal.
-    """
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return np.minimum(low, value), np.maximum(high, value)
+    if not values or len(values) != len(intervals):
+        raise ValueError(f"a mean of {len(values)} values needs at least one, and as many intervals as values")
+    known = [interval for interval in intervals if interval is not None]
+    if len(values) == 1 or len(known) < len(values):
+        return intervals[0] if len(values) == 1 else None
+    middle, ends = np.array(values), np.array(known)
+    reach = np.sqrt(((ends - middle[:, None]) ** 2).sum(axis=0)) / len(values)
+    return Interval(float(middle.mean() - reach[0]), float(middle.mean() + reach[1]))

@@ -2,26 +2,31 @@
 
 A measure is a function of sums over instances (see `logo.evaluation.corpus`), so exact match, ROUGE and corpus BLEU are
 compared alike. Over several datasets the difference is the mean of the datasets' differences. Two questions are
-answered: how large is the difference, by a bootstrap that draws the same instances for both runs; and could it be
-chance, by swapping the runs' answers at random, or exactly by the binomial distribution where answers are right or
-wrong.
+answered: how large is the difference (`difference`), and could it be chance (`significance`). Each pair of runs has one
+test: McNemar's where the answers to one dataset are right or wrong, approximate randomisation everywhere else. scipy is
+imported at the first use.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from logo.evaluation.corpus import Corpus
-from logo.evaluation.intervals import DRAWS, LEVEL, Values, percentiles, resampled
+from logo.evaluation.intervals import BATCH, EQUAL, LEVEL, Interval, Values, bootstrap, of_mean
 
-SWAPS = 10_000
-_COUNTS = 2**22  # swaps drawn at once: 32 MB
-_EQUAL = 1e-9  # differences that are closer, relative to the larger, are rounding
+SWAPS = 9_999  # with the one that was found 10,000
+ALPHA = 0.05  # a p-value below it is called significant
+
+TestName = Literal["mcnemar", "randomisation"]
+TESTS: Mapping[TestName, str] = {
+    "mcnemar": "McNemar's exact test",
+    "randomisation": "approximate randomisation with 10,000 swaps",
+}
+"""What the tests are called where people read of them."""
 
 
 class Pair(NamedTuple):
@@ -30,24 +35,26 @@ class Pair(NamedTuple):
     a: Corpus
     b: Corpus
 
+    @property
+    def right_or_wrong(self) -> bool:
+        """Whether each instance is right or wrong in both runs."""
+        return self.a.right_or_wrong and self.b.right_or_wrong
+
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better run B is than run A, with its percentile interval.
+    """How much better run B is than run A.
 
     Attributes:
         a, b: the runs' values; means over datasets where there are several.
         value: b - a.
-        low, high: of the value.
-        won: the share of draws in which B is better; draws that are equal count half.
+        interval: its 95 % interval; None where too few instances differ to say.
     """
 
     a: float
     b: float
     value: float
-    low: float
-    high: float
-    won: float
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -63,102 +70,126 @@ class Record:
         return Record(self.wins + other.wins, self.losses + other.losses, self.ties + other.ties)
 
 
-def bootstrap(pairs: Sequence[Pair], *, seed: int = 0, draws: int = DRAWS, level: float = LEVEL) -> Difference:
-    """The mean over datasets of B's value less A's. A draw takes the same instances for both runs.
+@dataclass(frozen=True)
+class Significance:
+    """Which test it was, and its two-sided p-value."""
+
+    test: TestName
+    p: float
+
+
+def difference(pairs: Sequence[Pair], *, seed: int = 0) -> Difference:
+    """The mean over datasets of B's value less A's.
+
+    Its interval comes from the datasets' (`intervals.of_mean`). Where instances are right or wrong, a dataset's is that
+    of Bonett and Price (2012), else a bootstrap that draws the same instances for both runs.
 
     Args:
-        pairs: one per dataset; datasets are kept as they are, their instances are drawn, each in its own stream.
-        seed: of the draws.
-        level: share of the draws inside the interval.
+        pairs: one per dataset.
+        seed: of the draws; each dataset has its own stream.
 
     Raises:
         ValueError: no pairs, or runs of unequal numbers of instances.
     """
     _check(pairs)
     a, b = (float(np.mean([pair[run].value for pair in pairs])) for run in (0, 1))
-    drawn = np.zeros(draws)
-    for number, pair in enumerate(pairs):
-        sums = resampled(np.concatenate([pair.a.rows, pair.b.rows], axis=1), seed=[seed, number], draws=draws)
-        parts = pair.a.rows.shape[1]
-        drawn += (pair.b.worth(sums[:, parts:]) - pair.a.worth(sums[:, :parts])) / len(pairs)
-    drawn[np.abs(drawn) <= _EQUAL * max(abs(a), abs(b))] = 0.0
-    low, high = percentiles(drawn, b - a, level)
-    return Difference(a, b, b - a, float(low), float(high), float((np.sign(drawn).mean() + 1) / 2))
+    gaps = [pair.b.value - pair.a.value for pair in pairs]
+    intervals = [_interval(pair, [seed, number]) for number, pair in enumerate(pairs)]
+    return Difference(a, b, b - a, of_mean(gaps, intervals))
 
 
-def randomisation(pairs: Sequence[Pair], *, seed: int = 0, swaps: int = SWAPS) -> float:
-    """Two-sided p-value of the difference that `bootstrap` reports, by approximate randomisation.
+def significance(pairs: Sequence[Pair], *, seed: int = 0) -> Significance:
+    """Whether the difference that `difference` reports could be chance.
 
-    If the runs were alike, each instance's two answers could have come from either. So they are swapped with
-    probability 1/2, and p is the share of swaps whose difference is at least as large as the one found; that one counts
-    as a swap, so p is never 0, and 1 where both runs are worth the same.
+    McNemar's exact test asks how often a fair coin would divide the instances that just one run has right as unevenly.
+    Approximate randomisation swaps the two answers of each instance at random, and its p-value is the share of swaps
+    whose difference is at least as large as the one that was found; that one counts as a swap, so p is never 0. Where
+    instances are so few that all ways to swap them are fewer than that, each way is tried once.
 
     Args:
         pairs: one per dataset.
         seed: of the swaps.
-        swaps: how many.
 
     Raises:
-        ValueError: as `bootstrap`.
+        ValueError: as `difference`.
     """
+    from scipy.stats import binomtest, permutation_test
+
     _check(pairs)
-    found = _mean_difference([(pair, pair.a.rows.sum(axis=0), pair.b.rows.sum(axis=0)) for pair in pairs])
-    drawn = np.zeros(swaps)
-    for number, pair in enumerate(pairs):
-        random = np.random.default_rng([seed, number])
-        gap, total = pair.b.rows - pair.a.rows, pair.a.rows.sum(axis=0) + pair.b.rows.sum(axis=0)
-        part = max(1, _COUNTS // len(gap))
-        for start in range(0, swaps, part):
-            size = min(part, swaps - start)
-            signs = random.integers(0, 2, (size, len(gap))) * 2.0 - 1.0
-            apart = signs @ gap  # B's sums less A's
-            first, second = (total - apart) / 2, (total + apart) / 2
-            drawn[start : start + size] += (pair.b.worth(second) - pair.a.worth(first)) / len(pairs)
-    scale = float(np.mean([abs(pair.a.value) + abs(pair.b.value) for pair in pairs]))
-    extreme = np.abs(drawn) >= abs(found) - _EQUAL * scale
-    return float((extreme.sum() + 1) / (swaps + 1))
+    if len(pairs) == 1 and pairs[0].right_or_wrong:
+        found = record(pairs[0])
+        decided = found.wins + found.losses
+        return Significance("mcnemar", float(binomtest(found.wins, decided).pvalue) if decided else 1.0)
+    ends = np.cumsum([0, *(len(pair.a.rows) for pair in pairs)])
+    gaps = [pair.b.rows - pair.a.rows for pair in pairs]
+    totals = [pair.a.rows.sum(axis=0) + pair.b.rows.sum(axis=0) for pair in pairs]
+    scale = max(abs(side.value) for pair in pairs for side in pair) or 1.0
+
+    def swapped(signs: Values, _: Values, axis: int) -> Any:
+        """How far the runs are apart where a sign of -1 swaps an instance's answers."""
+        apart = np.zeros(signs.shape[:-1])
+        for pair, start, end, gap, total in zip(pairs, ends[:-1], ends[1:], gaps, totals, strict=True):
+            sums = signs[..., start:end] @ gap  # B's less A's
+            apart = apart + pair.b.worth((total + sums) / 2) - pair.a.worth((total - sums) / 2)
+        return np.round(np.abs(apart) / (scale * len(pairs)), 9)  # what differs by rounding is equal
+
+    # A pair of 1 and -1 for each instance: which of the two comes first says whether its answers are swapped.
+    signs = np.ones(ends[-1])
+    if len(signs) == 1:  # swapped or not, the runs are as far apart
+        return Significance("randomisation", 1.0)
+    found = permutation_test(
+        (signs, -signs),
+        swapped,
+        permutation_type="samples",
+        n_resamples=SWAPS,
+        batch=max(1, BATCH // len(signs)),
+        alternative="greater",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return Significance("randomisation", float(found.pvalue))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P-values corrected for their number by Holm's method: the chance that any of those below a limit is an accident
+    is no larger than that limit."""
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1))
+    found = np.empty(len(p))
+    found[order] = np.minimum(steps, 1.0)
+    return [float(value) for value in found]
 
 
 def record(pair: Pair) -> Record:
     """On how many instances B's answer is worth more than A's, each instance taken alone.
 
     Raises:
-        ValueError: as `bootstrap`.
+        ValueError: as `difference`.
     """
     _check([pair])
     a, b = pair.a.worth(pair.a.rows), pair.b.worth(pair.b.rows)
-    even = np.isclose(a, b, rtol=_EQUAL, atol=0.0)
+    even = np.isclose(a, b, rtol=EQUAL, atol=0.0)
     wins, losses = int((~even & (b > a)).sum()), int((~even & (b < a)).sum())
     return Record(wins, losses, len(even) - wins - losses)
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p-value of wins against losses under even odds, ties left out; 1 where there are neither.
-
-    Raises:
-        ValueError: a negative number.
-    """
-    if wins < 0 or losses < 0:
-        raise ValueError(f"expected numbers of wins and losses, found {wins} and {losses}")
-    total = wins + losses
-    tail = sum(math.comb(total, count) for count in range(min(wins, losses) + 1))
-    return float(min(1.0, 2 * tail / 2**total))  # whole numbers until here: exact for any total
+def _interval(pair: Pair, seed: Sequence[int]) -> Interval | None:
+    if pair.right_or_wrong:
+        return _of_proportions(record(pair))
+    parts = pair.a.rows.shape[1]
+    rows = np.concatenate([pair.a.rows, pair.b.rows], axis=1)
+    return bootstrap(rows, lambda sums: pair.b.worth(sums[..., parts:]) - pair.a.worth(sums[..., :parts]), seed=seed)
 
 
-def mcnemar(a: Sequence[int], b: Sequence[int]) -> float:
-    """McNemar's exact test of two runs that are right (1) or wrong (0) on each instance: `sign_test` of the instances
-    on which just one of them is right.
+def _of_proportions(found: Record) -> Interval:
+    """Of the difference of two proportions of the same instances, after Bonett and Price: as if one instance more had
+    been won and one more lost."""
+    from scipy.stats import norm
 
-    Raises:
-        ValueError: unequal lengths, or a value that is neither 0 nor 1.
-    """
-    if len(a) != len(b) or not {*a, *b} <= {0, 1}:
-        raise ValueError("McNemar's test: expected as many values of one run as of the other, each 0 or 1")
-    return sign_test(sum(x < y for x, y in zip(a, b, strict=True)), sum(x > y for x, y in zip(a, b, strict=True)))
-
-
-def _mean_difference(sums: Sequence[tuple[Pair, Values, Values]]) -> float:
-    return float(np.mean([pair.b.worth(b) - pair.a.worth(a) for pair, a, b in sums]))
+    count = found.wins + found.losses + found.ties + 2
+    won, lost = (found.wins + 1) / count, (found.losses + 1) / count
+    reach = float(norm.ppf((1 + LEVEL) / 2) * np.sqrt((won + lost - (won - lost) ** 2) / count))
+    return Interval(max(-1.0, won - lost - reach), min(1.0, won - lost + reach))
 
 
 def _check(pairs: Sequence[Pair]) -> None:

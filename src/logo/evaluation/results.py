@@ -16,13 +16,11 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
 from logo.errors import StorageError, UsageError
-from logo.evaluation.corpus import Extra, extra_metrics
+from logo.evaluation.corpus import Extra, extra_metrics, mean_of
 from logo.evaluation.datasets import Row
 from logo.evaluation.folders import check_writable, replace_folder
-from logo.evaluation.intervals import estimate
+from logo.evaluation.intervals import Interval
 from logo.evaluation.journal import fingerprint
 from logo.evaluation.metrics import Kind, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
@@ -144,21 +142,22 @@ def result_files(
 
 def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, seed: int = 0) -> dict[str, object]:
     """What `metrics.json` holds: means of the official metric and the measures of `logo.evaluation.corpus`, each with
-    its 95 % interval, and the rows that have no answer. A shard without rows has neither means nor measures.
+    its 95 % interval as far as it has one, and the rows that have no answer. A shard without rows has neither means nor
+    measures.
 
     Args:
         golds: all gold texts of each row.
-        seed: of the bootstraps.
+        seed: of the intervals that are drawn.
     """
     official: dict[str, float] = {}
-    intervals: dict[str, tuple[float, float]] = {}
+    intervals: dict[str, Interval] = {}
     extra = Extra()
     if result.predictions:
         official = mean(result.metric, result.eval_results)
-        columns = [[v[key] if isinstance(v, dict) else v for key in official] for v in result.eval_results]
-        found = estimate([np.array(columns, dtype=np.float64)], seed=seed)
-        ends = zip(found.low.tolist(), found.high.tolist(), strict=True)
-        intervals = dict(zip(official, ends, strict=True))
+        for key in official:
+            values = mean_of([float(v[key] if isinstance(v, dict) else v) for v in result.eval_results])
+            interval = values.interval(seed=[seed])
+            intervals |= {} if interval is None else {key: interval}
         extra = extra_metrics(result.dataset, result.predictions, golds, metric=result.metric, seed=seed)
     return {
         "official": official,

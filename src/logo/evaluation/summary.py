@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from logo.evaluation.intervals import estimate
+from logo.evaluation.corpus import mean_of
+from logo.evaluation.intervals import of_mean
 
 # "signals" or "mixtures" -> name -> metric -> value. Of one row, of a task, or of all tasks.
 Section = dict[str, dict[str, dict[str, float]]]
@@ -41,7 +40,7 @@ def summary(rows: Iterable[Measured], pool: Sequence[str], *, seed: int = 0) -> 
     Args:
         rows: in any order.
         pool: the adapters' names; tasks of these names are own tasks.
-        seed: of the bootstrap.
+        seed: of intervals that are drawn.
     """
     tasks: dict[str, list[Measured]] = {}
     for row in sorted(rows, key=lambda row: (row.task, row.index)):
@@ -61,7 +60,8 @@ def summary(rows: Iterable[Measured], pool: Sequence[str], *, seed: int = 0) -> 
 
 
 def section(tasks: Sequence[Sequence[Section]], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]] | None:
-    """Means over tasks of rows that all have the same metrics, with `intervals`; None without rows."""
+    """Means over tasks of rows that all have the same metrics, with their 95 % `intervals`, None where there is none;
+    None without rows."""
     tasks = [rows for rows in tasks if rows]
     if not tasks:
         return None
@@ -71,13 +71,14 @@ def section(tasks: Sequence[Sequence[Section]], seed: int = 0) -> dict[str, dict
         for name, metrics in named.items()
         for metric in metrics
     ]
-    values = [np.array([[row[kind][name][metric] for kind, name, metric in keys] for row in rows]) for rows in tasks]
-    found = estimate(values, seed=seed)
     report: dict[str, dict[str, dict[str, Any]]] = {}
-    for column, (kind, name, metric) in enumerate(keys):
+    for kind, name, metric in keys:
+        found = [mean_of([row[kind][name][metric] for row in rows]) for rows in tasks]
+        values = [task.value for task in found]
+        interval = of_mean(values, [task.interval(seed=[seed]) for task in found])
         entry = report.setdefault(kind, {}).setdefault(name, {"intervals": {}})
-        entry[metric] = float(found.mean[column])
-        entry["intervals"][metric] = [float(found.low[column]), float(found.high[column])]
+        entry[metric] = fmean(values)
+        entry["intervals"][metric] = None if interval is None else list(interval)
     # The numbers first, their intervals last.
     for named in report.values():
         for entry in named.values():

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logo.evaluation.intervals import Values
-from logo.evaluation.report.results import Result, Run
+from logo.evaluation.runs import Run
+from logo.evaluation.stored import Result
 
 LARGEST = 400
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

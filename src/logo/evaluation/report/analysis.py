@@ -8,9 +8,10 @@ from typing import Any
 
 from logo.evaluation.report import adapters, numbers, runs
 from logo.evaluation.report.adapters import Selected, Similarity, Spread, Weights
-from logo.evaluation.report.numbers import Cell, Line, Versus
-from logo.evaluation.report.results import Run
+from logo.evaluation.report.numbers import Cell, Line
 from logo.evaluation.report.runs import Seconds
+from logo.evaluation.report.versus import Pairing, Versus
+from logo.evaluation.runs import Run
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,18 @@ class Analysis:
 
 
 def analyse(found: Sequence[Run], *, seed: int = 0) -> Analysis:
-    """All numbers of at least one run. `seed`: of the bootstrap and of the randomisation tests."""
+    """All numbers of at least one run. `seed`: of the intervals and tests."""
+    pairing = Pairing(tuple(found), seed)
     return Analysis(
         runs=tuple(found),
         labels=tuple(runs.labels(found)),
         differing=runs.differing(found),
-        datasets=tuple(numbers.datasets_of(found)),
-        groups=tuple(numbers.group_lines(found, seed=seed)),
-        overall=numbers.overall(found, seed=seed),
-        lines=tuple(numbers.dataset_lines(found, seed=seed)),
-        extra=tuple(numbers.extra_lines(found)),
-        versus=tuple(numbers.versus(found, seed=seed)),
+        datasets=tuple(pairing.datasets),
+        groups=tuple(numbers.group_lines(pairing)),
+        overall=numbers.overall(pairing),
+        lines=tuple(numbers.dataset_lines(pairing)),
+        extra=tuple(numbers.extra_lines(pairing)),
+        versus=tuple(pairing.versus()),
         weights=tuple(adapters.weights(run) for run in found),
         similarity=tuple(adapters.similarity(run) for run in found),
         spread=tuple(adapters.spread(run) for run in found),
@@ -100,8 +102,9 @@ def summary(analysis: Analysis) -> dict[str, Any]:
                 "run": labels[pair.b],
                 "against": labels[pair.a],
                 "difference": pair.difference.value,
-                "interval": [pair.difference.low, pair.difference.high],
-                "p": pair.p,
+                "interval": pair.difference.interval,
+                **asdict(pair.significance),
+                "p_holm": pair.p_holm,
                 "instances": asdict(pair.instances),
                 "datasets": asdict(pair.datasets),
             }
@@ -120,8 +123,9 @@ def _cell(cell: Cell | None) -> dict[str, Any] | None:
         return None
     return {
         "value": cell.value,
-        "interval": [cell.low, cell.high],
+        "interval": cell.interval,
         "instances": cell.rows,
         "datasets": cell.datasets,
-        "best": cell.mark == "best",
+        "mark": cell.mark,
+        "published": None if cell.published is None else asdict(cell.published),
     }

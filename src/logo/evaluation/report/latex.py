@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from logo.evaluation.paired import ALPHA, TESTS
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.numbers import NAMES, Cell, Line
 
@@ -25,11 +26,12 @@ _SPECIAL = {
     '"': r"\textquotedbl{}",
     "·": r"\textperiodcentered{}",
 }
+_MARKS = {"": "{}", "best": "\\textbf{{{}}}", "tied": "\\underline{{{}}}"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]+")
 
 
 def latex(analysis: Analysis) -> str:
-    """Two `table` environments; the best in bold, 95 % intervals beside the numbers in small print."""
+    """Two `table` environments; the best are marked, 95 % intervals beside the numbers in small print."""
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}; T1 or Unicode fonts for names that are not plain ASCII",
@@ -56,7 +58,9 @@ def _groups(analysis: Analysis) -> list[str]:
         " & ".join([escaped(label), *(_cell(line, line.cells[number]) for line in lines)])
         for number, label in enumerate(analysis.labels)
     ]
-    caption = "Means of the datasets' means in percent, with 95\\,\\% bootstrap intervals; the best in bold."
+    caption = (
+        f"Means of the datasets' means in percent, with 95\\,\\% intervals (squared and added). {_marks(analysis)}"
+    )
     return _table(caption, "tab:logo-groups", ["run", *heads], ["", *metrics], rows)
 
 
@@ -69,8 +73,27 @@ def _datasets(analysis: Analysis) -> list[str]:
         for line in analysis.lines
     ]
     heads = ["dataset", "measure", *map(escaped, analysis.labels)]
-    caption = "Official measures in percent, with 95\\,\\% bootstrap intervals; the best in bold."
+    kinds = "Wilson's where answers are right or wrong, else bootstrap percentiles"
+    caption = f"Official measures in percent, with 95\\,\\% intervals ({kinds}). {_marks(analysis)}{_sources(analysis)}"
     return _table(caption, "tab:logo-datasets", heads, None, rows, words=2)
+
+
+def _marks(analysis: Analysis) -> str:
+    """What bold and underlined numbers mean; nothing where there is one run."""
+    if len(analysis.runs) < 2:
+        return ""
+    return (
+        "Bold: significantly better than every other run of the line; underlined: where no run is, the highest and all "
+        f"that are not significantly worse ($p < {ALPHA}$ by {TESTS['mcnemar']} where the answers to one dataset are "
+        f"right or wrong, else by {TESTS['randomisation']}, with Holm's correction)."
+    )
+
+
+def _sources(analysis: Analysis) -> str:
+    """Where published numbers were read."""
+    cells = [cell for line in analysis.lines for cell in line.cells if cell is not None]
+    sources = dict.fromkeys(cell.published.source for cell in cells if cell.published is not None)
+    return "".join(f" Published: {escaped(source)}." for source in sources)
 
 
 def _table(
@@ -96,6 +119,10 @@ def _table(
 def _cell(line: Line, cell: Cell | None) -> str:
     if cell is None:
         return "--"
-    value, low, high = (f"{line.scale * number:.1f}" for number in (cell.value, cell.low, cell.high))
-    shown = f"\\textbf{{{value}}}" if cell.mark == "best" else value
-    return f"{shown} {{\\scriptsize [{low}, {high}]}}"
+    value = f"{line.scale * cell.value:.1f}"
+    shown = _MARKS[cell.mark].format(value)
+    if cell.interval is not None:
+        shown += f" {{\\scriptsize [{', '.join(f'{line.scale * end:.1f}' for end in cell.interval)}]}}"
+    if cell.published is not None:
+        shown += f" {{\\scriptsize published {line.scale * cell.published.value:.2f}}}"
+    return shown

@@ -1,29 +1,23 @@
-"""From results to the numbers of a report: means with intervals, who is best, and one run against another.
+"""From results to the numbers of a report: means with intervals, who is best, and what was published.
 
-A line is one measure of one dataset or group, with a cell per run. Official means come from the instances' values;
-their intervals from the run's own file where it has them, else from the same bootstrap. Runs are only called best where
-they answered equally much.
+A line is one measure of one dataset or group, with a cell per run. Runs are only called best where they answered
+equally much, and where a test says so: see `versus`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logo.evaluation import paired
 from logo.evaluation.corpus import mean_of
 from logo.evaluation.groups import group_of, grouped
-from logo.evaluation.intervals import Values, estimate
-from logo.evaluation.metrics import measures, recorded_kind
-from logo.evaluation.report.results import Result, Run
-
-Mark = Literal["", "best", "close"]
+from logo.evaluation.intervals import Interval, Values, of_mean
+from logo.evaluation.report.published import Published, published
+from logo.evaluation.report.versus import Mark, Pairing
+from logo.evaluation.stored import Result
 
 NAMES: Mapping[str, str] = {
     "em": "accuracy",
@@ -38,7 +32,6 @@ NAMES: Mapping[str, str] = {
 }
 """What people call a measure; others are shown as they are written."""
 
-SWAPS = 2000  # of the randomisation test: p down to 0.0005, in a fraction of a second per pair of runs
 _RIGHT = 0.5
 
 
@@ -47,19 +40,21 @@ class Cell:
     """One run's number.
 
     Attributes:
-        value: the mean; `low` and `high`: its 95 % interval, equal to it where nothing is known.
+        value: the mean.
+        interval: its 95 % interval, if it has one.
         rows: instances it stands on; `datasets`: how many datasets.
         complete: no other run of the line has answered more.
-        mark: the best of the complete ones, or one whose interval overlaps the best's.
+        mark: of the complete ones, the best, or those of which none is.
+        published: what others have published of the same experiment.
     """
 
     value: float
-    low: float
-    high: float
+    interval: Interval | None
     rows: int
     datasets: int = 1
     complete: bool = True
     mark: Mark = ""
+    published: Published | None = None
 
 
 @dataclass(frozen=True)
@@ -74,38 +69,9 @@ class Line:
     scale: float = 100.0
 
 
-@dataclass(frozen=True)
-class Versus:
-    """Run `b` against run `a` (their places) on the instances that both have answered, primary measures.
-
-    Attributes:
-        difference: b less a, the mean over datasets, as a fraction.
-        instances, datasets: on how many b is better, worse, the same.
-        p: two-sided, of the difference; not corrected for the number of comparisons.
-    """
-
-    a: int
-    b: int
-    difference: paired.Difference
-    instances: paired.Record
-    datasets: paired.Record
-    p: float
-
-
-def official(result: Result) -> tuple[tuple[str, ...], Values]:
-    """The names of the official measures, the primary one last, and their values (instances, measures)."""
-    first = result.values[0]
-    if isinstance(first, dict):
-        names = tuple(first)
-        return names, np.array([[value[name] for name in names] for value in result.values if isinstance(value, dict)])
-    names = measures(recorded_kind(result.run, result.dataset))
-    return names, np.array([[value] for value in result.values], dtype=np.float64)
-
-
 def primary(result: Result) -> Values:
     """What each answer is worth in one number (instances,): ROUGE-L where there are three."""
-    _, values = official(result)
-    return np.asarray(values[:, -1])
+    return result.measures[result.primary]
 
 
 def right(result: Result) -> NDArray[np.bool_]:
@@ -113,49 +79,38 @@ def right(result: Result) -> NDArray[np.bool_]:
     return np.asarray(primary(result) >= _RIGHT)
 
 
-def datasets_of(runs: Sequence[Run]) -> list[str]:
-    """Every dataset of any run, grouped as the paper does."""
-    present = dict.fromkeys(name for run in runs for name in run.results)
-    return [name for names in grouped(present).values() for name in names]
-
-
-def dataset_lines(runs: Sequence[Run], *, seed: int = 0) -> list[Line]:
+def dataset_lines(pairing: Pairing) -> list[Line]:
     """One line per dataset and official measure."""
     lines = []
-    for name in datasets_of(runs):
-        found = [_official_cells(run.results.get(name), seed) for run in runs]
-        for metric in dict.fromkeys(metric for cells in found for metric in cells):
-            cells = [cells.get(metric) for cells in found]
-            lines.append(Line(group_of(name), name, metric, marked(cells)))
+    for name in pairing.datasets:
+        for metric in _metrics(pairing, [name]):
+            cells = _cells(pairing, [name], metric)
+            shown = [published(run, name, metric) for run in pairing.runs]
+            told = (cell and replace(cell, published=one) for cell, one in zip(cells, shown, strict=True))
+            lines.append(Line(group_of(name), name, metric, tuple(told)))
     return lines
 
 
-def group_lines(runs: Sequence[Run], *, seed: int = 0) -> list[Line]:
+def group_lines(pairing: Pairing) -> list[Line]:
     """One line per group and official measure: the mean of its datasets' means."""
-    lines = []
-    for group, names in grouped(datasets_of(runs)).items():
-        metrics: dict[str, None] = {}
-        for run in runs:
-            for name in names:
-                if name in run.results:
-                    metrics |= dict.fromkeys(official(run.results[name])[0])
-        for metric in metrics:
-            cells = [_mean([_column(run.results[n], metric) for n in names if n in run.results], seed) for run in runs]
-            lines.append(Line(group, None, metric, marked(cells)))
-    return lines
+    return [
+        Line(group, None, metric, _cells(pairing, names, metric))
+        for group, names in grouped(pairing.datasets).items()
+        for metric in _metrics(pairing, names)
+    ]
 
 
-def overall(runs: Sequence[Run], *, seed: int = 0) -> Line:
+def overall(pairing: Pairing) -> Line:
     """The mean over all datasets of their primary measures."""
-    cells = [_mean([primary(result)[:, None] for result in run.results.values()], seed) for run in runs]
-    return Line("", None, "primary", marked(cells))
+    return Line("", None, "primary", _cells(pairing, pairing.datasets, None))
 
 
-def extra_lines(runs: Sequence[Run]) -> list[Line]:
-    """One line per dataset and measure beside the official ones, as the runs have written them."""
+def extra_lines(pairing: Pairing) -> list[Line]:
+    """One line per dataset and measure beside the official ones, as the runs have written them. None is marked: what
+    tells such runs apart is a matter of `logo compare`."""
     lines = []
-    for name in datasets_of(runs):
-        found = [run.results.get(name) for run in runs]
+    for name in pairing.datasets:
+        found = [run.results.get(name) for run in pairing.runs]
         present = [result for result in found if result is not None]
         signed = {metric for result in present for metric in result.signatures}
         for metric in dict.fromkeys(metric for result in present for metric in result.extra):
@@ -165,118 +120,52 @@ def extra_lines(runs: Sequence[Run]) -> list[Line]:
     return lines
 
 
-def marked(cells: Sequence[Cell | None]) -> tuple[Cell | None, ...]:
-    """Cells with their marks: the best of those that stand on most, and those whose intervals overlap the best's."""
-    present = [cell for cell in cells if cell is not None]
-    most = max(((cell.datasets, cell.rows) for cell in present), default=(0, 0))
-    whole = [cell for cell in present if (cell.datasets, cell.rows) == most]
-    if len(whole) < 2 or len({cell.value for cell in whole}) == 1:  # nothing to be better than
-        return tuple(cell and replace(cell, complete=(cell.datasets, cell.rows) == most) for cell in cells)
-    top = max(cell.value for cell in whole)
-    reach = min(cell.low for cell in whole if cell.value == top)
+def marked(
+    cells: Sequence[Cell | None], marks: Callable[[Sequence[float | None]], Sequence[Mark]] | None = None
+) -> tuple[Cell | None, ...]:
+    """Cells that say whether they stand on as much as any other.
 
-    def mark(cell: Cell) -> Cell:
-        complete = (cell.datasets, cell.rows) == most
-        how: Mark = "" if not complete else "best" if cell.value == top else "close" if cell.high >= reach else ""
-        return replace(cell, complete=complete, mark=how)
-
-    return tuple(cell and mark(cell) for cell in cells)
-
-
-def versus(runs: Sequence[Run], *, seed: int = 0) -> list[Versus]:
-    """Every later run against every earlier one, where they share instances."""
-    found = []
-    for (a, first), (b, second) in itertools.combinations(enumerate(runs), 2):
-        pairs = [
-            pair
-            for name, result in first.results.items()
-            if name in second.results and (pair := _pair(result, second.results[name])) is not None
-        ]
-        if not pairs:
-            continue
-        instances = sum((paired.record(pair) for pair in pairs), paired.Record(0, 0, 0))
-        gaps = [pair.b.value - pair.a.value for pair in pairs]
-        wins, losses = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
-        found.append(
-            Versus(
-                a=a,
-                b=b,
-                difference=paired.bootstrap(pairs, seed=seed),
-                instances=instances,
-                datasets=paired.Record(wins, losses, len(gaps) - wins - losses),
-                p=paired.randomisation(pairs, seed=seed, swaps=SWAPS),
-            )
-        )
-    return found
-
-
-def shared_rows(a: Result, b: Result) -> tuple[list[int], list[int]]:
-    """The places of the instances that two results share, parallel.
-
-    The same prompt and gold texts make the same instance. Where prompts are not at hand, places do, if both results are
-    equally long and not known to come from different files.
+    Args:
+        marks: from the values of those that do, None for the others, to their marks.
     """
-    if a.prompts is not None and b.prompts is not None:
-        places = {key: place for place, key in enumerate(keys(b))}
-        both = [(place, places[key]) for place, key in enumerate(keys(a)) if key in places]
-        return [place for place, _ in both], [place for _, place in both]
-    files = {_digest(result) for result in (a, b)} - {None}
-    same = len(a) == len(b) and len(files) < 2
-    return (list(range(len(a))), list(range(len(a)))) if same else ([], [])
+    most = max(((cell.datasets, cell.rows) for cell in cells if cell is not None), default=(0, 0))
+    whole = [cell is not None and (cell.datasets, cell.rows) == most for cell in cells]
+    values = [cell.value if cell and complete else None for cell, complete in zip(cells, whole, strict=True)]
+    found: Sequence[Mark] = ["" for _ in cells] if marks is None else marks(values)
+    return tuple(
+        cell and replace(cell, complete=complete, mark=mark)
+        for cell, complete, mark in zip(cells, whole, found, strict=True)
+    )
 
 
-def keys(result: Result) -> list[tuple[object, ...]]:
-    """What tells a result's instances apart, in order; a row that comes again is numbered."""
-    seen: Counter[tuple[object, ...]] = Counter()
-    found: list[tuple[object, ...]] = []
-    for prompt in result.prompts or ():
-        key = (prompt.context, prompt.golds)
-        found.append((*key, seen[key]))
-        seen[key] += 1
-    return found
+def _metrics(pairing: Pairing, names: Sequence[str]) -> list[str]:
+    results = [run.results[name] for run in pairing.runs for name in names if name in run.results]
+    return list(dict.fromkeys(metric for result in results for metric in result.measures))
 
 
-def _pair(a: Result, b: Result) -> paired.Pair | None:
-    here, there = shared_rows(a, b)
-    if not here or official(a)[0] != official(b)[0]:
+def _cells(pairing: Pairing, names: Sequence[str], metric: str | None) -> tuple[Cell | None, ...]:
+    cells = []
+    for run in pairing.runs:
+        results = [run.results[name] for name in names if name in run.results]
+        cells.append(_mean([_column(result, metric) for result in results], pairing.seed))
+    return marked(cells, lambda values: pairing.marks(values, names, metric))
+
+
+def _column(result: Result, metric: str | None) -> Values:
+    """None of it where the result has no such measure."""
+    return result.measures.get(metric or result.primary, np.empty(0))
+
+
+def _mean(columns: Sequence[Values], seed: int) -> Cell | None:
+    found = [mean_of(column) for column in columns if len(column)]
+    if not found:
         return None
-    return paired.Pair(mean_of(primary(a)[here].tolist()), mean_of(primary(b)[there].tolist()))
-
-
-def _digest(result: Result) -> object:
-    data = result.run.get("dataset")
-    return data.get("sha256") if isinstance(data, dict) else None
-
-
-def _official_cells(result: Result | None, seed: int) -> dict[str, Cell]:
-    if result is None:
-        return {}
-    names, values = official(result)
-    found = estimate([values], seed=seed)
-    cells = {}
-    for column, name in enumerate(names):
-        low, high = result.intervals.get(name, (float(found.low[column]), float(found.high[column])))
-        cells[name] = Cell(float(found.mean[column]), low, high, len(result))
-    return cells
-
-
-def _column(result: Result, metric: str) -> Values:
-    names, values = official(result)
-    return np.asarray(values[:, [names.index(metric)]]) if metric in names else values[:0, :1]
-
-
-def _mean(tasks: Sequence[Values], seed: int) -> Cell | None:
-    tasks = [values for values in tasks if len(values)]
-    if not tasks:
-        return None
-    found = estimate(tasks, seed=seed)
-    low, high = float(found.low[0]), float(found.high[0])
-    return Cell(float(found.mean[0]), low, high, sum(map(len, tasks)), len(tasks))
+    values = [corpus.value for corpus in found]
+    interval = of_mean(values, [corpus.interval(seed=[seed]) for corpus in found])
+    return Cell(float(np.mean(values)), interval, sum(len(corpus.rows) for corpus in found), len(found))
 
 
 def _extra_cell(result: Result | None, metric: str) -> Cell | None:
     if result is None or metric not in result.extra:
         return None
-    value = result.extra[metric]
-    low, high = result.extra_intervals.get(metric, (value, value))
-    return Cell(value, low, high, len(result))
+    return Cell(result.extra[metric], result.extra_intervals.get(metric), len(result))

@@ -11,6 +11,7 @@ import hashlib
 from importlib import resources
 from string import Template
 
+from logo.evaluation.paired import ALPHA, TESTS
 from logo.evaluation.report import tables
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.markup import Html, element, escape, join
@@ -20,7 +21,17 @@ from logo.evaluation.report.scene import Scene
 from logo.evaluation.report.svg import svg
 
 LONGEST_TITLE = 60  # characters of runs
-MARKS = "Best in bold. Dotted: the 95 % interval overlaps the best’s."
+MARKS = (
+    f"Bold: the highest, and significantly better than every other run of that line. Dotted: where no run is, the "
+    f"highest and all that are not significantly worse. Significant: p below {ALPHA} by {TESTS['mcnemar']} where the "
+    f"answers to one dataset are right or wrong, else by {TESTS['randomisation']}; corrected by Holm’s method for the "
+    "runs of the line."
+)
+INTERVALS = (
+    "Intervals are Wilson’s where answers are right or wrong, else bootstrap percentiles over instances, of ten "
+    "instances or more. A mean’s interval comes from its datasets’, squared and added: it is about other instances of "
+    "the same datasets."
+)
 ALL = "All: the mean over datasets of accuracy, BLEU or ROUGE-L, whichever a dataset has."
 THRESHOLD = "An answer counts as right when it is worth at least one half; exact match is worth one or nothing."
 
@@ -79,7 +90,8 @@ def _lede(analysis: Analysis) -> Html:
         assert cell is not None
         number = f"{100 * cell.value:.1f}"
         told += [" Best on average over all datasets: ", tables.run_name(analysis, best[0]), f", {number} "]
-        told.append(element("small", f"({100 * cell.low:.1f}–{100 * cell.high:.1f})", class_="ci"))
+        if cell.interval is not None:
+            told.append(element("small", f"({'–'.join(f'{100 * end:.1f}' for end in cell.interval)})", class_="ci"))
         told.append(".")
     return element("p", *told, class_="lede")
 
@@ -88,8 +100,9 @@ def _overview(analysis: Analysis) -> tuple[str, str, Html]:
     options = tables.options_table(analysis)
     versions = tables.versions_table(analysis.runs[0])
     told = [MARKS] if len(analysis.runs) > 1 else []
+    told.append(INTERVALS)
     told += [ALL] if len({line.group for line in analysis.groups}) > 1 else []
-    notes = element("p", " ".join(told), class_="key") if told else None
+    notes = element("p", " ".join(told), class_="key")
     return (
         "overview",
         "Overview",
@@ -123,18 +136,35 @@ def _datasets(analysis: Analysis) -> tuple[str, str, Html]:
         join(
             tables.figure(scene, svg(scene)),
             tables.datasets_table(analysis, analysis.lines, "Official measures, in percent, with 95 % intervals"),
+            _sources(analysis),
             _details("Measures beside the official ones", extra),
         ),
     )
+
+
+def _sources(analysis: Analysis) -> Html | None:
+    """Where published numbers were read."""
+    cells = [cell for line in analysis.lines for cell in line.cells if cell is not None]
+    sources = {cell.published.source: cell.published.url for cell in cells if cell.published is not None}
+    if not sources:
+        return None
+    told = "; ".join(f"{source}, {url}" for source, url in sources.items())
+    note = (
+        f"Published: what others report of the same base model, dataset, selection and k, not these runs. From: {told}."
+    )
+    return element("p", note, class_="key")
 
 
 def _versus(analysis: Analysis) -> tuple[str, str, Html] | None:
     scene = differences(analysis)
     if scene is None:
         return None
+    used = {pair.significance.test for pair in analysis.versus}
+    tests = " or ".join(text for name, text in TESTS.items() if name in used)
     note = (
-        "The same instances are compared in both runs; every dataset counts alike. Bold: the interval excludes zero. "
-        "p: approximate randomisation, not corrected for the number of comparisons."
+        f"The same instances are compared in both runs; every dataset counts alike. p: two-sided, by {tests}. "
+        + (f"p Holm: corrected for the {len(analysis.versus)} pairs. " if len(analysis.versus) > 1 else "")
+        + f"Bold: {'p Holm' if len(analysis.versus) > 1 else 'p'} below {ALPHA}."
     )
     return (
         "versus",

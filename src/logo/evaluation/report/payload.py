@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from logo.evaluation.intervals import Values
+from logo.evaluation.prompts import Prompt
 from logo.evaluation.report.adapters import right_adapter, right_ranks
 from logo.evaluation.report.analysis import Analysis
-from logo.evaluation.report.numbers import NAMES, keys, official, primary, shared_rows
-from logo.evaluation.report.prompts import Prompt
-from logo.evaluation.report.results import Result
+from logo.evaluation.report.numbers import NAMES, primary
+from logo.evaluation.report.versus import keys, shared_rows
+from logo.evaluation.stored import Result
 
 WEIGHT_DIGITS = 4  # of weights and scores as the page shows them; the result files have all
 
@@ -55,8 +56,8 @@ def blocks(analysis: Analysis) -> dict[str, str]:
         datasets.append(
             {
                 "name": name,
-                "metric": NAMES[official(first)[0][-1]],
-                "graded": not official(first)[0][-1].startswith("em"),
+                "metric": NAMES[first.primary],
+                "graded": not first.primary.startswith("em"),
                 "values": values,
                 "errors": errors,
                 "why": "" if all(rows.prompts) else next((r.no_prompts for r in results if r and r.no_prompts), ""),
@@ -84,7 +85,7 @@ def unpacked(block: str) -> Any:
 
 
 def _rows(results: Sequence[Result | None]) -> _Rows:
-    """The same instance of several runs becomes one row; see `numbers.shared_rows` for what is the same."""
+    """The same instance of several runs becomes one row; see `versus.shared_rows` for what is the same."""
     rows = _Rows()
     present = [(run, result) for run, result in enumerate(results) if result is not None]
     present.sort(key=lambda pair: pair[1].prompts is None)  # those that say what was asked come first
@@ -119,14 +120,14 @@ def _values(result: Result, rows: _Rows, run: int) -> list[float | None]:
 def _answers(result: Result, rows: _Rows, run: int, adapters: dict[str, int]) -> list[list[Any] | None]:
     """Per row [answer, adapters, weights, values, right adapter, its rank, how many were scored, error], or None."""
     answers: list[list[Any] | None] = [None] * len(rows.prompts)
-    names, values = official(result)
+    measures = result.measures
     ranks = right_ranks(result)
     for index, place in enumerate(rows.places[run]):
         answers[place] = [
             result.predictions[index],
             [adapters.setdefault(name, len(adapters)) for name in result.selected[index]],
             [_rounded(weight) for weight in result.weights[index]],
-            {NAMES[name]: _rounded(value) for name, value in zip(names, values[index].tolist(), strict=True)},
+            {NAMES[name]: _rounded(float(values[index])) for name, values in measures.items()},
             right_adapter(result, index),
             ranks[index],
             len(result.columns),

@@ -46,7 +46,7 @@ def scores(analysis: Analysis) -> Scene:
     step = max(22.0, 8.0 * len(analysis.runs) + 8.0)
     marks: list[SceneMark] = []
     left = _margin([line.dataset or "" for line in lines]) + 8
-    values = [bound for line in lines for cell in line.cells if cell for bound in (cell.low, cell.high)]
+    values = [bound for line in lines for cell in line.cells if cell for bound in (cell.value, *(cell.interval or ()))]
     x = _scale(0.0, max(values, default=1.0), left, PLOT)
     top = _legend(analysis, marks, 0.0) if len(analysis.runs) > 1 else 0.0
     y, axis = top + 26.0, top + 18.0
@@ -90,7 +90,7 @@ def differences(analysis: Analysis) -> Scene | None:
         return None
     names = [f"{analysis.labels[v.b]} − {analysis.labels[v.a]}" for v in analysis.versus]
     left = _margin(names, 48) + 8
-    bounds = [b for v in analysis.versus for b in (v.difference.low, v.difference.high)]
+    bounds = [b for v in analysis.versus for b in (v.difference.value, *(v.difference.interval or ()))]
     x = _scale(min(0.0, *bounds), max(0.0, *bounds), left, PLOT)
     step, y = 26.0, 28.0
     bottom = y + step * len(names)
@@ -103,9 +103,12 @@ def differences(analysis: Analysis) -> Scene | None:
         middle = y + step * number + step / 2
         found = pair.difference
         role, shape = series(pair.b)
-        told = f"{name}: {_signed(100 * found.value)} [{_signed(100 * found.low)}, {_signed(100 * found.high)}]"
+        told = f"{name}: {_signed(100 * found.value)}"
+        if found.interval:
+            told += f" [{', '.join(_signed(100 * end) for end in found.interval)}]"
         marks.append(Label(left - 10, middle + 4, short(name, 48), anchor="end", title=name))
-        marks.append(Stroke(x(found.low), middle, x(found.high), middle, role, 2.0, told))
+        if found.interval:
+            marks.append(Stroke(x(found.interval.low), middle, x(found.interval.high), middle, role, 2.0, told))
         marks.append(Dot(x(found.value), middle, 4.5, role, shape, told))
     return Scene(
         "differences",
@@ -222,8 +225,8 @@ def primary_lines(lines: Sequence[Line]) -> list[Line]:
 
 def told_cell(cell: Cell, line: Line) -> str:
     """A cell in words: `accuracy 71.3 [65.0, 77.1], 150 instances`."""
-    value, low, high = (line.scale * bound for bound in (cell.value, cell.low, cell.high))
-    return f"{NAMES.get(line.metric, line.metric)} {value:.1f} [{low:.1f}, {high:.1f}], {cell.rows} instances"
+    ends = f" [{', '.join(f'{line.scale * end:.1f}' for end in cell.interval)}]" if cell.interval else ""
+    return f"{NAMES.get(line.metric, line.metric)} {line.scale * cell.value:.1f}{ends}, {cell.rows} instances"
 
 
 class _Axis:
@@ -249,7 +252,8 @@ def _scale(low: float, high: float, left: float, width: float, logarithmic: bool
 
 def _interval(x: _Axis, y: float, cell: Cell, number: int, told: str) -> Iterator[SceneMark]:
     role, shape = series(number)
-    yield Stroke(x(cell.low), y, x(cell.high), y, role, 1.6, told)
+    if cell.interval:
+        yield Stroke(x(cell.interval.low), y, x(cell.interval.high), y, role, 1.6, told)
     yield Dot(x(cell.value), y, 3.4, role, shape, told)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from logo.evaluation.report.results import Run
+from logo.evaluation.runs import Run
 
 # Places, names and bookkeeping: they change no answer, or are shown elsewhere.
 _UNTOLD = frozenset(

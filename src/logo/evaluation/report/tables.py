@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from logo.evaluation.paired import ALPHA, TestName
 from logo.evaluation.report.adapters import Similarity, Weights
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.markup import Html, element, join
 from logo.evaluation.report.numbers import NAMES, Cell, Line
-from logo.evaluation.report.results import Run
 from logo.evaluation.report.scene import Dot, Scene, series
 from logo.evaluation.report.svg import svg_mark
+from logo.evaluation.runs import Run
 
+TEST_NAMES: Mapping[TestName, str] = {"mcnemar": "McNemar", "randomisation": "randomised"}  # in a column
 MOST = 5  # adapters per dataset, and pairs, that are told in words below a heat map
 HALF = 500.0  # a picture that is no wider may stand beside another
 _NOTHING = Html('<td class="none">–</td>')
@@ -136,13 +138,15 @@ def datasets_table(analysis: Analysis, lines: Sequence[Line], caption: str) -> H
 
 def versus_table(analysis: Analysis) -> Html:
     """Pairs of runs."""
-    heads = ["run", "against", "difference", "p", "better", "worse", "same", "datasets won", "lost", "even"]
+    several = len(analysis.versus) > 1
+    heads = ["run", "against", "difference", "p", *(["p Holm"] if several else []), "test"]
+    heads += ["better", "worse", "same", "datasets won", "lost", "even"]
     rows = []
     for pair in analysis.versus:
         found = pair.difference
-        clear = found.low > 0 or found.high < 0
-        value = element("strong" if clear else "span", signed(100 * found.value))
-        interval = element("small", f"{signed(100 * found.low)} to {signed(100 * found.high)}", class_="ci")
+        value = element("strong" if pair.p_holm < ALPHA else "span", signed(100 * found.value))
+        ends = found.interval and " to ".join(signed(100 * end) for end in found.interval)
+        interval = element("small", ends, class_="ci") if ends else None
         counts = [
             getattr(record, name) for record in (pair.instances, pair.datasets) for name in ("wins", "losses", "ties")
         ]
@@ -151,12 +155,14 @@ def versus_table(analysis: Analysis) -> Html:
                 run_name(analysis, pair.b),
                 run_name(analysis, pair.a),
                 element("td", value, " ", interval, class_="num"),
-                element("td", "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}", class_="num"),
+                *(_plain(p_value(p)) for p in (pair.significance.p, *([pair.p_holm] if several else []))),
+                element("td", TEST_NAMES[pair.significance.test]),
                 *(_plain(count) for count in counts),
             )
         )
     caption = "Paired difference in points over shared instances, with 95 % intervals; then instances, then datasets"
-    return table(caption, (column(name, numeric=n > 1) for n, name in enumerate(heads)), rows)
+    words = {"run", "against", "test"}
+    return table(caption, (column(name, numeric=name not in words) for name in heads), rows)
 
 
 def selected_table(analysis: Analysis) -> Html | None:
@@ -240,6 +246,11 @@ def figure(scene: Scene, drawing: Html, *more: object) -> Html:
     return element("figure", caption, box, *more, id=f"figure-{scene.name}", class_=half)
 
 
+def p_value(p: float) -> str:
+    """With three digits after the point."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def signed(value: float) -> str:
     """One digit after the point, always with a sign, unless nothing is left of it."""
     text = f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
@@ -253,17 +264,24 @@ def _all(analysis: Analysis) -> range:
 def _cell(line: Line, cell: Cell | None) -> Html:
     if cell is None:
         return _NOTHING
-    value, low, high = (line.scale * number for number in (cell.value, cell.low, cell.high))
-    interval = element("small", f"{low:.1f}–{high:.1f}", class_="ci")
-    rest: list[object] = [" ", interval]
-    if cell.mark == "close":
-        rest.append(element("span", " (interval overlaps the best’s)", class_="unseen"))
+    value = line.scale * cell.value
+    rest: list[object] = []
+    if cell.interval is not None:
+        ends = "–".join(f"{line.scale * end:.1f}" for end in cell.interval)
+        rest += [" ", element("small", ends, class_="ci")]
+    if cell.mark == "tied":
+        rest.append(element("span", " (not shown to be worse than any other)", class_="unseen"))
+    if cell.published is not None:
+        told = f"{line.scale * cell.published.value:.2f}"
+        rest += [" ", element("small", f"published {told}", class_="published", title=cell.published.source)]
     if not cell.complete:
         what = f"{cell.datasets} datasets, {cell.rows} rows" if line.dataset is None else f"{cell.rows} rows"
         rest += [" ", element("small", f"only {what}", class_="part")]
-    told = element("strong", f"{value:.1f}") if cell.mark == "best" else element("span", f"{value:.1f}", class_="value")
+    shown = (
+        element("strong", f"{value:.1f}") if cell.mark == "best" else element("span", f"{value:.1f}", class_="value")
+    )
     return element(
-        "td", told, *rest, class_=" ".join(filter(None, ["num", cell.mark, "" if cell.complete else "part"]))
+        "td", shown, *rest, class_=" ".join(filter(None, ["num", cell.mark, "" if cell.complete else "part"]))
     )
 
 

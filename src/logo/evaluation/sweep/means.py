@@ -1,28 +1,45 @@
-"""Means over datasets of every cell's primary measure, with 95 % intervals.
+"""Means over datasets of every cell's primary measure, and how far each is from the best.
 
-Rows are drawn alike for all cells, so that cells differ by what they answer and not by the draw.
+All cells answer the same rows, so a difference to the best is paired: its interval and its test compare the two answers
+to each row. Two cells whose own intervals overlap may well differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from logo.evaluation.corpus import mean_of
 from logo.evaluation.groups import grouped
-from logo.evaluation.intervals import estimate
+from logo.evaluation.intervals import Interval, of_mean
+from logo.evaluation.paired import Difference, Pair, Significance, difference, holm, significance
 from logo.evaluation.sweep.running import Cell, Outcome
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of some datasets' means, a fraction of one, and its 95 % interval; `datasets`: how many they are."""
+    """The mean of some datasets' means, a fraction of one, and its 95 % `interval` if it has one; `datasets`: how many
+    they are."""
 
     value: float
-    low: float
-    high: float
+    interval: Interval | None
     datasets: int
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A cell beside the best one.
+
+    Attributes:
+        difference: this cell's mean less the best one's.
+        significance: the test of it; `p_holm`: corrected by Holm's method for all cells beside the best.
+    """
+
+    difference: Difference
+    significance: Significance
+    p_holm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,9 +48,10 @@ class Standing:
 
     Attributes:
         mean: over all datasets that it has.
-        groups: over those of each group; a group of which a dataset is missing is not there.
         complete: no dataset is missing that another cell has.
         seconds: of wall time that its answers took.
+        groups: over those of each group; a group of which a dataset is missing is not there.
+        behind: how far it is from the best cell; None for that cell, and where a dataset is missing.
     """
 
     cell: Cell
@@ -41,6 +59,7 @@ class Standing:
     complete: bool
     seconds: float
     groups: dict[str, Mean] = field(default_factory=dict)
+    behind: Behind | None = None
 
 
 def datasets_of(outcomes: Sequence[Outcome]) -> list[str]:
@@ -53,21 +72,11 @@ def means(outcomes: Sequence[Outcome], datasets: Sequence[str], *, seed: int = 0
 
     Args:
         outcomes: of any cells and datasets.
-        seed: of the bootstrap.
+        seed: of intervals that are drawn.
     """
-    wanted = set(datasets)
-    found: list[tuple[Cell, dict[str, Outcome]]] = []
-    for outcome in outcomes:
-        if not found or found[-1][0].key != outcome.cell.key:
-            found.append((outcome.cell, {}))
-        found[-1][1][outcome.dataset] = outcome
-    whole = [(cell, by_name) for cell, by_name in found if wanted and wanted <= by_name.keys()]
-    if not whole:
-        return []
-    tasks = [np.hstack([by_name[name].values for _, by_name in whole]) for name in datasets]
-    drawn = estimate(tasks, seed=seed)
-    ends = zip(drawn.mean.tolist(), drawn.low.tolist(), drawn.high.tolist(), strict=True)
-    return [(cell, Mean(*three, len(datasets))) for (cell, _), three in zip(whole, ends, strict=True)]
+    found = _by_cell(outcomes)
+    whole = [(cell, by_name) for cell, by_name in found if datasets and all(name in by_name for name in datasets)]
+    return [(cell, _mean([by_name[name] for name in datasets], seed)) for cell, by_name in whole]
 
 
 def standings(outcomes: Sequence[Outcome], *, seed: int = 0) -> list[Standing]:
@@ -75,21 +84,48 @@ def standings(outcomes: Sequence[Outcome], *, seed: int = 0) -> list[Standing]:
 
     Args:
         outcomes: in the order of cells.
-        seed: of the bootstrap.
+        seed: of intervals and tests that are drawn.
     """
     everything = datasets_of(outcomes)
     groups = {
         group: {cell.key: mean for cell, mean in means(outcomes, names, seed=seed)}
         for group, names in grouped(everything).items()
     }
-    all_of = {cell.key: mean for cell, mean in means(outcomes, everything, seed=seed)}
     found = []
-    for cell in {outcome.cell.key: outcome.cell for outcome in outcomes}.values():
-        mine = [outcome for outcome in outcomes if outcome.cell.key == cell.key]
-        mean = all_of.get(cell.key)
-        if mean is None:
-            [(_, mean)] = means(mine, datasets_of(mine), seed=seed)
-        seconds = sum(outcome.seconds["inference"] for outcome in mine)
+    for cell, by_name in _by_cell(outcomes):
+        mine = list(by_name.values())
         own = {group: by_cell[cell.key] for group, by_cell in groups.items() if cell.key in by_cell}
-        found.append(Standing(cell, mean, cell.key in all_of, seconds, own))
-    return sorted(found, key=lambda standing: (not standing.complete, -standing.mean.value))
+        seconds = sum(outcome.seconds["inference"] for outcome in mine)
+        found.append(Standing(cell, _mean(mine, seed), len(mine) == len(everything), seconds, own))
+    found.sort(key=lambda standing: (not standing.complete, -standing.mean.value))
+    return _beside_the_best(found, dict((cell.key, by_name) for cell, by_name in _by_cell(outcomes)), seed)
+
+
+def _beside_the_best(
+    found: Sequence[Standing], answers: dict[tuple[object, ...], dict[str, Outcome]], seed: int
+) -> list[Standing]:
+    others = [standing for standing in found[1:] if standing.complete]
+    behind = []
+    for other in others:
+        best, mine = answers[found[0].cell.key], answers[other.cell.key]
+        pairs = [Pair(mean_of(best[name].values[:, 0]), mean_of(mine[name].values[:, 0])) for name in best]
+        behind.append(Behind(difference(pairs, seed=seed), significance(pairs, seed=seed)))
+    corrected = holm([one.significance.p for one in behind])
+    told = [replace(one, p_holm=p) for one, p in zip(behind, corrected, strict=True)]
+    compared = [replace(other, behind=one) for other, one in zip(others, told, strict=True)]
+    return [*found[:1], *compared, *(standing for standing in found[1:] if not standing.complete)]
+
+
+def _by_cell(outcomes: Sequence[Outcome]) -> list[tuple[Cell, dict[str, Outcome]]]:
+    """Every cell's outcomes by dataset, in the order of cells."""
+    found: dict[tuple[object, ...], tuple[Cell, dict[str, Outcome]]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.cell.key, (outcome.cell, {}))[1][outcome.dataset] = outcome
+    return list(found.values())
+
+
+def _mean(outcomes: Sequence[Outcome], seed: int) -> Mean:
+    found = [mean_of(outcome.values[:, 0]) for outcome in outcomes]
+    values = [corpus.value for corpus in found]
+    interval = of_mean(values, [corpus.interval(seed=[seed]) for corpus in found])
+    return Mean(float(np.mean(values)), interval, len(found))

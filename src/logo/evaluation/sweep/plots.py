@@ -163,8 +163,9 @@ def _lines(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], col
             continue
         found = [(x, points.get(value)) for x, value in order]
         xs = [x for x, _ in found]
-        value, low, high = (
-            [100 * getattr(mean, name) if mean else math.nan for _, mean in found] for name in ("value", "low", "high")
+        value = [100 * mean.value if mean else math.nan for _, mean in found]
+        low, high = (
+            [100 * mean.interval[end] if mean and mean.interval else math.nan for _, mean in found] for end in (0, 1)
         )
         at.fill_between(xs, low, high, color=colours[number], alpha=0.13, linewidth=0)
         look = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "linewidth": 1.5, "zorder": 3}
@@ -191,7 +192,7 @@ def _bars(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], colo
             at.bar(x, 100 * mean.value, 0.92 * width, color=colours[number], linewidth=0)
             # White below, so that it is seen on a dark bar; the point shows where a bar of no height is.
             for colour, more in (("white", 1.6), (INK, 0.0)):
-                ends = [100 * mean.low, 100 * mean.high]
+                ends = [100 * end for end in mean.interval or (mean.value, mean.value)]
                 at.plot(
                     [x, x],
                     ends,

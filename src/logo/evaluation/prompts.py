@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Prompt:
 
 
 def prompts_of(
-    folder: Path, run: Mapping[str, Any], rows: int, data_dir: Path | None
+    folder: Path, dataset: str, run: Mapping[str, Any], rows: int, data_dir: Path | None
 ) -> tuple[tuple[Prompt, ...] | None, str]:
     """The prompts of a result folder, or None and why.
 
@@ -40,7 +41,7 @@ def prompts_of(
     if not isinstance(data, dict) or not data.get("sha256"):
         return None, "the result holds no prompts and does not say which file they came from"
     changed = False
-    for candidate in _candidates(str(data.get("file", "")), folder.name, data_dir):
+    for candidate in _candidates(str(data.get("file", "")), dataset, data_dir):
         try:
             if file_sha256(candidate) == data["sha256"]:
                 return tuple(_prompt(vars(row)) for row in read_rows(candidate, rows)), ""
@@ -54,8 +55,10 @@ def prompts_of(
 def _candidates(file: str, dataset: str, data_dir: Path | None) -> Iterator[Path]:
     if file:
         yield Path(file)
-    if data_dir is not None and all(dataset.partition(".")):
-        yield dataset_file(data_dir, dataset)
+    if data_dir is not None:
+        yield data_dir / f"{dataset}.jsonl"
+        with contextlib.suppress(DataError):  # not a name that a data folder could hold
+            yield dataset_file(data_dir, dataset)
 
 
 def _written(file: Path, rows: int) -> Iterator[Prompt]:

@@ -1,32 +1,27 @@
-"""Result folders as values: what runs there are, and one dataset of one run with all its columns checked.
+"""The result of one dataset as a value, with all its columns checked.
 
 Reads what `logo evaluate` and the official script write. Only the six official files must be there; without `run.json`
-a run is known by its folder's name, and score columns by the adapters that were selected from them. Nothing is
-computed here beyond that: see `numbers`.
+score columns are known by the adapters that were selected from them. Which folders there are: see `runs`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import OFFICIAL
-from logo.evaluation.intervals import Values
-from logo.evaluation.metrics import Value
-from logo.evaluation.report.prompts import Prompt, prompts_of
-from logo.evaluation.shards import is_shard_folder
+from logo.errors import DataError, StorageError
+from logo.evaluation.intervals import Interval, Values
+from logo.evaluation.metrics import Kind, Value, measures, recorded_kind
+from logo.evaluation.prompts import Prompt, prompts_of
 
 MARK = "eval_results.json"  # a folder with this file is the result of one dataset
-_NAME = re.compile(r"(?P<base>.+)_(?:selection|method)_(?P<method>.+)_n_(?P<k>\d+)_seed_(?P<seed>\d+)")
-_DEPTH = 2  # results/, the run, the dataset
+RUN = "run.json"
 _ROUGE = ("rouge-1", "rouge-2", "rouge-L")
 
 
@@ -45,7 +40,6 @@ class Result:
         seconds: by stage.
         prompts: what was asked, or None; then `no_prompts` says why.
         errors: what went wrong, by instance.
-        intervals: (low, high) of the official means where the run has written them.
         extra: the measures beside the official ones, with `extra_intervals` and sacrebleu's `signatures`.
         run: `run.json`, or nothing.
     """
@@ -62,9 +56,8 @@ class Result:
     prompts: tuple[Prompt, ...] | None
     no_prompts: str = ""
     errors: Mapping[int, str] = field(default_factory=dict)
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     extra: Mapping[str, float] = field(default_factory=dict)
-    extra_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    extra_intervals: Mapping[str, Interval] = field(default_factory=dict)
     signatures: Mapping[str, str] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
 
@@ -77,59 +70,44 @@ class Result:
         options = self.run.get("options")
         return options if isinstance(options, dict) else {}
 
-
-@dataclass(frozen=True)
-class Run:
-    """One run folder. `results` by dataset, official names first.
-
-    `base`, `method`, `k` and `seed` are None where neither `run.json` nor the folder's name says.
-    """
-
-    folder: Path
-    results: Mapping[str, Result]
-    base: str | None = None
-    method: str | None = None
-    k: int | None = None
-    seed: int | None = None
+    @property
+    def metric(self) -> Kind:
+        """By which the answers were judged."""
+        return recorded_kind(self.run, self.dataset)
 
     @property
-    def options(self) -> Mapping[str, Any]:
-        """The first dataset's options."""
-        return next(iter(self.results.values())).options
+    def measures(self) -> dict[str, Values]:
+        """What each answer is worth (instances,) by official measure: one, or the three of ROUGE; the primary one comes
+        last."""
+        names = measures(self.metric)
+        if self.metric == "rouge":
+            return {name: np.array([v[name] for v in self.values if isinstance(v, dict)]) for name in names}
+        return {names[0]: np.array(self.values, dtype=np.float64)}
+
+    @property
+    def primary(self) -> str:
+        """The name of the measure that stands for the dataset where there is room for one: ROUGE-L where there are
+        three."""
+        return list(self.measures)[-1]
+
+    @property
+    def data_sha256(self) -> str | None:
+        """Of the file that the rows came from; None where the run did not write it."""
+        data = self.run.get("dataset")
+        found = data.get("sha256") if isinstance(data, dict) else None
+        return None if found is None else str(found)
 
 
-def read_runs(paths: Iterable[Path], data_dir: Path | None = None) -> list[Run]:
-    """Every run in the folders, in the order they were named, then by name.
-
-    Args:
-        paths: run folders, a folder that holds several, or folders of single datasets.
-        data_dir: where prompts are looked for when a result lacks them and `run.json`'s path leads nowhere.
-
-    Raises:
-        UsageError: a folder without results in it, or no folder.
-        DataError: a file that is missing or not what the official script writes (names the file).
-        StorageError: a file that cannot be read.
-    """
-    folders: dict[Path, dict[Path, None]] = {}  # run -> its datasets, ordered sets
-    for path in paths:
-        found = list(_found(path))
-        if not found:
-            raise UsageError(
-                f"results {str(path)!r}: expected a folder with {MARK} in it or at most two levels below, as "
-                f"`logo evaluate` writes, found {_kind(path)}"
-            )
-        for folder in found:
-            folders.setdefault(folder.parent, {})[folder] = None
-    if not folders:
-        raise UsageError("no result folder: expected at least one, such as results/")
-    return [_run(folder, datasets, data_dir) for folder, datasets in folders.items()]
-
-
-def read_result(folder: Path, data_dir: Path | None = None) -> Result:
+def read_result(folder: Path, dataset: str, data_dir: Path | None = None) -> Result:
     """One dataset's folder.
 
+    Args:
+        dataset: its name.
+        data_dir: where prompts are looked for when the result lacks them and `run.json`'s path leads nowhere.
+
     Raises:
-        DataError, StorageError: as `read_runs`.
+        DataError: a file that is missing or not what the official script writes; names it.
+        StorageError: a file that cannot be read.
     """
     values = tuple(_value(folder / MARK, index, value) for index, value in enumerate(_list(folder / MARK)))
     if not values:
@@ -146,12 +124,16 @@ def read_result(folder: Path, data_dir: Path | None = None) -> Result:
                 f"{folder / 'weights.json'}: instance {index}: expected {len(names)} weights, one per selected "
                 f"adapter, found {len(shares)}"
             )
-    run = _object(folder / "run.json", missing={})
+    run = read_object(folder / RUN, missing={})
+    metric = recorded_kind(run, dataset)
+    if (metric == "rouge") != _shape(values[0]):
+        expected = "ROUGE objects" if metric == "rouge" else "numbers"
+        raise DataError(f"{folder / MARK}: expected {expected}, since the metric is {metric}, found {values[0]!r:.60}")
     scores = _scores(folder / "metric_dict.json", rows)
-    metrics = _object(folder / "metrics.json", missing={})
-    prompts, reason = prompts_of(folder, run, rows, data_dir)
+    metrics = read_object(folder / "metrics.json", missing={})
+    prompts, reason = prompts_of(folder, dataset, run, rows, data_dir)
     return Result(
-        dataset=folder.name,
+        dataset=dataset,
         folder=folder,
         values=values,
         predictions=predictions,
@@ -159,11 +141,10 @@ def read_result(folder: Path, data_dir: Path | None = None) -> Result:
         weights=weights,
         columns=_columns(run, scores, selected),
         scores=scores,
-        seconds=_numbers(_object(folder / "time_dict.json")),
+        seconds=_numbers(read_object(folder / "time_dict.json")),
         prompts=prompts,
         no_prompts=reason,
         errors=_errors(metrics),
-        intervals=_intervals(_part(metrics, "official_intervals")),
         extra=_numbers(_part(metrics, "extra")),
         extra_intervals=_intervals(_part(metrics, "extra_intervals")),
         signatures={str(name): str(text) for name, text in _part(metrics, "signatures").items()},
@@ -171,44 +152,17 @@ def read_result(folder: Path, data_dir: Path | None = None) -> Result:
     )
 
 
-def _run(folder: Path, datasets: Iterable[Path], data_dir: Path | None) -> Run:
-    order = {name: number for number, name in enumerate(OFFICIAL)}
-    names = sorted(datasets, key=lambda dataset: (order.get(dataset.name, len(order)), dataset.name))
-    results = {dataset.name: read_result(dataset, data_dir) for dataset in names}
-    options = next(iter(results.values())).options
-    name = _NAME.fullmatch(folder.resolve().name)
-    parts: dict[str, Any] = name.groupdict() if name else {}
-    method = options.get("method") or "logo"
-    if method == "logo":
-        method = options.get("signal") or options.get("selection_strategy") or parts.get("method")
-    base = options.get("base_model") or parts.get("base")
-    return Run(
-        folder=folder,
-        results=results,
-        base=None if base is None else Path(str(base)).name or str(base),
-        method=None if method is None else str(method),
-        # The folder's name first: a method may use another number of adapters than was asked for.
-        k=_whole(parts.get("k"), options.get("k"), options.get("n_selected_modules")),
-        seed=_whole(parts.get("seed"), options.get("seed")),
-    )
+def read_object(file: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A file that holds a JSON object; `missing` where there is no such file.
 
-
-def _found(path: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """The dataset folders at or below a folder; hidden ones are another process's work in progress, shards are parts of
-    a dataset."""
-    if (path / MARK).is_file():
-        yield path
-    elif depth and path.is_dir():
-        for child in sorted(path.iterdir()):
-            if child.is_dir() and not child.name.startswith(".") and not is_shard_folder(child):
-                yield from _found(child, depth - 1)
-
-
-def _kind(path: Path) -> str:
-    if path.is_dir():
-        shards = any(is_shard_folder(child) for child in path.rglob("*.shard-*"))
-        return "only shards, of which `logo merge-results` makes one" if shards else "none"
-    return "a file" if path.exists() else "no such folder"
+    Raises:
+        DataError: there is no such file, or it holds something else.
+        StorageError: it cannot be read.
+    """
+    content = _json(file) if missing is None or file.exists() else missing
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected an object, found {type(content).__name__}")
+    return content
 
 
 def _columns(run: Mapping[str, Any], scores: Values, selected: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -226,7 +180,7 @@ def _columns(run: Mapping[str, Any], scores: Values, selected: Sequence[Sequence
 
 
 def _scores(file: Path, rows: int) -> Values:
-    content = _object(file)
+    content = read_object(file)
     if len(content) > 1:
         raise DataError(f"{file}: expected the scores of one signal, found {', '.join(map(str, content))}")
     lists: Any = next(iter(content.values()), [[]] * rows)
@@ -281,13 +235,6 @@ def _list(file: Path, rows: int | None = None) -> list[Any]:
     return content
 
 
-def _object(file: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    content = _json(file) if missing is None or file.exists() else missing
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: expected an object, found {type(content).__name__}")
-    return content
-
-
 def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -317,14 +264,9 @@ def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
     return {str(name): float(value) for name, value in content.items() if _number(value)}
 
 
-def _intervals(content: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Those that are two numbers; an interval of nothing is null in the file."""
+def _intervals(content: Mapping[str, Any]) -> dict[str, Interval]:
+    """Those that are two numbers. Earlier versions wrote intervals of no width where a bootstrap knew nothing."""
     pairs = {name: pair for name, pair in content.items() if isinstance(pair, list) and len(pair) == 2}
-    return {str(name): (float(a), float(b)) for name, (a, b) in pairs.items() if _number(a) and _number(b)}
-
-
-def _whole(*candidates: object) -> int | None:
-    for candidate in candidates:
-        if candidate is not None and str(candidate).lstrip("-").isdigit():
-            return int(str(candidate))
-    return None
+    return {
+        str(name): Interval(float(a), float(b)) for name, (a, b) in pairs.items() if _number(a) and _number(b) and a < b
+    }

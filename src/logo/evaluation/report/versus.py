@@ -1,0 +1,151 @@
+"""One run against another on the instances that both have answered, and the marks of the best in a table.
+
+Runs that were not given the same prompts can be in one report, so instances are matched by what was asked. Every number
+of this kind is computed once and shown wherever it is needed, so a pair of runs has one p-value.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from logo.evaluation.corpus import mean_of
+from logo.evaluation.groups import grouped
+from logo.evaluation.paired import ALPHA, Difference, Pair, Record, Significance, difference, holm, record, significance
+from logo.evaluation.runs import Run
+from logo.evaluation.stored import Result
+
+Mark = Literal["", "best", "tied"]
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Run `b` against run `a` (their places) on the instances that both have answered, primary measures.
+
+    Attributes:
+        difference: b less a, the mean over datasets, as a fraction.
+        instances, datasets: on how many b is better, worse, the same.
+        significance: the test of the difference and its p-value.
+        p_holm: the p-value corrected by Holm's method for all pairs of runs.
+    """
+
+    a: int
+    b: int
+    difference: Difference
+    instances: Record
+    datasets: Record
+    significance: Significance
+    p_holm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Runs whose results are compared.
+
+    Attributes:
+        runs: at least one.
+        seed: of what is drawn.
+    """
+
+    runs: tuple[Run, ...]
+    seed: int = 0
+    _known: dict[tuple[object, ...], Significance | None] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Every dataset of any run, grouped as the paper does."""
+        present = dict.fromkeys(name for run in self.runs for name in run.results)
+        return [name for names in grouped(present).values() for name in names]
+
+    def pairs(self, a: int, b: int, names: Iterable[str], metric: str | None = None) -> list[Pair]:
+        """What two runs (their places) share of these datasets; `metric` is an official one, None the primary one."""
+        sides = (self.runs[a].results, self.runs[b].results)
+        found = [_pair(sides[0][name], sides[1][name], metric) for name in names if all(name in side for side in sides)]
+        return [pair for pair in found if pair is not None]
+
+    def significance(self, a: int, b: int, names: Iterable[str], metric: str | None = None) -> Significance | None:
+        """The test of two runs on the datasets that both have of these; None where they share no instances."""
+        both = tuple(name for name in names if all(name in self.runs[run].results for run in (a, b)))
+        if (a, b, both, metric) not in self._known:
+            pairs = self.pairs(a, b, both, metric)
+            self._known[a, b, both, metric] = significance(pairs, seed=self.seed) if pairs else None
+        return self._known[a, b, both, metric]
+
+    def marks(self, values: Sequence[float | None], names: Sequence[str], metric: str | None = None) -> list[Mark]:
+        """Who is best of the runs that have a value.
+
+        A run is `best` if it has the highest value and is significantly better than every other run. Where none is,
+        `tied` are the run with the highest value and all that are not significantly worse, p-values being corrected by
+        Holm's method. Where all are worth the same nobody is marked.
+        """
+        marks: list[Mark] = ["" for _ in values]
+        present = [(value, run) for run, value in enumerate(values) if value is not None]
+        if len({value for value, _ in present}) < 2:
+            return marks
+        _, top = max(present, key=lambda one: (one[0], -one[1]))
+        others = [run for _, run in present if run != top]
+        corrected = holm([self._p(min(top, run), max(top, run), names, metric) for run in others])
+        tied = [run for run, p in zip(others, corrected, strict=True) if p >= ALPHA]
+        marks[top] = "tied" if tied else "best"
+        for run in tied:
+            marks[run] = "tied"
+        return marks
+
+    def versus(self) -> list[Versus]:
+        """Every later run against every earlier one, where they share instances."""
+        found = []
+        for a, b in itertools.combinations(range(len(self.runs)), 2):
+            pairs, tested = self.pairs(a, b, self.datasets), self.significance(a, b, self.datasets)
+            if not pairs or tested is None:
+                continue
+            gaps = [pair.b.value - pair.a.value for pair in pairs]
+            wins, losses = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
+            instances = sum((record(pair) for pair in pairs), Record(0, 0, 0))
+            datasets = Record(wins, losses, len(gaps) - wins - losses)
+            found.append(Versus(a, b, difference(pairs, seed=self.seed), instances, datasets, tested))
+        corrected = holm([one.significance.p for one in found])
+        return [replace(one, p_holm=p) for one, p in zip(found, corrected, strict=True)]
+
+    def _p(self, a: int, b: int, names: Sequence[str], metric: str | None) -> float:
+        """1 where two runs were not asked the same: a test of what they share says nothing of the rest."""
+        found = self.significance(a, b, names, metric)
+        shared = sum(len(pair.a.rows) for pair in self.pairs(a, b, names, metric))
+        asked = [sum(len(self.runs[run].results.get(name, ())) for name in names) for run in (a, b)]
+        return 1.0 if found is None or asked != [shared, shared] else found.p
+
+
+def shared_rows(a: Result, b: Result) -> tuple[list[int], list[int]]:
+    """The places of the instances that two results share, parallel.
+
+    The same prompt and gold texts make the same instance. Where prompts are not at hand, places do, if both results are
+    equally long and not known to come from different files.
+    """
+    if a.prompts is not None and b.prompts is not None:
+        places = {key: place for place, key in enumerate(keys(b))}
+        both = [(place, places[key]) for place, key in enumerate(keys(a)) if key in places]
+        return [place for place, _ in both], [place for _, place in both]
+    files = {result.data_sha256 for result in (a, b)} - {None}
+    same = len(a) == len(b) and len(files) < 2
+    return (list(range(len(a))), list(range(len(a)))) if same else ([], [])
+
+
+def keys(result: Result) -> list[tuple[object, ...]]:
+    """What tells a result's instances apart, in order; a row that comes again is numbered."""
+    seen: Counter[tuple[object, ...]] = Counter()
+    found: list[tuple[object, ...]] = []
+    for prompt in result.prompts or ():
+        key = (prompt.context, prompt.golds)
+        found.append((*key, seen[key]))
+        seen[key] += 1
+    return found
+
+
+def _pair(a: Result, b: Result, metric: str | None) -> Pair | None:
+    here, there = shared_rows(a, b)
+    if not here or a.primary != b.primary or (metric or a.primary) not in a.measures:
+        return None
+    name = metric or a.primary
+    return Pair(mean_of(a.measures[name][here]), mean_of(b.measures[name][there]))

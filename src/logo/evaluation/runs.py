@@ -1,0 +1,207 @@
+"""Where results lie: every finished dataset at or below a folder, the run that it belongs to, and its name.
+
+All that reads results begins here, so that a folder means the same everywhere, whether it is that of one dataset, of a
+run, or one that holds several runs. A dataset's name may have slashes (`words/antonym`); its folder then lies as deep
+below the run's. The name is what `run.json` says. The official script writes no such file: there it is the path below
+a folder that is named as that script names runs, or else the folder's own name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from logo.errors import DataError, StorageError, UsageError
+from logo.evaluation.datasets import OFFICIAL
+from logo.evaluation.shards import is_shard_folder
+from logo.evaluation.stored import MARK, RUN, Result, read_object, read_result
+
+_NAME = re.compile(r"(?P<base>.+?)_(?:selection|method)_(?P<method>.+?)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_.+)?")
+_SHARD = re.compile(r"\.shard-\d+-of-\d+$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One dataset's result on the disk.
+
+    Attributes:
+        folder: that holds its files.
+        run_folder: of the run that it belongs to.
+        dataset: its name.
+        run: `run.json`, or nothing.
+    """
+
+    folder: Path
+    run_folder: Path
+    dataset: str
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether it is a part of a dataset."""
+        return self.run["shard"] is not None if "shard" in self.run else is_shard_folder(self.folder.absolute())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `results` by dataset, official names first.
+
+    `base`, `method`, `k` and `seed` are None where neither `run.json` nor the folder's name says.
+    """
+
+    folder: Path
+    results: Mapping[str, Result]
+    base: str | None = None
+    method: str | None = None
+    k: int | None = None
+    seed: int | None = None
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The first dataset's options."""
+        return next(iter(self.results.values())).options
+
+
+def place_of(folder: Path) -> Place:
+    """What the result in a folder is called and which run it belongs to.
+
+    Raises:
+        DataError: a `run.json` that is not what it should be.
+        StorageError: it cannot be read.
+    """
+    run = read_object(folder / RUN, missing={})
+    data = run.get("dataset")
+    named = data.get("name") if isinstance(data, dict) else None
+    full = Path(os.path.abspath(folder))
+    # Paths stay as the user wrote them, as far as they say enough.
+    above = folder.parents if ".." not in folder.parts else full.parents
+    if isinstance(named, str) and named:
+        own = named.split("/")
+        lies = [*full.parts[:-1], _SHARD.sub("", full.name) if run.get("shard") else full.name]
+        depth = len(own) if lies[-len(own) :] == own else 1  # otherwise somebody has moved or renamed it
+    else:
+        found = (number for number, parent in enumerate(full.parents, start=1) if _NAME.fullmatch(parent.name))
+        depth = next(found, 1)
+        named = "/".join(full.parts[-depth:])
+    return Place(folder, (above if len(above) >= depth else full.parents)[depth - 1], named, run)
+
+
+def find_results(path: Path, *, shards: bool = False) -> list[Place]:
+    """The results at or below a folder, by path; none if there are none.
+
+    Hidden folders below it are another process's work in progress and left out. So are the shards of datasets, unless
+    the folder itself is one.
+
+    Args:
+        shards: find shards, and no whole datasets.
+
+    Raises:
+        DataError, StorageError: as `place_of`.
+    """
+    places = [place_of(folder) for folder in _marked(path, set())]
+    return [place for place in places if place.is_shard == shards or (place.folder == path and not shards)]
+
+
+def read_runs(paths: Iterable[Path], data_dir: Path | None = None) -> list[Run]:
+    """Every run in the folders, in the order they were named, then by path.
+
+    Args:
+        paths: run folders, folders that hold several, or folders of single datasets.
+        data_dir: where prompts are looked for when a result lacks them and `run.json`'s path leads nowhere.
+
+    Raises:
+        UsageError: a folder without results in it, or no folder.
+        DataError: a file that is missing or not what the official script writes (names the file), or two results of
+            the same dataset in one run.
+        StorageError: a file that cannot be read.
+    """
+    runs: dict[Path, dict[str, Place]] = {}  # by where the run really lies
+    for path in paths:
+        found = find_results(path)
+        if not found:
+            raise UsageError(
+                f"results {str(path)!r}: expected a folder with {MARK} in it or below, as `logo evaluate` writes, "
+                f"found {_kind(path)}"
+            )
+        for place in found:
+            places = runs.setdefault(place.run_folder.resolve(), {})
+            other = places.setdefault(place.dataset, place).folder
+            if other.resolve() != place.folder.resolve():
+                raise DataError(
+                    f"dataset {place.dataset!r}: expected one result in the run {str(place.run_folder)!r}, found two, "
+                    f"{str(other)!r} and {str(place.folder)!r}; move one of them elsewhere"
+                )
+    if not runs:
+        raise UsageError("no result folder: expected at least one, such as results/")
+    return [_run(list(places.values()), data_dir) for places in runs.values()]
+
+
+def read_run(path: Path, data_dir: Path | None = None) -> Run:
+    """The one run in a folder, with the datasets that lie at or below it.
+
+    Raises:
+        UsageError: several runs lie there.
+        UsageError, DataError, StorageError: as `read_runs`.
+    """
+    runs = read_runs([path], data_dir)
+    if len(runs) > 1:
+        names = ", ".join(run.folder.name for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
+        raise UsageError(f"run {str(path)!r}: expected the results of one run, found {len(runs)}: {names}; name one")
+    return runs[0]
+
+
+def _run(places: list[Place], data_dir: Path | None) -> Run:
+    order = {name: number for number, name in enumerate(OFFICIAL)}
+    places = sorted(places, key=lambda place: (order.get(place.dataset, len(order)), place.dataset))
+    results = {place.dataset: read_result(place.folder, place.dataset, data_dir) for place in places}
+    options = next(iter(results.values())).options
+    folder = places[0].run_folder
+    name = _NAME.fullmatch(folder.absolute().name)
+    parts: dict[str, Any] = name.groupdict() if name else {}
+    method = options.get("method") or "logo"
+    if method == "logo":
+        method = options.get("signal") or options.get("selection_strategy") or parts.get("method")
+    base = options.get("base_model") or parts.get("base")
+    return Run(
+        folder=folder,
+        results=results,
+        base=None if base is None else Path(str(base)).name or str(base),
+        method=None if method is None else str(method),
+        # The folder's name first: a method may use another number of adapters than was asked for.
+        k=_whole(parts.get("k"), options.get("k"), options.get("n_selected_modules")),
+        seed=_whole(parts.get("seed"), options.get("seed")),
+    )
+
+
+def _marked(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Folders with results at or below this one, each once, whatever links there are. A dataset's folder may hold those
+    of others: `a` and `a/b` are two names."""
+    try:
+        real = folder.resolve()
+        if real in seen or not folder.is_dir():
+            return
+        seen.add(real)
+        if (folder / MARK).is_file():
+            yield folder
+        below = sorted(child for child in folder.iterdir() if not child.name.startswith(".") and child.is_dir())
+    except OSError as error:
+        raise StorageError(f"results {str(folder)!r}: cannot be read ({error.strerror or error})") from error
+    for child in below:
+        yield from _marked(child, seen)
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "only shards, of which `logo merge-results` makes one" if find_results(path, shards=True) else "none"
+    return "a file" if path.exists() else "no such folder"
+
+
+def _whole(*candidates: object) -> int | None:
+    for candidate in candidates:
+        if candidate is not None and str(candidate).lstrip("-").isdigit():
+            return int(str(candidate))
+    return None
