@@ -216,3 +216,11 @@ def test_time_adds_up(demo: Path) -> None:
         assert math.isclose(sum(spent.stages.values()), sum(each["inference"] for each in stored), rel_tol=0.02)
         assert spent.loading == stored[0]["loading"] and spent.instances == ROWS * len(TASKS)
         assert math.isclose(spent.stages["probe"], sum(each["probe"] for each in stored))
+
+
+def test_a_run_that_has_a_name_is_called_by_it(tmp_path: Path) -> None:
+    for ending in ("_first", "_n_9_seed_1"):
+        write_result(tmp_path / f"{NAME}{ending}" / "d.x", [1])
+    runs = read_runs([tmp_path])
+    assert [(run.k, run.seed, run.name) for run in runs] == [(2, 0, "first"), (2, 0, "n_9_seed_1")]
+    assert labels(runs) == ["norm · name first", "norm · name n_9_seed_1"]

@@ -20,7 +20,9 @@ from logo.evaluation.datasets import OFFICIAL
 from logo.evaluation.shards import is_shard_folder
 from logo.evaluation.stored import MARK, RUN, Result, read_object, read_result
 
-_NAME = re.compile(r"(?P<base>.+?)_(?:selection|method)_(?P<method>.+?)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_.+)?")
+_NAME = re.compile(
+    r"(?P<base>.+?)_(?:selection|method)_(?P<method>.+?)_n_(?P<k>\d+)_seed_(?P<seed>\d+)(?:_(?P<name>.+))?"
+)
 _SHARD = re.compile(r"\.shard-\d+-of-\d+$")
 
 
@@ -50,7 +52,8 @@ class Place:
 class Run:
     """One run folder. `results` by dataset, official names first.
 
-    `base`, `method`, `k` and `seed` are None where neither `run.json` nor the folder's name says.
+    `base`, `method`, `k` and `seed` are None where neither `run.json` nor the folder's name says; `name` is what the
+    user called the run, if anything.
     """
 
     folder: Path
@@ -59,6 +62,7 @@ class Run:
     method: str | None = None
     k: int | None = None
     seed: int | None = None
+    name: str | None = None
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -174,6 +178,7 @@ def _run(places: list[Place], data_dir: Path | None) -> Run:
         # The folder's name first: a method may use another number of adapters than was asked for.
         k=_whole(parts.get("k"), options.get("k"), options.get("n_selected_modules")),
         seed=_whole(parts.get("seed"), options.get("seed")),
+        name=parts.get("name"),
     )
 
 

@@ -12,7 +12,7 @@ from logo.evaluation.runs import Run
 # Places, names and bookkeeping: they change no answer, or are shown elsewhere.
 _UNTOLD = frozenset(
     {"dataset", "data_dir", "result_dir", "save_dir", "model_dir", "cache", "adapter_cache_gb", "prefix_cache_gb"}
-    | {"base_model", "method", "signal", "selection_strategy", "k", "n_selected_modules", "seed", "gpu"}
+    | {"base_model", "method", "signal", "selection_strategy", "k", "n_selected_modules", "seed", "gpu", "run_name"}
 )
 _VARIES = "differs between its datasets"
 
@@ -42,7 +42,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     found = [_method(run) for run in runs]
     if len({run.base for run in runs}) > 1:
         found = [f"{text} · {run.base}" for text, run in zip(found, runs, strict=True)]
-    apart = {name: tuple(str(getattr(run, name)) for run in runs) for name in ("k", "seed")} | differing(runs)
+    apart = {name: tuple(str(getattr(run, name)) for run in runs) for name in ("name", "k", "seed")} | differing(runs)
     for name, values in apart.items():
         alike = [text for text in found if found.count(text) > 1]
         told = dict.fromkeys(
