@@ -50,9 +50,9 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}))
 
 
-def engine(model: nn.Module, adapters: Path, bos: bool = True, **settings: Any) -> LoGo:
+def engine(model: nn.Module, adapters: Path, bos: bool = True, fold: bool | None = None, **settings: Any) -> LoGo:
     chosen = SelectionSettings.of(**{"k": 3, **settings})
-    return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen)
+    return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen, fold=fold)
 
 
 PROMPTS = ["w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26", "w7 w8", "w40 w41 w42 w43"]

@@ -34,6 +34,7 @@ RESULT = DatasetResult(
     scored=("a/x.1", "b"),
     scores=((1.0, 3.0), (3.0, 2.0)),
     seconds={"inference": 2.5, "probe": 0.5, "generate": 1.5},
+    forms={"folded": 1, "gated": 1},
 )
 
 ROWS = [Row("Q: a?", "Yes"), Row("Q: b?", ("No", "no way"), ("no", "No"), "b")]
@@ -99,7 +100,11 @@ def test_the_files(tmp_path: Path) -> None:
     assert files["weights.json"] == [[0.75, 0.25], [0.6, 0.4]]
     assert files["metric_dict.json"] == {"norm": [[1.0, 3.0], [3.0, 2.0]]}
     assert files["time_dict.json"] == {"loading": 4.0, "inference": 2.5, "probe": 0.5, "generate": 1.5}
-    assert files["run.json"] == {**record(), "score_columns": ["a/x.1", "b"]}
+    assert files["run.json"] == {
+        **record(),
+        "score_columns": ["a/x.1", "b"],
+        "forms": {"folded": 1, "gated": 1},
+    }
     assert files["rows.json"] == [
         {"context": "Q: a?", "completion": "Yes"},
         {"context": "Q: b?", "completion": ["No", "no way"], "references": ["no", "No"], "adapter": "b"},

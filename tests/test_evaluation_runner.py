@@ -35,6 +35,7 @@ class Generation:
     token_ids: tuple[int, ...] = ()
     finish_reason: str = "stop"
     seconds: dict[str, float] = field(default_factory=lambda: {"probe": 0.25, "generate": 0.5})
+    form: str = "gated"
 
 
 class FakeEngine:

@@ -15,7 +15,7 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 LAYERS = [
     {"errors", "cache"},
     {"adapters"},
-    {"mixing", "selection", "models", "decoding", "scoring"},
+    {"mixing", "selection", "models", "decoding", "endings", "scoring"},
     {"decoder"},
     {"engine"},
     {"backends", "baselines"},

@@ -116,6 +116,8 @@ def test_kill_9_in_the_middle(
     assert sorted(path.name for path in second.parent.iterdir()) == ["antonym", "capital"]
     one, other = (json.loads((tmp_path / at / RUN / "capital" / "run.json").read_text()) for at in ("killed", "whole"))
     assert one["fingerprint"] == other["fingerprint"]
+    assert one["forms"] == other["forms"] == {"gated": COUNT}  # of all rows, whichever process answered them
+    assert one["folding"]["asked"] is False
     times = json.loads((second / "time_dict.json").read_text())
     assert times["inference"] >= times["probe"] + times["generate"]  # what the killed process took counts
 

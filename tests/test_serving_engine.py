@@ -160,8 +160,8 @@ def alone(logo: LoGo, rows: list[list[int]], wishes: list[Wish], length: int) ->
     for ids, wish in zip(rows, wishes, strict=True):
         forced = wish.adapters is not None
         selection = Selection.forced(wish.adapters or {}) if forced else logo.select_ids([ids])[0]
-        [(tokens, reason)] = logo._decoder(logo.fitted, [ids], [selection.mixture], config)
-        results.append((tuple(tokens), reason, selection.adapters))
+        [made] = logo._decoder(logo.fitted, config, False, (), 0.0, [ids], [selection])
+        results.append((made.token_ids, made.finish_reason, selection.adapters))
     return results
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo import LoGo
-from logo.decoding import StopAt, cut_at
 from logo.demo.tokenizer import build_tokenizer
+from logo.endings import EndRows, at_texts, cut_at
 
 PROMPTS = ["Spell the word fence backwards.", "What is the plural of lake?", "What is 7 plus 5?"]
 TOKENIZER = build_tokenizer()
@@ -35,7 +35,7 @@ def test_a_row_ends_when_its_answer_holds_the_text(prompt: str, answer: str, sto
     """Token by token: it ends at the first token that completes the text, and what the prompt holds does not count."""
     start = TOKENIZER(prompt)["input_ids"]
     tokens = TOKENIZER(answer, add_special_tokens=False)["input_ids"]
-    criterion = StopAt(TOKENIZER, len(start), [stop])
+    criterion = EndRows([at_texts(TOKENIZER, [stop])], len(start))
     seen = [bool(criterion(torch.tensor([start + tokens[: n + 1]]))[0]) for n in range(len(tokens))]
     if stop in answer:
         first = next(n for n in range(len(tokens)) if stop in TOKENIZER.decode(tokens[: n + 1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,15 +13,14 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from logo.adapters.pool import AdapterPool
-from logo.decoding import Cancelled, FinishReason, Prompts, StopAt, StopAtNewline, cut_after_end, end_tokens, streamed
-from logo.mixing import Mixer, Work
+from logo.decoding import Cancelled, Prompts, streamed
+from logo.endings import EndRows, EndRule, FinishReason, at_newline, at_texts, cut_after_end, cut_at, end_tokens
+from logo.mixing import Form, Mixer, Work
+from logo.mixing.costs import EXPECTED
 from logo.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# How much the last answer counts in how long answers are taken to be.
-_RECENT = 0.1
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Generation:
         token_ids: the continuation's tokens, its end token included.
         finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"`.
         seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
+        form: how mixtures acted in its batch: `"folded"` into the weights, `"gated"` beside them, `"routed"` token by
+            token, or not at all (`"base"`).
     """
 
     text: str
@@ -39,6 +42,7 @@ class Generation:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     seconds: dict[str, float]
+    form: Form
 
 
 class Decoder:
@@ -54,42 +58,44 @@ class Decoder:
         self.model = model
         self.prompts = prompts
         self._mixer = mixer
-        self._usual: float | None = None  # new tokens of an answer that ends by itself
 
     def __call__(
         self,
         pool: AdapterPool,
-        rows: Sequence[Sequence[int]],
-        mixtures: Sequence[Mapping[str, float]],
         config: GenerationConfig,
-        stop_at_newline: bool | str = False,
-        stop: Sequence[str] = (),
-    ) -> list[tuple[list[int], FinishReason]]:
-        """The new tokens of each row, its end token included, and why it ended.
+        stop_at_newline: bool | str,
+        stop: Sequence[str],
+        probed: float,
+        rows: Sequence[Sequence[int]],
+        selections: Sequence[Selection],
+    ) -> list[Generation]:
+        """One answer per row of a batch. What an answer holds follows from its own row alone, to rounding.
 
         Args:
             pool: fitted to the model.
-            rows: token ids of the prompts, in one batch.
-            mixtures: adapter name -> weight, one per row.
             config: how to decode.
-            stop_at_newline: see `StopAtNewline`.
-            stop: see `StopAt`.
+            stop_at_newline: see `at_newline`.
+            stop: see `at_texts`; answers are cut before them.
+            probed: seconds that selecting took, per row.
+            rows: token ids of the prompts.
+            selections: their mixtures.
         """
-        criteria: list[StoppingCriteria] = []
+        started = time.perf_counter()
         tokenizer = self.prompts.tokenizer
-        start = max(map(len, rows))
+        rules = self._rules(config)
         if stop:
-            criteria.append(StopAt(tokenizer, start, stop))
+            rules.append(at_texts(tokenizer, stop))
         if stop_at_newline:
-            criteria.append(StopAtNewline(tokenizer, start, official=stop_at_newline == "official"))
-        tokens = self._continue(pool, rows, mixtures, config, criteria)
+            rules.append(at_newline(tokenizer, official=stop_at_newline == "official"))
+        tokens, form = self._continue(pool, rows, [selection.mixture for selection in selections], config, rules)
         ends = end_tokens(config, self.model.generation_config)
-        # A row that a stop rule ended is filled up with pad tokens while the others go on.
-        stopped_early = len(rows) > 1 and (stop_at_newline or stop or config.stop_strings)
-        padding = tokenizer.pad_token_id if stopped_early else None
-        answers = [cut_after_end(row, ends, config.max_new_tokens, padding) for row in tokens]
-        self._learn([len(ids) for ids, reason in answers if reason == "stop"])
-        return answers
+        answers = [cut_after_end(row, ends, config.max_new_tokens, rules) for row in tokens]
+        texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
+        seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
+        return [
+            Generation(cut_at(text, stop), selection, tuple(ids), reason, dict(seconds), form)
+            for text, selection, (ids, reason) in zip(texts, selections, answers, strict=True)
+        ]
 
     def stream(
         self, pool: AdapterPool, row: Sequence[int], mixture: Mapping[str, float], config: GenerationConfig, lock: Any
@@ -98,7 +104,7 @@ class Decoder:
 
         def generate(streamer: Any, cancelled: Cancelled) -> None:
             with lock:
-                self._continue(pool, [row], [mixture], config, [cancelled], streamer=streamer)
+                self._continue(pool, [row], [mixture], config, self._rules(config), cancelled, streamer=streamer)
 
         return streamed(self.prompts.tokenizer, generate)
 
@@ -108,14 +114,18 @@ class Decoder:
         rows: Sequence[Sequence[int]],
         mixtures: Sequence[Mapping[str, float]],
         config: GenerationConfig,
-        criteria: list[StoppingCriteria],
+        rules: Sequence[EndRule],
+        *criteria: StoppingCriteria,
         **options: Any,
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], Form]:
         weight: Tensor = self.model.get_input_embeddings().weight
         ids, mask = self.prompts.pad(rows, "left", weight.device)
-        if config.stop_strings:
-            options["tokenizer"] = self.prompts.tokenizer
-        with self._mixer.active(pool, mixtures, self._work(ids, config)), torch.no_grad():
+        if config.stop_strings:  # they are among the rules
+            config = copy.copy(config)
+            config.stop_strings = None
+        if rules:
+            criteria = (*criteria, EndRows(rules, ids.shape[1]))
+        with self._mixer.active(pool, mixtures, self._work(ids, config)) as form, torch.no_grad():
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -124,15 +134,14 @@ class Decoder:
                 **options,
             )
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
-        return sequences[:, ids.shape[1] :].tolist()
+        return sequences[:, ids.shape[1] :].tolist(), form
 
-    def _learn(self, lengths: list[int]) -> None:
-        """Remembers how long answers are that end by themselves; of those that were cut off nobody knows."""
-        for length in lengths:
-            self._usual = length if self._usual is None else (1 - _RECENT) * self._usual + _RECENT * length
+    def _rules(self, config: GenerationConfig) -> list[EndRule]:
+        """What ends a row by the config, end tokens apart: transformers would look for its texts in the prompt too."""
+        texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+        return [at_texts(self.prompts.tokenizer, texts)] if texts else []
 
     def _work(self, ids: Tensor, config: GenerationConfig) -> Work:
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        limit = config.max_new_tokens
-        steps = limit if self._usual is None else max(config.min_new_tokens or 0, min(limit, self._usual))
+        steps = max(config.min_new_tokens or 0, EXPECTED * config.max_new_tokens)
         return Work(ids.numel(), len(ids) * copies, steps)

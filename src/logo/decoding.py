@@ -6,6 +6,7 @@ Knows tokenizers and transformers' generate; knows nothing about adapters.
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +17,22 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
-from logo.errors import UsageError
+from logo.errors import UsageError, closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 256
 
-FinishReason = Literal["stop", "length"]
+# What other libraries call our options, and options of transformers that count the padding of a prompt.
+_ALIASES = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "min_length": "min_new_tokens",
+}
+_KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) - _ALIASES.keys()
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,17 @@ class Prompts:
         self.context = context
         self.truncation = truncation
 
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text with the tokenizer's special tokens, but never with a second token of beginning.
+
+        A text that begins with that token already (what a chat template has written, say) is taken as it is.
+        """
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        bos = self.tokenizer.bos_token
+        if bos and text.startswith(bos) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def encode(self, prompts: Sequence[str], room: int = 0) -> list[list[int]]:
         """Token ids of each prompt, special tokens included; too long ones are cut, with a warning.
 
@@ -67,7 +87,7 @@ class Prompts:
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise UsageError(f"prompt {i + 1}: expected a string, found {type(prompt).__name__}")
-            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+            ids = self.ids(prompt)
             if not ids:
                 raise UsageError(f"prompt {i + 1} is empty: this tokenizer adds no token of its own; write something")
             if limit is not None and len(ids) > limit:
@@ -83,8 +103,23 @@ class Prompts:
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that nobody asked about: cut where they are too long, left out where nothing remains."""
-        ids: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
-        return [row[: self.context] for row in ids if row]
+        return [row[: self.context] for row in map(self.ids, texts) if row]
+
+    def room(self, max_new_tokens: int | None) -> int:
+        """Tokens of the context that belong to the answer.
+
+        Args:
+            max_new_tokens: as the caller asks; None: 256, or half of a short context, which leaves the rest to the
+                prompt.
+
+        Raises:
+            UsageError: no new tokens.
+        """
+        if max_new_tokens is None:
+            return min(MAX_NEW_TOKENS, (self.context or 2 * MAX_NEW_TOKENS) // 2)
+        if max_new_tokens <= 0:
+            raise UsageError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
+        return max_new_tokens
 
     def generation_config(
         self, config: GenerationConfig | None, max_new_tokens: int | None, options: dict[str, Any]
@@ -92,18 +127,22 @@ class Prompts:
         """What one call generates with: the config given, or a greedy one, with the options on top.
 
         Raises:
-            UsageError: no new tokens, or several answers per prompt.
+            UsageError: no new tokens, several answers per prompt, or an option that transformers does not know.
         """
+        for name in options:
+            if name in _ALIASES:
+                raise UsageError(f"generation option {name!r}: use {_ALIASES[name]!r}, which counts new tokens only")
+            if name not in _KNOWN:
+                raise UsageError(
+                    f"unknown generation option {name!r}{closest(name, _KNOWN)}: expected one of "
+                    "transformers.GenerationConfig"
+                )
         if config is None:
             config = greedy_config(**options)
         else:
             config = copy.deepcopy(config)
             config.update(**options)
-        limit = max_new_tokens if max_new_tokens is not None else config.max_new_tokens
-        if limit is None:  # nobody asked: leave half of a short context to the prompt
-            limit = min(MAX_NEW_TOKENS, (self.context or 2 * MAX_NEW_TOKENS) // 2)
-        if limit <= 0:
-            raise UsageError(f"max_new_tokens: expected 1 or more, found {limit}")
+        limit = self.room(config.max_new_tokens if max_new_tokens is None else max_new_tokens)
         if (config.num_return_sequences or 1) != 1:
             raise UsageError("num_return_sequences: one answer per prompt; repeat the prompt to get several")
         config.max_new_tokens = limit
@@ -144,11 +183,27 @@ class Prompts:
         return ids.to(device), mask.to(device)
 
 
-def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size`, longest first, so that rows of one batch need little padding."""
+def batches_by_length(lengths: Sequence[int], size: int, *, padded: bool = True) -> Iterator[list[int]]:
+    """Indices in batches of at most `size`, longest first, so that rows of one batch need little padding.
+
+    Args:
+        padded: whether rows of a batch may need padding; otherwise all rows of a batch have one length.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    alike = [order] if padded else [list(rows) for _, rows in itertools.groupby(order, key=lambda i: lengths[i])]
+    for rows in alike:
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def reads_prompts(config: GenerationConfig) -> bool:
+    """Whether decoding looks at the tokens of prompts.
+
+    Transformers looks at their padding too, so that a row's answer would depend on the other rows of its batch.
+    """
+    penalties = (config.repetition_penalty, config.encoder_repetition_penalty)
+    counts = (config.no_repeat_ngram_size, config.encoder_no_repeat_ngram_size, config.min_length)
+    return any(value not in (None, 1.0) for value in penalties) or any(counts)
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -166,68 +221,6 @@ def greedy_config(**options: Any) -> GenerationConfig:
         return GenerationConfig(**options)
     plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0}
     return GenerationConfig(**{**plain, "top_k": 50, "no_repeat_ngram_size": 0, **options})
-
-
-def end_tokens(config: GenerationConfig, model_config: GenerationConfig) -> set[int]:
-    """Token ids that end a row: the call's, else the checkpoint's."""
-    ends = config.eos_token_id if config.eos_token_id is not None else model_config.eos_token_id
-    if ends is None:
-        return set()
-    return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
-
-
-class StopAtNewline(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row once its answer, the first line that is not blank, is complete.
-
-    Args:
-        tokenizer: to see newlines inside merged tokens.
-        prompt_length: padded length of the prompts, where continuations start.
-        official: end on the single token of "\\n" as the official code does, wherever it stands; merged tokens such
-            as "\\n\\n" then do not end a row, and a leading newline gives an empty answer.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, *, official: bool = False) -> None:
-        self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
-        self.newline = tokenizer.encode("\n", add_special_tokens=False)[0] if official else None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if self.newline is not None:
-            return torch.eq(input_ids[:, -1], self.newline)
-        done = [self._complete(row) for row in input_ids]
-        return torch.tensor(done, device=input_ids.device)
-
-    def _complete(self, row: Tensor) -> bool:
-        if "\n" not in self.tokenizer.decode(row[-1:]):  # almost every step ends here
-            return False
-        return "\n" in self.tokenizer.decode(row[self.prompt_length :], skip_special_tokens=True).lstrip()
-
-
-class StopAt(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row once its answer holds one of some texts, wherever tokens begin and end.
-
-    Args:
-        tokenizer: to see the texts.
-        prompt_length: padded length of the prompts, where continuations start; what stands before ends nothing.
-        stops: the texts, none of them empty.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, stops: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
-        self.stops = tuple(stops)
-        # A token is a byte or more, special ones apart; a few more, because some decoders drop a blank in front.
-        self.tail = max(len(stop.encode()) for stop in stops) + 4
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
-        start = max(self.prompt_length, input_ids.shape[1] - self.tail)
-        texts = self.tokenizer.batch_decode(input_ids[:, start:])  # special tokens may be asked for too
-        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """What stands before the first of the texts, whichever that is; all of it if there is none."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
 
 
 class Cancelled(StoppingCriteria):  # type: ignore[misc]
@@ -266,22 +259,3 @@ def streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, Cancel
         worker.join()
     if failure:
         raise failure[0]
-
-
-def cut_after_end(
-    ids: list[int], end: set[int], limit: int, padding: int | None = None
-) -> tuple[list[int], FinishReason]:
-    """A row's continuation up to and including its end token, and why it ended.
-
-    Args:
-        ids: new tokens, with whatever padding `generate` put behind the end.
-        end: token ids that end a row.
-        limit: the most new tokens that were allowed.
-        padding: the pad token, where rows may have been ended by something other than an end token.
-    """
-    for i, token in enumerate(ids):
-        if token in end:
-            return ids[: i + 1], "stop"
-    while padding is not None and ids and ids[-1] == padding:
-        ids = ids[:-1]
-    return ids, "length" if len(ids) >= limit else "stop"

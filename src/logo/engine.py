@@ -20,7 +20,7 @@ from torch import Tensor
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
 from logo.decoder import Decoder, Generation
-from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, cut_at
+from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, reads_prompts
 from logo.errors import UsageError
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.working_set import dtype_of
@@ -46,7 +46,8 @@ class LoGo:
         truncation: what to do with prompts that are too long.
         adapter_cache_gb: host memory (10⁹ bytes) for the tensors of adapters that were used last.
         fold: add the mixture into a copy of the weights it acts on where all rows of a batch share it, so that
-            decoding costs what the base model costs. None: when that pays; see `logo.mixing.costs`.
+            decoding costs what the base model costs. None: when that pays and would not round it to half precision;
+            see `logo.mixing.costs`.
         merge: how selected adapters are combined, a kind by name or a `Merge` with its options; see
             `logo.mixing.merges`. May be changed later (`logo.merge = "ties"`).
         on_bad_adapter: what to do with adapters that do not fit the base model.
@@ -161,6 +162,11 @@ class LoGo:
         return self._router
 
     @property
+    def folding(self) -> dict[str, Any]:
+        """What decides whether a mixture is folded into the weights, for JSON; see `logo.mixing.costs`."""
+        return self._mixer.folding
+
+    @property
     def merge(self) -> Merge:
         """How selected adapters are combined when they answer or are scored; probing always sums them exactly."""
         return self._mixer.merge
@@ -173,19 +179,30 @@ class LoGo:
     # -- selecting ----------------------------------------------------------------------------------------------
 
     @overload
-    def select(self, prompts: str, *, batch_size: int = ...) -> Selection: ...  # type: ignore[overload-overlap]
+    def select(  # type: ignore[overload-overlap]
+        self, prompts: str, *, max_new_tokens: int | None = ..., batch_size: int = ...
+    ) -> Selection: ...
     @overload
-    def select(self, prompts: Sequence[str], *, batch_size: int = ...) -> list[Selection]: ...
-    def select(self, prompts: str | Sequence[str], *, batch_size: int = 8) -> Selection | list[Selection]:
+    def select(
+        self, prompts: Sequence[str], *, max_new_tokens: int | None = ..., batch_size: int = ...
+    ) -> list[Selection]: ...
+    def select(
+        self, prompts: str | Sequence[str], *, max_new_tokens: int | None = None, batch_size: int = 8
+    ) -> Selection | list[Selection]:
         """Which adapters would answer, with their weights and the scores of all.
 
         Args:
             prompts: one prompt, or several (list in, list out).
+            max_new_tokens: as in `generate`: a prompt that leaves no room for them is cut in the same place.
             batch_size: prompts per probe. `probe_context="carry"` always takes them one by one, in order.
+
+        Raises:
+            UsageError: an empty prompt, or an answer that alone would fill the context.
         """
         if isinstance(prompts, str):
-            return self.select([prompts], batch_size=batch_size)[0]
-        return self.select_ids(self.prompts.encode(prompts), batch_size=batch_size)
+            return self.select([prompts], max_new_tokens=max_new_tokens, batch_size=batch_size)[0]
+        rows = self.prompts.encode(prompts, room=self.prompts.room(max_new_tokens))
+        return self.select_ids(rows, batch_size=batch_size)
 
     def select_ids(self, rows: Sequence[Sequence[int]], *, batch_size: int = 8) -> list[Selection]:
         """`select` for prompts that are token ids already, special tokens included."""
@@ -253,10 +270,11 @@ class LoGo:
             generation_config: any transformers config; default: greedy, whatever the checkpoint's own asks for.
             stop_at_newline: end each answer at its first line; `"official"`: by the official code's rule.
             stop: end each answer before the first of these texts.
-            **options: options of `GenerationConfig`, such as `do_sample=True, temperature=0.7`.
+            **options: options of `GenerationConfig`, such as `do_sample=True, temperature=0.7`; no others.
 
         Raises:
-            UsageError: an empty prompt, a forced adapter that is not in the pool, an option that cannot be used.
+            UsageError: an empty prompt, a forced adapter that is not in the pool, an option that does not exist or
+                cannot be used.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         check_batch_size(batch_size)
@@ -269,30 +287,12 @@ class LoGo:
             selections = self._selections(rows, adapters, batch_size)
             probed = (time.perf_counter() - started) / max(1, len(rows))
             answers: dict[int, Generation] = {}
-            for batch in batches_by_length([len(row) for row in rows], batch_size):
-                part = [selections[i] for i in batch]
-                generated = self._generate([rows[i] for i in batch], part, config, (stop_at_newline, stop), probed)
-                answers |= zip(batch, generated, strict=True)
+            padded = not reads_prompts(config)
+            decode = functools.partial(self._decoder, self._fitted, config, stop_at_newline, stop, probed)
+            for batch in batches_by_length([len(row) for row in rows], batch_size, padded=padded):
+                answers |= zip(batch, decode([rows[i] for i in batch], [selections[i] for i in batch]), strict=True)
         ordered = [answers[i] for i in range(len(rows))]
         return ordered[0] if isinstance(prompts, str) else ordered
-
-    def _generate(
-        self,
-        rows: Sequence[Sequence[int]],
-        selections: Sequence[Selection],
-        config: GenerationConfig,
-        stops: tuple[bool | str, Sequence[str]],
-        probed: float,
-    ) -> list[Generation]:
-        started = time.perf_counter()
-        mixtures = [selection.mixture for selection in selections]
-        answers = self._decoder(self._fitted, rows, mixtures, config, *stops)
-        texts = self.tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
-        seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
-        return [
-            Generation(cut_at(text, stops[1]), selection, tuple(ids), reason, dict(seconds))
-            for text, selection, (ids, reason) in zip(texts, selections, answers, strict=True)
-        ]
 
     def stream(
         self,

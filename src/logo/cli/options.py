@@ -110,7 +110,7 @@ class EngineOptions:
         typer.Option(
             "--fold/--no-fold",
             help="Add the mixture into a copy of the weights.",
-            show_default="when it pays",
+            show_default="float32: when it pays",
             rich_help_panel=POOL,
         ),
     ] = None

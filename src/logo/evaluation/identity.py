@@ -51,6 +51,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         "weights": weights_digest(logo.model),
         "tokenizer": tokenizer_digest(logo.tokenizer),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
+        "fold": logo.folding["asked"],
         "merge": asdict(logo.merge),
         "settings": {**settings, "points": [point.name for point in logo.router.points]},
         "truncation": asdict(logo.prompts.truncation),

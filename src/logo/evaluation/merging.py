@@ -8,6 +8,7 @@ differ.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,6 +253,7 @@ def _merged(parts: Sequence[Part]) -> Merged:
         scores=tuple(woven("metric_dict.json", wide=True)),
         seconds=seconds,
         errors=errors,
+        forms=dict(sorted(sum((Counter(part.run["forms"]) for part in parts), Counter[str]()).items())),
     )
     all_rows = [_row(row) for row in woven("rows.json")]
     run = _run(parts, rows)

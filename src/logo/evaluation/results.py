@@ -124,7 +124,8 @@ def result_files(
         rows: that were answered, parallel to the result.
         strategy: the signal's name, the one key of `metric_dict.json`.
         loading_seconds: wall time of loading the model and the pool.
-        run: what `run_record` returned; the names of the score columns are added to it.
+        run: what `run_record` returned; the names of the score columns are added to it, and how many rows' mixtures
+            were folded or gated.
         seed: of the intervals in `metrics.json`.
     """
     return {
@@ -134,7 +135,7 @@ def result_files(
         "weights.json": result.weights,
         "metric_dict.json": {strategy: result.scores},
         "time_dict.json": {"loading": loading_seconds, **result.seconds},
-        "run.json": {**run, "score_columns": result.scored},
+        "run.json": {**run, "score_columns": result.scored, "forms": result.forms},
         "rows.json": [row.as_dict() for row in rows],
         "metrics.json": metrics_record(result, [row.golds for row in rows], seed=seed),
     }
@@ -216,6 +217,7 @@ def run_record(
     found_out: Mapping[str, object] | None = None,
     learnt: str | None = None,
     environments: Sequence[Mapping[str, object]] = (),
+    folding: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """What `run.json` holds: enough to do the run again and to see that it was the same one.
 
@@ -235,6 +237,7 @@ def run_record(
             it was learnt from training rows and is kept for other shards.
         environments: what the rows were answered on, see `logo.evaluation.identity.environment`: one, unless the run
             was gone on with on another.
+        folding: what decides whether a mixture is folded or gated (`LoGo.folding`).
     """
     kept = {name: value for name, value in options.items() if name.strip("-").replace("-", "_") not in _SECRETS}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
@@ -251,6 +254,7 @@ def run_record(
         "found_out": dict(found_out or {}),
         "learnt_sha256": learnt,
         "environments": [dict(one) for one in environments],
+        "folding": dict(folding or {}),
         "device": device,
         "versions": versions(),
     }

@@ -9,6 +9,7 @@ or of the shards of one.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ class Instance:
         scores: by adapter, in pool order; empty for a row without an answer.
         seconds: this row's share of each stage.
         error: one line; None for a row with an answer.
+        form: how its mixture acted (see `logo.Generation`); "" for a row without an answer.
     """
 
     value: Value
@@ -51,6 +53,7 @@ class Instance:
     scores: Mapping[str, float]
     seconds: Mapping[str, float]
     error: str | None = None
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class DatasetResult:
         scores: one number per scored adapter; None in rows without an answer.
         seconds: "inference" is the wall time; the engine's own stages are summed over the instances.
         errors: by index, why a row has no answer.
+        forms: how many rows' mixtures acted in each form.
     """
 
     dataset: str
@@ -79,6 +83,7 @@ class DatasetResult:
     scores: tuple[tuple[float | None, ...], ...]
     seconds: dict[str, float]
     errors: dict[int, str] = field(default_factory=dict)
+    forms: dict[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -199,6 +204,7 @@ def collect(
         scores=tuple(tuple(instance.scores.get(name) for name in scored) for instance in instances),
         seconds=seconds,
         errors={index: instance.error for index, instance in enumerate(instances) if instance.error is not None},
+        forms=dict(sorted(Counter(instance.form for _, instance in answered).items())),
     )
 
 
@@ -216,6 +222,7 @@ def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:
         weights=tuple(selection.weights),
         scores=dict(selection.scores),
         seconds=dict(answer.seconds),
+        form=answer.form,
     )
 
 

@@ -144,6 +144,7 @@ class Session:
                 found_out={**engine.record, **self._overlap(job)} if isinstance(engine, Answering) else {},
                 learnt=learnt,
                 environments=environments(plan, journal),
+                folding=self.logo.folding,
             )
             strategy = self.logo.settings.signal
             files = result_files(

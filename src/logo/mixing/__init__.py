@@ -4,8 +4,20 @@ from logo.mixing.adapter_cache import AdapterCache
 from logo.mixing.folding import Folder
 from logo.mixing.gated import GatedLoRA, Gates
 from logo.mixing.merges import EXACT, Merge
-from logo.mixing.mixer import Mixer
+from logo.mixing.mixer import Form, Mixer
 from logo.mixing.work import Work
 from logo.mixing.working_set import Stack, WorkingSet
 
-__all__ = ["EXACT", "AdapterCache", "Folder", "GatedLoRA", "Gates", "Merge", "Mixer", "Stack", "Work", "WorkingSet"]
+__all__ = [
+    "EXACT",
+    "AdapterCache",
+    "Folder",
+    "Form",
+    "GatedLoRA",
+    "Gates",
+    "Merge",
+    "Mixer",
+    "Stack",
+    "Work",
+    "WorkingSet",
+]

@@ -1,94 +1,58 @@
-"""When folding pays: measured on the machine, the model and the sizes at hand.
+"""When folding pays: arithmetic on sizes, so that a mixture takes the same form whatever ran before it.
 
-Folding costs `Σ out · in · R` once; gates cost `Σ R (in + out)` for every token. What a unit of either takes is timed
-the first time that sizes of an order come up, and from then on the rule is arithmetic.
+Costs are counted in multiplications of one large matrix product. A factor pair of rank R on a module costs
+
+    folded   out · in · R                                                           once
+    gated    R (in + out) · (tokens + READ)                                         in every pass
+
+because a pass multiplies every token by the factors and has to read them from memory besides. Nothing folds by itself
+where the weights are of half precision: `W + ΔW` is rounded to their dtype there, and other tokens may follow.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from logo.mixing.folding import fold
-from logo.mixing.gated import Gates, low_rank
 from logo.mixing.work import Work
 from logo.mixing.working_set import Stack, WorkingSet
 
-# Tokens at which gates are timed: one decoding step of one row, and enough to keep the processor busy.
-_FEW, _MANY = 1, 64
+# What reading a number of a factor takes, in multiplications, by kind of device. Nothing folds by itself on others.
+READ = {
+    # Folding, and the gates of one token, timed on an AMD EPYC with PyTorch's CPU build and one thread: 10.6 to 13.0 at
+    # widths of 1024 to 4096 and a rank of 320.
+    "cpu": 10.0,
+    # Not measured: the data sheet of an H100 SXM says 67 · 10¹² float32 operations, two to a multiplication, and
+    # 3.35 · 10¹² bytes per second.
+    "cuda": 40.0,
+}
+# Answers may end before the most tokens that they may have. Expecting all of them would make every answer that ends
+# early pay for a fold it does not need; expecting too few costs a few percent of each step at most.
+EXPECTED = 0.25
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Seconds per unit of work; see the module's docstring."""
-
-    fold: float
-    few: float
-    many: float
-
-    def gates(self, size: int, tokens: int) -> float:
-        """Seconds of gates of this size, `Σ R (in + out)`, for one pass over so many tokens."""
-        # Few tokens cost the reading of the factors, whatever their number; many are bound by arithmetic.
-        return size * max(self.few, self.many * tokens)
-
-
-class Costs:
-    """Measured costs on one base model.
+def folding_pays(working_set: WorkingSet, modules: Mapping[str, nn.Module], work: Work) -> bool:
+    """Whether one mixture of this working set is cheaper folded than gated.
 
     Args:
         modules: base module path -> linear module.
+        work: what the mixture will be used for.
     """
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
-        self._rates: dict[tuple[int, torch.dtype, str], Rates] = {}
-
-    def folding_pays(self, working_set: WorkingSet, work: Work) -> bool:
-        """Whether one mixture of this working set is cheaper folded than gated."""
-        rates, stacks = self._measured(working_set), working_set.stacks.values()
-        folding = rates.fold * sum(map(fold_size, stacks))
-        size = sum(map(gate_size, stacks))
-        return folding < rates.gates(size, work.prompt) + work.steps * rates.gates(size, work.rows)
-
-    def _measured(self, working_set: WorkingSet) -> Rates:
-        stack = next(iter(working_set.stacks.values()))
-        # Within a factor of two, a unit of work takes the same time.
-        rank = max(len(stack.A) for stack in working_set.stacks.values())
-        key = rank.bit_length(), stack.A.dtype, str(stack.A.device)
-        if key not in self._rates:
-            self._rates[key] = _measure(self._modules, working_set)
-        return self._rates[key]
+    folded = gated = 0.0
+    for path, stack in working_set.stacks.items():
+        read = READ.get(stack.A.device.type)
+        if read is None or _half(modules[path]):
+            return False
+        folded += fold_size(stack)
+        gated += gate_size(stack) * (work.prompt + read + work.steps * (work.rows + read))
+    return folded < gated
 
 
-@torch.no_grad()
-def _measure(modules: Mapping[str, nn.Module], working_set: WorkingSet) -> Rates:
-    """Folds one module; runs the gates of all, since in a cache that holds one module's factors they seem cheaper."""
-    adapters, stacks = len(working_set.names), working_set.stacks
-    weights = torch.full((adapters,), 1 / adapters)
-    gates = Gates(weights[None])
-    path = max(stacks, key=lambda path: stacks[path].B.numel())
-    module, stack = modules[path], stacks[path]
-    memory = fold(module, stack, weights)
-    size = sum(gate_size(stack) for stack in stacks.values())
-
-    def run(tokens: int) -> Callable[[], None]:
-        inputs = {s.A.shape[1]: torch.zeros(1, tokens, s.A.shape[1], dtype=s.A.dtype) for s in stacks.values()}
-
-        def gated() -> None:
-            for stack in stacks.values():
-                low_rank(inputs[stack.A.shape[1]].to(stack.A.device), stack, gates)
-
-        return gated
-
-    return Rates(
-        _seconds(lambda: fold(module, stack, weights, out=memory), stack) / fold_size(stack),
-        _seconds(run(_FEW), stack) / size,
-        _seconds(run(_MANY), stack) / (size * _MANY),
-    )
+def _half(module: nn.Module) -> bool:
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.element_size() < torch.float32.itemsize
 
 
 def fold_size(stack: Stack) -> int:
@@ -99,15 +63,3 @@ def fold_size(stack: Stack) -> int:
 def gate_size(stack: Stack) -> int:
     """Multiplications that gates on one module take for one token."""
     return len(stack.A) * (stack.A.shape[1] + len(stack.B))
-
-
-def _seconds(run: Callable[[], object], stack: Stack) -> float:
-    """The best of three, after one to warm up."""
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
-        run()
-        if stack.A.device.type == "cuda":
-            torch.cuda.synchronize(stack.A.device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])

@@ -8,10 +8,10 @@ the one before costs no stacking.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,13 +21,16 @@ from logo.adapters.layout import linear_modules
 from logo.adapters.pool import AdapterPool
 from logo.mixing.adapter_cache import AdapterCache
 from logo.mixing.arrow import Arrow, Routing
-from logo.mixing.costs import Costs
+from logo.mixing.costs import EXPECTED, READ, folding_pays
 from logo.mixing.folding import Folder, foldable
 from logo.mixing.gated import GatedLoRA, Gates
 from logo.mixing.groups import GroupedMixture, GroupedStack, Groups, cheapest, stacked
 from logo.mixing.merges import ARROW, EXACT, Merge, merged
 from logo.mixing.work import Work
 from logo.mixing.working_set import WorkingSet
+
+# How a mixture acts: not at all, added into the weights, beside them with gates, or routed token by token.
+Form = Literal["base", "folded", "gated", "routed"]
 
 # The pool's own (for probing with it active) and that of the batch at hand.
 _READY_SETS = 2
@@ -42,7 +45,8 @@ class Mixer:
         model: the base model.
         dtype: what mixtures compute in.
         cache_bytes: host memory for adapter tensors.
-        fold: whether one mixture for all rows may be folded into the weights; None: when that pays.
+        fold: whether one mixture for all rows is folded into the weights where it can be; None: when that pays and
+            the weights are not of half precision (`logo.mixing.costs`).
         merge: how the adapters of a row are combined where `active` is not told; may be changed.
     """
 
@@ -58,20 +62,25 @@ class Mixer:
         self._gated = GatedLoRA(modules)
         self._folder = Folder(modules)
         self._arrow = Arrow(modules)
-        self._costs = Costs(modules)
         self._fold = fold
         self.merge = merge
         self._dtype = dtype
         self._cache = AdapterCache(cache_bytes)
         self._ready: OrderedDict[Hashable, Any] = OrderedDict()
 
+    @property
+    def folding(self) -> dict[str, Any]:
+        """What decides whether a mixture is folded, for JSON; see `logo.mixing.costs`."""
+        return {"asked": self._fold, "expected": EXPECTED, "read": READ}
+
+    @contextmanager
     def active(
         self,
         pool: AdapterPool,
         rows: Sequence[Mapping[str, float]],
         work: Work | None = None,
         merge: Merge | None = None,
-    ) -> AbstractContextManager[Any]:
+    ) -> Iterator[Form]:
         """Activates one mixture per row of the batch, or one for all rows; nothing at all if no row has an adapter.
 
         Args:
@@ -81,14 +90,23 @@ class Mixer:
             merge: how the adapters of a row are combined; None: as `Mixer.merge` says. Adapters of weight 0 are no
                 part of a row that is merged or routed.
 
+        Yields:
+            The form that was chosen. It depends on the arguments, the sizes, the dtype and the kind of device alone.
+
         Raises:
             UsageError: adapters of one row that cannot be merged in this way.
         """
-        merge = merge or self.merge
+        form, context = self._chosen(pool, rows, work, merge or self.merge)
+        with context:
+            yield form
+
+    def _chosen(
+        self, pool: AdapterPool, rows: Sequence[Mapping[str, float]], work: Work | None, merge: Merge
+    ) -> tuple[Form, AbstractContextManager[Any]]:
         used = {name for row in rows for name, weight in row.items() if weight or merge.exact}
         names = tuple(name for name in pool.names if name in used)
         if not names:
-            return nullcontext()
+            return "base", nullcontext()
         if merge.exact or merge.kind == ARROW:
             parts = _Parts.of(pool, names, rows, self._cache)
         else:
@@ -98,16 +116,16 @@ class Mixer:
             if bool((allowed == allowed[0]).all()):
                 allowed = allowed[:1]
             routing = Routing(merge.arrow_top_k, merge.arrow_temperature)
-            return self._arrow.active(self._working_set(parts), allowed, routing)
+            return "routed", self._arrow.active(self._working_set(parts), allowed, routing)
         if bool((parts.weights == parts.weights[0]).all()):
             working_set = self._working_set(parts)
             if self._folds(working_set, work):
-                return self._folder.active(working_set, parts.weights[0])
-            return self._gated.active(working_set, Gates(parts.weights[:1]))
+                return "folded", self._folder.active(working_set, parts.weights[0])
+            return "gated", self._gated.active(working_set, Gates(parts.weights[:1]))
         groups = cheapest(parts.weights, parts.sizes, work or Work(_A_PROMPT * len(rows), len(rows), 0))
         if len(groups.adapters) == 1:
-            return self._gated.active(self._working_set(parts), Gates(parts.weights))
-        return self._gated.grouped(self._grouped(parts, groups), GroupedMixture(groups, parts.weights))
+            return "gated", self._gated.active(self._working_set(parts), Gates(parts.weights))
+        return "gated", self._gated.grouped(self._grouped(parts, groups), GroupedMixture(groups, parts.weights))
 
     def prefetch(self, pool: AdapterPool, names: Sequence[str]) -> None:
         """Starts to read these adapters in the background."""
@@ -122,9 +140,10 @@ class Mixer:
     def _folds(self, working_set: WorkingSet, work: Work | None) -> bool:
         if self._fold is False or (self._fold is None and work is None):
             return False
-        if not all(foldable(self._gated.modules[path]) for path in working_set.stacks):
+        modules = self._gated.modules
+        if not all(foldable(modules[path]) for path in working_set.stacks):
             return False
-        return self._fold is True or (work is not None and self._costs.folding_pays(working_set, work))
+        return self._fold is True or (work is not None and folding_pays(working_set, modules, work))
 
     def _working_set(self, parts: _Parts) -> WorkingSet:
         def build() -> WorkingSet:

@@ -12,7 +12,7 @@ class Work:
     Attributes:
         prompt: tokens that are read in one pass, over all rows.
         rows: sequences that are decoded together.
-        steps: decoding steps to be expected.
+        steps: decoding steps to be expected, from what the call allows and from nothing that ran before.
     """
 
     prompt: int

@@ -12,7 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from logo.decoding import MAX_NEW_TOKENS, FinishReason
+from logo.decoding import MAX_NEW_TOKENS
+from logo.endings import FinishReason
 from logo.errors import closest
 from logo.serving.batching import GenerationFailed, GenerationTimeout
 from logo.serving.chat import chat_ids

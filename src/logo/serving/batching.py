@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from logo.adapters.layout import linear_modules
-from logo.decoding import FinishReason, end_tokens, greedy_config
+from logo.decoding import greedy_config
+from logo.endings import FinishReason, end_tokens
 from logo.errors import LoGoError, ModelError
 from logo.mixing.resident import Part, Resident, Share
 from logo.mixing.working_set import dtype_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from logo.decoding import FinishReason
+from logo.endings import FinishReason
 from logo.serving import replies
 from logo.serving.answers import Asked, Piece
 from logo.serving.sampling import TokenLogprob

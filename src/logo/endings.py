@@ -1,0 +1,103 @@
+"""Where answers end besides the most new tokens: rules on an answer's own tokens, the same alone and in any company.
+
+Knows tokenizers and transformers' stopping criteria; knows nothing about prompts, models or adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+FinishReason = Literal["stop", "length"]
+# Whether an answer, all its new tokens so far, ends with the last of them.
+EndRule = Callable[[Sequence[int]], bool]
+
+
+def end_tokens(config: GenerationConfig, model_config: GenerationConfig) -> set[int]:
+    """Token ids that end a row: the call's, else the checkpoint's."""
+    ends = config.eos_token_id if config.eos_token_id is not None else model_config.eos_token_id
+    if ends is None:
+        return set()
+    return set(ends) if isinstance(ends, (list, tuple)) else {int(ends)}
+
+
+def at_newline(tokenizer: PreTrainedTokenizerBase, *, official: bool = False) -> EndRule:
+    """Ends an answer once its first line that is not blank is complete.
+
+    Args:
+        tokenizer: to see newlines inside merged tokens.
+        official: end on the single token of "\\n" as the official code does, wherever it stands; merged tokens such
+            as "\\n\\n" then do not end an answer, and a leading newline gives an empty one.
+    """
+    if official:
+        newline = tokenizer.encode("\n", add_special_tokens=False)[0]
+        return lambda ids: ids[-1] == newline
+
+    def complete(ids: Sequence[int]) -> bool:
+        if "\n" not in tokenizer.decode(ids[-1:]):  # almost every step ends here
+            return False
+        return "\n" in tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+
+    return complete
+
+
+def at_texts(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> EndRule:
+    """Ends an answer once it holds one of these texts, none of them empty, wherever tokens begin and end."""
+    # A token is a byte or more, special ones apart; a few more, because some decoders drop a blank in front.
+    tail = max(len(stop.encode()) for stop in stops) + 4
+
+    def holds(ids: Sequence[int]) -> bool:
+        text = tokenizer.decode(ids[-tail:])  # special tokens may be asked for too
+        return any(stop in text for stop in stops)
+
+    return holds
+
+
+class EndRows(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch by the same rules.
+
+    Args:
+        rules: on new tokens only, so that nothing in a prompt ends its answer.
+        prompt_length: padded length of the prompts, where new tokens start.
+    """
+
+    def __init__(self, rules: Sequence[EndRule], prompt_length: int) -> None:
+        self.rules = rules
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
+        rows: list[list[int]] = input_ids[:, self.prompt_length :].tolist()
+        done = [any(rule(row) for rule in self.rules) for row in rows]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """What stands before the first of the texts, whichever that is; all of it if there is none."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
+
+
+def cut_after_end(
+    ids: list[int], end: set[int], limit: int, rules: Sequence[EndRule] = ()
+) -> tuple[list[int], FinishReason]:
+    """A row's continuation up to and including the token that ends it, and why it ended.
+
+    Follows from the row's own tokens alone: what `generate` puts behind the end while other rows of the batch go on,
+    pad tokens or more of an answer, is not looked at.
+
+    Args:
+        ids: new tokens, with whatever stands behind the end.
+        end: token ids that end a row.
+        limit: the most new tokens that were allowed.
+        rules: what else ends a row.
+    """
+    for i, token in enumerate(ids):
+        if token in end or any(rule(ids[: i + 1]) for rule in rules):
+            return ids[: i + 1], "stop"
+    return ids, "length" if len(ids) >= limit else "stop"

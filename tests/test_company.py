@@ -1,0 +1,95 @@
+"""An answer follows from its own prompt alone, whatever other rows its batch holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tiny
+from logo import AdapterPool, Generation, LoGo, SelectionSettings
+from test_engine import WORDS, tokenizer, write_adapter
+
+LENGTH = 10
+# Single tokens, one that merges a newline, and texts that two tokens may form.
+STOPS = ["c", "w7", "w8", "9", "5w", "</s>"]
+PADS = {"own": 2, "eos": 1}
+
+
+@pytest.fixture(scope="module", params=list(PADS))
+def logo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoGo:
+    """A random model that often writes newlines and end tokens; padded with a token of its own, or with eos."""
+    pad = PADS[request.param]
+    base = tiny.model("llama", pad_token_id=pad)
+    root = tmp_path_factory.mktemp("pool")
+    for i in range(4):
+        write_adapter(root / f"t{i}", base, ("q_proj", "v_proj"), rank=2, seed=i)
+    tokens = tokenizer()
+    tokens.pad_token = WORDS[pad]
+    favour(base)
+    return LoGo(base, tokens, AdapterPool.from_directory(root), settings=SelectionSettings(k=2), fold=False)
+
+
+def favour(base: nn.Module) -> None:
+    """Makes a few tokens likely at almost every step, each at other ones."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(8, 32, generator=generator) * 0.8
+    base.lm_head.weight.data[[1, 2, 7, 8, 15, 90, 91, 93]] = rows  # type: ignore[union-attr]
+
+
+def same(alone: Generation, among: Generation) -> bool:
+    return (alone.token_ids, alone.text, alone.finish_reason) == (among.token_ids, among.text, among.finish_reason)
+
+
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "stop": st.lists(st.sampled_from(STOPS), min_size=1, max_size=2),
+        "stop_at_newline": st.sampled_from([True, "official"]),
+        "eos_token_id": st.sampled_from([1, [1, 7], [8, 15, 1], [7, 2]]),
+        "min_new_tokens": st.integers(1, 5),
+        "stop_strings": st.sampled_from([["c"], ["7", "w1"]]),
+    },
+)
+prompts = st.lists(
+    st.lists(st.integers(3, 89), min_size=1, max_size=6).map(lambda ids: " ".join(f"w{i}" for i in ids)),
+    min_size=2,
+    max_size=5,
+)
+
+
+@given(prompts=prompts, options=options)
+@settings(max_examples=60, deadline=None)
+def test_a_batch_of_many_answers_as_batches_of_one(logo: LoGo, prompts: list[str], options: dict[str, Any]) -> None:
+    together = logo.generate(prompts, max_new_tokens=LENGTH, batch_size=len(prompts), **options)
+    alone = [logo.generate(prompt, max_new_tokens=LENGTH, **options) for prompt in prompts]
+    assert [one for one, other in zip(alone, together, strict=True) if not same(one, other)] == []
+
+
+def test_answers_of_this_model_end_in_every_way(logo: LoGo) -> None:
+    """So that the property has something to find."""
+    asked = [f"w{3 + i} w{80 - i}" for i in range(40)]
+    for option in ({"stop": ["c", "w7"]}, {"stop_at_newline": True}, {"eos_token_id": [1, 7]}):
+        answers = logo.generate(asked, max_new_tokens=LENGTH, batch_size=40, **option)
+        assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+        assert len({len(answer.token_ids) for answer in answers}) > 2
+
+
+@pytest.mark.parametrize(
+    "option", [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 1}], ids=lambda option: next(iter(option))
+)
+def test_what_looks_at_prompts_does_not_see_padding(logo: LoGo, option: dict[str, Any]) -> None:
+    asked = [" ".join(f"w{3 + (i * n) % 80}" for n in range(1, 2 + i)) for i in range(12)]
+    together = logo.generate(asked, max_new_tokens=LENGTH, batch_size=12, **option)
+    for prompt, answer in zip(asked, together, strict=True):
+        assert same(logo.generate(prompt, max_new_tokens=LENGTH, **option), answer)
+
+
+def test_a_pad_token_that_the_model_writes_is_part_of_its_answer(logo: LoGo) -> None:
+    others = [token for token in range(len(WORDS)) if token != 2]
+    answers = logo.generate(["w3", "w4 w5"], max_new_tokens=LENGTH, stop=["never"], suppress_tokens=others)
+    assert [answer.token_ids for answer in answers] == [(2,) * LENGTH] * 2
