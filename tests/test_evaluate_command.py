@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+from logo import AdapterPool, LoGo, SelectionSettings
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.errors import DataError
 from logo.evaluation.comparison import compare, read_run
 from logo.evaluation.jobs import declared_metric
 from logo.evaluation.metrics import KINDS, measure, measures, official_kind, recorded_kind
+from test_engine import engine
 
 DEMO = ("--base-model", "demo", "--gpu", "-1")
 
@@ -157,3 +160,39 @@ def test_the_preset_scores_nq_as_the_script(
     [folder] = (tmp_path / "r").glob("*/nq.open")
     assert record(folder)["metric"] == kind
     assert ("nq.open: answers are compared with the first gold text" in said) == (kind == "em_first")
+
+
+# -- adapters per prompt --------------------------------------------------------------------------------------------
+
+
+def test_every_command_takes_as_many_adapters_as_suit_the_demos_pool(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three, where nobody says a number; the folder's name says so too. The preset's number is the script's."""
+    assert LoGo.from_pretrained("demo").settings.k == 3
+    capsys.readouterr()
+    for command in (["select", "hot ->"], ["generate", "hot ->", "--max-new-tokens", "1"]):
+        assert run([*command, "--json", *DEMO]) == 0
+        assert len(json.loads(capsys.readouterr().out)["adapters"]) == 3, command
+    write_rows(tmp_path / "rows", antonym=heldout()["antonym"][:2])
+    folder = evaluated(tmp_path)
+    assert folder.parent.name == "demo_selection_norm_n_3_seed_0"
+    assert {len(names) for names in record(folder, "selected_loras.json")} == {3}
+    assert record(folder)["options"]["k"] == 3
+    swept = ["sweep", *DEMO, "--rows", str(tmp_path / "rows"), "--max-new-tokens", "1", "-o", str(tmp_path / "sweep")]
+    assert run([*swept, "--grid", "signal=norm,norm_z"]) == 0
+    found = [record(file.parent, "selected_loras.json") for file in (tmp_path / "sweep").rglob("run.json")]
+    assert len(found) == 2 and {len(names) for rows in found for names in rows} == {3}
+    official = evaluated(tmp_path, "--preset", "official", folder="official")
+    assert official.parent.name == "demo_selection_norm_n_20_seed_0"
+    assert {len(names) for names in record(official, "selected_loras.json")} == {16}
+
+
+def test_another_pool_is_asked_for_twenty_or_all_it_has(llama: nn.Module, adapters: Path) -> None:
+    """Without a warning, which would be an error here; and what is asked for is what one gets."""
+    few = AdapterPool.from_directory(adapters)
+    assert engine(llama, adapters, signal="norm", k=None, unscorable="skip").settings.k == len(few) < 20
+    assert few.default_k == few.subset("tasks/*").default_k == 20
+    few.default_k = 2
+    assert SelectionSettings().k_of(few) == SelectionSettings().k_of(few.subset("tasks/*")) == 2
+    assert SelectionSettings(k=4).k_of(few) == 4

@@ -11,6 +11,7 @@ import functools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -73,7 +74,8 @@ class LoGo:
         self.model = model
         self.tokenizer = tokenizer
         self.pool = pool
-        self.settings = settings or SelectionSettings()
+        chosen = settings or SelectionSettings()
+        self.settings = replace(chosen, k=chosen.k_of(pool))
         self.prompts = Prompts(tokenizer, context_length(model), truncation or Truncation())
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.hub import download_model, hub_error, is_hub_id, split_hub_spec
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import AdapterPool
+from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import LoGoError, ModelError, UsageError, closest
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "demo"
+DEMO_K = 3  # adapters per prompt of the embedded pool, of which twenty would be all
 OFFICIAL_ADAPTERS = "archon159/LoGo-loras-collection"
 OFFICIAL_MODELS = {
     "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
@@ -70,7 +71,9 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
         PoolError, HubError: the pool cannot be opened.
     """
     if base_model == DEMO:
-        return AdapterPool.from_directory(demo_folder() / "adapters", **options)
+        pool = AdapterPool.from_directory(demo_folder() / "adapters", **options)
+        pool.default_k = DEMO_K
+        return pool
     short = {full: name for name, full in OFFICIAL_MODELS.items()}.get(base_model, base_model)
     if short not in OFFICIAL_MODELS:
         raise UsageError(f"base model {base_model!r} has no adapters of its own: name a pool (--adapters)")
@@ -78,6 +81,11 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
     if model_dir is not None and (Path(model_dir) / folder).is_dir():
         return AdapterPool.from_directory(Path(model_dir) / folder, **options)
     return AdapterPool.from_hub(OFFICIAL_ADAPTERS, subfolder=folder, **options)
+
+
+def default_k(base_model: str, adapters: str | None = None) -> int:
+    """`AdapterPool.default_k` of the pool that `open_pool` would open."""
+    return DEMO_K if base_model == DEMO and adapters is None else DEFAULT_K
 
 
 def open_pool(

@@ -24,6 +24,8 @@ from logo.errors import AdapterError, PoolError, StorageError, closest
 
 OnBadAdapter = Literal["error", "skip"]
 
+DEFAULT_K = 20  # adapters per prompt, of any pool that does not know better
+
 # Reading every tensor once finds NaN before it can cost anyone a run. Up to this size that takes well under a second,
 # so it is done at opening; a larger pool has its tensors checked when each is first read.
 VERIFY_UP_TO_BYTES = 256 * 2**20
@@ -33,12 +35,16 @@ class AdapterPool:
     """Adapters by name, sorted; the pool a base model chooses from.
 
     Attributes:
+        default_k: adapters per prompt where nobody asks for a number.
         refused: what was left out under `on_bad_adapter="skip"`, as the errors that say why.
         version: grows with every change, so that what was computed from the pool knows when it is stale.
     """
 
-    def __init__(self, adapters: Iterable[Adapter] = (), refused: Iterable[AdapterError] = ()) -> None:
+    def __init__(
+        self, adapters: Iterable[Adapter] = (), refused: Iterable[AdapterError] = (), *, default_k: int = DEFAULT_K
+    ) -> None:
         self._adapters: dict[str, Adapter] = {}
+        self.default_k = default_k
         self.refused: tuple[AdapterError, ...] = tuple(refused)
         self.version = 0
         for adapter in sorted(adapters, key=lambda a: a.name):
@@ -188,7 +194,7 @@ class AdapterPool:
             if not matches:
                 raise PoolError(f"no adapter matches {entry!r} in the pool of {len(self)}{closest(entry, self.names)}")
             chosen |= {name: self[name] for name in matches}
-        return AdapterPool(chosen.values())
+        return AdapterPool(chosen.values(), default_k=self.default_k)
 
     def fit(self, layout: BaseLayout, *, on_bad_adapter: OnBadAdapter = "error") -> AdapterPool:
         """A new pool whose adapters are matched to a base model's modules.
@@ -212,7 +218,7 @@ class AdapterPool:
         _refuse(refused, on_bad_adapter, where="the pool")
         if not fitted:
             raise PoolError(f"none of the {len(self)} adapters fits the base model; the first: {refused[0]}")
-        return AdapterPool(fitted, self.refused + tuple(refused))
+        return AdapterPool(fitted, self.refused + tuple(refused), default_k=self.default_k)
 
     def sha256(self) -> dict[str, str]:
         """Digest of every adapter's weight file, in pool order. Reads all files once."""

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from logo.cli.methods import MethodOptions, make_method
-from logo.cli.opening import open_engine
+from logo.cli.opening import asked_k, open_engine
 from logo.cli.options import OFFICIAL_SIGNAL, Choice, Context, EngineOptions, Preset, expanded
 from logo.cli.output import err, note, progress
 from logo.cli.scoreboard import Score, show
@@ -175,11 +175,13 @@ def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_mo
     from logo.evaluation.jobs import find_jobs
     from logo.evaluation.results import LOGO, run_folder
     from logo.evaluation.shards import Shard
+    from logo.models import default_k
 
     shard = None if run.shard is None else Shard.parse(run.shard)
     if shard is not None and _carries(engine, run):
         raise UsageError("shard: with --probe-context carry a row depends on the row before; answer all rows in one go")
-    k = engine.k if method is None or method.picks is None else method.picks
+    k = asked_k(engine, run.preset) or default_k(base_model, engine.adapters)
+    k = k if method is None or method.picks is None else method.picks
     label = LOGO if method is None else method.label
     folder = run_folder(run.result_dir, base_model, str(engine.selection_strategy), k, run.seed, label, run.run_name)
     jobs, missing = find_jobs(

@@ -32,7 +32,7 @@ def lm_eval(
 
     `--model_args` are `base_model=..., adapters=..., k=..., signal=...` and all other settings of selection.
 
-    Example: `logo lm-eval --model_args base_model=demo,k=3 --tasks my_task --include_path tasks --batch_size 8`
+    Example: `logo lm-eval --model_args base_model=demo --tasks my_task --include_path tasks --batch_size 8`
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("lm-evaluation-harness is not installed: `pip install lora-on-the-go[eval]`")

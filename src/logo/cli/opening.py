@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from logo.adapters.pool import DEFAULT_K
 from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, Choice, Context, EngineOptions, OnBad, Preset
 from logo.errors import StorageError
 
@@ -34,6 +35,11 @@ def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
     )
 
 
+def asked_k(options: EngineOptions, preset: Preset | None = None) -> int | None:
+    """Adapters per prompt; None: as many as suit the pool."""
+    return DEFAULT_K if preset is Preset.OFFICIAL and options.n_selected_modules is None else options.n_selected_modules
+
+
 def selection_settings(options: EngineOptions, preset: Preset | None = None) -> SelectionSettings:
     """How prompts are read, scored and selected; refuses what cannot be used before a model is loaded."""
     from logo.selection.settings import SelectionSettings
@@ -41,7 +47,7 @@ def selection_settings(options: EngineOptions, preset: Preset | None = None) -> 
     official = preset is Preset.OFFICIAL
     return SelectionSettings(
         signal=options.selection_strategy or DEFAULT_SIGNAL,
-        k=options.k,
+        k=asked_k(options, preset),
         weighting=_value(options.weighting),
         weight_temperature=options.weight_temperature,
         keep_mass=options.keep_mass,
@@ -72,7 +78,8 @@ class Opened:
         """An engine with these settings."""
         from logo.engine import LoGo
 
-        if options.n_selected_modules is None:  # nobody asked for more than the pool has, so nobody is warned
+        # The preset's k: nobody asked for more than the pool has, so nobody is warned.
+        if options.n_selected_modules is None and settings.k is not None:
             settings = replace(settings, k=min(settings.k, len(self.pool)))
         return LoGo(
             self.model,

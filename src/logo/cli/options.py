@@ -23,9 +23,7 @@ DEVICE = "Device"
 
 DEFAULT_SIGNAL = "calibrated"
 OFFICIAL_SIGNAL = "norm"
-DEFAULT_K = 20
 DEFAULT_PREFIX_CACHE_GB = 0.25
-DEMO_K = 3  # twenty would be the whole embedded pool
 
 
 class Choice(str, Enum):
@@ -258,11 +256,6 @@ class EngineOptions:
     model_dir: Annotated[
         str, typer.Option(help="Looked in first for base models and adapters.", rich_help_panel=DEVICE)
     ] = "./hf_models"
-
-    @property
-    def k(self) -> int:
-        """Adapters per prompt, as asked for."""
-        return DEFAULT_K if self.n_selected_modules is None else self.n_selected_modules
 
 
 def expanded(command: _F) -> _F:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from logo.cli.options import DEMO_K, EngineOptions
+from logo.cli.options import EngineOptions
 from logo.cli.output import note
 from logo.errors import StorageError, UsageError
 from logo.models import DEMO
@@ -34,11 +33,9 @@ def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
 
 
 def or_demo(options: EngineOptions) -> tuple[EngineOptions, str]:
-    """The options and base model to use: the embedded demo where none is named (and says so), and a k to suit it."""
+    """The options and base model to use: the embedded demo where none is named (and says so)."""
     base_model = options.base_model
     if base_model is None:
         note("No --base-model given: using the embedded demo model.")
         base_model = DEMO
-    if base_model == DEMO and options.n_selected_modules is None:
-        options = replace(options, n_selected_modules=DEMO_K)
     return options, base_model

@@ -31,7 +31,6 @@ from logo.models import check_access, open_pool
 from logo.scoring import Scored
 from logo.selection.settings import SelectionSettings
 
-DEFAULT_K = 20
 UNKNOWN_CONTEXT = 2048  # tokens, where a model does not say how many it reads
 _BATCHES = 8  # between two steps of a progress bar; rows are sorted by length, so more make no difference
 
@@ -45,7 +44,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
     Args:
         base_model: as `logo --base-model`: a Hub id, a folder, `demo`, or an official short name.
         adapters: a folder, or a Hub repository `org/name[/folder][@revision]`; None: the base model's own.
-        k: adapters per context; None: 20, or all of a smaller pool.
+        k: adapters per document; None: the pool's own number, which is 20 (demo: 3), or all of a smaller pool.
         signal: what scores adapters.
         batch_size: rows per forward pass, each with its own mixture.
         device: `auto`, `cpu`, `cuda:0`, ...; the harness says `cuda:0` where nobody says anything, so a GPU is used
@@ -102,7 +101,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
             model_dir=model_dir,
             on_bad_adapter=on_bad_adapter,
             **options,
-            **{**vars(settings), "k": min(DEFAULT_K, len(pool)) if k is None else k},
+            **{**vars(settings), "k": k},
         )
         self._device = self.logo.model.device
         self._revision = options.get("revision") or "main"

@@ -72,7 +72,10 @@ class Router:
         self._indexed: IndexedPool = indexed
         self.points, self.calibrated = indexed.points, indexed.calibrated
         self.selector = Selector(
-            check_k(settings.k, len(self.names)), signal.weighting, settings.weight_temperature, settings.keep_mass
+            check_k(settings.k_of(pool), len(self.names)),
+            signal.weighting,
+            settings.weight_temperature,
+            settings.keep_mass,
         )
         probe = Probe(model, self.points, signal.input, signal.token, bos)
         prefixes = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from logo.errors import UsageError, closest
 from logo.selection.selector import check_shares
 from logo.selection.signals import ProbeInput, ProbeToken, Signal, Weighting, get_signal
+
+if TYPE_CHECKING:
+    from logo.adapters.pool import AdapterPool
 
 ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
@@ -21,7 +24,7 @@ class SelectionSettings:
 
     Attributes:
         signal: `"calibrated"`, the official `"norm"` or `"entropy"`, or any other registered signal.
-        k: adapters per prompt.
+        k: adapters per prompt; None: the pool's own number (`AdapterPool.default_k`), or all of a smaller pool.
         weighting: how scores become weights: `"linear"` (official), `"softmax"`, or `"adaptive"`, as sharp as one
             adapter stands out. See `logo.selection.selector`.
         weight_temperature: of `"softmax"`, in units of the score.
@@ -45,7 +48,7 @@ class SelectionSettings:
     """
 
     signal: str = "norm"
-    k: int = 20
+    k: int | None = None
     weighting: Weighting | None = None
     weight_temperature: float = 0.5
     keep_mass: float | None = None
@@ -64,7 +67,7 @@ class SelectionSettings:
 
     def __post_init__(self) -> None:
         get_signal(self.signal)
-        if self.k <= 0:
+        if self.k is not None and self.k <= 0:
             raise UsageError(f"number of selected adapters (k): expected 1 or more, found {self.k}")
         choices: tuple[tuple[str, Any], ...] = (
             ("weighting", Weighting),
@@ -111,6 +114,10 @@ class SelectionSettings:
             token=self.probe_token or signal.token,
             weighting=self.weighting or signal.weighting,
         )
+
+    def k_of(self, pool: AdapterPool) -> int:
+        """Adapters per prompt on this pool."""
+        return min(pool.default_k, len(pool)) if self.k is None else self.k
 
     @classmethod
     def of(cls, **settings: Any) -> SelectionSettings:
