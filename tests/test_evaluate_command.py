@@ -15,9 +15,10 @@ from logo import AdapterPool, LoGo, SelectionSettings
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.errors import DataError
-from logo.evaluation.comparison import compare, read_run
+from logo.evaluation.comparison import compare
 from logo.evaluation.jobs import declared_metric
 from logo.evaluation.metrics import KINDS, measure, measures, official_kind, recorded_kind
+from logo.evaluation.runs import read_run
 from test_engine import engine
 
 DEMO = ("--base-model", "demo", "--gpu", "-1")

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import make_adapters
 import tiny
@@ -27,6 +29,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
+from logo.evaluation.documents import common_text  # noqa: E402
 from logo.evaluation.harness import LoGoLM  # noqa: E402
 
 LONG = " ".join(f"w{3 + i % 80}" for i in range(300))  # the tiny models read 128 tokens
@@ -164,6 +167,65 @@ def test_each_continuation_is_scored_under_its_contexts_own_mixture(base: Path, 
         assert total == pytest.approx(expected.log_likelihood, rel=1e-5)
 
 
+def test_all_requests_about_a_document_are_scored_under_one_mixture(base: Path, pools: Path) -> None:
+    """As Winogrande asks: other contexts, one continuation; and a likelihood without context beside them."""
+    model = LoGoLM(str(base), str(pools / "three"), signal="norm", k=2, batch_size=4, device="cpu")
+    start, rest = "w3 w4 w5", " w8 w9"
+    asked = [(0, f"{start} w30", rest), (0, f"{start} w60 w61", rest), (0, "", rest), (1, "w70 w71", rest)]
+    instances = [
+        Instance("loglikelihood", {}, (context, following), i, metadata=("task", document, 1))
+        for i, (document, context, following) in enumerate(asked)
+    ]
+    answers = model.loglikelihood(instances, disable_tqdm=True)
+    one, other = (model.logo.select(text).mixture for text in (start, "w70 w71"))
+    assert one != other and model.logo.select(f"{start} w30").mixture != one  # so that it matters
+    for (document, context, following), (total, _) in zip(asked, answers, strict=True):
+        [expected] = model.logo.score(context or "<s>", following, [other if document else one])
+        if context:  # without one, the special token stands in front once
+            assert total == pytest.approx(expected.log_likelihood, rel=1e-5)
+    alone = model.loglikelihood([Instance("loglikelihood", {}, ("", rest), 0)], disable_tqdm=True)
+    assert answers[2] != alone[0]  # that is a document of its own, selected on its continuation
+    assert set(model._mixtures) == {start, "w70 w71", rest}
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "cc", "the"]), min_size=1, max_size=5).map(" ".join)
+
+
+@given(st.lists(st.tuples(WORDS | st.just(""), WORDS.map(" {}".format)), min_size=1, max_size=4), st.randoms())
+def test_what_a_document_is_selected_on_favours_no_request(pairs: list[tuple[str, str]], random: Any) -> None:
+    """It is the same whatever their order, unless they share neither their first word nor their last."""
+    text, mixed = common_text(pairs), random.sample(pairs, len(pairs))
+    texts = [context for context, _ in pairs if context] or [continuation for _, continuation in pairs]
+    begin = {each.split()[0] for each in texts}
+    end = {(context + continuation).split()[-1] for context, continuation in pairs}
+    if len(begin) == 1 or len(end) == 1:
+        assert common_text(mixed) == text and text.strip()
+        assert all(each.startswith(text) for each in texts) or all((c + f).endswith(text) for c, f in pairs)
+    else:
+        assert text == texts[0]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "text"),
+    [
+        # multiple choice: one context
+        ([("Q: two?", " yes"), ("Q: two?", " no")], "Q: two?"),
+        # Winogrande: the words before the blank; not the letters that two names share
+        ([("it fits as Sarah", " is small"), ("it fits as Sam", " is small")], "it fits as"),
+        # the blank comes first: the rest of the sentence
+        ([("Ann", " is small"), ("Bob", " is small")], "is small"),
+        # acc_mutual_info: likelihoods of the choices alone, too
+        ([("Q: two?", " yes"), ("Q: two?", " no"), ("", " yes"), ("", " no")], "Q: two?"),
+        # BLiMP: two sentences without a context
+        ([("", "The cat purrs."), ("", "The cat purr.")], "The cat"),
+        ([("", "Cats purr."), ("", "Dogs bark.")], "Cats purr."),
+        ([("  \n", "a"), ("", "a")], "a"),
+    ],
+)
+def test_what_a_document_is_selected_on(pairs: list[tuple[str, str]], text: str) -> None:
+    assert common_text(pairs) == text
+
+
 def test_sampling_is_asked_for_and_honoured(logo_lm: LoGoLM) -> None:
     import torch
 
@@ -187,7 +249,7 @@ def test_results_say_what_they_stand_on(logo_lm: LoGoLM) -> None:
     assert info["model_num_parameters"] == logo_lm.logo.model.num_parameters()
     assert info["logo"]["pool"] == logo_lm.logo.pool.sha256() and len(info["peft_sha"]) == 64
     assert info["logo"]["settings"]["signal"] == "norm" and info["logo"]["settings"]["k"] == 1
-    assert info["logo"]["mean_weights"] == {"a": 1.0} and info["logo"]["contexts"] >= 1
+    assert info["logo"]["mean_weights"] == {"a": 1.0} and info["logo"]["texts"] >= 1
     assert logo_lm.max_length == 128 and logo_lm.max_gen_toks == 64
     assert "/" not in logo_lm.tokenizer_name
 
@@ -295,6 +357,21 @@ doc_to_choice: "{{[completion, 'yes', 'no', '7']}}"
 metric_list:
   - metric: acc
 """
+# As the harness writes Winogrande: doc_to_text says which choice is right, the choices are the contexts.
+BLANK = """
+task: demo_blank
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: data/blank.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{answer}}"
+doc_to_target: "{{rest}}"
+doc_to_choice: "{{[start + one, start + two]}}"
+metric_list:
+  - metric: acc
+"""
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -319,14 +396,17 @@ def test_the_harness_and_logo_evaluate_agree(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "generated.yaml").write_text(GENERATED)
     (tmp_path / "tasks" / "chosen.yaml").write_text(CHOSEN)
+    (tmp_path / "tasks" / "blank.yaml").write_text(BLANK)
+    blanks = [{"start": f"Say {w} and ", "one": "yes", "two": "no", "rest": "again.", "answer": 0} for w in "abc"]
+    (tmp_path / "data" / "blank.jsonl").write_text("\n".join(map(json.dumps, blanks)))
     ours = command(
         *("evaluate", "--dataset", "demo.mixed", "--base_model", "demo", "--selection_strategy", "calibrated"),
-        *("--n_selected_modules", "3", "--max_new_tokens", "12", "--batch_size", "8", "--gpu", "-1", "--json"),
+        *("--max_new_tokens", "12", "--batch_size", "8", "--gpu", "-1", "--json"),
         cwd=tmp_path,
     )
     theirs = command(
-        *("lm-eval", "--model_args", "base_model=demo,k=3,signal=calibrated", "--include_path", "tasks"),
-        *("--tasks", "demo_generated,demo_chosen", "--batch_size", "8"),
+        *("lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks"),
+        *("--tasks", "demo_generated,demo_chosen,demo_blank", "--batch_size", "8"),
         *("--output_path", "out", "--log_samples"),
         cwd=tmp_path,
     )
@@ -335,7 +415,9 @@ def test_the_harness_and_logo_evaluate_agree(tmp_path: Path) -> None:
     assert results["results"]["demo_generated"]["exact_match,answer"] == summary["em"]
     assert 0.5 < summary["em"] < 1  # so that agreeing means something
     assert results["results"]["demo_chosen"]["acc,none"] > 0.8
-    assert results["config"]["logo"]["settings"]["k"] == 3 and results["config"]["logo"]["contexts"] == len(rows)
+    assert results["config"]["logo"]["settings"]["k"] == 3 and results["config"]["logo"]["texts"] == len(rows) + len(
+        blanks
+    )
     predictions = json.loads((Path(tmp_path / summary["folder"]) / "predictions.json").read_text())
     [file] = (tmp_path / "out").rglob("samples_demo_generated_*.jsonl")
     samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])

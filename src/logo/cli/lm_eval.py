@@ -28,7 +28,7 @@ def lm_eval(
         ),
     ] = None,
 ) -> None:
-    """Run lm-evaluation-harness with `--model logo`: one selection per context, whatever the task.
+    """Run lm-evaluation-harness with `--model logo`: one selection per document, whatever the task.
 
     `--model_args` are `base_model=..., adapters=..., k=..., signal=...` and all other settings of selection.
 

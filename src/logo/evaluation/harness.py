@@ -1,8 +1,9 @@
 """LoGo as a model of lm-evaluation-harness, so that every task of the harness runs with mixtures chosen per prompt.
 
 The harness asks three things: how likely a continuation is after a context, how likely a whole text is, and what
-follows a context. Adapters are selected once per context and serve all its continuations and answers; a text that has
-no context is its own. Tokens are those of the harness's own `hf` models, so that numbers can be compared with theirs.
+follows a context. Adapters are selected once per document and serve everything that is asked about it, whatever the
+contexts (`logo.evaluation.documents`); a text that has no context is its own. Tokens are those of the harness's own
+`hf` models, so that numbers can be compared with theirs.
 Importing this registers the model as `logo`. Knows the harness, which knows nothing of it: see `logo.cli.lm_eval`.
 """
 
@@ -27,6 +28,7 @@ from logo.adapters.pool import OnBadAdapter
 from logo.decoding import MAX_NEW_TOKENS, batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
+from logo.evaluation.documents import document_texts
 from logo.models import check_access, open_pool
 from logo.scoring import Scored
 from logo.selection.settings import SelectionSettings
@@ -39,7 +41,7 @@ Mixture = Mapping[str, float]
 
 @register_model("logo")  # type: ignore[misc, untyped-decorator, unused-ignore]
 class LoGoLM(TemplateLM):  # type: ignore[misc]
-    """A base model and a pool of adapters, mixed per context.
+    """A base model and a pool of adapters, mixed per document.
 
     Args:
         base_model: as `logo --base-model`: a Hub id, a folder, `demo`, or an official short name.
@@ -107,6 +109,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self._revision = options.get("revision") or "main"
         self._max_gen_toks = max_gen_toks
         self._mixtures: dict[str, Mixture] = {}
+        self._documents: list[str] = []  # parallel to the requests that are being scored
         adds = self.tokenizer("")["input_ids"][:1] == [self.prefix_token_id]
         self._first = self.tokenizer.decode(self.prefix_token_id) if adds else ""
 
@@ -163,15 +166,22 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
 
     # -- what the harness asks ----------------------------------------------------------------------------------------
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log likelihood of each continuation in nats, and whether it is what greedy decoding would write; all requests
+        about one document under one mixture."""
+        self._documents = document_texts(requests)
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log likelihood of each continuation in nats, and whether it is what greedy decoding would write.
+        """`loglikelihood`, which calls this with the same requests.
 
         Args:
             requests: (context, continuation) as text, and the token ids of both.
         """
-        mixtures = self._select([context or continuation for (context, continuation), _, _ in requests], disable_tqdm)
+        mixtures = self._select(self._documents, disable_tqdm)
         pairs = [(self._cut(context, len(following)), following) for _, context, following in requests]
         scored = self._score(pairs, mixtures, disable_tqdm)
         answers = [(found.log_likelihood, found.exact_match) for found in scored]
@@ -249,7 +259,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
                 "version": __version__,
                 "settings": {**asdict(self.logo.settings), "points": points},
                 "pool": pool,
-                "contexts": len(used),
+                "texts": len(used),
                 "mean_weights": {name: round(weight, 6) for name, weight in weights.items() if weight},
             },
         }
