@@ -80,7 +80,7 @@ def answer(
         device="cpu",
         started=datetime(2026, 1, 2, tzinfo=timezone.utc),
         seconds=1.0,
-        identity={"base_model": "M", "settings": {"k": 2}, **(identity or {})},
+        identity={"base_model": "M", "seed": 3, "settings": {"k": 2}, **(identity or {})},
         environments=[ENVIRONMENT | (environment or {})],
         learnt=learnt,
         shard=part_of(job),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Settings that change how fast a prompt is read, not what is read.
 _NO_MATTER = frozenset({"cache", "prefix_cache_gb"})
 _SAMPLE = 16  # weights of each parameter
-_TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600 </s>"  # of what tokenizers read differently
+_TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600"  # of what tokenizers read differently
 
 
 def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:

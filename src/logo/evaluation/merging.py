@@ -258,7 +258,7 @@ def _merged(parts: Sequence[Part]) -> Merged:
     all_rows = [_row(row) for row in woven("rows.json")]
     run = _run(parts, rows)
     files = result_files(
-        result, all_rows, strategy=strategy, loading_seconds=loading, run=run, seed=run["options"]["seed"]
+        result, all_rows, strategy=strategy, loading_seconds=loading, run=run, seed=run["identity"]["seed"]
     )
     return Merged(parts[0].whole, files, tuple(part.folder for part in parts))
 

@@ -1,0 +1,318 @@
+"""What a run is known by: weights wherever they are kept, the tokenizer, versions, and whether rows depend on order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+import logo
+import tiny
+from logo import LoGo
+from logo.cli.run import run
+from logo.errors import DataError, ModelError, UsageError
+from logo.evaluation.identity import engine_identity, environment, order_dependence, tokenizer_digest, weights_digest
+from logo.evaluation.jobs import find_jobs
+from logo.evaluation.merging import find_shards, merge
+from logo.evaluation.resume import Wish, journal_of
+from logo.evaluation.session import Session
+from logo.evaluation.shards import Shard
+from test_engine import engine
+
+# -- sampling ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_logo(llama: nn.Module, adapters: Path) -> LoGo:
+    return engine(llama, adapters, k=2)
+
+
+@pytest.mark.parametrize(
+    ("generation", "sampled"),
+    [
+        ({"do_sample": True}, True),
+        ({"do_sample": True, "temperature": 0.7}, True),
+        ({"generation_config": GenerationConfig(do_sample=True)}, True),
+        ({"generation_config": GenerationConfig(), "do_sample": True}, True),
+        ({"generation_config": GenerationConfig(do_sample=True), "do_sample": False}, False),
+        ({"generation_config": GenerationConfig()}, False),
+        ({"stop_at_newline": True}, False),
+        ({}, False),
+    ],
+)
+def test_sampling_is_seen_wherever_it_is_asked_for(generation: dict[str, Any], sampled: bool, tiny_logo: LoGo) -> None:
+    """By what the engine would really generate with."""
+    options = {name: generation[name] for name in ("do_sample", "temperature") if name in generation}
+    config = tiny_logo.prompts.generation_config(generation.get("generation_config"), 4, options)
+    assert bool(config.do_sample) is sampled
+    reason = order_dependence(tiny_logo, generation)
+    assert (reason is not None) is sampled
+    assert reason is None or reason.endswith("asks for sampling")
+
+
+def test_a_sampled_run_begins_again_and_cannot_be_cut(tiny_logo: LoGo, tmp_path: Path) -> None:
+    session, jobs = opened(tiny_logo, tmp_path, generation={"do_sample": True, "temperature": 2.0})
+    files = session.run(session.plans(jobs)[0])
+    again, other = opened(tiny_logo, tmp_path / "again", generation={"do_sample": True, "temperature": 2.0})
+    with pytest.raises(KeyboardInterrupt):
+        again.run(again.plans(other)[0], stop_after(2))
+    [plan] = again.plans(other)
+    assert plan.fresh and again.run(plan)["predictions.json"] == files["predictions.json"]
+    with pytest.raises(UsageError, match="must not depend on other rows, but an option asks for sampling"):
+        session.plans([jobs[0].cut(Shard(1, 2), 1)])
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------
+
+
+def words(**changes: Any) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", "a", "b", "c", "ab", "bc"])}
+    merges = changes.get("merges", [("a", "b"), ("b", "c")])
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.normalizer = changes.get("normalizer")
+    if "template" in changes:
+        made.post_processor = processors.TemplateProcessing(changes["template"], special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token=changes.get("eos", "</s>"), pad_token="<unk>"
+    )
+    if "added" in changes:
+        tokenizer.add_tokens([AddedToken(changes["added"])])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"merges": [("b", "c"), ("a", "b")]},
+        {"normalizer": normalizers.Lowercase()},
+        {"template": "<s> $A"},
+        {"added": "<tool>"},
+        {"eos": "<s>"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_anything_that_changes_how_texts_are_read(changes: dict[str, Any]) -> None:
+    assert tokenizer_digest(words()) == tokenizer_digest(words())
+    assert tokenizer_digest(words(**changes)) != tokenizer_digest(words())
+
+
+def test_using_a_tokenizer_changes_nothing() -> None:
+    tokenizer = words()
+    before = tokenizer_digest(tokenizer)
+    tokenizer(["a", "b c a"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_digest(tokenizer) == before
+
+
+def test_a_tokenizer_without_a_backend(tmp_path: Path) -> None:
+    class Slow(transformers.ByT5Tokenizer):  # type: ignore[misc]
+        pass
+
+    assert not hasattr(Slow(), "backend_tokenizer")
+    assert tokenizer_digest(Slow()) == tokenizer_digest(Slow()) != tokenizer_digest(Slow(extra_ids=3))
+
+
+def test_the_tokenizer_is_part_of_the_identity(tiny_logo: LoGo) -> None:
+    identity = engine_identity(tiny_logo, "M", {})
+    assert identity["tokenizer"] == tokenizer_digest(tiny_logo.tokenizer)
+    assert identity["weights"] == weights_digest(tiny_logo.model)
+    json.dumps(identity)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------
+
+
+def on_the_host(model: nn.Module, folder: Path) -> nn.Module:
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def on_the_disk(model: nn.Module, folder: Path) -> nn.Module:
+    return accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+
+
+def in_part(model: nn.Module, folder: Path) -> nn.Module:
+    devices = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
+    devices |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    return accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+def whole_layers(model: nn.Module, folder: Path) -> nn.Module:
+    """Hooks that place all that is below a module, as for modules whose parts are not called one by one."""
+    accelerate.hooks.attach_align_device_hook(
+        model, execution_device=torch.device("cpu"), offload=True, preload_module_classes=["LlamaDecoderLayer"]
+    )
+    return model
+
+
+def from_a_checkpoint(model: nn.Module, folder: Path) -> nn.Module:
+    model.save_pretrained(folder / "model")
+    devices = {"model": "disk", "lm_head": "disk"}
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=devices, offload_folder=str(folder / "offloaded"), dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "offload"),
+    [  # qwen2 shares the weights of input and output
+        *((name, offload) for name in ("llama", "qwen2") for offload in (on_the_host, on_the_disk, in_part)),
+        ("llama", whole_layers),
+    ],
+)
+def test_offloaded_weights_are_in_the_digest(
+    name: str, offload: Callable[[nn.Module, Path], nn.Module], tmp_path: Path
+) -> None:
+    expected = weights_digest(tiny.model(name))
+    offloaded = offload(tiny.model(name), tmp_path / "same")
+    assert any(parameter.device.type == "meta" for parameter in offloaded.parameters())
+    assert weights_digest(offloaded) == expected
+    changed = tiny.model(name)
+    changed.model.layers[2].mlp.down_proj.weight.data.mul_(1.5)
+    assert weights_digest(changed) != expected
+    assert weights_digest(offload(changed, tmp_path / "changed")) not in (expected, "")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(offloaded(ids).logits, tiny.model(name)(ids).logits)  # and it still runs
+
+
+def test_weights_that_stay_in_their_checkpoint(tmp_path: Path) -> None:
+    expected = weights_digest(tiny.model("llama"))
+    offloaded = from_a_checkpoint(tiny.model("llama"), tmp_path)
+    assert any(parameter.device.type == "meta" for parameter in offloaded.parameters())
+    assert weights_digest(offloaded) == expected
+
+
+def test_weights_that_nobody_has(llama: nn.Module) -> None:
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(llama.config)
+    with pytest.raises(ModelError, match=r"weight model.embed_tokens.weight is not in memory"):
+        weights_digest(empty)
+
+
+# -- versions and devices ---------------------------------------------------------------------------------------
+
+
+def test_the_environment(tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment(tiny_logo) == {
+        "logo": logo.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": "cpu",
+    }
+
+
+def opened(tiny_logo: LoGo, results: Path, **options: Any) -> tuple[Session, list[Any]]:
+    rows = results / "data"
+    rows.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"context": f"w{i} w{i + 1}", "completion": "w9"}) for i in range(3, 9))
+    (rows / "x.jsonl").write_text("\n".join(lines))
+    session = Session(tiny_logo, "M", pool={"t0": "00"}, seed=0, batch_size=1, max_new_tokens=3, **options)
+    return session, find_jobs(results / "M_selection_norm_n_2_seed_0", rows=rows)[0]
+
+
+def stop_after(count: int) -> Callable[[int], None]:
+    def report(done: int) -> None:
+        if done == count:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def under(monkeypatch: pytest.MonkeyPatch, **changes: str) -> dict[str, str]:
+    """Sessions opened from here on run in another environment."""
+    other = {"logo": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "device": "cpu", **changes}
+    monkeypatch.setattr("logo.evaluation.session.environment", lambda logo: other)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"torch": "3.0.0"}, 'torch is "2.13.0", not "3.0.0"'),
+        ({"transformers": "6.0.0"}, 'transformers is "5.24.0", not "6.0.0"'),
+        ({"logo": "0.2.0"}, 'logo is "0.1.0", not "0.2.0"'),
+        ({"device": "NVIDIA H100"}, 'device is "cpu", not "NVIDIA H100"'),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_run_goes_on_under_other_versions_only_on_request(
+    change: dict[str, str], said: str, tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = under(monkeypatch)
+    session, jobs = opened(tiny_logo, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        session.run(session.plans(jobs)[0], stop_after(2))
+    before = journal_of(jobs[0].folder).read_bytes()
+    here = under(monkeypatch, **change)
+    session, jobs = opened(tiny_logo, tmp_path)
+    with pytest.raises(UsageError) as caught:
+        session.plans(jobs)
+    message = str(caught.value)
+    assert f"was begun under other versions or on another kind of device: {said}; go on there, or here with" in message
+    assert journal_of(jobs[0].folder).read_bytes() == before
+    with pytest.raises(KeyboardInterrupt):  # and stopped once more
+        session.run(session.plans(jobs, Wish(mix=True))[0], stop_after(4))
+    under(monkeypatch)
+    session, jobs = opened(tiny_logo, tmp_path)
+    [plan] = session.plans(jobs)  # where it was begun nobody needs to ask
+    assert not plan.fresh and session.run(plan)["run.json"]["environments"] == [begun, here]  # type: ignore[index]
+    [plan] = session.plans(jobs)
+    assert plan.done and plan.note  # a part of it was answered elsewhere
+
+
+def test_a_finished_result_stays_one_under_other_versions(
+    tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = under(monkeypatch)
+    session, jobs = opened(tiny_logo, tmp_path)
+    files: Any = session.run(session.plans(jobs)[0])
+    assert files["run.json"]["environments"] == [begun] and session.plans(jobs)[0].note == ""
+    under(monkeypatch, torch="3.0.0", device="NVIDIA H100")
+    session, jobs = opened(tiny_logo, tmp_path)
+    [plan] = session.plans(jobs)
+    assert plan.done and plan.note == 'torch is "2.13.0", not "3.0.0"; device is "cpu", not "NVIDIA H100"'
+    assert not session.plans(jobs, Wish(overwrite=True))[0].done
+
+
+def test_shards_of_several_environments_are_merged_only_on_request(
+    tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for index, change in enumerate(({}, {"torch": "3.0.0"}), start=1):
+        seen.append(under(monkeypatch, **change))
+        session, [job] = opened(tiny_logo, tmp_path)
+        session.run(session.plans([job.cut(Shard(index, 2), 1)])[0])
+    with pytest.raises(DataError, match=r"shard-2-of-2' ran under other versions .* torch is \"3.0.0\", not \"2.13"):
+        merge(find_shards([tmp_path]))
+    assert not job.folder.exists()
+    [whole] = merge(find_shards([tmp_path]), Wish(mix=True))
+    assert whole.files["run.json"]["environments"] == seen
+    [plan] = session.plans([job])
+    assert plan.done and plan.note == 'torch is "2.13.0", not "3.0.0"'
+
+
+def test_the_command_says_under_what_a_result_was_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "x.jsonl").write_text('{"context": "What is 7 plus 5?", "completion": "12"}')
+    command = ["evaluate", "--base-model", "demo", "-k", "3", "--gpu", "-1", "--max-new-tokens", "2"]
+    command += ["--rows", str(rows), "--result-dir", str(tmp_path / "r")]
+    under(monkeypatch)
+    assert run(command) == 0
+    under(monkeypatch, torch="3.0.0")
+    capsys.readouterr()
+    assert run(command) == 0
+    assert (
+        'x is done already under other versions or on another kind of device: torch is "2.13.0", not "3.0.0" '
+        "(--overwrite answers it again)"
+    ) in capsys.readouterr().err
