@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
+import make_adapters
+import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.cli.run import run
 from logo.demo import heldout
@@ -19,7 +22,8 @@ from logo.evaluation.comparison import compare
 from logo.evaluation.jobs import declared_metric
 from logo.evaluation.metrics import KINDS, measure, measures, official_kind, recorded_kind
 from logo.evaluation.runs import read_run
-from test_engine import engine
+from logo.models import officially_named
+from test_engine import engine, tokenizer
 
 DEMO = ("--base-model", "demo", "--gpu", "-1")
 
@@ -197,3 +201,66 @@ def test_another_pool_is_asked_for_twenty_or_all_it_has(llama: nn.Module, adapte
     few.default_k = 2
     assert SelectionSettings().k_of(few) == SelectionSettings().k_of(few.subset("tasks/*")) == 2
     assert SelectionSettings(k=4).k_of(few) == 4
+
+
+# -- the official layout --------------------------------------------------------------------------------------------
+
+TASKS = ("web_questions_whats_the_answer", "ai2_arc_ARC-Easy", "aeslc", "ag_news_subset", "anli_r1", "anli_r1_x")
+
+
+@pytest.fixture(scope="module")
+def official_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base and adapters under one `--model_dir`, called as the script calls them; and a row of an official dataset."""
+    root = tmp_path_factory.mktemp("official")
+    models = root / "hf_models"
+    tiny.model("llama").save_pretrained(models / "Llama-3.1-8B")
+    tokenizer().save_pretrained(models / "Llama-3.1-8B")
+    for seed, task in enumerate(TASKS):
+        make_adapters.write_peft(models / "Llama-3.1-8B-loras-flanv2" / f"flanv2.{task}", seed=seed)
+    rows = [{"context": f"w{i} w{2 * i} w{60 - i}", "completion": "w9"} for i in range(5, 9)]
+    (root / "data" / "bbh" / "navigate").mkdir(parents=True)
+    (root / "data" / "bbh" / "navigate" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+@pytest.mark.parametrize("adapters", [(), ("--adapters", "hf_models/Llama-3.1-8B-loras-flanv2")])
+def test_adapters_are_called_as_in_the_official_script(
+    adapters: tuple[str, ...], official_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names with their folder, in the order of the script's sorted list, best first by the scores in that order;
+    without `--adapters`, and nothing is asked of the Hub."""
+    monkeypatch.chdir(official_layout)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    command = ["evaluate", "--preset", "official", "--base_model", "Llama-3.1-8B", "--dataset", "bbh.navigate"]
+    options = ["--gpu", "-1", "--n_selected_modules", "3", "--max-new-tokens", "2", "--result_dir", str(tmp_path)]
+    assert run([*command, *options, *adapters]) == 0
+    folder = tmp_path / "Llama-3.1-8B_selection_norm_n_3_seed_0" / "bbh.navigate"
+    expected = [f"Llama-3.1-8B-loras-flanv2/flanv2.{task}" for task in TASKS]
+    expected.sort()  # what the script does with its list
+    selected, scores = record(folder, "selected_loras.json"), record(folder, "metric_dict.json")["norm"]
+    assert len(selected) == 4 and all(len(row) == len(TASKS) for row in scores)
+    for names, row in zip(selected, scores, strict=True):
+        best = torch.topk(torch.tensor(row), k=3).indices.tolist()
+        assert names == [expected[i] for i in best]
+    assert list(record(folder)["pool"]) == record(folder)["score_columns"] == expected
+
+
+def test_without_the_preset_names_are_those_below_the_pools_folder(
+    official_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(official_layout)
+    command = ["evaluate", "--base_model", "Llama-3.1-8B", "--dataset", "bbh.navigate", "--limit", "1"]
+    assert run([*command, "--gpu", "-1", "--max-new-tokens", "1", "--result_dir", str(tmp_path)]) == 0
+    [file] = tmp_path.glob("*/bbh.navigate/run.json")
+    assert list(json.loads(file.read_text())["pool"]) == sorted(f"flanv2.{task}" for task in TASKS)
+
+
+def test_other_pools_keep_their_names_under_the_preset(official_layout: Path) -> None:
+    pool = AdapterPool.from_directory(official_layout / "hf_models" / "Llama-3.1-8B-loras-flanv2")
+    hub = "archon159/LoGo-loras-collection/Llama-3.1-8B-loras-flanv2@main"
+    for base, adapters in (("Llama-3.1-8B", "mine/adapters"), ("org/other", None), ("Qwen2.5-7B", hub)):
+        assert officially_named(pool, base, adapters) is pool
+    for base, adapters in (("Llama-3.1-8B", hub), ("meta-llama/Llama-3.1-8B", None)):
+        assert officially_named(pool, base, adapters).names == tuple(
+            f"Llama-3.1-8B-loras-flanv2/{name}" for name in pool.names
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.hub import download_model, hub_error, is_hub_id, split_hub_spec
@@ -74,13 +74,31 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
         pool = AdapterPool.from_directory(demo_folder() / "adapters", **options)
         pool.default_k = DEMO_K
         return pool
-    short = {full: name for name, full in OFFICIAL_MODELS.items()}.get(base_model, base_model)
-    if short not in OFFICIAL_MODELS:
+    folder = official_folder(base_model)
+    if folder is None:
         raise UsageError(f"base model {base_model!r} has no adapters of its own: name a pool (--adapters)")
-    folder = f"{short}-loras-flanv2"
     if model_dir is not None and (Path(model_dir) / folder).is_dir():
         return AdapterPool.from_directory(Path(model_dir) / folder, **options)
     return AdapterPool.from_hub(OFFICIAL_ADAPTERS, subfolder=folder, **options)
+
+
+def official_folder(base_model: str) -> str | None:
+    """The folder that holds the published adapters of a base model, on the Hub and in the official script's
+    `--model_dir`; None for any base model but the official ones."""
+    short = {full: name for name, full in OFFICIAL_MODELS.items()}.get(base_model, base_model)
+    return f"{short}-loras-flanv2" if short in OFFICIAL_MODELS else None
+
+
+def officially_named(pool: AdapterPool, base_model: str, adapters: str | None = None) -> AdapterPool:
+    """The pool with its adapters called as in the official script, whose names keep the folder
+    (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`); the pool itself where it is not the published one.
+
+    Args:
+        adapters: what `open_pool` was given.
+    """
+    folder = official_folder(base_model)
+    published = adapters is None or PurePath(adapters.partition("@")[0]).name == folder
+    return pool if folder is None or not published else pool.below(folder)
 
 
 def default_k(base_model: str, adapters: str | None = None) -> int:

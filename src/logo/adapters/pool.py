@@ -196,6 +196,11 @@ class AdapterPool:
             chosen |= {name: self[name] for name in matches}
         return AdapterPool(chosen.values(), default_k=self.default_k)
 
+    def below(self, folder: str) -> AdapterPool:
+        """The same adapters under names that begin with a folder's: `{folder}/{name}`."""
+        renamed = (replace(adapter, name=f"{folder}/{adapter.name}") for adapter in self)
+        return AdapterPool(renamed, self.refused, default_k=self.default_k)
+
     def fit(self, layout: BaseLayout, *, on_bad_adapter: OnBadAdapter = "error") -> AdapterPool:
         """A new pool whose adapters are matched to a base model's modules.
 

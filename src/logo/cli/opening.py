@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from logo.selection.settings import SelectionSettings
 
 
-def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
-    """The pool the options name, or the base model's own."""
+def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = None) -> AdapterPool:
+    """The pool the options name, or the base model's own; under the preset with the names of the official script."""
     from logo import models
 
-    return models.open_pool(
+    pool = models.open_pool(
         options.adapters,
         base_model,
         options.model_dir,
@@ -33,6 +33,8 @@ def open_pool(options: EngineOptions, base_model: str) -> AdapterPool:
         # Leaving damaged adapters out means finding them before the first prompt, not in the middle of a run.
         verify=True if options.on_bad_adapter is OnBad.SKIP else None,
     )
+    official = preset is Preset.OFFICIAL
+    return models.officially_named(pool, base_model, options.adapters) if official else pool
 
 
 def asked_k(options: EngineOptions, preset: Preset | None = None) -> int | None:
@@ -99,7 +101,7 @@ def open_base(options: EngineOptions, base_model: str, preset: Preset | None = N
 
     _quiet_transformers()
     check_access(base_model, model_dir=options.model_dir)
-    pool = open_pool(options, base_model)
+    pool = open_pool(options, base_model, preset)
     model, tokenizer = load_base(
         base_model,
         device=_device(options.gpu),
