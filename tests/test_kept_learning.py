@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from logo import LoGo
-from logo.baselines import Task
+from logo.baselines import Learned, Task
 from logo.baselines.learned import BestSingle, LoraHub
+from logo.baselines.registry import METHODS
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.evaluation.journal import fingerprint, written
@@ -217,6 +218,11 @@ def test_learnt_on_another_device(
     assert run([*other, "--mix-environments"]) == 0 and learning == [0]
     devices = [one["device"] for one in record(tmp_path / RUN / "antonym.shard-2-of-2")["environments"]]
     assert devices == ["NVIDIA H100", "cpu"]
+
+
+def test_every_method_that_learns_can_be_kept() -> None:
+    for name, kind in METHODS.items():
+        assert issubclass(kind, Learned) == ("train" in kind.needs), name
 
 
 @pytest.mark.parametrize("method", [LoraHub(k=3, budget=6, rows=2), BestSingle(rows=2)], ids=lambda method: method.name)
