@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from logo.cli.run import run
+from tolerances import same_scores
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -34,7 +35,9 @@ def test_calibrating_shows_what_selecting_reads(tmp_path: Path, capsys: pytest.C
 def test_generate_and_select_are_calibrated_and_evaluate_is_official(capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "Please spell the word fence in reverse."
     ours = answer(capsys, "select", prompt)
-    assert ours["scores"] == answer(capsys, "select", prompt, "--selection-strategy", "calibrated")["scores"]
+    assert ours["scores"] == same_scores(
+        answer(capsys, "select", prompt, "--selection-strategy", "calibrated")["scores"]
+    )
     assert ours["scores"] != answer(capsys, "select", prompt, "--selection-strategy", "norm")["scores"]
     assert answer(capsys, "generate", prompt)["adapters"] == ours["adapters"]
 

@@ -25,6 +25,7 @@ from logo.selection.requests import REQUESTS
 from logo.selection.whitening import Whitening
 from make_adapters import index_of
 from test_engine import write_adapter
+from tolerances import same_scores, same_tensor
 
 PROMPTS = ["Where is it?", "a", "The cat sat on the mat and slept.", "3 + 4 =", "def f(x):"]
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -171,7 +172,7 @@ def test_strange_pools_and_prompts(make: Any, signal: str, llama: nn.Module, tmp
         assert "t1" not in {selection.adapters[0] for selection in selections}
     if make is twins:
         for selection in selections:
-            assert selection.scores["t1"] == pytest.approx(selection.scores["t1-copy"], abs=1e-5)
+            assert selection.scores["t1"] == same_scores(selection.scores["t1-copy"])
 
 
 def test_every_architecture_is_calibrated(tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_changed_weights_are_listened_to_again(llama: nn.Module, tmp_path: Path)
     logo = engine(llama, tmp_path / "pool", **settings)
     assert logo.router.calibrated is not None and logo.router.calibrated.listened == 1
     kept, uncached = (e.select(PROMPTS[0]).scores for e in (logo, engine(llama, tmp_path / "pool", cache="")))
-    assert list(kept.values()) == pytest.approx(list(uncached.values()), abs=1e-4)
+    assert list(kept.values()) == same_scores(list(uncached.values()))
 
 
 def test_a_damaged_cache_is_made_anew(llama: nn.Module, tmp_path: Path) -> None:
@@ -338,4 +339,4 @@ def test_alignment_is_with_the_first_right_singular_vector() -> None:
     hidden = torch.randn(5, 10, generator=generator)
     expected = torch.stack([(hidden @ torch.linalg.svd(b @ a).Vh[0]).abs() for a, b in factors], dim=1)
     found = index_of(factors).alignments(hidden)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    same_tensor(found, expected)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.selection.calibration import Baseline, agreement, choose, contrast, prompt_means
+from tolerances import same_tensor
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(2, 12))
 
@@ -40,7 +41,7 @@ def test_scores_are_the_mean_z_over_points_by_what_it_can_be_trusted() -> None:
     neutral, prompts = responses((3, 4, 50)), responses((3, 4, 5), 1)
     z = (prompts - neutral.mean(2, keepdim=True)) / neutral.std(2, keepdim=True)
     baseline = Baseline.of(neutral)
-    torch.testing.assert_close(baseline.scores(prompts), z.mean(dim=1).T * baseline.trust)
+    same_tensor(baseline.scores(prompts), z.mean(dim=1).T * baseline.trust)
 
 
 @given(SIZES.filter(lambda size: size[2] > 2), st.integers(0, 99))
@@ -80,9 +81,9 @@ def test_an_adapter_scores_over_the_points_it_has(nothing: float) -> None:
     assert scores.isfinite().all()
     others = [0, 2, 3]
     trusted = whole.trust[others] / baseline.trust[others]  # what is usual depends on who is heard everywhere
-    torch.testing.assert_close(scores[:, others] * trusted, whole.scores(prompts)[:, others])
+    same_tensor(scores[:, others] * trusted, whole.scores(prompts)[:, others])
     z = (prompts[1, 1:] - neutral[1, 1:].mean(1, keepdim=True)) / neutral[1, 1:].std(1, keepdim=True)
-    torch.testing.assert_close(scores[:, 1], z.mean(dim=0) * baseline.trust[1])
+    same_tensor(scores[:, 1], z.mean(dim=0) * baseline.trust[1])
     assert 0 < baseline.trust[1] < 1  # two points swing more than three
 
 

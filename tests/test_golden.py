@@ -12,6 +12,7 @@ import pytest
 
 from logo import AdapterPool, LoGo
 from logo.decoding import Truncation
+from tolerances import SCORES, same_weights
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 FILES = sorted((GOLDEN / "expected").glob("*.json"))
@@ -60,11 +61,11 @@ def difference(instance: dict[str, Any], answer: Any, names: tuple[str, ...]) ->
     """What is not equal in the sense of the golden README, or None."""
     selection = answer.selection
     scores = [selection.scores[name] for name in names]
-    if scores != pytest.approx(instance["scores"], rel=1e-4):
+    if scores != pytest.approx(instance["scores"], rel=SCORES):
         return f"scores {scores} != {instance['scores']}"
     if [names.index(name) for name in selection.adapters] != instance["selected"]:
         return f"selected {selection.adapters} != {instance['selected']}"
-    if list(selection.weights) != pytest.approx(instance["weights"], abs=1e-5):
+    if list(selection.weights) != same_weights(instance["weights"]):
         return f"weights {selection.weights} != {instance['weights']}"
     if list(answer.token_ids) != instance["gen_ids"] and instance["min_top2_margin"] >= 1e-4:
         return f"tokens {answer.token_ids} != {instance['gen_ids']}"
@@ -91,7 +92,7 @@ def test_projection_input_gives_post_layernorm_scores(name: str) -> None:
     for instance, selection in zip(
         expected["instances"], logo.select([prompts[i["prompt_index"]] for i in expected["instances"]]), strict=True
     ):
-        assert list(selection.scores.values()) == pytest.approx(instance["scores_if_post_layernorm"], rel=1e-4)
+        assert list(selection.scores.values()) == pytest.approx(instance["scores_if_post_layernorm"], rel=SCORES)
 
 
 def test_tokenization_is_the_official_one() -> None:
@@ -111,7 +112,7 @@ def test_batches_give_the_same_as_batch_size_one() -> None:
     }
     for i, (one, many) in enumerate(zip(single, batched, strict=True)):
         assert many.selection.adapters == one.selection.adapters
-        assert many.selection.weights == pytest.approx(one.selection.weights, abs=1e-5)
+        assert many.selection.weights == same_weights(one.selection.weights)
         assert many.token_ids == one.token_ids or margins[i] < 1e-4
 
 

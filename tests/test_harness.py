@@ -31,6 +31,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from logo.evaluation.documents import common_text  # noqa: E402
 from logo.evaluation.harness import LoGoLM  # noqa: E402
+from tolerances import same_scores  # noqa: E402
 
 LONG = " ".join(f"w{3 + i % 80}" for i in range(300))  # the tiny models read 128 tokens
 PAIRS = [
@@ -102,7 +103,7 @@ def hf_lm(base: Path, pools: Path) -> HFLM:
 def test_likelihoods_are_those_of_the_hf_model_with_peft(logo_lm: LoGoLM, hf_lm: HFLM) -> None:
     ours = logo_lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     theirs = hf_lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
-    assert [total for total, _ in ours] == pytest.approx([total for total, _ in theirs], rel=1e-5)
+    assert [total for total, _ in ours] == same_scores([total for total, _ in theirs])
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
@@ -110,7 +111,7 @@ def test_rolling_likelihoods_are_those_of_the_hf_model_with_peft(logo_lm: LoGoLM
     asked = [(text,) for text in TEXTS]
     ours = logo_lm.loglikelihood_rolling(requests("loglikelihood_rolling", asked), disable_tqdm=True)
     theirs = hf_lm.loglikelihood_rolling(requests("loglikelihood_rolling", asked), disable_tqdm=True)
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours == same_scores(theirs)
 
 
 def test_answers_are_those_of_the_hf_model_with_peft(logo_lm: LoGoLM, hf_lm: HFLM) -> None:
@@ -150,8 +151,8 @@ def test_batches_change_nothing_and_contexts_are_selected_once(
         )
     )
     for ours, theirs in zip(*likelihoods, strict=True):
-        assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and ours[1] == theirs[1]
-    assert rolling[0] == pytest.approx(rolling[1], rel=1e-5)
+        assert ours[0] == same_scores(theirs[0]) and ours[1] == theirs[1]
+    assert rolling[0] == same_scores(rolling[1])
     assert answers[0] == answers[1]
     asked = [*(context or following for context, following in PAIRS), *TEXTS, *(text for text, _ in QUESTIONS)]
     assert probed == [text.removeprefix("<s>") for text in dict.fromkeys(asked)]
@@ -164,7 +165,7 @@ def test_each_continuation_is_scored_under_its_contexts_own_mixture(base: Path, 
     mixture = model.logo.select(PAIRS[0][0]).mixture
     for (context, following), (total, _) in zip(PAIRS, answers, strict=False):
         [expected] = model.logo.score(context, following, [mixture])
-        assert total == pytest.approx(expected.log_likelihood, rel=1e-5)
+        assert total == same_scores(expected.log_likelihood)
 
 
 def test_all_requests_about_a_document_are_scored_under_one_mixture(base: Path, pools: Path) -> None:

@@ -20,6 +20,7 @@ from logo.errors import UsageError
 from logo.mixing import Merge
 from logo.mixing.merges import KINDS, fusion, linear, merged, mixture, ties
 from test_engine import PROMPTS, engine, hooks, write_adapter
+from tolerances import SCORES, same_scores, same_tensor
 
 PEFT_NAMES = {"mixture": "cat", "linear": "linear", "ties": "ties", "dare_linear": "dare_linear"}
 PEFT_NAMES |= {"dare_ties": "dare_ties"}
@@ -55,7 +56,7 @@ def parts_and_weights(draw: Any, equal: bool = True, most: int = 4) -> tuple[lis
 
 
 def close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    same_tensor(one, other)
 
 
 # -- against PEFT -----------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_equals_peft(kind: str, alphas: list[int], weights: list[float], density
         ours = merge(parts, weights[: len(names)], source)
         theirs = LoraWeights(layer.lora_A["merged"].weight, layer.lora_B["merged"].weight, layer.scaling["merged"])
         difference = float((acts(ours) - acts(theirs)).abs().max())
-        assert difference <= 1e-5 * (1 + float(acts(theirs).abs().max())), f"maximal difference {difference:.2e}"
+        assert difference <= SCORES * (1 + float(acts(theirs).abs().max())), f"maximal difference {difference:.2e}"
         if kind != "mixture":  # where the scale of each adapter goes is open, there alone
             close(ours.A, theirs.A)
             close(ours.B, theirs.B)
@@ -280,7 +281,7 @@ def test_scores_are_those_of_a_model_with_the_merge_in_its_weights(kind: str, fo
     logo.merge = merge = Merge(kind, density=0.6, seed=3)
     found = [logo.score(PROMPTS[0], "w50 w51", [mix])[0].nll for mix in MIXES]
     together = [scored.nll for scored in logo.score(PROMPTS[0], "w50 w51", MIXES)]
-    assert together == pytest.approx(found, abs=1e-4)
+    assert together == same_scores(found)
     tensors = {adapter.name: adapter.read() for adapter in logo.pool}
     for mix, nll in zip(MIXES, found, strict=True):
         copy = tiny.model("llama")
@@ -289,7 +290,7 @@ def test_scores_are_those_of_a_model_with_the_merge_in_its_weights(kind: str, fo
             for path, factors in (merged(merge, used, tensors) if used else {}).items():
                 copy.get_submodule(path).weight += acts(factors)
         by_hand = engine(copy, equals).score(PROMPTS[0], "w50 w51", [{}])[0].nll
-        assert nll == pytest.approx(by_hand, abs=1e-4)
+        assert nll == same_scores(by_hand)
     assert len(set(found)) >= 4  # they do differ
 
 

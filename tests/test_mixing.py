@@ -18,6 +18,7 @@ from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout, linear_modules
 from logo.mixing import AdapterCache, GatedLoRA, Gates, Stack, WorkingSet
 from logo.mixing.gated import low_rank
+from tolerances import same_tensor
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -114,9 +115,7 @@ def test_equals_peft(data: Any, configs: list[peft.LoraConfig], seed: int, tmp_p
     for i, weights in enumerate(rows):
         theirs = peft_logits(oracle, {a.name: w for a, w in zip(adapters, weights, strict=True)}, ids, mask)
         length = int(mask[i].sum())
-        torch.testing.assert_close(
-            ours[i, :length], theirs[i, :length], rtol=1e-5, atol=1e-5 * float(theirs.abs().max())
-        )
+        same_tensor(ours[i, :length], theirs[i, :length])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "opt", "falcon", "gemma3"])
@@ -137,7 +136,7 @@ def test_equals_peft_on_other_architectures(name: str, tmp_path: Path) -> None:
         ours = base(input_ids=ids, attention_mask=mask).logits
     for i, weights in enumerate([{"a0": 0.7, "a1": 0.3}, {"a1": 1.0}]):
         theirs = peft_logits(oracle, weights, ids, mask)[i]
-        torch.testing.assert_close(ours[i], theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+        same_tensor(ours[i], theirs)
 
 
 class Quantised(nn.Module):
@@ -176,7 +175,7 @@ def test_works_on_quantised_linear_layers(tmp_path: Path) -> None:
         handle.remove()
     stack = plain.stacks["model.layers.0.self_attn.q_proj"]
     expected = quantised(seen["x"]) + 0.5 * (seen["x"] @ stack.A.T) @ stack.B.T
-    torch.testing.assert_close(seen["y"], expected)
+    same_tensor(seen["y"], expected)
 
 
 def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
@@ -194,7 +193,7 @@ def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
     after = base(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(plain, attached) and torch.equal(plain, after)
     assert not torch.allclose(plain[0], mixed[0])
-    torch.testing.assert_close(mixed[1], plain[1])  # a row with no mixture, in a batch where another has one
+    same_tensor(mixed[1], plain[1])  # a row with no mixture, in a batch where another has one
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in before.items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
 
@@ -231,14 +230,14 @@ def test_packed_tokens_equal_rows(rows: int, length: int, ranks: list[int], seed
     by_row = low_rank(x, stack, Gates(weights))
     per_token = weights.repeat_interleave(length, dim=0)
     packed = low_rank(x.reshape(1, rows * length, 6), stack, Gates(per_token, per_token=True))
-    torch.testing.assert_close(packed.reshape(by_row.shape), by_row)
-    torch.testing.assert_close(low_rank(x, stack, Gates(per_token, per_token=True)), by_row)
+    same_tensor(packed.reshape(by_row.shape), by_row)
+    same_tensor(low_rank(x, stack, Gates(per_token, per_token=True)), by_row)
     flat = low_rank(x.reshape(rows * length, 6), stack, Gates(weights))  # OPT's MLP flattens its batch
-    torch.testing.assert_close(flat.reshape(by_row.shape), by_row)
+    same_tensor(flat.reshape(by_row.shape), by_row)
     expected = sum(
         weights[:, i, None, None] * (x @ stack.A[owner == i].T) @ stack.B[:, owner == i].T for i in range(len(ranks))
     )
-    torch.testing.assert_close(by_row, expected)
+    same_tensor(by_row, expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 300])
@@ -255,9 +254,7 @@ def test_beams_repeat_their_row() -> None:
     stack = Stack(torch.randn(2, 4), torch.randn(3, 2), torch.tensor([0, 1]))
     x = torch.randn(2, 1, 4).repeat_interleave(3, dim=0)
     weights = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    torch.testing.assert_close(
-        low_rank(x, stack, Gates(weights)), low_rank(x, stack, Gates(weights.repeat_interleave(3, dim=0)))
-    )
+    same_tensor(low_rank(x, stack, Gates(weights)), low_rank(x, stack, Gates(weights.repeat_interleave(3, dim=0))))
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -279,7 +276,7 @@ def test_gates_can_be_replaced_between_steps(tmp_path: Path) -> None:
         mixture.gates = Gates(torch.ones(1, 1))
         replaced = base(input_ids=ids, attention_mask=mask).logits
     with gated.active(made, torch.ones(1, 1)):
-        torch.testing.assert_close(base(input_ids=ids, attention_mask=mask).logits, replaced)
+        same_tensor(base(input_ids=ids, attention_mask=mask).logits, replaced)
 
 
 def test_a_working_set_holds_only_what_its_adapters_touch(tmp_path: Path) -> None:
@@ -324,11 +321,11 @@ def test_every_way_of_multiplying_is_the_formula(data: Any, rows: int, copies: i
     x = torch.randn(rows * copies, length, 6, generator=generator)
     gate = weights[:, owner].repeat_interleave(copies, dim=0)[:, None]
     expected = ((x @ stack.A.T) * gate) @ stack.B.T
-    torch.testing.assert_close(low_rank(x, stack, Gates(weights)), expected, rtol=1e-4, atol=1e-5)
+    same_tensor(low_rank(x, stack, Gates(weights)), expected)
     per_token = Gates(weights.repeat_interleave(copies * length, dim=0), per_token=True)
-    torch.testing.assert_close(low_rank(x, stack, per_token), expected, rtol=1e-4, atol=1e-5)
+    same_tensor(low_rank(x, stack, per_token), expected)
     flat = low_rank(x.view(-1, 6), stack, per_token)
-    torch.testing.assert_close(flat, expected.view(-1, 5), rtol=1e-4, atol=1e-5)
+    same_tensor(flat, expected.view(-1, 5))
     one = Gates(weights[:1])
     expected = ((x @ stack.A.T) * weights[:1, owner]) @ stack.B.T
-    torch.testing.assert_close(low_rank(x, stack, one), expected, rtol=1e-4, atol=1e-5)
+    same_tensor(low_rank(x, stack, one), expected)

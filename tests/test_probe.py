@@ -14,6 +14,7 @@ import tiny
 from logo.errors import ModelError, UsageError
 from logo.selection.points import Point, decoder_layers, find_points
 from logo.selection.probe import Probe
+from tolerances import same_tensor
 
 QUERY = {
     "llama": "model.layers.2.self_attn.q_proj",
@@ -56,7 +57,7 @@ def test_query_rows_are_what_attention_takes_as_the_query(name: str) -> None:
     only_query = model(input_ids=ids, attention_mask=mask).logits
     zero_rows(module, torch.ones_like(rest))
     nothing = model(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(only_query, nothing)
+    same_tensor(only_query, nothing)
     # With only the query zeroed every token attends evenly, and values still come through.
     again = tiny.model(name)
     module = again.get_submodule(point.module)
@@ -85,7 +86,7 @@ def test_residual_equals_the_models_own_hidden_states(name: str, layer: int) -> 
     [hidden] = Probe(model, find_points(model, layer))(ids, mask)
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
-    torch.testing.assert_close(hidden, expected[torch.arange(3), mask.sum(1) - 1])
+    same_tensor(hidden, expected[torch.arange(3), mask.sum(1) - 1])
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
@@ -104,7 +105,7 @@ def test_projection_equals_what_the_module_receives(name: str) -> None:
     for handle in handles:
         handle.remove()
     for point, hidden in zip(points, Probe(model, points, "projection")(ids, mask), strict=True):
-        torch.testing.assert_close(hidden, seen[point.module][torch.arange(2), mask.sum(1) - 1])
+        same_tensor(hidden, seen[point.module][torch.arange(2), mask.sum(1) - 1])
 
 
 def test_stops_at_the_last_point() -> None:
@@ -139,7 +140,7 @@ def test_padding_and_company_do_not_matter(lengths: list[int], token: Any) -> No
     batched = probe(*tiny.padded(rows))
     for i, row in enumerate(rows):
         for together, alone in zip(batched, probe(*tiny.padded([row])), strict=True):
-            torch.testing.assert_close(together[i], alone[0])
+            same_tensor(together[i], alone[0])
 
 
 LLAMA = tiny.model("llama")
@@ -149,8 +150,8 @@ def test_mean_is_over_all_prompt_tokens() -> None:
     ids, mask = tiny.padded(tiny.prompts([4, 2]))
     [hidden] = Probe(LLAMA, find_points(LLAMA, 1), token="mean")(ids, mask)
     expected = LLAMA(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
-    torch.testing.assert_close(hidden[0], expected[0].mean(0))
-    torch.testing.assert_close(hidden[1], expected[1, :2].mean(0))
+    same_tensor(hidden[0], expected[0].mean(0))
+    same_tensor(hidden[1], expected[1, :2].mean(0))
 
 
 @pytest.mark.parametrize(

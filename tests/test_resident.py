@@ -16,6 +16,7 @@ from logo.adapters.format import LoraWeights
 from logo.errors import NotFinite
 from logo.mixing.resident import Part, Resident, Share
 from make_adapters import calm
+from tolerances import same_tensor
 
 WIDTH = 6
 MODULES = ("one", "two", "three")
@@ -74,7 +75,7 @@ def test_every_token_gets_its_own_mixture_whoever_joins_and_leaves(
             for name, module in modules.items():
                 base = nn.functional.linear(x, module.weight, module.bias)[0]
                 want = torch.stack([b + term(m, name, row) for b, m, row in zip(base, tokens, x[0], strict=True)])
-                torch.testing.assert_close(module(x)[0], want, rtol=1e-4, atol=1e-4)
+                same_tensor(module(x)[0], want)
 
 
 def test_without_a_mixture_outputs_are_bit_equal_to_the_base_model() -> None:
@@ -111,7 +112,7 @@ def test_an_adapter_of_another_key_is_another_adapter() -> None:
             results.append(module(x)[0, 0])
     for number, result in zip((0, 8), results, strict=True):
         want = nn.functional.linear(x, module.weight, module.bias)[0, 0] + term({number: 1.0}, "one", x[0, 0])
-        torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-4)
+        same_tensor(result, want)
 
 
 def test_what_the_dtype_cannot_hold_is_refused_and_nothing_has_changed() -> None:
@@ -210,7 +211,7 @@ class Trouble(RuleBasedStateMachine):
                 terms = [term(self.present[i][0], name, row) for i, row in zip(rows, x[0], strict=True)]
                 base = nn.functional.linear(x[0], module.weight, module.bias)
                 want = base + torch.stack(terms) if terms else base
-                torch.testing.assert_close(module(x)[0], want, rtol=1e-4, atol=1e-4)
+                same_tensor(module(x)[0], want)
 
 
 TestTrouble = Trouble.TestCase

@@ -15,6 +15,7 @@ import tiny
 from logo import AdapterPool, LoGo, ModelError, PoolError, SelectionSettings, UsageError, scoring
 from logo.scoring import completion_ids, joined, score_logits
 from test_engine import tokenizer, write_adapter
+from tolerances import same_scores
 
 PROMPT, GOLD = "w3 w4 w5 w6", "w7 w8 w9"
 
@@ -60,7 +61,7 @@ def test_every_mixture_scores_as_with_merged_weights(logo: LoGo) -> None:
     scored = logo.score(PROMPT, GOLD, mixtures)
     for mixture, found in zip(mixtures, scored, strict=True):
         nll, match = plain(merged(logo.pool, mixture), logo.tokenizer, PROMPT, GOLD)
-        assert found.nll == pytest.approx(nll, rel=1e-5)
+        assert found.nll == same_scores(nll)
         assert (found.exact_match, found.tokens) == (match, 3)
     assert len({round(found.nll, 4) for found in scored}) == len(mixtures)  # they really differ
 
@@ -69,7 +70,7 @@ def test_every_mixture_scores_as_with_merged_weights(logo: LoGo) -> None:
 def test_one_adapter_scores_as_in_peft(logo: LoGo, drawer: Path, name: str) -> None:
     [found] = logo.score(PROMPT, GOLD, [{name: 1.0}])
     nll, _ = plain(make_adapters.load_peft(drawer / name), logo.tokenizer, PROMPT, GOLD)
-    assert found.nll == pytest.approx(nll, rel=1e-5)
+    assert found.nll == same_scores(nll)
 
 
 def test_exact_match_is_what_greedy_decoding_would_write(logo: LoGo) -> None:
@@ -100,8 +101,8 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     logo = LoGo(model, tokenizer(), AdapterPool.from_directory(tmp_path), settings=SelectionSettings("norm", k=1))
     base, mixed = logo.score(PROMPT, GOLD, [{}, {"t": 1.0}])
     nll, match = plain(model, logo.tokenizer, PROMPT, GOLD)
-    assert (base.nll, base.exact_match) == (pytest.approx(nll, rel=1e-5), match)
-    assert mixed.nll != pytest.approx(nll, rel=1e-4)
+    assert (base.nll, base.exact_match) == (same_scores(nll), match)
+    assert mixed.nll != same_scores(nll)
 
 
 def test_equal_mixtures_are_computed_once_and_only_at_the_completion(logo: LoGo) -> None:
@@ -126,7 +127,7 @@ def test_small_parts_give_the_same(logo: LoGo, monkeypatch: pytest.MonkeyPatch) 
             for name, value in limit.items():
                 patch.setattr(scoring, name, value)
             parts = logo.score(PROMPT, GOLD, mixtures)
-        assert [part.nll for part in parts] == pytest.approx([found.nll for found in whole], rel=1e-5)
+        assert [part.nll for part in parts] == same_scores([found.nll for found in whole])
     handle.remove()
     assert calls == [2, 2, 1, 2, 2, 1, 1, 1, 1, 1, 1]
 
@@ -139,7 +140,7 @@ def test_a_model_that_always_computes_all_logits(logo: LoGo, monkeypatch: pytest
         return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
     monkeypatch.setattr(logo.model, "forward", old)
-    assert logo.score(PROMPT, GOLD, [{}])[0].nll == pytest.approx(whole[0].nll, rel=1e-6)
+    assert logo.score(PROMPT, GOLD, [{}])[0].nll == same_scores(whole[0].nll)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_pairs_in_a_batch_score_as_merged_weights_alone(logo: LoGo, batch_size: 
     scored = logo.score_pairs(PAIRS, MIXTURES, batch_size=batch_size)
     for (prompt, gold), mixture, found in zip(PAIRS, MIXTURES, scored, strict=True):
         likelihood, match = alone(merged(logo.pool, mixture), prompt, gold)
-        assert found.log_likelihood == pytest.approx(likelihood, rel=1e-5)
+        assert found.log_likelihood == same_scores(likelihood)
         assert (found.exact_match, found.tokens) == (match, len(gold))
 
 
@@ -228,7 +229,7 @@ def test_pairs_under_one_adapter_score_as_in_peft(logo: LoGo, drawer: Path, name
     model = make_adapters.load_peft(drawer / name)
     scored = logo.score_pairs(PAIRS, [{name: 1.0}] * 5)
     for (prompt, gold), found in zip(PAIRS, scored, strict=True):
-        assert found.log_likelihood == pytest.approx(alone(model, prompt, gold)[0], rel=1e-5)
+        assert found.log_likelihood == same_scores(alone(model, prompt, gold)[0])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -241,7 +242,7 @@ def test_padding_changes_nothing_whatever_the_positions(kind: str, tmp_path: Pat
     mixtures: list[dict[str, float]] = [{"a": 0.5}, {}, {"a": 2.0}, {}, {"a": 1.0}]
     together = logo.score_pairs(PAIRS, mixtures)
     apart = [logo.score_pairs([pair], [mixture])[0] for pair, mixture in zip(PAIRS, mixtures, strict=True)]
-    assert [one.nll for one in together] == pytest.approx([one.nll for one in apart], rel=1e-5)
+    assert [one.nll for one in together] == same_scores([one.nll for one in apart])
 
 
 def test_single_tokens_after_one_prompt_are_one_row(logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,11 +261,9 @@ def test_single_tokens_after_one_prompt_are_one_row(logo: LoGo, monkeypatch: pyt
     scored = logo.score_pairs(pairs, mixtures)
     assert shapes == [(2, 4, 3)]  # three golds and the longer pair read the same tokens under the same mixture
     for one, other in zip(scored, expected, strict=True):
-        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+        assert one.nll == same_scores(other.nll)
     monkeypatch.setattr(scoring, "MAX_LOGITS", 3 * 100)
-    assert [one.nll for one in logo.score_pairs(pairs, mixtures)] == pytest.approx(
-        [one.nll for one in scored], rel=1e-5
-    )
+    assert [one.nll for one in logo.score_pairs(pairs, mixtures)] == same_scores([one.nll for one in scored])
     assert len(shapes) == 3  # a batch that is too large was halved
 
 

@@ -25,6 +25,7 @@ from logo import LoGo
 from logo.bench.local_server import LocalServer
 from logo.demo import adapters_dir
 from serving import Served, served
+from tolerances import same_scores, same_weights
 
 PROMPTS = ["What is 7 plus 5?", "Reverse the word: house", "What is the opposite of hot?", "Spell the word: tree"]
 
@@ -83,7 +84,7 @@ def test_a_completion_is_what_the_library_answers(client: openai.OpenAI, engine:
         assert tuple(choice.token_ids) == want.token_ids  # type: ignore[attr-defined]
         assert choice.finish_reason == want.finish_reason
         assert got.logo["adapters"] == list(want.selection.adapters)  # type: ignore[attr-defined]
-        assert got.logo["weights"] == pytest.approx(want.selection.weights)  # type: ignore[attr-defined]
+        assert got.logo["weights"] == same_weights(want.selection.weights)  # type: ignore[attr-defined]
         assert got.usage is not None
         assert got.usage.prompt_tokens == len(engine.prompts.encode([prompt])[0])
         assert got.usage.completion_tokens == len(want.token_ids)
@@ -172,7 +173,7 @@ def test_logprobs_in_both_shapes(client: openai.OpenAI) -> None:
     old, new = text.choices[0].logprobs, chat.choices[0].logprobs
     assert old is not None and new is not None and new.content is not None
     assert old.tokens == [entry.token for entry in new.content]
-    assert old.token_logprobs == pytest.approx([entry.logprob for entry in new.content], abs=1e-5)
+    assert old.token_logprobs == same_scores([entry.logprob for entry in new.content])
     for token, top, entry in zip(old.tokens or [], old.top_logprobs or [], new.content, strict=True):
         assert max(top, key=lambda t: top[t]) == token  # greedy
         assert [other.token for other in entry.top_logprobs] == list(top)
@@ -186,7 +187,7 @@ def test_models_selection_and_the_pool_are_told(client: openai.OpenAI, server: S
     selection = server.post("/v1/logo/select", {"prompt": PROMPTS[2]})
     want = engine.select(PROMPTS[2])
     assert selection["adapters"] == list(want.adapters)
-    assert selection["scores"] == pytest.approx(want.scores, abs=1e-4)
+    assert selection["scores"] == same_scores(want.scores)
     before = {card["id"]: card["selected"] for card in pool["data"]}
     client.completions.create(model="antonym", prompt="hot", max_tokens=2)
     after = {card["id"]: card["selected"] for card in server.get("/v1/logo/adapters")["data"]}

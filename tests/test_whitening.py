@@ -8,6 +8,7 @@ import torch
 from logo.selection import whitening
 from logo.selection.whitening import SHRINKAGE, Whitening
 from make_adapters import index_of
+from tolerances import same_tensor
 
 
 def sample(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -31,7 +32,7 @@ def test_whitening_is_the_formula(tokens: int, width: int, monkeypatch: pytest.M
     hidden = sample(tokens, width)
     found = Whitening.of(hidden)
     torch.testing.assert_close(found.fold(torch.eye(width)), textbook(hidden), atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(found.mean, hidden.mean(0))
+    same_tensor(found.mean, hidden.mean(0))
 
 
 def test_directions_that_hardly_matter_are_left_alone() -> None:
@@ -43,7 +44,7 @@ def test_directions_that_hardly_matter_are_left_alone() -> None:
 
 def test_text_without_variance_is_only_centred() -> None:
     found = Whitening.of(torch.ones(5, 4))
-    torch.testing.assert_close(found.fold(torch.eye(4)), torch.eye(4))
+    same_tensor(found.fold(torch.eye(4)), torch.eye(4))
 
 
 def test_the_index_scores_whitened_vectors() -> None:
@@ -54,4 +55,4 @@ def test_the_index_scores_whitened_vectors() -> None:
     scored = index_of(factors, found).norms(hidden)
     particular = (hidden - found.mean) @ found.fold(torch.eye(12))
     expected = torch.stack([(particular @ a.T @ b.T).norm(dim=1) for a, b in factors], dim=1)
-    torch.testing.assert_close(scored, expected, atol=1e-4, rtol=1e-4)
+    same_tensor(scored, expected)
