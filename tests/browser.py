@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tolerances import PATIENCE
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 FLAGS = (
@@ -54,7 +56,7 @@ class Browser:
         """What a script returns; it may be a promise."""
         return self._send("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
-    def wait(self, script: str, *arguments: object, seconds: float = 20.0) -> Any:
+    def wait(self, script: str, *arguments: object, seconds: float = PATIENCE) -> Any:
         """What a script returns as soon as that is true."""
         end = time.monotonic() + seconds
         while not (found := self.run(script, *arguments)):
@@ -99,7 +101,7 @@ class Browser:
         request = urllib.request.Request(self._address + path, data=data, method=method, headers=headers)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by way of a proxy
         try:
-            with opener.open(request, timeout=120) as answer:
+            with opener.open(request, timeout=PATIENCE) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as error:
             raise AssertionError(json.load(error)["value"]["message"]) from None
@@ -113,7 +115,7 @@ def browser(profile: Path) -> Iterator[Browser]:
         port = probe.getsockname()[1]
     driver = subprocess.Popen([str(DRIVER), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + PATIENCE
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -128,4 +130,4 @@ def browser(profile: Path) -> Iterator[Browser]:
             window.close()
     finally:
         driver.terminate()
-        driver.wait(timeout=30)
+        driver.wait(timeout=PATIENCE)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 # Tiny models gain nothing from threads and lose much to them on a busy machine; subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# How long an example of a property takes says nothing on a machine that does other work too.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 # What tests calibrate stays among them.
 os.environ["LOGO_CACHE"] = tempfile.mkdtemp(prefix="logo-cache-")
 

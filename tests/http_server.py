@@ -11,6 +11,8 @@ from typing import Any
 
 import uvicorn
 
+from tolerances import PATIENCE
+
 
 @contextmanager
 def serving(app: Any, **options: Any) -> Iterator[str]:
@@ -28,13 +30,14 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
             yield f"http://127.0.0.1:{taken.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), "the server does not end"
 
 
 def eventually(check: Callable[[], object]) -> None:
     """Waits for what a server does after its answer is out."""
-    for _ in range(1000):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         if check():
             return
         time.sleep(0.01)
@@ -44,7 +47,7 @@ def eventually(check: Callable[[], object]) -> None:
 def raw(url: str, request: bytes) -> bytes:
     """What comes back for bytes that no client library would send; the server has to close the connection."""
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         connection.sendall(request)
         received = b""
         while piece := connection.recv(65536):

@@ -30,6 +30,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
+from tolerances import PATIENCE
+
 GOOD_TOKEN = "good-token"
 """Its account may read every repository."""
 STRANGER_TOKEN = "stranger-token"
@@ -133,7 +135,7 @@ class HubServer:
         url: what `HF_ENDPOINT` has to be.
         requests: every request so far, in the order of the answers.
         peak: the largest number of files that were on their way at one time.
-        delay: seconds every file takes, so that downloads overlap.
+        together: no file is sent before so many are on their way at one time.
         page_size: entries per page of a tree.
         outage: an HTTP status to answer everything with.
     """
@@ -145,7 +147,6 @@ class HubServer:
         gated: Iterable[str] = (),
         private: Iterable[str] = (),
         page_size: int = 1000,
-        delay: float = 0.0,
     ) -> None:
         self.repos: dict[str, Repo] = {}
         for repo_id, folder in repos.items():
@@ -155,7 +156,8 @@ class HubServer:
         for repo_id in private:
             self.repos[repo_id].private = True
         self.page_size = page_size
-        self.delay = delay
+        self.together = 1
+        self._met = threading.Event()
         self.outage: int | None = None
         self.requests: list[Request] = []
         self.peak = 0
@@ -227,11 +229,17 @@ class HubServer:
         with self._lock:
             self._underway += 1
             self.peak = max(self.peak, self._underway)
+            if self.peak >= self.together:
+                self._met.set()
             cut = self._cuts.get(file)
             if cut is None or cut.times <= 0:
                 return None
             cut.times -= 1
             return cut
+
+    def wait_for_others(self) -> None:
+        """Until as many files are on their way as have to be."""
+        assert self._met.wait(PATIENCE), f"never {self.together} at one time"
 
     def end_file(self) -> None:
         with self._lock:
@@ -409,7 +417,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, file: RepoFile, status: int, headers: dict[str, str], body: bytes) -> None:
         cut = self.hub.begin_file(file.path)
         try:
-            time.sleep(self.hub.delay)
+            self.hub.wait_for_others()
             self._start(status, headers, len(body))
             self.wfile.write(body if cut is None else body[: cut.after])
             if cut is not None:

@@ -41,6 +41,7 @@ class OddServer:
     """Attributes:
     requests: bodies, in the order in which they came, with the path as `path`.
     most: most requests at once.
+    together: nothing is answered before so many requests were there at once.
     left: set when a client closes its connection before its answer is over.
     kv_blocks: what the metrics say, one value per question (the last one stays).
     """
@@ -49,9 +50,12 @@ class OddServer:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.most = 0
+        self.together = 1
+        self._met = asyncio.Event()
         self.left = asyncio.Event()
         self.kv_blocks = [0]
         self._now = 0
+        self._connections: set[asyncio.Task[None]] = set()
 
     @property
     def endpoint(self) -> Endpoint:
@@ -63,8 +67,13 @@ class OddServer:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
+        await asyncio.gather(*self._connections)  # their clients are gone
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        own = asyncio.current_task()
+        assert own is not None
+        self._connections.add(own)
+        own.add_done_callback(self._connections.discard)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while await self._one(reader, writer):
                 pass
@@ -90,6 +99,9 @@ class OddServer:
             return self._say(writer, 400 if refused else 200, '{"error": {"message": "no"}}' if refused else "Success")
         self._now += 1
         self.most = max(self.most, self._now)
+        if self.most >= self.together:
+            self._met.set()
+        await self._met.wait()
         try:
             return await self._complete(request, reader, writer)
         finally:

@@ -48,7 +48,7 @@ def ask(window: Browser, prompt: str, **settings: object) -> tuple[str, str]:
     for name, value in settings.items():
         window.run(SET, name.replace("_", "-"), str(value))
     window.run(ASK, prompt)
-    window.wait(IDLE, seconds=60)
+    window.wait(IDLE)
     base, right = window.run("return [...document.querySelectorAll('.answer .text')].map(node => node.textContent)")
     return base, right
 

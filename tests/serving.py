@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logo.bench.local_server import LocalServer
+from tolerances import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Served:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        return direct.open(request, timeout=120)
+        return direct.open(request, timeout=PATIENCE)
 
 
 @contextlib.contextmanager
 def served(*options: str, key: str = "") -> Iterator[Served]:
     """A server with these options of `logo serve`, until the block ends."""
-    with LocalServer(options, {"LOGO_API_KEY": key}, start=120, stop=60) as server:
+    with LocalServer(options, {"LOGO_API_KEY": key}, start=PATIENCE, stop=PATIENCE) as server:
         yield Served(server.url, key)

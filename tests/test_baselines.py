@@ -28,7 +28,7 @@ from logo.errors import DataError, HubError, LoGoError, ModelError, PoolError, U
 from logo.mixing import Merge
 from logo.scoring import Scored
 from test_engine import PROMPTS, engine, hooks, write_adapter
-from tolerances import SCORES, WEIGHTS, same_scores, same_selection, same_weights
+from tolerances import PATIENCE, SCORES, WEIGHTS, same_scores, same_selection, same_weights
 
 ALL = ("logo", "base", "uniform", "random", "oracle", "best-single", "lorahub", "loraretriever", "adaptersoup", "arrow")
 SAMPLES = {f"t{i}": tuple(f"w{10 * i + j} w{20 + i}" for j in range(3, 6)) for i in range(4)}
@@ -514,7 +514,7 @@ def test_the_bench_compares_with_peft() -> None:
         [sys.executable, "-c", "from logo.cli import main; main()", "bench", "merges", "--json"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert shown.returncode == 0, shown.stderr
     rows = {row["kind"]: row for row in json.loads(shown.stdout)}

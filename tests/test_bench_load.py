@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from logo.bench import load
 from logo.bench.load import run_load, send
 from logo.bench.watch import Churn, Sample, churn, sample, settled
 from logo.bench.wire import Answer, Ask
 from odd_server import TOKENS, OddServer
+from tolerances import PATIENCE
 
 
 def on_odd_server(act: Callable[[OddServer, Any], Awaitable[Any]]) -> Any:
@@ -20,7 +24,7 @@ def on_odd_server(act: Callable[[OddServer, Any], Awaitable[Any]]) -> Any:
         async with OddServer() as server, server.endpoint.client() as client:
             return await act(server, client)
 
-    return asyncio.run(asyncio.wait_for(go(), 60))
+    return asyncio.run(go())
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -64,8 +68,8 @@ def test_an_answer_is_taken_in(stream: bool) -> None:
 )
 def test_a_bad_answer_is_an_error_of_its_kind(prompt: str, stream: bool, kind: str, message: str) -> None:
     async def act(server: OddServer, client: Any) -> list[Answer]:
-        bad = await send(client, "logo", 0, Ask(prompt, 4, stream), timeout=0.2 if kind == "timeout" else 30.0)
-        if kind == "timeout":
+        bad = await send(client, "logo", 0, Ask(prompt, 4, stream), timeout=0.2 if kind == "timeout" else PATIENCE)
+        if kind == "timeout" and server.requests:  # on a busy machine it may be over before it has asked
             await server.left.wait()
         return [bad, await send(client, "logo", 1, Ask("ok", 4))]  # and the client can go on
 
@@ -102,7 +106,7 @@ def test_a_client_hangs_up(stream: bool, hang_up: float, tokens: int) -> None:
 
 
 def test_a_client_that_would_leave_later_than_its_answer_comes_gets_it() -> None:
-    asks = [Ask("ok", 4, False, 0.9), Ask("ok", 100, True, 0.9)]
+    asks = [Ask("ok", 4, False, PATIENCE), Ask("ok", 100, True, 0.9)]
 
     async def act(server: OddServer, client: Any) -> list[Answer]:
         return [await send(client, "logo", i, ask) for i, ask in enumerate(asks)]
@@ -115,6 +119,7 @@ def test_so_many_clients_at_a_time() -> None:
     told: list[Answer] = []
 
     async def act(server: OddServer, client: Any) -> tuple[list[Answer], float, int]:
+        server.together = 7
         return *await run_load(server.endpoint, "logo", asks, concurrency=7, on_answer=told.append), server.most
 
     answers, seconds, most = on_odd_server(act)
@@ -124,22 +129,28 @@ def test_so_many_clients_at_a_time() -> None:
     assert seconds >= max(answer.seconds for answer in answers)
 
 
-def test_for_so_long() -> None:
+def test_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves a tenth of a second whenever somebody looks at it."""
+    looks = itertools.count()
+    monkeypatch.setattr(load, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 10))
     asks = [Ask("ok", 4), Ask("ok", 4)]
 
     async def act(server: OddServer, client: Any) -> tuple[list[Answer], float]:
-        return await run_load(server.endpoint, "logo", asks, concurrency=2, seconds=0.3)
+        return await run_load(server.endpoint, "logo", asks, concurrency=2, seconds=10)
 
     answers, seconds = on_odd_server(act)
-    assert seconds >= 0.3 and len(answers) > 2  # over again
+    assert seconds >= 10 and len(answers) > 2  # over again
     assert {answer.ask for answer in answers} == {0, 1}
 
 
 def test_an_adapter_comes_and_goes() -> None:
     async def act(server: OddServer, client: Any) -> tuple[int, list[str], list[dict[str, Any]]]:
         stop = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.25, stop.set)
-        return *await churn(client, Churn(0.1, Path("/pool/x"), "x"), stop), server.requests
+        coming_and_going = asyncio.create_task(churn(client, Churn(0.01, Path("/pool/x"), "x"), stop))
+        while len(server.requests) < 4:
+            await asyncio.sleep(0.01)
+        stop.set()
+        return *await coming_and_going, server.requests
 
     changes, failed, requests = on_odd_server(act)
     assert not failed and changes == len(requests) >= 4 and changes % 2 == 0  # what was added is removed at the end
@@ -162,7 +173,7 @@ def test_the_server_is_given_time_to_settle() -> None:
     async def act(server: OddServer, client: Any) -> list[Sample | None]:
         server.kv_blocks = [2, 5, 4, 2]
         before = await sample(client, 0.0)
-        after = await settled(client, 0.0, before)
+        after = await settled(client, 0.0, before, wait=PATIENCE)
         server.kv_blocks = [9]
         return [before, after, await settled(client, 0.0, before, wait=0.2)]
 

@@ -31,6 +31,7 @@ from logo.cli.options import BaselineKind, Context, EngineOptions, OnBad, Token,
 from logo.cli.run import run
 from logo.demo import adapters_dir
 from logo.errors import DataError, LoGoError, StorageError
+from tolerances import PATIENCE
 
 SECONDS = st.floats(1e-4, 1e3)
 
@@ -272,7 +273,7 @@ server.serve_forever()
 )
 def test_how_a_server_ends(handler: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_server, "_LOGO", (sys.executable, "-c", READY.format(handler=handler)))
-    with LocalServer(["--base-model", "demo"], start=60, stop=1) as server:
+    with LocalServer(["--base-model", "demo"], start=PATIENCE, stop=1 if code == -9 else PATIENCE) as server:
         assert server.url.startswith("http://127.0.0.1:") and server.exit_code is None
     assert server.exit_code == code
     assert "['serve', '--base-model', 'demo', '--port', '0']" in server.said

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from logo.cli.run import run
+from tolerances import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 F1 = Path(__file__).parent / "data" / "golden" / "F1"
@@ -32,7 +33,7 @@ FILES = {
 
 def logo(*arguments: str, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from logo.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, **kwargs)
 
 
 def evaluate_arguments(result_dir: Path, *more: str) -> list[str]:
@@ -54,7 +55,7 @@ def test_help_is_light() -> None:
         "heavy = [m for m in ('torch', 'transformers', 'huggingface_hub', 'nltk', 'safetensors') if m in sys.modules]; "
         "assert not heavy, heavy; sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     for command in ("demo", "generate", "select", "evaluate", "calibrate", "study", "bench", "pool"):
         assert command in done.stdout
@@ -133,7 +134,7 @@ def test_evaluate_and_the_official_script_write_the_same_files(tmp_path: Path) -
         [sys.executable, "main.py", *evaluate_arguments(tmp_path / "official")],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         cwd=ROOT,
     )
     assert official.returncode == 0, official.stderr
@@ -255,7 +256,7 @@ def test_an_interrupted_run_keeps_the_earlier_result(
 def test_output_can_be_piped_to_a_reader_that_stops() -> None:
     code = "from logo.cli import main; main()"
     shell = f"{sys.executable} -c '{code}' select --help | head -n 1"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout and done.stderr == ""
 
 
@@ -309,7 +310,7 @@ def test_results_reach_a_pipe_while_the_bar_is_on_the_terminal(tmp_path: Path) -
             if not block:
                 break
             shown += block
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     os.close(terminal)
     assert (tmp_path / "out").read_text().startswith("Accuracy: 0.00\n")
     assert b"4/4" in shown and b"eta" in shown and b"Accuracy" not in shown

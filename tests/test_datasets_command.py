@@ -17,6 +17,7 @@ from logo.cli.run import run
 from logo.evaluation.datasets import OFFICIAL, dataset_file, load_rows
 from logo.evaluation.sources.manifest import NAME, read_manifest
 from raw_sources import write_hub, write_raw
+from tolerances import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 BBH = [name for name in OFFICIAL if name.startswith("bbh.")]
@@ -79,7 +80,7 @@ def test_listing_imports_no_library_of_models_or_data() -> None:
         "import sys; from logo.cli.run import run; assert run(['datasets', 'list']) == 0; "
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE, capture_output=True)
 
 
 # --- prepare and verify
@@ -162,11 +163,11 @@ def test_a_data_folder_that_cannot_be_is_said_first(capsys: pytest.CaptureFixtur
 def client(hub: HubServer, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))}
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", "from logo.cli import main; main()", "datasets", *arguments],
+        [sys.executable, "-c", "from logo.cli import main; main()", "datasets", *arguments],
         env=inherited | hub.env(home) | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

@@ -19,6 +19,7 @@ from logo.bench.local_server import LocalServer
 from logo.cli.app import app
 from logo.cli.run import run
 from make_adapters import write_drawer
+from tolerances import PATIENCE
 from transcripts import Transcript, difference, files, transcripts
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +121,7 @@ def said_by(command: str) -> str:
         text = said.getvalue()
     else:
         done = subprocess.run(
-            ["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+            ["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE
         )
         code, text = done.returncode, done.stdout
     assert code == 0, f"{command}\n{text}"
@@ -138,7 +139,7 @@ def test_transcripts_are_what_the_commands_print(page: Path, world: Path) -> Non
             for name in set(shlex.split(transcript.command)) & FOLDERS.keys():
                 FOLDERS[name](world / name)
             if transcript.command.startswith("logo serve "):
-                server = servers.enter_context(LocalServer(shlex.split(transcript.command)[2:], start=240))
+                server = servers.enter_context(LocalServer(shlex.split(transcript.command)[2:], start=PATIENCE))
                 address, said = server.url.removeprefix("http://127.0.0.1"), server.said
             else:
                 said = said_by(transcript.command.replace(":8000", address) if address else transcript.command)

@@ -31,7 +31,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from logo.evaluation.documents import common_text  # noqa: E402
 from logo.evaluation.harness import LoGoLM  # noqa: E402
-from tolerances import same_scores  # noqa: E402
+from tolerances import PATIENCE, same_scores  # noqa: E402
 
 LONG = " ".join(f"w{3 + i % 80}" for i in range(300))  # the tiny models read 128 tokens
 PAIRS = [
@@ -379,7 +379,12 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     code = "from logo.cli import main; main()"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return done

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tolerances import PATIENCE
+
 SRC = Path(__file__).parent.parent / "src" / "logo"
 
 # What a part may import: itself and everything below. Parts on one line stand side by side.
@@ -64,7 +66,7 @@ def test_importing_the_package_imports_no_model_library() -> None:
         "import logo, sys; logo.UsageError; logo.__version__; "
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_the_public_api_is_what_it_says() -> None:

@@ -16,6 +16,7 @@ from hub_server import GOOD_TOKEN, HubServer
 from logo import LoGo, ModelError, UsageError
 from logo.adapters.layout import BaseLayout
 from logo.models import default_pool, load_base, load_layout, pick_device, resolve_base
+from tolerances import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -102,11 +103,11 @@ def test_the_official_command_downloads_model_and_adapters(tmp_path: Path) -> No
     with HubServer(repos, gated=["meta-llama/Llama-3.1-8B"]) as hub:
         env = {**os.environ, **hub.env(tmp_path / "home")}
         env.pop("HF_TOKEN", None)
-        refused = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        refused = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE)
         assert refused.returncode == 1 and "accept the licence" in refused.stderr.splitlines()[-1]
         assert "Traceback" not in refused.stderr and not list((tmp_path / "results").rglob("*.json"))
         env["HF_TOKEN"] = GOOD_TOKEN
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
     folder = "results/Llama-3.1-8B_selection_norm_n_20_seed_0/bbh.word_sorting"
     assert done.stdout.splitlines()[-1] == folder
@@ -114,5 +115,5 @@ def test_the_official_command_downloads_model_and_adapters(tmp_path: Path) -> No
     assert sorted(selected[0]) == [f"flanv2.ad{i:02}" for i in range(12)]
     assert GOOD_TOKEN not in (tmp_path / folder / "run.json").read_text()
     offline = {**env, "HF_HUB_OFFLINE": "1"}
-    again = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=PATIENCE)
     assert again.returncode == 0 and again.stdout == done.stdout

@@ -15,13 +15,14 @@ import pytest
 
 from logo.cli.app import app
 from serving import served
+from tolerances import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*command: str, **environment: str) -> str:
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=True, env={**os.environ, **environment}
+        command, capture_output=True, text=True, timeout=PATIENCE, check=True, env={**os.environ, **environment}
     ).stdout
 
 
@@ -66,12 +67,14 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
         ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(tmp_path / "logo.service")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert found.returncode == 0, found.stderr
 
 
 def test_the_dockerfile_passes_its_linter() -> None:
     linter = Path(sys.executable).parent / "hadolint"
-    found = subprocess.run([linter, str(ROOT / "deploy" / "Dockerfile")], capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [linter, str(ROOT / "deploy" / "Dockerfile")], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert found.returncode == 0, found.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -23,7 +24,7 @@ from logo.serving.sampling import Sampling
 from logo.serving.service import Chosen, NotReady, Overloaded, Service, Wish
 from make_adapters import load_peft, write_peft
 from test_engine import engine, tokenizer, write_adapter
-from tolerances import same_scores
+from tolerances import PATIENCE, same_scores
 
 _T = TypeVar("_T")
 POISON = 77
@@ -75,7 +76,8 @@ def test_where_memory_is_short_sequences_wait_and_come_out_the_same(llama: nn.Mo
 
 async def settled(service: Service) -> tuple[int, int, int]:
     """Blocks, running and waiting sequences, once the generating thread has heard of everything."""
-    for _ in range(100):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         found = (service.batching.kv_blocks[0], service.batching.running, service.waiting)
         if found == (0, 0, 0):
             break

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from logo.demo import adapters_dir
 from serving import served
+from tolerances import PATIENCE
 
 # What a JSON schema cannot say, such as which models there are and how long a context is, may still be refused.
 LEFT_OUT = "positive_data_acceptance"
@@ -27,7 +28,7 @@ def test_answers_are_as_the_document_says_whatever_is_sent(tmp_path: Path) -> No
             ],
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=PATIENCE,
             cwd=tmp_path,
         )
         assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]

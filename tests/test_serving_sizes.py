@@ -13,6 +13,7 @@ import pytest
 from guarded_app import KEYS, LIMIT, error, make
 from http_server import raw, serving
 from logo.serving.guards import GuardSettings, guard
+from tolerances import PATIENCE
 
 JSON = {"Content-Type": "application/json"}
 APP = make()
@@ -79,7 +80,7 @@ def test_the_answer_comes_first_and_is_still_there_when_all_is_sent(url: str) ->
     """A connection that is closed under a client that still sends is reset, and the answer lost with it."""
     host, port = url.removeprefix("http://").split(":")
     size = 20_000_000
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         connection.sendall(head(f"Content-Length: {size}"))
         assert connection.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 413"
         connection.sendall(b"x" * size)

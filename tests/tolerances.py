@@ -1,4 +1,4 @@
-"""How far floats may be apart where two computations stand for the same numbers.
+"""How far floats may be apart where two computations stand for the same numbers, and how long anything may take.
 
 One prompt alone or in a batch, the server or the library, our forward pass or PEFT's, another number of threads: sums
 are taken in another order, so the last digits differ. Equal means: scores within 1e-4 relative, weights within 1e-5,
@@ -14,6 +14,8 @@ import torch
 
 SCORES = 1e-4  # relative
 WEIGHTS = 1e-5  # absolute
+
+PATIENCE = 600  # seconds: long enough for any machine, so that only what hangs is ended
 
 
 def same_scores(expected: Any) -> Any:
@@ -35,4 +37,5 @@ def same_selection(found: Any, expected: Any) -> None:
 
 def same_tensor(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Asserts that two tensors are one, of which each entry is a sum over others: logits, responses, hidden vectors."""
-    torch.testing.assert_close(found, expected, rtol=SCORES, atol=WEIGHTS * max(1.0, float(expected.abs().max())))
+    largest = max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(found, expected, rtol=SCORES, atol=WEIGHTS * largest)
