@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tolerances import PATIENCE
 
@@ -31,6 +34,8 @@ FLAGS = (
     "--hide-scrollbars",
 )
 MISSING = None if CHROMIUM and DRIVER else "needs chromium and chromedriver on the PATH"
+# Without a browser these tests are skipped, but not where CI=true promises one: there `browser` fails.
+needs_browser = pytest.mark.skipif(MISSING is not None and os.environ.get("CI") != "true", reason=str(MISSING))
 
 
 class Browser:
@@ -110,6 +115,7 @@ class Browser:
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
     """A browser with a fresh profile, gone at the end of the block."""
+    assert MISSING is None, MISSING
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

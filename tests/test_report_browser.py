@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from browser import MISSING, Browser, browser
+from browser import Browser, browser, needs_browser
 from logo.evaluation.report import analyse, page
 from logo.evaluation.runs import read_runs
 from report_runs import ROWS, TASKS, demo_results, write_result
 
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = [needs_browser, pytest.mark.slow]
 
 LINES = "return [...document.querySelectorAll('#list > li')].map(item => item.innerText)"
 STATUS = "return document.getElementById('status').textContent"

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import logo.serving
-from browser import MISSING, Browser, browser
+from browser import Browser, browser, needs_browser
 from page_tools import ASK, BARS, PROMPT, ROWS, SET, USE, ask, completion, enter, errors
 from serving import Served, served
 
-browses = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+browses = needs_browser
 
 PAGE = Path(logo.serving.__file__).parent / "page"
 # Every piece of text that can be seen, with its contrast to what lies behind it.

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from browser import MISSING, Browser, browser
+from browser import Browser, browser, needs_browser
 from http_server import eventually
 from logo.demo import adapters_dir, model_dir
 from page_tools import ASK, BARS, IDLE, PROMPT, ROWS, SET, USE, ask, completion, enter, errors, give_key
 from relay import relay
 from serving import Served, served
 
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = [needs_browser, pytest.mark.slow]
 
 KEY = "right-key"
 EVIL = ("<img src=x onerror=document.title=1>", "a\"b'c&lt;", "\u202eTxeT\u202c")

@@ -7,10 +7,12 @@ the same adapters and the same tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 SCORES = 1e-4  # relative
 WEIGHTS = 1e-5  # absolute
@@ -37,5 +39,7 @@ def same_selection(found: Any, expected: Any) -> None:
 
 def same_tensor(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Asserts that two tensors are one, of which each entry is a sum over others: logits, responses, hidden vectors."""
+    import torch
+
     largest = max(1.0, float(expected.detach().abs().max()))
     torch.testing.assert_close(found, expected, rtol=SCORES, atol=WEIGHTS * largest)
