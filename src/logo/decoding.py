@@ -24,15 +24,13 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256
 
-# What other libraries call our options, and options of transformers that count the padding of a prompt.
-_ALIASES = {
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
-    "min_length": "min_new_tokens",
+# Names from other libraries, options of transformers that count a prompt with its padding, and one of `generate` alone.
+_INSTEAD = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), "max_new_tokens"),
+    **dict.fromkeys(("min_tokens", "min_length"), "min_new_tokens"),
+    "stop": "stop_strings",
 }
-_KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) - _ALIASES.keys()
+_KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) - _INSTEAD.keys()
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,18 @@ class Truncation:
 
     limit: int | None = None
     side: Literal["left", "right"] = "left"
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text with the tokenizer's special tokens, but never with a second token of beginning.
+
+    A text that begins with that token already (what a chat template has written, say) is taken as it is.
+    """
+    ids: list[int] = tokenizer(text)["input_ids"]
+    bos = tokenizer.bos_token
+    if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 class Prompts:
@@ -62,17 +72,6 @@ class Prompts:
         self.context = context
         self.truncation = truncation
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text with the tokenizer's special tokens, but never with a second token of beginning.
-
-        A text that begins with that token already (what a chat template has written, say) is taken as it is.
-        """
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        bos = self.tokenizer.bos_token
-        if bos and text.startswith(bos) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
     def encode(self, prompts: Sequence[str], room: int = 0) -> list[list[int]]:
         """Token ids of each prompt, special tokens included; too long ones are cut, with a warning.
 
@@ -87,7 +86,7 @@ class Prompts:
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise UsageError(f"prompt {i + 1}: expected a string, found {type(prompt).__name__}")
-            ids = self.ids(prompt)
+            ids = text_ids(self.tokenizer, prompt)
             if not ids:
                 raise UsageError(f"prompt {i + 1} is empty: this tokenizer adds no token of its own; write something")
             if limit is not None and len(ids) > limit:
@@ -103,7 +102,8 @@ class Prompts:
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that nobody asked about: cut where they are too long, left out where nothing remains."""
-        return [row[: self.context] for row in map(self.ids, texts) if row]
+        rows = [text_ids(self.tokenizer, text) for text in texts]
+        return [row[: self.context] for row in rows if row]
 
     def room(self, max_new_tokens: int | None) -> int:
         """Tokens of the context that belong to the answer.
@@ -130,8 +130,8 @@ class Prompts:
             UsageError: no new tokens, several answers per prompt, or an option that transformers does not know.
         """
         for name in options:
-            if name in _ALIASES:
-                raise UsageError(f"generation option {name!r}: use {_ALIASES[name]!r}, which counts new tokens only")
+            if name in _INSTEAD:
+                raise UsageError(f"generation option {name!r} cannot be used here: give {_INSTEAD[name]!r} instead")
             if name not in _KNOWN:
                 raise UsageError(
                     f"unknown generation option {name!r}{closest(name, _KNOWN)}: expected one of "

@@ -20,7 +20,7 @@ class OwnSelector(Method):
     name: ClassVar[str] = "logo"
 
     def prepare(self, logo: LoGo, task: Task) -> Prepared:
-        return Prepared(lambda prompts, batch_size: logo.select(prompts, batch_size=batch_size))
+        return Prepared(None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,11 +55,12 @@ class Prepared:
     """A method that knows its dataset.
 
     Attributes:
-        select: a selection for each prompt, the same one whatever prompts it is asked for together with.
+        select: a selection for each prompt, the same one whatever prompts it is asked for together with; None: the
+            engine's own.
         record: what was found out, for JSON: weights, tables, seeds.
     """
 
-    select: Select
+    select: Select | None
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -171,16 +172,21 @@ class Answering:
 
     def select(self, prompts: Sequence[str], batch_size: int = 8) -> list[Selection]:
         """One selection for each prompt."""
+        if self._prepared.select is None:
+            return self._logo.select(list(prompts), batch_size=batch_size)
         return self._prepared.select(prompts, batch_size)
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[Generation]:
         """One answer for each prompt; its seconds of `"probe"` are its share of the time that selecting took."""
         started = time.perf_counter()
-        selections = self.select(prompts, batch_size)
+        select = self._prepared.select
+        selections = None if select is None else select(prompts, batch_size)
         probe = (time.perf_counter() - started) / max(1, len(prompts))
         answers = self._logo.generate(
             list(prompts), adapters=selections, max_new_tokens=max_new_tokens, batch_size=batch_size, **self._options
         )
+        if selections is None:
+            return answers
         return [dataclasses.replace(answer, seconds={**answer.seconds, "probe": probe}) for answer in answers]
 
 

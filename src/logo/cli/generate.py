@@ -23,7 +23,10 @@ def generate(
     engine: EngineOptions,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest answer, in tokens.", show_default="256, or half of the context"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 8,
     adapter: Annotated[
         list[str] | None,
@@ -36,8 +39,8 @@ def generate(
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample instead of greedy decoding (see --temperature).")
     ] = False,
-    temperature: Annotated[float, typer.Option(help="With --sample.", min=0.0)] = 1.0,
-    top_p: Annotated[float, typer.Option(help="With --sample.", min=0.0, max=1.0)] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="With --sample.", min=0.0, show_default="1.0")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --sample.", min=0.0, max=1.0, show_default="1.0")] = None,
     seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list for several prompts.")] = False,
 ) -> None:
@@ -47,16 +50,15 @@ def generate(
     """
     prompts = read_prompts(prompt, file)
     forced = _forced(adapter, base_only)
+    options = _sampling(sample, temperature, top_p)
     engine, base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
-    options: dict[str, Any] = {}
     if sample:
         import torch
 
         torch.manual_seed(seed)
-        options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     if len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
-        selection = logo.select(prompts[0]) if forced is None else None
+        selection = logo.select(prompts[0], max_new_tokens=max_new_tokens) if forced is None else None
         pieces = logo.stream(prompts[0], adapters=selection or forced, max_new_tokens=max_new_tokens, **options)
         for number, piece in enumerate(pieces):
             print(piece if number else piece.lstrip(), end="", flush=True)
@@ -79,6 +81,17 @@ def generate(
     for answer in answers:
         out.print(answer.text.strip(), markup=False)
         note(f"  {selection_line(answer.selection)}")
+
+
+def _sampling(sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """The options of `LoGo.generate` that ask for it."""
+    given = {"temperature": temperature, "top_p": top_p}
+    if sample:
+        return {"do_sample": True, **{name: 1.0 if value is None else value for name, value in given.items()}}
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: only sampling has it; add --sample or leave it out")
+    return {}
 
 
 def _forced(adapter: list[str] | None, base_only: bool) -> dict[str, float] | None:

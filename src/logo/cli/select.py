@@ -18,6 +18,13 @@ def select(
     engine: EngineOptions,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the answer that a prompt that is too long makes room for, as in `logo generate`.",
+            show_default="256, or half of the context",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per probe.")] = 8,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list for several prompts.")] = False,
 ) -> None:
@@ -28,7 +35,7 @@ def select(
     prompts = read_prompts(prompt, file)
     engine, base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
-    selections = logo.select(prompts, batch_size=batch_size)
+    selections = logo.select(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if json:
         records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(prompts, selections, strict=True)]
         print_json(records[0] if len(records) == 1 else records)

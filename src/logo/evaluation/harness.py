@@ -110,8 +110,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self._max_gen_toks = max_gen_toks
         self._mixtures: dict[str, Mixture] = {}
         self._documents: list[str] = []  # parallel to the requests that are being scored
-        adds = self.tokenizer("")["input_ids"][:1] == [self.prefix_token_id]
-        self._first = self.tokenizer.decode(self.prefix_token_id) if adds else ""
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -219,7 +217,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What follows each context, up to the first of its `until` texts; greedy unless the task samples."""
         contexts = [request.args[0] for request in requests]
-        mixtures = self._select(contexts, disable_tqdm)
         groups: dict[str, list[int]] = {}  # requests that are to be decoded alike
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
@@ -228,10 +225,14 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
             for numbers in groups.values():
                 asked = requests[numbers[0]].args[1]
                 options = self._decoding(asked)
-                for part in self._parts([len(contexts[number]) for number in numbers]):
+                wanted = [contexts[number] for number in numbers]
+                mixtures = dict(
+                    zip(numbers, self._select(wanted, disable_tqdm, options["max_new_tokens"]), strict=True)
+                )
+                for part in self._parts(list(map(len, wanted))):
                     chosen = [numbers[i] for i in part]
                     found = self.logo.generate(
-                        [self._plain(contexts[i]) for i in chosen],
+                        [contexts[i] for i in chosen],
                         adapters=[mixtures[i] for i in chosen],
                         batch_size=self.batch_size,
                         **options,
@@ -266,14 +267,18 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
-    def _select(self, texts: Sequence[str], quiet: bool) -> list[Mixture]:
-        """The mixture of each text; those that were seen before are not selected again."""
+    def _select(self, texts: Sequence[str], quiet: bool, max_new_tokens: int = 1) -> list[Mixture]:
+        """The mixture of each text; those that were seen before are not selected again.
+
+        Args:
+            max_new_tokens: of what follows them: for these, texts that are too long leave room.
+        """
         new = [text for text in dict.fromkeys(texts) if text not in self._mixtures]
         with tqdm(total=len(new), desc="Selecting adapters", disable=quiet or not new) as bar:
             step = self.batch_size * _BATCHES
             for start in range(0, len(new), step):
                 part = new[start : start + step]
-                selections = self.logo.select([self._plain(text) for text in part], batch_size=self.batch_size)
+                selections = self.logo.select(part, max_new_tokens=max_new_tokens, batch_size=self.batch_size)
                 self._mixtures |= {text: found.mixture for text, found in zip(part, selections, strict=True)}
                 bar.update(len(part))
         return [self._mixtures[text] for text in texts]
@@ -307,10 +312,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
 
     def _parts(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         return batches_by_length(lengths, self.batch_size * _BATCHES)
-
-    def _plain(self, text: str) -> str:
-        """The text without the special token that the engine's tokenizer puts first: a chat template has done it."""
-        return text.removeprefix(self._first)
 
     def _cut(self, context: list[int], following: int) -> list[int]:
         """The end of a context that leaves room for as many tokens more, the last of which is not read."""

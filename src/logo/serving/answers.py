@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from logo.decoding import MAX_NEW_TOKENS
+from logo.decoding import MAX_NEW_TOKENS, text_ids
 from logo.endings import FinishReason
 from logo.errors import closest
 from logo.serving.batching import GenerationFailed, GenerationTimeout
@@ -124,7 +124,7 @@ class Answers:
         known = self.service.logo.model.get_input_embeddings().weight.shape[0]
         size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         rows: list[list[int]] = await _beside(
-            size, lambda: [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+            size, lambda: [text_ids(self.tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
         )
         for ids in rows:
             if not ids:

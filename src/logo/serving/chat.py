@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from logo.decoding import text_ids
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
         UsageError: the template refuses these messages (roles out of turn, say).
     """
     if not tokenizer.chat_template:
-        ids: list[int] = tokenizer(plain(messages))["input_ids"]
-        return ids
+        return text_ids(tokenizer, plain(messages))
     import jinja2
 
     try:
