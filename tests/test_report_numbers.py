@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from logo.errors import DataError
 from logo.evaluation.datasets import OFFICIAL
 from logo.evaluation.intervals import Interval, proportion
 from logo.evaluation.paired import ALPHA
 from logo.evaluation.report import adapters, analyse, latex, page, summary
 from logo.evaluation.report.numbers import Cell, dataset_lines, group_lines, marked, overall
-from logo.evaluation.report.published import known
+from logo.evaluation.report.published import read_published, shipped
 from logo.evaluation.report.versus import Mark, Pairing, shared_rows
 from logo.evaluation.runs import Run, read_runs
 from report_runs import write_result
 
+ROUGE = ("rouge-1", "rouge-2", "rouge-L")
 FRACTION = st.floats(0, 1, width=32)
 CELL = st.builds(lambda value, rows: Cell(value, Interval(0.0, 1.0), rows), FRACTION, st.integers(1, 2))
 
@@ -152,9 +156,35 @@ def test_published_numbers_stand_beside_the_same_experiment(
 
 
 def test_published_numbers_say_where_they_are_from() -> None:
-    for number in known():
+    assert shipped()
+    for number in shipped():
         assert 0 <= number.value <= 1 and number.source and number.url.startswith("https://")
         assert number.dataset in OFFICIAL and number.metric in ("em", "bleu", "rouge-1", "rouge-2", "rouge-L")
+
+
+def test_a_users_own_published_numbers(tmp_path: Path) -> None:
+    write_result(tmp_path / "m_selection_norm_n_2_seed_0" / "gem.dart", [dict.fromkeys(ROUGE, 0.5)])
+    number = asdict(shipped()[0]) | {
+        "base_model": "m",
+        "dataset": "gem.dart",
+        "k": 2,
+        "metric": "rouge-2",
+        "value": 0.25,
+    }
+    file = tmp_path / "numbers.json"
+    file.write_text(json.dumps([number]))
+    found = analyse(read_runs([tmp_path]), published=read_published(file))
+    told = {line.metric: cell.published for line in found.lines for cell in line.cells if cell}
+    assert told["rouge-1"] is told["rouge-L"] is None and told["rouge-2"] is not None
+    assert told["rouge-2"].value == 0.25 and "published 25.00" in page(found)
+    for wrong in ("{}", "[1]", "[", json.dumps([number | {"value": 71.33}]), json.dumps([number | {"k": "2"}]), "[{}]"):
+        file.write_text(wrong)
+        with pytest.raises(
+            DataError, match=r"numbers\.json': expected a JSON list of objects with base_model, dataset"
+        ):
+            read_published(file)
+    with pytest.raises(DataError, match="found none"):
+        read_published(tmp_path / "absent.json")
 
 
 def two_runs(root: Path, a: list[int], b: list[int], prompts_b: list[str] | None = None) -> list[Run]:

@@ -219,8 +219,8 @@ def test_time_adds_up(demo: Path) -> None:
 
 
 def test_a_run_that_has_a_name_is_called_by_it(tmp_path: Path) -> None:
-    for ending in ("_first", "_n_9_seed_1"):
+    for ending in ("", "_first", "_n_9_seed_1"):
         write_result(tmp_path / f"{NAME}{ending}" / "d.x", [1])
     runs = read_runs([tmp_path])
-    assert [(run.k, run.seed, run.name) for run in runs] == [(2, 0, "first"), (2, 0, "n_9_seed_1")]
-    assert labels(runs) == ["norm · name first", "norm · name n_9_seed_1"]
+    assert [(run.k, run.seed, run.name) for run in runs] == [(2, 0, None), (2, 0, "first"), (2, 0, "n_9_seed_1")]
+    assert labels(runs) == ["norm", "norm · name first", "norm · name n_9_seed_1"]

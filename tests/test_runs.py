@@ -168,8 +168,9 @@ def test_shards_and_hidden_folders_are_left_out(
 
 def test_a_dataset_may_be_called_like_a_shard(tmp_path: Path) -> None:
     """What `run.json` says counts more than how a folder is called."""
-    write_run(tmp_path / RUN, {"d.shard-1-of-2"})
-    assert set(read_run(tmp_path).results) == {"d.shard-1-of-2"}
+    write_run(tmp_path / RUN, {"d.shard-1-of-2", "a/b.shard-2-of-2"})
+    assert set(read_run(tmp_path).results) == {"d.shard-1-of-2", "a/b.shard-2-of-2"}
+    assert not find_results(tmp_path, shards=True)
 
 
 def test_a_run_json_that_is_none_is_named(tmp_path: Path) -> None:

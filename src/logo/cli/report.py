@@ -41,6 +41,14 @@ def report(
             show_default="as the run did",
         ),
     ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON with published numbers to stand beside those of the same experiment.",
+            show_default="what is shipped",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the intervals and tests.", min=0)] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print all numbers, and what was written.")] = False,
 ) -> None:
@@ -52,6 +60,7 @@ def report(
     from logo.evaluation.report import analyse, page, pictures, summary
     from logo.evaluation.report import latex as tables
     from logo.evaluation.report import png as drawn
+    from logo.evaluation.report.published import read_published
     from logo.evaluation.runs import read_runs
 
     for option, file in (("--output", output), ("--latex", latex)):
@@ -62,7 +71,8 @@ def report(
     if png is not None:
         check_writable(png, "--png")
     started = time.perf_counter()
-    analysis = analyse(read_runs(results, data_dir), seed=seed)
+    others = () if published is None else read_published(published)
+    analysis = analyse(read_runs(results, data_dir), seed=seed, published=others)
     written = {output: page(analysis, title).encode("utf-8")}
     if latex is not None:
         written[latex] = tables(analysis).encode("utf-8")

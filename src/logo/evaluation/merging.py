@@ -21,7 +21,8 @@ from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
 from logo.evaluation.resume import Wish
 from logo.evaluation.runner import DatasetResult
-from logo.evaluation.shards import Shard, is_shard_folder, positions
+from logo.evaluation.runs import Place, find_results
+from logo.evaluation.shards import Shard, positions
 from logo.evaluation.standing import standing
 
 _BOUND = ("learnt_sha256", "environments")  # beside its identity, what a whole result is told by
@@ -30,10 +31,14 @@ _CUT = {"count": "the number of shards", "block": "--batch_size", "rows": "the n
 
 @dataclass(frozen=True)
 class Part:
-    """One shard's folder as it lies on the disk; `files` by name."""
+    """One shard as it lies on the disk; `files` by name."""
 
-    folder: Path
+    place: Place
     files: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.place.folder
 
     @property
     def run(self) -> Mapping[str, Any]:
@@ -61,7 +66,7 @@ class Part:
 
     @property
     def run_folder(self) -> Path:
-        return self.folder.parents[self.dataset.count("/")]
+        return self.place.run_folder
 
 
 @dataclass(frozen=True)
@@ -80,22 +85,19 @@ def find_shards(paths: Iterable[Path]) -> list[Part]:
         DataError: no such folder, no shard in it, or one that is not complete.
         StorageError: a shard lacks a file, or one cannot be read.
     """
-    folders: dict[Path, Path] = {}
+    places: dict[Path, Place] = {}
     for path in paths:
         if not path.is_dir():
-            found = "a file" if path.exists() else "nothing"
-            raise DataError(f"results {str(path)!r}: expected a folder, found {found}")
-        inner = sorted(other for other in path.rglob("*.shard-*-of-*") if other.is_dir() and is_shard_folder(other))
-        # Hidden ones are half written.
-        inner = [other for other in inner if not any(part.startswith(".") for part in other.relative_to(path).parts)]
-        own = [path] if is_shard_folder(path.resolve()) else inner
-        if not own:
+            kind = "a file" if path.exists() else "nothing"
+            raise DataError(f"results {str(path)!r}: expected a folder, found {kind}")
+        found = find_results(path, shards=True)
+        if not found:
             raise DataError(
                 f"results {str(path)!r}: no shards there; expected folders DATASET.shard-1-of-N, as "
                 "`logo evaluate --shard 1/N` makes them"
             )
-        folders |= {folder.resolve(): folder for folder in own}
-    return [_part(folder) for folder in folders.values()]
+        places |= {place.folder.resolve(): place for place in found}
+    return [_part(place) for place in places.values()]
 
 
 def merge(parts: Sequence[Part], wish: Wish | None = None) -> list[Merged]:
@@ -123,9 +125,9 @@ def merge(parts: Sequence[Part], wish: Wish | None = None) -> list[Merged]:
     return done
 
 
-def _part(folder: Path) -> Part:
-    files = read_results(folder)
-    part = Part(folder, files)
+def _part(place: Place) -> Part:
+    folder, files = place.folder, read_results(place.folder)
+    part = Part(place, files)
     try:
         lengths = {len(files[name]) for name in ("eval_results.json", "predictions.json", "rows.json", "weights.json")}
         expected = len(part.places)

@@ -44,8 +44,9 @@ class Place:
 
     @property
     def is_shard(self) -> bool:
-        """Whether it is a part of a dataset."""
-        return self.run["shard"] is not None if "shard" in self.run else is_shard_folder(self.folder.absolute())
+        """Whether it is a part of a dataset, unless the dataset itself is called like one."""
+        folder = self.folder.absolute()
+        return is_shard_folder(folder) and not (self.run and self.dataset.split("/")[-1] == folder.name)
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def place_of(folder: Path) -> Place:
     above = folder.parents if ".." not in folder.parts else full.parents
     if isinstance(named, str) and named:
         own = named.split("/")
-        lies = [*full.parts[:-1], _SHARD.sub("", full.name) if run.get("shard") else full.name]
-        depth = len(own) if lies[-len(own) :] == own else 1  # otherwise somebody has moved or renamed it
+        lies = [[*full.parts[:-1], name] for name in (full.name, _SHARD.sub("", full.name))]
+        # Otherwise somebody has moved or renamed it.
+        depth = len(own) if own in [parts[-len(own) :] for parts in lies] else 1
     else:
         found = (number for number, parent in enumerate(full.parents, start=1) if _NAME.fullmatch(parent.name))
         depth = next(found, 1)

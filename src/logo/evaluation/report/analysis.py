@@ -9,6 +9,7 @@ from typing import Any
 from logo.evaluation.report import adapters, numbers, runs
 from logo.evaluation.report.adapters import Selected, Similarity, Spread, Weights
 from logo.evaluation.report.numbers import Cell, Line
+from logo.evaluation.report.published import Published, shipped
 from logo.evaluation.report.runs import Seconds
 from logo.evaluation.report.versus import Pairing, Versus
 from logo.evaluation.runs import Run
@@ -50,8 +51,8 @@ class Analysis:
         return sum(len(result) for run in self.runs for result in run.results.values())
 
 
-def analyse(found: Sequence[Run], *, seed: int = 0) -> Analysis:
-    """All numbers of at least one run. `seed`: of the intervals and tests."""
+def analyse(found: Sequence[Run], *, seed: int = 0, published: Sequence[Published] = ()) -> Analysis:
+    """All numbers of at least one run. `seed`: of the intervals and tests; `published`: beside what is shipped."""
     pairing = Pairing(tuple(found), seed)
     return Analysis(
         runs=tuple(found),
@@ -60,7 +61,7 @@ def analyse(found: Sequence[Run], *, seed: int = 0) -> Analysis:
         datasets=tuple(pairing.datasets),
         groups=tuple(numbers.group_lines(pairing)),
         overall=numbers.overall(pairing),
-        lines=tuple(numbers.dataset_lines(pairing)),
+        lines=tuple(numbers.dataset_lines(pairing, [*published, *shipped()])),
         extra=tuple(numbers.extra_lines(pairing)),
         versus=tuple(pairing.versus()),
         weights=tuple(adapters.weights(run) for run in found),

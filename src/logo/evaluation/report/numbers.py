@@ -79,13 +79,17 @@ def right(result: Result) -> NDArray[np.bool_]:
     return np.asarray(primary(result) >= _RIGHT)
 
 
-def dataset_lines(pairing: Pairing) -> list[Line]:
-    """One line per dataset and official measure."""
+def dataset_lines(pairing: Pairing, numbers: Sequence[Published] = ()) -> list[Line]:
+    """One line per dataset and official measure.
+
+    Args:
+        numbers: what others have published.
+    """
     lines = []
     for name in pairing.datasets:
         for metric in _metrics(pairing, [name]):
             cells = _cells(pairing, [name], metric)
-            shown = [published(run, name, metric) for run in pairing.runs]
+            shown = [published(run, name, metric, numbers) for run in pairing.runs]
             told = (cell and replace(cell, published=one) for cell, one in zip(cells, shown, strict=True))
             lines.append(Line(group_of(name), name, metric, tuple(told)))
     return lines

@@ -150,7 +150,8 @@ def _sources(analysis: Analysis) -> Html | None:
         return None
     told = "; ".join(f"{source}, {url}" for source, url in sources.items())
     note = (
-        f"Published: what others report of the same base model, dataset, selection and k, not these runs. From: {told}."
+        "Published: what others report of the same base model, dataset, selection and k; only runs with the official "
+        f"preset do what the authors did. From: {told}."
     )
     return element("p", note, class_="key")
 

@@ -7,11 +7,14 @@ it was made from, so there is neither an interval nor a test.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
+from logo.errors import DataError, StorageError
 from logo.evaluation.runs import Run
 
 
@@ -38,15 +41,48 @@ class Published:
     url: str
 
 
-def published(run: Run, dataset: str, metric: str) -> Published | None:
+def published(run: Run, dataset: str, metric: str, numbers: Iterable[Published]) -> Published | None:
     """What was published of the experiment that a run has done, or None."""
     wanted = (run.base, dataset, metric, run.method, run.k)
-    same = (one for one in known() if (one.base_model, one.dataset, one.metric, one.method, one.k) == wanted)
+    same = (one for one in numbers if (one.base_model, one.dataset, one.metric, one.method, one.k) == wanted)
     return next(same, None)
 
 
-@functools.cache
-def known() -> tuple[Published, ...]:
-    """All numbers that are shipped."""
-    text = (resources.files(__package__) / "assets" / "published.json").read_text(encoding="utf-8")
-    return tuple(Published(**entry) for entry in json.loads(text))
+def shipped() -> tuple[Published, ...]:
+    """The numbers that are part of the package."""
+    return _numbers((resources.files(__package__) / "assets" / "published.json").read_text(encoding="utf-8"))
+
+
+def read_published(file: Path) -> tuple[Published, ...]:
+    """A user's own numbers, in a file like the one that is shipped.
+
+    Raises:
+        DataError: the file is missing, or holds something else.
+        StorageError: it cannot be read.
+    """
+    try:
+        return _numbers(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"published numbers {str(file)!r}: expected a file, found none") from None
+    except OSError as error:
+        raise StorageError(f"published numbers {str(file)!r}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, TypeError) as error:
+        fields = ", ".join(field.name for field in dataclasses.fields(Published))
+        raise DataError(
+            f"published numbers {str(file)!r}: expected a JSON list of objects with {fields}, values from 0 to 1, "
+            f"found something else ({error})"
+        ) from None
+
+
+def _numbers(text: str) -> tuple[Published, ...]:
+    content = json.loads(text)
+    if not isinstance(content, list):
+        raise TypeError(f"{type(content).__name__}")
+    found = tuple(Published(**entry) for entry in content)
+    for number in found:
+        texts = [value for name, value in vars(number).items() if name not in ("k", "value")]
+        if not all(isinstance(text, str) for text in texts) or type(number.k) is not int:
+            raise TypeError(f"{number.dataset!r} with k {number.k!r}")
+        if not isinstance(number.value, (int, float)) or not 0 <= number.value <= 1:
+            raise TypeError(f"value {number.value!r}")
+    return found

@@ -42,13 +42,15 @@ def labels(runs: Sequence[Run]) -> list[str]:
     found = [_method(run) for run in runs]
     if len({run.base for run in runs}) > 1:
         found = [f"{text} · {run.base}" for text, run in zip(found, runs, strict=True)]
-    apart = {name: tuple(str(getattr(run, name)) for run in runs) for name in ("name", "k", "seed")} | differing(runs)
+    own = {name: tuple(getattr(run, name) for run in runs) for name in ("name", "k", "seed")}
+    apart = {name: tuple("" if v is None else str(v) for v in values) for name, values in own.items()}
+    apart |= differing(runs)
     for name, values in apart.items():
         alike = [text for text in found if found.count(text) > 1]
         told = dict.fromkeys(
             text for text in alike if len({v for t, v in zip(found, values, strict=True) if t == text}) > 1
         )
-        found = [f"{t} · {name} {v}" if t in told else t for t, v in zip(found, values, strict=True)]
+        found = [f"{t} · {name} {v}" if t in told and v else t for t, v in zip(found, values, strict=True)]
     unclear = [text for text in found if found.count(text) > 1]
     found = [f"{text} · {run.folder}" if text in unclear else text for text, run in zip(found, runs, strict=True)]
     return [text if found.count(text) == 1 else f"{text} ({number})" for number, text in enumerate(found, start=1)]
