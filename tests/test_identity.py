@@ -268,6 +268,14 @@ def test_a_run_goes_on_under_other_versions_only_on_request(
     assert plan.done and plan.note  # a part of it was answered elsewhere
 
 
+def test_the_version_that_a_generation_config_names_is_no_part_of_the_identity(tiny_logo: LoGo) -> None:
+    one, other = GenerationConfig(temperature=0.5), GenerationConfig(temperature=0.5)
+    other.transformers_version = "9.9"
+    first = engine_identity(tiny_logo, "M", {"generation_config": one})
+    assert first == engine_identity(tiny_logo, "M", {"generation_config": other})
+    assert first != engine_identity(tiny_logo, "M", {"generation_config": GenerationConfig()})
+
+
 def test_a_finished_result_stays_one_under_other_versions(
     tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +298,7 @@ def test_shards_of_several_environments_are_merged_only_on_request(
         seen.append(under(monkeypatch, **change))
         session, [job] = opened(tiny_logo, tmp_path)
         session.run(session.plans([job.cut(Shard(index, 2), 1)])[0])
-    with pytest.raises(DataError, match=r"shard-2-of-2' ran under other versions .* torch is \"3.0.0\", not \"2.13"):
+    with pytest.raises(DataError, match=r"several versions .* in .*shard-2-of-2' torch is \"3.0.0\", not \"2.13"):
         merge(find_shards([tmp_path]))
     assert not job.folder.exists()
     [whole] = merge(find_shards([tmp_path]), Wish(mix=True))

@@ -138,6 +138,7 @@ def test_what_is_done_is_not_done_again(
     assert json.loads(capsys.readouterr().out)[0]["skipped"] is True
     (folder / "rows.json").unlink()  # of a result of this run: it is made whole
     assert run(arguments) == 0 and len(asked) == 3 and contents(folder) == before
+    assert f"antonym is answered again: {folder} lacks rows.json" in capsys.readouterr().err
     assert run([*arguments, "--overwrite"]) == 0 and len(asked) == 6
     assert contents(folder) == before
 

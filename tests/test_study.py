@@ -216,7 +216,9 @@ def test_a_killed_study_goes_on(
     assert len(journal.read_text().splitlines()) == 13
 
 
-def test_another_study_is_not_mixed_in(engines: Engines, rows: Path, tmp_path: Path) -> None:
+def test_another_study_is_not_mixed_in(
+    engines: Engines, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal = tmp_path / "journal"
     interrupted(engines, rows, journal, after=2)
     before = journal.read_bytes()
@@ -228,6 +230,15 @@ def test_another_study_is_not_mixed_in(engines: Engines, rows: Path, tmp_path: P
         with pytest.raises(UsageError, match="left by a run with other settings, pool or rows"):
             study(other, tasks, journal, settings=settings)
         assert journal.read_bytes() == before
+    logo = engines["norm"]
+    carry = SelectionSettings("norm", k=2, probe_context="carry")
+    with pytest.raises(UsageError, match=r"signals\.norm\.probe_context"):
+        in_order = {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=carry)}
+        study(in_order, find_tasks(rows), journal, settings={"base_model": "tiny"})
+    monkeypatch.setattr("logo.evaluation.study.environment", lambda logo: {"torch": "99"})
+    with pytest.raises(UsageError, match=r'environment\.torch is ".*", not "99"'):
+        study(engines, find_tasks(rows), journal, settings={"base_model": "tiny"})
+    assert journal.read_bytes() == before
 
 
 def test_where_order_matters_nothing_is_resumed(engines: Engines, rows: Path, tmp_path: Path) -> None:

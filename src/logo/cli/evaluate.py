@@ -260,6 +260,8 @@ def _stored(plan: Plan) -> Score:
 
 def _answered(session: Session, plan: Plan, bar: Progress) -> Score:
     job = plan.job
+    if plan.note:
+        note(escape(f"{job.dataset} is answered again: {plan.note}"))
     task = bar.add_task(job.dataset, total=len(job.places))
     try:
         files = session.run(plan, functools.partial(_advance, bar, task))

@@ -45,7 +45,9 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
     options = dict(generation)
     config = options.pop("generation_config", None)
     if config is not None:
-        options["generation_config"] = config.to_diff_dict()
+        said = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
+        said.pop("transformers_version", None)  # it is in the environment
+        options["generation_config"] = said
     identity = {
         "base_model": PurePath(base_model).name,
         "weights": weights_digest(logo.model),

@@ -129,6 +129,10 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process have the file."""
         self._file.close()
 
     def append(self, record: Mapping[str, object]) -> None:

@@ -190,16 +190,15 @@ def _checked(parts: Sequence[Part], mix: bool) -> list[Part]:
 
 
 def _check_environments(parts: Sequence[Part]) -> None:
-    """Raises DataError unless all shards ran under the same versions and on the same kind of device."""
-    first, *others = (_environments([part]) for part in parts)
-    for part, environments in zip(parts[1:], others, strict=True):
-        if environments != first:
-            under = "; ".join(told(differences(one, other)) for one, other in zip(first, environments, strict=False))
-            raise DataError(
-                f"dataset {part.dataset!r}: {str(part.folder)!r} ran under other versions or on another kind of device "
-                f"than {str(parts[0].folder)!r}: {under}; run one of them again where the other ran, or let them "
-                "differ with --mix-environments (run.json says so)"
-            )
+    """Raises DataError unless all rows were answered under the same versions and on the same kind of device."""
+    first, *others = _environments(parts) or [{}]
+    if others:
+        odd = next(part for part in parts if others[0] in part.run["environments"])
+        raise DataError(
+            f"dataset {odd.dataset!r}: shards ran under several versions or on several kinds of device: in "
+            f"{str(odd.folder)!r} {told(differences(first, others[0]))}; run one of them again where the other ran, or "
+            "let them differ with --mix-environments (run.json says so)"
+        )
 
 
 def _difference(one: Part, other: Part) -> str:

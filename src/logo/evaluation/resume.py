@@ -66,7 +66,7 @@ class Plan:
         done: the result is there.
         fresh: nothing is taken over from an interrupted run.
         learning: None where the method learns nothing.
-        note: what the user should know about a result that is done, in words.
+        note: what the user should know about a result of this run that is there, in words.
     """
 
     job: Job
@@ -123,7 +123,8 @@ def plan(
         if resumed:
             run = {**run, "environment": _accepted(job, file, begun, environment, wish, "begun")}
     check_place(job, run, wish)
-    return Plan(job, run, environment, fresh=not resumed, learning=learning)
+    note = "" if there is None or not there.missing else f"{job.folder} lacks {', '.join(there.missing)}"
+    return Plan(job, run, environment, fresh=not resumed, learning=learning, note=note)
 
 
 def check_place(job: Job, run: Mapping[str, Any], wish: Wish | None = None) -> None:

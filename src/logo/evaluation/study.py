@@ -20,11 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo import __version__
 from logo.errors import DataError, UsageError, closest
 from logo.evaluation.datasets import Row, read_rows
 from logo.evaluation.folders import replace_file
-from logo.evaluation.identity import rows_digest
+from logo.evaluation.identity import environment, rows_digest, tokenizer_digest, weights_digest
 from logo.evaluation.journal import Journal
 from logo.evaluation.results import versions
 from logo.evaluation.summary import Measured, Section, summary
@@ -111,9 +110,10 @@ def study(
     """
     settings = {**settings, **_engine_settings(engines), "seed": seed}
     run = _identity(engines, tasks, settings)
-    if any(_depends_on_order(logo) for logo in engines.values()):
-        journal_file.unlink(missing_ok=True)  # there is no going on in the middle
-    with Journal(journal_file, run) as journal:
+    in_order = any(_depends_on_order(logo) for logo in engines.values())
+    if in_order:
+        Journal(journal_file, run).close()  # refused if it is another study's
+    with Journal(journal_file, run, fresh=in_order) as journal:  # there is no going on in the middle
         rows = [Measured(**record) for record in journal.records]
         done = {(row.task, row.index) for row in rows}
         for task in tasks:
@@ -228,11 +228,13 @@ def _depends_on_order(logo: LoGo) -> bool:
 
 
 def _identity(engines: Mapping[str, LoGo], tasks: Sequence[Task], settings: Mapping[str, object]) -> dict[str, object]:
-    """Everything that a row's record depends on. Devices agree to rounding, and that is enough."""
+    """Everything that a row's record depends on."""
     scorer = next(iter(engines.values()))
     digests = scorer.pool.sha256()
     return {
-        "logo": __version__,
+        "environment": environment(scorer),
+        "weights": weights_digest(scorer.model),
+        "tokenizer": tokenizer_digest(scorer.tokenizer),
         **{key: settings.get(key) for key in ("base_model", "dtype", "signals")},
         "pool": {name: digests[name] for name in scorer.names},
         "rows_sha256": {task.name: rows_digest(task.rows) for task in tasks},
