@@ -509,6 +509,7 @@ def test_defaults_are_those_of_the_methods() -> None:
         assert make_method(MethodOptions(name)) == get_method(name)
 
 
+@pytest.mark.slow
 def test_the_bench_compares_with_peft() -> None:
     shown = subprocess.run(
         [sys.executable, "-c", "from logo.cli import main; main()", "bench", "merges", "--json"],

@@ -268,6 +268,7 @@ server.serve_forever()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("handler", "code"), [("lambda *_: sys.exit(0)", 0), ("lambda *_: sys.exit(7)", 7), ("signal.SIG_IGN", -9)]
 )
@@ -316,6 +317,7 @@ def test_no_server_there(capsys: pytest.CaptureFixture[str]) -> None:
 # -- on the real server -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A server of its own; a third of the clients leave; an adapter like one of the pool's comes and goes."""
     shutil.copytree(adapters_dir() / "antonym", tmp_path / "changes" / "extra")
@@ -348,6 +350,7 @@ def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "output tokens/s" in shown.out and "KV blocks" in shown.out
 
 
+@pytest.mark.slow
 def test_a_server_that_dies() -> None:
     """Its requests are errors; what comes after is not begun, and says why."""
     started = []

@@ -56,6 +56,7 @@ def pool(model: nn.Module, folder: Path, count: int = 4, names: tuple[str, ...] 
     return folder
 
 
+@pytest.mark.slow
 def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     """Computed the long way: every text alone through the whole model, ΔW whole, whitening as a matrix."""
     logo = engine(llama, pool(llama, tmp_path), probe_points=["0.q_proj", "1.v_proj", "1.q_proj"])

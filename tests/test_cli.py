@@ -85,6 +85,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("logo 0.")
 
 
+@pytest.mark.slow
 def test_select_prints_a_table_and_json() -> None:
     table = logo("select", "Hello there", *ENGINE, "-k", "3")
     assert table.returncode == 0, table.stderr
@@ -98,6 +99,7 @@ def test_select_prints_a_table_and_json() -> None:
         assert record["adapters"][0] in table.stdout or record["prompt"] != "Hello there"
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode_is_no_reason_to_fail() -> None:
     done = logo("select", "Hello", *ENGINE, "-k", "3", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "?" in done.stdout and done.stderr == ""
@@ -119,12 +121,14 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["text"] == first
 
 
+@pytest.mark.slow
 def test_prompts_from_stdin_and_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     done = logo("select", "-", "--file", str(tmp_path / "prompts.txt"), *ENGINE, "-k", "1", "--json", input="zero\n")
     assert [record["prompt"] for record in json.loads(done.stdout)] == ["zero", "one", "two"]
 
 
+@pytest.mark.slow
 def test_evaluate_and_the_official_script_write_the_same_files(tmp_path: Path) -> None:
     ours = logo("evaluate", *evaluate_arguments(tmp_path / "ours", "--probe-context", "carry"), cwd=ROOT)
     assert ours.returncode == 0, ours.stderr
@@ -260,6 +264,7 @@ def test_output_can_be_piped_to_a_reader_that_stops() -> None:
     assert done.stdout and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_demo_measures_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "--rows", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -286,6 +291,7 @@ def test_without_a_base_model_the_demo_is_used_and_named(capsys: pytest.CaptureF
     assert json.loads(captured.out)["text"].strip() == "12" and "using the embedded" not in captured.err
 
 
+@pytest.mark.slow
 def test_results_reach_a_pipe_while_the_bar_is_on_the_terminal(tmp_path: Path) -> None:
     """stdout to a file, stderr to a (pseudo) terminal: the lines are in the file, the bar is not."""
     import pty

@@ -234,6 +234,7 @@ def test_model_size_and_tokenizer(loaded: tuple[LlamaForCausalLM, AutoTokenizer]
     assert tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None
 
 
+@pytest.mark.slow
 def test_own_adapters_answer_and_the_base_does_not(loaded: tuple[LlamaForCausalLM, AutoTokenizer]) -> None:
     model, tokenizer = loaded
     rows = {name: held[:6] for name, held in demo.heldout().items()}

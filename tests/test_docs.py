@@ -128,6 +128,7 @@ def said_by(command: str) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, found in RUN.items() if found], ids=lambda page: page.name)
 def test_transcripts_are_what_the_commands_print(page: Path, world: Path) -> None:
     for name, content in files(page).items():

@@ -33,6 +33,8 @@ from logo.evaluation.documents import common_text  # noqa: E402
 from logo.evaluation.harness import LoGoLM  # noqa: E402
 from tolerances import PATIENCE, same_scores  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 LONG = " ".join(f"w{3 + i % 80}" for i in range(300))  # the tiny models read 128 tokens
 PAIRS = [
     ("w3 w4 w5", " w6 w7"),

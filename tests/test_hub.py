@@ -24,6 +24,8 @@ from logo.adapters.hub import download_adapters, hub_error, is_hub_id, split_hub
 from logo.errors import HubError, UsageError
 from tolerances import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parent.parent / "src"
 AGAIN = "run the same command again: finished files are kept and only the rest is fetched"
 BIG = 1_600_000  # columns: 12.8 MB, more than the 10 MiB that huggingface_hub reads (and can resume) at a time

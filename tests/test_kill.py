@@ -24,6 +24,8 @@ from logo.demo import heldout
 from logo.evaluation.results import RESULT_FILES
 from test_resume import SAME
 
+pytestmark = pytest.mark.slow
+
 RUN = "demo_method_lorahub_n_6_seed_0"
 DATASETS = ("antonym", "plural")
 

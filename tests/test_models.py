@@ -18,6 +18,8 @@ from logo.adapters.layout import BaseLayout
 from logo.models import default_pool, load_base, load_layout, pick_device, resolve_base
 from tolerances import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 F1 = DATA / "golden" / "F1"

@@ -18,6 +18,8 @@ from logo.errors import UsageError
 from logo.evaluation.results import RESULT_FILES
 from logo.evaluation.resume import journal_of
 
+pytestmark = pytest.mark.slow
+
 SAME = [name for name in RESULT_FILES if name not in ("run.json", "time_dict.json")]
 RUN = "demo_selection_norm_n_3_seed_0"
 COUNT = 24

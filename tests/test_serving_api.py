@@ -27,6 +27,8 @@ from logo.demo import adapters_dir
 from serving import Served, served
 from tolerances import PATIENCE, same_scores, same_weights
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["What is 7 plus 5?", "Reverse the word: house", "What is the opposite of hot?", "Spell the word: tree"]
 
 

@@ -26,6 +26,8 @@ from make_adapters import load_peft, write_peft
 from test_engine import engine, tokenizer, write_adapter
 from tolerances import PATIENCE, same_scores
 
+pytestmark = pytest.mark.slow
+
 _T = TypeVar("_T")
 POISON = 77
 

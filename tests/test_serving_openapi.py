@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from logo.demo import adapters_dir
 from serving import served
 from tolerances import PATIENCE
+
+pytestmark = pytest.mark.slow
 
 # What a JSON schema cannot say, such as which models there are and how long a context is, may still be refused.
 LEFT_OUT = "positive_data_acceptance"

@@ -15,6 +15,7 @@ from page_tools import ASK, BARS, PROMPT, ROWS, SET, USE, ask, completion, enter
 from serving import Served, served
 
 browses = needs_browser
+pytestmark = pytest.mark.slow
 
 PAGE = Path(logo.serving.__file__).parent / "page"
 # Every piece of text that can be seen, with its contrast to what lies behind it.
