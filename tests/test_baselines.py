@@ -28,7 +28,7 @@ from logo.errors import DataError, HubError, LoGoError, ModelError, PoolError, U
 from logo.mixing import Merge
 from logo.scoring import Scored
 from test_engine import PROMPTS, engine, hooks, write_adapter
-from tolerances import PATIENCE, SCORES, WEIGHTS, same_scores, same_selection, same_weights
+from tolerances import PATIENCE, SCORES, WEIGHTS, same_scores, same_selection, same_tensor, same_weights
 
 ALL = ("logo", "base", "uniform", "random", "oracle", "best-single", "lorahub", "loraretriever", "adaptersoup", "arrow")
 SAMPLES = {f"t{i}": tuple(f"w{10 * i + j} w{20 + i}" for j in range(3, 6)) for i in range(4)}
@@ -285,7 +285,7 @@ def test_lorahubs_objective_is_the_authors(tiny_logo: LoGo) -> None:
     assert not any(found["weights"].values())
     rows = [tiny_logo.score(row.context, gold_of(row), [{}])[0] for row in labelled("lorahub", TASK, 5, 0)]
     of_tokens = sum(row.nll * row.tokens for row in rows) / sum(row.tokens for row in rows)
-    assert found["loss"] == pytest.approx(of_tokens / 5, rel=1e-5)
+    assert found["loss"] == same_scores(of_tokens / 5)
 
 
 def test_lorahub_repeats_itself_by_its_seed(tiny_logo: LoGo) -> None:
@@ -412,15 +412,15 @@ def test_instructor_leaves_the_instruction_out_of_the_mean(instructor: Path, tmp
         return torch.stack(rows)
 
     ours = embedding.embed(texts, str(instructor), instruction)
-    assert torch.allclose(ours, by_definition(3), atol=1e-5)
+    same_tensor(ours, by_definition(3))
     shutil.copytree(instructor, tmp_path / "encoder")
     named_otherwise = embedding.embed(texts, str(tmp_path / "encoder"), instruction)
-    assert torch.allclose(named_otherwise, by_definition(0), atol=1e-5)
+    same_tensor(named_otherwise, by_definition(0))
     assert not torch.allclose(ours, named_otherwise, atol=1e-2)
     pooling = tmp_path / "encoder" / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
     embedding._load.cache_clear()
-    assert torch.allclose(embedding.embed(texts, str(tmp_path / "encoder"), instruction), ours, atol=1e-6)
+    same_tensor(embedding.embed(texts, str(tmp_path / "encoder"), instruction), ours)
 
 
 def test_lora_retrievers_own_model_is_an_instructor(instructor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,9 +428,7 @@ def test_lora_retrievers_own_model_is_an_instructor(instructor: Path, monkeypatc
     monkeypatch.setattr(embedding, "_fetch", lambda model: str(instructor))
     for model in ("Styxxxx/lora_retriever", "hkunlp/instructor-large"):
         embedding._load.cache_clear()
-        assert torch.allclose(
-            embedding.embed(["w3 w4"], model, "w80"), embedding.embed(["w3 w4"], str(instructor), "w80"), atol=1e-6
-        )
+        same_tensor(embedding.embed(["w3 w4"], model, "w80"), embedding.embed(["w3 w4"], str(instructor), "w80"))
     embedding._load.cache_clear()
 
 
