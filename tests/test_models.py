@@ -114,7 +114,7 @@ def test_the_official_command_downloads_model_and_adapters(tmp_path: Path) -> No
     folder = "results/Llama-3.1-8B_selection_norm_n_20_seed_0/bbh.word_sorting"
     assert done.stdout.splitlines()[-1] == folder
     selected = json.loads((tmp_path / folder / "selected_loras.json").read_text())
-    assert sorted(selected[0]) == [f"flanv2.ad{i:02}" for i in range(12)]
+    assert sorted(selected[0]) == [f"Llama-3.1-8B-loras-flanv2/flanv2.ad{i:02}" for i in range(12)]
     assert GOOD_TOKEN not in (tmp_path / folder / "run.json").read_text()
     offline = {**env, "HF_HUB_OFFLINE": "1"}
     again = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=PATIENCE)

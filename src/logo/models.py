@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +75,7 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
         pool = AdapterPool.from_directory(demo_folder() / "adapters", **options)
         pool.default_k = DEMO_K
         return pool
-    folder = official_folder(base_model)
-    if folder is None:
-        raise UsageError(f"base model {base_model!r} has no adapters of its own: name a pool (--adapters)")
-    if model_dir is not None and (Path(model_dir) / folder).is_dir():
-        return AdapterPool.from_directory(Path(model_dir) / folder, **options)
-    return AdapterPool.from_hub(OFFICIAL_ADAPTERS, subfolder=folder, **options)
+    return _opened(_own_place(base_model, model_dir), options)
 
 
 def official_folder(base_model: str) -> str | None:
@@ -122,10 +118,48 @@ def open_pool(
     """
     if adapters is None:
         return default_pool(base_model, model_dir, **options)
+    return _opened(pool_place(adapters, base_model, model_dir), options)
+
+
+@dataclass(frozen=True)
+class PoolPlace:
+    """Where a pool is: a folder, or a Hub repository with a folder in it and a revision."""
+
+    source: str
+    subfolder: str = ""
+    revision: str | None = None
+    on_hub: bool = False
+
+
+def pool_place(adapters: str | None, base_model: str, model_dir: str | Path | None = None) -> PoolPlace:
+    """Where the pool is that `open_pool` opens.
+
+    Raises:
+        UsageError: as `open_pool`.
+    """
+    if adapters is None:
+        return _own_place(base_model, model_dir)
     if Path(adapters).is_dir() or not is_hub_id("/".join(adapters.split("@")[0].split("/")[:2])):
-        return AdapterPool.from_directory(adapters, **options)
+        return PoolPlace(adapters)
     repo, subfolder, revision = split_hub_spec(adapters)
-    return AdapterPool.from_hub(repo, subfolder=subfolder, revision=revision, **options)
+    return PoolPlace(repo, subfolder or "", revision, on_hub=True)
+
+
+def _own_place(base_model: str, model_dir: str | Path | None) -> PoolPlace:
+    if base_model == DEMO:
+        return PoolPlace(str(demo_folder() / "adapters"))
+    folder = official_folder(base_model)
+    if folder is None:
+        raise UsageError(f"base model {base_model!r} has no adapters of its own: name a pool (--adapters)")
+    if model_dir is not None and (Path(model_dir) / folder).is_dir():
+        return PoolPlace(str(Path(model_dir) / folder))
+    return PoolPlace(OFFICIAL_ADAPTERS, folder, on_hub=True)
+
+
+def _opened(place: PoolPlace, options: dict[str, Any]) -> AdapterPool:
+    if not place.on_hub:
+        return AdapterPool.from_directory(place.source, **options)
+    return AdapterPool.from_hub(place.source, subfolder=place.subfolder or None, revision=place.revision, **options)
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -218,6 +252,35 @@ def context_length(model: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def load_config(base_model: str, *, model_dir: str | Path | None = None) -> Any:
+    """The configuration of a base model; of the Hub's only that one small file is fetched.
+
+    Raises:
+        ModelError, HubError: as `load_base`.
+    """
+    import transformers
+
+    source = resolve_base(base_model, model_dir)
+    folder = str(download_model(source, config_only=True)) if is_hub_id(source) else source
+    with loading(base_model, source):
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_tokenizer(base_model: str, *, model_dir: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model that is here.
+
+    Raises:
+        ModelError, HubError: as `load_base`.
+    """
+    import transformers
+
+    source = resolve_base(base_model, model_dir)
+    with loading(base_model, source):
+        folder = fetch(source)
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return tokenizer
 
 
 def load_layout(base_model: str, *, model_dir: str | Path | None = None) -> BaseLayout:

@@ -33,7 +33,8 @@ _REPO_ID = re.compile(rf"{_NAME}/{_NAME}(?<!\.git)")
 _SECRET = re.compile(r"(?i)(?:bearer\s+|hf_)[^\s'\"]+|\?[^\s'\"]+")  # a token, the signature in a URL
 _AGAIN = "run the same command again: finished files are kept and only the rest is fetched"
 _NOT_IN_GIT_NAMES = re.compile(r"^/|\.\.|[\\\s\x00-\x1f\x7f~^:?*\[]")
-_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+MODEL_LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 _LOG_IN = "set HF_TOKEN, or run `hf auth login`"
 
 
@@ -83,7 +84,7 @@ def download_adapters(
                 local_files_only=local_files_only,
                 max_workers=max_workers,
                 progress=progress,
-                allow_patterns=_patterns(folder, allow_pickle),
+                allow_patterns=adapter_patterns(folder, allow_pickle),
             )
         files = _listing(repo_id, snapshot, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     except HubError:
@@ -112,8 +113,8 @@ def download_model(
             revision=revision,
             token=token,
             progress=not config_only,
-            allow_patterns=["config.json"] if config_only else _MODEL_FILES,
-            ignore_patterns=["*/*", "consolidated*", "adapter_*"],
+            allow_patterns=["config.json"] if config_only else MODEL_FILES,
+            ignore_patterns=MODEL_LEFT_OUT,
         )
     except Exception as error:  # the boundary, as in download_adapters
         raise hub_error(repo_id, error, revision=revision) from error
@@ -171,7 +172,7 @@ def _check_revision(repo_id: str, revision: str | None) -> None:
         raise UsageError(f"Hub repo {repo_id}: {revision!r} is not a branch, a tag or a commit")
 
 
-def _patterns(folder: str, allow_pickle: bool) -> list[str]:
+def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
     """The globs of adapter files at any depth below `folder` (in huggingface_hub `*` also matches `/`)."""
     names = [CONFIG, WEIGHTS] + ([PICKLE] if allow_pickle else [])
     root = f"{glob.escape(folder)}/" if folder else ""

@@ -246,7 +246,7 @@ def survey(
     Raises:
         StorageError: `root` is not a readable folder.
     """
-    _check_folder(root)
+    check_folder(root)
     known = KnownPool.of(root, cache)
     adapters: dict[str, Adapter] = {}
     refused: list[AdapterError] = []
@@ -272,7 +272,8 @@ def survey(
     return good, refused + list(damaged.values())
 
 
-def _check_folder(root: Path) -> None:
+def check_folder(root: Path) -> None:
+    """Raises StorageError unless a pool can be looked for there."""
     try:
         found = "a folder" if root.is_dir() else "a file" if root.exists() else "nothing"
         if found == "a folder":

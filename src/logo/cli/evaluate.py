@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.progress import Progress, TaskID
 
+from logo.cli.forecast import forecast
+from logo.cli.forecast import show as show_forecast
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import asked_k, open_engine
 from logo.cli.options import OFFICIAL_SIGNAL, Choice, Context, EngineOptions, Preset, expanded
@@ -126,6 +129,10 @@ def evaluate(
     engine: EngineOptions,
     run: RunOptions,
     method: MethodOptions,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Say what it takes (downloads, memory, rows, hours), and write no results."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the lines.")] = False,
 ) -> None:
     """Evaluate on datasets; writes one result folder for each.
@@ -146,7 +153,12 @@ def evaluate(
         prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
     )
     chosen = _method(method, engine, run)
-    jobs = _jobs(engine, run, chosen, base_model)
+    jobs = _jobs(engine, run, chosen, base_model, writes=not estimate)
+    if estimate:
+        opened = functools.partial(_open, engine, run, chosen, base_model)
+        found = forecast(engine, base_model, run.preset, jobs, run.batch_size, run.max_new_tokens, opened)
+        show_forecast(found, json=json)
+        return
     session = _open(engine, run, chosen, base_model)
     plans = session.plans(jobs, Wish(run.overwrite, run.mix_environments))
 
@@ -169,7 +181,7 @@ def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> M
     return None if method.label == LOGO else method
 
 
-def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_model: str) -> list[Job]:
+def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_model: str, *, writes: bool) -> list[Job]:
     """Everything that can be wrong with data and results, looked at before hours are spent."""
     from logo.evaluation.folders import check_writable
     from logo.evaluation.jobs import find_jobs
@@ -203,9 +215,9 @@ def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_mo
             "script does; --metric em_multi accepts any of them",
             markup=False,
         )
-    check_writable(run.result_dir)
-    if folder.exists():
-        check_writable(folder)
+    for place in (Path(run.result_dir), folder) if writes else ():
+        if place != folder or folder.exists():
+            check_writable(place)
     return jobs if shard is None else [job.cut(shard, run.batch_size) for job in jobs]
 
 

@@ -104,7 +104,7 @@ def open_base(options: EngineOptions, base_model: str, preset: Preset | None = N
     pool = open_pool(options, base_model, preset)
     model, tokenizer = load_base(
         base_model,
-        device=_device(options.gpu),
+        device=device_of(options.gpu),
         dtype=options.dtype or ("float32" if preset is Preset.OFFICIAL else "auto"),
         device_map=options.device_map,
         model_dir=options.model_dir,
@@ -120,7 +120,8 @@ def open_engine(
     return open_base(options, base_model, preset).engine(options, settings, truncation)
 
 
-def _device(gpu: int) -> str:
+def device_of(gpu: int) -> str:
+    """The device behind `--gpu`."""
     import torch
 
     return f"cuda:{gpu}" if gpu >= 0 and torch.cuda.is_available() else "cpu"

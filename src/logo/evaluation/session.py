@@ -208,19 +208,28 @@ class Session:
         self._begin()
         if self.method is None:
             return self, None
-        job = plan.job
-        task = Task(
-            job.dataset,
-            prompts=[row.context for row in job.rows],
-            train=train_rows(job) if self._learns else (),
-            adapters=[row.adapter for row in job.rows],
-        )
+        task = self._task(plan.job)
         if not isinstance(self.method, Learned):
             return Answering(self.logo, self.method, task, **self.generation), None
         found = learn_once(plan, functools.partial(self._learn, self.method, task))
         self._begin()  # as if it had been learnt long ago
         prepared = self.method.recall(found)
         return Answering(self.logo, self.method, task, prepared=prepared, **self.generation), fingerprint(found)
+
+    def rehearsal(self, job: Job) -> Session | Answering:
+        """What answers this dataset when it is run; here nothing is kept, not even what a method learns."""
+        self._begin()
+        if self.method is None:
+            return self
+        return Answering(self.logo, self.method, self._task(job), **self.generation)
+
+    def _task(self, job: Job) -> Task:
+        return Task(
+            job.dataset,
+            prompts=[row.context for row in job.rows],
+            train=train_rows(job) if self._learns else (),
+            adapters=[row.adapter for row in job.rows],
+        )
 
     def _learn(self, method: Learned, task: Task) -> dict[str, Any]:
         self.logo.merge = method.merging

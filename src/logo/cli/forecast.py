@@ -1,0 +1,197 @@
+"""`logo evaluate --estimate`: what the run would take, from what is known before anything is fetched or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logo.cli.opening import asked_k, device_of
+from logo.cli.options import EngineOptions, Preset
+from logo.cli.output import out, print_json
+from logo.errors import HubError, LoGoError
+
+LABEL = 12  # columns
+
+if TYPE_CHECKING:
+    from logo.evaluation.forecast import Download, Forecast, Hours, Memory
+    from logo.evaluation.jobs import Job
+    from logo.evaluation.session import Session
+
+
+def forecast(
+    engine: EngineOptions,
+    base_model: str,
+    preset: Preset | None,
+    jobs: Sequence[Job],
+    rows: int,
+    max_new_tokens: int,
+    opened: Callable[[], Session],
+) -> Forecast:
+    """What these jobs would take.
+
+    Args:
+        rows: of a batch.
+        opened: opens engine and session; called only if nothing has to be fetched for it.
+    """
+    from logo.adapters.needed import model_needed
+    from logo.evaluation.forecast import Download, Forecast, timed
+    from logo.models import resolve_base
+
+    source = resolve_base(base_model, engine.model_dir)
+    named = base_model if Path(source).is_dir() else source
+    try:
+        base = Download.of(named, model_needed(source))
+    except HubError as error:
+        base = Download(named, reason=str(error))
+    pool, sizes = _pool(engine, base_model)
+    memory, memory_reason = _memory(engine, base_model, preset, jobs, rows, max_new_tokens, sizes, base.missing == 0)
+    here = base.missing == 0 and pool.missing == 0
+    return Forecast(
+        rows={job.dataset: len(job.places) for job in jobs},
+        base_model=base,
+        adapters=pool,
+        memory=memory,
+        hours=timed(opened(), jobs) if here else None,
+        memory_reason=memory_reason,
+        hours_reason="" if here else "rows can be timed when base model and adapters are here",
+    )
+
+
+def _pool(engine: EngineOptions, base_model: str) -> tuple[Download, Sequence[int]]:
+    from logo.adapters.needed import pool_needed
+    from logo.adapters.pool import check_folder
+    from logo.evaluation.forecast import Download
+    from logo.models import pool_place
+
+    place = pool_place(engine.adapters, base_model, engine.model_dir)
+    if not place.on_hub:
+        check_folder(Path(place.source))
+    named = engine.adapters or "/".join(filter(None, (place.source, place.subfolder)))
+    named = named if place.on_hub or engine.adapters else Path(place.source).name
+    try:
+        needed = pool_needed(place.source, place.subfolder, place.revision, allow_pickle=engine.allow_pickle)
+    except HubError as error:
+        return Download(named, reason=str(error)), ()
+    return Download.of(named, needed), needed.adapters
+
+
+def _memory(
+    engine: EngineOptions,
+    base_model: str,
+    preset: Preset | None,
+    jobs: Sequence[Job],
+    rows: int,
+    max_new_tokens: int,
+    adapters: Sequence[int],
+    here: bool,
+) -> tuple[Memory | None, str]:
+    from logo.evaluation.forecast import memory_of
+    from logo.models import default_k, load_config
+
+    try:
+        config = load_config(base_model, model_dir=engine.model_dir)
+    except LoGoError as error:
+        return None, str(error)
+    asked = engine.dtype or ("float32" if preset is Preset.OFFICIAL else "auto")
+    if asked == "auto":
+        own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        asked = "float32" if device_of(engine.gpu) == "cpu" else own
+    prompts = [job.rows[place].context for job in jobs for place in job.places]
+    tokens, exact = _longest(prompts, base_model, engine.model_dir, here)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens + max_new_tokens
+    k = asked_k(engine, preset) or default_k(base_model, engine.adapters)
+    found = memory_of(
+        config,
+        asked,
+        rows=min(rows, len(prompts)),
+        tokens=min(tokens + max_new_tokens, context),
+        exact=exact,
+        adapters=adapters,
+        cache=int(engine.adapter_cache_gb * 1e9),
+        k=k,
+    )
+    return found, ""
+
+
+def _longest(prompts: Sequence[str], base_model: str, model_dir: str, here: bool) -> tuple[int, bool]:
+    """Tokens of the longest prompt, and whether they were counted: a tokenizer that is not here is not fetched, and no
+    text has more tokens than bytes."""
+    if not here:
+        return max((len(text.encode()) for text in prompts), default=0), False
+    from logo.models import load_tokenizer
+
+    tokenizer = load_tokenizer(base_model, model_dir=model_dir)
+    return max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0), True
+
+
+def show(found: Forecast, *, json: bool) -> None:
+    """As JSON or as lines."""
+    if json:
+        print_json(_plain(found))
+        return
+    rows = sum(found.rows.values())
+    lines = [
+        ("rows", f"{rows:,} in {len(found.rows)} {'dataset' if len(found.rows) == 1 else 'datasets'}"),
+        ("base model", _download(found.base_model)),
+        ("adapters", _download(found.adapters)),
+        *(_memory_lines(found.memory) if found.memory else [("memory", f"not known: {found.memory_reason}")]),
+        ("time", _time(found.hours) if found.hours else f"not known: {found.hours_reason}"),
+    ]
+    for name, text in lines:
+        out.print(f"{name:<{LABEL}}{text}", markup=False)
+
+
+def _plain(found: Forecast) -> dict[str, Any]:
+    plain = asdict(found)
+    if found.memory is not None:
+        plain["memory"]["total"] = found.memory.total
+    return plain
+
+
+def _download(found: Download) -> str:
+    if found.total is None or found.missing is None:
+        return f"{found.source}: size not known: {found.reason}"
+    rest = f"{_size(found.missing)} to download" if found.missing else "nothing to download"
+    return f"{found.source}: {_size(found.total)}, {rest}"
+
+
+def _memory_lines(memory: Memory) -> list[tuple[str, str]]:
+    most = "" if memory.exact else "at most "
+    shape = f"{memory.rows} {'row' if memory.rows == 1 else 'rows'} of {most}{memory.tokens:,} tokens"
+    lines = [
+        ("memory", f"about {_size(memory.total)}, besides what computing needs for a moment:"),
+        ("", f"{_size(memory.weights)} weights ({memory.parameters:,} parameters in {memory.dtype})"),
+        ("", f"{_size(memory.keys_and_values)} keys and values ({shape})"),
+    ]
+    if memory.adapters is None or memory.mixed is None:
+        return [*lines, ("", "adapters: not known")]
+    return [
+        *lines,
+        ("", f"{_size(memory.adapters)} adapters in host memory (--adapter-cache-gb)"),
+        ("", f"{_size(memory.mixed)} adapters that one batch mixes, at most"),
+    ]
+
+
+def _time(hours: Hours) -> str:
+    learning = f", {_duration(hours.learning)} of preparing for each dataset" if hours.learning >= 0.05 else ""
+    return (
+        f"about {_duration(hours.seconds)}: {_duration(hours.row)} per row, from {hours.timed} rows timed"
+        f"{learning}, {_duration(hours.loading)} of loading"
+    )
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

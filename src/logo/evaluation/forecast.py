@@ -1,0 +1,167 @@
+"""What a run takes before it begins: downloads, memory, rows and hours.
+
+Sizes come from the files' listings and from configurations; no weights are read for them. Hours come from rows that
+were really answered, which needs a model that is here: `timed`. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from logo.adapters.needed import Needed
+from logo.evaluation.jobs import Job
+
+if TYPE_CHECKING:
+    from logo.evaluation.session import Session
+
+TIMED = 8  # rows, or three batches where these are more
+
+
+@dataclass(frozen=True)
+class Download:
+    """Attributes:
+    source: a folder or a Hub repository.
+    total, missing: bytes of all files, and of those still to be fetched; None: not known, see `reason`.
+    """
+
+    source: str
+    total: int | None = None
+    missing: int | None = None
+    reason: str = ""
+
+    @classmethod
+    def of(cls, source: str, needed: Needed) -> Download:
+        """A download whose size is known."""
+        return cls(source, needed.total, needed.missing)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes.
+
+    Attributes:
+        parameters: of the base model, and `dtype` in which they are computed.
+        weights: of the base model.
+        keys_and_values: of one batch of `rows` rows of at most `tokens` tokens, prompt and answer.
+        exact: whether `tokens` are counted; if not, they are an upper bound.
+        adapters: those that are kept in host memory; None: their sizes are not known.
+        mixed: adapters that one batch can need at once, at most; None: as above.
+    """
+
+    parameters: int
+    dtype: str
+    weights: int
+    keys_and_values: int
+    rows: int
+    tokens: int
+    exact: bool
+    adapters: int | None
+    mixed: int | None
+
+    @property
+    def total(self) -> int:
+        """All of them, as far as they are known."""
+        return self.weights + self.keys_and_values + (self.adapters or 0) + (self.mixed or 0)
+
+
+@dataclass(frozen=True)
+class Hours:
+    """Attributes:
+    loading: seconds of opening base model and pool.
+    learning: seconds that the method prepares for each dataset, measured on one.
+    row: seconds per row, from `timed` rows.
+    seconds: of the whole run.
+    """
+
+    loading: float
+    learning: float
+    row: float
+    timed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Attributes:
+    rows: to be answered, by dataset.
+    memory, hours: None: not known, then a reason says why.
+    """
+
+    rows: Mapping[str, int]
+    base_model: Download
+    adapters: Download
+    memory: Memory | None
+    hours: Hours | None
+    memory_reason: str = ""
+    hours_reason: str = ""
+
+
+def memory_of(
+    config: Any, dtype: str, *, rows: int, tokens: int, exact: bool, adapters: Sequence[int], cache: int, k: int
+) -> Memory:
+    """What a base model with this configuration takes.
+
+    Args:
+        config: transformers'.
+        dtype: a torch dtype's name.
+        rows: of a batch, each of `tokens` tokens.
+        adapters: bytes of each adapter's weights; none: not known.
+        cache: bytes that adapters may take in host memory.
+        k: adapters per prompt.
+    """
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    width = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    mean = sum(adapters) // len(adapters) if adapters else 0
+    return Memory(
+        parameters=parameters,
+        dtype=dtype,
+        weights=parameters * width,
+        keys_and_values=2 * _values_per_token(config) * rows * tokens * width,
+        rows=rows,
+        tokens=tokens,
+        exact=exact,
+        adapters=min(cache, sum(adapters)) if adapters else None,
+        mixed=min(k * rows, len(adapters)) * mean if adapters else None,
+    )
+
+
+def _values_per_token(config: Any) -> int:
+    """Elements of the keys of one token, in all layers."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width)
+
+
+def timed(session: Session, jobs: Sequence[Job]) -> Hours:
+    """Answers a few rows and counts up. Where a method prepares for each dataset, the rows are of the first one.
+
+    The first batch warms up and is not counted, unless it is the only one.
+    """
+    some = list(jobs if session.method is None else jobs[:1])
+    texts = [job.rows[place].context for job in some for place in job.places]
+    count = min(len(texts), max(TIMED, 3 * session.batch_size))
+    chosen = [texts[i * len(texts) // count] for i in range(count)]
+    started = time.perf_counter()
+    engine = session.rehearsal(some[0])
+    learning = 0.0 if session.method is None else time.perf_counter() - started
+    spent = []
+    for start in range(0, count, session.batch_size):
+        batch = chosen[start : start + session.batch_size]
+        began = time.perf_counter()
+        engine.generate(batch, max_new_tokens=session.max_new_tokens, batch_size=session.batch_size)
+        spent.append((time.perf_counter() - began, len(batch)))
+    counted = spent[1:] or spent
+    rows = sum(size for _, size in counted)
+    row = sum(seconds for seconds, _ in counted) / rows
+    everything = sum(len(job.places) for job in jobs)
+    seconds = session.loading + learning * len(jobs) + row * everything
+    return Hours(session.loading, learning, row, rows, seconds)
