@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +106,69 @@ def test_a_pool_behaves_like_a_sorted_dictionary_whose_version_grows(
         assert pool.names == tuple(sorted(model))
         assert len(pool) == len(model)
         assert (name in pool) == add
+
+
+class HandingOver(BaseLayout):
+    """Lets another thread change the pool in the middle of every fit, and goes on when it has."""
+
+    turn, done = threading.Event(), threading.Event()
+
+    def matches(self, path: str) -> list[str]:
+        if not self.done.is_set():
+            self.turn.set()
+            assert self.done.wait(60)
+        return super().matches(path)
+
+
+def test_a_pool_may_change_while_another_thread_goes_through_it(one: Adapter) -> None:
+    pool = AdapterPool([_named(one, "m")])
+    layout = HandingOver({"layers.0.q": LinearShape(2, 2)})
+    changes = [name for count in range(40) for name in (f"a{count}", f"z{count}")]
+
+    def change() -> None:
+        for number, name in enumerate(changes):
+            assert layout.turn.wait(60)
+            layout.turn.clear()
+            pool.add(one, name)
+            if number % 3 == 2:
+                pool.remove(changes[number - 1])
+            layout.done.set()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in changes:
+            before = pool.names
+            layout.done.clear()
+            assert pool.fit(layout).names == before
+    finally:
+        layout.done.set()
+        thread.join(60)
+    assert len(pool) == 1 + len(changes) - len(changes) // 3
+
+
+def test_changes_of_several_threads_all_count(one: Adapter) -> None:
+    pool = AdapterPool([one])
+    together = threading.Barrier(4)
+    often = sys.getswitchinterval()
+
+    def add(first: int) -> None:
+        together.wait()
+        for number in range(first, first + 100):
+            pool.add(one, f"{number:04}")
+            list(pool)
+
+    threads = [threading.Thread(target=add, args=(100 * n,)) for n in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(often)
+    assert pool.names == (*(f"{number:04}" for number in range(400)), "one")
+    assert pool.version == AdapterPool([one]).version + 400
 
 
 def _named(adapter: Adapter, name: str) -> Adapter:

@@ -6,7 +6,9 @@ Opening a pool reads configurations and headers. Names are free-form; the order 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -31,8 +33,15 @@ DEFAULT_K = 20  # adapters per prompt, of any pool that does not know better
 VERIFY_UP_TO_BYTES = 256 * 2**20
 
 
+# One change at a time, in whatever pool: none takes long, and a pool without a lock of its own can be pickled.
+_CHANGING = threading.Lock()
+
+
 class AdapterPool:
     """Adapters by name, sorted; the pool a base model chooses from.
+
+    May be changed by one thread while others read it: a change puts another dictionary in the place of the old one, so
+    that whoever goes through the adapters sees all of those that were there when it began.
 
     Attributes:
         default_k: adapters per prompt where nobody asks for a number.
@@ -47,8 +56,11 @@ class AdapterPool:
         self.default_k = default_k
         self.refused: tuple[AdapterError, ...] = tuple(refused)
         self.version = 0
-        for adapter in sorted(adapters, key=lambda a: a.name):
-            self.add(adapter)
+        ordered = sorted(adapters, key=lambda a: a.name)
+        for before, adapter in itertools.pairwise(ordered):
+            if before.name == adapter.name:
+                raise _taken(adapter.name)
+        self._change({adapter.name: adapter for adapter in ordered})
 
     @classmethod
     def from_directory(
@@ -162,13 +174,10 @@ class AdapterPool:
             adapter = open_adapter(adapter, name, allow_pickle=allow_pickle)
         elif name is not None:
             adapter = replace(adapter, name=name)
-        if adapter.name in self._adapters:
-            raise PoolError(f"the pool already has an adapter {adapter.name!r}; remove it first or choose another name")
-        last = next(reversed(self._adapters), "")
-        self._adapters[adapter.name] = adapter
-        if adapter.name < last:
-            self._adapters = dict(sorted(self._adapters.items()))
-        self.version += 1
+        with _CHANGING:
+            if adapter.name in self._adapters:
+                raise _taken(adapter.name)
+            self._change(dict(sorted({**self._adapters, adapter.name: adapter}.items())))
         return adapter
 
     def remove(self, name: str) -> Adapter:
@@ -177,10 +186,15 @@ class AdapterPool:
         Raises:
             PoolError: there is none of that name.
         """
-        adapter = self[name]
-        del self._adapters[name]
-        self.version += 1
+        with _CHANGING:
+            adapter = self[name]
+            self._change({other: kept for other, kept in self._adapters.items() if other != name})
         return adapter
+
+    def _change(self, adapters: dict[str, Adapter]) -> None:
+        # The version last: whoever has read it has not seen less than what it stands for.
+        self._adapters = adapters
+        self.version += 1
 
     def subset(self, names: str | Iterable[str]) -> AdapterPool:
         """A new pool of these adapters; each entry is a name or a pattern such as `"flanv2.wmt*"`.
@@ -188,12 +202,13 @@ class AdapterPool:
         Raises:
             PoolError: an entry matches nothing.
         """
-        chosen: dict[str, Adapter] = {}
+        adapters, chosen = self._adapters, dict[str, Adapter]()
         for entry in [names] if isinstance(names, str) else names:
-            matches = [entry] if entry in self else fnmatch.filter(self.names, entry)
+            matches = [entry] if entry in adapters else fnmatch.filter(adapters, entry)
             if not matches:
-                raise PoolError(f"no adapter matches {entry!r} in the pool of {len(self)}{closest(entry, self.names)}")
-            chosen |= {name: self[name] for name in matches}
+                hint = closest(entry, adapters)
+                raise PoolError(f"no adapter matches {entry!r} in the pool of {len(adapters)}{hint}")
+            chosen |= {name: adapters[name] for name in matches}
         return AdapterPool(chosen.values(), default_k=self.default_k)
 
     def below(self, folder: str) -> AdapterPool:
@@ -207,11 +222,12 @@ class AdapterPool:
         Raises:
             PoolError: an adapter does not fit and `on_bad_adapter` is `"error"`, none fits at all, or there is none.
         """
-        if not len(self):
+        adapters = tuple(self)
+        if not adapters:
             raise PoolError("the pool is empty: there is no adapter to fit to the base model")
         fitted, refused = [], []
         recipes: dict[int, Adapter] = {}  # adapters that share their modules fit alike
-        for adapter in self:
+        for adapter in adapters:
             alike = recipes.get(id(adapter.modules))
             try:
                 fit = adapter.fit(layout) if alike is None else replace(adapter, modules=alike.modules)
@@ -222,7 +238,7 @@ class AdapterPool:
                 fitted.append(fit)
         _refuse(refused, on_bad_adapter, where="the pool")
         if not fitted:
-            raise PoolError(f"none of the {len(self)} adapters fits the base model; the first: {refused[0]}")
+            raise PoolError(f"none of the {len(adapters)} adapters fits the base model; the first: {refused[0]}")
         return AdapterPool(fitted, self.refused + tuple(refused), default_k=self.default_k)
 
     def sha256(self) -> dict[str, str]:
@@ -233,6 +249,10 @@ class AdapterPool:
         unknown = sorted({key for adapter in self for key in adapter.config.unknown})
         if unknown:
             warnings.warn(f"{CONFIG}: unknown settings ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
+
+
+def _taken(name: str) -> PoolError:
+    return PoolError(f"the pool already has an adapter {name!r}; remove it first or choose another name")
 
 
 def survey(
