@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from logo.selection import calibrator, listening
 from logo.selection.neutral import NEUTRAL
 from logo.selection.requests import REQUESTS
 from logo.selection.whitening import Whitening
-from make_adapters import index_of
+from make_adapters import everyones_folder, index_of, lock
 from test_engine import write_adapter
 from tolerances import same_scores, same_tensor
 
@@ -213,6 +214,46 @@ def test_only_new_adapters_are_listened_to(llama: nn.Module, tmp_path: Path, mon
     assert again.select(PROMPTS[0]) == first.select(PROMPTS[0])
 
 
+@pytest.mark.parametrize("cache", ["kept", "known before", "none", "file in the way"])
+def test_an_adapter_joins_without_one_eigen_decomposition(
+    cache: str, llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whitening depends on base model and texts, not on the pool; others' files need not be there any more."""
+    counted: list[int] = []
+    decompose = torch.linalg.eigh
+
+    def eigh(matrix: torch.Tensor) -> Any:
+        counted.append(len(matrix))
+        return decompose(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    (tmp_path / "file").write_text("in the way")
+    folder = {"none": "", "file in the way": str(tmp_path / "file")}.get(cache, str(tmp_path / "cache"))
+    pool(llama, tmp_path / "pool", names=("q_proj", "v_proj", "down_proj"))
+    write_adapter(tmp_path / "new", llama, ("q_proj", "v_proj", "down_proj"), rank=3, seed=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logo = engine(llama, tmp_path / "pool", cache=folder)
+        assert counted
+        if cache == "known before":
+            counted.clear()
+            logo = engine(llama, tmp_path / "pool", cache=folder)
+            assert not counted
+        else:
+            shutil.copytree(tmp_path / "pool", tmp_path / "copy")
+            shutil.rmtree(tmp_path / "pool" / "t1")
+        counted.clear()
+        logo.pool.add(tmp_path / "new")
+        grown = logo.select(PROMPTS[0])
+    assert counted == []
+    if cache != "known before":
+        shutil.copytree(tmp_path / "copy" / "t1", tmp_path / "pool" / "t1")
+    shutil.copytree(tmp_path / "new", tmp_path / "pool" / "new")
+    fresh = engine(llama, tmp_path / "pool", cache="").select(PROMPTS[0])
+    assert grown.adapters == fresh.adapters
+    assert grown.scores == pytest.approx(fresh.scores, rel=1e-4, abs=1e-5)
+
+
 def test_changed_weights_are_listened_to_again(llama: nn.Module, tmp_path: Path) -> None:
     settings = {"cache": str(tmp_path / "cache")}
     engine(llama, pool(llama, tmp_path / "pool"), **settings)
@@ -243,6 +284,43 @@ def test_a_cache_that_cannot_be_written_is_one_warning(llama: nn.Module, tmp_pat
     with pytest.warns(UserWarning, match="can be kept in .*LOGO_CACHE") as warned:
         engine(llama, pool(llama, tmp_path / "pool"), cache=str(tmp_path / "file"))
     assert len(warned) == 1
+
+
+def cached(model: nn.Module, root: Path) -> LoGo:
+    """An engine that keeps everything in `root`."""
+    made = AdapterPool.from_directory(root / "pool", cache=root / "cache")
+    settings = SelectionSettings(signal="calibrated", k=3, cache=str(root / "cache"))
+    return LoGo(model, tokenizer(), made, settings=settings)
+
+
+def test_a_cache_that_may_only_be_read_is_read_and_nothing_is_said(llama: nn.Module) -> None:
+    with everyones_folder() as root:
+        pool(llama, root / "pool")
+        first = cached(llama, root)
+        for path in (root / "cache", *(root / "cache").rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        for path in (root / "pool").rglob("*.safetensors"):
+            path.chmod(0o644)
+        os.seteuid(65534 if os.geteuid() == 0 else os.geteuid())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = cached(llama, root)
+            assert again.router.calibrated is not None and again.router.calibrated.listened == 0
+            assert again.select(PROMPTS[0]) == first.select(PROMPTS[0])
+
+
+def test_a_cache_that_may_not_be_read_is_not_called_damaged(llama: nn.Module) -> None:
+    with everyones_folder() as root:
+        pool(llama, root / "pool")
+        first = cached(llama, root)
+        lock(root / "cache" / "index", root)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            again = cached(llama, root)
+        said = [str(warning.message) for warning in warned]
+        assert any("cannot be read and is computed anew: Permission denied" in message for message in said)
+        assert not any("damaged" in message for message in said)
+        assert again.select(PROMPTS[0]) == first.select(PROMPTS[0])
 
 
 def test_the_choice_is_written_down_and_can_be_overridden(llama: nn.Module, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 # Folders that could not be written to, which has been said.
 _refusing: set[Path] = set()
@@ -28,6 +31,22 @@ def cache_folder(cache: str | Path | None) -> Path | None:
     if cache is None:
         return default_cache()
     return Path(cache) if cache != "" else None
+
+
+def read_cached(file: Path, read: Callable[[Path], _T]) -> _T | None:
+    """What `read` makes of a file of the cache; None where there is none, or, with a warning, none that can be used."""
+    from safetensors import SafetensorError
+
+    try:
+        file.open("rb").close()  # safetensors calls a file that may not be read a missing one
+        return read(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        warnings.warn(f"{file} cannot be read and is computed anew: {error.strerror or error}", stacklevel=3)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        warnings.warn(f"{file} is damaged and computed anew: {error}", stacklevel=3)
+    return None
 
 
 def write_cached(cache: Path, name: str, write: Callable[[str], object]) -> Path | None:

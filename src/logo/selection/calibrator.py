@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
-from logo.cache import cache_folder
 from logo.errors import PoolError
 from logo.selection.calibration import choose, contrast
-from logo.selection.listening import Heard, Texts, candidates, listen
+from logo.selection.listening import Texts, candidates, listen
 from logo.selection.points import Point, decoder_layers, find_points, named_points
 from logo.selection.settings import SelectionSettings
-from logo.selection.store import CalibrationStore, key_of
+from logo.selection.store import CalibrationStore
 from logo.selection.whitening import Whitening
 
 # Points that are read at most, and the agreement with them at which fewer are enough.
@@ -98,7 +97,12 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
 
 
 def calibrate(
-    model: nn.Module, adapters: Sequence[Adapter], planned: Plan, texts: Texts, settings: SelectionSettings
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    planned: Plan,
+    texts: Texts,
+    settings: SelectionSettings,
+    store: CalibrationStore,
 ) -> Calibrated:
     """Baselines of these adapters, from the store or by listening, and the points to read.
 
@@ -107,20 +111,20 @@ def calibrate(
         adapters: those that are scored, in pool order.
         planned: where to read.
         texts: neutral texts, and requests for signals that listen to them.
-        settings: for signal and cache folder.
+        settings: for the signal.
+        store: what is known already, and where what is new is put.
     """
     started = time.perf_counter()
     signal = settings.reading
-    store = CalibrationStore(cache_folder(settings.cache), key_of(model, texts, signal))
     known = {adapter.name: store.responses(adapter) for adapter in adapters}
     missing = {
         point: [a for a in adapters if point.module in a.modules and point.module not in known[a.name]]
         for point in planned.points
     }
-    heard = listen(model, {point: absent for point, absent in missing.items() if absent}, texts, signal)
+    heard = listen(model, {point: absent for point, absent in missing.items() if absent}, texts, signal, store)
     for adapter in adapters:
-        if adapter.name in heard.responses:
-            known[adapter.name] |= heard.responses[adapter.name]
+        if adapter.name in heard:
+            known[adapter.name] |= heard[adapter.name]
             store.keep_responses(adapter, known[adapter.name])
     responses = _table(adapters, planned.points, known, len(texts.rows))
     neutral, requests = responses[:, :, : len(texts.neutral)], responses[:, :, len(texts.neutral) :]
@@ -131,13 +135,13 @@ def calibrate(
         values = contrast(neutral, requests).tolist()
         ranking = tuple(sorted(zip(planned.points, values, strict=True), key=lambda entry: -entry[1]))
     points = tuple(planned.points[i] for i in chosen)
-    whitenings = _whitenings(model, points, texts, settings, store, heard) if signal.scale == "whitened" else {}
+    whitenings = _whitenings(model, points, texts, settings, store) if signal.scale == "whitened" else {}
     file = (
         store.keep_choice(adapters, _choice(points, ranking, adapters, settings, planned.count))
         if planned.count
         else None
     )
-    listened = len(heard.responses)
+    listened = len(heard)
     seconds = time.perf_counter() - started
     return Calibrated(points, ranking, neutral[:, chosen], requests[:, chosen], whitenings, file, listened, seconds)
 
@@ -156,18 +160,12 @@ def _whitenings(
     texts: Texts,
     settings: SelectionSettings,
     store: CalibrationStore,
-    heard: Heard,
 ) -> dict[str, Whitening]:
-    found = {}
-    for point in points:
-        whitening = heard.whitenings.get(point.module) or store.whitening(point.module)
-        if whitening is not None:
-            found[point.module] = whitening
-    missing = [point for point in points if point.module not in found]
-    found |= listen(model, {point: [] for point in missing}, texts, settings.reading).whitenings
-    for module, whitening in found.items():
-        store.keep_whitening(module, whitening)
-    return found
+    found = {point.module: store.whitening(point.module) for point in points}
+    missing = [point for point in points if found[point.module] is None]
+    listen(model, {point: [] for point in missing}, texts, settings.reading, store)
+    found |= {point.module: store.whitening(point.module) for point in missing}
+    return {module: whitening for module, whitening in found.items() if whitening is not None}
 
 
 def _choice(

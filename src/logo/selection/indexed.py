@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter
 from logo.adapters.known import stamp
-from logo.cache import cache_folder, write_cached
+from logo.cache import cache_folder, read_cached, write_cached
 from logo.selection.calibrator import Calibrated, Plan, calibrate
 from logo.selection.index import ScoringIndex
 from logo.selection.listening import Texts
 from logo.selection.points import Point
 from logo.selection.settings import SelectionSettings
-from logo.selection.store import key_of
+from logo.selection.store import CalibrationStore, key_of
 
 # Changes when what is kept means something else.
 _FORMAT = 3
@@ -50,12 +50,14 @@ class IndexedPool:
         points: where prompts are read.
         indices: one per point, of the adapters that touch it.
         calibrated: baseline and how the points were chosen; None for signals without calibration.
+        store: of the calibration, for a later state of the pool.
     """
 
     adapters: tuple[Adapter, ...]
     points: tuple[Point, ...]
     indices: tuple[ScoringIndex, ...]
     calibrated: Calibrated | None
+    store: CalibrationStore | None = None
 
     @classmethod
     def of(
@@ -80,12 +82,17 @@ class IndexedPool:
         """
         started = time.perf_counter()
         cache = None if before is not None else cache_folder(settings.cache)
-        name = None if cache is None else _name(model, adapters, planned, texts, settings)
+        store = None if before is None else before.store
+        if store is None and texts is not None:
+            store = CalibrationStore(cache_folder(settings.cache), key_of(model, texts, settings.reading))
+        name = None if cache is None else _name(adapters, planned, store)
         if cache is not None and name is not None:
-            kept = _load(cache / name, adapters, planned, model, started)
+            kept = _load(cache / name, adapters, planned, model, store, started)
             if kept is not None:
                 return kept
-        calibrated = None if texts is None else calibrate(model, adapters, planned, texts, settings)
+        calibrated = None
+        if texts is not None and store is not None:
+            calibrated = calibrate(model, adapters, planned, texts, settings, store)
         points = planned.points if calibrated is None else calibrated.points
         earlier = {} if before is None else {index.point: index for index in before.indices}
         indices = []
@@ -93,7 +100,7 @@ class IndexedPool:
             touching = [adapter for adapter in adapters if point.module in adapter.modules]
             whitening = None if calibrated is None else calibrated.whitenings.get(point.module)
             indices.append(ScoringIndex.read(touching, point, _device(model, point), whitening, earlier.get(point)))
-        result = cls(tuple(adapters), tuple(points), tuple(indices), calibrated)
+        result = cls(tuple(adapters), tuple(points), tuple(indices), calibrated, store)
         if cache is not None and name is not None:
             _keep(cache, name, result)
         return result
@@ -109,15 +116,13 @@ class IndexedPool:
         return sum(index.bytes for index in self.indices)
 
 
-def _name(
-    model: nn.Module, adapters: Sequence[Adapter], planned: Plan, texts: Texts | None, settings: SelectionSettings
-) -> str | None:
+def _name(adapters: Sequence[Adapter], planned: Plan, store: CalibrationStore | None) -> str | None:
     """The file of this pool's index in the cache folder; None where it can have none."""
     try:
         files = [(a.name, stamp(a.file.path), stamp(a.folder / CONFIG)) for a in adapters]
     except OSError:  # changed under our hands: reading will say what is wrong
         return None
-    base = "" if texts is None else key_of(model, texts, settings.reading)
+    base = "" if store is None else store.key
     parts = [_FORMAT, base, [(p.name, p.rows) for p in planned.points], planned.count, files]
     digest = hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return f"index/{digest}.safetensors"
@@ -149,19 +154,24 @@ def _keep(cache: Path, name: str, pool: IndexedPool) -> None:
     file = write_cached(cache, name, write)
     if file is None:
         return
-    known = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-    for old in known[:-_MOST_FILES]:
-        old.unlink(missing_ok=True)
+    with suppress(OSError):  # others may use the folder too: what they have removed or own is theirs to see to
+        known = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        for old in known[:-_MOST_FILES]:
+            old.unlink(missing_ok=True)
 
 
 def _load(
-    file: Path, adapters: Sequence[Adapter], planned: Plan, model: nn.Module, started: float
+    file: Path,
+    adapters: Sequence[Adapter],
+    planned: Plan,
+    model: nn.Module,
+    store: CalibrationStore | None,
+    started: float,
 ) -> IndexedPool | None:
     """What is kept there; None where there is nothing, or nothing usable."""
-    if not file.is_file():
-        return None
     candidates = {point.module: point for point in planned.points}
-    try:
+
+    def read(file: Path) -> IndexedPool:
         with safe_open(file, framework="pt") as kept:
             about = json.loads(kept.metadata()["about"])
             points = [candidates[module] for module in about["points"]]
@@ -179,11 +189,13 @@ def _load(
                 heard = kept.get_tensor("neutral"), kept.get_tensor("requests")
                 spent = time.perf_counter() - started
                 calibrated = Calibrated(tuple(points), ranking, *heard, {}, written_down, 0, spent)
-        file.touch()  # used again
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        warnings.warn(f"{file} is damaged and computed anew: {error}", UserWarning, stacklevel=2)
-        return None
-    return IndexedPool(tuple(adapters), tuple(points), tuple(indices), calibrated)
+        return IndexedPool(tuple(adapters), tuple(points), tuple(indices), calibrated, store)
+
+    found = read_cached(file, read)
+    if found is not None:
+        with suppress(OSError):  # the time of its last use decides which are removed; a folder may be read-only
+            file.touch()
+    return found
 
 
 def _device(model: nn.Module, point: Point) -> torch.device:

@@ -7,8 +7,9 @@ nothing about files or about what the responses are used for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,20 +48,25 @@ class Texts:
         return [*self.neutral, *self.requests]
 
 
-@dataclass
-class Heard:
-    """What listening gives.
+class Whitenings(Protocol):
+    """Where whitenings are kept, by module path. They depend on the base model and the texts, not on any adapter."""
 
-    Attributes:
-        responses: adapter name -> module path -> `a` (texts,), neutral ones first.
-        whitenings: module path -> whitening, where the signal asks for it.
-    """
+    def whitening(self, module: str) -> Whitening | None:
+        """The whitening of a module's input, if known."""
+        ...
 
-    responses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    whitenings: dict[str, Whitening] = field(default_factory=dict)
+    def keep_whitening(self, module: str, whitening: Whitening) -> None:
+        """Keeps it."""
+        ...
 
 
-def listen(model: nn.Module, wanted: Mapping[Point, Sequence[Adapter]], texts: Texts, signal: Signal) -> Heard:
+def listen(
+    model: nn.Module,
+    wanted: Mapping[Point, Sequence[Adapter]],
+    texts: Texts,
+    signal: Signal,
+    whitenings: Whitenings,
+) -> dict[str, dict[str, Tensor]]:
     """Runs the texts through the base model and scores these adapters at these points.
 
     Args:
@@ -68,22 +74,31 @@ def listen(model: nn.Module, wanted: Mapping[Point, Sequence[Adapter]], texts: T
         wanted: point -> adapters to score there (none: only the whitening is wanted).
         texts: what to run.
         signal: how to read and score.
+        whitenings: those that are known; what the signal needs besides is computed and put there.
+
+    Returns:
+        adapter name -> module path -> `a` (texts,), neutral ones first.
     """
-    heard = Heard()
+    heard: dict[str, dict[str, Tensor]] = {}
     for points in _groups(model, list(wanted), sum(map(len, texts.rows))):
         latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same vectors
         for point, (hidden, owners) in zip(points, _read(model, points, texts, signal), strict=True):
             whitening = None
             if signal.scale == "whitened":
-                if latest is None or latest[0] is not hidden:
-                    latest = hidden, Whitening.of(hidden[owners.to(hidden.device) < len(texts.neutral)])
-                whitening = heard.whitenings[point.module] = latest[1].to(torch.device("cpu"))
+                whitening = whitenings.whitening(point.module)
+                if whitening is None:
+                    if latest is None or latest[0] is not hidden:
+                        neutral = hidden[owners.to(hidden.device) < len(texts.neutral)]
+                        latest = hidden, Whitening.of(neutral).to(torch.device("cpu"))
+                    whitening = latest[1]
+                    whitenings.keep_whitening(point.module, whitening)
+                latest = hidden, whitening
             if not wanted[point]:
                 continue
             index = ScoringIndex.read(wanted[point], point, hidden.device, whitening)
             scores = respond(signal, index, hidden, owners, len(texts.rows)).cpu()
             for adapter, response in zip(wanted[point], scores.T, strict=True):
-                heard.responses.setdefault(adapter.name, {})[point.module] = response.clone()
+                heard.setdefault(adapter.name, {})[point.module] = response.clone()
     return heard
 
 

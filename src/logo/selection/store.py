@@ -5,24 +5,26 @@
     <cache>/calibration/<base model, texts and reading>/points-<pool>.json        what was chosen, for people to read
 
 Nothing in it is needed: what is missing or damaged is computed anew. Files are written under another name and renamed.
+What belongs to a pool that is open is held in memory besides, so that an adapter can join it although others' files are
+gone, and so that nothing is computed twice where nothing can be kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
-from logo.cache import write_cached
+from logo.adapters.weights import WeightFile
+from logo.cache import read_cached, write_cached
 from logo.selection.listening import Texts
 from logo.selection.signals import Signal
 from logo.selection.whitening import SHRINKAGE, Whitening
@@ -38,46 +40,63 @@ class CalibrationStore:
     Args:
         cache: the cache folder; None keeps nothing.
         key: digest of everything the stored values depend on but the adapter; see `key_of`.
+
+    Attributes:
+        key: the same.
     """
 
     def __init__(self, cache: Path | None, key: str) -> None:
+        self.key = key
         self._cache, self._name = cache, f"calibration/{key}"
+        # The file object is what stays the same when a pool is fitted again.
+        self._adapter_keys: WeakKeyDictionary[WeightFile, str] = WeakKeyDictionary()
+        self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
+        self._whitenings: dict[str, Whitening] = {}  # those that could not be written: they are large
 
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Module path -> `a` (texts,) of this adapter, as far as known."""
-        return self._load(f"{adapter_key(adapter)}.safetensors")
+        """Module path -> `a` (texts,) of this adapter, as far as known.
+
+        Raises:
+            AdapterError: nothing is known yet, and its file is gone.
+        """
+        if adapter.file not in self._responses:
+            self._responses[adapter.file] = self._load(f"{self._key(adapter)}.safetensors")
+        return dict(self._responses[adapter.file])
 
     def keep_responses(self, adapter: Adapter, responses: Mapping[str, Tensor]) -> None:
         """Keeps all responses of an adapter."""
-        self._save(f"{adapter_key(adapter)}.safetensors", save({k: v.contiguous() for k, v in responses.items()}))
+        self._responses[adapter.file] = dict(responses)
+        self._save(f"{self._key(adapter)}.safetensors", save({k: v.contiguous() for k, v in responses.items()}))
 
     def whitening(self, module: str) -> Whitening | None:
         """The whitening of a module's input, if known."""
+        if module in self._whitenings:
+            return self._whitenings[module]
         tensors = self._load(f"whitening/{module}.safetensors")
         return Whitening(**tensors) if set(tensors) == {"mean", "basis", "gain"} else None
 
     def keep_whitening(self, module: str, whitening: Whitening) -> None:
         """Keeps the whitening of a module's input."""
         tensors = {name: tensor.contiguous() for name, tensor in vars(whitening).items()}
-        self._save(f"whitening/{module}.safetensors", save(tensors))
+        if self._save(f"whitening/{module}.safetensors", save(tensors)) is None:
+            self._whitenings[module] = whitening
 
     def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:
         """Writes down which points were chosen for these adapters; returns where."""
-        asked = [adapter_key(adapter) for adapter in adapters] + [choice["probe_depth"], choice["most_points"]]
+        asked = [self._key(adapter) for adapter in adapters] + [choice["probe_depth"], choice["most_points"]]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
         name = f"points-{digest}.json"
         return self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        file = None if self._cache is None else self._cache / self._name / name
-        if file is None or not file.is_file():
+        if self._cache is None:
             return {}
-        try:
-            tensors: dict[str, Tensor] = load_file(str(file))
-            return tensors
-        except (OSError, SafetensorError) as error:
-            warnings.warn(f"{file} is damaged and computed anew: {error}", UserWarning, stacklevel=2)
-            return {}
+        return read_cached(self._cache / self._name / name, load_file) or {}
+
+    def _key(self, adapter: Adapter) -> str:
+        if adapter.file not in self._adapter_keys:
+            self._adapter_keys[adapter.file] = adapter_key(adapter)
+        return self._adapter_keys[adapter.file]
 
     def _save(self, name: str, data: bytes) -> Path | None:
         if self._cache is None:
