@@ -51,7 +51,8 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(changes: Path) -> Iterator[Served]:
-    with served("--base-model", "demo", "--allow-adapter-changes", str(changes), key="secret") as running:
+    options = ("--signals", "norm", "--allow-adapter-changes", str(changes))
+    with served("--base-model", "demo", *options, key="secret") as running:
         yield running
 
 
@@ -227,7 +228,10 @@ COMPLETION = {"model": "logo", "prompt": "x"}
         ("completions", {**COMPLETION, "prompt": []}, 400, "prompt"),
         ("completions", {**COMPLETION, "temperature": "hot"}, 400, "temperature"),
         ("completions", {**COMPLETION, "logo": {"adapters": {"nope": 1}}}, 400, None),
-        ("completions", {**COMPLETION, "logo": {"signal": "nope"}}, 400, None),
+        ("completions", {**COMPLETION, "logo": {"signal": "nope"}}, 400, "logo.signal"),
+        ("completions", {**COMPLETION, "logo": {"signal": "entropy"}}, 400, "logo.signal"),
+        ("logo/select", {"prompt": "x", "logo": {"signal": "entropy"}}, 400, "logo.signal"),
+        ("completions", {**COMPLETION, "prompt": ["x"] * 64, "n": 16}, 400, None),
         ("completions", {**COMPLETION, "model": "antonym", "logo": {"k": 2}}, 400, "logo"),
         ("chat/completions", {"model": "logo", "messages": []}, 400, "messages"),
         ("chat/completions", {"model": "logo", "messages": [{"role": "user"}]}, 400, "messages[0].content"),
@@ -289,6 +293,21 @@ def test_what_cannot_be_added_changes_nothing(name: str, path: str, status: int,
     assert server.get("/v1/models") == before
 
 
+def test_an_adapter_whose_file_is_gone_is_an_error_of_the_server(changes: Path, server: Served) -> None:
+    shutil.copytree(changes / "good", changes / "gone")
+    server.text("/v1/load_lora_adapter", {"lora_name": "gone", "lora_path": "gone"})
+    shutil.rmtree(changes / "gone")
+    error = refused(lambda: server.post("/v1/completions", {**COMPLETION, "model": "gone"}))
+    assert (error["status"], error["code"]) == (500, "adapter_unusable")
+    assert error["message"].startswith("adapter 'gone': adapter_model.safetensors cannot be read")
+    assert server.post("/v1/completions", {**COMPLETION, "model": "antonym", "max_tokens": 1})["choices"]
+    pool = server.get("/v1/logo/adapters")
+    assert "gone" in {card["id"] for card in pool["data"]} and pool["signals"] == ["calibrated", "norm"]
+    server.text("/v1/load_lora_adapter", {"lora_name": "after", "lora_path": "good"})  # of no concern to others
+    for name in ("gone", "after"):
+        server.text("/v1/unload_lora_adapter", {"lora_name": name})
+
+
 # -- pressure ------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +331,9 @@ def test_more_than_may_wait_are_turned_away_and_told_when_to_come_back() -> None
                 thread.join()
             assert {status for status, _ in seen} <= {200, 429}
         assert all(retry == "1" for status, retry in seen if status == 429)
+        # Where waiting would be of no use, nobody is told to wait.
+        error = refused(lambda: server.post("/v1/completions", {"model": "demo", "prompt": "The", "n": 3}))
+        assert error["status"] == 400 and "expected 2 answers or fewer" in error["message"]
 
 
 def test_who_hangs_up_is_forgotten(server: Served) -> None:

@@ -334,12 +334,17 @@ def test_wishes_are_heard(llama: nn.Module, adapters: Path) -> None:
 
     async def use(service: Service) -> Any:
         chosen = [await service.choose(ids, wish) for wish in (Wish(), Wish(k=1), Wish(signal="entropy"))]
-        for wish in (Wish(signal="nrm"), Wish(adapters={"tasks/t9": 1.0}), Wish(adapters={"tasks/t0": float("inf")})):
+        for wish in (
+            Wish(signal="nrm"),
+            Wish(signal="arrow"),
+            Wish(adapters={"tasks/t9": 1.0}),
+            Wish(adapters={"tasks/t0": float("inf")}),
+        ):
             with pytest.raises(LoGoError):
                 await service.choose(ids, wish)
         return chosen
 
-    plain, one, entropy = served(logo, use)
+    plain, one, entropy = served(logo, use, signals=["entropy"])
     assert len(plain.selection.adapters) == 3
     assert one.selection.adapters == plain.selection.adapters[:1]
     assert one.selection.weights == (1.0,)
@@ -351,6 +356,8 @@ def test_no_more_are_taken_than_there_is_room_for(llama: nn.Module, adapters: Pa
     async def use(service: Service) -> None:
         with service.admitted(10), pytest.raises(Overloaded), service.admitted(1):
             pass
+        with pytest.raises(UsageError, match=r"expected 10 answers or fewer.*found 11"), service.admitted(11):
+            pass  # waiting would be of no use
         with service.admitted(10):
             pass
         service.draining = True
@@ -380,6 +387,49 @@ def test_a_model_that_is_not_batched_right_is_refused_at_the_start(tmp_path: Pat
         assert not service.batching.alive
     finally:
         service.batching.stop()
+
+
+class OtherKernels:
+    """Makes logits of batched steps a little different, as other kernels would."""
+
+    def __init__(self, model: nn.Module, token: int, share: float) -> None:
+        self.token, self.share = token, share
+        self.handle = model.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, inputs: Any, options: Any, output: Any) -> None:
+        if options.get("cache") is not None:
+            output.logits[..., self.token] += self.share * output.logits.std()
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.05), (torch.float16, 0.008), (torch.float32, 1e-5)])
+def test_rounding_is_no_reason_to_refuse_a_model(dtype: torch.dtype, share: float, tmp_path: Path) -> None:
+    """Two tokens are equally likely, so that rounding alone decides which of them comes."""
+    model = tiny.model("llama", tie_word_embeddings=False).to(dtype)
+    write_adapter(tmp_path / "t0", model, ("q_proj",), rank=2, seed=0)
+    ids = torch.tensor([[1 + i for i in range(2, 10)]])
+    best = int(model(input_ids=ids).logits[0, -1].argmax())
+    other = 95 if best < 95 else 94
+    model.lm_head.weight[other] = model.lm_head.weight[best]
+    OtherKernels(model, other, share)
+    service = Service(engine(model, tmp_path, k=1), Memory(concurrent=2))
+    try:
+        service.batching.start()
+        assert service.batching.alive
+    finally:
+        service.batching.stop()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_rounding_does_not_explain_is_told_with_its_size(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny.model("llama").to(dtype)
+    write_adapter(tmp_path / "t0", model, ("q_proj",), rank=2, seed=0)
+    OtherKernels(model, 5, 2.0)
+    service = Service(engine(model, tmp_path, k=1), Memory(concurrent=2))
+    with pytest.raises(
+        ModelError, match=r"0\.2 standard deviations away .* rounding in (bfloat16|float32) explains 0\.0"
+    ):
+        service.batching.start()
+    assert not service.batching.alive
 
 
 def test_attention_that_would_be_exchanged_is_refused(tmp_path: Path) -> None:
@@ -421,7 +471,7 @@ def test_another_signal_leaves_out_what_the_server_leaves_out(llama: nn.Module, 
     async def use(service: Service) -> Any:
         return (await service.choose([5, 6, 7], Wish(signal="entropy"))).selection.scores
 
-    assert set(served(logo, use)) == {"t0", "t1", "t2"}
+    assert set(served(logo, use, signals=["entropy"])) == {"t0", "t1", "t2"}
 
 
 def test_what_another_signal_cannot_score_is_added_all_the_same(llama: nn.Module, tmp_path: Path) -> None:
@@ -436,9 +486,20 @@ def test_what_another_signal_cannot_score_is_added_all_the_same(llama: nn.Module
         await service.add(tmp_path / "values", "values")
         with pytest.raises(PoolError, match="values"):
             await service.choose(ids, Wish(signal="norm"))
-        return (await service.choose(ids, Wish())).selection.scores
+        scores = (await service.choose(ids, Wish())).selection.scores
+        await service.remove("values")
+        return scores, (await service.choose(ids, Wish(signal="norm"))).selection.scores
 
-    assert "values" in served(logo, use)
+    calibrated, norm = served(logo, use, signals=["norm"])
+    assert "values" in calibrated
+    assert "values" not in norm
+
+
+def test_a_signal_that_cannot_score_the_pool_is_told_at_the_start(llama: nn.Module, tmp_path: Path) -> None:
+    for i, name in enumerate(["q_proj", "v_proj"]):
+        write_adapter(tmp_path / f"t{i}", llama, (name,), rank=2, seed=i)
+    with pytest.raises(PoolError, match=r"signal 'norm': 1 of 2 .*t1"):
+        Service(engine(llama, tmp_path, signal="calibrated", k=1), Memory(concurrent=2), signals=["norm"])
 
 
 def test_where_generation_has_stopped_nothing_is_taken(llama: nn.Module, adapters: Path) -> None:
@@ -448,3 +509,20 @@ def test_where_generation_has_stopped_nothing_is_taken(llama: nn.Module, adapter
             pass
 
     served(engine(llama, adapters, unscorable="skip"), use)
+
+
+def test_an_adapter_whose_file_is_gone_fails_its_own_request(llama: nn.Module, tmp_path: Path) -> None:
+    for i in range(3):
+        write_adapter(tmp_path / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
+    logo = engine(llama, tmp_path, k=1)
+    ids = tiny.prompts([6], seed=5)[0]
+
+    async def use(service: Service) -> Any:
+        shutil.rmtree(tmp_path / "t1")
+        gone, there = (answer(service, ids, Wish(adapters={name: 1.0}), Sampling(3)) for name in ("t1", "t2"))
+        return await asyncio.gather(gone, there, return_exceptions=True), service.cards
+
+    (gone, there), cards = served(logo, use)
+    assert isinstance(gone, AdapterError) and gone.name == "t1"
+    assert len(there[0]) == 3
+    assert {name: card.size_bytes > 0 for name, card in cards.items()} == dict.fromkeys(("t0", "t1", "t2"), True)

@@ -109,7 +109,7 @@ INVALID = "invalid_request_error"
     [
         ("usage", 400, INVALID, None, "k: expected 1 or more"),
         ("pool", 400, INVALID, None, "no adapter 'x' (did you mean 'y'?)"),
-        ("adapter", 400, INVALID, None, "adapter 'x': rank 9999"),
+        ("adapter", 500, "server_error", "adapter_unusable", "adapter 'x': rank 9999"),
         ("storage", 400, INVALID, None, "adapters/x: not readable"),
         ("missing", 404, INVALID, "not_found", "adapters/x: no such folder"),
         ("model", 500, "server_error", "internal_error", "the server failed to answer (request id req-"),

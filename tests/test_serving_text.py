@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from logo.decoding import cut_at
+from logo.endings import cut_at
 from logo.models import load_base
 from logo.serving.text import Text
 from make_adapters import calm

@@ -51,6 +51,15 @@ def serve(
             rich_help_panel=NETWORK,
         ),
     ] = None,
+    signals: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIGNAL,...",
+            help="Signals that requests may ask for; the pool is prepared for each before the server starts.",
+            show_default="the one of --selection-strategy",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
     max_concurrent: Annotated[
         int, typer.Option(help="Answers that are generated together.", min=1, max=512, rich_help_panel=LIMITS)
     ] = 64,
@@ -110,14 +119,17 @@ def serve(
     if name == "logo":
         raise UsageError("--served-model-name 'logo' is what selects adapters; choose another name for the base model")
 
+    from logo.selection.signals import get_signal
     from logo.serving.app import AppSettings
     from logo.serving.batching import Memory
     from logo.serving.running import serve as run
     from logo.serving.service import Service
 
+    others = [name.strip() for name in (signals or "").split(",") if name.strip()]
+    for other in others:
+        get_signal(other)  # raises before anything slow happens
     logo = open_engine(engine, base_model)
-    service = Service(
-        logo, Memory(max_concurrent, kv_cache_gb), max_queue=max_queue, adapter_cache_gb=engine.adapter_cache_gb
-    )
+    memory = Memory(max_concurrent, kv_cache_gb)
+    service = Service(logo, memory, signals=others, max_queue=max_queue, adapter_cache_gb=engine.adapter_cache_gb)
     settings = AppSettings(name, request_timeout or None, folder)
     run(service, settings, guards, taken, lambda: note(f"Serving on {address_of(taken)}"))

@@ -109,6 +109,12 @@ class Answers:
         options = options or LogoOptions()
         if options.adapters is not None:
             return Wish(adapters=options.adapters)
+        if options.signal is not None and options.signal not in self.service.signals:
+            raise bad_request(
+                f"logo.signal: expected one of {', '.join(self.service.signals)}, which this server was started with, "
+                f"found {shown(options.signal)}",
+                "logo.signal",
+            )
         if model == AUTO:
             return Wish(k=options.k, signal=options.signal)
         if options.k is not None or options.signal is not None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from logo.errors import PoolError, closest
+from logo.errors import AdapterError, PoolError, closest
 from logo.serving import protocol
 from logo.serving.answers import AUTO, Answers
-from logo.serving.errors import ApiError, bad_request, not_found
+from logo.serving.errors import ApiError, bad_request, not_found, shown_line
 from logo.serving.problems import shown
 from logo.serving.routes import ERRORS, TEXT
 
@@ -26,7 +26,12 @@ async def load(body: protocol.LoadAdapter, request: Request) -> Response:
         raise bad_request(f"lora_name: {shown(body.lora_name)} already means another model", "lora_name")
     if body.lora_name in answers.service.adapters and not body.load_inplace:
         raise bad_request(f"The lora adapter {shown(body.lora_name)} has already been loaded.", "lora_name")
-    await answers.service.add(folder, body.lora_name, replace=body.load_inplace)
+    try:
+        await answers.service.add(folder, body.lora_name, replace=body.load_inplace)
+    except AdapterError as error:
+        if error.name != body.lora_name:  # one that was there before
+            raise
+        raise bad_request(shown_line(str(error)), "lora_path") from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 

@@ -142,8 +142,10 @@ def api_error(error: BaseException, request_id: str | None = None) -> ApiError:
         return bad_request(message, param)
     if isinstance(error, HTTPException):
         return _of_starlette(error)
-    if isinstance(error, (UsageError, PoolError, AdapterError)):
+    if isinstance(error, (UsageError, PoolError)):
         return bad_request(shown_line(str(error)))
+    if isinstance(error, AdapterError):  # one of the pool: the client only named it, or not even that
+        return failed(str(error), "adapter_unusable")
     if isinstance(error, StorageError):
         missing = isinstance(error.__cause__, FileNotFoundError)
         return not_found(shown_line(str(error))) if missing else bad_request(shown_line(str(error)))

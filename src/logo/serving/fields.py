@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 64
-MAX_STOPS = 16
+MAX_STOPS = 4  # OpenAI's
 MAX_STOP_LENGTH = 1000
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from logo.adapters.format import Adapter
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -209,7 +211,19 @@ class AdapterCard(Reply):
     modules: int
     targets: list[str] = Field(description="Last parts of the names of its modules, each once.")
     size_bytes: int
-    selected: int = Field(description="How often it was selected since the server started.")
+    selected: int = Field(0, description="How often it was selected since the server started.")
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> AdapterCard:
+        """The card of an adapter that nothing has selected; looks at its file."""
+        return cls(
+            id=adapter.name,
+            rank=max(adapter.ranks),
+            parameters=adapter.parameters,
+            modules=len(adapter.modules),
+            targets=sorted({path.rpartition(".")[2] for path in adapter.modules}),
+            size_bytes=adapter.size,
+        )
 
 
 class AdapterList(Reply):
@@ -219,6 +233,7 @@ class AdapterList(Reply):
     base_model: str
     default_k: int
     signal: str
+    signals: list[str] = Field(description="What requests may give as 'signal'.")
     data: list[AdapterCard]
 
 

@@ -154,21 +154,13 @@ async def adapters(request: Request) -> replies.AdapterList:
     answers = _answers(request)
     service = answers.service
     cards = [
-        replies.AdapterCard(
-            id=adapter.name,
-            rank=max(adapter.ranks),
-            parameters=adapter.parameters,
-            modules=len(adapter.modules),
-            targets=sorted({path.rpartition(".")[2] for path in adapter.modules}),
-            size_bytes=adapter.size,
-            selected=service.selected.get(adapter.name, 0),
-        )
-        for adapter in service.adapters.values()
+        card.model_copy(update={"selected": service.selected.get(name, 0)}) for name, card in service.cards.items()
     ]
     return replies.AdapterList(
         base_model=answers.base_model,
         default_k=service.logo.settings.k,
         signal=service.logo.settings.signal,
+        signals=list(service.signals),
         data=cards,
     )
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.pool import AdapterPool
 from logo.engine import LoGo
-from logo.errors import LoGoError, UsageError
+from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.adapter_cache import AdapterCache
 from logo.mixing.resident import Part
 from logo.selection import Selection
 from logo.selection.forced import forced
 from logo.serving.batching import Batching, Delta, Memory
+from logo.serving.replies import AdapterCard
 from logo.serving.sampling import Sampling
 
 
@@ -82,21 +83,31 @@ class Service:
     Args:
         logo: the engine; its own `generate` must not be used while the service runs.
         memory: for sequences in flight.
+        signals: names of those that requests may ask for beside the engine's own; the pool is prepared for each now.
         max_queue: requests that may wait beside those in flight.
         adapter_cache_gb: host memory for adapter tensors.
         probe_batch: prompts per probe.
 
     Attributes:
         adapters: those that requests may use now, by name.
+        cards: what is shown of each, but for how often it was selected.
         selected: how many answers each has had a part in.
         draining: takes no new requests.
 
     Raises:
         UsageError: an engine that selects in a way that depends on the order of prompts.
+        PoolError: adapters that one of the signals cannot score.
     """
 
     def __init__(
-        self, logo: LoGo, memory: Memory, *, max_queue: int = 256, adapter_cache_gb: float = 4.0, probe_batch: int = 16
+        self,
+        logo: LoGo,
+        memory: Memory,
+        *,
+        signals: Sequence[str] = (),
+        max_queue: int = 256,
+        adapter_cache_gb: float = 4.0,
+        probe_batch: int = 16,
     ) -> None:
         if logo.settings.probe_context != "base":
             raise UsageError(
@@ -111,14 +122,20 @@ class Service:
         self.batching = Batching(logo.model, memory, logo.prompts.context)
         self._cache = AdapterCache(int(adapter_cache_gb * 1e9))
         self._probe_batch = probe_batch
-        self._others: dict[str, LoGo] = {}  # engines of other signals, by name
+        self._engines = {logo.settings.signal: logo}
+        for signal in signals:
+            if signal not in self._engines:
+                self._engines[signal] = self._with(signal)
+        self._refused: dict[str, LoGoError] = {}  # signals that cannot score the pool as it is now
         self._worker = ThreadPoolExecutor(1, "logo-select")
         self._waiting: list[_Waiting] = []
         self._wake = asyncio.Event()
         self._open = 0
         self.draining = False
         self.selected: dict[str, int] = {}
-        self.adapters: dict[str, Adapter] = {adapter.name: adapter for adapter in logo.fitted}
+        self.adapters: dict[str, Adapter] = {}
+        self.cards: dict[str, AdapterCard] = {}
+        self._list()
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -141,6 +158,11 @@ class Service:
         return self.batching.alive and not self._selecting.done() and not self.draining
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        """Those that requests may ask for, the engine's own first."""
+        return tuple(self._engines)
+
+    @property
     def waiting(self) -> int:
         """Requests that have not begun to be generated."""
         return len(self._waiting) + self.batching.waiting
@@ -151,12 +173,18 @@ class Service:
 
         Raises:
             Overloaded, NotReady: there is none.
+            UsageError: there can never be.
         """
         if self.draining:
             raise NotReady("the server is shutting down")
         if not self.ready:
             raise NotReady("generation has stopped; the server has to be started again")
         room = self.memory.concurrent + self.max_queue
+        if count > room:
+            raise UsageError(
+                f"expected {room} answers or fewer, which is all that this server makes and lets wait at a time, found "
+                f"{count} in one request; send fewer prompts, or ask for fewer answers each (n)"
+            )
         if self._open + count > room:
             raise Overloaded(f"{self._open} answers are being made or waited for, of {room} at most; try again later")
         self._open += count
@@ -264,17 +292,21 @@ class Service:
         )
 
     def _engine(self, signal: str | None) -> LoGo:
-        if signal is None or signal == self.logo.settings.signal:
-            return self.logo
-        if signal not in self._others:
-            settings = replace(self.logo.settings, signal=signal, weighting=None)
-            logo = self.logo
-            with self.batching.paused():  # a signal may have to be calibrated
-                # What does not fit is out of the pool already, or left out here as there.
-                self._others[signal] = LoGo(
-                    logo.model, logo.tokenizer, logo.pool, settings=settings, on_bad_adapter="skip"
-                )
-        return self._others[signal]
+        signal = signal or self.logo.settings.signal
+        if signal in self._refused:
+            raise self._refused[signal]
+        if signal not in self._engines:
+            raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
+        return self._engines[signal]
+
+    def _with(self, signal: str) -> LoGo:
+        """The engine with another signal."""
+        logo, settings = self.logo, replace(self.logo.settings, signal=signal, weighting=None)
+        try:
+            # What does not fit is out of the pool already, or left out here as there.
+            return LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings, on_bad_adapter="skip")
+        except PoolError as error:
+            raise PoolError(f"signal {signal!r}: {error}") from error
 
     # -- the pool --------------------------------------------------------------------------------------------------
 
@@ -330,13 +362,24 @@ class Service:
     def _take_note(self) -> None:
         """Indexes what is new in the pool now, so that no request has to wait for it."""
         with self.batching.paused():
-            self.logo.router  # noqa: B018
-            for signal, logo in list(self._others.items()):
+            self._refused = {}
+            for signal, logo in self._engines.items():
                 try:
                     logo.router  # noqa: B018
-                except LoGoError:  # what this signal cannot score is told to whoever asks for the signal
-                    del self._others[signal]
-        self.adapters = {adapter.name: adapter for adapter in self.logo.fitted}
+                except LoGoError as error:
+                    if logo is self.logo:
+                        raise
+                    self._refused[signal] = error  # for whoever asks for this signal
+        self._list()
+
+    def _list(self) -> None:
+        """Notes which adapters there are. Each file is looked at once: it may be gone when the list is asked for."""
+        before, adapters = self.adapters, {adapter.name: adapter for adapter in self.logo.fitted}
+        known = {name for name, one in adapters.items() if name in before and before[name].file is one.file}
+        self.cards = {
+            name: self.cards[name] if name in known else AdapterCard.of(adapter) for name, adapter in adapters.items()
+        }
+        self.adapters = adapters
 
 
 class _Key:
