@@ -42,6 +42,7 @@ def record(folder: Path, name: str = "run.json") -> Any:
 # -- training rows --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shared", "method"), [(3, "best-single"), (0, "best-single"), (3, "uniform")])
 def test_training_rows_that_are_test_rows_are_said(
     shared: int, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -76,6 +77,7 @@ def evaluated(tmp_path: Path, *arguments: str, rows: Path | None = None, folder:
     return made.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beside", [True, False])
 def test_any_metric_for_any_dataset(kind: str, beside: bool, tmp_path: Path) -> None:
@@ -170,6 +172,7 @@ def test_the_preset_scores_nq_as_the_script(
 # -- adapters per prompt --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_command_takes_as_many_adapters_as_suit_the_demos_pool(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from logo.errors import DataError, StorageError
 from logo.evaluation.datasets import OFFICIAL, dataset_file, load_rows
+from logo.evaluation.jobs import declared_metric
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.sources.instances import Instance, draw
 from logo.evaluation.sources.loading import packaged
@@ -43,6 +45,17 @@ def contexts(data: bytes) -> list[str]:
 
 
 # --- the declarations
+
+
+def test_a_declared_metric_that_the_name_does_not_say_is_written_beside_the_rows(tmp_path: Path) -> None:
+    """And goes with it when another one is declared."""
+    raw = tmp_path / "raw"
+    write_raw(raw, "anli.r1")
+    declaration = packaged()["anli.r1"]
+    for metric, found in (("rouge", "rouge"), ("em", None), ("bleu", "bleu")):
+        made = replace(declaration, metric=metric)  # type: ignore[arg-type]
+        entry = prepare(made, tmp_path / "data", Request(rows=3, train_rows=2, raw=raw))
+        assert declared_metric(dataset_file(tmp_path / "data", "anli.r1")) == found and entry["metric"] == metric
 
 
 def test_there_is_one_for_every_official_name_and_code_task() -> None:

@@ -21,6 +21,7 @@ from logo.demo import adapters_dir, heldout, model_dir
 from logo.evaluation.forecast import memory_of
 from logo.models import load_base
 from test_engine import tokenizer
+from tolerances import PATIENCE
 
 BASE, POOL = "meta-llama/Llama-3.1-8B", "archon159/LoGo-loras-collection"
 
@@ -47,7 +48,7 @@ def logo(home: Path, *arguments: str, env: dict[str, str]) -> Any:
     command = ["evaluate", "--base_model", "Llama-3.1-8B", "--gpu", "-1", "--max-new-tokens", "4", "--json", *arguments]
     code = "from logo.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, *command], cwd=home, env=env, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code, *command], cwd=home, env=env, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -57,6 +58,7 @@ def size(folder: Path, *names: str) -> int:
     return sum(path.stat().st_size for name in names for path in folder.rglob(name))
 
 
+@pytest.mark.slow
 def test_downloads_are_told_before_and_are_nothing_afterwards(official: Path, tmp_path: Path) -> None:
     """What is said to be missing is what is fetched; an estimate fetches a configuration at most and writes nothing."""
     arguments = ("--data-dir", str(official / "data"), "--limit", "3", "--n_selected_modules", "2")
@@ -85,6 +87,7 @@ def test_downloads_are_told_before_and_are_nothing_afterwards(official: Path, tm
     assert offline["base_model"] == after["base_model"] and offline["memory"] == after["memory"]
 
 
+@pytest.mark.slow
 def test_without_a_connection_what_is_not_known_is_said(official: Path, tmp_path: Path) -> None:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     found = logo(tmp_path, "--data-dir", str(official / "data"), "--estimate", env=env)
@@ -117,6 +120,7 @@ def test_sizes_of_folders(tmp_path: Path) -> None:
     assert model_needed(str(model_dir())).total == size(model_dir(), "*.safetensors", "*.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [[], ["--method", "uniform"], ["--method", "best-single", "--shots", "1"]])
 def test_lines_on_the_demo(method: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Hours are counted up from rows that were answered, with what a method prepares; no folder appears."""
