@@ -117,6 +117,20 @@ def test_lost_won_and_order(window: Browser, tmp_path: Path) -> None:
     assert window.run("return document.getElementById('next').disabled")
 
 
+def test_a_name_with_slashes_has_an_address(window: Browser, tmp_path: Path) -> None:
+    name = "words/forms/plural.v2"
+    rows = [{"context": f"prompt {n}", "completion": "gold"} for n in range(3)]
+    said = {"dataset": {"name": name}, "options": {}}
+    write_result(tmp_path / "r" / name, [1, 0, 1], rows=rows, run_json=said)
+    file = tmp_path / "r.html"
+    file.write_text(page(analyse(read_runs([tmp_path / "r"]))), encoding="utf-8")
+    window.open(file, "#i/words%2Fforms%2Fplural.v2/2")
+    assert "prompt 1" in window.wait("return document.querySelector('#list .open')?.innerText")
+    window.run("document.querySelector(`a[data-dataset='${arguments[0]}']`).click()", name)
+    window.wait(f"{STATUS} === '1–3 of 3 instances'")
+    assert window.messages() == []
+
+
 def test_search_and_dataset(window: Browser, report: Path) -> None:
     window.open(report)
     lines = choose(window, "f-dataset", "2", f"1–{ROWS} of {ROWS} instances")

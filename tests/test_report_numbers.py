@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,16 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from logo.errors import DataError
+from logo.evaluation.comparison import compare
 from logo.evaluation.datasets import OFFICIAL
 from logo.evaluation.intervals import Interval, proportion
-from logo.evaluation.paired import ALPHA
+from logo.evaluation.paired import ALPHA, TESTS
 from logo.evaluation.report import adapters, analyse, latex, page, summary
 from logo.evaluation.report.numbers import Cell, dataset_lines, group_lines, marked, overall
 from logo.evaluation.report.published import read_published, shipped
+from logo.evaluation.report.tables import p_value
 from logo.evaluation.report.versus import Mark, Pairing, shared_rows
-from logo.evaluation.runs import Run, read_runs
+from logo.evaluation.runs import Run, read_run, read_runs
 from report_runs import write_result
 
 ROUGE = ("rouge-1", "rouge-2", "rouge-L")
@@ -211,6 +214,37 @@ def test_one_run_against_another(pairs: list[tuple[int, int]], tmp_path_factory:
     assert found.significance.test == "mcnemar" and found.p_holm == found.significance.p
     assert found.datasets.wins + found.datasets.losses + found.datasets.ties == 1
     assert found.datasets.wins == (wins > losses)
+
+
+@given(
+    columns=st.dictionaries(
+        st.sampled_from(["bbh.a", "bbh.b", "bbh.snarks", "mine/x", "mine/y.z", "anli.r1"]),
+        st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=6, max_size=9),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=25, deadline=None)
+def test_two_runs_have_one_p_value_wherever_it_is_shown(
+    columns: dict[str, list[tuple[int, int]]], seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """`compare`'s line for all datasets, and the report's pair of runs and its line for everything."""
+    root = tmp_path_factory.mktemp("one")
+    for side in (0, 1):
+        for name, pairs in columns.items():
+            rows = rows_of(*(f"{name} {i}" for i in range(len(pairs))))
+            said = {"dataset": {"name": name}, "options": {}}
+            write_result(root / "ab"[side] / name, [pair[side] for pair in pairs], rows=rows, run_json=said)
+    compared = compare(read_run(root / "a"), read_run(root / "b"), seed=seed)
+    line = (compared.groups or compared.datasets)[-1]
+    [pair] = Pairing(tuple(read_runs([root])), seed).versus()
+    assert (pair.significance, pair.difference) == (line.significance, line.difference)
+    assert pair.significance.test == ("mcnemar" if len(columns) == 1 else "randomisation")
+    told = summary(analyse(read_runs([root]), seed=seed))["versus"][0]
+    assert (told["p"], told["test"]) == (line.significance.p, line.significance.test)
+    shown = unescape(page(analyse(read_runs([root]), seed=seed)))
+    assert p_value(line.significance.p) in shown and f"two-sided, by {TESTS[line.significance.test]}" in shown
 
 
 def test_only_shared_instances_are_compared(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from logo.evaluation.intervals import Values
 from logo.evaluation.runs import Run
@@ -99,10 +98,12 @@ def weights(run: Run) -> Weights | None:
 
 def similarity(run: Run) -> Similarity | None:
     """Which adapters' scores rise and fall together over a run's instances; None where too few have scores."""
+    from scipy.stats import rankdata
+
     names, scores = _scores(run)
     if len(scores) < _FEWEST or len(names) < 2:
         return None
-    ranks = np.apply_along_axis(_ranks, 0, scores)
+    ranks = rankdata(scores, axis=0)
     ranks -= ranks.mean(axis=0)
     length = np.sqrt((ranks**2).sum(axis=0))
     ranks /= np.where(length > 0, length, 1.0)  # an adapter whose score never changes is like no other
@@ -166,26 +167,18 @@ def right_ranks(result: Result) -> list[int | None]:
 
 
 def leaf_order(distance: Values) -> list[int]:
-    """The leaves of a clustering by average linkage, neighbours alike; groups are turned so that near ends meet.
+    """The leaves of a clustering by average linkage, ordered so that neighbours are as alike as they can be.
 
     Args:
         distance: (n, n), symmetric.
     """
-    count = len(distance)
-    between = distance.astype(np.float64).copy()
-    np.fill_diagonal(between, np.inf)
-    leaves: dict[int, list[int]] = {n: [n] for n in range(count)}
-    for _ in range(count - 1):
-        a, b = sorted(divmod(int(np.argmin(between)), count))
-        first, second = leaves[a], leaves.pop(b)
-        turned = [(first, second), (first, second[::-1]), (first[::-1], second), (first[::-1], second[::-1])]
-        left, right = min(turned, key=lambda ends: distance[ends[0][-1], ends[1][0]])
-        merged = (len(first) * between[a] + len(second) * between[b]) / (len(first) + len(second))
-        leaves[a] = left + right
-        between[a, :] = between[:, a] = merged
-        between[b, :] = between[:, b] = np.inf
-        between[a, a] = np.inf
-    return next(iter(leaves.values()), [])
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    if len(distance) < 2:
+        return list(range(len(distance)))
+    between = squareform(distance, checks=False)
+    return [int(leaf) for leaf in leaves_list(linkage(between, "average", optimal_ordering=True))]
 
 
 def _scores(run: Run) -> tuple[list[str], Values]:
@@ -210,9 +203,3 @@ def _heaviest(run: Run, names: Sequence[str]) -> list[int]:
             for name, share in zip(selected, shares, strict=True):
                 total[name] = total.get(name, 0.0) + share
     return sorted(sorted(range(len(names)), key=lambda n: (-total[names[n]], n))[:LARGEST])
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse])
