@@ -275,6 +275,7 @@ def test_lorahub_finds_weights_that_answer(demo: LoGo) -> None:
     demo.merge = "mixture"
 
 
+@pytest.mark.slow
 def test_lorahubs_objective_is_the_authors(tiny_logo: LoGo) -> None:
     """Their loss of one batch is the mean over its tokens, and is divided once more by the number of rows."""
     scored = [Scored(False, 2.0, 3), Scored(True, 0.5, 1), Scored(False, 1.0, 4)]
@@ -297,6 +298,7 @@ def test_lorahub_repeats_itself_by_its_seed(tiny_logo: LoGo) -> None:
     assert one["weights"] != other["weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "budget"), [(2, 200), (3, 200), (4, 200), (16, 200)])
 def test_minimise(size: int, budget: int) -> None:
     """Sizes for which nevergrad takes a meta-model, another with CMA in it, and Cobyla, which answers by default."""

@@ -171,6 +171,7 @@ def client(hub: HubServer, home: Path, *arguments: str, **environment: str) -> s
     )
 
 
+@pytest.mark.slow
 def test_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
     folders = {name: write_hub(tmp_path / "hub", name) for name in ("anli.r1", "gem.e2e_nlg", "bbh.navigate")}
     (folders["anli.r1"] / "anli.py").write_text("raise SystemExit('a loading script was run')")

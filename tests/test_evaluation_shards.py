@@ -98,6 +98,7 @@ def test_shards_are_a_partition_in_whole_blocks(rows: int, block: int, count: in
     assert max(map(len, parts)) - min(map(len, parts)) <= block
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(data=st.data(), rows=st.integers(1, 14), batch_size=st.integers(1, 5), count=st.integers(1, 6))
 def test_any_cut_put_together_is_the_whole(

@@ -76,6 +76,7 @@ def test_all_golden_files_are_here() -> None:
     assert len(FILES) == 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_equals_official_output(path: Path) -> None:
     parity = compare(path)

@@ -173,6 +173,7 @@ def test_the_six_files_of_the_authors_script_are_not_replaced(
     assert run(command(rows, tmp_path, "--limit", "1")) == 0 and (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_overwriting_run_that_was_interrupted_may_still_replace(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

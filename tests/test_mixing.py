@@ -90,6 +90,7 @@ def working_set(base: nn.Module, adapters: list[Adapter]) -> WorkingSet:
     return WorkingSet.of(names, weights, dict(linear_modules(base)), torch.float32)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60,
     deadline=None,

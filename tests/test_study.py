@@ -396,6 +396,7 @@ def test_the_command(some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     Image.open(tmp_path / "map.png").load()
 
 
+@pytest.mark.slow
 def test_the_command_after_an_interruption(
     some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

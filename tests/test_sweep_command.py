@@ -41,6 +41,7 @@ def rows(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_row_per_cell_dataset_and_metric(swept: Path) -> None:
     found = rows(swept)
     official = [row for row in found if row["kind"] == "official"]
@@ -98,6 +99,7 @@ def test_a_wrong_grid_is_one_line(grid: str, expected: str, tmp_path: Path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed in the third of four cells: the second command ends with the table of a whole sweep."""
     some = ["--rows", str(HELDOUT), "--dataset", "antonym,capital", "--limit", "8", "--batch-size", "1"]
@@ -114,6 +116,7 @@ def test_kill_9_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert (tmp_path / "killed" / "plots" / picture.name).read_bytes() == picture.read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupted_sweeps_say_that_they_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +181,7 @@ def test_one_row_without_an_answer(
     }
 
 
+@pytest.mark.slow
 def test_methods_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Cells that do the same share a run; every merge is what its own run would be."""
     cells = ["--grid", "k=1,3", "--grid", "method=logo,base,oracle,random", "--grid", "merge=mixture,linear"]

@@ -271,6 +271,7 @@ def size(picture: bytes) -> tuple[int, int]:
         return image.size
 
 
+@pytest.mark.slow
 def test_a_picture_for_every_axis_that_varies() -> None:
     axes = [*TWO, Axis("seed", (0,)), Axis("merge", ("mixture", "$ties$"))]
     found = outcomes(axes, {"bbh.a": 4, "gem.dart": 4}, frozenset({(0, "bbh.a"), (3, "gem.dart")}))
@@ -282,6 +283,7 @@ def test_a_picture_for_every_axis_that_varies() -> None:
     assert plots(TWO, []) == {} == plots([Axis("k", (1,))], outcomes([Axis("k", (1,))], {"x": 2}))
 
 
+@pytest.mark.slow
 def test_many_panels_go_on_in_another_picture() -> None:
     axes = [Axis("k", (1, 2)), Axis("seed", (0, 1)), Axis("shots", tuple(range(11)))]
     drawn = plots(axes[:1] + axes[2:] + axes[1:2], outcomes(axes, {"x": 2}))
