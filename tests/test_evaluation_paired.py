@@ -171,6 +171,7 @@ def test_pairing_makes_it_narrow() -> None:
     assert alike == pytest.approx((0.01, 0.01), abs=0.001)
 
 
+@pytest.mark.slow
 def test_runs_that_are_alike_rarely_look_different() -> None:
     """Under the null, p-values are uniform: about a twentieth is below 0.05, and half is below one half."""
     p = np.array([significance([normal(12, 0.0, seed)]).p for seed in range(300)])

@@ -216,6 +216,7 @@ def test_one_run_against_another(pairs: list[tuple[int, int]], tmp_path_factory:
     assert found.datasets.wins == (wins > losses)
 
 
+@pytest.mark.slow
 @given(
     columns=st.dictionaries(
         st.sampled_from(["bbh.a", "bbh.b", "bbh.snarks", "mine/x", "mine/y.z", "anli.r1"]),

@@ -180,6 +180,7 @@ def test_a_run_json_that_is_none_is_named(tmp_path: Path) -> None:
         read_run(folder)
 
 
+@pytest.mark.slow
 def test_nested_rows_from_the_first_command_to_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows in folders within folders, names with dots: answered whole and in shards, merged, compared, reported."""
     names = {"capital": "capital", "words/antonym": "antonym", "words/forms/plural.v2": "plural"}
