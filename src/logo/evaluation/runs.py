@@ -166,7 +166,7 @@ def _run(places: list[Place], data_dir: Path | None) -> Run:
     results = {place.dataset: read_result(place.folder, place.dataset, data_dir) for place in places}
     options = next(iter(results.values())).options
     folder = places[0].run_folder
-    name = _NAME.fullmatch(folder.absolute().name)
+    name = _NAME.fullmatch(folder.resolve().name)
     parts: dict[str, Any] = name.groupdict() if name else {}
     method = options.get("method") or "logo"
     if method == "logo":
@@ -194,7 +194,8 @@ def _marked(folder: Path, seen: set[Path]) -> Iterator[Path]:
         seen.add(real)
         if (folder / MARK).is_file():
             yield folder
-        below = sorted(child for child in folder.iterdir() if not child.name.startswith(".") and child.is_dir())
+        below = [child for child in folder.iterdir() if not child.name.startswith(".") and child.is_dir()]
+        below.sort(key=lambda child: (child.is_symlink(), child.name))  # what a link leads to has a name of its own
     except OSError as error:
         raise StorageError(f"results {str(folder)!r}: cannot be read ({error.strerror or error})") from error
     for child in below:
