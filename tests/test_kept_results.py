@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,9 @@ def test_merging_replaces_no_other_result(rows: Path, tmp_path: Path, capsys: py
     assert len(json.loads((folder / "predictions.json").read_text())) == 4
 
 
-def test_a_sweep_replaces_no_other_result(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_replaces_no_other_result(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = ["sweep", *DEMO[1:3], *DEMO[5:], "--rows", str(rows / "rows"), "--dataset", "antonym", "--grid", "k=1,3"]
     sweep += ["-o", str(tmp_path)]
     assert run([*sweep, "--limit", "3"]) == 0
@@ -266,5 +269,11 @@ def test_a_sweep_replaces_no_other_result(rows: Path, tmp_path: Path, capsys: py
     [one, other] = [line for line in lines if line.startswith("logo: error: cell k=")]
     for line in (one, other):
         assert "rows is 3, not 2" in line and line.endswith("--overwrite replaces it, another --output keeps both")
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        patch.setattr("logo.evaluation.session.environment", lambda logo: {"torch": "99"})
+        assert run([*sweep, "--limit", "3"]) == 0  # what is done stays done after an upgrade, and that is said
+    assert "logo: warning: k=1 · antonym was answered elsewhere: " in capsys.readouterr().err
+    assert everything(tmp_path / "runs") == before
     assert run([*sweep, "--limit", "2", "--overwrite"]) == 0
     assert everything(tmp_path / "runs").keys() == before.keys() and everything(tmp_path / "runs") != before

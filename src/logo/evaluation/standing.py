@@ -56,10 +56,17 @@ class Standing:
 
     @property
     def digest(self) -> str:
-        """Of the files, so that it is known whether they are still the same."""
+        """Of the files, so that it is known whether they are still the same.
+
+        Raises:
+            StorageError: one cannot be read.
+        """
         digest = hashlib.sha256()
         for name in self.names:
-            content = (self.folder / name).read_bytes()
+            try:
+                content = (self.folder / name).read_bytes()
+            except OSError as error:
+                raise _unreadable(self.folder, error) from error
             digest.update(f"{name} {len(content)} ".encode() + content)
         return digest.hexdigest()
 
@@ -76,10 +83,14 @@ def standing(folder: Path) -> Standing | None:
             return None
         run, problem = _run(folder / "run.json")
     except OSError as error:
-        raise StorageError(f"result {str(folder)!r}: cannot be read ({error.strerror or error})") from error
+        raise _unreadable(folder, error) from error
     if problem is not None and "run.json" not in names:
         problem = f"{', '.join(names)} {problem}"
     return Standing(folder, names, run, problem)
+
+
+def _unreadable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"result {str(folder)!r}: cannot be read ({error.strerror or error})")
 
 
 def _run(file: Path) -> tuple[dict[str, Any], str | None]:

@@ -8,6 +8,7 @@ from being run. Cells in which an axis makes no difference share a run.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,6 +132,8 @@ def sweep(
             tell(what, rows)
             try:
                 [plan] = session.plans([job], wish)
+                if plan.done and plan.note:
+                    warnings.warn(f"{what} was answered elsewhere: {plan.note}", UserWarning, stacklevel=2)
                 if not plan.done:
                     session.run(plan, functools.partial(_tell_from, tell, what, before))
                 done.add((cell.name, job.dataset))
