@@ -20,6 +20,7 @@ from typing import Any
 
 import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
 from logo import LoGo
 from logo.bench.local_server import LocalServer
@@ -306,6 +307,25 @@ def test_an_adapter_whose_file_is_gone_is_an_error_of_the_server(changes: Path, 
     server.text("/v1/load_lora_adapter", {"lora_name": "after", "lora_path": "good"})  # of no concern to others
     for name in ("gone", "after"):
         server.text("/v1/unload_lora_adapter", {"lora_name": name})
+
+
+def test_an_adapter_that_overflows_fails_its_own_requests(changes: Path, server: Served) -> None:
+    shutil.copytree(changes / "good", changes / "huge")
+    file = changes / "huge" / "adapter_model.safetensors"
+    save_file({key: tensor.float() * 1e20 for key, tensor in load_file(file).items()}, file)
+    server.text("/v1/load_lora_adapter", {"lora_name": "huge", "lora_path": "huge"})
+    try:
+        for temperature in (0, 0.8):
+            body = {**COMPLETION, "model": "huge", "temperature": temperature}
+            error = refused(lambda body=body: server.post("/v1/completions", body))
+            assert (error["status"], error["code"]) == (500, "not_finite")
+        with server.open("/v1/completions", {**COMPLETION, "model": "huge", "stream": True}) as answer:
+            assert '"code": "not_finite"' in answer.read().decode()
+        error = refused(lambda: server.post("/v1/logo/select", {"prompt": "x", "logo": {"signal": "norm"}}))
+        assert (error["status"], error["code"]) == (500, "not_finite") and "'huge'" in error["message"]
+        assert server.post("/v1/completions", {**COMPLETION, "model": "antonym", "max_tokens": 3})["choices"][0]["text"]
+    finally:
+        server.text("/v1/unload_lora_adapter", {"lora_name": "huge"})
 
 
 # -- pressure ------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class ModelError(LoGoError, ValueError):
     """A base model that cannot be loaded, or in which a module that is needed cannot be found."""
 
 
-class NotFinite(LoGoError, ArithmeticError):
+class NotFinite(ModelError, ArithmeticError):
     """What was computed is NaN or infinite, so that nothing can be made of it."""
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logo.errors import ModelError, UsageError
+from logo.errors import NotFinite, UsageError
 from logo.selection.signals import Weighting
 
 # Temperatures: one adapter nearly alone, and several.
@@ -72,12 +72,12 @@ class Selector:
         """The highest of these scores (adapters,), ties to the earlier name.
 
         Raises:
-            ModelError: a score is NaN or infinite.
+            NotFinite: a score is NaN or infinite.
         """
         scores = scores.detach().float().cpu()
         if not bool(scores.isfinite().all()):
             bad = names[int((~scores.isfinite()).nonzero()[0])]
-            raise ModelError(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
+            raise NotFinite(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
         top, order = torch.sort(scores, descending=True, stable=True)
         weights = self._weights(top)
         if self.keep_mass is not None:
