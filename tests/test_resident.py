@@ -202,6 +202,8 @@ class Trouble(RuleBasedStateMachine):
     def mixtures_are_what_they_are_when_computed_afresh(self) -> None:
         step = [(share, 1 + i % 2, i % 3 > 0) for i, (_, share) in enumerate(self.present)]
         self.resident.gate(step)
+        if not step:
+            return
         tokens = [i for i, (_, count, _) in enumerate(step) for _ in range(count)]
         heads = sorted(range(len(step)), key=lambda i: not step[i][2])
         with self.resident.hooks():
@@ -210,7 +212,7 @@ class Trouble(RuleBasedStateMachine):
                 x = torch.randn(1, len(rows), WIDTH, generator=torch.Generator().manual_seed(len(rows)))
                 terms = [term(self.present[i][0], name, row) for i, row in zip(rows, x[0], strict=True)]
                 base = nn.functional.linear(x[0], module.weight, module.bias)
-                want = base + torch.stack(terms) if terms else base
+                want = base + torch.stack(terms)
                 same_tensor(module(x)[0], want)
 
 
