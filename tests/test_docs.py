@@ -16,6 +16,7 @@ import pytest
 import typer
 
 from logo.bench.local_server import LocalServer
+from logo.cli import output
 from logo.cli.app import app
 from logo.cli.run import run
 from make_adapters import write_drawer
@@ -105,6 +106,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("COLUMNS", "118")  # as wide as the pages
+    for console in (output.out, output.err):  # made when they were imported, perhaps under another width
+        monkeypatch.setattr(console, "_width", 118)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / ".hf"))
     monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
