@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from logo.adapters.pool import AdapterPool
-from logo.decoding import Cancelled, Prompts, streamed
+from logo.decoding import Cancelled, Finite, Prompts, streamed
 from logo.endings import EndRows, EndRule, FinishReason, at_newline, at_texts, cut_after_end, cut_at, end_tokens
 from logo.mixing import Form, Mixer, Work
 from logo.mixing.costs import EXPECTED
@@ -125,14 +125,19 @@ class Decoder:
             config.stop_strings = None
         if rules:
             criteria = (*criteria, EndRows(rules, ids.shape[1]))
+        finite = Finite()
         with self._mixer.active(pool, mixtures, self._work(ids, config)) as form, torch.no_grad():
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList(criteria),
-                **options,
-            )
+            try:
+                output = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList(criteria),
+                    logits_processor=LogitsProcessorList([finite]),
+                    **options,
+                )
+            finally:  # what is sampled from such logits fails in words that nobody understands
+                finite.check()
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         return sequences[:, ids.shape[1] :].tolist(), form
 

@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
-from logo.errors import UsageError, closest
+from logo.errors import NotFinite, UsageError, closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 256
+OVERFLOW = (
+    "the model's output is not finite with this mixture of adapters: nothing can be generated from it; an adapter is "
+    "too large for the model's dtype, or damaged"
+)
 
 # Names from other libraries, options of transformers that count a prompt with its padding, and one of `generate` alone.
 _INSTEAD = {
@@ -221,6 +225,26 @@ def greedy_config(**options: Any) -> GenerationConfig:
         return GenerationConfig(**options)
     plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0}
     return GenerationConfig(**{**plain, "top_k": 50, "no_repeat_ngram_size": 0, **options})
+
+
+class Finite(LogitsProcessor):  # type: ignore[misc]
+    """Notes whether every step had a likeliest token: of logits that are NaN the first token would be taken.
+
+    What it finds stays on the device until `check`, so that no step waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        largest = scores.max(dim=-1).values.isfinite().all()
+        self._seen = largest if self._seen is None else self._seen & largest
+        return scores
+
+    def check(self) -> None:
+        """Raises NotFinite if there was a step without one."""
+        if self._seen is not None and not bool(self._seen):
+            raise NotFinite(OVERFLOW)
 
 
 class Cancelled(StoppingCriteria):  # type: ignore[misc]

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logo.decoding import OVERFLOW
 from logo.errors import ModelError, NotFinite
 
 VERSIONS = ">=5.24,<5.25"
@@ -110,10 +111,7 @@ def attach(manager: Any, steps: Steps) -> None:
             compute(model)
             drawn[:] = io.output_ids[0, : io.num_request_in_batch].tolist()
             if NO_TOKEN in drawn:
-                raise NotFinite(
-                    "the model's output is not finite with this mixture of adapters: nothing can be generated from it; "
-                    "an adapter is too large for the model's dtype, or damaged"
-                )
+                raise NotFinite(OVERFLOW)
         except Exception as error:  # whatever it is, the server has to go on
             requests = take_back()
             if len(requests) == 1:

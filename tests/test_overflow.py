@@ -1,0 +1,49 @@
+"""Mixtures that overflow: whoever asked for one is told, instead of getting the first token of the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from logo import LoGo
+from logo.errors import NotFinite
+from logo.evaluation.batches import Failure, in_batches
+from test_engine import PROMPTS, engine, write_adapter
+
+GOOD, BAD = {"good": 1.0}, {"bad": 1.0}
+
+
+@pytest.fixture(scope="module")
+def logo(tmp_path_factory: pytest.TempPathFactory) -> LoGo:
+    folder = tmp_path_factory.mktemp("overflow")
+    model = tiny.model("llama")
+    write_adapter(folder / "good", model, ("q_proj", "v_proj"), rank=2, seed=1)
+    write_adapter(folder / "bad", model, ("q_proj", "v_proj"), rank=2, seed=2, scale=1e20)  # each number is finite
+    return engine(model, folder, k=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
+def test_a_mixture_that_overflows_is_an_error(logo: LoGo, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    for prompts, mixtures in (([PROMPTS[0]], [BAD]), (PROMPTS[:2], [GOOD, BAD])):
+        with pytest.raises(NotFinite, match="not finite with this mixture of adapters"):
+            logo.generate(prompts, adapters=mixtures, max_new_tokens=4, **options)
+    assert len(logo.generate(PROMPTS[0], adapters=GOOD, max_new_tokens=4, **options).token_ids) == 4
+
+
+def test_a_stream_fails_too(logo: LoGo) -> None:
+    with pytest.raises(NotFinite, match="not finite"):
+        list(logo.stream(PROMPTS[0], adapters=BAD, max_new_tokens=4))
+
+
+def test_an_evaluation_goes_on_with_the_other_rows(logo: LoGo) -> None:
+    class Forced:
+        def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Any:
+            mixtures = [BAD if prompt == PROMPTS[1] else GOOD for prompt in prompts]
+            return logo.generate(prompts, adapters=mixtures, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+    [batch] = in_batches(Forced(), PROMPTS[:3], batch_size=3, max_new_tokens=4)
+    assert [isinstance(answer, Failure) for answer in batch.answers] == [False, True, False]
