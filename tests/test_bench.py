@@ -69,6 +69,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(full, name, value)
 
 
+@pytest.mark.slow
 def test_the_whole_bench(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--hidden", "64", "--layers", "3", "--heads", "4", "--vocabulary", "256", "--rank", "2"]
     found = tmp_path / "bench.json"

@@ -377,6 +377,7 @@ def norm_server() -> Iterator[LocalServer]:
     assert server.exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_is_there(norm_server: LocalServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = tmp_path / "bench.json"
     there = ["--url", norm_server.url + "/", "--api-key", "k", "--rounds", "2"]
@@ -389,6 +390,7 @@ def test_a_server_that_is_there(norm_server: LocalServer, tmp_path: Path, capsys
     assert report["verified"] == 3 * 2 * 4
 
 
+@pytest.mark.slow
 def test_other_answers_are_found(norm_server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
     there = ["--url", norm_server.url, "--api-key", "k", "--arms", "logo"]
     assert run(["bench", "serve", *there, "--requests", "8", "--verify", "all"]) == 1
@@ -396,6 +398,7 @@ def test_other_answers_are_found(norm_server: LocalServer, capsys: pytest.Captur
     assert "of 8 answers differ from LoGo.generate" in shown and "logo, request 0 (" in shown and "instead of" in shown
 
 
+@pytest.mark.slow
 def test_a_wrong_key(norm_server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "serve", "--url", norm_server.url, "--api-key", "x", "--requests", "1"]) == 1
     assert "401" in capsys.readouterr().err

@@ -62,6 +62,7 @@ prompts = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(prompts=prompts, options=options)
 @settings(max_examples=60, deadline=None)
 def test_a_batch_of_many_answers_as_batches_of_one(logo: LoGo, prompts: list[str], options: dict[str, Any]) -> None:

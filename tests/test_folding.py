@@ -134,6 +134,7 @@ def test_folding_pays_for_long_answers_and_not_for_short_ones(llama: nn.Module, 
     assert Mixer(llama, torch.float32, 10**9)._folds(stacks, None) is False  # nothing is known about the work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nothing_folds_by_itself_in_half_precision(adapters: Path, dtype: torch.dtype) -> None:
     """`W + ΔW` would be rounded to the weights' dtype, and other tokens might follow."""
@@ -160,6 +161,7 @@ def test_the_demo_in_bfloat16_answers_as_with_gates() -> None:
         assert one.token_ids == other.token_ids and one.form == other.form == "gated"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_ran_before_decides_nothing(adapters: Path, dtype: torch.dtype) -> None:
     """Same forms and tokens for the same rows: at once, after short answers, after long ones and batches of both."""

@@ -102,6 +102,7 @@ def test_tokenization_is_the_official_one() -> None:
     assert logo.prompts.encode(recorded["prompts"]) == recorded["token_ids"]
 
 
+@pytest.mark.slow
 def test_batches_give_the_same_as_batch_size_one() -> None:
     prompts = json.loads((GOLDEN / "F1" / "prompts.json").read_text())["prompts"]
     logo = engine("norm", 3, "base")

@@ -216,5 +216,5 @@ class Trouble(RuleBasedStateMachine):
                 same_tensor(module(x)[0], want)
 
 
-TestTrouble = Trouble.TestCase
+TestTrouble = pytest.mark.slow(Trouble.TestCase)
 TestTrouble.settings = settings(calm, max_examples=60, stateful_step_count=25)

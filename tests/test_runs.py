@@ -63,6 +63,7 @@ def test_every_dataset_is_found_again(
     ]
 
 
+@pytest.mark.slow
 @given(names=NAMES)
 @settings(max_examples=25, deadline=None)
 def test_commands_find_them_too(names: set[str], tmp_path_factory: pytest.TempPathFactory) -> None:

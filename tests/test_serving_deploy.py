@@ -36,6 +36,7 @@ def parsed(arguments: list[str]) -> Any:
     return found.make_context(name, rest, parent=context)
 
 
+@pytest.mark.slow
 def test_the_examples_run() -> None:
     with served("--base-model", "demo", key="secret") as server:
         said = run("sh", str(ROOT / "examples" / "serve_curl.sh"), LOGO_URL=server.url, LOGO_API_KEY="secret")

@@ -34,6 +34,7 @@ def pool(folder: Path, dtype: torch.dtype, scale: float, names: tuple[str, ...] 
     return engine(model, folder, k=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize(("dtype", "scale"), FAULTS.values(), ids=FAULTS)
 def test_a_mixture_that_overflows_is_an_error_of_its_own_request(

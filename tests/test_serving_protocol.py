@@ -363,6 +363,7 @@ def client() -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("route", "model", "valid"),
     [(f"/{name}", *r) for name, r in zip(("completions", "chat", "select", "load"), REQUESTS, strict=True)],

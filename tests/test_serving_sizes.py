@@ -70,6 +70,7 @@ def test_a_chunked_body_is_refused_as_soon_as_it_is_too_long(client: httpx.Clien
     assert APP.bytes_read - before <= 10 * LIMIT
 
 
+@pytest.mark.slow
 def test_an_endless_chunked_body_ends_with_the_answer(url: str) -> None:
     """A client that never stops sending is cut off: the answer is there though the body has no end."""
     answer = raw(url, head("Transfer-Encoding: chunked") + b"2710\r\n" + b"x" * 10_000 + b"\r\n2\r\nyy\r\n")
@@ -88,6 +89,7 @@ def test_the_answer_comes_first_and_is_still_there_when_all_is_sent(url: str) ->
     assert answer.endswith(b'"code": "request_too_large"}}')
 
 
+@pytest.mark.slow
 def test_a_client_that_asks_before_it_sends_is_told_not_to(url: str) -> None:
     answer = raw(url, head("Content-Length: 20000", "Expect: 100-continue"))
     assert answer.startswith(b"HTTP/1.1 413 ") and b"100 Continue" not in answer
