@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GenerationConfig
 
 import tiny
 from logo import AdapterPool, Generation, LoGo, SelectionSettings
-from test_engine import WORDS, tokenizer, write_adapter
+from test_engine import WORDS, engine, tokenizer, write_adapter
 
 LENGTH = 10
 # Single tokens, one that merges a newline, and texts that two tokens may form.
@@ -94,3 +96,30 @@ def test_a_pad_token_that_the_model_writes_is_part_of_its_answer(logo: LoGo) -> 
     others = [token for token in range(len(WORDS)) if token != 2]
     answers = logo.generate(["w3", "w4 w5"], max_new_tokens=LENGTH, stop=["never"], suppress_tokens=others)
     assert [answer.token_ids for answer in answers] == [(2,) * LENGTH] * 2
+
+
+@pytest.mark.parametrize("config", [GenerationConfig(max_new_tokens=LENGTH), None], ids=["a config", "no config"])
+def test_what_the_checkpoint_asks_for_is_known_before_rows_are_padded(
+    llama: nn.Module, adapters: Path, config: GenerationConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a call says nothing, transformers takes what the checkpoint's generation config says."""
+    monkeypatch.setattr(llama.generation_config, "encoder_repetition_penalty", 1.7)
+    made = engine(llama, adapters, k=2)
+    asked = [" ".join(f"w{3 + (i * n) % 80}" for n in range(1, 2 + i)) for i in range(8)]
+    options = {"max_new_tokens": LENGTH, "generation_config": config}
+    together = made.generate(asked, batch_size=8, **options)
+    for prompt, answer in zip(asked, together, strict=True):
+        assert same(made.generate(prompt, **options), answer)
+
+
+def test_the_checkpoint_s_own_stop_texts_end_answers(
+    llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine(llama, adapters, k=2)
+    answer = made.generate("w3 w4", max_new_tokens=LENGTH)
+    text = made.tokenizer.decode(answer.token_ids[:3])
+    monkeypatch.setattr(llama.generation_config, "stop_strings", [text])
+    for config in (None, llama.generation_config):
+        stopped = made.generate("w3 w4", max_new_tokens=LENGTH, generation_config=config)
+        assert stopped.finish_reason == "stop" and len(stopped.token_ids) <= 3 < len(answer.token_ids)
+    assert llama.generation_config.stop_strings == [text]

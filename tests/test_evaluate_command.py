@@ -177,7 +177,7 @@ def test_every_command_takes_as_many_adapters_as_suit_the_demos_pool(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three, where nobody says a number; the folder's name says so too. The preset's number is the script's."""
-    assert LoGo.from_pretrained("demo").settings.k == 3
+    assert LoGo.from_pretrained("demo").k == 3
     capsys.readouterr()
     for command in (["select", "hot ->"], ["generate", "hot ->", "--max-new-tokens", "1"]):
         assert run([*command, "--json", *DEMO]) == 0
@@ -199,11 +199,21 @@ def test_every_command_takes_as_many_adapters_as_suit_the_demos_pool(
 def test_another_pool_is_asked_for_twenty_or_all_it_has(llama: nn.Module, adapters: Path) -> None:
     """Without a warning, which would be an error here; and what is asked for is what one gets."""
     few = AdapterPool.from_directory(adapters)
-    assert engine(llama, adapters, signal="norm", k=None, unscorable="skip").settings.k == len(few) < 20
+    assert engine(llama, adapters, signal="norm", k=None, unscorable="skip").k == len(few) < 20
     assert few.default_k == few.subset("tasks/*").default_k == 20
     few.default_k = 2
-    assert SelectionSettings().k_of(few) == SelectionSettings().k_of(few.subset("tasks/*")) == 2
-    assert SelectionSettings(k=4).k_of(few) == 4
+    for asked, found in ((None, 2), (4, 4)):
+        settings = SelectionSettings(signal="norm", k=asked, unscorable="skip")
+        assert LoGo(llama, tokenizer(), few.subset("tasks/*"), settings=settings).k == found
+
+
+def test_a_pool_that_grows_is_asked_for_more(llama: nn.Module, adapters: Path) -> None:
+    pool = AdapterPool.from_directory(adapters).subset("tasks/t[12]")
+    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings(signal="norm", unscorable="skip"))
+    assert logo.k == len(logo.select("w3 w4").adapters) == 2
+    for number in (0, 3):
+        pool.add(adapters / "tasks" / f"t{number}", f"t{number}")
+    assert logo.k == len(logo.select("w3 w4").adapters) == 4
 
 
 # -- the official layout --------------------------------------------------------------------------------------------

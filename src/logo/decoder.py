@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from logo.adapters.pool import AdapterPool
-from logo.decoding import Cancelled, Finite, Prompts, streamed
+from logo.decoding import OVERFLOW, Cancelled, Finite, Prompts, input_device, streamed
 from logo.endings import EndRows, EndRule, FinishReason, at_newline, at_texts, cut_after_end, cut_at, end_tokens
+from logo.errors import NotFinite
 from logo.mixing import Form, Mixer, Work
 from logo.mixing.costs import EXPECTED
 from logo.selection import Selection
@@ -118,26 +120,27 @@ class Decoder:
         *criteria: StoppingCriteria,
         **options: Any,
     ) -> tuple[list[list[int]], Form]:
-        weight: Tensor = self.model.get_input_embeddings().weight
-        ids, mask = self.prompts.pad(rows, "left", weight.device)
-        if config.stop_strings:  # they are among the rules
-            config = copy.copy(config)
-            config.stop_strings = None
+        ids, mask = self.prompts.pad(rows, "left", input_device(self.model))
+        config = copy.copy(config)
+        config.stop_strings = None  # they are among the rules
         if rules:
             criteria = (*criteria, EndRows(rules, ids.shape[1]))
-        finite = Finite()
-        with self._mixer.active(pool, mixtures, self._work(ids, config)) as form, torch.no_grad():
-            try:
-                output = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=config,
-                    stopping_criteria=StoppingCriteriaList(criteria),
-                    logits_processor=LogitsProcessorList([finite]),
-                    **options,
-                )
-            finally:  # what is sampled from such logits fails in words that nobody understands
-                finite.check()
+        finite = Finite(stop="streamer" in options)
+        with (
+            self._mixer.active(pool, mixtures, self._work(ids, config)) as form,
+            _without_stop_strings(self.model.generation_config),
+            torch.no_grad(),
+        ):
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                logits_processor=LogitsProcessorList([finite]),
+                **options,
+            )
+        if finite.rows:
+            raise _overflow(mixtures[finite.rows[0] * len(rows) // finite.count])
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         return sequences[:, ids.shape[1] :].tolist(), form
 
@@ -150,3 +153,22 @@ class Decoder:
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         steps = max(config.min_new_tokens or 0, EXPECTED * config.max_new_tokens)
         return Work(ids.numel(), len(ids) * copies, steps)
+
+
+@contextmanager
+def _without_stop_strings(checkpoint: GenerationConfig) -> Iterator[None]:
+    """Transformers would take the checkpoint's own where a call has none, and ask for a tokenizer."""
+    own = checkpoint.stop_strings
+    checkpoint.stop_strings = None
+    try:
+        yield
+    finally:
+        checkpoint.stop_strings = own
+
+
+def _overflow(mixture: Mapping[str, float]) -> NotFinite:
+    """Names the adapters that weigh most."""
+    names = sorted(mixture, key=lambda name: -abs(mixture[name]))
+    listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    under = f"with the adapters {listed}" if names else "with no adapter"
+    return NotFinite(f"{OVERFLOW} ({under})")

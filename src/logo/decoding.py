@@ -20,12 +20,12 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 from logo.errors import NotFinite, UsageError, closest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 256
 OVERFLOW = (
-    "the model's output is not finite with this mixture of adapters: nothing can be generated from it; an adapter is "
-    "too large for the model's dtype, or damaged"
+    "the model's output is not finite with this mixture of adapters, so nothing can be generated from it: an adapter "
+    "is damaged, or too large for the model's dtype; leave that adapter out, or use float32"
 )
 
 # Names from other libraries, options of transformers that count a prompt with its padding, and one of `generate` alone.
@@ -69,10 +69,18 @@ class Prompts:
         tokenizer: the base model's.
         context: the model's context length in tokens, or None if unknown.
         truncation: what to do with long prompts.
+        checkpoint: the model's own generation config, which says what a call's config leaves open.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int | None, truncation: Truncation) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        truncation: Truncation,
+        checkpoint: GenerationConfig | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self._checkpoint = checkpoint
         self.context = context
         self.truncation = truncation
 
@@ -147,11 +155,15 @@ class Prompts:
             config = copy.deepcopy(config)
             config.update(**options)
         limit = self.room(config.max_new_tokens if max_new_tokens is None else max_new_tokens)
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        if self._checkpoint is not None:  # as transformers does, but before anything here is decided from the config
+            for name, value in self._checkpoint.to_dict().items():
+                if value is not None and hasattr(config, name) and getattr(config, name) is None:
+                    setattr(config, name, copy.deepcopy(value))
         if (config.num_return_sequences or 1) != 1:
             raise UsageError("num_return_sequences: one answer per prompt; repeat the prompt to get several")
         config.max_new_tokens = limit
-        if config.pad_token_id is None:
-            config.pad_token_id = self.tokenizer.pad_token_id
         return config
 
     def _limit(self, room: int) -> int | None:
@@ -210,6 +222,12 @@ def reads_prompts(config: GenerationConfig) -> bool:
     return any(value not in (None, 1.0) for value in penalties) or any(counts)
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its input."""
+    weight: Tensor = model.get_input_embeddings().weight
+    return weight.device
+
+
 def check_batch_size(batch_size: int) -> None:
     """Raises UsageError unless it is a number of rows."""
     if batch_size <= 0:
@@ -228,23 +246,35 @@ def greedy_config(**options: Any) -> GenerationConfig:
 
 
 class Finite(LogitsProcessor):  # type: ignore[misc]
-    """Notes whether every step had a likeliest token: of logits that are NaN the first token would be taken.
+    """Notes rows that have a step whose largest logit is not finite: argmax would silently return token 0 there.
 
-    What it finds stays on the device until `check`, so that no step waits for it.
+    What it finds stays on the device until `rows` is asked for. Such logits become zeros, since sampling from NaN is an
+    error that a GPU does not survive.
+
+    Args:
+        stop: raise at the first such step, as a reader wants it who sees each token.
     """
 
-    def __init__(self) -> None:
-        self._seen: Tensor | None = None
+    def __init__(self, *, stop: bool = False) -> None:
+        self._stop = stop
+        self._finite: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        largest = scores.max(dim=-1).values.isfinite().all()
-        self._seen = largest if self._seen is None else self._seen & largest
-        return scores
-
-    def check(self) -> None:
-        """Raises NotFinite if there was a step without one."""
-        if self._seen is not None and not bool(self._seen):
+        finite = scores.max(dim=-1).values.isfinite()  # (rows,)
+        self._finite = finite if self._finite is None else self._finite & finite
+        if self._stop and self.rows:
             raise NotFinite(OVERFLOW)
+        return scores.masked_fill(~finite[:, None], 0.0)
+
+    @property
+    def count(self) -> int:
+        """Rows in all."""
+        return 0 if self._finite is None else len(self._finite)
+
+    @property
+    def rows(self) -> list[int]:
+        """Those rows; where a row is decoded in several beams, its beams."""
+        return [] if self._finite is None else (~self._finite).nonzero()[:, 0].tolist()
 
 
 class Cancelled(StoppingCriteria):  # type: ignore[misc]

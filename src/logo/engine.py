@@ -11,17 +11,13 @@ import functools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
-
-import torch
-from torch import Tensor
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
 from logo.decoder import Decoder, Generation
-from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, reads_prompts
+from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, input_device, reads_prompts
 from logo.errors import UsageError
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.working_set import dtype_of
@@ -74,9 +70,8 @@ class LoGo:
         self.model = model
         self.tokenizer = tokenizer
         self.pool = pool
-        chosen = settings or SelectionSettings()
-        self.settings = replace(chosen, k=chosen.k_of(pool))
-        self.prompts = Prompts(tokenizer, context_length(model), truncation or Truncation())
+        self.settings = settings or SelectionSettings()
+        self.prompts = Prompts(tokenizer, context_length(model), truncation or Truncation(), model.generation_config)
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
         self._mixer = Mixer(model, dtype_of(model), int(adapter_cache_gb * 1e9), fold)
@@ -158,6 +153,11 @@ class LoGo:
         return self.fitted.names
 
     @property
+    def k(self) -> int:
+        """Adapters per prompt: as asked for, else as many as suit the pool as it is now."""
+        return self.router.selector.k if self.settings.k is None else self.settings.k
+
+    @property
     def router(self) -> Router:
         """How prompts are read and adapters scored, for the pool as it is now."""
         self._sync()
@@ -232,7 +232,7 @@ class LoGo:
         return selection
 
     def _probe(self, rows: Sequence[Sequence[int]], active: tuple[str, ...]) -> list[Selection]:
-        ids, mask = self.prompts.pad(rows, "right", self._input_device)
+        ids, mask = self.prompts.pad(rows, "right", input_device(self.model))
         with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)], merge=EXACT):
             return self._router(ids, mask)
 
@@ -331,7 +331,7 @@ class LoGo:
             gold = completion_ids(self.tokenizer, prompt, completion, self.prompts.context)
             [row] = self.prompts.encode([prompt], room=len(gold))
             active = functools.partial(self._mixer.active, self._fitted)
-            return score_mixtures(self.model, row, gold, wanted, active, len(self.tokenizer), self._input_device)
+            return score_mixtures(self.model, row, gold, wanted, active, len(self.tokenizer), input_device(self.model))
 
     def score_pairs(
         self,
@@ -356,7 +356,7 @@ class LoGo:
             mixtures = [forced(entry, self._fitted).mixture for entry in adapters]
             rows = continued_rows(pairs, mixtures, self.prompts.context)
             active = functools.partial(self._mixer.active, self._fitted)
-            pad = functools.partial(self.prompts.pad, side="right", device=self._input_device)
+            pad = functools.partial(self.prompts.pad, side="right", device=input_device(self.model))
             scored: dict[int, Scored] = {}
             for batch in batches_by_length([len(row.ids) for row in rows], batch_size):
                 scored |= score_continued(self.model, [rows[i] for i in batch], active, pad, len(self.tokenizer))
@@ -395,8 +395,3 @@ class LoGo:
             self._mixer.forget()
             if self._carried is not None:
                 self._carried = tuple(name for name in self._carried if name in self._fitted)
-
-    @property
-    def _input_device(self) -> torch.device:
-        weight: Tensor = self.model.get_input_embeddings().weight
-        return weight.device

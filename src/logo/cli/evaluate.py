@@ -299,4 +299,9 @@ def _generation_options(logo: LoGo, official: bool, early_stop: bool) -> dict[st
 def resolved(logo: LoGo) -> dict[str, Any]:
     """The settings as they were used, presets applied."""
     points = [point.name for point in logo.router.points]
-    return {**asdict(logo.settings), "points": points, "dtype": str(logo.model.dtype).removeprefix("torch.")}
+    return {
+        **asdict(logo.settings),
+        "k": logo.k,
+        "points": points,
+        "dtype": str(logo.model.dtype).removeprefix("torch."),
+    }

@@ -258,7 +258,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
             "peft_sha": hashlib.sha256(json.dumps(pool).encode()).hexdigest(),
             "logo": {
                 "version": __version__,
-                "settings": {**asdict(self.logo.settings), "points": points},
+                "settings": {**asdict(self.logo.settings), "k": self.logo.k, "points": points},
                 "pool": pool,
                 "texts": len(used),
                 "mean_weights": {name: round(weight, 6) for name, weight in weights.items() if weight},

@@ -216,7 +216,7 @@ def _without(
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     model = next(iter(engines.values())).model
     signals = {
-        name: {**asdict(logo.settings), "points": [point.module for point in logo.router.points]}
+        name: {**asdict(logo.settings), "k": logo.k, "points": [point.module for point in logo.router.points]}
         for name, logo in engines.items()
     }
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}

@@ -72,7 +72,7 @@ class Router:
         self._indexed: IndexedPool = indexed
         self.points, self.calibrated = indexed.points, indexed.calibrated
         self.selector = Selector(
-            check_k(settings.k_of(pool), len(self.names)),
+            min(pool.default_k, len(self.names)) if settings.k is None else check_k(settings.k, len(self.names)),
             signal.weighting,
             settings.weight_temperature,
             settings.keep_mass,

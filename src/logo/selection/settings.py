@@ -11,7 +11,7 @@ from logo.selection.selector import check_shares
 from logo.selection.signals import ProbeInput, ProbeToken, Signal, Weighting, get_signal
 
 if TYPE_CHECKING:
-    from logo.adapters.pool import AdapterPool
+    pass
 
 ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
@@ -114,10 +114,6 @@ class SelectionSettings:
             token=self.probe_token or signal.token,
             weighting=self.weighting or signal.weighting,
         )
-
-    def k_of(self, pool: AdapterPool) -> int:
-        """Adapters per prompt on this pool."""
-        return min(pool.default_k, len(pool)) if self.k is None else self.k
 
     @classmethod
     def of(cls, **settings: Any) -> SelectionSettings:

@@ -158,7 +158,7 @@ async def adapters(request: Request) -> replies.AdapterList:
     ]
     return replies.AdapterList(
         base_model=answers.base_model,
-        default_k=service.logo.settings.k,
+        default_k=service.logo.k,
         signal=service.logo.settings.signal,
         signals=list(service.signals),
         data=cards,
