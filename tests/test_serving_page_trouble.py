@@ -49,6 +49,14 @@ def strange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def without_a_key(window: Browser, strange: Served) -> None:
+    """All tests share one window, and none may find the key that another gave."""
+    window.visit(f"{strange.url}/")
+    window.run("sessionStorage.clear()")
+    window.messages()
+
+
 def test_a_wrong_key_is_refused_and_a_right_one_kept_in_this_tab(window: Browser, strange: Served) -> None:
     window.emulate(390)
     window.visit(f"{strange.url}/")
