@@ -31,6 +31,9 @@ class AdapterError(LoGoError, ValueError):
         self.name = name
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[AdapterError], tuple[str, str]]:
+        return type(self), (self.name, self.reason)  # so that it can be copied and sent to another process
+
 
 class PoolError(LoGoError, ValueError):
     """A pool that is empty, has two adapters of one name, or lacks the adapter asked for."""

@@ -33,7 +33,7 @@ from logo.selection.settings import SelectionSettings
 from logo.selection.store import CalibrationStore, key_of
 
 # Changes when what is kept means something else.
-_FORMAT = 3
+_FORMAT = 4
 # Bytes. In memory tensors begin at multiples of it, so in the file they do too: libraries sum in another order where
 # they do not, and the last digit of a score would tell whether the index was new.
 _ALIGNMENT = 64
@@ -135,6 +135,8 @@ def _keep(cache: Path, name: str, pool: IndexedPool) -> None:
         tensors[f"{i}.stacked"] = index.stacked
         if index.offset is not None:
             tensors[f"offset.{i}"] = index.offset  # by its name it comes after the large ones, which stay aligned
+    if pool.store is not None:
+        about["keys"] = pool.store.keys(pool.adapters)
     if pool.calibrated is not None:
         tensors["neutral"] = pool.calibrated.neutral.contiguous()
         tensors["requests"] = pool.calibrated.requests.contiguous()
@@ -154,7 +156,7 @@ def _keep(cache: Path, name: str, pool: IndexedPool) -> None:
     file = write_cached(cache, name, write)
     if file is None:
         return
-    with suppress(OSError):  # others may use the folder too: what they have removed or own is theirs to see to
+    with suppress(OSError):  # files that other processes removed or own are left alone
         known = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
         for old in known[:-_MOST_FILES]:
             old.unlink(missing_ok=True)
@@ -182,6 +184,8 @@ def _load(
                 device = _device(model, point)
                 offset = kept.get_tensor(f"offset.{i}").to(device) if f"offset.{i}" in names else None
                 indices.append(ScoringIndex(kept.get_tensor(f"{i}.stacked").to(device), ranks, offset, touching, point))
+            if store is not None:
+                store.know(adapters, about["keys"])
             calibrated = None
             if "neutral" in names:
                 ranking = tuple((candidates[module], value) for module, value in about["ranking"])

@@ -53,6 +53,15 @@ class CalibrationStore:
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
         self._whitenings: dict[str, Whitening] = {}  # those that could not be written: they are large
 
+    def keys(self, adapters: Sequence[Adapter]) -> list[str]:
+        """What the responses of each adapter are kept under."""
+        return [self._key(adapter) for adapter in adapters]
+
+    def know(self, adapters: Sequence[Adapter], keys: Sequence[str]) -> None:
+        """Takes over what `keys` returned for these adapters, so that their files are not read again."""
+        for adapter, key in zip(adapters, keys, strict=True):
+            self._adapter_keys[adapter.file] = key
+
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
         """Module path -> `a` (texts,) of this adapter, as far as known.
 
@@ -83,7 +92,7 @@ class CalibrationStore:
 
     def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:
         """Writes down which points were chosen for these adapters; returns where."""
-        asked = [self._key(adapter) for adapter in adapters] + [choice["probe_depth"], choice["most_points"]]
+        asked = [*self.keys(adapters), choice["probe_depth"], choice["most_points"]]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
         name = f"points-{digest}.json"
         return self._save(name, (json.dumps(choice, indent=2) + "\n").encode())

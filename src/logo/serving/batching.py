@@ -38,11 +38,12 @@ _STEP_TOKENS = 512
 
 
 # How far logits may be from the model's own, in units of the dtype's precision. Two kinds of attention in one half
-# precision were up to 2.2 units apart (nine models of 3 to 48 layers), batched and plain float32 up to 8 of its own, of
-# which a GPU may make the coarser ones of TF32. A position that is one off, or a token that is lost, was more than 0.08
-# in all of them, and in bfloat16 this allows 0.06.
+# precision were up to 2.2 units apart (nine models of 3 to 48 layers). In float32 they were up to 8 units apart; a GPU
+# may compute float32 in TF32, whose unit is 2^-10. No unit is therefore taken to be smaller than 2^-20, or 2^-10 on a
+# GPU. A position that is one off, or a token that is lost, was more than 0.08 in all of them, and in bfloat16 this
+# allows 0.06.
 _ROUNDINGS = 8
-_TF32 = 2.0**-10
+_FLOAT32, _TF32 = 2.0**-20, 2.0**-10
 
 
 class GenerationFailed(LoGoError, RuntimeError):
@@ -109,8 +110,8 @@ class Batching(Steps):
     def __init__(self, model: PreTrainedModel, memory: Memory, context: int | None) -> None:
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
-        self._model = model
-        self._resident = Resident(dict(linear_modules(model)), dtype_of(model), _head(model))
+        self._model, self._dtype = model, dtype_of(model)
+        self._resident = Resident(dict(linear_modules(model)), self._dtype, _head(model))
         self._ends = sorted(end_tokens(greedy_config(), model.generation_config)) or [-1]
         self._jobs: dict[str, _Job] = {}
         self._left: deque[_Job] = deque()
@@ -307,12 +308,13 @@ class Batching(Steps):
             want = model(input_ids=ids, use_cache=False).logits[0, -2:].float()
         found = torch.stack(seen).to(want.device)
         apart = float(((found - want).square().mean(dim=1).sqrt() / want.std(dim=1)).max())
-        allowed = _ROUNDINGS * max(torch.finfo(dtype_of(model)).eps, _TF32)
+        smallest = _TF32 if model.device.type == "cuda" else _FLOAT32
+        allowed = _ROUNDINGS * max(torch.finfo(self._dtype).eps, smallest)
         if not apart <= allowed:
             raise ModelError(
                 f"{name} cannot be served: transformers' continuous batching does not compute what the model does; its "
                 f"logits are {apart:.2g} standard deviations away from the model's own, and rounding in "
-                f"{str(model.dtype).removeprefix('torch.')} explains {allowed:.2g}"
+                f"{str(self._dtype).removeprefix('torch.')} explains {allowed:.2g}"
             )
 
     # -- memory -----------------------------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ class Batching(Steps):
             use_async_batching=False,
             use_cuda_graph=False,
             max_memory_percent=0.9 if on_cpu else None,
-            auto_switch_to_flash=model.dtype.itemsize == 2,
+            auto_switch_to_flash=self._dtype.itemsize == 2,
         )
         generation = greedy_config(eos_token_id=self._ends, max_new_tokens=1)
         try:
@@ -356,7 +358,7 @@ class Batching(Steps):
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_token = 2 * config.num_hidden_layers * heads * size * self._model.dtype.itemsize
+        per_token = 2 * config.num_hidden_layers * heads * size * self._dtype.itemsize
         longest = context or _USUAL_LENGTH
         tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))
         tokens = min(tokens, int(memory.kv_cache_gb * 1e9 / per_token))

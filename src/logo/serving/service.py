@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -182,8 +183,8 @@ class Service:
         room = self.memory.concurrent + self.max_queue
         if count > room:
             raise UsageError(
-                f"expected {room} answers or fewer, which is all that this server makes and lets wait at a time, found "
-                f"{count} in one request; send fewer prompts, or ask for fewer answers each (n)"
+                f"this request asks for {count} answers, and this server takes at most {room} at a time; send fewer "
+                "prompts, or a smaller n"
             )
         if self._open + count > room:
             raise Overloaded(f"{self._open} answers are being made or waited for, of {room} at most; try again later")
@@ -294,7 +295,7 @@ class Service:
     def _engine(self, signal: str | None) -> LoGo:
         signal = signal or self.logo.settings.signal
         if signal in self._refused:
-            raise self._refused[signal]
+            raise copy(self._refused[signal])  # one that is raised again would hold every traceback
         if signal not in self._engines:
             raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
         return self._engines[signal]
@@ -369,7 +370,7 @@ class Service:
                 except LoGoError as error:
                     if logo is self.logo:
                         raise
-                    self._refused[signal] = error  # for whoever asks for this signal
+                    self._refused[signal] = copy(error)  # for whoever asks for this signal
         self._list()
 
     def _list(self) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -106,6 +107,7 @@ def attach(manager: Any, steps: Steps) -> None:
         return requests
 
     def generation_step(model: Any) -> None:
+        failure: Exception | None = None
         try:
             steps.before([(r.state.request_id, r.query_length, r.has_new_token) for r in io.requests_in_batch])
             compute(model)
@@ -113,17 +115,21 @@ def attach(manager: Any, steps: Steps) -> None:
             if NO_TOKEN in drawn:
                 raise NotFinite(OVERFLOW)
         except Exception as error:  # whatever it is, the server has to go on
+            failure = error
+        if failure is not None:
+            traceback.clear_frames(failure.__traceback__)  # what they hold is memory that the next attempt may need
             requests = take_back()
             if len(requests) == 1:
-                _end(processor, steps, requests[0].state, error)
-            else:  # whichever it was, it fails again, and in the end alone; memory may do for fewer at a time
-                half = len(requests) // 2
-                for part in (requests[:half], requests[half:]):
-                    size = sum(request.query_length for request in part)
-                    prepare_batch_tensors(**{**prepared, "requests_in_batch": part, "num_q_tokens": size})
-                    generation_step(model)
-                    processor.update_batch()
-                    io.requests_in_batch = []  # the loop updates once more
+                _end(processor, steps, requests[0].state, failure)
+                return
+            del failure
+            half = len(requests) // 2  # whichever it was, it fails again, and in the end alone
+            for part in (requests[:half], requests[half:]):
+                size = sum(request.query_length for request in part)
+                prepare_batch_tensors(**{**prepared, "requests_in_batch": part, "num_q_tokens": size})
+                generation_step(model)
+                processor.update_batch()
+                io.requests_in_batch = []  # the loop updates once more
 
     def sample(scores: Tensor, output_ids: Tensor) -> None:
         ids = [request.state.request_id for request in io.requests_in_batch if request.has_new_token]
