@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 # What tests calibrate stays among them.
 os.environ["LOGO_CACHE"] = tempfile.mkdtemp(prefix="logo-cache-")
+atexit.register(shutil.rmtree, os.environ["LOGO_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ except AssertionError as error: print(error)
 """
 
 
-@pytest.mark.parametrize(("ci", "what"), [("", "skipped"), ("true", "run")])
+@pytest.mark.parametrize(("ci", "what"), [("", "skipped"), ("true", "run"), ("1", "run")])
 def test_without_a_browser_its_tests_are_skipped_but_fail_where_ci_promises_one(
     ci: str, what: str, tmp_path: Path
 ) -> None:

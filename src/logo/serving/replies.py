@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from logo.adapters.format import Adapter
-
-FinishReason = Literal["stop", "length"]
+from logo.endings import FinishReason
 
 
 def _absent(value: Any) -> bool:
