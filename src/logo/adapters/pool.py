@@ -192,7 +192,7 @@ class AdapterPool:
         return adapter
 
     def _change(self, adapters: dict[str, Adapter]) -> None:
-        # The version last: whoever has read it has not seen less than what it stands for.
+        # The version changes last, so a reader that sees the new version also sees the new adapters.
         self._adapters = adapters
         self.version += 1
 

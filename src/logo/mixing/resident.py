@@ -66,7 +66,7 @@ class _Held:
 
 @dataclass
 class _Columns:
-    """Columns, and the stacks that have room for them, before anything of it holds.
+    """Columns, and the stacks that have room for them: prepared, not yet in use.
 
     Attributes:
         own: adapter -> the columns that it gets.
