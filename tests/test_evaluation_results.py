@@ -205,7 +205,9 @@ def test_results_that_are_not_whole_are_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"weights\.json cannot be read"):
         read_results(folder)
     (folder / "weights.json").unlink()
-    with pytest.raises(StorageError, match=r"expected the file weights\.json, found none; run it again"):
+    with pytest.raises(
+        StorageError, match=r"expected the file weights\.json, found none; answer it again with --overwrite"
+    ):
         read_results(folder)
 
 

@@ -191,13 +191,33 @@ def half(job: Job) -> None:
     (shard_folder(job.folder, Shard(2, 3)) / "weights.json").unlink()
 
 
+def of_an_earlier_version(job: Job) -> None:
+    file = shard_folder(job.folder, Shard(2, 3)) / "run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({key: record[key] for key in record.keys() - {"forms", "environments"}}))
+
+
+def fewer_selected(job: Job) -> None:
+    (shard_folder(job.folder, Shard(2, 3)) / "selected_loras.json").write_text("[[]]")
+
+
+def fewer_scores(job: Job) -> None:
+    (shard_folder(job.folder, Shard(2, 3)) / "metric_dict.json").write_text('{"norm": [[]]}')
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            of_an_earlier_version,
+            "its run.json says nothing of forms, environments, as an earlier version wrote it; run",
+        ),
+        (fewer_selected, "gem.x.shard-2-of-3': expected 2 rows, found 1 and 2; run that shard again"),
+        (fewer_scores, "gem.x.shard-2-of-3': expected 2 rows, found 1 and 2; run that shard again"),
         (gone, "dataset 'gem.x': missing of 3 shards in '{run}': 2/3; run them with --shard"),
         (twice, "dataset 'gem.x': shard 2/3 is there twice, in "),
         (other_settings, "gem.x.shard-1-of-3': settings.k is 5, not 2"),
-        (other_rows, 'rows_sha256 is "fffffffffffffffffff..., not none'),
+        (other_rows, 'rows_sha256 is "fffffffffffffffffff... instead of not given'),
         (other_batches, "--batch_size is 1, not 2"),
         (other_pool, 'pool.b is "cc", not "bb"'),
         (other_count, "the number of shards is 3, not 2"),

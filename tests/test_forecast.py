@@ -113,6 +113,27 @@ def test_memory_is_what_a_loaded_model_takes(dtype: str) -> None:
     assert found.total == found.weights + found.keys_and_values + 55
 
 
+def test_a_shard_without_rows_is_no_trouble(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "antonym.jsonl").write_text(json.dumps(heldout()["antonym"][0]))
+    command = ["evaluate", "--estimate", "--base-model", "demo", "--gpu", "-1", "--rows", str(tmp_path)]
+    assert run([*command, "--shard", "2/2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == {"antonym": 0} and found["hours"]["timed"] == 0
+    for method, mixed in (("base", 0), ("random", 3)):
+        assert run([*command, "--method", method, "-k", "3", "--json"]) == 0
+        memory = json.loads(capsys.readouterr().out)["memory"]
+        assert memory["mixed"] == mixed * (memory["adapters"] // 16)
+
+
+def test_an_adapter_in_both_formats_is_one(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name, bytes_ in (("adapter_config.json", 2), ("adapter_model.safetensors", 5), ("adapter_model.bin", 7)):
+        (tmp_path / "a" / name).write_bytes(bytes(bytes_))
+    assert pool_needed(str(tmp_path), allow_pickle=True).adapters == [5]
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    assert pool_needed(str(tmp_path), allow_pickle=True).adapters == [7]
+
+
 def test_sizes_of_folders(tmp_path: Path) -> None:
     found = pool_needed(str(adapters_dir()))
     assert found.missing == 0 and len(found.adapters) == 16

@@ -23,7 +23,7 @@ from logo.errors import DataError, ModelError, UsageError
 from logo.evaluation.identity import engine_identity, environment, order_dependence, tokenizer_digest, weights_digest
 from logo.evaluation.jobs import find_jobs
 from logo.evaluation.merging import find_shards, merge
-from logo.evaluation.resume import Wish, journal_of
+from logo.evaluation.resume import Plan, Wish, finish, journal_of, open_journal
 from logo.evaluation.session import Session
 from logo.evaluation.shards import Shard
 from test_engine import engine
@@ -276,6 +276,49 @@ def test_the_version_that_a_generation_config_names_is_no_part_of_the_identity(t
     assert first != engine_identity(tiny_logo, "M", {"generation_config": GenerationConfig()})
 
 
+def test_killed_after_the_result_was_written(tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its journal is still there when the versions have changed: the result is done nevertheless."""
+    under(monkeypatch)
+    session, [job] = opened(tiny_logo, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("logo.evaluation.session.finish", lambda plan: stop_after(1)(1))
+        with pytest.raises(KeyboardInterrupt):
+            session.run(session.plans([job])[0])
+    assert journal_of(job.folder).exists() and (job.folder / "run.json").exists()
+    under(monkeypatch, torch="3.0.0")
+    session, [job] = opened(tiny_logo, tmp_path)
+    [plan] = session.plans([job])
+    assert plan.done and not journal_of(job.folder).exists()
+
+
+def test_nobody_else_may_have_the_journal_while_it_is_removed(
+    tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, [job] = opened(tiny_logo, tmp_path)
+    [plan] = session.plans([job])
+
+    def finishing(plan: Plan) -> None:
+        with pytest.raises(UsageError, match="another process is on this run"):
+            open_journal(plan)
+        finish(plan)
+
+    monkeypatch.setattr("logo.evaluation.session.finish", finishing)
+    session.run(plan)
+    assert not journal_of(job.folder).exists()
+
+
+def test_a_result_that_appears_meanwhile_is_told_with_the_users_advice(tiny_logo: LoGo, tmp_path: Path) -> None:
+    session, [job] = opened(tiny_logo, tmp_path)
+    [plan] = session.plans([job], Wish(keep_both="another --output keeps both"))
+
+    def meanwhile(done: int) -> None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "eval_results.json").write_text("[1]")
+
+    with pytest.raises(UsageError, match="--overwrite replaces it, another --output keeps both"):
+        session.run(plan, meanwhile)
+
+
 def test_a_finished_result_stays_one_under_other_versions(
     tiny_logo: LoGo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +329,7 @@ def test_a_finished_result_stays_one_under_other_versions(
     under(monkeypatch, torch="3.0.0", device="NVIDIA H100")
     session, jobs = opened(tiny_logo, tmp_path)
     [plan] = session.plans(jobs)
-    assert plan.done and plan.note == 'torch is "2.13.0", not "3.0.0"; device is "cpu", not "NVIDIA H100"'
+    assert plan.done and plan.note == "torch 2.13.0 (now 3.0.0), device cpu (now NVIDIA H100)"
     assert not session.plans(jobs, Wish(overwrite=True))[0].done
 
 
@@ -304,7 +347,7 @@ def test_shards_of_several_environments_are_merged_only_on_request(
     [whole] = merge(find_shards([tmp_path]), Wish(mix=True))
     assert whole.files["run.json"]["environments"] == seen
     [plan] = session.plans([job])
-    assert plan.done and plan.note == 'torch is "2.13.0", not "3.0.0"'
+    assert plan.done and plan.note == "torch 2.13.0 (now 3.0.0)"
 
 
 def test_the_command_says_under_what_a_result_was_answered(
@@ -321,6 +364,6 @@ def test_the_command_says_under_what_a_result_was_answered(
     capsys.readouterr()
     assert run(command) == 0
     assert (
-        'x is done already under other versions or on another kind of device: torch is "2.13.0", not "3.0.0" '
-        "(--overwrite answers it again)"
+        "x is done already (--overwrite answers it again); it was answered under other versions or on another kind of "
+        "device: torch 2.13.0 (now 3.0.0)"
     ) in capsys.readouterr().err

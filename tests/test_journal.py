@@ -117,7 +117,10 @@ def test_only_one_run_and_one_process(tmp_path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(UsageError) as caught:
         Journal(path, {"identity": {"base_model": "M", "seed": 1}, "pool": {"a": "00"}})
-    assert 'other settings, pool or rows (identity.seed is 0, not 1; pool.b is "11", not none)' in str(caught.value)
+    assert (
+        "other settings, pool or rows, or written by an earlier version "
+        '(identity.seed is 0, not 1; pool.b is "11" instead of not given)'
+    ) in str(caught.value)
     path.write_text("not json\nat all\n")
     with pytest.raises(UsageError, match="not a journal, or damaged in its first line"):
         Journal(path, RUN)

@@ -25,7 +25,8 @@ from logo.baselines.registry import METHODS
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.evaluation.journal import fingerprint, written
-from logo.evaluation.resume import journal_of
+from logo.evaluation.resume import Plan, journal_of
+from logo.evaluation.session import Session
 from test_resume import count_prompts, interrupt
 
 RUN = "demo_method_lorahub_n_20_seed_0"
@@ -143,7 +144,10 @@ def test_what_another_run_learnt_is_not_used(
     capsys.readouterr()
     assert run(other) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert f"{LEARNT} holds what another run learnt (method.budget is 40, not 9); delete it, or begin again" in line
+    assert (
+        f"{LEARNT} holds what another run learnt (method.budget is 40, not 9); begin again with --overwrite; --run-name"
+        in line
+    )
     assert (tmp_path / RUN / LEARNT).read_bytes() == before and learning == [0]
     for shard in ("1/2", "2/2"):
         assert run([*other[:-4], "--shard", shard, "--lorahub-budget", "9", "--overwrite"]) == 0
@@ -218,6 +222,38 @@ def test_learnt_on_another_device(
     assert run([*other, "--mix-environments"]) == 0 and learning == [0]
     devices = [one["device"] for one in record(tmp_path / RUN / "antonym.shard-2-of-2")["environments"]]
     assert devices == ["NVIDIA H100", "cpu"]
+
+
+def test_learnt_on_another_device_meanwhile(
+    rows: Path, tmp_path: Path, learning: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After this shard was planned, another one has learnt: the wish holds for that, too."""
+    for mixed in (True, False):
+        place = tmp_path / str(mixed)
+        monkeypatch.setattr("logo.evaluation.session.environment", lambda logo: {"device": "NVIDIA H100"})
+        assert run(command(rows, place / "other", "--shard", "1/2")) == 0
+        monkeypatch.setattr("logo.evaluation.session.environment", lambda logo: {"device": "cpu"})
+        answering = Session._answering
+
+        def meanwhile(session: Session, plan: Plan, place: Path = place, then: Any = answering) -> Any:
+            (place / "own" / RUN).mkdir(parents=True, exist_ok=True)
+            shutil.copy(place / "other" / RUN / LEARNT, place / "own" / RUN / LEARNT)
+            return then(session, plan)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "_answering", meanwhile)
+            more = ["--mix-environments"] if mixed else []
+            assert run(command(rows, place / "own", "--shard", "2/2", *more)) == (0 if mixed else 2)
+    devices = [
+        one["device"] for one in record(tmp_path / "True" / "own" / RUN / "antonym.shard-2-of-2")["environments"]
+    ]
+    assert devices == ["NVIDIA H100", "cpu"] and learning == [0, 1]
+
+
+def test_a_whole_run_leaves_to_shards_what_they_have_learnt(rows: Path, tmp_path: Path, learning: list[int]) -> None:
+    assert run(command(rows, tmp_path, "--shard", "1/2")) == 0
+    assert run(command(rows, tmp_path)) == 0 and (tmp_path / RUN / LEARNT).exists()
+    assert run(command(rows, tmp_path, "--shard", "2/2")) == 0 and learning == [0]
 
 
 def test_every_method_that_learns_can_be_kept() -> None:

@@ -58,7 +58,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (
             ["--limit", "8"],
             ["--limit", "2", "--weighting", "softmax"],
-            ['settings.weighting is none, not "softmax"', "rows is 8, not 2"],
+            ['settings.weighting is not given, not "softmax"', "rows is 8, not 2"],
         ),
         (["--preset", "official"], [], ['settings.probe_context is "carry", not "base"']),
         ([], ["--preset", "official"], ['settings.probe_context is "base", not "carry"']),
@@ -273,7 +273,17 @@ def test_a_sweep_replaces_no_other_result(
         warnings.simplefilter("always")
         patch.setattr("logo.evaluation.session.environment", lambda logo: {"torch": "99"})
         assert run([*sweep, "--limit", "3"]) == 0  # what is done stays done after an upgrade, and that is said
-    assert "logo: warning: k=1 · antonym was answered elsewhere: " in capsys.readouterr().err
+    assert (
+        "logo: warning: k=1 · antonym was answered under other versions or on another kind of device: "
+        in capsys.readouterr().err
+    )
     assert everything(tmp_path / "runs") == before
+    [damaged] = (tmp_path / "runs").glob("k=1/*/time_dict.json")
+    damaged.write_text("{")  # keeps no other cell out of the table
+    assert run([*sweep, "--limit", "3"]) == 1
+    told = capsys.readouterr()
+    assert "time_dict.json cannot be read" in told.err and "answer it again with --overwrite" in told.err
+    written = (tmp_path / "sweep.csv").read_text()
+    assert "runs/k=3/antonym" in written and "runs/k=1/antonym" not in written
     assert run([*sweep, "--limit", "2", "--overwrite"]) == 0
     assert everything(tmp_path / "runs").keys() == before.keys() and everything(tmp_path / "runs") != before

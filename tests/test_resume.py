@@ -171,7 +171,7 @@ def test_another_runs_journal_is_refused_before_anything_is_done(
     assert run([*arguments, "--max-new-tokens", "7"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"logo: error: dataset 'capital': {journal_of(folder)} was left by")
-    assert "(max_new_tokens is 48, not 7)" in lines[0] and lines[0].endswith("begin again with --overwrite")
+    assert "(max_new_tokens is 48, not 7)" in lines[0] and lines[0].endswith("--overwrite; --run-name NAME keeps both")
     assert journal_of(folder).read_bytes() == before and not asked
     assert run([*arguments, "--max-new-tokens", "7", "--overwrite"]) == 0
     assert len(asked) == 4 and not journal_of(folder).exists()

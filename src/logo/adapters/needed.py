@@ -33,8 +33,16 @@ class Needed:
 
     @property
     def adapters(self) -> Sequence[int]:
-        """Bytes of the weights of each adapter."""
-        return [size for path, size in self.files.items() if path.rpartition("/")[2] in (WEIGHTS, PICKLE)]
+        """Bytes of the weights of each adapter; of a folder that holds them in both formats, those that are read."""
+        found: dict[str, int] = {}
+        for name in (PICKLE, WEIGHTS):  # safetensors are preferred
+            found |= {
+                folder: size
+                for path, size in self.files.items()
+                for folder, _, last in [path.rpartition("/")]
+                if last == name
+            }
+        return list(found.values())
 
 
 def model_needed(source: str) -> Needed:

@@ -87,7 +87,9 @@ class RowOptions:
     ] = False
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Begin again, whatever is done or half done already, of whatever run it is."),
+        typer.Option(
+            "--overwrite", help="Begin again, whatever is done or half done already, even if it is another run's."
+        ),
     ] = False
     mix_environments: Annotated[
         bool,
@@ -156,7 +158,8 @@ def evaluate(
     jobs = _jobs(engine, run, chosen, base_model, writes=not estimate)
     if estimate:
         opened = functools.partial(_open, engine, run, chosen, base_model)
-        found = forecast(engine, base_model, run.preset, jobs, run.batch_size, run.max_new_tokens, opened)
+        picks = None if chosen is None else chosen.picks
+        found = forecast(engine, base_model, run.preset, jobs, run.batch_size, run.max_new_tokens, opened, picks)
         show_forecast(found, json=json)
         return
     session = _open(engine, run, chosen, base_model)
@@ -265,8 +268,8 @@ def _stored(plan: Plan) -> Score:
     """A result that was there."""
     from logo.evaluation.results import read_results
 
-    under = f" under other versions or on another kind of device: {plan.note}" if plan.note else ""
-    note(escape(f"{plan.job.dataset} is done already{under} (--overwrite answers it again)"))
+    under = f"; it was answered under other versions or on another kind of device: {plan.note}" if plan.note else ""
+    note(escape(f"{plan.job.dataset} is done already (--overwrite answers it again){under}"))
     return Score(plan.job.dataset, plan.job.folder, read_results(plan.job.folder), skipped=True)
 
 

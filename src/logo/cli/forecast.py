@@ -28,11 +28,13 @@ def forecast(
     rows: int,
     max_new_tokens: int,
     opened: Callable[[], Session],
+    picks: int | None = None,
 ) -> Forecast:
     """What these jobs would take.
 
     Args:
         rows: of a batch.
+        picks: adapters that a method picks for a prompt, where it is no matter of k.
         opened: opens engine and session; called only if nothing has to be fetched for it.
     """
     from logo.adapters.needed import model_needed
@@ -46,7 +48,9 @@ def forecast(
     except HubError as error:
         base = Download(named, reason=str(error))
     pool, sizes = _pool(engine, base_model)
-    memory, memory_reason = _memory(engine, base_model, preset, jobs, rows, max_new_tokens, sizes, base.missing == 0)
+    memory, memory_reason = _memory(
+        engine, base_model, preset, jobs, rows, max_new_tokens, sizes, base.missing == 0, picks
+    )
     here = base.missing == 0 and pool.missing == 0
     return Forecast(
         rows={job.dataset: len(job.places) for job in jobs},
@@ -86,6 +90,7 @@ def _memory(
     max_new_tokens: int,
     adapters: Sequence[int],
     here: bool,
+    picks: int | None,
 ) -> tuple[Memory | None, str]:
     from logo.evaluation.forecast import memory_of
     from logo.models import default_k, load_config
@@ -101,7 +106,7 @@ def _memory(
     prompts = [job.rows[place].context for job in jobs for place in job.places]
     tokens, exact = _longest(prompts, base_model, engine.model_dir, here)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens + max_new_tokens
-    k = asked_k(engine, preset) or default_k(base_model, engine.adapters)
+    k = asked_k(engine, preset) or default_k(base_model, engine.adapters) if picks is None else picks
     found = memory_of(
         config,
         asked,

@@ -21,7 +21,10 @@ def differences(one: Mapping[str, object], other: Mapping[str, object]) -> list[
 
 def told(found: Sequence[Difference]) -> str:
     """In a few words, from the other side: `settings.k is 5, not 2`."""
-    named = [f"{name} is {_short(theirs)}, not {_short(ours)}" for name, ours, theirs in found[:_SHOWN]]
+    named = [
+        f"{name} is {_short(theirs)}{' instead of' if ours is None else ', not'} {_short(ours)}"
+        for name, ours, theirs in found[:_SHOWN]
+    ]
     return "; ".join([*named, *([f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])])
 
 
@@ -35,5 +38,5 @@ def _pairs(prefix: str, one: Mapping[str, object], other: Mapping[str, object]) 
 
 
 def _short(value: object) -> str:
-    text = "none" if value is None else json.dumps(value)
+    text = "not given" if value is None else json.dumps(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

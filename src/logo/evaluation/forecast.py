@@ -142,11 +142,15 @@ def _values_per_token(config: Any) -> int:
 
 
 def timed(session: Session, jobs: Sequence[Job]) -> Hours:
-    """Answers a few rows and counts up. Where a method prepares for each dataset, the rows are of the first one.
+    """Answers a few rows and counts up. Where a method prepares for each dataset, the rows are of the first that has
+    some. Nothing is timed where no job has rows, as of a shard too many.
 
     The first batch warms up and is not counted, unless it is the only one.
     """
-    some = list(jobs if session.method is None else jobs[:1])
+    asked = [job for job in jobs if job.places]
+    if not asked:
+        return Hours(session.loading, 0.0, 0.0, 0, session.loading)
+    some = asked if session.method is None else asked[:1]
     texts = [job.rows[place].context for job in some for place in job.places]
     count = min(len(texts), max(TIMED, 3 * session.batch_size))
     chosen = [texts[i * len(texts) // count] for i in range(count)]

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -79,11 +79,14 @@ class Journal:
     Args:
         path: the file; made if it is missing.
         run: what this run is, as JSON: all that its results depend on, with names that a user understands.
-        fresh: drop what is there, of whatever run it is, and begin again; `drop_other`: only if it is another run's.
+        fresh: drop what is there, of whatever run it is, and begin again.
+        other: gets what the journal of another run begins with, and says whether its records are taken over; if not,
+            they are dropped. Without it another run's journal is refused.
         stamp: added to every record that is appended.
         wait: for another process that has this journal, instead of refusing; the warning that is given then.
 
     Attributes:
+        run: what the file begins with.
         records: what earlier processes of this run have written; `appended`: how many this one has.
 
     Raises:
@@ -97,7 +100,7 @@ class Journal:
         run: Mapping[str, Any],
         *,
         fresh: bool = False,
-        drop_other: bool = False,
+        other: Callable[[dict[str, Any]], bool] | None = None,
         stamp: Mapping[str, object] | None = None,
         wait: str | None = None,
     ) -> None:
@@ -116,7 +119,8 @@ class Journal:
             self._lock(wait)
             if fresh:
                 self._file.truncate(0)
-            self._read(json.loads(json.dumps(run, default=str)), drop_other)
+            self.run: dict[str, Any] = json.loads(json.dumps(run, default=str))
+            self._read(other)
         except BaseException as error:
             self._file.close()
             if isinstance(error, OSError) and not isinstance(error, StorageError):
@@ -155,18 +159,18 @@ class Journal:
             raise _unusable(self.path, error) from error
         self._check = check
 
-    def _read(self, run: dict[str, Any], drop_other: bool) -> None:
+    def _read(self, other: Callable[[dict[str, Any]], bool] | None) -> None:
         self._file.seek(0)
         found = _written(self.path, self._file.readall())
-        other = found.run is not None and found.run != run
-        if other and (drop_other or found.empty):  # a run that got nowhere stands in nobody's way
-            found = Written(None, [], 0, "", 0)
-        elif found.run is not None and other:
-            raise UsageError(
-                f"journal {self.path}: left by a run with other settings, pool or rows "
-                f"({told(differences(run, found.run))}); repeat that run to finish it, delete the file, or name "
-                "another result file"
-            )
+        begun = found.run
+        if begun is not None and begun != self.run:
+            # A run that got nowhere stands in nobody's way.
+            if found.empty or (other is not None and not other(begun)):
+                found = Written(None, [], 0, "", 0)
+            elif other is not None:
+                self.run = begun
+            else:
+                raise self._of_another(begun)
         if found.dropped:
             warnings.warn(
                 f"journal {self.path}: line {len(found.records) + 2} is damaged: it and all lines after it are dropped "
@@ -177,8 +181,15 @@ class Journal:
         self.records, self._check = found.records, found.check
         self._file.truncate(found.size)
         if found.run is None:
-            self._write(run)
+            self._write(self.run)
             sync_folder(self.path.parent)
+
+    def _of_another(self, run: dict[str, Any]) -> UsageError:
+        return UsageError(
+            f"journal {self.path}: left by a run with other settings, pool or rows, or written by an earlier version "
+            f"({told(differences(self.run, run))}); repeat that run to finish it, delete the file, or name another "
+            "result file"
+        )
 
     def _lock(self, wait: str | None) -> None:
         """Two processes would write every record twice. Freed by the system when the file is closed."""

@@ -26,6 +26,8 @@ from logo.evaluation.shards import Shard, positions
 from logo.evaluation.standing import standing
 
 _BOUND = ("learnt_sha256", "environments")  # beside its identity, what a whole result is told by
+_NEEDED = ("identity", "fingerprint", "pool", "forms", "score_columns", *_BOUND)  # by what is put together
+_PER_ROW = ("eval_results.json", "predictions.json", "rows.json", "selected_loras.json", "weights.json")
 _CUT = {"count": "the number of shards", "block": "--batch_size", "rows": "the number of rows"}
 
 
@@ -129,16 +131,28 @@ def _part(place: Place) -> Part:
     folder, files = place.folder, read_results(place.folder)
     part = Part(place, files)
     try:
-        lengths = {len(files[name]) for name in ("eval_results.json", "predictions.json", "rows.json", "weights.json")}
         expected = len(part.places)
     except (KeyError, TypeError):
         raise DataError(
             f"shard {str(folder)!r}: its run.json says nothing of a shard; expected what `logo evaluate --shard` wrote"
         ) from None
+    unsaid = [key for key in _NEEDED if key not in part.run]
+    if unsaid:
+        raise DataError(
+            f"shard {str(folder)!r}: its run.json says nothing of {', '.join(unsaid)}, as an earlier version wrote it; "
+            "run that shard again with --overwrite"
+        )
+    try:
+        lengths = {len(files[name]) for name in _PER_ROW} | set(map(len, files["metric_dict.json"].values()))
+    except (AttributeError, TypeError):
+        raise DataError(
+            f"shard {str(folder)!r}: expected lists with an entry per row, found something else; run that shard again "
+            "with --overwrite"
+        ) from None
     if lengths != {expected}:
         raise DataError(
             f"shard {str(folder)!r}: expected {expected} rows, found {' and '.join(map(str, sorted(lengths)))}; "
-            "run that shard again"
+            "run that shard again with --overwrite"
         )
     return part
 

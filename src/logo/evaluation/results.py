@@ -194,9 +194,13 @@ def read_results(folder: str | PurePath) -> dict[str, Any]:
         try:
             files[name] = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise StorageError(f"result {str(folder)!r}: expected the file {name}, found none; run it again") from None
+            raise StorageError(
+                f"result {str(folder)!r}: expected the file {name}, found none; answer it again with --overwrite"
+            ) from None
         except (OSError, ValueError) as error:
-            raise StorageError(f"result {str(folder)!r}: {name} cannot be read ({error}); run it again") from None
+            raise StorageError(
+                f"result {str(folder)!r}: {name} cannot be read ({error}); answer it again with --overwrite"
+            ) from None
     return files
 
 
@@ -233,8 +237,8 @@ def run_record(
         identity: what the results depend on (`logo.evaluation.identity`); with the pool it makes the fingerprint by
             which the same run is known again.
         shard: which part of the dataset these rows are (`logo.evaluation.resume.part_of`); None: all of it.
-        found_out: what the method found out about the dataset before its first prompt; `learnt`: a digest of it, where
-            it was learnt from training rows and is kept for other shards.
+        found_out: what the method found out about the dataset before its first prompt; `learnt`: for a method that
+            learns, the SHA-256 of what it learnt.
         environments: what the rows were answered on, see `logo.evaluation.identity.environment`: one, unless the run
             was gone on with on another.
         folding: what decides whether a mixture is folded or gated (`LoGo.folding`).

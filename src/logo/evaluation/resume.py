@@ -1,8 +1,8 @@
 """Whether a dataset is done, half done or another run's: what a command that is given again finds, and goes on from.
 
 A result is this run's if its `run.json` says so (`logo.evaluation.standing`); a journal (`logo.evaluation.journal`)
-lies hidden beside the folder in which the result will appear, and goes when it has. Where a row depends on those before
-it there is no going on in the middle, and an interrupted dataset begins again.
+lies hidden beside the folder in which the result will appear, and is removed once the result is there. Where a row
+depends on those before it there is no going on in the middle, and an interrupted dataset begins again.
 
 What is asked for and what it runs on are kept apart. A result that was finished under other versions is done; a run
 that was begun under other versions goes on only if the user says that they may be mixed.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from logo.errors import StorageError, UsageError
 from logo.evaluation.differences import differences, told
 from logo.evaluation.folders import make_folder
 from logo.evaluation.jobs import Job
-from logo.evaluation.journal import Journal, written
+from logo.evaluation.journal import Journal, fingerprint, written
 from logo.evaluation.standing import Standing, standing
 
 
@@ -31,7 +31,7 @@ class Wish:
     Attributes:
         overwrite: begin again whatever is there.
         mix: go on with what other versions or another kind of device have begun.
-        keep_both: how to have both results, in words, for a run that would replace another's.
+        keep_both: advice for the error message: how to keep both results.
     """
 
     overwrite: bool = False
@@ -44,14 +44,15 @@ class Learning:
     """Where what a method learns about a dataset is kept: one record in a journal that all shards share.
 
     Attributes:
-        file: the journal; `run`: what it begins with.
-        fresh: learn, whatever is there; `drop_other`: only if another run has learnt it.
+        file: the journal; `run`: what it begins with where this process learns.
+        fresh: learn, whatever is there.
+        wish: what may become of what another run has learnt, or the same one in another environment.
     """
 
     file: Path
     run: Mapping[str, Any]
     fresh: bool = False
-    drop_other: bool = False
+    wish: Wish = field(default_factory=Wish)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Plan:
         fresh: nothing is taken over from an interrupted run.
         learning: None where the method learns nothing.
         note: what the user should know about a result of this run that is there, in words.
+        keep_both: as in the wish.
     """
 
     job: Job
@@ -76,6 +78,7 @@ class Plan:
     fresh: bool = True
     learning: Learning | None = None
     note: str = ""
+    keep_both: str = ""
 
 
 def plan(
@@ -104,34 +107,39 @@ def plan(
     run = {**identity, "shard": part_of(job), "environment": dict(environment), "replaces": None}
     if wish.overwrite:
         learning = _learning(job, run, wish, begun=False) if learns else None
-        return Plan(job, {**run, "replaces": there and there.digest}, environment, learning=learning)
+        run = {**run, "replaces": there and there.digest}
+        return Plan(job, run, environment, learning=learning, keep_both=wish.keep_both)
     file = journal_of(job.folder)
     begun = _begun(file)
     found = [] if begun is None else differences(_asked(run), _asked(begun))
-    if begun is None or found:
-        if there is not None and there.other(_asked(run)) is None and not there.missing:
+    if there is not None and there.other(_asked(run)) is None and not there.missing:
+        finished = begun is not None and not found and there.digest != begun["replaces"]
+        if finished:  # and then its run was killed, before it could remove the journal
+            _remove(job, learns)
+        if begun is None or found or finished:
             return Plan(job, run, environment, done=True, note=_under_others(there, environment))
-        if begun is not None:
-            raise UsageError(
-                f"dataset {job.dataset!r}: {file} was left by an unfinished run with other settings, pool or rows "
-                f"({told(found)}); repeat that run to finish it, or begin again with --overwrite"
-            )
+    if begun is not None and found:
+        raise UsageError(
+            f"dataset {job.dataset!r}: {file} was left by an unfinished run with other settings, pool or rows, or "
+            f"written by an earlier version ({told(found)}); repeat that run to finish it, or begin again with "
+            f"--overwrite; {wish.keep_both}"
+        )
     resumed = begun is not None and not in_order
     learning = _learning(job, run, wish, begun=resumed) if learns else None
     if begun is not None:
         run = {**run, "replaces": begun["replaces"]}
         if resumed:
             run = {**run, "environment": _accepted(job, file, begun, environment, wish, "begun")}
-    check_place(job, run, wish)
+    check_place(job, run, wish.keep_both)
     note = "" if there is None or not there.missing else f"{job.folder} lacks {', '.join(there.missing)}"
-    return Plan(job, run, environment, fresh=not resumed, learning=learning, note=note)
+    return Plan(job, run, environment, fresh=not resumed, learning=learning, note=note, keep_both=wish.keep_both)
 
 
-def check_place(job: Job, run: Mapping[str, Any], wish: Wish | None = None) -> None:
+def check_place(job: Job, run: Mapping[str, Any], keep_both: str) -> None:
     """Looks whether a result may be written: nothing is there, or only what may be replaced.
 
     Args:
-        run: as `Plan.run`.
+        run: as `Plan.run`; `keep_both`: as `Wish.keep_both`.
 
     Raises:
         UsageError: something else is there; names what differs.
@@ -140,33 +148,46 @@ def check_place(job: Job, run: Mapping[str, Any], wish: Wish | None = None) -> N
     there = standing(job.folder)
     other = None if there is None else there.other(_asked(run))
     if there is not None and other is not None and there.digest != run["replaces"]:
-        raise UsageError(f"dataset {job.dataset!r}: {other}; --overwrite replaces it, {(wish or Wish()).keep_both}")
+        raise UsageError(f"dataset {job.dataset!r}: {other}; --overwrite replaces it, {keep_both}")
 
 
-def open_journal(plan: Plan, learnt: str | None = None) -> Journal:
+def open_journal(plan: Plan, learnt: Learnt | None = None) -> Journal:
     """The journal of a job that is to be done; its folder is made.
 
     Args:
-        learnt: digest of what its method has learnt; answers that were given with other weights are refused.
+        learnt: what its method has learnt; answers that were given with other weights are refused.
 
     Raises:
         UsageError: another process is on this job, or the journal is of another run.
         StorageError: it cannot be written.
     """
-    run = {**plan.run, **({} if learnt is None else {"learnt_sha256": learnt})}
+    run = {**plan.run, **({} if learnt is None else {"learnt_sha256": learnt.sha256})}
     elsewhere = plan.run["environment"] != plan.environment
     stamp = {"environment": plan.environment} if elsewhere else {}
     return Journal(_placed(journal_of(plan.job.folder)), run, fresh=plan.fresh, stamp=stamp)
 
 
-def learn_once(plan: Plan, learn: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Learnt:
+    """What a method has learnt about a dataset, as JSON holds it, and the environment in which it did."""
+
+    content: dict[str, Any]
+    environment: Mapping[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """Of the content, in hex."""
+        return fingerprint(self.content)
+
+
+def learn_once(plan: Plan, learn: Callable[[], Mapping[str, Any]]) -> Learnt:
     """What a method has learnt about a dataset: once, whatever ends the run and however many shards it has.
 
     Args:
         learn: learns it, as JSON holds it; called where it is not kept already.
 
     Raises:
-        UsageError: another run has learnt it.
+        UsageError: another run has learnt it, or another environment that may not be mixed with this one.
         StorageError: it cannot be kept.
     """
     learning = plan.learning
@@ -177,19 +198,19 @@ def learn_once(plan: Plan, learn: Callable[[], Mapping[str, Any]]) -> dict[str, 
         _placed(learning.file),
         learning.run,
         fresh=learning.fresh,
-        drop_other=learning.drop_other,
+        other=lambda run: _taken(plan.job, learning, run),
         wait=None if plan.job.shard is None else wait,
     ) as journal:
         if journal.records:
-            return journal.records[0]
+            return Learnt(journal.records[0], journal.run["environment"])
         found: dict[str, Any] = json.loads(json.dumps(learn()))
         journal.append(found)
-        return found
+        return Learnt(found, plan.environment)
 
 
-def environments(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
+def environments(plan: Plan, journal: Journal, learnt: Learnt | None = None) -> list[dict[str, Any]]:
     """What the rows of a finished job were answered on, and what its method learnt on: each once, in order."""
-    found = [] if plan.learning is None else [plan.learning.run["environment"]]
+    found = [] if learnt is None else [learnt.environment]
     found += [record.get("environment", plan.run["environment"]) for record in journal.records]
     if journal.appended or not found:
         found.append(plan.environment)
@@ -198,9 +219,7 @@ def environments(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
 
 def finish(plan: Plan) -> None:
     """Removes what is not needed any more once a result has been written. Other shards need what was learnt."""
-    journal_of(plan.job.folder).unlink(missing_ok=True)
-    if plan.learning is not None and plan.job.shard is None:
-        plan.learning.file.unlink(missing_ok=True)
+    _remove(plan.job, plan.learning is not None)
 
 
 def journal_of(folder: Path) -> Path:
@@ -218,6 +237,18 @@ def part_of(job: Job) -> dict[str, Any] | None:
     if job.shard is None:
         return None
     return {"index": job.shard.index, "count": job.shard.count, "block": job.block, "rows": len(job.rows)}
+
+
+def _remove(job: Job, learns: bool) -> None:
+    journal_of(job.folder).unlink(missing_ok=True)
+    if learns and job.shard is None and not _in_shards(job):
+        learnt_of(job).unlink(missing_ok=True)
+
+
+def _in_shards(job: Job) -> bool:
+    """Whether shards of a job's dataset lie beside its result, finished or not."""
+    beginnings = (f"{job.whole.name}.shard-", f".{job.whole.name}.shard-")
+    return any(path.name.startswith(beginnings) for path in job.whole.parent.iterdir())
 
 
 def _asked(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,9 +286,10 @@ def _learning(job: Job, run: Mapping[str, Any], wish: Wish, *, begun: bool) -> L
     """
     file = learnt_of(job)
     own = {**_asked(run), "shard": None, "environment": run["environment"]}
+    # With --overwrite a shard still takes what other shards may have taken, if it is of this run.
+    learning = Learning(file, own, fresh=wish.overwrite and job.shard is None, wish=wish)
     if wish.overwrite:
-        # A shard takes what other shards may have taken, if it is of this run.
-        return Learning(file, own, fresh=job.shard is None, drop_other=True)
+        return learning
     kept = _begun(file)
     if kept is None:
         if begun:
@@ -265,20 +297,37 @@ def _learning(job: Job, run: Mapping[str, Any], wish: Wish, *, begun: bool) -> L
                 f"dataset {job.dataset!r}: the rows so far were answered with what the method learnt, but {file} is "
                 "gone; put it back, or begin again with --overwrite"
             )
-        return Learning(file, own)
+    else:
+        _taken(job, learning, kept)
+    return learning
+
+
+def _taken(job: Job, learning: Learning, kept: Mapping[str, Any]) -> bool:
+    """Whether what another process has learnt is taken over; if not, it is dropped.
+
+    Args:
+        kept: what its journal begins with.
+
+    Raises:
+        UsageError: neither is allowed.
+    """
+    wish, own = learning.wish, learning.run
     found = differences(_asked(own), _asked(kept))
+    if wish.overwrite:
+        return not found and (wish.mix or not differences(own["environment"], kept["environment"]))
     if found:
         raise UsageError(
-            f"dataset {job.dataset!r}: {file} holds what another run learnt ({told(found)}); delete it, or begin again "
-            "with --overwrite"
+            f"dataset {job.dataset!r}: {learning.file} holds what another run learnt ({told(found)}); begin again with "
+            f"--overwrite; {wish.keep_both}"
         )
-    return Learning(file, {**own, "environment": _accepted(job, file, kept, run["environment"], wish, "learnt")})
+    _accepted(job, learning.file, kept, own["environment"], wish, "learnt")
+    return True
 
 
 def _under_others(there: Standing, environment: Mapping[str, Any]) -> str:
     """Where a result that is done was answered under other versions or on another kind of device, in words."""
-    told_of = [found for one in there.run.get("environments", []) if (found := differences(environment, one))]
-    return "; ".join(map(told, told_of))
+    found = [pair for one in there.run.get("environments", []) for pair in differences(environment, one)]
+    return ", ".join(dict.fromkeys(f"{name} {theirs} (now {ours})" for name, ours, theirs in found))
 
 
 def _placed(file: Path) -> Path:

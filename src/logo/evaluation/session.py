@@ -18,9 +18,9 @@ from logo.baselines.method import Answering, Learned, Task
 from logo.errors import UsageError
 from logo.evaluation.identity import engine_identity, environment, order_dependence, rows_digest
 from logo.evaluation.jobs import Job, train_rows, trained_and_tested
-from logo.evaluation.journal import fingerprint
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
 from logo.evaluation.resume import (
+    Learnt,
     Plan,
     Wish,
     check_place,
@@ -142,17 +142,17 @@ class Session:
                 identity=self._identity(job),
                 shard=part_of(job),
                 found_out={**engine.record, **self._overlap(job)} if isinstance(engine, Answering) else {},
-                learnt=learnt,
-                environments=environments(plan, journal),
+                learnt=None if learnt is None else learnt.sha256,
+                environments=environments(plan, journal, learnt),
                 folding=self.logo.folding,
             )
             strategy = self.logo.settings.signal
             files = result_files(
                 result, rows, strategy=strategy, loading_seconds=self.loading, run=record, seed=self.seed
             )
-            check_place(job, plan.run)
+            check_place(job, plan.run, plan.keep_both)
             write_results(job.folder, files)
-        finish(plan)
+            finish(plan)  # while no other process can have the journal
         return files
 
     @cached_property
@@ -203,18 +203,18 @@ class Session:
             "rows_sha256": rows_digest(job.rows),
         }
 
-    def _answering(self, plan: Plan) -> tuple[Session | Answering, str | None]:
-        """What answers this dataset, with nothing left over from those before; a digest of what was learnt for it."""
+    def _answering(self, plan: Plan) -> tuple[Session | Answering, Learnt | None]:
+        """What answers this dataset, with nothing left over from those before, and what was learnt for it."""
         self._begin()
         if self.method is None:
             return self, None
         task = self._task(plan.job)
         if not isinstance(self.method, Learned):
             return Answering(self.logo, self.method, task, **self.generation), None
-        found = learn_once(plan, functools.partial(self._learn, self.method, task))
+        learnt = learn_once(plan, functools.partial(self._learn, self.method, task))
         self._begin()  # as if it had been learnt long ago
-        prepared = self.method.recall(found)
-        return Answering(self.logo, self.method, task, prepared=prepared, **self.generation), fingerprint(found)
+        prepared = self.method.recall(learnt.content)
+        return Answering(self.logo, self.method, task, prepared=prepared, **self.generation), learnt
 
     def rehearsal(self, job: Job) -> Session | Answering:
         """What answers this dataset when it is run; here nothing is kept, not even what a method learns."""

@@ -133,7 +133,11 @@ def sweep(
             try:
                 [plan] = session.plans([job], wish)
                 if plan.done and plan.note:
-                    warnings.warn(f"{what} was answered elsewhere: {plan.note}", UserWarning, stacklevel=2)
+                    warnings.warn(
+                        f"{what} was answered under other versions or on another kind of device: {plan.note}",
+                        UserWarning,
+                        stacklevel=2,
+                    )
                 if not plan.done:
                     session.run(plan, functools.partial(_tell_from, tell, what, before))
                 done.add((cell.name, job.dataset))
@@ -141,8 +145,8 @@ def sweep(
                 failures.append(_failure(cell, job.dataset, error))
             rows = before + len(job.rows)
             tell(what, rows)
-    outcomes = tuple(_outcomes(cells, jobs, out, done))
-    return Swept(outcomes, (*failures, *_unanswered(outcomes)))
+    outcomes, unreadable = _outcomes(cells, jobs, out, done)
+    return Swept(outcomes, (*failures, *unreadable, *_unanswered(outcomes)))
 
 
 def runs(cells: Sequence[Cell]) -> list[Cell]:
@@ -172,17 +176,27 @@ def _failure(cell: Cell, dataset: str | None, error: Exception) -> Failure:
     return Failure(cell.name, dataset, " ".join(str(error).split()))
 
 
-def _outcomes(cells: Sequence[Cell], jobs: Sequence[Job], out: Path, done: set[tuple[str, str]]) -> Iterable[Outcome]:
-    """Of what is done, read from the folders, so that it does not matter which process did it."""
-    known: dict[str, Outcome] = {}
+def _outcomes(
+    cells: Sequence[Cell], jobs: Sequence[Job], out: Path, done: set[tuple[str, str]]
+) -> tuple[tuple[Outcome, ...], tuple[Failure, ...]]:
+    """Of what is done, read from the folders, so that it does not matter which process did it; and the folders that
+    cannot be read."""
+    known: dict[str, Outcome | Failure] = {}
+    found: list[Outcome] = []
     for cell in cells:
         for job in jobs:
             folder = f"{RUNS}/{cell.name}/{job.dataset}"
             if (cell.name, job.dataset) not in done:
                 continue
             if folder not in known:
-                known[folder] = _read(cell, job.dataset, out, folder)
-            yield replace(known[folder], cell=cell)
+                try:
+                    known[folder] = _read(cell, job.dataset, out, folder)
+                except LoGoError as error:
+                    known[folder] = _failure(cell, job.dataset, error)
+            outcome = known[folder]
+            if isinstance(outcome, Outcome):
+                found.append(replace(outcome, cell=cell))
+    return tuple(found), tuple(one for one in known.values() if isinstance(one, Failure))
 
 
 def _read(cell: Cell, dataset: str, out: Path, folder: str) -> Outcome:
