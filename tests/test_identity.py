@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ import tiny
 from logo import LoGo
 from logo.cli.run import run
 from logo.errors import DataError, ModelError, UsageError
-from logo.evaluation.identity import engine_identity, environment, order_dependence, tokenizer_digest, weights_digest
+from logo.evaluation.differences import differences
+from logo.evaluation.identity import (
+    engine_identity,
+    environment,
+    order_dependence,
+    pool_digests,
+    tokenizer_digest,
+    weights_digest,
+)
 from logo.evaluation.jobs import find_jobs
 from logo.evaluation.merging import find_shards, merge
 from logo.evaluation.resume import Plan, Wish, finish, journal_of, open_journal
@@ -126,6 +135,32 @@ def test_the_tokenizer_is_part_of_the_identity(tiny_logo: LoGo) -> None:
     assert identity["tokenizer"] == tokenizer_digest(tiny_logo.tokenizer)
     assert identity["weights"] == weights_digest(tiny_logo.model)
     json.dumps(identity)
+
+
+def test_the_adapters_scales_are_part_of_the_identity(tiny_logo: LoGo, adapters: Path, tmp_path: Path) -> None:
+    """Another `lora_alpha` beside the same weights."""
+    shutil.copytree(adapters, tmp_path / "pool")
+    file = next((tmp_path / "pool").rglob("adapter_config.json"))
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    other = engine(tiny_logo.model, tmp_path / "pool", k=2)
+    assert pool_digests(other) == pool_digests(tiny_logo)
+    found = differences(engine_identity(tiny_logo, "M", {}), engine_identity(other, "M", {}))
+    assert [name for name, _, _ in found] == ["scales"]
+
+
+def test_the_configuration_and_the_end_are_part_of_the_identity(
+    tiny_logo: LoGo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = engine_identity(tiny_logo, "M", {})
+    model = tiny_logo.model
+    monkeypatch.setattr(model.config, "name_or_path", "elsewhere")
+    monkeypatch.setattr(model.config, "transformers_version", "9.9")
+    assert engine_identity(tiny_logo, "M", {}) == before
+    monkeypatch.setattr(model.config, "rms_norm_eps", 0.5)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 7)
+    found = differences(before, engine_identity(tiny_logo, "M", {}))
+    assert [name for name, _, _ in found] == ["config", "eos_token_id"]
 
 
 # -- weights ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from logo.evaluation.intervals import Interval, proportion
 from logo.evaluation.paired import ALPHA, TESTS
 from logo.evaluation.report import adapters, analyse, latex, page, summary
 from logo.evaluation.report.numbers import Cell, dataset_lines, group_lines, marked, overall
-from logo.evaluation.report.published import read_published, shipped
+from logo.evaluation.report.published import CAVEAT, read_published, shipped
 from logo.evaluation.report.tables import p_value
 from logo.evaluation.report.versus import Mark, Pairing, shared_rows
 from logo.evaluation.runs import Run, read_run, read_runs
@@ -158,6 +158,47 @@ def test_published_numbers_stand_beside_the_same_experiment(
     assert shown or told["published"] is None
 
 
+OFFICIAL_RUN = {"preset": "official", "limit": None, "adapters": None, "weighting": None, "rows": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "shown"),
+    [
+        ({}, 2, True),
+        ({"preset": None}, 2, False),
+        ({"limit": 2}, 2, False),
+        ({"rows": "mine"}, 2, False),
+        ({"adapters": "mine"}, 2, False),
+        ({"weighting": "softmax"}, 2, False),
+        ({}, 1, False),  # fewer than the other run of the report
+    ],
+)
+def test_published_numbers_need_a_run_that_does_what_the_authors_did(
+    change: dict[str, str], rows: int, shown: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "Llama-3.1-8B_selection_norm_n_20_seed_0" / "bbh.boolean_expressions"
+    write_result(folder, [1] * rows, run_json={"options": OFFICIAL_RUN | change})
+    write_result(tmp_path / "Llama-3.1-8B_selection_norm_n_3_seed_0" / folder.name, [1, 0])
+    analysis = analyse(read_runs([tmp_path]))
+    [line] = analysis.lines
+    assert [cell.published is not None for cell in line.cells if cell] == [shown, False]
+    assert (CAVEAT in page(analysis)) == (CAVEAT in latex(analysis)) == shown
+
+
+def test_datasets_that_are_judged_by_different_measures(tmp_path: Path) -> None:
+    """They are named, and no comparison of the runs holds them."""
+    for name, metric, values in (("a", "em_multi", [1, 1]), ("b", "em_first", [0, 1])):
+        write_result(tmp_path / name / "nq.open", values, run_json={"metric": metric})
+        write_result(tmp_path / name / "bbh.navigate", [1, 1])
+    analysis = analyse(read_runs([tmp_path]))
+    assert analysis.unlike == ("nq.open",) == tuple(summary(analysis)["unlike"])
+    assert [(cell.value, cell.datasets) for cell in analysis.overall.cells if cell] == [(1.0, 1)] * 2
+    [pair] = analysis.versus
+    assert sum(asdict(pair.datasets).values()) == 1
+    for text in (page(analysis), latex(analysis)):
+        assert "left out of the mean over all datasets" in text and "accuracy (first gold text)" in text
+
+
 def test_published_numbers_say_where_they_are_from() -> None:
     assert shipped()
     for number in shipped():
@@ -186,6 +227,9 @@ def test_a_users_own_published_numbers(tmp_path: Path) -> None:
             DataError, match=r"numbers\.json': expected a JSON list of objects with base_model, dataset"
         ):
             read_published(file)
+    file.write_text(json.dumps([number | {"metric": "accuracy"}]))
+    with pytest.raises(DataError, match="metric 'accuracy', which is none of em, em_first, bleu, rouge-1"):
+        read_published(file)
     with pytest.raises(DataError, match="found none"):
         read_published(tmp_path / "absent.json")
 

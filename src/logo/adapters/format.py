@@ -100,6 +100,11 @@ class Adapter:
         except OSError as error:
             raise AdapterError(self.name, _unreadable(error, self.file.path)) from error
 
+    @property
+    def scales(self) -> tuple[tuple[str, float], ...]:
+        """Module path and the factor of its product, sorted: what `config` adds to the weights."""
+        return tuple(sorted((path, module.scaling) for path, module in self.modules.items()))
+
     def fit(self, layout: BaseLayout) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
 

@@ -24,12 +24,13 @@ from logo.evaluation.journal import fingerprint
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from logo.engine import LoGo
 
 # Settings that change how fast a prompt is read, not what is read.
 _NO_MATTER = frozenset({"cache", "prefix_cache_gb"})
+_ELSEWHERE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})  # of a configuration
 _SAMPLE = 16  # weights of each parameter
 _TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600"  # of what tokenizers read differently
 
@@ -50,8 +51,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         options["generation_config"] = said
     identity = {
         "base_model": PurePath(base_model).name,
-        "weights": weights_digest(logo.model),
-        "tokenizer": tokenizer_digest(logo.tokenizer),
+        **digests(logo),
         "dtype": str(logo.model.dtype).removeprefix("torch."),
         "fold": logo.folding["asked"],
         "merge": asdict(logo.merge),
@@ -61,6 +61,19 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain
+
+
+def digests(logo: LoGo) -> dict[str, Any]:
+    """Of all that was loaded, but for the adapters' weights (see `pool_digests`): the base model's weights and
+    configuration, the tokens at which an answer ends, the tokenizer, and the adapters' scales."""
+    configured = getattr(logo.model, "generation_config", None)
+    return {
+        "weights": weights_digest(logo.model),
+        "config": config_digest(logo.model.config),
+        "eos_token_id": None if configured is None else configured.eos_token_id,
+        "tokenizer": tokenizer_digest(logo.tokenizer),
+        "scales": fingerprint({name: logo.pool[name].scales for name in logo.names}),
+    }
 
 
 def environment(logo: LoGo) -> dict[str, str]:
@@ -78,8 +91,8 @@ def environment(logo: LoGo) -> dict[str, str]:
 
 def pool_digests(logo: LoGo) -> dict[str, str]:
     """SHA-256 by name of the adapters in use, in pool order."""
-    digests = logo.pool.sha256()
-    return {name: digests[name] for name in logo.names}
+    found = logo.pool.sha256()
+    return {name: found[name] for name in logo.names}
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -111,6 +124,18 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         reads = tokenizer(_TEXT)["input_ids"]
         whole = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "reads": reads}
     return fingerprint({"tokenizer": whole, "special": tokenizer.special_tokens_map})
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """Of a base model's configuration, without where it lies and what is recorded elsewhere; SHA-256 in hex."""
+    return fingerprint({"config": _said(config.to_dict())})
+
+
+def _said(content: Any) -> Any:
+    """Configurations of parts, such as a multimodal model's, are cleaned too."""
+    if not isinstance(content, Mapping):
+        return content
+    return {str(key): _said(value) for key, value in content.items() if key not in _ELSEWHERE}
 
 
 def weights_digest(model: PreTrainedModel) -> str:

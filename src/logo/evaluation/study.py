@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from logo.errors import DataError, UsageError, closest
 from logo.evaluation.datasets import Row, read_rows
 from logo.evaluation.folders import replace_file
-from logo.evaluation.identity import environment, rows_digest, tokenizer_digest, weights_digest
+from logo.evaluation.identity import digests, environment, pool_digests, rows_digest
 from logo.evaluation.journal import Journal
 from logo.evaluation.results import versions
 from logo.evaluation.summary import Measured, Section, summary
@@ -230,13 +230,11 @@ def _depends_on_order(logo: LoGo) -> bool:
 def _identity(engines: Mapping[str, LoGo], tasks: Sequence[Task], settings: Mapping[str, object]) -> dict[str, object]:
     """Everything that a row's record depends on."""
     scorer = next(iter(engines.values()))
-    digests = scorer.pool.sha256()
     return {
         "environment": environment(scorer),
-        "weights": weights_digest(scorer.model),
-        "tokenizer": tokenizer_digest(scorer.tokenizer),
+        **digests(scorer),
         **{key: settings.get(key) for key in ("base_model", "dtype", "signals")},
-        "pool": {name: digests[name] for name in scorer.names},
+        "pool": pool_digests(scorer),
         "rows_sha256": {task.name: rows_digest(task.rows) for task in tasks},
     }
 

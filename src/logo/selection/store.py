@@ -133,5 +133,4 @@ def key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
 
 def adapter_key(adapter: Adapter) -> str:
     """Digest of an adapter's weights and scales."""
-    scales = sorted((path, module.scaling) for path, module in adapter.modules.items())
-    return hashlib.sha256(f"{adapter.sha256} {scales}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{adapter.sha256} {list(adapter.scales)}".encode()).hexdigest()[:32]

@@ -23,8 +23,9 @@ class Analysis:
         runs: as they were read; `labels`: their short names, all different.
         differing: the options that set them apart.
         datasets: every dataset of any run, grouped as the paper does.
+        unlike: those of them that the runs judge by different measures.
         groups, lines, extra: official measures by group and by dataset, and the measures beside them.
-        overall: the mean over all datasets.
+        overall: the mean over all datasets but those.
         versus: every run against every earlier one.
         weights, similarity, spread, selected: of each run, None where it has none.
         seconds: where each run's time went.
@@ -34,6 +35,7 @@ class Analysis:
     labels: tuple[str, ...]
     differing: dict[str, tuple[str, ...]]
     datasets: tuple[str, ...]
+    unlike: tuple[str, ...]
     groups: tuple[Line, ...]
     overall: Line
     lines: tuple[Line, ...]
@@ -44,6 +46,16 @@ class Analysis:
     spread: tuple[Spread | None, ...]
     selected: tuple[Selected | None, ...]
     seconds: tuple[Seconds, ...]
+
+    @property
+    def left_out(self) -> str:
+        """What is said of the datasets that the runs judge by different measures; '' where there are none."""
+        if not self.unlike:
+            return ""
+        return (
+            f"Judged by different measures in different runs, and therefore left out of the mean over all datasets and "
+            f"of comparisons between these runs: {', '.join(self.unlike)}."
+        )
 
     @property
     def instances(self) -> int:
@@ -59,6 +71,7 @@ def analyse(found: Sequence[Run], *, seed: int = 0, published: Sequence[Publishe
         labels=tuple(runs.labels(found)),
         differing=runs.differing(found),
         datasets=tuple(pairing.datasets),
+        unlike=tuple(pairing.unlike),
         groups=tuple(numbers.group_lines(pairing)),
         overall=numbers.overall(pairing),
         lines=tuple(numbers.dataset_lines(pairing, [*published, *shipped()])),
@@ -97,6 +110,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
         ],
         "groups": [_line(line, labels) for line in analysis.groups],
         "datasets": [_line(line, labels) for line in analysis.lines],
+        "unlike": list(analysis.unlike),
         "extra": [_line(line, labels) for line in analysis.extra],
         "versus": [
             {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from logo.evaluation.paired import ALPHA, TESTS
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.numbers import NAMES, Cell, Line
+from logo.evaluation.report.published import CAVEAT
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -75,6 +76,7 @@ def _datasets(analysis: Analysis) -> list[str]:
     heads = ["dataset", "measure", *map(escaped, analysis.labels)]
     kinds = "Wilson's where answers are right or wrong, else bootstrap percentiles"
     caption = f"Official measures in percent, with 95\\,\\% intervals ({kinds}). {_marks(analysis)}{_sources(analysis)}"
+    caption += f" {escaped(analysis.left_out)}" if analysis.left_out else ""
     return _table(caption, "tab:logo-datasets", heads, None, rows, words=2)
 
 
@@ -93,7 +95,7 @@ def _sources(analysis: Analysis) -> str:
     """Where published numbers were read."""
     cells = [cell for line in analysis.lines for cell in line.cells if cell is not None]
     sources = dict.fromkeys(cell.published.source for cell in cells if cell.published is not None)
-    return "".join(f" Published: {escaped(source)}." for source in sources)
+    return f" {CAVEAT} From: {escaped('; '.join(sources))}." if sources else ""
 
 
 def _table(

@@ -21,7 +21,7 @@ from logo.evaluation.stored import Result
 
 NAMES: Mapping[str, str] = {
     "em": "accuracy",
-    "em_first": "accuracy",
+    "em_first": "accuracy (first gold text)",
     "bleu": "BLEU",
     "chrf": "chrF",
     "rouge-1": "ROUGE-1",
@@ -90,7 +90,10 @@ def dataset_lines(pairing: Pairing, numbers: Sequence[Published] = ()) -> list[L
         for metric in _metrics(pairing, [name]):
             cells = _cells(pairing, [name], metric)
             shown = [published(run, name, metric, numbers) for run in pairing.runs]
-            told = (cell and replace(cell, published=one) for cell, one in zip(cells, shown, strict=True))
+            told = (
+                cell and replace(cell, published=one if cell.complete else None)
+                for cell, one in zip(cells, shown, strict=True)
+            )
             lines.append(Line(group_of(name), name, metric, tuple(told)))
     return lines
 
@@ -105,8 +108,9 @@ def group_lines(pairing: Pairing) -> list[Line]:
 
 
 def overall(pairing: Pairing) -> Line:
-    """The mean over all datasets of their primary measures."""
-    return Line("", None, "primary", _cells(pairing, pairing.datasets, None))
+    """The mean of the primary measures over all datasets for which they are the same in all runs."""
+    names = [name for name in pairing.datasets if name not in pairing.unlike]
+    return Line("", None, "primary", _cells(pairing, names, None))
 
 
 def extra_lines(pairing: Pairing) -> list[Line]:
@@ -156,7 +160,7 @@ def _cells(pairing: Pairing, names: Sequence[str], metric: str | None) -> tuple[
 
 
 def _column(result: Result, metric: str | None) -> Values:
-    """None of it where the result has no such measure."""
+    """Empty where the result lacks the measure."""
     return result.measures.get(metric or result.primary, np.empty(0))
 
 

@@ -17,6 +17,7 @@ from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.markup import Html, element, escape, join
 from logo.evaluation.report.payload import blocks
 from logo.evaluation.report.pictures import differences, scores, similarity, spread, spread_words, time, weights
+from logo.evaluation.report.published import CAVEAT
 from logo.evaluation.report.scene import Scene
 from logo.evaluation.report.svg import svg
 
@@ -137,6 +138,7 @@ def _datasets(analysis: Analysis) -> tuple[str, str, Html]:
             tables.figure(scene, svg(scene)),
             tables.datasets_table(analysis, analysis.lines, "Official measures, in percent, with 95 % intervals"),
             _sources(analysis),
+            element("p", analysis.left_out, class_="key") if analysis.left_out else None,
             _details("Measures beside the official ones", extra),
         ),
     )
@@ -149,11 +151,7 @@ def _sources(analysis: Analysis) -> Html | None:
     if not sources:
         return None
     told = "; ".join(f"{source}, {url}" for source, url in sources.items())
-    note = (
-        "Published: what others report of the same base model, dataset, selection and k; only runs with the official "
-        f"preset do what the authors did. From: {told}."
-    )
-    return element("p", note, class_="key")
+    return element("p", f"{CAVEAT} From: {told}.", class_="key")
 
 
 def _versus(analysis: Analysis) -> tuple[str, str, Html] | None:

@@ -1,8 +1,8 @@
 """Numbers that others have published, to stand beside ours where the experiment is the same.
 
 `assets/published.json` holds only what was read in a source, and names that source. A number belongs to a base model, a
-dataset, a measure, a selection and a number of adapters; all of them have to be the same. It comes without the answers
-it was made from, so there is neither an interval nor a test.
+dataset, a measure, a selection and a number of adapters; all of them have to be the same, and the run has to do what
+the authors did. It comes without the answers it was made from, so there is neither an interval nor a test.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from importlib import resources
 from pathlib import Path
 
 from logo.errors import DataError, StorageError
+from logo.evaluation.metrics import KINDS, measures
 from logo.evaluation.runs import Run
+from logo.evaluation.stored import Result
+
+_CHANGES = ("limit", "rows", "adapters", "weighting")  # options with which it is another experiment
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,25 @@ class Published:
 
 def published(run: Run, dataset: str, metric: str, numbers: Iterable[Published]) -> Published | None:
     """What was published of the experiment that a run has done, or None."""
+    if not _as_the_authors(run.results.get(dataset)):
+        return None
     wanted = (run.base, dataset, metric, run.method, run.k)
     same = (one for one in numbers if (one.base_model, one.dataset, one.metric, one.method, one.k) == wanted)
     return next(same, None)
+
+
+def _as_the_authors(result: Result | None) -> bool:
+    """Whether a result is of all rows with the base model's own pool and the official preset; or it is of the authors'
+    script, which writes no options."""
+    if result is None or not result.run:
+        return result is not None
+    return result.options.get("preset") == "official" and all(result.options.get(name) is None for name in _CHANGES)
+
+
+CAVEAT = (
+    "Published: what others report of the same base model, dataset, selection and k, beside runs of all rows with the "
+    "official preset. It comes without the answers behind it, so there is no test between the two."
+)
 
 
 def shipped() -> tuple[Published, ...]:
@@ -78,11 +98,14 @@ def _numbers(text: str) -> tuple[Published, ...]:
     content = json.loads(text)
     if not isinstance(content, list):
         raise TypeError(f"{type(content).__name__}")
+    known = list(dict.fromkeys(name for kind in KINDS for name in measures(kind)))
     found = tuple(Published(**entry) for entry in content)
     for number in found:
         texts = [value for name, value in vars(number).items() if name not in ("k", "value")]
         if not all(isinstance(text, str) for text in texts) or type(number.k) is not int:
             raise TypeError(f"{number.dataset!r} with k {number.k!r}")
+        if number.metric not in known:
+            raise ValueError(f"metric {number.metric!r}, which is none of {', '.join(known)}")
         if not isinstance(number.value, (int, float)) or not 0 <= number.value <= 1:
             raise TypeError(f"value {number.value!r}")
     return found

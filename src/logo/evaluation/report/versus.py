@@ -60,6 +60,14 @@ class Pairing:
         present = dict.fromkeys(name for run in self.runs for name in run.results)
         return [name for names in grouped(present).values() for name in names]
 
+    @property
+    def unlike(self) -> list[str]:
+        """Datasets whose primary measure is not the same in all runs, so that no comparison holds for them."""
+        found = {
+            name: {run.results[name].primary for run in self.runs if name in run.results} for name in self.datasets
+        }
+        return [name for name, primary in found.items() if len(primary) > 1]
+
     def pairs(self, a: int, b: int, names: Iterable[str], metric: str | None = None) -> list[Pair]:
         """What two runs (their places) share of these datasets; `metric` is an official one, None the primary one."""
         sides = (self.runs[a].results, self.runs[b].results)
