@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -143,11 +144,11 @@ def minimise(
     Raises:
         UsageError: nevergrad is not installed.
     """
-    try:
-        import nevergrad
-    except ImportError:
-        raise UsageError("method 'lorahub' needs nevergrad: install lora-on-the-go[eval]") from None
+    if find_spec("nevergrad") is None:
+        raise UsageError("method 'lorahub' needs nevergrad: install lora-on-the-go[eval]")
     with _repeatable(seed), warnings.catch_warnings():
+        import nevergrad
+
         warnings.simplefilter("ignore")  # nevergrad's, about the optimisers it has chosen itself
         space: Any = nevergrad.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
         space.random_state.seed(seed)
@@ -160,10 +161,10 @@ def minimise(
 @contextmanager
 def _repeatable(seed: int) -> Iterator[None]:
     """Some of nevergrad's optimisers draw from numpy's global generator, or from one that cma seeds by the clock."""
+    state = numpy.random.get_state()  # before the imports: nevergrad's draws, too
     from cma import options_parameters as cma
     from nevergrad.optimization import metamodel
 
-    state = numpy.random.get_state()
     numpy.random.seed(seed)
     by_seed = patch.dict(cma.cma_default_options, seed=str(seed + 1))  # 0 means the clock
     try:
