@@ -2,7 +2,7 @@
 
 The only place that knows adapters, mixing and selection together. A prompt walks straight through:
 
-    tokenize -> probe -> signal -> selector -> Selection -> working set -> gates -> model.generate -> Generation
+    tokenize -> probe -> signal -> selector -> Selection -> store -> gates -> model.generate -> Generation
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from logo.decoder import Decoder, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, reads_prompts
 from logo.errors import UsageError
 from logo.mixing import EXACT, Merge, Mixer
-from logo.mixing.working_set import dtype_of
+from logo.mixing.store import adapter_store
 from logo.models import context_length, default_pool, load_base
 from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
 from logo.selection import Selection
@@ -45,7 +45,9 @@ class LoGo:
         pool: the adapters. May change later (`pool.add`, `pool.remove`); the engine notices before the next call.
         settings: how prompts are read, scored and selected.
         truncation: what to do with prompts that are too long.
-        adapter_cache_gb: host memory (10⁹ bytes) for the tensors of adapters that were used last.
+        adapter_memory_gb: memory (10⁹ bytes) for adapters where the model computes; None: a share of what is free
+            there, see `logo.mixing.placement`.
+        adapter_cache_gb: host memory for files of adapters that were used last, beside an accelerator.
         fold: add the mixture into a copy of the weights it acts on where all rows of a batch share it, so that
             decoding costs what the base model costs. None: when that pays and would not round it to half precision;
             see `logo.mixing.costs`.
@@ -66,6 +68,7 @@ class LoGo:
         *,
         settings: SelectionSettings | None = None,
         truncation: Truncation | None = None,
+        adapter_memory_gb: float | None = None,
         adapter_cache_gb: float = 4.0,
         fold: bool | None = None,
         merge: Merge | str = EXACT,
@@ -79,7 +82,8 @@ class LoGo:
         self.prompts = Prompts(tokenizer, context_length(model), truncation or Truncation())
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
-        self._mixer = Mixer(model, dtype_of(model), int(adapter_cache_gb * 1e9), fold)
+        self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
+        self._mixer = Mixer(model, self.store, fold)
         self._decoder = Decoder(model, self.prompts, self._mixer)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self.merge = merge
@@ -99,6 +103,7 @@ class LoGo:
         revision: str | None = None,
         token: str | bool | None = None,
         truncation: Truncation | None = None,
+        adapter_memory_gb: float | None = None,
         adapter_cache_gb: float = 4.0,
         fold: bool | None = None,
         merge: Merge | str = EXACT,
@@ -140,6 +145,7 @@ class LoGo:
             pool,
             settings=chosen,
             truncation=truncation,
+            adapter_memory_gb=adapter_memory_gb,
             adapter_cache_gb=adapter_cache_gb,
             fold=fold,
             merge=merge,
@@ -392,7 +398,7 @@ class LoGo:
             return
         with self._lock:
             self._fit_pool()
-            self._mixer.forget()
+            self._mixer.forget(self._fitted)
             if self._carried is not None:
                 self._carried = tuple(name for name in self._carried if name in self._fitted)
 

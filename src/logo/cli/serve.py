@@ -130,6 +130,6 @@ def serve(
         get_signal(other)  # raises before anything slow happens
     logo = open_engine(engine, base_model)
     memory = Memory(max_concurrent, kv_cache_gb)
-    service = Service(logo, memory, signals=others, max_queue=max_queue, adapter_cache_gb=engine.adapter_cache_gb)
+    service = Service(logo, memory, signals=others, max_queue=max_queue)
     settings = AppSettings(name, request_timeout or None, folder)
     run(service, settings, guards, taken, lambda: note(f"Serving on {address_of(taken)}"))
