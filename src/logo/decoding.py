@@ -51,7 +51,7 @@ class Truncation:
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text with the tokenizer's special tokens, but never with a second token of beginning.
+    """Token ids of a text with the tokenizer's special tokens, but never with a second beginning-of-sequence token.
 
     A text that begins with that token already (what a chat template has written, say) is taken as it is.
     """
