@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from logo.bench.local_server import LocalServer
+from logo.demo import model_dir
 from tolerances import PATIENCE
 
 
@@ -48,3 +51,13 @@ def served(*options: str, key: str = "") -> Iterator[Served]:
     """A server with these options of `logo serve`, until the block ends."""
     with LocalServer(options, {"LOGO_API_KEY": key}, start=PATIENCE, stop=PATIENCE) as server:
         yield Served(server.url, key)
+
+
+def endless(folder: Path) -> Path:
+    """The demo's base model without an end-of-sequence token: its answers are always as long as they may be."""
+    shutil.copytree(model_dir(), folder)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text("utf-8"))
+        del settings["eos_token_id"]
+        (folder / name).write_text(json.dumps(settings), "utf-8")
+    return folder
