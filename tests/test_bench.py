@@ -41,7 +41,7 @@ def test_every_arm_is_timed_against_the_prefill(tmp_path: Path) -> None:
         assert arm.ratio == pytest.approx(arm.seconds / result.arms["prefill"].seconds)
         assert (arm.index_bytes > 0) == (name != "prefill")
     assert result.arms["norm"].points == 1
-    assert result.arms["calibrated"].points == len(engines["calibrated"].router.points)
+    assert result.arms["calibrated"].points == len(engines["calibrated"].scorer.points)
 
 
 def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

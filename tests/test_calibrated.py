@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -19,10 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
+from logo.adapters.format import Adapter
 from logo.errors import ModelError
-from logo.selection import calibrator, listening
-from logo.selection.neutral import NEUTRAL
-from logo.selection.requests import REQUESTS
+from logo.selection import calibration
+from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
 from make_adapters import everyones_folder, index_of, lock
 from test_engine import write_adapter
@@ -48,7 +49,9 @@ def llama() -> nn.Module:
 
 def engine(model: nn.Module, folder: Path, **settings: Any) -> LoGo:
     chosen = SelectionSettings.of(**{"signal": "calibrated", "k": 1, "probe_depth": 1.0, **settings})
-    return LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=chosen)
+    logo = LoGo(model, tokenizer(), AdapterPool.from_directory(folder), settings=chosen)
+    logo.calibrate()
+    return logo
 
 
 def pool(model: nn.Module, folder: Path, count: int = 4, names: tuple[str, ...] = ("q_proj", "v_proj")) -> Path:
@@ -190,12 +193,13 @@ def test_every_architecture_is_calibrated(tmp_path: Path) -> None:
 def test_only_new_adapters_are_listened_to(llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Across engines through the disk, and when the pool of a running engine grows."""
     measured: list[list[str]] = []
+    original = calibration.listen
 
     def listen(model: Any, wanted: Any, *rest: Any) -> Any:
         measured.append(sorted({adapter.name for adapters in wanted.values() for adapter in adapters}))
-        return listening.listen(model, wanted, *rest)
+        return original(model, wanted, *rest)
 
-    monkeypatch.setattr(calibrator, "listen", listen)
+    monkeypatch.setattr(calibration, "listen", listen)
     settings = {"cache": str(tmp_path / "cache")}
     first = engine(llama, pool(llama, tmp_path / "pool"), **settings)
     assert measured[0] == ["t0", "t1", "t2", "t3"]
@@ -254,6 +258,35 @@ def test_an_adapter_joins_without_one_eigen_decomposition(
     assert grown.scores == pytest.approx(fresh.scores, rel=1e-4, abs=1e-5)
 
 
+def test_nothing_runs_and_no_weight_is_read_until_it_is_needed(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making an engine checks the pool; `calibrate` runs the model, and the first call would."""
+    happened: list[str] = []
+    for owner, name in ((type(llama), "forward"), (Adapter, "read")):
+        whole = getattr(owner, name)
+
+        def noted(*args: Any, name: str = name, whole: Any = whole, **kwargs: Any) -> Any:
+            happened.append(name)
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, functools.wraps(whole)(noted))
+    made = AdapterPool.from_directory(pool(llama, tmp_path), verify=False, cache="")
+    settings = SelectionSettings("calibrated", k=1, cache="")
+    logo = LoGo(llama, tokenizer(), made, settings=settings)
+    assert logo.k == 1 and happened == []
+    logo.generate(PROMPTS[0], adapters={}, max_new_tokens=1)
+    assert set(happened) == {"forward"}
+    happened.clear()
+    assert logo.calibrate() is logo.scorer.calibration is not None
+    assert set(happened) == {"forward", "read"}
+    happened.clear()
+    logo.calibrate()
+    assert happened == []
+    other = LoGo(llama, tokenizer(), made, settings=settings)
+    assert other.select(PROMPTS[0]) == logo.select(PROMPTS[0])
+
+
 def test_changed_weights_are_listened_to_again(llama: nn.Module, tmp_path: Path) -> None:
     settings = {"cache": str(tmp_path / "cache")}
     engine(llama, pool(llama, tmp_path / "pool"), **settings)
@@ -261,7 +294,7 @@ def test_changed_weights_are_listened_to_again(llama: nn.Module, tmp_path: Path)
     shutil.rmtree(tmp_path / "pool" / "t0")
     shutil.copytree(tmp_path / "other", tmp_path / "pool" / "t0")
     logo = engine(llama, tmp_path / "pool", **settings)
-    assert logo.router.calibrated is not None and logo.router.calibrated.listened == 1
+    assert logo.scorer.calibration is not None and logo.scorer.calibration.listened == 1
     kept, uncached = (e.select(PROMPTS[0]).scores for e in (logo, engine(llama, tmp_path / "pool", cache="")))
     assert list(kept.values()) == same_scores(list(uncached.values()))
 
@@ -290,7 +323,9 @@ def cached(model: nn.Module, root: Path) -> LoGo:
     """An engine that keeps everything in `root`."""
     made = AdapterPool.from_directory(root / "pool", cache=root / "cache")
     settings = SelectionSettings(signal="calibrated", k=3, cache=str(root / "cache"))
-    return LoGo(model, tokenizer(), made, settings=settings)
+    logo = LoGo(model, tokenizer(), made, settings=settings)
+    logo.calibrate()
+    return logo
 
 
 def test_a_cache_that_may_only_be_read_is_read_and_nothing_is_said(llama: nn.Module) -> None:
@@ -305,7 +340,7 @@ def test_a_cache_that_may_only_be_read_is_read_and_nothing_is_said(llama: nn.Mod
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             again = cached(llama, root)
-            assert again.router.calibrated is not None and again.router.calibrated.listened == 0
+            assert again.scorer.calibration is not None and again.scorer.calibration.listened == 0
             assert again.select(PROMPTS[0]) == first.select(PROMPTS[0])
 
 
@@ -326,28 +361,28 @@ def test_a_cache_that_may_not_be_read_is_not_called_damaged(llama: nn.Module) ->
 def test_the_choice_is_written_down_and_can_be_overridden(llama: nn.Module, tmp_path: Path) -> None:
     pool(llama, tmp_path / "pool", names=ALL)
     logo = engine(llama, tmp_path / "pool", cache=str(tmp_path / "cache"), probe_points=3)
-    assert logo.router.calibrated is not None and logo.router.calibrated.file is not None
-    written = json.loads(logo.router.calibrated.file.read_text())
-    assert written["points"] == [point.name for point in logo.router.points]
-    assert 1 <= len(logo.router.points) <= 3
+    assert logo.scorer.calibration is not None and logo.scorer.calibration.file is not None
+    written = json.loads(logo.scorer.calibration.file.read_text())
+    assert written["points"] == [point.name for point in logo.scorer.points]
+    assert 1 <= len(logo.scorer.points) <= 3
     assert len(written["ranking"]) == 7 * 3
     values = [entry["contrast"] for entry in written["ranking"]]
     assert values == sorted(values, reverse=True)
     assert written["points"][0] == written["ranking"][0]["point"]
     given = engine(llama, tmp_path / "pool", probe_points=["2.mlp.down_proj", "model.layers.0.self_attn.k_proj"])
-    assert [point.name for point in given.router.points] == ["2.mlp.down_proj", "0.self_attn.k_proj"]
+    assert [point.name for point in given.scorer.points] == ["2.mlp.down_proj", "0.self_attn.k_proj"]
 
 
 def test_the_probe_stays_within_its_depth(llama: nn.Module, tmp_path: Path) -> None:
     pool(llama, tmp_path)
-    assert {point.layer for point in engine(llama, tmp_path, probe_depth=0.34, probe_points=9).router.points} == {0}
-    assert max(point.layer for point in engine(llama, tmp_path, probe_depth=0.67, probe_points=9).router.points) <= 1
+    assert {point.layer for point in engine(llama, tmp_path, probe_depth=0.34, probe_points=9).scorer.points} == {0}
+    assert max(point.layer for point in engine(llama, tmp_path, probe_depth=0.67, probe_points=9).scorer.points) <= 1
 
 
 def test_own_prompts_may_rank_the_points(llama: nn.Module, tmp_path: Path) -> None:
     own = [f"{i} x {i + 3} y {i + 9}" for i in range(3, 40)]
-    ours = engine(llama, pool(llama, tmp_path, names=ALL)).router.calibrated
-    theirs = engine(llama, tmp_path, calibration_prompts=own).router.calibrated
+    ours = engine(llama, pool(llama, tmp_path, names=ALL)).scorer.calibration
+    theirs = engine(llama, tmp_path, calibration_prompts=own).scorer.calibration
     assert ours is not None and theirs is not None
     assert ours.ranking != theirs.ranking
 

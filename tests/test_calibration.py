@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logo.selection.calibration import Baseline, agreement, choose, contrast, prompt_means
+from logo.selection.baseline import Baseline, agreement, choose, contrast, prompt_means
 from tolerances import same_tensor
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(2, 12))

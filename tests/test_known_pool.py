@@ -17,7 +17,7 @@ from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters import format as adapter_format
 from logo.adapters import pool as pool_module
 from logo.adapters.format import Adapter
-from logo.selection import index, indexed
+from logo.selection import index, index_file, scorer
 from test_engine import PROMPTS, tokenizer, write_adapter
 from tolerances import same_scores
 
@@ -163,24 +163,24 @@ def test_a_known_index_is_read_and_not_made(
         raise AssertionError("made again")
 
     monkeypatch.setattr(index.ScoringIndex, "read", never)
-    monkeypatch.setattr(indexed, "calibrate", never)
+    monkeypatch.setattr(scorer, "calibrate", never)
     again = engine()
     for prompt, selection in zip(PROMPTS, expected, strict=True):
         found = again.select(prompt)
         assert found.adapters == selection.adapters
         assert list(found.scores.values()) == same_scores(list(selection.scores.values()))
-    assert again.router.points == first.router.points
+    assert again.scorer.points == first.scorer.points
     if signal == "calibrated":
-        assert first.router.calibrated is not None and again.router.calibrated is not None
-        assert again.router.calibrated.ranking == first.router.calibrated.ranking
-        assert again.router.calibrated.file == first.router.calibrated.file
+        assert first.scorer.calibration is not None and again.scorer.calibration is not None
+        assert again.scorer.calibration.ranking == first.scorer.calibration.ranking
+        assert again.scorer.calibration.file == first.scorer.calibration.file
 
 
 def test_another_base_model_has_another_index(made: Path, cache: str, llama: nn.Module) -> None:
     import tiny
 
     settings = SelectionSettings(signal="calibrated", k=2, cache=cache)
-    LoGo(llama, tokenizer(), AdapterPool.from_directory(made, cache=cache), settings=settings)
+    LoGo(llama, tokenizer(), AdapterPool.from_directory(made, cache=cache), settings=settings).calibrate()
     other = tiny.model("llama", seed=5)
     kept = LoGo(other, tokenizer(), AdapterPool.from_directory(made, cache=cache), settings=settings)
     fresh = SelectionSettings(signal="calibrated", k=2, cache="")
@@ -211,9 +211,9 @@ def test_only_the_new_adapter_is_read_when_a_pool_grows(
 
 
 def test_old_indices_are_removed(made: Path, cache: str, llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexed, "_MOST_FILES", 3)
+    monkeypatch.setattr(index_file, "_MOST_FILES", 3)
     for i in range(5):
         settings = SelectionSettings(k=2, cache=cache, probe_layer=i % 3, probe_module=("q_proj", "v_proj")[i // 3])
-        LoGo(llama, tokenizer(), AdapterPool.from_directory(made, cache=cache), settings=settings)
+        LoGo(llama, tokenizer(), AdapterPool.from_directory(made, cache=cache), settings=settings).calibrate()
     assert len(list((Path(cache) / "index").iterdir())) == 3
     assert not any(name.startswith(".") for name in os.listdir(Path(cache) / "index"))

@@ -315,7 +315,7 @@ def test_an_index_from_disk_gives_the_bits_of_a_new_one(tmp_path: Path) -> None:
             )
             for _ in range(2)
         )
-        for index in (*new.router.indices, *kept.router.indices):
+        for index in (*new.scorer.indices, *kept.scorer.indices):
             assert index.stacked.data_ptr() % 64 == 0
         prompts = ["What is 7 plus 5?", "Tell me the antonym of cruel."]
         assert kept.select(prompts) == new.select(prompts)

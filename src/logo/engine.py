@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
+
+import torch
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
@@ -23,9 +26,9 @@ from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.working_set import dtype_of
 from logo.models import context_length, default_pool, load_base
 from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
-from logo.selection import Selection
-from logo.selection.forced import Forced, forced
-from logo.selection.router import Router
+from logo.selection.calibration import Calibration
+from logo.selection.scorer import Scorer, Scorers
+from logo.selection.selector import Forced, Selection, forced
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
@@ -129,7 +132,7 @@ class LoGo:
             revision=revision,
             token=token,
         )
-        return cls(
+        logo = cls(
             model,
             tokenizer,
             pool,
@@ -140,6 +143,8 @@ class LoGo:
             merge=merge,
             on_bad_adapter=on_bad_adapter,
         )
+        logo.calibrate()
+        return logo
 
     @property
     def fitted(self) -> AdapterPool:
@@ -155,13 +160,26 @@ class LoGo:
     @property
     def k(self) -> int:
         """Adapters per prompt: as asked for, else as many as suit the pool as it is now."""
-        return self.router.selector.k if self.settings.k is None else self.settings.k
+        self._sync()
+        return self._scorers.k if self.settings.k is None else self.settings.k
 
     @property
-    def router(self) -> Router:
-        """How prompts are read and adapters scored, for the pool as it is now."""
-        self._sync()
-        return self._router
+    def scorer(self) -> Scorer:
+        """How prompts are read and adapters scored, for the pool as it is now; calibrated, if it was not yet."""
+        with self._lock:
+            self._sync()
+            return self._scorers.get(self.settings)
+
+    def calibrate(self) -> Calibration | None:
+        """Makes ready to select: calibrates adapters that are not known yet, and indexes all. The first call does too.
+
+        Returns:
+            Where prompts are read, and how that was chosen; None for signals without calibration.
+
+        Raises:
+            AdapterError: an adapter that cannot be read.
+        """
+        return self.scorer.calibration
 
     @property
     def folding(self) -> dict[str, Any]:
@@ -234,14 +252,21 @@ class LoGo:
     def _probe(self, rows: Sequence[Sequence[int]], active: tuple[str, ...]) -> list[Selection]:
         ids, mask = self.prompts.pad(rows, "right", input_device(self.model))
         with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)], merge=EXACT):
-            return self._router(ids, mask)
+            return self._scorers.select(ids, mask, self.settings)
+
+    def reselect(
+        self, scores: Mapping[str, float], *, k: int | None = None, candidates: Collection[str] | None = None
+    ) -> Selection:
+        """The selection that scores from before give where another number may answer, or only some adapters may."""
+        settings = self.settings if k is None else replace(self.settings, k=k)
+        self._sync()
+        return self._scorers.choose(torch.tensor(list(scores.values())), list(scores), settings, candidates)
 
     def restart(self) -> None:
         """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""
         with self._lock:
             self._carried = None
-            if self.settings.baseline == "running":
-                self._fit_pool()
+            self._scorers.restart()
 
     # -- generating ---------------------------------------------------------------------------------------------
 
@@ -381,10 +406,12 @@ class LoGo:
     def _fit_pool(self) -> None:
         version = self.pool.version
         fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
-        before = getattr(self, "_router", None)
-        router = Router(self.model, fitted, self.settings, self.prompts.texts, self.tokenizer.bos_token_id, before)
+        before, bos = getattr(self, "_scorers", None), self.tokenizer.bos_token_id
+        scorers = Scorers(self.model, fitted, self.settings, self.prompts.texts, bos, before)
+        if before is not None:
+            scorers.get(self.settings)
         # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
-        self._fitted, self._router, self._seen = fitted, router, version
+        self._fitted, self._scorers, self._seen = fitted, scorers, version
 
     def _sync(self) -> None:
         """Takes note of adapters that were added to or removed from the pool."""

@@ -70,7 +70,9 @@ def large_pool(count: int, rounds: int, say: Callable[[str], None], seed: int = 
 
         def opened() -> LoGo:
             pool = AdapterPool.from_directory(folder, cache=cache, verify=False)
-            return LoGo(model, tokenizer, pool, settings=settings, adapter_cache_gb=_LRU_GB)
+            logo = LoGo(model, tokenizer, pool, settings=settings, adapter_cache_gb=_LRU_GB)
+            logo.calibrate()
+            return logo
 
         say(f"opening {count} adapters")
         cold = timed(opened)
@@ -83,12 +85,12 @@ def large_pool(count: int, rounds: int, say: Callable[[str], None], seed: int = 
             logo.generate(prompt, max_new_tokens=2)
         held = resident() - before
         scoring, product, same = _scoring(logo, rounds, seed)
-        index = logo.router.index_bytes
+        index = logo.scorer.index_bytes
         return LargePool(count, cold, known, index, int(_LRU_GB * 1e9), held, scoring, product, same)
 
 
 def _scoring(logo: LoGo, rounds: int, seed: int) -> tuple[float, float, bool]:
-    [index] = logo.router.indices
+    [index] = logo.scorer.indices
     hidden = torch.randn(1, SMALL.hidden, generator=torch.Generator().manual_seed(seed))
     found = side_by_side(
         {"scoring": lambda: index.norms(hidden), "product": lambda: torch.mv(index.stacked, hidden[0])},

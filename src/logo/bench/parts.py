@@ -19,8 +19,8 @@ from logo.bench.rounds import Timed, resident, side_by_side, timed
 from logo.bench.synthetic import Sizes, prompts, random_mixtures, related_mixtures
 from logo.decoding import greedy_config
 from logo.engine import LoGo
-from logo.selection.neutral import NEUTRAL
 from logo.selection.settings import SelectionSettings
+from logo.selection.texts import NEUTRAL
 
 # Decoding is the difference between generations of few tokens and of so many more: not of one token, whose mixtures are
 # grouped and folded in other ways than those of long answers.
@@ -79,7 +79,9 @@ class Bench:
 
         def opened(cache: str) -> LoGo:
             settings = SelectionSettings(signal="norm", k=self.k, cache=cache)
-            return LoGo(model, tokenizer, AdapterPool.from_directory(self.folder, cache=cache), settings=settings)
+            logo = LoGo(model, tokenizer, AdapterPool.from_directory(self.folder, cache=cache), settings=settings)
+            logo.calibrate()
+            return logo
 
         with tempfile.TemporaryDirectory() as cache:
             opened(cache)

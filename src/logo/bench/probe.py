@@ -78,8 +78,8 @@ def probe_bench(
             arm.seconds,
             arm.seconds / timed[PREFILL].seconds,
             arm.peak_bytes,
-            len(engines[name].router.points) if name in engines else 0,
-            engines[name].router.index_bytes if name in engines else 0,
+            len(engines[name].scorer.points) if name in engines else 0,
+            engines[name].scorer.index_bytes if name in engines else 0,
         )
         for name, arm in timed.items()
     }

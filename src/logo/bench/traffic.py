@@ -48,8 +48,7 @@ def _prompt(line: str, place: str) -> str:
 
 def mixed_prompts(seed: int) -> list[str]:
     """Requests of many kinds for any model; to most something is told first, from one sentence to a dozen."""
-    from logo.selection.neutral import NEUTRAL
-    from logo.selection.requests import REQUESTS
+    from logo.selection.texts import NEUTRAL, REQUESTS
 
     chance = random.Random(seed)
     before = [chance.sample(NEUTRAL, chance.choice((0, 1, 2, 4, 12))) for _ in REQUESTS]

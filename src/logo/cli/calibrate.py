@@ -16,7 +16,7 @@ from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
-    from logo.selection.calibrator import Calibrated
+    from logo.selection.calibration import Calibration
 
 
 @expanded
@@ -34,43 +34,43 @@ def calibrate(
     engine, base_model = or_demo(engine)
     with err.status("Loading and calibrating ..."):
         logo = open_engine(engine, base_model)
-    calibrated = logo.router.calibrated
-    if calibrated is None:
+    calibration = logo.calibrate()
+    if calibration is None:
         raise UsageError(f"the signal {logo.settings.signal!r} needs no calibration; `calibrated` and `norm_z` do")
     if json:
-        print_json(_report(logo, calibrated))
+        print_json(_report(logo, calibration))
         return
-    if calibrated.ranking:
-        out.print(_table(calibrated))
-    known = len(logo.names) - calibrated.listened
+    if calibration.ranking:
+        out.print(_table(calibration))
+    known = len(logo.names) - calibration.listened
     note(
-        f"{len(logo.names)} adapters at {len(calibrated.points)} points in {calibrated.seconds:.1f} s "
-        f"({calibrated.listened} listened to, {known} known already)"
+        f"{len(logo.names)} adapters at {len(calibration.points)} points in {calibration.seconds:.1f} s "
+        f"({calibration.listened} listened to, {known} known already)"
     )
-    if calibrated.file is not None:
-        note(f"written to {calibrated.file}; read other points with --probe-points")
+    if calibration.file is not None:
+        note(f"written to {calibration.file}; read other points with --probe-points")
 
 
-def _table(calibrated: Calibrated) -> Table:
+def _table(calibration: Calibration) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("point")
     table.add_column("contrast", justify="right")
     table.add_column("")
     table.add_column("read")
-    most = max((value for _, value in calibrated.ranking), default=0.0) or 1.0
-    for point, value in calibrated.ranking:
-        read = "✓" if point in calibrated.points else ""
+    most = max((value for _, value in calibration.ranking), default=0.0) or 1.0
+    for point, value in calibration.ranking:
+        read = "✓" if point in calibration.points else ""
         table.add_row(Text(point.name), f"{value:.2f}", Text(bar(value / most), style="cyan"), read)
     return table
 
 
-def _report(logo: LoGo, calibrated: Calibrated) -> dict[str, Any]:
+def _report(logo: LoGo, calibration: Calibration) -> dict[str, Any]:
     return {
         "signal": logo.settings.signal,
         "adapters": list(logo.names),
-        "points": [point.name for point in calibrated.points],
-        "ranking": [{"point": point.name, "contrast": value} for point, value in calibrated.ranking],
-        "listened": calibrated.listened,
-        "seconds": calibrated.seconds,
-        "file": None if calibrated.file is None else str(calibrated.file),
+        "points": [point.name for point in calibration.points],
+        "ranking": [{"point": point.name, "contrast": value} for point, value in calibration.ranking],
+        "listened": calibration.listened,
+        "seconds": calibration.seconds,
+        "file": None if calibration.file is None else str(calibration.file),
     }

@@ -83,7 +83,7 @@ class Opened:
         # The preset's k: nobody asked for more than the pool has, so nobody is warned.
         if options.n_selected_modules is None and settings.k is not None:
             settings = replace(settings, k=min(settings.k, len(self.pool)))
-        return LoGo(
+        logo = LoGo(
             self.model,
             self.tokenizer,
             self.pool,
@@ -93,6 +93,8 @@ class Opened:
             fold=options.fold,
             on_bad_adapter=options.on_bad_adapter.value,
         )
+        logo.calibrate()
+        return logo
 
 
 def open_base(options: EngineOptions, base_model: str, preset: Preset | None = None) -> Opened:

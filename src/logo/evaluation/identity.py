@@ -55,7 +55,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         "dtype": str(logo.model.dtype).removeprefix("torch."),
         "fold": logo.folding["asked"],
         "merge": asdict(logo.merge),
-        "settings": {**settings, "k": logo.k, "points": [point.name for point in logo.router.points]},
+        "settings": {**settings, "k": logo.k, "points": [point.name for point in logo.scorer.points]},
         "truncation": asdict(logo.prompts.truncation),
         "generation": options,
     }

@@ -205,8 +205,8 @@ def _without(
     """What is mixed when the row's own adapter is not in the pool; None if nothing is left to choose from."""
     if any(set(selection.scores) <= {own} for selection in picked.values()):
         return None
-    signals = {name: logo.router.reselect(picked[name].scores, [own]).mixture for name, logo in engines.items()}
     names = [name for name in next(iter(engines.values())).names if name != own]
+    signals = {name: logo.reselect(picked[name].scores, candidates=names).mixture for name, logo in engines.items()}
     return {"signals": signals, "mixtures": _fixed_mixtures(names, None)}
 
 
@@ -216,7 +216,7 @@ def _without(
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     model = next(iter(engines.values())).model
     signals = {
-        name: {**asdict(logo.settings), "k": logo.k, "points": [point.module for point in logo.router.points]}
+        name: {**asdict(logo.settings), "k": logo.k, "points": [point.module for point in logo.scorer.points]}
         for name, logo in engines.items()
     }
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}

@@ -1,150 +1,212 @@
-"""Calibration: every adapter's own responses to neutral text, and where a pool is best told apart.
+"""Calibration: the base model runs on neutral texts and requests once, and notes what every adapter responds to them.
 
-For adapter i, point p and text x with tokens t:
+    candidates -> listen (what the cache does not know yet) -> choose points -> Calibration -> whitenings
 
-    a_ip(x) = log mean_t ‖ΔW_ip W_p (h_pt(x) - μ_p)‖        W, μ: see `logo.selection.whitening`
-    z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
-    score_i(x) = trust_i · mean over points of z_ip(x)
-
-Raw norms say how large an adapter is; z says how much more than usual it responds; trust says how much that means, for
-an adapter that every kind of request excites. What is kept per adapter are the `a_ip` of the neutral texts and of some
-unlabelled requests: everything else follows from them, for any pool.
+One forward pass of the base model per group of layers serves every adapter. What is kept are responses, so that a
+calibration of any other pool of known adapters costs no pass at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Spreads below this share of the usual one are taken for accidents: nobody wins by having been lucky on neutral text.
-_LEAST_SPREAD = 0.25
-# No single point may decide alone, however far out a response is.
-_LARGEST_Z = 20.0
+from logo.adapters.format import Adapter
+from logo.adapters.layout import linear_shape
+from logo.selection.baseline import choose, contrast, finished, prompt_means
+from logo.selection.cache import CalibrationCache
+from logo.selection.index import ScoringIndex
+from logo.selection.points import Point
+from logo.selection.probe import Probe
+from logo.selection.settings import SelectionSettings
+from logo.selection.signals import Signal
+from logo.selection.texts import Texts
+from logo.selection.whitening import Whitening
 
-
-def prompt_means(values: Tensor, owners: Tensor, rows: int) -> Tensor:
-    """Means over the vectors of each prompt: `values` (vectors, n), `owners` (vectors,) -> (rows, n)."""
-    owners = owners.to(values.device)
-    sums = torch.zeros(rows, values.shape[1], device=values.device).index_add_(0, owners, values)
-    return sums / torch.bincount(owners, minlength=rows).clamp_min(1)[:, None]
+# The agreement with the most points that may be read at which fewer are enough.
+ENOUGH = 0.97
+# Hidden vectors that are held at once: what does not fit is read in further passes, each up to its own last layer.
+_HELD_BYTES = 2**30
+_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """What each adapter's responses are compared with, per point.
+class Calibration:
+    """What the adapters of a pool respond to neutral texts and requests, at the points that are read.
 
     Attributes:
-        mean: (adapters, points).
-        spread: (adapters, points), positive.
-        heard: (adapters, points), bool: the adapter touches the point and responds there at all.
-        trust: (adapters,): below 1 for adapters whose mean z swings more than others' from text to text, see `scores`.
+        points: where prompts are read, best first.
+        ranking: every candidate with its contrast, best first; empty where the points were given.
+        neutral: `a` (adapters, points, neutral texts); NaN where an adapter does not touch a point.
+        requests: the same of the requests; none of them where the signal listens to neutral texts only.
+        file: where the choice was written down.
+        listened: how many adapters were not known yet.
+        seconds: how long the calibration took.
     """
 
-    mean: Tensor
-    spread: Tensor
-    heard: Tensor
-    trust: Tensor
-
-    @classmethod
-    def of(cls, neutral: Tensor, requests: Tensor | None = None) -> Baseline:
-        """The baseline that these texts give: `a` (adapters, points, texts); -inf or NaN where there is no response.
-
-        Args:
-            neutral: gives mean and spread.
-            requests: other texts on which swings are measured too.
-        """
-        every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
-        heard = every.isfinite().all(dim=2)
-        known = torch.where(heard[:, :, None], neutral, torch.zeros(()))
-        spread = known.std(dim=2)
-        usual = torch.where(heard, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
-        spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
-        baseline = cls(known.mean(dim=2), spread, heard, torch.ones(len(known)))
-        return replace(baseline, trust=_trust(baseline._mean_z(every), heard))
-
-    def z(self, responses: Tensor) -> Tensor:
-        """`z` of `a` (adapters, points, rows); 0 where the adapter is not heard."""
-        z = ((responses - self.mean[:, :, None]) / self.spread[:, :, None]).clamp(-_LARGEST_Z, _LARGEST_Z)
-        return torch.where(self.heard[:, :, None], z, torch.zeros(()))
-
-    def scores(self, responses: Tensor) -> Tensor:
-        """(rows, adapters) of `a` (adapters, points, rows): the mean of z over the points where an adapter is heard.
-
-        Some adapters respond to everything that is not neutral text, and a mean over fewer points swings more. An
-        adapter whose mean swings more than others' over all texts that it was heard on is scaled down by that, so that
-        it must stand out as clearly as they. One that is heard nowhere scores as the least of the others.
-        """
-        scores = (self._mean_z(responses) * self.trust[:, None]).T  # (rows, adapters)
-        silent = ~self.heard.any(dim=1)
-        if silent.any() and not silent.all():
-            scores[:, silent] = scores[:, ~silent].min(dim=1, keepdim=True).values
-        return scores
-
-    def _mean_z(self, responses: Tensor) -> Tensor:
-        """(adapters, rows)."""
-        return self.z(responses).sum(dim=1) / self.heard.sum(dim=1).clamp_min(1)[:, None]
+    points: tuple[Point, ...]
+    ranking: tuple[tuple[Point, float], ...]
+    neutral: Tensor
+    requests: Tensor
+    file: Path | None
+    listened: int
+    seconds: float
 
 
-def _trust(mean_z: Tensor, heard: Tensor) -> Tensor:
-    """(adapters,): of `mean_z` (adapters, texts), how steady it is beside the usual adapter heard at all points."""
-    swing = mean_z.std(dim=1)
-    points = heard.sum(dim=1)
-    usual = swing[points == points.max()].median().clamp_min(_LEAST_SPREAD)
-    return (usual / swing.clamp_min(1e-6)).clamp(max=1.0)
-
-
-def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
-    """How differently the adapters of a pool respond to different requests, per point; no labels are needed.
-
-    The standard deviation of z over requests and adapters, after what an adapter does on every request and what a
-    request does to every adapter are taken out: 1 means requests tell adapters apart no better than neutral texts do.
+def calibrate(
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    candidates: Sequence[Point],
+    most: int,
+    settings: SelectionSettings,
+    cache: CalibrationCache,
+) -> Calibration:
+    """The calibration of these adapters, from the cache or by listening, and the points to read.
 
     Args:
-        neutral, requests: `a` (adapters, points, texts).
+        model: the base model, with no adapter active.
+        adapters: those that are scored, in pool order.
+        candidates: where the model may be read.
+        most: of the candidates, choose so many at most; 0: all of them are read.
+        settings: for the signal.
+        cache: the texts, what is known already, and where what is new is put.
+    """
+    started, texts = time.perf_counter(), cache.texts
+    known = {adapter.name: cache.responses(adapter) for adapter in adapters}
+    missing = {
+        point: [a for a in adapters if point.module in a.modules and point.module not in known[a.name]]
+        for point in candidates
+    }
+    heard = listen(model, {point: absent for point, absent in missing.items() if absent}, settings, cache)
+    for adapter in adapters:
+        if adapter.name in heard:
+            known[adapter.name] |= heard[adapter.name]
+            cache.keep_responses(adapter, known[adapter.name])
+    nothing = torch.full((len(texts.rows),), torch.nan)
+    responses = torch.stack(
+        [torch.stack([known[a.name].get(p.module, nothing) for p in candidates]) for a in adapters]
+    )  # (adapters, candidates, texts)
+    neutral, requests = responses[:, :, : len(texts.neutral)], responses[:, :, len(texts.neutral) :]
+    if not most:
+        return Calibration(tuple(candidates), (), neutral, requests, None, len(heard), time.perf_counter() - started)
+    chosen = choose(neutral, requests, most, ENOUGH)
+    points = tuple(candidates[i] for i in chosen)
+    values = contrast(neutral, requests).tolist()
+    ranking = tuple(sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1]))
+    written_down = {
+        "signal": settings.signal,
+        "probe_depth": settings.probe_depth,
+        "most_points": most,
+        "adapters": [adapter.name for adapter in adapters],
+        "points": [point.name for point in points],
+        "ranking": [{"point": point.name, "contrast": round(value, 4)} for point, value in ranking],
+    }
+    file = cache.keep_choice(adapters, written_down)
+    seconds = time.perf_counter() - started
+    return Calibration(points, ranking, neutral[:, chosen], requests[:, chosen], file, len(heard), seconds)
+
+
+def whitenings(
+    model: nn.Module, points: Sequence[Point], settings: SelectionSettings, cache: CalibrationCache
+) -> dict[str, Whitening]:
+    """Module path -> the whitening of its input, from the cache or by listening; empty where the signal uses none."""
+    if settings.reading.scale != "whitened":
+        return {}
+    found = {point.module: cache.whitening(point.module) for point in points}
+    listen(model, {point: [] for point in points if found[point.module] is None}, settings, cache)
+    found = {module: known or cache.whitening(module) for module, known in found.items()}
+    return {module: whitening for module, whitening in found.items() if whitening is not None}
+
+
+def listen(
+    model: nn.Module,
+    wanted: Mapping[Point, Sequence[Adapter]],
+    settings: SelectionSettings,
+    cache: CalibrationCache,
+) -> dict[str, dict[str, Tensor]]:
+    """Runs the cache's texts through the base model and scores these adapters at these points.
+
+    Args:
+        model: the base model, with no adapter active.
+        wanted: point -> adapters to score there (none: only the whitening is wanted).
+        settings: for the signal.
+        cache: has the texts, and the whitenings that are known; those that the signal needs besides are put there.
 
     Returns:
-        (points,), 0 at points where fewer than two adapters are heard.
+        adapter name -> module path -> `a` (texts,), neutral ones first.
     """
-    baseline = Baseline.of(neutral)
-    z = baseline.z(requests)
-    result = torch.zeros(z.shape[1])
-    for point in range(z.shape[1]):
-        part = z[baseline.heard[:, point], point]  # (adapters heard, texts)
-        if len(part) > 1:
-            part = part - part.mean(dim=1, keepdim=True)
-            result[point] = (part - part.mean(dim=0)).std()
-    return result
+    signal, texts = settings.reading, cache.texts
+    heard: dict[str, dict[str, Tensor]] = {}
+    for points in _groups(model, list(wanted), sum(map(len, texts.rows))):
+        latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same vectors
+        for point, (hidden, owners) in zip(points, _read(model, points, texts, signal), strict=True):
+            whitening = None
+            if signal.scale == "whitened":
+                whitening = cache.whitening(point.module)
+                if whitening is None:
+                    if latest is None or latest[0] is not hidden:
+                        neutral = hidden[owners.to(hidden.device) < len(texts.neutral)]
+                        latest = hidden, Whitening.of(neutral).to(torch.device("cpu"))
+                    whitening = latest[1]
+                    cache.keep_whitening(point.module, whitening)
+                latest = hidden, whitening
+            if not wanted[point]:
+                continue
+            index = ScoringIndex.read(wanted[point], point, hidden.device, whitening)
+            means = prompt_means(signal(index, hidden), owners, len(texts.rows))  # (texts, adapters)
+            responses = finished(means, signal.scale).cpu()
+            for adapter, response in zip(wanted[point], responses.T, strict=True):
+                heard.setdefault(adapter.name, {})[point.module] = response.clone()
+    return heard
 
 
-def agreement(neutral: Tensor, requests: Tensor, order: Sequence[int]) -> Tensor:
-    """How well the first n points of `order` agree with all of them, for n = 1, 2, ...: a correlation over requests.
+def _groups(model: nn.Module, points: Sequence[Point], tokens: int) -> Iterator[list[Point]]:
+    """Points by layer, in groups of whole layers whose hidden vectors fit in memory together."""
+    group: list[Point] = []
+    size = 0
+    for _, layer in groupby(sorted(points, key=lambda point: point.layer), key=lambda point: point.layer):
+        part = list(layer)
+        shapes = [linear_shape(model.get_submodule(point.module)) for point in part]
+        bytes_needed = sum(4 * tokens * shape.in_features for shape in shapes if shape is not None)
+        if group and size + bytes_needed > _HELD_BYTES:
+            yield group
+            group, size = [], 0
+        group += part
+        size += bytes_needed
+    if group:
+        yield group
 
-    Args:
-        neutral, requests: `a` (adapters, points, texts).
-        order: points, best first.
-    """
-    z = Baseline.of(neutral).z(requests)[:, list(order)]  # (adapters, points, texts)
-    running = z.cumsum(dim=1).transpose(0, 1).flatten(1)  # (points, adapters * texts)
-    return torch.corrcoef(running)[-1] if len(order) > 1 else torch.ones(1)
+
+def _read(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden vectors of all texts at each point and the text each belongs to; shared vectors are one tensor."""
+    probe = Probe(model, points, signal.input, signal.token, texts.bos)
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    rows = texts.rows
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    parts: list[list[Tensor]] = []
+    owners = []
+    for start in range(0, len(order), _BATCH):
+        batch = order[start : start + _BATCH]
+        ids, mask = _pad([rows[i] for i in batch], device)
+        parts.append(probe(ids, mask))
+        owners.append(torch.tensor(batch)[probe.owners(ids, mask)])
+    owner = torch.cat(owners)
+    joined: dict[int, Tensor] = {}
+    for i, first in enumerate(parts[0]):
+        if id(first) not in joined:
+            joined[id(first)] = torch.cat([part[i] for part in parts])
+        yield joined[id(first)], owner
 
 
-def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: int = 4) -> list[int]:
-    """The points to read, best first: those of most contrast, as few as agree with the `most` best ones.
-
-    Args:
-        neutral, requests: `a` (adapters, points, texts).
-        most: never more than these, unless an adapter would hardly be heard at them.
-        enough: the agreement that is enough.
-        each: every adapter is heard at this many points, if it touches so many.
-    """
-    order = torch.sort(contrast(neutral, requests), descending=True, stable=True).indices.tolist()
-    best = order[:most]
-    reached = (agreement(neutral, requests, best) >= enough).nonzero()
-    chosen = best[: int(reached[0]) + 1] if len(reached) else best
-    for heard in neutral.isfinite().all(dim=2):  # (points,) of one adapter
-        missing = min(each, len(chosen)) - int(heard[chosen].sum())
-        chosen += [point for point in order if heard[point] and point not in chosen][: max(0, missing)]
-    return chosen
+def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(rows, length) ids and mask, padded on the right."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    return ids, mask

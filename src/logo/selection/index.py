@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
 from logo.selection.points import Point
@@ -56,15 +56,15 @@ class ScoringIndex:
             whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
             before: an index of the same point and whitening, whose rows are taken over for adapters it has.
         """
+        files = list(map(_file, adapters))
+        if before is not None and files == list(map(_file, before.adapters)):
+            return before
         ranks = [_rank(adapter, point) for adapter in adapters]
         stacked = torch.empty(sum(ranks), adapters[0].modules[point.module].in_features if adapters else 0)
-        # The file object is what stays the same when a pool is fitted again.
-        known = (
-            {} if before is None else {id(a.file): rows for a, rows in zip(before.adapters, before.rows, strict=True)}
-        )
-        for adapter, rows in zip(adapters, _rows(ranks), strict=True):
-            if before is not None and id(adapter.file) in known:
-                stacked[rows] = before.stacked[known[id(adapter.file)]].cpu()
+        known = {} if before is None else dict(zip(map(_file, before.adapters), before.rows, strict=True))
+        for adapter, file, rows in zip(adapters, files, _rows(ranks), strict=True):
+            if before is not None and file in known:
+                stacked[rows] = before.stacked[known[file]].cpu()
                 continue
             a, b = _factors(adapter, point)
             product = torch.linalg.qr(b, mode="r").R @ a
@@ -80,11 +80,6 @@ class ScoringIndex:
     def device(self) -> torch.device:
         """Where scores are computed."""
         return self.stacked.device
-
-    @property
-    def width(self) -> int | None:
-        """Length of the hidden vectors it scores; None for an empty index."""
-        return self.stacked.shape[1] if len(self) else None
 
     @property
     def rows(self) -> list[slice]:
@@ -149,6 +144,17 @@ class ScoringIndex:
     def _owner(self) -> Tensor:
         """(R,): which adapter each row of `stacked` belongs to."""
         return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.ranks)).to(self.device)
+
+
+def device_of(model: nn.Module, point: Point) -> torch.device:
+    """Where hidden vectors of a point are, and so the index of it."""
+    device = next(model.get_submodule(point.layer_path).parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _file(adapter: Adapter) -> int:
+    """What stays the same when a pool is fitted again."""
+    return id(adapter.file)
 
 
 def _rows(ranks: Sequence[int]) -> list[slice]:

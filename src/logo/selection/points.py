@@ -5,14 +5,14 @@ Finds modules by what they are called and how many there are; anything it gets w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from logo.adapters.layout import linear_shape
+from logo.adapters.layout import linear_modules, linear_shape
 from logo.errors import ModelError, UsageError, closest
 
 # Leaf names of query projections, the ones that hold nothing but the query first.
@@ -82,6 +82,21 @@ def named_points(model: nn.Module, names: Sequence[str]) -> tuple[Point, ...]:
     if not points:
         raise UsageError("probe_points: expected at least one point, such as '4.v_proj'")
     return tuple(dict.fromkeys(points))
+
+
+def points_of(model: nn.Module, modules: Collection[str], depth: int) -> tuple[Point, ...]:
+    """Those of these modules that lie in the first `depth` layers, in the model's order.
+
+    Modules of single experts are left out: they see some tokens only.
+    """
+    path, _ = decoder_layers(model)
+    linears = [module for module, _ in linear_modules(model) if module in modules and ".experts." not in module]
+    return tuple(
+        Point(layer, f"{path}.{layer}", module)
+        for layer in range(depth)
+        for module in linears
+        if module.startswith(f"{path}.{layer}.")
+    )
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

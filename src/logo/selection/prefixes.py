@@ -65,10 +65,10 @@ class Prefixes:
             shared += 1
         return shared // BLOCK
 
-    def find(self, row: Sequence[int], most: int) -> list[Block]:
-        """The blocks that are known of the first `most` blocks of a row."""
+    def find(self, row: Sequence[int], most: int, reading: str = "") -> list[Block]:
+        """The blocks that are known of the first `most` blocks of a row, as this reading kept them."""
         found = []
-        keys = self._keys(row, most)
+        keys = self._keys(row, most, reading)
         for key in keys:
             if key not in self._blocks:
                 break
@@ -77,13 +77,14 @@ class Prefixes:
             self._blocks.move_to_end(key)
         return found
 
-    def keep(self, row: Sequence[int], first: int, make: Callable[[int], Block]) -> None:
+    def keep(self, row: Sequence[int], first: int, make: Callable[[int], Block], reading: str = "") -> None:
         """Keeps the whole blocks of a row from block number `first` on.
 
         Args:
             make: makes the block of a number; called for those that are not held yet.
+            reading: names the signal whose responses the blocks hold.
         """
-        keys = self._keys(row, len(row) // BLOCK)
+        keys = self._keys(row, len(row) // BLOCK, reading)
         for number in range(first, len(keys)):
             if keys[number] not in self._blocks:
                 self._blocks[keys[number]] = block = make(number)
@@ -95,8 +96,8 @@ class Prefixes:
             self.bytes -= self._blocks.popitem(last=False)[1].bytes
 
     @staticmethod
-    def _keys(row: Sequence[int], count: int) -> list[bytes]:
-        digest = hashlib.blake2b(digest_size=16)
+    def _keys(row: Sequence[int], count: int, reading: str) -> list[bytes]:
+        digest = hashlib.blake2b(reading.encode(), digest_size=16)
         keys = []
         for block in range(count):
             digest.update(torch.tensor(row[block * BLOCK : (block + 1) * BLOCK]).numpy().tobytes())

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from logo.selection.baseline import finished
 from logo.selection.index import ScoringIndex
-from logo.selection.listening import finished
 from logo.selection.prefixes import BLOCK, Block, Prefixes, cache_of, cut
 from logo.selection.probe import Probe
 from logo.selection.signals import Signal
@@ -22,30 +22,32 @@ class Reader:
         probe: where hidden vectors are read.
         indices: one per point of the probe.
         signal: scores hidden vectors.
+        name: of the signal.
         prefixes: what is known of prompts that begin alike; None: every prompt is read whole.
     """
 
     def __init__(
-        self, probe: Probe, indices: Sequence[ScoringIndex], signal: Signal, prefixes: Prefixes | None
+        self, probe: Probe, indices: Sequence[ScoringIndex], signal: Signal, name: str, prefixes: Prefixes | None
     ) -> None:
         self._probe = probe
         self._indices = indices
         self._signal = signal
+        self._name = name
         # A mean of hidden vectors cannot be put together from responses.
         self._prefixes = None if probe.token == "mean" else prefixes
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-        """Per point, `a` (rows, adapters) of right-padded prompts (rows, length); see `logo.selection.calibration`."""
+        """Per point, `a` (rows, adapters) of right-padded prompts (rows, length); see `logo.selection.baseline`."""
         lengths: list[int] = attention_mask.sum(dim=1).tolist()
         if self._prefixes is None or max(lengths) <= BLOCK:
             return self._read(input_ids, attention_mask, [], None)
         rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         shared = self._prefixes.common(rows)
-        known = self._prefixes.find(rows[0], shared)
+        known = self._prefixes.find(rows[0], shared, self._name)
         if len(rows) > 1 and len(known) < shared:  # read once what all of them begin with
             beginning = input_ids[:1, : shared * BLOCK]
             self._read(beginning, torch.ones_like(beginning), known, [rows[0][: shared * BLOCK]])
-            known = self._prefixes.find(rows[0], shared)
+            known = self._prefixes.find(rows[0], shared, self._name)
         return self._read(input_ids, attention_mask, known, rows)
 
     def _read(
@@ -66,7 +68,7 @@ class Reader:
                 values[i] = total / number[:, None].to(part.device)
         if rows is not None and cache is not None and cache.layers:  # before the first layer there is nothing to reuse
             self._keep(cache, rows, len(known), sums, counts)
-        return [finished(self._signal, value) for value in values]
+        return [finished(value, self._signal.scale) for value in values]
 
     def _block_sums(self, values: list[Tensor], input_ids: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
         """Per point (rows, blocks, adapters), of values (vectors, adapters); and the vectors in each (rows, blocks)."""
@@ -88,4 +90,4 @@ class Reader:
                 tokens = int(counts[r, at]) if sums else 0
                 return Block(cut(cache, r, number), [part[r, at].clone() for part in sums], tokens)
 
-            self._prefixes.keep(row, first, block)
+            self._prefixes.keep(row, first, block, self._name)

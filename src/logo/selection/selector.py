@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from logo.adapters.pool import AdapterPool
 from logo.errors import NotFinite, UsageError
 from logo.selection.signals import Weighting
 
@@ -50,6 +51,25 @@ class Selection:
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return {"adapters": list(self.adapters), "weights": list(self.weights), "scores": dict(self.scores)}
+
+
+# What the user may ask for instead of what the model would choose.
+Forced = Mapping[str, float] | Selection
+
+
+def forced(entry: Forced, pool: AdapterPool) -> Selection:
+    """The selection that a user names: adapter -> weight, or a selection from before.
+
+    Raises:
+        PoolError: an adapter is not in the pool.
+        UsageError: a weight that is not a finite number.
+    """
+    selection = entry if isinstance(entry, Selection) else Selection.forced(entry)
+    for name, weight in zip(selection.adapters, selection.weights, strict=True):
+        pool[name]  # raises with a did-you-mean
+        if not -1e6 < weight < 1e6:
+            raise UsageError(f"weight of adapter {name!r}: expected a finite number, found {weight}")
+    return selection
 
 
 @dataclass(frozen=True)

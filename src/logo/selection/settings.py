@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from logo.errors import UsageError, closest
 from logo.selection.selector import check_shares
 from logo.selection.signals import ProbeInput, ProbeToken, Signal, Weighting, get_signal
-
-if TYPE_CHECKING:
-    pass
 
 ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]

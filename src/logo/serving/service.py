@@ -24,7 +24,7 @@ from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.adapter_cache import AdapterCache
 from logo.mixing.resident import Part
 from logo.selection import Selection
-from logo.selection.forced import forced
+from logo.selection.selector import forced
 from logo.serving.batching import Batching, Delta, Memory
 from logo.serving.replies import AdapterCard
 from logo.serving.sampling import Sampling
@@ -278,7 +278,7 @@ class Service:
             if found is None:
                 selection = forced(wish.adapters or {}, pool)
             else:
-                selection = found if wish.k is None else logo.router.reselect(found.scores, (), k=wish.k)
+                selection = found if wish.k is None else logo.reselect(found.scores, k=wish.k)
             return Chosen(selection, self._parts(pool, selection), queued, took)
         except Exception as error:
             return error
@@ -305,7 +305,9 @@ class Service:
         logo, settings = self.logo, replace(self.logo.settings, signal=signal, weighting=None)
         try:
             # What does not fit is out of the pool already, or left out here as there.
-            return LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings, on_bad_adapter="skip")
+            other = LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings, on_bad_adapter="skip")
+            other.calibrate()
+            return other
         except PoolError as error:
             raise PoolError(f"signal {signal!r}: {error}") from error
 
@@ -366,7 +368,7 @@ class Service:
             self._refused = {}
             for signal, logo in self._engines.items():
                 try:
-                    logo.router  # noqa: B018
+                    logo.calibrate()
                 except LoGoError as error:
                     if logo is self.logo:
                         raise

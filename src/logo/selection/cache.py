@@ -1,4 +1,4 @@
-"""The calibration store: responses, whitenings and chosen points on disk, each under a digest of what it depends on.
+"""The calibration cache: responses, whitenings and chosen points on disk, each under a digest of what it depends on.
 
     <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per module, neutral texts first
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from logo.adapters.format import Adapter
 from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
-from logo.selection.listening import Texts
 from logo.selection.signals import Signal
+from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, Whitening
 
 # Changes when what is stored means something else.
@@ -34,24 +34,30 @@ _FORMAT = 1
 _SAMPLED = 64
 
 
-class CalibrationStore:
+class CalibrationCache:
     """Where the calibrations of one base model and one way of reading are kept.
 
     Args:
-        cache: the cache folder; None keeps nothing.
-        key: digest of everything the stored values depend on but the adapter; see `key_of`.
+        texts: what is listened to.
+        key: digest of everything the stored values depend on but the adapter.
+        folder: the cache folder; None keeps nothing.
 
     Attributes:
-        key: the same.
+        texts, key: the same.
     """
 
-    def __init__(self, cache: Path | None, key: str) -> None:
-        self.key = key
-        self._cache, self._name = cache, f"calibration/{key}"
+    def __init__(self, texts: Texts, key: str, folder: Path | None) -> None:
+        self.texts, self.key = texts, key
+        self._folder, self._name = folder, f"calibration/{key}"
         # The file object is what stays the same when a pool is fitted again.
         self._adapter_keys: WeakKeyDictionary[WeightFile, str] = WeakKeyDictionary()
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
         self._whitenings: dict[str, Whitening] = {}  # those that could not be written: they are large
+
+    @classmethod
+    def of(cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> CalibrationCache:
+        """The cache for a base model, texts and a way of reading."""
+        return cls(texts, _key_of(model, texts, signal), folder)
 
     def keys(self, adapters: Sequence[Adapter]) -> list[str]:
         """What the responses of each adapter are kept under."""
@@ -98,22 +104,22 @@ class CalibrationStore:
         return self._save(name, (json.dumps(choice, indent=2) + "\n").encode())
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        if self._cache is None:
+        if self._folder is None:
             return {}
-        return read_cached(self._cache / self._name / name, load_file) or {}
+        return read_cached(self._folder / self._name / name, load_file) or {}
 
     def _key(self, adapter: Adapter) -> str:
         if adapter.file not in self._adapter_keys:
-            self._adapter_keys[adapter.file] = adapter_key(adapter)
+            self._adapter_keys[adapter.file] = _adapter_key(adapter)
         return self._adapter_keys[adapter.file]
 
     def _save(self, name: str, data: bytes) -> Path | None:
-        if self._cache is None:
+        if self._folder is None:
             return None
-        return write_cached(self._cache, f"{self._name}/{name}", lambda part: Path(part).write_bytes(data))
+        return write_cached(self._folder, f"{self._name}/{name}", lambda part: Path(part).write_bytes(data))
 
 
-def key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
+def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     """Digest of the base model, the texts and the reading."""
     config: Any = model.config
     settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
@@ -131,6 +137,6 @@ def key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     return digest.hexdigest()[:24]
 
 
-def adapter_key(adapter: Adapter) -> str:
+def _adapter_key(adapter: Adapter) -> str:
     """Digest of an adapter's weights and scales."""
     return hashlib.sha256(f"{adapter.sha256} {list(adapter.scales)}".encode()).hexdigest()[:32]

@@ -1,0 +1,96 @@
+"""`plan`: where a model is read for one signal, and which adapters of a pool can be scored there. Runs nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from logo.adapters.format import Adapter
+from logo.adapters.layout import linear_shape
+from logo.adapters.pool import AdapterPool
+from logo.errors import PoolError, UsageError
+from logo.selection.points import Point, decoder_layers, find_points, named_points, points_of
+from logo.selection.settings import SelectionSettings
+
+# Points that a signal may choose where the user names no number.
+MOST_POINTS = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is read, and what is scored.
+
+    Attributes:
+        points: candidates, or the points themselves.
+        most: how many of them may be chosen; 0: all of them are read.
+        adapters: those that are scored, in pool order.
+    """
+
+    points: tuple[Point, ...]
+    most: int
+    adapters: tuple[Adapter, ...]
+
+
+def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Plan:
+    """What settings and signal ask for.
+
+    Args:
+        pool: adapters fitted to the model.
+
+    Raises:
+        UsageError, ModelError: a point that does not exist, or that cannot be read as asked.
+        PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`.
+    """
+    signal, wanted = settings.reading, settings.probe_points
+    all_points, most = signal.scale == "raw", 0
+    if wanted is not None and not isinstance(wanted, int):
+        points = named_points(model, wanted)
+    elif (settings.probe_layer, settings.probe_module) != (None, None) or signal.layers == "last":
+        layer = "last" if settings.probe_layer is None else settings.probe_layer
+        points = find_points(model, layer, settings.probe_module)
+    else:
+        layers = len(decoder_layers(model)[1])
+        depth = max(1, math.floor(settings.probe_depth * layers))
+        points = points_of(model, {module for adapter in pool for module in adapter.modules}, depth)
+        if not points:
+            raise PoolError(
+                f"no adapter touches a module in the first {depth} of {layers} layers, which is how far the probe "
+                "goes; let it go deeper (--probe-depth)"
+            )
+        all_points, most = False, (wanted or MOST_POINTS) if signal.chosen else 0
+    adapters = _scorable(pool, points, settings, all_points=all_points)
+    if signal.input == "residual":
+        _check_widths(model, points)
+    return Plan(points, most, adapters)
+
+
+def _scorable(
+    pool: AdapterPool, points: Sequence[Point], settings: SelectionSettings, *, all_points: bool
+) -> tuple[Adapter, ...]:
+    """Adapters that touch the points: all of them, or any where a signal scores over the points an adapter has."""
+    modules = {point.module for point in points}
+    lacking = [a.name for a in pool if not (modules <= set(a.modules) if all_points else modules & set(a.modules))]
+    if lacking and (settings.unscorable == "error" or len(lacking) == len(pool)):
+        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        listed = sorted(modules)
+        where = f"the probed module {', '.join(listed)}" if len(listed) <= 4 else f"any of {len(listed)} probed modules"
+        raise PoolError(
+            f"{len(lacking)} of {len(pool)} adapters do not touch {where} and "
+            f"cannot be scored: {shown}; probe another module (--probe_module) or leave them out (--unscorable skip)"
+        )
+    left_out = set(lacking)
+    return tuple(adapter for adapter in pool if adapter.name not in left_out)
+
+
+def _check_widths(model: nn.Module, points: Sequence[Point]) -> None:
+    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    for point in points:
+        shape = linear_shape(model.get_submodule(point.module))
+        if shape is not None and shape.in_features != width:
+            raise UsageError(
+                f"probe module {point.module} takes {shape.in_features} features, the residual stream has {width}; "
+                "use probe_input 'projection'"
+            )
