@@ -17,7 +17,7 @@ from logo import AdapterPool, LoGo, SelectionSettings, Truncation, UsageError
 from logo.baselines.fixed import OwnSelector
 from logo.baselines.method import Answering, Task
 from logo.cli.run import run
-from logo.serving.chat import chat_ids
+from logo.prompts import chat
 from test_engine import PROMPTS, engine, tokenizer, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt 1 has .* tokens, more than the:UserWarning")
@@ -127,7 +127,7 @@ def test_a_text_that_begins_already_does_not_begin_twice(llama: nn.Module, adapt
     one, other = (logo.generate(prompt, max_new_tokens=6) for prompt in (begun, PROMPTS[0]))
     assert one.token_ids == other.token_ids
     assert logo.score(begun, "w9", [{}]) == logo.score(PROMPTS[0], "w9", [{}])
-    assert chat_ids(logo.tokenizer, [{"role": "user", "content": begun}]) == plain[0]
+    assert chat(logo.tokenizer, [{"role": "user", "content": begun}]).ids == tuple(plain[0])
     bare = engine(llama, adapters, bos=False)
     assert bare.prompts.encode([begun]) == plain  # nobody adds anything
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
 from logo.errors import NotFinite, UsageError, closest
+from logo.prompts import ProbeText, Prompt, read, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,18 +51,6 @@ class Truncation:
     side: Literal["left", "right"] = "left"
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text with the tokenizer's special tokens, but never with a second beginning-of-sequence token.
-
-    A text that begins with that token already (what a chat template has written, say) is taken as it is.
-    """
-    ids: list[int] = tokenizer(text)["input_ids"]
-    bos = tokenizer.bos_token
-    if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
 class Prompts:
     """Turns text into token ids the same way for probing and for generating.
 
@@ -70,6 +59,8 @@ class Prompts:
         context: the model's context length in tokens, or None if unknown.
         truncation: what to do with long prompts.
         checkpoint: the model's own generation config, which says what a call's config leaves open.
+        probe_text: what of a conversation is probed; see `logo.prompts.chat`.
+        vocabulary: how many tokens the model knows, or None if unknown.
     """
 
     def __init__(
@@ -78,39 +69,49 @@ class Prompts:
         context: int | None,
         truncation: Truncation,
         checkpoint: GenerationConfig | None = None,
+        probe_text: ProbeText | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.probe_text = probe_text
+        self._vocabulary = vocabulary
         self._checkpoint = checkpoint
         self.context = context
         self.truncation = truncation
 
-    def encode(self, prompts: Sequence[str], room: int = 0) -> list[list[int]]:
-        """Token ids of each prompt, special tokens included; too long ones are cut, with a warning.
+    def encode(self, prompts: Sequence[Any], room: int = 0) -> list[list[int]]:
+        """The token ids of `read`."""
+        return [list(prompt.ids) for prompt in self.read(prompts, room)]
+
+    def read(self, prompts: Sequence[Any], room: int | None = 0) -> list[Prompt]:
+        """Token ids of each prompt and which of them are probed; too long ones are cut, with a warning.
 
         Args:
-            room: tokens of the context to keep free for the answer.
+            prompts: strings, conversations or token ids; see `logo.prompts.read`.
+            room: tokens of the context to keep free for the answer; None: nothing is cut.
 
         Raises:
-            UsageError: a prompt has no tokens, or the answer alone would fill the context.
+            UsageError: a prompt cannot be used or has no tokens, or the answer alone would fill the context.
         """
-        limit = self._limit(room)
-        encoded = []
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise UsageError(f"prompt {i + 1}: expected a string, found {type(prompt).__name__}")
-            ids = text_ids(self.tokenizer, prompt)
-            if not ids:
-                raise UsageError(f"prompt {i + 1} is empty: this tokenizer adds no token of its own; write something")
-            if limit is not None and len(ids) > limit:
-                warnings.warn(
-                    f"prompt {i + 1} has {len(ids)} tokens, more than the {limit} that fit: "
-                    f"its {'beginning' if self.truncation.side == 'left' else 'end'} is cut",
-                    UserWarning,
-                    stacklevel=3,
-                )
-                ids = self._cut(ids, limit)
-            encoded.append(ids)
-        return encoded
+        limit = None if room is None else self._limit(room)
+        return [self._read(i, prompt, limit) for i, prompt in enumerate(prompts, start=1)]
+
+    def _read(self, number: int, given: Any, limit: int | None) -> Prompt:
+        try:
+            prompt = read(self.tokenizer, given, self.probe_text, self._vocabulary)
+        except UsageError as error:
+            raise UsageError(f"prompt {number}: {error}") from error
+        if not len(prompt):
+            raise UsageError(f"prompt {number} is empty: this tokenizer adds no token of its own; write something")
+        if limit is None or len(prompt) <= limit:
+            return prompt
+        warnings.warn(
+            f"prompt {number} has {len(prompt)} tokens, more than the {limit} that fit: "
+            f"its {'beginning' if self.truncation.side == 'left' else 'end'} is cut",
+            UserWarning,
+            stacklevel=4,
+        )
+        return prompt.only(self._kept(prompt.ids, limit))
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that nobody asked about: cut where they are too long, left out where nothing remains."""
@@ -177,13 +178,13 @@ class Prompts:
             limits.append(self.context - room)
         return min(limits, default=None)
 
-    def _cut(self, ids: list[int], limit: int) -> list[int]:
+    def _kept(self, ids: Sequence[int], limit: int) -> list[int]:
+        """The places of the tokens that stay."""
         if self.truncation.side == "right":
-            return ids[:limit]
+            return list(range(limit))
         # What the tokenizer puts in front of every text (a bos token) stays in front.
-        special = set(self.tokenizer.all_special_ids)
-        front = ids[:1] if ids[0] in special and limit > 1 else []
-        return front + ids[len(ids) - (limit - len(front)) :]
+        front = [0] if ids[0] in set(self.tokenizer.all_special_ids) and limit > 1 else []
+        return front + list(range(len(ids) - (limit - len(front)), len(ids)))
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device
@@ -197,6 +198,18 @@ class Prompts:
             ids[i, place] = torch.tensor(row)
             mask[i, place] = 1
         return ids.to(device), mask.to(device)
+
+    def pad_probed(self, prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a probe reads of prompts: (rows, length) ids, attention mask and where tokens are scored; None: all."""
+        read = [prompt.up_to_probed() for prompt in prompts]
+        ids, mask = self.pad([prompt.ids for prompt in read], "right", device)
+        if all(prompt.probed is None for prompt in read):
+            return ids, mask, None
+        probed = mask.clone()
+        for row, prompt in zip(probed, read, strict=True):
+            if prompt.probed is not None:
+                row[: len(prompt)] = torch.tensor(prompt.probed)
+        return ids, mask, probed
 
 
 def batches_by_length(lengths: Sequence[int], size: int, *, padded: bool = True) -> Iterator[list[int]]:

@@ -25,6 +25,7 @@ from logo.errors import UsageError
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.working_set import dtype_of
 from logo.models import context_length, default_pool, load_base
+from logo.prompts import Prompt, several
 from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
 from logo.selection.calibration import Calibration
 from logo.selection.scorer import Scorer, Scorers
@@ -33,6 +34,8 @@ from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from logo.prompts import OnePrompt
 
 
 class LoGo:
@@ -74,7 +77,14 @@ class LoGo:
         self.tokenizer = tokenizer
         self.pool = pool
         self.settings = settings or SelectionSettings()
-        self.prompts = Prompts(tokenizer, context_length(model), truncation or Truncation(), model.generation_config)
+        self.prompts = Prompts(
+            tokenizer,
+            context_length(model),
+            truncation or Truncation(),
+            model.generation_config,
+            self.settings.probe_text,
+            model.get_input_embeddings().weight.shape[0],
+        )
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
         self._mixer = Mixer(model, dtype_of(model), int(adapter_cache_gb * 1e9), fold)
@@ -200,38 +210,39 @@ class LoGo:
 
     @overload
     def select(  # type: ignore[overload-overlap]
-        self, prompts: str, *, max_new_tokens: int | None = ..., batch_size: int = ...
+        self, prompts: OnePrompt, *, max_new_tokens: int | None = ..., batch_size: int = ...
     ) -> Selection: ...
     @overload
     def select(
-        self, prompts: Sequence[str], *, max_new_tokens: int | None = ..., batch_size: int = ...
+        self, prompts: Sequence[OnePrompt], *, max_new_tokens: int | None = ..., batch_size: int = ...
     ) -> list[Selection]: ...
     def select(
-        self, prompts: str | Sequence[str], *, max_new_tokens: int | None = None, batch_size: int = 8
+        self, prompts: OnePrompt | Sequence[OnePrompt], *, max_new_tokens: int | None = None, batch_size: int = 8
     ) -> Selection | list[Selection]:
         """Which adapters would answer, with their weights and the scores of all.
 
         Args:
-            prompts: one prompt, or several (list in, list out).
+            prompts: one prompt, or several (list in, list out): a string, a conversation (a list of messages with
+                `role` and `content`), token ids or a BatchEncoding; see `logo.prompts`.
             max_new_tokens: as in `generate`: a prompt that leaves no room for them is cut in the same place.
             batch_size: prompts per probe. `probe_context="carry"` always takes them one by one, in order.
 
         Raises:
-            UsageError: an empty prompt, or an answer that alone would fill the context.
+            UsageError: a prompt that is empty or cannot be read, or an answer that alone would fill the context.
         """
-        if isinstance(prompts, str):
-            return self.select([prompts], max_new_tokens=max_new_tokens, batch_size=batch_size)[0]
-        rows = self.prompts.encode(prompts, room=self.prompts.room(max_new_tokens))
-        return self.select_ids(rows, batch_size=batch_size)
+        given, alone = several(prompts)
+        rows = self.prompts.read(given, room=self.prompts.room(max_new_tokens))
+        selections = self.select_ids(rows, batch_size=batch_size)
+        return selections[0] if alone else selections
 
-    def select_ids(self, rows: Sequence[Sequence[int]], *, batch_size: int = 8) -> list[Selection]:
-        """`select` for prompts that are token ids already, special tokens included."""
+    def select_ids(self, rows: Sequence[Prompt | Sequence[int]], *, batch_size: int = 8) -> list[Selection]:
+        """`select` for prompts that have been read, or are token ids with special tokens included; none is cut."""
         check_batch_size(batch_size)
         with self._lock:
             self._sync()
-            return self._select(rows, batch_size)
+            return self._select([Prompt.of(row) for row in rows], batch_size)
 
-    def _select(self, rows: Sequence[Sequence[int]], batch_size: int, *, answering: bool = False) -> list[Selection]:
+    def _select(self, rows: Sequence[Prompt], batch_size: int, *, answering: bool = False) -> list[Selection]:
         if self.settings.probe_context == "carry":
             return [self._select_carried(row) for row in rows]
         selections: dict[int, Selection] = {}
@@ -243,16 +254,15 @@ class LoGo:
             selections |= zip(batch, found, strict=True)
         return [selections[i] for i in range(len(rows))]
 
-    def _select_carried(self, row: Sequence[int]) -> Selection:
+    def _select_carried(self, row: Prompt) -> Selection:
         """As the official code runs: what the last prompt selected is still active, at full scale, while probing."""
         [selection] = self._probe([row], self._fitted.names if self._carried is None else self._carried)
         self._carried = selection.adapters
         return selection
 
-    def _probe(self, rows: Sequence[Sequence[int]], active: tuple[str, ...]) -> list[Selection]:
-        ids, mask = self.prompts.pad(rows, "right", input_device(self.model))
+    def _probe(self, rows: Sequence[Prompt], active: tuple[str, ...]) -> list[Selection]:
         with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)], merge=EXACT):
-            return self._scorers.select(ids, mask, self.settings)
+            return self._scorers.select(*self.prompts.pad_probed(rows, input_device(self.model)), self.settings)
 
     def reselect(
         self, scores: Mapping[str, float], *, k: int | None = None, candidates: Collection[str] | None = None
@@ -271,12 +281,12 @@ class LoGo:
     # -- generating ---------------------------------------------------------------------------------------------
 
     @overload
-    def generate(self, prompts: str, **options: Any) -> Generation: ...
+    def generate(self, prompts: OnePrompt, **options: Any) -> Generation: ...
     @overload
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[Generation]: ...
+    def generate(self, prompts: Sequence[OnePrompt], **options: Any) -> list[Generation]: ...
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: OnePrompt | Sequence[OnePrompt],
         *,
         adapters: Forced | Sequence[Forced | None] | None = None,
         max_new_tokens: int | None = None,
@@ -289,7 +299,7 @@ class LoGo:
         """Answers each prompt with its own mixture; rows with different mixtures share a batch.
 
         Args:
-            prompts: one prompt, or several (list in, list out, same order).
+            prompts: one prompt, or several (list in, list out, same order); of the kinds that `select` takes.
             adapters: instead of selecting: `{"name": weight, ...}`, or a `Selection`; `{}` is the base model alone.
                 A list gives each prompt its own (None: select).
             max_new_tokens: default: the generation config's, else 256 or half of the context, whichever is less.
@@ -300,30 +310,30 @@ class LoGo:
             **options: options of `GenerationConfig`, such as `do_sample=True, temperature=0.7`; no others.
 
         Raises:
-            UsageError: an empty prompt, a forced adapter that is not in the pool, an option that does not exist or
-                cannot be used.
+            UsageError: a prompt that is empty or cannot be read, a forced adapter that is not in the pool, an option
+                that does not exist or cannot be used.
         """
-        texts = [prompts] if isinstance(prompts, str) else prompts
+        given, alone = several(prompts)
         check_batch_size(batch_size)
         stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         with self._lock:
             self._sync()
-            rows = self.prompts.encode(texts, room=config.max_new_tokens)
+            rows = self.prompts.read(given, room=config.max_new_tokens)
             started = time.perf_counter()
             selections = self._selections(rows, adapters, batch_size)
-            probed = (time.perf_counter() - started) / max(1, len(rows))
+            probed = (time.perf_counter() - started) / len(rows)
             answers: dict[int, Generation] = {}
             padded = not reads_prompts(config)
             decode = functools.partial(self._decoder, self._fitted, config, stop_at_newline, stop, probed)
             for batch in batches_by_length([len(row) for row in rows], batch_size, padded=padded):
-                answers |= zip(batch, decode([rows[i] for i in batch], [selections[i] for i in batch]), strict=True)
+                answers |= zip(batch, decode([rows[i].ids for i in batch], [selections[i] for i in batch]), strict=True)
         ordered = [answers[i] for i in range(len(rows))]
-        return ordered[0] if isinstance(prompts, str) else ordered
+        return ordered[0] if alone else ordered
 
     def stream(
         self,
-        prompt: str,
+        prompt: OnePrompt,
         *,
         adapters: Forced | None = None,
         max_new_tokens: int | None = None,
@@ -337,11 +347,11 @@ class LoGo:
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         with self._lock:
             self._sync()
-            row = self.prompts.encode([prompt], room=config.max_new_tokens)[0]
+            [row] = self.prompts.read([prompt], room=config.max_new_tokens)
             [selection] = self._selections([row], adapters, 1)
-        return self._decoder.stream(self._fitted, row, selection.mixture, config, self._lock)
+        return self._decoder.stream(self._fitted, row.ids, selection.mixture, config, self._lock)
 
-    def score(self, prompt: str, completion: str, mixtures: Sequence[Forced]) -> list[Scored]:
+    def score(self, prompt: OnePrompt, completion: str, mixtures: Sequence[Forced]) -> list[Scored]:
         """What a gold completion is worth under each of several mixtures, teacher-forced; see `logo.scoring`.
 
         Args:
@@ -353,10 +363,14 @@ class LoGo:
         with self._lock:
             self._sync()
             wanted = [forced(entry, self._fitted).mixture for entry in mixtures]
-            gold = completion_ids(self.tokenizer, prompt, completion, self.prompts.context)
-            [row] = self.prompts.encode([prompt], room=len(gold))
+            [whole] = self.prompts.read([prompt], room=None)
+            text = self.tokenizer.decode(whole.ids) if whole.text is None else whole.text
+            gold = completion_ids(self.tokenizer, text, completion, self.prompts.context)
+            [row] = self.prompts.read([whole], room=len(gold))
             active = functools.partial(self._mixer.active, self._fitted)
-            return score_mixtures(self.model, row, gold, wanted, active, len(self.tokenizer), input_device(self.model))
+            return score_mixtures(
+                self.model, row.ids, gold, wanted, active, len(self.tokenizer), input_device(self.model)
+            )
 
     def score_pairs(
         self,
@@ -388,7 +402,7 @@ class LoGo:
         return [scored[number] for number in range(len(pairs))]
 
     def _selections(
-        self, rows: Sequence[Sequence[int]], adapters: Forced | Sequence[Forced | None] | None, batch_size: int
+        self, rows: Sequence[Prompt], adapters: Forced | Sequence[Forced | None] | None, batch_size: int
     ) -> list[Selection]:
         """Selects for the rows for which nothing is forced."""
         if adapters is None or isinstance(adapters, (Mapping, Selection)):

@@ -11,7 +11,7 @@ import typer
 from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import err, note, out, print_json, selection_line, selection_table
-from logo.cli.prompts import or_demo, read_prompts
+from logo.cli.prompts import Chat, System, as_asked, or_demo, read_prompts
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ def generate(
     engine: EngineOptions,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    chat: Chat = False,
+    system: System = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(help="Longest answer, in tokens.", show_default="256, or half of the context"),
@@ -49,6 +51,7 @@ def generate(
     Example: `logo generate "What is 7 plus 5?"`
     """
     prompts = read_prompts(prompt, file)
+    asked = as_asked(prompts, chat, system)
     forced = _forced(adapter, base_only)
     options = _sampling(sample, temperature, top_p)
     engine, base_model = or_demo(engine)
@@ -58,8 +61,8 @@ def generate(
 
         torch.manual_seed(seed)
     if len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
-        selection = logo.select(prompts[0], max_new_tokens=max_new_tokens) if forced is None else None
-        pieces = logo.stream(prompts[0], adapters=selection or forced, max_new_tokens=max_new_tokens, **options)
+        selection = logo.select(asked[0], max_new_tokens=max_new_tokens) if forced is None else None
+        pieces = logo.stream(asked[0], adapters=selection or forced, max_new_tokens=max_new_tokens, **options)
         for number, piece in enumerate(pieces):
             print(piece if number else piece.lstrip(), end="", flush=True)
         print()
@@ -67,7 +70,7 @@ def generate(
             err.print(selection_table(selection, top=5))
         return
     answers = logo.generate(
-        prompts,
+        asked,
         adapters=forced,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

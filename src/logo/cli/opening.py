@@ -56,6 +56,7 @@ def selection_settings(options: EngineOptions, preset: Preset | None = None) -> 
         probe_context=(options.probe_context or (Context.CARRY if official else Context.BASE)).value,
         probe_input=_value(options.probe_input),
         probe_token=_value(options.probe_token),
+        probe_text=_value(options.probe_text),
         probe_layer=_parts(options.probe_layer),
         probe_module=options.probe_module,
         probe_depth=options.probe_depth,

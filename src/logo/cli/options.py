@@ -55,6 +55,12 @@ class Token(Choice):
     EACH = "each"
 
 
+class ProbeText(Choice):
+    ALL = "all"
+    LAST_USER = "last_user"
+    CONVERSATION = "conversation"
+
+
 class Weights(Choice):
     LINEAR = "linear"
     SOFTMAX = "softmax"
@@ -160,6 +166,14 @@ class EngineOptions:
         typer.Option(
             help="The last prompt token, the mean of all, or the scores of each, averaged.",
             show_default="the signal's; official: last",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
+    probe_text: Annotated[
+        ProbeText | None,
+        typer.Option(
+            help="Of a conversation: the user's last message, all of the user's, or everything that is read.",
+            show_default="last_user",
             rich_help_panel=PROBE,
         ),
     ] = None

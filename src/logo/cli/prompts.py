@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from logo.cli.options import EngineOptions
 from logo.cli.output import note
 from logo.errors import StorageError, UsageError
 from logo.models import DEMO
+
+Chat = Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message: apply the model's chat template.")]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="A system message before it, which selects nothing; implies --chat.")
+]
 
 
 def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
@@ -30,6 +38,14 @@ def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
         if not prompt.strip():
             raise UsageError(f"prompt {number} is empty: expected some text")
     return prompts
+
+
+def as_asked(prompts: list[str], chat: bool, system: str | None) -> list[Any]:
+    """The prompts, or with `--chat` and `--system` a conversation for each, of which it is the user's message."""
+    if not chat and system is None:
+        return list(prompts)
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
 
 
 def or_demo(options: EngineOptions) -> tuple[EngineOptions, str]:

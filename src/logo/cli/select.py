@@ -10,7 +10,7 @@ import typer
 from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import out, print_json, selection_table
-from logo.cli.prompts import or_demo, read_prompts
+from logo.cli.prompts import Chat, System, as_asked, or_demo, read_prompts
 
 
 @expanded
@@ -18,6 +18,8 @@ def select(
     engine: EngineOptions,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    chat: Chat = False,
+    system: System = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -35,7 +37,7 @@ def select(
     prompts = read_prompts(prompt, file)
     engine, base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
-    selections = logo.select(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    selections = logo.select(as_asked(prompts, chat, system), max_new_tokens=max_new_tokens, batch_size=batch_size)
     if json:
         records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(prompts, selections, strict=True)]
         print_json(records[0] if len(records) == 1 else records)

@@ -76,9 +76,13 @@ class Scorer:
         self._remembered = self.calibration.neutral if self.calibration and self._running else None
         self._baseline = self._of_calibration()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(rows, adapters) float32 on the CPU, of right-padded prompts (rows, length)."""
-        per_point = self._reader(input_ids, attention_mask)
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, probed: Tensor | None = None) -> Tensor:
+        """(rows, adapters) float32 on the CPU, of right-padded prompts (rows, length).
+
+        Args:
+            probed: (rows, length), 1 on the tokens that count, the last of each row among them; None: all of them.
+        """
+        per_point = self._reader(input_ids, attention_mask, probed)
         responses = torch.full((*self._touched.shape, len(input_ids)), torch.nan)  # (adapters, points, rows)
         for at, response in enumerate(per_point):
             responses[self._touched[:, at], at] = response.T.cpu()
@@ -152,10 +156,13 @@ class Scorers:
             self._earlier.pop(settings.signal, None)
         return self._known[settings.signal]
 
-    def select(self, input_ids: Tensor, attention_mask: Tensor, settings: SelectionSettings) -> list[Selection]:
-        """One selection per row of right-padded prompts (rows, length)."""
+    def select(
+        self, input_ids: Tensor, attention_mask: Tensor, probed: Tensor | None, settings: SelectionSettings
+    ) -> list[Selection]:
+        """One selection per row of right-padded prompts (rows, length); arguments as `Scorer`."""
         scorer = self.get(settings)
-        return [self.choose(row, scorer.names, settings) for row in scorer(input_ids, attention_mask)]
+        scores = scorer(input_ids, attention_mask, probed)
+        return [self.choose(row, scorer.names, settings) for row in scores]
 
     def choose(
         self,

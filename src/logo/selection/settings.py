@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from logo.errors import UsageError, closest
+from logo.prompts import ProbeText, check_probe_text
 from logo.selection.selector import check_shares
 from logo.selection.signals import ProbeInput, ProbeToken, Signal, Weighting, get_signal
 
@@ -30,6 +31,8 @@ class SelectionSettings:
             the official code really runs: all for the first prompt, then those the prompt before selected.
         probe_input: `"residual"` (entering the layer, before its norm) or `"projection"` (what the module receives).
         probe_token: `"last"` prompt token, the `"mean"` over all of them, or `"each"`, averaging scores.
+        probe_text: what of a conversation is probed: the `"last_user"` message (None), all messages of the user in the
+            `"conversation"`, or `"all"` that is read. See `logo.prompts.chat`.
         probe_layer: `"last"`, an index, or several (scores are averaged over them).
         probe_module: the module to read, by name; default: the query projection.
         probe_depth: how far the probe may go, as a share of the layers, where the signal reads several points.
@@ -52,6 +55,7 @@ class SelectionSettings:
     probe_context: ProbeContext = "base"
     probe_input: ProbeInput | None = None
     probe_token: ProbeToken | None = None
+    probe_text: ProbeText | None = None
     probe_layer: int | str | Sequence[int | str] | None = None
     probe_module: str | None = None
     probe_depth: float = 0.5
@@ -64,6 +68,7 @@ class SelectionSettings:
 
     def __post_init__(self) -> None:
         get_signal(self.signal)
+        check_probe_text(self.probe_text)
         if self.k is not None and self.k <= 0:
             raise UsageError(f"number of selected adapters (k): expected 1 or more, found {self.k}")
         choices: tuple[tuple[str, Any], ...] = (

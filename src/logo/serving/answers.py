@@ -12,11 +12,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from logo.decoding import MAX_NEW_TOKENS, text_ids
+from logo.decoding import MAX_NEW_TOKENS
 from logo.endings import FinishReason
 from logo.errors import closest
+from logo.prompts import Prompt, read
 from logo.serving.batching import GenerationFailed, GenerationTimeout
-from logo.serving.chat import chat_ids
 from logo.serving.errors import bad_request, model_not_found, timed_out
 from logo.serving.metrics import Metrics
 from logo.serving.problems import shown
@@ -39,7 +39,7 @@ class Asked:
     """One request, ready to be answered.
 
     Attributes:
-        prompts: token ids.
+        prompts: what is read.
         chosen: a mixture for each.
         n: answers per prompt.
         sampling: of the first answer; the seeds of the others follow it.
@@ -47,7 +47,7 @@ class Asked:
         began: when the request came, by `time.perf_counter`.
     """
 
-    prompts: tuple[tuple[int, ...], ...]
+    prompts: tuple[Prompt, ...]
     chosen: tuple[Chosen, ...]
     n: int
     sampling: Sampling
@@ -121,38 +121,37 @@ class Answers:
             raise bad_request(f"logo: 'k' and 'signal' select, but model {shown(model)} selects nothing", "logo")
         return Wish(adapters={} if model == self.base_model else {model: 1.0})
 
-    async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-        """Token ids of prompts.
+    async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
+        """Prompts as they are read.
 
         Raises:
             ApiError: a prompt without tokens, or an id that the model does not know.
         """
         known = self.service.logo.model.get_input_embeddings().weight.shape[0]
         size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        rows: list[list[int]] = await _beside(
-            size, lambda: [text_ids(self.tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
-        )
-        for ids in rows:
-            if not ids:
+        rows = await _beside(size, lambda: [read(self.tokenizer, prompt) for prompt in prompts])
+        for row in rows:
+            if not row.ids:
                 raise bad_request("prompt: expected a text, found an empty one", "prompt")
-            if max(ids) >= known:
-                raise bad_request(f"prompt: expected token ids below {known}, found {max(ids)}", "prompt")
+            if max(row.ids) >= known:
+                raise bad_request(f"prompt: expected token ids below {known}, found {max(row.ids)}", "prompt")
         return rows
 
-    async def conversation(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation.
+    async def conversation(self, messages: Sequence[Message]) -> Prompt:
+        """A conversation as it is read.
 
         Raises:
             ApiError: it has no tokens.
             UsageError: the model's template refuses it.
         """
         turns = [{**(m.model_extra or {}), "role": m.role, "content": m.text} for m in messages]
-        ids = await _beside(sum(len(m.text) for m in messages), lambda: chat_ids(self.tokenizer, turns))
-        if not ids:
+        probe_text = self.service.logo.settings.probe_text
+        prompt = await _beside(sum(len(m.text) for m in messages), lambda: read(self.tokenizer, turns, probe_text))
+        if not prompt.ids:
             raise bad_request("messages: expected a text, found an empty one", "messages")
-        return ids
+        return prompt
 
-    def room(self, prompts: Sequence[Sequence[int]], max_tokens: int | None, param: str) -> int:
+    def room(self, prompts: Sequence[Prompt], max_tokens: int | None, param: str) -> int:
         """How many new tokens the answers may have; None asks for a usual number, or as many as there is room for.
 
         Raises:
@@ -172,14 +171,14 @@ class Answers:
 
     # -- answering -------------------------------------------------------------------------------------------------
 
-    async def choose(self, prompts: Sequence[Sequence[int]], wish: Wish, began: float) -> tuple[Chosen, ...]:
+    async def choose(self, prompts: Sequence[Prompt], wish: Wish, began: float) -> tuple[Chosen, ...]:
         """A mixture for each prompt; they are probed together.
 
         Raises:
             ApiError: out of time.
             LoGoError: as `Service.choose`.
         """
-        choosing = asyncio.gather(*(self.service.choose(ids, wish) for ids in prompts))
+        choosing = asyncio.gather(*(self.service.choose(prompt, wish) for prompt in prompts))
         try:
             chosen = await asyncio.wait_for(choosing, self._left(began))
         except asyncio.TimeoutError:
@@ -205,7 +204,7 @@ class Answers:
                 yield piece
 
     async def _answer(self, index: int, prompt: int, choice: int, asked: Asked) -> AsyncGenerator[Piece, None]:
-        sampling, ids = asked.sampling, asked.prompts[prompt]
+        sampling, ids = asked.sampling, asked.prompts[prompt].ids
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + choice)
         text = Text(self.tokenizer, asked.stops)

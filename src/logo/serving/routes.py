@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
+from logo.prompts import Prompt
 from logo.serving import protocol, replies
 from logo.serving.answers import AUTO, Answers, Asked
 from logo.serving.errors import too_many, unavailable
@@ -66,7 +67,7 @@ async def chat_completions(body: protocol.ChatRequest, request: Request) -> Resp
     answers = _answers(request)
     options = Options(body.model, body.return_token_ids, body.logprobs, body.include_usage)
 
-    async def encoded() -> list[list[int]]:
+    async def encoded() -> list[Prompt]:
         return [await answers.conversation(body.messages)]
 
     return await _generate(
@@ -86,7 +87,7 @@ async def _generate(
     rendering: Rendering,
     limit: tuple[int | None, str],
     logprobs: int | None,
-    encoded: Callable[[], Awaitable[list[list[int]]]],
+    encoded: Callable[[], Awaitable[list[Prompt]]],
     count: int,
 ) -> Response:
     """Answers a body of either endpoint.
@@ -105,7 +106,7 @@ async def _generate(
         request.state.prompt_tokens = sum(map(len, prompts))
         sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed, logprobs)
         chosen = await unless_left(request, answers.choose(prompts, wish, began))
-        asked = Asked(tuple(map(tuple, prompts)), chosen, body.n, sampling, body.stops, began)
+        asked = Asked(tuple(prompts), chosen, body.n, sampling, body.stops, began)
         if body.stream:
             return Streamed(answers, asked, rendering, request.state, stack.pop_all())
         return await unless_left(request, whole(answers, asked, rendering, request.state))
@@ -133,18 +134,18 @@ async def select(body: protocol.SelectRequest, request: Request) -> replies.Sele
     wish = answers.wish(AUTO, body.logo)
     with _admitted(answers):
         if body.prompt is not None:
-            [ids] = await answers.encoded([body.prompt])
+            [prompt] = await answers.encoded([body.prompt])
         else:
-            ids = await answers.conversation(body.messages or [])
-        answers.room([ids], None, "prompt" if body.messages is None else "messages")
-        [chosen] = await unless_left(request, answers.choose([ids], wish, began))
+            prompt = await answers.conversation(body.messages or [])
+        answers.room([prompt], None, "prompt" if body.messages is None else "messages")
+        [chosen] = await unless_left(request, answers.choose([prompt], wish, began))
     selection = chosen.selection
     return replies.SelectionReply(
         adapters=list(selection.adapters),
         weights=list(selection.weights),
         scores=dict(selection.scores),
         probe_ms=round(chosen.probe_ms, 3),
-        tokens=len(ids),
+        tokens=len(prompt),
     )
 
 

@@ -23,6 +23,7 @@ from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.adapter_cache import AdapterCache
 from logo.mixing.resident import Part
+from logo.prompts import Prompt
 from logo.selection import Selection
 from logo.selection.selector import forced
 from logo.serving.batching import Batching, Delta, Memory
@@ -72,7 +73,7 @@ class Chosen:
 
 @dataclass
 class _Waiting:
-    ids: Sequence[int]
+    prompt: Prompt | Sequence[int]
     wish: Wish
     since: float
     future: asyncio.Future[Chosen]
@@ -196,13 +197,13 @@ class Service:
 
     # -- selecting and generating ----------------------------------------------------------------------------------
 
-    async def choose(self, ids: Sequence[int], wish: Wish) -> Chosen:
+    async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Chosen:
         """The mixture for a prompt.
 
         Raises:
             LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
         """
-        waiting = _Waiting(ids, wish, time.perf_counter(), asyncio.get_running_loop().create_future())
+        waiting = _Waiting(prompt, wish, time.perf_counter(), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._wake.set()
         try:
@@ -245,7 +246,7 @@ class Service:
             to_probe = [i for i in members if batch[i].wish.adapters is None]
             try:
                 logo = self._engine(signal)
-                scored = self._probed(logo, [batch[i].ids for i in to_probe])
+                scored = self._probed(logo, [batch[i].prompt for i in to_probe])
             except Exception as error:  # handed to those who wait for it
                 results |= dict.fromkeys(members, error)
                 continue
@@ -256,7 +257,7 @@ class Service:
                 results[i] = self._finished(logo, batch[i].wish, found, queued, took if i in to_probe else 0.0)
         return [results[i] for i in range(len(batch))]
 
-    def _probed(self, logo: LoGo, rows: list[Sequence[int]]) -> dict[int, Selection | Exception]:
+    def _probed(self, logo: LoGo, rows: list[Prompt | Sequence[int]]) -> dict[int, Selection | Exception]:
         if not rows:
             return {}
         with self.batching.paused():

@@ -1,0 +1,285 @@
+"""The way in: a string, a conversation or token ids become token ids and a mask of the tokens that are probed.
+
+The one reading of prompts for Python, the command line and the server. Knows tokenizers and their chat templates; knows
+nothing about models, adapters or batches.
+"""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from logo.errors import UsageError, closest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    # A BatchEncoding is a mapping; messages are a sequence of mappings.
+    OnePrompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor | Mapping[str, Any]
+
+ProbeText = Literal["all", "last_user", "conversation"]
+Conversation = Sequence[Mapping[str, Any]]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_EXPECTED = "a string, a list of messages, token ids or a BatchEncoding"
+# Stands where a text of the user would: of the private use area, so that neither users nor templates write it, and
+# without white space and cases, so that no filter of a template changes it.
+_MARK = "\ue00f\ue0c0\ue00f"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads, and what of it says which adapters should answer.
+
+    Attributes:
+        ids: token ids, special tokens included.
+        probed: parallel to `ids`: whether a token is scored; tokens that are not are only read. None: all of them are.
+        text: what the tokens say; None for token ids, of which it is not known.
+    """
+
+    ids: tuple[int, ...]
+    probed: tuple[bool, ...] | None = None
+    text: str | None = None
+
+    @classmethod
+    def of(cls, row: Prompt | Sequence[int]) -> Prompt:
+        """A prompt that may be token ids alone."""
+        return row if isinstance(row, Prompt) else cls(tuple(row))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def only(self, places: Sequence[int]) -> Prompt:
+        """The prompt of these of its tokens; where none of them is probed, all of them are."""
+        probed = None if self.probed is None else tuple(self.probed[i] for i in places)
+        return Prompt(tuple(self.ids[i] for i in places), probed if probed and any(probed) else None, self.text)
+
+    def up_to_probed(self) -> Prompt:
+        """Without what comes after the last probed token, which no earlier token sees."""
+        if self.probed is None or self.probed[-1]:
+            return self
+        end = len(self.ids) - self.probed[::-1].index(True)
+        return Prompt(self.ids[:end], self.probed[:end], self.text)
+
+
+def several(prompts: Any) -> tuple[list[Any], bool]:
+    """The prompts one by one, and whether it is a single one that was given rather than a list.
+
+    Raises:
+        UsageError: it is neither a prompt nor a list of prompts, or an empty list.
+    """
+    if isinstance(prompts, (str, Prompt)):
+        return [prompts], True
+    if isinstance(prompts, Mapping):
+        return _rows(prompts)
+    listed = _listed(prompts)
+    if not isinstance(listed, Sequence) or isinstance(listed, (bytes, bytearray)):
+        raise UsageError(f"prompt: expected {_EXPECTED}, or a list of these, found {type(prompts).__name__}")
+    if not listed:
+        raise UsageError("prompt: expected one prompt or more, found an empty list")
+    single = _is_number(listed[0]) or _is_message(listed[0])
+    return ([listed], True) if single else (list(listed), False)
+
+
+def read(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, probe_text: ProbeText | None = None, vocabulary: int | None = None
+) -> Prompt:
+    """One prompt, whatever it is given as.
+
+    Args:
+        prompt: a string, which gets the tokenizer's special tokens; messages, see `chat`; or token ids as they are.
+        probe_text: what of a conversation is probed; see `chat`. Strings and token ids are probed whole.
+        vocabulary: how many tokens the model knows; None: token ids are not checked.
+
+    Raises:
+        UsageError: it is none of these, or cannot be used.
+    """
+    if isinstance(prompt, Prompt):
+        return prompt
+    if isinstance(prompt, str):
+        return Prompt(tuple(text_ids(tokenizer, prompt)), text=prompt)
+    if isinstance(prompt, Mapping):
+        rows, _ = _rows(prompt)
+        if len(rows) != 1:
+            raise UsageError(f"expected a BatchEncoding of one prompt, found one of {len(rows)}; give them one by one")
+        [prompt] = rows
+    listed = _listed(prompt)
+    if not isinstance(listed, Sequence) or isinstance(listed, (bytes, bytearray)):
+        raise UsageError(f"expected {_EXPECTED}, found {type(prompt).__name__}")
+    if listed and _is_message(listed[0]):
+        return chat(tokenizer, listed, probe_text)
+    ids = tuple(_token(value, vocabulary) for value in listed)
+    return Prompt(ids)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text with the tokenizer's special tokens, but never with a second beginning-of-sequence token.
+
+    A text that begins with that token already (what a chat template has written, say) is taken as it is.
+    """
+    ids: list[int] = _encoding(tokenizer, text)["input_ids"]
+    return ids
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+
+def chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation, probe_text: ProbeText | None = None) -> Prompt:
+    """A conversation up to where the assistant's next answer begins, by the tokenizer's chat template.
+
+    Base models have no template, since they were never taught roles: there the texts follow each other, one per line,
+    and a single message is the prompt that its text would be.
+
+    Args:
+        messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list
+            of text parts, or None in an assistant's turn.
+        probe_text: what is probed: `"last_user"`, the last message of the user (the default); `"conversation"`, all
+            messages of the user; `"all"`, everything that is read. Where nobody who is asked for has said anything,
+            everything is.
+
+    Raises:
+        UsageError: a message without content or with an unknown role, or the template refuses the conversation.
+    """
+    turns = [_turn(number, message) for number, message in enumerate(messages)]
+    templated = bool(tokenizer.chat_template)
+    render: Callable[[Sequence[Mapping[str, Any]]], str] = _renderer(tokenizer) if templated else plain
+    text = render(turns)
+    asked = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+    if check_probe_text(probe_text) != "conversation":
+        asked = asked[-1:]
+    options = {"add_special_tokens": False} if templated else {}
+    if probe_text == "all" or not asked or (not templated and len(turns) == 1):
+        return Prompt(tuple(_encoding(tokenizer, text, **options)["input_ids"]), text=text)
+    encoded = _encoding(tokenizer, text, return_offsets_mapping=tokenizer.is_fast, **options)
+    spans = [_span(render, turns, number, text) for number in asked] if tokenizer.is_fast else [None]
+    found = [span for span in spans if span is not None]
+    if len(found) < len(spans):
+        reason = "the chat template changes it" if tokenizer.is_fast else "the tokenizer tells no places of its tokens"
+        warnings.warn(
+            f"the user's text cannot be found in the prompt, because {reason}: all of the prompt is probed, a system "
+            "prompt too; see probe_text",
+            UserWarning,
+            stacklevel=2,
+        )
+        return Prompt(tuple(encoded["input_ids"]), text=text)
+    probed = [any(begin < end and begin < to and at < end for at, to in found) for begin, end in _offsets(encoded)]
+    return Prompt(tuple(encoded["input_ids"]), tuple(probed) if any(probed) else None, text)
+
+
+def plain(messages: Sequence[Mapping[str, Any]]) -> str:
+    """For base models, which were never taught roles: what was said, one after the other."""
+    return "\n".join(message["content"] or "" for message in messages)
+
+
+def check_probe_text(probe_text: ProbeText | None) -> ProbeText | None:
+    """Raises UsageError unless it is one of the choices or None."""
+    if probe_text is not None and probe_text not in get_args(ProbeText):
+        raise UsageError(f"probe_text: expected one of {', '.join(get_args(ProbeText))}, found {probe_text!r}")
+    return probe_text
+
+
+def _turn(number: int, message: Any) -> dict[str, Any]:
+    """A message as templates expect it: the content one text."""
+    where = f"messages[{number}]"
+    if not isinstance(message, Mapping):
+        raise UsageError(f"{where}: expected {{'role', 'content'}}, found {type(message).__name__}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        hint = closest(role, ROLES) if isinstance(role, str) else ""
+        raise UsageError(f"{where}: expected one of the roles {', '.join(ROLES)}, found {role!r}{hint}")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        parts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+        content = "".join(parts) if parts and len(parts) == len(content) else content
+    if not isinstance(content, str) and (content is not None or role != "assistant"):
+        found = "none" if content is None else f"{content!r:.60}"
+        raise UsageError(f"{where}: expected a 'content' that is a text or a list of text parts, found {found}")
+    return {**message, "content": content}
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Mapping[str, Any]]], str]:
+    def render(turns: Sequence[Mapping[str, Any]]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template is somebody's program and may raise anything
+            reason = " ".join(str(error).split())
+            raise UsageError(f"messages: the model's chat template refuses them: {reason}") from error
+
+    return render
+
+
+def _span(
+    render: Callable[[Sequence[Mapping[str, Any]]], str], turns: Sequence[Mapping[str, Any]], number: int, text: str
+) -> tuple[int, int] | None:
+    """Where in the text the content of a message stands: what changes when another content is in its place.
+
+    That is exact whatever else repeats the content, and also where the template trims or changes it. None where the
+    template treats the other content in another way altogether.
+    """
+    marked = render([{**turn, "content": _MARK} if i == number else turn for i, turn in enumerate(turns)])
+    before, mark, after = marked.partition(_MARK)
+    end = len(text) - len(after)
+    found = mark and _MARK not in after and text.startswith(before) and text.endswith(after) and len(before) <= end
+    return (len(before), end) if found else None
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def _encoding(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
+    """As `text_ids`, with whatever else the options ask of the tokenizer."""
+    encoded = tokenizer(text, **options)
+    bos = tokenizer.bos_token
+    if bos and text.startswith(bos) and encoded["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
+        return tokenizer(text, **{**options, "add_special_tokens": False})
+    return encoded
+
+
+def _offsets(encoded: Any) -> list[tuple[int, int]]:
+    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+    return offsets
+
+
+def _rows(encoding: Mapping[str, Any]) -> tuple[list[Any], bool]:
+    """The prompts of a BatchEncoding without their padding, and whether it is one of a single text."""
+    if "input_ids" not in encoding:
+        hint = "; put a message into a list" if "role" in encoding else ""
+        found = ", ".join(map(str, encoding))
+        raise UsageError(f"prompt: expected 'input_ids' in a BatchEncoding, found {found}{hint}")
+    ids, mask = _listed(encoding["input_ids"]), _listed(encoding.get("attention_mask"))
+    if not ids:
+        raise UsageError("prompt: expected one prompt or more, found a BatchEncoding of none")
+    if _is_number(ids[0]):
+        return [_kept(ids, mask)], True
+    masks = [None] * len(ids) if mask is None else mask
+    return [_kept(_listed(row), _listed(kept)) for row, kept in zip(ids, masks, strict=True)], False
+
+
+def _kept(ids: Sequence[Any], mask: Sequence[int] | None) -> list[Any]:
+    return list(ids) if mask is None else [i for i, kept in zip(ids, mask, strict=True) if kept]
+
+
+def _listed(value: Any) -> Any:
+    """Lists for tensors and arrays; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _token(value: Any, vocabulary: int | None) -> int:
+    if not _is_number(value):
+        raise UsageError(f"expected token ids, found {value!r:.60} among them")
+    token = int(value)
+    if token < 0 or (vocabulary is not None and token >= vocabulary):
+        known = "0 or more" if vocabulary is None else f"from 0 to {vocabulary - 1}, which the model knows"
+        raise UsageError(f"expected token ids {known}, found {token}")
+    return token
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "input_ids" not in value
