@@ -317,7 +317,8 @@ def test_empty_prompts(llama: nn.Module, adapters: Path) -> None:
     assert len(engine(llama, adapters).generate("", max_new_tokens=2).token_ids) == 2  # the bos token is a prompt
     with pytest.raises(UsageError, match="prompt 2 is empty"):
         engine(llama, adapters, bos=False).generate(["w3", ""], max_new_tokens=2)
-    assert engine(llama, adapters).generate([]) == []
+    with pytest.raises(UsageError, match="expected one prompt or more, found an empty list"):
+        engine(llama, adapters).generate([])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
