@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "cache"},
     {"adapters", "prompts"},
     {"mixing", "selection", "models", "decoding", "endings", "scoring"},
-    {"decoder"},
+    {"decoder", "selecting"},
     {"engine"},
     {"backends", "baselines"},
     {"evaluation", "training", "serving", "bench"},

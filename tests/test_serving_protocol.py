@@ -100,7 +100,7 @@ def chat(**fields: Any) -> ChatRequest:
         ({"logo": {"adapters": {"a": 1e6}}}, "logo.adapters.a: expected less than 1000000, found 1000000.0"),
         (
             {"logo": {"adapters": {}, "k": 1}},
-            "logo: expected either 'adapters' (this mixture) or 'k' and 'signal' (select), found both",
+            "logo: expected either 'adapters' (this mixture) or 'k' (select), found both",
         ),
         ({"whatever": [{"x": math.inf}]}, "whatever: expected JSON, found NaN or Infinity, which JSON does not have"),
     ],

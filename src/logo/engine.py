@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -21,19 +20,20 @@ from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
 from logo.decoder import Decoder, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, input_device, reads_prompts
-from logo.errors import UsageError
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.working_set import dtype_of
 from logo.models import context_length, default_pool, load_base
 from logo.prompts import Prompt, several
 from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
+from logo.selecting import Selecting, take_call_options
 from logo.selection.calibration import Calibration
-from logo.selection.scorer import Scorer, Scorers
+from logo.selection.scorer import Asked, Scorer, Scorers
 from logo.selection.selector import Forced, Selection, forced
-from logo.selection.settings import SelectionSettings
+from logo.selection.settings import CallOptions, SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
     from logo.prompts import OnePrompt
 
@@ -91,7 +91,7 @@ class LoGo:
         self._decoder = Decoder(model, self.prompts, self._mixer)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self.merge = merge
-        self._carried: tuple[str, ...] | None = None
+        self._selecting = Selecting(model, self.prompts, self._mixer, self.settings.probe_context)
         self._fit_pool()
 
     @classmethod
@@ -180,16 +180,22 @@ class LoGo:
             self._sync()
             return self._scorers.get(self.settings)
 
-    def calibrate(self) -> Calibration | None:
+    def calibrate(self, signal: str | None = None) -> Calibration | None:
         """Makes ready to select: calibrates adapters that are not known yet, and indexes all. The first call does too.
+
+        Args:
+            signal: another one than the engine's own.
 
         Returns:
             Where prompts are read, and how that was chosen; None for signals without calibration.
 
         Raises:
             AdapterError: an adapter that cannot be read.
+            PoolError: adapters that another signal cannot score.
         """
-        return self.scorer.calibration
+        with self._lock:
+            self._sync()
+            return self._scorers.get(self.settings.asked(signal=signal)).calibration
 
     @property
     def folding(self) -> dict[str, Any]:
@@ -210,14 +216,29 @@ class LoGo:
 
     @overload
     def select(  # type: ignore[overload-overlap]
-        self, prompts: OnePrompt, *, max_new_tokens: int | None = ..., batch_size: int = ...
+        self,
+        prompts: OnePrompt,
+        *,
+        max_new_tokens: int | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[CallOptions],
     ) -> Selection: ...
     @overload
     def select(
-        self, prompts: Sequence[OnePrompt], *, max_new_tokens: int | None = ..., batch_size: int = ...
+        self,
+        prompts: Sequence[OnePrompt],
+        *,
+        max_new_tokens: int | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[CallOptions],
     ) -> list[Selection]: ...
     def select(
-        self, prompts: OnePrompt | Sequence[OnePrompt], *, max_new_tokens: int | None = None, batch_size: int = 8
+        self,
+        prompts: OnePrompt | Sequence[OnePrompt],
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = 8,
+        **options: Unpack[CallOptions],
     ) -> Selection | list[Selection]:
         """Which adapters would answer, with their weights and the scores of all.
 
@@ -226,56 +247,51 @@ class LoGo:
                 `role` and `content`), token ids or a BatchEncoding; see `logo.prompts`.
             max_new_tokens: as in `generate`: a prompt that leaves no room for them is cut in the same place.
             batch_size: prompts per probe. `probe_context="carry"` always takes them one by one, in order.
+            **options: `k`, `signal`, `weighting`, `keep_mass` and `candidates` for this call; see `CallOptions`.
 
         Raises:
-            UsageError: a prompt that is empty or cannot be read, or an answer that alone would fill the context.
+            UsageError: a prompt that is empty or cannot be read, an answer that alone would fill the context, or an
+                option that cannot be used.
+            PoolError: a candidate that is not in the pool, or adapters that the call's signal cannot score.
         """
         given, alone = several(prompts)
+        asked = self.asked(**options)
         rows = self.prompts.read(given, room=self.prompts.room(max_new_tokens))
-        selections = self.select_ids(rows, batch_size=batch_size)
+        selections = self.select_ids(rows, asked, batch_size=batch_size)
         return selections[0] if alone else selections
 
-    def select_ids(self, rows: Sequence[Prompt | Sequence[int]], *, batch_size: int = 8) -> list[Selection]:
-        """`select` for prompts that have been read, or are token ids with special tokens included; none is cut."""
+    def asked(self, **options: Unpack[CallOptions]) -> Asked:
+        """The options of one call, checked: errors as `select`."""
+        self._sync()
+        return self._scorers.asked(**options)
+
+    def select_ids(
+        self,
+        rows: Sequence[Prompt | Sequence[int]],
+        asked: Asked | Sequence[Asked] | None = None,
+        *,
+        batch_size: int = 8,
+    ) -> list[Selection]:
+        """`select` for prompts that have been read, or are token ids with special tokens included; none is cut.
+
+        Args:
+            asked: of all of them, or of each.
+        """
         check_batch_size(batch_size)
         with self._lock:
             self._sync()
-            return self._select([Prompt.of(row) for row in rows], batch_size)
+            every = asked or self._scorers.asked()
+            each = [every] * len(rows) if isinstance(every, Asked) else every
+            return self._selecting(self._fitted, self._scorers, [Prompt.of(row) for row in rows], each, batch_size)
 
-    def _select(self, rows: Sequence[Prompt], batch_size: int, *, answering: bool = False) -> list[Selection]:
-        if self.settings.probe_context == "carry":
-            return [self._select_carried(row) for row in rows]
-        selections: dict[int, Selection] = {}
-        for batch in batches_by_length([len(row) for row in rows], batch_size):
-            active = self._fitted.names if self.settings.probe_context == "pool" else ()
-            found = self._probe([rows[i] for i in batch], active)
-            if answering:  # their tensors are read while the next batch is probed
-                self._mixer.prefetch(self._fitted, [name for selection in found for name in selection.adapters])
-            selections |= zip(batch, found, strict=True)
-        return [selections[i] for i in range(len(rows))]
-
-    def _select_carried(self, row: Prompt) -> Selection:
-        """As the official code runs: what the last prompt selected is still active, at full scale, while probing."""
-        [selection] = self._probe([row], self._fitted.names if self._carried is None else self._carried)
-        self._carried = selection.adapters
-        return selection
-
-    def _probe(self, rows: Sequence[Prompt], active: tuple[str, ...]) -> list[Selection]:
-        with self._mixer.active(self._fitted, [dict.fromkeys(active, 1.0)], merge=EXACT):
-            return self._scorers.select(*self.prompts.pad_probed(rows, input_device(self.model)), self.settings)
-
-    def reselect(
-        self, scores: Mapping[str, float], *, k: int | None = None, candidates: Collection[str] | None = None
-    ) -> Selection:
-        """The selection that scores from before give where another number may answer, or only some adapters may."""
-        settings = self.settings if k is None else replace(self.settings, k=k)
-        self._sync()
-        return self._scorers.choose(torch.tensor(list(scores.values())), list(scores), settings, candidates)
+    def reselect(self, scores: Mapping[str, float], **options: Unpack[CallOptions]) -> Selection:
+        """The selection that scores from before give for other options; the scores are those of the options' signal."""
+        return self._scorers.choose(torch.tensor(list(scores.values())), list(scores), self.asked(**options))
 
     def restart(self) -> None:
         """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""
         with self._lock:
-            self._carried = None
+            self._selecting.restart()
             self._scorers.restart()
 
     # -- generating ---------------------------------------------------------------------------------------------
@@ -307,21 +323,23 @@ class LoGo:
             generation_config: any transformers config; default: greedy, whatever the checkpoint's own asks for.
             stop_at_newline: end each answer at its first line; `"official"`: by the official code's rule.
             stop: end each answer before the first of these texts.
-            **options: options of `GenerationConfig`, such as `do_sample=True, temperature=0.7`; no others.
+            **options: of the selection, as `select`, and of `GenerationConfig`, such as `do_sample=True,
+                temperature=0.7`; no others.
 
         Raises:
-            UsageError: a prompt that is empty or cannot be read, a forced adapter that is not in the pool, an option
-                that does not exist or cannot be used.
+            UsageError: a prompt that is empty or cannot be read, an option that does not exist or cannot be used.
+            PoolError: as `select`; a forced adapter that is not in the pool, or not among the candidates.
         """
         given, alone = several(prompts)
         check_batch_size(batch_size)
         stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
+        asked = self.asked(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         with self._lock:
             self._sync()
             rows = self.prompts.read(given, room=config.max_new_tokens)
             started = time.perf_counter()
-            selections = self._selections(rows, adapters, batch_size)
+            selections = self._selecting.mixtures(self._fitted, self._scorers, rows, adapters, asked, batch_size)
             probed = (time.perf_counter() - started) / len(rows)
             answers: dict[int, Generation] = {}
             padded = not reads_prompts(config)
@@ -344,29 +362,38 @@ class LoGo:
 
         Leaving the loop early ends the generation. Arguments as `generate`.
         """
+        asked = self.asked(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         with self._lock:
             self._sync()
             [row] = self.prompts.read([prompt], room=config.max_new_tokens)
-            [selection] = self._selections([row], adapters, 1)
+            [selection] = self._selecting.mixtures(self._fitted, self._scorers, [row], adapters, asked, 1)
         return self._decoder.stream(self._fitted, row.ids, selection.mixture, config, self._lock)
 
-    def score(self, prompt: OnePrompt, completion: str, mixtures: Sequence[Forced]) -> list[Scored]:
+    def score(
+        self, prompt: OnePrompt, completion: str, mixtures: Sequence[Forced | None], **options: Unpack[CallOptions]
+    ) -> list[Scored]:
         """What a gold completion is worth under each of several mixtures, teacher-forced; see `logo.scoring`.
 
         Args:
-            mixtures: as `adapters` of `generate`; `{}` is the base model alone. Equal ones are computed once.
+            mixtures: as `adapters` of `generate`: `{}` is the base model alone, None is what the prompt selects. Equal
+                ones are computed once.
+            **options: of the selection, as `select`.
 
         Raises:
-            UsageError: no prompt, a completion without tokens or too long, an adapter that is not in the pool.
+            UsageError: no prompt, a completion without tokens or too long.
+            PoolError: as `generate`.
         """
+        asked = self.asked(**options)
         with self._lock:
             self._sync()
-            wanted = [forced(entry, self._fitted).mixture for entry in mixtures]
             [whole] = self.prompts.read([prompt], room=None)
             text = self.tokenizer.decode(whole.ids) if whole.text is None else whole.text
             gold = completion_ids(self.tokenizer, text, completion, self.prompts.context)
             [row] = self.prompts.read([whole], room=len(gold))
+            rows = [row] * len(mixtures)
+            selections = self._selecting.mixtures(self._fitted, self._scorers, rows, mixtures, asked, 1)
+            wanted = [selection.mixture for selection in selections]
             active = functools.partial(self._mixer.active, self._fitted)
             return score_mixtures(
                 self.model, row.ids, gold, wanted, active, len(self.tokenizer), input_device(self.model)
@@ -401,22 +428,6 @@ class LoGo:
                 scored |= score_continued(self.model, [rows[i] for i in batch], active, pad, len(self.tokenizer))
         return [scored[number] for number in range(len(pairs))]
 
-    def _selections(
-        self, rows: Sequence[Prompt], adapters: Forced | Sequence[Forced | None] | None, batch_size: int
-    ) -> list[Selection]:
-        """Selects for the rows for which nothing is forced."""
-        if adapters is None or isinstance(adapters, (Mapping, Selection)):
-            wanted: list[Forced | None] = [adapters] * len(rows)
-        else:
-            wanted = list(adapters)
-            if len(wanted) != len(rows):
-                raise UsageError(f"adapters: expected one entry for each of {len(rows)} prompts, found {len(wanted)}")
-        open_rows = [i for i, entry in enumerate(wanted) if entry is None]
-        chosen = dict(
-            zip(open_rows, self._select([rows[i] for i in open_rows], batch_size, answering=True), strict=True)
-        )
-        return [chosen[i] if entry is None else forced(entry, self._fitted) for i, entry in enumerate(wanted)]
-
     def _fit_pool(self) -> None:
         version = self.pool.version
         fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
@@ -434,5 +445,3 @@ class LoGo:
         with self._lock:
             self._fit_pool()
             self._mixer.forget()
-            if self._carried is not None:
-                self._carried = tuple(name for name in self._carried if name in self._fitted)

@@ -32,6 +32,14 @@ def serve(
             rich_help_panel=NETWORK,
         ),
     ] = None,
+    key_adapters: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='API keys bound to adapters: JSON such as {"KEY": ["team-a/*", "translate"]}.',
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(help="Another name under which the server may be called.", rich_help_panel=NETWORK),
@@ -104,14 +112,16 @@ def serve(
         raise StorageError(f"--allow-adapter-changes {folder}: expected a folder, found none; create it first")
     keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get("LOGO_API_KEY")]))
     from logo.serving.guards import GuardSettings, is_loopback
+    from logo.serving.keys import read_key_adapters, unmatched
     from logo.serving.logs import configure
     from logo.serving.running import address_of, listening
 
+    bound = {} if key_adapters is None else read_key_adapters(key_adapters)
     guards = GuardSettings(
-        host, keys, int(max_body_mb * 1e6), tuple(allow_host or ()), tuple(cors or ()), open_metrics
-    )  # fmt: skip
+        host, keys, int(max_body_mb * 1e6), tuple(allow_host or ()), tuple(cors or ()), open_metrics, bound
+    )
     configure(log_json=log_json)
-    if not keys and not is_loopback(host):
+    if not keys and not bound and not is_loopback(host):
         note(f"Listening on {host} without an API key: whoever reaches it may use it. --api-key asks for one.")
     taken = listening(host, port)
     engine, base_model = or_demo(engine)
@@ -129,6 +139,8 @@ def serve(
     for other in others:
         get_signal(other)  # raises before anything slow happens
     logo = open_engine(engine, base_model)
+    for pattern in unmatched(logo.names, bound):
+        note(f"--key-adapters: no adapter matches {pattern!r} now")
     memory = Memory(max_concurrent, kv_cache_gb)
     service = Service(logo, memory, signals=others, max_queue=max_queue, adapter_cache_gb=engine.adapter_cache_gb)
     settings = AppSettings(name, request_timeout or None, folder)

@@ -8,14 +8,14 @@ adaptive   softmax whose temperature follows how clearly the best score stands o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
-from logo.errors import NotFinite, UsageError
+from logo.errors import NotFinite, PoolError, UsageError, closest
 from logo.selection.signals import Weighting
 
 # Temperatures: one adapter nearly alone, and several.
@@ -57,19 +57,30 @@ class Selection:
 Forced = Mapping[str, float] | Selection
 
 
-def forced(entry: Forced, pool: AdapterPool) -> Selection:
+def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None = None) -> Selection:
     """The selection that a user names: adapter -> weight, or a selection from before.
 
     Raises:
-        PoolError: an adapter is not in the pool.
+        PoolError: an adapter is not in the pool, or not among the candidates.
         UsageError: a weight that is not a finite number.
     """
     selection = entry if isinstance(entry, Selection) else Selection.forced(entry)
     for name, weight in zip(selection.adapters, selection.weights, strict=True):
-        pool[name]  # raises with a did-you-mean
+        known(name, pool, candidates)
         if not -1e6 < weight < 1e6:
             raise UsageError(f"weight of adapter {name!r}: expected a finite number, found {weight}")
     return selection
+
+
+def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = None) -> str:
+    """The name, if it is one of the pool's, and of the candidates where there are any.
+
+    Raises:
+        PoolError: it is not. Where there are candidates, the message names no others.
+    """
+    if candidates is not None and name not in candidates:
+        raise PoolError(f"no adapter {name!r} among the {len(candidates)} candidates{closest(name, candidates)}")
+    return pool[name].name
 
 
 @dataclass(frozen=True)

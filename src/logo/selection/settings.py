@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from logo.errors import UsageError, closest
 from logo.prompts import ProbeText, check_probe_text
@@ -14,6 +14,25 @@ from logo.selection.signals import ProbeInput, ProbeToken, Signal, Weighting, ge
 ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
 BaselineKind = Literal["neutral", "running"]
+
+
+class CallOptions(TypedDict, total=False):
+    """What one call may ask for instead of what the engine's settings say. None is the same as leaving an option out.
+
+    Attributes:
+        k: adapters per prompt.
+        signal: any registered signal; what it reads beyond the engine's own is read when it is first asked for.
+        weighting: how scores become weights; default: as the engine's settings say, but where the call names another
+            signal, that signal's own.
+        keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
+        candidates: choose among these adapters only; forced ones have to be among them, too.
+    """
+
+    k: int | None
+    signal: str | None
+    weighting: Weighting | None
+    keep_mass: float | None
+    candidates: Collection[str] | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,27 @@ class SelectionSettings:
             token=self.probe_token or signal.token,
             weighting=self.weighting or signal.weighting,
         )
+
+    def asked(
+        self,
+        *,
+        k: int | None = None,
+        signal: str | None = None,
+        weighting: Weighting | None = None,
+        keep_mass: float | None = None,
+    ) -> SelectionSettings:
+        """These settings with what one call asks for; see `CallOptions`.
+
+        Raises:
+            UsageError: an option that cannot be used, also beside what is fixed here.
+        """
+        options: dict[str, Any] = {"k": k, "signal": signal, "weighting": weighting, "keep_mass": keep_mass}
+        given = {name: value for name, value in options.items() if value is not None}
+        if signal is not None and signal != self.signal:
+            # What is said of one signal's scores means nothing for another's.
+            raw = get_signal(signal).scale == "raw"
+            given = {"weighting": None, "baseline": "neutral" if raw else self.baseline, **given}
+        return replace(self, **given) if given else self
 
     @classmethod
     def of(cls, **settings: Any) -> SelectionSettings:

@@ -18,6 +18,7 @@ from logo.errors import closest
 from logo.prompts import Prompt, read
 from logo.serving.batching import GenerationFailed, GenerationTimeout
 from logo.serving.errors import bad_request, model_not_found, timed_out
+from logo.serving.keys import Patterns, usable
 from logo.serving.metrics import Metrics
 from logo.serving.problems import shown
 from logo.serving.protocol import LogoOptions, Message
@@ -97,18 +98,21 @@ class Answers:
 
     # -- what is asked ---------------------------------------------------------------------------------------------
 
-    def wish(self, model: str, options: LogoOptions | None) -> Wish:
+    def wish(self, model: str, options: LogoOptions | None, patterns: Patterns | None = None) -> Wish:
         """What a model's name and the field `logo` ask for.
+
+        Args:
+            patterns: what the request's API key is bound to; None: the whole pool.
 
         Raises:
             ApiError: there is no such model, or it does not go with the options.
         """
-        names = self.service.adapters
+        names = usable(self.service.adapters, patterns)
         if model not in (AUTO, self.base_model) and model not in names:
             raise model_not_found(model, closest(model, (AUTO, self.base_model, *names)))
         options = options or LogoOptions()
         if options.adapters is not None:
-            return Wish(adapters=options.adapters)
+            return Wish(options.adapters, usable=patterns)
         if options.signal is not None and options.signal not in self.service.signals:
             raise bad_request(
                 f"logo.signal: expected one of {', '.join(self.service.signals)}, which this server was started with, "
@@ -116,10 +120,11 @@ class Answers:
                 "logo.signal",
             )
         if model == AUTO:
-            return Wish(k=options.k, signal=options.signal)
-        if options.k is not None or options.signal is not None:
-            raise bad_request(f"logo: 'k' and 'signal' select, but model {shown(model)} selects nothing", "logo")
-        return Wish(adapters={} if model == self.base_model else {model: 1.0})
+            return Wish(None, options.call_options, patterns)
+        if options.selecting:
+            said = ", ".join(map(repr, options.selecting))
+            raise bad_request(f"logo: model {shown(model)} selects nothing; leave out {said}", "logo")
+        return Wish({} if model == self.base_model else {model: 1.0}, usable=patterns)
 
     async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
         """Prompts as they are read.

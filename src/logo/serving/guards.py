@@ -17,7 +17,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.errors import UsageError
 from logo.serving.errors import api_error, forbidden, too_large, unauthorized
+from logo.serving.keys import Patterns
 from logo.serving.logs import AccessLog, request_id
 from logo.serving.problems import shown
 
@@ -53,7 +54,8 @@ class GuardSettings:
 
     Attributes:
         host: what the server is bound to. On loopback, requests for other host names are refused (`Hosts`).
-        api_keys: any of these opens the API. None given: it is open.
+        api_keys: any of these opens the API. None given, here or below: it is open.
+        key_adapters: API keys that open what these adapters are concerned only: key -> names or patterns.
         max_body_bytes: of a request's body.
         allow_hosts: further host names for a server on loopback (behind a proxy, say). On any other address they
             are, when given, the only names besides loopback's.
@@ -70,11 +72,12 @@ class GuardSettings:
     allow_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     open_metrics: bool = False
+    key_adapters: Mapping[str, Patterns] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for key in self.api_keys:
-            if not key or not key.isascii() or not key.isprintable() or " " in key:
-                raise UsageError("--api-key: expected one or more printable ASCII characters without spaces")
+        for option, keys in (("--api-key", self.api_keys), ("--key-adapters", self.key_adapters)):
+            if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
+                raise UsageError(f"{option}: expected keys of printable ASCII characters without spaces")
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise UsageError(
@@ -85,8 +88,9 @@ class GuardSettings:
 def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
     """The app behind all guards, for uvicorn. Websockets, which no route has, are turned away."""
     app = BodyLimit(app, settings.max_body_bytes)
-    if settings.api_keys:
-        app = ApiKeys(app, settings.api_keys, (*OPEN_PATHS, *(("/metrics",) if settings.open_metrics else ())))
+    if settings.api_keys or settings.key_adapters:
+        opened = (*OPEN_PATHS, *(("/metrics",) if settings.open_metrics else ()))
+        app = ApiKeys(app, settings.api_keys, opened, settings.key_adapters)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
@@ -219,11 +223,23 @@ class ApiKeys:
         app: what is guarded.
         keys: any of them will do.
         open_paths: need none; nor do the page's files.
+        bound: further keys, that may use some adapters only: key -> names or patterns, which routes find in
+            `request.state.adapters`. What concerns the pool as a whole (`WHOLE`) is not for them.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Iterable[str] = OPEN_PATHS) -> None:
+    WHOLE = ("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[str],
+        open_paths: Iterable[str] = OPEN_PATHS,
+        bound: Mapping[str, Patterns] | None = None,
+    ) -> None:
         self.app = app
-        self._keys = [_digest(key.encode("utf-8")) for key in keys]
+        # A key that stands in both is bound: whoever lists adapters for it means them.
+        every = {**dict.fromkeys(keys, None), **(bound or {})}
+        self._keys = [(_digest(key.encode("utf-8")), patterns) for key, patterns in every.items()]
         self._open = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -233,18 +249,24 @@ class ApiKeys:
         if len(given) != 1:
             return await unauthorized().response()(scope, receive, send)
         scheme, _, key = given[0].strip().partition(b" ")
-        if scheme.lower() != b"bearer" or not self._is_known(key.strip()):
+        known, patterns = self._bound_to(key.strip())
+        if scheme.lower() != b"bearer" or not known:
             answer = unauthorized("expected a valid API key as 'Authorization: Bearer KEY', found another")
             return await answer.response()(scope, receive, send)
+        if patterns is not None and scope["path"] in self.WHOLE:
+            answer = forbidden("this API key is bound to some adapters, and this concerns the whole pool")
+            return await answer.response()(scope, receive, send)
+        scope.setdefault("state", {})["adapters"] = patterns
         await self.app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
         return path in self._open or (path.startswith(PAGE) and ".." not in path.split("/"))
 
-    def _is_known(self, key: bytes) -> bool:
-        """Takes the same time whichever key it is and however much of it is right."""
+    def _bound_to(self, key: bytes) -> tuple[bool, Patterns | None]:
+        """Whether a key is known, and what it is bound to; takes the same time however much of it is right."""
         digest = _digest(key)
-        return sum(hmac.compare_digest(digest, known) for known in self._keys) > 0
+        found = [(True, patterns) for known, patterns in self._keys if hmac.compare_digest(digest, known)]
+        return found[0] if found else (False, None)
 
 
 class BodyLimit:

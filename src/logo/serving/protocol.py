@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, Tag, model_validator
 
+from logo.selection.settings import CallOptions
 from logo.serving.fields import (
     Body,
     Choices,
@@ -30,6 +31,7 @@ from logo.serving.fields import (
     refused,
 )
 
+Weighting = Literal["linear", "softmax", "adaptive"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 # Field -> whether its value asks for nothing that this server lacks.
@@ -92,12 +94,30 @@ class LogoOptions(Body):
     )
     k: Count | None = Field(None, description="How many adapters are mixed.")
     signal: Text | None = Field(None, description="The signal that scores adapters.")
+    weighting: Weighting | None = Field(None, description="How scores become weights.")
+    keep_mass: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        None, description="Of the k adapters, keep the best that together hold this share of the weight."
+    )
+    candidates: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="Choose among these adapters only."
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> LogoOptions:
-        if self.adapters is not None and (self.k is not None or self.signal is not None):
-            raise refused("expected either 'adapters' (this mixture) or 'k' and 'signal' (select), found both")
+        if self.adapters is not None and self.selecting:
+            raise refused(f"expected either 'adapters' (this mixture) or {self.selecting[0]!r} (select), found both")
         return self
+
+    @property
+    def selecting(self) -> list[str]:
+        """The fields that are given and say how to select."""
+        return [name for name in CallOptions.__annotations__ if getattr(self, name) is not None]
+
+    @property
+    def call_options(self) -> CallOptions:
+        """What is asked of the selection."""
+        given: Any = {name: getattr(self, name) for name in self.selecting}
+        return given  # type: ignore[no-any-return]
 
 
 class StreamOptions(Body):

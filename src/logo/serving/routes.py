@@ -15,6 +15,7 @@ from logo.prompts import Prompt
 from logo.serving import protocol, replies
 from logo.serving.answers import AUTO, Answers, Asked
 from logo.serving.errors import too_many, unavailable
+from logo.serving.keys import Patterns, usable
 from logo.serving.metrics import CONTENT_TYPE
 from logo.serving.rendering import ChatRendering, CompletionRendering, Options, Rendering
 from logo.serving.responding import Streamed, unless_left, whole
@@ -35,6 +36,11 @@ router = APIRouter(responses=ERRORS)
 def _answers(request: Request) -> Answers:
     found: Answers = request.app.state.answers
     return found
+
+
+def _patterns(request: Request) -> Patterns | None:
+    """What the request's API key is bound to; see `logo.serving.guards.ApiKeys`."""
+    return getattr(request.state, "adapters", None)
 
 
 # -- generating ----------------------------------------------------------------------------------------------------
@@ -99,7 +105,7 @@ async def _generate(
     """
     answers, began = _answers(request), time.perf_counter()
     request.state.model = body.model
-    wish = answers.wish(body.model, body.logo)
+    wish = answers.wish(body.model, body.logo, _patterns(request))
     with ExitStack() as stack:
         stack.enter_context(_admitted(answers, count * body.n))
         prompts = await encoded()
@@ -131,7 +137,7 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
 async def select(body: protocol.SelectRequest, request: Request) -> replies.SelectionReply:
     """Which adapters would answer, with the scores of all."""
     answers, began = _answers(request), time.perf_counter()
-    wish = answers.wish(AUTO, body.logo)
+    wish = answers.wish(AUTO, body.logo, _patterns(request))
     with _admitted(answers):
         if body.prompt is not None:
             [prompt] = await answers.encoded([body.prompt])
@@ -151,11 +157,12 @@ async def select(body: protocol.SelectRequest, request: Request) -> replies.Sele
 
 @router.get("/v1/logo/adapters", response_model=replies.AdapterList, tags=["LoGo"])
 async def adapters(request: Request) -> replies.AdapterList:
-    """The pool."""
+    """The pool, or what the API key may use of it."""
     answers = _answers(request)
     service = answers.service
     cards = [
-        card.model_copy(update={"selected": service.selected.get(name, 0)}) for name, card in service.cards.items()
+        service.cards[name].model_copy(update={"selected": service.selected.get(name, 0)})
+        for name in usable(service.cards, _patterns(request))
     ]
     return replies.AdapterList(
         base_model=answers.base_model,
@@ -182,7 +189,7 @@ async def models(request: Request) -> replies.ModelList:
             logo=replies.ModelRole.model_validate({"role": role}),
         )
 
-    names = answers.service.adapters
+    names = usable(answers.service.adapters, _patterns(request))
     return replies.ModelList(
         data=[
             card(AUTO, "auto", None),

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from logo.adapters.format import Adapter, open_adapter
@@ -25,8 +25,11 @@ from logo.mixing.adapter_cache import AdapterCache
 from logo.mixing.resident import Part
 from logo.prompts import Prompt
 from logo.selection import Selection
-from logo.selection.selector import forced
+from logo.selection.scorer import Asked
+from logo.selection.selector import forced, known
+from logo.selection.settings import CallOptions
 from logo.serving.batching import Batching, Delta, Memory
+from logo.serving.keys import Patterns, usable
 from logo.serving.replies import AdapterCard
 from logo.serving.sampling import Sampling
 
@@ -45,13 +48,13 @@ class Wish:
 
     Attributes:
         adapters: instead of selecting: name -> weight; `{}` is the base model alone.
-        k: adapters at most; None: as the server was told.
-        signal: another signal than the server's.
+        options: how to select, where not as the server was told.
+        usable: what the request's API key is bound to; None: the whole pool.
     """
 
     adapters: Mapping[str, float] | None = None
-    k: int | None = None
-    signal: str | None = None
+    options: CallOptions = field(default_factory=CallOptions)
+    usable: Patterns | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Service:
     Args:
         logo: the engine; its own `generate` must not be used while the service runs.
         memory: for sequences in flight.
-        signals: names of those that requests may ask for beside the engine's own; the pool is prepared for each now.
+        signals: names of those that requests may ask for beside the engine's own; the pool is calibrated for each now.
         max_queue: requests that may wait beside those in flight.
         adapter_cache_gb: host memory for adapter tensors.
         probe_batch: prompts per probe.
@@ -95,6 +98,7 @@ class Service:
         cards: what is shown of each, but for how often it was selected.
         selected: how many answers each has had a part in.
         draining: takes no new requests.
+        signals: those that requests may ask for, the engine's own first.
 
     Raises:
         UsageError: an engine that selects in a way that depends on the order of prompts.
@@ -124,10 +128,12 @@ class Service:
         self.batching = Batching(logo.model, memory, logo.prompts.context)
         self._cache = AdapterCache(int(adapter_cache_gb * 1e9))
         self._probe_batch = probe_batch
-        self._engines = {logo.settings.signal: logo}
-        for signal in signals:
-            if signal not in self._engines:
-                self._engines[signal] = self._with(signal)
+        self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
+        for signal in self.signals:
+            try:
+                logo.calibrate(signal)
+            except PoolError as error:
+                raise PoolError(f"signal {signal!r}: {error}") from error
         self._refused: dict[str, LoGoError] = {}  # signals that cannot score the pool as it is now
         self._worker = ThreadPoolExecutor(1, "logo-select")
         self._waiting: list[_Waiting] = []
@@ -158,11 +164,6 @@ class Service:
     def ready(self) -> bool:
         """Whether requests are taken."""
         return self.batching.alive and not self._selecting.done() and not self.draining
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        """Those that requests may ask for, the engine's own first."""
-        return tuple(self._engines)
 
     @property
     def waiting(self) -> int:
@@ -238,48 +239,65 @@ class Service:
                         waiting.future.set_result(result)
 
     def _choose(self, batch: Sequence[_Waiting]) -> list[Chosen | Exception]:
-        """In the other thread: selects for all of the batch, those of one signal together."""
-        results: dict[int, Chosen | Exception] = {}
+        """In the other thread: selects for all of the batch together."""
         began = time.perf_counter()
-        for signal in dict.fromkeys(waiting.wish.signal for waiting in batch):
-            members = [i for i, w in enumerate(batch) if w.wish.signal == signal]
-            to_probe = [i for i in members if batch[i].wish.adapters is None]
-            try:
-                logo = self._engine(signal)
-                scored = self._probed(logo, [batch[i].prompt for i in to_probe])
-            except Exception as error:  # handed to those who wait for it
-                results |= dict.fromkeys(members, error)
-                continue
-            took = 1e3 * (time.perf_counter() - began)
-            for i in members:
-                found = scored.get(to_probe.index(i)) if i in to_probe else None
-                queued = 1e3 * (began - batch[i].since)
-                results[i] = self._finished(logo, batch[i].wish, found, queued, took if i in to_probe else 0.0)
-        return [results[i] for i in range(len(batch))]
+        asked = [self._asked(waiting.wish) for waiting in batch]
+        to_probe = {i: one for i, one in enumerate(asked) if isinstance(one, Asked) and batch[i].wish.adapters is None}
+        found = self._probed([batch[i].prompt for i in to_probe], list(to_probe.values()))
+        probed = dict(zip(to_probe, found, strict=True))
+        took = 1e3 * (time.perf_counter() - began)
+        return [
+            self._finished(waiting, asked[i], probed.get(i), 1e3 * (began - waiting.since), took if i in probed else 0)
+            for i, waiting in enumerate(batch)
+        ]
 
-    def _probed(self, logo: LoGo, rows: list[Prompt | Sequence[int]]) -> dict[int, Selection | Exception]:
+    def _asked(self, wish: Wish) -> Asked | Exception:
+        """A request's options, checked against the pool as it is now."""
+        try:
+            options, pool = wish.options.copy(), self.logo.fitted
+            signal = options.get("signal") or self.logo.settings.signal
+            if signal in self._refused:
+                return copy(self._refused[signal])  # one that is raised again would hold every traceback
+            if signal not in self.signals:
+                raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
+            if wish.usable is not None and wish.adapters != {}:
+                names = usable(pool.names, wish.usable)
+                if not names:
+                    raise PoolError("none of the adapters that this API key may use is in the pool")
+                options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
+            if options.get("k"):  # more than there are means all of them, and a client's number warns nobody here
+                options["k"] = min(options["k"] or 0, len(options.get("candidates") or pool))
+            return self.logo.asked(**options)
+        except Exception as error:  # handed to the one who waits for it
+            return error
+
+    def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[Asked]) -> list[Selection | Exception]:
         if not rows:
-            return {}
+            return []
         with self.batching.paused():
             try:
-                return dict(enumerate(logo.select_ids(rows, batch_size=self._probe_batch)))
+                return [*self.logo.select_ids(rows, asked, batch_size=self._probe_batch)]
             except Exception as error:
                 if len(rows) == 1:
-                    return {0: error}
+                    return [error]
         # One prompt that cannot be scored is no reason for the others to fail.
-        return {i: found for i, row in enumerate(rows) for found in self._probed(logo, [row]).values()}
+        return [found for row, one in zip(rows, asked, strict=True) for found in self._probed([row], [one])]
 
     def _finished(
-        self, logo: LoGo, wish: Wish, found: Selection | Exception | None, queued: float, took: float
+        self,
+        waiting: _Waiting,
+        asked: Asked | Exception,
+        found: Selection | Exception | None,
+        queued: float,
+        took: float,
     ) -> Chosen | Exception:
         try:
+            if isinstance(asked, Exception):
+                return asked
             if isinstance(found, Exception):
                 return found
-            pool = logo.fitted
-            if found is None:
-                selection = forced(wish.adapters or {}, pool)
-            else:
-                selection = found if wish.k is None else logo.reselect(found.scores, k=wish.k)
+            pool = self.logo.fitted
+            selection = forced(waiting.wish.adapters or {}, pool, asked.candidates) if found is None else found
             return Chosen(selection, self._parts(pool, selection), queued, took)
         except Exception as error:
             return error
@@ -292,25 +310,6 @@ class Service:
             for adapter, weight in zip(adapters, selection.weights, strict=True)
             if weight
         )
-
-    def _engine(self, signal: str | None) -> LoGo:
-        signal = signal or self.logo.settings.signal
-        if signal in self._refused:
-            raise copy(self._refused[signal])  # one that is raised again would hold every traceback
-        if signal not in self._engines:
-            raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
-        return self._engines[signal]
-
-    def _with(self, signal: str) -> LoGo:
-        """The engine with another signal."""
-        logo, settings = self.logo, replace(self.logo.settings, signal=signal, weighting=None)
-        try:
-            # What does not fit is out of the pool already, or left out here as there.
-            other = LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings, on_bad_adapter="skip")
-            other.calibrate()
-            return other
-        except PoolError as error:
-            raise PoolError(f"signal {signal!r}: {error}") from error
 
     # -- the pool --------------------------------------------------------------------------------------------------
 
@@ -367,11 +366,11 @@ class Service:
         """Indexes what is new in the pool now, so that no request has to wait for it."""
         with self.batching.paused():
             self._refused = {}
-            for signal, logo in self._engines.items():
+            for signal in self.signals:
                 try:
-                    logo.calibrate()
+                    self.logo.calibrate(signal)
                 except LoGoError as error:
-                    if logo is self.logo:
+                    if signal == self.logo.settings.signal:
                         raise
                     self._refused[signal] = copy(error)  # for whoever asks for this signal
         self._list()

@@ -1,0 +1,290 @@
+"""What one call may ask of the selection: it is answered as by an engine that was made so, with one model and index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tiny
+from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
+from logo.adapters.format import Adapter
+from logo.errors import LoGoError, NotFinite
+from test_calibrated import PROMPTS, tokenizer
+from test_engine import write_adapter
+from test_prefixes import LONG, words
+from tolerances import same_scores, same_selection, same_weights
+
+NAMES = tuple(f"t{i}" for i in range(6))
+SIGNALS = ["norm", "entropy", "norm_z", "arrow", "spectr", "calibrated"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("pool")
+    model = tiny.model("llama", **LONG)
+    for i, name in enumerate(NAMES):
+        write_adapter(made / name, model, ("q_proj", "v_proj") if i % 2 else ("q_proj", "o_proj"), rank=1 + i, seed=i)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny.model("llama", **LONG)
+
+
+def engine(model: nn.Module, folder: Path, names: Any = NAMES, **chosen: Any) -> LoGo:
+    pool = AdapterPool.from_directory(folder, cache="").subset(names)
+    settings = SelectionSettings.of(**{"signal": "norm", "cache": "", "probe_depth": 1.0, **chosen})
+    return LoGo(model, tokenizer(), pool, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def logo(model: nn.Module, folder: Path) -> LoGo:
+    """One engine for all tests of this file, asked for whatever they like in whatever order."""
+    return engine(model, folder, k=3)
+
+
+@contextmanager
+def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the adapters whose tensors are read in the block."""
+    read: list[str] = []
+    whole = Adapter.read
+
+    def noted(adapter: Adapter, modules: Any = None) -> Any:
+        read.append(adapter.name)
+        return whole(adapter, modules)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Adapter, "read", noted)
+        yield read
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"signal": signal} for signal in SIGNALS),
+        {"k": 1},
+        {"k": 2, "signal": "calibrated", "keep_mass": 0.5},
+        {"weighting": "softmax"},
+        {"signal": "calibrated", "weighting": "linear", "k": 6},
+        {"signal": "norm_z", "weighting": "adaptive"},
+        {"keep_mass": 0.6},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("own", ["norm", "calibrated"])
+def test_a_call_is_answered_as_by_an_engine_made_so(
+    own: str, options: dict[str, Any], logo: LoGo, model: nn.Module, folder: Path
+) -> None:
+    asked = logo if own == "norm" else engine(model, folder, k=3, signal=own)
+    wanted = {"signal": own, **options}
+    made = engine(model, folder, **{"k": 3, **wanted})
+    usual = asked.select(PROMPTS)
+    for found, expected in zip(asked.select(PROMPTS, **options), made.select(PROMPTS), strict=True):
+        same_selection(found, expected)
+    assert asked.select(PROMPTS) == usual  # and nothing of it stays
+    answer, expected_answer = (e.generate(PROMPTS[0], max_new_tokens=6, **o) for e, o in ((asked, options), (made, {})))
+    assert answer.token_ids == expected_answer.token_ids
+    streams = [list(e.stream(PROMPTS[0], max_new_tokens=6, **o)) for e, o in ((asked, options), (made, {}))]
+    assert streams[0] == streams[1] != []
+    [scored] = asked.score(PROMPTS[0], " w5 w6", [None], **options)
+    [expected_scored] = made.score(PROMPTS[0], " w5 w6", [expected_answer.selection])
+    assert scored.nll == same_scores(expected_scored.nll)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.sets(st.sampled_from(NAMES), min_size=1),
+    signal=st.sampled_from(["norm", "entropy", "arrow", "spectr"]),
+    k=st.integers(1, 6),
+    prompt=st.sampled_from(PROMPTS),
+)
+def test_candidates_are_a_pool_of_their_own(
+    logo: LoGo, model: nn.Module, folder: Path, names: set[str], signal: str, k: int, prompt: str
+) -> None:
+    """For signals that compare no adapter with another; a k above their number means all of them."""
+    k = min(k, len(names))
+    alone = engine(model, folder, names, signal=signal, k=k)
+    same_selection(logo.select(prompt, signal=signal, k=k, candidates=names), alone.select(prompt))
+    few = min(3, len(names))
+    assert len(logo.select(prompt, signal=signal, candidates=list(names)).adapters) == few
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=st.sets(st.sampled_from(NAMES), min_size=1), prompt=st.sampled_from(PROMPTS))
+def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], prompt: str) -> None:
+    """Points, least spread and trust are those of the whole pool; the choice and its sharpness are theirs alone."""
+    every = logo.select(prompt, signal="calibrated").scores
+    found = logo.select(prompt, signal="calibrated", candidates=names)
+    assert found.scores == {name: every[name] for name in every if name in names}
+    assert found == logo.reselect(every, signal="calibrated", candidates=names)
+    best = sorted(names, key=lambda name: (-every[name], name))[:3]
+    assert list(found.adapters) == best
+    assert sum(found.weights) == same_weights(1)
+
+
+def test_default_k_is_of_the_candidates(model: nn.Module, folder: Path) -> None:
+    logo = engine(model, folder)
+    assert len(logo.select(PROMPTS[0]).adapters) == 6
+    assert len(logo.select(PROMPTS[0], candidates="t4").adapters) == 1
+    with pytest.warns(UserWarning, match="k is 4 but the pool has 2 adapters"):
+        assert len(logo.select(PROMPTS[0], k=4, candidates=["t1", "t5"]).adapters) == 2
+
+
+def test_a_signal_reads_when_it_is_first_asked_for(
+    model: nn.Module, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = {"probe_points": ["0.q_proj", "2.q_proj"]}  # or a new adapter might change the choice of them
+    logo = engine(model, folder, k=3, **points)
+    with reading(monkeypatch) as read:
+        logo.select(PROMPTS[0])
+        assert set(read) == set(NAMES)
+        read.clear()
+        before = logo.select(PROMPTS[0], signal="calibrated")
+        assert set(read) == set(NAMES)
+        read.clear()
+        logo.select(PROMPTS)
+        logo.select(PROMPTS, signal="calibrated")
+        logo.select(PROMPTS, signal="norm_z")  # its texts are scored at a point that is known
+        read.clear()
+        logo.select(PROMPTS, signal="norm_z")
+        logo.select(PROMPTS, signal="norm")
+        assert read == []
+        write_adapter(tmp_path / "new", model, ("q_proj", "v_proj"), rank=2, seed=9)
+        logo.pool.add(tmp_path / "new")
+        read.clear()
+        grown = logo.select(PROMPTS[0], signal="calibrated")
+        assert set(read) == {"new"} and "new" in grown.scores and "new" not in before.scores
+    fresh = engine(model, folder, k=3, signal="calibrated", **points)
+    fresh.pool.add(tmp_path / "new")
+    same_selection(grown, fresh.select(PROMPTS[0]))
+
+
+def test_signals_of_one_point_share_its_index(logo: LoGo) -> None:
+    for signal in ("norm", "entropy", "norm_z"):
+        logo.calibrate(signal)
+    held = [logo._scorers.get(logo.settings.asked(signal=signal)).indices for signal in ("norm", "entropy", "norm_z")]
+    assert len({id(index) for [index] in held}) == 1
+
+
+def test_known_beginnings_are_each_signals_own(model: nn.Module, folder: Path) -> None:
+    """Prompts that begin alike, asked for by turns: what one signal kept is never taken for another's."""
+    logo, plain = (engine(model, folder, k=3, prefix_cache_gb=budget) for budget in (0.25, 0))
+    beginning = words(60, seed=1)
+    for i in range(3):
+        for signal in ("spectr", "arrow", "calibrated", "norm"):
+            prompt = f"{beginning} {words(5, seed=i)}"
+            same_selection(logo.select(prompt, signal=signal), plain.select(prompt, signal=signal))
+
+
+def test_each_row_may_ask_for_its_own(logo: LoGo) -> None:
+    rows = logo.prompts.encode(PROMPTS)
+    options: list[dict[str, Any]] = [
+        {},
+        {"signal": "calibrated"},
+        {"k": 1, "candidates": ["t0", "t3"]},
+        {"signal": "calibrated", "candidates": ["t2"]},
+        {"signal": "entropy", "weighting": "softmax"},
+    ]
+    together = logo.select_ids(rows, [logo.asked(**one) for one in options])
+    for row, one, found in zip(rows, options, together, strict=True):
+        [alone] = logo.select_ids([row], logo.asked(**one))
+        same_selection(found, alone)
+
+
+def test_forced_adapters_have_to_be_candidates(logo: LoGo) -> None:
+    forced = {"t1": 0.5, "t2": 1.0}
+    allowed = logo.generate(PROMPTS[0], adapters=forced, candidates=["t1", "t2", "t5"], max_new_tokens=4)
+    assert allowed.token_ids == logo.generate(PROMPTS[0], adapters=forced, max_new_tokens=4).token_ids
+    for call in (
+        lambda: logo.generate(PROMPTS[0], adapters=forced, candidates=["t1", "t5"]),
+        lambda: logo.generate(PROMPTS[:2], adapters=[None, forced], candidates=["t1", "t5"]),
+        lambda: list(logo.stream(PROMPTS[0], adapters=forced, candidates=["t1", "t5"])),
+        lambda: logo.score(PROMPTS[0], " w5", [forced], candidates=["t1", "t5"]),
+    ):
+        with pytest.raises(PoolError, match="no adapter 't2' among the 2 candidates") as caught:
+            call()
+        assert not any(name in str(caught.value) for name in ("t0", "t3", "t4"))
+
+
+def test_an_overflow_of_others_is_none_of_a_candidates_business(model: nn.Module, folder: Path) -> None:
+    logo = engine(model, folder, k=2)
+    logo.calibrate()
+    [index] = logo.scorer.indices
+    index.stacked[index.rows[NAMES.index("t3")]] = torch.inf
+    with pytest.raises(NotFinite, match="'t3'"):
+        logo.select(PROMPTS[0])
+    with pytest.raises(NotFinite, match="'t3'"):
+        logo.select(PROMPTS[0], candidates=["t3", "t4"])
+    expected = engine(model, folder, k=2).select(PROMPTS[0], candidates=["t1", "t4"])
+    assert logo.select(PROMPTS[0], candidates=["t1", "t4"]) == expected
+
+
+def test_a_running_baseline_is_the_engines_own(model: nn.Module, folder: Path) -> None:
+    """A raw signal has none, and another call's signal does not disturb it."""
+    one, other = (engine(model, folder, k=3, signal="calibrated", baseline="running") for _ in range(2))
+    first = one.select(PROMPTS)
+    same_selection(one.select(PROMPTS[0], signal="norm"), engine(model, folder, k=3).select(PROMPTS[0]))
+    assert other.select(PROMPTS) == first
+    assert one.select(PROMPTS) == other.select(PROMPTS)
+
+
+def test_unscorable_candidates(model: nn.Module, folder: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "odd", model, ("down_proj",), rank=2, seed=3)
+    logo = engine(model, folder, k=2, unscorable="skip")
+    logo.pool.add(tmp_path / "odd")
+    assert set(logo.select(PROMPTS[0], candidates=["odd", "t1"]).scores) == {"t1"}
+    with pytest.raises(PoolError, match="none of the 1 candidates touches what the signal 'norm' reads"):
+        logo.select(PROMPTS[0], candidates=["odd"])
+    assert "odd" in logo.select(PROMPTS[0], signal="calibrated", candidates=["odd"]).scores
+    strict = replace(logo.settings, unscorable="error", signal="calibrated")
+    other = LoGo(model, tokenizer(), logo.pool, settings=strict)
+    expected = other.select(PROMPTS[0])
+    with pytest.raises(PoolError, match="cannot be scored: odd"):
+        other.select(PROMPTS[0], signal="norm")
+    assert other.select(PROMPTS[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"signal": "nrom"}, UsageError, "unknown signal 'nrom' .did you mean 'norm'"),
+        ({"k": 0}, UsageError, r"\(k\): expected 1 or more, found 0"),
+        ({"keep_mass": 1.5}, UsageError, "keep_mass: expected a share"),
+        ({"weighting": "sharp"}, UsageError, "weighting: expected one of linear, softmax, adaptive"),
+        ({"weighting": "adaptive"}, UsageError, "the signal 'norm' has no scale of its own"),
+        ({"candidates": []}, UsageError, "candidates: expected one adapter or more, found none"),
+        ({"candidates": ["t1", "t7"]}, PoolError, "no adapter 't7' in the pool of 6"),
+    ],
+    ids=str,
+)
+def test_bad_options(options: Any, error: type[LoGoError], message: str, logo: LoGo) -> None:
+    expected = logo.select(PROMPTS[0])
+    for call in (logo.select, logo.generate, lambda p, **o: logo.score(p, " w5", [None], **o)):
+        with pytest.raises(error, match=message):
+            call(PROMPTS[0], **options)
+    assert logo.select(PROMPTS[0]) == expected
+
+
+def test_an_unknown_option_is_told(logo: LoGo) -> None:
+    with pytest.raises(UsageError, match=r"unknown option 'candidate' .did you mean 'candidates'"):
+        logo.select(PROMPTS[0], candidate=["t1"])  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="k says how to select"):
+        logo.generate(PROMPTS[0], adapters={"t1": 1.0}, k=2)
+
+
+def test_a_context_that_is_not_the_bases_goes_with_raw_signals_only(model: nn.Module, folder: Path) -> None:
+    logo = engine(model, folder, k=2, probe_context="carry")
+    with pytest.raises(UsageError, match="the signal 'calibrated' compares with neutral text"):
+        logo.select(PROMPTS[0], signal="calibrated")
+    found = logo.select(PROMPTS, candidates=["t0", "t1", "t2"])
+    assert all(set(one.adapters) <= {"t0", "t1", "t2"} for one in found)
