@@ -115,7 +115,8 @@ def test_what_fails_ahead_fails_when_asked(four: list[Adapter], tmp_path: Path) 
 def test_selected_adapters_are_read_while_the_next_batch_is_probed(
     llama: nn.Module, adapters: Path, reads: list[tuple[str, str]]
 ) -> None:
-    logo = LoGo(llama, tokenizer(), AdapterPool.from_directory(adapters), settings=SelectionSettings(k=2))
+    logo = LoGo(llama, tokenizer(), AdapterPool.from_directory(adapters), settings=SelectionSettings("norm", k=2))
+    logo.calibrate()
     reads.clear()
     logo.select(PROMPTS)
     assert reads == []  # nobody asked for an answer

@@ -52,7 +52,7 @@ def write_adapter(
 
 
 def engine(model: nn.Module, adapters: Path, bos: bool = True, fold: bool | None = None, **settings: Any) -> LoGo:
-    chosen = SelectionSettings.of(**{"k": 3, **settings})
+    chosen = SelectionSettings.of(**{"signal": "norm", "k": 3, **settings})
     return LoGo(model, tokenizer(bos), AdapterPool.from_directory(adapters), settings=chosen, fold=fold)
 
 
@@ -117,7 +117,9 @@ def test_base_context_does_not_depend_on_order_or_pool(llama: nn.Module, adapter
     logo = engine(llama, adapters)
     forward = logo.select(PROMPTS)
     assert logo.select(PROMPTS[::-1])[::-1] == forward
-    smaller = LoGo(llama, tokenizer(), logo.pool.subset(["tasks/t0", "tasks/t3"]), settings=SelectionSettings(k=2))
+    smaller = LoGo(
+        llama, tokenizer(), logo.pool.subset(["tasks/t0", "tasks/t3"]), settings=SelectionSettings("norm", k=2)
+    )
     assert smaller.select(PROMPTS[0]).scores["tasks/t3"] == same_scores(forward[0].scores["tasks/t3"])
 
 
@@ -221,7 +223,7 @@ def test_finish_reason_and_end_token(llama: nn.Module, adapters: Path) -> None:
 
 def test_stop_strings_and_dict_outputs() -> None:
     f1 = Path(__file__).parent / "data" / "golden" / "F1"
-    logo = LoGo.from_pretrained(str(f1 / "model"), f1 / "adapters", device="cpu", k=3)
+    logo = LoGo.from_pretrained(str(f1 / "model"), f1 / "adapters", device="cpu", signal="norm", k=3)
     prompts = ["Hello there", "A", "The garden repairs the broken clock"]
     plain = logo.generate(prompts, max_new_tokens=12, batch_size=3)
     piece = logo.tokenizer.decode(plain[2].token_ids[3:5])
@@ -264,8 +266,8 @@ def test_an_adapter_without_the_probed_module(llama: nn.Module, adapters: Path, 
     pool = AdapterPool.from_directory(adapters)
     pool.add(tmp_path / "mlp")
     with pytest.raises(PoolError, match=r"1 of 6 adapters do not touch .*q_proj and cannot be scored: mlp"):
-        LoGo(llama, tokenizer(), pool)
-    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings(k=3, unscorable="skip"))
+        LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm"))
+    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm", k=3, unscorable="skip"))
     assert "mlp" not in logo.select(PROMPTS[0]).scores
     assert logo.generate(PROMPTS[0], adapters={"mlp": 1.0}, max_new_tokens=3).selection.adapters == ("mlp",)
 

@@ -82,7 +82,7 @@ def test_what_cannot_be_folded_keeps_its_gates(tmp_path: Path) -> None:
         write_adapter(tmp_path / f"t{i}", base, ("q_proj", "v_proj"), rank=2, seed=i)
     for layer in base.model.layers:
         layer.self_attn.q_proj = Quantised(layer.self_attn.q_proj)
-    pool, settings = AdapterPool.from_directory(tmp_path), SelectionSettings(k=2)
+    pool, settings = AdapterPool.from_directory(tmp_path), SelectionSettings("norm", k=2)
     asked, gated = (LoGo(base, tokenizer(), pool, settings=settings, fold=fold) for fold in (True, False))
     for prompt in PROMPTS:
         assert asked.generate(prompt, max_new_tokens=6).token_ids == gated.generate(prompt, max_new_tokens=6).token_ids
@@ -91,7 +91,7 @@ def test_what_cannot_be_folded_keeps_its_gates(tmp_path: Path) -> None:
 
 
 def test_generation_is_the_same_folded(tmp_path: Path, llama: nn.Module, adapters: Path) -> None:
-    pool, settings = AdapterPool.from_directory(adapters), SelectionSettings(k=3)
+    pool, settings = AdapterPool.from_directory(adapters), SelectionSettings("norm", k=3)
     folded, gated = (LoGo(llama, tokenizer(), pool, settings=settings, fold=fold) for fold in (True, False))
     for prompt in PROMPTS:
         one, other = folded.generate(prompt, max_new_tokens=12), gated.generate(prompt, max_new_tokens=12)
@@ -101,7 +101,9 @@ def test_generation_is_the_same_folded(tmp_path: Path, llama: nn.Module, adapter
 
 
 def test_an_error_in_the_middle_leaves_the_base_as_it_was(llama: nn.Module, adapters: Path) -> None:
-    logo = LoGo(llama, tokenizer(), AdapterPool.from_directory(adapters), settings=SelectionSettings(k=3), fold=True)
+    logo = LoGo(
+        llama, tokenizer(), AdapterPool.from_directory(adapters), settings=SelectionSettings("norm", k=3), fold=True
+    )
     plain = logo.generate(PROMPTS[0], adapters={}, max_new_tokens=8).token_ids
 
     def fail(*_: Any) -> None:

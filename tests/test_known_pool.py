@@ -94,7 +94,7 @@ def change_scale(adapter: Path) -> None:
 @pytest.mark.parametrize("change", [change_weights, change_scale])
 def test_what_changed_is_opened_again(change: Any, made: Path, cache: str, opened: list[str], llama: nn.Module) -> None:
     def engine(kept: str) -> LoGo:
-        chosen = SelectionSettings(k=2, cache=kept)
+        chosen = SelectionSettings("norm", k=2, cache=kept)
         return LoGo(llama, tokenizer(), AdapterPool.from_directory(made, cache=kept), settings=chosen)
 
     before = engine(cache).select(PROMPTS[0])
@@ -191,7 +191,7 @@ def test_another_base_model_has_another_index(made: Path, cache: str, llama: nn.
 def test_only_the_new_adapter_is_read_when_a_pool_grows(
     made: Path, llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logo = LoGo(llama, tokenizer(), AdapterPool.from_directory(made), settings=SelectionSettings(k=2))
+    logo = LoGo(llama, tokenizer(), AdapterPool.from_directory(made), settings=SelectionSettings("norm", k=2))
     logo.select(PROMPTS[0])
     read: list[str] = []
     whole = Adapter.read
@@ -213,7 +213,9 @@ def test_only_the_new_adapter_is_read_when_a_pool_grows(
 def test_old_indices_are_removed(made: Path, cache: str, llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_file, "_MOST_FILES", 3)
     for i in range(5):
-        settings = SelectionSettings(k=2, cache=cache, probe_layer=i % 3, probe_module=("q_proj", "v_proj")[i // 3])
+        settings = SelectionSettings(
+            "norm", k=2, cache=cache, probe_layer=i % 3, probe_module=("q_proj", "v_proj")[i // 3]
+        )
         LoGo(llama, tokenizer(), AdapterPool.from_directory(made, cache=cache), settings=settings).calibrate()
     assert len(list((Path(cache) / "index").iterdir())) == 3
     assert not any(name.startswith(".") for name in os.listdir(Path(cache) / "index"))

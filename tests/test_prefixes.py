@@ -32,7 +32,12 @@ def engines(model: nn.Module, folder: Path, **chosen: Any) -> tuple[LoGo, LoGo]:
     """One that reuses prefixes and one that does not."""
     pool = AdapterPool.from_directory(folder)
     return tuple(  # type: ignore[return-value]
-        LoGo(model, tokenizer(), pool, settings=SelectionSettings.of(k=3, prefix_cache_gb=budget, **chosen))
+        LoGo(
+            model,
+            tokenizer(),
+            pool,
+            settings=SelectionSettings.of(**{"signal": "norm", "k": 3, "prefix_cache_gb": budget, **chosen}),
+        )
         for budget in (0.25, 0)
     )
 

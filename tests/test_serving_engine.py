@@ -338,7 +338,7 @@ def test_an_adapter_that_cannot_be_used_changes_nothing(
     if fault == "pickle":
         (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
     ids = tiny.prompts([6], seed=5)[0]
-    settings = SelectionSettings(k=3)
+    settings = SelectionSettings("norm", k=3)
     pool = AdapterPool.from_directory(tmp_path / "pool")
     logo = LoGo(llama, tokenizer(), pool, settings=settings, on_bad_adapter=on_bad)
 
@@ -368,10 +368,13 @@ def test_wishes_are_heard(llama: nn.Module, adapters: Path) -> None:
     ids = tiny.prompts([6], seed=5)[0]
 
     async def use(service: Service) -> Any:
-        chosen = [await service.choose(ids, wish) for wish in (Wish(), Wish(k=1), Wish(signal="entropy"))]
+        chosen = [
+            await service.choose(ids, wish)
+            for wish in (Wish(), Wish(options={"k": 1}), Wish(options={"signal": "entropy"}))
+        ]
         for wish in (
-            Wish(signal="nrm"),
-            Wish(signal="arrow"),
+            Wish(options={"signal": "nrm"}),
+            Wish(options={"signal": "arrow"}),
             Wish(adapters={"tasks/t9": 1.0}),
             Wish(adapters={"tasks/t0": float("inf")}),
         ):
@@ -508,10 +511,10 @@ def test_another_signal_leaves_out_what_the_server_leaves_out(llama: nn.Module, 
         write_adapter(tmp_path / f"t{i}", llama, ("q_proj",), rank=2, seed=i)
     write_adapter(tmp_path / "wide", tiny.model("llama", hidden_size=64), ("q_proj",), rank=2, seed=7)
     pool = AdapterPool.from_directory(tmp_path)
-    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings(k=2), on_bad_adapter="skip")
+    logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm", k=2), on_bad_adapter="skip")
 
     async def use(service: Service) -> Any:
-        return (await service.choose([5, 6, 7], Wish(signal="entropy"))).selection.scores
+        return (await service.choose([5, 6, 7], Wish(options={"signal": "entropy"}))).selection.scores
 
     assert set(served(logo, use, signals=["entropy"])) == {"t0", "t1", "t2"}
 
@@ -524,17 +527,17 @@ def test_what_another_signal_cannot_score_is_added_all_the_same(llama: nn.Module
     ids = tiny.prompts([6], seed=5)[0]
 
     async def use(service: Service) -> Any:
-        await service.choose(ids, Wish(signal="norm"))
+        await service.choose(ids, Wish(options={"signal": "norm"}))
         await service.add(tmp_path / "values", "values")
         lengths = []
         for _ in range(3):
             with pytest.raises(PoolError, match="values") as refused:
-                await service.choose(ids, Wish(signal="norm"))
+                await service.choose(ids, Wish(options={"signal": "norm"}))
             lengths.append(len(refused.traceback))
         assert len(set(lengths)) == 1  # an error that is raised again would have a longer traceback each time
         scores = (await service.choose(ids, Wish())).selection.scores
         await service.remove("values")
-        return scores, (await service.choose(ids, Wish(signal="norm"))).selection.scores
+        return scores, (await service.choose(ids, Wish(options={"signal": "norm"}))).selection.scores
 
     calibrated, norm = served(logo, use, signals=["norm"])
     assert "values" in calibrated

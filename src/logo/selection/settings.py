@@ -66,7 +66,7 @@ class SelectionSettings:
             (they can still be forced).
     """
 
-    signal: str = "norm"
+    signal: str = "calibrated"
     k: int | None = None
     weighting: Weighting | None = None
     weight_temperature: float = 0.5
