@@ -25,6 +25,8 @@ from serving import Served, served
 from test_serving_api import refused
 from tolerances import same_scores, same_weights
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "What is 7 plus 5?"
 COMPLETION = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0}
 TEAM = ["add_numbers", "count_letters", "count_words", "find_name", "first_letter", "last_letter"]
