@@ -172,7 +172,7 @@ def test_a_signal_reads_when_it_is_first_asked_for(
 def test_signals_of_one_point_share_its_index(logo: LoGo) -> None:
     for signal in ("norm", "entropy", "norm_z"):
         logo.calibrate(signal)
-    held = [logo._scorers.get(logo.settings.asked(signal=signal)).indices for signal in ("norm", "entropy", "norm_z")]
+    held = [logo._selecting.scorer(signal).indices for signal in ("norm", "entropy", "norm_z")]
     assert len({id(index) for [index] in held}) == 1
 
 

@@ -25,11 +25,11 @@ from logo.mixing.working_set import dtype_of
 from logo.models import context_length, default_pool, load_base
 from logo.prompts import Prompt, several
 from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
-from logo.selecting import Selecting, take_call_options
+from logo.selecting import Asked, CallOptions, Selecting, take_call_options
 from logo.selection.calibration import Calibration
-from logo.selection.scorer import Asked, Scorer, Scorers
+from logo.selection.scorer import Scorer
 from logo.selection.selector import Forced, Selection, forced
-from logo.selection.settings import CallOptions, SelectionSettings
+from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ class LoGo:
         self._decoder = Decoder(model, self.prompts, self._mixer)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self.merge = merge
-        self._selecting = Selecting(model, self.prompts, self._mixer, self.settings.probe_context)
+        self._selecting = Selecting(model, self.prompts, self._mixer, self.settings)
         self._fit_pool()
 
     @classmethod
@@ -171,14 +171,14 @@ class LoGo:
     def k(self) -> int:
         """Adapters per prompt: as asked for, else as many as suit the pool as it is now."""
         self._sync()
-        return self._scorers.k if self.settings.k is None else self.settings.k
+        return self._selecting.scorers.k if self.settings.k is None else self.settings.k
 
     @property
     def scorer(self) -> Scorer:
         """How prompts are read and adapters scored, for the pool as it is now; calibrated, if it was not yet."""
         with self._lock:
             self._sync()
-            return self._scorers.get(self.settings)
+            return self._selecting.scorer()
 
     def calibrate(self, signal: str | None = None) -> Calibration | None:
         """Makes ready to select: calibrates adapters that are not known yet, and indexes all. The first call does too.
@@ -195,7 +195,7 @@ class LoGo:
         """
         with self._lock:
             self._sync()
-            return self._scorers.get(self.settings.asked(signal=signal)).calibration
+            return self._selecting.scorer(signal).calibration
 
     @property
     def folding(self) -> dict[str, Any]:
@@ -263,7 +263,7 @@ class LoGo:
     def asked(self, **options: Unpack[CallOptions]) -> Asked:
         """The options of one call, checked: errors as `select`."""
         self._sync()
-        return self._scorers.asked(**options)
+        return self._selecting.asked(options)
 
     def select_ids(
         self,
@@ -280,19 +280,18 @@ class LoGo:
         check_batch_size(batch_size)
         with self._lock:
             self._sync()
-            every = asked or self._scorers.asked()
+            every = asked or Asked(self.settings)
             each = [every] * len(rows) if isinstance(every, Asked) else every
-            return self._selecting(self._fitted, self._scorers, [Prompt.of(row) for row in rows], each, batch_size)
+            return self._selecting([Prompt.of(row) for row in rows], each, batch_size)
 
     def reselect(self, scores: Mapping[str, float], **options: Unpack[CallOptions]) -> Selection:
         """The selection that scores from before give for other options; the scores are those of the options' signal."""
-        return self._scorers.choose(torch.tensor(list(scores.values())), list(scores), self.asked(**options))
+        return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), self.asked(**options))
 
     def restart(self) -> None:
         """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""
         with self._lock:
             self._selecting.restart()
-            self._scorers.restart()
 
     # -- generating ---------------------------------------------------------------------------------------------
 
@@ -339,7 +338,7 @@ class LoGo:
             self._sync()
             rows = self.prompts.read(given, room=config.max_new_tokens)
             started = time.perf_counter()
-            selections = self._selecting.mixtures(self._fitted, self._scorers, rows, adapters, asked, batch_size)
+            selections = self._selecting.mixtures(rows, adapters, asked, batch_size)
             probed = (time.perf_counter() - started) / len(rows)
             answers: dict[int, Generation] = {}
             padded = not reads_prompts(config)
@@ -367,7 +366,7 @@ class LoGo:
         with self._lock:
             self._sync()
             [row] = self.prompts.read([prompt], room=config.max_new_tokens)
-            [selection] = self._selecting.mixtures(self._fitted, self._scorers, [row], adapters, asked, 1)
+            [selection] = self._selecting.mixtures([row], adapters, asked, 1)
         return self._decoder.stream(self._fitted, row.ids, selection.mixture, config, self._lock)
 
     def score(
@@ -391,8 +390,7 @@ class LoGo:
             text = self.tokenizer.decode(whole.ids) if whole.text is None else whole.text
             gold = completion_ids(self.tokenizer, text, completion, self.prompts.context)
             [row] = self.prompts.read([whole], room=len(gold))
-            rows = [row] * len(mixtures)
-            selections = self._selecting.mixtures(self._fitted, self._scorers, rows, mixtures, asked, 1)
+            selections = self._selecting.mixtures([row] * len(mixtures), mixtures, asked, 1)
             wanted = [selection.mixture for selection in selections]
             active = functools.partial(self._mixer.active, self._fitted)
             return score_mixtures(
@@ -431,12 +429,9 @@ class LoGo:
     def _fit_pool(self) -> None:
         version = self.pool.version
         fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
-        before, bos = getattr(self, "_scorers", None), self.tokenizer.bos_token_id
-        scorers = Scorers(self.model, fitted, self.settings, self.prompts.texts, bos, before)
-        if before is not None:
-            scorers.get(self.settings)
         # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
-        self._fitted, self._scorers, self._seen = fitted, scorers, version
+        self._selecting.fit(fitted)
+        self._fitted, self._seen = fitted, version
 
     def _sync(self) -> None:
         """Takes note of adapters that were added to or removed from the pool."""

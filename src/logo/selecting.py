@@ -1,44 +1,146 @@
-"""`Selecting`: a selection for each of many prompts, probed in batches.
+"""`Selecting`: what one call asks of the selection, and a selection for each of its prompts.
+
+    options -> Asked          prompts -> (probed in batches) -> scores -> Selection
 
 Puts the scorers of a pool and the mixer together; knows nothing about answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, input_device
-from logo.errors import UsageError
+from logo.errors import PoolError, UsageError, closest
 from logo.mixing import EXACT, Mixer
 from logo.prompts import Prompt
-from logo.selection.scorer import Asked, Scorers
-from logo.selection.selector import Forced, Selection, forced
-from logo.selection.settings import CallOptions, ProbeContext
+from logo.selection.scorer import Scorer, Scorers
+from logo.selection.selector import Forced, Selection, Selector, check_k, forced, known
+from logo.selection.settings import SelectionSettings
+from logo.selection.signals import Weighting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class CallOptions(TypedDict, total=False):
+    """What one call may ask for instead of what the engine's settings say. None is the same as leaving an option out.
+
+    Attributes:
+        k: adapters per prompt.
+        signal: any registered signal; what it reads beyond the engine's own is read when it is first asked for.
+        weighting: how scores become weights; default: as the engine's settings say, but where the call names another
+            signal, that signal's own.
+        keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
+        candidates: choose among these adapters only; forced ones have to be among them, too.
+    """
+
+    k: int | None
+    signal: str | None
+    weighting: Weighting | None
+    keep_mass: float | None
+    candidates: Collection[str] | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one call asks for, checked against the pool and ready to be used.
+
+    Attributes:
+        settings: the engine's, with what the call asks for.
+        candidates: choose among these only; None: among all that are scored.
+    """
+
+    settings: SelectionSettings
+    candidates: frozenset[str] | None = None
+
+
 class Selecting:
-    """Selects for prompts that were read.
+    """Selects for prompts that were read, from a pool that may change.
 
     Args:
         model: the base model.
-        prompts: pads them.
+        prompts: pads them, and reads the texts of a calibration.
         mixer: makes adapters active while probing.
-        context: which ones; see `SelectionSettings.probe_context`.
+        settings: how to read, score and select, where a call asks for nothing else.
+
+    Attributes:
+        pool: fitted to the model.
+        scorers: of that pool.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer, context: ProbeContext) -> None:
-        self._model, self._prompts, self._mixer, self._context = model, prompts, mixer, context
+    pool: AdapterPool
+    scorers: Scorers
+
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer, settings: SelectionSettings) -> None:
+        self._model, self._prompts, self._mixer, self._settings = model, prompts, mixer, settings
         self._carried: tuple[str, ...] | None = None  # what the last prompt selected
+
+    def fit(self, pool: AdapterPool) -> None:
+        """Selects from this pool from now on; where there was one before, what is new is calibrated now.
+
+        Raises:
+            LoGoError: it cannot be scored; the pool from before stays then.
+        """
+        before, bos = getattr(self, "scorers", None), self._prompts.tokenizer.bos_token_id
+        scorers = Scorers(self._model, pool, self._settings, self._prompts.texts, bos, before)
+        if before is not None:
+            scorers.get(self._settings)
+        self.pool, self.scorers = pool, scorers
+
+    def scorer(self, signal: str | None = None) -> Scorer:
+        """The scorer of a signal; None: the engine's own. The pool is calibrated for it, if it was not yet."""
+        return self.scorers.get(self._settings.asked(signal=signal))
+
+    def asked(self, options: CallOptions) -> Asked:
+        """What one call asks for, checked against the pool.
+
+        Raises:
+            UsageError: an option that does not exist or cannot be used, or no candidate at all.
+            PoolError: a candidate that is not in the pool.
+        """
+        given: dict[str, Any] = {**options}
+        candidates, among = given.pop("candidates", None), None
+        allowed = tuple(CallOptions.__annotations__)
+        for name in given:
+            if name not in allowed:
+                raise UsageError(f"unknown option {name!r}{closest(name, allowed)}; known: {', '.join(allowed)}")
+        settings = self._settings.asked(**given)
+        if candidates is not None:
+            names = (candidates,) if isinstance(candidates, str) else candidates
+            among = frozenset(known(name, self.pool) for name in names)
+            if not among:
+                raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
+        if given.get("k") is not None:
+            check_k(given["k"], len(self.pool if among is None else among))
+        return Asked(settings, among)
+
+    def choose(self, scores: Tensor, names: Sequence[str], asked: Asked) -> Selection:
+        """The selection that scores (adapters,) give.
+
+        Raises:
+            NotFinite: the score of a candidate is NaN or infinite.
+            PoolError: no candidate has a score.
+        """
+        settings = asked.settings
+        if asked.candidates is not None:
+            left = [i for i, name in enumerate(names) if name in asked.candidates]
+            if not left:
+                raise PoolError(
+                    f"none of the {len(asked.candidates)} candidates touches what the signal {settings.signal!r} "
+                    "reads: name others, or force one (`adapters`)"
+                )
+            scores, names = scores[left], [names[i] for i in left]
+        k = min(self.pool.default_k if settings.k is None else settings.k, len(names))
+        weighting = settings.reading.weighting
+        return Selector(k, weighting, settings.weight_temperature, settings.keep_mass)(scores, names)
 
     def __call__(
         self,
-        pool: AdapterPool,
-        scorers: Scorers,
         rows: Sequence[Prompt],
         asked: Sequence[Asked],
         batch_size: int,
@@ -48,30 +150,27 @@ class Selecting:
         """One selection per row.
 
         Args:
-            pool: fitted; the one that the scorers score.
             rows: prompts that were read.
             asked: parallel to `rows`; those of one signal are probed together.
             batch_size: prompts per probe; with the context `carry` they are taken one by one, in order.
             answering: start to read the tensors of what is selected.
         """
-        if self._context == "carry":
-            return [self._select_carried(pool, scorers, row, one) for row, one in zip(rows, asked, strict=True)]
+        if self._settings.probe_context == "carry":
+            return [self._select_carried(row, one) for row, one in zip(rows, asked, strict=True)]
         selections: dict[int, Selection] = {}
-        active = pool.names if self._context == "pool" else ()
+        active = self.pool.names if self._settings.probe_context == "pool" else ()
         for signal in dict.fromkeys(one.settings.signal for one in asked):
             members = [i for i, one in enumerate(asked) if one.settings.signal == signal]
             for part in batches_by_length([len(rows[i]) for i in members], batch_size):
                 batch = [members[i] for i in part]
-                found = self._probe(pool, scorers, [rows[i] for i in batch], [asked[i] for i in batch], active)
+                found = self._probe([rows[i] for i in batch], [asked[i] for i in batch], active)
                 if answering:  # their tensors are read while the next batch is probed
-                    self._mixer.prefetch(pool, [name for selection in found for name in selection.adapters])
+                    self._mixer.prefetch(self.pool, [name for selection in found for name in selection.adapters])
                 selections |= zip(batch, found, strict=True)
         return [selections[i] for i in range(len(rows))]
 
     def mixtures(
         self,
-        pool: AdapterPool,
-        scorers: Scorers,
         rows: Sequence[Prompt],
         adapters: Forced | Sequence[Forced | None] | None,
         asked: Asked,
@@ -92,37 +191,36 @@ class Selecting:
             wanted = list(adapters)
             if len(wanted) != len(rows):
                 raise UsageError(f"adapters: expected one entry for each of {len(rows)} prompts, found {len(wanted)}")
-        done = {i: forced(entry, pool, asked.candidates) for i, entry in enumerate(wanted) if entry is not None}
+        done = {i: forced(entry, self.pool, asked.candidates) for i, entry in enumerate(wanted) if entry is not None}
         open_rows = [i for i, entry in enumerate(wanted) if entry is None]
         each = [asked] * len(open_rows)
-        found = self(pool, scorers, [rows[i] for i in open_rows], each, batch_size, answering=True)
+        found = self([rows[i] for i in open_rows], each, batch_size, answering=True)
         done |= zip(open_rows, found, strict=True)
         return [done[i] for i in range(len(rows))]
 
     def restart(self) -> None:
-        """Forgets the prompts before."""
+        """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""
         self._carried = None
+        self.scorers.restart()
 
-    def _select_carried(self, pool: AdapterPool, scorers: Scorers, row: Prompt, asked: Asked) -> Selection:
+    def _select_carried(self, row: Prompt, asked: Asked) -> Selection:
         """As the official code runs: what the last prompt selected is still active, at full scale, while probing."""
-        active = pool.names if self._carried is None else tuple(name for name in self._carried if name in pool)
-        [selection] = self._probe(pool, scorers, [row], [asked], active)
+        pool, before = self.pool, self._carried
+        active = pool.names if before is None else tuple(name for name in before if name in pool)
+        [selection] = self._probe([row], [asked], active)
         self._carried = selection.adapters
         return selection
 
     def _probe(
         self,
-        pool: AdapterPool,
-        scorers: Scorers,
         rows: Sequence[Prompt],
         asked: Sequence[Asked],
         active: tuple[str, ...],
     ) -> list[Selection]:
-        padded = self._prompts.pad_probed(rows, input_device(self._model))
-        # A calibration that this call brings about reads the base model alone.
-        scorers.get(asked[0].settings)
-        with self._mixer.active(pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
-            return scorers.select(*padded, asked)
+        scorer = self.scorers.get(asked[0].settings)  # a calibration that this brings about reads the base model alone
+        with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
+            scores = scorer(*self._prompts.pad_probed(rows, input_device(self._model)))
+        return [self.choose(row, scorer.names, one) for row, one in zip(scores, asked, strict=True)]
 
 
 def take_call_options(options: dict[str, Any], adapters: Forced | Sequence[Forced | None] | None) -> CallOptions:

@@ -1,13 +1,11 @@
 """`Scorer`: token ids in, a score of every adapter out, by one signal. `Scorers` makes one when a signal is asked for.
 
-plan -> calibrate (cached) -> index (cached) -> Scorer          prompts -> scores -> Selection
+plan -> calibrate (cached) -> index (cached) -> Scorer          prompts -> scores
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.cache import cache_folder
-from logo.errors import PoolError, UsageError, closest
 from logo.selection.baseline import Baseline
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration, calibrate, whitenings
@@ -26,13 +23,10 @@ from logo.selection.points import Point
 from logo.selection.prefixes import Prefixes, reusable
 from logo.selection.probe import Probe
 from logo.selection.reader import Reader
-from logo.selection.selector import Selection, Selector, check_k, known
-from logo.selection.settings import CallOptions, SelectionSettings
+from logo.selection.selector import check_k
+from logo.selection.settings import SelectionSettings
 from logo.selection.texts import NEUTRAL, REQUESTS, Texts
 from logo.selection.whitening import Whitening
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
@@ -120,19 +114,6 @@ class Scorer:
         return (sums / self._touched.sum(dim=1, keepdim=True)).T
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What one call asks for, ready to be used: see `CallOptions`.
-
-    Attributes:
-        settings: the engine's, with what the call asks for.
-        candidates: choose among these only; None: among all that are scored.
-    """
-
-    settings: SelectionSettings
-    candidates: frozenset[str] | None = None
-
-
 class Scorers:
     """The scorers of one state of a pool, one per signal, each made when it is first asked for.
 
@@ -174,60 +155,6 @@ class Scorers:
             self._known[settings.signal] = self._open(settings)
             self._earlier.pop(settings.signal, None)
         return self._known[settings.signal]
-
-    def asked(self, **options: Unpack[CallOptions]) -> Asked:
-        """What one call asks for, checked against the pool.
-
-        Raises:
-            UsageError: an option that cannot be used, or no candidate at all.
-            PoolError: a candidate that is not in the pool.
-        """
-        allowed = tuple(CallOptions.__annotations__)
-        for name in options:
-            if name not in allowed:
-                raise UsageError(f"unknown option {name!r}{closest(name, allowed)}; known: {', '.join(allowed)}")
-        candidates, among = options.pop("candidates", None), None
-        settings = self._settings.asked(**options)  # type: ignore[misc]
-        if candidates is not None:
-            names = (candidates,) if isinstance(candidates, str) else candidates
-            among = frozenset(known(name, self._pool) for name in names)
-            if not among:
-                raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
-        if options.get("k") is not None:
-            check_k(settings.k or 0, len(self._pool if among is None else among))
-        return Asked(settings, among)
-
-    def select(
-        self, input_ids: Tensor, attention_mask: Tensor, probed: Tensor | None, asked: Sequence[Asked]
-    ) -> list[Selection]:
-        """One selection per row of right-padded prompts (rows, length); arguments as `Scorer`.
-
-        Args:
-            asked: one entry per row, all of one signal.
-        """
-        scorer = self.get(asked[0].settings)
-        scores = scorer(input_ids, attention_mask, probed)
-        return [self.choose(row, scorer.names, one) for row, one in zip(scores, asked, strict=True)]
-
-    def choose(self, scores: Tensor, names: Sequence[str], asked: Asked) -> Selection:
-        """The selection that scores (adapters,) give.
-
-        Raises:
-            NotFinite: the score of a candidate is NaN or infinite.
-            PoolError: no candidate has a score.
-        """
-        settings = asked.settings
-        if asked.candidates is not None:
-            left = [i for i, name in enumerate(names) if name in asked.candidates]
-            if not left:
-                raise PoolError(
-                    f"none of the {len(asked.candidates)} candidates touches what the signal {settings.signal!r} "
-                    "reads: name others, or force one (`adapters`)"
-                )
-            scores, names = scores[left], [names[i] for i in left]
-        k = min(self._pool.default_k if settings.k is None else settings.k, len(names))
-        weighting = settings.reading.weighting
-        return Selector(k, weighting, settings.weight_temperature, settings.keep_mass)(scores, names)
 
     def _open(self, settings: SelectionSettings) -> Scorer:
         """Plans, calibrates and indexes, as far as that is not known."""

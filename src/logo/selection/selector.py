@@ -169,11 +169,3 @@ def check_k(k: int, pool_size: int) -> int:
         message = f"k is {k} but the pool has {pool_size} adapters: all of them are used"
         warnings.warn(message, UserWarning, stacklevel=3)
     return min(k, pool_size)
-
-
-def check_shares(temperature: float, keep_mass: float | None) -> None:
-    """Raises UsageError unless the temperature is positive and the mass a share."""
-    if not 0 < temperature < float("inf"):
-        raise UsageError(f"weight_temperature: expected a number above 0, found {temperature}")
-    if keep_mass is not None and not 0 < keep_mass <= 1:
-        raise UsageError(f"keep_mass: expected a share above 0 and up to 1, found {keep_mass}")

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, get_args
 
 from logo.errors import UsageError, closest
 from logo.prompts import ProbeText, check_probe_text
-from logo.selection.selector import check_shares
 from logo.selection.signals import ProbeInput, ProbeToken, Signal, Weighting, get_signal
 
 ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
 BaselineKind = Literal["neutral", "running"]
-
-
-class CallOptions(TypedDict, total=False):
-    """What one call may ask for instead of what the engine's settings say. None is the same as leaving an option out.
-
-    Attributes:
-        k: adapters per prompt.
-        signal: any registered signal; what it reads beyond the engine's own is read when it is first asked for.
-        weighting: how scores become weights; default: as the engine's settings say, but where the call names another
-            signal, that signal's own.
-        keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
-        candidates: choose among these adapters only; forced ones have to be among them, too.
-    """
-
-    k: int | None
-    signal: str | None
-    weighting: Weighting | None
-    keep_mass: float | None
-    candidates: Collection[str] | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +82,10 @@ class SelectionSettings:
             value, allowed = getattr(self, name), get_args(choice)
             if value is not None and value not in allowed:
                 raise UsageError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
-        check_shares(self.weight_temperature, self.keep_mass)
+        if not 0 < self.weight_temperature < float("inf"):
+            raise UsageError(f"weight_temperature: expected a number above 0, found {self.weight_temperature}")
+        if self.keep_mass is not None and not 0 < self.keep_mass <= 1:
+            raise UsageError(f"keep_mass: expected a share above 0 and up to 1, found {self.keep_mass}")
         if not 0 < self.probe_depth <= 1:
             raise UsageError(
                 f"probe_depth: expected a share of the layers above 0 and up to 1, found {self.probe_depth}"
@@ -144,7 +127,7 @@ class SelectionSettings:
         weighting: Weighting | None = None,
         keep_mass: float | None = None,
     ) -> SelectionSettings:
-        """These settings with what one call asks for; see `CallOptions`.
+        """These settings with what one call asks for; see `logo.selecting.CallOptions`.
 
         Raises:
             UsageError: an option that cannot be used, also beside what is fixed here.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,20 +57,11 @@ class Signal:
 SIGNALS: dict[str, Signal] = {}
 
 
-def register(
-    name: str,
-    *,
-    layers: Literal["last", "early"] = "last",
-    input: ProbeInput = "residual",
-    token: ProbeToken = "last",
-    scale: Scale = "raw",
-    chosen: bool = False,
-    weighting: Weighting = "linear",
-) -> Callable[[Score], Score]:
-    """Adds a signal under a name that `get_signal` and the command line know; arguments as `Signal`."""
+def register(name: str, **reading: Any) -> Callable[[Score], Score]:
+    """Adds a signal under a name that `get_signal` and the command line know; `reading` are fields of `Signal`."""
 
     def add(score: Score) -> Score:
-        SIGNALS[name] = Signal(score, layers, input, token, scale, chosen, weighting)
+        SIGNALS[name] = Signal(score, **reading)
         return score
 
     return add

@@ -120,7 +120,8 @@ class Answers:
                 "logo.signal",
             )
         if model == AUTO:
-            return Wish(None, options.call_options, patterns)
+            given: Any = {name: getattr(options, name) for name in options.selecting}
+            return Wish(None, given, patterns)
         if options.selecting:
             said = ", ".join(map(repr, options.selecting))
             raise bad_request(f"logo: model {shown(model)} selects nothing; leave out {said}", "logo")

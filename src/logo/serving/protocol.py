@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, Tag, model_validator
 
-from logo.selection.settings import CallOptions
 from logo.serving.fields import (
     Body,
     Choices,
@@ -111,13 +110,7 @@ class LogoOptions(Body):
     @property
     def selecting(self) -> list[str]:
         """The fields that are given and say how to select."""
-        return [name for name in CallOptions.__annotations__ if getattr(self, name) is not None]
-
-    @property
-    def call_options(self) -> CallOptions:
-        """What is asked of the selection."""
-        given: Any = {name: getattr(self, name) for name in self.selecting}
-        return given  # type: ignore[no-any-return]
+        return [name for name, value in self if name != "adapters" and value is not None]
 
 
 class StreamOptions(Body):

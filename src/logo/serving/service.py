@@ -24,10 +24,9 @@ from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.adapter_cache import AdapterCache
 from logo.mixing.resident import Part
 from logo.prompts import Prompt
+from logo.selecting import Asked, CallOptions
 from logo.selection import Selection
-from logo.selection.scorer import Asked
 from logo.selection.selector import forced, known
-from logo.selection.settings import CallOptions
 from logo.serving.batching import Batching, Delta, Memory
 from logo.serving.keys import Patterns, usable
 from logo.serving.replies import AdapterCard
