@@ -121,6 +121,17 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["text"] == first
 
 
+def test_candidates(capsys: pytest.CaptureFixture[str]) -> None:
+    among = ["--candidate", "ad03", "--candidate", "ad05", "--json"]
+    assert run(["select", "Hello", *ENGINE, *among]) == 0
+    selected = json.loads(capsys.readouterr().out)
+    assert sorted(selected["adapters"]) == sorted(selected["scores"]) == ["ad03", "ad05"]
+    assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "2", *among]) == 0
+    assert json.loads(capsys.readouterr().out)["adapters"] == selected["adapters"]
+    assert run(["generate", "Hello", *ENGINE, "--adapter", "ad04", *among]) == 1
+    assert "no adapter 'ad04' among the 2 candidates" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.slow
 def test_prompts_from_stdin_and_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")

@@ -535,6 +535,9 @@ def test_what_another_signal_cannot_score_is_added_all_the_same(llama: nn.Module
                 await service.choose(ids, Wish(options={"signal": "norm"}))
             lengths.append(len(refused.traceback))
         assert len(set(lengths)) == 1  # an error that is raised again would have a longer traceback each time
+        with pytest.raises(PoolError, match="signal 'norm': it cannot score the pool") as told:
+            await service.choose(ids, Wish(options={"signal": "norm"}, usable=("t*",)))
+        assert "values" not in str(told.value)
         scores = (await service.choose(ids, Wish())).selection.scores
         await service.remove("values")
         return scores, (await service.choose(ids, Wish(options={"signal": "norm"}))).selection.scores

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, expanded
+from logo.cli.options import Candidates, EngineOptions, expanded
 from logo.cli.output import err, note, out, print_json, selection_line, selection_table
 from logo.cli.prompts import Chat, System, as_asked, or_demo, read_prompts
 from logo.errors import UsageError
@@ -34,6 +34,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="NAME[=WEIGHT]", help="Use this adapter instead of selecting (repeatable)."),
     ] = None,
+    candidate: Candidates = None,
     base_only: Annotated[bool, typer.Option("--base-only", help="Use no adapter at all.")] = False,
     generation_early_stop: Annotated[
         bool, typer.Option("--generation-early-stop", help="Stop at the end of the answer's first line.")
@@ -53,7 +54,7 @@ def generate(
     prompts = read_prompts(prompt, file)
     asked = as_asked(prompts, chat, system)
     forced = _forced(adapter, base_only)
-    options = _sampling(sample, temperature, top_p)
+    options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
     engine, base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
     if sample:
@@ -61,7 +62,9 @@ def generate(
 
         torch.manual_seed(seed)
     if len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
-        selection = logo.select(asked[0], max_new_tokens=max_new_tokens) if forced is None else None
+        selection = None
+        if forced is None:
+            selection = logo.select(asked[0], max_new_tokens=max_new_tokens, candidates=options["candidates"])
         pieces = logo.stream(asked[0], adapters=selection or forced, max_new_tokens=max_new_tokens, **options)
         for number, piece in enumerate(pieces):
             print(piece if number else piece.lstrip(), end="", flush=True)

@@ -26,6 +26,12 @@ OFFICIAL_SIGNAL = "norm"
 DEFAULT_PREFIX_CACHE_GB = 0.25
 
 
+Candidates = Annotated[
+    list[str] | None,
+    typer.Option("--candidate", metavar="NAME", help="Choose among these adapters only (repeatable)."),
+]
+
+
 class Choice(str, Enum):
     """A string option with fixed values."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, expanded
+from logo.cli.options import Candidates, EngineOptions, expanded
 from logo.cli.output import out, print_json, selection_table
 from logo.cli.prompts import Chat, System, as_asked, or_demo, read_prompts
 
@@ -28,6 +28,7 @@ def select(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per probe.")] = 8,
+    candidate: Candidates = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list for several prompts.")] = False,
 ) -> None:
     """Show which adapters a prompt selects, with their weights and scores.
@@ -37,7 +38,12 @@ def select(
     prompts = read_prompts(prompt, file)
     engine, base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
-    selections = logo.select(as_asked(prompts, chat, system), max_new_tokens=max_new_tokens, batch_size=batch_size)
+    selections = logo.select(
+        as_asked(prompts, chat, system),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        candidates=candidate or None,
+    )
     if json:
         records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(prompts, selections, strict=True)]
         print_json(records[0] if len(records) == 1 else records)

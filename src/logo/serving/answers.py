@@ -18,7 +18,7 @@ from logo.errors import closest
 from logo.prompts import Prompt, read
 from logo.serving.batching import GenerationFailed, GenerationTimeout
 from logo.serving.errors import bad_request, model_not_found, timed_out
-from logo.serving.keys import Patterns, usable
+from logo.serving.keys import Patterns
 from logo.serving.metrics import Metrics
 from logo.serving.problems import shown
 from logo.serving.protocol import LogoOptions, Message
@@ -107,7 +107,7 @@ class Answers:
         Raises:
             ApiError: there is no such model, or it does not go with the options.
         """
-        names = usable(self.service.adapters, patterns)
+        names = self.service.usable(patterns)
         if model not in (AUTO, self.base_model) and model not in names:
             raise model_not_found(model, closest(model, (AUTO, self.base_model, *names)))
         options = options or LogoOptions()

@@ -15,7 +15,7 @@ from logo.prompts import Prompt
 from logo.serving import protocol, replies
 from logo.serving.answers import AUTO, Answers, Asked
 from logo.serving.errors import too_many, unavailable
-from logo.serving.keys import Patterns, usable
+from logo.serving.keys import Patterns
 from logo.serving.metrics import CONTENT_TYPE
 from logo.serving.rendering import ChatRendering, CompletionRendering, Options, Rendering
 from logo.serving.responding import Streamed, unless_left, whole
@@ -160,9 +160,11 @@ async def adapters(request: Request) -> replies.AdapterList:
     """The pool, or what the API key may use of it."""
     answers = _answers(request)
     service = answers.service
+    names = service.usable(_patterns(request))
     cards = [
-        service.cards[name].model_copy(update={"selected": service.selected.get(name, 0)})
-        for name in usable(service.cards, _patterns(request))
+        card.model_copy(update={"selected": service.selected.get(name, 0)})
+        for name, card in service.cards.items()
+        if name in names
     ]
     return replies.AdapterList(
         base_model=answers.base_model,
@@ -189,7 +191,7 @@ async def models(request: Request) -> replies.ModelList:
             logo=replies.ModelRole.model_validate({"role": role}),
         )
 
-    names = usable(answers.service.adapters, _patterns(request))
+    names = answers.service.usable(_patterns(request))
     return replies.ModelList(
         data=[
             card(AUTO, "auto", None),

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.pool import AdapterPool
@@ -195,6 +196,15 @@ class Service:
         finally:
             self._open -= count
 
+    def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
+        """The adapters that an API key may use now, by name; None: all of them."""
+        if patterns is None:
+            return self.adapters
+        known_names = self._usable  # another one takes its place when the pool changes
+        if patterns not in known_names:
+            known_names[patterns] = dict.fromkeys(usable(self.adapters, patterns))
+        return known_names[patterns]
+
     # -- selecting and generating ----------------------------------------------------------------------------------
 
     async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Chosen:
@@ -256,11 +266,13 @@ class Service:
             options, pool = wish.options.copy(), self.logo.fitted
             signal = options.get("signal") or self.logo.settings.signal
             if signal in self._refused:
+                if wish.usable is not None:  # the reason names adapters of others
+                    raise PoolError(f"signal {signal!r}: it cannot score the pool as it is now")
                 return copy(self._refused[signal])  # one that is raised again would hold every traceback
             if signal not in self.signals:
                 raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
             if wish.usable is not None and wish.adapters != {}:
-                names = usable(pool.names, wish.usable)
+                names = self.usable(wish.usable)
                 if not names:
                     raise PoolError("none of the adapters that this API key may use is in the pool")
                 options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
@@ -382,6 +394,7 @@ class Service:
             name: self.cards[name] if name in known else AdapterCard.of(adapter) for name, adapter in adapters.items()
         }
         self.adapters = adapters
+        self._usable = dict[Patterns, dict[str, None]]()
 
 
 class _Key:
