@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -16,8 +15,9 @@ from hypothesis import strategies as st
 
 from logo import LoGo, Selection, UsageError
 from logo.cli.run import run
-from logo.demo import model_dir
-from logo.models import demo_folder, load_base
+from logo.demo import adapters_dir, heldout, model_dir
+from logo.demo.evaluate import NEUTRAL
+from logo.models import load_base
 from logo.prompts import ROLES, Prompt, chat, read, several, text_ids
 from serving import served
 from tolerances import same_scores, same_selection
@@ -48,13 +48,6 @@ def with_template(tokenizer: Any, template: str) -> Any:
     return other
 
 
-def probed(tokenizer: Any, prompt: Prompt) -> str:
-    """The tokens that are probed, decoded."""
-    assert prompt.probed is not None and len(prompt.probed) == len(prompt.ids)
-    text: str = tokenizer.decode(list(itertools.compress(prompt.ids, prompt.probed)))
-    return text.strip()
-
-
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +64,7 @@ def test_without_a_template_one_message_is_its_text_as_it_is(tokenizer: Any) -> 
     one, two = chat(tokenizer, TALK[:1]), chat(tokenizer, TALK)
     assert one == Prompt(tuple(tokenizer(QUESTION)["input_ids"]), None, QUESTION) == read(tokenizer, QUESTION)
     assert list(two.ids) == tokenizer(f"{QUESTION}\n12")["input_ids"]
-    assert probed(tokenizer, two) == QUESTION
+    assert two.probed == one.ids
 
 
 def test_every_kind_of_prompt_is_read_alike(tokenizer: Any) -> None:
@@ -95,49 +88,29 @@ def test_one_prompt_and_several_are_told_apart(tokenizer: Any) -> None:
 
 # -- what is probed ----------------------------------------------------------------------------------------------------
 
-
-def test_the_last_message_of_the_user_is_probed(templated: Any) -> None:
-    turns = [SYSTEM, *TALK, {"role": "user", "content": "  And 8 plus 1? \n"}]
-    assert probed(templated, chat(templated, turns)) == "And 8 plus 1?"
-    assert chat(templated, turns, "last_user") == chat(templated, turns)
-    assert probed(templated, chat(templated, [SYSTEM, *TALK])) == QUESTION  # not where the system prompt says it
-    both = chat(templated, turns, "conversation")
-    assert sum(both.probed or ()) == sum(
-        sum(chat(templated, [SYSTEM, turn]).probed or ()) for turn in (turns[1], turns[3])
-    )
-    assert chat(templated, turns, "all").probed is None
-    assert chat(templated, [SYSTEM]).probed is None  # nobody asked anything
+words = st.text(st.characters(codec="utf-8"), max_size=20)
+conversations = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), words), min_size=1, max_size=5)
 
 
-def test_a_template_may_change_what_the_user_says(tokenizer: Any) -> None:
-    shouting = with_template(tokenizer, MARKED.replace("m.content | trim", "(m.content | trim) + ' ok'"))
-    assert probed(shouting, chat(shouting, [SYSTEM, *TALK])) == f"{QUESTION}"
-
-
-def test_what_cannot_be_found_is_probed_with_the_rest_and_said(tokenizer: Any) -> None:
-    twice = with_template(tokenizer, "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}")
-    with pytest.warns(UserWarning, match="cannot be found in the prompt, because the chat template changes it"):
-        assert chat(twice, [SYSTEM, *TALK]).probed is None
-
-
-words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co"]), max_size=20)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), words), min_size=1, max_size=5))
-def test_exactly_the_tokens_of_the_user_are_probed(templated: Any, turns: list[tuple[str, str]]) -> None:
+@given(turns=conversations, template=st.sampled_from([None, MARKED]))
+def test_what_is_probed_is_the_prompt_that_the_users_text_would_be(
+    tokenizer: Any, templated: Any, turns: list[tuple[str, str]], template: str | None
+) -> None:
+    asked = templated if template else tokenizer
     messages = [{"role": role, "content": text} for role, text in turns]
-    prompt = chat(templated, messages, "conversation")
-    text = prompt.text or ""
-    assert list(prompt.ids) == templated(text, add_special_tokens=False)["input_ids"]
-    wanted, place = set(), len(templated.bos_token)
-    for role, said in turns:
-        place += len(f"[{role}] ")
-        if role == "user":
-            wanted |= set(range(place, place + len(said.strip())))
-        place += len(said.strip()) + 1
-    offsets = templated(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    expected = tuple(not wanted.isdisjoint(range(begin, end)) for begin, end in offsets)
-    assert prompt.probed == (expected if any(expected) else None)
+    said = [text for role, text in turns if role == "user" and text.strip()]
+    last, whole, everything = (chat(asked, messages, probe) for probe in (None, "conversation", "all"))  # type: ignore[arg-type]
+    assert last == chat(asked, messages, "last_user")
+    assert last.ids == whole.ids == everything.ids == everything.probed
+    assert last.probed == (read(asked, said[-1]).ids if said else last.ids)
+    assert whole.probed == (read(asked, "\n".join(said)).ids if said else last.ids)
+
+
+def test_parts_of_a_content_are_one_text(templated: Any) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "7 plus 5?"}]
+    assert chat(templated, [{"role": "user", "content": parts}]) == chat(templated, TALK[:1])
+    silent = [*TALK[:1], {"role": "assistant", "content": None, "tool_calls": []}, TALK[0]]
+    assert chat(templated, silent).probed == read(templated, QUESTION).ids
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -212,6 +185,43 @@ def test_all_ways_of_asking_select_and_answer_alike(demo: LoGo) -> None:
         assert demo.score(kind, " 12", [{}]) == demo.score(QUESTION, " 12", [{}])
 
 
+def system_prompt(tokenizer: Any, tokens: int) -> dict[str, str]:
+    ids = tokenizer(" ".join(NEUTRAL) * 3, add_special_tokens=False)["input_ids"]
+    return {"role": "system", "content": tokenizer.decode(ids[:tokens])}
+
+
+@pytest.mark.parametrize("template", [None, MARKED], ids=["plain", "template"])
+def test_a_system_prompt_of_150_tokens_selects_nothing(demo: LoGo, template: str | None) -> None:
+    asked = [(name, row["context"]) for name, rows in heldout().items() for row in rows[:6]]
+    system = system_prompt(demo.tokenizer, 150)
+    demo.tokenizer.chat_template = template
+    try:
+        found = demo.select([[system, {"role": "user", "content": text}] for _, text in asked])
+    finally:
+        demo.tokenizer.chat_template = None
+    assert found == demo.select([text for _, text in asked])
+    assert sum(one.adapters[0] == name for one, (name, _) in zip(found, asked, strict=True)) > 0.8 * len(asked)
+
+
+def test_a_conversation_may_be_heard_whole(demo: LoGo) -> None:
+    """A short follow-up says nothing about its task; what the user said before does."""
+    turns = [*TALK, {"role": "user", "content": "And 8 and 1?"}]
+    assert demo.select(turns) == demo.select("And 8 and 1?")
+    demo.prompts.probe_text = "conversation"
+    try:
+        assert demo.select(turns).adapters[0] == "add_numbers"
+        assert demo.select(turns).scores != demo.select("And 8 and 1?").scores
+    finally:
+        demo.prompts.probe_text = None
+
+
+def test_a_long_conversation_is_cut_with_what_is_probed(demo: LoGo) -> None:
+    system = system_prompt(demo.tokenizer, 500)
+    with pytest.warns(UserWarning, match="its beginning is cut"):
+        found = demo.select([system, TALK[0]], max_new_tokens=64)
+    assert found == demo.select(QUESTION)
+
+
 @pytest.mark.slow
 def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: Any
@@ -219,12 +229,11 @@ def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
     folder = tmp_path / "model"
     shutil.copytree(model_dir(), folder)
     with_template(tokenizer, MARKED).save_pretrained(folder)
-    pool = str(demo_folder() / "adapters")
+    pool = str(adapters_dir())
     place = ["--base-model", str(folder), "--adapters", pool, "-k", "3", "--gpu", "-1"]
     messages = [SYSTEM, TALK[0]]
     logo = LoGo.from_pretrained(str(folder), pool, device="cpu", signal="calibrated", k=3)
     answer = logo.generate(messages, max_new_tokens=20)
-    assert answer.selection.scores != logo.select(QUESTION).scores  # the template's own tokens are read
 
     def command(name: str) -> dict[str, Any]:
         assert run([name, QUESTION, "--system", SYSTEM["content"], *place, "--max-new-tokens", "20", "--json"]) == 0
@@ -252,6 +261,6 @@ def test_chat_options_of_the_command_line(capsys: pytest.CaptureFixture[str]) ->
         return found
 
     assert ask(QUESTION, "--chat") == ask(QUESTION)
+    assert ask(QUESTION, "--system", "Be brief.") == ask(QUESTION)
     everything = ask(QUESTION, "--system", "Be brief.", "--probe-text", "all")["scores"]
-    assert everything == same_scores(ask(f"Be brief.\n{QUESTION}")["scores"])
-    assert ask(QUESTION, "--system", "Be brief.")["scores"] != everything
+    assert everything == same_scores(ask(f"Be brief.\n{QUESTION}")["scores"]) != ask(QUESTION)["scores"]

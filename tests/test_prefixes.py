@@ -15,10 +15,8 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.prompts import Prompt
 from logo.selection.prefixes import BLOCK, Block, Prefixes
 from test_engine import tokenizer, write_adapter
-from tolerances import same_scores
 
 LONG = {"max_position_embeddings": 512}
 
@@ -82,31 +80,6 @@ def test_scores_do_not_depend_on_what_is_known(name: str, signal: str, pools: An
         assert list(one.scores.values()) == pytest.approx(
             list(plain.select(prompt).scores.values()), rel=1e-3, abs=1e-4
         )
-
-
-@pytest.mark.parametrize(
-    "chosen", [{"signal": "norm"}, {"signal": "spectr"}, {"signal": "entropy", "probe_token": "each"}]
-)
-def test_scores_of_a_part_do_not_depend_on_what_is_known(chosen: dict[str, Any], pools: Any) -> None:
-    """Of the same tokens another part may count: what is known of a beginning is known of it with its part."""
-    model, folder = pools["llama"]
-    reusing, plain = engines(model, folder, **chosen)
-    beginning = tiny.prompts([2 * BLOCK + 7], seed=4)[0]
-    rows = []
-    for seed, parts in enumerate(
-        [[(130, 140)], [(130, 140)], [(3, 9), (140, 150)], [(0, 150)], [(20, 70)], [(149, 150)]]
-    ):
-        ids = (*beginning, *tiny.prompts([20], seed=seed)[0])
-        rows.append(Prompt(ids, tuple(any(a <= i < b for a, b in parts) for i in range(len(ids)))))
-    expected = [one for row in rows for one in plain.select_ids([row])]
-    for row, wanted in zip(rows, expected, strict=True):
-        assert reusing.select_ids([row])[0].scores == same_scores(wanted.scores)
-    for size in (2, 6):
-        for found, wanted in zip(
-            engines(model, folder, **chosen)[0].select_ids(rows, batch_size=size), expected, strict=True
-        ):
-            assert found.scores == same_scores(wanted.scores)
-    assert len({tuple(one.scores.values()) for one in expected}) == len(rows)  # other parts, other scores
 
 
 def test_only_what_is_new_is_read(pools: Any) -> None:

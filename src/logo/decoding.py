@@ -111,7 +111,8 @@ class Prompts:
             UserWarning,
             stacklevel=4,
         )
-        return prompt.only(self._kept(prompt.ids, limit))
+        probe = None if prompt.probe is None else self._cut(prompt.probe, limit)
+        return Prompt(self._cut(prompt.ids, limit), probe, prompt.text)
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that nobody asked about: cut where they are too long, left out where nothing remains."""
@@ -178,13 +179,12 @@ class Prompts:
             limits.append(self.context - room)
         return min(limits, default=None)
 
-    def _kept(self, ids: Sequence[int], limit: int) -> list[int]:
-        """The places of the tokens that stay."""
-        if self.truncation.side == "right":
-            return list(range(limit))
+    def _cut(self, ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
+        if len(ids) <= limit or self.truncation.side == "right":
+            return ids[:limit]
         # What the tokenizer puts in front of every text (a bos token) stays in front.
-        front = [0] if ids[0] in set(self.tokenizer.all_special_ids) and limit > 1 else []
-        return front + list(range(len(ids) - (limit - len(front)), len(ids)))
+        front = ids[:1] if ids[0] in set(self.tokenizer.all_special_ids) and limit > 1 else ()
+        return front + ids[len(ids) - (limit - len(front)) :]
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device
@@ -198,18 +198,6 @@ class Prompts:
             ids[i, place] = torch.tensor(row)
             mask[i, place] = 1
         return ids.to(device), mask.to(device)
-
-    def pad_probed(self, prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What a probe reads of prompts: (rows, length) ids, attention mask and where tokens are scored; None: all."""
-        read = [prompt.up_to_probed() for prompt in prompts]
-        ids, mask = self.pad([prompt.ids for prompt in read], "right", device)
-        if all(prompt.probed is None for prompt in read):
-            return ids, mask, None
-        probed = mask.clone()
-        for row, prompt in zip(probed, read, strict=True):
-            if prompt.probed is not None:
-                row[: len(prompt)] = torch.tensor(prompt.probed)
-        return ids, mask, probed
 
 
 def batches_by_length(lengths: Sequence[int], size: int, *, padded: bool = True) -> Iterator[list[int]]:

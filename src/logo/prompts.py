@@ -1,4 +1,4 @@
-"""The way in: a string, a conversation or token ids become token ids and a mask of the tokens that are probed.
+"""The way in: a string, a conversation or token ids become what the model reads and what is probed of it.
 
 The one reading of prompts for Python, the command line and the server. Knows tokenizers and their chat templates; knows
 nothing about models, adapters or batches.
@@ -7,8 +7,7 @@ nothing about models, adapters or batches.
 from __future__ import annotations
 
 import numbers
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -26,9 +25,6 @@ Conversation = Sequence[Mapping[str, Any]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _EXPECTED = "a string, a list of messages, token ids or a BatchEncoding"
-# Stands where a text of the user would: of the private use area, so that neither users nor templates write it, and
-# without white space and cases, so that no filter of a template changes it.
-_MARK = "\ue00f\ue0c0\ue00f"
 
 
 @dataclass(frozen=True)
@@ -37,12 +33,12 @@ class Prompt:
 
     Attributes:
         ids: token ids, special tokens included.
-        probed: parallel to `ids`: whether a token is scored; tokens that are not are only read. None: all of them are.
+        probe: token ids of what was asked, likewise. None: all that is read.
         text: what the tokens say; None for token ids, of which it is not known.
     """
 
     ids: tuple[int, ...]
-    probed: tuple[bool, ...] | None = None
+    probe: tuple[int, ...] | None = None
     text: str | None = None
 
     @classmethod
@@ -50,20 +46,13 @@ class Prompt:
         """A prompt that may be token ids alone."""
         return row if isinstance(row, Prompt) else cls(tuple(row))
 
+    @property
+    def probed(self) -> tuple[int, ...]:
+        """What says which adapters should answer."""
+        return self.ids if self.probe is None else self.probe
+
     def __len__(self) -> int:
         return len(self.ids)
-
-    def only(self, places: Sequence[int]) -> Prompt:
-        """The prompt of these of its tokens; where none of them is probed, all of them are."""
-        probed = None if self.probed is None else tuple(self.probed[i] for i in places)
-        return Prompt(tuple(self.ids[i] for i in places), probed if probed and any(probed) else None, self.text)
-
-    def up_to_probed(self) -> Prompt:
-        """Without what comes after the last probed token, which no earlier token sees."""
-        if self.probed is None or self.probed[-1]:
-            return self
-        end = len(self.ids) - self.probed[::-1].index(True)
-        return Prompt(self.ids[:end], self.probed[:end], self.text)
 
 
 def several(prompts: Any) -> tuple[list[Any], bool]:
@@ -121,7 +110,10 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     A text that begins with that token already (what a chat template has written, say) is taken as it is.
     """
-    ids: list[int] = _encoding(tokenizer, text)["input_ids"]
+    ids: list[int] = tokenizer(text)["input_ids"]
+    bos = tokenizer.bos_token
+    if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -134,40 +126,29 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation, probe_text:
     Base models have no template, since they were never taught roles: there the texts follow each other, one per line,
     and a single message is the prompt that its text would be.
 
+    What is probed is a text of its own, the prompt that it would be alone. Probed in its place it would select other
+    adapters: its tokens attend to a system prompt, the template and earlier answers (measured in docs/chats.md).
+
     Args:
         messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list
             of text parts, or None in an assistant's turn.
         probe_text: what is probed: `"last_user"`, the last message of the user (the default); `"conversation"`, all
-            messages of the user; `"all"`, everything that is read. Where nobody who is asked for has said anything,
-            everything is.
+            messages of the user; `"all"`, everything that is read. Where the user has said nothing, everything is.
 
     Raises:
         UsageError: a message without content or with an unknown role, or the template refuses the conversation.
     """
     turns = [_turn(number, message) for number, message in enumerate(messages)]
-    templated = bool(tokenizer.chat_template)
-    render: Callable[[Sequence[Mapping[str, Any]]], str] = _renderer(tokenizer) if templated else plain
-    text = render(turns)
-    asked = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+    text = _rendered(tokenizer, turns) if tokenizer.chat_template else plain(turns)
+    # A template writes the special tokens itself.
+    ids = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer.chat_template else text_ids(tokenizer, text)
+    )
+    said = [turn["content"] for turn in turns if turn["role"] == "user" and turn["content"].strip()]
     if check_probe_text(probe_text) != "conversation":
-        asked = asked[-1:]
-    options = {"add_special_tokens": False} if templated else {}
-    if probe_text == "all" or not asked or (not templated and len(turns) == 1):
-        return Prompt(tuple(_encoding(tokenizer, text, **options)["input_ids"]), text=text)
-    encoded = _encoding(tokenizer, text, return_offsets_mapping=tokenizer.is_fast, **options)
-    spans = [_span(render, turns, number, text) for number in asked] if tokenizer.is_fast else [None]
-    found = [span for span in spans if span is not None]
-    if len(found) < len(spans):
-        reason = "the chat template changes it" if tokenizer.is_fast else "the tokenizer tells no places of its tokens"
-        warnings.warn(
-            f"the user's text cannot be found in the prompt, because {reason}: all of the prompt is probed, a system "
-            "prompt too; see probe_text",
-            UserWarning,
-            stacklevel=2,
-        )
-        return Prompt(tuple(encoded["input_ids"]), text=text)
-    probed = [any(begin < end and begin < to and at < end for at, to in found) for begin, end in _offsets(encoded)]
-    return Prompt(tuple(encoded["input_ids"]), tuple(probed) if any(probed) else None, text)
+        said = said[-1:]
+    probe = None if probe_text == "all" or not said else tuple(text_ids(tokenizer, "\n".join(said)))
+    return Prompt(tuple(ids), None if probe == tuple(ids) else probe, text)
 
 
 def plain(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -200,47 +181,15 @@ def _turn(number: int, message: Any) -> dict[str, Any]:
     return {**message, "content": content}
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Mapping[str, Any]]], str]:
-    def render(turns: Sequence[Mapping[str, Any]]) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
-        except Exception as error:  # a template is somebody's program and may raise anything
-            reason = " ".join(str(error).split())
-            raise UsageError(f"messages: the model's chat template refuses them: {reason}") from error
-
-    return render
-
-
-def _span(
-    render: Callable[[Sequence[Mapping[str, Any]]], str], turns: Sequence[Mapping[str, Any]], number: int, text: str
-) -> tuple[int, int] | None:
-    """Where in the text the content of a message stands: what changes when another content is in its place.
-
-    That is exact whatever else repeats the content, and also where the template trims or changes it. None where the
-    template treats the other content in another way altogether.
-    """
-    marked = render([{**turn, "content": _MARK} if i == number else turn for i, turn in enumerate(turns)])
-    before, mark, after = marked.partition(_MARK)
-    end = len(text) - len(after)
-    found = mark and _MARK not in after and text.startswith(before) and text.endswith(after) and len(before) <= end
-    return (len(before), end) if found else None
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template is somebody's program and may raise anything
+        reason = " ".join(str(error).split())
+        raise UsageError(f"messages: the model's chat template refuses them: {reason}") from error
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
-
-
-def _encoding(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
-    """As `text_ids`, with whatever else the options ask of the tokenizer."""
-    encoded = tokenizer(text, **options)
-    bos = tokenizer.bos_token
-    if bos and text.startswith(bos) and encoded["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
-        return tokenizer(text, **{**options, "add_special_tokens": False})
-    return encoded
-
-
-def _offsets(encoded: Any) -> list[tuple[int, int]]:
-    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-    return offsets
 
 
 def _rows(encoding: Mapping[str, Any]) -> tuple[list[Any], bool]:

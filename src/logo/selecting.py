@@ -155,15 +155,16 @@ class Selecting:
             batch_size: prompts per probe; with the context `carry` they are taken one by one, in order.
             answering: start to read the tensors of what is selected.
         """
+        probed = [row.probed for row in rows]
         if self._settings.probe_context == "carry":
-            return [self._select_carried(row, one) for row, one in zip(rows, asked, strict=True)]
+            return [self._select_carried(row, one) for row, one in zip(probed, asked, strict=True)]
         selections: dict[int, Selection] = {}
         active = self.pool.names if self._settings.probe_context == "pool" else ()
         for signal in dict.fromkeys(one.settings.signal for one in asked):
             members = [i for i, one in enumerate(asked) if one.settings.signal == signal]
-            for part in batches_by_length([len(rows[i]) for i in members], batch_size):
+            for part in batches_by_length([len(probed[i]) for i in members], batch_size):
                 batch = [members[i] for i in part]
-                found = self._probe([rows[i] for i in batch], [asked[i] for i in batch], active)
+                found = self._probe([probed[i] for i in batch], [asked[i] for i in batch], active)
                 if answering:  # their tensors are read while the next batch is probed
                     self._mixer.prefetch(self.pool, [name for selection in found for name in selection.adapters])
                 selections |= zip(batch, found, strict=True)
@@ -203,7 +204,7 @@ class Selecting:
         self._carried = None
         self.scorers.restart()
 
-    def _select_carried(self, row: Prompt, asked: Asked) -> Selection:
+    def _select_carried(self, row: Sequence[int], asked: Asked) -> Selection:
         """As the official code runs: what the last prompt selected is still active, at full scale, while probing."""
         pool, before = self.pool, self._carried
         active = pool.names if before is None else tuple(name for name in before if name in pool)
@@ -213,13 +214,14 @@ class Selecting:
 
     def _probe(
         self,
-        rows: Sequence[Prompt],
+        rows: Sequence[Sequence[int]],
         asked: Sequence[Asked],
         active: tuple[str, ...],
     ) -> list[Selection]:
         scorer = self.scorers.get(asked[0].settings)  # a calibration that this brings about reads the base model alone
+        ids, mask = self._prompts.pad(rows, "right", input_device(self._model))
         with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
-            scores = scorer(*self._prompts.pad_probed(rows, input_device(self._model)))
+            scores = scorer(ids, mask)
         return [self.choose(row, scorer.names, one) for row, one in zip(scores, asked, strict=True)]
 
 

@@ -106,7 +106,7 @@ class ScoringIndex:
             responses -= self.offset[:, None]
         squares = responses.square_()
         if len(set(self.ranks)) == 1:
-            return squares.view(len(self), self.ranks[0], len(hidden)).sum(dim=1).sqrt_().T
+            return squares.view(len(self), -1, len(hidden)).sum(dim=1).sqrt_().T
         sums = torch.zeros(len(self), len(hidden), device=self.device)
         return sums.index_add_(0, self._owner, squares).sqrt_().T
 
@@ -120,7 +120,7 @@ class ScoringIndex:
         if not len(self):
             return
         out = self._pairs[0][1].shape[0]
-        size = max(1, _CHUNK // (max(1, len(hidden)) * out))
+        size = max(1, _CHUNK // (len(hidden) * out))
         for start in range(0, len(self), size):
             part = self._pairs[start : start + size]
             yield torch.stack([(hidden @ a.T) @ b.T for a, b in part], dim=1)

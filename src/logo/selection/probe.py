@@ -55,27 +55,20 @@ class Probe:
         self._modules = {place: model.get_submodule(place) for place in dict.fromkeys(self._places.values())}
 
     @torch.no_grad()
-    def __call__(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        cache: DynamicCache | None = None,
-        probed: Tensor | None = None,
-    ) -> list[Tensor]:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None) -> list[Tensor]:
         """Hidden vectors of a batch of prompts.
 
         Args:
             input_ids: (rows, length), padded on the right, so that positions count from each row's first token.
             attention_mask: (rows, length), 1 on prompt tokens; with a cache, (rows, its length + length).
             cache: keys and values of a prefix, which all rows begin with; those of the rows are added to it.
-            probed: shaped as `attention_mask`, 1 on the tokens that count, the last of each row among them; None: all.
 
         Returns:
             One float32 tensor (rows, d) per point, on the device of the point's layer; with `token="each"`, one
             (tokens, d) in the order of `owners`. Points that read the same vectors share one tensor.
         """
         hidden: dict[str, Tensor] = {}
-        mask = self._read_tokens(input_ids, attention_mask, probed)[:, -input_ids.shape[1] :]
+        mask = self._read_tokens(input_ids, attention_mask)[:, -input_ids.shape[1] :]
         latest: list[Tensor] = []  # what was read last and what became of it: q, k and v receive the same tensor
 
         def reader(place: str) -> Any:
@@ -111,22 +104,19 @@ class Probe:
             return torch.arange(len(input_ids))
         return self.places(input_ids, attention_mask)[0]
 
-    def places(self, input_ids: Tensor, attention_mask: Tensor, probed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def places(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """With `token="each"`, row and column of each hidden vector in `input_ids`: (vectors,) int64, on the CPU."""
-        mask = self._read_tokens(input_ids, attention_mask, probed)[:, -input_ids.shape[1] :]
+        mask = self._read_tokens(input_ids, attention_mask)[:, -input_ids.shape[1] :]
         rows, columns = mask.nonzero().cpu().T
         return rows, columns
 
-    def _read_tokens(self, input_ids: Tensor, attention_mask: Tensor, probed: Tensor | None) -> Tensor:
+    def _read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Like `attention_mask`: 1 on the tokens that are read."""
-        if self.token == "last":  # with which each row ends
-            return attention_mask
-        mask = attention_mask if probed is None else attention_mask * probed
-        if self.token != "each" or self.bos is None or mask.shape != input_ids.shape:
-            return mask  # after a prefix, no text begins
+        if self.token != "each" or self.bos is None or attention_mask.shape != input_ids.shape:
+            return attention_mask  # after a prefix, no text begins
         # A prompt of nothing but that token is still a prompt.
-        left_out = (input_ids[:, 0] == self.bos) & (mask.sum(dim=1) > 1)
-        mask = mask.clone()
+        left_out = (input_ids[:, 0] == self.bos) & (attention_mask.sum(dim=1) > 1)
+        mask = attention_mask.clone()
         mask[left_out, 0] = 0
         return mask
 

@@ -36,46 +36,32 @@ class Reader:
         # A mean of hidden vectors cannot be put together from responses.
         self._prefixes = None if probe.token == "mean" else prefixes
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, probed: Tensor | None = None) -> list[Tensor]:
-        """Per point, `a` (rows, adapters) of right-padded prompts (rows, length); see `logo.selection.baseline`.
-
-        Args:
-            probed: (rows, length), 1 on the tokens that count, the last of each row among them; None: all of them.
-        """
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        """Per point, `a` (rows, adapters) of right-padded prompts (rows, length); see `logo.selection.baseline`."""
         lengths: list[int] = attention_mask.sum(dim=1).tolist()
         if self._prefixes is None or max(lengths) <= BLOCK:
-            return self._read(input_ids, attention_mask, probed, [], None)
-        # Tokens that are only read leave another sum behind, so they are others to whoever remembers it.
-        marked = input_ids if probed is None else torch.where(probed.bool(), input_ids, ~input_ids)
-        rows = [row[:length] for row, length in zip(marked.tolist(), lengths, strict=True)]
+            return self._read(input_ids, attention_mask, [], None)
+        rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         shared = self._prefixes.common(rows)
         known = self._prefixes.find(rows[0], shared, self._name)
         if len(rows) > 1 and len(known) < shared:  # read once what all of them begin with
-            part = slice(0, shared * BLOCK)
-            beginning = input_ids[:1, part]
-            counted = None if probed is None else probed[:1, part]
-            self._read(beginning, torch.ones_like(beginning), counted, known, [rows[0][part]])
+            beginning = input_ids[:1, : shared * BLOCK]
+            self._read(beginning, torch.ones_like(beginning), known, [rows[0][: shared * BLOCK]])
             known = self._prefixes.find(rows[0], shared, self._name)
-        return self._read(input_ids, attention_mask, probed, known, rows)
+        return self._read(input_ids, attention_mask, known, rows)
 
     def _read(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        probed: Tensor | None,
-        known: list[Block],
-        rows: list[list[int]] | None,
+        self, input_ids: Tensor, attention_mask: Tensor, known: list[Block], rows: list[list[int]] | None
     ) -> list[Tensor]:
         """Reads what comes after the known blocks, and keeps the blocks that it read of these rows (None: nothing)."""
         cache = None if rows is None else cache_of(known, len(input_ids))
         start = len(known) * BLOCK
-        hidden = self._probe(input_ids[:, start:], attention_mask, cache, probed)
+        hidden = self._probe(input_ids[:, start:], attention_mask, cache)
         values = [self._signal(index, vectors) for index, vectors in zip(self._indices, hidden, strict=True)]
         sums: list[Tensor] = []
         counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)
         if self._probe.token == "each":
-            places = self._probe.places(input_ids[:, start:], attention_mask, probed)
-            sums, counts = self._block_sums(values, places, len(input_ids), input_ids.shape[1] - start)
+            sums, counts = self._block_sums(values, input_ids[:, start:], attention_mask)
             number = counts.sum(dim=1) + sum(block.tokens for block in known)
             for i, part in enumerate(sums):
                 total = part.sum(dim=1) + sum(block.sums[i].to(part.device) for block in known)
@@ -84,17 +70,10 @@ class Reader:
             self._keep(cache, rows, len(known), sums, counts)
         return [finished(value, self._signal.scale) for value in values]
 
-    @staticmethod
-    def _block_sums(
-        values: list[Tensor], places: tuple[Tensor, Tensor], rows: int, length: int
-    ) -> tuple[list[Tensor], Tensor]:
-        """Per point (rows, blocks, adapters), of values (vectors, adapters); and the vectors in each (rows, blocks).
-
-        Args:
-            places: row and column of each vector.
-        """
-        owners, positions = places
-        blocks = -(-length // BLOCK)
+    def _block_sums(self, values: list[Tensor], input_ids: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Per point (rows, blocks, adapters), of values (vectors, adapters); and the vectors in each (rows, blocks)."""
+        owners, positions = self._probe.places(input_ids, mask)
+        rows, blocks = len(input_ids), -(-input_ids.shape[1] // BLOCK)
         cells = owners * blocks + positions // BLOCK
         sums = []
         for value in values:

@@ -76,13 +76,9 @@ class Scorer:
         self._remembered = self.calibration.neutral if self.calibration and self._running else None
         self._baseline = self._of_calibration()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, probed: Tensor | None = None) -> Tensor:
-        """(rows, adapters) float32 on the CPU, of right-padded prompts (rows, length).
-
-        Args:
-            probed: (rows, length), 1 on the tokens that count, the last of each row among them; None: all of them.
-        """
-        per_point = self._reader(input_ids, attention_mask, probed)
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(rows, adapters) float32 on the CPU, of right-padded prompts (rows, length)."""
+        per_point = self._reader(input_ids, attention_mask)
         responses = torch.full((*self._touched.shape, len(input_ids)), torch.nan)  # (adapters, points, rows)
         for at, response in enumerate(per_point):
             responses[self._touched[:, at], at] = response.T.cpu()
