@@ -23,6 +23,7 @@ from logo.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Decoder:
         probed: float,
         rows: Sequence[Sequence[int]],
         selections: Sequence[Selection],
+        streamer: BaseStreamer | None = None,
     ) -> list[Generation]:
         """One answer per row of a batch. What an answer holds follows from its own row alone, to rounding.
 
@@ -81,6 +83,7 @@ class Decoder:
             probed: seconds that selecting took, per row.
             rows: token ids of the prompts.
             selections: their mixtures.
+            streamer: of a single row; ended whatever happens, since somebody may wait for it in another thread.
         """
         started = time.perf_counter()
         tokenizer = self.prompts.tokenizer
@@ -89,7 +92,13 @@ class Decoder:
             rules.append(at_texts(tokenizer, stop))
         if stop_at_newline:
             rules.append(at_newline(tokenizer, official=stop_at_newline == "official"))
-        tokens, form = self._continue(pool, rows, [selection.mixture for selection in selections], config, rules)
+        mixtures = [selection.mixture for selection in selections]
+        try:
+            tokens, form = self._continue(pool, rows, mixtures, config, rules, streamer=streamer)
+        except BaseException:
+            if streamer is not None:
+                streamer.end()
+            raise
         ends = end_tokens(config, self.model.generation_config)
         answers = [cut_after_end(row, ends, config.max_new_tokens, rules) for row in tokens]
         texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
@@ -125,7 +134,7 @@ class Decoder:
         config.stop_strings = None  # they are among the rules
         if rules:
             criteria = (*criteria, EndRows(rules, ids.shape[1]))
-        finite = Finite(stop="streamer" in options)
+        finite = Finite(stop=options.get("streamer") is not None)
         with (
             self._mixer.active(pool, mixtures, self._work(ids, config)) as form,
             _without_stop_strings(self.model.generation_config),

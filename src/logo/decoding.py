@@ -59,6 +59,7 @@ class Prompts:
         context: the model's context length in tokens, or None if unknown.
         truncation: what to do with long prompts.
         checkpoint: the model's own generation config, which says what a call's config leaves open.
+        default: what is decoded with where a call names no config; None: greedy.
         probe_text: what of a conversation is probed; see `logo.prompts.chat`.
         vocabulary: how many tokens the model knows, or None if unknown.
     """
@@ -69,13 +70,14 @@ class Prompts:
         context: int | None,
         truncation: Truncation,
         checkpoint: GenerationConfig | None = None,
+        default: GenerationConfig | None = None,
         probe_text: ProbeText | None = None,
         vocabulary: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.probe_text = probe_text
         self._vocabulary = vocabulary
-        self._checkpoint = checkpoint
+        self._checkpoint, self._default = checkpoint, default
         self.context = context
         self.truncation = truncation
 
@@ -138,7 +140,7 @@ class Prompts:
     def generation_config(
         self, config: GenerationConfig | None, max_new_tokens: int | None, options: dict[str, Any]
     ) -> GenerationConfig:
-        """What one call generates with: the config given, or a greedy one, with the options on top.
+        """What one call generates with: the config given, or the default, or a greedy one, with the options on top.
 
         Raises:
             UsageError: no new tokens, several answers per prompt, or an option that transformers does not know.
@@ -151,6 +153,7 @@ class Prompts:
                     f"unknown generation option {name!r}{closest(name, _KNOWN)}: expected one of "
                     "transformers.GenerationConfig"
                 )
+        config = config or self._default
         if config is None:
             config = greedy_config(**options)
         else:
@@ -233,6 +236,14 @@ def check_batch_size(batch_size: int) -> None:
     """Raises UsageError unless it is a number of rows."""
     if batch_size <= 0:
         raise UsageError(f"batch_size: expected 1 or more, found {batch_size}")
+
+
+def check_streamable(rows: int, config: GenerationConfig) -> None:
+    """Raises UsageError unless transformers' streamers can be told the tokens: of one row, one by one."""
+    if rows != 1:
+        raise UsageError(f"streamer: expected a single prompt, found {rows}; ask for them one by one")
+    if (config.num_beams or 1) != 1:
+        raise UsageError(f"streamer: beams change tokens afterwards; leave out num_beams={config.num_beams}")
 
 
 def greedy_config(**options: Any) -> GenerationConfig:

@@ -16,13 +16,23 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
 from logo.decoder import Decoder, Generation
-from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, input_device, reads_prompts
+from logo.decoding import (
+    Prompts,
+    Truncation,
+    batches_by_length,
+    check_batch_size,
+    check_streamable,
+    input_device,
+    reads_prompts,
+)
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.working_set import dtype_of
-from logo.models import context_length, default_pool, load_base
+from logo.models import context_length
+from logo.opening import FromPretrained
 from logo.prompts import Prompt, several
 from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
 from logo.selecting import Asked, CallOptions, Selecting, take_call_options
@@ -33,12 +43,13 @@ from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
     from typing_extensions import Unpack
 
     from logo.prompts import OnePrompt
 
 
-class LoGo:
+class LoGo(FromPretrained):
     """Selects and mixes adapters per prompt on one base model.
 
     Args:
@@ -46,6 +57,7 @@ class LoGo:
         tokenizer: the model's, with a pad token.
         pool: the adapters. May change later (`pool.add`, `pool.remove`); the engine notices before the next call.
         settings: how prompts are read, scored and selected.
+        generation_config: what a call decodes with that names none; None: greedily.
         truncation: what to do with prompts that are too long.
         adapter_cache_gb: host memory (10⁹ bytes) for the tensors of adapters that were used last.
         fold: add the mixture into a copy of the weights it acts on where all rows of a batch share it, so that
@@ -67,6 +79,7 @@ class LoGo:
         pool: AdapterPool,
         *,
         settings: SelectionSettings | None = None,
+        generation_config: GenerationConfig | None = None,
         truncation: Truncation | None = None,
         adapter_cache_gb: float = 4.0,
         fold: bool | None = None,
@@ -81,9 +94,10 @@ class LoGo:
             tokenizer,
             context_length(model),
             truncation or Truncation(),
-            model.generation_config,
-            self.settings.probe_text,
-            model.get_input_embeddings().weight.shape[0],
+            checkpoint=model.generation_config,
+            default=generation_config,
+            probe_text=self.settings.probe_text,
+            vocabulary=model.get_input_embeddings().weight.shape[0],
         )
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
@@ -93,68 +107,6 @@ class LoGo:
         self.merge = merge
         self._selecting = Selecting(model, self.prompts, self._mixer, self.settings)
         self._fit_pool()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        base_model: str,
-        pool: AdapterPool | str | Path | None = None,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        device_map: str | dict[str, Any] | None = None,
-        model_dir: str | Path | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        truncation: Truncation | None = None,
-        adapter_cache_gb: float = 4.0,
-        fold: bool | None = None,
-        merge: Merge | str = EXACT,
-        on_bad_adapter: OnBadAdapter = "error",
-        **settings: Any,
-    ) -> LoGo:
-        """Loads a base model and puts the pool on it.
-
-        Args:
-            base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
-            pool: an `AdapterPool`, or a folder to open as one. Default: the base model's own, where it has one (the
-                demo's, or the authors' published adapters for the three official models).
-            device: `"auto"`, `"cpu"`, `"cuda:0"`, ...; `device_map="auto"` instead spreads over several devices.
-            dtype: `"auto"`: the checkpoint's own on an accelerator, float32 on the CPU.
-            **settings: the fields of `SelectionSettings`: `signal`, `k`, `probe_context`, ...
-
-        Raises:
-            ModelError, HubError: the base model cannot be loaded.
-            PoolError, AdapterError: the pool cannot be used on it.
-            UsageError: a setting that does not exist or cannot be used.
-        """
-        chosen = SelectionSettings.of(**settings)
-        if pool is None:
-            pool = default_pool(base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
-        elif not isinstance(pool, AdapterPool):
-            pool = AdapterPool.from_directory(pool, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
-        model, tokenizer = load_base(
-            base_model,
-            device=device,
-            dtype=dtype,
-            device_map=device_map,
-            model_dir=model_dir,
-            revision=revision,
-            token=token,
-        )
-        logo = cls(
-            model,
-            tokenizer,
-            pool,
-            settings=chosen,
-            truncation=truncation,
-            adapter_cache_gb=adapter_cache_gb,
-            fold=fold,
-            merge=merge,
-            on_bad_adapter=on_bad_adapter,
-        )
-        logo.calibrate()
-        return logo
 
     @property
     def fitted(self) -> AdapterPool:
@@ -309,6 +261,7 @@ class LoGo:
         generation_config: GenerationConfig | None = None,
         stop_at_newline: bool | str = False,
         stop: Sequence[str] = (),
+        streamer: BaseStreamer | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
         """Answers each prompt with its own mixture; rows with different mixtures share a batch.
@@ -319,9 +272,11 @@ class LoGo:
                 A list gives each prompt its own (None: select).
             max_new_tokens: default: the generation config's, else 256 or half of the context, whichever is less.
             batch_size: prompts per forward pass.
-            generation_config: any transformers config; default: greedy, whatever the checkpoint's own asks for.
+            generation_config: any transformers config; default: the engine's own, which is greedy unless it was given
+                another, whatever the checkpoint's asks for.
             stop_at_newline: end each answer at its first line; `"official"`: by the official code's rule.
             stop: end each answer before the first of these texts.
+            streamer: one of transformers' (`TextStreamer`, ...), of a single prompt; it is told each token.
             **options: of the selection, as `select`, and of `GenerationConfig`, such as `do_sample=True,
                 temperature=0.7`; no others.
 
@@ -337,6 +292,8 @@ class LoGo:
         with self._lock:
             self._sync()
             rows = self.prompts.read(given, room=config.max_new_tokens)
+            if streamer is not None:
+                check_streamable(len(rows), config)
             started = time.perf_counter()
             selections = self._selecting.mixtures(rows, adapters, asked, batch_size)
             probed = (time.perf_counter() - started) / len(rows)
@@ -344,7 +301,8 @@ class LoGo:
             padded = not reads_prompts(config)
             decode = functools.partial(self._decoder, self._fitted, config, stop_at_newline, stop, probed)
             for batch in batches_by_length([len(row) for row in rows], batch_size, padded=padded):
-                answers |= zip(batch, decode([rows[i].ids for i in batch], [selections[i] for i in batch]), strict=True)
+                ids, chosen = [rows[i].ids for i in batch], [selections[i] for i in batch]
+                answers |= zip(batch, decode(ids, chosen, streamer=streamer), strict=True)
         ordered = [answers[i] for i in range(len(rows))]
         return ordered[0] if alone else ordered
 
@@ -425,6 +383,21 @@ class LoGo:
             for batch in batches_by_length([len(row.ids) for row in rows], batch_size):
                 scored |= score_continued(self.model, [rows[i] for i in batch], active, pad, len(self.tokenizer))
         return [scored[number] for number in range(len(pairs))]
+
+    def save_mixture(self, mixture: Forced, folder: str | Path) -> Path:
+        """Writes a mixture as one plain PEFT adapter that answers with the same tokens; see `logo.adapters.export`.
+
+        Args:
+            mixture: a `Selection`, or `{"name": weight, ...}`. Weights are the exact mixture's, whatever `merge` is.
+            folder: must not exist yet, or be empty.
+
+        Raises:
+            PoolError, UsageError: an adapter that is not in the pool, a mixture of nothing, a folder that is in use.
+            StorageError: the folder cannot be written.
+        """
+        pool = self.fitted
+        parts = [(pool[name], weight) for name, weight in forced(mixture, pool).mixture.items()]
+        return write_mixture(parts, Path(folder), self._layout.shapes, self.model.config.name_or_path or None)
 
     def _fit_pool(self) -> None:
         version = self.pool.version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 DEMO_K = 3  # adapters per prompt of the embedded pool, of which twenty would be all
 OFFICIAL_ADAPTERS = "archon159/LoGo-loras-collection"
+_LOADING = ("dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config", "revision", "token")
 OFFICIAL_MODELS = {
     "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
     "Qwen2.5-7B": "Qwen/Qwen2.5-7B",
@@ -189,8 +190,11 @@ def load_base(
     base_model: str,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     model_dir: str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -200,16 +204,21 @@ def load_base(
     Args:
         base_model: a name that `resolve_base` knows.
         device: see `pick_device`; ignored with `device_map`.
-        dtype: `"auto"` (the checkpoint's own on an accelerator, float32 on the CPU) or a torch dtype's name.
+        dtype: `"auto"` (the checkpoint's own on an accelerator, float32 on the CPU), a torch dtype or its name.
         device_map: `"auto"` spreads a model that is larger than one device (accelerate).
+        attn_implementation, quantization_config, model_kwargs: for `AutoModelForCausalLM.from_pretrained`; the last
+            are its other options by name.
 
     Raises:
+        UsageError: an option that cannot be used, or would run code that comes with the model.
         ModelError: the model cannot be found or loaded.
         HubError: the Hub refused or could not be reached.
     """
     import torch
     import transformers
 
+    asked = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
+    options = {**_checked(model_kwargs or {}), **{name: value for name, value in asked.items() if value is not None}}
     on_cpu = False
     if device_map is None:
         target = pick_device(device)
@@ -225,6 +234,7 @@ def load_base(
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=False,
+            **options,
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -233,15 +243,25 @@ def load_base(
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _dtype(name: str, default: Any) -> Any:
+def _dtype(asked: str | torch.dtype, default: Any) -> Any:
     import torch
 
-    if name == "auto":
+    if asked == "auto":
         return default
-    dtype = getattr(torch, name, None)
+    dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f"dtype {name!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+        raise UsageError(f"dtype {asked!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
     return dtype
+
+
+def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options for transformers, but for those that `load_base` has itself and those that run a stranger's code."""
+    for name in options:
+        if name in ("trust_remote_code", "use_safetensors", "weights_only"):
+            raise UsageError(f"{name} cannot be set: no code and no pickles that come with a model are ever run")
+        if name in _LOADING:
+            raise UsageError(f"model_kwargs: give {name!r} as an option of its own")
+    return options
 
 
 def context_length(model: Any) -> int | None:

@@ -236,14 +236,14 @@ def _carries(engine: EngineOptions, run: RunOptions) -> bool:
 
 
 def _open(engine: EngineOptions, run: RunOptions, method: Method | None, base_model: str) -> Session:
-    from logo.decoding import Truncation
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
     from logo.evaluation.session import Session
+    from logo.opening import OFFICIAL_TRUNCATION
 
     official = run.preset is Preset.OFFICIAL
     started = time.perf_counter()
-    truncation = Truncation(2048, "right") if official else None
+    truncation = OFFICIAL_TRUNCATION if official else None
     logo = open_engine(engine, base_model, preset=run.preset, truncation=truncation)
     pool = pool_digests(logo)
     loading = time.perf_counter() - started

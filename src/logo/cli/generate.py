@@ -11,7 +11,7 @@ import typer
 from logo.cli.opening import open_engine
 from logo.cli.options import Candidates, EngineOptions, expanded
 from logo.cli.output import err, note, out, print_json, selection_line, selection_table
-from logo.cli.prompts import Chat, System, as_asked, or_demo, read_prompts
+from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_prompts
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def generate(
     """
     prompts = read_prompts(prompt, file)
     asked = as_asked(prompts, chat, system)
-    forced = _forced(adapter, base_only)
+    mixture = forced(adapter, base_only)
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
     engine, base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
@@ -63,9 +63,9 @@ def generate(
         torch.manual_seed(seed)
     if len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
         selection = None
-        if forced is None:
+        if mixture is None:
             selection = logo.select(asked[0], max_new_tokens=max_new_tokens, candidates=options["candidates"])
-        pieces = logo.stream(asked[0], adapters=selection or forced, max_new_tokens=max_new_tokens, **options)
+        pieces = logo.stream(asked[0], adapters=selection or mixture, max_new_tokens=max_new_tokens, **options)
         for number, piece in enumerate(pieces):
             print(piece if number else piece.lstrip(), end="", flush=True)
         print()
@@ -74,7 +74,7 @@ def generate(
         return
     answers = logo.generate(
         asked,
-        adapters=forced,
+        adapters=mixture,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         stop_at_newline=generation_early_stop,
@@ -98,23 +98,6 @@ def _sampling(sample: bool, temperature: float | None, top_p: float | None) -> d
         if value is not None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: only sampling has it; add --sample or leave it out")
     return {}
-
-
-def _forced(adapter: list[str] | None, base_only: bool) -> dict[str, float] | None:
-    if base_only:
-        if adapter:
-            raise UsageError("--base-only and --adapter exclude each other: give one of them")
-        return {}
-    if not adapter:
-        return None
-    weights: dict[str, float] = {}
-    for entry in adapter:
-        name, _, weight = entry.rpartition("=")
-        try:
-            weights[name or entry] = float(weight) if name else 1.0
-        except ValueError:
-            raise UsageError(f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number") from None
-    return weights
 
 
 def _record(prompt: str, answer: Generation) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`logo pool`: what is in a folder of adapters."""
+"""`logo pool`: what is in a folder of adapters, and a mixture of them as one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.output import out, print_json
+from logo.cli.opening import open_engine
+from logo.cli.options import EngineOptions, expanded
+from logo.cli.output import note, out, print_json, selection_line
+from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_prompts
 
 if TYPE_CHECKING:
     from logo.adapters.format import Adapter
@@ -63,6 +66,38 @@ def inspect(
         _print(folder, good, refused)
     if check and refused:
         raise typer.Exit(1)
+
+
+@app.command("export")
+@expanded
+def export(
+    engine: EngineOptions,
+    folder: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to; must not exist yet.")],
+    prompt: Annotated[str | None, typer.Argument(help="Write the mixture that this prompt selects.")] = None,
+    chat: Chat = False,
+    system: System = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=WEIGHT]", help="Write these adapters instead (repeatable).")
+    ] = None,
+) -> None:
+    """Write a mixture as one plain PEFT adapter, which any tool that reads LoRA adapters answers with.
+
+    Example: `logo pool export "What is 7 plus 5?" --output sums`
+    """
+    from logo.errors import UsageError
+
+    mixture = forced(adapter)
+    if (prompt is None) == (mixture is None):
+        raise UsageError("expected either a prompt, which selects, or --adapter NAME=WEIGHT")
+    engine, base_model = or_demo(engine)
+    logo = open_engine(engine, base_model)
+    if prompt is not None:
+        [selection] = logo.select(as_asked(read_prompts([prompt], None), chat, system))
+        note(f"  {selection_line(selection)}")
+        logo.save_mixture(selection, folder)
+    else:
+        logo.save_mixture(mixture or {}, folder)
+    out.print(f"{folder}: written", markup=False)
 
 
 def _layout(base_model: str, model_dir: str) -> BaseLayout:

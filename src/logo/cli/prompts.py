@@ -48,6 +48,24 @@ def as_asked(prompts: list[str], chat: bool, system: str | None) -> list[Any]:
     return [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
 
 
+def forced(adapter: list[str] | None, base_only: bool = False) -> dict[str, float] | None:
+    """The mixture that `--adapter NAME=WEIGHT` and `--base-only` name; None: it is selected."""
+    if base_only:
+        if adapter:
+            raise UsageError("--base-only and --adapter exclude each other: give one of them")
+        return {}
+    if not adapter:
+        return None
+    weights: dict[str, float] = {}
+    for entry in adapter:
+        name, _, weight = entry.rpartition("=")
+        try:
+            weights[name or entry] = float(weight) if name else 1.0
+        except ValueError:
+            raise UsageError(f"--adapter {entry!r}: expected NAME or NAME=WEIGHT with a number") from None
+    return weights
+
+
 def or_demo(options: EngineOptions) -> tuple[EngineOptions, str]:
     """The options and base model to use: the embedded demo where none is named (and says so)."""
     base_model = options.base_model

@@ -1,0 +1,118 @@
+"""`LoGo.from_pretrained`: a base model by name and a pool, loaded and put together.
+
+Knows names, presets and loading; the class that is put on them is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from logo.adapters.pool import DEFAULT_K, AdapterPool, OnBadAdapter
+from logo.decoding import Truncation
+from logo.errors import UsageError
+from logo.mixing import EXACT, Merge
+from logo.models import default_pool, load_base, officially_named
+from logo.selection.settings import SelectionSettings
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+Preset = Literal["official"]
+OFFICIAL_TRUNCATION = Truncation(2048, "right")
+
+
+class FromPretrained:
+    """What `LoGo` is made with where there is no model in memory yet."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model: str,
+        pool: AdapterPool | str | Path | None = None,
+        *,
+        preset: Preset | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device_map: str | dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        trust_remote_code: Literal[False] = False,
+        model_dir: str | Path | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        truncation: Truncation | None = None,
+        adapter_cache_gb: float = 4.0,
+        fold: bool | None = None,
+        merge: Merge | str = EXACT,
+        on_bad_adapter: OnBadAdapter = "error",
+        **settings: Any,
+    ) -> Self:
+        """Loads a base model and puts the pool on it.
+
+        Args:
+            base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
+            pool: an `AdapterPool`, or a folder to open as one. Default: the base model's own, where it has one (the
+                demo's, or the authors' published adapters for the three official models).
+            preset: `"official"`: whatever nobody asks for otherwise is as in the authors' script, and as with
+                `logo evaluate --preset official`: signal `norm`, k 20, `probe_context="carry"`, prompts cut at their
+                end to 2048 tokens, float32, and the checkpoint's own generation config.
+            device: `"auto"`, `"cpu"`, `"cuda:0"`, ...; `device_map="auto"` instead spreads over several devices.
+            dtype: a torch dtype or its name; `"auto"`: the checkpoint's own on an accelerator, float32 on the CPU.
+            attn_implementation, quantization_config, model_kwargs: for `AutoModelForCausalLM.from_pretrained`; the last
+                are its other options by name.
+            trust_remote_code: never.
+            **settings: the fields of `SelectionSettings`: `signal`, `k`, `probe_context`, ...
+
+        Raises:
+            ModelError, HubError: the base model cannot be loaded.
+            PoolError, AdapterError: the pool cannot be used on it.
+            UsageError: a setting that does not exist or cannot be used.
+        """
+        if preset is not None and preset not in get_args(Preset):
+            raise UsageError(f"preset: expected {', '.join(map(repr, get_args(Preset)))} or None, found {preset!r}")
+        official = preset == "official"
+        if official:
+            settings = {"signal": "norm", "probe_context": "carry", **settings}
+            dtype = "float32" if dtype == "auto" else dtype
+            truncation = truncation or OFFICIAL_TRUNCATION
+        chosen = SelectionSettings.of(**settings)
+        named = None if pool is None else str(pool)
+        if pool is None:
+            pool = default_pool(base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
+        elif not isinstance(pool, AdapterPool):
+            pool = AdapterPool.from_directory(pool, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
+        if official:
+            pool = officially_named(pool, base_model, named)
+            if chosen.k is None:
+                chosen = replace(chosen, k=min(DEFAULT_K, len(pool)))
+        model, tokenizer = load_base(
+            base_model,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            model_kwargs={**(model_kwargs or {}), **({"trust_remote_code": True} if trust_remote_code else {})},
+            model_dir=model_dir,
+            revision=revision,
+            token=token,
+        )
+        logo: Any = cls(  # type: ignore[call-arg]
+            model,
+            tokenizer,
+            pool,
+            settings=chosen,
+            generation_config=model.generation_config if official else None,
+            truncation=truncation,
+            adapter_cache_gb=adapter_cache_gb,
+            fold=fold,
+            merge=merge,
+            on_bad_adapter=on_bad_adapter,
+        )
+        logo.calibrate()
+        return logo  # type: ignore[no-any-return]
