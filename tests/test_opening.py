@@ -87,16 +87,15 @@ def dequantised(model: nn.Module) -> nn.Module:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("config", [quanto, torchao])
 def test_a_quantised_base_answers_as_what_it_stands_for(base: Path, adapters: Path, config: Callable[[], Any]) -> None:
-    logo = LoGo.from_pretrained(
-        str(base), adapters, device="cpu", k=3, unscorable="skip", quantization_config=config(), fold=True
-    )
+    options = {"signal": "norm", "k": 3, "unscorable": "skip"}
+    logo = LoGo.from_pretrained(str(base), adapters, device="cpu", quantization_config=config(), fold=True, **options)
     modules = {path for adapter in logo.fitted for path in adapter.modules}
     assert not any(foldable(logo.model.get_submodule(path)) for path in modules)
     plain = dequantised(logo.model)
     assert not torch.equal(
         plain.get_submodule(sorted(modules)[0]).weight, tiny.model("llama").get_submodule(sorted(modules)[0]).weight
     )
-    exact = engine(plain, adapters, unscorable="skip", fold=False)
+    exact = engine(plain, adapters, fold=False, **options)
     for mixture in (None, {"tasks/t0": 0.5, "tasks/t3": 0.5}, {}):
         found = logo.generate(PROMPTS, adapters=mixture, max_new_tokens=12)
         expected = exact.generate(PROMPTS, adapters=mixture, max_new_tokens=12)
