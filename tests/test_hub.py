@@ -534,3 +534,60 @@ def test_an_unknown_error_is_one_line_without_secrets() -> None:
 def test_importing_it_is_light() -> None:
     script = "import sys, logo.adapters.hub; assert not {'huggingface_hub', 'torch'} & set(sys.modules), sys.modules"
     run_client({}, script=script)
+
+
+POOLS = """
+import json, sys
+from logo import AdapterPool
+from logo.errors import LoGoError
+for call in json.load(sys.stdin):
+    answer = {"slept": 0}
+    try:
+        if "add" in call:
+            pool = AdapterPool()
+            pool.add(call["add"])
+        else:
+            pool = AdapterPool.from_hub(call["repo_id"], progress=False, **call.get("options", {}))
+        answer["message"] = " ".join([*pool.names, *(f"({error.name})" for error in pool.refused)])
+    except LoGoError as error:
+        answer.update(error=type(error).__name__, message=str(error))
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_pools_of_several_repositories_name_adapters_after_their_places(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "one", 1.0)
+    for number, name in enumerate(("a", "b", "sub/c"), start=2):
+        write_adapter(tmp_path / "many" / name, float(number))
+    write_adapter(tmp_path / "bad", 5.0, weights="none")
+    write_adapter(tmp_path / "bad" / "good", 6.0)
+    repos = {"org/one": tmp_path / "one", "org/many": tmp_path / "many", "other/bad": tmp_path / "bad"}
+    with HubServer(repos) as hub:
+        calls: list[dict[str, Any]] = [
+            {"repo_id": "org/one"},
+            {"repo_id": "org/many"},
+            {"repo_id": ["org/one", "org/many", "org/one"]},
+            {"repo_id": ["org/many/sub@main", "org/one"]},
+            {"repo_id": ["other/bad"], "options": {"on_bad_adapter": "skip"}},
+            {"add": "org/one"},
+            {"add": "org/many/sub/c@main"},
+            {"repo_id": []},
+            {"repo_id": ["org/one"], "options": {"revision": "main"}},
+            {"add": "org/none"},
+            {"add": "org/many"},
+        ]
+        answers = run_client(hub.env(tmp_path / "home"), *calls, script=POOLS).answers
+    assert [answer.message for answer in answers[:7]] == [
+        "org/one",
+        "a b sub/c",
+        "org/many/a org/many/b org/many/sub/c org/one",
+        "org/many/sub/c org/one",
+        "other/bad/good (other/bad)",
+        "org/one",
+        "org/many/sub/c",
+    ]
+    assert all(answer.error is None for answer in answers[:7])
+    for answer in answers[7:9]:
+        assert answer.error == "UsageError" and "expected one repository or a list of places" in answer.message
+    assert answers[9].error == "HubError" and "org/none" in answers[9].message
+    assert answers[10].error == "AdapterError" and "adapter_config.json is missing" in answers[10].message

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.hub import download_model, hub_error, is_hub_id, split_hub_spec
+from logo.adapters.hub import download_model, hub_error, is_hub_id, is_hub_spec, split_hub_spec
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import LoGoError, ModelError, UsageError, closest
@@ -140,7 +140,7 @@ def pool_place(adapters: str | None, base_model: str, model_dir: str | Path | No
     """
     if adapters is None:
         return _own_place(base_model, model_dir)
-    if Path(adapters).is_dir() or not is_hub_id("/".join(adapters.split("@")[0].split("/")[:2])):
+    if not is_hub_spec(adapters):
         return PoolPlace(adapters)
     repo, subfolder, revision = split_hub_spec(adapters)
     return PoolPlace(repo, subfolder or "", revision, on_hub=True)

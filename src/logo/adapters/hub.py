@@ -125,6 +125,11 @@ def is_hub_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None and not Path(text).is_dir()
 
 
+def is_hub_spec(text: str) -> bool:
+    """Whether `text` looks like `namespace/name[/folder...][@revision]` and is not a folder that exists here."""
+    return not Path(text).is_dir() and is_hub_id("/".join(text.partition("@")[0].split("/")[:2]))
+
+
 def split_hub_spec(text: str) -> tuple[str, str | None, str | None]:
     """Split `namespace/name[/folder...][@revision]` into repo id, subfolder and revision.
 

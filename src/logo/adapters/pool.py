@@ -10,19 +10,19 @@ import itertools
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
-from logo.adapters.hub import download_adapters
+from logo.adapters.hub import download_adapters, is_hub_spec, split_hub_spec
 from logo.adapters.known import KnownPool
 from logo.adapters.layout import BaseLayout
 from logo.adapters.weights import PICKLE, SAFETENSORS
 from logo.cache import cache_folder
-from logo.errors import AdapterError, PoolError, StorageError, closest
+from logo.errors import AdapterError, PoolError, StorageError, UsageError, closest
 
 OnBadAdapter = Literal["error", "skip"]
 
@@ -100,7 +100,7 @@ class AdapterPool:
     @classmethod
     def from_hub(
         cls,
-        repo_id: str,
+        repo_id: str | Sequence[str],
         *,
         subfolder: str | None = None,
         revision: str | None = None,
@@ -117,27 +117,59 @@ class AdapterPool:
         """Downloads (or finds in the cache) every adapter below `subfolder` of a Hub repository, and opens them.
 
         What exists is listed from the Hub. Downloads run in parallel; after an interruption only what is missing is
-        fetched. With `local_files_only` or `HF_HUB_OFFLINE=1` the cache is used as it is. Names are relative to
-        `subfolder`.
+        fetched. With `local_files_only` or `HF_HUB_OFFLINE=1` the cache is used as it is.
+
+        Args:
+            repo_id: `namespace/name`, whose adapters are named relative to `subfolder`; or several places
+                `namespace/name[/folder][@revision]`, which stand in front of the names of their adapters. An adapter
+                that is a place itself is named after it.
 
         Raises:
-            HubError: the repository is gated, missing or unreachable, or holds no adapters there.
+            UsageError: no place, or one that could not exist.
+            HubError: a repository is gated, missing or unreachable, or holds no adapters there.
             PoolError: as `from_directory`.
         """
-        folder = download_adapters(
-            repo_id,
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            max_workers=max_workers,
-            progress=progress,
-            allow_pickle=allow_pickle,
-        )
-        return cls.from_directory(
-            folder, on_bad_adapter=on_bad_adapter, allow_pickle=allow_pickle, verify=verify, cache=cache
-        )
+        fetching: dict[str, Any] = {
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "max_workers": max_workers,
+            "progress": progress,
+            "allow_pickle": allow_pickle,
+        }
+        opening: dict[str, Any] = {
+            "on_bad_adapter": on_bad_adapter,
+            "allow_pickle": allow_pickle,
+            "verify": verify,
+            "cache": cache,
+        }
+        if isinstance(repo_id, str):
+            folder = download_adapters(repo_id, subfolder=subfolder, revision=revision, **fetching)
+            pool = cls.from_directory(folder, **opening)
+            return pool if subfolder else pool._placed(folder, repo_id, "")
+        if not repo_id or subfolder is not None or revision is not None:
+            raise UsageError(
+                "repo_id: expected one repository or a list of places namespace/name[/folder][@revision], each with "
+                "its own folder and revision"
+            )
+        pools = []
+        for spec in dict.fromkeys(repo_id):
+            repo, below, at = split_hub_spec(spec)
+            folder = download_adapters(repo, subfolder=below, revision=at, **fetching)
+            place = spec.partition("@")[0]
+            pools.append(cls.from_directory(folder, **opening)._placed(folder, place, f"{place}/"))
+        return cls(itertools.chain(*pools), itertools.chain.from_iterable(pool.refused for pool in pools))
+
+    def _placed(self, folder: Path, place: str, front: str) -> AdapterPool:
+        """The same adapters with something in front of their names; one that is the whole folder is called as told."""
+
+        def name(old: str, at: Path | None = None) -> str:
+            whole = old == own_name(folder) if at is None else at == folder
+            return place if whole else f"{front}{old}"
+
+        renamed = [replace(adapter, name=name(adapter.name, Path(adapter.folder))) for adapter in self]
+        refused = [AdapterError(name(error.name), error.reason) for error in self.refused]
+        return AdapterPool(renamed, refused, default_k=self.default_k)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -164,13 +196,23 @@ class AdapterPool:
         return f"AdapterPool({len(self)} adapters: {head})"
 
     def add(self, adapter: Adapter | str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
-        """Adds an opened adapter, or opens the PEFT folder given; `name` defaults to its own or the folder's name.
+        """Adds an opened adapter, or opens the PEFT folder given.
+
+        Args:
+            adapter: an adapter, a folder, or the place of one on the Hub, `namespace/name[/folder][@revision]`, where
+                no folder is called so.
+            name: default: its own, the folder's, or the place's.
 
         Raises:
             AdapterError: the folder cannot be used.
+            HubError: it cannot be fetched.
             PoolError: the pool has an adapter of that name already.
         """
-        if not isinstance(adapter, Adapter):
+        if isinstance(adapter, str) and is_hub_spec(adapter):
+            repo, below, revision = split_hub_spec(adapter)
+            folder = download_adapters(repo, subfolder=below, revision=revision, allow_pickle=allow_pickle)
+            adapter = open_adapter(folder, name or adapter.partition("@")[0], allow_pickle=allow_pickle)
+        elif not isinstance(adapter, Adapter):
             adapter = open_adapter(adapter, name, allow_pickle=allow_pickle)
         elif name is not None:
             adapter = replace(adapter, name=name)
