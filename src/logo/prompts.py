@@ -127,7 +127,7 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation, probe_text:
     and a single message is the prompt that its text would be.
 
     What is probed is a text of its own, the prompt that it would be alone. Probed in its place it would select other
-    adapters: its tokens attend to a system prompt, the template and earlier answers (measured in docs/chats.md).
+    adapters: its tokens attend to a system prompt, the template and earlier answers; see docs/chats.md.
 
     Args:
         messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list
