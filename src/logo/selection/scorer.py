@@ -135,7 +135,8 @@ class Scorers:
         bos: int | None,
         before: Scorers | None = None,
     ) -> None:
-        count = len(plan(model, pool, settings).adapters)
+        self._plan = plan(model, pool, settings)
+        count = len(self._plan.adapters)
         self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
         self._model, self._pool, self._settings, self._encode, self._bos = model, pool, settings, encode, bos
         self._known: dict[str, Scorer] = {}  # by signal
@@ -155,7 +156,7 @@ class Scorers:
     def _open(self, settings: SelectionSettings) -> Scorer:
         """Plans, calibrates and indexes, as far as that is not known."""
         model, earlier = self._model, self._earlier.get(settings.signal)
-        planned = plan(model, self._pool, settings)
+        planned = self._plan if settings.signal == self._settings.signal else plan(model, self._pool, settings)
         adapters, points = planned.adapters, planned.points
         cache = self._cache(settings) if earlier is None else earlier.cache
         folder = cache_folder(settings.cache) if self._keep else None
