@@ -20,21 +20,14 @@ from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
 from logo.decoder import Decoder, Generation
-from logo.decoding import (
-    Prompts,
-    Truncation,
-    batches_by_length,
-    check_batch_size,
-    check_streamable,
-    input_device,
-    reads_prompts,
-)
+from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, check_streamable, reads_prompts
+from logo.gold import Gold
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.working_set import dtype_of
 from logo.models import context_length
 from logo.opening import FromPretrained
 from logo.prompts import Prompt, several
-from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
+from logo.scoring import Scored
 from logo.selecting import Asked, CallOptions, Selecting, take_call_options
 from logo.selection.calibration import Calibration
 from logo.selection.scorer import Scorer
@@ -103,6 +96,7 @@ class LoGo(FromPretrained):
         self._layout = BaseLayout.of(model)
         self._mixer = Mixer(model, dtype_of(model), int(adapter_cache_gb * 1e9), fold)
         self._decoder = Decoder(model, self.prompts, self._mixer)
+        self._gold = Gold(model, self.prompts, self._mixer)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self.merge = merge
         self._selecting = Selecting(model, self.prompts, self._mixer, self.settings)
@@ -345,15 +339,10 @@ class LoGo(FromPretrained):
         with self._lock:
             self._sync()
             [whole] = self.prompts.read([prompt], room=None)
-            text = self.tokenizer.decode(whole.ids) if whole.text is None else whole.text
-            gold = completion_ids(self.tokenizer, text, completion, self.prompts.context)
+            gold = self._gold.ids(whole, completion)
             [row] = self.prompts.read([whole], room=len(gold))
             selections = self._selecting.mixtures([row] * len(mixtures), mixtures, asked, 1)
-            wanted = [selection.mixture for selection in selections]
-            active = functools.partial(self._mixer.active, self._fitted)
-            return score_mixtures(
-                self.model, row.ids, gold, wanted, active, len(self.tokenizer), input_device(self.model)
-            )
+            return self._gold.mixtures(self._fitted, row.ids, gold, [selection.mixture for selection in selections])
 
     def score_pairs(
         self,
@@ -376,13 +365,7 @@ class LoGo(FromPretrained):
         with self._lock:
             self._sync()
             mixtures = [forced(entry, self._fitted).mixture for entry in adapters]
-            rows = continued_rows(pairs, mixtures, self.prompts.context)
-            active = functools.partial(self._mixer.active, self._fitted)
-            pad = functools.partial(self.prompts.pad, side="right", device=input_device(self.model))
-            scored: dict[int, Scored] = {}
-            for batch in batches_by_length([len(row.ids) for row in rows], batch_size):
-                scored |= score_continued(self.model, [rows[i] for i in batch], active, pad, len(self.tokenizer))
-        return [scored[number] for number in range(len(pairs))]
+            return self._gold.pairs(self._fitted, pairs, mixtures, batch_size)
 
     def save_mixture(self, mixture: Forced, folder: str | Path) -> Path:
         """Writes a mixture as one plain PEFT adapter that answers with the same tokens; see `logo.adapters.export`.
