@@ -2,7 +2,7 @@
 
 The only place that knows adapters, mixing and selection together. A prompt walks straight through:
 
-    text, chat or ids -> probe -> signal -> selector -> Selection -> working set -> gates -> model.generate -> Generation
+    text, chat, ids -> probe -> signal -> selector -> Selection -> working set -> gates -> model.generate -> Generation
 """
 
 from __future__ import annotations
