@@ -30,12 +30,12 @@ def stacks(draw: Any) -> Stack:
     ranks = draw(st.dictionaries(st.integers(0, 5), st.integers(1, 4), min_size=1, max_size=4))
     random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     owner = torch.tensor([i for i, rank in sorted(ranks.items()) for _ in range(rank)])
-    return Stack(torch.randn(len(owner), 7, generator=random), torch.randn(5, len(owner), generator=random), owner)
+    return Stack(torch.randn(len(owner), 7, generator=random), torch.randn(len(owner), 5, generator=random), owner)
 
 
 def by_hand(x: Tensor, stack: Stack, routing: Routing, allowed: set[int]) -> Tensor:
     """One token (d_in,), the long way: ΔW in full, its singular value decomposition, a dictionary of coefficients."""
-    deltas = {int(i): stack.B[:, stack.owner == i] @ stack.A[stack.owner == i] for i in stack.owner.unique()}
+    deltas = {int(i): stack.B[stack.owner == i].T @ stack.A[stack.owner == i] for i in stack.owner.unique()}
     similarity = {
         i: abs(float(x.double() @ torch.linalg.svd(delta.double())[2][0]))
         for i, delta in deltas.items()
@@ -91,7 +91,7 @@ def test_an_adapter_of_zeros_has_no_direction() -> None:
 
 
 def test_rows_that_do_not_fit_the_batch_are_refused() -> None:
-    stack = Stack(torch.randn(2, 4), torch.randn(3, 2), torch.tensor([0, 1]))
+    stack = Stack(torch.randn(2, 4), torch.randn(2, 3), torch.tensor([0, 1]))
     allowed = torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="routes for 2 rows cannot serve a batch of 5 rows"):
         routed(torch.randn(5, 1, 4), stack, Experts.of(stack), Routing(), allowed)

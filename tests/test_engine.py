@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
+from logo.mixing.store import StoreFull
 from tolerances import same_scores, same_weights
 
 WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(3, 90)), "\n", "a\n", "b", "c", "d", "<unk>"]
@@ -368,3 +369,30 @@ def test_device_map_auto_as_accelerate_does_it(llama: nn.Module, adapters: Path,
     logo = engine(model.eval(), adapters)
     for ours, theirs in zip(logo.generate(PROMPTS, max_new_tokens=6), expected, strict=True):
         assert ours.token_ids == theirs.token_ids and ours.selection.adapters == theirs.selection.adapters
+
+
+def test_in_little_memory_a_batch_is_answered_in_parts(llama: nn.Module, adapters: Path) -> None:
+    pool, settings = AdapterPool.from_directory(adapters), SelectionSettings(k=2)
+    roomy = LoGo(llama, tokenizer(), pool, settings=settings)
+    expected = roomy.generate(PROMPTS, max_new_tokens=6)
+    assert len({frozenset(answer.selection.adapters) for answer in expected}) > 1
+
+    def tight(percent: int) -> LoGo:
+        memory = percent / 100 * roomy.store.bytes / 1e9
+        return LoGo(llama, tokenizer(), pool, settings=settings, adapter_memory_gb=memory)
+
+    def suffices(percent: int) -> bool:
+        try:
+            return bool([tight(percent).generate(prompt, max_new_tokens=6) for prompt in PROMPTS])
+        except StoreFull as full:
+            assert "--adapter-memory-gb" in str(full)
+            return False
+
+    least = next(percent for percent in range(1, 101) if suffices(percent))  # for every prompt alone
+    logo = tight(least)
+    answers = logo.generate(PROMPTS, max_new_tokens=6)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    assert logo.store.bytes <= logo.store.budget
+    together = {name for answer in answers for name in answer.selection.adapters}
+    with pytest.raises(StoreFull):
+        logo.store.hold([logo.store.source(logo.fitted[name]) for name in together])

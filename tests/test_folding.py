@@ -15,10 +15,10 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.layout import linear_modules
 from logo.errors import ModelError
-from logo.mixing import Folder, GatedLoRA, Mixer, Work, costs
+from logo.mixing import Folder, GatedLoRA, Work, costs
 from logo.mixing.folding import foldable
 from test_engine import PROMPTS, engine, tokenizer, write_adapter
-from test_mixing import Quantised, peft_model, save, working_set
+from test_mixing import Quantised, peft_model, save, stacks_of
 from tolerances import same_tensor
 
 PLACES = "<ul>\n  <li>First</li>\n  <li>Second</li>\n</ul>"
@@ -29,14 +29,14 @@ def test_folded_equals_gated(name: str, tmp_path: Path) -> None:
     base = tiny.model(name)
     config = peft.LoraConfig(r=3, target_modules="all-linear", fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM")
     adapters = save(peft_model(base, [config, config], seed=1), tmp_path)
-    stacks, modules = working_set(base, adapters), dict(linear_modules(base))
+    stacks, modules = stacks_of(base, adapters), dict(linear_modules(base))
     weights = torch.tensor([0.7, -0.2])
     ids, mask = tiny.padded(tiny.prompts([6, 4]))
     with torch.no_grad():
         plain = base(input_ids=ids, attention_mask=mask).logits
         with GatedLoRA(modules).active(stacks, weights[None]):
             gated = base(input_ids=ids, attention_mask=mask).logits
-        with Folder(modules).active(stacks, weights):
+        with Folder(modules).active("both", lambda: stacks, weights):
             folded = base(input_ids=ids, attention_mask=mask).logits
         after = base(input_ids=ids, attention_mask=mask).logits
     same_tensor(folded, gated)
@@ -47,10 +47,10 @@ def test_folded_equals_gated(name: str, tmp_path: Path) -> None:
 def test_base_weights_are_never_written_to(tmp_path: Path) -> None:
     base = tiny.model("llama")
     config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    stacks = working_set(base, save(peft_model(base, [config], 0), tmp_path))
+    stacks = stacks_of(base, save(peft_model(base, [config], 0), tmp_path))
     before = {name: (parameter, parameter.clone()) for name, parameter in base.named_parameters()}
     folder = Folder(dict(linear_modules(base)))
-    with pytest.raises(KeyboardInterrupt), folder.active(stacks, torch.ones(1)):
+    with pytest.raises(KeyboardInterrupt), folder.active("one", lambda: stacks, torch.ones(1)):
         assert any(parameter is not before[name][0] for name, parameter in base.named_parameters())
         raise KeyboardInterrupt
     for name, parameter in base.named_parameters():
@@ -68,7 +68,7 @@ def test_one_mixture_after_another(tmp_path: Path) -> None:
     ids, mask = tiny.padded(tiny.prompts([6]))
 
     def logits(adapter: Any, weight: float, by: Folder) -> torch.Tensor:
-        with torch.no_grad(), by.active(working_set(base, [adapter]), torch.tensor([weight])):
+        with torch.no_grad(), by.active(adapter.name, lambda: stacks_of(base, [adapter]), torch.tensor([weight])):
             found: torch.Tensor = base(input_ids=ids, attention_mask=mask).logits
             return found
 
@@ -119,21 +119,21 @@ def test_an_error_in_the_middle_leaves_the_base_as_it_was(llama: nn.Module, adap
 def test_folding_pays_for_long_answers_and_not_for_short_ones(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     modules = dict(linear_modules(llama))
-    stacks = working_set(llama, [logo.pool[name] for name in logo.names[:3]])
-    fold = sum(len(s.A) * s.A.shape[1] * len(s.B) for s in stacks.stacks.values())
-    gates = sum(len(s.A) * (s.A.shape[1] + len(s.B)) for s in stacks.stacks.values())
+    stacks = stacks_of(llama, [logo.pool[name] for name in logo.names[:3]])
+    ranks = {path: len(stack.A) for path, stack in stacks.items()}
+    fold = sum(len(s.A) * s.A.shape[1] * s.B.shape[1] for s in stacks.values())
+    gates = sum(len(s.A) * (s.A.shape[1] + s.B.shape[1]) for s in stacks.values())
     passes = fold / gates  # multiplications by the factors, for as many tokens, that folding takes
     read = costs.READ["cpu"]
 
     def pays(**work: float) -> bool:
-        return costs.folding_pays(stacks, modules, Work(**work))  # type: ignore[arg-type]
+        return costs.folding_pays(ranks, modules, Work(**work))  # type: ignore[arg-type]
 
     steps = (passes - 4 - read) / (1 + read)
     assert not pays(prompt=4, rows=1, steps=steps - 0.01) and pays(prompt=4, rows=1, steps=steps + 0.01)
     assert pays(prompt=math.ceil(passes), rows=1, steps=0)  # reading the prompt alone is worth it
     steps = (passes - 4 - read) / (8 + read)
     assert not pays(prompt=4, rows=8, steps=steps - 0.01) and pays(prompt=4, rows=8, steps=steps + 0.01)
-    assert Mixer(llama, torch.float32, 10**9)._folds(stacks, None) is False  # nothing is known about the work
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_without_a_connection_what_is_not_known_is_said(official: Path, tmp_path
 def test_memory_is_what_a_loaded_model_takes(dtype: str) -> None:
     """Weights and the cache of a batch, in bytes, beside the real ones."""
     model, _ = load_base("demo", device="cpu", dtype=dtype)
-    found = memory_of(model.config, dtype, rows=3, tokens=17, exact=True, adapters=[10, 20], cache=25, k=1)
+    found = memory_of(model.config, dtype, rows=3, tokens=17, exact=True, adapters=[10, 20], budget=25, k=1)
     assert found.parameters == model.num_parameters()
     assert found.weights == sum(p.nelement() * p.element_size() for p in model.parameters())
     with torch.no_grad():

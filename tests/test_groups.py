@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from logo.adapters.format import LoraWeights
-from logo.mixing import Gates, Work, WorkingSet
+from logo.mixing import AdapterStore, Gates, Work
 from logo.mixing.gated import low_rank
-from logo.mixing.groups import GroupedMixture, _grouped, cheapest, stacked
+from logo.mixing.groups import GroupedMixture, _grouped, cheapest
+from logo.mixing.stacks import grouped, stacked
+from logo.mixing.store import Hold, Source
 from tolerances import same_tensor
 
 MODULES = {"one": nn.Linear(7, 5), "two": nn.Linear(6, 4)}
@@ -33,6 +35,15 @@ def adapters(ranks: list[int], seed: int) -> list[dict[str, LoraWeights]]:
     return [{path: made(i, rank, path) for path in MODULES if path == "one" or i % 3} for i, rank in enumerate(ranks)]
 
 
+def stored(tensors: list[dict[str, LoraWeights]]) -> tuple[AdapterStore, Hold]:
+    store = AdapterStore(MODULES, torch.float32, 10**6)
+
+    def source(number: int) -> Source:
+        return Source(number, f"a{number}", lambda: tensors[number])
+
+    return store, store.hold([source(number) for number in range(len(tensors))])
+
+
 @given(data=st.data(), ranks=st.lists(st.integers(1, 5), min_size=1, max_size=7), rows=st.integers(1, 9))
 @settings(max_examples=120, deadline=None)
 def test_groups_change_no_number(data: st.DataObject, ranks: list[int], rows: int) -> None:
@@ -42,14 +53,15 @@ def test_groups_change_no_number(data: st.DataObject, ranks: list[int], rows: in
     m, copies, length = data.draw(st.integers(1, rows)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
     weights = torch.tensor(used).float() * torch.rand(rows, len(ranks), generator=torch.Generator().manual_seed(rows))
     tensors = adapters(ranks, seed=rows)
-    plain = WorkingSet.of([str(i) for i in range(len(ranks))], tensors, MODULES, torch.float32)
+    store, hold = stored(tensors)
+    plain = stacked(store, hold)
     groups = _grouped(weights != 0, torch.tensor(ranks, dtype=torch.float64), m)
-    mixture, stacks = GroupedMixture(groups, weights), stacked(groups, tensors, MODULES, torch.float32)
-    assert stacks.keys() == plain.stacks.keys()
+    mixture, stacks = GroupedMixture(groups, weights), grouped(store, hold, groups.adapters)
+    assert stacks.keys() <= plain.keys()
     for path, stack in stacks.items():
         for shape in ((rows * copies, length), (rows * copies,)):
             x = torch.randn(*shape, MODULES[path].in_features, generator=torch.Generator().manual_seed(m))
-            expected = low_rank(x, plain.stacks[path], Gates(weights))
+            expected = low_rank(x, plain[path], Gates(weights))
             same_tensor(mixture.low_rank(x, stack), expected)
 
 
@@ -103,6 +115,4 @@ def test_a_batch_of_other_rows_is_refused() -> None:
     groups = _grouped(weights != 0, torch.ones(3, dtype=torch.float64), 1)
     tensors = adapters([2, 2, 2], 0)
     with pytest.raises(ValueError, match="3 rows cannot serve a batch of 4 rows"):
-        GroupedMixture(groups, weights).low_rank(
-            torch.zeros(4, 7), stacked(groups, tensors, MODULES, torch.float32)["one"]
-        )
+        GroupedMixture(groups, weights).low_rank(torch.zeros(4, 7), grouped(*stored(tensors), groups.adapters)["one"])

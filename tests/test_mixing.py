@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import tiny
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout, linear_modules
-from logo.mixing import AdapterCache, GatedLoRA, Gates, Stack, WorkingSet
+from logo.mixing import AdapterStore, GatedLoRA, Gates, Stack
 from logo.mixing.gated import low_rank
+from logo.mixing.stacks import stacked
 from tolerances import same_tensor
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -83,11 +84,10 @@ def peft_logits(model: peft.PeftMixedModel, weights: dict[str, float], ids: Tens
     return logits
 
 
-def working_set(base: nn.Module, adapters: list[Adapter]) -> WorkingSet:
+def stacks_of(base: nn.Module, adapters: list[Adapter]) -> dict[str, Stack]:
     layout = BaseLayout.of(base)
-    fitted = [adapter.fit(layout) for adapter in adapters]
-    names, weights = [a.name for a in fitted], [a.read() for a in fitted]
-    return WorkingSet.of(names, weights, dict(linear_modules(base)), torch.float32)
+    store = AdapterStore(dict(linear_modules(base)), torch.float32, 10**9)
+    return stacked(store, store.hold([store.source(adapter.fit(layout)) for adapter in adapters]))
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_equals_peft(data: Any, configs: list[peft.LoraConfig], seed: int, tmp_p
         )
     )
     ids, mask = tiny.padded(tiny.prompts([7, 5, 3][: len(rows)], seed))
-    with torch.no_grad(), GatedLoRA(dict(linear_modules(base))).active(working_set(base, adapters), torch.tensor(rows)):
+    with torch.no_grad(), GatedLoRA(dict(linear_modules(base))).active(stacks_of(base, adapters), torch.tensor(rows)):
         ours = base(input_ids=ids, attention_mask=mask).logits
     for i, weights in enumerate(rows):
         theirs = peft_logits(oracle, {a.name: w for a, w in zip(adapters, weights, strict=True)}, ids, mask)
@@ -130,9 +130,7 @@ def test_equals_peft_on_other_architectures(name: str, tmp_path: Path) -> None:
     ids, mask = tiny.padded(tiny.prompts([6, 6]))
     with (
         torch.no_grad(),
-        GatedLoRA(dict(linear_modules(base))).active(
-            working_set(base, adapters), torch.tensor([[0.7, 0.3], [0.0, 1.0]])
-        ),
+        GatedLoRA(dict(linear_modules(base))).active(stacks_of(base, adapters), torch.tensor([[0.7, 0.3], [0.0, 1.0]])),
     ):
         ours = base(input_ids=ids, attention_mask=mask).logits
     for i, weights in enumerate([{"a0": 0.7, "a1": 0.3}, {"a1": 1.0}]):
@@ -158,7 +156,7 @@ def test_works_on_quantised_linear_layers(tmp_path: Path) -> None:
     adapters = save(
         peft_model(base, [peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")], 0), tmp_path
     )
-    plain = working_set(base, adapters)
+    plain = stacks_of(base, adapters)
     for layer in base.model.layers:
         layer.self_attn.q_proj = Quantised(layer.self_attn.q_proj)
     ids, mask = tiny.padded(tiny.prompts([5]))
@@ -170,12 +168,12 @@ def test_works_on_quantised_linear_layers(tmp_path: Path) -> None:
     quantised = base.model.layers[0].self_attn.q_proj
     modules = dict(linear_modules(base))
     assert "model.layers.0.self_attn.q_proj" in modules
-    with torch.no_grad(), GatedLoRA(modules).active(working_set(base, adapters), torch.tensor([[0.5]])):
+    with torch.no_grad(), GatedLoRA(modules).active(stacks_of(base, adapters), torch.tensor([[0.5]])):
         handle = quantised.register_forward_hook(record)
         base(input_ids=ids, attention_mask=mask)
         handle.remove()
-    stack = plain.stacks["model.layers.0.self_attn.q_proj"]
-    expected = quantised(seen["x"]) + 0.5 * (seen["x"] @ stack.A.T) @ stack.B.T
+    stack = plain["model.layers.0.self_attn.q_proj"]
+    expected = quantised(seen["x"]) + 0.5 * (seen["x"] @ stack.A.T) @ stack.B
     same_tensor(seen["y"], expected)
 
 
@@ -189,7 +187,7 @@ def test_base_is_bit_equal_before_between_and_after(tmp_path: Path) -> None:
     plain = base(input_ids=ids, attention_mask=mask).logits
     gated = GatedLoRA(dict(linear_modules(base)))
     attached = base(input_ids=ids, attention_mask=mask).logits
-    with gated.active(working_set(base, adapters), torch.tensor([[1.0], [0.0]])):
+    with gated.active(stacks_of(base, adapters), torch.tensor([[1.0], [0.0]])):
         mixed = base(input_ids=ids, attention_mask=mask).logits
     after = base(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(plain, attached) and torch.equal(plain, after)
@@ -206,7 +204,7 @@ def test_an_exception_detaches_the_mixture(tmp_path: Path) -> None:
     )
     with (
         pytest.raises(KeyboardInterrupt),
-        GatedLoRA(dict(linear_modules(base))).active(working_set(base, adapters), torch.ones(1, 1)),
+        GatedLoRA(dict(linear_modules(base))).active(stacks_of(base, adapters), torch.ones(1, 1)),
     ):
         raise KeyboardInterrupt
     assert not any(module._forward_hooks for module in base.modules())
@@ -224,7 +222,7 @@ def test_packed_tokens_equal_rows(rows: int, length: int, ranks: list[int], seed
     generator = torch.Generator().manual_seed(seed)
     owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
     stack = Stack(
-        torch.randn(sum(ranks), 6, generator=generator), torch.randn(5, sum(ranks), generator=generator), owner
+        torch.randn(sum(ranks), 6, generator=generator), torch.randn(sum(ranks), 5, generator=generator), owner
     )
     x = torch.randn(rows, length, 6, generator=generator)
     weights = torch.randn(rows, len(ranks), generator=generator)
@@ -236,23 +234,23 @@ def test_packed_tokens_equal_rows(rows: int, length: int, ranks: list[int], seed
     flat = low_rank(x.reshape(rows * length, 6), stack, Gates(weights))  # OPT's MLP flattens its batch
     same_tensor(flat.reshape(by_row.shape), by_row)
     expected = sum(
-        weights[:, i, None, None] * (x @ stack.A[owner == i].T) @ stack.B[:, owner == i].T for i in range(len(ranks))
+        weights[:, i, None, None] * (x @ stack.A[owner == i].T) @ stack.B[owner == i] for i in range(len(ranks))
     )
     same_tensor(by_row, expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 300])
 def test_an_adapter_that_overflows_spoils_no_row_but_its_own(tokens: int) -> None:
-    stack = Stack(torch.randn(2, 4), torch.randn(3, 2), torch.tensor([0, 1]))
+    stack = Stack(torch.randn(2, 4), torch.randn(2, 3), torch.tensor([0, 1]))
     stack.A[1] = torch.finfo(torch.float32).max  # its response is not finite for most inputs
     x = torch.ones(2, tokens, 4)
     found = low_rank(x, stack, Gates(torch.tensor([[0.5, 0.0], [0.0, 1.0]])))
-    same_tensor(found[0], (0.5 * x[0] @ stack.A[:1].T) @ stack.B[:, :1].T)
+    same_tensor(found[0], (0.5 * x[0] @ stack.A[:1].T) @ stack.B[:1])
     assert not found[1].isfinite().any()
 
 
 def test_beams_repeat_their_row() -> None:
-    stack = Stack(torch.randn(2, 4), torch.randn(3, 2), torch.tensor([0, 1]))
+    stack = Stack(torch.randn(2, 4), torch.randn(2, 3), torch.tensor([0, 1]))
     x = torch.randn(2, 1, 4).repeat_interleave(3, dim=0)
     weights = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     same_tensor(low_rank(x, stack, Gates(weights)), low_rank(x, stack, Gates(weights.repeat_interleave(3, dim=0))))
@@ -260,50 +258,22 @@ def test_beams_repeat_their_row() -> None:
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_gates_that_do_not_fit_the_batch_are_refused(per_token: bool) -> None:
-    stack = Stack(torch.randn(1, 4), torch.randn(3, 1), torch.tensor([0]))
+    stack = Stack(torch.randn(1, 4), torch.randn(1, 3), torch.tensor([0]))
     with pytest.raises(ValueError, match="cannot serve a batch of 5"):
         low_rank(torch.randn(5, 1, 4), stack, Gates(torch.ones(2, 1), per_token=per_token))
 
 
-def test_gates_can_be_replaced_between_steps(tmp_path: Path) -> None:
-    base = tiny.model("llama")
-    adapters = save(
-        peft_model(base, [peft.LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM")], 0), tmp_path
-    )
-    ids, mask = tiny.padded(tiny.prompts([4]))
-    made = working_set(base, adapters)
-    gated = GatedLoRA(dict(linear_modules(base)))
-    with gated.active(made, torch.zeros(1, 1)) as mixture:
-        mixture.gates = Gates(torch.ones(1, 1))
-        replaced = base(input_ids=ids, attention_mask=mask).logits
-    with gated.active(made, torch.ones(1, 1)):
-        same_tensor(base(input_ids=ids, attention_mask=mask).logits, replaced)
-
-
-def test_a_working_set_holds_only_what_its_adapters_touch(tmp_path: Path) -> None:
+def test_stacks_hold_only_what_their_adapters_touch(tmp_path: Path) -> None:
     base = tiny.model("llama")
     configs = [
         peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM"),
         peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     ]
-    made = working_set(base, save(peft_model(base, configs, 0), tmp_path))
-    assert made.stacks["model.layers.0.self_attn.q_proj"].owner.tolist() == [0, 0, 1, 1, 1]
-    assert made.stacks["model.layers.1.self_attn.q_proj"].owner.tolist() == [1, 1, 1]
-    assert "model.layers.0.self_attn.v_proj" not in made.stacks
-    assert len({id(stack.owner) for stack in made.stacks.values()}) == 2  # shared by modules of the same columns
-
-
-def test_the_cache_keeps_to_its_budget(tmp_path: Path) -> None:
-    base = tiny.model("llama")
-    configs = [peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")] * 3
-    adapters = save(peft_model(base, configs, 0), tmp_path)
-    one = sum(w.A.nbytes + w.B.nbytes for w in adapters[0].read().values())
-    cache = AdapterCache(2 * one)
-    for adapter in (adapters[0], adapters[1], adapters[0], adapters[2]):
-        cache.read(adapter)
-    assert cache.names == ("a0", "a2")
-    assert cache.bytes == 2 * one
-    assert cache.read(adapters[0]) is cache.read(adapters[0])
+    made = stacks_of(base, save(peft_model(base, configs, 0), tmp_path))
+    assert made["model.layers.0.self_attn.q_proj"].owner.tolist() == [0, 0, 1, 1, 1]
+    assert made["model.layers.1.self_attn.q_proj"].owner.tolist() == [1, 1, 1]
+    assert "model.layers.0.self_attn.v_proj" not in made
+    assert len({id(stack.owner) for stack in made.values()}) == 2  # shared by modules of the same columns
 
 
 @settings(max_examples=80, deadline=None)
@@ -318,15 +288,15 @@ def test_every_way_of_multiplying_is_the_formula(data: Any, rows: int, copies: i
         weights[r, list(adapters)] = torch.rand(len(adapters), generator=generator) + 0.1
     total = sum(ranks)
     owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-    stack = Stack(torch.randn(total, 6, generator=generator), torch.randn(5, total, generator=generator), owner)
+    stack = Stack(torch.randn(total, 6, generator=generator), torch.randn(total, 5, generator=generator), owner)
     x = torch.randn(rows * copies, length, 6, generator=generator)
     gate = weights[:, owner].repeat_interleave(copies, dim=0)[:, None]
-    expected = ((x @ stack.A.T) * gate) @ stack.B.T
+    expected = ((x @ stack.A.T) * gate) @ stack.B
     same_tensor(low_rank(x, stack, Gates(weights)), expected)
     per_token = Gates(weights.repeat_interleave(copies * length, dim=0), per_token=True)
     same_tensor(low_rank(x, stack, per_token), expected)
     flat = low_rank(x.view(-1, 6), stack, per_token)
     same_tensor(flat, expected.view(-1, 5))
     one = Gates(weights[:1])
-    expected = ((x @ stack.A.T) * weights[:1, owner]) @ stack.B.T
+    expected = ((x @ stack.A.T) * weights[:1, owner]) @ stack.B
     same_tensor(low_rank(x, stack, one), expected)

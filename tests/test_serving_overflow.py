@@ -60,8 +60,8 @@ def test_a_mixture_that_overflows_is_an_error_of_its_own_request(
     for entry, want in zip(together[::2], single, strict=True):  # half precision rounds differently in company
         assert entry[:2] == want or (dtype is torch.float16 and alike(entry[:2], want))
     for error in together[1::2]:
-        assert isinstance(error, GenerationFailed)
-        assert isinstance(error.__cause__, NotFinite)
+        # Before the prompt is read where an adapter alone overflows, else in the middle of the answer.
+        assert isinstance(error.__cause__ if isinstance(error, GenerationFailed) else error, NotFinite)
     assert after == single[0] or (dtype is torch.float16 and alike(after, single[0]))
     assert (left, alive) == ((0, 0, 0), True)
     if dtype is torch.float32 and not temperature:

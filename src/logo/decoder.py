@@ -19,6 +19,7 @@ from logo.endings import EndRows, EndRule, FinishReason, at_newline, at_texts, c
 from logo.errors import NotFinite
 from logo.mixing import Form, Mixer, Work
 from logo.mixing.costs import EXPECTED
+from logo.mixing.store import StoreFull
 from logo.selection import Selection
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Decoder:
     ) -> list[Generation]:
         """One answer per row of a batch. What an answer holds follows from its own row alone, to rounding.
 
+        A batch whose adapters need more memory than adapters may have is answered in halves.
+
         Args:
             pool: fitted to the model.
             config: how to decode.
@@ -84,7 +87,30 @@ class Decoder:
             rows: token ids of the prompts.
             selections: their mixtures.
             streamer: of a single row; ended whatever happens, since somebody may wait for it in another thread.
+
+        Raises:
+            StoreFull: the adapters of one row need more memory than adapters may have.
         """
+        try:
+            return self._answered(pool, config, stop_at_newline, stop, probed, rows, selections, streamer)
+        except StoreFull:
+            if len(rows) == 1:
+                raise
+        middle = len(rows) // 2
+        parts = ((rows[:middle], selections[:middle]), (rows[middle:], selections[middle:]))
+        return [answer for part in parts for answer in self(pool, config, stop_at_newline, stop, probed, *part)]
+
+    def _answered(
+        self,
+        pool: AdapterPool,
+        config: GenerationConfig,
+        stop_at_newline: bool | str,
+        stop: Sequence[str],
+        probed: float,
+        rows: Sequence[Sequence[int]],
+        selections: Sequence[Selection],
+        streamer: BaseStreamer | None,
+    ) -> list[Generation]:
         started = time.perf_counter()
         tokenizer = self.prompts.tokenizer
         rules = self._rules(config)

@@ -2,7 +2,7 @@
 
 The only place that knows adapters, mixing and selection together. A prompt walks straight through:
 
-    text, chat, ids -> probe -> signal -> selector -> Selection -> working set -> gates -> model.generate -> Generation
+    text, chat, ids -> probe -> signal -> selector -> Selection -> store -> gates -> model.generate -> Generation
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from logo.decoder import Decoder, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, check_streamable, reads_prompts
 from logo.gold import Gold
 from logo.mixing import EXACT, Merge, Mixer
-from logo.mixing.working_set import dtype_of
+from logo.mixing.store import adapter_store
 from logo.models import context_length
 from logo.opening import FromPretrained
 from logo.prompts import Prompt, several
@@ -52,7 +52,9 @@ class LoGo(FromPretrained):
         settings: how prompts are read, scored and selected.
         generation_config: what a call decodes with that names none; None: greedily.
         truncation: what to do with prompts that are too long.
-        adapter_cache_gb: host memory (10⁹ bytes) for the tensors of adapters that were used last.
+        adapter_memory_gb: memory (10⁹ bytes) for adapters where the model computes; None: a share of what is free
+            there, see `logo.mixing.placement`.
+        adapter_cache_gb: host memory for files of adapters that were used last, beside an accelerator.
         fold: add the mixture into a copy of the weights it acts on where all rows of a batch share it, so that
             decoding costs what the base model costs. None: when that pays and would not round it to half precision;
             see `logo.mixing.costs`.
@@ -74,6 +76,7 @@ class LoGo(FromPretrained):
         settings: SelectionSettings | None = None,
         generation_config: GenerationConfig | None = None,
         truncation: Truncation | None = None,
+        adapter_memory_gb: float | None = None,
         adapter_cache_gb: float = 4.0,
         fold: bool | None = None,
         merge: Merge | str = EXACT,
@@ -94,7 +97,8 @@ class LoGo(FromPretrained):
         )
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
-        self._mixer = Mixer(model, dtype_of(model), int(adapter_cache_gb * 1e9), fold)
+        self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
+        self._mixer = Mixer(model, self.store, fold)
         self._decoder = Decoder(model, self.prompts, self._mixer)
         self._gold = Gold(model, self.prompts, self._mixer)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
@@ -395,4 +399,4 @@ class LoGo(FromPretrained):
             return
         with self._lock:
             self._fit_pool()
-            self._mixer.forget()
+            self._mixer.forget(self._fitted)

@@ -20,7 +20,9 @@ PICKLE = "adapter_model.bin"
 
 
 class WeightFile(Protocol):
-    """Tensors by key, read on demand."""
+    """Tensors by key, read on demand. Each object stands for one file as it was opened."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def path(self) -> Path: ...

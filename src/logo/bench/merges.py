@@ -24,9 +24,11 @@ from logo.adapters.layout import BaseLayout, linear_modules
 from logo.adapters.pool import AdapterPool
 from logo.bench.synthetic import Sizes, base_model
 from logo.errors import UsageError
-from logo.mixing import GatedLoRA, Merge, WorkingSet
+from logo.mixing import AdapterStore, GatedLoRA, Merge
 from logo.mixing.arrow import Arrow, Routing
 from logo.mixing.merges import KINDS
+from logo.mixing.stacks import stacked
+from logo.mixing.store import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +40,7 @@ _ROWS, _TOKENS = 4, 16
 # Singular values of an adapter fall by this factor: as trained ones do, and fast enough for PEFT's fifteen steps of
 # power iteration, so that both know the same first one.
 _DECAY = 0.5
+_MEMORY = 10**9  # bytes
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def compare_merges(sizes: Sizes = SIZES, weights: Sequence[float] = WEIGHTS, see
         tensors = {adapter.name: adapter.read() for adapter in pool}
         mix = dict(zip(pool.names, weights, strict=True))
         rows = [_compare_kind(Merge(kind), model, oracle, mix, tensors, ids, seed) for kind in KINDS]
-        return [*rows, _compare_arrow(model, Path(folder), pool, tensors, ids)]
+        return [*rows, _compare_arrow(model, Path(folder), pool, ids)]
 
 
 def _compare_kind(
@@ -102,7 +105,11 @@ def _compare_kind(
         exact = torch.stack([w * part.scaled_b() @ part.A for w, part in zip(mix.values(), parts, strict=True)]).sum(0)
         distance += float((ours[path].B @ ours[path].A - exact).square().sum())
         length += float(exact.square().sum())
-    with GatedLoRA(modules).active(WorkingSet.of(["merged"], [ours], modules, torch.float32), torch.ones(1, 1)):
+    store = AdapterStore(modules, torch.float32, _MEMORY)
+    with (
+        store.held([Source("merged", "merged", lambda: ours)]) as hold,
+        GatedLoRA(modules).active(stacked(store, hold), torch.ones(1, 1)),
+    ):
         logits = model(input_ids=ids).logits
     name = _PEFT_NAMES.get(merge.kind, merge.kind)
     _merge_in_peft(oracle, merge, mix, torch.Generator().manual_seed(seed))
@@ -140,7 +147,6 @@ def _compare_arrow(
     model: PreTrainedModel,
     folder: Path,
     pool: AdapterPool,
-    tensors: Mapping[str, Mapping[str, LoraWeights]],
     ids: Tensor,
 ) -> Compared:
     from peft import ArrowConfig, create_arrow_model
@@ -150,9 +156,11 @@ def _compare_arrow(
     paths = [str(adapter.folder) for adapter in pool]
     theirs = create_arrow_model(copy.deepcopy(model), paths, config).eval()(input_ids=ids).logits
     modules = dict(linear_modules(model))
-    working_set = WorkingSet.of(pool.names, [tensors[name] for name in pool.names], modules, torch.float32)
-    with Arrow(modules).active(working_set, torch.ones(1, len(pool), dtype=torch.bool), routing):
-        logits = model(input_ids=ids).logits
+    store = AdapterStore(modules, torch.float32, _MEMORY)
+    with store.held([store.source(adapter) for adapter in pool]) as hold:
+        allowed = torch.ones(1, len(pool), dtype=torch.bool)
+        with Arrow(modules).active(hold.keys, stacked(store, hold), allowed, routing):
+            logits = model(input_ids=ids).logits
     return Compared("arrow", "arrow", float((logits - theirs).abs().max()), float(theirs.abs().max()), None)
 
 

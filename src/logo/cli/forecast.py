@@ -114,7 +114,7 @@ def _memory(
         tokens=min(tokens + max_new_tokens, context),
         exact=exact,
         adapters=adapters,
-        cache=int(engine.adapter_cache_gb * 1e9),
+        budget=None if engine.adapter_memory_gb is None else int(engine.adapter_memory_gb * 1e9),
         k=k,
     )
     return found, ""
@@ -174,7 +174,7 @@ def _memory_lines(memory: Memory) -> list[tuple[str, str]]:
         return [*lines, ("", "adapters: not known")]
     return [
         *lines,
-        ("", f"{_size(memory.adapters)} adapters in host memory (--adapter-cache-gb)"),
+        ("", f"{_size(memory.adapters)} adapters that stay there (--adapter-memory-gb)"),
         ("", f"{_size(memory.mixed)} adapters that one batch mixes, at most"),
     ]
 

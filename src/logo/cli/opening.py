@@ -90,6 +90,7 @@ class Opened:
             self.pool,
             settings=settings,
             truncation=truncation,
+            adapter_memory_gb=options.adapter_memory_gb,
             adapter_cache_gb=options.adapter_cache_gb,
             fold=options.fold,
             on_bad_adapter=options.on_bad_adapter.value,

@@ -112,8 +112,18 @@ class EngineOptions:
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read adapter_model.bin too (tensors only).", rich_help_panel=POOL)
     ] = False
+    adapter_memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory for adapters where the model computes, in GB.",
+            min=0.0,
+            show_default="0.3 of what is free beside the model",
+            rich_help_panel=POOL,
+        ),
+    ] = None
     adapter_cache_gb: Annotated[
-        float, typer.Option(help="Host memory for adapters used last, in GB.", min=0.0, rich_help_panel=POOL)
+        float,
+        typer.Option(help="Host memory for adapter files beside a GPU, in GB.", min=0.0, rich_help_panel=POOL),
     ] = 4.0
     fold: Annotated[
         bool | None,

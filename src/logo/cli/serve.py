@@ -142,6 +142,6 @@ def serve(
     for pattern in unmatched(logo.names, bound):
         note(f"--key-adapters: no adapter matches {pattern!r} now")
     memory = Memory(max_concurrent, kv_cache_gb)
-    service = Service(logo, memory, signals=others, max_queue=max_queue, adapter_cache_gb=engine.adapter_cache_gb)
+    service = Service(logo, memory, signals=others, max_queue=max_queue)
     settings = AppSettings(name, request_timeout or None, folder)
     run(service, settings, guards, taken, lambda: note(f"Serving on {address_of(taken)}"))

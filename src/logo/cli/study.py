@@ -140,6 +140,7 @@ def _engines(options: EngineOptions, base_model: str, arms: Mapping[str, Mapping
                 first.tokenizer,
                 first.pool,
                 settings=settings,
+                adapter_memory_gb=options.adapter_memory_gb,
                 adapter_cache_gb=options.adapter_cache_gb,
                 on_bad_adapter=options.on_bad_adapter.value,
             )

@@ -47,7 +47,7 @@ class Memory:
         weights: of the base model.
         keys_and_values: of one batch of `rows` rows of at most `tokens` tokens, prompt and answer.
         exact: whether `tokens` are counted; if not, they are an upper bound.
-        adapters: those that are kept in host memory; None: their sizes are not known.
+        adapters: those that stay where the model computes; None: their sizes are not known.
         mixed: adapters that one batch can need at once, at most; None: as above.
     """
 
@@ -100,7 +100,7 @@ class Forecast:
 
 
 def memory_of(
-    config: Any, dtype: str, *, rows: int, tokens: int, exact: bool, adapters: Sequence[int], cache: int, k: int
+    config: Any, dtype: str, *, rows: int, tokens: int, exact: bool, adapters: Sequence[int], budget: int | None, k: int
 ) -> Memory:
     """What a base model with this configuration takes.
 
@@ -109,7 +109,7 @@ def memory_of(
         dtype: a torch dtype's name.
         rows: of a batch, each of `tokens` tokens.
         adapters: bytes of each adapter's weights; none: not known.
-        cache: bytes that adapters may take in host memory.
+        budget: bytes that adapters may take where the model computes; None: as many as they need.
         k: adapters per prompt.
     """
     import torch
@@ -128,7 +128,7 @@ def memory_of(
         rows=rows,
         tokens=tokens,
         exact=exact,
-        adapters=min(cache, sum(adapters)) if adapters else None,
+        adapters=min(sum(adapters), sum(adapters) if budget is None else budget) if adapters else None,
         mixed=min(k * rows, len(adapters)) * mean if adapters else None,
     )
 

@@ -10,14 +10,14 @@ which adapters a row may use and nothing else. Routes are found in the forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from logo.mixing.working_set import Stack, WorkingSet
+from logo.mixing.stacks import Stack
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
@@ -28,7 +28,7 @@ class Experts:
 
     Attributes:
         directions: (n, d_in), unit vectors; zeros for an adapter of zeros.
-        members: (n,) which adapters of the working set they are, ascending.
+        members: (n,) which of the adapters they are, ascending.
         owner: (R,) index into `members` for each rank column.
     """
 
@@ -44,7 +44,7 @@ class Experts:
         directions = []
         for member in members:
             columns = stack.owner == member
-            directions.append(direction(stack.A[columns].float(), stack.B[:, columns].float()))
+            directions.append(direction(stack.A[columns].float(), stack.B[columns].float().T))
         return cls(torch.stack(directions).to(stack.A.dtype), members, torch.searchsorted(members, stack.owner))
 
 
@@ -85,21 +85,22 @@ class Arrow:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
-        self._held: tuple[WorkingSet, dict[str, Experts]] | None = None
+        self._held: tuple[Hashable, dict[str, Experts]] | None = None
 
     @contextmanager
-    def active(self, working_set: WorkingSet, allowed: Tensor, routing: Routing) -> Iterator[None]:
+    def active(self, key: Hashable, stacks: Mapping[str, Stack], allowed: Tensor, routing: Routing) -> Iterator[None]:
         """Adds `Σ_i c_i s_i B_i A_i x` to every adapted module inside the block.
 
         Args:
-            allowed: (rows, adapters of the working set), whether a row of the batch may use an adapter; one row
+            key: tells these stacks from others.
+            allowed: (rows, adapters of the stacks), whether a row of the batch may use an adapter; one row
                 serves any batch. A batch that is a multiple of the rows (beams) repeats each of them.
         """
-        experts = self._experts(working_set)
+        experts = self._experts(key, stacks)
         free = len(allowed) == 1 and bool(allowed.all())
         handles = [
             self.modules[path].register_forward_hook(_hook(stack, experts[path], None if free else allowed, routing))
-            for path, stack in working_set.stacks.items()
+            for path, stack in stacks.items()
         ]
         try:
             yield
@@ -111,9 +112,9 @@ class Arrow:
         """Drops the directions: the pool has changed."""
         self._held = None
 
-    def _experts(self, working_set: WorkingSet) -> dict[str, Experts]:
-        if self._held is None or self._held[0] is not working_set:
-            self._held = working_set, {path: Experts.of(stack) for path, stack in working_set.stacks.items()}
+    def _experts(self, key: Hashable, stacks: Mapping[str, Stack]) -> dict[str, Experts]:
+        if self._held is None or self._held[0] != key:
+            self._held = key, {path: Experts.of(stack) for path, stack in stacks.items()}
         return self._held[1]
 
 
@@ -136,14 +137,14 @@ def routed(x: Tensor, stack: Stack, experts: Experts, routing: Routing, allowed:
     """`Σ_i c_i s_i B_i A_i x` for x (rows, ..., d_in); returns (rows, ..., d_out) in the stack's dtype.
 
     Args:
-        allowed: (rows or a divisor of them, adapters of the working set); None: all.
+        allowed: (rows or a divisor of them, adapters of the stacks); None: all.
     """
     x = x.to(stack.A.dtype)
     if allowed is not None:
         allowed = _spread(allowed, experts.members, x)
     coefficients = routing(x, experts.directions, allowed)  # (..., n)
     shrunk = torch.nn.functional.linear(x, stack.A)  # (..., R)
-    return torch.nn.functional.linear(shrunk * coefficients[..., experts.owner], stack.B)
+    return (shrunk * coefficients[..., experts.owner]) @ stack.B
 
 
 def _spread(allowed: Tensor, members: Tensor, x: Tensor) -> Tensor:

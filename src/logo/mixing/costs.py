@@ -12,12 +12,29 @@ where the weights are of half precision: `W + ΔW` is rounded to their dtype the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from logo.mixing.work import Work
-from logo.mixing.working_set import Stack, WorkingSet
+from logo.adapters.layout import linear_shape
+from logo.mixing.placement import device_of
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a mixture is going to be used for, which says in what form it is cheapest.
+
+    Attributes:
+        prompt: tokens that are read in one pass, over all rows.
+        rows: sequences that are decoded together.
+        steps: decoding steps to be expected, from what the call allows and from nothing that ran before.
+    """
+
+    prompt: int
+    rows: int
+    steps: float
+
 
 # What reading a number of a factor takes, in multiplications, by kind of device. Nothing folds by itself on others.
 READ = {
@@ -33,33 +50,27 @@ READ = {
 EXPECTED = 0.25
 
 
-def folding_pays(working_set: WorkingSet, modules: Mapping[str, nn.Module], work: Work) -> bool:
-    """Whether one mixture of this working set is cheaper folded than gated.
+def folding_pays(ranks: Mapping[str, int], modules: Mapping[str, nn.Module], work: Work) -> bool:
+    """Whether one mixture is cheaper folded than gated.
 
     Args:
+        ranks: module path -> the ranks of the mixture's adapters there, together.
         modules: base module path -> linear module.
         work: what the mixture will be used for.
     """
     folded = gated = 0.0
-    for path, stack in working_set.stacks.items():
-        read = READ.get(stack.A.device.type)
-        if read is None or _half(modules[path]):
+    for path, rank in ranks.items():
+        module = modules[path]
+        read, shape = READ.get(device_of(module).type), linear_shape(module)
+        if read is None or shape is None or _half(module):
             return False
-        folded += fold_size(stack)
-        gated += gate_size(stack) * (work.prompt + read + work.steps * (work.rows + read))
+        folded += rank * shape.in_features * shape.out_features
+        gated += (
+            rank * (shape.in_features + shape.out_features) * (work.prompt + read + work.steps * (work.rows + read))
+        )
     return folded < gated
 
 
 def _half(module: nn.Module) -> bool:
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     return weight.element_size() < torch.float32.itemsize
-
-
-def fold_size(stack: Stack) -> int:
-    """Multiplications that folding one module takes."""
-    return len(stack.A) * stack.A.shape[1] * len(stack.B)
-
-
-def gate_size(stack: Stack) -> int:
-    """Multiplications that gates on one module take for one token."""
-    return len(stack.A) * (stack.A.shape[1] + len(stack.B))

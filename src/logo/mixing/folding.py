@@ -1,19 +1,23 @@
 """Folding: one mixture added into the weights it acts on, so that decoding costs what the base model costs.
 
 `W' = W + Σ_i w_i s_i B_i A_i` takes the place of `W` while a block lasts. `W` itself is never written to and is back
-when the block is left, however that happens. Only plain floating-point weights that are in place can be folded into:
-quantised and offloaded modules keep their gates.
+when the block is left, however that happens. One copy is held at most, and none where it does not fit in memory. Only
+plain floating-point weights that are in place can be folded into: quantised and offloaded modules keep their gates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from logo.mixing.working_set import Stack, WorkingSet
+from logo.mixing.placement import free_bytes
+from logo.mixing.stacks import Stack
+
+# The share of free memory that a folded copy may take.
+_SHARE = 0.9
 
 
 def foldable(module: nn.Module) -> bool:
@@ -40,18 +44,19 @@ class Folder:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
         self._folded: dict[str, nn.Parameter] = {}
-        self._holds: tuple[WorkingSet, Tensor] | None = None  # the mixture that `_folded` holds
+        self._holds: tuple[Hashable, Tensor] | None = None  # the mixture that `_folded` holds
 
     @contextmanager
-    def active(self, working_set: WorkingSet, weights: Tensor) -> Iterator[None]:
+    def active(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> Iterator[None]:
         """Adds one mixture to every adapted module inside the block.
 
         Args:
-            working_set: its modules are all `foldable`.
-            weights: (n,), one per adapter of the working set.
+            key: tells these stacks from others.
+            stacks: makes them, unless the mixture is the one that was folded last; their modules are all `foldable`.
+            weights: (n,), one per adapter of the stacks.
         """
-        self._fold(working_set, weights)
-        originals = {path: self.modules[path].weight for path in working_set.stacks}
+        self._fold(key, stacks, weights)
+        originals = {path: self.modules[path].weight for path in self._folded}
         try:
             for path in originals:
                 self.modules[path]._parameters["weight"] = self._folded[path]
@@ -60,23 +65,34 @@ class Folder:
             for path, weight in originals.items():
                 self.modules[path]._parameters["weight"] = weight  # type: ignore[assignment]
 
+    def fits(self, paths: Collection[str]) -> bool:
+        """Whether there is memory for a copy of these modules' weights, beside what the copy held now gives back."""
+        needed: dict[torch.device, int] = {}
+        for copy in self._folded.values():
+            needed[copy.device] = needed.get(copy.device, 0) - copy.nbytes
+        for path in paths:
+            weight: Tensor = self.modules[path].weight  # type: ignore[assignment]
+            needed[weight.device] = needed.get(weight.device, 0) + weight.nbytes
+        return all(size <= _SHARE * free_bytes([device]) for device, size in needed.items() if size > 0)
+
     def forget(self) -> None:
         """Gives the memory back."""
         self._folded.clear()
         self._holds = None
 
-    def _fold(self, working_set: WorkingSet, weights: Tensor) -> None:
+    def _fold(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> None:
         held = self._holds
-        if held is not None and held[0] is working_set and torch.equal(held[1], weights):
+        if held is not None and held[0] == key and torch.equal(held[1], weights):
             return
         self._holds = None  # until all of it is there
-        for path, stack in working_set.stacks.items():
+        made = stacks()
+        for path, stack in made.items():
             self._folded[path] = nn.Parameter(
                 fold(self.modules[path], stack, weights, out=self._folded.get(path)), requires_grad=False
             )
-        for path in self._folded.keys() - working_set.stacks.keys():
+        for path in self._folded.keys() - made.keys():
             del self._folded[path]
-        self._holds = working_set, weights
+        self._holds = key, weights
 
 
 @torch.no_grad()
@@ -91,7 +107,7 @@ def fold(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = 
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     gate = weights.to(stack.A.device, stack.A.dtype)[stack.owner]  # (R,)
-    left, right = stack.B * gate, stack.A
+    left, right = (stack.B * gate[:, None]).T, stack.A
     if type(module).__name__ == "Conv1D":  # (in, out)
         left, right = right.T, left.T
     if weight.dtype != stack.A.dtype:

@@ -7,15 +7,15 @@ base model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from logo.mixing.groups import GroupedMixture, GroupedStack
-from logo.mixing.working_set import Stack, WorkingSet
+from logo.mixing.groups import GroupedMixture
+from logo.mixing.stacks import GroupedStack, Stack
 
 # A gate, and where it is closed; None: nowhere.
 _Gate = tuple[Tensor, Tensor | None]
@@ -25,10 +25,10 @@ _FEW, _MANY = 12, 256
 
 
 class Gates:
-    """How strongly each adapter of a working set acts, per row of the batch or per token.
+    """How strongly each of n adapters acts, per row of the batch or per token.
 
     Args:
-        weights: (rows, n) with one column per adapter of the working set; with `per_token`, (tokens, n).
+        weights: (rows, n); with `per_token`, (tokens, n). Columns of nobody have a gate of 0.
         per_token: the rows of `weights` are tokens, in the order in which a packed or (rows, length) batch is laid
             out in memory, instead of rows of the batch.
 
@@ -41,7 +41,6 @@ class Gates:
             raise ValueError(f"gate weights must be (rows, adapters), got shape {tuple(weights.shape)}")
         self.weights = weights
         self.per_token = per_token
-        self._all_open = bool((weights != 0).all())
         self._expanded: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
         self._shaped: dict[tuple[int, torch.Size, bool, torch.device, torch.dtype], _Gate] = {}
 
@@ -51,7 +50,7 @@ class Gates:
         A closed gate gives 0, also where `A x` is not finite: an adapter that overflows spoils no row but its own.
 
         Args:
-            owner: (R,) adapter index of each rank column.
+            owner: (R,) which adapter each column belongs to.
             response: `A x`, (..., R).
         """
         return _product(response, self._gate(owner, response.shape[:-1], response, turned=False))
@@ -67,18 +66,20 @@ class Gates:
             gate = self._repeated(owner, lead.numel() if self.per_token else lead[0], like)
             gate = gate.reshape(*(lead if self.per_token else (gate.shape[0], *[1] * (len(lead) - 1))), -1)
             gate = gate.movedim(-1, 0).contiguous() if turned else gate
-            self._shaped[key] = gate, None if self._all_open else gate == 0
+            closed = gate == 0
+            self._shaped[key] = gate, closed if bool(closed.any()) else None
         return self._shaped[key]
 
     def _repeated(self, owner: Tensor, count: int, like: Tensor) -> Tensor:
-        # Stacks with the same columns share one owner tensor, which lives as long as the working set does.
+        # Modules that the same adapters touch share one owner tensor, which lives as long as their stacks do.
         key = (id(owner), count, like.device, like.dtype)
         if key not in self._expanded:
             rows = self.weights.shape[0]
             if rows != 1 and (count % rows or (self.per_token and count != rows)):
                 unit = "tokens" if self.per_token else "rows"
                 raise ValueError(f"gates for {rows} {unit} cannot serve a batch of {count} {unit}")
-            gate = self.weights.to(like.device, like.dtype)[:, owner.to(like.device)]  # (rows, R)
+            nobody = self.weights.new_zeros(rows, 1)
+            gate = torch.cat([self.weights, nobody], dim=1).to(like.device, like.dtype)[:, owner]  # (rows, R)
             if rows not in (1, count):
                 gate = gate.repeat_interleave(count // rows, dim=0)
             self._expanded[key] = gate
@@ -97,20 +98,16 @@ class GatedLoRA:
         self.modules = modules
 
     @contextmanager
-    def active(self, working_set: WorkingSet, gates: Gates | Tensor) -> Iterator[Mixture]:
-        """Adds `Σ_i g_i s_i B_i A_i x` to every adapted module inside the block.
-
-        Yields:
-            The live mixture, whose `gates` may be replaced between forward passes.
-        """
-        mixture = Mixture(gates if isinstance(gates, Gates) else Gates(gates))
-        with hooked(self.modules, {path: mixture.hook(stack) for path, stack in working_set.stacks.items()}):
-            yield mixture
+    def active(self, stacks: Mapping[str, Stack], gates: Gates | Tensor) -> Iterator[None]:
+        """Adds `Σ_i g_i s_i B_i A_i x` to every module that has a stack, inside the block."""
+        made = gates if isinstance(gates, Gates) else Gates(gates)
+        with hooked(self.modules, {path: _adding(low_rank, stack, made) for path, stack in stacks.items()}):
+            yield
 
     @contextmanager
     def grouped(self, stacks: Mapping[str, GroupedStack], mixture: GroupedMixture) -> Iterator[None]:
         """The same for rows in groups, each with its own adapters' factors."""
-        with hooked(self.modules, {path: mixture.hook(stack) for path, stack in stacks.items()}):
+        with hooked(self.modules, {path: _adding(mixture.low_rank, stack) for path, stack in stacks.items()}):
             yield
 
 
@@ -125,19 +122,13 @@ def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, Any]) -> Iterat
             handle.remove()
 
 
-class Mixture:
-    """The mixture that is active now."""
+def _adding(term: Callable[..., Tensor], *factors: Any) -> Any:
+    """A forward hook that adds a low-rank term to what one module gives."""
 
-    def __init__(self, gates: Gates) -> None:
-        self.gates = gates
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + term(inputs[0], *factors).to(output.dtype)
 
-    def hook(self, stack: Stack) -> Any:
-        """A forward hook that adds this mixture's low-rank term on one module."""
-
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + low_rank(inputs[0], stack, self.gates).to(output.dtype)
-
-        return add
+    return add
 
 
 def _product(response: Tensor, gate: _Gate) -> Tensor:
@@ -151,9 +142,9 @@ def low_rank(x: Tensor, stack: Stack, gates: Gates) -> Tensor:
     x = x.to(stack.A.dtype)
     if x.device.type != "cpu" or not _FEW <= x.numel() // x.shape[-1] <= _MANY:
         shrunk = torch.nn.functional.linear(x, stack.A)  # (..., R)
-        return torch.nn.functional.linear(gates.applied(stack.owner, shrunk), stack.B)  # (..., d_out)
+        return gates.applied(stack.owner, shrunk) @ stack.B  # (..., d_out)
     # The same with the factors on the left, which CPU libraries multiply faster by the few columns of a batch.
     lead = x.shape[:-1]
     turned = torch.mm(stack.A, x.reshape(-1, x.shape[-1]).T)  # (R, tokens)
     turned = gates.applied_turned(stack.owner, lead, turned.view(-1, *lead)).view(len(stack.A), -1)
-    return torch.unflatten(torch.mm(stack.B, turned).T, 0, lead)
+    return torch.unflatten(torch.mm(stack.B.T, turned).T, 0, lead)

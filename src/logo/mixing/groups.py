@@ -3,23 +3,21 @@
 Multiplying all rows by the factors of every adapter in the batch reads each factor once, but multiplies rows by
 adapters that they do not use. With rows in `n` groups of one size, a group is multiplied by its own adapters' factors:
 
-    A (n, d_in, R)   B (n, R, d_out)   gates (n, rows, R)      R: the ranks of the group that has most, others padded
+    A (n, R, d_in)   B (n, R, d_out)   gates (n, rows, R)      R: the ranks of the group that has most, others padded
 
 so that one product of batched matrices serves all groups. Which grouping is cheapest follows from what the rows share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from logo.adapters.format import LoraWeights
-from logo.mixing.work import Work
-from logo.mixing.working_set import device_of
+from logo.mixing.costs import Work
+from logo.mixing.stacks import GroupedStack
 
 # What reading a number of a factor takes, in multiplications of that number (measured on an AMD EPYC with PyTorch's CPU
 # build, 1 to 16 rows: docs/performance.md). Where arithmetic is cheaper still, larger groups would be chosen.
@@ -79,61 +77,6 @@ def _grouped(used: Tensor, size: Tensor, m: int) -> Groups:
     return Groups(torch.tensor(rows), tuple(adapters))
 
 
-@dataclass(frozen=True)
-class GroupedStack:
-    """The factors of every group on one module, zeros where a group has fewer ranks than others."""
-
-    A: Tensor  # (n, d_in, R)
-    B: Tensor  # (n, R, d_out), scale folded in
-    owner: Tensor  # (n, R) int64: column of the weights that each rank belongs to; -1: none
-
-
-def stacked(
-    groups: Groups,
-    tensors: Sequence[Mapping[str, LoraWeights]],
-    modules: Mapping[str, nn.Module],
-    dtype: torch.dtype,
-) -> dict[str, GroupedStack]:
-    """Base module path -> the factors of all groups, on the module's device.
-
-    Args:
-        tensors: per adapter (columns of the weights), module path -> factors.
-        modules: base module path -> module, for placement.
-        dtype: what the stacks compute in.
-    """
-    paths = dict.fromkeys(path for adapter in tensors for path in adapter)
-    owners: dict[tuple[tuple[tuple[int, int], ...], ...], Tensor] = {}
-    stacks = {}
-    for path in paths:
-        device = device_of(modules[path])
-        parts = {i: adapter[path] for i, adapter in enumerate(tensors) if path in adapter}
-        ready = {i: (part.A.to(dtype), part.scaled_b().to(dtype)) for i, part in parts.items()}
-        columns = tuple(tuple((i, len(ready[i][0])) for i in group if i in ready) for group in groups.adapters)
-        ranks = max(sum(rank for _, rank in group) for group in columns)
-        d_in, d_out = next(iter(ready.values()))[0].shape[1], len(next(iter(ready.values()))[1])
-        pinned = device.type == "cuda"  # filled in host memory, and then one copy that runs beside other work
-        A = torch.zeros(len(columns), d_in, ranks, dtype=dtype, pin_memory=pinned)
-        B = torch.zeros(len(columns), ranks, d_out, dtype=dtype, pin_memory=pinned)
-        for g, group in enumerate(columns):
-            at = 0
-            for i, rank in group:
-                A[g, :, at : at + rank] = ready[i][0].T
-                B[g, at : at + rank] = ready[i][1].T
-                at += rank
-        if columns not in owners:
-            owners[columns] = _owner(columns, ranks)
-        stacks[path] = GroupedStack(A.to(device, non_blocking=True), B.to(device, non_blocking=True), owners[columns])
-    return stacks
-
-
-def _owner(columns: Sequence[Sequence[tuple[int, int]]], ranks: int) -> Tensor:
-    owner = torch.full((len(columns), ranks), -1)
-    for g, group in enumerate(columns):
-        belongs = [i for i, rank in group for _ in range(rank)]
-        owner[g, : len(belongs)] = torch.tensor(belongs, dtype=torch.int64)
-    return owner
-
-
 class GroupedMixture:
     """The mixtures of a batch in groups, as forward hooks add them.
 
@@ -153,16 +96,8 @@ class GroupedMixture:
         self._place = torch.empty(len(weights), dtype=torch.int64)
         self._place[flat[flat >= 0]] = (flat >= 0).nonzero()[:, 0]
         self._present = (flat >= 0).view(*self._shape, 1)
-        self._gates: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._gates: dict[tuple[int, torch.dtype], Tensor] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def hook(self, stack: GroupedStack) -> Any:
-        """A forward hook that adds every row's low-rank term on one module."""
-
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + self.low_rank(inputs[0], stack).to(output.dtype)
-
-        return add
 
     def low_rank(self, x: Tensor, stack: GroupedStack) -> Tensor:
         """`B (g ⊙ (A x))` for `x` (batch, ..., d_in) -> (batch, ..., d_out), in the stack's dtype.
@@ -176,18 +111,19 @@ class GroupedMixture:
         order, place = self._indices(x.device)
         lead, each = x.shape[:-1], x.shape[:-1].numel() // rows
         grouped = x.to(stack.A.dtype).reshape(rows, each, -1)[order].view(n, m * each, -1)
-        shrunk = torch.bmm(grouped, stack.A).view(n, m, each, -1) * self._gate(stack)[:, :, None]
+        shrunk = torch.bmm(grouped, stack.A.transpose(1, 2)).view(n, m, each, -1) * self._gate(stack)[:, :, None]
         result = torch.bmm(shrunk.view(n, m * each, -1), stack.B)  # (n, m * each, d_out)
         return result.view(n * m, each, -1)[place].view(*lead, -1)
 
     def _gate(self, stack: GroupedStack) -> Tensor:
-        """(n, m, R); stacks with the same columns share one owner tensor, which lives as long as the stacks do."""
-        key = (id(stack.owner), stack.A.device, stack.A.dtype)
+        """(n, m, R); modules that the same adapters touch share one owner tensor, which lives as long as the stacks."""
+        key = (id(stack.owner), stack.A.dtype)
         if key not in self._gates:
-            owner = stack.owner
-            weights = self.weights[self._order].view(*self._shape, -1)  # (n, m, adapters)
-            picked = weights.gather(2, owner.clamp_min(0)[:, None].expand(-1, self._shape[1], -1))
-            gate = torch.where(self._present & (owner >= 0)[:, None], picked, torch.zeros(()))
+            owner = stack.owner.cpu()
+            nobody = self.weights.new_zeros(len(self.weights), 1)
+            weights = torch.cat([self.weights, nobody], dim=1)[self._order].view(*self._shape, -1)
+            picked = weights.gather(2, owner[:, None].expand(-1, self._shape[1], -1))
+            gate = torch.where(self._present, picked, torch.zeros(()))
             self._gates[key] = gate.to(stack.A.device, stack.A.dtype)
         return self._gates[key]
 

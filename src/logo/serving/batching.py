@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +21,9 @@ from logo.adapters.layout import linear_modules
 from logo.decoding import greedy_config
 from logo.endings import FinishReason, end_tokens
 from logo.errors import LoGoError, ModelError
-from logo.mixing.resident import Part, Resident, Share
-from logo.mixing.working_set import dtype_of
+from logo.mixing.packed import Mixture, Packed
+from logo.mixing.placement import dtype_of
+from logo.mixing.store import AdapterStore
 from logo.serving.sampling import Drawing, Sampling, TokenLogprob, next_tokens
 from logo.serving.steps import Steps, attach
 
@@ -84,10 +84,9 @@ class Memory:
 
 @dataclass
 class _Job:
-    parts: Sequence[Part]
+    mixture: Mixture
     drawing: Drawing
     outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
-    share: Share | None = None  # set and released by the thread that generates only
     error: Exception | None = None
 
 
@@ -96,6 +95,7 @@ class Batching(Steps):
 
     Args:
         model: a causal LM whose attention transformers can batch (sdpa or flash).
+        store: its adapters.
         memory: see `Memory`.
         context: tokens of a prompt and its answer at most, or None if the model knows no limit.
 
@@ -107,14 +107,14 @@ class Batching(Steps):
         ModelError: the model, or this version of transformers, cannot be batched.
     """
 
-    def __init__(self, model: PreTrainedModel, memory: Memory, context: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, store: AdapterStore, memory: Memory, context: int | None) -> None:
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
-        self._model, self._dtype = model, dtype_of(model)
-        self._resident = Resident(dict(linear_modules(model)), self._dtype, _head(model))
+        self._model = model
+        self._store = store
+        self._packed = Packed(dict(linear_modules(model)), store, _head(model))
         self._ends = sorted(end_tokens(greedy_config(), model.generation_config)) or [-1]
         self._jobs: dict[str, _Job] = {}
-        self._left: deque[_Job] = deque()
         self._numbers = itertools.count()
         self._standing: tuple[Any, ...] | None = None
         self._mixed = False
@@ -134,7 +134,7 @@ class Batching(Steps):
         if self._hooked is not None:
             return
         self._hooked = ExitStack()
-        self._hooked.enter_context(self._resident.hooks())
+        self._hooked.enter_context(self._packed.hooks())
         self._manager.start()
         try:
             self._check()
@@ -160,7 +160,7 @@ class Batching(Steps):
     def paused(self) -> Iterator[None]:
         """The model is the caller's inside the block: sequences in flight wait, no mixture is active."""
         with self._manager.pause():
-            self._resident.gate([])
+            self._packed.gate([])
             self._standing = None
             yield
 
@@ -176,8 +176,8 @@ class Batching(Steps):
 
     @property
     def adapters(self) -> int:
-        """Adapters whose tensors are stacked."""
-        return self._resident.adapters
+        """Adapters that are resident where the model computes."""
+        return len(self._store.keys)
 
     @property
     def kv_blocks(self) -> tuple[int, int]:
@@ -186,7 +186,7 @@ class Batching(Steps):
         return round(total * (1 - self._cache.compute_free_capacity())), total
 
     async def generate(
-        self, prompt: Sequence[int], parts: Sequence[Part], sampling: Sampling, deadline: float | None = None
+        self, prompt: Sequence[int], mixture: Mixture, sampling: Sampling, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
         """The tokens that continue a prompt, as they come. Leaving the loop ends the sequence.
 
@@ -196,7 +196,7 @@ class Batching(Steps):
         Raises:
             GenerationFailed, GenerationTimeout: see there.
         """
-        job = _Job(parts, Drawing(sampling))
+        job = _Job(mixture, Drawing(sampling))
         timer = None
         if deadline is not None:
             timer = asyncio.get_running_loop().call_at(deadline, job.outputs.put_nowait, None)
@@ -235,24 +235,18 @@ class Batching(Steps):
             with manager.output_router._lock:
                 manager.output_router.result_handlers.pop(sequence, None)
             del self._jobs[sequence]
-            self._left.append(job)
 
     # -- called by the thread that generates ------------------------------------------------------------------------
 
     def before(self, step: Sequence[tuple[str, int, bool]]) -> None:
         """Gates the tokens of the next forward pass."""
-        while self._left:
-            job = self._left.popleft()
-            if job.share is not None:
-                self._resident.leave(job.share)
-                self._standing = None
         unheard = self._manager.output_router.output_queue  # what came for callers that had left
         while not unheard.empty():
             unheard.get_nowait()
         standing = tuple(step)
         if standing != self._standing:
             self._standing = None
-            self._mixed = self._resident.gate([(self._share(name), tokens, drawn) for name, tokens, drawn in step])
+            self._mixed = self._packed.gate([(self._mixture(name), tokens, drawn) for name, tokens, drawn in step])
             self._standing = standing
             if self._model.device.type == "cuda":  # the forward pass runs in a stream of its own
                 torch.cuda.current_stream(self._model.device).synchronize()
@@ -276,13 +270,9 @@ class Batching(Steps):
         if job is not None:
             job.error = error
 
-    def _share(self, sequence: str) -> Share:
+    def _mixture(self, sequence: str) -> Mixture | None:
         job = self._jobs.get(sequence)
-        if job is None:  # its caller has left, and this is its last step
-            return _NOTHING
-        if job.share is None:
-            job.share = self._resident.join(job.parts)
-        return job.share
+        return None if job is None else job.mixture  # None: its caller has left, and this is its last step
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -373,5 +363,4 @@ def _head(model: PreTrainedModel) -> str | None:
     return next((path for path, module in model.named_modules() if module is head), None)
 
 
-_NOTHING = Share((), torch.empty(0, dtype=torch.int64), torch.empty(0))
 _GREEDY = Drawing(Sampling(1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,8 +23,7 @@ from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.pool import AdapterPool
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.mixing.adapter_cache import AdapterCache
-from logo.mixing.resident import Part
+from logo.mixing.packed import Mixture
 from logo.prompts import Prompt
 from logo.selecting import Asked, CallOptions
 from logo.selection import Selection
@@ -63,13 +63,13 @@ class Chosen:
 
     Attributes:
         selection: names, weights, scores.
-        parts: their tensors.
+        mixture: where they are; they stay there for as long as this object is.
         queue_ms: how long the prompt waited to be probed.
         probe_ms: how long probing took, together with others; 0 where nothing was selected.
     """
 
     selection: Selection
-    parts: tuple[Part, ...]
+    mixture: Mixture
     queue_ms: float
     probe_ms: float
 
@@ -90,7 +90,6 @@ class Service:
         memory: for sequences in flight.
         signals: names of those that requests may ask for beside the engine's own; the pool is calibrated for each now.
         max_queue: requests that may wait beside those in flight.
-        adapter_cache_gb: host memory for adapter tensors.
         probe_batch: prompts per probe.
 
     Attributes:
@@ -112,7 +111,6 @@ class Service:
         *,
         signals: Sequence[str] = (),
         max_queue: int = 256,
-        adapter_cache_gb: float = 4.0,
         probe_batch: int = 16,
     ) -> None:
         if logo.settings.probe_context != "base":
@@ -125,8 +123,7 @@ class Service:
         self.logo = logo
         self.memory = memory
         self.max_queue = max_queue
-        self.batching = Batching(logo.model, memory, logo.prompts.context)
-        self._cache = AdapterCache(int(adapter_cache_gb * 1e9))
+        self.batching = Batching(logo.model, logo.store, memory, logo.prompts.context)
         self._probe_batch = probe_batch
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
         for signal in self.signals:
@@ -228,7 +225,7 @@ class Service:
         """See `Batching.generate`."""
         for name in chosen.selection.adapters:
             self.selected[name] = self.selected.get(name, 0) + 1
-        return self.batching.generate(ids, chosen.parts, sampling, deadline)
+        return self.batching.generate(ids, chosen.mixture, sampling, deadline)
 
     async def _select_forever(self) -> None:
         loop = asyncio.get_running_loop()
@@ -309,18 +306,18 @@ class Service:
                 return found
             pool = self.logo.fitted
             selection = forced(waiting.wish.adapters or {}, pool, asked.candidates) if found is None else found
-            return Chosen(selection, self._parts(pool, selection), queued, took)
+            return Chosen(selection, self._mixture(pool, selection), queued, took)
         except Exception as error:
             return error
 
-    def _parts(self, pool: AdapterPool, selection: Selection) -> tuple[Part, ...]:
-        adapters = [pool[name] for name in selection.adapters]
-        # Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes.
-        return tuple(
-            Part(_Key(adapter), self._cache.read(adapter), weight)
-            for adapter, weight in zip(adapters, selection.weights, strict=True)
-            if weight
-        )
+    def _mixture(self, pool: AdapterPool, selection: Selection) -> Mixture:
+        """Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes."""
+        store = self.logo.store
+        used = [(pool[name], weight) for name, weight in selection.mixture.items() if weight]
+        hold = store.hold([store.source(adapter) for adapter, _ in used])
+        mixture = Mixture(hold, tuple(weight for _, weight in used))
+        weakref.finalize(mixture, store.release_later, hold)
+        return mixture
 
     # -- the pool --------------------------------------------------------------------------------------------------
 
@@ -395,18 +392,3 @@ class Service:
         }
         self.adapters = adapters
         self._usable = dict[Patterns, dict[str, None]]()
-
-
-class _Key:
-    """Tells an adapter's tensors from those of others, also of one that had its name before."""
-
-    __slots__ = ("adapter",)
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def __hash__(self) -> int:
-        return hash((self.adapter.name, id(self.adapter.file)))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.adapter.file is other.adapter.file

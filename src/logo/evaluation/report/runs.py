@@ -11,7 +11,17 @@ from logo.evaluation.runs import Run
 
 # Places, names and bookkeeping: they change no answer, or are shown elsewhere.
 _UNTOLD = frozenset(
-    {"dataset", "data_dir", "result_dir", "save_dir", "model_dir", "cache", "adapter_cache_gb", "prefix_cache_gb"}
+    {
+        "dataset",
+        "data_dir",
+        "result_dir",
+        "save_dir",
+        "model_dir",
+        "cache",
+        "adapter_cache_gb",
+        "adapter_memory_gb",
+        "prefix_cache_gb",
+    }
     | {"base_model", "method", "signal", "selection_strategy", "k", "n_selected_modules", "seed", "gpu", "run_name"}
 )
 _VARIES = "differs between its datasets"

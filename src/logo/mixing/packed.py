@@ -1,0 +1,96 @@
+"""Gates for sequences that are packed in one row of tokens, each with its own mixture, while they come and go.
+
+    gate (tokens, adapters)      every token is gated by the mixture of its own sequence
+
+Adapters are multiplied as they lie in the store. The output head may be given one token per sequence only; it then has
+gates of its own. Not safe for threads: everything is called by the one that runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logo.mixing.gated import Gates, hooked, low_rank
+from logo.mixing.stacks import Stack, as_they_lie
+from logo.mixing.store import AdapterStore, Hold, Resident
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """One sequence's mixture. Its adapters have to be held for as long as it is used.
+
+    Attributes:
+        hold: the adapters.
+        weights: one for each.
+    """
+
+    hold: Hold
+    weights: tuple[float, ...]
+
+
+class Packed:
+    """The mixtures of the step at hand.
+
+    Args:
+        modules: base module path -> linear module.
+        store: of the same model.
+        head: path of the module that is given one row per sequence instead of all tokens: first the last tokens of
+            those whose next token is drawn, in order, and then anything for the others. None: there is no such module.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], store: AdapterStore, head: str | None = None) -> None:
+        self._modules = modules
+        self._store = store
+        self._head = head
+        self._residents: tuple[Resident, ...] = ()
+        self._stacks: dict[str, Stack] = {}
+        self._gates: Gates | None = None
+        self._head_gates: Gates | None = None
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Adds the gated term to every module inside the block; nothing where no gate is set."""
+        with hooked(self._modules, {path: self._hook(path) for path in self._modules}):
+            yield
+
+    def gate(self, step: Sequence[tuple[Mixture | None, int, bool]]) -> bool:
+        """Sets whose tokens the next forward pass holds.
+
+        Args:
+            step: for each sequence, in the order of the packed row: its mixture, its number of tokens, and whether its
+                next token is drawn. Empty: the base model alone.
+
+        Returns:
+            whether any token has a mixture.
+        """
+        residents = tuple(dict.fromkeys(r for mixture, _, _ in step if mixture for r in mixture.hold.residents))
+        if not residents:
+            self._gates = self._head_gates = None
+            return False
+        if residents != self._residents:
+            self._residents, self._stacks = residents, as_they_lie(self._store, Hold(residents))
+        place = {resident: column for column, resident in enumerate(residents)}
+        rows = torch.zeros(len(step), len(residents))
+        for row, (mixture, _, _) in enumerate(step):
+            if mixture is not None:
+                rows[row, [place[resident] for resident in mixture.hold.residents]] = torch.tensor(mixture.weights)
+        lengths = torch.tensor([tokens for _, tokens, _ in step])
+        drawn_first = sorted(range(len(step)), key=lambda row: not step[row][2])
+        self._gates = Gates(rows.repeat_interleave(lengths, dim=0), per_token=True)
+        self._head_gates = Gates(rows[drawn_first], per_token=True)
+        return True
+
+    def _hook(self, path: str) -> Any:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            stack, gates = self._stacks.get(path), self._head_gates if path == self._head else self._gates
+            if gates is None or stack is None:
+                return None
+            return output + low_rank(inputs[0], stack, gates).to(output.dtype)
+
+        return add

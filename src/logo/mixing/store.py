@@ -1,0 +1,316 @@
+"""The adapter store: the factors of adapters where the model computes, one store per model.
+
+An adapter gets columns (`logo.mixing.columns`) when it is first used, and keeps them until the budget needs them for
+another one. Then the adapter that was used longest ago gives way, never one that is held.
+
+Adapters are read and written by one thread of the store's own, so whoever holds adapters waits only for those that are
+not there yet. Growing, writing and evicting happen as a whole, or they leave everything as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.layout import linear_modules
+from logo.errors import LoGoError
+from logo.mixing.columns import Columns
+from logo.mixing.host_cache import HostCache
+from logo.mixing.placement import ADAPTER_SHARE, device_of, dtype_of, free_bytes
+
+# Columns that the first adapter makes room for: those of a few adapters of usual rank.
+_FIRST_COLUMNS = 64
+
+
+class StoreFull(LoGoError, RuntimeError):
+    """The adapters that are held at one time need more memory than there is for adapters."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the store may hold: an adapter, or several adapters merged into one.
+
+    Attributes:
+        key: tells its tensors from those of any other source.
+        name: for messages.
+        read: module path -> factors, fitted to the base; called once for every time that it is made resident.
+    """
+
+    key: Hashable
+    name: str
+    read: Callable[[], Mapping[str, LoraWeights]]
+
+
+@dataclass(eq=False)
+class Resident:
+    """A source in the store, or on its way there.
+
+    Attributes:
+        users: how many hold it now.
+        retired: its columns are given back as soon as nobody holds it.
+        ready: done when its columns are written; holds what went wrong.
+    """
+
+    source: Source
+    users: int = 0
+    retired: bool = False
+    ready: Future[None] = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Adapters that stay where they are until `AdapterStore.release`, in the order in which they were asked for."""
+
+    residents: tuple[Resident, ...]
+
+    @property
+    def keys(self) -> tuple[Hashable, ...]:
+        """What tells these tensors from others."""
+        return tuple(resident.source.key for resident in self.residents)
+
+
+class AdapterStore:
+    """The adapters of one model on its devices.
+
+    Args:
+        modules: base module path -> linear module.
+        dtype: what mixtures compute in; scales are applied in float32 before the cast.
+        budget: bytes for the columns of all modules.
+        host: what was read of files and may be wanted again; None: files are read each time.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], dtype: torch.dtype, budget: int, host: HostCache | None = None
+    ) -> None:
+        self.modules = modules
+        self.dtype = dtype
+        self.budget = budget
+        self.host = host
+        self._parts: tuple[Columns, ...] = ()  # replaced as a whole, so that it may be read without the lock
+        self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # the one used longest ago first
+        self._leaving: deque[Hold] = deque()
+        self._lock = threading.Lock()  # of residents and of who has which columns; tensors are the writer's
+        self._writer: ThreadPoolExecutor | None = None
+
+    def source(self, adapter: Adapter) -> Source:
+        """An adapter as it is. Fitting a pool again makes new adapters of the same file, which are the same source."""
+        read = adapter.read if self.host is None else functools.partial(self.host.read, adapter)
+        return Source(adapter.file, adapter.name, read)
+
+    # -- holding ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def held(self, sources: Sequence[Source]) -> Iterator[Hold]:
+        """Holds these inside the block; as `hold`."""
+        hold = self.hold(sources)
+        try:
+            yield hold
+        finally:
+            self.release(hold)
+
+    def hold(self, sources: Sequence[Source]) -> Hold:
+        """Waits until all of these are resident, and keeps them so until `release`. All of them are held, or none.
+
+        Raises:
+            StoreFull: they do not fit beside what others hold.
+            AdapterError: one cannot be read.
+            NotFinite: one overflows the dtype.
+        """
+        with self._lock:
+            self._release_all()
+            hold = Hold(tuple(self._wanted(source) for source in sources))
+            for resident in hold.residents:
+                resident.users += 1
+        try:
+            for resident in hold.residents:
+                resident.ready.result()
+        except BaseException:
+            self.release(hold)
+            raise
+        return hold
+
+    def release(self, hold: Hold) -> None:
+        """Lets the budget have the columns of what nobody holds any more."""
+        self.release_later(hold)
+        with self._lock:
+            self._release_all()
+
+    def release_later(self, hold: Hold) -> None:
+        """The same, where the lock must not be waited for: a garbage collector may call this at any place."""
+        self._leaving.append(hold)
+
+    def _release_all(self) -> None:
+        """The lock is held."""
+        while self._leaving:
+            for resident in self._leaving.popleft().residents:
+                resident.users -= 1
+                if resident.retired and not resident.users:
+                    self._forget(resident)
+
+    def retain(self, keys: Collection[Hashable]) -> None:
+        """Gives back the columns of everything else, of what is held as soon as it is released."""
+        with self._lock:
+            self._release_all()
+            for resident in list(self._residents.values()):
+                if resident.source.key not in keys:
+                    resident.retired = True
+                    if resident.ready.done() and not resident.users:
+                        self._forget(resident)
+
+    def prefetch(self, sources: Sequence[Source]) -> None:
+        """Begins to make these resident. What goes wrong is told to whoever asks to hold them."""
+        with self._lock:
+            for source in sources:
+                self._wanted(source)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> tuple[Columns, ...]:
+        """The columns by modules that the same adapters have."""
+        return self._parts
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nobody gets or gives back columns inside the block."""
+        with self._lock:
+            yield
+
+    @property
+    def keys(self) -> tuple[Hashable, ...]:
+        """What is resident, the one used longest ago first."""
+        with self._lock:
+            self._release_all()
+            return tuple(key for key, resident in self._residents.items() if resident.ready.done())
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all columns, taken or not."""
+        return sum(part.capacity * part.column_bytes for part in self._parts)
+
+    # -- writing: by one thread -------------------------------------------------------------------------------------
+
+    def _wanted(self, source: Source) -> Resident:
+        """The resident of a source, which begins its way where it is new. The lock is held."""
+        resident = self._residents.get(source.key)
+        if resident is None:
+            resident = self._residents[source.key] = Resident(source)
+            if self._writer is None:
+                self._writer = ThreadPoolExecutor(1, "logo-store")
+            self._writer.submit(self._make_resident, resident)
+        resident.retired = False
+        self._residents.move_to_end(source.key)
+        return resident
+
+    def _make_resident(self, resident: Resident) -> None:
+        source = resident.source
+        try:
+            weights = source.read()
+            for part, columns in self._place(source, weights).items():
+                part.write(source.name, columns, weights)
+            with self._lock:
+                resident.ready.set_result(None)
+                if resident.retired and not resident.users:
+                    self._forget(resident)
+        except BaseException as error:  # told to whoever waits for it; asked for again, it is tried again
+            with self._lock:
+                self._forget(resident)
+            resident.ready.set_exception(error)
+
+    def _place(self, source: Source, weights: Mapping[str, LoraWeights]) -> dict[Columns, tuple[int, ...]]:
+        """Columns in every part that the factors touch: free ones, new ones within the budget, those of idle adapters.
+
+        Raises:
+            StoreFull: the budget does not allow it.
+        """
+        touched = self._touched(weights)
+        while True:
+            with self._lock:
+                self._release_all()
+                missing = {part: part.missing(rank) for part, rank in touched.items()}
+                room = self.budget - self.bytes
+                needed = sum(part.column_bytes * more for part, more in missing.items())
+                if not needed:
+                    return {part: part.take(source.key, rank) for part, rank in touched.items()}
+                if needed > room:
+                    self._make_room(source, needed)
+                    touched = self._touched(weights)
+                    continue
+            spare = (room - needed) // max(1, sum(part.column_bytes for part in missing))
+            for part, more in missing.items():
+                if more:  # twice as many, so that a pool that is used one by one does not grow one by one
+                    part.grow(more + max(0, min(max(part.capacity, _FIRST_COLUMNS) - more, spare)))
+
+    def _touched(self, weights: Mapping[str, LoraWeights]) -> dict[Columns, int]:
+        """The parts that these modules make up, with the highest rank in each; parts that they cut are split."""
+        parts: list[Columns] = []
+        touched: dict[Columns, int] = {}
+        new = dict(weights)
+        for part in self._parts:
+            inside = weights.keys() & part.factors.keys()
+            if not inside:
+                parts.append(part)
+                continue
+            if len(inside) < len(part.factors):
+                part, rest = part.split(inside)
+                parts.append(rest)
+            parts.append(part)
+            touched[part] = max(len(weights[path].A) for path in inside)
+            for path in inside:
+                del new[path]
+        if new:
+            part = Columns.on(new, {path: device_of(self.modules[path]) for path in new}, self.dtype)
+            parts.append(part)
+            touched[part] = max(len(factors.A) for factors in new.values())
+        with self._lock:
+            self._parts = tuple(parts)
+        return touched
+
+    def _make_room(self, source: Source, needed: int) -> None:
+        """Evicts the adapter used longest ago; where all are in use, gives back memory that nobody has columns in."""
+        idle = next((r for r in self._residents.values() if r.ready.done() and not r.users), None)
+        if idle is not None:
+            self._forget(idle)
+            return
+        before = self.bytes
+        for part in self._parts:
+            part.trim()
+        if self.bytes == before:
+            others = sum(1 for resident in self._residents.values() if resident.ready.done())
+            raise StoreFull(
+                f"adapter {source.name!r}: expected room for {needed / 1e6:.1f} MB, found none beside the {others} "
+                f"adapters in use; the memory for adapters is {self.budget / 1e9:.3f} GB: give it more "
+                "(--adapter-memory-gb), select fewer adapters per prompt (-k), or answer fewer prompts at once"
+            )
+
+    def _forget(self, resident: Resident) -> None:
+        """Takes the columns of a resident back, once."""
+        if self._residents.get(resident.source.key) is resident:
+            del self._residents[resident.source.key]
+            for part in self._parts:
+                part.leave(resident.source.key)
+
+
+def adapter_store(model: nn.Module, memory_gb: float | None, cache_gb: float) -> AdapterStore:
+    """The store of a model, for the adapters of any pool.
+
+    Args:
+        memory_gb: for its columns, in 10⁹ bytes; None: a share of what is free (`ADAPTER_SHARE`).
+        cache_gb: for files on the host, where the model computes elsewhere.
+    """
+    modules = dict(linear_modules(model))
+    devices = {device_of(module) for module in modules.values()}
+    budget = ADAPTER_SHARE * free_bytes(devices) if memory_gb is None else memory_gb * 1e9
+    elsewhere = any(device.type != "cpu" for device in devices)
+    pinned = any(device.type == "cuda" for device in devices)
+    host = HostCache(int(cache_gb * 1e9), pinned=pinned) if elsewhere else None
+    return AdapterStore(modules, dtype_of(model), int(budget), host)

@@ -1,0 +1,153 @@
+"""Packed sequences: every token is what its own mixture makes of it, whoever comes and goes and whatever fails."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from logo.mixing.packed import Mixture, Packed
+from logo.mixing.store import AdapterStore, StoreFull
+from make_adapters import calm
+from test_store import COLUMN, MODULES, WIDTH, check, factors, source
+
+MIXTURES = st.dictionaries(st.integers(0, 11), st.floats(-2, 2, width=16), max_size=4)
+
+
+def term(mixture: dict[int, float], module: str, x: Tensor) -> Tensor:
+    """`Σ w s B A x` of one token."""
+    total = torch.zeros(WIDTH + 1)
+    for number, weight in mixture.items():
+        own = factors(number).get(module)
+        if own is not None:
+            total = total + weight * own.scaling * (own.B @ (own.A @ x))
+    return total
+
+
+def joined(store: AdapterStore, mixture: dict[int, float]) -> Mixture:
+    return Mixture(store.hold([source(number) for number in mixture]), tuple(mixture.values()))
+
+
+class Failing(TorchFunctionMode):
+    """Out of memory at the n-th thing that torch is asked for; never, if there are fewer."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise torch.OutOfMemoryError(f"no room for {function.__name__}")
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def failing(store: AdapterStore, at: int) -> Iterator[None]:
+    """In the thread that writes the store."""
+    mode = Failing(at)
+    with store.held([]):
+        store.prefetch([source(0)])  # begins that thread
+    assert store._writer is not None
+    store._writer.submit(mode.__enter__).result()
+    try:
+        yield
+    finally:
+        store._writer.submit(mode.__exit__, None, None, None).result()
+
+
+class Trouble(RuleBasedStateMachine):
+    """Sequences come and go in little memory, and memory runs out at any place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = AdapterStore(MODULES, torch.float32, 3 * 30 * COLUMN)
+        self.packed = Packed(MODULES, self.store, head="three")
+        self.present: list[tuple[dict[int, float], Mixture]] = []
+
+    @rule(mixture=MIXTURES)
+    def join(self, mixture: dict[int, float]) -> None:
+        with contextlib.suppress(StoreFull):
+            self.present.append((mixture, joined(self.store, mixture)))
+
+    @rule(mixture=MIXTURES, at=st.integers(1, 60))
+    def join_where_memory_runs_out(self, mixture: dict[int, float], at: int) -> None:
+        with contextlib.suppress(StoreFull, torch.OutOfMemoryError), failing(self.store, at):
+            self.present.append((mixture, joined(self.store, mixture)))
+
+    @precondition(lambda self: self.present)
+    @rule(place=st.integers(0, 20))
+    def leave(self, place: int) -> None:
+        self.store.release(self.present.pop(place % len(self.present))[1].hold)
+
+    @rule(kept=st.sets(st.integers(0, 11)))
+    def the_pool_changes(self, kept: set[int]) -> None:
+        self.store.retain(kept)
+
+    @invariant()
+    def columns_are_in_order(self) -> None:
+        check(self.store)
+
+    @invariant()
+    def users_are_counted(self) -> None:
+        users = [number for mixture, _ in self.present for number in mixture]
+        held = {resident.source.key: resident.users for resident in self.store._residents.values() if resident.users}
+        assert held == {number: users.count(number) for number in users}
+
+    @invariant()
+    def mixtures_are_what_they_are_when_computed_afresh(self) -> None:
+        step = [(mixture, 1 + i % 2, i % 3 > 0) for i, (_, mixture) in enumerate(self.present)]
+        assert self.packed.gate(step) == any(mixture for mixture, _ in self.present)
+        tokens = [i for i, (_, count, _) in enumerate(step) for _ in range(count)]
+        heads = sorted(range(len(step)), key=lambda i: not step[i][2])
+        with self.packed.hooks(), torch.no_grad():
+            for name, module in MODULES.items():
+                rows = heads if name == "three" else tokens
+                x = torch.randn(1, len(rows), WIDTH, generator=torch.Generator().manual_seed(len(rows)))
+                terms = [term(self.present[i][0], name, row) for i, row in zip(rows, x[0], strict=True)]
+                base = nn.functional.linear(x[0], module.weight, module.bias)
+                want = base + torch.stack(terms) if terms else base
+                torch.testing.assert_close(module(x)[0], want, rtol=1e-4, atol=1e-4)
+
+
+TestTrouble = Trouble.TestCase
+TestTrouble.settings = settings(calm, max_examples=60, stateful_step_count=25)
+
+
+def test_without_a_mixture_outputs_are_bit_equal_to_the_base_model() -> None:
+    module = nn.Linear(WIDTH, WIDTH + 1)
+    store = AdapterStore({"one": module}, torch.float32, 10**6)
+    packed = Packed({"one": module}, store)
+    x = torch.randn(1, 3, WIDTH)
+    before = module(x)
+    with packed.hooks():
+        mixture = joined(store, {0: 1.0})
+        assert not packed.gate([]) and not packed.gate([(None, 3, True)])
+        assert torch.equal(module(x), before)
+        assert packed.gate([(mixture, 3, True)])
+        assert not torch.equal(module(x), before)
+    assert torch.equal(module(x), before)
+
+
+@pytest.mark.parametrize("others", [0, 40])
+def test_few_adapters_among_many_that_are_resident(others: int) -> None:
+    """Whether columns are multiplied as they lie or copied is not to be seen."""
+    module = nn.Linear(WIDTH, WIDTH + 1)
+    store = AdapterStore({"one": module}, torch.float32, 10**6)
+    packed = Packed({"one": module}, store)
+    for number in range(others):
+        store.release(store.hold([source(104 + 8 * number)]))  # each has the first module alone
+    mixtures = [{0: 0.5, 8: -1.0}, {16: 2.0}]
+    x = torch.randn(1, 2, WIDTH)
+    with packed.hooks(), torch.no_grad():
+        packed.gate([(joined(store, mixture), 1, True) for mixture in mixtures])
+        want = [module.weight @ row + module.bias + term(m, "one", row) for m, row in zip(mixtures, x[0], strict=True)]
+        torch.testing.assert_close(module(x)[0], torch.stack(want), rtol=1e-4, atol=1e-4)
