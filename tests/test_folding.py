@@ -124,7 +124,7 @@ def test_folding_pays_for_long_answers_and_not_for_short_ones(llama: nn.Module, 
     fold = sum(len(s.A) * s.A.shape[1] * s.B.shape[1] for s in stacks.values())
     gates = sum(len(s.A) * (s.A.shape[1] + s.B.shape[1]) for s in stacks.values())
     passes = fold / gates  # multiplications by the factors, for as many tokens, that folding takes
-    read = costs.READ["cpu"]
+    read = costs.KINDS["cpu"].fold_read
 
     def pays(**work: float) -> bool:
         return costs.folding_pays(ranks, modules, Work(**work))  # type: ignore[arg-type]

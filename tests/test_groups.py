@@ -14,13 +14,14 @@ from logo.adapters.format import LoraWeights
 from logo.mixing import AdapterStore, Gates, Work
 from logo.mixing.gated import low_rank
 from logo.mixing.groups import GroupedMixture, _grouped, cheapest
-from logo.mixing.stacks import grouped, stacked
+from logo.mixing.stacks import Copies, grouped, stacked
 from logo.mixing.store import Hold, Source
 from tolerances import same_tensor
 
 MODULES = {"one": nn.Linear(7, 5), "two": nn.Linear(6, 4)}
 PROMPT = Work(1000, 16, 0)
 DECODE = Work(16, 16, 100)
+READ = 4.0
 
 
 def adapters(ranks: list[int], seed: int) -> list[dict[str, LoraWeights]]:
@@ -56,7 +57,7 @@ def test_groups_change_no_number(data: st.DataObject, ranks: list[int], rows: in
     store, hold = stored(tensors)
     plain = stacked(store, hold)
     groups = _grouped(weights != 0, torch.tensor(ranks, dtype=torch.float64), m)
-    mixture, stacks = GroupedMixture(groups, weights), grouped(store, hold, groups.adapters)
+    mixture, stacks = GroupedMixture(groups, weights), grouped(store, hold, groups.adapters, Copies())
     assert stacks.keys() <= plain.keys()
     for path, stack in stacks.items():
         for shape in ((rows * copies, length), (rows * copies,)):
@@ -82,16 +83,16 @@ def test_rows_of_a_few_tasks_are_grouped_by_task() -> None:
     for row in range(16):
         weights[row, row % 4 * 20 : row % 4 * 20 + 20] = 0.05
     for work in (DECODE, PROMPT):
-        groups = cheapest(weights, [1.0] * 80, work)
+        groups = cheapest(weights, [1.0] * 80, work, READ)
         assert all(len(set(row % 4 for row in members)) == 1 for members in groups.rows.tolist())
-    assert len(cheapest(weights, [1.0] * 80, DECODE).adapters) == 4  # a factor is read once for the four rows
+    assert len(cheapest(weights, [1.0] * 80, DECODE, READ).adapters) == 4  # a factor is read once for the four rows
 
 
 def test_rows_that_share_all_or_nothing() -> None:
     same = torch.full((16, 20), 0.05)
-    assert len(cheapest(same, [1.0] * 20, DECODE).adapters) == 1
+    assert len(cheapest(same, [1.0] * 20, DECODE, READ).adapters) == 1
     apart = torch.block_diag(*[torch.ones(1, 20)] * 16)
-    assert len(cheapest(apart, [1.0] * 320, DECODE).adapters) == 16
+    assert len(cheapest(apart, [1.0] * 320, DECODE, READ).adapters) == 16
 
 
 def test_the_choice_is_the_cheapest_of_those_it_could_make() -> None:
@@ -106,7 +107,7 @@ def test_the_choice_is_the_cheapest_of_those_it_could_make() -> None:
             largest = max(sum(sizes[i] for i in own) for own in groups.adapters)
             return largest * (4 * len(groups.adapters) * (1 + work.steps) + work.prompt + work.rows * work.steps)
 
-        chosen = cheapest(weights, sizes, work)
+        chosen = cheapest(weights, sizes, work, READ)
         assert cost(chosen.rows.shape[1]) == pytest.approx(min(cost(m) for m in (1, 2, 4, 8, 16)))
 
 
@@ -115,4 +116,6 @@ def test_a_batch_of_other_rows_is_refused() -> None:
     groups = _grouped(weights != 0, torch.ones(3, dtype=torch.float64), 1)
     tensors = adapters([2, 2, 2], 0)
     with pytest.raises(ValueError, match="3 rows cannot serve a batch of 4 rows"):
-        GroupedMixture(groups, weights).low_rank(torch.zeros(4, 7), grouped(*stored(tensors), groups.adapters)["one"])
+        GroupedMixture(groups, weights).low_rank(
+            torch.zeros(4, 7), grouped(*stored(tensors), groups.adapters, Copies())["one"]
+        )

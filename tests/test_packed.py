@@ -118,7 +118,7 @@ class Trouble(RuleBasedStateMachine):
                 torch.testing.assert_close(module(x)[0], want, rtol=1e-4, atol=1e-4)
 
 
-TestTrouble = Trouble.TestCase
+TestTrouble = pytest.mark.slow(Trouble.TestCase)
 TestTrouble.settings = settings(calm, max_examples=60, stateful_step_count=25)
 
 

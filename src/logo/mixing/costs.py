@@ -3,7 +3,7 @@
 Costs are counted in multiplications of one large matrix product. A factor pair of rank R on a module costs
 
     folded   out · in · R                                                           once
-    gated    R (in + out) · (tokens + READ)                                         in every pass
+    gated    R (in + out) · (tokens + read)                                         in every pass
 
 because a pass multiplies every token by the factors and has to read them from memory besides. Nothing folds by itself
 where the weights are of half precision: `W + ΔW` is rounded to their dtype there, and other tokens may follow.
@@ -36,15 +36,38 @@ class Work:
     steps: float
 
 
-# What reading a number of a factor takes, in multiplications, by kind of device. Nothing folds by itself on others.
-READ = {
-    # Folding, and the gates of one token, timed on an AMD EPYC with PyTorch's CPU build and one thread: 10.6 to 13.0 at
-    # widths of 1024 to 4096 and a rank of 320.
-    "cpu": 10.0,
-    # Not measured: the data sheet of an H100 SXM says 67 · 10¹² float32 operations, two to a multiplication, and
-    # 3.35 · 10¹² bytes per second.
-    "cuda": 40.0,
+@dataclass(frozen=True)
+class Kind:
+    """What decides, on one kind of device, how mixtures are multiplied.
+
+    Attributes:
+        fold_read: what reading a number of a factor takes, in multiplications, where folding is weighed against gates.
+            None: nothing is folded by itself.
+        group_read: the same where one grouping of rows is weighed against another. None: all rows are one group, which
+            is multiplied by the adapters that any of them uses.
+        turned: tokens of a pass, from and to, for which products with the factors on the left are faster. None: never.
+        turned_group: the same for the tokens of one group, from one on.
+    """
+
+    fold_read: float | None = None
+    group_read: float | None = None
+    turned: tuple[int, int] | None = None
+    turned_group: int = 0
+
+
+KINDS = {
+    # Timed on an AMD EPYC with PyTorch's CPU build (docs/performance.md). Folding, and the gates of one token, with one
+    # thread: 10.6 to 13.0 at widths of 1024 to 4096 and a rank of 320. Groups: 1 to 16 rows. Turned products: 20 to
+    # 30 % faster at 16 to 256 tokens; of groups, 28 to 50 % at 1 to 4 tokens, and slower at 8.
+    "cpu": Kind(fold_read=10.0, group_read=4.0, turned=(12, 256), turned_group=4),
 }
+
+
+def kind_of(device: torch.device) -> Kind:
+    """What decides on this device; nothing is folded, grouped or turned where nobody has measured that it pays."""
+    return KINDS.get(device.type, Kind())
+
+
 # Answers may end before the most tokens that they may have. Expecting all of them would make every answer that ends
 # early pay for a fold it does not need; expecting too few costs a few percent of each step at most.
 EXPECTED = 0.25
@@ -61,7 +84,7 @@ def folding_pays(ranks: Mapping[str, int], modules: Mapping[str, nn.Module], wor
     folded = gated = 0.0
     for path, rank in ranks.items():
         module = modules[path]
-        read, shape = READ.get(device_of(module).type), linear_shape(module)
+        read, shape = kind_of(device_of(module)).fold_read, linear_shape(module)
         if read is None or shape is None or _half(module):
             return False
         folded += rank * shape.in_features * shape.out_features

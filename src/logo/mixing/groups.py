@@ -16,12 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logo.mixing.costs import Work
+from logo.mixing.costs import Work, kind_of
 from logo.mixing.stacks import GroupedStack
-
-# What reading a number of a factor takes, in multiplications of that number (measured on an AMD EPYC with PyTorch's CPU
-# build, 1 to 16 rows: docs/performance.md). Where arithmetic is cheaper still, larger groups would be chosen.
-_READ = 4.0
 
 
 @dataclass(frozen=True)
@@ -37,24 +33,29 @@ class Groups:
     adapters: tuple[tuple[int, ...], ...]
 
 
-def cheapest(weights: Tensor, sizes: Sequence[float], work: Work) -> Groups:
+def cheapest(
+    weights: Tensor, sizes: Sequence[float], work: Work, read: float | None, room: float = torch.inf
+) -> Groups:
     """The grouping of least cost.
 
     Args:
         weights: (rows, adapters), 0 where a row does not use an adapter.
         sizes: how many numbers each adapter has, in any unit.
         work: what the mixtures will be used for.
+        read: what reading a number takes, in multiplications (`Kind.group_read`); None: all rows are one group.
+        room: how many numbers more than one group may hold, in the same unit.
     """
     used, size = weights != 0, torch.tensor(sizes, dtype=torch.float64)
     count = len(weights)
     found = []
-    for number in {min(2**i, count) for i in range(count.bit_length() + 1)}:
+    for number in {1} if read is None else {min(2**i, count) for i in range(count.bit_length() + 1)}:
         groups = _grouped(used, size, -(-count // number))
         largest = max(float(size[list(adapters)].sum()) for adapters in groups.adapters)
         tokens = work.prompt + work.rows * work.steps
         # Every group is as large as the largest. Each pass reads the factors of all, and multiplies every token.
-        cost = largest * (_READ * len(groups.adapters) * (1 + work.steps) + tokens)
-        found.append((cost, len(groups.adapters), groups))
+        cost = largest * ((read or 0.0) * len(groups.adapters) * (1 + work.steps) + tokens)
+        if number == 1 or largest * len(groups.adapters) <= room:
+            found.append((cost, len(groups.adapters), groups))
     return min(found, key=lambda entry: entry[:2])[2]
 
 
@@ -95,8 +96,9 @@ class GroupedMixture:
         self._order = flat.clamp_min(0)
         self._place = torch.empty(len(weights), dtype=torch.int64)
         self._place[flat[flat >= 0]] = (flat >= 0).nonzero()[:, 0]
+        self._in_order = flat.tolist() == list(range(len(weights)))
         self._present = (flat >= 0).view(*self._shape, 1)
-        self._gates: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._gates: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def low_rank(self, x: Tensor, stack: GroupedStack) -> Tensor:
@@ -108,23 +110,33 @@ class GroupedMixture:
         rows, (n, m) = len(self.weights), self._shape
         if len(x) % rows:
             raise ValueError(f"gates for {rows} rows cannot serve a batch of {len(x)} rows")
-        order, place = self._indices(x.device)
         lead, each = x.shape[:-1], x.shape[:-1].numel() // rows
-        grouped = x.to(stack.A.dtype).reshape(rows, each, -1)[order].view(n, m * each, -1)
-        shrunk = torch.bmm(grouped, stack.A.transpose(1, 2)).view(n, m, each, -1) * self._gate(stack)[:, :, None]
-        result = torch.bmm(shrunk.view(n, m * each, -1), stack.B)  # (n, m * each, d_out)
-        return result.view(n * m, each, -1)[place].view(*lead, -1)
+        x = x.to(stack.dtype).reshape(rows, each, -1)
+        if not self._in_order:
+            x = x[self._indices(x.device)[0]]
+        x = x.view(n, m * each, -1)
+        keep = each == 1  # a prompt is read in one pass, and is followed by many that read one token of each row
+        A = stack.A(keep)
+        if m * each <= kind_of(x.device).turned_group:
+            shrunk = torch.bmm(A, x.transpose(1, 2)).transpose(1, 2)  # (n, m * each, R)
+        else:
+            shrunk = torch.bmm(x, A.transpose(1, 2))
+        gated = shrunk.reshape(n, m, each, -1) * self._gate(stack, x)[:, :, None]
+        result = torch.bmm(gated.view(n, m * each, -1), stack.B(keep))  # (n, m * each, d_out)
+        if not self._in_order:
+            result = result.view(n * m, each, -1)[self._indices(x.device)[1]]
+        return result.view(*lead, -1)
 
-    def _gate(self, stack: GroupedStack) -> Tensor:
+    def _gate(self, stack: GroupedStack, like: Tensor) -> Tensor:
         """(n, m, R); modules that the same adapters touch share one owner tensor, which lives as long as the stacks."""
-        key = (id(stack.owner), stack.A.dtype)
+        key = (id(stack.owner), like.device, like.dtype)
         if key not in self._gates:
             owner = stack.owner.cpu()
             nobody = self.weights.new_zeros(len(self.weights), 1)
             weights = torch.cat([self.weights, nobody], dim=1)[self._order].view(*self._shape, -1)
             picked = weights.gather(2, owner[:, None].expand(-1, self._shape[1], -1))
             gate = torch.where(self._present, picked, torch.zeros(()))
-            self._gates[key] = gate.to(stack.A.device, stack.A.dtype)
+            self._gates[key] = gate.to(like.device, like.dtype)
         return self._gates[key]
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:

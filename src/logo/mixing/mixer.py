@@ -18,12 +18,13 @@ from logo.adapters.format import LoraWeights
 from logo.adapters.layout import linear_modules
 from logo.adapters.pool import AdapterPool
 from logo.mixing.arrow import Arrow, Routing
-from logo.mixing.costs import EXPECTED, READ, Work, folding_pays
+from logo.mixing.costs import EXPECTED, KINDS, Work, folding_pays, kind_of
 from logo.mixing.folding import Folder, foldable
 from logo.mixing.gated import GatedLoRA, Gates
-from logo.mixing.groups import GroupedMixture, cheapest
+from logo.mixing.groups import GroupedMixture, Groups, cheapest
 from logo.mixing.merges import ARROW, EXACT, Merge, merged
-from logo.mixing.stacks import Stack, grouped, ranks, stacked
+from logo.mixing.placement import device_of
+from logo.mixing.stacks import Copies, GroupedStack, Stack, grouped, ranks, stacked
 from logo.mixing.store import AdapterStore, Hold, Source
 
 # How a mixture acts: not at all, added into the weights, beside them with gates, or routed token by token.
@@ -52,12 +53,19 @@ class Mixer:
         self._arrow = Arrow(modules)
         self._fold = fold
         self.merge = merge
+        self._read = kind_of(device_of(model)).group_read
         self._last: tuple[Hold, dict[str, Stack]] | None = None
+        self._copies = Copies()
+        self._groups: tuple[Hold, tuple[tuple[int, ...], ...], dict[str, GroupedStack]] | None = None
 
     @property
     def folding(self) -> dict[str, Any]:
         """What decides whether a mixture is folded, for JSON; see `logo.mixing.costs`."""
-        return {"asked": self._fold, "expected": EXPECTED, "read": READ}
+        return {
+            "asked": self._fold,
+            "expected": EXPECTED,
+            "read": {name: kind.fold_read for name, kind in KINDS.items()},
+        }
 
     @contextmanager
     def active(
@@ -112,11 +120,11 @@ class Mixer:
             if self._folds(hold, work):
                 return "folded", self._folder.active(hold.keys, lambda: self._stacked(hold), weights[0])
             return "gated", self._gated.active(self._stacked(hold), Gates(weights[:1]))
-        groups = cheapest(weights, parts.sizes, work or Work(_A_PROMPT * rows, rows, 0))
+        room = (self.store.budget - self.store.bytes) / self.store.dtype.itemsize
+        groups = cheapest(weights, parts.sizes, work or Work(_A_PROMPT * rows, rows, 0), self._read, room)
         if len(groups.adapters) == 1:
             return "gated", self._gated.active(self._stacked(hold), Gates(weights))
-        stacks = grouped(self.store, hold, groups.adapters)
-        return "gated", self._gated.grouped(stacks, GroupedMixture(groups, weights))
+        return "gated", self._gated.grouped(self._grouped(hold, groups), GroupedMixture(groups, weights))
 
     def prefetch(self, pool: AdapterPool, names: Sequence[str]) -> None:
         """Begins to make these adapters resident."""
@@ -124,7 +132,8 @@ class Mixer:
 
     def forget(self, pool: AdapterPool) -> None:
         """Drops what is not of this pool: it has changed."""
-        self._last = None
+        self._last = self._groups = None
+        self._copies.clear()
         self._folder.forget()
         self._arrow.forget()
         self.store.retain({adapter.file for adapter in pool})
@@ -145,6 +154,13 @@ class Mixer:
             self._last = None
             self._last = hold, stacked(self.store, hold)
         return self._last[1]
+
+    def _grouped(self, hold: Hold, groups: Groups) -> dict[str, GroupedStack]:
+        """The same by groups."""
+        if self._groups is None or self._groups[:2] != (hold, groups.adapters):
+            self._groups = None  # nobody else uses the memory of their copies
+            self._groups = hold, groups.adapters, grouped(self.store, hold, groups.adapters, self._copies)
+        return self._groups[2]
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,6 @@ class Packed:
             stack, gates = self._stacks.get(path), self._head_gates if path == self._head else self._gates
             if gates is None or stack is None:
                 return None
-            return output + low_rank(inputs[0], stack, gates).to(output.dtype)
+            return output.add_(low_rank(inputs[0], stack, gates).to(output.dtype))
 
         return add

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +34,76 @@ class Stack:
     owner: Tensor  # (R,) int64: which of the adapters each column belongs to; their number for columns of nobody
 
 
-@dataclass(frozen=True)
-class GroupedStack:
-    """The adapters of each of n groups on one module, padded to the ranks of the group that has most."""
+class Copies:
+    """Memory that factors are copied into, used again by the next batch.
 
-    A: Tensor  # (n, R, d_in)
-    B: Tensor  # (n, R, d_out), scale folded in
-    owner: Tensor  # (n, R) int64: as in `Stack`
+    Copies that several passes read have memory of their own for each module. All others share one piece of memory,
+    which the processor's caches hold, so that a copy is hardly more than reading.
+    """
+
+    def __init__(self) -> None:
+        self._own: dict[tuple[str, str], Tensor] = {}
+        self._shared: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def own(self, place: tuple[str, str], factors: Tensor, index: Tensor) -> Tensor:
+        """(len(index), width) rows of factors, until the next call for the same place."""
+        return self._copied(self._own, place, factors, index)
+
+    def shared(self, factors: Tensor, index: Tensor) -> Tensor:
+        """The same until the next call."""
+        return self._copied(self._shared, (factors.device, factors.dtype), factors, index)
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self._own.clear()
+        self._shared.clear()
+
+    @staticmethod
+    def _copied(memory: dict[Any, Tensor], place: Any, factors: Tensor, index: Tensor) -> Tensor:
+        size = len(index) * factors.shape[1]
+        if place not in memory or memory[place].numel() < size:
+            memory[place] = factors.new_empty(size)
+        out = memory[place][:size].view(len(index), -1)
+        return torch.index_select(factors, 0, index, out=out)
+
+
+class GroupedStack:
+    """The adapters of each of n groups on one module, padded to the ranks of the group that has most.
+
+    Args:
+        path: of the module.
+        factors: A (C, d_in) and B (C, d_out) of the store.
+        index: (n * R,) int64: the columns of all groups.
+        owner: (n, R) int64: as in `Stack`.
+        copies: where they are copied. A batch's stacks may be used until the next batch's are.
+    """
+
+    def __init__(self, path: str, factors: tuple[Tensor, Tensor], index: Tensor, owner: Tensor, copies: Copies) -> None:
+        self.owner = owner
+        self._path = path
+        self._factors = factors
+        self._index = index
+        self._copies = copies
+        self._own: dict[str, Tensor] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return self._factors[0].dtype
+
+    def A(self, keep: bool) -> Tensor:
+        """(n, R, d_in). Unless it is to be kept, it holds until the next factor of any module is asked for."""
+        return self._copied("A", self._factors[0], keep)
+
+    def B(self, keep: bool) -> Tensor:
+        """(n, R, d_out), scale folded in; as `A`."""
+        return self._copied("B", self._factors[1], keep)
+
+    def _copied(self, name: str, factors: Tensor, keep: bool) -> Tensor:
+        if keep and name not in self._own:
+            self._own[name] = self._copies.own((self._path, name), factors, self._index)
+        found = self._own[name] if name in self._own else self._copies.shared(factors, self._index)
+        return found.view(*self.owner.shape, -1)
 
 
 def stacked(store: AdapterStore, hold: Hold) -> dict[str, Stack]:
@@ -72,11 +136,14 @@ def as_they_lie(store: AdapterStore, hold: Hold) -> dict[str, Stack]:
     return stacks
 
 
-def grouped(store: AdapterStore, hold: Hold, groups: Sequence[Sequence[int]]) -> dict[str, GroupedStack]:
+def grouped(
+    store: AdapterStore, hold: Hold, groups: Sequence[Sequence[int]], copies: Copies
+) -> dict[str, GroupedStack]:
     """Module path -> the factors of every group, zeros where a group has fewer ranks than another.
 
     Args:
         groups: per group, which of the held adapters its rows use.
+        copies: memory for them, which no other stacks use any more.
     """
     stacks: dict[str, GroupedStack] = {}
     for part in store.parts:
@@ -90,10 +157,8 @@ def grouped(store: AdapterStore, hold: Hold, groups: Sequence[Sequence[int]]) ->
             index[g, : len(columns)] = torch.tensor(columns, dtype=torch.int64)
             owner[g, : len(columns)] = torch.tensor(owners, dtype=torch.int64)
         places = _Places(index.flatten(), owner)
-        for path, (A, B) in part.factors.items():
-            flat, own = places.on(A.device)
-            shape = (len(groups), ranks, -1)
-            stacks[path] = GroupedStack(A.index_select(0, flat).view(shape), B.index_select(0, flat).view(shape), own)
+        for path, factors in part.factors.items():
+            stacks[path] = GroupedStack(path, factors, *places.on(factors[0].device), copies)
     return stacks
 
 

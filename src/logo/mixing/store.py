@@ -131,8 +131,11 @@ class AdapterStore:
             for resident in hold.residents:
                 resident.users += 1
         try:
-            for resident in hold.residents:
-                resident.ready.result()
+            # All of them are waited for, so that what one failure leaves behind does not depend on how fast it came.
+            failures = [resident.ready.exception() for resident in hold.residents]
+            for failure in failures:
+                if failure is not None:
+                    raise failure
         except BaseException:
             self.release(hold)
             raise

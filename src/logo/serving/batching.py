@@ -22,7 +22,6 @@ from logo.decoding import greedy_config
 from logo.endings import FinishReason, end_tokens
 from logo.errors import LoGoError, ModelError
 from logo.mixing.packed import Mixture, Packed
-from logo.mixing.placement import dtype_of
 from logo.mixing.store import AdapterStore
 from logo.serving.sampling import Drawing, Sampling, TokenLogprob, next_tokens
 from logo.serving.steps import Steps, attach
@@ -299,12 +298,12 @@ class Batching(Steps):
         found = torch.stack(seen).to(want.device)
         apart = float(((found - want).square().mean(dim=1).sqrt() / want.std(dim=1)).max())
         smallest = _TF32 if model.device.type == "cuda" else _FLOAT32
-        allowed = _ROUNDINGS * max(torch.finfo(self._dtype).eps, smallest)
+        allowed = _ROUNDINGS * max(torch.finfo(self._store.dtype).eps, smallest)
         if not apart <= allowed:
             raise ModelError(
                 f"{name} cannot be served: transformers' continuous batching does not compute what the model does; its "
                 f"logits are {apart:.2g} standard deviations away from the model's own, and rounding in "
-                f"{str(self._dtype).removeprefix('torch.')} explains {allowed:.2g}"
+                f"{str(self._store.dtype).removeprefix('torch.')} explains {allowed:.2g}"
             )
 
     # -- memory -----------------------------------------------------------------------------------------------------
@@ -335,7 +334,7 @@ class Batching(Steps):
             use_async_batching=False,
             use_cuda_graph=False,
             max_memory_percent=0.9 if on_cpu else None,
-            auto_switch_to_flash=self._dtype.itemsize == 2,
+            auto_switch_to_flash=self._store.dtype.itemsize == 2,
         )
         generation = greedy_config(eos_token_id=self._ends, max_new_tokens=1)
         try:
@@ -348,7 +347,7 @@ class Batching(Steps):
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_token = 2 * config.num_hidden_layers * heads * size * self._dtype.itemsize
+        per_token = 2 * config.num_hidden_layers * heads * size * self._store.dtype.itemsize
         longest = context or _USUAL_LENGTH
         tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))
         tokens = min(tokens, int(memory.kv_cache_gb * 1e9 / per_token))
