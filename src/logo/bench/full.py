@@ -86,10 +86,13 @@ class Results:
             "decode16_vs_base": (f"decode, batch {_BATCH}", "base", "related"),
             "decode16_random_vs_base": (f"decode, batch {_BATCH}", "base", "random"),
             "decode16_random_8b_layer_vs_base": ("decode, one layer of 8B", "base", "random"),
-            "e2e1_vs_peft": ("end to end, batch 1", "PEFT", "LoGo"),
-            "e2e1_vs_peft_all_active": ("end to end, batch 1", "PEFT, all active", "LoGo"),
-            "e2e16_vs_peft": (f"end to end, batch {_BATCH}", "PEFT", "LoGo"),
-            "e2e16_vs_peft_one_batch": (f"end to end, batch {_BATCH}", "PEFT, one batch", "LoGo"),
+            "e2e1_vs_base": ("end to end, batch 1", "calibrated", "base"),
+            "e2e16_vs_base": (f"end to end, batch {_BATCH}", "calibrated", "base"),
+            "e2e16_related_vs_base": (f"end to end, batch {_BATCH}", "calibrated, related", "base"),
+            "e2e1_vs_peft": ("end to end, batch 1", "PEFT", "norm"),
+            "e2e1_vs_peft_all_active": ("end to end, batch 1", "PEFT, all active", "norm"),
+            "e2e16_vs_peft": (f"end to end, batch {_BATCH}", "PEFT", "norm"),
+            "e2e16_vs_peft_one_batch": (f"end to end, batch {_BATCH}", "PEFT, one batch", "norm"),
         }
         found = {}
         for name, (part, over, under) in wanted.items():
@@ -136,6 +139,7 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
             bench.prefilling(_PROMPT),
             bench.decoding(1, _DECODE_PROMPT, {"mixture": mixtures_of(names, 1, bench.k)["random"]}),
             bench.decoding(_BATCH, _DECODE_PROMPT, mixtures_of(names, _BATCH, bench.k)),
+            bench.first_tokens(_BATCH, _DECODE_PROMPT),
             *layer,
         ]
         shown = tuple(curves(bench)) if plan.with_curves else ()

@@ -153,16 +153,54 @@ class Bench:
         arms = {"base": self._generating(texts, [{}], 1), "mixture": self._generating(texts, mixture, 1)}
         return Part("prefill", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
 
+    def first_tokens(self, batch: int, tokens: int) -> Part:
+        """From the selection of a batch to its first tokens; the base arm is what a plain prefill of the batch takes.
+
+        The mixtures of *new* arms are other ones in every round, those of *again* were those of the batch before.
+        """
+        self.say(f"first token, batch {batch}")
+        texts, seeds = self.prompts(batch, tokens), itertools.count()
+        arms = {"base": self._generating(texts, [{}] * batch, 1)}
+        for name, made in (("random", random_mixtures), ("related", related_mixtures)):
+            last: list[Callable[[], object]] = []
+
+            def new(made: Any = made, last: list[Callable[[], object]] = last) -> object:
+                last[:] = [self._generating(texts, made(self.logo.names, batch, self.k, seed=next(seeds)), 1)]
+                return last[0]()
+
+            arms |= {f"{name}, new": new, f"{name}, again": lambda last=last: last[0]()}  # type: ignore[misc]
+        return Part(f"first token, batch {batch}", side_by_side(arms, self.rounds, device=self.device), {"rows": batch})
+
     def end_to_end(self, batch: int, tokens: int, new: int, peft: PeftArm | None) -> Part:
-        """From prompts to answers of so many new tokens, always other prompts; per batch."""
+        """From prompts to answers of so many new tokens, always other prompts; per batch.
+
+        The prompts of a random model select what they please. Where the rows of a batch are to be related, the prompts
+        are selected for as always, and answered with `related_mixtures` instead of what was selected.
+        """
         self.say(f"end to end, batch {batch}")
-        config = _config(new)
+        config, logo = _config(new), self.logo
+        calibrated = LoGo(
+            logo.model, logo.tokenizer, logo.pool, settings=SelectionSettings(signal="calibrated", k=self.k)
+        )
         arms: dict[str, Callable[[], object]] = {
-            "base": lambda: self.logo.generate(
+            "base": lambda: logo.generate(
                 self.prompts(batch, tokens), adapters={}, generation_config=config, batch_size=batch
             ),
-            "LoGo": lambda: self.logo.generate(self.prompts(batch, tokens), generation_config=config, batch_size=batch),
+            "norm": lambda: logo.generate(self.prompts(batch, tokens), generation_config=config, batch_size=batch),
+            "calibrated": lambda: calibrated.generate(
+                self.prompts(batch, tokens), generation_config=config, batch_size=batch
+            ),
         }
+        if batch > 1:
+            seeds = itertools.count()
+
+            def related() -> object:
+                texts = self.prompts(batch, tokens)
+                calibrated.select(texts, batch_size=batch)
+                mixtures = related_mixtures(logo.names, batch, self.k, seed=next(seeds))
+                return calibrated.generate(texts, adapters=mixtures, generation_config=config, batch_size=batch)
+
+            arms["calibrated, related"] = related
         if peft is not None:
             arms["PEFT"] = lambda: [peft.answer(prompt, config) for prompt in self.prompts(batch, tokens)]
             if batch > 1:
