@@ -23,7 +23,7 @@ from logo.endings import FinishReason, end_tokens
 from logo.errors import LoGoError, ModelError
 from logo.mixing.packed import Mixture, Packed
 from logo.mixing.store import AdapterStore
-from logo.serving.sampling import Drawing, Sampling, TokenLogprob, next_tokens
+from logo.serving.sampling import Drawing, Drawn, Sampling, TokenLogprob, next_tokens
 from logo.serving.steps import Steps, attach
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class Batching(Steps):
         self._numbers = itertools.count()
         self._standing: tuple[Any, ...] | None = None
         self._mixed = False
+        self._drawn: Drawn | None = None
         self.steps = {"base": 0, "gate": 0}
         self._hooked: ExitStack | None = None
         self._manager = self._make(memory, context)
@@ -254,13 +255,14 @@ class Batching(Steps):
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
         """Draws for each sequence in its own way."""
         jobs = [self._jobs.get(sequence) for sequence in ids]
-        drawings = [_GREEDY if job is None else job.drawing for job in jobs]
-        tokens, failed = next_tokens(scores, drawings)
-        for row, error in failed.items():
-            job = jobs[row]
-            if job is not None:
-                job.error = error
-        return tokens
+        self._drawn = next_tokens(scores, [_GREEDY if job is None else job.drawing for job in jobs])
+        return self._drawn.tokens
+
+    def accepted(self, tokens: Sequence[int]) -> None:
+        """Writes down what was drawn."""
+        if self._drawn is not None:
+            self._drawn.accept(tokens)
+            self._drawn = None
 
     def failed(self, sequence: str, error: Exception) -> None:
         """Remembers why a sequence was ended."""

@@ -1,16 +1,19 @@
-"""The next token of every sequence of a step: greedy rows together, sampled ones each by its own generator.
+"""The next token of every sequence of a step, drawn for all of them in the same few calls.
 
-A sequence's tokens depend on its own seed only, never on who shares its steps.
+A sequence's tokens depend on its own seed only, never on who shares its steps: the noise of its n-th draw comes from a
+generator that is seeded with the sequence's seed and n. Nothing is written down before `Drawn.accept`, so that a step
+which has to be computed again draws the same tokens again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from logo.serving.steps import NO_TOKEN
 
@@ -41,11 +44,6 @@ class Sampling:
         """Whether the most likely token is always taken."""
         return self.temperature < _GREEDY
 
-    @property
-    def plain(self) -> bool:
-        """Whether the most likely token is all that is asked for, so that nobody has to wait for the device."""
-        return self.greedy and self.logprobs is None
-
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -69,53 +67,91 @@ class Drawing:
     Attributes:
         sampling: how.
         logprobs: one entry per token that was drawn, where asked for.
+        count: how many tokens were drawn.
     """
 
     sampling: Sampling
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    _generator: torch.Generator | None = None
+    count: int = 0
 
-    def draw(self, scores: Tensor) -> Tensor:
-        """A token () from logits (vocabulary,), none of them NaN or above all bounds."""
-        if self._generator is None:
-            self._generator = torch.Generator(scores.device)
-            seed = self.sampling.seed
-            self._generator.manual_seed(seed % 2**63) if seed is not None else self._generator.seed()
-        row = TemperatureLogitsWarper(self.sampling.temperature)(None, scores[None])
-        if self.sampling.top_p < 1:
-            row = TopPLogitsWarper(self.sampling.top_p)(None, row)
-        return torch.multinomial(row.softmax(dim=-1), 1, generator=self._generator)[0, 0]
+    def __post_init__(self) -> None:
+        self._seed = secrets.randbits(64) if self.sampling.seed is None else self.sampling.seed
+
+    def add_noise(self, row: Tensor) -> None:
+        """Fills a row (vocabulary,) with the exponential noise of the next draw."""
+        digest = hashlib.blake2b(f"{self._seed} {self.count}".encode(), digest_size=8).digest()
+        generator = torch.Generator(row.device).manual_seed(int.from_bytes(digest) % 2**63)
+        row.exponential_(generator=generator)
 
 
-def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> tuple[Tensor, dict[int, Exception]]:
-    """One token per row.
+@dataclass(frozen=True)
+class Drawn:
+    """What a step drew, on the device.
+
+    Attributes:
+        drawings: one per row.
+        tokens: (rows,) token ids; `NO_TOKEN` for a row that holds NaN or an infinite largest logit.
+        told: rows that log probabilities are asked for.
+        logprobs: (told, 1 + n): of the row's own token, and of its n most likely ones, best first.
+        likely: (told, n) their ids.
+    """
+
+    drawings: Sequence[Drawing]
+    tokens: Tensor
+    told: tuple[int, ...]
+    logprobs: Tensor
+    likely: Tensor
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """The step holds; `tokens` are those of the rows, on the host."""
+        for drawing in self.drawings:
+            drawing.count += 1
+        if not self.told:
+            return
+        for row, (own, *values), ids in zip(self.told, self.logprobs.tolist(), self.likely.tolist(), strict=True):
+            top = zip(ids, values, strict=True)
+            drawing = self.drawings[row]
+            drawing.logprobs.append(TokenLogprob(tokens[row], own, tuple(top)[: drawing.sampling.logprobs]))
+
+
+def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> Drawn:
+    """One token per row, without waiting for the device.
 
     Args:
         scores: (rows, vocabulary) float32 logits.
         drawings: one per row.
-
-    Returns:
-        (rows,) token ids, and what went wrong in rows for which none could be drawn. `NO_TOKEN` stands for a row that
-        holds NaN or an infinite largest logit; then nothing has been drawn for any row.
     """
     best = scores.max(dim=-1)  # NaN is the largest of all
-    tokens = torch.where(best.values.isfinite(), best.indices, NO_TOKEN)
-    failed: dict[int, Exception] = {}
-    if all(drawing.sampling.plain for drawing in drawings) or bool((tokens == NO_TOKEN).any()):
-        return tokens, failed
-    for row, drawing in enumerate(drawings):
-        try:
-            if not drawing.sampling.greedy:
-                tokens[row] = drawing.draw(scores[row])
-            if drawing.sampling.logprobs is not None:
-                drawing.logprobs.append(_logprob(scores[row], int(tokens[row]), drawing.sampling.logprobs))
-        except Exception as error:  # of this row alone: the others have drawn, and must not draw again
-            failed[row] = error
-    return tokens, failed
+    tokens = best.indices
+    sampled = [row for row, drawing in enumerate(drawings) if not drawing.sampling.greedy]
+    if sampled:
+        rows = torch.tensor(sampled).to(scores.device, non_blocking=True)
+        tokens = tokens.index_copy(0, rows, _sampled(scores[rows], [drawings[row] for row in sampled]))
+    tokens = torch.where(best.values.isfinite(), tokens, NO_TOKEN)
+    told = tuple(row for row, drawing in enumerate(drawings) if drawing.sampling.logprobs is not None)
+    logprobs = scores.new_empty(0, 1)
+    likely = tokens.new_empty(0, 0)
+    if told:
+        rows = torch.tensor(told).to(scores.device, non_blocking=True)
+        most = max(drawings[row].sampling.logprobs or 0 for row in told)
+        of_all = scores[rows].log_softmax(dim=-1)
+        own = of_all.gather(1, tokens[rows, None].clamp_min(0))
+        top = of_all.topk(min(most, scores.shape[1]))
+        logprobs, likely = torch.cat([own, top.values], dim=1), top.indices
+    return Drawn(drawings, tokens, told, logprobs, likely)
 
 
-def _logprob(scores: Tensor, token: int, count: int) -> TokenLogprob:
-    logprobs = scores.log_softmax(dim=-1)
-    best = logprobs.topk(min(count, len(logprobs)))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs[token]), top)
+def _sampled(scores: Tensor, drawings: Sequence[Drawing]) -> Tensor:
+    """(rows,) tokens: the one whose probability is largest beside exponential noise, which is a draw from them all."""
+    ways = torch.tensor([[drawing.sampling.temperature, drawing.sampling.top_p] for drawing in drawings])
+    temperature, top_p = ways.to(scores.device, non_blocking=True).T[:, :, None]  # (rows, 1) each
+    scores = scores / temperature
+    if any(drawing.sampling.top_p < 1 for drawing in drawings):
+        ordered = scores.sort(dim=-1)  # ascending: what goes is what holds no more than 1 - top_p together
+        gone = ordered.values.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        gone[:, -1] = False
+        scores = scores.masked_fill(gone.scatter(1, ordered.indices, gone), -torch.inf)
+    noise = torch.empty_like(scores)
+    for row, drawing in zip(noise, drawings, strict=True):
+        drawing.add_noise(row)
+    return (scores.softmax(dim=-1) / noise).argmax(dim=-1)

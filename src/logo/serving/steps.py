@@ -68,9 +68,12 @@ class Steps(ABC):
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
         """(rows,) next tokens from (rows, vocabulary) float32 logits, one row per sequence.
 
-        Where a row is not finite, `NO_TOKEN` stands in its place, and nothing was drawn for any row: the step will be
-        computed again.
+        Where a row is not finite, `NO_TOKEN` stands in its place, and the step will be computed again.
         """
+
+    @abstractmethod
+    def accepted(self, tokens: Sequence[int]) -> None:
+        """The step holds: these are the tokens that `sample` returned last."""
 
     @abstractmethod
     def failed(self, sequence: str, error: Exception) -> None:
@@ -91,6 +94,7 @@ def attach(manager: Any, steps: Steps) -> None:
     prepared: dict[str, Any] = {}
     tokens: list[list[int]] = []
     drawn: list[int] = []
+    sampled: list[str] = []  # not the sequences whose prompts are read in part only
 
     def prepare_batch_tensors(**options: Any) -> None:
         prepared.update(options)
@@ -109,11 +113,13 @@ def attach(manager: Any, steps: Steps) -> None:
     def generation_step(model: Any) -> None:
         failure: Exception | None = None
         try:
+            sampled.clear()
             steps.before([(r.state.request_id, r.query_length, r.has_new_token) for r in io.requests_in_batch])
             compute(model)
-            drawn[:] = io.output_ids[0, : io.num_request_in_batch].tolist()
+            drawn[:] = io.output_ids[0, : len(sampled)].tolist()
             if NO_TOKEN in drawn:
                 raise NotFinite(OVERFLOW)
+            steps.accepted(drawn)
         except Exception as error:  # whatever it is, the server has to go on
             failure = error
         if failure is not None:
@@ -132,8 +138,8 @@ def attach(manager: Any, steps: Steps) -> None:
                 io.requests_in_batch = []  # the loop updates once more
 
     def sample(scores: Tensor, output_ids: Tensor) -> None:
-        ids = [request.state.request_id for request in io.requests_in_batch if request.has_new_token]
-        output_ids[0, : len(ids)].copy_(steps.sample(scores[0, : len(ids)], ids))
+        sampled[:] = [request.state.request_id for request in io.requests_in_batch if request.has_new_token]
+        output_ids[0, : len(sampled)].copy_(steps.sample(scores[0, : len(sampled)], sampled))
 
     def prepare_batch_update() -> tuple[list[Any], list[int], None]:
         return io.requests_in_batch, drawn, None
