@@ -80,7 +80,7 @@ class Drawing:
     def add_noise(self, row: Tensor) -> None:
         """Fills a row (vocabulary,) with the exponential noise of the next draw."""
         digest = hashlib.blake2b(f"{self._seed} {self.count}".encode(), digest_size=8).digest()
-        generator = torch.Generator(row.device).manual_seed(int.from_bytes(digest) % 2**63)
+        generator = torch.Generator(row.device).manual_seed(int.from_bytes(digest, "big") % 2**63)
         row.exponential_(generator=generator)
 
 
