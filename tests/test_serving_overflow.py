@@ -85,7 +85,7 @@ def test_out_of_memory_at_every_allocation_of_the_store_fails_one_request_and_no
     async def use(service: Service) -> int:
         for at in itertools.count(1):
             beside = None
-            while any(resident.users for resident in logo.store._residents.values()):
+            while logo.store.keys and any(resident.users for resident in logo.store._residents.values()):
                 await asyncio.sleep(0.01)
             logo.store.retain(used)  # the late one is not there yet
             beside = asyncio.ensure_future(answer(service, rows[0], GOOD, Sampling(30)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -98,7 +99,7 @@ class AdapterStore:
         self._parts: tuple[Columns, ...] = ()  # replaced as a whole, so that it may be read without the lock
         self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # the one used longest ago first
         self._leaving: deque[Hold] = deque()
-        self._lock = threading.Lock()  # of residents and of who has which columns; tensors are the writer's
+        self._lock = threading.RLock()  # of residents and of who has which columns; tensors are the writer's
         self._writer: ThreadPoolExecutor | None = None
 
     def source(self, adapter: Adapter) -> Source:
@@ -225,6 +226,7 @@ class AdapterStore:
                 if resident.retired and not resident.users:
                     self._forget(resident)
         except BaseException as error:  # told to whoever waits for it; asked for again, it is tried again
+            traceback.clear_frames(error.__traceback__)  # the error stays for as long as somebody looks at it
             with self._lock:
                 self._forget(resident)
             resident.ready.set_exception(error)

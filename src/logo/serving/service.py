@@ -9,6 +9,7 @@ pauses generation for as long as it needs the model.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -36,6 +37,9 @@ from logo.serving.sampling import Sampling
 
 class Overloaded(LoGoError, RuntimeError):
     """As many requests wait as may."""
+
+
+_log = logging.getLogger("logo.serving")
 
 
 class NotReady(LoGoError, RuntimeError):
@@ -235,14 +239,9 @@ class Service:
             while self._waiting:
                 batch = self._waiting[: self._probe_batch]
                 del self._waiting[: self._probe_batch]
-                results = await loop.run_in_executor(self._worker, self._choose, batch)
-                for waiting, result in zip(batch, results, strict=True):
-                    if waiting.future.done():
-                        continue
-                    if isinstance(result, Exception):
-                        waiting.future.set_exception(result)
-                    else:
-                        waiting.future.set_result(result)
+                # Nothing of it stays here until the next batch comes: what was chosen holds adapters.
+                _hand_out(batch, await loop.run_in_executor(self._worker, self._choose, batch))
+                del batch
 
     def _choose(self, batch: Sequence[_Waiting]) -> list[Chosen | Exception]:
         """In the other thread: selects for all of the batch together."""
@@ -308,7 +307,10 @@ class Service:
             selection = forced(waiting.wish.adapters or {}, pool, asked.candidates) if found is None else found
             return Chosen(selection, self._mixture(pool, selection), queued, took)
         except Exception as error:
-            return error
+            if not isinstance(error, LoGoError):
+                _log.exception("a request cannot be given its mixture")
+            # Its frames lead to what the others of the batch hold, which would wait for the garbage collector.
+            return error.with_traceback(None)
 
     def _mixture(self, pool: AdapterPool, selection: Selection) -> Mixture:
         """Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes."""
@@ -392,3 +394,14 @@ class Service:
         }
         self.adapters = adapters
         self._usable = dict[Patterns, dict[str, None]]()
+
+
+def _hand_out(batch: Sequence[_Waiting], results: Sequence[Chosen | Exception]) -> None:
+    """To those who still wait."""
+    for waiting, result in zip(batch, results, strict=True):
+        if waiting.future.done():
+            continue
+        if isinstance(result, Exception):
+            waiting.future.set_exception(result)
+        else:
+            waiting.future.set_result(result)
