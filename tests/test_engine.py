@@ -372,7 +372,7 @@ def test_device_map_auto_as_accelerate_does_it(llama: nn.Module, adapters: Path,
 
 
 def test_in_little_memory_a_batch_is_answered_in_parts(llama: nn.Module, adapters: Path) -> None:
-    pool, settings = AdapterPool.from_directory(adapters), SelectionSettings(k=2)
+    pool, settings = AdapterPool.from_directory(adapters), SelectionSettings(signal="norm", k=2)
     roomy = LoGo(llama, tokenizer(), pool, settings=settings)
     expected = roomy.generate(PROMPTS, max_new_tokens=6)
     assert len({frozenset(answer.selection.adapters) for answer in expected}) > 1
