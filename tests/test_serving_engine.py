@@ -54,9 +54,12 @@ async def answer(
     chosen = await service.choose(ids, wish)
     tokens: list[int] = []
     reason = None
-    async for delta in service.generate(ids, chosen, sampling):
-        tokens += delta.tokens
-        reason = delta.finish_reason
+    try:
+        async for delta in service.generate(ids, chosen, sampling):
+            tokens += delta.tokens
+            reason = delta.finish_reason
+    finally:
+        chosen.release()
     assert reason is not None
     return tuple(tokens), reason, chosen
 

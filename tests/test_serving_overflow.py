@@ -79,7 +79,7 @@ def test_out_of_memory_at_every_allocation_of_the_store_fails_one_request_and_no
     new = Wish(adapters={"good": 0.5, "late": 1.0})
     write_adapter(tmp_path / "late", logo.model, ("q_proj", "v_proj", "o_proj"), rank=3, seed=4)
     logo.pool.add(tmp_path / "late")
-    want = alone(logo, rows, [GOOD, new], 30)
+    want = alone(logo, rows, [GOOD, new], 6)
     used = {logo.pool["good"].file}
 
     async def use(service: Service) -> int:
@@ -88,11 +88,11 @@ def test_out_of_memory_at_every_allocation_of_the_store_fails_one_request_and_no
             while logo.store.keys and any(resident.users for resident in logo.store._residents.values()):
                 await asyncio.sleep(0.01)
             logo.store.retain(used)  # the late one is not there yet
-            beside = asyncio.ensure_future(answer(service, rows[0], GOOD, Sampling(30)))
+            beside = asyncio.ensure_future(answer(service, rows[0], GOOD, Sampling(6)))
             failed = False
             with failing(logo.store, at):
                 try:
-                    assert (await answer(service, rows[1], new, Sampling(30)))[0] == want[1][0]
+                    assert (await answer(service, rows[1], new, Sampling(6)))[0] == want[1][0]
                 except (torch.OutOfMemoryError, AdapterError) as error:
                     failed = "no room for" in str(error)  # of its file, of columns, or of what is written to them
                     assert failed
@@ -100,7 +100,7 @@ def test_out_of_memory_at_every_allocation_of_the_store_fails_one_request_and_no
             consistent(logo.store)
             if not failed:
                 return at
-            assert (await answer(service, rows[1], new, Sampling(30)))[0] == want[1][0]
+            assert (await answer(service, rows[1], new, Sampling(6)))[0] == want[1][0]
         raise AssertionError
 
     assert served(logo, use) > 10  # as many places where memory may run out

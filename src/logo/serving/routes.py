@@ -112,6 +112,8 @@ async def _generate(
         request.state.prompt_tokens = sum(map(len, prompts))
         sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed, logprobs)
         chosen = await unless_left(request, answers.choose(prompts, wish, began))
+        for one in chosen:
+            stack.callback(one.release)
         asked = Asked(tuple(prompts), chosen, body.n, sampling, body.stops, began)
         if body.stream:
             return Streamed(answers, asked, rendering, request.state, stack.pop_all())
@@ -145,6 +147,7 @@ async def select(body: protocol.SelectRequest, request: Request) -> replies.Sele
             prompt = await answers.conversation(body.messages or [])
         answers.room([prompt], None, "prompt" if body.messages is None else "messages")
         [chosen] = await unless_left(request, answers.choose([prompt], wish, began))
+        chosen.release()
     selection = chosen.selection
     return replies.SelectionReply(
         adapters=list(selection.adapters),

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -67,15 +67,18 @@ class Chosen:
 
     Attributes:
         selection: names, weights, scores.
-        mixture: where they are; they stay there for as long as this object is.
+        mixture: where they are.
         queue_ms: how long the prompt waited to be probed.
         probe_ms: how long probing took, together with others; 0 where nothing was selected.
+        release: to be called when the mixture is no longer needed. Until then its adapters stay where they are. What is
+            forgotten is released by the garbage collector.
     """
 
     selection: Selection
     mixture: Mixture
     queue_ms: float
     probe_ms: float
+    release: Callable[[], object] = field(repr=False)
 
 
 @dataclass
@@ -305,21 +308,21 @@ class Service:
                 return found
             pool = self.logo.fitted
             selection = forced(waiting.wish.adapters or {}, pool, asked.candidates) if found is None else found
-            return Chosen(selection, self._mixture(pool, selection), queued, took)
+            mixture, release = self._held(pool, selection)
+            return Chosen(selection, mixture, queued, took, release)
         except Exception as error:
             if not isinstance(error, LoGoError):
                 _log.exception("a request cannot be given its mixture")
             # Its frames lead to what the others of the batch hold, which would wait for the garbage collector.
             return error.with_traceback(None)
 
-    def _mixture(self, pool: AdapterPool, selection: Selection) -> Mixture:
+    def _held(self, pool: AdapterPool, selection: Selection) -> tuple[Mixture, Callable[[], object]]:
         """Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes."""
         store = self.logo.store
         used = [(pool[name], weight) for name, weight in selection.mixture.items() if weight]
         hold = store.hold([store.source(adapter) for adapter, _ in used])
         mixture = Mixture(hold, tuple(weight for _, weight in used))
-        weakref.finalize(mixture, store.release_later, hold)
-        return mixture
+        return mixture, weakref.finalize(mixture, store.release_later, hold)
 
     # -- the pool --------------------------------------------------------------------------------------------------
 
