@@ -82,13 +82,14 @@ def test_the_whole_bench(small: None, tmp_path: Path, capsys: pytest.CaptureFixt
         "open_vs_peft", "select_vs_prefill", "select_calibrated_vs_prefill", "prefill_vs_base", "decode1_vs_base",
         "decode16_vs_base", "decode16_random_vs_base", "decode16_random_8b_layer_vs_base", "e2e1_vs_peft",
         "e2e1_vs_peft_all_active", "e2e16_vs_peft", "e2e16_vs_peft_one_batch", "prefix_second_vs_first",
-        "prefix_calibrated_second_vs_first",
+        "prefix_calibrated_second_vs_first", "e2e1_vs_base", "e2e16_vs_base", "e2e16_related_vs_base",
     }  # fmt: skip
     assert set(report["ratios"]) == asked
     seconds = {name: {a: arm["seconds"] for a, arm in part["arms"].items()} for name, part in report["parts"].items()}
     opened, end = seconds["open pool"], seconds["end to end, batch 1"]
     assert report["ratios"]["open_vs_peft"] == pytest.approx(opened["cold"] / opened["PEFT"])  # a cost: ours to theirs
-    assert report["ratios"]["e2e1_vs_peft"] == pytest.approx(end["PEFT"] / end["LoGo"])  # a speed: ours to theirs
+    assert report["ratios"]["e2e1_vs_peft"] == pytest.approx(end["PEFT"] / end["norm"])  # a speed: ours to theirs
+    assert report["ratios"]["e2e1_vs_base"] == pytest.approx(end["calibrated"] / end["base"])
     assert report["large_pool"]["adapters"] == 24 and report["large_pool"]["same_best"]
     assert report["large_pool"]["index_bytes"] == 24 * 64 * 4
     assert len(report["curves"]) == 4

@@ -179,16 +179,14 @@ class Bench:
         """
         self.say(f"end to end, batch {batch}")
         config, logo = _config(new), self.logo
-        calibrated = LoGo(
-            logo.model, logo.tokenizer, logo.pool, settings=SelectionSettings(signal="calibrated", k=self.k)
-        )
+        logo.calibrate("calibrated")
         arms: dict[str, Callable[[], object]] = {
             "base": lambda: logo.generate(
                 self.prompts(batch, tokens), adapters={}, generation_config=config, batch_size=batch
             ),
             "norm": lambda: logo.generate(self.prompts(batch, tokens), generation_config=config, batch_size=batch),
-            "calibrated": lambda: calibrated.generate(
-                self.prompts(batch, tokens), generation_config=config, batch_size=batch
+            "calibrated": lambda: logo.generate(
+                self.prompts(batch, tokens), signal="calibrated", generation_config=config, batch_size=batch
             ),
         }
         if batch > 1:
@@ -196,9 +194,9 @@ class Bench:
 
             def related() -> object:
                 texts = self.prompts(batch, tokens)
-                calibrated.select(texts, batch_size=batch)
+                logo.select(texts, signal="calibrated", batch_size=batch)
                 mixtures = related_mixtures(logo.names, batch, self.k, seed=next(seeds))
-                return calibrated.generate(texts, adapters=mixtures, generation_config=config, batch_size=batch)
+                return logo.generate(texts, adapters=mixtures, generation_config=config, batch_size=batch)
 
             arms["calibrated, related"] = related
         if peft is not None:
