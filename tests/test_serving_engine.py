@@ -20,9 +20,11 @@ from logo import AdapterPool, LoGo, SelectionSettings
 from logo.decoding import greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
 from logo.serving import batching, steps
-from logo.serving.batching import GenerationFailed, GenerationTimeout, Memory
+from logo.serving.batching import GenerationFailed, GenerationTimeout
+from logo.serving.engine import NotReady, Overloaded, Wish
+from logo.serving.memory import Memory
 from logo.serving.sampling import Sampling
-from logo.serving.service import Chosen, NotReady, Overloaded, Service, Wish
+from logo.serving.service import Chosen, Service
 from make_adapters import load_peft, write_peft
 from test_engine import engine, tokenizer, write_adapter
 from tolerances import PATIENCE, same_scores
@@ -84,7 +86,7 @@ async def settled(service: Service) -> tuple[int, int, int]:
     """Blocks, running and waiting sequences, once the generating thread has heard of everything."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        found = (service.batching.kv_blocks[0], service.batching.running, service.waiting)
+        found = (service.figures.kv_used, service.figures.running, service.figures.waiting)
         if found == (0, 0, 0):
             break
         await asyncio.sleep(0.02)

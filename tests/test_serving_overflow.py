@@ -14,8 +14,9 @@ import tiny
 from logo import LoGo
 from logo.errors import AdapterError, NotFinite
 from logo.serving.batching import GenerationFailed
+from logo.serving.engine import Wish
 from logo.serving.sampling import Sampling
-from logo.serving.service import Service, Wish
+from logo.serving.service import Service
 from test_engine import engine, write_adapter
 from test_packed import failing
 from test_serving_engine import alone, answer, served, settled

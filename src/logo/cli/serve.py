@@ -81,9 +81,14 @@ def serve(
         float, typer.Option(help="Size of a request, in 10⁶ bytes.", min=0.001, rich_help_panel=LIMITS)
     ] = 1.0,
     kv_cache_gb: Annotated[
-        float,
-        typer.Option(help="Memory for keys and values on a CPU, in 10⁹ bytes.", min=0.001, rich_help_panel=LIMITS),
-    ] = 2.0,
+        float | None,
+        typer.Option(
+            help="Memory for keys and values, in 10⁹ bytes.",
+            min=0.001,
+            show_default="2 on a CPU, half of what is free on a GPU",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
     allow_adapter_changes: Annotated[
         Path | None,
         typer.Option(
@@ -131,7 +136,7 @@ def serve(
 
     from logo.selection.signals import get_signal
     from logo.serving.app import AppSettings
-    from logo.serving.batching import Memory
+    from logo.serving.memory import Memory
     from logo.serving.running import serve as run
     from logo.serving.service import Service
 
@@ -143,5 +148,6 @@ def serve(
         note(f"--key-adapters: no adapter matches {pattern!r} now")
     memory = Memory(max_concurrent, kv_cache_gb)
     service = Service(logo, memory, signals=others, max_queue=max_queue)
+    note(service.batching.plan.line)
     settings = AppSettings(name, request_timeout or None, folder)
     run(service, settings, guards, taken, lambda: note(f"Serving on {address_of(taken)}"))

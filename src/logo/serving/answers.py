@@ -17,13 +17,13 @@ from logo.endings import FinishReason
 from logo.errors import closest
 from logo.prompts import Prompt, read
 from logo.serving.batching import GenerationFailed, GenerationTimeout
+from logo.serving.engine import Chosen, Engine, Wish
 from logo.serving.errors import bad_request, model_not_found, timed_out
 from logo.serving.keys import Patterns
 from logo.serving.metrics import Metrics
 from logo.serving.problems import shown
 from logo.serving.protocol import LogoOptions, Message
 from logo.serving.sampling import Sampling, TokenLogprob
-from logo.serving.service import Chosen, Service, Wish
 from logo.serving.text import Text
 
 _T = TypeVar("_T")
@@ -85,7 +85,7 @@ class Answers:
         timeout: seconds that a request may take, its waiting included; None: as long as it takes.
     """
 
-    def __init__(self, service: Service, metrics: Metrics, base_model: str, timeout: float | None) -> None:
+    def __init__(self, service: Engine, metrics: Metrics, base_model: str, timeout: float | None) -> None:
         self.service = service
         self.metrics = metrics
         self.base_model = base_model
@@ -94,7 +94,7 @@ class Answers:
     @property
     def tokenizer(self) -> Any:
         """The base model's."""
-        return self.service.logo.tokenizer
+        return self.service.tokenizer
 
     # -- what is asked ---------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Answers:
         Raises:
             ApiError: a prompt without tokens, or an id that the model does not know.
         """
-        known = self.service.logo.model.get_input_embeddings().weight.shape[0]
+        known = self.service.vocabulary
         size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         rows = await _beside(size, lambda: [read(self.tokenizer, prompt) for prompt in prompts])
         for row in rows:
@@ -151,7 +151,7 @@ class Answers:
             UsageError: the model's template refuses it.
         """
         turns = [{**(m.model_extra or {}), "role": m.role, "content": m.text} for m in messages]
-        probe_text = self.service.logo.settings.probe_text
+        probe_text = self.service.probe_text
         prompt = await _beside(sum(len(m.text) for m in messages), lambda: read(self.tokenizer, turns, probe_text))
         if not prompt.ids:
             raise bad_request("messages: expected a text, found an empty one", "messages")
@@ -163,7 +163,7 @@ class Answers:
         Raises:
             ApiError: they do not fit behind the longest prompt.
         """
-        context, longest = self.service.batching.context, max(map(len, prompts))
+        context, longest = self.service.context, max(map(len, prompts))
         left = context - longest
         asked = min(MAX_NEW_TOKENS, left) if max_tokens is None else max_tokens
         if longest >= context or asked > left:
@@ -182,7 +182,7 @@ class Answers:
 
         Raises:
             ApiError: out of time.
-            LoGoError: as `Service.choose`.
+            LoGoError: as `Engine.choose`.
         """
         choosing = asyncio.gather(*(self.service.choose(prompt, wish) for prompt in prompts))
         try:

@@ -14,9 +14,9 @@ from fastapi.staticfiles import StaticFiles
 
 from logo.serving import changes, errors, routes
 from logo.serving.answers import Answers
+from logo.serving.engine import Engine
 from logo.serving.metrics import Metrics
 from logo.serving.replies import now
-from logo.serving.service import Service
 
 PAGE = Path(__file__).parent / "page"
 
@@ -36,7 +36,7 @@ class AppSettings:
     adapter_changes: Path | None = None
 
 
-def create_app(service: Service, settings: AppSettings) -> FastAPI:
+def create_app(service: Engine, settings: AppSettings) -> FastAPI:
     """The app; `logo.serving.guards.guard` goes around it. The service begins and ends with it."""
 
     @asynccontextmanager

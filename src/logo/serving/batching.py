@@ -23,6 +23,7 @@ from logo.endings import FinishReason, end_tokens
 from logo.errors import LoGoError, ModelError
 from logo.mixing.packed import Mixture, Packed
 from logo.mixing.store import AdapterStore
+from logo.serving.memory import Memory, Plan
 from logo.serving.sampling import Drawing, Drawn, Sampling, TokenLogprob, next_tokens
 from logo.serving.steps import Steps, attach
 
@@ -68,19 +69,6 @@ class Delta:
     finish_reason: FinishReason | None
 
 
-@dataclass(frozen=True)
-class Memory:
-    """How much is kept for sequences in flight.
-
-    Attributes:
-        concurrent: sequences of one step at most.
-        kv_cache_gb: memory (10⁹ bytes) for keys and values on a CPU; accelerators give what is free.
-    """
-
-    concurrent: int = 64
-    kv_cache_gb: float = 2.0
-
-
 @dataclass
 class _Job:
     mixture: Mixture
@@ -100,10 +88,12 @@ class Batching(Steps):
 
     Attributes:
         context: the same, as far as the memory for keys and values reaches.
+        plan: where memory goes.
         steps: how many forward passes were made with some mixture, and with none: `{"gate", "base"}`.
 
     Raises:
         ModelError: the model, or this version of transformers, cannot be batched.
+        UsageError: more memory is asked for than there is.
     """
 
     def __init__(self, model: PreTrainedModel, store: AdapterStore, memory: Memory, context: int | None) -> None:
@@ -120,6 +110,7 @@ class Batching(Steps):
         self._drawn: Drawn | None = None
         self.steps = {"base": 0, "gate": 0}
         self._hooked: ExitStack | None = None
+        self.plan = Plan.of(model, store.budget, memory)
         self._manager = self._make(memory, context)
         attach(self._manager, self)
         reach = infer_max_single_request_tokens(self._cache)
@@ -326,16 +317,15 @@ class Batching(Steps):
                 f"{type(model).__name__} cannot be served: expected attention of kind sdpa or flash, found "
                 f"{attention!r}, which transformers' continuous batching does not compute exactly"
             )
-        on_cpu = model.device.type == "cpu"
         config = ContinuousBatchingConfig(
             page_size=_PAGE,
-            num_blocks=self._blocks(memory, context) if on_cpu else None,
+            num_blocks=self._blocks(memory, context),
             max_batch_tokens=_STEP_TOKENS,
             max_requests_per_batch=min(memory.concurrent, _STEP_TOKENS),
             allow_block_sharing=False,
             use_async_batching=False,
             use_cuda_graph=False,
-            max_memory_percent=0.9 if on_cpu else None,
+            max_memory_percent=0.9,
             auto_switch_to_flash=self._store.dtype.itemsize == 2,
         )
         generation = greedy_config(eos_token_id=self._ends, max_new_tokens=1)
@@ -349,10 +339,10 @@ class Batching(Steps):
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_token = 2 * config.num_hidden_layers * heads * size * self._store.dtype.itemsize
+        per_token: int = 2 * config.num_hidden_layers * heads * size * self._store.dtype.itemsize
         longest = context or _USUAL_LENGTH
         tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))
-        tokens = min(tokens, int(memory.kv_cache_gb * 1e9 / per_token))
+        tokens = min(tokens, self.plan.kv // per_token)
         return max(1, math.ceil(tokens / _PAGE))
 
 

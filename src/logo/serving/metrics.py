@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from logo.serving.service import Chosen, Service
+    from logo.serving.engine import Chosen, Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -29,7 +29,7 @@ class Metrics:
         service: whose state the gauges show.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Engine) -> None:
         self.registry = CollectorRegistry()
 
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
@@ -70,20 +70,24 @@ class Metrics:
 class _State(Collector):
     """What the service is doing now, read when it is asked for."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Engine) -> None:
         self._service = service
 
     def collect(self) -> Iterator[Metric]:
-        service, batching = self._service, self._service.batching
-        used, total = batching.kv_blocks
+        service, now = self._service, self._service.figures
         gauges: dict[str, tuple[str, float]] = {
-            "num_requests_running": ("Answers that are being generated.", batching.running),
-            "num_requests_waiting": ("Requests that wait to be probed or generated.", service.waiting),
-            "kv_blocks_used": ("Blocks of keys and values in use.", used),
-            "kv_blocks": ("Blocks of keys and values in all.", total),
-            "kv_cache_usage_perc": ("Share of the blocks in use, 1 is all.", used / total),
+            "num_requests_running": ("Answers that are being generated.", now.running),
+            "num_requests_waiting": ("Requests that wait to be probed or generated.", now.waiting),
+            "kv_blocks_used": ("Blocks of keys and values in use.", now.kv_used),
+            "kv_blocks": ("Blocks of keys and values in all.", now.kv_total),
+            "kv_cache_usage_perc": ("Share of the blocks in use, 1 is all.", now.kv_used / now.kv_total),
             "pool_adapters": ("Adapters in the pool.", len(service.adapters)),
-            "adapters_stacked": ("Adapters whose tensors are ready to be mixed.", batching.adapters),
+            "adapters_stacked": ("Adapters whose tensors are ready to be mixed.", now.adapters),
+            "adapter_bytes": ("Memory of their columns.", now.adapter_bytes),
+            "adapter_memory_usage_perc": (
+                "The same as a share of what adapters may have, 1 is all.",
+                now.adapter_bytes / max(1, now.adapter_budget),
+            ),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"logo:{name}", text, value=value)
@@ -92,6 +96,6 @@ class _State(Collector):
             selected.add_metric([adapter], service.selected.get(adapter, 0))
         yield selected
         steps = CounterMetricFamily("logo:steps", "Forward passes, with some mixture or none.", labels=["form"])
-        for form, count in batching.steps.items():
+        for form, count in now.steps.items():
             steps.add_metric([form], count)
         yield steps

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from logo.endings import FinishReason
 from logo.serving import replies
 from logo.serving.answers import Asked, Piece
+from logo.serving.engine import Chosen
 from logo.serving.sampling import TokenLogprob
-from logo.serving.service import Chosen
 
 Spelled = Callable[[int], str]  # a token as text
 

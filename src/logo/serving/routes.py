@@ -14,13 +14,13 @@ from fastapi.responses import PlainTextResponse, Response
 from logo.prompts import Prompt
 from logo.serving import protocol, replies
 from logo.serving.answers import AUTO, Answers, Asked
+from logo.serving.engine import NotReady, Overloaded
 from logo.serving.errors import too_many, unavailable
 from logo.serving.keys import Patterns
 from logo.serving.metrics import CONTENT_TYPE
 from logo.serving.rendering import ChatRendering, CompletionRendering, Options, Rendering
 from logo.serving.responding import Streamed, unless_left, whole
 from logo.serving.sampling import Sampling
-from logo.serving.service import NotReady, Overloaded
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": replies.ErrorReply} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
@@ -171,8 +171,8 @@ async def adapters(request: Request) -> replies.AdapterList:
     ]
     return replies.AdapterList(
         base_model=answers.base_model,
-        default_k=service.logo.k,
-        signal=service.logo.settings.signal,
+        default_k=service.k,
+        signal=service.signal,
         signals=list(service.signals),
         data=cards,
     )
@@ -182,7 +182,7 @@ async def adapters(request: Request) -> replies.AdapterList:
 async def models(request: Request) -> replies.ModelList:
     """What requests may give as their model."""
     answers = _answers(request)
-    created, length = request.app.state.created, answers.service.batching.context
+    created, length = request.app.state.created, answers.service.context
 
     def card(name: str, role: str, parent: str | None) -> replies.ModelCard:
         return replies.ModelCard(
@@ -210,7 +210,7 @@ async def models(request: Request) -> replies.ModelList:
 @router.get("/health", tags=["Server"], **TEXT)
 async def health(request: Request) -> Response:
     """200 as long as answers can be generated."""
-    alive = _answers(request).service.batching.alive
+    alive = _answers(request).service.alive
     return PlainTextResponse("ok" if alive else "generation has stopped", 200 if alive else 503)
 
 

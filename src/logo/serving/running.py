@@ -13,8 +13,8 @@ import uvicorn
 
 from logo.errors import UsageError
 from logo.serving.app import AppSettings, create_app
+from logo.serving.engine import Engine
 from logo.serving.guards import GuardSettings, guard
-from logo.serving.service import Service
 
 # Seconds between the signal and the end of listening.
 _FAREWELL = 1.0
@@ -48,7 +48,7 @@ def address_of(taken: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn's server, which tells the service first that it is going down."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Engine, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._service = service
         self._started = started
@@ -75,7 +75,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    service: Service,
+    service: Engine,
     settings: AppSettings,
     guards: GuardSettings,
     taken: socket.socket,
@@ -102,11 +102,11 @@ def serve(
     )
     # uvicorn raises the signal again when it is done; ending as one was asked to is no failure.
     signal.signal(signal.SIGTERM, _leave)
-    service.batching.start()  # a model that cannot be served is one line, not a traceback of uvicorn's
+    service.prepare()  # a model that cannot be served is one line, not a traceback of uvicorn's
     try:
         Server(config, service, started).run(sockets=[taken])
     finally:
-        service.batching.stop()
+        service.stop()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

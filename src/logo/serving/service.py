@@ -25,40 +25,18 @@ from logo.adapters.pool import AdapterPool
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.packed import Mixture
-from logo.prompts import Prompt
-from logo.selecting import Asked, CallOptions
+from logo.prompts import ProbeText, Prompt
+from logo.selecting import Asked
 from logo.selection import Selection
 from logo.selection.selector import forced, known
-from logo.serving.batching import Batching, Delta, Memory
+from logo.serving.batching import Batching, Delta
+from logo.serving.engine import Figures, NotReady, Overloaded, Wish
 from logo.serving.keys import Patterns, usable
+from logo.serving.memory import Memory
 from logo.serving.replies import AdapterCard
 from logo.serving.sampling import Sampling
 
-
-class Overloaded(LoGoError, RuntimeError):
-    """As many requests wait as may."""
-
-
 _log = logging.getLogger("logo.serving")
-
-
-class NotReady(LoGoError, RuntimeError):
-    """No requests are taken: the server is going down, or cannot generate any more."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a request asks of its mixture.
-
-    Attributes:
-        adapters: instead of selecting: name -> weight; `{}` is the base model alone.
-        options: how to select, where not as the server was told.
-        usable: what the request's API key is bound to; None: the whole pool.
-    """
-
-    adapters: Mapping[str, float] | None = None
-    options: CallOptions = field(default_factory=CallOptions)
-    usable: Patterns | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +129,18 @@ class Service:
 
     # -- life ------------------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Begins to generate.
+
+        Raises:
+            ModelError: the model cannot be served.
+        """
+        self.batching.start()
+
+    def stop(self) -> None:
+        """Ends what is still being generated."""
+        self.batching.stop()
+
     async def start(self) -> None:
         """Begins to serve; inside a running event loop."""
         self.batching.start()
@@ -170,9 +160,50 @@ class Service:
         return self.batching.alive and not self._selecting.done() and not self.draining
 
     @property
-    def waiting(self) -> int:
-        """Requests that have not begun to be generated."""
-        return len(self._waiting) + self.batching.waiting
+    def alive(self) -> bool:
+        """Whether answers can be generated."""
+        return self.batching.alive
+
+    @property
+    def figures(self) -> Figures:
+        """What is going on now."""
+        batching, store = self.batching, self.logo.store
+        used, total = batching.kv_blocks
+        waiting = len(self._waiting) + batching.waiting
+        return Figures(
+            batching.running, waiting, used, total, len(store.keys), store.bytes, store.budget, batching.steps
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        return self.logo.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids below this are known."""
+        return int(self.logo.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer at most."""
+        context: int = self.batching.context
+        return context
+
+    @property
+    def k(self) -> int:
+        """Adapters per prompt where a request does not say."""
+        return self.logo.k
+
+    @property
+    def signal(self) -> str:
+        """What scores adapters where a request does not say."""
+        return self.logo.settings.signal
+
+    @property
+    def probe_text(self) -> ProbeText | None:
+        """What is probed of a conversation."""
+        return self.logo.settings.probe_text
 
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:

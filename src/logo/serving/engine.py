@@ -1,0 +1,187 @@
+"""What a server asks of an engine. Whatever does this can stand behind the same app.
+
+    wish -> choose -> Chosen -> generate -> Delta, Delta, ...
+
+`logo.serving.service.Service` is the engine of this process. Gates, caches and places are an engine's own affair: the
+app sees a `Chosen` only from outside, and hands it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from logo.errors import LoGoError
+from logo.prompts import ProbeText, Prompt
+from logo.selecting import CallOptions
+from logo.selection import Selection
+from logo.serving.batching import Delta
+from logo.serving.keys import Patterns
+from logo.serving.replies import AdapterCard
+from logo.serving.sampling import Sampling
+
+
+class Overloaded(LoGoError, RuntimeError):
+    """As many requests wait as may."""
+
+
+class NotReady(LoGoError, RuntimeError):
+    """No requests are taken: the server is going down, or cannot generate any more."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request asks of its mixture.
+
+    Attributes:
+        adapters: instead of selecting: name -> weight; `{}` is the base model alone.
+        options: how to select, where not as the server was told.
+        usable: what the request's API key is bound to; None: the whole pool.
+    """
+
+    adapters: Mapping[str, float] | None = None
+    options: CallOptions = field(default_factory=CallOptions)
+    usable: Patterns | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an engine is doing, and what it holds.
+
+    Attributes:
+        running, waiting: answers that are being generated; requests that have not begun to be.
+        kv_used, kv_total: blocks of keys and values.
+        adapters: those whose tensors are ready to be mixed.
+        adapter_bytes, adapter_budget: memory of their columns, and how much there may be.
+        steps: forward passes with a mixture and without: `{"gate", "base"}`.
+    """
+
+    running: int
+    waiting: int
+    kv_used: int
+    kv_total: int
+    adapters: int
+    adapter_bytes: int
+    adapter_budget: int
+    steps: Mapping[str, int]
+
+
+class Chosen(Protocol):
+    """A mixture that is ready to be generated with."""
+
+    @property
+    def selection(self) -> Selection:
+        """Names, weights, scores."""
+
+    @property
+    def queue_ms(self) -> float:
+        """How long the prompt waited to be probed."""
+
+    @property
+    def probe_ms(self) -> float:
+        """How long probing took, together with others; 0 where nothing was selected."""
+
+    def release(self) -> object:
+        """The mixture is no longer needed."""
+
+
+class Engine(Protocol):
+    """One base model and its pool, for many requests.
+
+    Attributes:
+        tokenizer: the base model's.
+        vocabulary: token ids below this are known.
+        context: tokens of a prompt and its answer at most.
+        k, signal, probe_text: how prompts are selected for where a request does not say.
+        signals: those that requests may ask for, the engine's own first.
+        adapters: those that requests may use now, by name.
+        cards: what is shown of each.
+        selected: how many answers each has had a part in.
+        draining: takes no new requests.
+    """
+
+    draining: bool
+    signals: tuple[str, ...]
+    selected: dict[str, int]
+    adapters: dict[str, Any]
+    cards: dict[str, AdapterCard]
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def signal(self) -> str: ...
+    @property
+    def probe_text(self) -> ProbeText | None: ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether answers can be generated."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+
+    @property
+    def figures(self) -> Figures:
+        """As they are now."""
+
+    def prepare(self) -> None:
+        """Before anything else: what fails slowly fails here. `stop` has to follow.
+
+        Raises:
+            ModelError: the model cannot be served.
+        """
+
+    def stop(self) -> None:
+        """Ends what is still being generated."""
+
+    async def start(self) -> None:
+        """Begins to serve; inside a running event loop."""
+
+    async def close(self) -> None:
+        """Ends everything; requests in flight fail."""
+
+    def admitted(self, count: int = 1) -> AbstractContextManager[None]:
+        """Room for so many answers, inside the block.
+
+        Raises:
+            Overloaded, NotReady: there is none.
+            UsageError: there can never be.
+        """
+
+    def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
+        """The adapters that an API key may use now, by name; None: all of them."""
+
+    async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Chosen:
+        """The mixture for a prompt.
+
+        Raises:
+            LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
+        """
+
+    def generate(
+        self, ids: Sequence[int], chosen: Any, sampling: Sampling, deadline: float | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """The tokens that continue a prompt under what `choose` gave. Leaving the loop ends the answer.
+
+        Args:
+            deadline: by the event loop's clock; None: as long as it takes.
+
+        Raises:
+            GenerationFailed, GenerationTimeout: see there.
+        """
+
+    async def add(self, folder: Path, name: str, *, replace: bool = False) -> Any:
+        """Puts an adapter into the pool; one that fails a check changes nothing."""
+
+    async def remove(self, name: str) -> None:
+        """Takes an adapter out of the pool; requests that have selected it are still answered with it."""

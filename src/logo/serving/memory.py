@@ -1,0 +1,74 @@
+"""Where a server's memory goes: the model, the adapters, keys and values. Checked before anything is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from logo.errors import UsageError
+from logo.mixing.placement import free_bytes
+
+# What keys and values get where nobody says: this much on a CPU, where other programs want memory too, ...
+_USUAL = 2e9
+# ... and never more than these shares of what is free beside the model; adapters have 0.3 of it.
+_CPU_SHARE, _SHARE = 0.3, 0.5
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How much is kept for sequences in flight.
+
+    Attributes:
+        concurrent: sequences of one step at most.
+        kv_cache_gb: memory (10⁹ bytes) for keys and values, on whatever device. None: a share of what is free there.
+    """
+
+    concurrent: int = 64
+    kv_cache_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on a model's devices.
+
+    Attributes:
+        model: what its weights take.
+        adapters, kv: what the adapters' columns, and keys and values, may take.
+        free: what is free beside the model.
+    """
+
+    model: int
+    adapters: int
+    kv: int
+    free: int
+
+    @classmethod
+    def of(cls, model: nn.Module, adapters: int, memory: Memory) -> Plan:
+        """What will be taken, before it is.
+
+        Raises:
+            UsageError: it is more than there is.
+        """
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        free = free_bytes(devices)
+        on_cpu = devices == {torch.device("cpu")}
+        usual = min(_USUAL, _CPU_SHARE * free) if on_cpu else _SHARE * free
+        kv = usual if memory.kv_cache_gb is None else 1e9 * memory.kv_cache_gb
+        taken = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        plan = cls(taken, adapters, int(kv), free)
+        if adapters + plan.kv > free:
+            raise UsageError(
+                f"{plan.line}: adapters and keys and values together do not fit; give less to --adapter-memory-gb or "
+                "--kv-cache-gb"
+            )
+        return plan
+
+    @property
+    def line(self) -> str:
+        """The same in words."""
+        return (
+            f"Memory: model {self.model / 1e9:.2f} GB · up to {self.adapters / 1e9:.2f} GB of adapters · up to "
+            f"{self.kv / 1e9:.2f} GB of keys and values · {self.free / 1e9:.2f} GB free beside the model"
+        )

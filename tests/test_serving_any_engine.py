@@ -1,0 +1,134 @@
+"""The app on an engine that is none of ours: all it needs is what `logo.serving.engine` writes down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from logo.models import load_base
+from logo.prompts import Prompt
+from logo.selection import Selection
+from logo.serving.app import AppSettings, create_app
+from logo.serving.batching import Delta
+from logo.serving.engine import Engine, Figures, Wish
+from logo.serving.sampling import Sampling
+
+
+@dataclass
+class Choice:
+    selection: Selection
+    released: list[str]
+    queue_ms: float = 1.0
+    probe_ms: float = 2.0
+
+    def release(self) -> None:
+        self.released.extend(self.selection.adapters)
+
+
+class Scripted:
+    """Answers every prompt with its own ids turned round, under the first adapter."""
+
+    vocabulary, context, k, signal, probe_text = 64, 100, 1, "norm", None
+    alive = ready = True
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.signals = ("norm",)
+        self.selected: dict[str, int] = {}
+        self.adapters: dict[str, Any] = {"a": None, "b": None}
+        self.cards: dict[str, Any] = {}
+        self.tokenizer = load_base("demo")[1]
+        self.vocabulary = len(self.tokenizer)
+        self.released: list[str] = []
+        self.went: list[str] = []
+
+    @property
+    def figures(self) -> Figures:
+        return Figures(0, 0, 0, 8, 2, 10, 20, {"gate": 3, "base": 4})
+
+    def prepare(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    async def start(self) -> None:
+        self.went.append("start")
+
+    async def close(self) -> None:
+        self.went.append("close")
+
+    @contextmanager
+    def admitted(self, count: int = 1) -> Iterator[None]:
+        yield
+
+    def usable(self, patterns: Any) -> Mapping[str, Any]:
+        return self.adapters
+
+    async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Choice:
+        forced = wish.adapters
+        return Choice(Selection.forced({"a": 1.0} if forced is None else dict(forced)), self.released)
+
+    async def generate(
+        self, ids: Sequence[int], chosen: Any, sampling: Sampling, deadline: float | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        answer = tuple(reversed(ids))[: sampling.max_tokens]
+        for i, token in enumerate(answer):
+            yield Delta((token,), (), "length" if i == len(answer) - 1 else None)
+
+    async def add(self, folder: Path, name: str, *, replace: bool = False) -> None:
+        self.adapters[name] = None
+
+    async def remove(self, name: str) -> None:
+        del self.adapters[name]
+
+
+def asked(use: Callable[[httpx.AsyncClient, Scripted], Awaitable[Any]], **settings: Any) -> Any:
+    """What `use` makes of the app, between its beginning and its end."""
+    made = Scripted()
+    engine: Engine = made
+
+    async def run() -> Any:
+        app = create_app(engine, AppSettings("base", **settings))
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                found = await use(client, made)
+        assert made.went == ["start", "close"]
+        return found
+
+    return asyncio.run(run())
+
+
+def test_answers_whole_and_streamed() -> None:
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        prompt = engine.tokenizer.encode("one two")
+        body = {"model": "logo", "prompt": prompt, "max_tokens": 3}
+        whole = (await client.post("/v1/completions", json=body)).json()
+        text = engine.tokenizer.decode(prompt[::-1][:3], skip_special_tokens=True)
+        assert whole["choices"][0]["text"] == text and whole["choices"][0]["finish_reason"] == "length"
+        lines = (await client.post("/v1/completions", json={**body, "model": "b", "stream": True})).text.split("\n\n")
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert "".join(choice["text"] for event in events for choice in event["choices"]) == text
+        assert engine.released == ["a", "b"]
+
+    asked(use)
+
+
+def test_the_pool_and_the_figures_are_told(tmp_path: Path) -> None:
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in listed] == ["logo", "base", "a", "b"]
+        (tmp_path / "c").mkdir()
+        loading = await client.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": "c"})
+        assert loading.status_code == 200 and "c" in engine.adapters
+        lines = (await client.get("/metrics")).text.splitlines()
+        assert {"logo:kv_blocks 8.0", "logo:adapters_stacked 2.0", "logo:adapter_bytes 10.0"} <= set(lines)
+        assert (await client.get("/health")).status_code == (await client.get("/ready")).status_code == 200
+
+    asked(use, adapter_changes=tmp_path)
