@@ -106,9 +106,11 @@ class Engine(Protocol):
     draining: bool
     signals: tuple[str, ...]
     selected: dict[str, int]
-    adapters: dict[str, Any]
-    cards: dict[str, AdapterCard]
 
+    @property
+    def adapters(self) -> Mapping[str, Any]: ...
+    @property
+    def cards(self) -> Mapping[str, AdapterCard]: ...
     @property
     def tokenizer(self) -> Any: ...
     @property

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
@@ -31,8 +31,9 @@ from logo.selection import Selection
 from logo.selection.selector import forced, known
 from logo.serving.batching import Batching, Delta
 from logo.serving.engine import Figures, NotReady, Overloaded, Wish
-from logo.serving.keys import Patterns, usable
+from logo.serving.keys import Patterns
 from logo.serving.memory import Memory
+from logo.serving.pool import ServedPool
 from logo.serving.replies import AdapterCard
 from logo.serving.sampling import Sampling
 
@@ -78,8 +79,7 @@ class Service:
         probe_batch: prompts per probe.
 
     Attributes:
-        adapters: those that requests may use now, by name.
-        cards: what is shown of each, but for how often it was selected.
+        pool: what requests may use now.
         selected: how many answers each has had a part in.
         draining: takes no new requests.
         signals: those that requests may ask for, the engine's own first.
@@ -111,21 +111,13 @@ class Service:
         self.batching = Batching(logo.model, logo.store, memory, logo.prompts.context)
         self._probe_batch = probe_batch
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
-        for signal in self.signals:
-            try:
-                logo.calibrate(signal)
-            except PoolError as error:
-                raise PoolError(f"signal {signal!r}: {error}") from error
-        self._refused: dict[str, LoGoError] = {}  # signals that cannot score the pool as it is now
+        self.pool = ServedPool(logo, self.signals, self.batching.paused)
         self._worker = ThreadPoolExecutor(1, "logo-select")
         self._waiting: list[_Waiting] = []
         self._wake = asyncio.Event()
         self._open = 0
         self.draining = False
         self.selected: dict[str, int] = {}
-        self.adapters: dict[str, Adapter] = {}
-        self.cards: dict[str, AdapterCard] = {}
-        self._list()
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -158,6 +150,16 @@ class Service:
     def ready(self) -> bool:
         """Whether requests are taken."""
         return self.batching.alive and not self._selecting.done() and not self.draining
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Those that requests may use now, by name."""
+        return self.pool.adapters
+
+    @property
+    def cards(self) -> Mapping[str, AdapterCard]:
+        """What is shown of each, but for how often it was selected."""
+        return self.pool.cards
 
     @property
     def alive(self) -> bool:
@@ -233,12 +235,7 @@ class Service:
 
     def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
         """The adapters that an API key may use now, by name; None: all of them."""
-        if patterns is None:
-            return self.adapters
-        known_names = self._usable  # another one takes its place when the pool changes
-        if patterns not in known_names:
-            known_names[patterns] = dict.fromkeys(usable(self.adapters, patterns))
-        return known_names[patterns]
+        return self.pool.usable(patterns)
 
     # -- selecting and generating ----------------------------------------------------------------------------------
 
@@ -295,10 +292,10 @@ class Service:
         try:
             options, pool = wish.options.copy(), self.logo.fitted
             signal = options.get("signal") or self.logo.settings.signal
-            if signal in self._refused:
+            if signal in self.pool.refused:
                 if wish.usable is not None:  # the reason names adapters of others
                     raise PoolError(f"signal {signal!r}: it cannot score the pool as it is now")
-                return copy(self._refused[signal])  # one that is raised again would hold every traceback
+                return copy(self.pool.refused[signal])  # one that is raised again would hold every traceback
             if signal not in self.signals:
                 raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
             if wish.usable is not None and wish.adapters != {}:
@@ -366,7 +363,7 @@ class Service:
         Raises:
             LoGoError: the adapter cannot be used, or the pool has one of that name.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._add, folder, name, replace)
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self.pool.add, folder, name, replace)
 
     async def remove(self, name: str) -> None:
         """Takes an adapter out of the pool; what has selected it is still answered with it.
@@ -374,60 +371,7 @@ class Service:
         Raises:
             LoGoError: there is none of that name, or it is the last one.
         """
-        await asyncio.get_running_loop().run_in_executor(self._worker, self._remove, name)
-
-    def _add(self, folder: Path, name: str, replaced: bool) -> Adapter:
-        pool = self.logo.pool
-        adapter = open_adapter(folder, name)
-        adapter.read()  # finds what is not finite
-        before = pool.remove(name) if replaced and name in pool else None
-        pool.add(adapter)
-        try:
-            self._take_note()
-            if name not in self.adapters:  # an engine that leaves out what does not fit says nothing by itself
-                raise next(error for error in self.logo.fitted.refused if error.name == name)
-        except Exception:
-            pool.remove(name)
-            if before is not None:
-                pool.add(before)
-            self._take_note()
-            raise
-        return adapter
-
-    def _remove(self, name: str) -> None:
-        pool = self.logo.pool
-        pool[name]  # raises with a did-you-mean
-        if len(pool) == 1:
-            raise UsageError(f"adapter {name!r} is the only one left: a pool needs one")
-        adapter = pool.remove(name)
-        try:
-            self._take_note()
-        except Exception:
-            pool.add(adapter)
-            raise
-
-    def _take_note(self) -> None:
-        """Indexes what is new in the pool now, so that no request has to wait for it."""
-        with self.batching.paused():
-            self._refused = {}
-            for signal in self.signals:
-                try:
-                    self.logo.calibrate(signal)
-                except LoGoError as error:
-                    if signal == self.logo.settings.signal:
-                        raise
-                    self._refused[signal] = copy(error)  # for whoever asks for this signal
-        self._list()
-
-    def _list(self) -> None:
-        """Notes which adapters there are. Each file is looked at once: it may be gone when the list is asked for."""
-        before, adapters = self.adapters, {adapter.name: adapter for adapter in self.logo.fitted}
-        known = {name for name, one in adapters.items() if name in before and before[name].file is one.file}
-        self.cards = {
-            name: self.cards[name] if name in known else AdapterCard.of(adapter) for name, adapter in adapters.items()
-        }
-        self.adapters = adapters
-        self._usable = dict[Patterns, dict[str, None]]()
+        await asyncio.get_running_loop().run_in_executor(self._worker, self.pool.remove, name)
 
 
 def _hand_out(batch: Sequence[_Waiting], results: Sequence[Chosen | Exception]) -> None:
