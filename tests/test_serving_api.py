@@ -328,6 +328,13 @@ def test_an_adapter_that_overflows_fails_its_own_requests(changes: Path, server:
         server.text("/v1/unload_lora_adapter", {"lora_name": "huge"})
 
 
+def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps() -> None:
+    with served("--base-model", "demo", "--adapter-memory-gb", "0.000001") as server:
+        error = refused(lambda: server.post("/v1/completions", {"model": "antonym", "prompt": "x"}))
+        assert error["status"] == 503 and "'antonym'" in error["message"] and "--adapter-memory-gb" in error["message"]
+        assert server.post("/v1/completions", {"model": "demo", "prompt": "x"})["choices"][0]["text"]
+
+
 # -- pressure ------------------------------------------------------------------------------------------------------
 
 

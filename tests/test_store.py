@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import warnings
+from collections.abc import Collection, Mapping
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from logo.adapters.format import LoraWeights
-from logo.errors import AdapterError, NotFinite
-from logo.mixing.store import AdapterStore, Source, StoreFull
+from logo.errors import AdapterError, NotFinite, StoreFull
+from logo.mixing.columns import Columns
+from logo.mixing.store import AdapterStore, Source, adapter_store
 from make_adapters import calm
 
 WIDTH = 6
@@ -170,3 +173,36 @@ def test_out_of_memory_at_any_allocation_leaves_nothing_half_done(batches: list[
     for batch in batches:  # and with memory again, everything works
         with one.held([source(number) for number in batch]):
             check(one)
+
+
+def test_columns_that_are_given_back_while_parts_are_cut_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread gives an adapter back in the middle of making room for one that cuts the modules in two."""
+    one = store()
+    hold = one.hold([source(6)])  # touches all modules
+    split, threads = Columns.split, list[threading.Thread]()
+
+    def cut(part: Columns, paths: Collection[str]) -> tuple[Columns, Columns]:
+        made = split(part, paths)
+        threads.append(threading.Thread(target=lambda: (one.retain({104}), one.release(hold))))
+        threads[-1].start()
+        threads[-1].join(0.5)
+        return made
+
+    monkeypatch.setattr(Columns, "split", cut)
+    with one.held([source(104)]):  # touches the first one alone
+        for thread in threads:
+            thread.join()
+        assert threads and one.keys == (104,)
+        consistent(one)
+
+
+def test_a_host_cache_that_is_smaller_than_what_it_feeds_says_so() -> None:
+    elsewhere = nn.Sequential(nn.Linear(4, 4)).to("meta")
+    elsewhere.dtype = torch.float32  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"keeps 1\.00 GB.*may have 2\.00 GB.*--adapter-cache-gb"):
+        found = adapter_store(elsewhere, 2.0, 1.0)
+    assert found.host is not None and found.host.budget == 10**9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enough = adapter_store(elsewhere, 0.001, None)
+    assert enough.host is not None and enough.host.budget == enough.budget == 10**6

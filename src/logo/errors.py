@@ -43,6 +43,10 @@ class ModelError(LoGoError, ValueError):
     """A base model that cannot be loaded, or in which a module that is needed cannot be found."""
 
 
+class StoreFull(LoGoError, RuntimeError):
+    """The adapters that are in use at one time need more memory than adapters may have."""
+
+
 class NotFinite(ModelError, ArithmeticError):
     """What was computed is NaN or infinite, so that nothing can be made of it."""
 

@@ -47,7 +47,7 @@ class FromPretrained:
         token: str | bool | None = None,
         truncation: Truncation | None = None,
         adapter_memory_gb: float | None = None,
-        adapter_cache_gb: float = 4.0,
+        adapter_cache_gb: float | None = None,
         fold: bool | None = None,
         merge: Merge | str = EXACT,
         on_bad_adapter: OnBadAdapter = "error",

@@ -122,9 +122,14 @@ class EngineOptions:
         ),
     ] = None
     adapter_cache_gb: Annotated[
-        float,
-        typer.Option(help="Host memory for adapter files beside a GPU, in GB.", min=0.0, rich_help_panel=POOL),
-    ] = 4.0
+        float | None,
+        typer.Option(
+            help="Host memory for adapter files beside a GPU, in GB.",
+            min=0.0,
+            show_default="as --adapter-memory-gb",
+            rich_help_panel=POOL,
+        ),
+    ] = None
     fold: Annotated[
         bool | None,
         typer.Option(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import traceback
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,17 +24,13 @@ from torch import nn
 
 from logo.adapters.format import Adapter, LoraWeights
 from logo.adapters.layout import linear_modules
-from logo.errors import LoGoError
+from logo.errors import StoreFull
 from logo.mixing.columns import Columns
 from logo.mixing.host_cache import HostCache
 from logo.mixing.placement import ADAPTER_SHARE, device_of, dtype_of, free_bytes
 
 # Columns that the first adapter makes room for: those of a few adapters of usual rank.
 _FIRST_COLUMNS = 64
-
-
-class StoreFull(LoGoError, RuntimeError):
-    """The adapters that are held at one time need more memory than there is for adapters."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Source:
 
 @dataclass(eq=False)
 class Resident:
-    """A source in the store, or on its way there.
+    """A source that has columns in the store, or will have them once the writing thread has come to it.
 
     Attributes:
         users: how many hold it now.
@@ -149,11 +146,14 @@ class AdapterStore:
             self._release_all()
 
     def release_later(self, hold: Hold) -> None:
-        """The same, where the lock must not be waited for: a garbage collector may call this at any place."""
+        """As `release`, without waiting for the lock: whoever takes it next gives the columns back.
+
+        Finalizers call this, and they may run at any point of any thread.
+        """
         self._leaving.append(hold)
 
     def _release_all(self) -> None:
-        """The lock is held."""
+        """Gives back what `release_later` was called for. The lock is held."""
         while self._leaving:
             for resident in self._leaving.popleft().residents:
                 resident.users -= 1
@@ -204,7 +204,7 @@ class AdapterStore:
     # -- writing: by one thread -------------------------------------------------------------------------------------
 
     def _wanted(self, source: Source) -> Resident:
-        """The resident of a source, which begins its way where it is new. The lock is held."""
+        """The resident of a source; a new one is handed to the thread that writes. The lock is held."""
         resident = self._residents.get(source.key)
         if resident is None:
             resident = self._residents[source.key] = Resident(source)
@@ -237,10 +237,10 @@ class AdapterStore:
         Raises:
             StoreFull: the budget does not allow it.
         """
-        touched = self._touched(weights)
         while True:
-            with self._lock:
+            with self._lock:  # nobody may give columns back while parts are cut
                 self._release_all()
+                touched = self._touched(weights)
                 missing = {part: part.missing(rank) for part, rank in touched.items()}
                 room = self.budget - self.bytes
                 needed = sum(part.column_bytes * more for part, more in missing.items())
@@ -248,7 +248,6 @@ class AdapterStore:
                     return {part: part.take(source.key, rank) for part, rank in touched.items()}
                 if needed > room:
                     self._make_room(source, needed)
-                    touched = self._touched(weights)
                     continue
             spare = (room - needed) // max(1, sum(part.column_bytes for part in missing))
             for part, more in missing.items():
@@ -256,7 +255,10 @@ class AdapterStore:
                     part.grow(more + max(0, min(max(part.capacity, _FIRST_COLUMNS) - more, spare)))
 
     def _touched(self, weights: Mapping[str, LoraWeights]) -> dict[Columns, int]:
-        """The parts that these modules make up, with the highest rank in each; parts that they cut are split."""
+        """The parts that these modules make up, with the highest rank in each; parts that they cut are split.
+
+        The lock is held.
+        """
         parts: list[Columns] = []
         touched: dict[Columns, int] = {}
         new = dict(weights)
@@ -276,8 +278,7 @@ class AdapterStore:
             part = Columns.on(new, {path: device_of(self.modules[path]) for path in new}, self.dtype)
             parts.append(part)
             touched[part] = max(len(factors.A) for factors in new.values())
-        with self._lock:
-            self._parts = tuple(parts)
+        self._parts = tuple(parts)
         return touched
 
     def _make_room(self, source: Source, needed: int) -> None:
@@ -305,17 +306,32 @@ class AdapterStore:
                 part.leave(resident.source.key)
 
 
-def adapter_store(model: nn.Module, memory_gb: float | None, cache_gb: float) -> AdapterStore:
+def adapter_store(model: nn.Module, memory_gb: float | None, cache_gb: float | None) -> AdapterStore:
     """The store of a model, for the adapters of any pool.
 
     Args:
         memory_gb: for its columns, in 10⁹ bytes; None: a share of what is free (`ADAPTER_SHARE`).
-        cache_gb: for files on the host, where the model computes elsewhere.
+        cache_gb: for files on the host, where the model computes elsewhere; None: as much as the columns may have, but
+            no more than the same share of what is free on the host.
+
+    Warns:
+        UserWarning: less than the columns may have, so that files are read again.
     """
     modules = dict(linear_modules(model))
     devices = {device_of(module) for module in modules.values()}
-    budget = ADAPTER_SHARE * free_bytes(devices) if memory_gb is None else memory_gb * 1e9
+    budget = int(ADAPTER_SHARE * free_bytes(devices) if memory_gb is None else memory_gb * 1e9)
     elsewhere = any(device.type != "cpu" for device in devices)
-    pinned = any(device.type == "cuda" for device in devices)
-    host = HostCache(int(cache_gb * 1e9), pinned=pinned) if elsewhere else None
-    return AdapterStore(modules, dtype_of(model), int(budget), host)
+    host = None
+    if elsewhere:
+        usual = min(budget, int(ADAPTER_SHARE * free_bytes([torch.device("cpu")])))
+        size = usual if cache_gb is None else int(cache_gb * 1e9)
+        if size < budget:
+            warnings.warn(
+                f"the host keeps {size / 1e9:.2f} GB of adapter files, and adapters may have {budget / 1e9:.2f} GB "
+                "where the model computes: files that do not fit are read again from disk; give --adapter-cache-gb as "
+                "much as --adapter-memory-gb",
+                UserWarning,
+                stacklevel=2,
+            )
+        host = HostCache(size, pinned=any(device.type == "cuda" for device in devices))
+    return AdapterStore(modules, dtype_of(model), budget, host)

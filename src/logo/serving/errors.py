@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from logo.errors import AdapterError, LoGoError, NotFinite, PoolError, StorageError, UsageError
+from logo.errors import AdapterError, LoGoError, NotFinite, PoolError, StorageError, StoreFull, UsageError
 from logo.serving.problems import problem, shown, unreadable
 
 INVALID = "invalid_request_error"
@@ -151,6 +151,8 @@ def api_error(error: BaseException, request_id: str | None = None) -> ApiError:
         return not_found(shown_line(str(error))) if missing else bad_request(shown_line(str(error)))
     if isinstance(error, NotFinite):
         return failed(str(error), "not_finite")
+    if isinstance(error, StoreFull):  # beside what other requests hold: later there may be room
+        return unavailable(shown_line(str(error)), retry_after=1)
     if out_of_memory(error):
         return unavailable("out of memory for this request; send a shorter prompt or ask for fewer tokens")
     return internal(request_id)

@@ -46,7 +46,7 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module, adapters: int, memory: Memory) -> Plan:
-        """What will be taken, before it is.
+        """Reckons what a server will take, before it takes anything.
 
         Raises:
             UsageError: it is more than there is.
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def line(self) -> str:
-        """The same in words."""
+        """One line for the person who starts the server."""
         return (
             f"Memory: model {self.model / 1e9:.2f} GB · up to {self.adapters / 1e9:.2f} GB of adapters · up to "
             f"{self.kv / 1e9:.2f} GB of keys and values · {self.free / 1e9:.2f} GB free beside the model"
