@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, Truncation, UsageError
 from logo.adapters.layout import linear_modules, linear_shape
-from logo.mixing.store import StoreFull
+from logo.errors import StoreFull
 from tolerances import same_scores, same_weights
 
 WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(3, 90)), "\n", "a\n", "b", "c", "d", "<unk>"]

@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "cache"},
     {"adapters", "prompts"},
     {"mixing", "selection", "models", "decoding", "endings", "scoring"},
-    {"decoder", "gold", "opening", "selecting"},
+    {"decoder", "completions", "opening", "selecting"},
     {"engine"},
     {"backends", "baselines"},
     {"evaluation", "training", "serving", "bench"},

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from logo.errors import StoreFull
 from logo.mixing.packed import Mixture, Packed
-from logo.mixing.store import AdapterStore, StoreFull
+from logo.mixing.store import AdapterStore
 from make_adapters import calm
 from test_store import COLUMN, MODULES, WIDTH, check, factors, source
 

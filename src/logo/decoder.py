@@ -16,10 +16,9 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from logo.adapters.pool import AdapterPool
 from logo.decoding import OVERFLOW, Cancelled, Finite, Prompts, input_device, streamed
 from logo.endings import EndRows, EndRule, FinishReason, at_newline, at_texts, cut_after_end, cut_at, end_tokens
-from logo.errors import NotFinite
+from logo.errors import NotFinite, StoreFull
 from logo.mixing import Form, Mixer, Work
 from logo.mixing.costs import EXPECTED
-from logo.mixing.store import StoreFull
 from logo.selection import Selection
 
 if TYPE_CHECKING:
@@ -91,26 +90,6 @@ class Decoder:
         Raises:
             StoreFull: the adapters of one row need more memory than adapters may have.
         """
-        try:
-            return self._answered(pool, config, stop_at_newline, stop, probed, rows, selections, streamer)
-        except StoreFull:
-            if len(rows) == 1:
-                raise
-        middle = len(rows) // 2
-        parts = ((rows[:middle], selections[:middle]), (rows[middle:], selections[middle:]))
-        return [answer for part in parts for answer in self(pool, config, stop_at_newline, stop, probed, *part)]
-
-    def _answered(
-        self,
-        pool: AdapterPool,
-        config: GenerationConfig,
-        stop_at_newline: bool | str,
-        stop: Sequence[str],
-        probed: float,
-        rows: Sequence[Sequence[int]],
-        selections: Sequence[Selection],
-        streamer: BaseStreamer | None,
-    ) -> list[Generation]:
         started = time.perf_counter()
         tokenizer = self.prompts.tokenizer
         rules = self._rules(config)
@@ -120,18 +99,18 @@ class Decoder:
             rules.append(at_newline(tokenizer, official=stop_at_newline == "official"))
         mixtures = [selection.mixture for selection in selections]
         try:
-            tokens, form = self._continue(pool, rows, mixtures, config, rules, streamer=streamer)
+            continued = self._in_parts(pool, rows, mixtures, config, rules, streamer)
         except BaseException:
             if streamer is not None:
                 streamer.end()
             raise
         ends = end_tokens(config, self.model.generation_config)
-        answers = [cut_after_end(row, ends, config.max_new_tokens, rules) for row in tokens]
+        answers = [cut_after_end(row, ends, config.max_new_tokens, rules) for row, _ in continued]
         texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
         return [
             Generation(cut_at(text, stop), selection, tuple(ids), reason, dict(seconds), form)
-            for text, selection, (ids, reason) in zip(texts, selections, answers, strict=True)
+            for text, selection, (ids, reason), (_, form) in zip(texts, selections, answers, continued, strict=True)
         ]
 
     def stream(
@@ -144,6 +123,29 @@ class Decoder:
                 self._continue(pool, [row], [mixture], config, self._rules(config), cancelled, streamer=streamer)
 
         return streamed(self.prompts.tokenizer, generate)
+
+    def _in_parts(
+        self,
+        pool: AdapterPool,
+        rows: Sequence[Sequence[int]],
+        mixtures: Sequence[Mapping[str, float]],
+        config: GenerationConfig,
+        rules: Sequence[EndRule],
+        streamer: BaseStreamer | None,
+    ) -> list[tuple[list[int], Form]]:
+        """Each row's new tokens and form: of all rows at once, or of halves where their adapters do not fit."""
+        try:
+            tokens, form = self._continue(pool, rows, mixtures, config, rules, streamer=streamer)
+        except StoreFull:
+            if len(rows) == 1:
+                raise
+        else:
+            return [(row, form) for row in tokens]
+        middle = len(rows) // 2
+        halves = (slice(middle), slice(middle, None))
+        return [
+            one for half in halves for one in self._in_parts(pool, rows[half], mixtures[half], config, rules, streamer)
+        ]
 
     def _continue(
         self,

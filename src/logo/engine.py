@@ -7,7 +7,6 @@ The only place that knows adapters, mixing and selection together. A prompt walk
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +18,9 @@ import torch
 from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
+from logo.completions import CompletionScorer
 from logo.decoder import Decoder, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, check_batch_size, check_streamable, reads_prompts
-from logo.gold import Gold
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.store import adapter_store
 from logo.models import context_length
@@ -54,7 +53,7 @@ class LoGo(FromPretrained):
         truncation: what to do with prompts that are too long.
         adapter_memory_gb: memory (10⁹ bytes) for adapters where the model computes; None: a share of what is free
             there, see `logo.mixing.placement`.
-        adapter_cache_gb: host memory for files of adapters that were used last, beside an accelerator.
+        adapter_cache_gb: host memory for adapter files, beside an accelerator; None: as much as `adapter_memory_gb`.
         fold: add the mixture into a copy of the weights it acts on where all rows of a batch share it, so that
             decoding costs what the base model costs. None: when that pays and would not round it to half precision;
             see `logo.mixing.costs`.
@@ -77,7 +76,7 @@ class LoGo(FromPretrained):
         generation_config: GenerationConfig | None = None,
         truncation: Truncation | None = None,
         adapter_memory_gb: float | None = None,
-        adapter_cache_gb: float = 4.0,
+        adapter_cache_gb: float | None = None,
         fold: bool | None = None,
         merge: Merge | str = EXACT,
         on_bad_adapter: OnBadAdapter = "error",
@@ -100,7 +99,7 @@ class LoGo(FromPretrained):
         self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
         self._mixer = Mixer(model, self.store, fold)
         self._decoder = Decoder(model, self.prompts, self._mixer)
-        self._gold = Gold(model, self.prompts, self._mixer)
+        self._completions = CompletionScorer(model, self.prompts, self._mixer)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self.merge = merge
         self._selecting = Selecting(model, self.prompts, self._mixer, self.settings)
@@ -297,10 +296,10 @@ class LoGo(FromPretrained):
             probed = (time.perf_counter() - started) / len(rows)
             answers: dict[int, Generation] = {}
             padded = not reads_prompts(config)
-            decode = functools.partial(self._decoder, self._fitted, config, stop_at_newline, stop, probed)
             for batch in batches_by_length([len(row) for row in rows], batch_size, padded=padded):
                 ids, chosen = [rows[i].ids for i in batch], [selections[i] for i in batch]
-                answers |= zip(batch, decode(ids, chosen, streamer=streamer), strict=True)
+                made = self._decoder(self._fitted, config, stop_at_newline, stop, probed, ids, chosen, streamer)
+                answers |= zip(batch, made, strict=True)
         ordered = [answers[i] for i in range(len(rows))]
         return ordered[0] if alone else ordered
 
@@ -343,17 +342,13 @@ class LoGo(FromPretrained):
         with self._lock:
             self._sync()
             [whole] = self.prompts.read([prompt], room=None)
-            gold = self._gold.ids(whole, completion)
+            gold = self._completions.ids(whole, completion)
             [row] = self.prompts.read([whole], room=len(gold))
-            selections = self._selecting.mixtures([row] * len(mixtures), mixtures, asked, 1)
-            return self._gold.mixtures(self._fitted, row.ids, gold, [selection.mixture for selection in selections])
+            chosen = self._selecting.mixtures([row] * len(mixtures), mixtures, asked, 1)
+            return self._completions.mixtures(self._fitted, row.ids, gold, [one.mixture for one in chosen])
 
     def score_pairs(
-        self,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        adapters: Sequence[Forced],
-        *,
-        batch_size: int = 8,
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[Forced], *, batch_size: int = 8
     ) -> list[Scored]:
         """What completions are worth, each after its own prompt and under its own mixture; rows share batches.
 
@@ -369,7 +364,7 @@ class LoGo(FromPretrained):
         with self._lock:
             self._sync()
             mixtures = [forced(entry, self._fitted).mixture for entry in adapters]
-            return self._gold.pairs(self._fitted, pairs, mixtures, batch_size)
+            return self._completions.pairs(self._fitted, pairs, mixtures, batch_size)
 
     def save_mixture(self, mixture: Forced, folder: str | Path) -> Path:
         """Writes a mixture as one plain PEFT adapter that answers with the same tokens; see `logo.adapters.export`.

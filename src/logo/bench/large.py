@@ -18,7 +18,7 @@ from logo.selection.settings import SelectionSettings
 
 # Thousands of them fit on a disk, and the model costs next to nothing.
 SMALL = Sizes(hidden=256, layers=2, heads=4, vocabulary=1024, rank=8)
-_LRU_GB = 0.05
+_ADAPTERS_GB = 0.05
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def large_pool(count: int, rounds: int, say: Callable[[str], None], seed: int = 
 
         def opened() -> LoGo:
             pool = AdapterPool.from_directory(folder, cache=cache, verify=False)
-            logo = LoGo(model, tokenizer, pool, settings=settings, adapter_cache_gb=_LRU_GB)
+            logo = LoGo(model, tokenizer, pool, settings=settings, adapter_memory_gb=_ADAPTERS_GB)
             logo.calibrate()
             return logo
 
@@ -86,7 +86,7 @@ def large_pool(count: int, rounds: int, say: Callable[[str], None], seed: int = 
         held = resident() - before
         scoring, product, same = _scoring(logo, rounds, seed)
         index = logo.scorer.index_bytes
-        return LargePool(count, cold, known, index, int(_LRU_GB * 1e9), held, scoring, product, same)
+        return LargePool(count, cold, known, index, int(_ADAPTERS_GB * 1e9), held, scoring, product, same)
 
 
 def _scoring(logo: LoGo, rounds: int, seed: int) -> tuple[float, float, bool]:

@@ -96,17 +96,16 @@ class Bench:
         """Probe, score, choose and weigh, by both signals, beside a plain prefill of the same prompt."""
         self.say("select")
         logo = self.logo
-        engines = {
-            signal: LoGo(logo.model, logo.tokenizer, logo.pool, settings=SelectionSettings(signal=signal, k=self.k))
-            for signal in ("norm", "calibrated")
-        }
         arms: dict[str, Callable[[], object]] = {}
         [prompt] = self.prompts(1, tokens)
         rows = logo.prompts.encode([prompt])
         arms["prefill"] = lambda: prefill(logo.model, rows)
-        for signal, engine in engines.items():
+        for signal in ("norm", "calibrated"):
+            logo.calibrate(signal)
             # Always another prompt: what is known of an earlier one would be no fair game.
-            arms[signal] = lambda engine=engine: engine.select(self.prompts(1, tokens)[0])  # type: ignore[misc]
+            arms[signal] = lambda signal=signal: logo.select(  # type: ignore[misc]
+                self.prompts(1, tokens)[0], signal=signal
+            )
         return Part("select", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
 
     def prefix(self, shared: int, own: int) -> Part:
@@ -115,15 +114,15 @@ class Bench:
         logo = self.logo
         arms: dict[str, Callable[[], object]] = {}
         for signal in ("norm", "calibrated"):
-            engine = LoGo(logo.model, logo.tokenizer, logo.pool, settings=SelectionSettings(signal=signal, k=self.k))
+            logo.calibrate(signal)
             state: dict[str, str] = {}
 
-            def first(engine: LoGo = engine, state: dict[str, str] = state) -> None:
+            def first(signal: str = signal, state: dict[str, str] = state) -> None:
                 [state["prefix"], end] = self.prompts(1, shared) + self.prompts(1, own)
-                engine.select(f"{state['prefix']} {end}")
+                logo.select(f"{state['prefix']} {end}", signal=signal)
 
-            def second(engine: LoGo = engine, state: dict[str, str] = state) -> None:
-                engine.select(f"{state['prefix']} {self.prompts(1, own)[0]}")
+            def second(signal: str = signal, state: dict[str, str] = state) -> None:
+                logo.select(f"{state['prefix']} {self.prompts(1, own)[0]}", signal=signal)
 
             arms |= {f"{signal}, first": first, f"{signal}, second": second}
         return Part("shared prefix", side_by_side(arms, self.rounds, device=self.device), {"tokens": shared + own})

@@ -46,11 +46,11 @@ class Copies:
         self._shared: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def own(self, place: tuple[str, str], factors: Tensor, index: Tensor) -> Tensor:
-        """(len(index), width) rows of factors, until the next call for the same place."""
+        """A copy (len(index), width) of these rows of factors; the next call for the same place overwrites it."""
         return self._copied(self._own, place, factors, index)
 
     def shared(self, factors: Tensor, index: Tensor) -> Tensor:
-        """The same until the next call."""
+        """Such a copy in the memory that all modules share; the next call overwrites it."""
         return self._copied(self._shared, (factors.device, factors.dtype), factors, index)
 
     def clear(self) -> None:

@@ -142,7 +142,11 @@ def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> Drawn:
 
 
 def _sampled(scores: Tensor, drawings: Sequence[Drawing]) -> Tensor:
-    """(rows,) tokens: the one whose probability is largest beside exponential noise, which is a draw from them all."""
+    """(rows,) tokens, one drawn from each row's distribution.
+
+    The token with the largest quotient of its probability and exponential noise is such a draw, and all rows take the
+    same few calls. Only the noise is filled row by row.
+    """
     ways = torch.tensor([[drawing.sampling.temperature, drawing.sampling.top_p] for drawing in drawings])
     temperature, top_p = ways.to(scores.device, non_blocking=True).T[:, :, None]  # (rows, 1) each
     scores = scores / temperature

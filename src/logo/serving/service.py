@@ -375,7 +375,7 @@ class Service:
 
 
 def _hand_out(batch: Sequence[_Waiting], results: Sequence[Chosen | Exception]) -> None:
-    """To those who still wait."""
+    """Gives each result to the request that still waits for it."""
     for waiting, result in zip(batch, results, strict=True):
         if waiting.future.done():
             continue

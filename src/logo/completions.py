@@ -1,4 +1,4 @@
-"""`Gold`: what gold completions are worth under mixtures, on one model. `logo.scoring` with everything in place."""
+"""`CompletionScorer`: scores completions under mixtures on one model, by the pure functions of `logo.scoring`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Gold:
+class CompletionScorer:
     """Scores completions, teacher-forced.
 
     Args:
