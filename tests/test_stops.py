@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from logo import LoGo
+from logo import LoGo, decoder
 from logo.demo.tokenizer import build_tokenizer
 from logo.endings import EndRows, at_texts, cut_at
 
@@ -65,3 +70,63 @@ def test_without_texts_nothing_changes(logo: LoGo) -> None:
     assert [a.token_ids for a in logo.generate(PROMPTS, max_new_tokens=8, stop=["", "never"])] == [
         a.token_ids for a in plain
     ]
+
+
+@contextmanager
+def copied() -> Iterator[list[int]]:
+    """How many numbers each copy to the host in the block holds."""
+    seen: list[int] = []
+    plain = Tensor.tolist
+
+    def tolist(tensor: Tensor) -> Any:
+        seen.append(tensor.numel())
+        return plain(tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "tolist", tolist)
+        yield seen
+
+
+def test_every_step_copies_one_token_of_each_row(logo: LoGo) -> None:
+    options: dict[str, Any] = {"adapters": {"plural": 1.0}, "max_new_tokens": 12, "min_new_tokens": 12}
+    with copied() as plain:
+        logo.generate(PROMPTS, **options)
+    with copied() as ruled:
+        logo.generate(PROMPTS, stop=["never"], **options)
+    assert max(plain) == len(PROMPTS) * 12  # the answers
+    assert sum(ruled) == sum(plain) + len(PROMPTS) * 12
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 5}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True, "temperature": 3.0}],
+    ids=str,
+)
+def test_rules_see_what_they_see_when_all_is_read(
+    logo: LoGo, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where beams change places from step to step."""
+
+    def seen() -> list[tuple[int, ...]]:
+        rows: list[tuple[int, ...]] = []
+
+        def rule(ids: Sequence[int]) -> bool:
+            rows.append(tuple(ids))
+            return len(ids) > 9 and ids[3] % 2 == 0
+
+        monkeypatch.setattr(decoder, "at_texts", lambda tokenizer, stops: rule)
+        torch.manual_seed(0)
+        logo.generate(PROMPTS, max_new_tokens=12, stop=["never"], **options)
+        return rows
+
+    found = seen()
+    monkeypatch.setattr(decoder, "only_grows", lambda config: False)
+    assert found == seen()
+
+
+def test_drafts_are_read_whole(logo: LoGo) -> None:
+    """Several tokens may come in one step, and some of them may be taken back."""
+    options: dict[str, Any] = {"adapters": {"plural": 1.0}, "max_new_tokens": 12, "stop": ["e"]}
+    prompt = PROMPTS[1]
+    drafted = logo.generate(prompt, prompt_lookup_num_tokens=3, **options)
+    assert drafted.token_ids == logo.generate(prompt, **options).token_ids

@@ -15,7 +15,17 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from logo.adapters.pool import AdapterPool
 from logo.decoding import OVERFLOW, Cancelled, Finite, Prompts, input_device, streamed
-from logo.endings import EndRows, EndRule, FinishReason, at_newline, at_texts, cut_after_end, cut_at, end_tokens
+from logo.endings import (
+    EndRows,
+    EndRule,
+    FinishReason,
+    at_newline,
+    at_texts,
+    cut_after_end,
+    cut_at,
+    end_tokens,
+    only_grows,
+)
 from logo.errors import NotFinite, StoreFull
 from logo.mixing import Form, Mixer, Work
 from logo.mixing.costs import EXPECTED
@@ -161,7 +171,7 @@ class Decoder:
         config = copy.copy(config)
         config.stop_strings = None  # they are among the rules
         if rules:
-            criteria = (*criteria, EndRows(rules, ids.shape[1]))
+            criteria = (*criteria, EndRows(rules, ids.shape[1], growing=only_grows(config)))
         finite = Finite(stop=options.get("streamer") is not None)
         with (
             self._mixer.active(pool, mixtures, self._work(ids, config)) as form,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
+from transformers.generation import GenerationMode
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -66,16 +67,34 @@ class EndRows(StoppingCriteria):  # type: ignore[misc]
     Args:
         rules: on new tokens only, so that nothing in a prompt ends its answer.
         prompt_length: padded length of the prompts, where new tokens start.
+        growing: every call shows the rows of the call before with one more token each, so that no other is copied from
+            the device; see `only_grows`. Otherwise every call copies all new tokens.
     """
 
-    def __init__(self, rules: Sequence[EndRule], prompt_length: int) -> None:
+    def __init__(self, rules: Sequence[EndRule], prompt_length: int, *, growing: bool = False) -> None:
         self.rules = rules
         self.prompt_length = prompt_length
+        self.growing = growing
+        self._rows: list[list[int]] = []  # the new tokens so far
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
-        rows: list[list[int]] = input_ids[:, self.prompt_length :].tolist()
-        done = [any(rule(row) for rule in self.rules) for row in rows]
+        done = [any(rule(row) for rule in self.rules) for row in self._read(input_ids[:, self.prompt_length :])]
+        if not any(done):  # made on the device: there is nothing to copy there
+            return torch.zeros(len(done), dtype=torch.bool, device=input_ids.device)
         return torch.tensor(done, device=input_ids.device)
+
+    def _read(self, new: Tensor) -> list[list[int]]:
+        if not (self.growing and self._rows) or new.shape != (len(self._rows), len(self._rows[0]) + 1):
+            self._rows = new.tolist()
+            return self._rows
+        for row, token in zip(self._rows, new[:, -1].tolist(), strict=True):
+            row.append(token)
+        return self._rows
+
+
+def only_grows(config: GenerationConfig) -> bool:
+    """Whether decoding adds one token to each row in every step. Beams change places, and drafts are taken back."""
+    return config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
