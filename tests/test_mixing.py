@@ -300,3 +300,22 @@ def test_every_way_of_multiplying_is_the_formula(data: Any, rows: int, copies: i
     one = Gates(weights[:1])
     expected = ((x @ stack.A.T) * weights[:1, owner]) @ stack.B
     same_tensor(low_rank(x, stack, one), expected)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("weights", [[[0.5, 2.0]], [[0.5, 0.0], [0.0, 1.0]]], ids=str)
+def test_a_device_that_computes_is_not_waited_for(weights: list[list[float]], gaps: bool) -> None:
+    """Reading a number of a meta tensor is an error."""
+    owner = torch.zeros(3, dtype=torch.int64, device="meta")
+    stack = Stack(torch.empty(3, 6, device="meta"), torch.empty(3, 5, device="meta"), owner, gaps)
+    x = torch.empty(2, 4, 6, device="meta")
+    assert low_rank(x, stack, Gates(torch.tensor(weights))).shape == (2, 4, 5)
+    per_token = Gates(torch.tensor(weights)[torch.arange(8) % len(weights)], per_token=True)
+    assert low_rank(x, stack, per_token).shape == (2, 4, 5)
+
+
+def test_columns_of_nobody_may_hold_anything() -> None:
+    stack = Stack(torch.ones(2, 4), torch.ones(2, 3), torch.tensor([0, 1]), gaps=True)
+    stack.A[1] = torch.inf
+    x = torch.ones(1, 1, 4)
+    same_tensor(low_rank(x, stack, Gates(torch.tensor([[0.5]]))), torch.full((1, 1, 3), 2.0))

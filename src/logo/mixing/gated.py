@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from logo.mixing.costs import kind_of
 from logo.mixing.groups import GroupedMixture
+from logo.mixing.placement import unwaited
 from logo.mixing.stacks import GroupedStack, Stack
 
-# A gate, and where it is closed; None: nowhere.
+# A gate, and where it is closed; None: it is known to be closed nowhere.
 _Gate = tuple[Tensor, Tensor | None]
 
 
@@ -29,44 +30,51 @@ class Gates:
         weights: (rows, n); with `per_token`, (tokens, n). Columns of nobody have a gate of 0.
         per_token: the rows of `weights` are tokens, in the order in which a packed or (rows, length) batch is laid
             out in memory, instead of rows of the batch.
+        placed: the weights where they are multiplied, with a column of zeros behind the last one; they are copied to
+            other places when they are first used there.
 
     A batch dimension that is a multiple of `rows` (beam search, several return sequences, flattened tokens) repeats
-    every row that many times. One row of weights serves any batch.
+    every row that many times. One row of weights serves any batch. What is decided from weights is decided where they
+    come from, on the host: a device that computes is not waited for.
     """
 
-    def __init__(self, weights: Tensor, *, per_token: bool = False) -> None:
+    def __init__(
+        self, weights: Tensor, *, per_token: bool = False, placed: Mapping[tuple[Any, ...], Tensor] | None = None
+    ) -> None:
         if weights.dim() != 2:
             raise ValueError(f"gate weights must be (rows, adapters), got shape {tuple(weights.shape)}")
         self.weights = weights
         self.per_token = per_token
+        self._placed = dict(placed or {})  # by device and dtype
+        self._open: dict[torch.dtype, bool] = {}
         self._expanded: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
         self._shaped: dict[tuple[int, torch.Size, bool, torch.device, torch.dtype], _Gate] = {}
 
-    def applied(self, owner: Tensor, response: Tensor) -> Tensor:
-        """`g ⊙ (A x)` of one module.
+    def applied(self, stack: Stack, response: Tensor) -> Tensor:
+        """`g ⊙ (A x)` of one module, for `A x` (..., R).
 
         A closed gate gives 0, also where `A x` is not finite: an adapter that overflows spoils no row but its own.
-
-        Args:
-            owner: (R,) which adapter each column belongs to.
-            response: `A x`, (..., R).
         """
-        return _product(response, self._gate(owner, response.shape[:-1], response, turned=False))
+        return _product(response, self._gate(stack, response.shape[:-1], response, turned=False))
 
-    def applied_turned(self, owner: Tensor, lead: torch.Size, response: Tensor) -> Tensor:
+    def applied_turned(self, stack: Stack, lead: torch.Size, response: Tensor) -> Tensor:
         """The same with the rank first: (R, *lead)."""
-        return _product(response, self._gate(owner, lead, response, turned=True))
+        return _product(response, self._gate(stack, lead, response, turned=True))
 
-    def _gate(self, owner: Tensor, lead: torch.Size, like: Tensor, *, turned: bool) -> _Gate:
+    def _gate(self, stack: Stack, lead: torch.Size, like: Tensor, *, turned: bool) -> _Gate:
         """The gate, shaped to multiply `A x`, whose dimensions but the rank are `lead`."""
-        key = (id(owner), lead, turned, like.device, like.dtype)
+        key = (id(stack.owner), lead, turned, like.device, like.dtype)
         if key not in self._shaped:
-            gate = self._repeated(owner, lead.numel() if self.per_token else lead[0], like)
+            gate = self._repeated(stack.owner, lead.numel() if self.per_token else lead[0], like)
             gate = gate.reshape(*(lead if self.per_token else (gate.shape[0], *[1] * (len(lead) - 1))), -1)
             gate = gate.movedim(-1, 0).contiguous() if turned else gate
-            closed = gate == 0
-            self._shaped[key] = gate, closed if bool(closed.any()) else None
+            self._shaped[key] = gate, None if self._all_open(like.dtype) and not stack.gaps else gate == 0
         return self._shaped[key]
+
+    def _all_open(self, dtype: torch.dtype) -> bool:
+        if dtype not in self._open:
+            self._open[dtype] = bool(self.weights.to(dtype).all())
+        return self._open[dtype]
 
     def _repeated(self, owner: Tensor, count: int, like: Tensor) -> Tensor:
         # Modules that the same adapters touch share one owner tensor, which lives as long as their stacks do.
@@ -76,8 +84,11 @@ class Gates:
             if rows != 1 and (count % rows or (self.per_token and count != rows)):
                 unit = "tokens" if self.per_token else "rows"
                 raise ValueError(f"gates for {rows} {unit} cannot serve a batch of {count} {unit}")
-            nobody = self.weights.new_zeros(rows, 1)
-            gate = torch.cat([self.weights, nobody], dim=1).to(like.device, like.dtype)[:, owner]  # (rows, R)
+            place = (like.device, like.dtype)
+            if place not in self._placed:
+                wide = torch.nn.functional.pad(self.weights, (0, 1))
+                self._placed[place] = wide.to(*place, non_blocking=unwaited(like.device))
+            gate = self._placed[place].index_select(1, owner)  # (rows, R)
             if rows not in (1, count):
                 gate = gate.repeat_interleave(count // rows, dim=0)
             self._expanded[key] = gate
@@ -143,9 +154,9 @@ def low_rank(x: Tensor, stack: Stack, gates: Gates) -> Tensor:
     turned = kind_of(x.device).turned
     if turned is None or not turned[0] <= x.numel() // x.shape[-1] <= turned[1]:
         shrunk = torch.nn.functional.linear(x, stack.A)  # (..., R)
-        return gates.applied(stack.owner, shrunk) @ stack.B  # (..., d_out)
+        return gates.applied(stack, shrunk) @ stack.B  # (..., d_out)
     # The same with the factors on the left, which CPU libraries multiply faster by the few columns of a batch.
     lead = x.shape[:-1]
     shrunk = torch.mm(stack.A, x.reshape(-1, x.shape[-1]).T)  # (R, tokens)
-    shrunk = gates.applied_turned(stack.owner, lead, shrunk.view(-1, *lead)).view(len(stack.A), -1)
+    shrunk = gates.applied_turned(stack, lead, shrunk.view(-1, *lead)).view(len(stack.A), -1)
     return torch.unflatten(torch.mm(stack.B.T, shrunk).T, 0, lead)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from logo.mixing.gated import Gates, hooked, low_rank
+from logo.mixing.placement import unwaited
 from logo.mixing.stacks import Stack, as_they_lie
 from logo.mixing.store import AdapterStore, Hold, Resident
 
@@ -50,6 +51,7 @@ class Packed:
         self._head = head
         self._residents: tuple[Resident, ...] = ()
         self._stacks: dict[str, Stack] = {}
+        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # what gates are copied into, step for step
         self._gates: Gates | None = None
         self._head_gates: Gates | None = None
 
@@ -60,7 +62,7 @@ class Packed:
             yield
 
     def gate(self, step: Sequence[tuple[Mixture | None, int, bool]]) -> bool:
-        """Sets whose tokens the next forward pass holds.
+        """Sets whose tokens the next forward pass holds; the one before has to be through.
 
         Args:
             step: for each sequence, in the order of the packed row: its mixture, its number of tokens, and whether its
@@ -76,15 +78,29 @@ class Packed:
         if residents != self._residents:
             self._residents, self._stacks = residents, as_they_lie(self._store, Hold(residents))
         place = {resident: column for column, resident in enumerate(residents)}
-        rows = torch.zeros(len(step), len(residents))
+        rows = torch.zeros(len(step), len(residents) + 1)  # the last column is nobody's
         for row, (mixture, _, _) in enumerate(step):
             if mixture is not None:
                 rows[row, [place[resident] for resident in mixture.hold.residents]] = torch.tensor(mixture.weights)
         lengths = torch.tensor([tokens for _, tokens, _ in step])
         drawn_first = sorted(range(len(step)), key=lambda row: not step[row][2])
-        self._gates = Gates(rows.repeat_interleave(lengths, dim=0), per_token=True)
-        self._head_gates = Gates(rows[drawn_first], per_token=True)
+        every = torch.cat([rows.repeat_interleave(lengths, dim=0), rows[drawn_first]])  # (tokens + sequences, ...)
+        places = {(stack.A.device, stack.A.dtype) for stack in self._stacks.values()}
+        placed = {place: self._copied(every, *place) for place in places}
+        tokens = len(every) - len(step)
+        self._gates, self._head_gates = (
+            Gates(every[part, :-1], per_token=True, placed={key: gates[part] for key, gates in placed.items()})
+            for part in (slice(tokens), slice(tokens, None))
+        )
         return True
+
+    def _copied(self, gates: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Gates on a device, where those of the step before were."""
+        key = (device, dtype)
+        if key not in self._memory or self._memory[key].numel() < gates.numel():
+            self._memory[key] = torch.empty(2 * gates.numel(), dtype=dtype, device=device)  # steps vary in size
+        placed = self._memory[key][: gates.numel()].view_as(gates)
+        return placed.copy_(gates.to(dtype), non_blocking=unwaited(device))
 
     def _hook(self, path: str) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

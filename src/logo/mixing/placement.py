@@ -28,6 +28,14 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def unwaited(device: torch.device) -> bool:
+    """Whether a copy from host memory that is not pinned may be left to the device (`non_blocking`).
+
+    CUDA has taken the numbers out of such memory when the call returns, and waits for no kernel.
+    """
+    return device.type == "cuda"
+
+
 def free_bytes(devices: Iterable[torch.device]) -> int:
     """Memory that is free on these devices together; host memory for all that are no GPUs."""
     found = 0

@@ -32,6 +32,7 @@ class Stack:
     A: Tensor  # (R, d_in)
     B: Tensor  # (R, d_out), scale folded in
     owner: Tensor  # (R,) int64: which of the adapters each column belongs to; their number for columns of nobody
+    gaps: bool = False  # whether there are columns of nobody; they may hold anything
 
 
 class Copies:
@@ -130,7 +131,7 @@ def as_they_lie(store: AdapterStore, hold: Hold) -> dict[str, Stack]:
                 owner[columns] = torch.tensor(owners)
                 places = _Places(owner, owner)
                 for path, (A, B) in part.factors.items():
-                    stacks[path] = Stack(A[: part.width], B[: part.width], places.on(A.device)[1])
+                    stacks[path] = Stack(A[: part.width], B[: part.width], places.on(A.device)[1], gaps=True)
             elif columns:
                 stacks |= _picked(part, columns, owners)
     return stacks
