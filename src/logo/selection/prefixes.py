@@ -49,7 +49,7 @@ class Prefixes:
     """Blocks of prefixes within a byte budget.
 
     Args:
-        budget: bytes to keep; 0 keeps nothing.
+        budget: bytes to keep.
     """
 
     def __init__(self, budget: int) -> None:
@@ -73,27 +73,44 @@ class Prefixes:
             if key not in self._blocks:
                 break
             found.append(self._blocks[key])
-        for key in reversed(keys[: len(found)]):  # the first block is the one that most prompts share
-            self._blocks.move_to_end(key)
+        self._use(keys[: len(found)])
         return found
 
-    def keep(self, row: Sequence[int], first: int, make: Callable[[int], Block], reading: str = "") -> None:
-        """Keeps the whole blocks of a row from block number `first` on.
+    def keep(
+        self,
+        rows: Sequence[Sequence[int]],
+        first: int,
+        size: int,
+        make: Callable[[int, int], Block],
+        reading: str = "",
+    ) -> None:
+        """Keeps the whole blocks of rows from block number `first` on: if not all fit, the first ones of the last rows.
 
         Args:
-            make: makes the block of a number; called for those that are not held yet.
+            rows: token ids.
+            size: bytes of a block.
+            make: makes the block of a row and a number; called for those that are kept and not held yet.
             reading: names the signal whose responses the blocks hold.
         """
-        keys = self._keys(row, len(row) // BLOCK, reading)
-        for number in range(first, len(keys)):
-            if keys[number] not in self._blocks:
-                self._blocks[keys[number]] = block = make(number)
-                self.bytes += block.bytes
-        for key in reversed(keys):  # if not all fit, the first ones stay
+        places: dict[bytes, tuple[int, int]] = {}
+        for r in reversed(range(len(rows))):
+            for number, key in enumerate(self._keys(rows[r], len(rows[r]) // BLOCK, reading)):
+                places.setdefault(key, (r, number))
+        wanted = list(places)[: self.budget // size]
+        self._use(wanted)
+        new = [key for key in wanted if key not in self._blocks and places[key][1] >= first]
+        while self.bytes + size * len(new) > self.budget:
+            self.bytes -= self._blocks.popitem(last=False)[1].bytes
+        for key in new:
+            self._blocks[key] = block = make(*places[key])
+            self.bytes += block.bytes
+        self._use(wanted)
+
+    def _use(self, keys: Sequence[bytes]) -> None:
+        """Blocks that were used go last; the first of these is the one that most prompts share."""
+        for key in reversed(keys):
             if key in self._blocks:
                 self._blocks.move_to_end(key)
-        while self.bytes > self.budget:
-            self.bytes -= self._blocks.popitem(last=False)[1].bytes
 
     @staticmethod
     def _keys(row: Sequence[int], count: int, reading: str) -> list[bytes]:
@@ -126,3 +143,9 @@ def cut(cache: DynamicCache, row: int, block: int) -> KeyValues:
         (layer.keys[row : row + 1, :, part].clone(), layer.values[row : row + 1, :, part].clone())
         for layer in cache.layers
     ]
+
+
+def block_bytes(cache: DynamicCache, sums: Sequence[Tensor]) -> int:
+    """Memory of one block of a cache, with sums (rows, blocks, adapters) of each point."""
+    parts = [part[:1, :, :BLOCK] for layer in cache.layers for part in (layer.keys, layer.values)]
+    return sum(part.nbytes for part in (*parts, *(part[0, 0] for part in sums)))

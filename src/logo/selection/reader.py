@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from logo.selection.baseline import finished
 from logo.selection.index import ScoringIndex
-from logo.selection.prefixes import BLOCK, Block, Prefixes, cache_of, cut
+from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cache_of, cut
 from logo.selection.probe import Probe
 from logo.selection.signals import Signal
 
@@ -83,11 +83,10 @@ class Reader:
 
     def _keep(self, cache: DynamicCache, rows: list[list[int]], first: int, sums: list[Tensor], counts: Tensor) -> None:
         assert self._prefixes is not None
-        for r, row in enumerate(rows):
 
-            def block(number: int, r: int = r) -> Block:
-                at = number - first
-                tokens = int(counts[r, at]) if sums else 0
-                return Block(cut(cache, r, number), [part[r, at].clone() for part in sums], tokens)
+        def block(row: int, number: int) -> Block:
+            at = number - first
+            tokens = int(counts[row, at]) if sums else 0
+            return Block(cut(cache, row, number), [part[row, at].clone() for part in sums], tokens)
 
-            self._prefixes.keep(row, first, block, self._name)
+        self._prefixes.keep(rows, first, block_bytes(cache, sums), block, self._name)

@@ -142,9 +142,9 @@ class Scorers:
         self._known: dict[str, Scorer] = {}  # by signal
         self._earlier: dict[str, Scorer] = {} if before is None else before._earlier | before._known
         self._keep = before is None
-        self._prefixes = None
-        if settings.probe_context == "base" and reusable(model):
-            self._prefixes = Prefixes(int(settings.prefix_cache_gb * 1e9))
+        self._prefixes, budget = None, int(settings.prefix_cache_gb * 1e9)
+        if budget and settings.probe_context == "base" and reusable(model):
+            self._prefixes = Prefixes(budget)
 
     def get(self, settings: SelectionSettings) -> Scorer:
         """The scorer of a signal. A calibration runs the base model, which has no adapter active then."""
