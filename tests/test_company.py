@@ -13,8 +13,11 @@ from torch import nn
 from transformers import GenerationConfig
 
 import tiny
-from logo import AdapterPool, Generation, LoGo, SelectionSettings
+from logo import AdapterPool, Generation, LoGo, SelectionSettings, selecting
+from logo.decoding import batches_by_length
 from test_engine import WORDS, engine, tokenizer, write_adapter
+from test_prefixes import read_tokens
+from tolerances import same_selection
 
 LENGTH = 10
 # Single tokens, one that merges a newline, and texts that two tokens may form.
@@ -123,3 +126,27 @@ def test_the_checkpoint_s_own_stop_texts_end_answers(
         stopped = made.generate("w3 w4", max_new_tokens=LENGTH, generation_config=config)
         assert stopped.finish_reason == "stop" and len(stopped.token_ids) <= 3 < len(answer.token_ids)
     assert llama.generation_config.stop_strings == [text]
+
+
+@given(st.lists(st.integers(1, 9), max_size=9), st.integers(1, 5), st.integers(1, 20))
+def test_batches_hold_every_row_once_and_no_more_than_they_may(lengths: list[int], size: int, most: int) -> None:
+    batches = list(batches_by_length(lengths, size, tokens=most))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    held = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+    for number, (batch, padded) in enumerate(zip(batches, held, strict=True), start=1):
+        assert len(batch) <= size and (padded <= most or len(batch) == 1)
+        if number < len(batches):  # none is smaller than it has to be
+            assert len(batch) == size or padded + padded // len(batch) > most
+
+
+@pytest.mark.parametrize("signal", ["norm", "calibrated"])
+def test_a_probe_of_long_prompts_is_split(signal: str, logo: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [" ".join(f"w{3 + (i * n) % 80}" for n in range(length)) for i, length in enumerate([40, 9, 30, 11, 60, 2])]
+    logo.calibrate(signal)
+    whole = logo.select(asked, signal=signal, batch_size=6)
+    monkeypatch.setattr(selecting, "MAX_TOKENS", 70)
+    with read_tokens(logo.model) as seen:
+        parts = logo.select(asked, signal=signal, batch_size=6)
+    assert seen == [61, 41, 2 * 31, 2 * 10]
+    for one, other in zip(parts, whole, strict=True):
+        same_selection(one, other)

@@ -203,17 +203,23 @@ class Prompts:
         return ids.to(device), mask.to(device)
 
 
-def batches_by_length(lengths: Sequence[int], size: int, *, padded: bool = True) -> Iterator[list[int]]:
+def batches_by_length(
+    lengths: Sequence[int], size: int, *, padded: bool = True, tokens: int | None = None
+) -> Iterator[list[int]]:
     """Indices in batches of at most `size`, longest first, so that rows of one batch need little padding.
 
     Args:
         padded: whether rows of a batch may need padding; otherwise all rows of a batch have one length.
+        tokens: the most that a batch of several rows may hold, padding included; None: any number.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     alike = [order] if padded else [list(rows) for _, rows in itertools.groupby(order, key=lambda i: lengths[i])]
     for rows in alike:
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+        start = 0
+        while start < len(rows):
+            count = size if tokens is None else max(1, min(size, tokens // max(1, lengths[rows[start]])))
+            yield rows[start : start + count]
+            start += count
 
 
 def reads_prompts(config: GenerationConfig) -> bool:

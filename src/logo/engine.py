@@ -195,7 +195,8 @@ class LoGo(FromPretrained):
             prompts: one prompt, or several (list in, list out): a string, a conversation (a list of messages with
                 `role` and `content`), token ids or a BatchEncoding; see `logo.prompts`.
             max_new_tokens: as in `generate`: a prompt that leaves no room for them is cut in the same place.
-            batch_size: prompts per probe. `probe_context="carry"` always takes them one by one, in order.
+            batch_size: prompts per probe, fewer where they are long. `probe_context="carry"` always takes them one by
+                one, in order.
             **options: `k`, `signal`, `weighting`, `keep_mass` and `candidates` for this call; see `CallOptions`.
 
         Raises:

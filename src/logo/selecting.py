@@ -18,6 +18,7 @@ from logo.decoding import Prompts, batches_by_length, input_device
 from logo.errors import PoolError, UsageError, closest
 from logo.mixing import EXACT, Mixer
 from logo.prompts import Prompt
+from logo.scoring import MAX_TOKENS
 from logo.selection.scorer import Scorer, Scorers
 from logo.selection.selector import Forced, Selection, Selector, check_k, forced, known
 from logo.selection.settings import SelectionSettings
@@ -152,7 +153,8 @@ class Selecting:
         Args:
             rows: prompts that were read.
             asked: parallel to `rows`; those of one signal are probed together.
-            batch_size: prompts per probe; with the context `carry` they are taken one by one, in order.
+            batch_size: prompts per probe, fewer where they are long (`MAX_TOKENS`); with the context `carry` they are
+                taken one by one, in order.
             answering: start to read the tensors of what is selected.
         """
         probed = [row.probed for row in rows]
@@ -162,7 +164,7 @@ class Selecting:
         active = self.pool.names if self._settings.probe_context == "pool" else ()
         for signal in dict.fromkeys(one.settings.signal for one in asked):
             members = [i for i, one in enumerate(asked) if one.settings.signal == signal]
-            for part in batches_by_length([len(probed[i]) for i in members], batch_size):
+            for part in batches_by_length([len(probed[i]) for i in members], batch_size, tokens=MAX_TOKENS):
                 batch = [members[i] for i in part]
                 found = self._probe([probed[i] for i in batch], [asked[i] for i in batch], active)
                 if answering:  # their tensors are read while the next batch is probed
