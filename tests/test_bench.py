@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,17 @@ from logo import AdapterPool, LoGo, SelectionSettings
 from logo.bench import curves, full, large, parts
 from logo.bench.peft_arm import PeftArm
 from logo.bench.probe import probe_bench
-from logo.bench.synthetic import Sizes, base_model, prompts, random_mixtures, related_mixtures, write_adapters
+from logo.bench.synthetic import (
+    TARGETS,
+    Sizes,
+    base_model,
+    memory_pool,
+    parse_targets,
+    prompts,
+    random_mixtures,
+    related_mixtures,
+    write_adapters,
+)
 from logo.cli.run import run
 from logo.decoding import greedy_config
 from test_engine import PROMPTS, tokenizer, write_adapter
@@ -110,6 +121,57 @@ def test_a_real_model_and_pool(small: None, tmp_path: Path) -> None:
     assert report["about"]["adapters"] == 3 and report["about"]["k"] == 3
     assert "open_vs_peft" not in report["ratios"] and report["large_pool"] is None
     assert run(["bench", "--base-model", "x"]) == 2
+
+
+def test_adapters_in_memory_are_those_on_disk(tmp_path: Path) -> None:
+    """The same tensors, selections and answers, whichever projections are adapted."""
+    sizes = replace(SMALL, targets=parse_targets("all-linear"))
+    write_adapters(tmp_path, sizes, 5, seed=3)
+    pools = AdapterPool.from_directory(tmp_path), memory_pool(sizes, 5, seed=3)
+    for written, drawn in zip(*pools, strict=True):
+        assert written.name == drawn.name and len(written.modules) == len(TARGETS) * sizes.layers
+        others = drawn.read()
+        for module, weights in written.read().items():
+            assert weights.A.equal(others[module].A) and weights.B.equal(others[module].B)
+            assert weights.scaling == others[module].scaling == 2
+    assert len({float(weights.A[0, 0]) for adapter in pools[1] for weights in adapter.read().values()}) == 5 * 21
+    asked = prompts(sizes, 3, 12)
+    answers = []
+    for pool in pools:
+        logo = LoGo(*base_model(sizes), pool, settings=SelectionSettings(k=2, cache=""))
+        answers.append([
+            (answer.token_ids, answer.selection)
+            for signal in ("norm", "calibrated")
+            for answer in logo.generate(asked, signal=signal, max_new_tokens=4)
+        ])  # fmt: skip
+    assert answers[0] == answers[1]
+    assert len({selection.adapters for _, selection in answers[0]}) > 1
+
+
+def test_a_bench_without_files_in_half_precision(small: None, tmp_path: Path, capsys: Any) -> None:
+    found = tmp_path / "bench.json"
+    size = ["--hidden", "64", "--layers", "3", "--heads", "4", "--vocabulary", "256", "--rank", "2", "--count", "4"]
+    options = ["-k", "2", "--rounds", "1", "--large", "0", "--no-curves", "--json", str(found)]
+    chosen = ["--in-memory", "--dtype", "bfloat16", "--targets", "q_proj,down_proj"]
+    assert run(["bench", *size, *options, *chosen]) == 0
+    assert "bfloat16 · 4 adapters, k 2" in capsys.readouterr().err
+    report = json.loads(found.read_text())
+    assert report["about"]["dtype"] == "bfloat16" and report["about"]["in_memory"]
+    assert set(report["parts"]["open pool"]["arms"]) == {"cold"}  # there are no files that could be known, nor PEFT
+    assert "decode16_random_8b_layer_vs_base" in report["ratios"]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--dtype", "float61"], "unknown dtype 'float61'"),
+        (["--targets", "q_proj,gate"], "unknown target 'gate'"),
+        (["--in-memory", "--peft"], "PEFT, which reads files"),
+    ],
+)
+def test_what_a_bench_cannot_do_is_said_at_once(options: list[str], problem: str, capsys: Any) -> None:
+    assert run(["bench", *options]) == 2
+    assert problem in capsys.readouterr().err
 
 
 def test_peft_does_the_same_method(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from logo.adapters.config import CONFIG, LoraConfig, Refusal, read_config
 from logo.adapters.layout import BaseLayout
-from logo.adapters.weights import PICKLE, SAFETENSORS, PickleFile, SafetensorsFile, WeightFile, file_sha256
+from logo.adapters.weights import PICKLE, SAFETENSORS, PickleFile, SafetensorsFile, WeightFile
 from logo.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Adapter:
             AdapterError: the file became unreadable.
         """
         try:
-            return file_sha256(self.file.path)
+            return self.file.sha256()
         except OSError as error:
             raise AdapterError(self.name, _unreadable(error, self.file.path)) from error
 
@@ -178,17 +178,25 @@ def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: b
     name = name if name is not None else own_name(folder)
     try:
         config = read_config(folder)
-        file = _weight_file(folder, allow_pickle)
-        try:
-            shapes = file.shapes()
-        except Exception as error:  # safetensors raises its own Rust error type
-            raise Refusal(_unreadable(error, file.path)) from error
-        # Patterns are looked up in their order, which does not count when configurations are compared.
-        order = (*config.rank_pattern, "", *config.alpha_pattern)
-        config, modules = _recipe(tuple(shapes.items()), config, order)
-        return Adapter(name, folder, config, modules, file)
+        return adapter_of(name, folder, config, _weight_file(folder, allow_pickle))
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
+
+
+def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) -> Adapter:
+    """The adapter that a configuration and a file of weights make; the file's header is read.
+
+    Raises:
+        Refusal: the header cannot be read, or what it says cannot be mixed.
+    """
+    try:
+        shapes = file.shapes()
+    except Exception as error:  # safetensors raises its own Rust error type
+        raise Refusal(_unreadable(error, file.path)) from error
+    # Patterns are looked up in their order, which does not count when configurations are compared.
+    order = (*config.rank_pattern, "", *config.alpha_pattern)
+    config, modules = _recipe(tuple(shapes.items()), config, order)
+    return Adapter(name, folder, config, modules, file)
 
 
 def own_name(folder: Path) -> str:

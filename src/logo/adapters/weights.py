@@ -35,6 +35,10 @@ class WeightFile(Protocol):
         """The tensors of these keys, on the CPU, in the dtype they are stored in."""
         ...
 
+    def sha256(self) -> str:
+        """Digest of everything in it, equal to what `sha256sum` prints of a file on disk."""
+        ...
+
 
 class SafetensorsFile:
     """A `.safetensors` file; memory-mapped, so only what is asked for is read from disk."""
@@ -55,6 +59,9 @@ class SafetensorsFile:
         self.path.open("rb").close()
         with safe_open(self.path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in keys}
+
+    def sha256(self) -> str:
+        return file_sha256(self.path)
 
 
 class PickleFile:
@@ -83,6 +90,9 @@ class PickleFile:
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         return {key: self._tensors[key] for key in keys}
+
+    def sha256(self) -> str:
+        return file_sha256(self.path)
 
 
 def file_sha256(path: Path) -> str:

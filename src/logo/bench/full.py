@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from logo.bench.curves import Curve, curves
 from logo.bench.large import LargePool, large_pool
 from logo.bench.parts import Bench, Part, endless, mixtures_of, peft_opened, real_prompts
 from logo.bench.peft_arm import PeftArm
-from logo.bench.synthetic import Sizes, base_model, write_adapters
+from logo.bench.synthetic import Sizes, base_model, memory_pool, write_adapters
 from logo.engine import LoGo
 from logo.models import load_base
 from logo.selection.settings import SelectionSettings
@@ -41,7 +41,8 @@ class Plan:
         adapters, k: in the synthetic pool, and per prompt.
         base_model, folder: a real base model and its pool instead.
         rounds: that count.
-        device: `"cpu"`, `"cuda"`, ...
+        device, dtype: of the base model: `"cpu"`, `"cuda"`, ..., and `"float32"`, `"bfloat16"` or `"float16"`.
+        in_memory: the synthetic adapters are not written to files. PEFT needs files.
         peft, large, with_curves: whether PEFT, the pool of thousands (how many; 0: none) and the curves are measured.
     """
 
@@ -52,6 +53,8 @@ class Plan:
     folder: Path | None = None
     rounds: int = 5
     device: str = "cpu"
+    dtype: str = "float32"
+    in_memory: bool = False
     peft: bool = True
     large: int = 10000
     with_curves: bool = True
@@ -126,10 +129,8 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
     with ExitStack() as stack:
         layer = [_one_layer(plan, say)] if plan.base_model is None else []
         folder = plan.folder
-        if folder is None:
-            say(f"writing {plan.adapters} adapters")
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "pool"
-            write_adapters(folder, plan.sizes, plan.adapters, plan.seed)
+        if folder is None and not plan.in_memory:
+            folder = stack.enter_context(_written(plan, plan.sizes, say))
         bench = _bench(plan, plan.sizes, folder, say)
         opened, held = bench.opening()
         names = bench.logo.names
@@ -145,7 +146,8 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
         shown = tuple(curves(bench)) if plan.with_curves else ()
         large = large_pool(plan.large, plan.rounds, say, plan.seed) if plan.large else None
         peft = None
-        if plan.peft:  # last: what a hundred thousand modules of hundreds of adapters cost is PEFT's alone
+        if plan.peft and folder is not None:
+            # Last: what a hundred thousand modules of hundreds of adapters cost is PEFT's alone.
             say("open pool with PEFT")
             model, tokenizer = _base(plan, plan.sizes)
             peft, spent = peft_opened(lambda: PeftArm(model, tokenizer, folder, bench.k))
@@ -154,29 +156,41 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
         return Results(_about(plan, bench), (opened, *parts, *ends), large, shown, held)
 
 
-def _bench(plan: Plan, sizes: Sizes, folder: Path, say: Callable[[str], None]) -> Bench:
+@contextmanager
+def _written(plan: Plan, sizes: Sizes, say: Callable[[str], None]) -> Iterator[Path]:
+    """A folder of synthetic adapters inside the block."""
+    say(f"writing {plan.adapters} adapters")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "pool"
+        write_adapters(folder, sizes, plan.adapters, plan.seed)
+        yield folder
+
+
+def _bench(plan: Plan, sizes: Sizes, folder: Path | None, say: Callable[[str], None]) -> Bench:
+    def opened(cache: str | None) -> AdapterPool:
+        if folder is None:
+            return memory_pool(sizes, plan.adapters, plan.seed)
+        return AdapterPool.from_directory(folder, cache=cache)
+
     model, tokenizer = _base(plan, sizes)
-    pool = AdapterPool.from_directory(folder)
+    pool = opened(None)
     k = min(plan.k, len(pool))
     logo = LoGo(model, tokenizer, pool, settings=SelectionSettings(signal="norm", k=k))
     made = endless(sizes, plan.seed + 1) if plan.base_model is None else real_prompts(logo, plan.seed + 1)
-    return Bench(logo, folder, k, made, plan.rounds, say)
+    return Bench(logo, opened, k, made, plan.rounds, say, in_memory=folder is None)
 
 
 def _base(plan: Plan, sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if plan.base_model is not None:
-        return load_base(plan.base_model, device=plan.device, dtype="float32")
-    model, tokenizer = base_model(sizes, plan.seed)
-    return model.to(plan.device), tokenizer
+        return load_base(plan.base_model, device=plan.device, dtype=plan.dtype)
+    return base_model(sizes, plan.seed, plan.device, plan.dtype)
 
 
 def _one_layer(plan: Plan, say: Callable[[str], None]) -> Part:
     """Random mixtures in one layer of Llama-3.1-8B's shapes, where a union of adapters weighs less beside the base."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "pool"
-        say("writing adapters for one layer of 8B")
-        write_adapters(folder, replace(LLAMA_8B_LAYER, rank=plan.sizes.rank), plan.adapters, plan.seed)
-        bench = _bench(plan, LLAMA_8B_LAYER, folder, say)
+    sizes = replace(LLAMA_8B_LAYER, rank=plan.sizes.rank)
+    with nullcontext() if plan.in_memory else _written(plan, sizes, say) as folder:
+        bench = _bench(plan, sizes, folder, say)
         mixtures = {"random": mixtures_of(bench.logo.names, _BATCH, plan.k)["random"]}
         return replace(bench.decoding(_BATCH, _DECODE_PROMPT, mixtures), name="decode, one layer of 8B")
 
@@ -188,7 +202,8 @@ def _about(plan: Plan, bench: Bench) -> dict[str, object]:
         "device": plan.device,
         "hardware": name,
         "threads": torch.get_num_threads(),
-        "dtype": "float32",
+        "dtype": plan.dtype,
+        "in_memory": bench.in_memory,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "base_model": plan.base_model or plan.sizes.as_dict(),

@@ -7,7 +7,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +51,8 @@ class Bench:
 
     Attributes:
         logo: the engine, on the model and pool at hand.
-        folder: the pool's, for PEFT.
+        open: opens the pool once more, with a folder in which is kept what opening finds out; "" keeps nothing.
+        in_memory: the pool has no files, so that nothing can be known of them.
         k: adapters per prompt.
         prompts: made for a number of prompts and a length in tokens; always others.
         rounds: that count.
@@ -60,11 +60,12 @@ class Bench:
     """
 
     logo: LoGo
-    folder: Path
+    open: Callable[[str], AdapterPool]
     k: int
     prompts: Callable[[int, int], list[str]]
     rounds: int
     say: Callable[[str], None] = lambda part: None
+    in_memory: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -73,19 +74,21 @@ class Bench:
         return device
 
     def opening(self) -> tuple[Part, int]:
-        """From a folder to an engine that can select: cold, and known; and the memory that this holds."""
+        """From a pool to an engine that can select: cold, and its files known; and the memory that this holds."""
         self.say("open pool")
         model, tokenizer = self.logo.model, self.logo.tokenizer
 
         def opened(cache: str) -> LoGo:
             settings = SelectionSettings(signal="norm", k=self.k, cache=cache)
-            logo = LoGo(model, tokenizer, AdapterPool.from_directory(self.folder, cache=cache), settings=settings)
+            logo = LoGo(model, tokenizer, self.open(cache), settings=settings)
             logo.calibrate()
             return logo
 
         with tempfile.TemporaryDirectory() as cache:
             opened(cache)
-            arms = {"cold": lambda: opened(""), "known": lambda: opened(cache)}
+            arms = {"cold": lambda: opened("")}
+            if not self.in_memory:
+                arms["known"] = lambda: opened(cache)
             before = resident()
             kept = opened(cache)
             held = resident() - before

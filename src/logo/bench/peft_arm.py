@@ -51,7 +51,7 @@ class PeftArm:
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         with self.model.disable_adapter():
             states = self.model(**inputs, output_hidden_states=True).hidden_states
-        hidden = states[-2][0, -1]
+        hidden = states[-2][0, -1].float()  # as PEFT keeps adapters
         projection = self.model.get_base_model().model.layers[-1].self_attn.q_proj
         scores = {}
         for name in self.names:

@@ -1,28 +1,41 @@
-"""A base model and adapters of any size from a seed, as folders in the formats that everybody reads.
+"""A base model and adapters of any size from a seed: in memory, or as folders in the formats that everybody reads.
 
 Weights are random: what a benchmark measures depends on shapes, not on what a model knows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from logo.adapters.config import CONFIG
+from logo.adapters.config import CONFIG, parse_config
+from logo.adapters.format import adapter_of
+from logo.adapters.pool import AdapterPool
 from logo.adapters.weights import SAFETENSORS
+from logo.errors import UsageError, closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # How A and B are drawn: responses of the order of a trained adapter's, small beside the base weights.
 _SPREAD = 0.02
+# Numbers of the random vector that adapters are made of, and the multiple of them at which tensors begin: as in a file.
+_NOISE, _ALIGNED = 2**24, 16
 # Tokens before it are special ones and signs.
 _FIRST_NUMBER = 98
+
+ALL_LINEAR = "all-linear"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -59,18 +72,51 @@ class Sizes:
             pad_token_id=0,
         )
 
+    @property
+    def adapted(self) -> dict[str, tuple[int, int]]:
+        """What the adapters adapt: module path -> inputs and outputs."""
+        config, hidden = self.config, self.hidden
+        keys, wide = config.head_dim * config.num_key_value_heads, config.intermediate_size
+        attention = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
+        shapes = dict(zip(TARGETS, [*attention, (hidden, wide), (hidden, wide), (wide, hidden)], strict=True))
+        return {
+            f"model.layers.{layer}.{'self_attn' if target in TARGETS[:4] else 'mlp'}.{target}": shapes[target]
+            for layer in range(self.layers)
+            for target in self.targets
+        }
+
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 
 
-def base_model(sizes: Sizes, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random Llama in float32 and a tokenizer whose tokens are numbers."""
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Projections by name, separated by commas; or all of them.
+
+    Raises:
+        UsageError: one that the model has not.
+    """
+    if text == ALL_LINEAR:
+        return TARGETS
+    targets = tuple(dict.fromkeys(target.strip() for target in text.split(",")))
+    for target in targets:
+        if target not in TARGETS:
+            known = (*TARGETS, ALL_LINEAR)
+            raise UsageError(f"unknown target {target!r}{closest(target, known)}; known: {', '.join(known)}")
+    return targets
+
+
+def base_model(
+    sizes: Sizes, seed: int = 0, device: str = "cpu", dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random Llama, made where it is to compute, and a tokenizer whose tokens are numbers."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(sizes.config).eval().requires_grad_(False)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(sizes.config, dtype=getattr(torch, dtype))
+    model = model.eval().requires_grad_(False)
     # It never ends by itself, so that every arm decodes the same number of tokens.
     model.generation_config.eos_token_id = None
     special = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -86,20 +132,74 @@ def base_model(sizes: Sizes, seed: int = 0) -> tuple[PreTrainedModel, PreTrained
     )
 
 
+class DrawnFile:
+    """Stands for an adapter's file of weights: every tensor is a piece of one random vector, at a place of its own.
+
+    So a pool of any size is there at once and takes no memory, and reading it costs what reading a file in memory does.
+
+    Args:
+        name: of the adapter; another one has other weights.
+        shapes: of the tensors, by key.
+        seed: of the random vector.
+    """
+
+    def __init__(self, name: str, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
+        self.path = Path(os.devnull) / name / SAFETENSORS  # no such file
+        self._name, self._shapes, self._seed = name, shapes, seed
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {key: self._piece(key) for key in keys}
+
+    def sha256(self) -> str:
+        return hashlib.sha256(repr([self._name, dict(self._shapes), self._seed]).encode()).hexdigest()
+
+    def _piece(self, key: str) -> torch.Tensor:
+        shape = self._shapes[key]
+        size = math.prod(shape)
+        places = (_NOISE - size) // _ALIGNED
+        start = zlib.crc32(f"{self._name} {key}".encode()) % places * _ALIGNED
+        return _noise(self._seed)[start : start + size].view(shape)
+
+
+@lru_cache(maxsize=1)
+def _noise(seed: int) -> torch.Tensor:
+    return torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed)) * _SPREAD
+
+
+def memory_pool(sizes: Sizes, count: int, seed: int = 0) -> AdapterPool:
+    """The pool that `write_adapters` writes, without files."""
+    config, files = parse_config(_config(sizes)), _files(sizes, count, seed)
+    return AdapterPool(adapter_of(name, file.path.parent, config, file) for name, file in files.items())
+
+
 def write_adapters(
     folder: Path, sizes: Sizes, count: int, seed: int = 0, on_each: Callable[[], None] | None = None
 ) -> None:
-    """`count` PEFT folders `0000`, `0001`, ... for the base model of these sizes."""
+    """`count` PEFT folders `00000`, `00001`, ... for the base model of these sizes."""
     from safetensors.torch import save_file
 
-    config = sizes.config
-    outputs = {
-        "q_proj": sizes.hidden,
-        "k_proj": config.head_dim * config.num_key_value_heads,
-        "v_proj": config.head_dim * config.num_key_value_heads,
-        "o_proj": sizes.hidden,
-    }
-    about = {
+    for name, file in _files(sizes, count, seed).items():
+        one = folder / name
+        one.mkdir(parents=True)
+        (one / CONFIG).write_text(json.dumps(_config(sizes)))
+        save_file({key: tensor.clone() for key, tensor in file.read(file.shapes()).items()}, one / SAFETENSORS)
+        if on_each is not None:
+            on_each()
+
+
+def _files(sizes: Sizes, count: int, seed: int) -> dict[str, DrawnFile]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, (inputs, outputs) in sizes.adapted.items():
+        shapes[f"base_model.model.{path}.lora_A.weight"] = sizes.rank, inputs
+        shapes[f"base_model.model.{path}.lora_B.weight"] = outputs, sizes.rank
+    return {f"{number:05d}": DrawnFile(f"{number:05d}", shapes, seed) for number in range(count)}
+
+
+def _config(sizes: Sizes) -> dict[str, Any]:
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": sizes.rank,
@@ -108,22 +208,6 @@ def write_adapters(
         "bias": "none",
         "target_modules": list(sizes.targets),
     }
-    generator = torch.Generator().manual_seed(seed)
-    for number in range(count):
-        tensors = {}
-        for layer in range(sizes.layers):
-            for target in sizes.targets:
-                key = f"base_model.model.model.layers.{layer}.self_attn.{target}"
-                a = torch.randn(sizes.rank, sizes.hidden, generator=generator)
-                b = torch.randn(outputs[target], sizes.rank, generator=generator)
-                tensors[f"{key}.lora_A.weight"] = a * _SPREAD
-                tensors[f"{key}.lora_B.weight"] = b * _SPREAD
-        one = folder / f"{number:05d}"
-        one.mkdir(parents=True)
-        (one / CONFIG).write_text(json.dumps(about))
-        save_file(tensors, one / SAFETENSORS)
-        if on_each is not None:
-            on_each()
 
 
 def prompts(sizes: Sizes, count: int, tokens: int, seed: int = 0) -> list[str]:

@@ -23,6 +23,7 @@ app.command("serve")(bench_serve.serve)
 
 SIZES = "Sizes of the synthetic model and pool"
 PARTS = "What is measured"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @app.callback()
@@ -36,7 +37,11 @@ def bench(
     k: Annotated[int, typer.Option("-k", help="Adapters per prompt.", min=1, rich_help_panel=SIZES)] = 20,
     rank: Annotated[int, typer.Option(help="Of the adapters.", min=1, rich_help_panel=SIZES)] = 16,
     targets: Annotated[
-        str, typer.Option(help="Projections they adapt: q_proj, k_proj, v_proj, o_proj.", rich_help_panel=SIZES)
+        str,
+        typer.Option(
+            help="Projections they adapt: q_, k_, v_, o_, gate_, up_ or down_proj, or all-linear.",
+            rich_help_panel=SIZES,
+        ),
     ] = "q_proj,v_proj",
     hidden: Annotated[int, typer.Option(help="Width of the model.", min=64, rich_help_panel=SIZES)] = 1024,
     layers: Annotated[int, typer.Option(help="Layers of the model.", min=1, rich_help_panel=SIZES)] = 12,
@@ -47,9 +52,27 @@ def bench(
         int, typer.Option(help="Rounds that count, after one that does not.", min=1, rich_help_panel=PARTS)
     ] = 5,
     device: Annotated[str, typer.Option(help="Where to measure.", rich_help_panel=PARTS)] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Of the base model: float32, bfloat16 or float16.", rich_help_panel=PARTS)
+    ] = "float32",
+    in_memory: Annotated[
+        bool | None,
+        typer.Option(
+            "--in-memory/--on-disk",
+            help="Make the synthetic adapters in memory, or write them to files.",
+            show_default="in memory with --device cuda",
+            rich_help_panel=PARTS,
+        ),
+    ] = None,
     peft: Annotated[
-        bool, typer.Option(help="Measure PEFT too (loads every adapter: minutes).", rich_help_panel=PARTS)
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--peft/--no-peft",
+            help="Measure PEFT too (loads every adapter from its file: minutes).",
+            show_default="peft with adapters on disk",
+            rich_help_panel=PARTS,
+        ),
+    ] = None,
     large: Annotated[
         int, typer.Option(help="Small adapters in a pool of thousands; 0: none.", min=0, rich_help_panel=PARTS)
     ] = 10000,
@@ -69,14 +92,33 @@ def bench(
         return
     from logo.bench.curves import draw
     from logo.bench.full import Plan, run_bench
-    from logo.bench.synthetic import Sizes
-    from logo.errors import UsageError
+    from logo.bench.synthetic import Sizes, parse_targets
+    from logo.errors import UsageError, closest
     from logo.evaluation.study import write_report
 
     if (base_model is None) != (adapters is None):
         raise UsageError("a real base model and its pool go together: --base-model M --adapters DIR")
-    sizes = Sizes(hidden, layers, heads, vocabulary, rank, tuple(targets.split(",")))
-    plan = Plan(sizes, count, min(k, count), base_model, adapters, rounds, device, peft, large, curves, seed)
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}{closest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
+    if in_memory and (adapters is not None or peft):
+        raise UsageError("--in-memory is for a synthetic pool without PEFT, which reads files: leave it out")
+    in_memory = adapters is None and not peft and device.startswith("cuda") if in_memory is None else in_memory
+    sizes = Sizes(hidden, layers, heads, vocabulary, rank, parse_targets(targets))
+    plan = Plan(
+        sizes=sizes,
+        adapters=count,
+        k=min(k, count),
+        base_model=base_model,
+        folder=adapters,
+        rounds=rounds,
+        device=device,
+        dtype=dtype,
+        in_memory=in_memory,
+        peft=not in_memory if peft is None else peft,
+        large=large,
+        with_curves=curves,
+        seed=seed,
+    )
     with err.status("") as shown:
         results = run_bench(plan, lambda part: shown.update(f"[dim]{part}[/dim]"))
     out.print(_parts(results))
@@ -84,7 +126,7 @@ def bench(
     about = results.about
     note(
         f"medians of {about['rounds']} rounds after a warm-up · {about['hardware']}, {about['threads']} threads · "
-        f"float32 · {about['adapters']} adapters, k {about['k']}"
+        f"{about['dtype']} · {about['adapters']} adapters, k {about['k']}"
     )
     if json is not None:
         write_report(json, results.as_dict())
