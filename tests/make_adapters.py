@@ -259,14 +259,15 @@ def lock(path: Path, root: Path) -> None:
 def index_of(factors: Iterable[tuple[torch.Tensor, torch.Tensor]], whitening: Whitening | None = None) -> ScoringIndex:
     """The scoring index of adapters with these `A (r, d)` and `B (out, r)`, without any file."""
     point = Point(0, "layer", "layer.module")
-    adapters = [Loose(LoraWeights(a, b, 1.0)) for a, b in factors]
+    adapters = [Loose(str(i), LoraWeights(a, b, 1.0)) for i, (a, b) in enumerate(factors)]
     return ScoringIndex.read(adapters, point, torch.device("cpu"), whitening)  # type: ignore[arg-type]
 
 
 class Loose:
     """An adapter of one module whose tensors are in memory."""
 
-    def __init__(self, weights: LoraWeights) -> None:
+    def __init__(self, name: str, weights: LoraWeights) -> None:
+        self.name = name
         rank, in_features = weights.A.shape
         self.modules = {"layer.module": LoraModule("a", "b", rank, in_features, len(weights.B), weights.scaling)}
         self.file, self._weights = object(), weights

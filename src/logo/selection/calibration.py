@@ -21,7 +21,7 @@ from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
 from logo.selection.baseline import choose, contrast, finished, prompt_means
 from logo.selection.cache import CalibrationCache
-from logo.selection.index import ScoringIndex
+from logo.selection.index import ScoringIndex, Wanted, read_indices
 from logo.selection.points import Point
 from logo.selection.probe import Probe
 from logo.selection.settings import SelectionSettings
@@ -141,29 +141,53 @@ def listen(
     Returns:
         adapter name -> module path -> `a` (texts,), neutral ones first.
     """
-    signal, texts = settings.reading, cache.texts
     heard: dict[str, dict[str, Tensor]] = {}
-    for points in _groups(model, list(wanted), sum(map(len, texts.rows))):
-        latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same vectors
-        for point, (hidden, owners) in zip(points, _read(model, points, texts, signal), strict=True):
-            whitening = None
-            if signal.scale == "whitened":
-                whitening = cache.whitening(point.module)
-                if whitening is None:
-                    if latest is None or latest[0] is not hidden:
-                        neutral = hidden[owners.to(hidden.device) < len(texts.neutral)]
-                        latest = hidden, Whitening.of(neutral).to(torch.device("cpu"))
-                    whitening = latest[1]
-                    cache.keep_whitening(point.module, whitening)
-                latest = hidden, whitening
-            if not wanted[point]:
-                continue
-            index = ScoringIndex.read(wanted[point], point, hidden.device, whitening)
-            means = prompt_means(signal(index, hidden), owners, len(texts.rows))  # (texts, adapters)
-            responses = finished(means, signal.scale).cpu()
-            for adapter, response in zip(wanted[point], responses.T, strict=True):
-                heard.setdefault(adapter.name, {})[point.module] = response.clone()
+    for points in _groups(model, list(wanted), sum(map(len, cache.texts.rows))):
+        for index, responses in _heard(model, {point: wanted[point] for point in points}, settings.reading, cache):
+            for adapter, response in zip(index.adapters, responses.T, strict=True):
+                heard.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return heard
+
+
+def _heard(
+    model: nn.Module, wanted: Mapping[Point, Sequence[Adapter]], signal: Signal, cache: CalibrationCache
+) -> Iterator[tuple[ScoringIndex, Tensor]]:
+    """`listen` at points whose hidden vectors are held at once: each index, and its `a` (texts, adapters)."""
+    texts = cache.texts
+    read = dict(zip(wanted, _read(model, list(wanted), texts, signal), strict=True))
+    latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same vectors
+    asked = []
+    for point, (hidden, owners) in read.items():
+        whitening = None
+        if signal.scale == "whitened":
+            whitening = cache.whitening(point.module)
+            if whitening is None:
+                if latest is None or latest[0] is not hidden:
+                    neutral = hidden[owners.to(hidden.device) < len(texts.neutral)]
+                    latest = hidden, Whitening.of(neutral).to(torch.device("cpu"))
+                whitening = latest[1]
+                cache.keep_whitening(point.module, whitening)
+            latest = hidden, whitening
+        if wanted[point]:
+            asked.append(Wanted(wanted[point], point, hidden.device, whitening))
+    for index in _indices(asked):
+        hidden, owners = read[index.point]
+        means = prompt_means(signal(index, hidden), owners, len(texts.rows))  # (texts, adapters)
+        yield index, finished(means, signal.scale).cpu()
+
+
+def _indices(wanted: Sequence[Wanted]) -> Iterator[ScoringIndex]:
+    """Indices one after the other, read in as few passes over the adapters as memory for them allows."""
+    part: list[Wanted] = []
+    size = 0
+    for one in wanted:
+        rows, width = one.shape
+        if part and size + 4 * rows * width > _HELD_BYTES:
+            yield from read_indices(part)
+            part, size = [], 0
+        part.append(one)
+        size += 4 * rows * width
+    yield from read_indices(part)
 
 
 def _groups(model: nn.Module, points: Sequence[Point], tokens: int) -> Iterator[list[Point]]:

@@ -8,12 +8,13 @@ vector. The factors of all adapters lie in one matrix, so that a pool of any siz
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from logo.adapters.format import Adapter
+from logo.adapters.format import Adapter, LoraWeights
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
 
@@ -43,35 +44,11 @@ class ScoringIndex:
 
     @classmethod
     def read(
-        cls,
-        adapters: Sequence[Adapter],
-        point: Point,
-        device: torch.device,
-        whitening: Whitening | None = None,
-        before: ScoringIndex | None = None,
+        cls, adapters: Sequence[Adapter], point: Point, device: torch.device, whitening: Whitening | None = None
     ) -> ScoringIndex:
-        """The index of adapters that all touch the point; reads their tensors at that point only.
-
-        Args:
-            whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
-            before: an index of the same point and whitening, whose rows are taken over for adapters it has.
-        """
-        files = list(map(_file, adapters))
-        if before is not None and files == list(map(_file, before.adapters)):
-            return before
-        ranks = [_rank(adapter, point) for adapter in adapters]
-        stacked = torch.empty(sum(ranks), adapters[0].modules[point.module].in_features if adapters else 0)
-        known = {} if before is None else dict(zip(map(_file, before.adapters), before.rows, strict=True))
-        for adapter, file, rows in zip(adapters, files, _rows(ranks), strict=True):
-            if before is not None and file in known:
-                stacked[rows] = before.stacked[known[file]].cpu()
-                continue
-            a, b = _factors(adapter, point)
-            product = torch.linalg.qr(b, mode="r").R @ a
-            # Each for itself: an adapter's rows are the same to the bit, whatever company it is read in.
-            stacked[rows] = product if whitening is None else whitening.fold(product)
-        offset = None if whitening is None else (stacked @ whitening.mean).to(device)
-        return cls(stacked.to(device), ranks, offset, adapters, point)
+        """The index of adapters that all touch the point; see `read_indices`."""
+        [index] = read_indices([Wanted(adapters, point, device, whitening)])
+        return index
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -128,8 +105,8 @@ class ScoringIndex:
     @cached_property
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         """`A (r, d)` and `s B (out, r)` per adapter: only some signals ask for them, so they are read when one does."""
-        pairs = (_factors(adapter, self.point) for adapter in self.adapters)
-        return [(a.to(self.device), b.to(self.device)) for a, b in pairs]
+        module = self.point.module
+        return [_factors(adapter.read([module])[module], self.point, self.device) for adapter in self.adapters]
 
     @cached_property
     def _directions(self) -> Tensor:
@@ -146,10 +123,91 @@ class ScoringIndex:
         return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.ranks)).to(self.device)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """An index to be read.
+
+    Attributes:
+        adapters: in pool order; they all touch the point.
+        point: where.
+        device: where scores are computed.
+        whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
+        before: an index of the same point and whitening, whose rows are taken over for adapters it has.
+    """
+
+    adapters: Sequence[Adapter]
+    point: Point
+    device: torch.device
+    whitening: Whitening | None = None
+    before: ScoringIndex | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the stacked factors."""
+        width = self.adapters[0].modules[self.point.module].in_features if self.adapters else 0
+        return sum(_rank(adapter, self.point) for adapter in self.adapters), width
+
+
+def read_indices(wanted: Sequence[Wanted]) -> list[ScoringIndex]:
+    """Reads of every adapter the tensors at these points, and makes an index of each point; all files are opened once.
+
+    Raises:
+        AdapterError: an adapter that cannot be read.
+    """
+    building = [_Building(one) for one in wanted]
+    for adapter in {adapter.name: adapter for one in wanted for adapter in one.adapters}.values():
+        parts = [part for part in building if adapter.name in part.missing]
+        if parts:
+            weights = adapter.read([part.point.module for part in parts])
+            for part in parts:
+                part.add(adapter.name, weights[part.point.module])
+    return [part.index() for part in building]
+
+
+class _Building:
+    """An index whose rows come one adapter after the other."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.point, self._wanted, before = wanted.point, wanted, wanted.before
+        self.missing: dict[str, slice] = {}  # the rows of adapters that have to be read
+        files = list(map(_file, wanted.adapters))
+        self._same = before is not None and files == list(map(_file, before.adapters))
+        if self._same:
+            return
+        device = built_on(wanted.device)
+        self._ranks = [_rank(adapter, wanted.point) for adapter in wanted.adapters]
+        self._stacked = torch.empty(wanted.shape, device=device)
+        self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
+        known = {} if before is None else dict(zip(map(_file, before.adapters), before.rows, strict=True))
+        for adapter, file, rows in zip(wanted.adapters, files, _rows(self._ranks), strict=True):
+            if before is not None and file in known:
+                self._stacked[rows] = before.stacked[known[file]].to(device)
+            else:
+                self.missing[adapter.name] = rows
+
+    def add(self, name: str, weights: LoraWeights) -> None:
+        a, b = _factors(weights, self.point, self._stacked.device)
+        product = torch.linalg.qr(b, mode="r").R @ a
+        # Each for itself: an adapter's rows are the same to the bit, whatever company it is read in.
+        self._stacked[self.missing[name]] = product if self._whitening is None else self._whitening.fold(product)
+
+    def index(self) -> ScoringIndex:
+        wanted = self._wanted
+        if self._same and wanted.before is not None:
+            return wanted.before
+        offset = None if self._whitening is None else (self._stacked @ self._whitening.mean).to(wanted.device)
+        return ScoringIndex(self._stacked.to(wanted.device), self._ranks, offset, wanted.adapters, wanted.point)
+
+
 def device_of(model: nn.Module, point: Point) -> torch.device:
     """Where hidden vectors of a point are, and so the index of it."""
     device = next(model.get_submodule(point.layer_path).parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def built_on(device: torch.device) -> torch.device:
+    """Where an index for a device is made: there, if that can be. Not every accelerator decomposes matrices."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _file(adapter: Adapter) -> int:
@@ -168,8 +226,7 @@ def _rank(adapter: Adapter, point: Point) -> int:
     return min(module.rank, module.out_features if point.rows is None else len(point.rows))
 
 
-def _factors(adapter: Adapter, point: Point) -> tuple[Tensor, Tensor]:
-    """`A (r, d)` and `s B (out, r)` in float32."""
-    weights = adapter.read([point.module])[point.module]
-    b = weights.scaled_b()
-    return weights.A.float(), b if point.rows is None else b[list(point.rows)]
+def _factors(weights: LoraWeights, point: Point, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`A (r, d)` and `s B (out, r)` in float32, on a device."""
+    b = weights.B if point.rows is None else weights.B[list(point.rows)]
+    return weights.A.to(device).float(), b.to(device).float() * weights.scaling

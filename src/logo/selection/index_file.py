@@ -25,7 +25,7 @@ from logo.adapters.known import stamp
 from logo.cache import read_cached, write_cached
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
-from logo.selection.index import ScoringIndex, device_of
+from logo.selection.index import ScoringIndex, built_on, device_of
 from logo.selection.points import Point
 
 # Changes when what is kept means something else.
@@ -38,7 +38,11 @@ _MOST_FILES = 16
 
 
 def index_name(
-    adapters: Sequence[Adapter], candidates: Sequence[Point], most: int, cache: CalibrationCache | None
+    adapters: Sequence[Adapter],
+    candidates: Sequence[Point],
+    most: int,
+    cache: CalibrationCache | None,
+    model: nn.Module,
 ) -> str | None:
     """The file of a pool's index in the cache folder; None where it can have none.
 
@@ -47,13 +51,15 @@ def index_name(
         candidates: where the model may be read.
         most: of the candidates, so many are chosen at most; 0: all are read.
         cache: of the calibration; None for signals without one.
+        model: the base model. Indices made on another kind of device are other ones in their last digits.
     """
     try:
         files = [(a.name, stamp(a.file.path), stamp(a.folder / CONFIG)) for a in adapters]
     except OSError:  # changed under our hands: reading will say what is wrong
         return None
     base = "" if cache is None else cache.key
-    parts = [_FORMAT, base, [(p.name, p.rows) for p in candidates], most, files]
+    read_at = [(p.name, p.rows, built_on(device_of(model, p)).type) for p in candidates]
+    parts = [_FORMAT, base, read_at, most, files]
     digest = hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return f"index/{digest}.safetensors"
 

@@ -16,7 +16,7 @@ from logo.cache import cache_folder
 from logo.selection.baseline import Baseline
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration, calibrate, whitenings
-from logo.selection.index import ScoringIndex, device_of
+from logo.selection.index import ScoringIndex, Wanted, device_of, read_indices
 from logo.selection.index_file import index_name, keep_index, load_index
 from logo.selection.plan import plan
 from logo.selection.points import Point
@@ -160,7 +160,7 @@ class Scorers:
         adapters, points = planned.adapters, planned.points
         cache = self._cache(settings) if earlier is None else earlier.cache
         folder = cache_folder(settings.cache) if self._keep else None
-        name = None if folder is None else index_name(adapters, points, planned.most, cache)
+        name = None if folder is None else index_name(adapters, points, planned.most, cache, model)
         found = None if folder is None or name is None else load_index(folder / name, adapters, points, model, cache)
         if found is not None:
             indices, calibration = list(found[0]), found[1]
@@ -197,13 +197,13 @@ class Scorers:
         """One index per point, with rows taken over from earlier ones of this signal and from what others read."""
         others = (index for scorer in self._known.values() for index in scorer.indices if index.offset is None)
         held = {(index.point, index.offset is None): index for index in (*others, *earlier)}
-        indices = []
+        wanted = []
         for point in points:
             touching = [adapter for adapter in adapters if point.module in adapter.modules]
             device, whitening = device_of(self._model, point), whitened.get(point.module)
             before = held.get((point, whitening is None))
-            indices.append(ScoringIndex.read(touching, point, device, whitening, before))
-        return indices
+            wanted.append(Wanted(touching, point, device, whitening, before))
+        return read_indices(wanted)
 
     def restart(self) -> None:
         """Forgets the prompts that came, where a baseline depends on them."""

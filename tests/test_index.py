@@ -1,0 +1,125 @@
+"""How indices are read: every file once for all points, where scores are computed, and rows that depend on nobody."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from logo import AdapterPool, LoGo, SelectionSettings
+from logo.adapters.weights import SafetensorsFile
+from logo.selection import calibration, index
+from logo.selection.index import Wanted, read_indices
+from logo.selection.plan import plan
+from logo.selection.whitening import Whitening
+from test_engine import tokenizer, write_adapter
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.model("llama", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pool")
+    for i in range(4):
+        names = ("q_proj", "v_proj", "o_proj") if i else ("q_proj",)
+        write_adapter(root / f"t{i}", model, names, rank=2 + i % 2, seed=i)
+    return root
+
+
+def opened(model: Any, folder: Path, **chosen: Any) -> LoGo:
+    settings = SelectionSettings.of(**{"k": 2, "cache": "", "probe_depth": 1, **chosen})
+    return LoGo(model, tokenizer(), AdapterPool.from_directory(folder, cache=""), settings=settings)
+
+
+@contextmanager
+def files_read() -> Iterator[Counter[str]]:
+    """How often the file of each adapter is opened for its tensors inside the block."""
+    seen: Counter[str] = Counter()
+    plain = SafetensorsFile.read
+
+    def read(file: SafetensorsFile, keys: Iterable[str]) -> Any:
+        seen[file.path.parent.name] += 1
+        return plain(file, keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsFile, "read", read)
+        yield seen
+
+
+def test_a_file_is_opened_once_for_all_points(model: Any, folder: Path) -> None:
+    names = [f"t{i}" for i in range(4)]
+    logo = opened(model, folder, signal="spectr", probe_layer=[0, 1, 2])
+    with files_read() as seen:
+        assert len(logo.scorer.points) == 3
+    assert seen == dict.fromkeys(names, 1)
+    logo = opened(model, folder, signal="calibrated")
+    with files_read() as seen:
+        assert len(logo.scorer.points) > 1
+    assert seen == dict.fromkeys(names, 2)  # to listen at every point, and to keep what is read at those chosen
+
+
+def test_only_new_adapters_are_read_when_a_pool_changes(model: Any, folder: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "new", model, ("q_proj", "v_proj"), rank=2, seed=9)
+    logo = opened(model, folder, signal="spectr", probe_layer=[0, 1, 2])
+    before = logo.scorer.indices
+    logo.pool.add(tmp_path / "new")
+    with files_read() as seen:
+        after = logo.scorer.indices
+    assert seen == {"new": 1}
+    for old, new in zip(before, after, strict=True):
+        kept = {adapter.name: rows for adapter, rows in zip(new.adapters, new.rows, strict=True)}
+        for adapter, rows in zip(old.adapters, old.rows, strict=True):
+            assert new.stacked[kept[adapter.name]].equal(old.stacked[rows])
+
+
+def test_memory_for_indices_is_bounded_while_listening(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer points at once, the same responses."""
+    whole = opened(model, folder, signal="calibrated").calibrate()
+    held: list[int] = []
+
+    def counting(wanted: list[Wanted]) -> Any:
+        held.append(sum(4 * rows * width for rows, width in (one.shape for one in wanted)))
+        return read_indices(wanted)
+
+    monkeypatch.setattr(calibration, "read_indices", counting)
+    opened(model, folder, signal="calibrated").calibrate()
+    assert len(held) == 1
+    most = held.pop() // 2
+    monkeypatch.setattr(calibration, "_groups", lambda model, points, tokens: [points] if points else [])
+    monkeypatch.setattr(calibration, "_HELD_BYTES", most)
+    parts = opened(model, folder, signal="calibrated").calibrate()
+    assert len(held) > 1 and max(held) <= most
+    assert whole is not None and parts is not None
+    assert parts.points == whole.points
+    torch.testing.assert_close(parts.neutral, whole.neutral, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_are_made_where_scores_are_computed(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that meet on two devices are an error, and so is reading a number of a meta tensor."""
+    logo = opened(model, folder, signal="spectr", probe_layer=[0, 1])
+    width, meta = model.config.hidden_size, torch.device("meta")
+    whitening = Whitening.of(torch.randn(5, width, generator=torch.Generator().manual_seed(0)))
+    planned = plan(model, logo.fitted, logo.settings)
+    wanted = [Wanted(planned.adapters, point, meta, whitening) for point in planned.points]
+    monkeypatch.setattr(index, "built_on", lambda device: device)
+    for made, asked in zip(read_indices(wanted), wanted, strict=True):
+        assert made.stacked.device == meta and made.stacked.shape == asked.shape
+        assert made.offset is not None and made.offset.device == meta
+
+
+def test_what_cannot_decompose_matrices_is_given_what_the_host_made() -> None:
+    assert index.built_on(torch.device("mps")) == CPU
+    assert index.built_on(torch.device("cuda", 1)) == torch.device("cuda", 1)
