@@ -160,7 +160,7 @@ def test_the_engine_answers_after_what_it_refused(demo: LoGo, prompts: Any, mess
 def test_roles_are_those_of_the_server() -> None:
     from typing import get_args
 
-    from logo.serving.protocol import Role
+    from logo.api.requests import Role
 
     assert get_args(Role) == ROLES
 

@@ -1,4 +1,4 @@
-"""The app on an engine that is none of ours: all it needs is what `logo.serving.engine` writes down."""
+"""The app on an engine that is none of ours: all it needs is what `logo.protocol` writes down."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import httpx
 
 from logo.models import load_base
 from logo.prompts import Prompt
+from logo.protocol import Delta, Engine, Figures, Sampling, Wish
 from logo.selection import Selection
 from logo.serving.app import AppSettings, create_app
-from logo.serving.batching import Delta
-from logo.serving.engine import Engine, Figures, Wish
-from logo.serving.sampling import Sampling
 
 
 @dataclass

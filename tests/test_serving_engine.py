@@ -19,11 +19,9 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.decoding import greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
+from logo.protocol import GenerationFailed, GenerationTimeout, NotReady, Overloaded, Sampling, Wish
 from logo.serving import batching, steps
-from logo.serving.batching import GenerationFailed, GenerationTimeout
-from logo.serving.engine import NotReady, Overloaded, Wish
 from logo.serving.memory import Memory
-from logo.serving.sampling import Sampling
 from logo.serving.service import Chosen, Service
 from make_adapters import load_peft, write_peft
 from test_engine import engine, tokenizer, write_adapter

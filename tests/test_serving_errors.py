@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from http_server import eventually, serving
+from logo.api import errors
 from logo.errors import AdapterError, DataError, ModelError, NotFinite, PoolError, StorageError, UsageError
-from logo.serving import errors
+from logo.serving.bodies import CompletionRequest
+from logo.serving.errors import install
 from logo.serving.guards import GuardSettings, guard
-from logo.serving.protocol import CompletionRequest
 
 JSON = {"Content-Type": "application/json"}
 
@@ -55,7 +56,7 @@ FAILURES: dict[str, BaseException] = {
 
 def make() -> FastAPI:
     app = FastAPI()
-    errors.install(app)
+    install(app)
 
     @app.post("/completions")
     async def completions(request: CompletionRequest) -> str:
@@ -244,12 +245,12 @@ def test_without_guards_failures_have_the_same_shape() -> None:
 
 
 def test_a_stream_can_say_what_broke_it() -> None:
-    sent = errors.api_error(FAILURES["crash"], "req-1").event()
+    sent = errors.ApiError.of(FAILURES["crash"], "req-1").event()
     assert json.loads(sent.removeprefix(b"data: "))["error"]["message"].endswith("(request id req-1)")
     assert sent.endswith(b"\n\n") and sent.count(b"\n") == 2
 
 
 def test_an_errors_text_may_hold_anything() -> None:
     """Names of files and models can hold half characters, which no encoding takes."""
-    answer = errors.api_error(UsageError("name \udcff and\r\nmore"))
-    assert json.loads(answer.response().body)["error"]["message"] == "name \udcff and more"
+    answer = errors.ApiError.of(UsageError("name \udcff and\r\nmore"))
+    assert json.loads(answer.content())["error"]["message"] == "name \udcff and more"

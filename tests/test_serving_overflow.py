@@ -13,9 +13,7 @@ import torch
 import tiny
 from logo import LoGo
 from logo.errors import AdapterError, NotFinite
-from logo.serving.batching import GenerationFailed
-from logo.serving.engine import Wish
-from logo.serving.sampling import Sampling
+from logo.protocol import GenerationFailed, Sampling, Wish
 from logo.serving.service import Service
 from test_engine import engine, write_adapter
 from test_packed import failing

@@ -15,16 +15,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from http_server import serving
+from logo.api.problems import problem
+from logo.api.requests import LoadAdapter, SelectRequest, UnloadAdapter
+from logo.serving.bodies import UNSUPPORTED, ChatRequest, CompletionRequest
 from logo.serving.errors import install
-from logo.serving.problems import problem
-from logo.serving.protocol import (
-    UNSUPPORTED,
-    ChatRequest,
-    CompletionRequest,
-    LoadAdapter,
-    SelectRequest,
-    UnloadAdapter,
-)
 
 COMPLETION = {"model": "logo", "prompt": "hi"}
 CHAT = {"model": "logo", "messages": [{"role": "user", "content": "hi"}]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+from logo.api.replies import Mixture
 from logo.serving.replies import (
     ChatChunkChoice,
     ChatCompletionChunk,
@@ -12,7 +13,6 @@ from logo.serving.replies import (
     CompletionChoice,
     CompletionLogprobs,
     Delta,
-    Mixture,
     TokenLogprob,
     Usage,
     event,

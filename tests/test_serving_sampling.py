@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from logo.serving.sampling import Drawing, Sampling, next_tokens
+from logo.protocol import Sampling
+from logo.serving.sampling import Drawing, next_tokens
 from logo.serving.steps import NO_TOKEN
 from make_adapters import calm
 from tolerances import same_scores

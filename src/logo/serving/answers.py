@@ -12,27 +12,29 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from logo.api.errors import bad_request, timed_out
+from logo.api.names import Models
+from logo.api.requests import LogoOptions, Message
 from logo.decoding import MAX_NEW_TOKENS
 from logo.endings import FinishReason
-from logo.errors import closest
 from logo.prompts import Prompt, read
-from logo.serving.batching import GenerationFailed, GenerationTimeout
-from logo.serving.engine import Chosen, Engine, Wish
-from logo.serving.errors import bad_request, model_not_found, timed_out
-from logo.serving.keys import Patterns
+from logo.protocol import (
+    Chosen,
+    Engine,
+    GenerationFailed,
+    GenerationTimeout,
+    Patterns,
+    Sampling,
+    TokenLogprob,
+    Wish,
+)
 from logo.serving.metrics import Metrics
-from logo.serving.problems import shown
-from logo.serving.protocol import LogoOptions, Message
-from logo.serving.sampling import Sampling, TokenLogprob
 from logo.serving.text import Text
 
 _T = TypeVar("_T")
 
 # Characters that take a few milliseconds to tokenize.
 _LONG = 10_000
-
-AUTO = "logo"
-"""The model name that selects by itself."""
 
 
 @dataclass(frozen=True)
@@ -107,25 +109,8 @@ class Answers:
         Raises:
             ApiError: there is no such model, or it does not go with the options.
         """
-        names = self.service.usable(patterns)
-        if model not in (AUTO, self.base_model) and model not in names:
-            raise model_not_found(model, closest(model, (AUTO, self.base_model, *names)))
-        options = options or LogoOptions()
-        if options.adapters is not None:
-            return Wish(options.adapters, usable=patterns)
-        if options.signal is not None and options.signal not in self.service.signals:
-            raise bad_request(
-                f"logo.signal: expected one of {', '.join(self.service.signals)}, which this server was started with, "
-                f"found {shown(options.signal)}",
-                "logo.signal",
-            )
-        if model == AUTO:
-            given: Any = {name: getattr(options, name) for name in options.selecting}
-            return Wish(None, given, patterns)
-        if options.selecting:
-            said = ", ".join(map(repr, options.selecting))
-            raise bad_request(f"logo: model {shown(model)} selects nothing; leave out {said}", "logo")
-        return Wish({} if model == self.base_model else {model: 1.0}, usable=patterns)
+        models = Models(self.base_model, self.service.usable(patterns), self.service.signals)
+        return models.wish(model, options, patterns)
 
     async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
         """Prompts as they are read.

@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
+from logo.protocol import Engine
 from logo.serving import changes, errors, routes
 from logo.serving.answers import Answers
-from logo.serving.engine import Engine
 from logo.serving.metrics import Metrics
 from logo.serving.replies import now
 

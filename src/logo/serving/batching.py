@@ -20,11 +20,12 @@ from torch import Tensor
 from logo.adapters.layout import linear_modules
 from logo.decoding import greedy_config
 from logo.endings import FinishReason, end_tokens
-from logo.errors import LoGoError, ModelError
+from logo.errors import ModelError
 from logo.mixing.packed import Mixture, Packed
 from logo.mixing.store import AdapterStore
+from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
 from logo.serving.memory import Memory, Plan
-from logo.serving.sampling import Drawing, Drawn, Sampling, TokenLogprob, next_tokens
+from logo.serving.sampling import Drawing, Drawn, next_tokens
 from logo.serving.steps import Steps, attach
 
 if TYPE_CHECKING:
@@ -44,29 +45,6 @@ _STEP_TOKENS = 512
 # allows 0.06.
 _ROUNDINGS = 8
 _FLOAT32, _TF32 = 2.0**-20, 2.0**-10
-
-
-class GenerationFailed(LoGoError, RuntimeError):
-    """A sequence that ended without an answer; the cause is its `__cause__`."""
-
-
-class GenerationTimeout(LoGoError, TimeoutError):
-    """A sequence that was not done by its deadline."""
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one or more steps added to an answer.
-
-    Attributes:
-        tokens: new token ids.
-        logprobs: one for each, where asked for.
-        finish_reason: None while the answer goes on.
-    """
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    finish_reason: FinishReason | None
 
 
 @dataclass

@@ -7,25 +7,23 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from logo.errors import AdapterError, PoolError, closest
-from logo.serving import protocol
-from logo.serving.answers import AUTO, Answers
-from logo.serving.errors import ApiError, bad_request, not_found, shown_line
-from logo.serving.problems import shown
+from logo.api.errors import ApiError, bad_request, not_found, shown_line
+from logo.api.names import Models
+from logo.api.problems import shown
+from logo.api.requests import LoadAdapter, UnloadAdapter
+from logo.errors import AdapterError, PoolError
+from logo.serving.answers import Answers
 from logo.serving.routes import ERRORS, TEXT
 
 router = APIRouter(responses=ERRORS, tags=["Adapters"])
 
 
 @router.post("/v1/load_lora_adapter", **TEXT)
-async def load(body: protocol.LoadAdapter, request: Request) -> Response:
+async def load(body: LoadAdapter, request: Request) -> Response:
     """Adds an adapter to the pool; one that fails a check changes nothing."""
     answers: Answers = request.app.state.answers
     folder = inside(request.app.state.settings.adapter_changes, body.lora_path)
-    if body.lora_name in (AUTO, answers.base_model):
-        raise bad_request(f"lora_name: {shown(body.lora_name)} already means another model", "lora_name")
-    if body.lora_name in answers.service.adapters and not body.load_inplace:
-        raise bad_request(f"The lora adapter {shown(body.lora_name)} has already been loaded.", "lora_name")
+    _models(answers).check_new(body.lora_name, replace=body.load_inplace)
     try:
         await answers.service.add(folder, body.lora_name, replace=body.load_inplace)
     except AdapterError as error:
@@ -36,18 +34,19 @@ async def load(body: protocol.LoadAdapter, request: Request) -> Response:
 
 
 @router.post("/v1/unload_lora_adapter", **TEXT)
-async def unload(body: protocol.UnloadAdapter, request: Request) -> Response:
+async def unload(body: UnloadAdapter, request: Request) -> Response:
     """Takes an adapter out of the pool; requests that have selected it are still answered with it."""
     answers: Answers = request.app.state.answers
-    names = answers.service.adapters
-    if body.lora_name not in names:
-        hint = closest(body.lora_name, names)
-        raise not_found(f"The lora adapter {shown(body.lora_name)} cannot be found.{hint}", "lora_name")
+    _models(answers).check_there(body.lora_name)
     try:
         await answers.service.remove(body.lora_name)
     except PoolError as error:  # another request was faster
         raise not_found(str(error), "lora_name") from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _models(answers: Answers) -> Models:
+    return Models(answers.base_model, answers.service.adapters, answers.service.signals)
 
 
 def inside(root: Path, path: str) -> Path:

@@ -1,13 +1,11 @@
-"""Every failure becomes one answer in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+"""Every failure of the app becomes one answer in OpenAI's shape; see `logo.api.errors`.
 
 Routes raise `ApiError` or let `logo.errors` pass; `install` turns these, and all that FastAPI and Starlette raise,
-into JSON. Values of a request are shown cut; what went wrong inside is told to the log alone.
+into JSON.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,170 +14,31 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from logo.errors import AdapterError, LoGoError, NotFinite, PoolError, StorageError, StoreFull, UsageError
-from logo.serving.problems import problem, shown, unreadable
-
-INVALID = "invalid_request_error"
-SERVER = "server_error"
-
-
-class ApiError(HTTPException):
-    """An answer that is an error.
-
-    A child of Starlette's exception, because FastAPI lets only those pass while it reads a body.
-
-    Args:
-        status: of HTTP.
-        message: one line for people.
-        type: OpenAI's kind of error: `invalid_request_error`, `rate_limit_error` or `server_error`.
-        param: the field that is wrong.
-        code: a word for programs.
-        headers: go with the answer.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        type: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(status, message, dict(headers) if headers else None)
-        self.message = message
-        self.type = type
-        self.param = param
-        self.code = code
-
-    def body(self) -> dict[str, Any]:
-        """The JSON object of the answer."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
-    def event(self) -> bytes:
-        """The server-sent event with which a stream breaks off."""
-        return b"data: " + json.dumps(self.body()).encode("ascii") + b"\n\n"
-
-    def response(self) -> Response:
-        """The answer."""
-        content = json.dumps(self.body()).encode("ascii")  # ASCII: no text can fail to encode
-        return Response(content, self.status_code, self.headers, "application/json")
-
-
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request can never be answered as it is."""
-    return ApiError(400, message, INVALID, param, code)
-
-
-def unauthorized(message: str = "expected a valid API key as 'Authorization: Bearer KEY', found none") -> ApiError:
-    """401: no key, or a wrong one."""
-    return ApiError(401, message, INVALID, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-
-def forbidden(message: str) -> ApiError:
-    """403: not from there."""
-    return ApiError(403, message, INVALID, code="forbidden")
-
-
-def not_found(message: str, param: str | None = None, code: str | None = "not_found") -> ApiError:
-    """404: there is no such thing."""
-    return ApiError(404, message, INVALID, param, code)
-
-
-def model_not_found(model: str, hint: str = "") -> ApiError:
-    """404: no adapter has this name, nor the base model. `hint`: such as `(did you mean 'x'?)`."""
-    return not_found(f"The model {shown(model)} does not exist{hint}", "model", "model_not_found")
-
-
-def too_large(limit: int) -> ApiError:
-    """413: a body of more than `limit` bytes. The connection ends, for the rest of the body may still be coming."""
-    message = f"expected a body of at most {limit} bytes, found more"
-    return ApiError(413, message, INVALID, code="request_too_large", headers={"Connection": "close"})
-
-
-def too_many(retry_after: float) -> ApiError:
-    """429: the queue is full; worth another try after so many seconds."""
-    seconds = _seconds(retry_after)
-    message = f"too many requests are waiting; try again in {seconds} s"
-    return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(seconds)})
-
-
-def unavailable(message: str, retry_after: float | None = None, *, closing: bool = False) -> ApiError:
-    """503: not now: draining (`closing` ends the connection with it) or out of memory."""
-    headers = {} if retry_after is None else {"Retry-After": str(_seconds(retry_after))}
-    if closing:
-        headers["Connection"] = "close"
-    return ApiError(503, message, SERVER, code="unavailable", headers=headers)
-
-
-def client_left() -> ApiError:
-    """499, as nginx logs it: nobody waits for the answer any more."""
-    return ApiError(499, "the client has left", INVALID, code="client_left")
-
-
-def timed_out(seconds: float) -> ApiError:
-    """504: not answered within the server's limit."""
-    return ApiError(504, f"not answered within {seconds:g} s, the limit of this server", SERVER, code="timeout")
-
-
-def failed(message: str, code: str) -> ApiError:
-    """500 with a reason: what the server has cannot answer this request, though nothing is wrong with the request."""
-    return ApiError(500, shown_line(message), SERVER, code=code)
-
-
-def internal(request_id: str | None = None) -> ApiError:
-    """500: our fault. The text says nothing of the cause; the request id finds it in the log."""
-    where = f" (request id {request_id})" if request_id else ""
-    return ApiError(500, f"the server failed to answer{where}", SERVER, code="internal_error")
+from logo.api.errors import INVALID, SERVER, ApiError, bad_request, shown_line
+from logo.api.problems import problem, shown, unreadable
+from logo.errors import LoGoError
 
 
 def api_error(error: BaseException, request_id: str | None = None) -> ApiError:
-    """The answer to any failure, whether before a response has begun or in the middle of a stream."""
-    if isinstance(error, ApiError):
-        return error
+    """The answer to any failure: `ApiError.of`, and what FastAPI and Starlette raise."""
     if isinstance(error, RequestValidationError):
         message, param = problem(error.errors())
         return bad_request(message, param)
     if isinstance(error, HTTPException):
         return _of_starlette(error)
-    if isinstance(error, (UsageError, PoolError)):
-        return bad_request(shown_line(str(error)))
-    if isinstance(error, AdapterError):  # one of the pool: the client only named it, or not even that
-        return failed(str(error), "adapter_unusable")
-    if isinstance(error, StorageError):
-        missing = isinstance(error.__cause__, FileNotFoundError)
-        return not_found(shown_line(str(error))) if missing else bad_request(shown_line(str(error)))
-    if isinstance(error, NotFinite):
-        return failed(str(error), "not_finite")
-    if isinstance(error, StoreFull):  # beside what other requests hold: later there may be room
-        return unavailable(shown_line(str(error)), retry_after=1)
-    if out_of_memory(error):
-        return unavailable("out of memory for this request; send a shorter prompt or ask for fewer tokens")
-    return internal(request_id)
+    return ApiError.of(error, request_id)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """True for every way in which Python and torch say so; torch is not imported for it."""
-    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-def shown_line(text: str, limit: int = 500) -> str:
-    """A message of ours as one line of bounded length; names in it came from the client."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def _seconds(retry_after: float) -> int:
-    """`Retry-After` knows whole seconds only."""
-    return max(1, math.ceil(retry_after))
+def response(error: ApiError) -> Response:
+    """The answer."""
+    return Response(error.content(), error.status, error.headers, "application/json")
 
 
 def _of_starlette(error: HTTPException) -> ApiError:
     status, headers = error.status_code, error.headers
     if status == 400 and error.__cause__ is not None:  # FastAPI could not read the body
-        return bad_request(unreadable(error.__cause__))
+        cause = error.__cause__
+        return cause if isinstance(cause, ApiError) else bad_request(unreadable(cause))
     kind = SERVER if status >= 500 else INVALID
     code = {404: "not_found", 405: "method_not_allowed"}.get(status)
     return ApiError(status, shown_line(str(error.detail)), kind, code=code, headers=headers)
@@ -191,7 +50,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     if type(error) is HTTPException and error.status_code in (404, 405):
         method, path = request.method, shown(request.scope["path"])
         answer.message = f"no route {path}" if error.status_code == 404 else f"{path} does not take {method}"
-    return answer.response()
+    return response(answer)
 
 
 def install(app: FastAPI) -> None:
@@ -200,5 +59,5 @@ def install(app: FastAPI) -> None:
     What nobody foresaw is answered with 500 and raised again, as Starlette does, so that whoever is outside logs it
     (`logo.serving.guards`, or uvicorn).
     """
-    for kind in (HTTPException, RequestValidationError, LoGoError, MemoryError, Exception):
+    for kind in (ApiError, HTTPException, RequestValidationError, LoGoError, MemoryError, Exception):
         app.add_exception_handler(kind, _answer)

@@ -26,11 +26,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from logo.api.errors import forbidden, too_large, unauthorized
+from logo.api.problems import shown
 from logo.errors import UsageError
-from logo.serving.errors import api_error, forbidden, too_large, unauthorized
-from logo.serving.keys import Patterns
+from logo.protocol import Patterns
+from logo.serving.errors import api_error, response
 from logo.serving.logs import AccessLog, request_id
-from logo.serving.problems import shown
 
 log = logging.getLogger("logo.serving")
 
@@ -190,7 +191,7 @@ class Failures:
         except Exception as error:
             log.error("a request failed", exc_info=error)
             if not begun:
-                await api_error(error, request_id.get()).response()(scope, receive, send)
+                await response(api_error(error, request_id.get()))(scope, receive, send)
 
 
 class Hosts:
@@ -212,7 +213,7 @@ class Hosts:
             if len(hosts) != 1 or _host(hosts[0]) not in self.names:
                 found = shown(hosts[0]) if hosts else "none"
                 answer = forbidden(f"Host: expected a name of this server, found {found}; see --allow-host")
-                return await answer.response()(scope, receive, send)
+                return await response(answer)(scope, receive, send)
         await self.app(scope, receive, send)
 
 
@@ -247,15 +248,15 @@ class ApiKeys:
             return await self.app(scope, receive, send)
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(given) != 1:
-            return await unauthorized().response()(scope, receive, send)
+            return await response(unauthorized())(scope, receive, send)
         scheme, _, key = given[0].strip().partition(b" ")
         known, patterns = self._bound_to(key.strip())
         if scheme.lower() != b"bearer" or not known:
             answer = unauthorized("expected a valid API key as 'Authorization: Bearer KEY', found another")
-            return await answer.response()(scope, receive, send)
+            return await response(answer)(scope, receive, send)
         if patterns is not None and scope["path"] in self.WHOLE:
             answer = forbidden("this API key is bound to some adapters, and this concerns the whole pool")
-            return await answer.response()(scope, receive, send)
+            return await response(answer)(scope, receive, send)
         scope.setdefault("state", {})["adapters"] = patterns
         await self.app(scope, receive, send)
 
@@ -308,7 +309,7 @@ class BodyLimit:
 
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.limit):
             seen = self.limit + 1
-            return await too_large(self.limit).response()(scope, receive, lingering)
+            return await response(too_large(self.limit))(scope, receive, lingering)
         await self.app(scope, counted, lingering)
 
     async def _throw_away(self, receive: Receive) -> None:

@@ -8,8 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from logo.errors import StorageError, UsageError
-
-Patterns = tuple[str, ...]
+from logo.protocol import Patterns
 
 
 def read_key_adapters(file: Path) -> dict[str, Patterns]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from logo.serving.problems import plain
+from logo.api.problems import plain
 
 Level = Literal["debug", "info", "warning", "error"]
 

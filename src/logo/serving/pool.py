@@ -14,8 +14,8 @@ from typing import Any
 from logo.adapters.format import Adapter, open_adapter
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.serving.keys import Patterns, usable
-from logo.serving.replies import AdapterCard
+from logo.protocol import Card, Patterns
+from logo.serving.keys import usable
 
 
 class ServedPool:
@@ -44,7 +44,7 @@ class ServedPool:
                 raise PoolError(f"signal {signal!r}: {error}") from error
         self.refused: dict[str, LoGoError] = {}
         self.adapters: dict[str, Adapter] = {}
-        self.cards: dict[str, AdapterCard] = {}
+        self.cards: dict[str, Card] = {}
         self._list()
 
     def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
@@ -106,7 +106,7 @@ class ServedPool:
         before, adapters = self.adapters, {adapter.name: adapter for adapter in self._logo.fitted}
         known = {name for name, one in adapters.items() if name in before and before[name].file is one.file}
         self.cards = {
-            name: self.cards[name] if name in known else AdapterCard.of(adapter) for name, adapter in adapters.items()
+            name: self.cards[name] if name in known else Card.of(adapter) for name, adapter in adapters.items()
         }
         self.adapters = adapters
         self._usable = dict[Patterns, dict[str, None]]()

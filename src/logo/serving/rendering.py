@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from logo.api.replies import Mixture, Reply
 from logo.endings import FinishReason
+from logo.protocol import TokenLogprob
 from logo.serving import replies
 from logo.serving.answers import Asked, Piece
-from logo.serving.engine import Chosen
-from logo.serving.sampling import TokenLogprob
 
 Spelled = Callable[[int], str]  # a token as text
 
@@ -65,19 +65,19 @@ class Rendering(ABC):
         self._head: dict[str, Any] = {"id": replies.new_id(prefix), "created": replies.now(), "model": options.model}
 
     @abstractmethod
-    def whole(self, answers: Sequence[Collected], asked: Asked) -> replies.Reply:
+    def whole(self, answers: Sequence[Collected], asked: Asked) -> Reply:
         """The answer of a request that is not streamed."""
 
     @abstractmethod
-    def first(self, asked: Asked) -> replies.Reply:
+    def first(self, asked: Asked) -> Reply:
         """The chunk that begins every answer, before any token."""
 
     @abstractmethod
-    def chunk(self, piece: Piece) -> replies.Reply:
+    def chunk(self, piece: Piece) -> Reply:
         """A piece."""
 
     @abstractmethod
-    def last(self, asked: Asked, tokens: int) -> replies.Reply:
+    def last(self, asked: Asked, tokens: int) -> Reply:
         """The chunk with the counts."""
 
     def _ids(self, tokens: Sequence[int]) -> list[int] | None:
@@ -91,22 +91,22 @@ class CompletionRendering(Rendering):
         super().__init__(options, spelled, "cmpl")
         self._offsets: dict[int, int] = {}  # characters of each answer so far
 
-    def whole(self, answers: Sequence[Collected], asked: Asked) -> replies.Reply:
+    def whole(self, answers: Sequence[Collected], asked: Asked) -> Reply:
         """See `Rendering`."""
         choices = [self._choice(i, a.text, a.tokens, a.logprobs, a.finish_reason) for i, a in enumerate(answers)]
         return replies.Completion(**self._head, choices=choices, usage=usage(asked, answers), logo=mixtures(asked))
 
-    def first(self, asked: Asked) -> replies.Reply:
+    def first(self, asked: Asked) -> Reply:
         """See `Rendering`."""
         choices = [replies.CompletionChoice(index=i, text="") for i in range(len(asked.prompts) * asked.n)]
         return replies.CompletionChunk(**self._head, choices=choices, logo=mixtures(asked))
 
-    def chunk(self, piece: Piece) -> replies.Reply:
+    def chunk(self, piece: Piece) -> Reply:
         """See `Rendering`."""
         choice = self._choice(piece.index, piece.text, piece.tokens, piece.logprobs, piece.finish_reason)
         return replies.CompletionChunk(**self._head, choices=[choice])
 
-    def last(self, asked: Asked, tokens: int) -> replies.Reply:
+    def last(self, asked: Asked, tokens: int) -> Reply:
         """See `Rendering`."""
         return replies.CompletionChunk(**self._head, choices=[], usage=_usage(asked, tokens))
 
@@ -147,7 +147,7 @@ class ChatRendering(Rendering):
     def __init__(self, options: Options, spelled: Spelled) -> None:
         super().__init__(options, spelled, "chatcmpl")
 
-    def whole(self, answers: Sequence[Collected], asked: Asked) -> replies.Reply:
+    def whole(self, answers: Sequence[Collected], asked: Asked) -> Reply:
         """See `Rendering`."""
         choices = [
             replies.ChatChoice(
@@ -161,13 +161,13 @@ class ChatRendering(Rendering):
         ]
         return replies.ChatCompletion(**self._head, choices=choices, usage=usage(asked, answers), logo=mixtures(asked))
 
-    def first(self, asked: Asked) -> replies.Reply:
+    def first(self, asked: Asked) -> Reply:
         """See `Rendering`."""
         begin = replies.Delta(role="assistant", content="")
         choices = [replies.ChatChunkChoice(index=i, delta=begin) for i in range(asked.n)]
         return replies.ChatCompletionChunk(**self._head, choices=choices, logo=mixtures(asked))
 
-    def chunk(self, piece: Piece) -> replies.Reply:
+    def chunk(self, piece: Piece) -> Reply:
         """See `Rendering`."""
         choice = replies.ChatChunkChoice(
             index=piece.index,
@@ -178,7 +178,7 @@ class ChatRendering(Rendering):
         )
         return replies.ChatCompletionChunk(**self._head, choices=[choice])
 
-    def last(self, asked: Asked, tokens: int) -> replies.Reply:
+    def last(self, asked: Asked, tokens: int) -> Reply:
         """See `Rendering`."""
         return replies.ChatCompletionChunk(**self._head, choices=[], usage=_usage(asked, tokens))
 
@@ -200,19 +200,9 @@ class ChatRendering(Rendering):
         return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
 
 
-def mixture(chosen: Chosen) -> replies.Mixture:
-    """What a prompt was answered with."""
-    return replies.Mixture(
-        adapters=list(chosen.selection.adapters),
-        weights=list(chosen.selection.weights),
-        probe_ms=round(chosen.probe_ms, 3),
-        queue_ms=round(chosen.queue_ms, 3),
-    )
-
-
-def mixtures(asked: Asked) -> replies.Mixture | list[replies.Mixture]:
+def mixtures(asked: Asked) -> Mixture | list[Mixture]:
     """One for the only prompt, or a list."""
-    found = [mixture(chosen) for chosen in asked.chosen]
+    found = [Mixture.of(chosen) for chosen in asked.chosen]
     return found[0] if len(found) == 1 else found
 
 

@@ -6,9 +6,9 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-from logo.adapters.format import Adapter
+from logo.api.replies import Mixture, ModelRole, Reply
 from logo.endings import FinishReason
 
 
@@ -24,12 +24,6 @@ def _finite(value: Any) -> Any:
 Logprob = Annotated[float, BeforeValidator(_finite)]
 
 
-class Reply(BaseModel):
-    """What every object of an answer shares. Fields with `exclude_if` are left out rather than null."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
 class Usage(Reply):
     """Counts of tokens; prompts are counted once each, answers all."""
 
@@ -41,15 +35,6 @@ class Usage(Reply):
     def of(cls, prompt: int, completion: int) -> Usage:
         """The counts and their sum."""
         return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
-
-
-class Mixture(Reply):
-    """Top-level `logo` of an answer: what the prompt was answered with."""
-
-    adapters: list[str] = Field(description="Best first; empty: the base model alone.")
-    weights: list[float] = Field(description="Parallel to 'adapters'.")
-    probe_ms: float = Field(description="How long the selection took.")
-    queue_ms: float = Field(description="How long the request waited for a place.")
 
 
 class CompletionLogprobs(Reply):
@@ -105,7 +90,7 @@ class TopLogprob(Reply):
 class TokenLogprob(TopLogprob):
     """The token that stands there."""
 
-    top_logprobs: list[TopLogprob] = []
+    top_logprobs: list[TopLogprob] = Field([])
 
 
 class ChatLogprobs(Reply):
@@ -164,12 +149,6 @@ class ChatCompletionChunk(_Answer):
     choices: list[ChatChunkChoice]
 
 
-class ModelRole(Reply):
-    """What a model id means: selects by itself, the base model alone, or one adapter."""
-
-    role: Literal["auto", "base", "adapter"]
-
-
 class ModelCard(Reply):
     """An id that requests may give as `model`."""
 
@@ -180,7 +159,7 @@ class ModelCard(Reply):
     root: str | None = None
     parent: str | None = Field(None, description="The base model of an adapter.")
     max_model_len: int | None = None
-    permission: list[None] = []
+    permission: list[None] = Field([])
     logo: ModelRole
 
 
@@ -189,66 +168,6 @@ class ModelList(Reply):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-class SelectionReply(Reply):
-    """Answer of `POST /v1/logo/select`."""
-
-    adapters: list[str] = Field(description="Best first.")
-    weights: list[float]
-    scores: dict[str, float] = Field(description="Of every adapter, in pool order; empty for a forced mixture.")
-    probe_ms: float
-    tokens: int = Field(description="Of the prompt.")
-
-
-class AdapterCard(Reply):
-    """What the pool page shows of an adapter."""
-
-    id: str
-    rank: int = Field(description="The largest of its modules.")
-    parameters: int
-    modules: int
-    targets: list[str] = Field(description="Last parts of the names of its modules, each once.")
-    size_bytes: int
-    selected: int = Field(0, description="How often it was selected since the server started.")
-
-    @classmethod
-    def of(cls, adapter: Adapter) -> AdapterCard:
-        """The card of an adapter that nothing has selected; looks at its file."""
-        return cls(
-            id=adapter.name,
-            rank=max(adapter.ranks),
-            parameters=adapter.parameters,
-            modules=len(adapter.modules),
-            targets=sorted({path.rpartition(".")[2] for path in adapter.modules}),
-            size_bytes=adapter.size,
-        )
-
-
-class AdapterList(Reply):
-    """Answer of `GET /v1/logo/adapters`."""
-
-    object: Literal["list"] = "list"
-    base_model: str
-    default_k: int
-    signal: str
-    signals: list[str] = Field(description="What requests may give as 'signal'.")
-    data: list[AdapterCard]
-
-
-class ErrorBody(Reply):
-    """What went wrong: for people, for programs (`type`, `code`), and in which field (`param`)."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorReply(Reply):
-    """Every answer that is not a success."""
-
-    error: ErrorBody
 
 
 def new_id(prefix: Literal["cmpl", "chatcmpl"]) -> str:

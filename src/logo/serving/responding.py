@@ -13,8 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from logo.api.errors import client_left
 from logo.serving.answers import Answers, Asked
-from logo.serving.errors import api_error, client_left
+from logo.serving.errors import api_error
 from logo.serving.logs import request_id
 from logo.serving.rendering import Collected, Rendering
 from logo.serving.replies import DONE, event

@@ -11,19 +11,20 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
+from logo.api.errors import too_many, unavailable
+from logo.api.names import AUTO
+from logo.api.replies import AdapterCard, AdapterList, ErrorReply, ModelRole, SelectionReply
+from logo.api.requests import SelectRequest
 from logo.prompts import Prompt
-from logo.serving import protocol, replies
-from logo.serving.answers import AUTO, Answers, Asked
-from logo.serving.engine import NotReady, Overloaded
-from logo.serving.errors import too_many, unavailable
-from logo.serving.keys import Patterns
+from logo.protocol import NotReady, Overloaded, Patterns, Sampling
+from logo.serving import bodies, replies
+from logo.serving.answers import Answers, Asked
 from logo.serving.metrics import CONTENT_TYPE
 from logo.serving.rendering import ChatRendering, CompletionRendering, Options, Rendering
 from logo.serving.responding import Streamed, unless_left, whole
-from logo.serving.sampling import Sampling
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": replies.ErrorReply} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
+    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
 }
 _RETRY_AFTER = 1.0
 
@@ -52,7 +53,7 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/v1/completions", response_model=replies.Completion, responses=_STREAM, tags=["OpenAI"])
-async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
+async def completions(body: bodies.CompletionRequest, request: Request) -> Response:
     """Continues prompts, each with the mixture of adapters it selects."""
     answers = _answers(request)
     options = Options(body.model, body.return_token_ids, body.logprobs is not None, body.include_usage)
@@ -68,7 +69,7 @@ async def completions(body: protocol.CompletionRequest, request: Request) -> Res
 
 
 @router.post("/v1/chat/completions", response_model=replies.ChatCompletion, responses=_STREAM, tags=["OpenAI"])
-async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
+async def chat_completions(body: bodies.ChatRequest, request: Request) -> Response:
     """Answers a conversation with the mixture of adapters it selects."""
     answers = _answers(request)
     options = Options(body.model, body.return_token_ids, body.logprobs, body.include_usage)
@@ -88,7 +89,7 @@ async def chat_completions(body: protocol.ChatRequest, request: Request) -> Resp
 
 
 async def _generate(
-    body: protocol.CompletionRequest | protocol.ChatRequest,
+    body: bodies.CompletionRequest | bodies.ChatRequest,
     request: Request,
     rendering: Rendering,
     limit: tuple[int | None, str],
@@ -135,8 +136,8 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
 # -- selecting and the pool ----------------------------------------------------------------------------------------
 
 
-@router.post("/v1/logo/select", response_model=replies.SelectionReply, tags=["LoGo"])
-async def select(body: protocol.SelectRequest, request: Request) -> replies.SelectionReply:
+@router.post("/v1/logo/select", response_model=SelectionReply, tags=["LoGo"])
+async def select(body: SelectRequest, request: Request) -> SelectionReply:
     """Which adapters would answer, with the scores of all."""
     answers, began = _answers(request), time.perf_counter()
     wish = answers.wish(AUTO, body.logo, _patterns(request))
@@ -148,28 +149,19 @@ async def select(body: protocol.SelectRequest, request: Request) -> replies.Sele
         answers.room([prompt], None, "prompt" if body.messages is None else "messages")
         [chosen] = await unless_left(request, answers.choose([prompt], wish, began))
         chosen.release()
-    selection = chosen.selection
-    return replies.SelectionReply(
-        adapters=list(selection.adapters),
-        weights=list(selection.weights),
-        scores=dict(selection.scores),
-        probe_ms=round(chosen.probe_ms, 3),
-        tokens=len(prompt),
-    )
+    return SelectionReply.of(chosen, len(prompt))
 
 
-@router.get("/v1/logo/adapters", response_model=replies.AdapterList, tags=["LoGo"])
-async def adapters(request: Request) -> replies.AdapterList:
+@router.get("/v1/logo/adapters", response_model=AdapterList, tags=["LoGo"])
+async def adapters(request: Request) -> AdapterList:
     """The pool, or what the API key may use of it."""
     answers = _answers(request)
     service = answers.service
     names = service.usable(_patterns(request))
     cards = [
-        card.model_copy(update={"selected": service.selected.get(name, 0)})
-        for name, card in service.cards.items()
-        if name in names
+        AdapterCard.of(card, service.selected.get(name, 0)) for name, card in service.cards.items() if name in names
     ]
-    return replies.AdapterList(
+    return AdapterList(
         base_model=answers.base_model,
         default_k=service.k,
         signal=service.signal,
@@ -191,7 +183,7 @@ async def models(request: Request) -> replies.ModelList:
             root=answers.base_model if parent is None else name,
             parent=parent,
             max_model_len=length,
-            logo=replies.ModelRole.model_validate({"role": role}),
+            logo=ModelRole.model_validate({"role": role}),
         )
 
     names = answers.service.usable(_patterns(request))

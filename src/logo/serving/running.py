@@ -12,8 +12,8 @@ from typing import Any
 import uvicorn
 
 from logo.errors import UsageError
+from logo.protocol import Engine
 from logo.serving.app import AppSettings, create_app
-from logo.serving.engine import Engine
 from logo.serving.guards import GuardSettings, guard
 
 # Seconds between the signal and the end of listening.

@@ -15,49 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from logo.protocol import Sampling, TokenLogprob
 from logo.serving.steps import NO_TOKEN
-
-# Below this a temperature is greedy decoding, as in vLLM: dividing by it would overflow.
-_GREEDY = 1e-5
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one answer is decoded.
-
-    Attributes:
-        max_tokens: new tokens at most.
-        temperature: 0 is greedy.
-        top_p: of the probability mass, the share that is sampled from.
-        seed: of this answer's draws; None: anything.
-        logprobs: None, or how many alternatives are reported beside each token's own log probability.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    logprobs: int | None = None
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.temperature < _GREEDY
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """What the model thought of one token, before temperature and top-p.
-
-    Attributes:
-        token: its id.
-        logprob: natural logarithm of its probability.
-        top: the most likely tokens with theirs, best first.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass

@@ -26,16 +26,13 @@ from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.mixing.packed import Mixture
 from logo.prompts import ProbeText, Prompt
+from logo.protocol import Card, Delta, Figures, NotReady, Overloaded, Patterns, Sampling, Wish
 from logo.selecting import Asked
 from logo.selection import Selection
 from logo.selection.selector import forced, known
-from logo.serving.batching import Batching, Delta
-from logo.serving.engine import Figures, NotReady, Overloaded, Wish
-from logo.serving.keys import Patterns
+from logo.serving.batching import Batching
 from logo.serving.memory import Memory
 from logo.serving.pool import ServedPool
-from logo.serving.replies import AdapterCard
-from logo.serving.sampling import Sampling
 
 _log = logging.getLogger("logo.serving")
 
@@ -157,7 +154,7 @@ class Service:
         return self.pool.adapters
 
     @property
-    def cards(self) -> Mapping[str, AdapterCard]:
+    def cards(self) -> Mapping[str, Card]:
         """What is shown of each, but for how often it was selected."""
         return self.pool.cards
 

@@ -2,7 +2,7 @@
 
     wish -> choose -> Chosen -> generate -> Delta, Delta, ...
 
-`logo.serving.service.Service` is the engine of this process. Gates, caches and places are an engine's own affair: the
+`logo.serving.service.Service` is the engine of one process. Gates, caches and places are an engine's own affair: the
 app sees a `Chosen` only from outside, and hands it back.
 """
 
@@ -12,16 +12,22 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from logo.adapters.format import Adapter
 from logo.errors import LoGoError
 from logo.prompts import ProbeText, Prompt
 from logo.selecting import CallOptions
 from logo.selection import Selection
-from logo.serving.batching import Delta
-from logo.serving.keys import Patterns
-from logo.serving.replies import AdapterCard
-from logo.serving.sampling import Sampling
+
+if TYPE_CHECKING:
+    from logo.endings import FinishReason
+
+Patterns = tuple[str, ...]
+"""Names of adapters, or patterns of them such as `team-a/*`."""
+
+# Below this a temperature is greedy decoding, as in vLLM: dividing by it would overflow.
+_GREEDY = 1e-5
 
 
 class Overloaded(LoGoError, RuntimeError):
@@ -30,6 +36,14 @@ class Overloaded(LoGoError, RuntimeError):
 
 class NotReady(LoGoError, RuntimeError):
     """No requests are taken: the server is going down, or cannot generate any more."""
+
+
+class GenerationFailed(LoGoError, RuntimeError):
+    """A sequence that ended without an answer; the cause is its `__cause__`."""
+
+
+class GenerationTimeout(LoGoError, TimeoutError):
+    """A sequence that was not done by its deadline."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,90 @@ class Wish:
     adapters: Mapping[str, float] | None = None
     options: CallOptions = field(default_factory=CallOptions)
     usable: Patterns | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one answer is decoded.
+
+    Attributes:
+        max_tokens: new tokens at most.
+        temperature: 0 is greedy.
+        top_p: of the probability mass, the share that is sampled from.
+        seed: of this answer's draws; None: anything.
+        logprobs: None, or how many alternatives are reported beside each token's own log probability.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < _GREEDY
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """What the model thought of one token, before temperature and top-p.
+
+    Attributes:
+        token: its id.
+        logprob: natural logarithm of its probability.
+        top: the most likely tokens with theirs, best first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one or more steps added to an answer.
+
+    Attributes:
+        tokens: new token ids.
+        logprobs: one for each, where asked for.
+        finish_reason: None while the answer goes on.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is shown of an adapter.
+
+    Attributes:
+        rank: the largest of its modules.
+        targets: last parts of the names of its modules, each once.
+        size_bytes: of its file.
+    """
+
+    name: str
+    rank: int
+    parameters: int
+    modules: int
+    targets: tuple[str, ...]
+    size_bytes: int
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Card:
+        """The card of an adapter; looks at its file."""
+        return cls(
+            adapter.name,
+            max(adapter.ranks),
+            adapter.parameters,
+            len(adapter.modules),
+            tuple(sorted({path.rpartition(".")[2] for path in adapter.modules})),
+            adapter.size,
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +208,7 @@ class Engine(Protocol):
     @property
     def adapters(self) -> Mapping[str, Any]: ...
     @property
-    def cards(self) -> Mapping[str, AdapterCard]: ...
+    def cards(self) -> Mapping[str, Card]: ...
     @property
     def tokenizer(self) -> Any: ...
     @property

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from logo.serving.fields import TAGS
+from logo.api.fields import TAGS
 
 _SHOWN = 80  # characters of a value
 

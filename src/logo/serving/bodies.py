@@ -1,37 +1,19 @@
-"""What clients may ask: the bodies of all requests, checked; nothing here knows of models or of the pool.
+"""What clients may ask for text: the bodies of these requests, checked; nothing here knows of models or of the pool.
 
-OpenAI's fields, vLLM's `return_token_ids` and `lora_name`, and `logo` of ours. A field that would change the answer
-but that this server does not have is refused by name (`UNSUPPORTED`), never ignored; any other unknown field is kept
-in `model_extra`.
+OpenAI's fields, vLLM's `return_token_ids`, and `logo` of ours (`logo.api.requests`). A field that would change the
+answer but that this server does not have is refused by name (`UNSUPPORTED`), never ignored; any other unknown field is
+kept in `model_extra`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from logo.serving.fields import (
-    Body,
-    Choices,
-    Count,
-    Flag,
-    Logprobs,
-    Name,
-    Number,
-    OnePrompt,
-    Path,
-    Prompt,
-    Seed,
-    Stop,
-    Text,
-    branches,
-    refused,
-)
-
-Weighting = Literal["linear", "softmax", "adaptive"]
-Role = Literal["system", "developer", "user", "assistant", "tool"]
+from logo.api.fields import Body, Choices, Count, Flag, Logprobs, Number, Prompt, Seed, Stop, Text, refused
+from logo.api.requests import Messages, ModelRequest
 
 # Field -> whether its value asks for nothing that this server lacks.
 UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
@@ -80,51 +62,15 @@ def _is(value: Any, number: int) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == number
 
 
-class LogoOptions(Body):
-    """Field `logo` of a request: a mixture of the client's own, or other settings of the selection.
-
-    Unknown fields are refused here: they can only be slips, and would mean another mixture than the one wanted.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    adapters: dict[Text, Annotated[Number, Field(gt=-1e6, lt=1e6)]] | None = Field(
-        None, description="Adapter -> weight: exactly this mixture. An empty object: the base model alone."
-    )
-    k: Count | None = Field(None, description="How many adapters are mixed.")
-    signal: Text | None = Field(None, description="The signal that scores adapters.")
-    weighting: Weighting | None = Field(None, description="How scores become weights.")
-    keep_mass: Annotated[Number, Field(gt=0, le=1)] | None = Field(
-        None, description="Of the k adapters, keep the best that together hold this share of the weight."
-    )
-    candidates: Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="Choose among these adapters only."
-    )
-
-    @model_validator(mode="after")
-    def _one_way(self) -> LogoOptions:
-        if self.adapters is not None and self.selecting:
-            raise refused(f"expected either 'adapters' (this mixture) or {self.selecting[0]!r} (select), found both")
-        return self
-
-    @property
-    def selecting(self) -> list[str]:
-        """The fields that are given and say how to select."""
-        return [name for name, value in self if name != "adapters" and value is not None]
-
-
 class StreamOptions(Body):
     """Field `stream_options` of a request."""
 
     include_usage: Flag = Field(False, description="End a stream with a chunk that has the counts of tokens.")
 
 
-class _Generation(Body):
+class _Generation(ModelRequest):
     """What both ways of asking for text share."""
 
-    model: Text = Field(
-        description="'logo' selects adapters by itself; an adapter's name; or the base model's.", examples=["logo"]
-    )
     temperature: Annotated[Number, Field(ge=0, le=2)] = Field(1.0, description="0 decodes greedily.")
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     n: Choices = Field(1, description="Answers per prompt.")
@@ -134,7 +80,6 @@ class _Generation(Body):
     stream_options: StreamOptions | None = Field(None, description="Without 'stream' it has no effect.")
     return_token_ids: Flag = Field(False, description="Every choice carries its 'token_ids' too.")
     user: Text | None = Field(None, description="Has no effect.")
-    logo: LogoOptions | None = None
 
     @model_validator(mode="after")
     def _nothing_unsupported(self) -> _Generation:
@@ -178,47 +123,6 @@ class CompletionRequest(_Generation):
         return prompt
 
 
-class TextPart(Body):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-def _kind_of_content(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
-
-
-Content = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<parts>")],
-    branches(_kind_of_content, "a string or a list of text parts"),
-]
-
-
-class Message(Body):
-    """One turn of a conversation; unknown fields (`tool_calls`, ...) are kept for the chat template."""
-
-    role: Role
-    content: Content | None = Field(None, description="Only an assistant's may be null.")
-    name: Text | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise refused(f"expected a value in a message of role {self.role!r}, found none", "content")
-        return self
-
-    @property
-    def text(self) -> str:
-        """The content as one text; its parts follow each other as they are."""
-        if self.content is None:
-            return ""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-Messages = Annotated[list[Message], Field(min_length=1)]
-
-
 class ChatRequest(_Generation):
     """Body of `POST /v1/chat/completions`."""
 
@@ -243,40 +147,3 @@ class ChatRequest(_Generation):
     def max_new_tokens(self) -> int | None:
         """The limit under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-
-class SelectRequest(Body):
-    """Body of `POST /v1/logo/select`: one prompt, or one conversation."""
-
-    prompt: OnePrompt | None = None
-    messages: Messages | None = None
-    logo: LogoOptions | None = None
-
-    @model_validator(mode="after")
-    def _one_input(self) -> SelectRequest:
-        if (self.prompt is None) == (self.messages is None):
-            found = "none" if self.prompt is None else "both"
-            raise refused(f"expected either 'prompt' or 'messages', found {found}")
-        return self
-
-
-class UnloadAdapter(Body):
-    """Body of `POST /v1/unload_lora_adapter`."""
-
-    lora_name: Name
-
-
-class LoadAdapter(UnloadAdapter):
-    """Body of `POST /v1/load_lora_adapter`."""
-
-    lora_path: Path = Field(description="Inside the server's folder for this.")
-    load_inplace: Flag = Field(False, description="Replace an adapter of this name.")
-
-    @model_validator(mode="after")
-    def _safe(self) -> LoadAdapter:
-        parts = self.lora_name.split("/")
-        if not self.lora_name.isprintable() or "\\" in self.lora_name or not all(parts) or {".", ".."} & set(parts):
-            raise refused("expected printable characters, '/' only between them and no '..', found others", "lora_name")
-        if "\0" in self.lora_path:
-            raise refused("expected a path, found one with a zero byte", "lora_path")
-        return self

@@ -1,0 +1,112 @@
+"""What LoGo adds to answers, whoever serves the model: which adapters, how strongly; and its own routes' answers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from logo.protocol import Card, Chosen
+
+
+class Reply(BaseModel):
+    """What every object of an answer shares. Fields with `exclude_if` are left out rather than null."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Mixture(Reply):
+    """Top-level `logo` of an answer: what the prompt was answered with."""
+
+    adapters: list[str] = Field(description="Best first; empty: the base model alone.")
+    weights: list[float] = Field(description="Parallel to 'adapters'.")
+    probe_ms: float = Field(description="How long the selection took.")
+    queue_ms: float = Field(description="How long the request waited for a place.")
+
+    @classmethod
+    def of(cls, chosen: Chosen) -> Mixture:
+        """What was chosen for a prompt."""
+        return cls(
+            adapters=list(chosen.selection.adapters),
+            weights=list(chosen.selection.weights),
+            probe_ms=round(chosen.probe_ms, 3),
+            queue_ms=round(chosen.queue_ms, 3),
+        )
+
+
+class ModelRole(Reply):
+    """What a model id means: selects by itself, the base model alone, or one adapter."""
+
+    role: Literal["auto", "base", "adapter"]
+
+
+class SelectionReply(Reply):
+    """Answer of `POST /v1/logo/select`."""
+
+    adapters: list[str] = Field(description="Best first.")
+    weights: list[float]
+    scores: dict[str, float] = Field(description="Of every adapter, in pool order; empty for a forced mixture.")
+    probe_ms: float
+    tokens: int = Field(description="Of the prompt.")
+
+    @classmethod
+    def of(cls, chosen: Chosen, tokens: int) -> SelectionReply:
+        """What was chosen for a prompt of so many tokens."""
+        return cls(
+            adapters=list(chosen.selection.adapters),
+            weights=list(chosen.selection.weights),
+            scores=dict(chosen.selection.scores),
+            probe_ms=round(chosen.probe_ms, 3),
+            tokens=tokens,
+        )
+
+
+class AdapterCard(Reply):
+    """What the pool page shows of an adapter."""
+
+    id: str
+    rank: int = Field(description="The largest of its modules.")
+    parameters: int
+    modules: int
+    targets: list[str] = Field(description="Last parts of the names of its modules, each once.")
+    size_bytes: int
+    selected: int = Field(description="How often it was selected since the server started.")
+
+    @classmethod
+    def of(cls, card: Card, selected: int) -> AdapterCard:
+        """A card, and how often its adapter was selected."""
+        return cls(
+            id=card.name,
+            rank=card.rank,
+            parameters=card.parameters,
+            modules=card.modules,
+            targets=list(card.targets),
+            size_bytes=card.size_bytes,
+            selected=selected,
+        )
+
+
+class AdapterList(Reply):
+    """Answer of `GET /v1/logo/adapters`."""
+
+    object: Literal["list"] = "list"
+    base_model: str
+    default_k: int
+    signal: str
+    signals: list[str] = Field(description="What requests may give as 'signal'.")
+    data: list[AdapterCard]
+
+
+class ErrorBody(Reply):
+    """What went wrong: for people, for programs (`type`, `code`), and in which field (`param`)."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorReply(Reply):
+    """Every answer that is not a success."""
+
+    error: ErrorBody
