@@ -110,7 +110,7 @@ class CalibrationCache:
 
     def _key(self, adapter: Adapter) -> str:
         if adapter.file not in self._adapter_keys:
-            self._adapter_keys[adapter.file] = _adapter_key(adapter)
+            self._adapter_keys[adapter.file] = adapter_key(adapter)
         return self._adapter_keys[adapter.file]
 
     def _save(self, name: str, data: bytes) -> Path | None:
@@ -129,14 +129,19 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in model.named_parameters():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta":
-            # A sample: reading all weights of a large model takes longer than calibrating it.
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.float32)
+        # A skeleton of a model has its weights elsewhere, and holds a sample of them.
+        sample = getattr(tensor, "sample", None) if tensor.device.type == "meta" else sampled(tensor)
+        if sample is not None:
             digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:24]
 
 
-def _adapter_key(adapter: Adapter) -> str:
-    """Digest of an adapter's weights and scales."""
+def sampled(tensor: Tensor) -> Tensor:
+    """Some numbers of a parameter, float32 on the CPU: reading all of a large model takes longer than calibrating."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.float32)
+
+
+def adapter_key(adapter: Adapter) -> str:
+    """Digest of an adapter's weights and scales. Reads its whole file."""
     return hashlib.sha256(f"{adapter.sha256} {list(adapter.scales)}".encode()).hexdigest()[:32]

@@ -9,8 +9,9 @@ calibration of any other pool of known adapters costs no pass at all.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -34,6 +35,10 @@ ENOUGH = 0.97
 # Hidden vectors that are held at once: what does not fit is read in further passes, each up to its own last layer.
 _HELD_BYTES = 2**30
 _BATCH = 16
+
+# Runs texts through the base model: the hidden vectors of all texts at each point, and the text that each belongs to.
+# Points that read the same vectors are given one tensor.
+Listening = Callable[[Sequence[Point], Texts, Signal], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def calibrate(
     most: int,
     settings: SelectionSettings,
     cache: CalibrationCache,
+    listening: Listening | None = None,
 ) -> Calibration:
     """The calibration of these adapters, from the cache or by listening, and the points to read.
 
@@ -76,6 +82,7 @@ def calibrate(
         most: of the candidates, choose so many at most; 0: all of them are read.
         settings: for the signal.
         cache: the texts, what is known already, and where what is new is put.
+        listening: runs the base model; None: `model` itself runs.
     """
     started, texts = time.perf_counter(), cache.texts
     known = {adapter.name: cache.responses(adapter) for adapter in adapters}
@@ -83,7 +90,7 @@ def calibrate(
         point: [a for a in adapters if point.module in a.modules and point.module not in known[a.name]]
         for point in candidates
     }
-    heard = listen(model, {point: absent for point, absent in missing.items() if absent}, settings, cache)
+    heard = listen(model, {point: absent for point, absent in missing.items() if absent}, settings, cache, listening)
     for adapter in adapters:
         if adapter.name in heard:
             known[adapter.name] |= heard[adapter.name]
@@ -113,13 +120,17 @@ def calibrate(
 
 
 def whitenings(
-    model: nn.Module, points: Sequence[Point], settings: SelectionSettings, cache: CalibrationCache
+    model: nn.Module,
+    points: Sequence[Point],
+    settings: SelectionSettings,
+    cache: CalibrationCache,
+    listening: Listening | None = None,
 ) -> dict[str, Whitening]:
     """Module path -> the whitening of its input, from the cache or by listening; empty where the signal uses none."""
     if settings.reading.scale != "whitened":
         return {}
     found = {point.module: cache.whitening(point.module) for point in points}
-    listen(model, {point: [] for point in points if found[point.module] is None}, settings, cache)
+    listen(model, {point: [] for point in points if found[point.module] is None}, settings, cache, listening)
     found = {module: known or cache.whitening(module) for module, known in found.items()}
     return {module: whitening for module, whitening in found.items() if whitening is not None}
 
@@ -129,6 +140,7 @@ def listen(
     wanted: Mapping[Point, Sequence[Adapter]],
     settings: SelectionSettings,
     cache: CalibrationCache,
+    listening: Listening | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Runs the cache's texts through the base model and scores these adapters at these points.
 
@@ -137,24 +149,28 @@ def listen(
         wanted: point -> adapters to score there (none: only the whitening is wanted).
         settings: for the signal.
         cache: has the texts, and the whitenings that are known; those that the signal needs besides are put there.
+        listening: as in `calibrate`.
 
     Returns:
         adapter name -> module path -> `a` (texts,), neutral ones first.
     """
     heard: dict[str, dict[str, Tensor]] = {}
+    if listening is None:
+        listening = partial(_read, model)
     for points in _groups(model, list(wanted), sum(map(len, cache.texts.rows))):
-        for index, responses in _heard(model, {point: wanted[point] for point in points}, settings.reading, cache):
+        part = {point: wanted[point] for point in points}
+        for index, responses in _heard(listening, part, settings.reading, cache):
             for adapter, response in zip(index.adapters, responses.T, strict=True):
                 heard.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return heard
 
 
 def _heard(
-    model: nn.Module, wanted: Mapping[Point, Sequence[Adapter]], signal: Signal, cache: CalibrationCache
+    listening: Listening, wanted: Mapping[Point, Sequence[Adapter]], signal: Signal, cache: CalibrationCache
 ) -> Iterator[tuple[ScoringIndex, Tensor]]:
     """`listen` at points whose hidden vectors are held at once: each index, and its `a` (texts, adapters)."""
     texts = cache.texts
-    read = dict(zip(wanted, _read(model, list(wanted), texts, signal), strict=True))
+    read = dict(zip(wanted, listening(list(wanted), texts, signal), strict=True))
     latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same vectors
     asked = []
     for point, (hidden, owners) in read.items():

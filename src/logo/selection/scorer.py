@@ -15,7 +15,7 @@ from logo.adapters.pool import AdapterPool
 from logo.cache import cache_folder
 from logo.selection.baseline import Baseline
 from logo.selection.cache import CalibrationCache
-from logo.selection.calibration import Calibration, calibrate, whitenings
+from logo.selection.calibration import Calibration, Listening, calibrate, whitenings
 from logo.selection.index import ScoringIndex, Wanted, device_of, read_indices
 from logo.selection.index_file import index_name, keep_index, load_index
 from logo.selection.plan import plan
@@ -78,8 +78,12 @@ class Scorer:
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(rows, adapters) float32 on the CPU, of right-padded prompts (rows, length)."""
-        per_point = self._reader(input_ids, attention_mask)
-        responses = torch.full((*self._touched.shape, len(input_ids)), torch.nan)  # (adapters, points, rows)
+        return self.scores(self._reader(input_ids, attention_mask))
+
+    def scores(self, per_point: Sequence[Tensor]) -> Tensor:
+        """(rows, adapters) float32 on the CPU of responses `a` (rows, adapters that touch the point) per point."""
+        # (adapters, points, rows)
+        responses = torch.full((*self._touched.shape, len(per_point[0])), torch.nan)
         for at, response in enumerate(per_point):
             responses[self._touched[:, at], at] = response.T.cpu()
         if self._baseline is None:
@@ -121,6 +125,9 @@ class Scorers:
         bos: the token that begins every text, if there is one.
         before: those of an earlier state of the pool, from which is taken over what is still true. A pool that changes
             once will change again: its indices are not kept on disk.
+        device: where scores are computed; None: where the model computes what is read.
+        listening: runs the base model for a calibration; None: `model` itself runs. With it, `model` may be a skeleton
+            on the meta device.
 
     Raises:
         PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
@@ -134,7 +141,10 @@ class Scorers:
         encode: Encode,
         bos: int | None,
         before: Scorers | None = None,
+        device: torch.device | None = None,
+        listening: Listening | None = None,
     ) -> None:
+        self._device, self._listening = device, listening
         self._plan = plan(model, pool, settings)
         count = len(self._plan.adapters)
         self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
@@ -167,9 +177,9 @@ class Scorers:
         else:
             calibration, whitened = None, dict[str, Whitening]()
             if cache is not None:
-                calibration = calibrate(model, adapters, points, planned.most, settings, cache)
+                calibration = calibrate(model, adapters, points, planned.most, settings, cache, self._listening)
                 points = calibration.points
-                whitened = whitenings(model, points, settings, cache)
+                whitened = whitenings(model, points, settings, cache, self._listening)
             indices = self._indices(adapters, points, whitened, () if earlier is None else earlier.indices)
             if folder is not None and name is not None:
                 keep_index(folder, name, adapters, indices, calibration, cache)
@@ -200,7 +210,7 @@ class Scorers:
         wanted = []
         for point in points:
             touching = [adapter for adapter in adapters if point.module in adapter.modules]
-            device, whitening = device_of(self._model, point), whitened.get(point.module)
+            device, whitening = self._device or device_of(self._model, point), whitened.get(point.module)
             before = held.get((point, whitening is None))
             wanted.append(Wanted(touching, point, device, whitening, before))
         return read_indices(wanted)

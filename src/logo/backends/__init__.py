@@ -1,0 +1,1 @@
+"""Other engines that LoGo runs inside."""

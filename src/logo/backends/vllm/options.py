@@ -1,0 +1,94 @@
+"""What LoGo is told inside vLLM: by the environment, or by `--additional-config '{"logo": {...}}'`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from logo.adapters.pool import OnBadAdapter
+from logo.errors import UsageError, closest
+from logo.selection.settings import SelectionSettings
+
+Mode = Literal["auto", "gate", "merge"]
+
+# The pool alone, and everything else as JSON.
+POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every process of one vLLM server is told.
+
+    Attributes:
+        pool: a folder of adapters, or a Hub repository `org/name[/folder][@revision]`.
+        mode: `"gate"`: the pool sits in vLLM's adapter slots and a request is a row of gates; `"merge"`: every mixture
+            is an adapter of its own; `"auto"`: gates where the slots suffice.
+        signals: those that requests may ask for besides the settings' own.
+        on_bad_adapter: what to do with adapters that do not fit the base model.
+        settings: how prompts are scored and selected for.
+    """
+
+    pool: str
+    mode: Mode = "auto"
+    signals: tuple[str, ...] = ("norm",)
+    on_bad_adapter: OnBadAdapter = "error"
+    settings: SelectionSettings = field(default_factory=SelectionSettings)
+
+    @classmethod
+    def of(cls, additional: Mapping[str, Any] | None, environment: Mapping[str, str]) -> Options | None:
+        """The options that are given; None where nothing names a pool. `--additional-config` goes before.
+
+        Raises:
+            UsageError: an option that does not exist or cannot be used.
+        """
+        given: dict[str, Any] = {}
+        if environment.get(OPTIONS):
+            given |= _object(environment[OPTIONS], OPTIONS)
+        if environment.get(POOL):
+            given["pool"] = environment[POOL]
+        inside = (additional or {}).get("logo")
+        if inside is not None:
+            if not isinstance(inside, Mapping):
+                raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(inside).__name__}")
+            given |= inside
+        if not given:
+            return None
+        own = {f.name for f in fields(cls)} - {"settings"}
+        known = [*own, *(f.name for f in fields(SelectionSettings))]
+        for name in given:
+            if name not in known:
+                raise UsageError(f"unknown option {name!r} of LoGo{closest(name, known)}; known: {', '.join(known)}")
+        if not isinstance(given.get("pool"), str):
+            raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
+        settings = SelectionSettings.of(**{name: value for name, value in given.items() if name not in own})
+        options = {name: value for name, value in given.items() if name in own}
+        if options.get("mode", "auto") not in get_args(Mode):
+            raise UsageError(f"mode: expected one of {', '.join(get_args(Mode))}, found {options['mode']!r}")
+        if "signals" in options:
+            options["signals"] = tuple(options["signals"])
+        made = cls(settings=settings, **options)
+        for signal in made.all_signals:
+            settings.asked(signal=signal)  # refuses one that does not exist
+        if settings.probe_context != "base" or settings.baseline != "neutral":
+            raise UsageError(
+                "inside vLLM prompts are probed by the base model alone and compared with neutral text: leave out "
+                "probe_context and baseline"
+            )
+        return made
+
+    @property
+    def all_signals(self) -> tuple[str, ...]:
+        """The settings' own signal first."""
+        return tuple(dict.fromkeys((self.settings.signal, *self.signals)))
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: expected a JSON object, found {text!r:.60} ({error})") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{where}: expected a JSON object, found {text!r:.60}")
+    return found

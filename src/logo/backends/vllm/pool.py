@@ -1,0 +1,137 @@
+"""The pool as vLLM's processes see it: fitted to the base model, each adapter under the key of its content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from logo.adapters.format import Adapter
+from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import AdapterPool
+from logo.backends.vllm.options import Mode, Options
+from logo.backends.vllm.recipe import Recipe, key_of, pool_digest
+from logo.errors import PoolError, UsageError
+from logo.models import open_pool
+from logo.selection.selector import Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class KeyedPool:
+    """Adapters that fit one base model.
+
+    Attributes:
+        adapters: the pool.
+        keys: name -> key, in pool order.
+    """
+
+    adapters: AdapterPool
+    keys: Mapping[str, str]
+
+    @classmethod
+    def of(cls, adapters: AdapterPool) -> KeyedPool:
+        """Reads every adapter's file once, for its digest."""
+        return cls(adapters, {adapter.name: key_of(adapter) for adapter in adapters})
+
+    @classmethod
+    def open(cls, options: Options, model: PreTrainedModel) -> KeyedPool:
+        """The pool that the options name, fitted to a model (a skeleton will do).
+
+        Raises:
+            LoGoError: it cannot be opened, or does not fit.
+        """
+        opened = opened_pool(options, str(model.config.name_or_path))
+        return cls.of(opened.fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter))
+
+    @property
+    def digest(self) -> str:
+        """Equal in all processes that have the same pool."""
+        return pool_digest(self.keys)
+
+    @property
+    def by_key(self) -> dict[str, Adapter]:
+        """Key -> adapter."""
+        return {key: self.adapters[name] for name, key in self.keys.items()}
+
+    def recipe(self, selection: Selection) -> Recipe:
+        """The recipe of a selection; without adapters, it is the base model's and has no parts."""
+        return Recipe.of((self.keys[name], weight) for name, weight in selection.mixture.items() if weight)
+
+
+def opened_pool(options: Options, base_model: str) -> AdapterPool:
+    """The pool that the options name, not fitted to a model yet."""
+    return open_pool(
+        options.pool, base_model, on_bad_adapter=options.on_bad_adapter, cache=options.settings.cache
+    )
+
+
+def mode_of(options: Options, base_model: str, lora: Any, pool: AdapterPool | None = None) -> tuple[Mode, str]:
+    """`choose_mode` for an engine.
+
+    Args:
+        lora: vLLM's `LoRAConfig`.
+        pool: None: the one that the options name.
+    """
+    pool = opened_pool(options, base_model) if pool is None else pool
+    k = min(options.settings.k or pool.default_k, len(pool))
+    return choose_mode(options.mode, pool, k, lora.max_loras, lora.max_lora_rank)
+
+
+def rank_of(adapter: Adapter) -> int:
+    """The largest rank of an adapter."""
+    return max(adapter.ranks)
+
+
+def choose_mode(asked: Mode, pool: AdapterPool, k: int, max_loras: int, max_rank: int) -> tuple[Mode, str]:
+    """How mixtures are made, and why.
+
+    Args:
+        asked: what the user says.
+        k: adapters per mixture.
+        max_loras, max_rank: vLLM's `--max-loras` and `--max-lora-rank`.
+
+    Raises:
+        UsageError: vLLM has too few slots, or too small ones; names the adapter and the number to pass.
+    """
+    largest = max(pool, key=rank_of)
+    ranks = sorted((rank_of(adapter) for adapter in pool), reverse=True)
+    summed = sum(ranks[:k])
+    gates = len(pool) <= max_loras and rank_of(largest) <= max_rank
+    if asked != "merge" and gates:
+        return "gate", f"{len(pool)} adapters fit into {max_loras} slots of rank {max_rank}"
+    if asked != "gate" and summed <= max_rank:
+        return "merge", f"{k} adapters have rank {summed} together, and a slot has {max_rank}"
+    if rank_of(largest) > max_rank:
+        raise UsageError(
+            f"--max-lora-rank is {max_rank}, but adapter {largest.name!r} has rank {rank_of(largest)}: pass "
+            f"--max-lora-rank {rank_of(largest)} or more"
+        )
+    if asked == "merge":
+        raise UsageError(
+            f"--max-lora-rank is {max_rank}, but {k} adapters of this pool have rank {summed} together: pass "
+            f"--max-lora-rank {summed} or more, or a smaller k"
+        )
+    raise UsageError(
+        f"--max-loras is {max_loras}, but the pool has {len(pool)} adapters, each of which needs a slot: pass "
+        f"--max-loras {len(pool)}"
+        + ("" if asked == "gate" else f", or --max-lora-rank {summed} to merge {k} adapters for every request")
+    )
+
+
+def described(pool: KeyedPool, mode: Mode, reason: str) -> dict[str, Any]:
+    """For the other processes, as vLLM can send it."""
+    return {"digest": pool.digest, "names": list(pool.keys), "mode": mode, "reason": reason}
+
+
+def check_alike(described: list[dict[str, Any]], own: KeyedPool) -> None:
+    """Raises PoolError unless all workers have this process's pool."""
+    for number, found in enumerate(described):
+        if found["digest"] != own.digest:
+            raise PoolError(
+                f"worker {number} has another pool than this process ({found['digest']}, not {own.digest}; "
+                f"{len(found['names'])} adapters, not {len(own.keys)}): put the same files on every machine and start "
+                "again"
+            )

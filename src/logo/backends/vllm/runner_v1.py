@@ -1,0 +1,34 @@
+"""vLLM's model runner V1 (`vllm/v1/worker/gpu_model_runner.py`, also on a CPU): which rows of a step are whose.
+
+Relied on: `set_active_loras(input_batch, num_scheduled_tokens, ...)` is called before every step of real requests, with
+the batch in the order of its rows. `input_batch` has `req_ids`, `num_computed_tokens_cpu` and `num_prompt_tokens`; the
+runner's `requests` have `sampling_params` and `prompt_token_ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from logo.backends.vllm.marks import span
+from logo.backends.vllm.taps import Span
+
+NEEDED = {"set_active_loras": ("self", "input_batch", "num_scheduled_tokens")}
+
+
+def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[int]) -> Iterator[Span]:
+    """The rows of probed prompts in the step that comes."""
+    row = 0
+    for i, (request_id, count) in enumerate(zip(input_batch.req_ids, scheduled, strict=False)):
+        state = runner.requests[request_id]
+        found = span(
+            state.sampling_params,
+            state.prompt_token_ids,
+            row,
+            int(input_batch.num_computed_tokens_cpu[i]),
+            int(count),
+            bos,
+        )
+        if found is not None:
+            yield found
+        row += int(count)

@@ -1,0 +1,61 @@
+"""The base model as transformers knows it, without its weights: module paths, shapes and a digest.
+
+Pools are fitted to it and points are found in it, as the local engine does with a loaded model. A sample of each weight
+is read from the checkpoint, so that calibrations are kept under the digest that the local engine keeps them under.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from logo.models import fetch, loading
+from logo.selection.cache import sampled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
+    """A causal LM on the meta device, each of its parameters with a `sample` of the checkpoint where that has it.
+
+    Args:
+        source: a folder, or a Hub repository whose files were fetched before.
+        dtype: what the engine computes in.
+
+    Raises:
+        ModelError: transformers does not know the model, or its files cannot be read.
+    """
+    import transformers
+
+    folder = fetch(source, revision=revision)
+    with loading(source, folder):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        samples = _samples(Path(folder))
+    for name, parameter in model.named_parameters():
+        if name in samples:
+            parameter.sample = samples[name].to(dtype).float()
+    made: PreTrainedModel = model.eval().requires_grad_(False)
+    return made
+
+
+def _samples(folder: Path) -> Mapping[str, Tensor]:
+    """Tensor name -> sample. Files are mapped into memory, so that little of them is read."""
+    index = folder / _INDEX
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_WEIGHTS}
+    samples = {}
+    for name in sorted(names):
+        if (folder / name).is_file():
+            with safe_open(folder / name, framework="pt") as file:
+                samples |= {key: sampled(file.get_tensor(key)) for key in file.keys()}
+    return samples

@@ -1,0 +1,358 @@
+"""LoGo in one worker of vLLM: scores of probed prompts, and mixtures by recipe.
+
+vLLM calls it through the hooks of `logo.backends.vllm.hooks`; the router calls it through `collective_rpc`, which runs
+the `logo_*` functions at the end of this file on every worker.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logo.adapters.format import Adapter
+from logo.backends.vllm.gates import StepGates, turned
+from logo.backends.vllm.options import Options
+from logo.backends.vllm.pool import KeyedPool, described, mode_of
+from logo.backends.vllm.recipe import Recipe, is_recipe
+from logo.backends.vllm.skeleton import skeleton
+from logo.backends.vllm.taps import Span, Taps
+from logo.decoding import Prompts, Truncation
+from logo.errors import LoGoError, ModelError
+from logo.models import context_length
+from logo.selection.points import Point
+from logo.selection.scorer import Scorers
+from logo.selection.plan import plan
+from logo.selection.texts import Texts
+
+log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
+
+# Recipes whose rows of gates are remembered.
+_REMEMBERED = 4096
+
+
+class _TextsNeeded(Exception):
+    """A calibration that is not in the cache: texts have to be run first."""
+
+
+class Worker:
+    """LoGo beside one of vLLM's LoRA managers.
+
+    Args:
+        manager: vLLM's manager of the adapters of one worker, before its model is wrapped.
+        vllm_config: of the engine.
+        options: what LoGo was told.
+    """
+
+    def __init__(self, manager: Any, vllm_config: Any, options: Options) -> None:
+        model_config, lora = vllm_config.model_config, vllm_config.lora_config
+        self.options = options
+        self._worker_manager = manager
+        self._device, self._dtype = manager.device, lora.lora_dtype
+        self.skeleton = skeleton(model_config.model, model_config.dtype, model_config.revision)
+        self.pool = KeyedPool.open(options, self.skeleton)
+        self.mode, self.reason = mode_of(options, model_config.model, lora, self.pool.adapters)
+        log.info("LoGo: %s mode: %s", self.mode, self.reason)
+        tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
+        self.gates = StepGates(tokens + 7, max(tokens, requests), lora.max_loras, self._device, self._dtype)
+        self.taps = Taps(self._place_of, self._device)
+        self.spans: Sequence[Span] = ()  # of the step that comes, as its runner says
+        self.probed: dict[str, tuple[Any, Any]] = {}  # probes among the requests of runner V2
+        self._recipes: dict[str, Recipe] = {}  # by their text
+        self._mixtures: dict[int, Recipe] = {}  # by vLLM's ids
+        self._max_tokens = model_config.max_model_len - 1
+        self._tokenizer = model_config.tokenizer
+        self._scorers: Scorers | None = None
+        self._texts: Any = None  # what was heard for the calibration at hand
+
+    # -- vLLM's model --------------------------------------------------------------------------------------------
+
+    @property
+    def _adapters(self) -> Any:
+        return self._worker_manager._adapter_manager
+
+    @property
+    def replaces_kernels(self) -> bool:
+        """Whether layers call `GatedWrapper` instead of vLLM's own kernels."""
+        return self.mode == "gate" or self._device.type == "cpu"
+
+    def attach(self, model: nn.Module) -> None:
+        """Puts a tap before every layer that vLLM has wrapped, and turns the factors that are multiplied as they lie.
+
+        Raises:
+            ModelError: a layer that adapters act on, or that is probed, is not one that vLLM can adapt.
+        """
+        from vllm.distributed import tensor_model_parallel_all_gather
+
+        self._model = model
+        manager = self._adapters
+        self._modules: dict[str, str] = {}  # what an adapter calls a module -> vLLM's layer
+        for path in manager.modules:
+            for part in manager.packed_modules.get(path, [path]):
+                self._modules[part] = path
+        for adapter in self.pool.adapters:
+            for module in adapter.modules:
+                self._layer(module, f"adapter {adapter.name!r} acts on")
+        for path, layer in manager.modules.items():
+            b = getattr(layer, "lora_b_stacked", None)
+            if self.replaces_kernels and isinstance(b, tuple):
+                layer.lora_b_stacked = tuple(turned(part) for part in b)
+            if hasattr(layer, "punica_wrapper"):
+                base = getattr(layer, "base_layer", None)
+                parted = getattr(base, "input_is_parallel", False) and getattr(base, "tp_size", 1) > 1
+                layer.punica_wrapper = _tapped(
+                    layer.punica_wrapper, path, self.taps, tensor_model_parallel_all_gather if parted else None
+                )
+        self._tap_residuals()
+
+    def _tap_residuals(self) -> None:
+        """Reads the residual stream that enters the decoder layers which some signal reads so."""
+        paths = set()
+        for signal in self.options.all_signals:
+            settings = self.options.settings.asked(signal=signal)
+            if settings.reading.input == "residual":
+                paths |= {point.layer_path for point in plan(self.skeleton, self.pool.adapters, settings).points}
+        for path in paths:
+            layer = self._model.get_submodule(self._decoder(path))
+
+            def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                if self.taps.active(path):
+                    self.taps.tap(path, _residual(args, kwargs))
+
+            layer.register_forward_pre_hook(read, with_kwargs=True)
+
+    def _place_of(self, point: Point, read: str) -> str:
+        return point.layer_path if read == "residual" else self._layer(point.module, "the probe reads")
+
+    def _decoder(self, path: str) -> str:
+        try:
+            self._model.get_submodule(path)
+        except AttributeError:
+            raise ModelError(
+                f"vLLM's {type(self._model).__name__} has no layer {path}, which the probe reads: use another signal"
+            ) from None
+        return path
+
+    def _layer(self, module: str, why: str) -> str:
+        if module not in self._modules:
+            raise ModelError(
+                f"{why} {module}, but vLLM's {type(self._model).__name__} has no layer there that takes adapters; it "
+                f"has {', '.join(sorted({path.rpartition('.')[2] for path in self._modules}))}"
+            )
+        return self._modules[module]
+
+    # -- every step ----------------------------------------------------------------------------------------------
+
+    def begin_step(self, requests: Iterable[Any]) -> None:
+        """Before a step: which prompts are probed in it, and which recipes are mixed.
+
+        Args:
+            requests: vLLM's `LoRARequest` of every adapter in the step.
+        """
+        spans, self.spans = self.spans, ()
+        self.taps.begin(spans)
+        for request in requests:
+            if is_recipe(request.lora_path) and request.lora_int_id not in self._mixtures:
+                self._mixtures[request.lora_int_id] = self.recipe(request.lora_path)
+        while len(self._mixtures) > _REMEMBERED:
+            self._mixtures.pop(next(iter(self._mixtures)))
+        if self.mode == "gate" and any(is_recipe(request.lora_path) for request in requests):
+            self.make_resident()
+
+    def recipe(self, text: str) -> Recipe:
+        """The recipe that a text says."""
+        return Recipe.parse(text)
+
+    def write_gates(self, mapping: Any, slots: Sequence[int | None]) -> None:
+        """Sets the gates of the step at hand.
+
+        Args:
+            mapping: vLLM's ids of the adapter of every token, and of every token whose logits are computed.
+            slots: the id that each of vLLM's slots holds.
+        """
+        ids = np.asarray(mapping.index_mapping, dtype=np.int64)
+        sampled = np.asarray(mapping.prompt_mapping, dtype=np.int64)
+        known = [int(number) for number in np.unique(np.concatenate([ids, sampled])) if number > 0]
+        place = {number: slot for slot, number in enumerate(slots) if number is not None}
+        rows = torch.zeros(len(known) + 1, len(slots))
+        for row, number in enumerate(known, start=1):
+            if self.mode == "gate" and number in self._mixtures:
+                for key, weight in self._mixtures[number].parts:
+                    rows[row, place[_own_id(key)]] = weight
+            elif number in place:
+                rows[row, place[number]] = 1.0
+        order = np.array([0, *known])
+        self.gates.write(
+            rows,
+            torch.from_numpy(np.searchsorted(order, np.maximum(ids, 0))),
+            torch.from_numpy(np.searchsorted(order, np.maximum(sampled, 0))),
+        )
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def make_resident(self) -> None:
+        """Puts the pool into vLLM's slots, where it stays; does nothing where it is there."""
+        manager = self._adapters
+        held = set(manager.lora_index_to_id)
+        for key, adapter in self.pool.by_key.items():
+            number = _own_id(key)
+            if number not in held:
+                manager.remove_adapter(number)
+                made = self.lora_model(number, [(adapter, 1.0)])
+                manager.add_adapter(made)
+                manager.activate_adapter(number)
+                manager.pin_adapter(number)
+                made.loras.clear()  # the slots hold it now
+
+    def lora_model(self, number: int, parts: Sequence[tuple[Adapter, float]]) -> Any:
+        """A mixture as one adapter of vLLM: factors side by side, weights and scales in B.
+
+        Args:
+            number: its id.
+            parts: adapters and weights.
+        """
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.lora_weights import LoRALayerWeights
+
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for adapter, weight in parts:
+            for module, weights in adapter.read().items():
+                found.setdefault(module, []).append((weights.A.float(), weight * weights.scaled_b()))
+        loras = {}
+        for module, pairs in found.items():
+            a = torch.cat([a for a, _ in pairs])  # (R, d_in)
+            b = torch.cat([b for _, b in pairs], dim=1)  # (d_out, R)
+            # Any other scaling than 1 would make vLLM multiply B in place.
+            loras[module] = LoRALayerWeights(module, len(a), 1, a.to(self._dtype), b.to(self._dtype), scaling=1.0)
+        return LoRAModel(number, max((len(w.lora_a) for w in loras.values()), default=1), loras)
+
+    def merged(self, request: Any) -> Any:
+        """The adapter of vLLM that a recipe says, in merge mode."""
+        recipe, adapters = self.recipe(request.lora_path), self.pool.by_key
+        return self.lora_model(request.lora_int_id, [(adapters[key], weight) for key, weight in recipe.parts])
+
+    # -- scores --------------------------------------------------------------------------------------------------
+
+    def open_signal(self, signal: str) -> list[list[int]]:
+        """Makes ready to score by a signal; returns the texts that have to be run first, as token ids: often none."""
+        settings = self.options.settings.asked(signal=signal)
+        if self._scorers is None:
+            self._scorers = Scorers(
+                self.skeleton,
+                self.pool.adapters,
+                self.options.settings,
+                self._encode,
+                self._bos,
+                device=self._device,
+                listening=self._listening,
+            )
+        try:
+            self.taps.score(signal, self._scorers.get(settings), settings)
+        except _TextsNeeded as needed:
+            points = plan(self.skeleton, self.pool.adapters, settings).points
+            self.taps.listen(points, settings.reading)
+            return list(needed.args[0])
+        finally:
+            self._texts = None
+        return []
+
+    def calibrate(self, signal: str, keys: Sequence[str]) -> None:
+        """After the texts of `open_signal` were run under these keys.
+
+        Raises:
+            ModelError: one of them was not read whole.
+        """
+        failed = self.taps.failed(keys)
+        if failed:
+            raise ModelError(f"calibration text {next(iter(failed))}: {next(iter(failed.values()))}")
+        self._texts = self.taps.heard_texts(keys)
+        self.open_signal(signal)
+
+    def _listening(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
+        if self._texts is None:
+            raise _TextsNeeded([list(row) for row in texts.rows])
+        return self._texts(points)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._prompts.texts(texts)
+
+    @property
+    def _bos(self) -> int | None:
+        bos: int | None = self._prompts.tokenizer.bos_token_id
+        return bos
+
+    @property
+    def _prompts(self) -> Prompts:
+        from transformers import AutoTokenizer
+
+        if not hasattr(self, "_read_by"):
+            tokenizer = AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
+            context = min(context_length(self.skeleton) or self._max_tokens, self._max_tokens)
+            self._read_by = Prompts(tokenizer, context, Truncation())
+        return self._read_by
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins every text."""
+        return self._bos
+
+
+def _own_id(key: str) -> int:
+    """vLLM's id of an adapter of the pool in its slot."""
+    return Recipe(((key, 1.0),)).number()
+
+
+def _tapped(wrapper: Any, place: str, taps: Taps, gather: Any) -> Any:
+    from logo.backends.vllm.wrapper import Tapped
+
+    return Tapped(wrapper, place, taps, gather)
+
+
+def _residual(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What enters a decoder layer of vLLM, which is given `(positions, hidden_states, residual)`."""
+    names = ("positions", "hidden_states", "residual")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    hidden: Tensor = given["hidden_states"]
+    return hidden if given.get("residual") is None else hidden + given["residual"]
+
+
+# -- what the router calls on every worker ----------------------------------------------------------------------------
+
+
+def _of(worker: Any) -> Worker:
+    found = getattr(getattr(worker.model_runner, "lora_manager", None), "logo", None)
+    if found is None:
+        raise ModelError("LoGo is not in this worker: start vLLM with --enable-lora, and name a pool in LOGO_POOL")
+    return found  # type: ignore[no-any-return]
+
+
+def logo_open(worker: Any) -> dict[str, Any]:
+    """What this worker has: `described`, and the pool in its slots."""
+    own = _of(worker)
+    if own.mode == "gate":
+        own.make_resident()
+    return described(own.pool, own.mode, own.reason)
+
+
+def logo_signal(worker: Any, signal: str) -> list[list[int]]:
+    """See `Worker.open_signal`."""
+    return _of(worker).open_signal(signal)
+
+
+def logo_calibrate(worker: Any, signal: str, keys: list[str]) -> None:
+    """See `Worker.calibrate`."""
+    _of(worker).calibrate(signal, keys)
+
+
+def logo_take(worker: Any, keys: list[str]) -> dict[str, list[float] | str]:
+    """See `Taps.take`."""
+    return _of(worker).taps.take(keys)
+
+
+CALLS = (logo_open, logo_signal, logo_calibrate, logo_take)

@@ -1,0 +1,148 @@
+"""What vLLM's linear layers call instead of its own LoRA kernels: the tap of the layer, then the gated product.
+
+Gate mode needs it everywhere. On a CPU it also serves merged mixtures and single adapters, since vLLM's own CPU kernels
+give base rows the last adapter where all slots are in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+from logo.backends.vllm.gates import StepGates, add_gated
+from logo.backends.vllm.taps import Gather, Taps
+
+# Taps by number: compiled code calls an operator, which takes tensors, numbers and strings alone.
+_TAPS: list[tuple[Taps, Gather | None]] = []
+
+
+@torch.library.custom_op("logo::tap", mutates_args=("seen",))
+def tap_op(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
+    """`Taps.tap` for compiled code. It says that it changes `seen`, or it would be taken for dead code."""
+    taps, gather = _TAPS[number]
+    if taps.active(place):
+        taps.tap(place, entering, gather)
+
+
+@tap_op.register_fake
+def _(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
+    return None
+
+
+class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
+    """vLLM's interface to LoRA products, over gates.
+
+    Args:
+        max_num_batched_tokens, max_batches, device: as vLLM gives them.
+        gates: of the step at hand.
+        write: writes them from vLLM's mapping of tokens to adapter ids.
+    """
+
+    def __init__(
+        self,
+        max_num_batched_tokens: int,
+        max_batches: int,
+        device: torch.device,
+        gates: StepGates,
+        write: Callable[[Any, Sequence[int | None]], None],
+    ) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, device)
+        self._embeddings_indices.zero_()  # the embedding looks its adapters up by them: always those of slot 0, zeros
+        self.gates = gates
+        self._write = write
+
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
+    ) -> None:
+        """Called before a step in which other adapters act, or on other tokens."""
+        self._write(mapping, lora_index_to_id)
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds each slice's product to its columns of `y` (tokens, d_out), in place."""
+        rows = None
+        if not torch.compiler.is_compiling():
+            if not self.gates.open:
+                return
+            rows = self.gates.rows
+        gate = self.gates.tokens[: x.shape[0]]
+        if rows is not None:
+            x, gate = x[rows], gate[rows]
+        start = 0
+        for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            part = y[:, start : start + width]
+            start += width
+            if rows is None:
+                add_gated(part, x, a[:, 0], b[:, 0].transpose(1, 2), gate)
+            else:
+                more = part.new_zeros(len(rows), width)
+                add_gated(more, x, a[:, 0], b[:, 0].transpose(1, 2), gate)
+                part.index_add_(0, rows, more)
+
+    def add_lora_logits(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        *,
+        buffer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """The same for the output head, which is given the tokens whose logits are computed."""
+        if torch.compiler.is_compiling() or self.gates.open:
+            gate = self.gates.sampled[: x.shape[0]]
+            width = lora_b_stacked.shape[2]
+            add_gated(y[:, :width], x, lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2), gate)
+
+    def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any) -> None:
+        """Nothing: pools with adapters of embeddings are refused when they are opened."""
+
+    def add_shrink(self, *args: Any, **kwargs: Any) -> None:
+        """Part of vLLM's interface that its layers reach through kernels of theirs alone."""
+        raise NotImplementedError("LoGo multiplies in one call: add_lora_linear")
+
+    add_expand = apply_lora_full_linear = add_shrink
+
+
+class Tapped:
+    """One layer's view of a wrapper: its tap first.
+
+    Args:
+        inner: the wrapper that all layers share.
+        place: of the layer in the model.
+        taps: what listens.
+        gather: joins what the ranks hold of the layer's input; None: each rank holds all of it.
+    """
+
+    def __init__(self, inner: Any, place: str, taps: Taps, gather: Gather | None) -> None:
+        self._inner, self._place, self._taps, self._gather = inner, place, taps, gather
+        _TAPS.append((taps, gather))
+        self._number = len(_TAPS) - 1
+        self._seen = torch.zeros(1, device=inner.device)
+
+    def add_lora_linear(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the wrapper's."""
+        if torch.compiler.is_compiling():
+            torch.ops.logo.tap(x, self._seen, self._number, self._place)
+        elif self._taps.active(self._place):
+            self._taps.tap(self._place, x, self._gather)
+        return self._inner.add_lora_linear(y, x, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
