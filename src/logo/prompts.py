@@ -144,11 +144,25 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation, probe_text:
     ids = (
         tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer.chat_template else text_ids(tokenizer, text)
     )
+    asked = _asked(turns, probe_text)
+    probe = None if asked is None else tuple(text_ids(tokenizer, asked))
+    return Prompt(tuple(ids), None if probe == tuple(ids) else probe, text)
+
+
+def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:
+    """The text of a conversation that is probed, see `chat`; None where it is everything that is read.
+
+    Raises:
+        UsageError: a message without content or with an unknown role.
+    """
+    return _asked([_turn(number, message) for number, message in enumerate(messages)], probe_text)
+
+
+def _asked(turns: Conversation, probe_text: ProbeText | None) -> str | None:
     said = [turn["content"] for turn in turns if turn["role"] == "user" and turn["content"].strip()]
     if check_probe_text(probe_text) != "conversation":
         said = said[-1:]
-    probe = None if probe_text == "all" or not said else tuple(text_ids(tokenizer, "\n".join(said)))
-    return Prompt(tuple(ids), None if probe == tuple(ids) else probe, text)
+    return None if probe_text == "all" or not said else "\n".join(said)
 
 
 def plain(messages: Sequence[Mapping[str, Any]]) -> str:

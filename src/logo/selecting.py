@@ -60,42 +60,16 @@ class Asked:
     candidates: frozenset[str] | None = None
 
 
-class Selecting:
-    """Selects for prompts that were read, from a pool that may change.
+class Choosing:
+    """What calls may ask of one pool, and what scores of its adapters give.
 
     Args:
-        model: the base model.
-        prompts: pads them, and reads the texts of a calibration.
-        mixer: makes adapters active while probing.
-        settings: how to read, score and select, where a call asks for nothing else.
-
-    Attributes:
         pool: fitted to the model.
-        scorers: of that pool.
+        settings: how to select, where a call asks for nothing else.
     """
 
-    pool: AdapterPool
-    scorers: Scorers
-
-    def __init__(self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer, settings: SelectionSettings) -> None:
-        self._model, self._prompts, self._mixer, self._settings = model, prompts, mixer, settings
-        self._carried: tuple[str, ...] | None = None  # what the last prompt selected
-
-    def fit(self, pool: AdapterPool) -> None:
-        """Selects from this pool from now on; where there was one before, what is new is calibrated now.
-
-        Raises:
-            LoGoError: it cannot be scored; the pool from before stays then.
-        """
-        before, bos = getattr(self, "scorers", None), self._prompts.tokenizer.bos_token_id
-        scorers = Scorers(self._model, pool, self._settings, self._prompts.texts, bos, before)
-        if before is not None:
-            scorers.get(self._settings)
-        self.pool, self.scorers = pool, scorers
-
-    def scorer(self, signal: str | None = None) -> Scorer:
-        """The scorer of a signal; None: the engine's own. The pool is calibrated for it, if it was not yet."""
-        return self.scorers.get(self._settings.asked(signal=signal))
+    def __init__(self, pool: AdapterPool, settings: SelectionSettings) -> None:
+        self.pool, self._settings = pool, settings
 
     def asked(self, options: CallOptions) -> Asked:
         """What one call asks for, checked against the pool.
@@ -139,6 +113,43 @@ class Selecting:
         k = min(self.pool.default_k if settings.k is None else settings.k, len(names))
         weighting = settings.reading.weighting
         return Selector(k, weighting, settings.weight_temperature, settings.keep_mass)(scores, names)
+
+
+class Selecting(Choosing):
+    """Selects for prompts that were read, from a pool that may change.
+
+    Args:
+        model: the base model.
+        prompts: pads them, and reads the texts of a calibration.
+        mixer: makes adapters active while probing.
+        settings: how to read, score and select, where a call asks for nothing else.
+
+    Attributes:
+        pool: fitted to the model; there is none before `fit`.
+        scorers: of that pool.
+    """
+
+    scorers: Scorers
+
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer, settings: SelectionSettings) -> None:
+        self._model, self._prompts, self._mixer, self._settings = model, prompts, mixer, settings
+        self._carried: tuple[str, ...] | None = None  # what the last prompt selected
+
+    def fit(self, pool: AdapterPool) -> None:
+        """Selects from this pool from now on; where there was one before, what is new is calibrated now.
+
+        Raises:
+            LoGoError: it cannot be scored; the pool from before stays then.
+        """
+        before, bos = getattr(self, "scorers", None), self._prompts.tokenizer.bos_token_id
+        scorers = Scorers(self._model, pool, self._settings, self._prompts.texts, bos, before)
+        if before is not None:
+            scorers.get(self._settings)
+        self.pool, self.scorers = pool, scorers
+
+    def scorer(self, signal: str | None = None) -> Scorer:
+        """The scorer of a signal; None: the engine's own. The pool is calibrated for it, if it was not yet."""
+        return self.scorers.get(self._settings.asked(signal=signal))
 
     def __call__(
         self,

@@ -23,7 +23,9 @@ def mark(parameters: Any) -> tuple[str, str] | None:
     return None if key is None else (str(key), str(extra.get(SIGNAL, "")))
 
 
-def span(parameters: Any, prompt: Sequence[int] | None, row: int, computed: int, count: int, bos: int | None) -> Span | None:
+def span(
+    parameters: Any, prompt: Sequence[int] | None, row: int, computed: int, count: int, bos: int | None
+) -> Span | None:
     """The rows of a request that are tokens of a probed prompt; None where it is none, or they are all answer.
 
     Args:

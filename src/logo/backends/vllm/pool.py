@@ -63,9 +63,7 @@ class KeyedPool:
 
 def opened_pool(options: Options, base_model: str) -> AdapterPool:
     """The pool that the options name, not fitted to a model yet."""
-    return open_pool(
-        options.pool, base_model, on_bad_adapter=options.on_bad_adapter, cache=options.settings.cache
-    )
+    return open_pool(options.pool, base_model, on_bad_adapter=options.on_bad_adapter, cache=options.settings.cache)
 
 
 def mode_of(options: Options, base_model: str, lora: Any, pool: AdapterPool | None = None) -> tuple[Mode, str]:

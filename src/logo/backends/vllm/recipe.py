@@ -108,4 +108,3 @@ def is_recipe(path: str) -> bool:
 
 def _is_key(key: str) -> bool:
     return len(key) == _DIGITS and all(character in "0123456789abcdef" for character in key)
-

@@ -57,5 +57,6 @@ def _samples(folder: Path) -> Mapping[str, Tensor]:
     for name in sorted(names):
         if (folder / name).is_file():
             with safe_open(folder / name, framework="pt") as file:
-                samples |= {key: sampled(file.get_tensor(key)) for key in file.keys()}
+                names_there = file.keys()
+                samples |= {key: sampled(file.get_tensor(key)) for key in names_there}
     return samples

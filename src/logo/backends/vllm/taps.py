@@ -242,9 +242,7 @@ class Taps:
             return (end - 1, end) if span.start + span.count == span.total else (end, end)
         return span.row + int(token == "each" and span.bos and span.start == 0 and span.total > 1), end
 
-    def _add(
-        self, signal: str, points: Sequence[int], step: _Step, entering: Tensor, gather: Gather | None
-    ) -> None:
+    def _add(self, signal: str, points: Sequence[int], step: _Step, entering: Tensor, gather: Gather | None) -> None:
         scorer, how = self._scorers[signal]
         hidden = _picked(entering, step.rows, gather)
         for i in points:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +22,11 @@ from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import Span, Taps
 from logo.decoding import Prompts, Truncation
-from logo.errors import LoGoError, ModelError
+from logo.errors import ModelError
 from logo.models import context_length
+from logo.selection.plan import plan
 from logo.selection.points import Point
 from logo.selection.scorer import Scorers
-from logo.selection.plan import plan
 from logo.selection.texts import Texts
 
 log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
@@ -239,8 +237,13 @@ class Worker:
 
     # -- scores --------------------------------------------------------------------------------------------------
 
-    def open_signal(self, signal: str) -> list[list[int]]:
-        """Makes ready to score by a signal; returns the texts that have to be run first, as token ids: often none."""
+    def open_signal(self, signal: str) -> dict[str, Any]:
+        """Makes ready to score by a signal.
+
+        Returns:
+            `texts`: those that have to be run first, as token ids, for `calibrate`: often none; `names`: the adapters
+            that are scored.
+        """
         settings = self.options.settings.asked(signal=signal)
         if self._scorers is None:
             self._scorers = Scorers(
@@ -253,17 +256,18 @@ class Worker:
                 listening=self._listening,
             )
         try:
-            self.taps.score(signal, self._scorers.get(settings), settings)
+            scorer = self._scorers.get(settings)
         except _TextsNeeded as needed:
             points = plan(self.skeleton, self.pool.adapters, settings).points
             self.taps.listen(points, settings.reading)
-            return list(needed.args[0])
+            return {"texts": list(needed.args[0]), "names": []}
         finally:
             self._texts = None
-        return []
+        self.taps.score(signal, scorer, settings)
+        return {"texts": [], "names": list(scorer.names)}
 
-    def calibrate(self, signal: str, keys: Sequence[str]) -> None:
-        """After the texts of `open_signal` were run under these keys.
+    def calibrate(self, signal: str, keys: Sequence[str]) -> dict[str, Any]:
+        """`open_signal` after its texts were run under these keys.
 
         Raises:
             ModelError: one of them was not read whole.
@@ -272,7 +276,7 @@ class Worker:
         if failed:
             raise ModelError(f"calibration text {next(iter(failed))}: {next(iter(failed.values()))}")
         self._texts = self.taps.heard_texts(keys)
-        self.open_signal(signal)
+        return self.open_signal(signal)
 
     def _listening(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
         if self._texts is None:
@@ -340,14 +344,14 @@ def logo_open(worker: Any) -> dict[str, Any]:
     return described(own.pool, own.mode, own.reason)
 
 
-def logo_signal(worker: Any, signal: str) -> list[list[int]]:
+def logo_signal(worker: Any, signal: str) -> dict[str, Any]:
     """See `Worker.open_signal`."""
     return _of(worker).open_signal(signal)
 
 
-def logo_calibrate(worker: Any, signal: str, keys: list[str]) -> None:
+def logo_calibrate(worker: Any, signal: str, keys: list[str]) -> dict[str, Any]:
     """See `Worker.calibrate`."""
-    _of(worker).calibrate(signal, keys)
+    return _of(worker).calibrate(signal, keys)
 
 
 def logo_take(worker: Any, keys: list[str]) -> dict[str, list[float] | str]:

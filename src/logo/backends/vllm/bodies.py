@@ -1,0 +1,92 @@
+"""Bodies of OpenAI's requests: which prompts one has, and the body that has each of them probed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from logo.backends.vllm.marks import KEY, SIGNAL, marked
+from logo.errors import UsageError
+from logo.prompts import ProbeText, asked_text
+
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+PATHS = (COMPLETIONS, CHAT, RESPONSES)
+
+Body = dict[str, Any]
+
+# What of a body decides how its prompt is read; anything else would only make a probe fail or last.
+_READ = {
+    COMPLETIONS: ("prompt", "add_special_tokens", "truncate_prompt_tokens", "priority", "user"),
+    CHAT: (
+        "messages",
+        "tools",
+        "tool_choice",
+        "chat_template",
+        "chat_template_kwargs",
+        "add_generation_prompt",
+        "add_special_tokens",
+        "continue_final_message",
+        "documents",
+        "reasoning_effort",
+        "truncate_prompt_tokens",
+        "priority",
+        "user",
+    ),
+}
+
+
+def marks_itself(body: Mapping[str, Any]) -> bool:
+    """Whether a client pretends that its request is a probe."""
+    extra = body.get("vllm_xargs")
+    return isinstance(extra, Mapping) and (KEY in extra or SIGNAL in extra)
+
+
+def split(path: str, body: Body) -> list[Body]:
+    """One body per prompt: a list of prompts is several requests, each with a mixture of its own."""
+    prompts = body.get("prompt") if path == COMPLETIONS else None
+    if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):
+        return [body]
+    return [{**body, "prompt": prompt} for prompt in prompts]
+
+
+def probe(path: str, body: Body, base: str, key: str, signal: str, probe_text: ProbeText | None) -> tuple[str, Body]:
+    """The path and body of the request that has a prompt probed.
+
+    Args:
+        path, body: of the request, which has one prompt.
+        base: the base model's name.
+        key, signal: see `logo.backends.vllm.marks`.
+        probe_text: what of a conversation is probed.
+    """
+    mark = {"model": base, "max_tokens": 1, "temperature": 0.0, "vllm_xargs": marked(key, signal)}
+    text = None
+    if path != COMPLETIONS:
+        try:
+            text = asked_text(messages(path, body), probe_text)
+        except UsageError:  # what vLLM makes of it, with pictures and parts that we do not know, is vLLM's affair
+            text = None
+    if text is not None:
+        return COMPLETIONS, {"prompt": text, **mark}
+    if path == RESPONSES:
+        return CHAT, {"messages": messages(path, body), **mark}
+    return path, {**{name: body[name] for name in _READ[path] if name in body}, **mark}
+
+
+def messages(path: str, body: Mapping[str, Any]) -> list[Any]:
+    """The conversation of a chat, or of a request to `/v1/responses`."""
+    if path == CHAT:
+        given = body.get("messages")
+        return given if isinstance(given, list) else []
+    said = body.get("input")
+    turns = [{"role": "user", "content": said}] if isinstance(said, str) else said if isinstance(said, list) else []
+    instructions = body.get("instructions")
+    first = [{"role": "system", "content": instructions}] if isinstance(instructions, str) else []
+    return [*first, *(_message(turn) for turn in turns)]
+
+
+def _message(item: Any) -> Any:
+    """An item of `/v1/responses` as a message of a chat."""
+    if not isinstance(item, Mapping) or not isinstance(item.get("content"), list):
+        return item
+    parts = [part.get("text") for part in item["content"] if isinstance(part, Mapping)]
+    return {"role": item.get("role"), "content": "".join(part for part in parts if isinstance(part, str))}

@@ -1,0 +1,160 @@
+"""What the process beside vLLM's workers knows: the pool, what calls may ask of it, and recipes for what is chosen.
+
+The HTTP router and the offline engine drive vLLM in two ways; what they ask of its workers and make of the answers is
+the same, and is here.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from logo.api.names import Models
+from logo.backends.vllm.options import Options
+from logo.backends.vllm.pool import KeyedPool, check_alike
+from logo.backends.vllm.recipe import Recipe
+from logo.backends.vllm.skeleton import skeleton
+from logo.errors import LoGoError, ModelError, NotFinite, UsageError
+from logo.protocol import Wish
+from logo.selecting import Choosing
+from logo.selection.selector import Selection, forced
+
+
+class WorkerError(LoGoError, RuntimeError):
+    """What a worker of vLLM answered instead of what was asked of it."""
+
+
+class Core:
+    """One engine's pool, seen from outside of its workers.
+
+    Args:
+        vllm_config: of the engine.
+
+    Raises:
+        LoGoError: there is no pool, or it does not fit; or vLLM was started without adapters.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        additional = getattr(vllm_config, "additional_config", None)
+        options = Options.of(additional if isinstance(additional, Mapping) else None, os.environ)
+        if options is None:
+            raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
+        if vllm_config.lora_config is None:
+            raise UsageError("LoGo needs vLLM to take adapters: start it with --enable-lora")
+        self.options = options
+        model = vllm_config.model_config
+        self.skeleton = skeleton(model.model, model.dtype, model.revision)
+        self.pool = KeyedPool.open(options, self.skeleton)
+        self.choosing = Choosing(self.pool.adapters, options.settings)
+        self.mode, self.reason = "", ""
+        self._scored: dict[str, tuple[str, ...]] = {}  # the adapters that each signal scores
+        self._live: Counter[int] = Counter()  # ids of recipes whose answers are on their way
+        self._texts: dict[int, str] = {}
+
+    # -- opening -------------------------------------------------------------------------------------------------
+
+    def opened(self, described: Sequence[Mapping[str, Any]]) -> None:
+        """Takes what every worker has said of itself.
+
+        Raises:
+            PoolError: a worker has another pool.
+        """
+        check_alike(list(described), self.pool)
+        self.mode, self.reason = described[0]["mode"], described[0]["reason"]
+
+    def scored(self, signal: str, names: Sequence[str]) -> None:
+        """Takes which adapters a signal scores."""
+        self._scored[signal] = tuple(names)
+
+    @property
+    def k(self) -> int:
+        """Adapters of a mixture where a call does not say."""
+        return self.options.settings.k or min(self.pool.adapters.default_k, len(self.pool.keys))
+
+    def models(self, base: str) -> Models:
+        """What requests may give as their model."""
+        return Models(base, self.pool.keys, self.options.all_signals)
+
+    # -- choosing ------------------------------------------------------------------------------------------------
+
+    def signal(self, wish: Wish) -> str | None:
+        """The signal that a prompt has to be probed with; None where its mixture is forced."""
+        if wish.adapters is not None:
+            return None
+        return self.choosing.asked(wish.options).settings.signal
+
+    def select(self, wish: Wish, scores: Sequence[float] | None) -> Selection:
+        """What is chosen, or forced.
+
+        Args:
+            scores: of the probe; None where the mixture is forced.
+
+        Raises:
+            LoGoError: as `LoGo.select`.
+        """
+        if wish.adapters is not None or scores is None:
+            return forced(wish.adapters or {}, self.pool.adapters)
+        asked = self.choosing.asked(wish.options)
+        return self.choosing.choose(torch.tensor(scores), self._scored[asked.settings.signal], asked)
+
+    @contextmanager
+    def request(self, selection: Selection) -> Iterator[Any]:
+        """vLLM's `LoRARequest` of a selection while its answer is on its way; None for the base model alone."""
+        from vllm.lora.request import LoRARequest
+
+        recipe = self.pool.recipe(selection)
+        if not recipe.parts:
+            yield None
+            return
+        text = str(recipe)
+        number = recipe.number(self._texts)
+        self._live[number] += 1
+        self._texts[number] = text
+        try:
+            yield LoRARequest(text, number, text)
+        finally:
+            self._live[number] -= 1
+            if not self._live[number]:
+                del self._live[number], self._texts[number]
+
+    def recipe(self, selection: Selection) -> Recipe:
+        """The recipe of a selection."""
+        return self.pool.recipe(selection)
+
+
+def new_key() -> str:
+    """Of a probe: nobody else's."""
+    return uuid.uuid4().hex
+
+
+def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What each worker answered.
+
+    Raises:
+        WorkerError: one of them refused.
+    """
+    for answer in answers:
+        if "error" in answer:
+            raise WorkerError(str(answer["error"]))
+    return [answer["value"] for answer in answers]
+
+
+def scores_of(key: str, taken: Mapping[str, Any]) -> list[float]:
+    """The scores of a probe.
+
+    Raises:
+        NotFinite: a score overflowed.
+        ModelError: there are none.
+    """
+    found = taken[key]
+    if isinstance(found, str):
+        if "finite" in found:
+            raise NotFinite(found)
+        raise ModelError(f"the prompt could not be scored: {found}")
+    return list(found)

@@ -1,0 +1,48 @@
+"""What is shown of the pool over HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from logo.api.names import AUTO
+from logo.backends.vllm.core import Core
+
+
+def adapter_list(core: Core, base: str, selected: Mapping[str, int]) -> dict[str, Any]:
+    """Answer of `GET /v1/logo/adapters`."""
+    cards = [
+        {
+            "id": adapter.name,
+            "rank": max(adapter.ranks),
+            "parameters": adapter.parameters,
+            "modules": len(adapter.modules),
+            "targets": sorted({path.rpartition(".")[2] for path in adapter.modules}),
+            "size_bytes": adapter.size,
+            "selected": selected.get(adapter.name, 0),
+        }
+        for adapter in core.pool.adapters
+    ]
+    return {
+        "object": "list",
+        "base_model": base,
+        "default_k": core.k,
+        "signal": core.options.settings.signal,
+        "signals": list(core.options.all_signals),
+        "data": cards,
+    }
+
+
+def model_cards(core: Core, base: str, listed: Sequence[Any]) -> list[dict[str, Any]]:
+    """What `GET /v1/models` lists besides vLLM's own: `logo`, and every adapter."""
+    known = {card.get("id") for card in listed if isinstance(card, Mapping)}
+    created, longest = int(time.time()), next((card.get("max_model_len") for card in listed), None)
+
+    def card(name: str, role: str) -> dict[str, Any]:
+        parent = base if role == "adapter" else None
+        about = {"id": name, "object": "model", "created": created, "owned_by": "logo", "root": base, "parent": parent}
+        return {**about, "max_model_len": longest, "permission": [], "logo": {"role": role}}
+
+    names = [(AUTO, "auto"), *((name, "adapter") for name in core.pool.keys)]
+    return [card(name, role) for name, role in names if name not in known]

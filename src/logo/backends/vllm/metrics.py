@@ -1,0 +1,37 @@
+"""What the router counts, in the registry that vLLM shows under `/metrics`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Counts:
+    """Selections and answers, as `logo:*` metrics.
+
+    Attributes:
+        chosen: how often each adapter had a part in a selection, in this process.
+    """
+
+    def __init__(self) -> None:
+        import prometheus_client
+
+        self.chosen: Counter[str] = Counter()
+        self._probes = prometheus_client.Histogram(
+            "logo:probe_seconds", "From a prompt to its selection.", buckets=_SECONDS
+        )
+        self._answers = prometheus_client.Counter("logo:answers", "Answers by how their mixture was made.", ["form"])
+        self._adapters = prometheus_client.Counter("logo:adapter_selected", "Selections with an adapter.", ["adapter"])
+
+    def selected(self, adapters: Sequence[str], seconds: float) -> None:
+        """Counts a selection."""
+        self._probes.observe(seconds)
+        self.chosen.update(adapters)
+        for name in adapters:
+            self._adapters.labels(name).inc()
+
+    def answered(self, form: str) -> None:
+        """Counts an answer: `gate`, `merge` or `base`."""
+        self._answers.labels(form).inc()

@@ -1,0 +1,44 @@
+"""What vLLM's handlers look `model` up in: the adapters that it was told of, and this request's own mixture.
+
+Nothing is registered for a mixture. Its name means something in the task that answers its request and nowhere else, so
+that there is nothing to guess, to list or to clean up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+_mixture: ContextVar[tuple[str, Any] | None] = ContextVar("logo_mixture", default=None)
+
+
+@contextmanager
+def meaning(name: str, request: Any) -> Iterator[None]:
+    """Inside the block, and in tasks begun there, `name` is the mixture of this `LoRARequest`."""
+    token = _mixture.set((name, request))
+    try:
+        yield
+    finally:
+        _mixture.reset(token)
+
+
+class Names(dict[str, Any]):
+    """vLLM's `lora_requests`, with the mixture of the request at hand."""
+
+    def _own(self, name: object) -> Any:
+        found = _mixture.get()
+        return found[1] if found is not None and found[0] == name else None
+
+    def __contains__(self, name: object) -> bool:
+        return self._own(name) is not None or super().__contains__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        own = self._own(name)
+        return super().__getitem__(name) if own is None else own
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict."""
+        own = self._own(name)
+        return super().get(name, default) if own is None else own

@@ -1,0 +1,297 @@
+"""The middleware before vLLM's app: `model: "logo"` has the prompt scored, and its own mixture answer.
+
+    body -> probe, the same app once more with one token -> scores from the workers -> recipe -> the app, as asked
+
+Everything that a client can see but the mixture is vLLM's own: templates, limits, streams, tools, errors. Middlewares
+stand outside of authentication, so nothing here reaches the engine on behalf of a client but through the app.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from logo.api.errors import ApiError, bad_request
+from logo.api.names import AUTO, Models
+from logo.api.replies import Mixture
+from logo.api.requests import LogoOptions, SelectRequest, checked
+from logo.backends.vllm import bodies
+from logo.backends.vllm.asgi import Answer, App, Receive, Rewriting, Scope, Send, answer, ask, asking, body_of, sending
+from logo.backends.vllm.bodies import CHAT, COMPLETIONS, Body
+from logo.backends.vllm.core import Core, new_key, scores_of
+from logo.backends.vllm.listing import adapter_list, model_cards
+from logo.backends.vllm.metrics import Counts
+from logo.backends.vllm.names import Names, meaning
+from logo.backends.vllm.several import merged, merged_stream
+from logo.backends.vllm.workers import Workers
+from logo.errors import LoGoError
+from logo.protocol import Wish
+from logo.selection.selector import Selection
+
+log = logging.getLogger("vllm.logo")
+
+
+class Router:
+    """For `vllm serve ... --middleware logo.backends.vllm.Router`.
+
+    Args:
+        app: vLLM's, with everything that it puts around it.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self._core: Core | None = None
+        self._workers: Workers | None = None
+        self._models: Any = None  # vLLM's OpenAIServingModels
+        self._counts = Counts()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, self._opening(scope, send))
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
+        handler = {
+            ("POST", COMPLETIONS): self._generate,
+            ("POST", CHAT): self._generate,
+            ("POST", bodies.RESPONSES): self._generate,
+            ("GET", "/v1/models"): self._list_models,
+            ("POST", "/v1/logo/select"): self._select,
+            ("GET", "/v1/logo/adapters"): self._list_adapters,
+        }.get((scope.get("method", ""), path))
+        if handler is None or self._core is None:
+            await self.app(scope, receive, send)
+            return
+        try:
+            await handler(path, scope, receive, send)
+        except (ApiError, LoGoError) as error:
+            # Even what an error says of the pool is for those who may use it.
+            allowed = await self._allowed(scope, receive)
+            if allowed is not None:
+                await _relay(send, allowed)
+                return
+            told = ApiError.of(error)
+            headers = [(name.encode(), value.encode()) for name, value in told.headers.items()]
+            await answer(send, told.status, told.content(), headers)
+
+    # -- starting ------------------------------------------------------------------------------------------------
+
+    def _opening(self, scope: Scope, send: Send) -> Send:
+        """A `send` that opens the pool before the app says that it has started."""
+
+        async def opening(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                try:
+                    await self._open(scope["app"].state)
+                except LoGoError as error:
+                    log.error("LoGo: %s", error)
+                    message = {"type": "lifespan.startup.failed", "message": f"LoGo: {error}"}
+            await send(message)
+
+        return opening
+
+    async def _open(self, state: Any) -> None:
+        client = state.engine_client
+        core = await asyncio.to_thread(Core, client.vllm_config)
+        self._workers = Workers(client)
+        started = time.perf_counter()
+        await self._workers.open(core)
+        self._models = state.openai_serving_models
+        self._models.lora_requests = Names(self._models.lora_requests)
+        self._core = core
+        log.info(
+            "LoGo: %d adapters, signal %s, %s mode (%s), ready in %.1f s",
+            len(core.pool.keys),
+            core.options.settings.signal,
+            core.mode,
+            core.reason,
+            time.perf_counter() - started,
+        )
+
+    @property
+    def core(self) -> Core:
+        """The pool; there is one as soon as the app has started."""
+        assert self._core is not None
+        return self._core
+
+    @property
+    def _base(self) -> str:
+        name: str = self._models.base_model_paths[0].name
+        return name
+
+    @property
+    def _names(self) -> Models:
+        return self.core.models(self._base)
+
+    async def _allowed(self, scope: Scope, receive: Receive) -> Answer | None:
+        """None if the client may ask this server; else what the server says to it."""
+        found = await ask(self.app, scope, receive, "/v1/models", "GET")
+        return None if found.status == 200 else found
+
+    # -- answering -----------------------------------------------------------------------------------------------
+
+    async def _generate(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await body_of(receive)
+        if raw is None:
+            return
+        body = _object(raw)
+        model = None if body is None else body.get("model")
+        if body is None or not isinstance(model, str) or not self._ours(model, body):
+            if body is not None and bodies.marks_itself(body):
+                raise bad_request("vllm_xargs: 'logo_probe' and 'logo_signal' are this server's own", "vllm_xargs")
+            await self.app(scope, sending(raw, receive), send)
+            return
+        if bodies.marks_itself(body):
+            raise bad_request("vllm_xargs: 'logo_probe' and 'logo_signal' are this server's own", "vllm_xargs")
+        options = body.pop("logo", None)
+        wish = self._names.wish(model, None if options is None else checked(LogoOptions, options))
+        parts = bodies.split(path, body)
+        found = await asyncio.gather(*(self._chosen(path, part, wish, scope, receive) for part in parts))
+        for one in found:
+            if isinstance(one, Answer):  # vLLM refused to read this prompt: its own words
+                await _relay(send, one)
+                return
+        chosen = [one for one in found if not isinstance(one, Answer)]
+        if len(parts) == 1:
+            await self._one(path, parts[0], model, *chosen[0], scope, receive, send)
+        else:
+            await self._several(path, parts, model, chosen, scope, receive, send)
+
+    def _ours(self, model: str, body: Body) -> bool:
+        """Whether a request is for a mixture, rather than for vLLM's own models alone."""
+        return "logo" in body or model == AUTO or model in self.core.pool.keys
+
+    async def _chosen(
+        self, path: str, body: Body, wish: Wish, scope: Scope, receive: Receive
+    ) -> tuple[Selection, float] | Answer:
+        """The selection of one prompt and the milliseconds that it took; or what vLLM said instead of probing it."""
+        assert self._workers is not None
+        signal = self.core.signal(wish)
+        if signal is None:
+            return self.core.select(wish, None), 0.0
+        started, key = time.perf_counter(), new_key()
+        where, asked = bodies.probe(path, body, self._base, key, signal, self.core.options.settings.probe_text)
+        probed = await ask(self.app, scope, receive, where, body=json.dumps(asked).encode())
+        if probed.status != 200:
+            return probed
+        scores = scores_of(key, {key: await self._workers.take(key)})
+        selection = self.core.select(wish, scores)
+        spent = time.perf_counter() - started
+        self._counts.selected(selection.adapters, spent)
+        return selection, 1000 * spent
+
+    async def _one(
+        self,
+        path: str,
+        body: Body,
+        model: str,
+        selection: Selection,
+        probe_ms: float,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        with self.core.request(selection) as request:
+            own = self._base if request is None else request.lora_name
+
+            def change(found: dict[str, Any], first: bool) -> None:
+                told = found.get("response") if isinstance(found.get("response"), dict) else found
+                if isinstance(told, dict) and told.get("model") in (own, model):
+                    told["model"] = model
+                if first and "error" not in found:
+                    found["logo"] = _told(selection, probe_ms)
+
+            raw = json.dumps({**body, "model": self._base if request is None else model}).encode()
+            again = asking(scope, path, "POST", raw)
+            self._counts.answered("base" if request is None else self.core.mode)
+            with meaning(model, request):
+                await self.app(again, sending(raw, receive), Rewriting(send, change))
+
+    async def _several(
+        self,
+        path: str,
+        parts: Sequence[Body],
+        model: str,
+        chosen: Sequence[tuple[Selection, float]],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        told = [_told(selection, probe_ms) for selection, probe_ms in chosen]
+
+        async def answered(part: Body, selection: Selection, probe_ms: float, sink: Send) -> None:
+            await self._one(path, part, model, selection, probe_ms, scope, receive, sink)
+
+        run = [
+            lambda sink, part=part, one=one: answered(part, *one, sink) for part, one in zip(parts, chosen, strict=True)
+        ]
+        n = int(parts[0].get("n") or 1) if isinstance(parts[0].get("n"), int) else 1
+        if parts[0].get("stream"):
+            await merged_stream(send, run, told, n)
+        else:
+            await merged(send, run, told, n)
+
+    # -- the pool ------------------------------------------------------------------------------------------------
+
+    async def _select(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await body_of(receive)
+        if raw is None:
+            return
+        refused = await self._allowed(scope, receive)
+        if refused is not None:
+            await _relay(send, refused)
+            return
+        asked = checked(SelectRequest, _object(raw) if _object(raw) is not None else raw.decode("utf-8", "replace"))
+        body = json.loads(raw)
+        where = COMPLETIONS if asked.prompt is not None else CHAT
+        wish = self._names.wish(AUTO, asked.logo)
+        found = await self._chosen(where, body, wish, scope, receive)
+        if isinstance(found, Answer):
+            await _relay(send, found)
+            return
+        selection, probe_ms = found
+        reply = {
+            "adapters": list(selection.adapters),
+            "weights": list(selection.weights),
+            "scores": selection.scores,
+            "probe_ms": round(probe_ms, 3),
+        }
+        await answer(send, 200, json.dumps(reply).encode())
+
+    async def _list_adapters(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = await self._allowed(scope, receive)
+        if refused is not None:
+            await _relay(send, refused)
+            return
+        await answer(send, 200, json.dumps(adapter_list(self.core, self._base, self._counts.chosen)).encode())
+
+    async def _list_models(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        def change(found: dict[str, Any], first: bool) -> None:
+            if isinstance(found.get("data"), list):
+                found["data"] = [*found["data"], *model_cards(self.core, self._base, found["data"])]
+
+        await self.app(scope, receive, Rewriting(send, change))
+
+
+def _told(selection: Selection, probe_ms: float) -> dict[str, Any]:
+    """Top-level `logo` of an answer."""
+    made = Mixture(
+        adapters=list(selection.adapters), weights=list(selection.weights), probe_ms=round(probe_ms, 3), queue_ms=0.0
+    )
+    return made.model_dump()
+
+
+def _object(raw: bytes) -> Body | None:
+    """A body that is a JSON object; None for any other, of which vLLM says what is wrong."""
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+async def _relay(send: Send, found: Answer) -> None:
+    await answer(send, found.status, found.body, found.headers)

@@ -1,0 +1,123 @@
+"""Several prompts in one request: each is a request of its own, and their answers are put together again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from logo.backends.vllm.asgi import Answer, Message, Send, answer
+
+# Runs one of the requests, whose response goes to the `send` that it is given.
+Run = Callable[[Send], Awaitable[None]]
+
+
+async def merged(send: Send, run: Sequence[Run], told: Sequence[Any], n: int) -> None:
+    """Sends one response for all of them; where one failed, its error alone.
+
+    Args:
+        run: one per prompt.
+        told: the field `logo` of each.
+        n: answers of each.
+    """
+    answers = await asyncio.gather(*map(_kept, run))
+    for found in answers:
+        if found.status != 200:
+            await answer(send, found.status, found.body, found.headers)
+            return
+    replies = [found.json() for found in answers]
+    choices = [
+        {**choice, "index": prompt * n + choice.get("index", 0)}
+        for prompt, reply in enumerate(replies)
+        for choice in reply["choices"]
+    ]
+    usages = [reply.get("usage") or {} for reply in replies]
+    reply = {**replies[0], "choices": choices, "logo": list(told)}
+    if replies[0].get("usage"):
+        reply["usage"] = _sum(usages)
+    await answer(send, 200, json.dumps(reply, ensure_ascii=False).encode())
+
+
+async def merged_stream(send: Send, run: Sequence[Run], told: Sequence[Any], n: int) -> None:
+    """Sends the events of all of them as one stream, as they come; each keeps its place by its index."""
+    events: asyncio.Queue[tuple[int, Message | None]] = asyncio.Queue()
+
+    async def one(number: int, request: Run) -> None:
+        async def sink(message: Message) -> None:
+            await events.put((number, message))
+
+        try:
+            await request(sink)
+        finally:
+            await events.put((number, None))
+
+    tasks = [asyncio.create_task(one(number, request)) for number, request in enumerate(run)]
+    try:
+        await _forwarded(send, events, len(tasks), told, n)
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _forwarded(send: Send, events: asyncio.Queue[Any], count: int, told: Sequence[Any], n: int) -> None:
+    identity: str | None = None
+    began, first, usages = False, True, list[Any]()
+    rest = [b""] * count
+    while count:
+        number, message = await events.get()
+        if message is None:
+            count -= 1
+        elif message["type"] == "http.response.start":
+            if not began:
+                began = True
+                await send(message)
+        else:
+            *lines, rest[number] = (rest[number] + message.get("body", b"")).split(b"\n")
+            for line in lines:
+                if not line.startswith(b"data: {"):
+                    continue
+                found = json.loads(line[6:])
+                identity = identity or found.get("id")
+                if "error" not in found:
+                    found["id"] = identity
+                    found.pop("logo", None)
+                    if first:
+                        found["logo"], first = list(told), False
+                if found.get("usage") and not found.get("choices"):
+                    usages.append(found["usage"])
+                    last = found
+                    continue
+                for choice in found.get("choices", ()):
+                    choice["index"] = number * n + choice.get("index", 0)
+                await _event(send, found)
+    if usages:
+        await _event(send, {**last, "usage": _sum(usages)})
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+async def _event(send: Send, found: Any) -> None:
+    body = b"data: " + json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _kept(request: Run) -> Answer:
+    """A response that is kept whole."""
+    start: Message = {"status": 500, "headers": []}
+    parts: list[bytes] = []
+
+    async def keep(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start":
+            start = message
+        elif message["type"] == "http.response.body":
+            parts.append(message.get("body", b""))
+
+    await request(keep)
+    return Answer(start["status"], list(start["headers"]), b"".join(parts))
+
+
+def _sum(usages: Sequence[Any]) -> dict[str, Any]:
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    return {**usages[0], **{name: sum(usage.get(name) or 0 for usage in usages) for name in names}}
