@@ -65,7 +65,7 @@ class Core:
         Raises:
             PoolError: a worker has another pool.
         """
-        check_alike(list(described), self.pool)
+        check_alike(described, self.pool)
         self.mode, self.reason = described[0]["mode"], described[0]["reason"]
 
     def scored(self, signal: str, names: Sequence[str]) -> None:

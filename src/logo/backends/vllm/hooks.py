@@ -174,7 +174,7 @@ def _skip(original: Any, self: Any) -> bool:
 # -- every step --------------------------------------------------------------------------------------------------------
 
 
-def _activate(original: Any, self: Any, requests: set[Any], mapping: Any) -> None:
+def _activate(original: Any, self: Any, requests: set[Any], mapping: Any) -> Any:
     worker = _of(self)
     if worker is None:
         return original(self, requests, mapping)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ def described(pool: KeyedPool, mode: Mode, reason: str) -> dict[str, Any]:
     return {"digest": pool.digest, "names": list(pool.keys), "mode": mode, "reason": reason}
 
 
-def check_alike(described: list[dict[str, Any]], own: KeyedPool) -> None:
+def check_alike(described: Sequence[Mapping[str, Any]], own: KeyedPool) -> None:
     """Raises PoolError unless all workers have this process's pool."""
     for number, found in enumerate(described):
         if found["digest"] != own.digest:

@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from logo.api.errors import ApiError, bad_request
@@ -222,12 +223,10 @@ class Router:
     ) -> None:
         told = [_told(selection, probe_ms) for selection, probe_ms in chosen]
 
-        async def answered(part: Body, selection: Selection, probe_ms: float, sink: Send) -> None:
-            await self._one(path, part, model, selection, probe_ms, scope, receive, sink)
+        async def answered(part: Body, one: tuple[Selection, float], sink: Send) -> None:
+            await self._one(path, part, model, *one, scope, receive, sink)
 
-        run = [
-            lambda sink, part=part, one=one: answered(part, *one, sink) for part, one in zip(parts, chosen, strict=True)
-        ]
+        run = [partial(answered, part, one) for part, one in zip(parts, chosen, strict=True)]
         n = int(parts[0].get("n") or 1) if isinstance(parts[0].get("n"), int) else 1
         if parts[0].get("stream"):
             await merged_stream(send, run, told, n)

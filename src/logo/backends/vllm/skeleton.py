@@ -53,7 +53,7 @@ def _samples(folder: Path) -> Mapping[str, Tensor]:
     """Tensor name -> sample. Files are mapped into memory, so that little of them is read."""
     index = folder / _INDEX
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_WEIGHTS}
-    samples = {}
+    samples: dict[str, Tensor] = {}
     for name in sorted(names):
         if (folder / name).is_file():
             with safe_open(folder / name, framework="pt") as file:
