@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from logo.api.errors import ApiError
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -101,11 +103,17 @@ class Rewriting:
     Args:
         send: where the response goes.
         change: changes one object in place; told whether it is the first.
-        keep: keep the response instead of sending it (whole ones only); it is then in `kept`.
+        check: awaited before the end of a response; an error that it returns stands instead of a whole response, and
+            ends a stream.
     """
 
-    def __init__(self, send: Send, change: Callable[[dict[str, Any], bool], None]) -> None:
-        self._send, self._change = send, change
+    def __init__(
+        self,
+        send: Send,
+        change: Callable[[dict[str, Any], bool], None],
+        check: Callable[[], Awaitable[ApiError | None]] | None = None,
+    ) -> None:
+        self._send, self._change, self._check = send, change, check
         self._start: Message | None = None
         self._streams = False
         self._rest = b""
@@ -127,17 +135,26 @@ class Rewriting:
             *lines, self._rest = (self._rest + message.get("body", b"")).split(b"\n")
             if not more and self._rest:
                 lines, self._rest = [*lines, self._rest], b""
+            if any(line.startswith(b"data: [DONE]") for line in lines) and (error := await self._checked()):
+                lines = [line for line in lines if not line.startswith(b"data: [DONE]")]
+                lines = [*lines, *error.event().split(b"\n"), b"data: [DONE]", b""]
             body = b"".join(self._event(line) + b"\n" for line in lines)
             await self._send({"type": "http.response.body", "body": body, "more_body": more})
             return
         self._rest += message.get("body", b"")
         if not more:
             assert self._start is not None
+            if self._start["status"] == 200 and (error := await self._checked()):
+                await answer(self._send, error.status, error.content())
+                return
             body = self._changed(self._rest)
             headers = [(k, v) for k, v in self._start.get("headers", ()) if k.lower() != b"content-length"]
             headers.append((b"content-length", str(len(body)).encode()))
             await self._send({**self._start, "headers": headers})
             await self._send({"type": "http.response.body", "body": body})
+
+    async def _checked(self) -> ApiError | None:
+        return None if self._check is None else await self._check()
 
     def _event(self, line: bytes) -> bytes:
         return b"data: " + self._changed(line[6:]) if line.startswith(b"data: {") else line

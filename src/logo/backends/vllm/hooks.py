@@ -178,10 +178,21 @@ def _activate(original: Any, self: Any, requests: set[Any], mapping: Any) -> Any
     worker = _of(self)
     if worker is None:
         return original(self, requests, mapping)
-    worker.begin_step(requests)
+    recipes = {request for request in requests if is_recipe(request.lora_path)}
+    try:
+        worker.begin_step(requests)
+    except Exception as error:
+        _failed(worker, recipes, error)
     if worker.mode == "gate":
-        requests = {request for request in requests if not is_recipe(request.lora_path)}
+        requests = requests - recipes
     return original(self, requests, mapping)
+
+
+def _failed(worker: Worker, recipes: set[Any], error: Exception) -> None:
+    """No mixture of this step is what was asked for."""
+    log.error("LoGo: a step could not be prepared", exc_info=error)
+    for request in recipes:
+        worker.fail(request.lora_path, f"{type(error).__name__}: {error}")
 
 
 def _load(original: Any, self: Any, lora_request: Any) -> Any:
@@ -191,32 +202,42 @@ def _load(original: Any, self: Any, lora_request: Any) -> Any:
     return worker.merged(lora_request)
 
 
+def _noting(hook: Callable[[Worker], None], runner: Any) -> None:
+    """Runs a hook that notes something about a step. Where it fails, prompts that are probed have no scores."""
+    worker = _of(getattr(runner, "lora_manager", None))
+    if worker is None:
+        return
+    try:
+        hook(worker)
+    except Exception as error:
+        log.error("LoGo: the prompts of a step could not be told apart", exc_info=error)
+
+
 def _spans_v1(original: Any, self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
-    worker = _of(getattr(self, "lora_manager", None))
-    if worker is not None:
+    def note(worker: Worker) -> None:
         worker.spans = tuple(runner_v1.spans(self, worker.bos, input_batch, num_scheduled_tokens))
+
+    _noting(note, self)
     return original(self, input_batch, num_scheduled_tokens, *args, **kwargs)
 
 
 def _remember(original: Any, self: Any, scheduler_output: Any) -> Any:
-    worker = _of(getattr(self, "lora_manager", None))
-    if worker is not None:
-        runner_v2.remember(worker.probed, scheduler_output)
+    _noting(lambda worker: runner_v2.remember(worker.probed, scheduler_output), self)
     return original(self, scheduler_output)
 
 
 def _spans_v2(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
     input_batch = original(self, scheduler_output, *args, **kwargs)
-    worker = _of(getattr(self, "lora_manager", None))
-    if worker is not None:
+
+    def note(worker: Worker) -> None:
         worker.spans = tuple(runner_v2.spans(worker.probed, worker.bos, input_batch))
+
+    _noting(note, self)
     return input_batch
 
 
 def _forget(original: Any, self: Any, req_id: str) -> Any:
-    worker = _of(getattr(self, "lora_manager", None))
-    if worker is not None:
-        worker.probed.pop(req_id, None)
+    _noting(lambda worker: runner_v2.forget(worker.probed, req_id), self)
     return original(self, req_id)
 
 

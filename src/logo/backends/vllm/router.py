@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from logo.api.errors import ApiError, bad_request
+from logo.api.errors import ApiError, bad_request, failed
 from logo.api.names import AUTO, Models
 from logo.api.replies import Mixture
-from logo.api.requests import LogoOptions, SelectRequest, checked
+from logo.api.requests import ModelRequest, SelectRequest, checked
 from logo.backends.vllm import bodies
 from logo.backends.vllm.asgi import Answer, App, Receive, Rewriting, Scope, Send, answer, ask, asking, body_of, sending
 from logo.backends.vllm.bodies import CHAT, COMPLETIONS, Body
@@ -147,8 +147,8 @@ class Router:
             return
         if bodies.marks_itself(body):
             raise bad_request("vllm_xargs: 'logo_probe' and 'logo_signal' are this server's own", "vllm_xargs")
-        options = body.pop("logo", None)
-        wish = self._names.wish(model, None if options is None else checked(LogoOptions, options))
+        asked = checked(ModelRequest, {"model": model, "logo": body.pop("logo", None)})
+        wish = self._names.wish(model, asked.logo)
         parts = bodies.split(path, body)
         found = await asyncio.gather(*(self._chosen(path, part, wish, scope, receive) for part in parts))
         for one in found:
@@ -169,7 +169,6 @@ class Router:
         self, path: str, body: Body, wish: Wish, scope: Scope, receive: Receive
     ) -> tuple[Selection, float] | Answer:
         """The selection of one prompt and the milliseconds that it took; or what vLLM said instead of probing it."""
-        assert self._workers is not None
         signal = self.core.signal(wish)
         if signal is None:
             return self.core.select(wish, None), 0.0
@@ -178,7 +177,7 @@ class Router:
         probed = await ask(self.app, scope, receive, where, body=json.dumps(asked).encode())
         if probed.status != 200:
             return probed
-        scores = scores_of(key, {key: await self._workers.take(key)})
+        scores = scores_of(key, {key: await self._taken(key)})
         selection = self.core.select(wish, scores)
         spent = time.perf_counter() - started
         self._counts.selected(selection.adapters, spent)
@@ -205,11 +204,19 @@ class Router:
                 if first and "error" not in found:
                     found["logo"] = _told(selection, probe_ms)
 
+            async def check() -> ApiError | None:
+                reason = None if request is None else await self._taken(request.lora_name)
+                return None if reason is None else failed(f"the mixture could not be made: {reason}", "mixture_failed")
+
             raw = json.dumps({**body, "model": self._base if request is None else model}).encode()
             again = asking(scope, path, "POST", raw)
             self._counts.answered("base" if request is None else self.core.mode)
             with meaning(model, request):
-                await self.app(again, sending(raw, receive), Rewriting(send, change))
+                await self.app(again, sending(raw, receive), Rewriting(send, change, check))
+
+    async def _taken(self, key: str) -> Any:
+        assert self._workers is not None
+        return await self._workers.take(key)
 
     async def _several(
         self,

@@ -31,6 +31,11 @@ def remember(probed: Probed, scheduler_output: Any) -> None:
             probed[request.req_id] = request.sampling_params, request.prompt_token_ids
 
 
+def forget(probed: Probed, request_id: str) -> None:
+    """A request has ended, or begins anew."""
+    probed.pop(request_id, None)
+
+
 def spans(probed: Probed, bos: int | None, input_batch: Any) -> Iterator[Span]:
     """The rows of probed prompts in the step that comes."""
     row = 0

@@ -21,6 +21,7 @@ from logo.backends.vllm.pool import KeyedPool, described, mode_of
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import Span, Taps
+from logo.backends.vllm.wrapper import Tapped
 from logo.decoding import Prompts, Truncation
 from logo.errors import ModelError
 from logo.models import context_length
@@ -55,6 +56,8 @@ class Worker:
         self._device, self._dtype = manager.device, lora.lora_dtype
         self.skeleton = skeleton(model_config.model, model_config.dtype, model_config.revision)
         self.pool = KeyedPool.open(options, self.skeleton)
+        self._by_key = self.pool.by_key
+        self._ids = {key: _own_id(key) for key in self._by_key}
         self.mode, self.reason = mode_of(options, model_config.model, lora, self.pool.adapters)
         log.info("LoGo: %s mode: %s", self.mode, self.reason)
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
@@ -62,8 +65,8 @@ class Worker:
         self.taps = Taps(self._place_of, self._device)
         self.spans: Sequence[Span] = ()  # of the step that comes, as its runner says
         self.probed: dict[str, tuple[Any, Any]] = {}  # probes among the requests of runner V2
-        self._recipes: dict[str, Recipe] = {}  # by their text
         self._mixtures: dict[int, Recipe] = {}  # by vLLM's ids
+        self._failures: dict[str, str] = {}  # recipe -> why it was not mixed
         self._max_tokens = model_config.max_model_len - 1
         self._tokenizer = model_config.tokenizer
         self._scorers: Scorers | None = None
@@ -104,10 +107,21 @@ class Worker:
             if hasattr(layer, "punica_wrapper"):
                 base = getattr(layer, "base_layer", None)
                 parted = getattr(base, "input_is_parallel", False) and getattr(base, "tp_size", 1) > 1
-                layer.punica_wrapper = _tapped(
+                layer.punica_wrapper = Tapped(
                     layer.punica_wrapper, path, self.taps, tensor_model_parallel_all_gather if parted else None
                 )
+        self._note_used()
         self._tap_residuals()
+
+    def _note_used(self) -> None:
+        """Tells the layers which of their slices adapters act on. In merge mode there may be others than the pool's."""
+        touched = {module for adapter in self.pool.adapters for module in adapter.modules}
+        manager = self._adapters
+        for path, layer in manager.modules.items():
+            parts = manager.packed_modules.get(path, [path])
+            known = self.mode == "gate" and getattr(layer, "n_slices", 0) == len(parts)
+            if isinstance(getattr(layer, "punica_wrapper", None), Tapped):
+                layer.punica_wrapper.used = tuple(part in touched for part in parts) if known else None
 
     def _tap_residuals(self) -> None:
         """Reads the residual stream that enters the decoder layers which some signal reads so."""
@@ -155,17 +169,36 @@ class Worker:
         """
         spans, self.spans = self.spans, ()
         self.taps.begin(spans)
-        for request in requests:
-            if is_recipe(request.lora_path) and request.lora_int_id not in self._mixtures:
+        if self.mode != "gate":
+            return
+        recipes = [request for request in requests if is_recipe(request.lora_path)]
+        for request in recipes:
+            if request.lora_int_id not in self._mixtures:
                 self._mixtures[request.lora_int_id] = self.recipe(request.lora_path)
         while len(self._mixtures) > _REMEMBERED:
             self._mixtures.pop(next(iter(self._mixtures)))
-        if self.mode == "gate" and any(is_recipe(request.lora_path) for request in requests):
+        if recipes:
             self.make_resident()
 
     def recipe(self, text: str) -> Recipe:
-        """The recipe that a text says."""
-        return Recipe.parse(text)
+        """The recipe that a text says. One of adapters that are not here is the base model's, and noted as failed."""
+        recipe = Recipe.parse(text)
+        lacking = set(recipe.keys) - self._by_key.keys()
+        if lacking:
+            self.fail(text, f"this worker has no adapter {next(iter(lacking))}")
+            return Recipe(())
+        return recipe
+
+    def fail(self, text: str, reason: str) -> None:
+        """Notes that a recipe was not mixed, so that its answer is not given. Raising would end all answers."""
+        self._failures[text] = reason
+        log.error("LoGo: a mixture failed: %s", reason)
+
+    def take(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Scores of probes, as `Taps.take`; of recipes, why they were not mixed, or None."""
+        probes = [key for key in keys if not is_recipe(key)]
+        failed = {key: self._failures.pop(key, None) for key in keys if is_recipe(key)}
+        return {**self.taps.take(probes), **failed}
 
     def write_gates(self, mapping: Any, slots: Sequence[int | None]) -> None:
         """Sets the gates of the step at hand.
@@ -182,7 +215,7 @@ class Worker:
         for row, number in enumerate(known, start=1):
             if self.mode == "gate" and number in self._mixtures:
                 for key, weight in self._mixtures[number].parts:
-                    rows[row, place[_own_id(key)]] = weight
+                    rows[row, place[self._ids[key]]] = weight
             elif number in place:
                 rows[row, place[number]] = 1.0
         order = np.array([0, *known])
@@ -198,8 +231,8 @@ class Worker:
         """Puts the pool into vLLM's slots, where it stays; does nothing where it is there."""
         manager = self._adapters
         held = set(manager.lora_index_to_id)
-        for key, adapter in self.pool.by_key.items():
-            number = _own_id(key)
+        for key, adapter in self._by_key.items():
+            number = self._ids[key]
             if number not in held:
                 manager.remove_adapter(number)
                 made = self.lora_model(number, [(adapter, 1.0)])
@@ -232,8 +265,12 @@ class Worker:
 
     def merged(self, request: Any) -> Any:
         """The adapter of vLLM that a recipe says, in merge mode."""
-        recipe, adapters = self.recipe(request.lora_path), self.pool.by_key
-        return self.lora_model(request.lora_int_id, [(adapters[key], weight) for key, weight in recipe.parts])
+        try:
+            parts = [(self._by_key[key], weight) for key, weight in self.recipe(request.lora_path).parts]
+            return self.lora_model(request.lora_int_id, parts)
+        except Exception as error:  # raising here would end the engine
+            self.fail(request.lora_path, f"{type(error).__name__}: {error}")
+            return self.lora_model(request.lora_int_id, [])
 
     # -- scores --------------------------------------------------------------------------------------------------
 
@@ -312,12 +349,6 @@ def _own_id(key: str) -> int:
     return Recipe(((key, 1.0),)).number()
 
 
-def _tapped(wrapper: Any, place: str, taps: Taps, gather: Any) -> Any:
-    from logo.backends.vllm.wrapper import Tapped
-
-    return Tapped(wrapper, place, taps, gather)
-
-
 def _residual(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What enters a decoder layer of vLLM, which is given `(positions, hidden_states, residual)`."""
     names = ("positions", "hidden_states", "residual")
@@ -354,9 +385,9 @@ def logo_calibrate(worker: Any, signal: str, keys: list[str]) -> dict[str, Any]:
     return _of(worker).calibrate(signal, keys)
 
 
-def logo_take(worker: Any, keys: list[str]) -> dict[str, list[float] | str]:
-    """See `Taps.take`."""
-    return _of(worker).taps.take(keys)
+def logo_take(worker: Any, keys: list[str]) -> dict[str, Any]:
+    """See `Worker.take`."""
+    return _of(worker).take(keys)
 
 
 CALLS = (logo_open, logo_signal, logo_calibrate, logo_take)

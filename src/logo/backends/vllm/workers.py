@@ -52,7 +52,7 @@ class Workers:
             pass
 
     async def take(self, key: str) -> Any:
-        """The scores of a probe that was run, or why there are none; those that wait are asked for together."""
+        """See `logo.backends.vllm.worker.Worker.take`; those that wait are asked for together."""
         waiting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[key] = waiting
         if self._taking is None or self._taking.done():

@@ -70,10 +70,14 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         scale: float,
         output_slices: tuple[int, ...],
         *,
-        buffer: Any = None,
+        used: Sequence[bool] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds each slice's product to its columns of `y` (tokens, d_out), in place."""
+        """Adds each slice's product to its columns of `y` (tokens, d_out), in place.
+
+        Args:
+            used: the slices that some adapter acts on; None: all.
+        """
         rows = None
         if not torch.compiler.is_compiling():
             if not self.gates.open:
@@ -83,9 +87,11 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         if rows is not None:
             x, gate = x[rows], gate[rows]
         start = 0
-        for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+        for i, (a, b, width) in enumerate(zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True)):
             part = y[:, start : start + width]
             start += width
+            if used is not None and not used[i]:
+                continue
             if rows is None:
                 add_gated(part, x, a[:, 0], b[:, 0].transpose(1, 2), gate)
             else:
@@ -100,8 +106,6 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         lora_a_stacked: Tensor,
         lora_b_stacked: Tensor,
         scale: float,
-        *,
-        buffer: Any = None,
         **kwargs: Any,
     ) -> None:
         """The same for the output head, which is given the tokens whose logits are computed."""
@@ -128,10 +132,14 @@ class Tapped:
         place: of the layer in the model.
         taps: what listens.
         gather: joins what the ranks hold of the layer's input; None: each rank holds all of it.
+
+    Attributes:
+        used: the layer's slices that some adapter acts on; None: unknown, so all of them are multiplied.
     """
 
     def __init__(self, inner: Any, place: str, taps: Taps, gather: Gather | None) -> None:
         self._inner, self._place, self._taps, self._gather = inner, place, taps, gather
+        self.used: tuple[bool, ...] | None = None
         _TAPS.append((taps, gather))
         self._number = len(_TAPS) - 1
         self._seen = torch.zeros(1, device=inner.device)
@@ -142,6 +150,8 @@ class Tapped:
             torch.ops.logo.tap(x, self._seen, self._number, self._place)
         elif self._taps.active(self._place):
             self._taps.tap(self._place, x, self._gather)
+        if self.used is not None:
+            kwargs["used"] = self.used
         return self._inner.add_lora_linear(y, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

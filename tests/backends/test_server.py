@@ -1,0 +1,231 @@
+"""vLLM's own server with one flag more: what a plain `openai` client sees, compared with the library's answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from conftest import ASSETS, KEY, Server
+from logo import LoGo
+from logo.models import default_pool, load_base
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def logo() -> LoGo:
+    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
+    return LoGo(model, tokenizer, default_pool("demo"))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[str]:
+    """Held-out prompts of every task."""
+    files = sorted((ASSETS / "heldout").glob("*.jsonl"))
+    return [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:4]]
+
+
+@pytest.fixture(scope="module", params=["gate", "merge"])
+def server(request: pytest.FixtureRequest, serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
+    from conftest import environment
+
+    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text(TEMPLATE)
+    slots = ("16", "8") if request.param == "gate" else ("4", "32")
+    return serve(
+        *("--max-loras", slots[0], "--max-lora-rank", slots[1], "--max-model-len", "256"),
+        *("--middleware", "logo.backends.vllm.Router", "--chat-template", str(template)),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        env=environment(mode=request.param, k=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=300)
+
+
+def told(answer: Any) -> Any:
+    return answer.model_dump()["logo"]
+
+
+def test_many_requests_at_once_are_answered_as_by_the_library(
+    client: openai.OpenAI, logo: LoGo, rows: list[str]
+) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(
+            pool.map(
+                lambda row: client.completions.create(model="logo", prompt=row, max_tokens=12, temperature=0), rows
+            )
+        )
+    expected = logo.generate(rows, k=4, max_new_tokens=12)
+    for answer, one in zip(answers, expected, strict=True):
+        assert told(answer)["adapters"] == list(one.selection.adapters)
+        assert told(answer)["weights"] == pytest.approx(one.selection.weights, abs=1e-4)
+        assert answer.choices[0].text.rstrip() == one.text.rstrip()
+        assert answer.model == "logo"
+
+
+def test_a_stream_tells_the_mixture_first(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
+    stream = client.completions.create(model="logo", prompt=rows[0], max_tokens=12, temperature=0, stream=True)
+    chunks = list(stream)
+    assert told(chunks[0])["adapters"] == list(logo.select(rows[0], k=4).adapters)
+    assert all("logo" not in (chunk.model_extra or {}) for chunk in chunks[1:])
+    assert {chunk.model for chunk in chunks} == {"logo"}
+    text = "".join(choice.text for chunk in chunks for choice in chunk.choices)
+    assert text.rstrip() == logo.generate(rows[0], k=4, max_new_tokens=12).text.rstrip()
+
+
+def test_a_chat_is_probed_by_what_the_user_said_last(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
+    messages: Any = [{"role": "system", "content": "You answer briefly."}, {"role": "user", "content": rows[5]}]
+    answer = client.chat.completions.create(model="logo", messages=messages, max_tokens=8, temperature=0)
+    assert (
+        told(answer)["adapters"]
+        == list(logo.select(messages, k=4).adapters)
+        == list(logo.select(rows[5], k=4).adapters)
+    )
+    streamed = client.chat.completions.create(model="logo", messages=messages, max_tokens=8, temperature=0, stream=True)
+    text = "".join(choice.delta.content or "" for chunk in streamed for choice in chunk.choices)
+    assert text == answer.choices[0].message.content
+
+
+def test_responses_are_answered_with_a_mixture(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
+    answer = client.responses.create(model="logo", input=rows[3], max_output_tokens=16, temperature=0)
+    assert told(answer)["adapters"] == list(logo.select(rows[3], k=4).adapters)
+    assert answer.model == "logo"
+
+
+def test_several_prompts_have_several_mixtures(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
+    prompts = rows[::9][:5]
+    answer = client.completions.create(model="logo", prompt=prompts, max_tokens=8, temperature=0)
+    expected = logo.generate(prompts, k=4, max_new_tokens=8)
+    assert [choice.index for choice in answer.choices] == list(range(5))
+    for i, one in enumerate(expected):
+        assert told(answer)[i]["adapters"] == list(one.selection.adapters)
+        assert answer.choices[i].text.rstrip() == one.text.rstrip()
+    assert answer.usage is not None and answer.usage.completion_tokens > 5
+    drawn = client.completions.create(model="logo", prompt=prompts, max_tokens=8, temperature=0.5, n=2)
+    assert [choice.index for choice in drawn.choices] == list(range(10))
+    assert len(told(drawn)) == 5
+    chunks = list(client.completions.create(model="logo", prompt=prompts, max_tokens=8, temperature=0, stream=True))
+    assert [one["adapters"] for one in told(chunks[0])] == [list(one.selection.adapters) for one in expected]
+    for i, one in enumerate(expected):
+        text = "".join(choice.text for chunk in chunks for choice in chunk.choices if choice.index == i)
+        assert text.rstrip() == one.text.rstrip()
+
+
+def test_forced_adapters_single_ones_and_the_base_answer_beside_each_other(
+    client: openai.OpenAI, logo: LoGo, rows: list[str]
+) -> None:
+    names = logo.names
+    forced = {names[0]: 0.7, names[5]: 0.3}
+
+    def ask(job: tuple[str, Any]) -> str:
+        model, extra = job
+        answer = client.completions.create(model=model, prompt=rows[1], max_tokens=10, temperature=0, extra_body=extra)
+        return answer.choices[0].text.rstrip()
+
+    jobs: list[tuple[str, Any]] = [
+        ("logo", {"logo": {"adapters": forced}}),
+        ("logo", {"logo": {"adapters": {}}}),
+        ("base", None),
+        *((name, None) for name in names),
+    ]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        answers = list(pool.map(ask, jobs))
+    mixtures = [forced, {}, {}, *({name: 1.0} for name in names)]
+    expected = logo.generate([rows[1]] * len(jobs), adapters=mixtures, max_new_tokens=10, batch_size=19)
+    assert answers == [one.text.rstrip() for one in expected]
+
+
+def test_a_request_says_how_to_select(client: openai.OpenAI, logo: LoGo, rows: list[str]) -> None:
+    for options in ({"k": 2}, {"signal": "norm"}, {"keep_mass": 0.5}, {"candidates": list(logo.names[:5]), "k": 3}):
+        answer = client.completions.create(
+            model="logo", prompt=rows[7], max_tokens=1, temperature=0, extra_body={"logo": options}
+        )
+        expected = logo.select(rows[7], **{"k": 4, **options})  # type: ignore[call-overload]
+        assert told(answer)["adapters"] == list(expected.adapters), options
+        assert told(answer)["weights"] == pytest.approx(expected.weights, abs=1e-4)
+
+
+def test_a_tool_may_be_called(client: openai.OpenAI) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    tool: Any = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+    choice: Any = {"type": "function", "function": {"name": "look"}}
+    messages: Any = [{"role": "user", "content": "look"}]
+    answer = client.chat.completions.create(
+        model="logo", messages=messages, tools=[tool], tool_choice=choice, max_tokens=80, temperature=0
+    )
+    assert "logo" in answer.model_dump()
+    calls = answer.choices[0].message.tool_calls
+    assert calls and calls[0].function.name == "look"  # type: ignore[union-attr]
+
+
+def test_what_is_listed(server: Server, logo: LoGo, rows: list[str]) -> None:
+    _, models = server.ask("/v1/models")
+    roles = {card["id"]: card.get("logo", {}).get("role") for card in models["data"]}
+    assert roles == {"base": None, "logo": "auto", **dict.fromkeys(logo.names, "adapter")}
+    status, selection = server.ask("/v1/logo/select", {"prompt": rows[2]})
+    expected = logo.select(rows[2], k=4)
+    assert status == 200 and selection["adapters"] == list(expected.adapters)
+    assert selection["scores"] == pytest.approx(expected.scores, rel=1e-4)
+    status, cards = server.ask("/v1/logo/adapters")
+    assert status == 200 and [card["id"] for card in cards["data"]] == list(logo.names)
+    assert cards["default_k"] == 4 and cards["signals"] == ["calibrated", "norm"]
+
+
+def test_nothing_answers_without_a_key(server: Server, rows: list[str]) -> None:
+    asked = [
+        ("/v1/completions", {"model": "logo", "prompt": rows[0]}),
+        ("/v1/completions", {"model": "logo", "prompt": rows[0], "logo": {"adapters": {"nobody": 1}}}),
+        ("/v1/chat/completions", {"model": "logo", "messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/logo/select", {"prompt": rows[0]}),
+        ("/v1/logo/select", {"prompt": rows[0], "logo": {"k": "many"}}),
+        ("/v1/logo/adapters", None),
+        ("/v1/models", None),
+    ]
+    for path, body in asked:
+        status, answer = server.ask(path, body, key=None)
+        assert status == 401, path
+        assert "nobody" not in json.dumps(answer)
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"logo": {"adapters": {"nobody": 1.0}}}, "nobody"),
+        ({"logo": {"k": 0}}, "logo.k"),
+        ({"logo": {"signal": "nosignal"}}, "logo.signal: expected one of calibrated, norm"),
+        ({"logo": {"mode": "x"}}, "logo.mode"),
+        ({"logo": {"k": 2, "adapters": {}}}, "adapters"),
+        ({"temperature": 9}, "temperature"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"prompt": "word " * 400}, "256"),
+        ({"prompt": []}, "prompt"),
+        ({"vllm_xargs": {"logo_probe": "x"}}, "logo_probe"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(server: Server, rows: list[str], extra: Any, expected: str) -> None:
+    status, answer = server.ask("/v1/completions", {"model": "logo", "prompt": rows[0], "max_tokens": 4, **extra})
+    assert status == 400, answer
+    assert expected in json.dumps(answer)
+    status, _ = server.ask("/v1/completions", {"model": "logo", "prompt": rows[0], "max_tokens": 2})
+    assert status == 200
+
+
+def test_a_recipe_is_no_name(server: Server, rows: list[str]) -> None:
+    for name in ("logo://0123456789abcdef:1", "nobody"):
+        status, _ = server.ask("/v1/completions", {"model": name, "prompt": rows[0], "max_tokens": 2})
+        assert status == 404, name
+
+
+def test_what_is_counted(server: Server) -> None:
+    import urllib.request
+
+    text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+    assert "logo:answers_total" in text and "logo:probe_seconds_count" in text and "vllm:num_requests_running" in text
