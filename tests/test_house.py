@@ -21,6 +21,7 @@ LAYERS = [
     {"adapters", "prompts"},
     {"mixing", "selection", "models", "decoding", "endings", "scoring"},
     {"decoder", "completions", "opening", "selecting"},
+    {"calls"},
     {"engine", "protocol"},
     {"api"},
     {"backends", "baselines"},

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, input_device
 from logo.mixing import Mixer
-from logo.prompts import Prompt
-from logo.scoring import Scored, completion_ids, continued_rows, score_continued, score_mixtures
+from logo.scoring import Scored, continued_rows, score_continued, score_mixtures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,12 +26,6 @@ class CompletionScorer:
 
     def __init__(self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer) -> None:
         self._model, self._prompts, self._mixer = model, prompts, mixer
-
-    def ids(self, prompt: Prompt, completion: str) -> list[int]:
-        """The tokens of a completion as it continues a prompt; errors as `completion_ids`."""
-        tokenizer = self._prompts.tokenizer
-        text = tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
-        return completion_ids(tokenizer, text, completion, self._prompts.context)
 
     def mixtures(
         self, pool: AdapterPool, row: Sequence[int], gold: Sequence[int], mixtures: Sequence[Mapping[str, float]]

@@ -32,7 +32,7 @@ from logo.mixing.costs import EXPECTED
 from logo.selection import Selection
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
 
@@ -58,6 +58,59 @@ class Generation:
     form: Form
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How one call continues its prompts.
+
+    Attributes:
+        config: the call's, complete.
+        checkpoint: the base model's own, whose end tokens count where the config names none.
+        stop_at_newline: see `at_newline`.
+        stop: see `at_texts`; answers are cut before them.
+    """
+
+    config: GenerationConfig
+    checkpoint: GenerationConfig
+    stop_at_newline: bool | str = False
+    stop: tuple[str, ...] = ()
+
+    @property
+    def ends(self) -> set[int]:
+        """Token ids that end an answer."""
+        return end_tokens(self.config, self.checkpoint)
+
+    def rules(self, tokenizer: PreTrainedTokenizerBase) -> list[EndRule]:
+        """What else ends an answer: transformers would look for the config's texts in the prompt too."""
+        config = self.config
+        texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+        rules = [at_texts(tokenizer, some) for some in (texts, self.stop) if some]
+        if self.stop_at_newline:
+            rules.append(at_newline(tokenizer, official=self.stop_at_newline == "official"))
+        return rules
+
+    def generations(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        continued: Sequence[tuple[list[int], Form]],
+        selections: Sequence[Selection],
+        seconds: Mapping[str, float],
+    ) -> list[Generation]:
+        """The answers that rows of new tokens are, each up to where it ends.
+
+        Args:
+            continued: new tokens, with whatever stands behind the end, and how the mixture acted.
+            selections: the mixtures.
+            seconds: of each row.
+        """
+        ends, rules = self.ends, self.rules(tokenizer)
+        answers = [cut_after_end(row, ends, self.config.max_new_tokens, rules) for row, _ in continued]
+        texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
+        return [
+            Generation(cut_at(text, self.stop), selection, tuple(ids), reason, dict(seconds), form)
+            for text, selection, (ids, reason), (_, form) in zip(texts, selections, answers, continued, strict=True)
+        ]
+
+
 class Decoder:
     """Continues prompts under mixtures.
 
@@ -75,9 +128,7 @@ class Decoder:
     def __call__(
         self,
         pool: AdapterPool,
-        config: GenerationConfig,
-        stop_at_newline: bool | str,
-        stop: Sequence[str],
+        decoding: Decoding,
         probed: float,
         rows: Sequence[Sequence[int]],
         selections: Sequence[Selection],
@@ -89,9 +140,7 @@ class Decoder:
 
         Args:
             pool: fitted to the model.
-            config: how to decode.
-            stop_at_newline: see `at_newline`.
-            stop: see `at_texts`; answers are cut before them.
+            decoding: how.
             probed: seconds that selecting took, per row.
             rows: token ids of the prompts.
             selections: their mixtures.
@@ -101,36 +150,26 @@ class Decoder:
             StoreFull: the adapters of one row need more memory than adapters may have.
         """
         started = time.perf_counter()
-        tokenizer = self.prompts.tokenizer
-        rules = self._rules(config)
-        if stop:
-            rules.append(at_texts(tokenizer, stop))
-        if stop_at_newline:
-            rules.append(at_newline(tokenizer, official=stop_at_newline == "official"))
+        rules = decoding.rules(self.prompts.tokenizer)
         mixtures = [selection.mixture for selection in selections]
         try:
-            continued = self._in_parts(pool, rows, mixtures, config, rules, streamer)
+            continued = self._in_parts(pool, rows, mixtures, decoding.config, rules, streamer)
         except BaseException:
             if streamer is not None:
                 streamer.end()
             raise
-        ends = end_tokens(config, self.model.generation_config)
-        answers = [cut_after_end(row, ends, config.max_new_tokens, rules) for row, _ in continued]
-        texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
-        return [
-            Generation(cut_at(text, stop), selection, tuple(ids), reason, dict(seconds), form)
-            for text, selection, (ids, reason), (_, form) in zip(texts, selections, answers, continued, strict=True)
-        ]
+        return decoding.generations(self.prompts.tokenizer, continued, selections, seconds)
 
     def stream(
-        self, pool: AdapterPool, row: Sequence[int], mixture: Mapping[str, float], config: GenerationConfig, lock: Any
+        self, pool: AdapterPool, row: Sequence[int], mixture: Mapping[str, float], decoding: Decoding, lock: Any
     ) -> Iterator[str]:
         """The text of one continuation piece by piece; `lock` is held while it is generated."""
+        rules = decoding.rules(self.prompts.tokenizer)
 
         def generate(streamer: Any, cancelled: Cancelled) -> None:
             with lock:
-                self._continue(pool, [row], [mixture], config, self._rules(config), cancelled, streamer=streamer)
+                self._continue(pool, [row], [mixture], decoding.config, rules, cancelled, streamer=streamer)
 
         return streamed(self.prompts.tokenizer, generate)
 
@@ -187,14 +226,9 @@ class Decoder:
                 **options,
             )
         if finite.rows:
-            raise _overflow(mixtures[finite.rows[0] * len(rows) // finite.count])
+            raise overflow(mixtures[finite.rows[0] * len(rows) // finite.count])
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         return sequences[:, ids.shape[1] :].tolist(), form
-
-    def _rules(self, config: GenerationConfig) -> list[EndRule]:
-        """What ends a row by the config, end tokens apart: transformers would look for its texts in the prompt too."""
-        texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
-        return [at_texts(self.prompts.tokenizer, texts)] if texts else []
 
     def _work(self, ids: Tensor, config: GenerationConfig) -> Work:
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
@@ -213,8 +247,8 @@ def _without_stop_strings(checkpoint: GenerationConfig) -> Iterator[None]:
         checkpoint.stop_strings = own
 
 
-def _overflow(mixture: Mapping[str, float]) -> NotFinite:
-    """Names the adapters that weigh most."""
+def overflow(mixture: Mapping[str, float]) -> NotFinite:
+    """What is raised where a mixture overflows; names the adapters that weigh most."""
     names = sorted(mixture, key=lambda name: -abs(mixture[name]))
     listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     under = f"with the adapters {listed}" if names else "with no adapter"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -272,6 +272,21 @@ def context_length(model: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
+    """Those that compute: where weights are, and where accelerate brings offloaded ones to."""
+    import torch
+
+    found = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
+    targets = {getattr(hook, "execution_device", None) for module in model.modules() for hook in hooks(module)}
+    return tuple(sorted(found | {torch.device(target) for target in targets if target is not None}, key=str))
+
+
+def hooks(module: Any) -> Sequence[object]:
+    """What accelerate has put around a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
 
 
 def load_config(base_model: str, *, model_dir: str | Path | None = None) -> Any:

@@ -2,11 +2,12 @@
 
     options -> Asked          prompts -> (probed in batches) -> scores -> Selection
 
-Puts the scorers of a pool and the mixer together; knows nothing about answers.
+Knows nothing about answers.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -115,8 +116,63 @@ class Choosing:
         return Selector(k, weighting, settings.weight_temperature, settings.keep_mass)(scores, names)
 
 
-class Selecting(Choosing):
-    """Selects for prompts that were read, from a pool that may change.
+class Selecting(Choosing, ABC):
+    """Selects for prompts that were read. Where prompts are probed is a subclass's affair."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        rows: Sequence[Prompt],
+        asked: Sequence[Asked],
+        batch_size: int,
+        *,
+        answering: bool = False,
+    ) -> list[Selection]:
+        """One selection per row.
+
+        Args:
+            rows: prompts that were read.
+            asked: parallel to `rows`; those of one signal are probed together.
+            batch_size: prompts per probe at most.
+            answering: the selections are going to answer at once.
+        """
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Forgets the prompts before, where the next one would depend on them."""
+
+    def mixtures(
+        self,
+        rows: Sequence[Prompt],
+        adapters: Forced | Sequence[Forced | None] | None,
+        asked: Asked,
+        batch_size: int,
+    ) -> list[Selection]:
+        """What answers each row: what is forced, and a selection where nothing is.
+
+        Args:
+            adapters: for all rows, or a list with an entry for each.
+
+        Raises:
+            UsageError: a list of another length.
+            PoolError: a forced adapter that is not in the pool, or not among the candidates.
+        """
+        if adapters is None or isinstance(adapters, (Mapping, Selection)):
+            wanted: list[Forced | None] = [adapters] * len(rows)
+        else:
+            wanted = list(adapters)
+            if len(wanted) != len(rows):
+                raise UsageError(f"adapters: expected one entry for each of {len(rows)} prompts, found {len(wanted)}")
+        done = {i: forced(entry, self.pool, asked.candidates) for i, entry in enumerate(wanted) if entry is not None}
+        open_rows = [i for i, entry in enumerate(wanted) if entry is None]
+        each = [asked] * len(open_rows)
+        found = self([rows[i] for i in open_rows], each, batch_size, answering=True)
+        done |= zip(open_rows, found, strict=True)
+        return [done[i] for i in range(len(rows))]
+
+
+class Probing(Selecting):
+    """Selects by probing a model in this process, from a pool that may change.
 
     Args:
         model: the base model.
@@ -159,11 +215,9 @@ class Selecting(Choosing):
         *,
         answering: bool = False,
     ) -> list[Selection]:
-        """One selection per row.
+        """One selection per row, see `Selecting`.
 
         Args:
-            rows: prompts that were read.
-            asked: parallel to `rows`; those of one signal are probed together.
             batch_size: prompts per probe, fewer where they are long (`MAX_TOKENS`); with the context `carry` they are
                 taken one by one, in order.
             answering: start to read the tensors of what is selected.
@@ -182,35 +236,6 @@ class Selecting(Choosing):
                     self._mixer.prefetch(self.pool, [name for selection in found for name in selection.adapters])
                 selections |= zip(batch, found, strict=True)
         return [selections[i] for i in range(len(rows))]
-
-    def mixtures(
-        self,
-        rows: Sequence[Prompt],
-        adapters: Forced | Sequence[Forced | None] | None,
-        asked: Asked,
-        batch_size: int,
-    ) -> list[Selection]:
-        """What answers each row: what is forced, and a selection where nothing is.
-
-        Args:
-            adapters: for all rows, or a list with an entry for each.
-
-        Raises:
-            UsageError: a list of another length.
-            PoolError: a forced adapter that is not in the pool, or not among the candidates.
-        """
-        if adapters is None or isinstance(adapters, (Mapping, Selection)):
-            wanted: list[Forced | None] = [adapters] * len(rows)
-        else:
-            wanted = list(adapters)
-            if len(wanted) != len(rows):
-                raise UsageError(f"adapters: expected one entry for each of {len(rows)} prompts, found {len(wanted)}")
-        done = {i: forced(entry, self.pool, asked.candidates) for i, entry in enumerate(wanted) if entry is not None}
-        open_rows = [i for i, entry in enumerate(wanted) if entry is None]
-        each = [asked] * len(open_rows)
-        found = self([rows[i] for i in open_rows], each, batch_size, answering=True)
-        done |= zip(open_rows, found, strict=True)
-        return [done[i] for i in range(len(rows))]
 
     def restart(self) -> None:
         """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""

@@ -301,7 +301,7 @@ def _generation_options(logo: LoGo, official: bool, early_stop: bool) -> dict[st
 
 def resolved(logo: LoGo) -> dict[str, Any]:
     """The settings as they were used, presets applied."""
-    points = [point.name for point in logo.scorer.points]
+    points = list(logo.points)
     return {
         **asdict(logo.settings),
         "k": logo.k,

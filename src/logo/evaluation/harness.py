@@ -249,7 +249,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         pool = {name: digests[name] for name in self.logo.names}
         used = list(self._mixtures.values())
         weights = {name: sum(mixture.get(name, 0.0) for mixture in used) / max(1, len(used)) for name in pool}
-        points = [point.name for point in self.logo.scorer.points]
+        points = list(self.logo.points)
         return {
             "model_num_parameters": self.logo.model.num_parameters(),
             "model_dtype": self.logo.model.dtype,

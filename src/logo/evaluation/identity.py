@@ -21,12 +21,13 @@ from logo import __version__
 from logo.errors import ModelError
 from logo.evaluation.datasets import Row
 from logo.evaluation.journal import fingerprint
+from logo.models import hooks
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from logo.engine import LoGo
+    from logo.calls import Calls
 
 # Settings that change how fast a prompt is read, not what is read.
 _NO_MATTER = frozenset({"cache", "prefix_cache_gb"})
@@ -35,7 +36,7 @@ _SAMPLE = 16  # weights of each parameter
 _TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600"  # of what tokenizers read differently
 
 
-def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
+def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
     """Of an engine, as JSON: base model, settings, and how answers are generated. The pool is recorded beside it.
 
     Args:
@@ -55,7 +56,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
         "dtype": str(logo.model.dtype).removeprefix("torch."),
         "fold": logo.folding["asked"],
         "merge": asdict(logo.merge),
-        "settings": {**settings, "k": logo.k, "points": [point.name for point in logo.scorer.points]},
+        "settings": {**settings, "k": logo.k, "points": list(logo.points)},
         "truncation": asdict(logo.prompts.truncation),
         "generation": options,
     }
@@ -63,7 +64,7 @@ def engine_identity(logo: LoGo, base_model: str, generation: Mapping[str, Any]) 
     return plain
 
 
-def digests(logo: LoGo) -> dict[str, Any]:
+def digests(logo: Calls) -> dict[str, Any]:
     """Of all that was loaded, but for the adapters' weights (see `pool_digests`): the base model's weights and
     configuration, the tokens at which an answer ends, the tokenizer, and the adapters' scales."""
     configured = getattr(logo.model, "generation_config", None)
@@ -76,7 +77,7 @@ def digests(logo: LoGo) -> dict[str, Any]:
     }
 
 
-def environment(logo: LoGo) -> dict[str, str]:
+def environment(logo: Calls) -> dict[str, str]:
     """Versions that results depend on, and the kind of device: `cpu`, or the name of the GPUs."""
     import torch
     import transformers
@@ -85,11 +86,12 @@ def environment(logo: LoGo) -> dict[str, str]:
         "logo": __version__,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
-        "device": ", ".join(sorted({_kind(device) for device in _devices(logo.model)})),
+        **logo.versions,
+        "device": ", ".join(sorted({_kind(device) for device in logo.devices})),
     }
 
 
-def pool_digests(logo: LoGo) -> dict[str, str]:
+def pool_digests(logo: Calls) -> dict[str, str]:
     """SHA-256 by name of the adapters in use, in pool order."""
     found = logo.pool.sha256()
     return {name: found[name] for name in logo.names}
@@ -100,7 +102,7 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return fingerprint({"rows": [row.as_dict() for row in rows]})
 
 
-def order_dependence(logo: LoGo, generation: Mapping[str, Any]) -> str | None:
+def order_dependence(logo: Calls, generation: Mapping[str, Any]) -> str | None:
     """Why a row's result depends on the rows before it, in a few words; None if it does not."""
     if logo.settings.probe_context == "carry":
         return "--probe-context carry probes with the adapters of the row before"
@@ -165,7 +167,7 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 def _offloaded(modules: Mapping[str, torch.nn.Module], name: str) -> torch.Tensor:
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):  # the hook of the module itself, or of one that it is part of
-        for hook in _hooks(modules[".".join(parts[:cut])]):
+        for hook in hooks(modules[".".join(parts[:cut])]):
             kept = getattr(hook, "weights_map", None)
             if kept is not None:
                 with contextlib.suppress(KeyError):
@@ -175,21 +177,6 @@ def _offloaded(modules: Mapping[str, torch.nn.Module], name: str) -> torch.Tenso
         f"base model: weight {name} is not in memory, and accelerate does not keep it either; expected a model with "
         "all its weights"
     )
-
-
-def _hooks(module: torch.nn.Module) -> Sequence[object]:
-    """What accelerate has put around a module."""
-    hook = getattr(module, "_hf_hook", None)
-    return getattr(hook, "hooks", (hook,))
-
-
-def _devices(model: PreTrainedModel) -> set[torch.device]:
-    """Those that compute: where weights are, and where offloaded ones are brought to."""
-    import torch
-
-    found = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
-    targets = {getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks(module)}
-    return found | {torch.device(target) for target in targets if target is not None}
 
 
 def _kind(device: torch.device) -> str:
