@@ -65,11 +65,11 @@ class Recipe:
         Raises:
             UsageError: it is no recipe.
         """
-        head, found, rest = text.partition(SCHEME)
+        head, _, rest = text.partition(SCHEME)
         entries = [entry.partition(":") for entry in rest.split(",")] if rest else []
         try:
-            if head or not found:
-                raise ValueError("no scheme")
+            if head or not entries:
+                raise ValueError("no scheme, or no adapter")
             parts = tuple((key, float(weight)) for key, _, weight in entries)
         except ValueError:
             raise UsageError(f"expected a recipe {SCHEME}KEY:WEIGHT,..., found {text!r:.80}") from None

@@ -13,24 +13,9 @@ import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
+from logo.backends.vllm import ops
 from logo.backends.vllm.gates import StepGates, add_gated
 from logo.backends.vllm.taps import Gather, Taps
-
-# Taps by number: compiled code calls an operator, which takes tensors, numbers and strings alone.
-_TAPS: list[tuple[Taps, Gather | None]] = []
-
-
-@torch.library.custom_op("logo::tap", mutates_args=("seen",))
-def tap_op(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
-    """`Taps.tap` for compiled code. It says that it changes `seen`, or it would be taken for dead code."""
-    taps, gather = _TAPS[number]
-    if taps.active(place):
-        taps.tap(place, entering, gather)
-
-
-@tap_op.register_fake
-def _(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
-    return None
 
 
 class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
@@ -140,14 +125,13 @@ class Tapped:
     def __init__(self, inner: Any, place: str, taps: Taps, gather: Gather | None) -> None:
         self._inner, self._place, self._taps, self._gather = inner, place, taps, gather
         self.used: tuple[bool, ...] | None = None
-        _TAPS.append((taps, gather))
-        self._number = len(_TAPS) - 1
+        self._number = ops.registered(taps, gather)
         self._seen = torch.zeros(1, device=inner.device)
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the wrapper's."""
         if torch.compiler.is_compiling():
-            torch.ops.logo.tap(x, self._seen, self._number, self._place)
+            ops.tap(x, self._seen, self._number, self._place)
         elif self._taps.active(self._place):
             self._taps.tap(self._place, x, self._gather)
         if self.used is not None:

@@ -1,0 +1,43 @@
+"""`Taps.tap` as an operator of PyTorch, for layers that are compiled or captured.
+
+The operator says that it changes `seen`: what has no effect that a compiler can see is dead code to it. On a GPU it
+belongs among vLLM's splitting operators, so that it runs between captured graphs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from logo.backends.vllm.taps import Gather, Taps
+
+# Operators take tensors, numbers and strings alone, so taps are known to them by number.
+_TAPS: list[tuple[Taps, Gather | None]] = []
+
+NAME = "logo::tap"
+
+
+def registered(taps: Taps, gather: Gather | None) -> int:
+    """The number under which the operator finds these taps."""
+    _TAPS.append((taps, gather))
+    return len(_TAPS) - 1
+
+
+@torch.library.custom_op(NAME, mutates_args=("seen",))
+def tap(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
+    """Calls `Taps.tap`, where something is read there in this step.
+
+    Args:
+        entering: (rows, d), what enters the place.
+        seen: (1,), claimed to be changed.
+        number: what `registered` returned.
+        place: as `Taps.tap`.
+    """
+    taps, gather = _TAPS[number]
+    if taps.active(place):
+        taps.tap(place, entering, gather)
+
+
+@tap.register_fake
+def _(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
+    return None

@@ -1,0 +1,302 @@
+"""The parts of the vLLM backend that are PyTorch alone: gated products over slots, taps, recipes, options."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from logo.backends.vllm import ops
+from logo.backends.vllm.gates import StepGates, add_gated, turned
+from logo.backends.vllm.marks import marked, span
+from logo.backends.vllm.options import OPTIONS, POOL, Options
+from logo.backends.vllm.pool import choose_mode
+from logo.backends.vllm.recipe import Recipe, is_recipe
+from logo.backends.vllm.taps import Span, Taps
+from logo.errors import UsageError
+from logo.models import default_pool
+from logo.selection.points import Point
+from logo.selection.settings import SelectionSettings
+
+CPU = torch.device("cpu")
+KEYS = st.text("0123456789abcdef", min_size=16, max_size=16)
+
+
+# -- products ---------------------------------------------------------------------------------------------------------
+
+
+def factors(slots: int, rank: int, inside: int, outside: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A as vLLM keeps it, B as `turned` lays it out; the same values both ways."""
+    torch.manual_seed(seed)
+    a, b = torch.randn(slots, 1, rank, inside), torch.randn(slots, 1, outside, rank)
+    kept = turned(b)
+    kept.copy_(b)
+    assert kept.shape == b.shape and kept[:, 0].transpose(1, 2).is_contiguous()
+    return a[:, 0], kept[:, 0].transpose(1, 2)
+
+
+@given(
+    tokens=st.integers(1, 12),
+    slots=st.integers(1, 5),
+    rank=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_every_token_gets_its_own_mixture(tokens: int, slots: int, rank: int, seed: int) -> None:
+    a, b = factors(slots, rank, 6, 7, seed)
+    x, y = torch.randn(tokens, 6), torch.randn(tokens, 7)
+    mixtures = torch.cat([torch.zeros(1, slots), torch.rand(3, slots)])
+    which = torch.randint(0, 4, (tokens,))
+    gates = StepGates(16, 16, slots, CPU, torch.float32)
+    gates.write(mixtures, which, which[:1])
+    expected = y.clone()
+    for t in range(tokens):
+        for s in range(slots):
+            expected[t] += mixtures[which[t], s] * (b[s].T @ (a[s] @ x[t]))
+    found = y.clone()
+    add_gated(found, x, a, b, gates.tokens[:tokens])
+    assert torch.allclose(found, expected, atol=1e-4)
+    base = which == 0
+    assert torch.equal(found[base], y[base])  # to the bit
+    assert gates.open == bool((which != 0).any())
+
+
+def test_what_a_longer_step_left_behind_is_gone() -> None:
+    gates = StepGates(8, 8, 2, CPU, torch.float32)
+    place = gates.tokens.data_ptr()
+    mixtures = torch.tensor([[0.0, 0.0], [0.5, 0.5]])
+    gates.write(mixtures, torch.ones(8, dtype=torch.int64), torch.ones(4, dtype=torch.int64))
+    gates.write(mixtures, torch.tensor([1, 0, 1]), torch.tensor([1]))
+    assert gates.tokens.data_ptr() == place
+    assert gates.tokens.tolist() == [[0.5, 0.5], [0.0, 0.0], [0.5, 0.5]] + [[0.0, 0.0]] * 5
+    assert gates.rows is not None and gates.rows.tolist() == [0, 2]
+
+
+def test_an_adapter_that_overflows_spoils_no_other_row() -> None:
+    a, b = factors(2, 2, 4, 4)
+    a[1] = torch.inf
+    y = torch.zeros(2, 4)
+    add_gated(y, torch.ones(2, 4), a, b, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert y[0].isfinite().all() and not y[1].isfinite().all()
+
+
+# -- taps -------------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """What a layer of vLLM does, with buffers that a graph may capture."""
+
+    def __init__(self, gates: StepGates, number: int) -> None:
+        super().__init__()
+        a, b = factors(3, 2, 8, 8)
+        self.linear = nn.Linear(8, 8)
+        self.gates, self.number = gates, number
+        self.register_buffer("a", a)
+        self.register_buffer("b", b)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ops.tap(x, self.seen, self.number, "layer")
+        y = self.linear(x)
+        add_gated(y, x, self.a, self.b, self.gates.tokens[: x.shape[0]])
+        return y
+
+
+class Listening(Taps):
+    """Notes what enters."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda point, read: point.module, CPU)
+        self.heard: list[Tensor] = []
+
+    def active(self, place: str) -> bool:
+        return place == "layer"
+
+    def tap(self, place: str, entering: Tensor, gather: Any = None) -> None:
+        self.heard.append(entering.clone())
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_a_compiled_layer_follows_its_buffers_and_keeps_its_tap(backend: str) -> None:
+    torch._dynamo.reset()
+    gates, taps = StepGates(16, 16, 3, CPU, torch.float32), Listening()
+    layer = Layer(gates, ops.registered(taps, None)).eval()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    mixtures = torch.tensor([[0.0, 0.0, 0.0], [0.2, 0.8, 0.0], [0.0, 0.5, 0.5]])
+    for which in ([1, 2, 0, 1], [0, 0, 0, 0], [2, 2, 1, 0]):
+        gates.write(mixtures, torch.tensor(which), torch.tensor(which))
+        x = torch.randn(4, 8)
+        expected = layer(x)
+        taps.heard.clear()
+        found = compiled(x)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert len(taps.heard) == 1 and torch.equal(taps.heard[0], x)
+
+
+class Index:
+    """Two adapters that respond with the first two numbers of a vector."""
+
+    def __init__(self, point: Point) -> None:
+        self.point = point
+
+
+class Scorer:
+    def __init__(self, *modules: str) -> None:
+        self.points = tuple(Point(0, "layers.0", module) for module in modules)
+        self.indices = tuple(map(Index, self.points))
+        self.names = ("one", "two")
+
+    def scores(self, per_point: Any) -> Tensor:
+        return torch.stack(list(per_point)).mean(dim=0)
+
+
+@pytest.fixture
+def taps(monkeypatch: pytest.MonkeyPatch) -> Taps:
+    from logo.selection import signals
+
+    reads = signals.SIGNALS["calibrated"]
+    plain = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
+    monkeypatch.setitem(signals.SIGNALS, "calibrated", plain)
+    assert reads.token == plain.token
+    made = Taps(lambda point, read: point.module, CPU)
+    made.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
+    return made
+
+
+@given(cuts=st.lists(st.integers(1, 9), max_size=4), bos=st.booleans())
+def test_chunks_are_summed_to_the_whole(cuts: list[int], bos: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        made = taps.__wrapped__(patch)  # type: ignore[attr-defined]
+        prompt, other = torch.rand(10, 4), torch.rand(6, 4)
+        edges = sorted({0, *cuts, 10})
+        for start, end in itertools.pairwise(edges):
+            spans = [Span("p", "calibrated", 6, start, end - start, 10, bos)]
+            if start == 0:
+                spans.append(Span("q", "calibrated", 0, 0, 6, 6, False))
+            made.begin(spans)
+            step = torch.cat([other, prompt[start:end]])
+            for place in ("a", "b"):
+                assert made.active(place)
+                made.tap(place, step)
+        found = made.take(["p", "q"])
+        assert found["p"] == pytest.approx(prompt[int(bos) :].mean(dim=0)[:2].tolist(), rel=1e-5)
+        assert found["q"] == pytest.approx(other.mean(dim=0)[:2].tolist(), rel=1e-5)
+        assert made.take(["p"])["p"] == "the prompt was not run as a probe"  # what is taken is forgotten
+
+
+def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
+    taps.begin([Span("cached", "calibrated", 0, 4, 2, 6, False), Span("half", "calibrated", 2, 0, 3, 6, False)])
+    taps.tap("a", torch.rand(5, 4))
+    taps.tap("b", torch.rand(5, 4))
+    taps.begin([Span("unknown", "nosignal", 0, 0, 1, 1, False), Span("wide", "calibrated", 1, 0, 2, 2, False)])
+    taps.tap("a", torch.rand(2, 4))  # one row too few: an index error, which must not leave the tap
+    found = taps.take(["cached", "half", "unknown", "wide"])
+    assert "prefix cache" in str(found["cached"])
+    assert found["half"] == "only 3 of 6 tokens were run"
+    assert "nosignal" in str(found["unknown"])
+    assert "IndexError" in str(found["wide"]) or "RuntimeError" in str(found["wide"])
+    assert not taps.active("nowhere")
+
+
+def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
+    first, again = torch.rand(3, 4), torch.rand(3, 4)
+    for step in (first, again):
+        taps.begin([Span("p", "calibrated", 0, 0, 3, 3, False)])
+        taps.tap("a", step)
+        taps.tap("b", step)
+    assert taps.take(["p"])["p"] == pytest.approx(again.mean(dim=0)[:2].tolist(), rel=1e-5)
+
+
+def test_the_rows_of_a_request() -> None:
+    class Parameters:
+        extra_args = marked("k", "norm")
+
+    prompt = [1, 5, 6, 7]
+    assert span(Parameters(), prompt, 3, 0, 2, 1) == Span("k", "norm", 3, 0, 2, 4, True)
+    assert span(Parameters(), prompt, 0, 2, 5, 1) == Span("k", "norm", 0, 2, 2, 4, True)  # the rest is answer
+    assert span(Parameters(), prompt, 0, 4, 1, 1) is None
+    assert span(object(), prompt, 0, 0, 4, 1) is None
+
+
+# -- recipes and options ----------------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(KEYS, st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20))
+def test_a_recipe_is_read_as_it_was_written(mixture: dict[str, float]) -> None:
+    recipe = Recipe.of(mixture.items())
+    assert Recipe.parse(str(recipe)) == recipe and is_recipe(str(recipe))
+    assert {key: torch.tensor(weight).item() for key, weight in recipe.parts} == mixture  # every float32 survives
+    assert str(Recipe.of(reversed(mixture.items()))) == str(recipe)
+    assert 1 <= recipe.number() < 2**31
+    taken = {recipe.number(): "another"}
+    assert recipe.number(taken) != recipe.number() and recipe.number({recipe.number(): str(recipe)}) == recipe.number()
+
+
+def test_adapters_that_contain_the_same_are_one() -> None:
+    assert Recipe.of([("a" * 16, 0.25), ("b" * 16, 0.25), ("a" * 16, 0.5)]).parts == (
+        ("a" * 16, 0.75),
+        ("b" * 16, 0.25),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "logo://", "logo://x:1", "http://a", "logo://" + "a" * 16 + ":nan", "logo://,"])
+def test_what_is_no_recipe(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a recipe"):
+        Recipe.parse(text)
+
+
+def test_options_come_from_both_places() -> None:
+    assert Options.of(None, {}) is None and Options.of({"other": 1}, {}) is None
+    made = Options.of(
+        {"logo": {"k": 3}}, {POOL: "pool", OPTIONS: json.dumps({"k": 2, "signal": "norm", "mode": "gate"})}
+    )
+    assert made is not None
+    assert (made.pool, made.settings.k, made.settings.signal, made.mode) == ("pool", 3, "norm", "gate")
+    assert made.all_signals == ("norm",)
+
+
+@pytest.mark.parametrize(
+    ("additional", "environment", "expected"),
+    [
+        ({"logo": {"pol": "x"}}, {}, "unknown option 'pol' of LoGo (did you mean 'pool'?)"),
+        ({"logo": 3}, {}, "expected 'logo' to be an object, found int"),
+        ({"logo": {"k": 2}}, {}, "LoGo needs a pool: set LOGO_POOL"),
+        ({}, {OPTIONS: "{", POOL: "p"}, "LOGO_OPTIONS: expected a JSON object"),
+        ({"logo": {"mode": "fast"}}, {POOL: "p"}, "mode: expected one of auto, gate, merge, found 'fast'"),
+        ({"logo": {"signals": ["nosuch"]}}, {POOL: "p"}, "unknown signal 'nosuch'"),
+        ({"logo": {"probe_context": "pool", "signal": "norm"}}, {POOL: "p"}, "leave out probe_context"),
+    ],
+)
+def test_options_that_cannot_be_used(additional: Any, environment: dict[str, str], expected: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Options.of(additional, environment)
+    assert expected in str(error.value)
+
+
+def test_the_mode_follows_from_the_slots() -> None:
+    pool = default_pool("demo")  # 16 adapters of rank 8
+    assert choose_mode("auto", pool, 4, 16, 8)[0] == "gate"
+    assert choose_mode("auto", pool, 4, 2, 32)[0] == "merge"
+    assert choose_mode("merge", pool, 4, 16, 32)[0] == "merge"
+    for asked, slots, rank, expected in (
+        ("auto", 16, 4, "adapter 'add_numbers' has rank 8: pass --max-lora-rank 8 or more"),
+        ("auto", 2, 8, "pass --max-loras 16, or --max-lora-rank 32"),
+        ("gate", 2, 64, "pass --max-loras 16"),
+        ("merge", 16, 8, "pass --max-lora-rank 32 or more"),
+    ):
+        with pytest.raises(UsageError) as error:
+            choose_mode(asked, pool, 4, slots, rank)  # type: ignore[arg-type]
+        assert expected in str(error.value)
+
+
+def test_the_backend_is_not_reached_by_what_everybody_imports() -> None:
+    source = Path(__file__).parent.parent / "src" / "logo"
+    text = "\n".join(path.read_text() for path in source.rglob("*.py") if "backends" not in path.parts)
+    assert "import vllm" not in text and "from vllm" not in text
