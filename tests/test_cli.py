@@ -71,6 +71,7 @@ COMMANDS = [
     "study",
     "bench probe",
     "pool inspect",
+    "plan",
 ]
 
 

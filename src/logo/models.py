@@ -324,13 +324,35 @@ def load_layout(base_model: str, *, model_dir: str | Path | None = None) -> Base
     Raises:
         ModelError, HubError: as `load_base`.
     """
+    return BaseLayout.of(load_skeleton(base_model, model_dir=model_dir))
+
+
+def load_skeleton(base_model: str, *, model_dir: str | Path | None = None) -> PreTrainedModel:
+    """A base model without its weights, on the meta device: its configuration is enough.
+
+    Raises:
+        ModelError, HubError: as `load_base`.
+    """
+    config = load_config(base_model, model_dir=model_dir)
+    with loading(base_model, resolve_base(base_model, model_dir)):
+        return skeleton(config)
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """A causal LM of this configuration on the meta device, where it takes no memory."""
     import torch
     import transformers
 
-    source = resolve_base(base_model, model_dir)
-    with loading(base_model, source), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        return BaseLayout.of(transformers.AutoModelForCausalLM.from_config(config))
+    with torch.device("meta"):
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def cached_heads(config: Any) -> tuple[int, int]:
+    """How many heads of keys a layer caches for a token, and how wide each is; of values as many."""
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads, width
 
 
 def check_access(base_model: str, *, model_dir: str | Path | None = None) -> None:

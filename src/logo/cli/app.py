@@ -17,6 +17,7 @@ from logo.cli import (
     generate,
     lm_eval,
     merge_results,
+    plan,
     pool,
     report,
     select,
@@ -73,6 +74,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("select")(select.select)
 app.command("serve")(serve.serve)
+app.command("plan")(plan.plan)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge-results")(merge_results.merge_results)
 app.command("compare")(compare.compare)

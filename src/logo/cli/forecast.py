@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.cli.opening import asked_k, device_of
 from logo.cli.options import EngineOptions, Preset
-from logo.cli.output import out, print_json
+from logo.cli.output import out, print_json, size
 from logo.errors import HubError, LoGoError
 
 LABEL = 12  # columns
@@ -158,24 +158,24 @@ def _plain(found: Forecast) -> dict[str, Any]:
 def _download(found: Download) -> str:
     if found.total is None or found.missing is None:
         return f"{found.source}: size not known: {found.reason}"
-    rest = f"{_size(found.missing)} to download" if found.missing else "nothing to download"
-    return f"{found.source}: {_size(found.total)}, {rest}"
+    rest = f"{size(found.missing)} to download" if found.missing else "nothing to download"
+    return f"{found.source}: {size(found.total)}, {rest}"
 
 
 def _memory_lines(memory: Memory) -> list[tuple[str, str]]:
     most = "" if memory.exact else "at most "
     shape = f"{memory.rows} {'row' if memory.rows == 1 else 'rows'} of {most}{memory.tokens:,} tokens"
     lines = [
-        ("memory", f"about {_size(memory.total)}, besides what computing needs for a moment:"),
-        ("", f"{_size(memory.weights)} weights ({memory.parameters:,} parameters in {memory.dtype})"),
-        ("", f"{_size(memory.keys_and_values)} keys and values ({shape})"),
+        ("memory", f"about {size(memory.total)}, besides what computing needs for a moment:"),
+        ("", f"{size(memory.weights)} weights ({memory.parameters:,} parameters in {memory.dtype})"),
+        ("", f"{size(memory.keys_and_values)} keys and values ({shape})"),
     ]
     if memory.adapters is None or memory.mixed is None:
         return [*lines, ("", "adapters: not known")]
     return [
         *lines,
-        ("", f"{_size(memory.adapters)} adapters that stay there (--adapter-memory-gb)"),
-        ("", f"{_size(memory.mixed)} adapters that one batch mixes, at most"),
+        ("", f"{size(memory.adapters)} adapters that stay there (--adapter-memory-gb)"),
+        ("", f"{size(memory.mixed)} adapters that one batch mixes, at most"),
     ]
 
 
@@ -185,13 +185,6 @@ def _time(hours: Hours) -> str:
         f"about {_duration(hours.seconds)}: {_duration(hours.row)} per row, from {hours.timed} rows timed"
         f"{learning}, {_duration(hours.loading)} of loading"
     )
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def _duration(seconds: float) -> str:

@@ -103,7 +103,7 @@ def open_base(options: EngineOptions, base_model: str, preset: Preset | None = N
     """Opens the pool and loads the base model."""
     from logo.models import check_access, load_base
 
-    _quiet_transformers()
+    quiet_transformers()
     check_access(base_model, model_dir=options.model_dir)
     pool = open_pool(options, base_model, preset)
     model, tokenizer = load_base(
@@ -152,7 +152,7 @@ def _points(text: str | None) -> int | list[str] | None:
     return int(text) if text is not None and text.lstrip("-").isdigit() else _parts(text)
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     """Its notes and loading bars would stand between the user and the answer."""
     from transformers.utils import logging
 

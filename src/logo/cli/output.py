@@ -53,6 +53,14 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
+def size(count: int) -> str:
+    """A number of bytes, in units of 10⁹, 10⁶ or 10³."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
 def bar(share: float, width: int = BAR) -> str:
     """A bar for a share between 0 and 1, to an eighth of a character."""
     eighths = round(max(0.0, min(1.0, share)) * width * 8)

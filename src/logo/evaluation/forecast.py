@@ -113,32 +113,24 @@ def memory_of(
         k: adapters per prompt.
     """
     import torch
-    import transformers
 
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    from logo.models import cached_heads, skeleton
+
+    parameters = sum(parameter.numel() for parameter in skeleton(config).parameters())
+    heads, size = cached_heads(config)
     width = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     mean = sum(adapters) // len(adapters) if adapters else 0
     return Memory(
         parameters=parameters,
         dtype=dtype,
         weights=parameters * width,
-        keys_and_values=2 * _values_per_token(config) * rows * tokens * width,
+        keys_and_values=2 * config.get_text_config().num_hidden_layers * heads * size * rows * tokens * width,
         rows=rows,
         tokens=tokens,
         exact=exact,
         adapters=min(sum(adapters), sum(adapters) if budget is None else budget) if adapters else None,
         mixed=min(k * rows, len(adapters)) * mean if adapters else None,
     )
-
-
-def _values_per_token(config: Any) -> int:
-    """Elements of the keys of one token, in all layers."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width)
 
 
 def timed(session: Session, jobs: Sequence[Job]) -> Hours:

@@ -23,6 +23,7 @@ from logo.endings import FinishReason, end_tokens
 from logo.errors import ModelError
 from logo.mixing.packed import Mixture, Packed
 from logo.mixing.store import AdapterStore
+from logo.models import cached_heads
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
 from logo.serving.memory import Memory, Plan
 from logo.serving.sampling import Drawing, Drawn, next_tokens
@@ -315,8 +316,7 @@ class Batching(Steps):
     def _blocks(self, memory: Memory, context: int | None) -> int:
         """Whole-model blocks: a usual length for every sequence, one sequence of full length, within the memory."""
         config = self._model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, size = cached_heads(config)
         per_token: int = 2 * config.num_hidden_layers * heads * size * self._store.dtype.itemsize
         longest = context or _USUAL_LENGTH
         tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))

@@ -1,0 +1,222 @@
+"""Sizes of a base model and of a pool, from configurations and headers: no weights are read.
+
+config -> model on the meta device -> ModelShape          adapters, or how many of which rank -> PoolShape
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from logo.adapters.layout import BaseLayout, LinearShape
+from logo.adapters.pool import DEFAULT_K, AdapterPool
+from logo.errors import UsageError, closest
+from logo.models import cached_heads, context_length
+from logo.selection.plan import MOST_POINTS
+from logo.selection.plan import plan as reading_plan
+from logo.selection.points import decoder_layers, points_of, text_config
+from logo.selection.settings import SelectionSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+
+# Layers that keep a state of fixed size instead of keys and values.
+_WITHOUT_CACHE = ("linear_attention", "mamba", "conv", "recurrent")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a base model.
+
+    Attributes:
+        parameters: all numbers of its weights.
+        quantised: how many of them are stored in `bits` bits rather than in the model's dtype.
+        bits: of these.
+        linears: path -> sizes of the linear modules in its decoder layers.
+        cached: numbers of keys and values of one token, in all layers.
+        heads: of attention; tensor parallelism divides them.
+        cached_heads: of keys and values; a GPU holds one at least.
+        context: tokens that it reads at most; None: it does not say.
+        dtype: in which its checkpoint is.
+    """
+
+    parameters: int
+    quantised: int
+    bits: float
+    linears: Mapping[str, LinearShape]
+    cached: int
+    heads: int
+    cached_heads: int
+    context: int | None
+    dtype: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelShape:
+        """The sizes of a model, which may be on the meta device.
+
+        Raises:
+            ModelError: its decoder layers cannot be found.
+        """
+        path, _ = decoder_layers(model)
+        linears = {name: one for name, one in BaseLayout.of(model).shapes.items() if name.startswith(f"{path}.")}
+        config, text = model.config, text_config(model)
+        bits = _bits(getattr(config, "quantization_config", None))
+        inside = sum(one.in_features * one.out_features for one in linears.values())
+        cached, heads = _cached(text)
+        return cls(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            quantised=0 if bits is None else inside,
+            bits=bits or 0,
+            linears=linears,
+            cached=cached,
+            heads=text.num_attention_heads,
+            cached_heads=heads,
+            context=context_length(model),
+            dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
+        )
+
+    def weights(self, dtype_bytes: int) -> int:
+        """Bytes of the weights, those that are not quantised with so many bytes per number."""
+        return (self.parameters - self.quantised) * dtype_bytes + int(self.quantised * self.bits / 8)
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """Sizes of a pool.
+
+    Attributes:
+        ranks: the largest of each adapter.
+        targets: last parts of the names of the modules that adapters touch, sorted.
+        numbers: in all adapters' tensors.
+        k: adapters of a mixture.
+        points: that are scored.
+        width: features that the widest of these takes.
+    """
+
+    ranks: tuple[int, ...]
+    targets: tuple[str, ...]
+    numbers: int
+    k: int
+    points: int
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, adapters: AdapterPool, settings: SelectionSettings) -> PoolShape:
+        """The sizes of a pool that is here.
+
+        Args:
+            model: may be on the meta device.
+            adapters: fitted to it.
+            settings: say what is read.
+
+        Raises:
+            UsageError, ModelError, PoolError: as `logo.selection.plan.plan`.
+        """
+        reading = reading_plan(model, adapters, settings)
+        paths = [point.module for point in reading.points]
+        return cls(
+            ranks=tuple(max(adapter.ranks) for adapter in adapters),
+            targets=_leaves(path for adapter in adapters for path in adapter.modules),
+            numbers=sum(adapter.parameters for adapter in adapters),
+            k=min(settings.k or adapters.default_k, len(adapters)),
+            points=min(reading.most or len(paths), len(paths)),
+            width=_widest(BaseLayout.of(model).shapes, paths),
+        )
+
+    @classmethod
+    def even(
+        cls, model: PreTrainedModel, count: int, rank: int, targets: str | Sequence[str], k: int = DEFAULT_K
+    ) -> PoolShape:
+        """A pool of so many adapters that are all alike, read as the signal `calibrated` reads.
+
+        Args:
+            targets: names of modules or ends of their paths, or `"all-linear"`.
+
+        Raises:
+            UsageError: a number that cannot be, or a module that the model does not have.
+        """
+        for name, value in (("adapters", count), ("rank", rank), ("k", k)):
+            if value < 1:
+                raise UsageError(f"{name}: expected 1 or more, found {value}")
+        linears = ModelShape.of(model).linears
+        modules = _matching(linears, targets)
+        layers, depth = decoder_layers(model)[1], SelectionSettings().probe_depth
+        points = [point.module for point in points_of(model, modules, max(1, math.floor(depth * len(layers))))]
+        each = sum(rank * (linears[path].in_features + linears[path].out_features) for path in modules)
+        return cls(
+            ranks=(rank,) * count,
+            targets=_leaves(modules),
+            numbers=count * each,
+            k=min(k, count),
+            points=min(MOST_POINTS, len(points)),
+            width=_widest(linears, points or modules),
+        )
+
+
+def _matching(linears: Mapping[str, LinearShape], targets: str | Sequence[str]) -> list[str]:
+    if targets == ALL_LINEAR:
+        return list(linears)
+    asked = [targets] if isinstance(targets, str) else list(targets)
+    known = _leaves(linears)
+    for name in asked:
+        if not any(_means(name, path) for path in linears):
+            raise UsageError(
+                f"targets: no linear module of this model is called {name!r}{closest(name, known)}; there: "
+                f"{', '.join(known)}, or {ALL_LINEAR}"
+            )
+    return [path for path in linears if any(_means(name, path) for name in asked)]
+
+
+def _means(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _leaves(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({path.rpartition(".")[2] for path in paths}))
+
+
+def _widest(linears: Mapping[str, LinearShape], paths: Collection[str]) -> int:
+    return max(linears[path].in_features for path in paths)
+
+
+def _cached(text: Any) -> tuple[int, int]:
+    """Numbers of keys and values of a token in all layers, and the heads among which they are divided."""
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    layers = sum(not any(word in kind for word in _WITHOUT_CACHE) for kind in kinds)
+    if getattr(text, "kv_lora_rank", None):  # latent attention: one vector for all heads, as vLLM keeps it
+        return int(layers * (text.kv_lora_rank + text.qk_rope_head_dim)), 1
+    heads, width = cached_heads(text)
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):  # Falcon 7B
+        heads = 1
+    elif getattr(text, "num_kv_heads", None):  # Falcon 40B, of which transformers caches repeated keys
+        heads = text.num_kv_heads
+    return 2 * layers * heads * width, heads
+
+
+def _bits(quantisation: Any) -> float | None:
+    """Bits of a quantised weight, from what a checkpoint's configuration says; None: it is not quantised.
+
+    Raises:
+        UsageError: it does not say in a way that is known here.
+    """
+    if quantisation is None:
+        return None
+    said = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
+    if said.get("load_in_4bit") or said.get("quant_method") == "mxfp4":
+        return 4
+    if said.get("load_in_8bit") or "fp8" in str(said.get("quant_method")):
+        return 8
+    groups = [group.get("weights") or {} for group in (said.get("config_groups") or {}).values()]
+    found = [group["num_bits"] for group in groups if "num_bits" in group] or [
+        said[name] for name in ("bits", "w_bit", "weight_bits") if isinstance(said.get(name), int)
+    ]
+    if not found:
+        raise UsageError(f"the model's quantisation {said.get('quant_method')!r} does not say how many bits it takes")
+    return float(max(found))

@@ -1,0 +1,203 @@
+"""`logo plan`: what it takes to serve so many adapters inside vLLM."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from logo.adapters.pool import DEFAULT_K
+from logo.cli.opening import quiet_transformers, selection_settings
+from logo.cli.options import Choice, EngineOptions
+from logo.cli.output import natural_width, out, print_json, screen, size
+from logo.errors import UsageError, closest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from logo.backends.plan import Plan
+    from logo.backends.shapes import ModelShape, PoolShape
+
+# What PyTorch sees of them, in 2³⁰ bytes.
+GPUS = {
+    "B200": 178.3,
+    "H200": 139.8,
+    "H100": 79.1,
+    "A100-80": 79.2,
+    "A100-40": 39.4,
+    "L40S": 44.4,
+    "A10": 22.0,
+    "L4": 22.0,
+    "RTX-4090": 23.5,
+    "V100-32": 31.7,
+    "T4": 14.6,
+}
+_USUAL_CONTEXT = 4096
+
+
+class PlannedMode(Choice):
+    AUTO = "auto"
+    GATE = "gate"
+    MERGE = "merge"
+
+
+def plan(
+    base_model: Annotated[str, typer.Option(help="Hub id, folder or short name; only its configuration is read.")],
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|DIR_OR_REPO",
+            help="How many adapters there are, or a pool that is counted.",
+            show_default="the base model's own",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of each of N adapters.", show_default="16")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Modules that each of N adapters touches.",
+            show_default="all-linear",
+        ),
+    ] = None,
+    n_selected_modules: Annotated[
+        int | None, typer.Option("--n-selected-modules", "-k", help="Adapters per mixture.", show_default="20; demo: 3")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 64,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of each, prompt and answer.", show_default="4096, or as many as the model reads"),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's, of float32 bfloat16).")
+    ] = "auto",
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME|GB", help=f"{', '.join(GPUS)}, or its memory in 10⁹ bytes.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs among which the model is divided.")] = 1,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of a GPU's memory that vLLM may take.")] = 0.9,
+    mode: Annotated[PlannedMode, typer.Option(help="How mixtures are made.")] = PlannedMode.AUTO,
+    model_dir: Annotated[str, typer.Option(help="Looked in first for base models and adapters.")] = "./hf_models",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
+) -> None:
+    """Reckon what a base model and a pool take inside vLLM, and how mixtures are best made there.
+
+    Nothing is loaded: sizes come from the base model's configuration, and of a pool from the headers of its files.
+
+    Example: `logo plan --base-model Qwen/Qwen2.5-7B --adapters 260 --rank 16 --concurrency 64 --gpu H100`
+    """
+    memory = None if gpu is None else device_bytes(gpu)
+    count = int(adapters) if adapters is not None and re.fullmatch(r"-?\d+", adapters) else None
+    if count is None and (rank is not None or targets is not None):
+        raise UsageError("--rank and --targets are of adapters that are only counted: give --adapters a number")
+
+    import torch
+
+    from logo.backends.plan import plan as planned
+    from logo.backends.shapes import ModelShape
+    from logo.models import load_skeleton
+
+    quiet_transformers()
+    model = load_skeleton(base_model, model_dir=model_dir)
+    shape = ModelShape.of(model)
+    if dtype == "auto":
+        dtype = "bfloat16" if shape.dtype == "float32" else shape.dtype
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise UsageError(f"dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    if count is None:
+        options = EngineOptions(base_model, adapters, n_selected_modules=n_selected_modules, model_dir=model_dir)
+        pool = _of_folder(model, options, base_model)
+    else:
+        pool = _counted(model, count, 16 if rank is None else rank, targets, n_selected_modules)
+    asked = min(_USUAL_CONTEXT, shape.context or _USUAL_CONTEXT) if context is None else context
+    found = planned(
+        shape,
+        pool,
+        concurrency=concurrency,
+        context=asked,
+        dtype_bytes=kind.itemsize,
+        device_bytes=memory,
+        tensor_parallel=tensor_parallel,
+        utilisation=gpu_memory_utilization,
+        mode=None if mode is PlannedMode.AUTO else mode.value,
+    )
+    if json:
+        print_json(_plain(found, shape, pool, asked, concurrency))
+    else:
+        _print(found, shape, pool, dtype, asked, concurrency)
+
+
+def device_bytes(gpu: str) -> int:
+    """The memory of a GPU by its name, or by what it has in 10⁹ bytes.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if re.fullmatch(r"\d+(\.\d+)?", gpu) and float(gpu) > 0:
+        return int(float(gpu) * 1e9)
+    named = {name.lower(): memory for name, memory in GPUS.items()}
+    if gpu.lower() not in named:
+        raise UsageError(
+            f"--gpu {gpu!r}: expected the memory in 10⁹ bytes, or one of {', '.join(GPUS)}{closest(gpu.upper(), GPUS)}"
+        )
+    return int(named[gpu.lower()] * 2**30)
+
+
+def _counted(model: PreTrainedModel, count: int, rank: int, targets: str | None, k: int | None) -> PoolShape:
+    from logo.backends.shapes import ALL_LINEAR, PoolShape
+
+    names = ALL_LINEAR if targets in (None, ALL_LINEAR) else [name.strip() for name in str(targets).split(",")]
+    return PoolShape.even(model, count, rank, names, DEFAULT_K if k is None else k)
+
+
+def _of_folder(model: PreTrainedModel, options: EngineOptions, base_model: str) -> PoolShape:
+    from logo.adapters.layout import BaseLayout
+    from logo.backends.shapes import PoolShape
+    from logo.cli.opening import open_pool
+
+    pool = open_pool(options, base_model).fit(BaseLayout.of(model))
+    return PoolShape.of(model, pool, selection_settings(options))
+
+
+def _plain(found: Plan, shape: ModelShape, pool: PoolShape, context: int, concurrency: int) -> dict[str, Any]:
+    return {
+        **{"adapters": len(pool), "k": pool.k, "concurrency": concurrency, "context": context},
+        **{"parameters": shape.parameters, "mode": found.mode},
+        **asdict(found),
+        **{"total": found.total, "fits": found.fits, "flags": list(found.flags)},
+    }
+
+
+def _print(found: Plan, shape: ModelShape, pool: PoolShape, dtype: str, context: int, concurrency: int) -> None:
+    slots, each = found.slots, "" if found.tensor_parallel == 1 else f", on each of {found.tensor_parallel} GPUs"
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("part")
+    table.add_column("size", justify="right")
+    table.add_column(f"what{each}")
+    quantised = f", {shape.bits:g} bits in its layers" if shape.quantised else ""
+    table.add_row("weights", size(found.weights), f"{shape.parameters:,} parameters in {dtype}{quantised}")
+    table.add_row("adapter slots", size(slots.bytes), f"{slots.mode}: {slots.count:,} slots of rank {slots.rank}")
+    read = f"{pool.points} {'point' if pool.points == 1 else 'points'} x {sum(pool.ranks):,} ranks x {pool.width:,}"
+    table.add_row("scoring index", size(found.index), f"{read} features at most, in float32")
+    table.add_row("keys and values", size(found.cache), f"{concurrency:,} requests of {context:,} tokens")
+    if found.usable is not None:
+        table.add_row("working memory", size(found.working), "an allowance for activations and captured graphs")
+    table.add_row("together", size(found.total), _verdict(found))
+    screen(natural_width(table)).print(table)
+    out.print(f"\n{found.mode}: {found.reason}", markup=False)
+    if found.other is not None:
+        other = found.other
+        out.print(f"{other.mode} would take {size(other.bytes)}: {other.count:,} slots of rank {other.rank}")
+    out.print(f"the pool: {len(pool):,} adapters, {size(found.pool)} in {dtype}")
+    out.print(f"vLLM: {' '.join(found.flags)}", markup=False)
+
+
+def _verdict(found: Plan) -> str:
+    if found.usable is None:
+        return "name a GPU (--gpu) to see whether it fits"
+    fits = "it fits" if found.fits else "it does not fit"
+    return f"of {size(found.usable)}: {fits}; at most {found.most:,} such requests would"
