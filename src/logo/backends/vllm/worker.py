@@ -252,6 +252,9 @@ class Worker:
         from vllm.lora.lora_weights import LoRALayerWeights
 
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        if not parts:  # vLLM takes no adapter without layers: one that adds nothing
+            path, shape = next(iter(next(iter(self.pool.adapters)).modules.items()))
+            found[path] = [(torch.zeros(1, shape.in_features), torch.zeros(shape.out_features, 1))]
         for adapter, weight in parts:
             for module, weights in adapter.read().items():
                 found.setdefault(module, []).append((weights.A.float(), weight * weights.scaled_b()))

@@ -1,0 +1,79 @@
+"""Runs an engine of vLLM in this process, step by step as a file says, and writes what came of it.
+
+A process of its own for each engine: vLLM keeps state that a second engine in the same process would meet.
+
+usage: run_steps.py JOB RESULT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+import psutil
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+from logo.backends.vllm.core import Core, values
+from logo.backends.vllm.marks import marked
+from logo.backends.vllm.recipe import Recipe
+
+
+class Engine:
+    def __init__(self, job: Any) -> None:
+        flags = {"enable_lora": True, "enforce_eager": True, "dtype": "float32", "max_model_len": 256, **job["flags"]}
+        self.llm = LLM(job["model"], additional_config={"logo": job["logo"]}, **flags)
+        self.core = Core(self.llm.llm_engine.vllm_config)
+        self.core.opened(self.call("logo_open"))
+        for signal in self.core.options.all_signals:
+            opened = self.call("logo_signal", signal)[0]
+            if opened["texts"]:
+                keys = [f"text-{i}" for i in range(len(opened["texts"]))]
+                self.run([{"prompt_token_ids": text} for text in opened["texts"]], keys, "")
+                opened = self.call("logo_calibrate", signal, keys)[0]
+            self.core.scored(signal, opened["names"])
+
+    def call(self, name: str, *args: Any) -> list[Any]:
+        return values(self.llm.collective_rpc(name, args=args))
+
+    def run(self, prompts: list[Any], keys: list[str], signal: str) -> None:
+        parameters = [SamplingParams(max_tokens=1, extra_args=marked(key, signal)) for key in keys]
+        self.llm.generate(prompts, parameters, use_tqdm=False)
+
+    def probe(self, prompts: list[str], signal: str) -> Any:
+        keys = [f"prompt-{i}" for i in range(len(prompts))]
+        self.run(prompts, keys, signal)
+        taken = self.call("logo_take", keys)[0]
+        return [taken[key] for key in keys]
+
+    def generate(self, rows: list[Any], max_tokens: int) -> Any:
+        """`rows`: prompt and mixture, `{}` for the base model, or a recipe as text."""
+        requests = []
+        for _, mixture in rows:
+            recipe = mixture if isinstance(mixture, str) else self._recipe(mixture)
+            requests.append(LoRARequest(recipe, Recipe.parse(recipe).number(), recipe) if recipe else None)
+        parameters = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        made = self.llm.generate([row[0] for row in rows], parameters, lora_request=requests, use_tqdm=False)
+        failed = self.call("logo_take", [request.lora_name for request in requests if request is not None])[0]
+        return {
+            "tokens": [list(answer.outputs[0].token_ids) for answer in made],
+            "failed": {name: reason for name, reason in failed.items() if reason},
+            "memory": psutil.Process().memory_info().rss,
+        }
+
+    def _recipe(self, mixture: dict[str, float]) -> str:
+        recipe = Recipe.of((self.core.pool.keys[name], weight) for name, weight in mixture.items())
+        return str(recipe) if recipe.parts else ""
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    engine = Engine(job)
+    results = [getattr(engine, step.pop("do"))(**step) for step in job["steps"]]
+    Path(sys.argv[2]).write_text(json.dumps(results))

@@ -1,0 +1,183 @@
+"""Scores and mixtures of vLLM's workers against the library, on real engines."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ASSETS
+from logo import AdapterPool, LoGo
+from logo.backends.vllm.recipe import Recipe
+from logo.models import default_pool, load_base
+from logo.selection.settings import SelectionSettings
+from test_engine import write_adapter
+
+MODES = {"gate": {"max_loras": 16, "max_lora_rank": 8}, "merge": {"max_loras": 4, "max_lora_rank": 32}}
+
+
+def run(folder: Path, flags: dict[str, Any], logo: dict[str, Any], *steps: dict[str, Any]) -> list[Any]:
+    """What each step gave."""
+    job, result = folder / "job.json", folder / "result.json"
+    own = {"model": str(ASSETS / "model"), "flags": flags, "logo": {"pool": str(ASSETS / "adapters"), **logo}}
+    job.write_text(json.dumps({**own, "steps": steps}))
+    script = Path(__file__).parent / "run_steps.py"
+    done = subprocess.run([sys.executable, script, job, result], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: list[Any] = json.loads(result.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def logo() -> LoGo:
+    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
+    return LoGo(model, tokenizer, default_pool("demo"))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[str]:
+    files = sorted((ASSETS / "heldout").glob("*.jsonl"))
+    return [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:8]]
+
+
+def mixtures(names: Sequence[str], count: int, k: int = 4, seed: int = 0) -> list[dict[str, float]]:
+    drawn = random.Random(seed)
+    return [{name: drawn.uniform(0.1, 1.0) for name in drawn.sample(list(names), k)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_128_prompts_with_128_mixtures_among_base_rows(tmp_path: Path, logo: LoGo, rows: list[str], mode: str) -> None:
+    wanted = [m if i % 8 else {} for i, m in enumerate(mixtures(logo.names, 128))]
+    jobs = list(zip(rows, wanted, strict=True))
+    [made] = run(tmp_path, MODES[mode], {"mode": mode, "k": 4}, {"do": "generate", "rows": jobs, "max_tokens": 12})
+    expected = logo.generate(rows, adapters=wanted, max_new_tokens=12, batch_size=16)
+    assert made["tokens"] == [list(one.token_ids) for one in expected]
+    assert not made["failed"]
+
+
+@pytest.mark.parametrize("chunk", [None, 48])
+def test_scores_are_the_librarys(tmp_path: Path, logo: LoGo, rows: list[str], chunk: int | None) -> None:
+    flags = MODES["gate"] | ({"max_num_batched_tokens": chunk, "max_num_seqs": 8} if chunk else {})
+    shared = " ".join(rows[:12])
+    prompts = [*rows, *(f"{shared} {row}" for row in rows[:6]), rows[0]]  # a shared beginning, and one a second time
+    steps = [{"do": "probe", "prompts": prompts, "signal": signal} for signal in ("calibrated", "norm", "calibrated")]
+    found = run(tmp_path, flags, {}, *steps)
+    for scores, signal in zip(found, ("calibrated", "norm", "calibrated"), strict=True):
+        for prompt, one, expected in zip(prompts, scores, logo.select(prompts, signal=signal), strict=True):
+            assert one == pytest.approx(list(expected.scores.values()), rel=1e-4, abs=1e-4), (signal, prompt)
+
+
+@pytest.mark.parametrize("signal", ["entropy", "norm_z", "spectr", "arrow"])
+def test_other_signals(tmp_path: Path, logo: LoGo, rows: list[str], signal: str) -> None:
+    [found] = run(
+        tmp_path,
+        MODES["gate"],
+        {"signal": signal, "signals": []},
+        {"do": "probe", "prompts": rows[::8], "signal": signal},
+    )
+    for one, expected in zip(found, logo.select(rows[::8], signal=signal), strict=True):
+        assert one == pytest.approx(list(expected.scores.values()), rel=1e-4, abs=1e-4)
+
+
+def test_calibrations_are_kept_where_the_library_keeps_them(
+    tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = str(tmp_path / "cache")
+    step = {"do": "probe", "prompts": rows[:2], "signal": "calibrated"}
+    [found] = run(tmp_path, MODES["gate"], {"cache": cache, "signals": []}, step)
+    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
+    own = LoGo(model, tokenizer, default_pool("demo"), settings=SelectionSettings(cache=cache))
+    calibration = own.calibrate()
+    assert calibration is not None and calibration.listened == 0
+    assert found[0] == pytest.approx(list(own.select(rows[0]).scores.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_of_any_rank_on_any_layers(tmp_path: Path, rows: list[str], mode: str) -> None:
+    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
+    pool = tmp_path / "pool"
+    targets = [
+        ("q_proj", "v_proj"),
+        ("q_proj", "down_proj"),
+        ("q_proj", "o_proj", "gate_proj"),
+        ("q_proj", "k_proj", "up_proj"),
+    ]
+    for i, names in enumerate(targets):
+        write_adapter(pool / f"t{i}", model, names, rank=2 * i + 1, seed=i)
+    logo = LoGo(model, tokenizer, AdapterPool.from_directory(pool))
+    wanted = [{}, *({name: 1.0} for name in logo.names), *mixtures(logo.names, 11, 3)]
+    flags = {"max_loras": 4, "max_lora_rank": 8 if mode == "gate" else 16}
+    found = run(
+        tmp_path,
+        flags,
+        {"pool": str(pool), "mode": mode, "k": 3},
+        {"do": "generate", "rows": list(zip(rows[:16], wanted, strict=True)), "max_tokens": 12},
+        {"do": "probe", "prompts": rows[:16], "signal": "calibrated"},
+    )
+    expected = logo.generate(rows[:16], adapters=wanted, max_new_tokens=12, batch_size=16)
+    assert found[0]["tokens"] == [list(one.token_ids) for one in expected]
+    for one, selection in zip(found[1], logo.select(rows[:16]), strict=True):
+        assert one == pytest.approx(list(selection.scores.values()), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_mixtures_leave_nothing_behind(tmp_path: Path, logo: LoGo, rows: list[str], mode: str) -> None:
+    count = 2000 if mode == "gate" else 400
+    every = mixtures(logo.names, count)
+    steps = [
+        {
+            "do": "generate",
+            "rows": [[rows[i % len(rows)], every[i]] for i in range(start, start + count // 4)],
+            "max_tokens": 2,
+        }
+        for start in range(0, count, count // 4)
+    ]
+    # The first mixtures once more, after all others: the same answers as before.
+    found = run(tmp_path, MODES[mode], {"mode": mode, "k": 4}, *steps, steps[0])
+    assert found[4]["tokens"] == found[0]["tokens"]
+    assert found[4]["memory"] <= 1.02 * found[1]["memory"]
+    picked = range(0, count // 4, 25)
+    expected = logo.generate(
+        [rows[i % len(rows)] for i in picked], adapters=[every[i] for i in picked], max_new_tokens=2
+    )
+    assert [found[0]["tokens"][i] for i in picked] == [list(one.token_ids) for one in expected]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mixture_that_cannot_be_made_fails_alone(tmp_path: Path, logo: LoGo, rows: list[str], mode: str) -> None:
+    unknown = str(Recipe((("0" * 16, 1.0),)))
+    [wanted] = mixtures(logo.names, 1)
+    found = run(
+        tmp_path,
+        MODES[mode],
+        {"mode": mode, "k": 4},
+        {"do": "generate", "rows": [[rows[0], wanted], [rows[1], unknown], [rows[2], {}]], "max_tokens": 8},
+        {"do": "generate", "rows": [[rows[0], wanted]], "max_tokens": 8},
+    )
+    assert list(found[0]["failed"]) == [unknown] and "no adapter" in found[0]["failed"][unknown]
+    expected = logo.generate(rows[:3:2], adapters=[wanted, {}], max_new_tokens=8)
+    assert found[0]["tokens"][::2] == [list(one.token_ids) for one in expected]
+    assert found[1]["tokens"][0] == found[0]["tokens"][0] and not found[1]["failed"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "expected"),
+    [
+        ({"max_loras": 4, "max_lora_rank": 8}, {}, "pass --max-loras 16"),
+        ({"max_loras": 16, "max_lora_rank": 1}, {}, "has rank 8: pass --max-lora-rank 8 or more"),
+        ({"max_loras": 16, "max_lora_rank": 8}, {"pool": "/nowhere"}, "/nowhere"),
+        ({"max_loras": 16, "max_lora_rank": 8, "lora_target_modules": ["o_proj"]}, {}, "has no layer there that takes"),
+    ],
+)
+def test_what_cannot_start_says_what_to_do(
+    tmp_path: Path, flags: dict[str, Any], options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(AssertionError) as error:
+        run(tmp_path, flags, options)
+    assert expected in str(error.value)
