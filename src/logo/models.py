@@ -218,7 +218,10 @@ def load_base(
     import transformers
 
     asked = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
-    options = {**_checked(model_kwargs or {}), **{name: value for name, value in asked.items() if value is not None}}
+    options = {
+        **checked_options(model_kwargs or {}),
+        **{name: value for name, value in asked.items() if value is not None},
+    }
     on_cpu = False
     if device_map is None:
         target = pick_device(device)
@@ -227,23 +230,29 @@ def load_base(
         device_map = None if on_cpu else {"": target}
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     with loading(base_model, source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _padded(transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False), base_model)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=_dtype(dtype, torch.float32 if on_cpu else "auto"),
+            dtype=checked_dtype(dtype, torch.float32 if on_cpu else "auto"),
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=False,
             **options,
         )
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase, base_model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"base model {base_model}: its tokenizer has neither a pad nor an eos token")
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval().requires_grad_(False), tokenizer
+    return tokenizer
 
 
-def _dtype(asked: str | torch.dtype, default: Any) -> Any:
+def checked_dtype(asked: str | torch.dtype, default: Any) -> Any:
+    """The dtype of that name, or the default for `"auto"`; raises UsageError where there is none."""
     import torch
 
     if asked == "auto":
@@ -254,7 +263,7 @@ def _dtype(asked: str | torch.dtype, default: Any) -> Any:
     return dtype
 
 
-def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
+def checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Options for transformers, but for those that `load_base` has itself and those that run a stranger's code."""
     for name in options:
         if name in ("trust_remote_code", "use_safetensors", "weights_only"):
@@ -314,8 +323,7 @@ def load_tokenizer(base_model: str, *, model_dir: str | Path | None = None) -> P
     source = resolve_base(base_model, model_dir)
     with loading(base_model, source):
         folder = fetch(source)
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return tokenizer
+        return _padded(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), base_model)
 
 
 def load_layout(base_model: str, *, model_dir: str | Path | None = None) -> BaseLayout:

@@ -5,14 +5,15 @@ Knows names, presets and loading; the class that is put on them is the caller's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from logo.adapters.pool import DEFAULT_K, AdapterPool, OnBadAdapter
 from logo.decoding import Truncation
-from logo.errors import UsageError
+from logo.errors import UsageError, closest
 from logo.mixing import EXACT, Merge
 from logo.models import default_pool, load_base, officially_named
 from logo.selection.settings import SelectionSettings
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 Preset = Literal["official"]
 OFFICIAL_TRUNCATION = Truncation(2048, "right")
+LOCAL = "local"
+# Engines besides the one of this process: name -> the module whose `open_engine` makes one. What they are made of is
+# above this module and large, so it is imported when somebody asks for it.
+ENGINES = {"vllm": "logo.backends.vllm.opening"}
 
 
 class FromPretrained:
@@ -34,6 +39,7 @@ class FromPretrained:
         base_model: str,
         pool: AdapterPool | str | Path | None = None,
         *,
+        engine: str = LOCAL,
         preset: Preset | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
@@ -59,13 +65,15 @@ class FromPretrained:
             base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
             pool: an `AdapterPool`, or a folder to open as one. Default: the base model's own, where it has one (the
                 demo's, or the authors' published adapters for the three official models).
+            engine: what runs the model: `"local"`, this process; or `"vllm"`, vLLM's offline engine, of which more is
+                in docs/vllm.md. What is made then is no `LoGo`, but answers the same calls (`logo.calls.Calls`).
             preset: `"official"`: whatever nobody asks for otherwise is as in the authors' script, and as with
                 `logo evaluate --preset official`: signal `norm`, k 20, `probe_context="carry"`, prompts cut at their
                 end to 2048 tokens, float32, and the checkpoint's own generation config.
             device: `"auto"`, `"cpu"`, `"cuda:0"`, ...; `device_map="auto"` instead spreads over several devices.
             dtype: a torch dtype or its name; `"auto"`: the checkpoint's own on an accelerator, float32 on the CPU.
             attn_implementation, quantization_config, model_kwargs: for `AutoModelForCausalLM.from_pretrained`; the last
-                are its other options by name.
+                are its other options by name, or those of `vllm.LLM`.
             trust_remote_code: never.
             **settings: the fields of `SelectionSettings`: `signal`, `k`, `probe_context`, ...
 
@@ -82,6 +90,32 @@ class FromPretrained:
             dtype = "float32" if dtype == "auto" else dtype
             truncation = truncation or OFFICIAL_TRUNCATION
         chosen = SelectionSettings.of(**settings)
+        if engine != LOCAL:
+            asked = {
+                "device": None if device == "auto" else device,
+                "device_map": device_map,
+                "attn_implementation": attn_implementation,
+                "quantization_config": quantization_config,
+                "adapter_memory_gb": adapter_memory_gb,
+                "adapter_cache_gb": adapter_cache_gb,
+                "fold": fold or None,
+            }
+            made: Self = _opener(engine)(
+                base_model,
+                pool,
+                settings=chosen,
+                dtype=dtype,
+                model_kwargs={**(model_kwargs or {}), **({"trust_remote_code": True} if trust_remote_code else {})},
+                model_dir=model_dir,
+                revision=revision,
+                token=token,
+                truncation=truncation,
+                merge=merge,
+                on_bad_adapter=on_bad_adapter,
+                checkpoint_decides=official,
+                others={name: value for name, value in asked.items() if value is not None},
+            )
+            return made
         named = None if pool is None else str(pool)
         if pool is None:
             pool = default_pool(base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
@@ -118,3 +152,16 @@ class FromPretrained:
         )
         logo.calibrate()
         return logo  # type: ignore[no-any-return]
+
+
+def _opener(engine: str) -> Callable[..., Any]:
+    """What makes an engine of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if engine not in ENGINES:
+        known = (LOCAL, *ENGINES)
+        raise UsageError(f"unknown engine {engine!r}{closest(engine, known)}: expected one of {', '.join(known)}")
+    opener: Callable[..., Any] = importlib.import_module(ENGINES[engine]).open_engine
+    return opener

@@ -235,10 +235,13 @@ def score_logits(logits: Tensor, gold: Tensor) -> list[Scored]:
     scored = []
     for row in logits:  # one at a time: the float32 copy of a row of half precision is twice its size
         row = row.float()
-        nll = float(torch.nn.functional.cross_entropy(row, gold))
-        if not -float("inf") < nll < float("inf"):
-            raise ModelError(
-                f"the likelihood of the completion is {nll}: the model or a mixture overflows; try float32"
-            )
+        nll = checked_nll(float(torch.nn.functional.cross_entropy(row, gold)))
         scored.append(Scored(bool((row.argmax(dim=-1) == gold).all()), nll, len(gold)))
     return scored
+
+
+def checked_nll(nll: float) -> float:
+    """The likelihood itself; raises ModelError where it is NaN or infinite."""
+    if not -float("inf") < nll < float("inf"):
+        raise ModelError(f"the likelihood of the completion is {nll}: the model or a mixture overflows; try float32")
+    return nll

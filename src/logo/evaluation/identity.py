@@ -158,10 +158,14 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter by name, shared ones under each of their names; those that accelerate keeps on the host or on the
-    disk until they are used are read there, as every forward pass does."""
+    disk until they are used are read there, as every forward pass does, and those that another process has, in the
+    checkpoint."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, parameter if parameter.device.type != "meta" else _offloaded(modules, name)
+        if parameter.device.type != "meta":
+            yield name, parameter
+        else:
+            yield name, parameter.read() if hasattr(parameter, "read") else _offloaded(modules, name)
 
 
 def _offloaded(modules: Mapping[str, torch.nn.Module], name: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ is read from the checkpoint, so that calibrations are kept under the digest that
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
-    """A causal LM on the meta device, each of its parameters with a `sample` of the checkpoint where that has it.
+    """A causal LM on the meta device, each of its parameters with a `sample` of the checkpoint where that has it,
+    and `read`, which reads it whole (nothing where the checkpoint has it under another name).
 
     Args:
         source: a folder, or a Hub repository whose files were fetched before.
@@ -43,20 +45,29 @@ def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> Pr
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         samples = _samples(Path(folder))
     for name, parameter in model.named_parameters():
+        parameter.read = functools.partial(torch.empty, 0)
         if name in samples:
-            parameter.sample = samples[name].to(dtype).float()
+            file, sample = samples[name]
+            parameter.sample = sample.to(dtype).float()
+            parameter.read = functools.partial(_tensor, file, name, dtype)
     made: PreTrainedModel = model.eval().requires_grad_(False)
     return made
 
 
-def _samples(folder: Path) -> Mapping[str, Tensor]:
-    """Tensor name -> sample. Files are mapped into memory, so that little of them is read."""
+def _samples(folder: Path) -> Mapping[str, tuple[Path, Tensor]]:
+    """Tensor name -> its file and a sample. Files are mapped into memory, so that little of them is read."""
     index = folder / _INDEX
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_WEIGHTS}
-    samples: dict[str, Tensor] = {}
+    samples: dict[str, tuple[Path, Tensor]] = {}
     for name in sorted(names):
         if (folder / name).is_file():
             with safe_open(folder / name, framework="pt") as file:
                 names_there = file.keys()
-                samples |= {key: sampled(file.get_tensor(key)) for key in names_there}
+                samples |= {key: (folder / name, sampled(file.get_tensor(key))) for key in names_there}
     return samples
+
+
+def _tensor(file: Path, name: str, dtype: torch.dtype) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        found: Tensor = opened.get_tensor(name)
+    return found.to(dtype)

@@ -282,7 +282,7 @@ class Worker:
 
         Returns:
             `texts`: those that have to be run first, as token ids, for `calibrate`: often none; `names`: the adapters
-            that are scored.
+            that are scored; `points`: where prompts are read.
         """
         settings = self.options.settings.asked(signal=signal)
         if self._scorers is None:
@@ -300,11 +300,11 @@ class Worker:
         except _TextsNeeded as needed:
             points = plan(self.skeleton, self.pool.adapters, settings).points
             self.taps.listen(points, settings.reading)
-            return {"texts": list(needed.args[0]), "names": []}
+            return {"texts": list(needed.args[0]), "names": [], "points": []}
         finally:
             self._texts = None
         self.taps.score(signal, scorer, settings)
-        return {"texts": [], "names": list(scorer.names)}
+        return {"texts": [], "names": list(scorer.names), "points": [point.name for point in scorer.points]}
 
     def calibrate(self, signal: str, keys: Sequence[str]) -> dict[str, Any]:
         """`open_signal` after its texts were run under these keys.
@@ -393,4 +393,16 @@ def logo_take(worker: Any, keys: list[str]) -> dict[str, Any]:
     return _of(worker).take(keys)
 
 
-CALLS = (logo_open, logo_signal, logo_calibrate, logo_take)
+def logo_clean(worker: Any) -> None:
+    """Takes numbers that are not finite out of the cache of keys and values.
+
+    Whoever is given a block next writes its own tokens there, and attention multiplies the places behind them by 0, to
+    which what is not a number does not yield.
+    """
+    for cache in worker.model_runner.kv_caches:
+        for part in cache if isinstance(cache, (list, tuple)) else (cache,):
+            if part.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                part.nan_to_num_(0.0, 0.0, 0.0)
+
+
+CALLS = (logo_open, logo_signal, logo_calibrate, logo_take, logo_clean)

@@ -1,0 +1,37 @@
+"""What completions are worth, by what vLLM says of the tokens of a prompt and of the one behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from logo.scoring import Scored, checked_nll
+
+
+def scoring(gold: Sequence[int]) -> Any:
+    """vLLM's `SamplingParams` that score a completion, all but the last token of which is part of the prompt."""
+    from vllm import SamplingParams
+
+    read = 0 if len(gold) > 1 else None
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=read,
+        logprob_token_ids=[gold[-1]],
+    )
+
+
+def scored(output: Any, gold: Sequence[int]) -> Scored:
+    """What a completion is worth by what vLLM has said of its tokens.
+
+    Raises:
+        ModelError: a likelihood is NaN or infinite.
+    """
+    [made] = output.outputs
+    read = output.prompt_logprobs[-(len(gold) - 1) :] if len(gold) > 1 else []
+    of_each = [place[token] for place, token in zip(read, gold, strict=False)]
+    nll = checked_nll(-(sum(one.logprob for one in of_each) + made.logprobs[0][gold[-1]].logprob) / len(gold))
+    exact = all(one.rank == 1 for one in of_each) and made.token_ids[0] == gold[-1]
+    return Scored(exact, nll, len(gold))

@@ -1,0 +1,254 @@
+"""`VllmLoGo`: what callers ask of `LoGo`, with vLLM's offline engine to run the model.
+
+    prompts -> (read as everywhere) -> probes in vLLM's workers -> scores -> Selection -> recipe -> vLLM -> Generation
+
+Scores and mixtures are those of the server's workers (`logo.backends.vllm.worker`); where an answer ends and what an
+error says is shared with the local engine (`logo.calls`). Nothing here knows HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TextStreamer
+
+from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import AdapterPool
+from logo.backends.vllm.core import Core, values
+from logo.backends.vllm.hooks import version
+from logo.backends.vllm.likelihood import scored, scoring
+from logo.backends.vllm.probing import InWorkers
+from logo.backends.vllm.requests import Group, Requests, Running
+from logo.backends.vllm.sampling import check_config, parameters
+from logo.calls import Calls
+from logo.decoder import Decoding, Generation, overflow
+from logo.decoding import Prompts
+from logo.errors import ModelError, UsageError
+from logo.mixing import EXACT, Merge
+from logo.scoring import Scored, continued_rows
+from logo.selection import Selection
+from logo.selection.plan import plan
+from logo.selection.settings import SelectionSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+
+class VllmLoGo(Calls):
+    """Selects and mixes adapters per prompt inside vLLM. `LoGo.from_pretrained(..., engine="vllm")` makes one.
+
+    Rows of a call run together as vLLM schedules them, whatever `batch_size` is. The pool cannot change.
+
+    Args:
+        llm: vLLM's `LLM`, which was told of a pool.
+        model: the base model without its weights.
+        tokenizer: the model's, with a pad token.
+        prompts: reads prompts with this tokenizer.
+        settings: how prompts are scored and selected for.
+        default_k: adapters per prompt where neither a call nor the settings say; None: the pool's own number.
+
+    Raises:
+        LoGoError: the pool does not fit, or cannot be scored.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        settings: SelectionSettings,
+        default_k: int | None = None,
+    ) -> None:
+        self.llm, self.model, self.tokenizer = llm, model, tokenizer
+        self.prompts, self.settings = prompts, settings
+        self.core = Core(llm.llm_engine.vllm_config)
+        self.pool = self.core.pool.adapters
+        self.pool.default_k = default_k or self.pool.default_k
+        self._version = self.pool.version
+        self._layout = BaseLayout.of(model)
+        self._lock = threading.RLock()
+        self._requests = Requests(llm.llm_engine)
+        self.core.opened(self._call("logo_open"))
+        self._selecting: InWorkers = InWorkers(model, self.pool, settings, self._requests, self._call)
+        self._selecting.open(settings)
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def fitted(self) -> AdapterPool:
+        """The pool, matched to the base model, less what does not fit it (`on_bad_adapter="skip"`)."""
+        self._sync()
+        return self.pool
+
+    @property
+    def k(self) -> int:
+        """Adapters per prompt: as asked for, else as many as suit the pool."""
+        if self.settings.k is not None:
+            return self.settings.k
+        return min(self.pool.default_k, len(plan(self.model, self.pool, self.settings).adapters))
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        return tuple(self._selecting.open(self.settings)["points"])
+
+    @property
+    def folding(self) -> dict[str, Any]:
+        """In which form vLLM mixes adapters; nothing is folded into its weights."""
+        return {"asked": None, "mode": self.core.mode, "reason": self.core.reason}
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return (torch.device(self.llm.llm_engine.vllm_config.device_config.device),)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"vllm": version()}
+
+    @property
+    def merge(self) -> Merge:
+        """Adapters are always summed exactly."""
+        return EXACT
+
+    @merge.setter
+    def merge(self, merge: Merge | str) -> None:
+        asked = merge if isinstance(merge, Merge) else Merge(merge)
+        if not asked.exact:
+            raise UsageError(f"merge {asked.kind!r}: the engine 'vllm' mixes adapters exactly; use the engine 'local'")
+
+    def close(self) -> None:
+        """Ends vLLM, and gives its memory back. Nothing can be asked afterwards."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    # -- what vLLM does ------------------------------------------------------------------------------------------
+
+    def _call(self, name: str, *args: Any) -> list[Any]:
+        return values(self.llm.collective_rpc(name, args=args))
+
+    def _sync(self) -> None:
+        if self.pool.version != self._version:
+            raise UsageError("the pool of the engine 'vllm' cannot change: open another engine, or use engine 'local'")
+
+    def _decoding(self, decoding: Decoding) -> Decoding:
+        check_config(decoding.config)
+        return decoding
+
+    def _answers(
+        self,
+        rows: Sequence[Sequence[int]],
+        selections: Sequence[Selection],
+        decoding: Decoding,
+        probed: float,
+        batch_size: int,
+        streamer: BaseStreamer | None,
+    ) -> list[Generation]:
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            loras = [stack.enter_context(self.core.request(selection)) for selection in selections]
+            group = stack.enter_context(self._requests.together())
+            if streamer is not None:
+                stack.callback(streamer.end)
+                streamer.put(torch.tensor([rows[0]]))
+            for ids, lora in zip(rows, loras, strict=True):
+                self._start(group, ids, lora, decoding, every_token=streamer is not None)
+            if streamer is not None:
+                self._stream(group, selections[0], streamer)
+            group.wait()
+            self._check_mixed([lora.lora_name for lora in loras if lora is not None])
+        for one, selection in zip(group.running, selections, strict=True):
+            self._check_finite(one, selection)
+        seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
+        forms = ["base" if lora is None else "gated" for lora in loras]
+        continued: Any = [(one.tokens, form) for one, form in zip(group.running, forms, strict=True)]
+        return decoding.generations(self.tokenizer, continued, selections, seconds)
+
+    def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Iterator[str]:
+        said = _Pieces(self.tokenizer, skip_special_tokens=True)
+        with self.core.request(selection) as lora, self._requests.together() as group:
+            self._start(group, row, lora, decoding, every_token=True)
+            for tokens in group.pieces():
+                self._check_finite(group.running[0], selection)
+                for token in tokens:
+                    said.put(torch.tensor([token]))
+                yield from said.taken()
+            self._check_mixed([] if lora is None else [lora.lora_name])
+        said.end()
+        yield from said.taken()
+
+    def _start(self, group: Group, ids: Sequence[int], lora: Any, decoding: Decoding, *, every_token: bool) -> None:
+        rules = decoding.rules(self.tokenizer)
+        # Each answer's draws follow from PyTorch's seed, as in the local engine, and from no other answer's.
+        seed = int(torch.randint(2**31, ())) if decoding.config.do_sample else None
+        how = parameters(decoding, every_token=every_token or bool(rules), seed=seed)
+        group.start(ids, how, lora, rules)
+
+    def _stream(self, group: Group, selection: Selection, streamer: BaseStreamer) -> None:
+        for tokens in group.pieces():
+            self._check_finite(group.running[0], selection)
+            for token in tokens:
+                streamer.put(torch.tensor([token]))
+
+    def _check_finite(self, one: Running, selection: Selection) -> None:
+        """Raises NotFinite where the model's output was not a number, and leaves none of these to other requests."""
+        if not one.finite:
+            self._requests.stop([one])
+            self._call("logo_clean")
+            self.llm.reset_prefix_cache()
+            raise overflow(selection.mixture)
+
+    def _check_mixed(self, recipes: Sequence[str]) -> None:
+        """Raises ModelError where a worker could not mix one of these recipes."""
+        asked = list(dict.fromkeys(recipes))
+        failed = [reason for reason in self._call("logo_take", asked)[0].values() if reason] if asked else []
+        if failed:
+            raise ModelError(f"the mixture could not be made: {failed[0]}")
+
+    def _score(self, row: Sequence[int], gold: Sequence[int], mixtures: Sequence[Mapping[str, float]]) -> list[Scored]:
+        return self._score_pairs([(row, gold)] * len(mixtures), mixtures, len(mixtures))
+
+    def _score_pairs(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        mixtures: Sequence[Mapping[str, float]],
+        batch_size: int,
+    ) -> list[Scored]:
+        # Refuses what cannot be scored. vLLM wants room for a token behind a prompt, also where it is not asked for it.
+        continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
+        head = next((a.name for a in self.pool if any(path.endswith("lm_head") for path in a.modules)), None)
+        if head is not None:
+            raise UsageError(
+                f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
+                "token's alone; use the engine 'local'"
+            )
+        with ExitStack() as stack:
+            chosen = [Selection.forced(mixture) for mixture in mixtures]
+            loras = [stack.enter_context(self.core.request(selection)) for selection in chosen]
+            group = stack.enter_context(self._requests.together())
+            for (ids, gold), lora in zip(pairs, loras, strict=True):
+                # The last gold token is only predicted, never read.
+                group.start([*ids, *gold[:-1]], scoring(gold), lora)
+            group.wait()
+            self._check_mixed([lora.lora_name for lora in loras if lora is not None])
+        return [scored(one.last, gold) for one, (_, gold) in zip(group.running, pairs, strict=True)]
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Text of tokens as they come, whole words at a time."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        self._texts: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._texts.append(text)
+
+    def taken(self) -> list[str]:
+        """What there is since the last time."""
+        found, self._texts = [text for text in self._texts if text], []
+        return found

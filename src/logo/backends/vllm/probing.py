@@ -1,0 +1,101 @@
+"""Selecting by probes in vLLM: prompts run once with one token to write, and workers hear what adapters say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from logo.adapters.pool import AdapterPool
+from logo.backends.vllm.core import new_key, scores_of
+from logo.backends.vllm.marks import marked
+from logo.backends.vllm.requests import Requests
+from logo.prompts import Prompt
+from logo.selecting import Asked, Selecting
+from logo.selection import Selection
+from logo.selection.plan import plan
+from logo.selection.settings import SelectionSettings
+
+# Prompts that are probed together: vLLM's workers keep the scores of so many, and of some more.
+_PROBED = 2048
+
+
+class InWorkers(Selecting):
+    """Selects by probes in vLLM's workers.
+
+    Args:
+        model: the base model without its weights.
+        pool: fitted to it.
+        settings: how to select, where a call asks for nothing else.
+        requests: of the engine.
+        call: asks something of every worker, see `logo.backends.vllm.worker.CALLS`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pool: AdapterPool,
+        settings: SelectionSettings,
+        requests: Requests,
+        call: Callable[..., list[Any]],
+    ) -> None:
+        super().__init__(pool, settings)
+        self._model, self._requests, self._call = model, requests, call
+        self._opened: dict[str, dict[str, Any]] = {}  # what the workers have said of each signal
+
+    def open(self, settings: SelectionSettings) -> dict[str, Any]:
+        """What is scored by the signal of these settings, and where: `names` and `points`. The pool is calibrated for
+        it, if it was not yet.
+
+        Raises:
+            LoGoError: it cannot score this pool.
+        """
+        signal = settings.signal
+        if signal not in self._opened:
+            plan(self._model, self.pool, settings)  # refuses here, in the same words, what workers refuse
+            opened: dict[str, Any] = self._call("logo_signal", signal)[0]
+            if opened["texts"]:
+                keys = self._run([(text, "") for text in opened["texts"]])
+                opened = self._call("logo_calibrate", signal, keys)[0]
+            self._opened[signal] = opened
+        return self._opened[signal]
+
+    def __call__(
+        self, rows: Sequence[Prompt], asked: Sequence[Asked], batch_size: int, *, answering: bool = False
+    ) -> list[Selection]:
+        names = [self.open(one.settings)["names"] for one in asked]
+        found = self._scores([(row.probed, one.settings.signal) for row, one in zip(rows, asked, strict=True)])
+        return [self.choose(torch.tensor(row), who, one) for row, who, one in zip(found, names, asked, strict=True)]
+
+    def restart(self) -> None:
+        """Nothing: no prompt depends on those before."""
+
+    def _scores(self, rows: Sequence[tuple[Sequence[int], str]]) -> list[list[float]]:
+        """The scores of prompts.
+
+        Args:
+            rows: token ids, and the signal that scores them.
+
+        Raises:
+            NotFinite: a score overflowed.
+            ModelError: a prompt could not be scored.
+        """
+        found = []
+        for start in range(0, len(rows), _PROBED):
+            keys = self._run(rows[start : start + _PROBED])
+            taken = self._call("logo_take", keys)[0]
+            found += [scores_of(key, taken) for key in keys]
+        return found
+
+    def _run(self, rows: Sequence[tuple[Sequence[int], str]]) -> list[str]:
+        """Runs prompts as probes, and returns the keys of what was heard."""
+        from vllm import SamplingParams
+
+        keys = [new_key() for _ in rows]
+        with self._requests.together() as group:
+            for key, (ids, signal) in zip(keys, rows, strict=True):
+                mark = marked(key, signal)
+                group.start(ids, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=mark))
+            group.wait()
+        return keys

@@ -1,0 +1,127 @@
+"""How a call is decoded, said to vLLM: transformers' `GenerationConfig` as `SamplingParams`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from logo.backends.vllm.requests import refused
+from logo.decoder import Decoding
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+# What is said to vLLM in its own words, or done here.
+_KNOWN = frozenset(
+    {
+        "do_sample",
+        "eos_token_id",
+        "max_new_tokens",
+        "min_new_tokens",
+        "min_p",
+        "repetition_penalty",
+        "stop_strings",
+        "temperature",
+        "top_k",
+        "top_p",
+    }
+)
+# What changes nothing of an answer here: other tokens' ids, caches, what `generate` returns, and what beams or helping
+# models would have, which are refused themselves.
+_IDLE = frozenset(
+    {
+        "assistant_confidence_threshold",
+        "assistant_lookbehind",
+        "bos_token_id",
+        "cache_config",
+        "cache_implementation",
+        "compile_config",
+        "continuous_batching_config",
+        "decoder_start_token_id",
+        "disable_compile",
+        "early_stopping",
+        "length_penalty",
+        "low_memory",
+        "max_cache_len",
+        "max_length",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_logits",
+        "output_scores",
+        "pad_token_id",
+        "prefill_chunk_size",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "return_dict_in_generate",
+        "target_lookbehind",
+        "transformers_version",
+        "use_cache",
+    }
+)
+# Of transformers, where neither the call nor the checkpoint says anything.
+_DEFAULTS = {
+    "diversity_penalty": 0.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "token_healing": False,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+}
+
+
+def check_config(config: GenerationConfig) -> None:
+    """Raises UsageError where a config asks for something that vLLM cannot do."""
+    for name, value in vars(config).items():
+        if name.startswith("_") or name in _KNOWN or name in _IDLE:
+            continue
+        if value is not None and value is not False and value != _DEFAULTS.get(name):
+            raise UsageError(
+                f"generation option {name!r} ({value!r:.40}): the engine 'vllm' cannot do that; leave it out, or use "
+                "the engine 'local'"
+            )
+
+
+def parameters(decoding: Decoding, *, every_token: bool, seed: int | None = None) -> Any:
+    """vLLM's `SamplingParams`.
+
+    Args:
+        every_token: each token is looked at when it comes; else only whole answers are.
+        seed: of one answer's draws.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    config = decoding.config
+
+    def said(name: str) -> Any:
+        value = getattr(config, name, None)
+        return _DEFAULTS[name] if value is None else value
+
+    drawn: dict[str, Any] = {"temperature": 0.0}
+    if config.do_sample:
+        top_k = min(said("top_k"), 2**31 - 1)
+        drawn = {"temperature": said("temperature"), "top_p": said("top_p"), "top_k": top_k, "seed": seed}
+        drawn |= {} if config.min_p is None else {"min_p": config.min_p}
+    with refused("these options"):
+        return SamplingParams(
+            **drawn,
+            max_tokens=config.max_new_tokens,
+            min_tokens=config.min_new_tokens or 0,
+            repetition_penalty=said("repetition_penalty"),
+            ignore_eos=True,  # the tokens that end an answer are those of the call
+            stop_token_ids=sorted(decoding.ends),
+            logprobs=0,  # of the token itself: not a number where a mixture overflows
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA if every_token else RequestOutputKind.FINAL_ONLY,
+        )

@@ -1,0 +1,470 @@
+"""`LoGo.from_pretrained(..., engine="vllm")`: the same selections, tokens and errors as the local engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from logo import AdapterPool, LoGo, UsageError
+from logo.adapters.format import open_adapter
+from logo.errors import LoGoError, NotFinite, PoolError
+from logo.evaluation.identity import engine_identity, environment
+from logo.models import demo_folder, load_base
+from test_engine import write_adapter
+from tolerances import PATIENCE, same_scores, same_selection
+
+pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+CONTEXT = 160
+VLLM = {"enforce_eager": True, "max_model_len": CONTEXT}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settings_of_vllm() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with a shorter context, so that both engines read as much, and with a chat template."""
+    folder = tmp_path_factory.mktemp("base")
+    for file in (demo_folder() / "model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of different ranks on different modules, the demo's beside ours; one of them overflows."""
+    folder = tmp_path_factory.mktemp("pool")
+    for file in (demo_folder() / "adapters").rglob("*"):
+        if file.is_file():
+            place = folder / file.relative_to(demo_folder() / "adapters")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(file.read_bytes())
+    model, _ = load_base(str(base), device="cpu")
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    write_adapter(folder / "ours" / "small", model, ("q_proj", "v_proj"), rank=3, seed=1, scale=0.02)
+    write_adapter(folder / "ours" / "large", model, every, rank=11, seed=2, scale=0.02)
+    write_adapter(folder / "ours" / "overflows", model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(base: Path, pool: Path) -> LoGo:
+    return LoGo.from_pretrained(str(base), pool, device="cpu", k=4)
+
+
+@pytest.fixture(scope="module", params=["gate", "merge"])
+def inside(request: pytest.FixtureRequest, base: Path, pool: Path) -> Iterator[Any]:
+    """The engine inside vLLM."""
+    told = {"additional_config": {"logo": {"mode": request.param}}}
+    made: Any = LoGo.from_pretrained(str(base), pool, engine="vllm", k=4, model_kwargs={**VLLM, **told})
+    assert made.core.mode == request.param
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[str]:
+    """Two held-out prompts of each of the demo's tasks."""
+    files = sorted((demo_folder() / "heldout").glob("*.jsonl"))
+    return [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:2]]
+
+
+CHATS = [
+    [{"role": "user", "content": "What is the plural of cat?"}],
+    [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": [{"type": "text", "text": "What is the "}, {"type": "text", "text": "capital?"}]},
+        {"role": "assistant", "content": "Paris"},
+        {"role": "user", "content": "Spell it backwards."},
+    ],
+]
+
+
+def same_answers(found: Any, expected: Any) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        same_selection(one.selection, other.selection)
+        assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
+        assert one.form == ("gated" if any(one.selection.weights) else "base")
+        assert set(one.seconds) == set(other.seconds)
+
+
+# -- what it is --------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_the_same_engine_to_whoever_asks(inside: Any, local: LoGo) -> None:
+    for name in ("names", "k", "points", "settings", "merge"):
+        assert getattr(inside, name) == getattr(local, name), name
+    assert inside.fitted.names == inside.pool.names == local.fitted.names
+    assert inside.prompts.context == local.prompts.context == CONTEXT
+    assert inside.tokenizer("cats")["input_ids"] == local.tokenizer("cats")["input_ids"]
+
+
+def test_a_run_has_the_same_identity_and_says_in_which_environment_it_ran(inside: Any, local: LoGo) -> None:
+    assert engine_identity(inside, "base", {"stop_at_newline": True}) == engine_identity(
+        local, "base", {"stop_at_newline": True}
+    )
+    here = environment(local)
+    assert environment(inside) == {**here, "vllm": environment(inside)["vllm"]}
+    assert "vllm" not in here
+
+
+# -- selecting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal", ["calibrated", "norm", "entropy", "norm_z", "spectr"])
+def test_selections_are_those_of_the_local_engine(inside: Any, local: LoGo, rows: list[str], signal: str) -> None:
+    candidates = [name for name in local.names if name != "ours/overflows"]
+    for found, expected in zip(
+        inside.select(rows, signal=signal, candidates=candidates),
+        local.select(rows, signal=signal, candidates=candidates),
+        strict=True,
+    ):
+        same_selection(found, expected)
+
+
+def test_every_kind_of_prompt_is_read(inside: Any, local: LoGo, rows: list[str]) -> None:
+    ids = local.tokenizer(rows[0])["input_ids"]
+    several = local.tokenizer(rows[:3], padding=True, return_tensors="pt")
+    for given in (rows[0], ids, torch.tensor(ids), local.tokenizer(rows[0]), CHATS[0], CHATS[1]):
+        same_selection(inside.select(given), local.select(given))
+    for given in (rows[:3], several, CHATS, [rows[0], ids, CHATS[1]]):
+        for found, expected in zip(inside.select(given), local.select(given), strict=True):
+            same_selection(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"k": 2}, {"weighting": "softmax"}, {"keep_mass": 0.5}, {"candidates": ["ours/small", "ours/large"]}, {"k": 1}],
+    ids=str,
+)
+def test_a_call_may_ask_for_more(inside: Any, local: LoGo, rows: list[str], options: dict[str, Any]) -> None:
+    for found, expected in zip(inside.select(rows[:4], **options), local.select(rows[:4], **options), strict=True):
+        same_selection(found, expected)
+    scores = local.select(rows[0]).scores
+    assert inside.reselect(scores, **options) == local.reselect(scores, **options)
+
+
+def test_prompts_that_are_too_long_are_cut_in_the_same_place(inside: Any, local: LoGo, rows: list[str]) -> None:
+    long = " ".join(rows)
+    for engine in (inside, local):
+        with pytest.warns(UserWarning, match="more than the 152 that fit: its beginning is cut"):
+            engine.last = engine.generate(long, max_new_tokens=8)
+    same_answers([inside.last], [local.last])
+
+
+# -- generating --------------------------------------------------------------------------------------------------------
+
+
+def test_many_prompts_are_answered_at_once_as_by_the_local_engine(inside: Any, local: LoGo, rows: list[str]) -> None:
+    names = [name for name in local.names if name != "ours/overflows"]
+    mixed: list[Any] = [None, {}, {names[0]: 0.7, "ours/large": 0.3}, {"ours/small": 1.0}]
+    adapters = [mixed[i % len(mixed)] for i in range(len(rows))]
+    options: dict[str, Any] = {"adapters": adapters, "max_new_tokens": 12, "batch_size": 16, "candidates": names}
+    same_answers(inside.generate(rows, **options), local.generate(rows, **options))
+    assert len(rows) == 32
+
+
+@pytest.mark.parametrize("signal", ["calibrated", "norm"])
+def test_each_prompt_is_answered_by_its_own_mixture(inside: Any, local: LoGo, rows: list[str], signal: str) -> None:
+    names = [name for name in local.names if name != "ours/overflows"]
+    options: dict[str, Any] = {"signal": signal, "candidates": names, "max_new_tokens": 12}
+    found = inside.generate([*rows, *CHATS], **options)
+    same_answers(found, local.generate([*rows, *CHATS], **options))
+    assert len({one.selection.adapters for one in found}) > 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_at_newline": True},
+        {"stop_at_newline": "official"},
+        {"stop": ["e", "\n"]},
+        {"stop": "a"},
+        {"stop_strings": ["o", "e"]},
+        {"min_new_tokens": 9},
+        {"repetition_penalty": 1.5},
+        {"eos_token_id": [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]},
+        {"generation_config": GenerationConfig(do_sample=False, max_new_tokens=5)},
+        {"do_sample": True, "top_k": 1},
+    ],
+    ids=str,
+)
+def test_answers_end_where_those_of_the_local_engine_do(
+    inside: Any, local: LoGo, rows: list[str], options: dict[str, Any]
+) -> None:
+    given = {"adapters": {"ours/large": 1.0}, **options}
+    given |= {} if "generation_config" in options else {"max_new_tokens": 10}
+    expected = local.generate(rows[:8], batch_size=1, **given)
+    same_answers(inside.generate(rows[:8], **given), expected)
+
+
+def test_sampling_follows_the_seed_of_pytorch(inside: Any, rows: list[str]) -> None:
+    options: dict[str, Any] = {"do_sample": True, "temperature": 2.0, "top_p": 0.99, "top_k": 300, "min_p": 0.001}
+
+    def sampled(seed: int, prompts: list[str]) -> list[Any]:
+        torch.manual_seed(seed)
+        return [one.token_ids for one in inside.generate(prompts, adapters={}, max_new_tokens=8, **options)]
+
+    assert sampled(1, rows[:4]) == sampled(1, rows[:4])
+    assert sampled(1, rows[:4])[:2] == sampled(1, rows[:2])  # whatever runs beside it
+    assert sampled(1, rows[:4]) != sampled(2, rows[:4])
+
+
+def test_the_pieces_of_a_stream_are_the_answer(inside: Any, rows: list[str]) -> None:
+    names = [name for name in inside.names if name != "ours/overflows"]
+    for options in ({}, {"candidates": names, "k": 2}, {"adapters": {"ours/small": 1.0}}, {"stop_strings": ["e"]}):
+        whole = inside.generate(rows[0], max_new_tokens=10, **options)
+        pieces = list(inside.stream(rows[0], max_new_tokens=10, **options))
+        assert "".join(pieces) == whole.text
+        assert len(pieces) > 1
+
+
+def test_a_stream_may_be_left_and_others_may_be_answered_meanwhile(inside: Any, rows: list[str]) -> None:
+    expected = inside.generate(rows[1], max_new_tokens=10, adapters={})
+    pieces = inside.stream(rows[0], max_new_tokens=40, adapters={}, min_new_tokens=40)
+    first = next(pieces)
+    assert inside.generate(rows[1], max_new_tokens=10, adapters={}).token_ids == expected.token_ids
+    second = next(pieces)
+    assert inside.generate(rows[0], max_new_tokens=40, adapters={}, min_new_tokens=40).text.startswith(first + second)
+    pieces.close()
+    assert inside.llm.llm_engine.get_num_unfinished_requests() == 0
+
+
+class Told(TextStreamer):
+    """What a streamer is told."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        self.tokens: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_is_told_each_token(inside: Any, local: LoGo, rows: list[str]) -> None:
+    told = []
+    for engine in (inside, local):
+        streamer = Told(local.tokenizer)
+        answer = engine.generate(rows[0], adapters={"ours/small": 1.0}, max_new_tokens=6, streamer=streamer)
+        told.append((streamer.tokens, streamer.ended))
+        assert [token for [token] in streamer.tokens[1:]] == list(answer.token_ids)
+    assert told[0] == told[1]
+
+
+def test_a_mixture_that_overflows_is_an_error(inside: Any, rows: list[str]) -> None:
+    bad = {"ours/overflows": 1.0}
+    for options in ({}, {"do_sample": True}, {"streamer": Told(inside.tokenizer)}):
+        with pytest.raises(NotFinite, match=r"not finite with this mixture of adapters.*float32.*'ours/overflows'"):
+            inside.generate(rows[0], adapters=bad, max_new_tokens=4, **options)
+    with pytest.raises(NotFinite, match="not finite"):
+        list(inside.stream(rows[0], adapters=bad, max_new_tokens=4))
+    good = {"ours/small": 1.0}
+    assert inside.generate(rows[0], adapters=good, max_new_tokens=4).token_ids  # the engine goes on
+
+
+# -- scoring -----------------------------------------------------------------------------------------------------------
+
+
+def test_completions_are_worth_the_same(inside: Any, local: LoGo, rows: list[str]) -> None:
+    mixtures: list[Any] = [{}, {"ours/large": 1.0}, {"ours/small": 0.5, "ours/large": 0.5}, {}]
+    for prompt in (rows[0], rows[5], CHATS[1]):
+        answer = local.generate(prompt, adapters=mixtures[1], max_new_tokens=6).text
+        for gold in (answer, "cats", "c", "a longer one, of several words"):
+            if not gold.strip():
+                continue
+            found, expected = inside.score(prompt, gold, mixtures), local.score(prompt, gold, mixtures)
+            assert [one.nll for one in found] == same_scores([one.nll for one in expected])
+            assert [(one.exact_match, one.tokens) for one in found] == [
+                (one.exact_match, one.tokens) for one in expected
+            ]
+    pairs = [(local.tokenizer(row)["input_ids"], [7, 8, 9]) for row in rows[:5]]
+    whole = ([5] * (CONTEXT - 3), [7, 8, 9])  # the last is predicted, never read
+    adapters = [{"ours/large": 0.1 * i} for i in range(6)]
+    found, expected = (engine.score_pairs([*pairs, whole], adapters) for engine in (inside, local))
+    assert [one.nll for one in found] == same_scores([one.nll for one in expected])
+
+
+def test_scoring_leaves_room_for_the_token_that_vllm_wants_to_write(inside: Any) -> None:
+    with pytest.raises(UsageError, match=f"pair 1 has {CONTEXT + 1} tokens, but the model reads {CONTEXT - 1} and"):
+        inside.score_pairs([([5] * (CONTEXT - 1), [7, 8])], [{}])
+
+
+def test_what_vllm_itself_refuses_is_said_in_a_line(inside: Any) -> None:
+    with pytest.raises(UsageError, match="vLLM refuses these options: temperature must be in") as found:
+        inside.generate("x", adapters={}, do_sample=True, temperature=9.0)
+    assert "\n" not in str(found.value)
+    with pytest.raises(UsageError, match=f"vLLM refuses a prompt of {CONTEXT} tokens"):
+        inside.select_ids([[5, 6], [5] * CONTEXT])
+    assert inside.llm.llm_engine.get_num_unfinished_requests() == 0
+
+
+def test_a_selection_may_be_scored(inside: Any, local: LoGo, rows: list[str]) -> None:
+    names = [name for name in local.names if name != "ours/overflows"]
+    found, expected = (engine.score(rows[3], "yes", [None], candidates=names) for engine in (inside, local))
+    assert found[0].nll == same_scores(expected[0].nll)
+
+
+def test_a_mixture_is_saved_as_one_adapter(inside: Any, local: LoGo, tmp_path: Path) -> None:
+    mixture = {"ours/small": 0.5, "ours/large": 0.5}
+    made = [engine.save_mixture(mixture, tmp_path / str(i)) for i, engine in enumerate((inside, local))]
+    first, second = (open_adapter(folder, "saved").read() for folder in made)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[module].A, second[module].A) for module in first)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+BAD: list[Callable[[Any], Any]] = [
+    lambda logo: logo.select([]),
+    lambda logo: logo.select(7),
+    lambda logo: logo.select({"role": "user", "content": "x"}),
+    lambda logo: logo.select([{"role": "users", "content": "x"}]),
+    lambda logo: logo.select([{"role": "user"}]),
+    lambda logo: logo.select([1, "x"]),
+    lambda logo: logo.select([1, 10**6]),
+    lambda logo: logo.select([[]]),
+    lambda logo: logo.select("x", k=0),
+    lambda logo: logo.select("x", k=None, max_new_tokens=0),
+    lambda logo: logo.select("x", max_new_tokens=CONTEXT),
+    lambda logo: logo.select("x", signal="norms"),
+    lambda logo: logo.select("x", weighting="adaptive", signal="norm"),
+    lambda logo: logo.select("x", keep_mass=2),
+    lambda logo: logo.select("x", candidates=[]),
+    lambda logo: logo.select("x", candidates=["ours/smal"]),
+    lambda logo: logo.select("x", batch_size=0),
+    lambda logo: logo.select("x", unknown=1),
+    lambda logo: logo.reselect({"a": 1.0}, candidates=["ours/smal"]),
+    lambda logo: logo.generate("x", adapters={"ours/smal": 1.0}),
+    lambda logo: logo.generate("x", adapters={"ours/small": float("nan")}),
+    lambda logo: logo.generate("x", adapters={"ours/small": 1.0}, candidates=["ours/large"]),
+    lambda logo: logo.generate("x", adapters={"ours/small": 1.0}, k=2),
+    lambda logo: logo.generate(["x", "y"], adapters=[{}]),
+    lambda logo: logo.generate("x", max_tokens=3),
+    lambda logo: logo.generate("x", temprature=3),
+    lambda logo: logo.generate("x", generation_config=GenerationConfig(do_sample=True, num_return_sequences=2)),
+    lambda logo: logo.generate("x", batch_size=-1),
+    lambda logo: logo.generate(["x", "y"], streamer=Told(logo.tokenizer)),
+    lambda logo: logo.stream("x", adapters={"ours/small": 1.0}, k=2),
+    lambda logo: logo.stream("x", max_new_tokens=-1),
+    lambda logo: logo.score("x", "", [{}]),
+    lambda logo: logo.score("x", "word " * CONTEXT, [{}]),
+    lambda logo: logo.score("x", "y", [{"ours/smal": 1.0}]),
+    lambda logo: logo.score_pairs([([], [1])], [{}]),
+    lambda logo: logo.score_pairs([([1], [1])], [{}, {}]),
+    lambda logo: logo.save_mixture({}, "nowhere"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+def test_bad_input_is_refused_in_the_same_words(inside: Any, local: LoGo, number: int) -> None:
+    with pytest.raises(LoGoError) as expected:
+        BAD[number](local)
+    with pytest.raises(LoGoError) as found:
+        BAD[number](inside)
+    assert (type(found.value), str(found.value)) == (type(expected.value), str(expected.value))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 2}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[1]]}, {"typical_p": 0.5}, {"max_time": 1.0}],
+    ids=str,
+)
+def test_what_vllm_cannot_decode_is_refused_in_a_line(inside: Any, options: dict[str, Any]) -> None:
+    [name] = options
+    for call in (inside.generate, inside.stream):
+        with pytest.raises(
+            UsageError, match=rf"^generation option '{name}' .*: the engine 'vllm' cannot do that.*local"
+        ):
+            call("x", **options)
+
+
+def test_a_merge_that_is_not_exact_and_a_pool_that_changes_are_refused(inside: Any, pool: Path) -> None:
+    inside.merge = "cat"  # PEFT's name for the exact one
+    with pytest.raises(UsageError, match="merge 'ties': the engine 'vllm' mixes adapters exactly"):
+        inside.merge = "ties"
+    removed = inside.pool.remove("ours/small")
+    try:
+        with pytest.raises(UsageError, match="the pool of the engine 'vllm' cannot change"):
+            inside.select("x")
+    finally:
+        inside.pool.add(removed)
+        inside._version = inside.pool.version
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"engine": "vlm"}, r"unknown engine 'vlm' \(did you mean 'vllm'\?\): expected one of local, vllm"),
+        ({"fold": True}, "fold: the engine 'vllm' has no such option"),
+        ({"device": "cpu"}, "device: the engine 'vllm' has no such option"),
+        ({"adapter_memory_gb": 1.0}, "adapter_memory_gb: the engine 'vllm' has no such option"),
+        ({"merge": "ties"}, "merge 'ties': the engine 'vllm' mixes adapters exactly"),
+        ({"preset": "official"}, "inside vLLM prompts are probed by the base model alone"),
+        ({"baseline": "running"}, "inside vLLM prompts are probed by the base model alone"),
+        ({"model_kwargs": {"trust_remote_code": True}}, "trust_remote_code cannot be set"),
+        ({"model_kwargs": {"max_lora": 4}}, "model_kwargs: vllm.LLM refuses them: .*max_lora"),
+        ({"model_kwargs": {"max_lora_rank": 8}}, "--max-lora-rank is 8, but adapter 'ours/large' has rank 11"),
+        ({"model_kwargs": {"max_loras": 2, "max_lora_rank": 16}, "k": 4}, "--max-loras is 2, but the pool has 19"),
+        ({"dtype": "int8"}, "dtype 'int8': expected"),
+        ({"signals": "norm"}, r"unknown setting 'signals' \(did you mean 'signal'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_opened_is_refused_in_a_line(base: Path, pool: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(LoGoError, match=said) as found:
+        LoGo.from_pretrained(str(base), pool, **{"engine": "vllm", **options})
+    assert "\n" not in str(found.value)
+
+
+def test_a_pool_in_memory_has_to_be_a_folder(base: Path, pool: Path) -> None:
+    from logo.backends.vllm.opening import _folder_of
+
+    whole = AdapterPool.from_directory(pool)
+    assert _folder_of(whole, "error", None) == str(pool)
+    with pytest.raises(PoolError, match="all of its adapters have to lie in one folder"):
+        LoGo.from_pretrained(str(base), whole.subset("ours/*"), engine="vllm")
+
+
+def test_the_demo_opens_with_its_own_pool_and_number_of_adapters() -> None:
+    made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs={"enforce_eager": True})
+    try:
+        assert (made.k, made.settings.k, len(made.names)) == (3, None, 16)
+        local = LoGo.from_pretrained("demo", device="cpu")
+        for signal in ("calibrated", "arrow"):
+            found, expected = (engine.select("What is 7 plus 5?", signal=signal) for engine in (made, local))
+            same_selection(found, expected)
+            assert len(found.adapters) == 3
+    finally:
+        made.close()
+
+
+def test_the_engine_is_not_imported_by_others() -> None:
+    code = "import logo, sys; logo.LoGo; assert not [name for name in sys.modules if name.startswith('vllm')]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
