@@ -63,4 +63,4 @@ def completion(server: Served, model: str, prompt: str = PROMPT, **more: Any) ->
     """An answer of the API as the page shows it, and what it was mixed from."""
     body = {"model": model, "prompt": prompt, "max_tokens": 64, "temperature": 0, **more}
     reply = server.post("/v1/completions", body)
-    return reply["choices"][0]["text"].lstrip(), reply["logo"]
+    return reply["choices"][0]["text"].lstrip(), reply.get("logo")

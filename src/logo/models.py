@@ -131,6 +131,14 @@ class PoolPlace:
     revision: str | None = None
     on_hub: bool = False
 
+    @property
+    def spec(self) -> str:
+        """What `pool_place` reads as this place, whatever the working directory is."""
+        if not self.on_hub:
+            return str(Path(self.source).absolute())
+        folder = f"/{self.subfolder}" if self.subfolder else ""
+        return f"{self.source}{folder}{f'@{self.revision}' if self.revision else ''}"
+
 
 def pool_place(adapters: str | None, base_model: str, model_dir: str | Path | None = None) -> PoolPlace:
     """Where the pool is that `open_pool` opens.

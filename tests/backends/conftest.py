@@ -4,107 +4,25 @@ out."""
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack
 
 import pytest
+from vllm_server import KEY, Server, command, environment, free_port, started
 
-if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("vllm.lora") is None:
+_found = importlib.util.find_spec("vllm")
+if _found is None or _found.origin is None:  # without an origin: a folder that happens to be called so
     collect_ignore_glob = ["test_*.py"]
-
-ASSETS = Path(__file__).parent.parent.parent / "src" / "logo" / "demo" / "assets"
-KEY = "a-key-of-ours"
-# A server needs some 30 s on two idle cores.
-START = 300.0
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running vLLM.
-
-    Attributes:
-        url: where it listens.
-        process: of the API server.
-        log: what it has said so far.
-    """
-
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def ask(self, path: str, body: Any = None, key: str | None = KEY) -> tuple[int, Any]:
-        """Status and JSON of an answer."""
-        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            text = error.read()
-            return error.code, json.loads(text) if text else None
-
-
-def command(*flags: str, model: Path = ASSETS / "model") -> list[str]:
-    """The API server of vLLM's wheel for CPUs, which has no `vllm` command."""
-    module = "vllm.entrypoints.openai.api_server"
-    usual = ["--served-model-name", "base", "--enable-lora", "--dtype", "float32", "--enforce-eager"]
-    return [sys.executable, "-m", module, "--model", str(model), *usual, *flags]
-
-
-def environment(pool: Path | None = ASSETS / "adapters", **options: Any) -> dict[str, str]:
-    """Of a server; `options` are LoGo's."""
-    own = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    if pool is not None:
-        own["LOGO_POOL"] = str(pool)
-    return own | ({"LOGO_OPTIONS": json.dumps(options)} if options else {})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Starts servers, and waits until they answer. All of them end with the tests."""
-    running: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
 
-    def start(*flags: str, env: dict[str, str] | None = None) -> Server:
-        port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-        asked = command(*flags, "--port", str(port), "--host", "127.0.0.1", "--api-key", KEY)
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                asked, env=env or environment(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        running.append(process)
-        server, waited = Server(f"http://127.0.0.1:{port}", process, log), time.monotonic()
-        while process.poll() is None and time.monotonic() - waited < START:
-            try:
-                urllib.request.urlopen(f"{server.url}/health", timeout=5).close()
-                return server
-            except OSError:
-                time.sleep(0.5)
-        raise RuntimeError(f"vLLM did not start:\n{log.read_text()[-4000:]}")
+        def start(*flags: str, env: dict[str, str] | None = None) -> Server:
+            port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+            asked = command(*flags, "--port", str(port), "--host", "127.0.0.1", "--api-key", KEY)
+            return stack.enter_context(started(asked, port, env or environment(), log))
 
-    yield start
-    for process in running:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-    for process in running:
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        yield start

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_server import ASSETS
 
-from conftest import ASSETS
 from logo import AdapterPool, LoGo
 from logo.backends.vllm.recipe import Recipe
 from logo.models import default_pool, load_base

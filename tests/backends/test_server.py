@@ -9,8 +9,8 @@ from typing import Any
 
 import openai
 import pytest
+from vllm_server import ASSETS, KEY, Server, environment
 
-from conftest import ASSETS, KEY, Server
 from logo import LoGo
 from logo.models import default_pool, load_base
 
@@ -32,8 +32,6 @@ def rows() -> list[str]:
 
 @pytest.fixture(scope="module", params=["gate", "merge"])
 def server(request: pytest.FixtureRequest, serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
-    from conftest import environment
-
     template = tmp_path_factory.mktemp("template") / "chat.jinja"
     template.write_text(TEMPLATE)
     slots = ("16", "8") if request.param == "gate" else ("4", "32")

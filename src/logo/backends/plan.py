@@ -117,16 +117,20 @@ class Plan:
         return None if self.usable is None else self.total <= self.usable
 
     @property
-    def flags(self) -> tuple[str, ...]:
-        """What vLLM is started with for it."""
-        parallel = ("--tensor-parallel-size", str(self.tensor_parallel)) if self.tensor_parallel > 1 else ()
+    def slot_flags(self) -> tuple[str, ...]:
+        """What vLLM is told of its slots."""
         return (
             "--enable-lora",
             *("--max-loras", str(self.max_loras)),
             *("--max-lora-rank", str(self.max_lora_rank)),
             *("--lora-target-modules", *self.targets),
-            *parallel,
         )
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What vLLM is started with for it."""
+        parallel = ("--tensor-parallel-size", str(self.tensor_parallel)) if self.tensor_parallel > 1 else ()
+        return (*self.slot_flags, *parallel)
 
 
 def plan(

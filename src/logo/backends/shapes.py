@@ -20,6 +20,7 @@ from logo.selection.points import decoder_layers, points_of, text_config
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
@@ -82,6 +83,22 @@ class ModelShape:
     def weights(self, dtype_bytes: int) -> int:
         """Bytes of the weights, those that are not quantised with so many bytes per number."""
         return (self.parameters - self.quantised) * dtype_bytes + int(self.quantised * self.bits / 8)
+
+
+def number_dtype(shape: ModelShape, dtype: str) -> torch.dtype:
+    """What vLLM computes in. `dtype`: its name; `"auto"`: the checkpoint's, but bfloat16 instead of float32.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    import torch
+
+    if dtype == "auto":
+        dtype = "bfloat16" if shape.dtype == "float32" else shape.dtype
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise UsageError(f"dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    return kind
 
 
 @dataclass(frozen=True)

@@ -94,20 +94,14 @@ def plan(
     if count is None and (rank is not None or targets is not None):
         raise UsageError("--rank and --targets are of adapters that are only counted: give --adapters a number")
 
-    import torch
-
     from logo.backends.plan import plan as planned
-    from logo.backends.shapes import ModelShape
+    from logo.backends.shapes import ModelShape, number_dtype
     from logo.models import load_skeleton
 
     quiet_transformers()
     model = load_skeleton(base_model, model_dir=model_dir)
     shape = ModelShape.of(model)
-    if dtype == "auto":
-        dtype = "bfloat16" if shape.dtype == "float32" else shape.dtype
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise UsageError(f"dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    kind = number_dtype(shape, dtype)
     if count is None:
         options = EngineOptions(base_model, adapters, n_selected_modules=n_selected_modules, model_dir=model_dir)
         pool = _of_folder(model, options, base_model)
@@ -128,7 +122,7 @@ def plan(
     if json:
         print_json(_plain(found, shape, pool, asked, concurrency))
     else:
-        _print(found, shape, pool, dtype, asked, concurrency)
+        _print(found, shape, pool, str(kind).removeprefix("torch."), asked, concurrency)
 
 
 def device_bytes(gpu: str) -> int:

@@ -9,15 +9,25 @@ from typing import Annotated
 
 import typer
 
+from logo.cli import serve_vllm
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, expanded
+from logo.cli.options import Choice, EngineOptions, expanded
 from logo.cli.output import note
 from logo.cli.prompts import or_demo
+from logo.cli.serve_vllm import OPEN, VllmMode
 from logo.errors import StorageError, UsageError
 
 NETWORK = "Network"
 LIMITS = "Limits"
 CHANGES = "Changes and logs"
+VLLM = "With --engine vllm"
+
+MAX_QUEUE, REQUEST_TIMEOUT, MAX_BODY_MB = 256, 600.0, 1.0
+
+
+class ServeEngine(Choice):
+    LOCAL = "local"
+    VLLM = "vllm"
 
 
 @expanded
@@ -73,13 +83,13 @@ def serve(
     ] = 64,
     max_queue: Annotated[
         int, typer.Option(help="Answers that may wait beside those; more get 429.", min=0, rich_help_panel=LIMITS)
-    ] = 256,
+    ] = MAX_QUEUE,
     request_timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take; 0: any.", min=0.0, rich_help_panel=LIMITS)
-    ] = 600.0,
+    ] = REQUEST_TIMEOUT,
     max_body_mb: Annotated[
         float, typer.Option(help="Size of a request, in 10⁶ bytes.", min=0.001, rich_help_panel=LIMITS)
-    ] = 1.0,
+    ] = MAX_BODY_MB,
     kv_cache_gb: Annotated[
         float | None,
         typer.Option(
@@ -101,6 +111,31 @@ def serve(
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Log one JSON object per line.", rich_help_panel=CHANGES)
     ] = False,
+    server: Annotated[
+        ServeEngine, typer.Option("--engine", help="This process, or vLLM's own server with LoGo in it.")
+    ] = ServeEngine.LOCAL,
+    vllm_mode: Annotated[
+        VllmMode,
+        typer.Option(
+            help="A slot per adapter (gate) or per request (merge); auto: what takes less.", rich_help_panel=VLLM
+        ),
+    ] = VllmMode.AUTO,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a prompt and its answer at most.", min=1, show_default="the model's", rich_help_panel=VLLM
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would be started, without secrets.", rich_help_panel=VLLM),
+    ] = False,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- VLLM_FLAGS]", help="With --engine vllm: further flags for vLLM.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Serve a base model and a pool as one OpenAI-compatible endpoint.
 
@@ -109,13 +144,50 @@ def serve(
     Example: `logo serve --base-model demo`, then `curl localhost:8000/v1/completions -H 'Content-Type:
     application/json' -d '{"model": "logo", "prompt": "What is 7 plus 5?", "temperature": 0}'`
     """
+    keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get("LOGO_API_KEY")]))
+    others = [name.strip() for name in (signals or "").split(",") if name.strip()]
+    if server is ServeEngine.VLLM:
+        given = {
+            "--key-adapters": key_adapters is not None,
+            "--max-queue": max_queue != MAX_QUEUE,
+            "--request-timeout": request_timeout != REQUEST_TIMEOUT,
+            "--max-body-mb": max_body_mb != MAX_BODY_MB,
+            "--allow-adapter-changes": allow_adapter_changes is not None,
+            "--log-json": log_json,
+        }
+        engine, base_model = or_demo(engine)
+        asked = serve_vllm.Asked(
+            name=_name(served_model_name, base_model),
+            host=host,
+            port=port,
+            api_keys=keys,
+            allow_hosts=tuple(allow_host or ()),
+            cors=tuple(cors or ()),
+            open_metrics=open_metrics,
+            signals=others,
+            max_concurrent=max_concurrent,
+            kv_cache_gb=kv_cache_gb,
+            mode=vllm_mode,
+            max_model_len=max_model_len,
+            arguments=tuple(arguments or ()),
+            refused=tuple(option for option, is_given in given.items() if is_given),
+        )
+        serve_vllm.serve(engine, base_model, asked, dry_run=dry_run)
+        return
+    for option, is_given in (
+        ("--vllm-mode", vllm_mode is not VllmMode.AUTO),
+        ("--max-model-len", max_model_len is not None),
+        ("--dry-run", dry_run),
+        (f"argument {(arguments or [''])[0]!r}", bool(arguments)),
+    ):
+        if is_given:
+            raise UsageError(f"{option} is for --engine vllm alone")
     for needed in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(needed) is None:
             raise UsageError(f"serving needs {needed}: install lora-on-the-go[serve]")
     folder = None if allow_adapter_changes is None else allow_adapter_changes.resolve()
     if folder is not None and not folder.is_dir():
         raise StorageError(f"--allow-adapter-changes {folder}: expected a folder, found none; create it first")
-    keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get("LOGO_API_KEY")]))
     from logo.serving.guards import GuardSettings, is_loopback
     from logo.serving.keys import read_key_adapters, unmatched
     from logo.serving.logs import configure
@@ -127,12 +199,10 @@ def serve(
     )
     configure(log_json=log_json)
     if not keys and not bound and not is_loopback(host):
-        note(f"Listening on {host} without an API key: whoever reaches it may use it. --api-key asks for one.")
+        note(OPEN.format(host))
     taken = listening(host, port)
     engine, base_model = or_demo(engine)
-    name = served_model_name or base_model.rstrip("/").rpartition("/")[2]
-    if name == "logo":
-        raise UsageError("--served-model-name 'logo' is what selects adapters; choose another name for the base model")
+    name = _name(served_model_name, base_model)
 
     from logo.selection.signals import get_signal
     from logo.serving.app import AppSettings
@@ -140,7 +210,6 @@ def serve(
     from logo.serving.running import serve as run
     from logo.serving.service import Service
 
-    others = [name.strip() for name in (signals or "").split(",") if name.strip()]
     for other in others:
         get_signal(other)  # raises before anything slow happens
     logo = open_engine(engine, base_model)
@@ -151,3 +220,11 @@ def serve(
     note(service.batching.plan.line)
     settings = AppSettings(name, request_timeout or None, folder)
     run(service, settings, guards, taken, lambda: note(f"Serving on {address_of(taken)}"))
+
+
+def _name(asked: str | None, base_model: str) -> str:
+    """What the base model alone is called."""
+    name = asked or base_model.rstrip("/").rpartition("/")[2]
+    if name == "logo":
+        raise UsageError("--served-model-name 'logo' is what selects adapters; choose another name for the base model")
+    return name

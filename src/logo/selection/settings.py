@@ -140,6 +140,11 @@ class SelectionSettings:
             given = {"weighting": None, "baseline": "neutral" if raw else self.baseline, **given}
         return replace(self, **given) if given else self
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """What is not as it is by default, for another process: `SelectionSettings.of(**said)`."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
     @classmethod
     def of(cls, **settings: Any) -> SelectionSettings:
         """Settings by keyword, with a did-you-mean for unknown ones."""

@@ -9,16 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, Response
-from fastapi.staticfiles import StaticFiles
 
 from logo.protocol import Engine
-from logo.serving import changes, errors, routes
+from logo.serving import changes, errors, front, routes
 from logo.serving.answers import Answers
 from logo.serving.metrics import Metrics
 from logo.serving.replies import now
-
-PAGE = Path(__file__).parent / "page"
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,5 @@ def create_app(service: Engine, settings: AppSettings) -> FastAPI:
     if settings.adapter_changes is not None:
         app.include_router(changes.router)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(PAGE / "index.html")
-
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.router.routes.extend(front.ROUTES)
     return app

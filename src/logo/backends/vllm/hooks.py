@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from logo.backends.vllm import runner_v1, runner_v2
+from logo.backends.vllm.launch import check_environment
 from logo.backends.vllm.marks import mark
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import mode_of
@@ -138,6 +139,7 @@ def _create(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
 
 def _check(vllm_config: Any) -> None:
     """Refuses what LoGo cannot run in."""
+    check_environment(os.environ)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ModelError("LoGo reads layers in one process: use --tensor-parallel-size instead of pipeline parallelism")
     if vllm_config.lora_config.fully_sharded_loras:

@@ -25,7 +25,8 @@ async function load() {
   clearTimeout(retry);
   try {
     const [models, adapters] = await Promise.all([json("v1/models"), json("v1/logo/adapters")]);
-    for (const { id, logo } of models.data) if (logo.role in server) server[logo.role] = id;
+    server.auto = models.data.find(({ logo }) => logo?.role === "auto").id;
+    server.base = adapters.base_model;
     describe(models.data, adapters);
     show(["ask", "pool"], ["key", "trouble"]);
   } catch (error) {

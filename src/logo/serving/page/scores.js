@@ -11,8 +11,9 @@ export function showScores(reply, signal) {
   const chosen = new Map(reply.adapters.map((name, i) => [name, reply.weights[i]]));
   const rows = Object.entries(reply.scores).sort((a, b) => (b[1] ?? -Infinity) - (a[1] ?? -Infinity));
   at("scores-trouble").textContent = "";
+  const long = reply.tokens === undefined ? "" : ` of ${plural(reply.tokens, "token")}`; // vLLM's server does not count
   at("scores-about").textContent =
-    `How strongly each adapter responds to this prompt of ${plural(reply.tokens, "token")}, by the signal ${signal}. ` +
+    `How strongly each adapter responds to this prompt${long}, by the signal ${signal}. ` +
     `The best ${chosen.size === 1 ? "one is" : `${number(chosen.size)} are`} mixed.`;
   at("scores-body").replaceChildren(...(rows.length > MANY ? [picture(rows, chosen)] : []), ...table(rows, chosen));
 }

@@ -1,0 +1,113 @@
+"""vLLM's own server as a command: which flags a pool takes, and what LoGo is told through the environment."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from logo.backends.plan import Plan
+from logo.backends.vllm.options import OPTIONS, POOL
+from logo.errors import UsageError
+
+MODULE = "vllm.entrypoints.openai.api_server"
+ROUTER = "logo.backends.vllm.Router"
+API_KEY = "VLLM_API_KEY"
+RUST = "VLLM_USE_RUST_FRONTEND"
+
+# What a process may be given as one variable, on Linux, with room for its name.
+_LONGEST = 128 * 1024 - 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server to be started.
+
+    Attributes:
+        model: a folder or a Hub id.
+        name: what the base model alone is called.
+        plan: how mixtures are made, and in which slots.
+        pool: for `LOGO_POOL`.
+        options: for `LOGO_OPTIONS`.
+        host, port: where to listen.
+        api_key: what clients have to send; None: vLLM's own variable, if that is set.
+        flags: further flags, which are ours.
+        middlewares: put around vLLM's app after the router, so outside of it.
+        given: further flags, which are the user's and go before all others.
+    """
+
+    model: str
+    name: str
+    plan: Plan
+    pool: str
+    options: Mapping[str, Any]
+    host: str
+    port: int
+    api_key: str | None = field(default=None, repr=False)
+    flags: Sequence[str] = ()
+    middlewares: Sequence[str] = ()
+    given: Sequence[str] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """The program and its arguments. There is no secret among them."""
+        around = [part for path in (ROUTER, *self.middlewares) for part in ("--middleware", path)]
+        return [
+            *(sys.executable, "-m", MODULE),
+            *("--model", self.model, "--served-model-name", self.name),
+            *("--host", self.host, "--port", str(self.port)),
+            *self.plan.slot_flags,
+            *self.flags,
+            *around,
+            *self.given,  # of a flag that is given twice, vLLM takes the last
+        ]
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What is added to the environment, secrets left out.
+
+        Raises:
+            UsageError: it is longer than a process may be given.
+        """
+        options = json.dumps({**self.options, "mode": self.plan.mode}, ensure_ascii=False)
+        if len(options.encode()) > _LONGEST:
+            raise UsageError(
+                f"the options of LoGo are {len(options.encode()):,} bytes long, and no variable of the environment may "
+                f"be longer than {_LONGEST:,}: give fewer --calibration-prompts"
+            )
+        return {POOL: self.pool, OPTIONS: options}
+
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """The whole environment of the server."""
+        return {**inherited, **self.variables, **({} if self.api_key is None else {API_KEY: self.api_key})}
+
+    def shown(self, variables: Mapping[str, str]) -> str:
+        """As one would type it, without secrets. `variables`: further ones of the environment."""
+        said = [f"{name}={shlex.quote(value)}" for name, value in {**self.variables, **variables}.items()]
+        return " ".join([*said, shlex.join(self.command)])
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raises UsageError where vLLM would start a server that has no place for LoGo."""
+    if environment.get(RUST, "0").strip() not in ("", "0"):
+        raise UsageError(f"{RUST} is set: vLLM's Rust frontend runs no middleware, so no LoGo; unset it")
+
+
+def number(given: Sequence[str], *names: str) -> float | None:
+    """What a flag among these arguments says, the last one counting; None: it is not there, or says no number.
+
+    Args:
+        given: arguments as vLLM reads them: `--flag N`, `--flag=N`, dashes or underscores.
+        names: of the flag, such as `--tensor-parallel-size`.
+    """
+    found = None
+    for i, argument in enumerate(given):
+        flag, _, value = argument.partition("=")
+        if flag.replace("_", "-") in names:
+            value = value or (given[i + 1] if i + 1 < len(given) else "")
+            found = float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None
+    return found

