@@ -354,14 +354,19 @@ def load_skeleton(base_model: str, *, model_dir: str | Path | None = None) -> Pr
         return skeleton(config)
 
 
-def skeleton(config: Any) -> PreTrainedModel:
-    """A causal LM of this configuration on the meta device, where it takes no memory."""
+def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal LM of this configuration on the meta device, where it takes no memory.
+
+    Args:
+        dtype: of its parameters; None: as the configuration says.
+    """
     import torch
     import transformers
 
+    options = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
-    return model
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, **options)
+    return model.eval().requires_grad_(False)
 
 
 def cached_heads(config: Any) -> tuple[int, int]:

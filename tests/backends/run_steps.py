@@ -20,7 +20,7 @@ import psutil
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-from logo.backends.vllm.core import Core, values
+from logo.backends.vllm.core import Core, scores_of, values
 from logo.backends.vllm.marks import marked
 from logo.backends.vllm.recipe import Recipe
 
@@ -30,14 +30,17 @@ class Engine:
         flags = {"enable_lora": True, "enforce_eager": True, "dtype": "float32", "max_model_len": 256, **job["flags"]}
         self.llm = LLM(job["model"], additional_config={"logo": job["logo"]}, **flags)
         self.core = Core(self.llm.llm_engine.vllm_config)
-        self.core.opened(self.call("logo_open"))
+        pool = self.core.staged(None, self.call("logo_stage", None))
+        scored = {}
         for signal in self.core.options.all_signals:
             opened = self.call("logo_signal", signal)[0]
             if opened["texts"]:
                 keys = [f"text-{i}" for i in range(len(opened["texts"]))]
                 self.run([{"prompt_token_ids": text} for text in opened["texts"]], keys, "")
                 opened = self.call("logo_calibrate", signal, keys)[0]
-            self.core.scored(signal, opened["names"])
+            scored[signal] = opened["names"]
+        self.call("logo_commit")
+        self.core.commit(pool, scored)
 
     def call(self, name: str, *args: Any) -> list[Any]:
         return values(self.llm.collective_rpc(name, args=args))
@@ -50,7 +53,7 @@ class Engine:
         keys = [f"prompt-{i}" for i in range(len(prompts))]
         self.run(prompts, keys, signal)
         taken = self.call("logo_take", keys)[0]
-        return [taken[key] for key in keys]
+        return [scores_of(taken[key], self.core.pool.digest) for key in keys]
 
     def generate(self, rows: list[Any], max_tokens: int) -> Any:
         """`rows`: prompt and mixture, `{}` for the base model, or a recipe as text."""

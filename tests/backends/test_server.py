@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -227,3 +229,114 @@ def test_what_is_counted(server: Server) -> None:
 
     text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     assert "logo:answers_total" in text and "logo:probe_seconds_count" in text and "vllm:num_requests_running" in text
+
+
+# -- a pool that changes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["gate", "merge"])
+def changing(request: pytest.FixtureRequest, serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
+    from conftest import environment
+
+    slots = ("18", "8") if request.param == "gate" else ("4", "32")
+    env = environment(mode=request.param, k=4) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    flags = ("--max-loras", slots[0], "--max-lora-rank", slots[1], "--max-model-len", "256")
+    return serve(*flags, "--middleware", "logo.backends.vllm.Router", env=env)
+
+
+def listed(server: Server) -> list[str]:
+    return [card["id"] for card in server.ask("/v1/logo/adapters")[1]["data"]]
+
+
+def completion(server: Server, model: str, prompt: str) -> tuple[int, str]:
+    body = {"model": model, "prompt": prompt, "max_tokens": 10, "temperature": 0}
+    status, answer = server.ask("/v1/completions", body)
+    return status, answer["choices"][0]["text"].rstrip() if status == 200 else json.dumps(answer)
+
+
+def change(server: Server, what: str, name: str, folder: Path | None = None, **more: Any) -> tuple[int, str]:
+    import urllib.error
+    import urllib.request
+
+    place = {} if folder is None else {"lora_path": str(folder)}
+    body = json.dumps({"lora_name": name, **place, **more}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    request = urllib.request.Request(f"{server.url}/v1/{what}_lora_adapter", body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.fixture
+def weaker(tmp_path: Path) -> dict[str, Path]:
+    """Two adapters of the demo at nine tenths of their scale: contents that its pool does not have."""
+    folders = {}
+    for task in ("antonym", "capital"):
+        folders[task] = shutil.copytree(ASSETS / "adapters" / task, tmp_path / task)
+        config = json.loads((folders[task] / "adapter_config.json").read_text())
+        config["lora_alpha"] *= 0.9
+        (folders[task] / "adapter_config.json").write_text(json.dumps(config))
+    return folders
+
+
+def test_adapters_come_and_go_while_requests_run(
+    changing: Server, logo: LoGo, rows: list[str], weaker: dict[str, Path]
+) -> None:
+    prompt, names = rows[4], list(logo.names)
+    one, other = (logo.generate(prompt, adapters={task: 0.9}, max_new_tokens=10).text.rstrip() for task in weaker)
+    assert one != other
+    assert completion(changing, "new", prompt)[0] == 404
+    status, said = change(changing, "load", "new", weaker["antonym"])
+    assert status == 200, said
+    assert listed(changing) == sorted([*names, "new"])
+    assert completion(changing, "new", prompt) == (200, one)
+    # There is one, and nothing says to replace it.
+    assert change(changing, "load", "new", weaker["capital"])[0] == 400
+
+    seen: list[tuple[int, str]] = []
+    done = False
+
+    def load(model: str) -> None:
+        while not done:
+            seen.append(completion(changing, model, prompt) if model == "new" else completion(changing, model, rows[2]))
+
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(load, model) for model in ("new", "new", "new", "logo", "logo", "base")]
+        try:
+            for task in ("capital", "antonym", "capital"):
+                status, said = change(changing, "load", "new", weaker[task], load_inplace=True)
+                assert status == 200, said
+                expected = other if task == "capital" else one
+                assert completion(changing, "new", prompt) == (200, expected)
+        finally:
+            done = True
+        for job in running:
+            job.result()
+    assert {status for status, _ in seen} == {200}
+    plain = logo.generate(rows[2], adapters={}, max_new_tokens=10).text.rstrip()
+    assert {text for _, text in seen} >= {one, other, plain}
+    assert change(changing, "unload", "new")[0] == 200
+    assert completion(changing, "new", prompt)[0] == 404
+    assert listed(changing) == names
+    assert completion(changing, "logo", rows[2])[1] == logo.generate(rows[2], k=4, max_new_tokens=10).text.rstrip()
+
+
+def test_a_change_that_cannot_be_made_changes_nothing(
+    changing: Server, logo: LoGo, rows: list[str], tmp_path: Path
+) -> None:
+    for what, name, more, expected in (
+        ("load", "bad", {"lora_path": str(tmp_path)}, "adapter_config.json"),
+        ("load", "logo", {"lora_path": str(ASSETS / "adapters" / "capital")}, "already means another model"),
+        ("load", "../bad", {"lora_path": str(ASSETS / "adapters" / "capital")}, "lora_name"),
+        ("unload", "nobody", {}, "cannot be found"),
+    ):
+        status, said = change(changing, what, name, **more)
+        assert status in (400, 404) and expected in said, said
+    assert listed(changing) == list(logo.names)
+    assert completion(changing, "logo", rows[2])[1] == logo.generate(rows[2], k=4, max_new_tokens=10).text.rstrip()
+
+
+def test_a_pool_changes_only_where_vllm_allows_it(server: Server) -> None:
+    assert change(server, "load", "new", ASSETS / "adapters" / "antonym")[0] == 404

@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from logo.adapters.layout import BaseLayout
 from logo.api.names import Models
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import KeyedPool, check_alike
+from logo.backends.vllm.pool import Change, KeyedPool, check_alike
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.skeleton import skeleton
+from logo.backends.vllm.taps import CHANGED
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
 from logo.protocol import Wish
 from logo.selecting import Choosing
@@ -50,27 +52,45 @@ class Core:
         self.options = options
         model = vllm_config.model_config
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
+        self._layout = BaseLayout.of(self.skeleton)
         self.pool = KeyedPool.open(options, self.skeleton)
         self.choosing = Choosing(self.pool.adapters, options.settings)
         self.mode, self.reason = "", ""
         self._scored: dict[str, tuple[str, ...]] = {}  # the adapters that each signal scores
         self._live: Counter[int] = Counter()  # ids of recipes whose answers are on their way
         self._texts: dict[int, str] = {}
+        self._answering: Counter[str] = Counter()  # and the keys of their adapters
 
-    # -- opening -------------------------------------------------------------------------------------------------
+    # -- opening and changing --------------------------------------------------------------------------------------
 
-    def opened(self, described: Sequence[Mapping[str, Any]]) -> None:
-        """Takes what every worker has said of itself.
+    def staged(self, change: Change | None, described: Sequence[Mapping[str, Any]]) -> KeyedPool:
+        """The pool that the workers have begun to open, or to change to.
 
         Raises:
-            PoolError: a worker has another pool.
+            PoolError: a worker has another pool than this process.
         """
-        check_alike(described, self.pool)
+        pool = self.pool if change is None else self.pool.changed(change, self._layout)
+        check_alike(described, pool)
         self.mode, self.reason = described[0]["mode"], described[0]["reason"]
+        return pool
 
-    def scored(self, signal: str, names: Sequence[str]) -> None:
-        """Takes which adapters a signal scores."""
-        self._scored[signal] = tuple(names)
+    def commit(self, pool: KeyedPool, scored: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        """Makes it the pool that requests select from.
+
+        Args:
+            scored: the adapters that each signal scores.
+
+        Returns:
+            keys of adapters that have left it; answers with them may still be on their way.
+        """
+        left = set(self.pool.keys.values()) - set(pool.keys.values())
+        self.pool, self._scored = pool, {signal: tuple(names) for signal, names in scored.items()}
+        self.choosing = Choosing(pool.adapters, self.options.settings)
+        return tuple(left)
+
+    def answering(self, keys: Iterable[str]) -> bool:
+        """Whether answers with any of these adapters are on their way."""
+        return any(self._answering[key] for key in keys)
 
     @property
     def k(self) -> int:
@@ -116,10 +136,12 @@ class Core:
         number = recipe.number(self._texts)
         self._live[number] += 1
         self._texts[number] = text
+        self._answering.update(recipe.keys)
         try:
             yield LoRARequest(text, number, text)
         finally:
             self._live[number] -= 1
+            self._answering.subtract(recipe.keys)
             if not self._live[number]:
                 del self._live[number], self._texts[number]
 
@@ -145,16 +167,20 @@ def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [answer["value"] for answer in answers]
 
 
-def scores_of(key: str, taken: Mapping[str, Any]) -> list[float]:
-    """The scores of a probe.
+def scores_of(found: Any, digest: str) -> list[float] | None:
+    """The scores of a probe, from what a worker has answered; None where it has to be probed again.
+
+    Args:
+        digest: of the pool that is selected from.
 
     Raises:
         NotFinite: a score overflowed.
         ModelError: there are none.
     """
-    found = taken[key]
     if isinstance(found, str):
+        if found == CHANGED:
+            return None
         if "finite" in found:
             raise NotFinite(found)
         raise ModelError(f"the prompt could not be scored: {found}")
-    return list(found)
+    return list(found[1]) if found[0] == digest else None

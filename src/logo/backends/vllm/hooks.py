@@ -25,12 +25,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from logo.backends.vllm import runner_v1, runner_v2
+from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
 from logo.backends.vllm.marks import mark
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import mode_of
 from logo.backends.vllm.recipe import is_recipe
-from logo.backends.vllm.worker import CALLS, Worker
+from logo.backends.vllm.worker import Worker
 from logo.errors import LoGoError, ModelError
 
 log = logging.getLogger("vllm.logo")
@@ -65,7 +66,7 @@ def install() -> None:
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
-    if hasattr(WorkerBase, "logo_open"):
+    if hasattr(WorkerBase, CALLS[0].__name__):
         return
     _wrap(LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config"), _create)
     _wrap(model_manager, "get_punica_wrapper", (), _wrapper)

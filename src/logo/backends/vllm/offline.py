@@ -75,7 +75,9 @@ class VllmLoGo(Calls):
         self._layout = BaseLayout.of(model)
         self._lock = threading.RLock()
         self._requests = Requests(llm.llm_engine)
-        self.core.opened(self._call("logo_open"))
+        pool = self.core.staged(None, self._call("logo_stage", None))
+        self._call("logo_commit")
+        self.core.commit(pool, {})
         self._selecting: InWorkers = InWorkers(model, self.pool, settings, self._requests, self._call)
         self._selecting.open(settings)
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.format import Adapter
+from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
+from logo.backends.plan import slot_rank
 from logo.backends.vllm.options import Mode, Options
 from logo.backends.vllm.recipe import Recipe, key_of, pool_digest
 from logo.errors import PoolError, UsageError
@@ -17,6 +18,11 @@ from logo.selection.selector import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# What is done to a pool, the adapter's name, and its folder: `("add", name, folder)`, `("replace", name, folder)` or
+# `("remove", name, "")`.
+Change = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,28 @@ class KeyedPool:
     def by_key(self) -> dict[str, Adapter]:
         """Key -> adapter."""
         return {key: self.adapters[name] for name, key in self.keys.items()}
+
+    def changed(self, change: Change, layout: BaseLayout) -> KeyedPool:
+        """The pool after a change; this one stays as it is.
+
+        Raises:
+            AdapterError: the adapter cannot be used, or does not fit.
+            PoolError: there is one of that name, or there is none.
+        """
+        kind, name, folder = change
+        adapters = {adapter.name: adapter for adapter in self.adapters}
+        keys = dict(self.keys)
+        if kind == "remove":
+            del adapters[self.adapters[name].name], keys[name]
+            if not adapters:
+                raise PoolError(f"adapter {name!r} is the last one of the pool: a pool has one adapter or more")
+        else:
+            if kind == "add" and name in adapters:
+                raise PoolError(f"the pool has an adapter {name!r} already")
+            adapters[name] = open_adapter(folder, name).fit(layout)
+            keys[name] = key_of(adapters[name])
+        pool = AdapterPool(adapters.values(), self.adapters.refused, default_k=self.adapters.default_k)
+        return KeyedPool(pool, {adapter: keys[adapter] for adapter in pool.names})
 
     def recipe(self, selection: Selection) -> Recipe:
         """The recipe of a selection; without adapters, it is the base model's and has no parts."""
@@ -105,17 +133,18 @@ def choose_mode(asked: Mode, pool: AdapterPool, k: int, max_loras: int, max_rank
     if rank_of(largest) > max_rank:
         raise UsageError(
             f"--max-lora-rank is {max_rank}, but adapter {largest.name!r} has rank {rank_of(largest)}: pass "
-            f"--max-lora-rank {rank_of(largest)} or more"
+            f"--max-lora-rank {slot_rank(rank_of(largest))} or more"
         )
     if asked == "merge":
         raise UsageError(
             f"--max-lora-rank is {max_rank}, but {k} adapters of this pool have rank {summed} together: pass "
-            f"--max-lora-rank {summed} or more, or a smaller k"
+            + (f"--max-lora-rank {slot_rank(summed)} or more, or a smaller k" if slot_rank(summed) else "a smaller k")
         )
+    merging = None if asked == "gate" else slot_rank(summed)
     raise UsageError(
         f"--max-loras is {max_loras}, but the pool has {len(pool)} adapters, each of which needs a slot: pass "
         f"--max-loras {len(pool)}"
-        + ("" if asked == "gate" else f", or --max-lora-rank {summed} to merge {k} adapters for every request")
+        + ("" if merging is None else f", or --max-lora-rank {merging} to merge {k} adapters for every request")
     )
 
 

@@ -14,24 +14,30 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from logo.api.errors import ApiError, bad_request, failed
+from logo.api.errors import ApiError, bad_request, failed, shown_line, unavailable
 from logo.api.names import AUTO, Models
 from logo.api.replies import Mixture
-from logo.api.requests import ModelRequest, SelectRequest, checked
+from logo.api.requests import LoadAdapter, ModelRequest, SelectRequest, UnloadAdapter, checked
 from logo.backends.vllm import bodies
 from logo.backends.vllm.asgi import Answer, App, Receive, Rewriting, Scope, Send, answer, ask, asking, body_of, sending
 from logo.backends.vllm.bodies import CHAT, COMPLETIONS, Body
-from logo.backends.vllm.core import Core, new_key, scores_of
+from logo.backends.vllm.core import Core, WorkerError, new_key, scores_of
 from logo.backends.vllm.listing import adapter_list, model_cards
 from logo.backends.vllm.metrics import Counts
 from logo.backends.vllm.names import Names, meaning
+from logo.backends.vllm.pool import Change
 from logo.backends.vllm.several import merged, merged_stream
 from logo.backends.vllm.workers import Workers
-from logo.errors import LoGoError
+from logo.errors import AdapterError, LoGoError
 from logo.protocol import Wish
 from logo.selection.selector import Selection
+
+_B = TypeVar("_B", LoadAdapter, UnloadAdapter)
+
+# How often a prompt is probed while the pool changes.
+_TRIES = 5
 
 log = logging.getLogger("vllm.logo")
 
@@ -62,6 +68,8 @@ class Router:
             ("GET", "/v1/models"): self._list_models,
             ("POST", "/v1/logo/select"): self._select,
             ("GET", "/v1/logo/adapters"): self._list_adapters,
+            ("POST", "/v1/load_lora_adapter"): self._load,
+            ("POST", "/v1/unload_lora_adapter"): self._unload,
         }.get((scope.get("method", ""), path))
         if handler is None or self._core is None:
             await self.app(scope, receive, send)
@@ -99,7 +107,7 @@ class Router:
         core = await asyncio.to_thread(Core, client.vllm_config)
         self._workers = Workers(client)
         started = time.perf_counter()
-        await self._workers.open(core)
+        await self._workers.change(core)
         self._models = state.openai_serving_models
         self._models.lora_requests = Names(self._models.lora_requests)
         self._core = core
@@ -172,12 +180,17 @@ class Router:
         signal = self.core.signal(wish)
         if signal is None:
             return self.core.select(wish, None), 0.0
-        started, key = time.perf_counter(), new_key()
-        where, asked = bodies.probe(path, body, self._base, key, signal, self.core.options.settings.probe_text)
-        probed = await ask(self.app, scope, receive, where, body=json.dumps(asked).encode())
-        if probed.status != 200:
-            return probed
-        scores = scores_of(key, {key: await self._taken(key)})
+        started, scores, tries = time.perf_counter(), None, 0
+        while scores is None:  # once, unless the pool changes meanwhile
+            tries += 1
+            if tries > _TRIES:
+                raise unavailable("the pool changes faster than prompts are probed; try again", retry_after=1)
+            key, settings = new_key(), self.core.options.settings
+            where, asked = bodies.probe(path, body, self._base, key, signal, settings.probe_text)
+            probed = await ask(self.app, scope, receive, where, body=json.dumps(asked).encode())
+            if probed.status != 200:
+                return probed
+            scores = scores_of(await self._taken(key), self.core.pool.digest)
         selection = self.core.select(wish, scores)
         spent = time.perf_counter() - started
         self._counts.selected(selection.adapters, spent)
@@ -267,6 +280,50 @@ class Router:
         }
         await answer(send, 200, json.dumps(reply).encode())
 
+    async def _load(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """vLLM's own route; the adapter becomes one of the pool."""
+        asked = await self._changing(path, scope, receive, send, LoadAdapter)
+        if asked is None:
+            return
+        self._names.check_new(asked.lora_name, replace=asked.load_inplace)
+        kind = "replace" if asked.lora_name in self.core.pool.keys else "add"
+        await self._change((kind, asked.lora_name, asked.lora_path), asked.lora_name)
+        await _said(send, f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    async def _unload(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = await self._changing(path, scope, receive, send, UnloadAdapter)
+        if asked is None:
+            return
+        self._names.check_there(asked.lora_name)
+        await self._change(("remove", asked.lora_name, ""), asked.lora_name)
+        await _said(send, f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+    async def _changing(self, path: str, scope: Scope, receive: Receive, send: Send, kind: type[_B]) -> _B | None:
+        """The body of a change of the pool; None where vLLM does not allow any, and has said so itself."""
+        import vllm.envs
+
+        raw = await body_of(receive)
+        if raw is None:
+            return None
+        if not vllm.envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            await self.app(scope, sending(raw, receive), send)
+            return None
+        refused = await self._allowed(scope, receive)
+        if refused is not None:
+            await _relay(send, refused)
+            return None
+        body = _object(raw)
+        return checked(kind, raw.decode("utf-8", "replace") if body is None else body)
+
+    async def _change(self, change: Change, name: str) -> None:
+        assert self._workers is not None
+        try:
+            await self._workers.change(self.core, change)
+        except AdapterError as error:
+            raise bad_request(shown_line(str(error)), "lora_path") from error
+        except WorkerError as error:
+            raise bad_request(shown_line(str(error)), "lora_path") from error
+
     async def _list_adapters(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         refused = await self._allowed(scope, receive)
         if refused is not None:
@@ -288,6 +345,13 @@ def _told(selection: Selection, probe_ms: float) -> dict[str, Any]:
         adapters=list(selection.adapters), weights=list(selection.weights), probe_ms=round(probe_ms, 3), queue_ms=0.0
     )
     return made.model_dump()
+
+
+async def _said(send: Send, text: str) -> None:
+    """A success in vLLM's words."""
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(text.encode())).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
 
 
 def _object(raw: bytes) -> Body | None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from logo import models
 from logo.models import fetch, loading
 from logo.selection.cache import sampled
 
@@ -40,9 +41,7 @@ def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> Pr
 
     folder = fetch(source, revision=revision)
     with loading(source, folder):
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = models.skeleton(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype)
         samples = _samples(Path(folder))
     for name, parameter in model.named_parameters():
         parameter.read = functools.partial(torch.empty, 0)
@@ -50,8 +49,7 @@ def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> Pr
             file, sample = samples[name]
             parameter.sample = sample.to(dtype).float()
             parameter.read = functools.partial(_tensor, file, name, dtype)
-    made: PreTrainedModel = model.eval().requires_grad_(False)
-    return made
+    return model
 
 
 def _samples(folder: Path) -> Mapping[str, tuple[Path, Tensor]]:

@@ -26,6 +26,9 @@ from logo.selection.signals import Signal
 # Prompts whose scores wait to be taken: those of clients that have left are dropped at last.
 _MOST_WAITING = 4096
 
+# Why a prompt has to be probed once more.
+CHANGED = "the pool changed while the prompt was probed"
+
 # Joins the parts of hidden vectors (rows, d / ranks) that the ranks of a tensor parallel group hold to (rows, d).
 Gather = Callable[[Tensor], Tensor]
 
@@ -60,6 +63,7 @@ class Heard:
     Attributes:
         signal: the signal that scores it.
         total: tokens of the prompt.
+        scorer: of the pool as it was when the prompt began to be read.
         seen: how many of them have been run.
         read: how many of them have been read.
         sums: per point: the summed responses (adapters,), or hidden vectors (d,) where their mean is scored.
@@ -68,6 +72,7 @@ class Heard:
 
     signal: str
     total: int
+    scorer: Scorer | None = None
     seen: int = 0
     read: int = 0
     sums: dict[int, Tensor] = field(default_factory=dict)
@@ -159,10 +164,13 @@ class Taps:
         for span in spans:
             heard = self._heard.get(span.key)
             if heard is None or span.start == 0:  # a prompt that was put back is read again from its beginning
-                heard = self._heard[span.key] = Heard(span.signal, span.total)
+                scorer = self._scorers[span.signal][0] if span.signal in self._scorers else None
+                heard = self._heard[span.key] = Heard(span.signal, span.total, scorer)
                 self._kept.pop(span.key, None)
             if span.signal and span.signal not in self._scorers:
                 heard.failure = f"nothing is scored by the signal {span.signal!r} here"
+            elif span.signal and heard.scorer is not self._scorers[span.signal][0]:
+                heard.failure = CHANGED
             if heard.seen != span.start:
                 heard.failure = f"tokens {heard.seen} to {span.start} were not run, but taken from the prefix cache"
             heard.seen = span.start + span.count
@@ -222,8 +230,10 @@ class Taps:
                     taken[key] = str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}"
         return taken
 
-    def _scores(self, heard: Heard) -> list[float]:
+    def _scores(self, heard: Heard) -> list[float] | str:
         scorer, signal = self._scorers[heard.signal]
+        if heard.scorer is not scorer:
+            return CHANGED
         per_point = []
         for i, index in enumerate(scorer.indices):
             mean = heard.sums[i] / heard.read

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,29 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
+from logo.adapters.layout import BaseLayout
 from logo.backends.vllm.gates import StepGates, turned
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import KeyedPool, described, mode_of
+from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of
 from logo.backends.vllm.recipe import Recipe, is_recipe
+from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import Span, Taps
 from logo.backends.vllm.wrapper import Tapped
 from logo.decoding import Prompts, Truncation
-from logo.errors import ModelError
+from logo.errors import ModelError, UsageError
 from logo.models import context_length
 from logo.selection.plan import plan
 from logo.selection.points import Point
-from logo.selection.scorer import Scorers
-from logo.selection.texts import Texts
 
 log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
 # Recipes whose rows of gates are remembered.
 _REMEMBERED = 4096
-
-
-class _TextsNeeded(Exception):
-    """A calibration that is not in the cache: texts have to be run first."""
 
 
 class Worker:
@@ -53,8 +50,9 @@ class Worker:
         model_config, lora = vllm_config.model_config, vllm_config.lora_config
         self.options = options
         self._worker_manager = manager
-        self._device, self._dtype = manager.device, lora.lora_dtype
+        self._device, self._dtype, self._lora, self._slots = manager.device, lora.lora_dtype, lora, lora.max_loras
         self.skeleton = skeleton(model_config.model, model_config.dtype, model_config.revision)
+        self._layout = BaseLayout.of(self.skeleton)
         self.pool = KeyedPool.open(options, self.skeleton)
         self._by_key = self.pool.by_key
         self._ids = {key: _own_id(key) for key in self._by_key}
@@ -69,8 +67,8 @@ class Worker:
         self._failures: dict[str, str] = {}  # recipe -> why it was not mixed
         self._max_tokens = model_config.max_model_len - 1
         self._tokenizer = model_config.tokenizer
-        self._scorers: Scorers | None = None
-        self._texts: Any = None  # what was heard for the calibration at hand
+        self.scoring: Scoring | None = None
+        self._staged: tuple[KeyedPool, Scoring] | None = None
 
     # -- vLLM's model --------------------------------------------------------------------------------------------
 
@@ -192,13 +190,20 @@ class Worker:
     def fail(self, text: str, reason: str) -> None:
         """Notes that a recipe was not mixed, so that its answer is not given. Raising would end all answers."""
         self._failures[text] = reason
+        while len(self._failures) > _REMEMBERED:
+            self._failures.pop(next(iter(self._failures)))
         log.error("LoGo: a mixture failed: %s", reason)
 
     def take(self, keys: Sequence[str]) -> dict[str, Any]:
-        """Scores of probes, as `Taps.take`; of recipes, why they were not mixed, or None."""
-        probes = [key for key in keys if not is_recipe(key)]
-        failed = {key: self._failures.pop(key, None) for key in keys if is_recipe(key)}
-        return {**self.taps.take(probes), **failed}
+        """What became of probes and mixtures.
+
+        Returns:
+            of probes: the digest of the pool and the scores of its adapters, or why there are none; of recipes: why
+            they were not mixed, or None.
+        """
+        probes = self.taps.take([key for key in keys if not is_recipe(key)])
+        scored = {key: found if isinstance(found, str) else [self.pool.digest, found] for key, found in probes.items()}
+        return {**scored, **{key: self._failures.get(key) for key in keys if is_recipe(key)}}
 
     def write_gates(self, mapping: Any, slots: Sequence[int | None]) -> None:
         """Sets the gates of the step at hand.
@@ -275,76 +280,82 @@ class Worker:
             self.fail(request.lora_path, f"{type(error).__name__}: {error}")
             return self.lora_model(request.lora_int_id, [])
 
-    # -- scores --------------------------------------------------------------------------------------------------
+    # -- the pool ------------------------------------------------------------------------------------------------
 
-    def open_signal(self, signal: str) -> dict[str, Any]:
-        """Makes ready to score by a signal.
+    def stage(self, change: Change | None) -> dict[str, Any]:
+        """Begins to open the pool, or to change it; nothing is different until `commit`.
+
+        Args:
+            change: None: open the pool that the options name.
 
         Returns:
-            `texts`: those that have to be run first, as token ids, for `calibrate`: often none; `names`: the adapters
-            that are scored; `points`: where prompts are read.
-        """
-        settings = self.options.settings.asked(signal=signal)
-        if self._scorers is None:
-            self._scorers = Scorers(
-                self.skeleton,
-                self.pool.adapters,
-                self.options.settings,
-                self._encode,
-                self._bos,
-                device=self._device,
-                listening=self._listening,
-            )
-        try:
-            scorer = self._scorers.get(settings)
-        except _TextsNeeded as needed:
-            points = plan(self.skeleton, self.pool.adapters, settings).points
-            self.taps.listen(points, settings.reading)
-            return {"texts": list(needed.args[0]), "names": [], "points": []}
-        finally:
-            self._texts = None
-        self.taps.score(signal, scorer, settings)
-        return {"texts": [], "names": list(scorer.names), "points": [point.name for point in scorer.points]}
-
-    def calibrate(self, signal: str, keys: Sequence[str]) -> dict[str, Any]:
-        """`open_signal` after its texts were run under these keys.
+            `described` of the pool that will be.
 
         Raises:
-            ModelError: one of them was not read whole.
+            LoGoError: the change cannot be made.
         """
-        failed = self.taps.failed(keys)
-        if failed:
-            raise ModelError(f"calibration text {next(iter(failed))}: {next(iter(failed.values()))}")
-        self._texts = self.taps.heard_texts(keys)
-        return self.open_signal(signal)
+        pool = self.pool if change is None else self.pool.changed(change, self._layout)
+        lacking = set(pool.keys.values()) - self._by_key.keys()
+        if self.mode == "gate" and len(self._by_key) + len(lacking) > self._slots:
+            raise UsageError(
+                f"all {self._slots} of vLLM's slots are in use, and a new adapter needs one before another can leave: "
+                f"pass --max-loras {self._slots + 1} or more"
+            )
+        if self.mode != "gate" or lacking:
+            mode_of(self.options, "", self._lora, pool.adapters)  # ranks that slots cannot hold
+        before = self.scoring
+        made = Scoring(self.skeleton, pool.adapters, self.options, self.taps, self._prompts, self._device, before)
+        self._staged = pool, made
+        return described(pool, self.mode, self.reason)
 
-    def _listening(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
-        if self._texts is None:
-            raise _TextsNeeded([list(row) for row in texts.rows])
-        return self._texts(points)
+    def open_signal(self, signal: str, keys: Sequence[str] | None) -> dict[str, Any]:
+        """`Scoring.open`, or with keys `Scoring.calibrate`, of the pool that was begun, or else of the one there is."""
+        scoring = self.scoring if self._staged is None else self._staged[1]
+        if scoring is None:
+            raise ModelError("the pool is not open")
+        opened = scoring.open(signal) if keys is None else scoring.calibrate(signal, keys)
+        if scoring is self.scoring:
+            scoring.install()
+        return opened
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._prompts.texts(texts)
+    def commit(self) -> None:
+        """Makes true what `stage` has begun. Adapters that are no longer in the pool stay until `forget`.
 
-    @property
-    def _bos(self) -> int | None:
-        bos: int | None = self._prompts.tokenizer.bos_token_id
-        return bos
+        Raises:
+            ModelError: nothing was begun.
+        """
+        if self._staged is None:
+            raise ModelError("no change of the pool has begun")
+        pool, scoring = self._staged
+        self._by_key = {**self._by_key, **pool.by_key}
+        self._ids = {key: _own_id(key) for key in self._by_key}
+        if self.mode == "gate":
+            self.make_resident()
+        self._mixtures.clear()  # what failed for want of an adapter may be made now
+        self._failures.clear()
+        self.pool, self.scoring, self._staged = pool, scoring, None
+        self._note_used()
+        scoring.install()
 
-    @property
+    def forget(self, keys: Sequence[str]) -> None:
+        """Adapters that have left the pool, and with which no answer is on its way any more."""
+        for key in set(keys) & self._by_key.keys() - set(self.pool.keys.values()):
+            self._adapters.remove_adapter(self._ids[key])
+            del self._by_key[key], self._ids[key]
+
+    @cached_property
     def _prompts(self) -> Prompts:
         from transformers import AutoTokenizer
 
-        if not hasattr(self, "_read_by"):
-            tokenizer = AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
-            context = min(context_length(self.skeleton) or self._max_tokens, self._max_tokens)
-            self._read_by = Prompts(tokenizer, context, Truncation())
-        return self._read_by
+        tokenizer = AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
+        context = min(context_length(self.skeleton) or self._max_tokens, self._max_tokens)
+        return Prompts(tokenizer, context, Truncation())
 
-    @property
+    @cached_property
     def bos(self) -> int | None:
         """The token that begins every text."""
-        return self._bos
+        bos: int | None = self._prompts.tokenizer.bos_token_id
+        return bos
 
 
 def _own_id(key: str) -> int:
@@ -358,51 +369,3 @@ def _residual(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     hidden: Tensor = given["hidden_states"]
     return hidden if given.get("residual") is None else hidden + given["residual"]
-
-
-# -- what the router calls on every worker ----------------------------------------------------------------------------
-
-
-def _of(worker: Any) -> Worker:
-    found = getattr(getattr(worker.model_runner, "lora_manager", None), "logo", None)
-    if found is None:
-        raise ModelError("LoGo is not in this worker: start vLLM with --enable-lora, and name a pool in LOGO_POOL")
-    return found  # type: ignore[no-any-return]
-
-
-def logo_open(worker: Any) -> dict[str, Any]:
-    """What this worker has: `described`, and the pool in its slots."""
-    own = _of(worker)
-    if own.mode == "gate":
-        own.make_resident()
-    return described(own.pool, own.mode, own.reason)
-
-
-def logo_signal(worker: Any, signal: str) -> dict[str, Any]:
-    """See `Worker.open_signal`."""
-    return _of(worker).open_signal(signal)
-
-
-def logo_calibrate(worker: Any, signal: str, keys: list[str]) -> dict[str, Any]:
-    """See `Worker.calibrate`."""
-    return _of(worker).calibrate(signal, keys)
-
-
-def logo_take(worker: Any, keys: list[str]) -> dict[str, Any]:
-    """See `Worker.take`."""
-    return _of(worker).take(keys)
-
-
-def logo_clean(worker: Any) -> None:
-    """Takes numbers that are not finite out of the cache of keys and values.
-
-    Whoever is given a block next writes its own tokens there, and attention multiplies the places behind them by 0, to
-    which what is not a number does not yield.
-    """
-    for cache in worker.model_runner.kv_caches:
-        for part in cache if isinstance(cache, (list, tuple)) else (cache,):
-            if part.dtype in (torch.float32, torch.bfloat16, torch.float16):
-                part.nan_to_num_(0.0, 0.0, 0.0)
-
-
-CALLS = (logo_open, logo_signal, logo_calibrate, logo_take, logo_clean)

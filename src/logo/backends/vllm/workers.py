@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from logo.backends.vllm.core import Core, new_key, values
 from logo.backends.vllm.marks import marked
+from logo.backends.vllm.pool import Change
+from logo.errors import UsageError
 
 
 class Workers:
@@ -18,31 +21,55 @@ class Workers:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._waiting: dict[str, asyncio.Future[Any]] = {}
+        self._api_servers = getattr(client.vllm_config.parallel_config, "_api_process_count", 1)
+        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: dict[str, list[asyncio.Future[Any]]] = {}  # several answers may have one recipe
         self._taking: asyncio.Task[None] | None = None
 
     async def call(self, name: str, *args: Any) -> list[Any]:
-        """What each worker answers to one of `logo.backends.vllm.worker.CALLS`.
+        """What each worker answers to one of `logo.backends.vllm.calls.CALLS`.
 
         Raises:
             WorkerError: one of them refused.
         """
         return values(await self._client.collective_rpc(name, args=args))
 
-    async def open(self, core: Core) -> None:
-        """Opens the pool in all workers; runs texts through the model where a calibration is not known yet.
+    async def change(self, core: Core, change: Change | None = None) -> None:
+        """Opens the pool in all workers, or changes it, all or nothing; answers go on meanwhile.
+
+        Texts are run through the model where a calibration is not known yet. Adapters that leave are forgotten when the
+        last answer with them has ended.
 
         Raises:
-            LoGoError: the workers have another pool, or cannot be probed.
+            LoGoError: the workers cannot do it; nothing has changed then.
         """
-        core.opened(await self.call("logo_open"))
-        for signal in core.options.all_signals:
-            opened = (await self.call("logo_signal", signal))[0]
-            if opened["texts"]:
-                keys = [new_key() for _ in opened["texts"]]
-                await asyncio.gather(*map(self._run, opened["texts"], keys))
-                opened = (await self.call("logo_calibrate", signal, keys))[0]
-            core.scored(signal, opened["names"])
+        async with self._changing:
+            if change is not None and self._api_servers > 1:
+                raise UsageError(
+                    f"this server has {self._api_servers} processes for HTTP, which would not hear of it: start vLLM "
+                    "with --api-server-count 1 to change the pool while it runs"
+                )
+            pool = await asyncio.to_thread(core.staged, change, await self.call("logo_stage", change and list(change)))
+            scored = {}
+            for signal in core.options.all_signals:
+                opened = (await self.call("logo_signal", signal))[0]
+                if opened["texts"]:
+                    keys = [new_key() for _ in opened["texts"]]
+                    await asyncio.gather(*map(self._run, opened["texts"], keys))
+                    opened = (await self.call("logo_calibrate", signal, keys))[0]
+                scored[signal] = opened["names"]
+            await self.call("logo_commit")
+            left = core.commit(pool, scored)
+        if left:
+            task = asyncio.create_task(self._forget(core, left))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _forget(self, core: Core, keys: Sequence[str]) -> None:
+        while core.answering(keys):
+            await asyncio.sleep(0.05)
+        await self.call("logo_forget", list(keys))
 
     async def _run(self, text: list[int], key: str) -> None:
         from vllm import SamplingParams
@@ -54,7 +81,7 @@ class Workers:
     async def take(self, key: str) -> Any:
         """See `logo.backends.vllm.worker.Worker.take`; those that wait are asked for together."""
         waiting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting[key] = waiting
+        self._waiting.setdefault(key, []).append(waiting)
         if self._taking is None or self._taking.done():
             self._taking = asyncio.create_task(self._take())
         return await waiting
@@ -65,10 +92,14 @@ class Workers:
             try:
                 found = (await self.call("logo_take", list(waiting)))[0]
             except BaseException as error:
-                for future in waiting.values():
-                    if not future.done():
-                        future.set_exception(error)
+                for future in _open(waiting.values()):
+                    future.set_exception(error)
                 raise
-            for key, future in waiting.items():
-                if not future.done():  # its client may have left
+            for key, futures in waiting.items():
+                for future in _open([futures]):
                     future.set_result(found[key])
+
+
+def _open(futures: Iterable[Sequence[asyncio.Future[Any]]]) -> Iterator[asyncio.Future[Any]]:
+    """Those that somebody still waits for: a client may have left."""
+    return (future for some in futures for future in some if not future.done())
