@@ -167,11 +167,11 @@ def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [answer["value"] for answer in answers]
 
 
-def scores_of(found: Any, digest: str) -> list[float] | None:
+def scores_of(found: Any, digest: str | None = None) -> list[float] | None:
     """The scores of a probe, from what a worker has answered; None where it has to be probed again.
 
     Args:
-        digest: of the pool that is selected from.
+        digest: of the pool that is selected from; None: it cannot change.
 
     Raises:
         NotFinite: a score overflowed.
@@ -183,4 +183,4 @@ def scores_of(found: Any, digest: str) -> list[float] | None:
         if "finite" in found:
             raise NotFinite(found)
         raise ModelError(f"the prompt could not be scored: {found}")
-    return list(found[1]) if found[0] == digest else None
+    return list(found[1]) if digest in (None, found[0]) else None

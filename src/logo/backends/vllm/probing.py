@@ -29,7 +29,7 @@ class InWorkers(Selecting):
         pool: fitted to it.
         settings: how to select, where a call asks for nothing else.
         requests: of the engine.
-        call: asks something of every worker, see `logo.backends.vllm.worker.CALLS`.
+        call: asks something of every worker, see `logo.backends.vllm.calls.CALLS`.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class InWorkers(Selecting):
             NotFinite: a score overflowed.
             ModelError: a prompt could not be scored.
         """
-        found = []
+        found: list[list[float]] = []
         for start in range(0, len(rows), _PROBED):
             keys = self._run(rows[start : start + _PROBED])
             taken = self._call("logo_take", keys)[0]
-            found += [scores_of(key, taken) for key in keys]
+            found += [scores for key in keys if (scores := scores_of(taken[key])) is not None]
         return found
 
     def _run(self, rows: Sequence[tuple[Sequence[int], str]]) -> list[str]:
