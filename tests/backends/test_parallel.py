@@ -21,7 +21,7 @@ def test_the_same_answers(serve: Callable[..., Server], flags: tuple[str, ...]) 
     logo = LoGo(model, tokenizer, default_pool("demo"))
     files = sorted((ASSETS / "heldout").glob("*.jsonl"))
     rows = [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:2]]
-    env = environment(k=4) | {"VLLM_CPU_OMP_THREADS_BIND": "auto" if flags[0].startswith("--tensor") else "nobind"}
+    env = environment(k=4) | {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if flags[0].startswith("--tensor") else "nobind"}
     server = serve(*USUAL, *flags, "--middleware", "logo.backends.vllm.Router", env=env)
 
     def ask(row: str) -> tuple[list[str], str]:
