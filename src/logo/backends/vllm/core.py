@@ -17,6 +17,7 @@ import torch
 
 from logo.adapters.layout import BaseLayout
 from logo.api.names import Models
+from logo.backends.vllm import plugin
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, check_alike
 from logo.backends.vllm.recipe import Recipe
@@ -49,6 +50,8 @@ class Core:
             raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
         if vllm_config.lora_config is None:
             raise UsageError("LoGo needs vLLM to take adapters: start it with --enable-lora")
+        if plugin.refused is not None:
+            raise ModelError(plugin.refused)
         self.options = options
         model = vllm_config.model_config
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
