@@ -321,6 +321,9 @@ class Calls(ABC):
 
     # -- what an engine does ------------------------------------------------------------------------------------
 
+    def close(self) -> None:  # noqa: B027
+        """Ends what the engine has started outside of this object. Nothing can be asked afterwards."""
+
     def _sync(self) -> None:  # noqa: B027
         """Takes note of adapters that were added to or removed from the pool."""
 

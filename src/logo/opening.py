@@ -91,6 +91,8 @@ class FromPretrained:
             truncation = truncation or OFFICIAL_TRUNCATION
         chosen = SelectionSettings.of(**settings)
         if engine != LOCAL:
+            if official:
+                raise UsageError("preset 'official' probes as the authors' script does: use the engine 'local'")
             asked = {
                 "device": None if device == "auto" else device,
                 "device_map": device_map,
@@ -112,7 +114,6 @@ class FromPretrained:
                 truncation=truncation,
                 merge=merge,
                 on_bad_adapter=on_bad_adapter,
-                checkpoint_decides=official,
                 others={name: value for name, value in asked.items() if value is not None},
             )
             return made

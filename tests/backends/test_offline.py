@@ -422,11 +422,12 @@ def test_a_merge_that_is_not_exact_and_a_pool_that_changes_are_refused(inside: A
     ("options", "said"),
     [
         ({"engine": "vlm"}, r"unknown engine 'vlm' \(did you mean 'vllm'\?\): expected one of local, vllm"),
+        ({"probe_context": "pool", "signal": "norm"}, "inside vLLM prompts are probed by the base model alone"),
         ({"fold": True}, "fold: the engine 'vllm' has no such option"),
         ({"device": "cpu"}, "device: the engine 'vllm' has no such option"),
         ({"adapter_memory_gb": 1.0}, "adapter_memory_gb: the engine 'vllm' has no such option"),
         ({"merge": "ties"}, "merge 'ties': the engine 'vllm' mixes adapters exactly"),
-        ({"preset": "official"}, "inside vLLM prompts are probed by the base model alone"),
+        ({"preset": "official"}, "preset 'official' probes as the authors' script does: use the engine 'local'"),
         ({"baseline": "running"}, "inside vLLM prompts are probed by the base model alone"),
         ({"model_kwargs": {"trust_remote_code": True}}, "trust_remote_code cannot be set"),
         ({"model_kwargs": {"max_lora": 4}}, "model_kwargs: vllm.LLM refuses them: .*max_lora"),

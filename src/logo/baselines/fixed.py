@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
-from logo.engine import LoGo
+from logo.calls import Calls
 from logo.errors import DataError, UsageError, closest
 from logo.selection import Selection
 
@@ -19,7 +19,7 @@ class OwnSelector(Method):
 
     name: ClassVar[str] = "logo"
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         return Prepared(None)
 
 
@@ -33,7 +33,7 @@ class Base(Method):
     def picks(self) -> int:
         return 0
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         return Prepared(same_for_all({}))
 
 
@@ -43,7 +43,7 @@ class Uniform(Method):
 
     name: ClassVar[str] = "uniform"
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         return Prepared(same_for_all(dict.fromkeys(logo.names, 1 / len(logo.names))))
 
 
@@ -66,7 +66,7 @@ class Random(Method):
     def picks(self) -> int:
         return self.k
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         names = logo.names
         k = min(self.k, len(names))
 
@@ -88,7 +88,7 @@ class Oracle(Method):
     def picks(self) -> int:
         return 1
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         named = _named_by_rows(task, logo.names)
         unnamed = len(set(task.prompts)) - len(named)
         whole = None if named and not unnamed else _called_like(task.name, logo.names)
@@ -117,7 +117,7 @@ class Arrow(Method):
         if self.merge not in (None, "arrow"):
             raise UsageError(f"method 'arrow' routes tokens and merges nothing: leave out merge {self.merge!r}")
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         return Prepared(same_for_all(dict.fromkeys(logo.names, 1 / len(logo.names))))
 
 

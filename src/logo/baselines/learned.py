@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy
 
 from logo.baselines.method import Example, Learned, Prepared, Task, check_count, same_for_all
-from logo.engine import LoGo
+from logo.calls import Calls
 from logo.errors import DataError, UsageError
 from logo.scoring import Scored, completion_ids
 
@@ -43,7 +43,7 @@ class BestSingle(Learned):
     def picks(self) -> int:
         return 1
 
-    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
+    def learn(self, logo: Calls, task: Task) -> dict[str, Any]:
         rows = labelled(self.name, task, self.rows, self.seed)
         table: dict[str, tuple[float, float]] = {}
         for start in range(0, len(logo.names), _TOGETHER):
@@ -95,7 +95,7 @@ class LoraHub(Learned):
     def picks(self) -> int:
         return self.k
 
-    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
+    def learn(self, logo: Calls, task: Task) -> dict[str, Any]:
         pairs = [_tokens(logo, task, row) for row in labelled(self.name, task, self.rows, self.seed)]
         names = sorted(random.Random(self.seed).sample(logo.names, min(self.k, len(logo.names))))
 
@@ -179,12 +179,12 @@ def _as_float(value: Any) -> float:
     return float(numpy.asarray(value).reshape(-1)[0])
 
 
-def _score(logo: LoGo, task: Task, row: Example, mixtures: Sequence[dict[str, float]]) -> list[Scored]:
+def _score(logo: Calls, task: Task, row: Example, mixtures: Sequence[dict[str, float]]) -> list[Scored]:
     with _named(task):
         return logo.score(row.context, _gold(row), mixtures)
 
 
-def _tokens(logo: LoGo, task: Task, row: Example) -> tuple[list[int], list[int]]:
+def _tokens(logo: Calls, task: Task, row: Example) -> tuple[list[int], list[int]]:
     """Prompt and gold text, as they are scored after each other."""
     with _named(task):
         gold = completion_ids(logo.tokenizer, row.context, _gold(row), logo.prompts.context)

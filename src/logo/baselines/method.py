@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+from logo.calls import Calls
 from logo.decoder import Generation
-from logo.engine import LoGo
 from logo.errors import UsageError
 from logo.mixing import Merge
 from logo.mixing.merges import MajoritySign
@@ -115,7 +115,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         """Finds out what has to be known about a dataset before its first prompt.
 
         Args:
@@ -137,14 +137,14 @@ class Learned(Method):
     needs: ClassVar[frozenset[Need]] = frozenset({"train"})
 
     @abstractmethod
-    def learn(self, logo: LoGo, task: Task) -> dict[str, Any]:
+    def learn(self, logo: Calls, task: Task) -> dict[str, Any]:
         """What is learnt about a dataset, for JSON; see `prepare`. The longest part of the work, so keep it."""
 
     @abstractmethod
     def recall(self, learnt: Mapping[str, Any]) -> Prepared:
         """The method that knows its dataset by what it learnt of it before."""
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         return self.recall(self.learn(logo, task))
 
 
@@ -162,7 +162,7 @@ class Answering:
     """
 
     def __init__(
-        self, logo: LoGo, method: Method, task: Task, *, prepared: Prepared | None = None, **options: Any
+        self, logo: Calls, method: Method, task: Task, *, prepared: Prepared | None = None, **options: Any
     ) -> None:
         logo.merge = method.merging
         self._logo = logo

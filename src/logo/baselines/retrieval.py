@@ -14,7 +14,7 @@ from torch import Tensor
 
 from logo.baselines.embedding import DEFAULT_MODEL, embed
 from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
-from logo.engine import LoGo
+from logo.calls import Calls
 from logo.errors import DataError, UsageError
 from logo.selection import Selection
 
@@ -51,7 +51,7 @@ class Retrieval(Method):
         digest = hashlib.sha256(json.dumps(self.samples, sort_keys=True).encode()).hexdigest()
         return {**super().as_dict(), "samples": {"adapters": len(self.samples), "sha256": digest}}
 
-    def vectors(self, logo: LoGo) -> Tensor:
+    def vectors(self, logo: Calls) -> Tensor:
         """(pool, d): the mean of the embeddings of each adapter's samples.
 
         Raises:
@@ -65,11 +65,11 @@ class Retrieval(Method):
                 f"{', '.join(lacking[:5])}{more}: expected a folder (--adapter-samples DIR) with NAME.jsonl for each"
             )
         texts = tuple(tuple(self.samples[name]) for name in logo.names)
-        return _means(texts, self.embedding_model, self.instruction, str(logo.model.device))
+        return _means(texts, self.embedding_model, self.instruction, str(logo.devices[0]))
 
-    def embedded(self, logo: LoGo, prompts: Sequence[str]) -> Tensor:
+    def embedded(self, logo: Calls, prompts: Sequence[str]) -> Tensor:
         """(prompts, d)."""
-        return embed(prompts, self.embedding_model, self.instruction, str(logo.model.device))
+        return embed(prompts, self.embedding_model, self.instruction, str(logo.devices[0]))
 
     def closest(self, names: Sequence[str], similarities: Tensor) -> Selection:
         """The k adapters of the highest similarities (pool,), alike in weight; ties to the earlier name."""
@@ -101,7 +101,7 @@ class LoraRetriever(Retrieval):
     def picks(self) -> int:
         return 1 if self.variant == "selection" else self.k
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         vectors, names = self.vectors(logo), logo.names
 
         def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
@@ -125,7 +125,7 @@ class AdapterSoup(Retrieval):
 
     k: int = 5
 
-    def prepare(self, logo: LoGo, task: Task) -> Prepared:
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
         if not task.prompts:
             raise DataError(f"method {self.name!r}: dataset {task.name!r} has no prompts to compare adapters with")
         vectors = self.vectors(logo)

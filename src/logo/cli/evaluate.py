@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +16,17 @@ from rich.progress import Progress, TaskID
 from logo.cli.forecast import forecast
 from logo.cli.forecast import show as show_forecast
 from logo.cli.methods import MethodOptions, make_method
-from logo.cli.opening import asked_k, open_engine
-from logo.cli.options import OFFICIAL_SIGNAL, Choice, Context, EngineOptions, Preset, expanded
+from logo.cli.opening import asked_k, open_any
+from logo.cli.options import (
+    OFFICIAL_SIGNAL,
+    Choice,
+    Context,
+    Engine,
+    EngineOptions,
+    Preset,
+    RunnerOptions,
+    expanded,
+)
 from logo.cli.output import err, note, progress
 from logo.cli.scoreboard import Score, show
 from logo.errors import UsageError
@@ -24,12 +34,13 @@ from logo.evaluation.metrics import Kind, checked_kind
 
 if TYPE_CHECKING:
     from logo.baselines import Method
-    from logo.engine import LoGo
+    from logo.calls import Calls
     from logo.evaluation.jobs import Job
     from logo.evaluation.resume import Plan
     from logo.evaluation.session import Session
 
 OFFICIAL_BASE = "Llama-3.1-8B"
+VLLM_BATCH = 256
 
 
 class Metric(Choice):
@@ -77,7 +88,7 @@ class RowOptions:
         int,
         typer.Option(
             help="Prompts per forward pass, halved if memory does not suffice; `--probe-context carry` still probes "
-            "one by one.",
+            "one by one, and `--engine vllm` is given 256 at once.",
             min=1,
         ),
     ] = 1
@@ -129,6 +140,7 @@ class RunOptions(RowOptions):
 @expanded
 def evaluate(
     engine: EngineOptions,
+    runner: RunnerOptions,
     run: RunOptions,
     method: MethodOptions,
     estimate: Annotated[
@@ -154,26 +166,32 @@ def evaluate(
         # prompts came before.
         prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
     )
+    if runner.engine is Engine.VLLM:
+        if estimate:
+            raise UsageError("--estimate: what the engine 'vllm' takes is said by `logo plan`")
+        # Rows run together as vLLM schedules them: it is given many at once.
+        run = replace(run, batch_size=max(run.batch_size, VLLM_BATCH))
     chosen = _method(method, engine, run)
     jobs = _jobs(engine, run, chosen, base_model, writes=not estimate)
     if estimate:
-        opened = functools.partial(_open, engine, run, chosen, base_model)
+        opened = functools.partial(_open, engine, runner, run, chosen, base_model)
         picks = None if chosen is None else chosen.picks
         found = forecast(engine, base_model, run.preset, jobs, run.batch_size, run.max_new_tokens, opened, picks)
         show_forecast(found, json=json)
         return
-    session = _open(engine, run, chosen, base_model)
-    plans = session.plans(jobs, Wish(run.overwrite, run.mix_environments))
+    session = _open(engine, runner, run, chosen, base_model)
+    with closing(session.logo):
+        plans = session.plans(jobs, Wish(run.overwrite, run.mix_environments))
 
-    scores = []
-    with progress(disable=not err.is_terminal) as bar:
-        for plan in plans:
-            score = _stored(plan) if plan.done else _answered(session, plan, bar)
-            scores.append(score)
-            if not json:
-                heading = [score.dataset] if len(jobs) > 1 else []
-                print(*heading, score.line, score.folder, sep="\n", flush=True)
-    show(scores, json=json)
+        scores = []
+        with progress(disable=not err.is_terminal) as bar:
+            for plan in plans:
+                score = _stored(plan) if plan.done else _answered(session, plan, bar)
+                scores.append(score)
+                if not json:
+                    heading = [score.dataset] if len(jobs) > 1 else []
+                    print(*heading, score.line, score.folder, sep="\n", flush=True)
+        show(scores, json=json)
 
 
 def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> Method | None:
@@ -235,20 +253,23 @@ def _carries(engine: EngineOptions, run: RunOptions) -> bool:
     return engine.probe_context is Context.CARRY
 
 
-def _open(engine: EngineOptions, run: RunOptions, method: Method | None, base_model: str) -> Session:
+def _open(
+    engine: EngineOptions, runner: RunnerOptions, run: RunOptions, method: Method | None, base_model: str
+) -> Session:
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
     from logo.evaluation.session import Session
+    from logo.mixing import EXACT
     from logo.opening import OFFICIAL_TRUNCATION
 
     official = run.preset is Preset.OFFICIAL
     started = time.perf_counter()
     truncation = OFFICIAL_TRUNCATION if official else None
-    logo = open_engine(engine, base_model, preset=run.preset, truncation=truncation)
+    merge = EXACT if method is None else method.merging
+    logo = open_any(engine, runner, base_model, preset=run.preset, truncation=truncation, merge=merge)
     pool = pool_digests(logo)
     loading = time.perf_counter() - started
-    if method is not None:
-        logo.merge = method.merging
+    asked = {"base_model": base_model, **asdict(engine), **asdict(runner), **asdict(run)}
     named = {"method": LOGO if method is None else method.label, "merge": logo.merge.kind}
     return Session(
         logo,
@@ -258,7 +279,7 @@ def _open(engine: EngineOptions, run: RunOptions, method: Method | None, base_mo
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
         generation=_generation_options(logo, official, run.generation_early_stop),
-        options={"base_model": base_model, **asdict(engine), **asdict(run), **resolved(logo), **named},
+        options={**asked, **resolved(logo), **named},
         loading=loading,
         method=method,
     )
@@ -290,7 +311,7 @@ def _advance(bar: Progress, task: TaskID, done: int) -> None:
     bar.update(task, completed=done)
 
 
-def _generation_options(logo: LoGo, official: bool, early_stop: bool) -> dict[str, Any]:
+def _generation_options(logo: Calls, official: bool, early_stop: bool) -> dict[str, Any]:
     if not official:
         return {"stop_at_newline": early_stop}
     return {
@@ -299,7 +320,7 @@ def _generation_options(logo: LoGo, official: bool, early_stop: bool) -> dict[st
     }
 
 
-def resolved(logo: LoGo) -> dict[str, Any]:
+def resolved(logo: Calls) -> dict[str, Any]:
     """The settings as they were used, presets applied."""
     points = list(logo.points)
     return {

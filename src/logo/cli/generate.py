@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from logo.cli.opening import open_engine
-from logo.cli.options import Candidates, EngineOptions, expanded
+from logo.cli.opening import open_any
+from logo.cli.options import Candidates, EngineOptions, RunnerOptions, expanded
 from logo.cli.output import err, note, out, print_json, selection_line, selection_table
 from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_prompts
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
+    from logo.calls import Calls
     from logo.decoder import Generation
 
 
 @expanded
 def generate(
     engine: EngineOptions,
+    runner: RunnerOptions,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
     chat: Chat = False,
@@ -56,30 +59,22 @@ def generate(
     mixture = forced(adapter, base_only)
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
     engine, base_model = or_demo(engine)
-    logo = open_engine(engine, base_model)
-    if sample:
-        import torch
+    with closing(open_any(engine, runner, base_model)) as logo:
+        if sample:
+            import torch
 
-        torch.manual_seed(seed)
-    if len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
-        selection = None
-        if mixture is None:
-            selection = logo.select(asked[0], max_new_tokens=max_new_tokens, candidates=options["candidates"])
-        pieces = logo.stream(asked[0], adapters=selection or mixture, max_new_tokens=max_new_tokens, **options)
-        for number, piece in enumerate(pieces):
-            print(piece if number else piece.lstrip(), end="", flush=True)
-        print()
-        if selection is not None:
-            err.print(selection_table(selection, top=5))
-        return
-    answers = logo.generate(
-        asked,
-        adapters=mixture,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        stop_at_newline=generation_early_stop,
-        **options,
-    )
+            torch.manual_seed(seed)
+        if len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
+            _stream(logo, asked[0], mixture, max_new_tokens=max_new_tokens, **options)
+            return
+        answers = logo.generate(
+            asked,
+            adapters=mixture,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            stop_at_newline=generation_early_stop,
+            **options,
+        )
     if json:
         records = [_record(p, answer) for p, answer in zip(prompts, answers, strict=True)]
         print_json(records[0] if len(records) == 1 else records)
@@ -87,6 +82,19 @@ def generate(
     for answer in answers:
         out.print(answer.text.strip(), markup=False)
         note(f"  {selection_line(answer.selection)}")
+
+
+def _stream(logo: Calls, prompt: Any, mixture: Any, *, max_new_tokens: int | None, **options: Any) -> None:
+    """Prints an answer as it comes, and then what answered."""
+    selection = None
+    if mixture is None:
+        selection = logo.select(prompt, max_new_tokens=max_new_tokens, candidates=options["candidates"])
+    pieces = logo.stream(prompt, adapters=selection or mixture, max_new_tokens=max_new_tokens, **options)
+    for number, piece in enumerate(pieces):
+        print(piece if number else piece.lstrip(), end="", flush=True)
+    print()
+    if selection is not None:
+        err.print(selection_table(selection, top=5))
 
 
 def _sampling(sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:

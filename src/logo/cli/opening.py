@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.pool import DEFAULT_K
-from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, Choice, Context, EngineOptions, OnBad, Preset
-from logo.errors import StorageError
+from logo.cli.options import (
+    DEFAULT_PREFIX_CACHE_GB,
+    DEFAULT_SIGNAL,
+    Choice,
+    Context,
+    Engine,
+    EngineOptions,
+    OnBad,
+    Preset,
+    RunnerOptions,
+)
+from logo.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from logo.adapters.pool import AdapterPool
+    from logo.calls import Calls
     from logo.decoding import Truncation
     from logo.engine import LoGo
+    from logo.mixing import Merge
     from logo.selection.settings import SelectionSettings
 
 
@@ -122,6 +136,68 @@ def open_engine(
     """Loads the base model and the pool, and puts an engine on them."""
     settings = selection_settings(options, preset)
     return open_base(options, base_model, preset).engine(options, settings, truncation)
+
+
+def open_any(
+    options: EngineOptions,
+    runner: RunnerOptions,
+    base_model: str,
+    *,
+    preset: Preset | None = None,
+    truncation: Truncation | None = None,
+    merge: Merge | None = None,
+) -> Calls:
+    """The same in whatever is to run the model, with this merge."""
+    from logo.mixing import EXACT
+
+    asked, merge = _vllm_options(runner), merge or EXACT
+    if runner.engine is Engine.LOCAL:
+        local = open_engine(options, base_model, preset=preset, truncation=truncation)
+        local.merge = merge
+        return local
+    for name, value in (("--allow-pickle", options.allow_pickle), ("--gpu", options.gpu > 0)):
+        if value:
+            hint = "set CUDA_VISIBLE_DEVICES" if name == "--gpu" else "leave it out"
+            raise UsageError(f"{name}: the engine 'vllm' has no such option; {hint}")
+    settings = selection_settings(options, preset)
+    # Before vLLM is imported: what it says is none of this command's answers.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    quiet_transformers()
+    from logo.engine import LoGo
+
+    return LoGo.from_pretrained(
+        base_model,
+        options.adapters,
+        engine=runner.engine.value,
+        preset=None if preset is None else preset.value,
+        dtype=options.dtype or "auto",
+        device_map=options.device_map,
+        model_kwargs=asked,
+        model_dir=options.model_dir,
+        truncation=truncation,
+        adapter_memory_gb=options.adapter_memory_gb,
+        adapter_cache_gb=options.adapter_cache_gb,
+        fold=options.fold,
+        merge=merge,
+        on_bad_adapter=options.on_bad_adapter.value,
+        **asdict(settings),
+    )
+
+
+def _vllm_options(runner: RunnerOptions) -> dict[str, Any]:
+    text = runner.vllm_options
+    if text is None:
+        return {}
+    if runner.engine is not Engine.VLLM:
+        raise UsageError("--vllm-options: only the engine 'vllm' has them; add --engine vllm or leave them out")
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--vllm-options: expected a JSON object, found {text!r:.60} ({error})") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"--vllm-options: expected a JSON object, found {text!r:.60}")
+    return found
 
 
 def device_of(gpu: int) -> str:

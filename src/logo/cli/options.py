@@ -82,6 +82,11 @@ class Preset(Choice):
     OFFICIAL = "official"
 
 
+class Engine(Choice):
+    LOCAL = "local"
+    VLLM = "vllm"
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Which model, which pool, how to probe and select. None: the preset's value, else the default shown."""
@@ -293,6 +298,25 @@ class EngineOptions:
     ] = "./hf_models"
 
 
+@dataclass(frozen=True)
+class RunnerOptions:
+    """What runs the model."""
+
+    engine: Annotated[
+        Engine,
+        typer.Option(help="What runs the model: this process, or vLLM (docs/vllm.md).", rich_help_panel=DEVICE),
+    ] = Engine.LOCAL
+    vllm_options: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help='With `--engine vllm`: options of `vllm.LLM`, such as `{"max_model_len": 4096}`.',
+            show_default="none",
+            rich_help_panel=DEVICE,
+        ),
+    ] = None
+
+
 def expanded(command: _F) -> _F:
     """Gives a command one option for every field of its dataclass parameters."""
     hints = get_type_hints(command, include_extras=True)
@@ -310,9 +334,8 @@ def expanded(command: _F) -> _F:
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> Any:
-        for name, group in groups.items():
-            values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
-        return command(**values)
+        made = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        return command(**values, **made)
 
     parameters.sort(key=lambda p: p.kind)
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from logo.cli.opening import open_engine
-from logo.cli.options import Candidates, EngineOptions, expanded
+from logo.cli.opening import open_any
+from logo.cli.options import Candidates, EngineOptions, RunnerOptions, expanded
 from logo.cli.output import out, print_json, selection_table
 from logo.cli.prompts import Chat, System, as_asked, or_demo, read_prompts
 
@@ -16,6 +17,7 @@ from logo.cli.prompts import Chat, System, as_asked, or_demo, read_prompts
 @expanded
 def select(
     engine: EngineOptions,
+    runner: RunnerOptions,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
     chat: Chat = False,
@@ -37,13 +39,13 @@ def select(
     """
     prompts = read_prompts(prompt, file)
     engine, base_model = or_demo(engine)
-    logo = open_engine(engine, base_model)
-    selections = logo.select(
-        as_asked(prompts, chat, system),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        candidates=candidate or None,
-    )
+    with closing(open_any(engine, runner, base_model)) as logo:
+        selections = logo.select(
+            as_asked(prompts, chat, system),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            candidates=candidate or None,
+        )
     if json:
         records = [{"prompt": p, **selection.as_dict()} for p, selection in zip(prompts, selections, strict=True)]
         print_json(records[0] if len(records) == 1 else records)

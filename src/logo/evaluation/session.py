@@ -35,8 +35,8 @@ from logo.evaluation.runner import collect, evaluate
 
 if TYPE_CHECKING:
     from logo.baselines import Method
+    from logo.calls import Calls
     from logo.decoder import Generation
-    from logo.engine import LoGo
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Session:
         method: chooses adapters instead of the engine; None: the engine does.
     """
 
-    logo: LoGo
+    logo: Calls
     base_model: str
     pool: Mapping[str, str]
     seed: int
@@ -187,7 +187,7 @@ class Session:
     def _device(self) -> str:
         import torch
 
-        device = self.logo.model.device
+        device = self.logo.devices[0]
         return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
     def _identity(self, job: Job) -> dict[str, Any]:

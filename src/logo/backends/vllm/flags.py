@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 from logo.adapters.pool import AdapterPool
+from logo.backends.plan import RANKS, slot_rank
 from logo.backends.vllm.options import Mode
 from logo.backends.vllm.pool import rank_of
 from logo.errors import UsageError
@@ -44,18 +44,8 @@ class LoraFlags:
         ranks = sorted((rank_of(adapter) for adapter in pool), reverse=True)
         slots, needed = (_MERGED, sum(ranks[:k])) if mode == "merge" else (len(pool), ranks[0])
         modules = {path for adapter in pool for path in adapter.modules} | set(probed)
-        return cls(slots, slot_rank(needed), tuple(sorted({path.rpartition(".")[2] for path in modules})))
-
-
-def slot_rank(rank: int) -> int:
-    """The smallest rank of vLLM's slots that holds this one.
-
-    Raises:
-        UsageError: there is none.
-    """
-    from vllm.config.lora import MaxLoRARanks
-
-    fitting = [int(allowed) for allowed in get_args(MaxLoRARanks) if allowed >= rank]
-    if not fitting:
-        raise UsageError(f"vLLM's slots hold adapters up to rank {max(get_args(MaxLoRARanks))}, and one has {rank}")
-    return min(fitting)
+        rank = slot_rank(needed)
+        if rank is None:
+            whose = f"{k} adapters of this pool have rank {needed} together" if mode == "merge" else f"one has {needed}"
+            raise UsageError(f"vLLM's slots hold adapters up to rank {RANKS[-1]}, and {whose}")
+        return cls(slots, rank, tuple(sorted({path.rpartition(".")[2] for path in modules})))

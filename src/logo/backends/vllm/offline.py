@@ -125,7 +125,7 @@ class VllmLoGo(Calls):
             raise UsageError(f"merge {asked.kind!r}: the engine 'vllm' mixes adapters exactly; use the engine 'local'")
 
     def close(self) -> None:
-        """Ends vLLM, and gives its memory back. Nothing can be asked afterwards."""
+        """Ends vLLM. Nothing can be asked afterwards."""
         self.llm.llm_engine.engine_core.shutdown()
 
     # -- what vLLM does ------------------------------------------------------------------------------------------

@@ -47,14 +47,12 @@ def open_engine(
     truncation: Truncation | None,
     merge: Merge | str,
     on_bad_adapter: OnBadAdapter,
-    checkpoint_decides: bool,
     others: Mapping[str, Any],
 ) -> VllmLoGo:
     """Starts vLLM with a pool; see `logo.opening.FromPretrained.from_pretrained`.
 
     Args:
         model_kwargs: of `vllm.LLM`. What it says of slots, ranks and modules goes before what the pool needs.
-        checkpoint_decides: decode as the checkpoint's own generation config says where a call names none.
         others: options that only the local engine has, by name.
 
     Raises:
@@ -109,7 +107,6 @@ def open_engine(
         llm.llm_engine.vllm_config.model_config.max_model_len,
         truncation or Truncation(),
         checkpoint=model.generation_config,
-        default=model.generation_config if checkpoint_decides else None,
         probe_text=settings.probe_text,
         vocabulary=model.get_input_embeddings().weight.shape[0],
     )

@@ -1,0 +1,148 @@
+"""`logo evaluate`, `generate` and `select` with `--engine vllm`: what they write is what the local engine gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logo.cli.run import run
+from logo.demo import heldout
+from tolerances import PATIENCE, same_scores, same_weights
+
+pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
+
+DEMO = ("--base-model", "demo", "--gpu", "-1")
+INSIDE = ("--engine", "vllm", "--vllm-options", json.dumps({"enforce_eager": True}))
+FILES = ("eval_results", "predictions", "selected_loras")
+
+
+@pytest.fixture(autouse=True)
+def settings_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # The command sets these two for the process that it is.
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+
+def as_process(*arguments: str, **variables: str) -> str:
+    """What the command prints in a process of its own."""
+    command = [sys.executable, "-c", "from logo.cli import main; main()", *arguments]
+    own = {**os.environ, **variables}
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    for name in ("antonym", "plural"):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in heldout()[name][:6]))
+    return folder
+
+
+def evaluating(results: Path, rows: Path, *arguments: str) -> tuple[str, ...]:
+    asked = ("evaluate", *DEMO, "--rows", str(rows), "--result-dir", str(results), "--max-new-tokens", "8")
+    return (*asked, *arguments)
+
+
+def evaluated(results: Path, rows: Path, *arguments: str) -> Path:
+    assert run(evaluating(results, rows, *arguments)) == 0
+    [folder] = results.iterdir()
+    return folder
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def same_results(found: Path, expected: Path, datasets: Sequence[str] = ("antonym", "plural")) -> None:
+    assert found.name == expected.name
+    for dataset in datasets:
+        one, other = found / dataset, expected / dataset
+        assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
+        for name in FILES:
+            assert read(one, name) == read(other, name), name
+        for mine, theirs in zip(read(one, "weights"), read(other, "weights"), strict=True):
+            assert mine == same_weights(theirs)
+        scores, others = (next(iter(read(place, "metric_dict").values())) for place in (one, other))
+        for mine, theirs in zip(scores, others, strict=True):
+            assert mine == same_scores(theirs)
+        assert read(one, "run")["options"]["engine"] == "vllm"
+
+
+def test_results_are_those_of_the_local_engine(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--selection-strategy", "calibrated", "--generation-early-stop")
+    expected = evaluated(tmp_path / "local", rows, *asked)
+    same_results(evaluated(tmp_path / "vllm", rows, *asked, *INSIDE), expected)
+    capsys.readouterr()
+    evaluated(tmp_path / "local", rows, *asked, *INSIDE)  # what one engine has answered, the other does not again
+    said = " ".join(capsys.readouterr().err.split())
+    assert "antonym is done already" in said and "answered under other versions" in said
+
+
+def test_vllms_engine_may_be_a_process_of_its_own(rows: Path, tmp_path: Path) -> None:
+    expected = evaluated(tmp_path / "local", rows)
+    as_process(*evaluating(tmp_path / "vllm", rows, *INSIDE), VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    [found] = (tmp_path / "vllm").iterdir()
+    same_results(found, expected)
+
+
+@pytest.mark.parametrize("method", ["best-single", "uniform"])
+def test_methods_answer_through_vllm_too(rows: Path, tmp_path: Path, method: str) -> None:
+    others = tmp_path / "train"
+    others.mkdir()
+    (others / "antonym.jsonl").write_text("\n".join(json.dumps(row) for row in heldout()["antonym"][6:9]))
+    train = ("--train-rows", str(others), "--shots", "2", "--dataset", "antonym", "--method", method)
+    expected = evaluated(tmp_path / "local", rows, *train)
+    same_results(evaluated(tmp_path / "vllm", rows, *train, *INSIDE), expected, ["antonym"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--merge", "ties"), "merge 'ties': the engine 'vllm' mixes adapters exactly"),
+        (("--method", "arrow"), "merge 'arrow': the engine 'vllm' mixes adapters exactly"),
+        (("--probe-context", "carry"), "inside vLLM prompts are probed by the base model alone"),
+        (("--preset", "official"), "preset 'official' probes as the authors' script does"),
+        (("--estimate",), "--estimate: what the engine 'vllm' takes is said by `logo plan`"),
+        (("--gpu", "1"), "--gpu: the engine 'vllm' has no such option; set CUDA_VISIBLE_DEVICES"),
+        (("--allow-pickle",), "--allow-pickle: the engine 'vllm' has no such option"),
+        (("--fold",), "fold: the engine 'vllm' has no such option"),
+        (("--vllm-options", "[1]"), "--vllm-options: expected a JSON object, found '[1]'"),
+        (("--vllm-options", '{"max_lora": 1}'), "model_kwargs: vllm.LLM refuses them"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_run_there_is_refused_in_a_line(
+    rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    assert run(evaluating(tmp_path / "results", rows, "--engine", "vllm", *arguments)) in (1, 2)
+    told = capfd.readouterr()
+    assert said in [line for line in told.err.splitlines() if line][-1]
+    assert not [file for file in (tmp_path / "results").rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize("command", [("generate", "--max-new-tokens", "8"), ("select",)], ids=lambda value: value[0])
+def test_generating_and_selecting_say_the_same(command: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (*command, "What is 7 plus 5?", "Give the plural of cat.", *DEMO, "--json")
+    assert run(asked) == 0
+    expected, found = json.loads(capsys.readouterr().out), json.loads(as_process(*asked, *INSIDE))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.get("text") == theirs.get("text")
+        assert mine["adapters"] == theirs["adapters"]
+        assert mine["scores"] == same_scores(theirs["scores"])
+
+
+def test_options_of_vllm_belong_to_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["select", "x", *DEMO, "--vllm-options", "{}"]) == 2
+    assert "--vllm-options: only the engine 'vllm' has them; add --engine vllm or leave" in capsys.readouterr().err
