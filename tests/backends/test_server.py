@@ -169,7 +169,7 @@ def test_a_tool_may_be_called(client: openai.OpenAI) -> None:
 def test_what_is_listed(server: Server, logo: LoGo, rows: list[str]) -> None:
     _, models = server.ask("/v1/models")
     roles = {card["id"]: card.get("logo", {}).get("role") for card in models["data"]}
-    assert roles == {"base": None, "logo": "auto", **dict.fromkeys(logo.names, "adapter")}
+    assert roles == {"base": "base", "logo": "auto", **dict.fromkeys(logo.names, "adapter")}
     status, selection = server.ask("/v1/logo/select", {"prompt": rows[2]})
     expected = logo.select(rows[2], k=4)
     assert status == 200 and selection["adapters"] == list(expected.adapters)

@@ -35,7 +35,8 @@ def adapter_list(core: Core, base: str, selected: Mapping[str, int]) -> dict[str
 
 
 def model_cards(core: Core, base: str, listed: Sequence[Any]) -> list[dict[str, Any]]:
-    """What `GET /v1/models` lists besides vLLM's own: `logo`, and every adapter."""
+    """What `GET /v1/models` lists: what vLLM lists, with what each is to LoGo; `logo`; and every adapter."""
+    own = [{**card, "logo": {"role": "base"}} if card.get("parent") is None else card for card in listed]
     known = {card.get("id") for card in listed if isinstance(card, Mapping)}
     created, longest = int(time.time()), next((card.get("max_model_len") for card in listed), None)
 
@@ -45,4 +46,4 @@ def model_cards(core: Core, base: str, listed: Sequence[Any]) -> list[dict[str, 
         return {**about, "max_model_len": longest, "permission": [], "logo": {"role": role}}
 
     names = [(AUTO, "auto"), *((name, "adapter") for name in core.pool.keys)]
-    return [card(name, role) for name, role in names if name not in known]
+    return [*own, *(card(name, role) for name, role in names if name not in known)]

@@ -334,7 +334,7 @@ class Router:
     async def _list_models(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         def change(found: dict[str, Any], first: bool) -> None:
             if isinstance(found.get("data"), list):
-                found["data"] = [*found["data"], *model_cards(self.core, self._base, found["data"])]
+                found["data"] = model_cards(self.core, self._base, found["data"])
 
         await self.app(scope, receive, Rewriting(send, change))
 
