@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool, OnBadAdapter
+from logo.backends.plan import plan
+from logo.backends.shapes import ModelShape, PoolShape
 from logo.decoding import Prompts, Truncation
 from logo.errors import LoGoError, ModelError, PoolError, UsageError
 from logo.mixing import Merge
@@ -24,7 +26,7 @@ from logo.models import (
     pool_place,
     resolve_base,
 )
-from logo.selection.plan import plan
+from logo.selection.plan import plan as reading_plan
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     import torch
 
     from logo.backends.vllm.offline import VllmLoGo
+
+# Answers that run at a time where nobody says so; `max_num_seqs` does.
+_AT_ONCE = 64
 
 
 def open_engine(
@@ -70,8 +75,8 @@ def open_engine(
             "where there is no GPU"
         )
     checked_options(model_kwargs)
-    from logo.backends.vllm.flags import LoraFlags
     from logo.backends.vllm.offline import VllmLoGo
+    from logo.backends.vllm.options import Options
     from logo.backends.vllm.skeleton import skeleton
 
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
@@ -79,13 +84,25 @@ def open_engine(
     place, opened = _opened(pool, base_model, model_dir, on_bad_adapter, settings)
     model = skeleton(source, computed)
     fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter)
-    points = plan(model, fitted, settings).points  # refuses a pool that cannot be scored, before vLLM is started
-    k = settings.k or min(opened.default_k, len(fitted))
+    shape = PoolShape.of(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     given = dict(model_kwargs)
     additional = dict(given.pop("additional_config", None) or {})
-    told = {"k": k, **_differing(settings), **dict(additional.get("logo") or {})}
+    own = additional.get("logo", {})
+    if not isinstance(own, Mapping):
+        raise UsageError(f"additional_config: expected 'logo' to be an object, found {type(own).__name__}")
+    slots = plan(
+        ModelShape.of(model),
+        shape,
+        concurrency=int(given.get("max_num_seqs") or _AT_ONCE),
+        context=1,  # what requests keep does not decide about slots
+        mode=own["mode"] if own.get("mode") in ("gate", "merge") else None,
+        tensor_parallel=int(given.get("tensor_parallel_size") or 1),
+    )
+    # Where the user says what slots there are, they decide how mixtures are made.
+    mode = "auto" if {"max_loras", "max_lora_rank"} & given.keys() else slots.mode
+    told = {"k": shape.k, "mode": mode, **settings.said, **own}
     told |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
-    flags = LoraFlags.of(fitted, k, told.get("mode", "auto"), [point.module for point in points])
+    Options.of({"logo": told}, {})  # refuses what vLLM's processes would refuse
     tokenizer, checkpoint = load_tokenizer(source), _generation_config(source)
     model.generation_config = checkpoint or model.generation_config
     llm = _started(
@@ -93,9 +110,9 @@ def open_engine(
         {
             "model": source,
             "dtype": computed,
-            "max_loras": flags.max_loras,
-            "max_lora_rank": flags.max_lora_rank,
-            "lora_target_modules": list(flags.modules),
+            "max_loras": slots.max_loras,
+            "max_lora_rank": slots.max_lora_rank,
+            "lora_target_modules": list(slots.targets),
             "generation_config": "vllm",  # what is decoded is said with every request
             **given,
             "enable_lora": True,
@@ -158,11 +175,7 @@ def _opened(
         return _folder_of(pool, on_bad_adapter, settings.cache), pool
     named = None if pool is None else str(pool)
     opened = open_pool(named, base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=settings.cache)
-    found = pool_place(named, base_model, model_dir)
-    if not found.on_hub:
-        return str(Path(found.source).absolute()), opened
-    folder = f"/{found.subfolder}" if found.subfolder else ""
-    return f"{found.source}{folder}{f'@{found.revision}' if found.revision else ''}", opened
+    return pool_place(named, base_model, model_dir).spec, opened
 
 
 def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, cache: str | None) -> str:
@@ -182,19 +195,12 @@ def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, cache: str | Non
     )
 
 
-def _differing(settings: SelectionSettings) -> dict[str, Any]:
-    """The settings that are not the defaults, for JSON."""
-    usual = asdict(SelectionSettings())
-    said = {name: value for name, value in asdict(settings).items() if value != usual[name]}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
-
-
 def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Sequence[str]:
     """The signals that a call may ask for: those that can score this pool."""
     usable = []
     for signal in SIGNALS:
         try:
-            plan(model, pool, settings.asked(signal=signal))
+            reading_plan(model, pool, settings.asked(signal=signal))
         except LoGoError:  # said again to whoever asks for it
             continue
         usable.append(signal)
