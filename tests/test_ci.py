@@ -34,25 +34,39 @@ def test_without_a_browser_its_tests_are_skipped_but_fail_where_ci_promises_one(
     assert done.stdout.splitlines() == [what, "needs chromium and chromedriver on the PATH"]
 
 
-@pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize("user", ["0", "1000"])
-def test_ci_installs_a_browser_where_it_may(user: str, there: bool, tmp_path: Path) -> None:
-    told = tmp_path / "told"
+def ci(folder: Path, user: str, *there: str, make: str = "") -> tuple[list[str], str]:
+    """What `.ci/run` asks of other programs, and what it says. `make`: what that does besides."""
+    told = folder / "told"
     programs = {
         "id": f"echo {user}",
         "apt-get": f'echo apt-get "$@" >> {told}',
-        "make": f'echo CI=$CI make "$@" >> {told}',
+        "make": f'echo CI=$CI make "$@" >> {told}\n{make}',
+        **dict.fromkeys(there, ""),
     }
-    for name, what in (programs | ({"chromium": "", "chromedriver": ""} if there else {})).items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{what}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "dirname").symlink_to(str(shutil.which("dirname")))
-    bash = str(shutil.which("bash"))
-    environment = {"PATH": str(tmp_path)}
-    done = subprocess.run(
-        [bash, str(TESTS.parent / ".ci" / "run")], env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
+    for name, what in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{what}\n")
+        (folder / name).chmod(0o755)
+    (folder / "dirname").symlink_to(str(shutil.which("dirname")))
+    bash, script = str(shutil.which("bash")), str(TESTS.parent / ".ci" / "run")
+    done = subprocess.run([bash, script], env={"PATH": str(folder)}, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
+    return told.read_text().splitlines(), done.stderr
+
+
+ALL = ["CI=true make test", "CI=true make .venv-vllm/.installed", "CI=true make test-vllm"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_ci_installs_a_browser_where_it_may(user: str, there: bool, tmp_path: Path) -> None:
+    asked, said = ci(tmp_path, user, *(("chromium", "chromedriver") if there else ()))
     install = ["apt-get update -qq", "apt-get install -qq --no-install-recommends chromium chromium-driver"]
-    assert told.read_text().splitlines() == [*(install if user == "0" and not there else []), "CI=true make test"]
-    assert ("only root can install it" in done.stderr) == (user != "0" and not there)
+    assert asked == [*(install if user == "0" and not there else []), *ALL]
+    assert ("only root can install it" in said) == (user != "0" and not there)
+
+
+def test_ci_says_so_where_vllm_cannot_be_installed(tmp_path: Path) -> None:
+    there = ("chromium", "chromedriver")
+    asked, said = ci(tmp_path, "0", *there, make='case "$1" in .venv-vllm/*) exit 2;; esac')
+    assert asked == ALL[:2]
+    assert "vLLM for CPUs cannot be installed here: the tests that start it are skipped" in said

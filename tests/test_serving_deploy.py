@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from logo.backends.vllm.needs import KNOWN
 from logo.cli.app import app
 from serving import served
 from tolerances import PATIENCE
@@ -73,9 +76,21 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
 
 
-def test_the_dockerfile_passes_its_linter() -> None:
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.vllm"])
+def test_the_dockerfile_passes_its_linter(name: str) -> None:
     linter = Path(sys.executable).parent / "hadolint"
-    found = subprocess.run(
-        [linter, str(ROOT / "deploy" / "Dockerfile")], capture_output=True, text=True, timeout=PATIENCE
-    )
+    found = subprocess.run([linter, str(ROOT / "deploy" / name)], capture_output=True, text=True, timeout=PATIENCE)
     assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.vllm"])
+def test_the_dockerfile_starts_the_server_on_the_port_that_it_opens(name: str) -> None:
+    text = (ROOT / "deploy" / name).read_text()
+    said = {word: json.loads(arguments) for word, arguments in re.findall(r"^(ENTRYPOINT|CMD) (\[.*\])$", text, re.M)}
+    command = [*said["ENTRYPOINT"], *said["CMD"]]
+    assert command[0] == "logo"
+    options = parsed(command[1:]).params
+    assert (options["host"], f"EXPOSE {options['port']}") == ("0.0.0.0", re.findall(r"^EXPOSE.*$", text, re.M)[0])
+    assert f"127.0.0.1:{options['port']}/health" in text
+    [version] = re.findall(r"^FROM vllm/vllm-openai:v(\d+\.\d+)", text, re.M) or [""]
+    assert (options["server"].value, version in KNOWN) == (("vllm", True) if "vllm" in name else ("local", False))

@@ -73,6 +73,7 @@ def test_scores_are_the_librarys(tmp_path: Path, logo: LoGo, rows: list[str], ch
             assert one == pytest.approx(list(expected.scores.values()), rel=1e-4, abs=1e-4), (signal, prompt)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signal", ["entropy", "norm_z", "spectr", "arrow"])
 def test_other_signals(tmp_path: Path, logo: LoGo, rows: list[str], signal: str) -> None:
     [found] = run(
@@ -126,6 +127,7 @@ def test_adapters_of_any_rank_on_any_layers(tmp_path: Path, rows: list[str], mod
         assert one == pytest.approx(list(selection.scores.values()), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_many_mixtures_leave_nothing_behind(tmp_path: Path, logo: LoGo, rows: list[str], mode: str) -> None:
     count = 2000 if mode == "gate" else 400

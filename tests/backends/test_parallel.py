@@ -7,8 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from vllm_server import ASSETS, Server, environment
 
-from conftest import ASSETS, Server, environment
 from logo import LoGo
 from logo.models import default_pool, load_base
 

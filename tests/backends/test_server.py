@@ -236,8 +236,6 @@ def test_what_is_counted(server: Server) -> None:
 
 @pytest.fixture(scope="module", params=["gate", "merge"])
 def changing(request: pytest.FixtureRequest, serve: Callable[..., Server], tmp_path_factory: Any) -> Server:
-    from conftest import environment
-
     slots = ("18", "8") if request.param == "gate" else ("4", "32")
     env = environment(mode=request.param, k=4) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     flags = ("--max-loras", slots[0], "--max-lora-rank", slots[1], "--max-model-len", "256")

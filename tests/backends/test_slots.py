@@ -17,6 +17,7 @@ from test_plan import IN_VLLM, IN_VLLM_PER_TOKEN, SIZES, of
 from tolerances import PATIENCE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", IN_VLLM, ids=str)
 def test_slots_are_those_that_are_planned(targets: Any, tmp_path: Path) -> None:
     tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(tmp_path)

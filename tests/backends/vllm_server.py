@@ -85,7 +85,7 @@ def started(asked: list[str], port: int, env: dict[str, str], log: Path) -> Iter
         server, waited = Server(f"http://127.0.0.1:{port}", process, log), time.monotonic()
         while not _answers(server):
             if process.poll() is not None or time.monotonic() - waited > START:
-                raise RuntimeError(f"vLLM did not start:\n{log.read_text()[-4000:]}")
+                raise RuntimeError(f"vLLM did not start ({process.poll()}):\n{log.read_text()[-4000:]}")
             time.sleep(0.5)
         yield server
     finally:

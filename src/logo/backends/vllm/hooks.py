@@ -1,7 +1,8 @@
 """Where LoGo is put into vLLM: every function of vLLM's that is wrapped, and what each wrapper relies on.
 
 `install` runs in every process of vLLM, before an engine is made, and changes nothing for engines without a pool. Each
-hook is checked against the signature it was written for. No hook raises while an engine runs: that would end it.
+hook is checked against the signature it was written for (`needs`). No hook raises while an engine runs: that would end
+it.
 
     LRUCacheWorkerLoRAManager.create_lora_manager   opens the pool when a worker's model is wrapped
     model_manager.get_punica_wrapper                gives layers the gated products
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import importlib.metadata
 import inspect
 import logging
@@ -28,6 +30,7 @@ from logo.backends.vllm import runner_v1, runner_v2
 from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
 from logo.backends.vllm.marks import mark
+from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, Function
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import mode_of
 from logo.backends.vllm.recipe import is_recipe
@@ -35,9 +38,6 @@ from logo.backends.vllm.worker import Worker
 from logo.errors import LoGoError, ModelError
 
 log = logging.getLogger("vllm.logo")
-
-# What was run, and what was read, of vLLM's versions.
-KNOWN = ("0.29", "0.30", "0.31", "0.32", "0.33")
 
 # The worker whose model is being wrapped: vLLM makes the wrapper of its kernels without saying for whom.
 _making: list[Worker] = []
@@ -59,54 +59,40 @@ def install() -> None:
     Raises:
         ModelError: this version of vLLM is not as the hooks expect it.
     """
-    import vllm.lora.model_manager as model_manager
-    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import Request
-    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
     if hasattr(WorkerBase, CALLS[0].__name__):
         return
-    _wrap(LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config"), _create)
-    _wrap(model_manager, "get_punica_wrapper", (), _wrapper)
-    _wrap(WorkerLoRAManager, "set_active_adapters", ("self", "requests", "mapping"), _activate)
-    _wrap(LRUCacheWorkerLoRAManager, "_load_adapter", ("self", "lora_request"), _load)
-    for name, parameters in runner_v1.NEEDED.items():
-        _wrap(LoRAModelRunnerMixin, name, parameters, _spans_v1)
-    _wrap(Request, "get_skip_reading_prefix_cache", ("self",), _skip)
-    _wrap(Scheduler, "__init__", ("self", "vllm_config"), _schedule)
-    _install_v2()
+    for name, function in HOOKS.items():
+        _wrap(function, _WRAPPERS[name])
+    for name, function in HOOKS_V2.items():
+        try:
+            importlib.import_module(function.module)
+        except ImportError:  # V2 needs Triton; without it vLLM runs V1
+            break
+        _wrap(function, _WRAPPERS[name])
     for call in CALLS:
         setattr(WorkerBase, call.__name__, _answering(call))
 
 
-def _install_v2() -> None:
-    try:
-        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-    except ImportError:  # V2 needs Triton; without it vLLM runs V1
-        return
-    _wrap(GPUModelRunner, "add_requests", runner_v2.NEEDED["add_requests"], _remember)
-    _wrap(GPUModelRunner, "prepare_inputs", runner_v2.NEEDED["prepare_inputs"], _spans_v2)
-    _wrap(GPUModelRunner, "_remove_request", runner_v2.NEEDED["_remove_request"], _forget)
-
-
-def _wrap(owner: Any, name: str, parameters: tuple[str, ...], hook: Callable[..., Any]) -> None:
+def _wrap(function: Function, hook: Callable[..., Any]) -> None:
     """Replaces a function by `hook(original, *args, **kwargs)`, if it takes these parameters first."""
-    original = getattr(owner, name, None)
+    module = importlib.import_module(function.module)
+    owner = getattr(module, function.owner, None) if function.owner else module
+    original = getattr(owner, function.name, None)
     found = () if original is None else tuple(inspect.signature(original).parameters)
-    if original is None or found[: len(parameters)] != parameters:
+    if original is None or found[: len(function.parameters)] != function.parameters:
         what = "does not exist" if original is None else f"takes ({', '.join(found)})"
         raise ModelError(
-            f"LoGo does not know this vLLM ({version()}): {getattr(owner, '__name__', owner)}.{name} {what}, expected "
-            f"({', '.join(parameters)}, ...); versions {KNOWN[0]} to {KNOWN[-1]} are known"
+            f"LoGo does not know this vLLM ({version()}): {function.module}.{function.path} {what}, expected "
+            f"({', '.join(function.parameters)}, ...); versions {KNOWN[0]} to {KNOWN[-1]} are known"
         )
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return hook(original, *args, **kwargs)
 
-    setattr(owner, name, wrapped)
+    setattr(owner, function.name, wrapped)
 
 
 def _options(vllm_config: Any) -> Options | None:
@@ -255,3 +241,17 @@ def _answering(call: Callable[..., Any]) -> Callable[..., Any]:
             return {"error": str(error)}
 
     return answer
+
+
+_WRAPPERS: Mapping[str, Callable[..., Any]] = {
+    "create": _create,
+    "wrapper": _wrapper,
+    "activate": _activate,
+    "load": _load,
+    "skip": _skip,
+    "schedule": _schedule,
+    "spans_v1": _spans_v1,
+    "remember": _remember,
+    "spans_v2": _spans_v2,
+    "forget": _forget,
+}

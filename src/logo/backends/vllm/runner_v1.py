@@ -13,8 +13,6 @@ from typing import Any
 from logo.backends.vllm.marks import span
 from logo.backends.vllm.taps import Span
 
-NEEDED = {"set_active_loras": ("self", "input_batch", "num_scheduled_tokens")}
-
 
 def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[int]) -> Iterator[Span]:
     """The rows of probed prompts in the step that comes."""

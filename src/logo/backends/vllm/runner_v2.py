@@ -14,12 +14,6 @@ from typing import Any
 from logo.backends.vllm.marks import mark, span
 from logo.backends.vllm.taps import Span
 
-NEEDED = {
-    "add_requests": ("self", "scheduler_output"),
-    "prepare_inputs": ("self", "scheduler_output"),
-    "_remove_request": ("self", "req_id"),
-}
-
 # Request id -> its sampling parameters and prompt.
 Probed = MutableMapping[str, tuple[Any, Any]]
 
