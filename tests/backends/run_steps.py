@@ -32,7 +32,7 @@ class Engine:
         self.core = Core(self.llm.llm_engine.vllm_config)
         pool = self.core.staged(None, self.call("logo_stage", None))
         scored = {}
-        for signal in self.core.options.all_signals:
+        for signal in self.core.signals:
             opened = self.call("logo_signal", signal)[0]
             if opened["texts"]:
                 keys = [f"text-{i}" for i in range(len(opened["texts"]))]

@@ -19,7 +19,7 @@ from logo.adapters.layout import BaseLayout
 from logo.api.names import Models
 from logo.backends.vllm import plugin
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import Change, KeyedPool, check_alike
+from logo.backends.vllm.pool import Change, KeyedPool, check_alike, scoring_signals
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import CHANGED
@@ -57,6 +57,7 @@ class Core:
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self._layout = BaseLayout.of(self.skeleton)
         self.pool = KeyedPool.open(options, self.skeleton)
+        self.signals = scoring_signals(options, self.skeleton, self.pool.adapters)
         self.choosing = Choosing(self.pool.adapters, options.settings)
         self.mode, self.reason = "", ""
         self._scored: dict[str, tuple[str, ...]] = {}  # the adapters that each signal scores
@@ -102,7 +103,7 @@ class Core:
 
     def models(self, base: str) -> Models:
         """What requests may give as their model."""
-        return Models(base, self.pool.keys, self.options.all_signals)
+        return Models(base, self.pool.keys, self.signals)
 
     # -- choosing ------------------------------------------------------------------------------------------------
 

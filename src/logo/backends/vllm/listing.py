@@ -29,7 +29,7 @@ def adapter_list(core: Core, base: str, selected: Mapping[str, int]) -> dict[str
         "base_model": base,
         "default_k": core.k,
         "signal": core.options.settings.signal,
-        "signals": list(core.options.all_signals),
+        "signals": list(core.signals),
         "data": cards,
     }
 

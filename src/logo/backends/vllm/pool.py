@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,16 @@ from logo.adapters.pool import AdapterPool
 from logo.backends.plan import slot_rank
 from logo.backends.vllm.options import Mode, Options
 from logo.backends.vllm.recipe import Recipe, key_of, pool_digest
-from logo.errors import PoolError, UsageError
+from logo.errors import LoGoError, PoolError, UsageError
 from logo.models import open_pool
+from logo.selection.plan import plan
 from logo.selection.selector import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
 # What is done to a pool, the adapter's name, and its folder: `("add", name, folder)`, `("replace", name, folder)` or
 # `("remove", name, "")`.
@@ -92,6 +96,26 @@ class KeyedPool:
 def opened_pool(options: Options, base_model: str) -> AdapterPool:
     """The pool that the options name, not fitted to a model yet."""
     return open_pool(options.pool, base_model, on_bad_adapter=options.on_bad_adapter, cache=options.settings.cache)
+
+
+def scoring_signals(options: Options, model: PreTrainedModel, pool: AdapterPool) -> tuple[str, ...]:
+    """The signals of the options that can score a pool, the settings' own first; what others cannot is no reason to
+    refuse the pool.
+
+    Raises:
+        LoGoError: the settings' own signal cannot score it.
+    """
+    own, *others = options.all_signals
+    plan(model, pool, options.settings)
+    usable = [own]
+    for signal in others:
+        try:
+            plan(model, pool, options.settings.asked(signal=signal))
+        except LoGoError as error:
+            log.warning("LoGo: requests cannot ask for the signal %r: %s", signal, error)
+        else:
+            usable.append(signal)
+    return tuple(usable)
 
 
 def mode_of(options: Options, base_model: str, lora: Any, pool: AdapterPool | None = None) -> tuple[Mode, str]:

@@ -19,7 +19,7 @@ from logo.adapters.format import Adapter
 from logo.adapters.layout import BaseLayout
 from logo.backends.vllm.gates import StepGates, turned
 from logo.backends.vllm.options import Options
-from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of
+from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of, scoring_signals
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
@@ -124,7 +124,7 @@ class Worker:
     def _tap_residuals(self) -> None:
         """Reads the residual stream that enters the decoder layers which some signal reads so."""
         paths = set()
-        for signal in self.options.all_signals:
+        for signal in scoring_signals(self.options, self.skeleton, self.pool.adapters):
             settings = self.options.settings.asked(signal=signal)
             if settings.reading.input == "residual":
                 paths |= {point.layer_path for point in plan(self.skeleton, self.pool.adapters, settings).points}

@@ -52,7 +52,7 @@ class Workers:
                 )
             pool = await asyncio.to_thread(core.staged, change, await self.call("logo_stage", change and list(change)))
             scored = {}
-            for signal in core.options.all_signals:
+            for signal in core.signals:
                 opened = (await self.call("logo_signal", signal))[0]
                 if opened["texts"]:
                     keys = [new_key() for _ in opened["texts"]]
