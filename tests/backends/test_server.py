@@ -174,6 +174,7 @@ def test_what_is_listed(server: Server, logo: LoGo, rows: list[str]) -> None:
     expected = logo.select(rows[2], k=4)
     assert status == 200 and selection["adapters"] == list(expected.adapters)
     assert selection["scores"] == pytest.approx(expected.scores, rel=1e-4)
+    assert selection["tokens"] == len(logo.prompts.encode([rows[2]])[0])
     status, cards = server.ask("/v1/logo/adapters")
     assert status == 200 and [card["id"] for card in cards["data"]] == list(logo.names)
     assert cards["default_k"] == 4 and cards["signals"] == ["calibrated", "norm"]

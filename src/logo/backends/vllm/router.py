@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from logo.api.errors import ApiError, bad_request, failed, shown_line, unavailable
 from logo.api.names import AUTO, Models
@@ -33,6 +33,15 @@ from logo.backends.vllm.workers import Workers
 from logo.errors import AdapterError, LoGoError
 from logo.protocol import Wish
 from logo.selection.selector import Selection
+
+
+class _Chosen(NamedTuple):
+    """The selection of one prompt, the milliseconds that it took, and the prompt's tokens (None: it was not probed)."""
+
+    selection: Selection
+    probe_ms: float
+    tokens: int | None
+
 
 _B = TypeVar("_B", LoadAdapter, UnloadAdapter)
 
@@ -165,7 +174,7 @@ class Router:
                 return
         chosen = [one for one in found if not isinstance(one, Answer)]
         if len(parts) == 1:
-            await self._one(path, parts[0], model, *chosen[0], scope, receive, send)
+            await self._one(path, parts[0], model, chosen[0], scope, receive, send)
         else:
             await self._several(path, parts, model, chosen, scope, receive, send)
 
@@ -173,13 +182,11 @@ class Router:
         """Whether a request is for a mixture, rather than for vLLM's own models alone."""
         return "logo" in body or model == AUTO or model in self.core.pool.keys
 
-    async def _chosen(
-        self, path: str, body: Body, wish: Wish, scope: Scope, receive: Receive
-    ) -> tuple[Selection, float] | Answer:
-        """The selection of one prompt and the milliseconds that it took; or what vLLM said instead of probing it."""
+    async def _chosen(self, path: str, body: Body, wish: Wish, scope: Scope, receive: Receive) -> _Chosen | Answer:
+        """What is chosen for one prompt; or what vLLM said instead of probing it."""
         signal = self.core.signal(wish)
         if signal is None:
-            return self.core.select(wish, None), 0.0
+            return _Chosen(self.core.select(wish, None), 0.0, None)
         started, scores, tries = time.perf_counter(), None, 0
         while scores is None:  # once, unless the pool changes meanwhile
             tries += 1
@@ -194,20 +201,21 @@ class Router:
         selection = self.core.select(wish, scores)
         spent = time.perf_counter() - started
         self._counts.selected(selection.adapters, spent)
-        return selection, 1000 * spent
+        usage = (probed.json() or {}).get("usage") or {}
+        # Of a chat, a text of its own is probed, which says nothing of the chat's length.
+        return _Chosen(selection, 1000 * spent, usage.get("prompt_tokens") if where == path else None)
 
     async def _one(
         self,
         path: str,
         body: Body,
         model: str,
-        selection: Selection,
-        probe_ms: float,
+        chosen: _Chosen,
         scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
-        with self.core.request(selection) as request:
+        with self.core.request(chosen.selection) as request:
             own = self._base if request is None else request.lora_name
 
             def change(found: dict[str, Any], first: bool) -> None:
@@ -215,7 +223,7 @@ class Router:
                 if isinstance(told, dict) and told.get("model") in (own, model):
                     told["model"] = model
                 if first and "error" not in found:
-                    found["logo"] = _told(selection, probe_ms)
+                    found["logo"] = _told(chosen)
 
             async def check() -> ApiError | None:
                 reason = None if request is None else await self._taken(request.lora_name)
@@ -236,15 +244,15 @@ class Router:
         path: str,
         parts: Sequence[Body],
         model: str,
-        chosen: Sequence[tuple[Selection, float]],
+        chosen: Sequence[_Chosen],
         scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
-        told = [_told(selection, probe_ms) for selection, probe_ms in chosen]
+        told = list(map(_told, chosen))
 
-        async def answered(part: Body, one: tuple[Selection, float], sink: Send) -> None:
-            await self._one(path, part, model, *one, scope, receive, sink)
+        async def answered(part: Body, one: _Chosen, sink: Send) -> None:
+            await self._one(path, part, model, one, scope, receive, sink)
 
         run = [partial(answered, part, one) for part, one in zip(parts, chosen, strict=True)]
         n = int(parts[0].get("n") or 1) if isinstance(parts[0].get("n"), int) else 1
@@ -271,12 +279,13 @@ class Router:
         if isinstance(found, Answer):
             await _relay(send, found)
             return
-        selection, probe_ms = found
+        selection = found.selection
         reply = {
             "adapters": list(selection.adapters),
             "weights": list(selection.weights),
             "scores": selection.scores,
-            "probe_ms": round(probe_ms, 3),
+            "probe_ms": round(found.probe_ms, 3),
+            "tokens": found.tokens,
         }
         await answer(send, 200, json.dumps(reply).encode())
 
@@ -339,12 +348,10 @@ class Router:
         await self.app(scope, receive, Rewriting(send, change))
 
 
-def _told(selection: Selection, probe_ms: float) -> dict[str, Any]:
+def _told(chosen: _Chosen) -> dict[str, Any]:
     """Top-level `logo` of an answer."""
-    made = Mixture(
-        adapters=list(selection.adapters), weights=list(selection.weights), probe_ms=round(probe_ms, 3), queue_ms=0.0
-    )
-    return made.model_dump()
+    adapters, weights = list(chosen.selection.adapters), list(chosen.selection.weights)
+    return Mixture(adapters=adapters, weights=weights, probe_ms=round(chosen.probe_ms, 3), queue_ms=0.0).model_dump()
 
 
 async def _said(send: Send, text: str) -> None:
