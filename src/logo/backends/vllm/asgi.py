@@ -138,6 +138,8 @@ class Rewriting:
             if any(line.startswith(b"data: [DONE]") for line in lines) and (error := await self._checked()):
                 lines = [line for line in lines if not line.startswith(b"data: [DONE]")]
                 lines = [*lines, *error.event().split(b"\n"), b"data: [DONE]", b""]
+            elif not more and (error := await self._checked()):  # a stream that says [DONE] to nobody
+                lines = [*lines, b"", *error.event().split(b"\n")]
             body = b"".join(self._event(line) + b"\n" for line in lines)
             await self._send({"type": "http.response.body", "body": body, "more_body": more})
             return
@@ -154,7 +156,8 @@ class Rewriting:
             await self._send({"type": "http.response.body", "body": body})
 
     async def _checked(self) -> ApiError | None:
-        return None if self._check is None else await self._check()
+        check, self._check = self._check, None
+        return None if check is None else await check()
 
     def _event(self, line: bytes) -> bytes:
         return b"data: " + self._changed(line[6:]) if line.startswith(b"data: {") else line

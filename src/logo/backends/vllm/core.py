@@ -63,6 +63,7 @@ class Core:
         self._scored: dict[str, tuple[str, ...]] = {}  # the adapters that each signal scores
         self._live: Counter[int] = Counter()  # ids of recipes whose answers are on their way
         self._texts: dict[int, str] = {}
+        self._salts: Counter[str] = Counter()  # how often a recipe has failed
         self._answering: Counter[str] = Counter()  # and the keys of their adapters
 
     # -- opening and changing --------------------------------------------------------------------------------------
@@ -136,8 +137,8 @@ class Core:
         if not recipe.parts:
             yield None
             return
-        text = str(recipe)
-        number = recipe.number(self._texts)
+        text = recipe.salted(self._salts[str(recipe)])
+        number = recipe.number(self._texts, text)
         self._live[number] += 1
         self._texts[number] = text
         self._answering.update(recipe.keys)
@@ -148,6 +149,10 @@ class Core:
             self._answering.subtract(recipe.keys)
             if not self._live[number]:
                 del self._live[number], self._texts[number]
+
+    def failed(self, text: str) -> None:
+        """A recipe was not mixed: the next request for it gets another text, and so other keys and values."""
+        self._salts[text.partition("#")[0]] += 1
 
     def recipe(self, selection: Selection) -> Recipe:
         """The recipe of a selection."""

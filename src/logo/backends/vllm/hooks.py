@@ -26,7 +26,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from logo.backends.vllm import runner_v1, runner_v2
+from logo.backends.vllm import ops, runner_v1, runner_v2
 from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
 from logo.backends.vllm.marks import mark
@@ -113,6 +113,9 @@ def _create(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
     if options is None:
         return original(self, model, vllm_config)
     _check(vllm_config)
+    compilation = vllm_config.compilation_config
+    if getattr(compilation, "splitting_ops", None):  # the tap has to run between captured graphs, not in them
+        compilation.splitting_ops.append(ops.NAME)
     worker = Worker(self, vllm_config, options)
     _making.append(worker)
     try:
@@ -129,6 +132,8 @@ def _check(vllm_config: Any) -> None:
     check_environment(os.environ)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ModelError("LoGo reads layers in one process: use --tensor-parallel-size instead of pipeline parallelism")
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        raise ModelError("LoGo asks one engine for scores: run several servers instead of --data-parallel-size")
     if vllm_config.lora_config.fully_sharded_loras:
         raise ModelError("LoGo multiplies adapters whole on every rank: leave out --fully-sharded-loras")
 
@@ -153,6 +158,11 @@ def _schedule(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: 
         # workers' slots stay as they are: theirs is another object.
         self.lora_config = copy.copy(self.lora_config)
         self.lora_config.max_loras = max(self.lora_config.max_loras, self.scheduler_config.max_num_seqs)
+
+
+def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: Any, **kwargs: Any) -> Any:
+    # A metric per recipe would never end, and tell what adapters are called and mixed to whoever reads metrics.
+    return original(self, req_id, None if lora_name and is_recipe(lora_name) else lora_name, *args, **kwargs)
 
 
 def _skip(original: Any, self: Any) -> bool:
@@ -244,6 +254,7 @@ def _answering(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _WRAPPERS: Mapping[str, Callable[..., Any]] = {
+    "count": _count,
     "create": _create,
     "wrapper": _wrapper,
     "activate": _activate,

@@ -87,6 +87,7 @@ _MANAGER = "vllm.lora.worker_manager"
 _V2 = "vllm.v1.worker.gpu.model_runner"
 
 HOOKS: Mapping[str, Function] = {
+    "count": Function("vllm.v1.metrics.stats", "LoRARequestStates", "_request_update", ("self", "req_id", "lora_name")),
     "create": Function(_MANAGER, "LRUCacheWorkerLoRAManager", "create_lora_manager", ("self", "model", "vllm_config")),
     "wrapper": Function("vllm.lora.model_manager", "", "get_punica_wrapper"),
     "activate": Function(_MANAGER, "WorkerLoRAManager", "set_active_adapters", ("self", "requests", "mapping")),

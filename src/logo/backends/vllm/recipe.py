@@ -65,7 +65,7 @@ class Recipe:
         Raises:
             UsageError: it is no recipe.
         """
-        head, _, rest = text.partition(SCHEME)
+        head, _, rest = text.partition("#")[0].partition(SCHEME)
         entries = [entry.partition(":") for entry in rest.split(",")] if rest else []
         try:
             if head or not entries:
@@ -86,13 +86,18 @@ class Recipe:
         """Of its adapters."""
         return tuple(key for key, _ in self.parts)
 
-    def number(self, taken: Mapping[int, str] | None = None) -> int:
+    def salted(self, salt: int) -> str:
+        """The recipe as text, and as another one after each failure: what a failure has left in a cache is not met."""
+        return f"{self}#{salt}" if salt else str(self)
+
+    def number(self, taken: Mapping[int, str] | None = None, text: str | None = None) -> int:
         """The id that vLLM knows this recipe by: 31 bits of its digest, or of a further one where that is taken.
 
         Args:
             taken: ids of recipes that are in use, as strings.
+            text: of the recipe, where it is salted.
         """
-        text, salt = str(self), 0
+        text, salt = text or str(self), 0
         while True:
             digest = hashlib.sha256(f"{salt} {text}".encode()).digest()
             number = int.from_bytes(digest[:4], "big") % _IDS + 1

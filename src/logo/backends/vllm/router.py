@@ -12,7 +12,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,7 +31,7 @@ from logo.backends.vllm.names import Names, meaning
 from logo.backends.vllm.pool import Change
 from logo.backends.vllm.several import merged, merged_stream
 from logo.backends.vllm.workers import Workers
-from logo.errors import AdapterError, LoGoError
+from logo.errors import AdapterError, LoGoError, UsageError
 from logo.protocol import Wish
 from logo.selection.selector import Selection
 
@@ -119,6 +120,12 @@ class Router:
         await self._workers.change(core)
         self._models = state.openai_serving_models
         self._models.lora_requests = Names(self._models.lora_requests)
+        native = [*self._models.lora_requests, *getattr(self._models, "lora_resolvers", ())]
+        if core.mode == "gate" and native:
+            raise UsageError(
+                "in gate mode all of vLLM's slots are the pool's, and there are none for --lora-modules and resolvers: "
+                "put those adapters into the pool, or use the mode 'merge'"
+            )
         self._core = core
         log.info(
             "LoGo: %d adapters, signal %s, %s mode (%s), ready in %.1f s",
@@ -165,6 +172,8 @@ class Router:
         if bodies.marks_itself(body):
             raise bad_request("vllm_xargs: 'logo_probe' and 'logo_signal' are this server's own", "vllm_xargs")
         asked = checked(ModelRequest, {"model": model, "logo": body.pop("logo", None)})
+        if body.get("background"):
+            raise bad_request("background: an answer with a mixture cannot be left to itself", "background")
         wish = self._names.wish(model, asked.logo)
         parts = bodies.split(path, body)
         found = await asyncio.gather(*(self._chosen(path, part, wish, scope, receive) for part in parts))
@@ -215,7 +224,7 @@ class Router:
         receive: Receive,
         send: Send,
     ) -> None:
-        with self.core.request(chosen.selection) as request:
+        with self._request(chosen.selection) as request:
             own = self._base if request is None else request.lora_name
 
             def change(found: dict[str, Any], first: bool) -> None:
@@ -227,6 +236,8 @@ class Router:
 
             async def check() -> ApiError | None:
                 reason = None if request is None else await self._taken(request.lora_name)
+                if reason is not None:
+                    self.core.failed(request.lora_name)
                 return None if reason is None else failed(f"the mixture could not be made: {reason}", "mixture_failed")
 
             raw = json.dumps({**body, "model": self._base if request is None else model}).encode()
@@ -234,6 +245,15 @@ class Router:
             self._counts.answered("base" if request is None else self.core.mode)
             with meaning(model, request):
                 await self.app(again, sending(raw, receive), Rewriting(send, change, check))
+
+    @contextmanager
+    def _request(self, selection: Selection) -> Iterator[Any]:
+        with ExitStack() as stack:
+            try:
+                request = stack.enter_context(self.core.request(selection))
+            except KeyError:
+                raise unavailable("the pool changed while the request waited; try again", retry_after=1) from None
+            yield request
 
     async def _taken(self, key: str) -> Any:
         assert self._workers is not None
@@ -365,7 +385,7 @@ def _object(raw: bytes) -> Body | None:
     """A body that is a JSON object; None for any other, of which vLLM says what is wrong."""
     try:
         found = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -62,17 +62,28 @@ async def merged_stream(send: Send, run: Sequence[Run], told: Sequence[Any], n: 
 
 
 async def _forwarded(send: Send, events: asyncio.Queue[Any], count: int, told: Sequence[Any], n: int) -> None:
-    identity: str | None = None
-    began, first, usages = False, True, list[Any]()
-    rest = [b""] * count
-    while count:
+    """Forwards what comes until all have ended. One that is refused becomes an event of its own; where all of them are,
+    the first refusal is the whole response."""
+    left, began, first, identity = count, False, True, None
+    starts: list[Message] = [{} for _ in range(count)]
+    rest, refused, usages, last = [b""] * count, list[Answer](), list[Any](), {}
+    while left:
         number, message = await events.get()
         if message is None:
-            count -= 1
+            left -= 1
+            if starts[number].get("status", 200) != 200:
+                refused.append(Answer(starts[number]["status"], list(starts[number]["headers"]), rest[number]))
+                if began:
+                    await _line(send, rest[number].replace(b"\n", b" "))
         elif message["type"] == "http.response.start":
-            if not began:
+            starts[number] = message
+            if message["status"] == 200 and not began:
                 began = True
                 await send(message)
+                for one in refused:
+                    await _line(send, one.body.replace(b"\n", b" "))
+        elif starts[number].get("status") != 200:
+            rest[number] += message.get("body", b"")
         else:
             *lines, rest[number] = (rest[number] + message.get("body", b"")).split(b"\n")
             for line in lines:
@@ -92,14 +103,20 @@ async def _forwarded(send: Send, events: asyncio.Queue[Any], count: int, told: S
                 for choice in found.get("choices", ()):
                     choice["index"] = number * n + choice.get("index", 0)
                 await _event(send, found)
+    if not began and refused:
+        await answer(send, refused[0].status, refused[0].body, refused[0].headers)
+        return
     if usages:
         await _event(send, {**last, "usage": _sum(usages)})
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
+async def _line(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+
+
 async def _event(send: Send, found: Any) -> None:
-    body = b"data: " + json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await _line(send, json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 async def _kept(request: Run) -> Answer:

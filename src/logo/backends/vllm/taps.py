@@ -175,7 +175,13 @@ class Taps:
                 heard.failure = f"tokens {heard.seen} to {span.start} were not run, but taken from the prefix cache"
             heard.seen = span.start + span.count
         for signal in dict.fromkeys(span.signal for span in spans):
-            own = [span for span in spans if span.signal == signal and self._heard[span.key].failure is None]
+            own = [
+                span
+                for span in spans
+                if span.signal == signal
+                and self._heard[span.key].failure is None
+                and (not signal or signal in self._scorers)
+            ]
             rows, owners = [], []
             for owner, span in enumerate(own):
                 first, end = self._rows(span)

@@ -63,8 +63,10 @@ class Worker:
         self.taps = Taps(self._place_of, self._device)
         self.spans: Sequence[Span] = ()  # of the step that comes, as its runner says
         self.probed: dict[str, tuple[Any, Any]] = {}  # probes among the requests of runner V2
-        self._mixtures: dict[int, Recipe] = {}  # by vLLM's ids
+        self._mixtures: dict[int, tuple[str, Recipe]] = {}  # by vLLM's ids, the latest last
         self._failures: dict[str, str] = {}  # recipe -> why it was not mixed
+        # Compiled layers would keep what their slices are for: a pool that changes, or another one, may use others.
+        self._compiled = bool(getattr(vllm_config.compilation_config, "mode", 0))
         self._max_tokens = model_config.max_model_len - 1
         self._tokenizer = model_config.tokenizer
         self.scoring: Scoring | None = None
@@ -113,11 +115,11 @@ class Worker:
 
     def _note_used(self) -> None:
         """Tells the layers which of their slices adapters act on. In merge mode there may be others than the pool's."""
-        touched = {module for adapter in self.pool.adapters for module in adapter.modules}
+        touched = {module for adapter in self._by_key.values() for module in adapter.modules}
         manager = self._adapters
         for path, layer in manager.modules.items():
             parts = manager.packed_modules.get(path, [path])
-            known = self.mode == "gate" and getattr(layer, "n_slices", 0) == len(parts)
+            known = self.mode == "gate" and not self._compiled and getattr(layer, "n_slices", 0) == len(parts)
             if isinstance(getattr(layer, "punica_wrapper", None), Tapped):
                 layer.punica_wrapper.used = tuple(part in touched for part in parts) if known else None
 
@@ -170,10 +172,15 @@ class Worker:
         if self.mode != "gate":
             return
         recipes = [request for request in requests if is_recipe(request.lora_path)]
+        texts: dict[int, str] = {}
         for request in recipes:
-            if request.lora_int_id not in self._mixtures:
-                self._mixtures[request.lora_int_id] = self.recipe(request.lora_path)
-        while len(self._mixtures) > _REMEMBERED:
+            number, text = request.lora_int_id, request.lora_path
+            if texts.setdefault(number, text) != text:
+                for both in (texts[number], text):
+                    self.fail(both, "two mixtures have one id by chance; ask again")
+            known = self._mixtures.pop(number, None)  # those of this step become the latest
+            self._mixtures[number] = known if known is not None and known[0] == text else (text, self.recipe(text))
+        while len(self._mixtures) > max(_REMEMBERED, len(recipes)):
             self._mixtures.pop(next(iter(self._mixtures)))
         if recipes:
             self.make_resident()
@@ -219,8 +226,14 @@ class Worker:
         rows = torch.zeros(len(known) + 1, len(slots))
         for row, number in enumerate(known, start=1):
             if self.mode == "gate" and number in self._mixtures:
-                for key, weight in self._mixtures[number].parts:
-                    rows[row, place[self._ids[key]]] = weight
+                text, recipe = self._mixtures[number]
+                for key, weight in recipe.parts:
+                    slot = place.get(self._ids.get(key, 0))
+                    if slot is None:
+                        self.fail(text, f"adapter {key} has left this worker")
+                        rows[row] = 0.0
+                        break
+                    rows[row, slot] = weight
             elif number in place:
                 rows[row, place[number]] = 1.0
         order = np.array([0, *known])
@@ -342,6 +355,8 @@ class Worker:
         for key in set(keys) & self._by_key.keys() - set(self.pool.keys.values()):
             self._adapters.remove_adapter(self._ids[key])
             del self._by_key[key], self._ids[key]
+            self._mixtures = {n: known for n, known in self._mixtures.items() if key not in known[1].keys}
+        self._note_used()
 
     @cached_property
     def _prompts(self) -> Prompts:

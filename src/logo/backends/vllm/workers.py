@@ -45,10 +45,10 @@ class Workers:
             LoGoError: the workers cannot do it; nothing has changed then.
         """
         async with self._changing:
-            if change is not None and self._api_servers > 1:
+            if self._api_servers > 1:
                 raise UsageError(
-                    f"this server has {self._api_servers} processes for HTTP, which would not hear of it: start vLLM "
-                    "with --api-server-count 1 to change the pool while it runs"
+                    f"this server has {self._api_servers} processes for HTTP, and each would open the pool by itself: "
+                    "start vLLM with --api-server-count 1"
                 )
             pool = await asyncio.to_thread(core.staged, change, await self.call("logo_stage", change and list(change)))
             scored = {}
@@ -91,10 +91,10 @@ class Workers:
             waiting, self._waiting = self._waiting, {}
             try:
                 found = (await self.call("logo_take", list(waiting)))[0]
-            except BaseException as error:
+            except Exception as error:  # everybody who waits is told; others may wait by now
                 for future in _open(waiting.values()):
                     future.set_exception(error)
-                raise
+                continue
             for key, futures in waiting.items():
                 for future in _open([futures]):
                     future.set_result(found[key])
