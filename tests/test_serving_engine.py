@@ -17,6 +17,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
+from logo.decoder import Decoding
 from logo.decoding import greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
 from logo.protocol import GenerationFailed, GenerationTimeout, NotReady, Overloaded, Sampling, Wish
@@ -169,7 +170,8 @@ def alone(logo: LoGo, rows: list[list[int]], wishes: list[Wish], length: int) ->
     for ids, wish in zip(rows, wishes, strict=True):
         forced = wish.adapters is not None
         selection = Selection.forced(wish.adapters or {}) if forced else logo.select_ids([ids])[0]
-        [made] = logo._decoder(logo.fitted, config, False, (), 0.0, [ids], [selection])
+        decoding = Decoding(config, logo.model.generation_config)
+        [made] = logo._decoder(logo.fitted, decoding, 0.0, [ids], [selection])
         results.append((made.token_ids, made.finish_reason, selection.adapters))
     return results
 
