@@ -444,7 +444,7 @@ class OtherKernels:
             output.logits[..., self.token] += self.share * output.logits.std()
 
 
-@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.05), (torch.float16, 0.008), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.05), (torch.float16, 0.008), (torch.float32, 3e-4)])
 def test_rounding_is_no_reason_to_refuse_a_model(dtype: torch.dtype, share: float, tmp_path: Path) -> None:
     """Two tokens are equally likely, so that rounding alone decides which of them comes."""
     model = tiny.model("llama", tie_word_embeddings=False).to(dtype)
@@ -466,8 +466,8 @@ def test_rounding_is_no_reason_to_refuse_a_model(dtype: torch.dtype, share: floa
     ("dtype", "share", "told"),
     [
         (torch.bfloat16, 2.0, r"0\.2 standard deviations away .* rounding in bfloat16 explains 0\.06"),
-        (torch.float32, 2.0, r"0\.2 standard deviations away .* rounding in float32 explains 7\.6e-06"),
-        (torch.float32, 0.01, r"0\.001 standard deviations away .* rounding in float32 explains 7\.6e-06"),
+        (torch.float32, 2.0, r"0\.2 standard deviations away .* rounding in float32 explains 6\.1e-05"),
+        (torch.float32, 0.01, r"0\.001 standard deviations away .* rounding in float32 explains 6\.1e-05"),
     ],
 )
 def test_what_rounding_does_not_explain_is_told_with_its_size(
