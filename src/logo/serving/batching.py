@@ -40,9 +40,9 @@ _STEP_TOKENS = 512
 
 
 # How far logits may be from the model's own, in units of the dtype's precision. Two kinds of attention in one half
-# precision were up to 2.2 units apart (nine models of 3 to 48 layers). In float32 they were up to 10 units of 2^-20 apart
-# (Gemma 3 270M, and more on some processors than on others); a GPU may compute float32 in TF32, whose unit is 2^-10. No
-# unit is therefore taken to be smaller than 2^-17, or 2^-10 on a GPU. A position that is one off, or a token that is
+# precision were up to 2.2 units apart (nine models of 3 to 48 layers). In float32 they were up to 10 units of 2^-20
+# apart (Gemma 3 270M, on some processors more than on others); a GPU may compute float32 in TF32, whose unit is 2^-10.
+# No unit is therefore taken to be smaller than 2^-17, or 2^-10 on a GPU. A position that is one off, or a token that is
 # lost, was more than 0.08 in all of them; in bfloat16 this allows 0.06, in float32 on a CPU 0.00006.
 _ROUNDINGS = 8
 _FLOAT32, _TF32 = 2.0**-17, 2.0**-10
