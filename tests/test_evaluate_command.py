@@ -22,7 +22,7 @@ from logo.evaluation.comparison import compare
 from logo.evaluation.jobs import declared_metric
 from logo.evaluation.metrics import KINDS, measure, measures, official_kind, recorded_kind
 from logo.evaluation.runs import read_run
-from logo.models import officially_named
+from logo.pools import officially_named
 from test_engine import engine, tokenizer
 
 DEMO = ("--base-model", "demo", "--gpu", "-1")

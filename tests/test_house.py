@@ -19,7 +19,8 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 LAYERS = [
     {"errors", "cache"},
     {"adapters", "prompts"},
-    {"mixing", "selection", "models", "decoding", "endings", "scoring"},
+    {"models"},
+    {"mixing", "selection", "pools", "decoding", "endings", "scoring"},
     {"decoder", "completions", "opening", "selecting"},
     {"calls"},
     {"engine", "protocol"},

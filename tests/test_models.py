@@ -15,7 +15,8 @@ import torch
 from hub_server import GOOD_TOKEN, HubServer
 from logo import LoGo, ModelError, UsageError
 from logo.adapters.layout import BaseLayout
-from logo.models import default_pool, load_base, load_layout, pick_device, resolve_base
+from logo.models import load_base, load_layout, pick_device, resolve_base
+from logo.pools import default_pool
 from tolerances import PATIENCE
 
 pytestmark = pytest.mark.slow

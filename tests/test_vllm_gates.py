@@ -21,7 +21,7 @@ from logo.backends.vllm.pool import choose_mode
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.taps import Span, Taps
 from logo.errors import UsageError
-from logo.models import default_pool
+from logo.pools import default_pool
 from logo.selection.points import Point
 from logo.selection.settings import SelectionSettings
 

@@ -15,7 +15,8 @@ from logo.adapters.pool import DEFAULT_K, AdapterPool, OnBadAdapter
 from logo.decoding import Truncation
 from logo.errors import UsageError, closest
 from logo.mixing import EXACT, Merge
-from logo.models import default_pool, load_base, officially_named
+from logo.models import load_base
+from logo.pools import default_pool, officially_named
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:

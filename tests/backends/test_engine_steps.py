@@ -15,7 +15,8 @@ from vllm_server import ASSETS
 
 from logo import AdapterPool, LoGo
 from logo.backends.vllm.recipe import Recipe
-from logo.models import default_pool, load_base
+from logo.models import load_base
+from logo.pools import default_pool
 from logo.selection.settings import SelectionSettings
 from test_engine import write_adapter
 

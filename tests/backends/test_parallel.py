@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from vllm_server import ASSETS, Server, environment
 
 from logo import LoGo
-from logo.models import default_pool, load_base
+from logo.models import load_base
+from logo.pools import default_pool
 
 USUAL = ("--max-loras", "16", "--max-lora-rank", "8", "--max-model-len", "256")
 

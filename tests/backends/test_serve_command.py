@@ -15,7 +15,8 @@ from vllm_server import KEY, Server, environment, free_port, started
 
 from browser import browser, needs_browser
 from logo import LoGo
-from logo.models import default_pool, load_base
+from logo.models import load_base
+from logo.pools import default_pool
 from page_tools import BARS, PROMPT, USE, ask, completion, enter, errors
 from serving import Served
 

@@ -14,7 +14,8 @@ import pytest
 from vllm_server import ASSETS, KEY, Server, environment
 
 from logo import LoGo
-from logo.models import default_pool, load_base
+from logo.models import load_base
+from logo.pools import default_pool
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
 
@@ -175,6 +176,9 @@ def test_what_is_listed(server: Server, logo: LoGo, rows: list[str]) -> None:
     assert status == 200 and selection["adapters"] == list(expected.adapters)
     assert selection["scores"] == pytest.approx(expected.scores, rel=1e-4)
     assert selection["tokens"] == len(logo.prompts.encode([rows[2]])[0])
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": rows[2]}]
+    status, chat = server.ask("/v1/logo/select", {"messages": messages})
+    assert status == 200 and chat["adapters"] == list(expected.adapters) and chat["tokens"] > selection["tokens"]
     status, cards = server.ask("/v1/logo/adapters")
     assert status == 200 and [card["id"] for card in cards["data"]] == list(logo.names)
     assert cards["default_k"] == 4 and cards["signals"] == ["calibrated", "norm"]

@@ -11,7 +11,8 @@ from rich.text import Text
 from logo.cli.opening import open_engine
 from logo.cli.options import DEFAULT_SIGNAL, EngineOptions
 from logo.cli.output import bar, err, out, print_json, progress, weighty
-from logo.models import DEMO, DEMO_K
+from logo.models import DEMO
+from logo.pools import DEMO_K
 
 if TYPE_CHECKING:
     from logo.demo.show import Answer, TaskScore

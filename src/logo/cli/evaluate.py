@@ -208,7 +208,7 @@ def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_mo
     from logo.evaluation.jobs import find_jobs
     from logo.evaluation.results import LOGO, run_folder
     from logo.evaluation.shards import Shard
-    from logo.models import default_k
+    from logo.pools import default_k
 
     shard = None if run.shard is None else Shard.parse(run.shard)
     if shard is not None and _carries(engine, run):

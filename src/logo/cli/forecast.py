@@ -67,7 +67,7 @@ def _pool(engine: EngineOptions, base_model: str) -> tuple[Download, Sequence[in
     from logo.adapters.needed import pool_needed
     from logo.adapters.pool import check_folder
     from logo.evaluation.forecast import Download
-    from logo.models import pool_place
+    from logo.pools import pool_place
 
     place = pool_place(engine.adapters, base_model, engine.model_dir)
     if not place.on_hub:
@@ -93,7 +93,8 @@ def _memory(
     picks: int | None,
 ) -> tuple[Memory | None, str]:
     from logo.evaluation.forecast import memory_of
-    from logo.models import default_k, load_config
+    from logo.models import load_config
+    from logo.pools import default_k
 
     try:
         config = load_config(base_model, model_dir=engine.model_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
 
 def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = None) -> AdapterPool:
     """The pool the options name, or the base model's own; under the preset with the names of the official script."""
-    from logo import models
+    from logo import pools
 
-    pool = models.open_pool(
+    pool = pools.open_pool(
         options.adapters,
         base_model,
         options.model_dir,
@@ -48,7 +47,7 @@ def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = N
         verify=True if options.on_bad_adapter is OnBad.SKIP else None,
     )
     official = preset is Preset.OFFICIAL
-    return models.officially_named(pool, base_model, options.adapters) if official else pool
+    return pools.officially_named(pool, base_model, options.adapters) if official else pool
 
 
 def asked_k(options: EngineOptions, preset: Preset | None = None) -> int | None:
@@ -191,13 +190,9 @@ def _vllm_options(runner: RunnerOptions) -> dict[str, Any]:
         return {}
     if runner.engine is not Engine.VLLM:
         raise UsageError("--vllm-options: only the engine 'vllm' has them; add --engine vllm or leave them out")
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"--vllm-options: expected a JSON object, found {text!r:.60} ({error})") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"--vllm-options: expected a JSON object, found {text!r:.60}")
-    return found
+    from logo.backends.vllm.options import json_object
+
+    return json_object(text, "--vllm-options")
 
 
 def device_of(gpu: int) -> str:

@@ -144,7 +144,8 @@ def _check_installed() -> None:
 def _launch(options: EngineOptions, base_model: str, asked: Asked) -> Launch:
     from logo.backends.vllm.launch import Launch
     from logo.backends.vllm.options import Options
-    from logo.models import check_access, pool_place, resolve_base
+    from logo.models import check_access, resolve_base
+    from logo.pools import pool_place
 
     quiet_transformers()
     source = resolve_base(base_model, options.model_dir)

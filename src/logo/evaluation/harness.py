@@ -29,7 +29,8 @@ from logo.decoding import MAX_NEW_TOKENS, batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
 from logo.evaluation.documents import document_texts
-from logo.models import check_access, open_pool
+from logo.models import check_access
+from logo.pools import open_pool
 from logo.scoring import Scored
 from logo.selection.settings import SelectionSettings
 

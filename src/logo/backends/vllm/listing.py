@@ -7,31 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from logo.api.names import AUTO
+from logo.api.replies import AdapterCard, AdapterList
 from logo.backends.vllm.core import Core
+from logo.protocol import Card
 
 
-def adapter_list(core: Core, base: str, selected: Mapping[str, int]) -> dict[str, Any]:
+def adapter_list(core: Core, base: str, selected: Mapping[str, int]) -> AdapterList:
     """Answer of `GET /v1/logo/adapters`."""
-    cards = [
-        {
-            "id": adapter.name,
-            "rank": max(adapter.ranks),
-            "parameters": adapter.parameters,
-            "modules": len(adapter.modules),
-            "targets": sorted({path.rpartition(".")[2] for path in adapter.modules}),
-            "size_bytes": adapter.size,
-            "selected": selected.get(adapter.name, 0),
-        }
-        for adapter in core.pool.adapters
-    ]
-    return {
-        "object": "list",
-        "base_model": base,
-        "default_k": core.k,
-        "signal": core.options.settings.signal,
-        "signals": list(core.signals),
-        "data": cards,
-    }
+    cards = [AdapterCard.of(Card.of(adapter), selected.get(adapter.name, 0)) for adapter in core.pool.adapters]
+    signals = list(core.signals)
+    return AdapterList(base_model=base, default_k=core.k, signal=signals[0], signals=signals, data=cards)
 
 
 def model_cards(core: Core, base: str, listed: Sequence[Any]) -> list[dict[str, Any]]:

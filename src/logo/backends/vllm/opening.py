@@ -15,17 +15,8 @@ from logo.backends.shapes import ModelShape, PoolShape
 from logo.decoding import Prompts, Truncation
 from logo.errors import LoGoError, ModelError, PoolError, UsageError
 from logo.mixing import Merge
-from logo.models import (
-    checked_dtype,
-    checked_options,
-    fetch,
-    load_config,
-    load_tokenizer,
-    loading,
-    open_pool,
-    pool_place,
-    resolve_base,
-)
+from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
+from logo.pools import open_pool, pool_place
 from logo.selection.plan import plan as reading_plan
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import SIGNALS

@@ -45,7 +45,7 @@ class Options:
         """
         given: dict[str, Any] = {}
         if environment.get(OPTIONS):
-            given |= _object(environment[OPTIONS], OPTIONS)
+            given |= json_object(environment[OPTIONS], OPTIONS)
         if environment.get(POOL):
             given["pool"] = environment[POOL]
         inside = (additional or {}).get("logo")
@@ -84,7 +84,12 @@ class Options:
         return tuple(dict.fromkeys((self.settings.signal, *self.signals)))
 
 
-def _object(text: str, where: str) -> dict[str, Any]:
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """A JSON object that a user has written; `where` names the option in errors.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         found = json.loads(text)
     except ValueError as error:

@@ -14,7 +14,7 @@ from logo.backends.plan import slot_rank
 from logo.backends.vllm.options import Mode, Options
 from logo.backends.vllm.recipe import Recipe, key_of, pool_digest
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.models import open_pool
+from logo.pools import open_pool
 from logo.selection.plan import plan
 from logo.selection.selector import Selection
 

@@ -14,12 +14,13 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from logo.api.errors import ApiError, bad_request, failed, shown_line, unavailable
 from logo.api.names import AUTO, Models
-from logo.api.replies import Mixture
+from logo.api.replies import Mixture, SelectionReply
 from logo.api.requests import LoadAdapter, ModelRequest, SelectRequest, UnloadAdapter, checked
 from logo.backends.vllm import bodies
 from logo.backends.vllm.asgi import Answer, App, Receive, Rewriting, Scope, Send, answer, ask, asking, body_of, sending
@@ -36,12 +37,21 @@ from logo.protocol import Wish
 from logo.selection.selector import Selection
 
 
-class _Chosen(NamedTuple):
-    """The selection of one prompt, the milliseconds that it took, and the prompt's tokens (None: it was not probed)."""
+@dataclass(frozen=True)
+class _Chosen:
+    """What is chosen for one prompt, as `logo.protocol.Chosen` says.
+
+    Attributes:
+        tokens: of the prompt; None where it was not read as it is: it was not probed, or a text of its own was.
+    """
 
     selection: Selection
-    probe_ms: float
-    tokens: int | None
+    probe_ms: float = 0.0
+    tokens: int | None = None
+    queue_ms: float = 0.0  # vLLM's queue is part of the probe
+
+    def release(self) -> None:
+        """Nothing: a recipe is held while its answer is on its way."""
 
 
 _B = TypeVar("_B", LoadAdapter, UnloadAdapter)
@@ -88,9 +98,7 @@ class Router:
             await handler(path, scope, receive, send)
         except (ApiError, LoGoError) as error:
             # Even what an error says of the pool is for those who may use it.
-            allowed = await self._allowed(scope, receive)
-            if allowed is not None:
-                await _relay(send, allowed)
+            if await self._refused(scope, receive, send):
                 return
             told = ApiError.of(error)
             headers = [(name.encode(), value.encode()) for name, value in told.headers.items()]
@@ -151,10 +159,12 @@ class Router:
     def _names(self) -> Models:
         return self.core.models(self._base)
 
-    async def _allowed(self, scope: Scope, receive: Receive) -> Answer | None:
-        """None if the client may ask this server; else what the server says to it."""
+    async def _refused(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Whether the client may not ask this server, which then has told it so in its own words."""
         found = await ask(self.app, scope, receive, "/v1/models", "GET")
-        return None if found.status == 200 else found
+        if found.status != 200:
+            await _relay(send, found)
+        return found.status != 200
 
     # -- answering -----------------------------------------------------------------------------------------------
 
@@ -164,16 +174,20 @@ class Router:
             return
         body = _object(raw)
         model = None if body is None else body.get("model")
+        if body is not None and bodies.marks_itself(body):
+            raise bad_request(
+                "vllm_xargs: 'logo_probe' and 'logo_signal' are this server's own; leave them out", "vllm_xargs"
+            )
         if body is None or not isinstance(model, str) or not self._ours(model, body):
-            if body is not None and bodies.marks_itself(body):
-                raise bad_request("vllm_xargs: 'logo_probe' and 'logo_signal' are this server's own", "vllm_xargs")
             await self.app(scope, sending(raw, receive), send)
             return
-        if bodies.marks_itself(body):
-            raise bad_request("vllm_xargs: 'logo_probe' and 'logo_signal' are this server's own", "vllm_xargs")
         asked = checked(ModelRequest, {"model": model, "logo": body.pop("logo", None)})
         if body.get("background"):
-            raise bad_request("background: an answer with a mixture cannot be left to itself", "background")
+            raise bad_request(
+                "background: an answer with a mixture is only given while its client waits; leave it out, or name the "
+                "base model",
+                "background",
+            )
         wish = self._names.wish(model, asked.logo)
         parts = bodies.split(path, body)
         found = await asyncio.gather(*(self._chosen(path, part, wish, scope, receive) for part in parts))
@@ -195,7 +209,7 @@ class Router:
         """What is chosen for one prompt; or what vLLM said instead of probing it."""
         signal = self.core.signal(wish)
         if signal is None:
-            return _Chosen(self.core.select(wish, None), 0.0, None)
+            return _Chosen(self.core.select(wish, None))
         started, scores, tries = time.perf_counter(), None, 0
         while scores is None:  # once, unless the pool changes meanwhile
             tries += 1
@@ -232,7 +246,7 @@ class Router:
                 if isinstance(told, dict) and told.get("model") in (own, model):
                     told["model"] = model
                 if first and "error" not in found:
-                    found["logo"] = _told(chosen)
+                    found["logo"] = Mixture.of(chosen).model_dump()
 
             async def check() -> ApiError | None:
                 reason = None if request is None else await self._taken(request.lora_name)
@@ -269,7 +283,7 @@ class Router:
         receive: Receive,
         send: Send,
     ) -> None:
-        told = list(map(_told, chosen))
+        told = [Mixture.of(one).model_dump() for one in chosen]
 
         async def answered(part: Body, one: _Chosen, sink: Send) -> None:
             await self._one(path, part, model, one, scope, receive, sink)
@@ -287,27 +301,29 @@ class Router:
         raw = await body_of(receive)
         if raw is None:
             return
-        refused = await self._allowed(scope, receive)
-        if refused is not None:
-            await _relay(send, refused)
+        if await self._refused(scope, receive, send):
             return
-        asked = checked(SelectRequest, _object(raw) if _object(raw) is not None else raw.decode("utf-8", "replace"))
-        body = json.loads(raw)
+        body = _object(raw)
+        asked = checked(SelectRequest, raw.decode("utf-8", "replace") if body is None else body)
+        assert body is not None  # anything else has been refused
         where = COMPLETIONS if asked.prompt is not None else CHAT
-        wish = self._names.wish(AUTO, asked.logo)
-        found = await self._chosen(where, body, wish, scope, receive)
-        if isinstance(found, Answer):
-            await _relay(send, found)
+        found = await self._chosen(where, body, self._names.wish(AUTO, asked.logo), scope, receive)
+        tokens = found if isinstance(found, Answer) else await self._counted(body, found, scope, receive)
+        if isinstance(found, Answer) or isinstance(tokens, Answer):
+            await _relay(send, found if isinstance(found, Answer) else tokens)  # type: ignore[arg-type]
             return
-        selection = found.selection
-        reply = {
-            "adapters": list(selection.adapters),
-            "weights": list(selection.weights),
-            "scores": selection.scores,
-            "probe_ms": round(found.probe_ms, 3),
-            "tokens": found.tokens,
-        }
-        await answer(send, 200, json.dumps(reply).encode())
+        await answer(send, 200, SelectionReply.of(found, tokens).model_dump_json().encode())
+
+    async def _counted(self, body: Body, chosen: _Chosen, scope: Scope, receive: Receive) -> int | Answer:
+        """The prompt's tokens: vLLM counts those that no probe has."""
+        if chosen.tokens is not None:
+            return chosen.tokens
+        what = {name: body[name] for name in ("prompt", "messages") if body.get(name) is not None}
+        if isinstance(what.get("prompt"), list):
+            return len(what["prompt"])
+        asked = json.dumps({"model": self._base, **what}).encode()
+        counted = await ask(self.app, scope, receive, "/tokenize", body=asked)
+        return int(counted.json()["count"]) if counted.status == 200 else counted
 
     async def _load(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's own route; the adapter becomes one of the pool."""
@@ -316,7 +332,7 @@ class Router:
             return
         self._names.check_new(asked.lora_name, replace=asked.load_inplace)
         kind = "replace" if asked.lora_name in self.core.pool.keys else "add"
-        await self._change((kind, asked.lora_name, asked.lora_path), asked.lora_name)
+        await self._change((kind, asked.lora_name, asked.lora_path))
         await _said(send, f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     async def _unload(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -324,7 +340,7 @@ class Router:
         if asked is None:
             return
         self._names.check_there(asked.lora_name)
-        await self._change(("remove", asked.lora_name, ""), asked.lora_name)
+        await self._change(("remove", asked.lora_name, ""))
         await _said(send, f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     async def _changing(self, path: str, scope: Scope, receive: Receive, send: Send, kind: type[_B]) -> _B | None:
@@ -337,28 +353,23 @@ class Router:
         if not vllm.envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
             await self.app(scope, sending(raw, receive), send)
             return None
-        refused = await self._allowed(scope, receive)
-        if refused is not None:
-            await _relay(send, refused)
+        if await self._refused(scope, receive, send):
             return None
         body = _object(raw)
         return checked(kind, raw.decode("utf-8", "replace") if body is None else body)
 
-    async def _change(self, change: Change, name: str) -> None:
+    async def _change(self, change: Change) -> None:
         assert self._workers is not None
         try:
             await self._workers.change(self.core, change)
-        except AdapterError as error:
-            raise bad_request(shown_line(str(error)), "lora_path") from error
-        except WorkerError as error:
+        except (AdapterError, WorkerError) as error:
             raise bad_request(shown_line(str(error)), "lora_path") from error
 
     async def _list_adapters(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = await self._allowed(scope, receive)
-        if refused is not None:
-            await _relay(send, refused)
+        if await self._refused(scope, receive, send):
             return
-        await answer(send, 200, json.dumps(adapter_list(self.core, self._base, self._counts.chosen)).encode())
+        listed = adapter_list(self.core, self._base, self._counts.chosen)
+        await answer(send, 200, listed.model_dump_json().encode())
 
     async def _list_models(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         def change(found: dict[str, Any], first: bool) -> None:
@@ -366,12 +377,6 @@ class Router:
                 found["data"] = model_cards(self.core, self._base, found["data"])
 
         await self.app(scope, receive, Rewriting(send, change))
-
-
-def _told(chosen: _Chosen) -> dict[str, Any]:
-    """Top-level `logo` of an answer."""
-    adapters, weights = list(chosen.selection.adapters), list(chosen.selection.weights)
-    return Mixture(adapters=adapters, weights=weights, probe_ms=round(chosen.probe_ms, 3), queue_ms=0.0).model_dump()
 
 
 async def _said(send: Send, text: str) -> None:

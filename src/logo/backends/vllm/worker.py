@@ -24,7 +24,7 @@ from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import Span, Taps
-from logo.backends.vllm.wrapper import Tapped
+from logo.backends.vllm.wrapper import Tapped, multiplied
 from logo.decoding import Prompts, Truncation
 from logo.errors import ModelError, UsageError
 from logo.models import context_length
@@ -101,6 +101,11 @@ class Worker:
             for module in adapter.modules:
                 self._layer(module, f"adapter {adapter.name!r} acts on")
         for path, layer in manager.modules.items():
+            if self.replaces_kernels and not multiplied(layer):
+                raise ModelError(
+                    f"LoGo cannot multiply adapters of {path} ({type(layer).__name__}): where the pool does not act on "
+                    "it, pass --lora-target-modules with the modules that it acts on; else leave those adapters out"
+                )
             b = getattr(layer, "lora_b_stacked", None)
             if self.replaces_kernels and isinstance(b, tuple):
                 layer.lora_b_stacked = tuple(turned(part) for part in b)
@@ -344,8 +349,6 @@ class Worker:
         self._ids = {key: _own_id(key) for key in self._by_key}
         if self.mode == "gate":
             self.make_resident()
-        self._mixtures.clear()  # what failed for want of an adapter may be made now
-        self._failures.clear()
         self.pool, self.scoring, self._staged = pool, scoring, None
         self._note_used()
         scoring.install()

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from logo.backends.vllm import ops
 from logo.backends.vllm.gates import StepGates, add_gated
 from logo.backends.vllm.taps import Gather, Taps
+from logo.errors import ModelError
 
 
 class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
@@ -103,10 +104,22 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         """Nothing: pools with adapters of embeddings are refused when they are opened."""
 
     def add_shrink(self, *args: Any, **kwargs: Any) -> None:
-        """Part of vLLM's interface that its layers reach through kernels of theirs alone."""
-        raise NotImplementedError("LoGo multiplies in one call: add_lora_linear")
+        """Part of vLLM's interface. No layer that `multiplied` lets through calls it.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError("LoGo multiplies both factors of an adapter in one call, and this layer asks for one of them")
 
     add_expand = apply_lora_full_linear = add_shrink
+
+
+def multiplied(layer: nn.Module) -> bool:
+    """Whether a layer that vLLM has wrapped asks for products that `GatedWrapper` has: experts ask for others."""
+    from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    return isinstance(layer, (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA))
 
 
 class Tapped:
