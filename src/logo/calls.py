@@ -1,4 +1,4 @@
-"""`Calls`: what a caller may ask of an engine, the same of every engine; what runs the model is a subclass's affair.
+"""`Calls`: the methods that every engine offers its callers. A subclass runs the model, in this process or inside vLLM.
 
     prompts -> (read, options checked) -> selections -> answers, pieces or scores
 

@@ -1,4 +1,5 @@
-"""Where answers end besides the most new tokens: rules on an answer's own tokens, the same alone and in any company.
+"""Rules that end an answer before it has the most new tokens. A rule reads the answer's own tokens alone, so that an
+answer ends in the same place whatever other rows are in its batch.
 
 Knows tokenizers and transformers' stopping criteria; knows nothing about prompts, models or adapters.
 """

@@ -188,7 +188,7 @@ class _Building:
     def add(self, name: str, weights: LoraWeights) -> None:
         a, b = _factors(weights, self.point, self._stacked.device)
         product = torch.linalg.qr(b, mode="r").R @ a
-        # Each for itself: an adapter's rows are the same to the bit, whatever company it is read in.
+        # One adapter at a time: a product of several would make an adapter's last digits depend on the others.
         self._stacked[self.missing[name]] = product if self._whitening is None else self._whitening.fold(product)
 
     def index(self) -> ScoringIndex:

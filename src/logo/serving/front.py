@@ -1,8 +1,7 @@
-"""The page, and the guards of our own server, before another server's app.
+"""`Front`: a middleware that gives vLLM's server our page and the checks of hosts and keys that our own server makes.
 
-For `vllm serve ... --middleware logo.backends.vllm.Router --middleware logo.serving.front.Front`, which is what
-`logo serve --engine vllm` starts. A middleware is named there and given nothing, so that what it is told stands in the
-environment.
+`logo serve --engine vllm` starts vLLM with `--middleware logo.backends.vllm.Router --middleware
+logo.serving.front.Front`. vLLM passes no arguments to a middleware, so `Front` reads its settings from the environment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the process beside vLLM's workers knows: the pool, what calls may ask of it, and recipes for what is chosen.
+"""`Core`: the pool of one vLLM engine, as the process that talks to the engine's workers sees it.
 
-The HTTP router and the offline engine drive vLLM in two ways; what they ask of its workers and make of the answers is
-the same, and is here.
+It checks what a call asks for, turns the scores that workers return into a selection, and a selection into the request
+for an adapter that vLLM understands. The HTTP router and the offline engine share it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Selecting by probes in vLLM: prompts run once with one token to write, and workers hear what adapters say."""
+"""Selecting with vLLM's offline engine: each prompt is run as a probe that generates one token, and vLLM's workers
+score the adapters while it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The middleware before vLLM's app: `model: "logo"` has the prompt scored, and its own mixture answer.
+"""The middleware in front of vLLM's app. A request for `model: "logo"` is scored first, and then answered with the
+mixture that its scores select.
 
     body -> probe, the same app once more with one token -> scores from the workers -> recipe -> the app, as asked
 

@@ -93,7 +93,7 @@ class Scoring:
         failed = self._taps.failed(keys)
         if failed:
             raise ModelError(f"calibration text {next(iter(failed))}: {next(iter(failed.values()))}")
-        self._kept = self._taps.heard_texts(keys)
+        self._kept = self._taps.kept_vectors(keys)
         return self.open(signal)
 
     def install(self) -> None:

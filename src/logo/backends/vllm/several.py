@@ -1,4 +1,5 @@
-"""Several prompts in one request: each is a request of its own, and their answers are put together again."""
+"""One request with several prompts. Each prompt is sent to vLLM as a request of its own, since each has its own
+mixture, and the answers or streams are joined into one response."""
 
 from __future__ import annotations
 

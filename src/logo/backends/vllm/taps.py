@@ -1,4 +1,4 @@
-"""What adapters respond to prompts that vLLM's model runs, summed up chunk by chunk while it runs them.
+"""`Taps`: reads hidden vectors while vLLM's model runs a prompt, and sums up how strongly each adapter responds.
 
     spans of the step -> (the model calls `tap` at every place that is read) -> sums per prompt -> scores
 
@@ -133,12 +133,13 @@ class Taps:
     # -- calibrating ---------------------------------------------------------------------------------------------
 
     def listen(self, points: Sequence[Point], signal: Signal) -> None:
-        """Keeps the hidden vectors of prompts without a signal at these points, until `heard_texts` is called."""
+        """Keeps the hidden vectors of prompts without a signal at these points, until `kept_vectors` is called."""
         places = {point.module: self._place_of(point, signal.input) for point in points}
         self._listening, self._kept = (tuple(points), signal, places), {}
 
-    def heard_texts(self, keys: Sequence[str]) -> Callable[[Sequence[Point]], Iterable[tuple[Tensor, Tensor]]]:
-        """What was kept of these prompts, as `logo.selection.calibration.Listening` gives it, and ends listening."""
+    def kept_vectors(self, keys: Sequence[str]) -> Callable[[Sequence[Point]], Iterable[tuple[Tensor, Tensor]]]:
+        """Ends `listen`. Returns the hidden vectors of these prompts, in the form of
+        `logo.selection.calibration.Listening`."""
         assert self._listening is not None
         _, signal, places = self._listening
         kept, self._kept, self._listening = self._kept, {}, None

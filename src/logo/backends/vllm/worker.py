@@ -182,7 +182,7 @@ class Worker:
             number, text = request.lora_int_id, request.lora_path
             if texts.setdefault(number, text) != text:
                 for both in (texts[number], text):
-                    self.fail(both, "two mixtures have one id by chance; ask again")
+                    self.fail(both, "another mixture in this batch has the same id by chance; send the request again")
             known = self._mixtures.pop(number, None)  # those of this step become the latest
             self._mixtures[number] = known if known is not None and known[0] == text else (text, self.recipe(text))
         while len(self._mixtures) > max(_REMEMBERED, len(recipes)):
