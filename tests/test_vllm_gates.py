@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,12 @@ from torch import Tensor, nn
 
 from logo.backends.vllm import ops
 from logo.backends.vllm.gates import StepGates, add_gated, turned
-from logo.backends.vllm.marks import marked, span
 from logo.backends.vllm.options import OPTIONS, POOL, Options
 from logo.backends.vllm.pool import choose_mode
 from logo.backends.vllm.recipe import Recipe, is_recipe
-from logo.backends.vllm.taps import Span, Taps
+from logo.backends.vllm.taps import Taps
 from logo.errors import UsageError
 from logo.pools import default_pool
-from logo.selection.points import Point
-from logo.selection.settings import SelectionSettings
 
 CPU = torch.device("cpu")
 KEYS = st.text("0123456789abcdef", min_size=16, max_size=16)
@@ -138,91 +134,6 @@ def test_a_compiled_layer_follows_its_buffers_and_keeps_its_tap(backend: str) ->
         found = compiled(x)
         assert torch.allclose(found, expected, atol=1e-5)
         assert len(taps.heard) == 1 and torch.equal(taps.heard[0], x)
-
-
-class Index:
-    """Two adapters that respond with the first two numbers of a vector."""
-
-    def __init__(self, point: Point) -> None:
-        self.point = point
-
-
-class Scorer:
-    def __init__(self, *modules: str) -> None:
-        self.points = tuple(Point(0, "layers.0", module) for module in modules)
-        self.indices = tuple(map(Index, self.points))
-        self.names = ("one", "two")
-
-    def scores(self, per_point: Any) -> Tensor:
-        return torch.stack(list(per_point)).mean(dim=0)
-
-
-@pytest.fixture
-def taps(monkeypatch: pytest.MonkeyPatch) -> Taps:
-    from logo.selection import signals
-
-    reads = signals.SIGNALS["calibrated"]
-    plain = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
-    monkeypatch.setitem(signals.SIGNALS, "calibrated", plain)
-    assert reads.token == plain.token
-    made = Taps(lambda point, read: point.module, CPU)
-    made.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
-    return made
-
-
-@given(cuts=st.lists(st.integers(1, 9), max_size=4), bos=st.booleans())
-def test_chunks_are_summed_to_the_whole(cuts: list[int], bos: bool) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        made = taps.__wrapped__(patch)  # type: ignore[attr-defined]
-        prompt, other = torch.rand(10, 4), torch.rand(6, 4)
-        edges = sorted({0, *cuts, 10})
-        for start, end in itertools.pairwise(edges):
-            spans = [Span("p", "calibrated", 6, start, end - start, 10, bos)]
-            if start == 0:
-                spans.append(Span("q", "calibrated", 0, 0, 6, 6, False))
-            made.begin(spans)
-            step = torch.cat([other, prompt[start:end]])
-            for place in ("a", "b"):
-                assert made.active(place)
-                made.tap(place, step)
-        found = made.take(["p", "q"])
-        assert found["p"] == pytest.approx(prompt[int(bos) :].mean(dim=0)[:2].tolist(), rel=1e-5)
-        assert found["q"] == pytest.approx(other.mean(dim=0)[:2].tolist(), rel=1e-5)
-        assert made.take(["p"])["p"] == "the prompt was not run as a probe"  # what is taken is forgotten
-
-
-def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
-    taps.begin([Span("cached", "calibrated", 0, 4, 2, 6, False), Span("half", "calibrated", 2, 0, 3, 6, False)])
-    taps.tap("a", torch.rand(5, 4))
-    taps.tap("b", torch.rand(5, 4))
-    taps.begin([Span("unknown", "nosignal", 0, 0, 1, 1, False), Span("wide", "calibrated", 1, 0, 2, 2, False)])
-    taps.tap("a", torch.rand(2, 4))  # one row too few: an index error, which must not leave the tap
-    found = taps.take(["cached", "half", "unknown", "wide"])
-    assert "prefix cache" in str(found["cached"])
-    assert found["half"] == "only 3 of 6 tokens were run"
-    assert "nosignal" in str(found["unknown"])
-    assert "IndexError" in str(found["wide"]) or "RuntimeError" in str(found["wide"])
-    assert not taps.active("nowhere")
-
-
-def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
-    first, again = torch.rand(3, 4), torch.rand(3, 4)
-    for step in (first, again):
-        taps.begin([Span("p", "calibrated", 0, 0, 3, 3, False)])
-        taps.tap("a", step)
-        taps.tap("b", step)
-    assert taps.take(["p"])["p"] == pytest.approx(again.mean(dim=0)[:2].tolist(), rel=1e-5)
-
-
-def test_the_rows_of_a_request() -> None:
-    class Parameters:
-        extra_args = marked("k", "norm")
-
-    prompt = [1, 5, 6, 7]
-    assert span(Parameters(), prompt, 3, 0, 2, 1) == Span("k", "norm", 3, 0, 2, 4, True)
-    assert span(Parameters(), prompt, 0, 2, 5, 1) == Span("k", "norm", 0, 2, 2, 4, True)  # the rest is answer
-    assert span(Parameters(), prompt, 0, 4, 1, 1) is None
-    assert span(object(), prompt, 0, 0, 4, 1) is None
 
 
 # -- recipes and options ----------------------------------------------------------------------------------------------

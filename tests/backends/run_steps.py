@@ -45,15 +45,28 @@ class Engine:
     def call(self, name: str, *args: Any) -> list[Any]:
         return values(self.llm.collective_rpc(name, args=args))
 
-    def run(self, prompts: list[Any], keys: list[str], signal: str) -> None:
-        parameters = [SamplingParams(max_tokens=1, extra_args=marked(key, signal)) for key in keys]
-        self.llm.generate(prompts, parameters, use_tqdm=False)
+    def run(self, prompts: list[Any], keys: list[str], signal: str, whole: bool = False) -> Any:
+        parameters = [SamplingParams(max_tokens=1, extra_args=marked(key, signal, whole=whole)) for key in keys]
+        return self.llm.generate(prompts, parameters, use_tqdm=False)
 
     def probe(self, prompts: list[str], signal: str) -> Any:
-        keys = [f"prompt-{i}" for i in range(len(prompts))]
-        self.run(prompts, keys, signal)
-        taken = self.call("logo_take", keys)[0]
-        return [scores_of(taken[key], self.core.pool.digest) for key in keys]
+        """Scores, as the router asks for them: those of prompts that have to be read whole in a second round."""
+        return self.probe_counted(prompts, signal)["scores"]
+
+    def probe_counted(self, prompts: list[str], signal: str) -> Any:
+        """The same, and how much of each prompt came from the cache, in the last round that it was part of."""
+        scores: dict[int, Any] = {}
+        cached = [0] * len(prompts)
+        for whole in (False, True):
+            rows = [i for i in range(len(prompts)) if scores.get(i) is None]
+            keys = [f"prompt-{i}" for i in rows]
+            if rows:
+                made = self.run([prompts[i] for i in rows], keys, signal, whole)
+                taken = self.call("logo_take", keys)[0]
+                for i, key, answer in zip(rows, keys, made, strict=True):
+                    scores[i] = scores_of(taken[key], self.core.pool.digest)
+                    cached[i] = answer.num_cached_tokens
+        return {"scores": [scores[i] for i in range(len(prompts))], "cached": cached}
 
     def generate(self, rows: list[Any], max_tokens: int) -> Any:
         """`rows`: prompt and mixture, `{}` for the base model, or a recipe as text."""

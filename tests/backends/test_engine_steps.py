@@ -74,6 +74,30 @@ def test_scores_are_the_librarys(tmp_path: Path, logo: LoGo, rows: list[str], ch
             assert one == pytest.approx(list(expected.scores.values()), rel=1e-4, abs=1e-4), (signal, prompt)
 
 
+def test_a_beginning_in_the_cache_is_not_read_again(tmp_path: Path, logo: LoGo, rows: list[str]) -> None:
+    asked = [f"{' '.join(rows[20:26])} {row}" for row in rows[:12]]
+    plain = [f"{' '.join(rows[40:46])} {row}" for row in rows[:3]]
+    first = {"do": "probe_counted", "prompts": asked[:1], "signal": "calibrated"}
+    found = run(
+        tmp_path,
+        MODES["gate"] | {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8},
+        {},
+        first,
+        first | {"prompts": asked},
+        first | {"prompts": asked[:4], "signal": "norm"},
+        {"do": "generate", "rows": [[prompt, {}] for prompt in plain], "max_tokens": 1},
+        first | {"prompts": plain[:1]},
+        first | {"prompts": plain},
+    )
+    probed = (0, asked[:1], "calibrated"), (1, asked, "calibrated"), (2, asked[:4], "norm")
+    for step, prompts, signal in (*probed, (4, plain[:1], "calibrated"), (5, plain, "calibrated")):
+        for one, expected in zip(found[step]["scores"], logo.select(prompts, signal=signal), strict=True):
+            assert one == pytest.approx(list(expected.scores.values()), rel=1e-4, abs=1e-4), step
+    assert found[0]["cached"] == [0] and min(found[1]["cached"]) >= 64 and min(found[2]["cached"]) >= 64
+    # What the base model alone was asked is in vLLM's cache, and was not heard: it is read once more, and only once.
+    assert found[4]["cached"] == [0] and min(found[5]["cached"]) >= 64
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("signal", ["entropy", "norm_z", "spectr", "arrow"])
 def test_other_signals(tmp_path: Path, logo: LoGo, rows: list[str], signal: str) -> None:

@@ -49,7 +49,9 @@ def split(path: str, body: Body) -> list[Body]:
     return [{**body, "prompt": prompt} for prompt in prompts]
 
 
-def probe(path: str, body: Body, base: str, key: str, signal: str, probe_text: ProbeText | None) -> tuple[str, Body]:
+def probe(
+    path: str, body: Body, base: str, key: str, signal: str, probe_text: ProbeText | None, *, whole: bool = False
+) -> tuple[str, Body]:
     """The path and body of the request that has a prompt probed.
 
     Args:
@@ -57,8 +59,9 @@ def probe(path: str, body: Body, base: str, key: str, signal: str, probe_text: P
         base: the base model's name.
         key, signal: see `logo.backends.vllm.marks`.
         probe_text: what of a conversation is probed.
+        whole: whether the prompt is read from its beginning, also where vLLM has that in its cache.
     """
-    mark = {"model": base, "max_tokens": 1, "temperature": 0.0, "vllm_xargs": marked(key, signal)}
+    mark = {"model": base, "max_tokens": 1, "temperature": 0.0, "vllm_xargs": marked(key, signal, whole=whole)}
     text = None
     if path != COMPLETIONS:
         try:

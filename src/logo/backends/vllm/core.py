@@ -22,7 +22,7 @@ from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, check_alike, scoring_signals
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.skeleton import skeleton
-from logo.backends.vllm.taps import CHANGED
+from logo.backends.vllm.taps import CHANGED, UNHEARD
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
 from logo.protocol import Wish
 from logo.selecting import Choosing
@@ -177,7 +177,7 @@ def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def scores_of(found: Any, digest: str | None = None) -> list[float] | None:
-    """The scores of a probe, from what a worker has answered; None where it has to be probed again.
+    """The scores of a probe, from what a worker has answered; None where the prompt has to be probed again, and whole.
 
     Args:
         digest: of the pool that is selected from; None: it cannot change.
@@ -187,7 +187,7 @@ def scores_of(found: Any, digest: str | None = None) -> list[float] | None:
         ModelError: there are none.
     """
     if isinstance(found, str):
-        if found == CHANGED:
+        if found in (CHANGED, UNHEARD):
             return None
         if "finite" in found:
             raise NotFinite(found)

@@ -9,7 +9,7 @@ it.
     WorkerLoRAManager.set_active_adapters           every step: which recipes are mixed
     LRUCacheWorkerLoRAManager._load_adapter         merge mode: builds the adapter that a recipe says
     the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts
-    Request.get_skip_reading_prefix_cache           a probe reads all of its tokens
+    Request.get_skip_reading_prefix_cache           a probe reads all of its tokens where it has to
     Scheduler.__init__                              gate mode: any number of different mixtures in one batch
     WorkerBase.logo_*                               what the router calls
 """
@@ -29,7 +29,7 @@ from typing import Any
 from logo.backends.vllm import ops, runner_v1, runner_v2
 from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
-from logo.backends.vllm.marks import mark
+from logo.backends.vllm.marks import reads_whole
 from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, Function
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import mode_of
@@ -166,8 +166,8 @@ def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: 
 
 
 def _skip(original: Any, self: Any) -> bool:
-    # Keys and values from the cache have no hidden vectors, so a probe reads its prompt whole.
-    return mark(self.sampling_params) is not None or bool(original(self))
+    # Keys and values from the cache have no hidden vectors.
+    return reads_whole(self.sampling_params) or bool(original(self))
 
 
 # -- every step --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,10 @@ class Counts:
         self._probes = prometheus_client.Histogram(
             "logo:probe_seconds", "From a prompt to its selection.", buckets=_SECONDS
         )
+        self._again = prometheus_client.Counter(
+            "logo:probes_again",
+            "Prompts that were probed a second time: nothing was known of their cached beginning, or the pool changed.",
+        )
         self._answers = prometheus_client.Counter("logo:answers", "Answers by how their mixture was made.", ["form"])
         self._adapters = prometheus_client.Counter("logo:adapter_selected", "Selections with an adapter.", ["adapter"])
 
@@ -31,6 +35,10 @@ class Counts:
         self.chosen.update(adapters)
         for name in adapters:
             self._adapters.labels(name).inc()
+
+    def again(self) -> None:
+        """Counts a prompt that has to be probed once more."""
+        self._again.inc()
 
     def answered(self, form: str) -> None:
         """Counts an answer: `gate`, `merge` or `base`."""

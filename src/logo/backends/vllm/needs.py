@@ -180,13 +180,22 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(("vllm.v1.worker.gpu_model_runner",), "GPUModelRunner", ("requests", "kv_caches")),
     Attributes(("vllm.v1.worker.lora_model_runner_mixin",), "LoRAModelRunnerMixin", ("lora_manager",)),
     Attributes(("vllm.v1.worker.gpu_input_batch",), "InputBatch", ("req_ids", "num_computed_tokens_cpu")),
-    Attributes(("vllm.v1.worker.gpu_input_batch",), "CachedRequestState", ("sampling_params", "prompt_token_ids")),
+    Attributes(
+        ("vllm.v1.worker.gpu_input_batch",),
+        "CachedRequestState",
+        ("sampling_params", "prompt_token_ids", "mm_features"),
+    ),
     Attributes(
         ("vllm.v1.worker.gpu.input_batch",), "InputBatch", ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np")
     ),
-    Attributes(("vllm.v1.core.sched.output",), "NewRequestData", ("req_id", "sampling_params", "prompt_token_ids")),
+    Attributes(
+        ("vllm.v1.core.sched.output",),
+        "NewRequestData",
+        ("req_id", "sampling_params", "prompt_token_ids", "mm_features"),
+    ),
     Attributes(("vllm.v1.core.sched.output",), "SchedulerOutput", ("scheduled_new_reqs",)),
     Attributes(("vllm.v1.request",), "Request", ("sampling_params",)),
+    Attributes(("vllm.config.cache",), "CacheConfig", ("block_size",)),
     Attributes(("vllm.sampling_params",), "SamplingParams", ("extra_args",)),
     Attributes(("vllm.v1.core.sched.scheduler",), "Scheduler", ("lora_config", "scheduler_config")),
     # The server.

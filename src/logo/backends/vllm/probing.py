@@ -12,6 +12,7 @@ from logo.adapters.pool import AdapterPool
 from logo.backends.vllm.core import new_key, scores_of
 from logo.backends.vllm.marks import marked
 from logo.backends.vllm.requests import Requests
+from logo.errors import ModelError
 from logo.prompts import Prompt
 from logo.selecting import Asked, Selecting
 from logo.selection import Selection
@@ -84,19 +85,30 @@ class InWorkers(Selecting):
         """
         found: list[list[float]] = []
         for start in range(0, len(rows), _PROBED):
-            keys = self._run(rows[start : start + _PROBED])
-            taken = self._call("logo_take", keys)[0]
-            found += [scores for key in keys if (scores := scores_of(taken[key])) is not None]
+            part = rows[start : start + _PROBED]
+            heard = dict(enumerate(self._probed(part)))
+            again = [i for i, scores in heard.items() if scores is None]
+            heard |= zip(again, self._probed([part[i] for i in again], whole=True), strict=True)
+            for scores in heard.values():
+                if scores is None:
+                    raise ModelError("a prompt that was read whole could not be scored")
+                found.append(scores)
         return found
 
-    def _run(self, rows: Sequence[tuple[Sequence[int], str]]) -> list[str]:
+    def _probed(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool = False) -> list[list[float] | None]:
+        """Scores of prompts; None for those that have to be read whole."""
+        keys = self._run(rows, whole=whole)
+        taken = self._call("logo_take", keys)[0] if keys else {}
+        return [scores_of(taken[key]) for key in keys]
+
+    def _run(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool = False) -> list[str]:
         """Runs prompts as probes, and returns the keys of what was heard."""
         from vllm import SamplingParams
 
         keys = [new_key() for _ in rows]
         with self._requests.together() as group:
             for key, (ids, signal) in zip(keys, rows, strict=True):
-                mark = marked(key, signal)
+                mark = marked(key, signal, whole=whole)
                 group.start(ids, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=mark))
             group.wait()
         return keys

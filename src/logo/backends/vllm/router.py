@@ -212,12 +212,15 @@ class Router:
         if signal is None:
             return _Chosen(self.core.select(wish, None))
         started, scores, tries = time.perf_counter(), None, 0
-        while scores is None:  # once, unless the pool changes meanwhile
+        while scores is None:  # once, or twice, unless the pool changes meanwhile
             tries += 1
+            if tries > 1:
+                self._counts.again()
             if tries > _TRIES:
                 raise unavailable("the pool changes faster than prompts are probed; try again", retry_after=1)
             key, settings = new_key(), self.core.options.settings
-            where, asked = bodies.probe(path, body, self._base, key, signal, settings.probe_text)
+            # A prompt of whose beginning nothing is known is read whole the second time.
+            where, asked = bodies.probe(path, body, self._base, key, signal, settings.probe_text, whole=tries > 1)
             probed = await ask(self.app, scope, receive, where, body=json.dumps(asked).encode())
             if probed.status != 200:
                 return probed

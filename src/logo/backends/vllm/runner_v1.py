@@ -2,7 +2,7 @@
 
 Relied on: `set_active_loras(input_batch, num_scheduled_tokens, ...)` is called before every step of real requests, with
 the batch in the order of its rows. `input_batch` has `req_ids`, `num_computed_tokens_cpu` and `num_prompt_tokens`; the
-runner's `requests` have `sampling_params` and `prompt_token_ids`.
+runner's `requests` have `sampling_params`, `prompt_token_ids` and `mm_features`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from logo.backends.vllm.heard import Span
 from logo.backends.vllm.marks import span
-from logo.backends.vllm.taps import Span
 
 
 def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[int]) -> Iterator[Span]:
@@ -26,6 +26,7 @@ def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[in
             int(input_batch.num_computed_tokens_cpu[i]),
             int(count),
             bos,
+            pictures=bool(state.mm_features),
         )
         if found is not None:
             yield found

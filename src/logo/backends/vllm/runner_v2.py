@@ -1,9 +1,9 @@
 """vLLM's model runner V2 (`vllm/v1/worker/gpu/model_runner.py`, the default on GPUs): which rows of a step are whose.
 
-Relied on: `add_requests(scheduler_output)` sees every new request with its `sampling_params` and `prompt_token_ids`
-before its first step, and `prepare_inputs` returns an `InputBatch` whose `req_ids` are in the order of the rows, with
-`num_scheduled_tokens` and `num_computed_tokens_np`. Sampling parameters are nowhere to be found later, so probed
-requests are remembered by id until `_remove_request`.
+Relied on: `add_requests(scheduler_output)` sees every new request with its `sampling_params`, `prompt_token_ids` and
+`mm_features` before its first step, and `prepare_inputs` returns an `InputBatch` whose `req_ids` are in the order of
+the rows, with `num_scheduled_tokens` and `num_computed_tokens_np`. Sampling parameters are nowhere to be found later,
+so probed requests are remembered by id until `_remove_request`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
+from logo.backends.vllm.heard import Span
 from logo.backends.vllm.marks import mark, span
-from logo.backends.vllm.taps import Span
 
-# Request id -> its sampling parameters and prompt.
-Probed = MutableMapping[str, tuple[Any, Any]]
+# Request id -> its sampling parameters, its prompt, and whether that has pictures.
+Probed = MutableMapping[str, tuple[Any, Any, bool]]
 
 
 def remember(probed: Probed, scheduler_output: Any) -> None:
     """Notes which new requests are probes."""
     for request in scheduler_output.scheduled_new_reqs:
         if mark(request.sampling_params) is not None:
-            probed[request.req_id] = request.sampling_params, request.prompt_token_ids
+            pictures = bool(request.mm_features)
+            probed[request.req_id] = request.sampling_params, request.prompt_token_ids, pictures
 
 
 def forget(probed: Probed, request_id: str) -> None:
@@ -36,8 +37,9 @@ def spans(probed: Probed, bos: int | None, input_batch: Any) -> Iterator[Span]:
     for i, request_id in enumerate(input_batch.req_ids):
         count = int(input_batch.num_scheduled_tokens[i])
         if request_id in probed:
-            parameters, prompt = probed[request_id]
-            found = span(parameters, prompt, row, int(input_batch.num_computed_tokens_np[i]), count, bos)
+            parameters, prompt, pictures = probed[request_id]
+            computed = int(input_batch.num_computed_tokens_np[i])
+            found = span(parameters, prompt, row, computed, count, bos, pictures=pictures)
             if found is not None:
                 yield found
         row += count

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from logo.backends.vllm.heard import Heard, Span, Step
+from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.errors import NotFinite
 from logo.selection.baseline import finished
 from logo.selection.points import Point
@@ -26,72 +27,18 @@ from logo.selection.signals import Signal
 # Prompts whose scores wait to be taken: those of clients that have left are dropped at last.
 _MOST_WAITING = 4096
 
+# Bytes of sums over beginnings of prompts. A beginning takes 16 KB with 16 points and 260 adapters, beside the 2 MB of
+# keys and values that a block of an 8B model takes.
+_PREFIXES = 128_000_000
+
 # Why a prompt has to be probed once more.
 CHANGED = "the pool changed while the prompt was probed"
 
+# Why a prompt has to be probed once more, and read from its beginning.
+UNHEARD = "the beginning of the prompt came from the cache, and nothing was heard of it"
+
 # Joins the parts of hidden vectors (rows, d / ranks) that the ranks of a tensor parallel group hold to (rows, d).
 Gather = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Span:
-    """The rows of one step that are tokens of a probed prompt.
-
-    Attributes:
-        key: of the prompt.
-        signal: the signal that scores it; empty where its hidden vectors are kept for a calibration.
-        row: the first row.
-        start: the position of that token in the prompt.
-        count: how many rows.
-        total: tokens of the prompt.
-        bos: whether the prompt begins with the token that begins every text, which is not read where every token is.
-    """
-
-    key: str
-    signal: str
-    row: int
-    start: int
-    count: int
-    total: int
-    bos: bool
-
-
-@dataclass
-class Heard:
-    """What has been heard of one prompt.
-
-    Attributes:
-        signal: the signal that scores it.
-        total: tokens of the prompt.
-        scorer: of the pool as it was when the prompt began to be read.
-        seen: how many of them have been run.
-        read: how many of them have been read.
-        sums: per point: the summed responses (adapters,), or hidden vectors (d,) where their mean is scored.
-        failure: why there are no scores.
-    """
-
-    signal: str
-    total: int
-    scorer: Scorer | None = None
-    seen: int = 0
-    read: int = 0
-    sums: dict[int, Tensor] = field(default_factory=dict)
-    failure: str | None = None
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The rows of the step at hand that one signal reads.
-
-    Attributes:
-        keys: of the prompts.
-        rows: (n,) int64 on the model's device.
-        owners: (n,) which of the prompts each row belongs to.
-    """
-
-    keys: tuple[str, ...]
-    rows: Tensor
-    owners: Tensor
 
 
 class Taps:
@@ -100,17 +47,22 @@ class Taps:
     Args:
         place_of: the place in vLLM's model at which a point of the base model is read, by the way it is read.
         device: where the model runs.
+        block: the tokens of which vLLM's cache hands on all or none, as soon as vLLM knows it; 0: it hands on nothing.
     """
 
-    def __init__(self, place_of: Callable[[Point, str], str], device: torch.device) -> None:
+    def __init__(
+        self, place_of: Callable[[Point, str], str], device: torch.device, block: Callable[[], int] = lambda: 0
+    ) -> None:
         self._place_of = place_of
         self._device = device
+        self._block = block
+        self._prefixes = Prefixes(_PREFIXES)
         self._scorers: dict[str, tuple[Scorer, Signal]] = {}
         self._listening: tuple[tuple[Point, ...], Signal, dict[str, str]] | None = None
         self._kept: dict[str, dict[str, list[Tensor]]] = {}  # text -> place -> hidden vectors of each chunk
         self._wanted: dict[str, list[tuple[str, tuple[int, ...]]]] = {}  # place -> signals and the points read there
         self._heard: OrderedDict[str, Heard] = OrderedDict()
-        self._steps: dict[str, _Step] = {}
+        self._steps: dict[str, Step] = {}
 
     @property
     def places(self) -> frozenset[str]:
@@ -121,6 +73,8 @@ class Taps:
     def score(self, name: str, scorer: Scorer, settings: SelectionSettings) -> None:
         """Scores prompts by this signal from now on."""
         reading = settings.reading
+        if name in self._scorers and self._scorers[name][0] is not scorer:
+            self._prefixes.clear()
         self._scorers[name] = scorer, reading
         self._wanted = {}
         for signal, (known, how) in self._scorers.items():
@@ -161,39 +115,66 @@ class Taps:
 
     def begin(self, spans: Sequence[Span]) -> None:
         """Says which rows of the next step belong to probed prompts; none of the step before do any more."""
+        self._keep_beginnings()
         self._steps = {}
         for span in spans:
             heard = self._heard.get(span.key)
-            if heard is None or span.start == 0:  # a prompt that was put back is read again from its beginning
-                scorer = self._scorers[span.signal][0] if span.signal in self._scorers else None
-                heard = self._heard[span.key] = Heard(span.signal, span.total, scorer)
+            if heard is None or heard.seen != span.start:  # a new one, or one that was put back
+                heard = self._heard[span.key] = self._begun(span)
                 self._kept.pop(span.key, None)
             if span.signal and span.signal not in self._scorers:
                 heard.failure = f"nothing is scored by the signal {span.signal!r} here"
             elif span.signal and heard.scorer is not self._scorers[span.signal][0]:
                 heard.failure = CHANGED
-            if heard.seen != span.start:
-                heard.failure = f"tokens {heard.seen} to {span.start} were not run, but taken from the prefix cache"
-            heard.seen = span.start + span.count
+            heard.seen = span.end
+            self._heard.move_to_end(span.key)
         for signal in dict.fromkeys(span.signal for span in spans):
-            own = [
-                span
-                for span in spans
-                if span.signal == signal
-                and self._heard[span.key].failure is None
-                and (not signal or signal in self._scorers)
-            ]
-            rows, owners = [], []
-            for owner, span in enumerate(own):
-                first, end = self._rows(span)
-                rows.append(torch.arange(first, end))
-                owners.append(torch.full((end - first,), owner))
-                self._heard[span.key].read += end - first
-            if rows and (found := torch.cat(rows)).numel():
-                keys = tuple(span.key for span in own)
-                self._steps[signal] = _Step(keys, found.to(self._device), torch.cat(owners).to(self._device))
+            how = self._scorers[signal][1] if signal in self._scorers else None
+            if not signal and self._listening is not None:
+                how = self._listening[1]
+            if how is None:
+                continue
+            heard_of = ((span, self._heard[span.key]) for span in spans if span.signal == signal)
+            own = [(span, heard) for span, heard in heard_of if heard.failure is None]
+            step = Step.of(own, how.token, self._block(), self._device)
+            for span, heard in own:
+                heard.read += len(span.read(how.token))
+            if step is not None:
+                self._steps[signal] = step
         while len(self._heard) > _MOST_WAITING:
             self._heard.popitem(last=False)
+
+    def _begun(self, span: Span) -> Heard:
+        """A prompt of which these are the first tokens that are run for it."""
+        scorer, how = self._scorers.get(span.signal, (None, None))
+        heard = Heard(span.signal, span.total, scorer, seen=span.start)
+        if how is None or how.token == "last":
+            # A calibration keeps the vectors of all tokens; where the last one is read, those before it do not matter.
+            heard.failure = UNHEARD if how is None and span.start else None
+            return heard
+        block = self._block()
+        if block and span.prompt is not None:
+            heard.beginnings = digests(span.prompt, block, span.signal)
+        if span.start:
+            there = heard.beginnings and not span.start % block
+            known = self._prefixes.get(heard.beginnings[span.start // block - 1]) if there else None
+            if known is None:
+                heard.failure = UNHEARD
+            else:
+                heard.sums, heard.read = dict(enumerate(known)), span.start - span.unread(how.token)
+        return heard
+
+    def _keep_beginnings(self) -> None:
+        """Keeps what the last step has heard of the beginnings of prompts."""
+        for signal, step in self._steps.items():
+            for part in step.parts:
+                heard = self._heard.get(part.key)
+                if heard is None or not signal:
+                    continue
+                ended, heard.ended = heard.ended, {}
+                scorer = self._scorers[signal][0]
+                if part.ended and not heard.failure and heard.scorer is scorer and len(ended) == len(scorer.points):
+                    self._prefixes.put(part.ended, [ended[i] for i in range(len(ended))])
 
     def active(self, place: str) -> bool:
         """Whether anything is read there in this step."""
@@ -221,6 +202,7 @@ class Taps:
 
     def take(self, keys: Sequence[str]) -> dict[str, list[float] | str]:
         """Scores per adapter of these prompts, or why there are none. What is taken is forgotten."""
+        self._keep_beginnings()
         taken: dict[str, list[float] | str] = {}
         for key in keys:
             heard = self._heard.pop(key, None)
@@ -249,31 +231,20 @@ class Taps:
         scores: list[float] = scorer.scores(per_point)[0].tolist()
         return scores
 
-    def _rows(self, span: Span) -> tuple[int, int]:
-        """First row of the step that is read, and the one behind the last."""
-        end = span.row + span.count
-        if not span.signal and self._listening is None:
-            return end, end
-        token = self._scorers[span.signal][1].token if span.signal else self._listening[1].token  # type: ignore[index]
-        if token == "last" and span.signal:
-            return (end - 1, end) if span.start + span.count == span.total else (end, end)
-        return span.row + int(token == "each" and span.bos and span.start == 0 and span.total > 1), end
-
-    def _add(self, signal: str, points: Sequence[int], step: _Step, entering: Tensor, gather: Gather | None) -> None:
+    def _add(self, signal: str, points: Sequence[int], step: Step, entering: Tensor, gather: Gather | None) -> None:
         scorer, how = self._scorers[signal]
         hidden = _picked(entering, step.rows, gather)
         for i in points:
             values = hidden if how.token == "mean" else how(scorer.indices[i], hidden)  # (n, adapters) or (n, d)
-            sums = torch.zeros(len(step.keys), values.shape[1], device=values.device)
+            sums = torch.zeros(step.parts[-1].end, values.shape[1], device=values.device)
             sums.index_add_(0, step.owners.to(values.device), values)
-            for key, part in zip(step.keys, sums, strict=True):
-                heard = self._heard[key]
-                heard.sums[i] = heard.sums[i] + part if i in heard.sums else part
+            for part in step.parts:
+                self._heard[part.key].add(i, sums[part.first : part.end], part.blocks)
 
-    def _keep(self, place: str, step: _Step, entering: Tensor, gather: Gather | None) -> None:
-        hidden, owners = _picked(entering, step.rows, gather).cpu(), step.owners.cpu()
-        for owner, key in enumerate(step.keys):
-            self._kept.setdefault(key, {}).setdefault(place, []).append(hidden[owners == owner])
+    def _keep(self, place: str, step: Step, entering: Tensor, gather: Gather | None) -> None:
+        hidden = _picked(entering, step.rows, gather).cpu()
+        for prompt, key in enumerate(step.keys):
+            self._kept.setdefault(key, {}).setdefault(place, []).append(hidden[step.prompts == prompt])
 
     def failed(self, keys: Sequence[str]) -> Mapping[str, str]:
         """Which of these prompts cannot be used for a calibration, and why."""

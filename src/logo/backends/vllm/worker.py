@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from logo.adapters.format import Adapter
 from logo.adapters.layout import BaseLayout
 from logo.backends.vllm.gates import StepGates, turned
+from logo.backends.vllm.heard import Span
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of, scoring_signals
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
-from logo.backends.vllm.taps import Span, Taps
+from logo.backends.vllm.taps import Taps
 from logo.backends.vllm.wrapper import Tapped, multiplied
 from logo.decoding import Prompts, Truncation
 from logo.errors import ModelError, UsageError
@@ -60,9 +61,9 @@ class Worker:
         log.info("LoGo: %s mode: %s", self.mode, self.reason)
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
         self.gates = StepGates(tokens + 7, max(tokens, requests), lora.max_loras, self._device, self._dtype)
-        self.taps = Taps(self._place_of, self._device)
+        self.taps = Taps(self._place_of, self._device, lambda: _block(vllm_config.cache_config))
         self.spans: Sequence[Span] = ()  # of the step that comes, as its runner says
-        self.probed: dict[str, tuple[Any, Any]] = {}  # probes among the requests of runner V2
+        self.probed: dict[str, tuple[Any, Any, bool]] = {}  # probes among the requests of runner V2
         self._mixtures: dict[int, tuple[str, Recipe]] = {}  # by vLLM's ids, the latest last
         self._failures: dict[str, str] = {}  # recipe -> why it was not mixed
         # Compiled layers would keep what their slices are for: a pool that changes, or another one, may use others.
@@ -374,6 +375,11 @@ class Worker:
         """The token that begins every text."""
         bos: int | None = self._prompts.tokenizer.bos_token_id
         return bos
+
+
+def _block(cache: Any) -> int:
+    """The tokens of which vLLM's cache hands on all or none."""
+    return int(getattr(cache, "hash_block_size", None) or cache.block_size or 0)
 
 
 def _own_id(key: str) -> int:

@@ -1,0 +1,158 @@
+"""What `Taps` keeps of probed prompts while vLLM runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from logo.selection.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows of one step that are tokens of a probed prompt.
+
+    Attributes:
+        key: of the prompt.
+        signal: the signal that scores it; empty where its hidden vectors are kept for a calibration.
+        row: the first row.
+        start: the position of that token in the prompt.
+        count: how many rows.
+        total: tokens of the prompt.
+        bos: whether the prompt begins with the token that begins every text, which is not read where every token is.
+        prompt: its tokens; None where they do not say all of what is read, as with pictures.
+    """
+
+    key: str
+    signal: str
+    row: int
+    start: int
+    count: int
+    total: int
+    bos: bool
+    prompt: Sequence[int] | None = None
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.start + self.count
+
+    def read(self, token: str) -> range:
+        """The positions that are read by a signal that reads this `token` (see `logo.selection.signals.Signal`)."""
+        if token == "last" and self.signal:  # of texts for a calibration, whoever asks for them takes the last one
+            return range(self.end - 1 if self.end == self.total else self.end, self.end)
+        return range(max(self.start, self.unread(token)), self.end)
+
+    def unread(self, token: str) -> int:
+        """Tokens at the beginning of the prompt that such a signal leaves out."""
+        return int(token == "each" and self.bos and self.total > 1)
+
+
+@dataclass
+class Heard:
+    """What has been heard of one prompt.
+
+    Attributes:
+        signal: the signal that scores it.
+        total: tokens of the prompt.
+        scorer: of the pool as it was when the prompt began to be read.
+        seen: how many of them have been run, or were run for another prompt.
+        read: how many of them have been read.
+        sums: per point: the summed responses (adapters,), or hidden vectors (d,) where their mean is scored.
+        failure: why there are no scores.
+        beginnings: the digests of the prompt's beginnings that are whole blocks.
+        ended: per point: the sums up to the end of every block that the step at hand has ended (blocks, n).
+    """
+
+    signal: str
+    total: int
+    scorer: Scorer | None = None
+    seen: int = 0
+    read: int = 0
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    failure: str | None = None
+    beginnings: tuple[bytes, ...] = ()
+    ended: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, point: int, parts: Tensor, blocks: int) -> None:
+        """Adds what a step has read.
+
+        Args:
+            point: index of the point.
+            parts: (parts, n), the sums over the step's tokens in each block.
+            blocks: how many of these blocks have ended.
+        """
+        along = parts.cumsum(0)
+        if point in self.sums:
+            along = along + self.sums[point]
+        self.sums[point], self.ended[point] = along[-1], along[:blocks]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens of one prompt in a step.
+
+    Attributes:
+        key: of the prompt.
+        first, end: which parts of the step's sums are the prompt's.
+        ended: the digests of the prompt's beginnings that the step ends, those of its first parts.
+        blocks: how many blocks the step ends.
+    """
+
+    key: str
+    first: int
+    end: int
+    ended: tuple[bytes, ...]
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of the step at hand that one signal reads.
+
+    Attributes:
+        parts: the prompts.
+        rows: (n,) int64 on the model's device.
+        owners: (n,) which part of the sums each row belongs to: the tokens of one prompt in one block.
+        prompts: (n,) on the CPU: which of the prompts each row belongs to.
+    """
+
+    parts: tuple[Part, ...]
+    rows: Tensor
+    owners: Tensor
+    prompts: Tensor
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the prompts."""
+        return tuple(part.key for part in self.parts)
+
+    @classmethod
+    def of(cls, spans: Sequence[tuple[Span, Heard]], token: str, block: int, device: torch.device) -> Step | None:
+        """The step of these prompts; None where no row is read.
+
+        Args:
+            spans: the prompts.
+            token: what the signal reads.
+            block: tokens of a block, for prompts whose beginnings are kept.
+            device: where the model runs.
+        """
+        parts: list[Part] = []
+        rows, owners, prompts = [], [], []
+        sums = 0
+        for i, (span, heard) in enumerate(spans):
+            positions = torch.arange(span.start, span.end)[span.read(token).start - span.start :]
+            cut = block if heard.beginnings else span.total
+            first, last = span.start // cut, (span.end - 1) // cut
+            ended = heard.beginnings[first : span.end // cut]
+            parts.append(Part(span.key, sums, sums + last - first + 1, ended, span.end // cut - first))
+            rows.append(positions + (span.row - span.start))
+            owners.append(positions // cut - first + sums)
+            prompts.append(torch.full((len(positions),), i))
+            sums = parts[-1].end
+        if not rows or not (joined := torch.cat(rows)).numel():
+            return None
+        return cls(tuple(parts), joined.to(device), torch.cat(owners).to(device), torch.cat(prompts))

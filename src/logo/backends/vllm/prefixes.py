@@ -1,0 +1,99 @@
+"""`Prefixes`: what was heard of the beginnings of prompts, so that a beginning which vLLM has in its cache of keys and
+values need not be read again for its scores.
+
+vLLM's cache hands a prompt the keys and values of whole blocks that another one has computed, and the model then never
+sees those tokens. A beginning is known here by the digest of its tokens rather than by the blocks that hold it: the
+same tokens under the base model have the same hidden vectors, whoever has computed them, and nothing has to be undone
+when a block is given to somebody else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The beginnings of one prompt that became known together.
+
+    Attributes:
+        keys: of the beginnings.
+        sums: per point: (beginnings, n).
+    """
+
+    keys: tuple[bytes, ...]
+    sums: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(part.nbytes for part in self.sums)
+
+
+def digests(tokens: Sequence[int], block: int, of: str) -> tuple[bytes, ...]:
+    """The keys of all beginnings of a prompt that are whole blocks, the shortest first.
+
+    Args:
+        tokens: of the prompt.
+        block: tokens of a block.
+        of: what is summed; sums of another kind have other keys.
+    """
+    whole = np.asarray(tokens, dtype=np.int64)[: len(tokens) // block * block]
+    digest = hashlib.blake2b(of.encode(), digest_size=16)
+    found = []
+    for row in whole.reshape(-1, block):
+        digest.update(row.tobytes())
+        found.append(digest.digest())
+    return tuple(found)
+
+
+class Prefixes:
+    """Sums over beginnings of prompts; those that were not used for longest leave first.
+
+    Args:
+        budget: bytes that all of them together may take.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._size = budget, 0
+        self._places: dict[bytes, tuple[_Entry, int]] = {}
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by identity, the latest last
+
+    def get(self, key: bytes) -> list[Tensor] | None:
+        """Per point: the sum over a beginning (n,); None where it is not known."""
+        if key not in self._places:
+            return None
+        entry, row = self._places[key]
+        self._entries.move_to_end(id(entry))
+        return [part[row] for part in entry.sums]
+
+    def put(self, keys: Sequence[bytes], sums: Sequence[Tensor]) -> None:
+        """Keeps what is not known yet.
+
+        Args:
+            keys: of beginnings.
+            sums: per point: (beginnings, n).
+        """
+        new = [row for row, key in enumerate(keys) if key not in self._places]
+        if not new:
+            return
+        entry = _Entry(tuple(keys[row] for row in new), tuple(part[new] for part in sums))
+        self._places.update((key, (entry, row)) for row, key in enumerate(entry.keys))
+        self._entries[id(entry)] = entry
+        self._size += entry.size
+        while self._size > self._budget:
+            _, old = self._entries.popitem(last=False)
+            self._size -= old.size
+            for key in old.keys:
+                del self._places[key]
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._places.clear()
+        self._entries.clear()
+        self._size = 0

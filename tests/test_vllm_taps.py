@@ -1,0 +1,280 @@
+"""Taps of the vLLM backend: what is heard of prompts that are run in chunks, put back, and found in vLLM's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logo.backends.vllm.heard import Span
+from logo.backends.vllm.marks import WHOLE, marked, reads_whole, span
+from logo.backends.vllm.prefixes import Prefixes, digests
+from logo.backends.vllm.taps import CHANGED, UNHEARD, Taps
+from logo.selection import signals
+from logo.selection.points import Point
+from logo.selection.settings import SelectionSettings
+
+CPU = torch.device("cpu")
+BLOCK = 4
+
+
+class Index:
+    """Two adapters that respond with the first two numbers of a vector."""
+
+    def __init__(self, point: Point) -> None:
+        self.point = point
+
+
+class Scorer:
+    def __init__(self, *modules: str) -> None:
+        self.points = tuple(Point(0, "layers.0", module) for module in modules)
+        self.indices = tuple(map(Index, self.points))
+        self.names = ("one", "two")
+
+    def scores(self, per_point: Any) -> Tensor:
+        return torch.stack(list(per_point)).mean(dim=0)
+
+
+@pytest.fixture
+def taps(monkeypatch: pytest.MonkeyPatch) -> Taps:
+    reads = signals.SIGNALS["calibrated"]
+    plain = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
+    monkeypatch.setitem(signals.SIGNALS, "calibrated", plain)
+    assert reads.token == plain.token
+    made = Taps(lambda point, read: point.module, CPU, lambda: BLOCK)
+    made.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
+    return made
+
+
+@given(cuts=st.lists(st.integers(1, 9), max_size=4), bos=st.booleans())
+def test_chunks_are_summed_to_the_whole(cuts: list[int], bos: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        made = taps.__wrapped__(patch)  # type: ignore[attr-defined]
+        prompt, other = torch.rand(10, 4), torch.rand(6, 4)
+        edges = sorted({0, *cuts, 10})
+        for start, end in itertools.pairwise(edges):
+            spans = [Span("p", "calibrated", 6, start, end - start, 10, bos)]
+            if start == 0:
+                spans.append(Span("q", "calibrated", 0, 0, 6, 6, False))
+            made.begin(spans)
+            step = torch.cat([other, prompt[start:end]])
+            for place in ("a", "b"):
+                assert made.active(place)
+                made.tap(place, step)
+        found = made.take(["p", "q"])
+        assert found["p"] == pytest.approx(prompt[int(bos) :].mean(dim=0)[:2].tolist(), rel=1e-5)
+        assert found["q"] == pytest.approx(other.mean(dim=0)[:2].tolist(), rel=1e-5)
+        assert made.take(["p"])["p"] == "the prompt was not run as a probe"  # what is taken is forgotten
+
+
+def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
+    taps.begin([Span("cached", "calibrated", 0, 4, 2, 6, False), Span("half", "calibrated", 2, 0, 3, 6, False)])
+    taps.tap("a", torch.rand(5, 4))
+    taps.tap("b", torch.rand(5, 4))
+    taps.begin([Span("unknown", "nosignal", 0, 0, 1, 1, False), Span("wide", "calibrated", 1, 0, 2, 2, False)])
+    taps.tap("a", torch.rand(2, 4))  # one row too few: an index error, which must not leave the tap
+    found = taps.take(["cached", "half", "unknown", "wide"])
+    assert found["cached"] == UNHEARD
+    assert found["half"] == "only 3 of 6 tokens were run"
+    assert "nosignal" in str(found["unknown"])
+    assert "IndexError" in str(found["wide"]) or "RuntimeError" in str(found["wide"])
+    assert not taps.active("nowhere")
+
+
+def test_a_prompt_that_was_put_back_is_read_again(taps: Taps) -> None:
+    first, again = torch.rand(3, 4), torch.rand(3, 4)
+    for step in (first, again):
+        taps.begin([Span("p", "calibrated", 0, 0, 3, 3, False)])
+        taps.tap("a", step)
+        taps.tap("b", step)
+    assert taps.take(["p"])["p"] == pytest.approx(again.mean(dim=0)[:2].tolist(), rel=1e-5)
+
+
+def test_the_rows_of_a_request() -> None:
+    class Parameters:
+        extra_args = marked("k", "norm")
+
+    prompt = [1, 5, 6, 7]
+    assert span(Parameters(), prompt, 3, 0, 2, 1) == Span("k", "norm", 3, 0, 2, 4, True, prompt)
+    assert span(Parameters(), prompt, 0, 2, 5, 1) == Span("k", "norm", 0, 2, 2, 4, True, prompt)  # the rest is answer
+    assert span(Parameters(), prompt, 3, 0, 2, 1, pictures=True) == Span("k", "norm", 3, 0, 2, 4, True)
+    assert span(Parameters(), prompt, 0, 4, 1, 1) is None
+    assert span(object(), prompt, 0, 0, 4, 1) is None
+
+
+# -- prompts whose beginning is in vLLM's cache -----------------------------------------------------------------------
+
+
+def hidden(prompt: Sequence[int]) -> Tensor:
+    """What a model without randomness computes: a vector per token that depends on all tokens up to it."""
+    digest, rows = hashlib.blake2b(), []
+    for token in prompt:
+        digest.update(bytes([token]))
+        rows.append([byte / 255 for byte in digest.digest()[:4]])
+    return torch.tensor(rows)
+
+
+class Cache:
+    """The taps behind a model with a cache of whole blocks, in which everything stays that was ever run."""
+
+    def __init__(self, made: Taps) -> None:
+        self.taps, self.blocks, self.computed = made, set[tuple[int, ...]](), 0
+
+    def remember(self, prompt: Sequence[int]) -> None:
+        self.blocks |= {tuple(prompt[:end]) for end in range(BLOCK, len(prompt) + 1, BLOCK)}
+
+    def found(self, prompt: Sequence[int]) -> int:
+        """As vLLM: the last token is always computed."""
+        hits = (end for end in range(BLOCK, len(prompt), BLOCK))
+        return max(itertools.takewhile(lambda end: tuple(prompt[:end]) in self.blocks, hits), default=0)
+
+    def step(self, *chunks: tuple[str, Sequence[int], int, int], signal: str = "calibrated") -> None:
+        """Runs tokens `start` to `end` of some prompts, one after the other."""
+        spans, rows = [], 0
+        for key, prompt, start, end in chunks:
+            spans.append(Span(key, signal, rows, start, end - start, len(prompt), prompt[0] == 0, prompt))
+            rows += end - start
+        self.taps.begin(spans)
+        entering = torch.cat([hidden(prompt)[start:end] for _, prompt, start, end in chunks])
+        for place in ("a", "b"):
+            if self.taps.active(place):
+                self.taps.tap(place, entering)
+        for _, prompt, _, end in chunks:
+            self.remember(prompt[: end // BLOCK * BLOCK])
+        self.computed += rows
+
+    def score(self, key: str, prompt: Sequence[int], *cuts: int, whole: bool = False) -> Any:
+        start = 0 if whole else self.found(prompt)
+        edges = [start, *sorted({cut for cut in cuts if start < cut < len(prompt)}), len(prompt)]
+        for first, end in itertools.pairwise(edges):
+            self.step((key, prompt, first, end))
+        return self.taps.take([key])[key]
+
+
+def expected(prompt: Sequence[int]) -> Any:
+    read = hidden(prompt)[int(prompt[0] == 0 and len(prompt) > 1) :]
+    return pytest.approx(read.mean(dim=0)[:2].tolist(), rel=1e-5)
+
+
+PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
+
+
+@given(
+    beginning=st.lists(st.integers(0, 2), max_size=13),
+    endings=st.lists(PROMPTS, min_size=1, max_size=6),
+    cuts=st.lists(st.integers(1, 25), max_size=5),
+    plain=st.lists(st.integers(0, 5), max_size=3),
+)
+def test_scores_do_not_depend_on_what_is_cached(
+    beginning: list[int], endings: list[list[int]], cuts: list[int], plain: list[int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        cache = Cache(taps.__wrapped__(patch))  # type: ignore[attr-defined]
+        for i, ending in enumerate(endings):
+            prompt = beginning + ending
+            if i in plain:  # somebody asks the base model alone, so that the cache knows what was never heard
+                cache.remember(prompt)
+            found = cache.score(f"p{i}", prompt, *cuts)
+            if found == UNHEARD:
+                assert plain
+                found = cache.score(f"p{i}", prompt, *cuts, whole=True)
+            assert found == expected(prompt)
+            assert cache.score(f"again{i}", prompt) == expected(prompt)
+
+
+def test_a_beginning_that_was_heard_is_not_read_again(taps: Taps) -> None:
+    cache = Cache(taps)
+    first, second = [0, *[1] * 15, 2, 2], [0, *[1] * 15, 3]
+    assert cache.score("p", first) == expected(first)
+    assert cache.computed == 18
+    assert cache.score("q", second) == expected(second)
+    assert cache.computed == 19
+    assert cache.score("r", first) == expected(first)
+    assert cache.computed == 21
+
+
+def test_a_beginning_is_heard_while_its_prompt_is_still_running(taps: Taps) -> None:
+    cache = Cache(taps)
+    first, second = [1] * 12, [1] * 8 + [2, 2]
+    cache.step(("p", first, 0, 9))
+    cache.step(("p", first, 9, 12), ("q", second, 8, 10))
+    found = taps.take(["p", "q"])
+    assert found == {"p": expected(first), "q": expected(second)}
+
+
+def test_a_prompt_that_was_put_back_goes_on_where_the_cache_ends(taps: Taps) -> None:
+    cache = Cache(taps)
+    prompt = [0, 1, 2, 1, 0, 2, 1, 1, 2, 2]
+    cache.step(("p", prompt, 0, 6))
+    cache.step(("p", prompt, 4, 10))
+    assert taps.take(["p"])["p"] == expected(prompt)
+
+
+def test_another_pool_has_heard_nothing(taps: Taps) -> None:
+    cache = Cache(taps)
+    prompt = [1] * 9
+    cache.step(("p", prompt, 0, 8))
+    taps.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
+    cache.step(("p", prompt, 8, 9), ("q", prompt, 8, 9))
+    assert taps.take(["p", "q"]) == {"p": CHANGED, "q": UNHEARD}
+    assert cache.score("q", prompt, whole=True) == expected(prompt)
+    assert cache.score("r", prompt) == expected(prompt)
+
+
+def test_pictures_are_never_taken_for_text(taps: Taps) -> None:
+    prompt, seen = [1] * 9, torch.rand(9, 4)
+    for rows in (seen, torch.rand(9, 4)):
+        taps.begin([Span("p", "calibrated", 0, 0, 9, 9, False)])
+        taps.tap("a", rows)
+        taps.tap("b", rows)
+    taps.begin([Span("q", "calibrated", 0, 8, 1, 9, False), Span("r", "calibrated", 1, 8, 1, 9, False, prompt)])
+    assert taps.take(["q", "r"]) == {"q": UNHEARD, "r": UNHEARD}
+
+
+def test_a_signal_of_the_last_token_needs_no_beginning(taps: Taps, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="last")
+    monkeypatch.setitem(signals.SIGNALS, "norm", last)
+    taps.score("norm", Scorer("a", "b"), SelectionSettings(signal="norm"))  # type: ignore[arg-type]
+    cache = Cache(taps)
+    prompt = [1, 2] * 5
+    cache.step(("p", prompt, 8, 10), signal="norm")
+    assert taps.take(["p"])["p"] == pytest.approx(hidden(prompt)[-1, :2].tolist())
+
+
+def test_which_probes_read_everything() -> None:
+    class Parameters:
+        def __init__(self, mark: dict[str, str]) -> None:
+            self.extra_args = mark
+
+    assert not reads_whole(Parameters(marked("k", "norm"))) and not reads_whole(object())
+    assert reads_whole(Parameters(marked("k", "norm", whole=True))) and reads_whole(Parameters(marked("k", "")))
+    assert not reads_whole(Parameters({WHOLE: "1"}))
+
+
+@given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 6))
+def test_a_beginning_is_known_by_its_tokens(prompt: list[int], block: int) -> None:
+    found = digests(prompt, block, "calibrated")
+    assert len(found) == len(set(found)) == len(prompt) // block
+    assert digests(prompt[: len(found) * block], block, "calibrated") == found
+    assert not set(found) & set(digests(prompt, block, "norm"))
+    changed = [(prompt[0] + 1) % 6, *prompt[1:]] if prompt else []
+    assert not set(found) & set(digests(changed, block, "calibrated"))
+
+
+def test_beginnings_that_were_not_used_for_longest_leave() -> None:
+    kept = Prefixes(budget=2 * 4 * 4)  # four beginnings of two numbers
+    for name in (b"a", b"b"):
+        kept.put((name, name * 2), [torch.full((2, 2), float(name[0]))])
+    assert kept.get(b"a") is not None  # used just now
+    kept.put((b"b", b"c"), [torch.zeros(2, 2)])
+    assert kept.get(b"bb") is None and kept.get(b"b") is None
+    assert [float(kept.get(b"aa")[0][0]), float(kept.get(b"c")[0][0])] == [97.0, 0.0]  # type: ignore[index]
+    kept.clear()
+    assert kept.get(b"a") is None
