@@ -165,7 +165,6 @@ def test_a_key_is_never_on_the_command_line(
         (["--fold"], "--vllm-mode"),
         (["--adapter-memory-gb", "1"], "--max-loras"),
         (["--adapter-cache-gb", "1"], "--max-loras"),
-        (["--prefix-cache-gb", "1"], "--kv-cache-gb"),
         (["--allow-pickle"], "safetensors"),
         (["--key-adapters", "keys.json"], "not bound"),
         (["--max-queue", "3"], "--max-concurrent"),

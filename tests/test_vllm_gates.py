@@ -108,7 +108,7 @@ class Listening(Taps):
     """Notes what enters."""
 
     def __init__(self) -> None:
-        super().__init__(lambda point, read: point.module, CPU)
+        super().__init__(lambda point, read: point.module, CPU, lambda: 16, 0)
         self.heard: list[Tensor] = []
 
     def active(self, place: str) -> bool:

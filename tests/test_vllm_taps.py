@@ -48,7 +48,7 @@ def taps(monkeypatch: pytest.MonkeyPatch) -> Taps:
     plain = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
     monkeypatch.setitem(signals.SIGNALS, "calibrated", plain)
     assert reads.token == plain.token
-    made = Taps(lambda point, read: point.module, CPU, lambda: BLOCK)
+    made = Taps(lambda point, read: point.module, CPU, lambda: BLOCK, 1_000_000)
     made.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
     return made
 

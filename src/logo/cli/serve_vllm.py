@@ -36,7 +36,6 @@ INSTEAD = {
     "--adapter-memory-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "--adapter-cache-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "--fold": "how vLLM mixes adapters is --vllm-mode",
-    "--prefix-cache-gb": "prefixes are kept among all keys and values; use --kv-cache-gb",
     "--gpu": "set CUDA_VISIBLE_DEVICES",
     "--device-map": "use `-- --tensor-parallel-size N`",
     "--key-adapters": "vLLM's keys are not bound to adapters",
@@ -114,7 +113,7 @@ def _become(launch: Launch, more: Mapping[str, str]) -> None:
 def _refuse(options: EngineOptions, asked: Asked) -> None:
     """Raises UsageError for what vLLM's server cannot do."""
     usual = EngineOptions()
-    names = ("allow_pickle", "adapter_memory_gb", "adapter_cache_gb", "fold", "prefix_cache_gb", "gpu", "device_map")
+    names = ("allow_pickle", "adapter_memory_gb", "adapter_cache_gb", "fold", "gpu", "device_map")
     given = [
         *(f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(usual, name)),
         *asked.refused,

@@ -86,7 +86,7 @@ class InWorkers(Selecting):
         found: list[list[float]] = []
         for start in range(0, len(rows), _PROBED):
             part = rows[start : start + _PROBED]
-            heard = dict(enumerate(self._probed(part)))
+            heard = dict(enumerate(self._probed(part, whole=not self._settings.prefix_cache_gb)))
             again = [i for i, scores in heard.items() if scores is None]
             heard |= zip(again, self._probed([part[i] for i in again], whole=True), strict=True)
             for scores in heard.values():
@@ -95,7 +95,7 @@ class InWorkers(Selecting):
                 found.append(scores)
         return found
 
-    def _probed(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool = False) -> list[list[float] | None]:
+    def _probed(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool) -> list[list[float] | None]:
         """Scores of prompts; None for those that have to be read whole."""
         keys = self._run(rows, whole=whole)
         taken = self._call("logo_take", keys)[0] if keys else {}

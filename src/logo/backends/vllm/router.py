@@ -220,7 +220,8 @@ class Router:
                 raise unavailable("the pool changes faster than prompts are probed; try again", retry_after=1)
             key, settings = new_key(), self.core.options.settings
             # A prompt of whose beginning nothing is known is read whole the second time.
-            where, asked = bodies.probe(path, body, self._base, key, signal, settings.probe_text, whole=tries > 1)
+            whole = tries > 1 or not settings.prefix_cache_gb
+            where, asked = bodies.probe(path, body, self._base, key, signal, settings.probe_text, whole=whole)
             probed = await ask(self.app, scope, receive, where, body=json.dumps(asked).encode())
             if probed.status != 200:
                 return probed

@@ -27,10 +27,6 @@ from logo.selection.signals import Signal
 # Prompts whose scores wait to be taken: those of clients that have left are dropped at last.
 _MOST_WAITING = 4096
 
-# Bytes of sums over beginnings of prompts. A beginning takes 16 KB with 16 points and 260 adapters, beside the 2 MB of
-# keys and values that a block of an 8B model takes.
-_PREFIXES = 128_000_000
-
 # Why a prompt has to be probed once more.
 CHANGED = "the pool changed while the prompt was probed"
 
@@ -47,16 +43,18 @@ class Taps:
     Args:
         place_of: the place in vLLM's model at which a point of the base model is read, by the way it is read.
         device: where the model runs.
-        block: the tokens of which vLLM's cache hands on all or none, as soon as vLLM knows it; 0: it hands on nothing.
+        block: the tokens of which vLLM's cache hands on all or none, as soon as vLLM knows it.
+        budget: bytes for what was heard of beginnings of prompts. A beginning takes 16 KB with 16 points and 260
+            adapters, beside the 2 MB of keys and values that a block of an 8B model takes.
     """
 
     def __init__(
-        self, place_of: Callable[[Point, str], str], device: torch.device, block: Callable[[], int] = lambda: 0
+        self, place_of: Callable[[Point, str], str], device: torch.device, block: Callable[[], int], budget: int
     ) -> None:
         self._place_of = place_of
         self._device = device
         self._block = block
-        self._prefixes = Prefixes(_PREFIXES)
+        self._prefixes = Prefixes(budget)
         self._scorers: dict[str, tuple[Scorer, Signal]] = {}
         self._listening: tuple[tuple[Point, ...], Signal, dict[str, str]] | None = None
         self._kept: dict[str, dict[str, list[Tensor]]] = {}  # text -> place -> hidden vectors of each chunk

@@ -61,7 +61,12 @@ class Worker:
         log.info("LoGo: %s mode: %s", self.mode, self.reason)
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
         self.gates = StepGates(tokens + 7, max(tokens, requests), lora.max_loras, self._device, self._dtype)
-        self.taps = Taps(self._place_of, self._device, lambda: _block(vllm_config.cache_config))
+        self.taps = Taps(
+            self._place_of,
+            self._device,
+            lambda: _block(vllm_config.cache_config),
+            int(options.settings.prefix_cache_gb * 1e9),
+        )
         self.spans: Sequence[Span] = ()  # of the step that comes, as its runner says
         self.probed: dict[str, tuple[Any, Any, bool]] = {}  # probes among the requests of runner V2
         self._mixtures: dict[int, tuple[str, Recipe]] = {}  # by vLLM's ids, the latest last
