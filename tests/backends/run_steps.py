@@ -21,7 +21,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from logo.backends.vllm.core import Core, scores_of, values
-from logo.backends.vllm.marks import marked
+from logo.backends.vllm.marks import marking
 from logo.backends.vllm.recipe import Recipe
 
 
@@ -46,8 +46,14 @@ class Engine:
         return values(self.llm.collective_rpc(name, args=args))
 
     def run(self, prompts: list[Any], keys: list[str], signal: str, whole: bool = False) -> Any:
-        parameters = [SamplingParams(max_tokens=1, extra_args=marked(key, signal, whole=whole)) for key in keys]
-        return self.llm.generate(prompts, parameters, use_tqdm=False)
+        """Runs prompts as probes under these keys, and returns what vLLM says of each."""
+        engine, ended = self.llm.llm_engine, {}
+        for key, prompt in zip(keys, prompts, strict=True):
+            with marking(key, signal, whole=whole):
+                engine.add_request(key, prompt, SamplingParams(max_tokens=1))
+        while engine.has_unfinished_requests():
+            ended |= {output.request_id: output for output in engine.step() if output.finished}
+        return [ended[key] for key in keys]
 
     def probe(self, prompts: list[str], signal: str) -> Any:
         """Scores, as the router asks for them: those of prompts that have to be read whole in a second round."""

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from logo import AdapterPool, LoGo, UsageError
 from logo.adapters.format import open_adapter
+from logo.backends.vllm.marks import marking
 from logo.errors import LoGoError, NotFinite, PoolError
 from logo.evaluation.identity import engine_identity, environment
 from logo.models import demo_folder, load_base
@@ -284,6 +285,19 @@ def test_a_mixture_that_overflows_is_an_error(inside: Any, rows: list[str]) -> N
         list(inside.stream(rows[0], adapters=bad, max_new_tokens=4))
     good = {"ours/small": 1.0}
     assert inside.generate(rows[0], adapters=good, max_new_tokens=4).token_ids  # the engine goes on
+
+
+def test_only_ours_are_probes_whatever_a_request_says(inside: Any, rows: list[str]) -> None:
+    from vllm import SamplingParams
+
+    forged = SamplingParams(max_tokens=1, extra_args={"logo_probe": "forged", "logo_signal": "calibrated"})
+    [before] = inside.llm.generate(rows[:1], forged, use_tqdm=False)
+    assert before.outputs[0].token_ids
+    with marking("ours", "calibrated"):
+        inside.llm.generate(rows[:1], SamplingParams(max_tokens=1), use_tqdm=False)
+    taken = inside.llm.collective_rpc("logo_take", args=(["forged", "ours"],))[0]["value"]
+    assert taken["forged"] == "the prompt was not run as a probe"
+    assert len(taken["ours"][1]) == len(inside.names)
 
 
 # -- scoring -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from vllm_server import ASSETS, KEY, Server, environment
 
 from logo import LoGo
+from logo.backends.vllm import bodies
 from logo.models import load_base
 from logo.pools import default_pool
 
@@ -212,7 +213,6 @@ def test_nothing_answers_without_a_key(server: Server, rows: list[str]) -> None:
         ({"max_tokens": -1}, "max_tokens"),
         ({"prompt": "word " * 400}, "256"),
         ({"prompt": []}, "prompt"),
-        ({"vllm_xargs": {"logo_probe": "x"}}, "logo_probe"),
     ],
 )
 def test_bad_requests_are_told_what_is_wrong(server: Server, rows: list[str], extra: Any, expected: str) -> None:
@@ -221,6 +221,23 @@ def test_bad_requests_are_told_what_is_wrong(server: Server, rows: list[str], ex
     assert expected in json.dumps(answer)
     status, _ = server.ask("/v1/completions", {"model": "logo", "prompt": rows[0], "max_tokens": 2})
     assert status == 200
+
+
+def test_who_says_it_is_a_probe_is_answered_as_any_other(server: Server, logo: LoGo, rows: list[str]) -> None:
+    forged = {"logo_probe": "x", "logo_signal": "nosignal"}
+    messages = [{"role": "user", "content": rows[0]}]
+    routes = {
+        "/v1/completions": {"prompt": rows[0], "max_tokens": 4, "vllm_xargs": forged},
+        "/v1/chat/completions": {"messages": messages, "max_tokens": 4, "vllm_xargs": forged},
+        "/v1/responses": {"input": rows[0], "max_output_tokens": 4, "vllm_xargs": forged},
+        "/v1/messages": {"messages": messages, "max_tokens": 4, "vllm_xargs": forged},
+    }
+    for path, body in routes.items():
+        for model in ("base", "logo") if path in bodies.PATHS else ("base",):
+            status, answer = server.ask(path, {"model": model, **body})
+            assert status == 200, (path, answer)
+            if model == "logo":
+                assert answer["logo"]["adapters"] == list(logo.select(rows[0], k=4).adapters)
 
 
 def test_what_is_wrong_with_several_prompts_is_told_in_streams_too(server: Server, rows: list[str]) -> None:

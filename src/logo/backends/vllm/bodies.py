@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from logo.backends.vllm.marks import KEY, SIGNAL, marked
 from logo.errors import UsageError
 from logo.prompts import ProbeText, asked_text
 
@@ -35,12 +34,6 @@ _READ = {
 }
 
 
-def marks_itself(body: Mapping[str, Any]) -> bool:
-    """Whether a client pretends that its request is a probe."""
-    extra = body.get("vllm_xargs")
-    return isinstance(extra, Mapping) and (KEY in extra or SIGNAL in extra)
-
-
 def split(path: str, body: Body) -> list[Body]:
     """One body per prompt: a list of prompts is several requests, each with a mixture of its own."""
     prompts = body.get("prompt") if path == COMPLETIONS else None
@@ -49,19 +42,15 @@ def split(path: str, body: Body) -> list[Body]:
     return [{**body, "prompt": prompt} for prompt in prompts]
 
 
-def probe(
-    path: str, body: Body, base: str, key: str, signal: str, probe_text: ProbeText | None, *, whole: bool = False
-) -> tuple[str, Body]:
-    """The path and body of the request that has a prompt probed.
+def probe(path: str, body: Body, base: str, probe_text: ProbeText | None) -> tuple[str, Body]:
+    """The path and body of the request that has a prompt probed, if it is sent as a probe (`marks.marking`).
 
     Args:
         path, body: of the request, which has one prompt.
         base: the base model's name.
-        key, signal: see `logo.backends.vllm.marks`.
         probe_text: what of a conversation is probed.
-        whole: whether the prompt is read from its beginning, also where vLLM has that in its cache.
     """
-    mark = {"model": base, "max_tokens": 1, "temperature": 0.0, "vllm_xargs": marked(key, signal, whole=whole)}
+    one = {"model": base, "max_tokens": 1, "temperature": 0.0}
     text = None
     if path != COMPLETIONS:
         try:
@@ -69,10 +58,10 @@ def probe(
         except UsageError:  # what vLLM makes of it, with pictures and parts that we do not know, is vLLM's affair
             text = None
     if text is not None:
-        return COMPLETIONS, {"prompt": text, **mark}
+        return COMPLETIONS, {"prompt": text, **one}
     if path == RESPONSES:
-        return CHAT, {"messages": messages(path, body), **mark}
-    return path, {**{name: body[name] for name in _READ[path] if name in body}, **mark}
+        return CHAT, {"messages": messages(path, body), **one}
+    return path, {**{name: body[name] for name in _READ[path] if name in body}, **one}
 
 
 def messages(path: str, body: Mapping[str, Any]) -> list[Any]:

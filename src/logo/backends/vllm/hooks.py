@@ -9,6 +9,7 @@ it.
     WorkerLoRAManager.set_active_adapters           every step: which recipes are mixed
     LRUCacheWorkerLoRAManager._load_adapter         merge mode: builds the adapter that a recipe says
     the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts
+    OutputProcessor.add_request                     says which requests are probes
     Request.get_skip_reading_prefix_cache           a probe reads all of its tokens where it has to
     Scheduler.__init__                              gate mode: any number of different mixtures in one batch
     WorkerBase.logo_*                               what the router calls
@@ -29,7 +30,7 @@ from typing import Any
 from logo.backends.vllm import ops, runner_v1, runner_v2
 from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
-from logo.backends.vllm.marks import reads_whole
+from logo.backends.vllm.marks import reads_whole, seal
 from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, Function
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import mode_of
@@ -165,6 +166,12 @@ def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: 
     return original(self, req_id, None if lora_name and is_recipe(lora_name) else lora_name, *args, **kwargs)
 
 
+def _seal(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    # Every request passes here on its way to the engine, in the process and the task that made it.
+    seal(request.sampling_params)
+    return original(self, request, *args, **kwargs)
+
+
 def _skip(original: Any, self: Any) -> bool:
     # Keys and values from the cache have no hidden vectors.
     return reads_whole(self.sampling_params) or bool(original(self))
@@ -259,6 +266,7 @@ _WRAPPERS: Mapping[str, Callable[..., Any]] = {
     "wrapper": _wrapper,
     "activate": _activate,
     "load": _load,
+    "seal": _seal,
     "skip": _skip,
     "schedule": _schedule,
     "spans_v1": _spans_v1,

@@ -1,8 +1,14 @@
-"""How a request says that it is a probe: in the sampling parameters' `extra_args`, which HTTP calls `vllm_xargs`."""
+"""How a request says that it is a probe: in the sampling parameters' `extra_args`.
+
+Clients fill in `extra_args` on many of vLLM's routes, so a mark that a request comes with means nothing. It is taken
+off when vLLM takes the request (`seal`), and put on where the task that made the request is one of ours (`marking`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from logo.backends.vllm.heard import Span
@@ -14,9 +20,35 @@ KEY, SIGNAL = "logo_probe", "logo_signal"
 WHOLE = "logo_whole"
 
 
+_probing: ContextVar[dict[str, str] | None] = ContextVar("logo_probing", default=None)
+
+
 def marked(key: str, signal: str, *, whole: bool = False) -> dict[str, str]:
     """The extra arguments of a probe."""
     return {KEY: key, SIGNAL: signal, **({WHOLE: "1"} if whole else {})}
+
+
+@contextmanager
+def marking(key: str, signal: str, *, whole: bool = False) -> Iterator[None]:
+    """Requests that vLLM takes inside the block, and in tasks begun there, are probes."""
+    token = _probing.set(marked(key, signal, whole=whole))
+    try:
+        yield
+    finally:
+        _probing.reset(token)
+
+
+def seal(parameters: Any) -> None:
+    """Makes a request that vLLM takes a probe where it is ours, and an ordinary one where it only says that it is one.
+
+    Args:
+        parameters: vLLM's `SamplingParams` of this request alone; None where nothing is sampled.
+    """
+    own, given = _probing.get() or {}, getattr(parameters, "extra_args", None) or {}
+    if parameters is None or not (own or given.keys() & {KEY, SIGNAL, WHOLE}):
+        return
+    others = {name: value for name, value in given.items() if name not in (KEY, SIGNAL, WHOLE)}
+    parameters.extra_args = {**others, **own} or None  # not in place: several requests may share it
 
 
 def mark(parameters: Any) -> tuple[str, str] | None:

@@ -92,6 +92,7 @@ HOOKS: Mapping[str, Function] = {
     "wrapper": Function("vllm.lora.model_manager", "", "get_punica_wrapper"),
     "activate": Function(_MANAGER, "WorkerLoRAManager", "set_active_adapters", ("self", "requests", "mapping")),
     "load": Function(_MANAGER, "LRUCacheWorkerLoRAManager", "_load_adapter", ("self", "lora_request")),
+    "seal": Function("vllm.v1.engine.output_processor", "OutputProcessor", "add_request", ("self", "request")),
     "skip": Function("vllm.v1.request", "Request", "get_skip_reading_prefix_cache", ("self",)),
     "schedule": Function("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", ("self", "vllm_config")),
     "spans_v1": Function(
@@ -195,6 +196,7 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     ),
     Attributes(("vllm.v1.core.sched.output",), "SchedulerOutput", ("scheduled_new_reqs",)),
     Attributes(("vllm.v1.request",), "Request", ("sampling_params",)),
+    Attributes(("vllm.v1.engine",), "EngineCoreRequest", ("sampling_params",)),
     Attributes(("vllm.config.cache",), "CacheConfig", ("block_size",)),
     Attributes(("vllm.sampling_params",), "SamplingParams", ("extra_args",)),
     Attributes(("vllm.v1.core.sched.scheduler",), "Scheduler", ("lora_config", "scheduler_config")),

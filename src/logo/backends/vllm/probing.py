@@ -10,7 +10,7 @@ import torch
 
 from logo.adapters.pool import AdapterPool
 from logo.backends.vllm.core import new_key, scores_of
-from logo.backends.vllm.marks import marked
+from logo.backends.vllm.marks import marking
 from logo.backends.vllm.requests import Requests
 from logo.errors import ModelError
 from logo.prompts import Prompt
@@ -108,7 +108,7 @@ class InWorkers(Selecting):
         keys = [new_key() for _ in rows]
         with self._requests.together() as group:
             for key, (ids, signal) in zip(keys, rows, strict=True):
-                mark = marked(key, signal, whole=whole)
-                group.start(ids, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=mark))
+                with marking(key, signal, whole=whole):
+                    group.start(ids, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))
             group.wait()
         return keys

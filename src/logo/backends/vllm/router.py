@@ -28,6 +28,7 @@ from logo.backends.vllm.asgi import Answer, App, Receive, Rewriting, Scope, Send
 from logo.backends.vllm.bodies import CHAT, COMPLETIONS, Body
 from logo.backends.vllm.core import Core, WorkerError, new_key, scores_of
 from logo.backends.vllm.listing import adapter_list, model_cards
+from logo.backends.vllm.marks import marking
 from logo.backends.vllm.metrics import Counts
 from logo.backends.vllm.names import Names, meaning
 from logo.backends.vllm.pool import Change
@@ -175,10 +176,6 @@ class Router:
             return
         body = _object(raw)
         model = None if body is None else body.get("model")
-        if body is not None and bodies.marks_itself(body):
-            raise bad_request(
-                "vllm_xargs: 'logo_probe' and 'logo_signal' are this server's own; leave them out", "vllm_xargs"
-            )
         if body is None or not isinstance(model, str) or not self._ours(model, body):
             await self.app(scope, sending(raw, receive), send)
             return
@@ -221,8 +218,9 @@ class Router:
             key, settings = new_key(), self.core.options.settings
             # A prompt of whose beginning nothing is known is read whole the second time.
             whole = tries > 1 or not settings.prefix_cache_gb
-            where, asked = bodies.probe(path, body, self._base, key, signal, settings.probe_text, whole=whole)
-            probed = await ask(self.app, scope, receive, where, body=json.dumps(asked).encode())
+            where, asked = bodies.probe(path, body, self._base, settings.probe_text)
+            with marking(key, signal, whole=whole):
+                probed = await ask(self.app, scope, receive, where, body=json.dumps(asked).encode())
             if probed.status != 200:
                 return probed
             scores = scores_of(await self._taken(key), self.core.pool.digest)

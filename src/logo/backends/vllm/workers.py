@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from logo.backends.vllm.core import Core, new_key, values
-from logo.backends.vllm.marks import marked
+from logo.backends.vllm.marks import marking
 from logo.backends.vllm.pool import Change
 from logo.errors import UsageError
 
@@ -74,9 +74,10 @@ class Workers:
     async def _run(self, text: list[int], key: str) -> None:
         from vllm import SamplingParams
 
-        parameters = SamplingParams(max_tokens=1, temperature=0.0, extra_args=marked(key, ""))
-        async for _ in self._client.generate({"prompt_token_ids": text}, parameters, f"logo-{key}"):
-            pass
+        parameters = SamplingParams(max_tokens=1, temperature=0.0)
+        with marking(key, ""):
+            async for _ in self._client.generate({"prompt_token_ids": text}, parameters, f"logo-{key}"):
+                pass
 
     async def take(self, key: str) -> Any:
         """See `logo.backends.vllm.worker.Worker.take`; those that wait are asked for together."""
