@@ -68,7 +68,7 @@ test: lint
 	$(PYTEST)
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/backends
+	$(VLLM_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/backends tests/test_vllm_kernels.py
 
 # Not part of CI: it downloads some 800 MB.
 check-vllm-versions: $(VENV)/.installed-dev

@@ -12,6 +12,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SIZES = (16, 64)
+"""Tokens of a block: as few as a GPU multiplies at once, so that a block opens few slots; more where there are many
+tokens, since neighbours are mostly of one prompt."""
+
+
+class Opened:
+    """Which slots the tokens of each block open, in buffers that stay where they are.
+
+    Args:
+        gate: (tokens, slots), the buffer of gates that this is about.
+
+    Attributes:
+        slot_of: for each of `SIZES`: (blocks, slots) int32, those that are opened first.
+        count_of: for each of `SIZES`: (blocks,) int32, how many are opened.
+    """
+
+    def __init__(self, gate: Tensor) -> None:
+        self._gate = gate
+        blocks = [-(-len(gate) // size) for size in SIZES]
+        self.slot_of = [torch.zeros(n, gate.shape[1], device=gate.device, dtype=torch.int32) for n in blocks]
+        self.count_of = [torch.zeros(n, device=gate.device, dtype=torch.int32) for n in blocks]
+
+    def write(self, tokens: int) -> None:
+        """Looks at the gates of the first tokens, on their device and without waiting for it."""
+        for size, slot_of, count_of in zip(SIZES, self.slot_of, self.count_of, strict=True):
+            blocks = -(-tokens // size)
+            gate = self._gate[: blocks * size]
+            if len(gate) < blocks * size:  # the last block of the buffer is not whole
+                gate = torch.cat([gate, gate.new_zeros(blocks * size - len(gate), gate.shape[1])])
+            opened = (gate.view(blocks, size, gate.shape[1]) != 0).any(dim=1)
+            count_of[:blocks] = opened.sum(dim=1)
+            slot_of[:blocks] = opened.int().argsort(dim=1, descending=True, stable=True)
+
 
 class StepGates:
     """The gates of the step at hand.
@@ -21,17 +54,28 @@ class StepGates:
         slots: of adapters.
         device: where the model runs.
         dtype: of the adapters.
+        listed: whether the slots that blocks of tokens open are listed, which `kernels` needs.
 
     Attributes:
         tokens: (tokens, slots), the gate of every token.
         sampled: (requests, slots), of every token whose logits are computed.
+        opened: the slots that blocks open of `tokens` and of `sampled`; None where they are not listed.
         open: whether any gate of the step is not 0.
         rows: on a CPU, the tokens whose gate is not 0, where that is not all of them; else None.
     """
 
-    def __init__(self, tokens: int, requests: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        requests: int,
+        slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        listed: bool = False,
+    ) -> None:
         self.tokens = torch.zeros(tokens, slots, device=device, dtype=dtype)
         self.sampled = torch.zeros(requests, slots, device=device, dtype=dtype)
+        self.opened = (Opened(self.tokens), Opened(self.sampled)) if listed else None
         self.open = False
         self.rows: Tensor | None = None
         self._written = [0, 0]
@@ -50,6 +94,8 @@ class StepGates:
             count = min(len(which), len(buffer))
             buffer[:count] = mixtures[which[:count].to(device)]
             buffer[count : self._written[i]] = 0  # what an earlier, longer step has left
+            if self.opened is not None:
+                self.opened[i].write(max(count, self._written[i]))
             self._written[i] = count
         gated = tokens != 0
         self.open = bool(gated.any())

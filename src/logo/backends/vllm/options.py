@@ -12,6 +12,7 @@ from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
 
 Mode = Literal["auto", "gate", "merge"]
+Products = Literal["auto", "kernels", "plain"]
 
 # The pool alone, and everything else as JSON.
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
@@ -25,6 +26,8 @@ class Options:
         pool: a folder of adapters, or a Hub repository `org/name[/folder][@revision]`.
         mode: `"gate"`: the pool sits in vLLM's adapter slots and a request is a row of gates; `"merge"`: every mixture
             is an adapter of its own; `"auto"`: gates where the slots suffice.
+        products: `"kernels"`: those of Triton, which skip adapters that no token of a block has; `"plain"`: PyTorch's;
+            `"auto"`: kernels on GPUs with Triton.
         signals: those that requests may ask for besides the settings' own.
         on_bad_adapter: what to do with adapters that do not fit the base model.
         settings: how prompts are scored and selected for.
@@ -32,6 +35,7 @@ class Options:
 
     pool: str
     mode: Mode = "auto"
+    products: Products = "auto"
     signals: tuple[str, ...] = ("norm",)
     on_bad_adapter: OnBadAdapter = "error"
     settings: SelectionSettings = field(default_factory=SelectionSettings)
@@ -64,8 +68,9 @@ class Options:
             raise UsageError(f"LoGo needs a pool: set {POOL} to a folder of adapters or a Hub repository")
         settings = SelectionSettings.of(**{name: value for name, value in given.items() if name not in own})
         options = {name: value for name, value in given.items() if name in own}
-        if options.get("mode", "auto") not in get_args(Mode):
-            raise UsageError(f"mode: expected one of {', '.join(get_args(Mode))}, found {options['mode']!r}")
+        for name, choices in (("mode", Mode), ("products", Products)):
+            if options.get(name, "auto") not in get_args(choices):
+                raise UsageError(f"{name}: expected one of {', '.join(get_args(choices))}, found {options[name]!r}")
         if "signals" in options:
             options["signals"] = tuple(options["signals"])
         made = cls(settings=settings, **options)

@@ -25,7 +25,7 @@ from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import Taps
-from logo.backends.vllm.wrapper import Tapped, multiplied
+from logo.backends.vllm.wrapper import Tapped, multiplied, with_kernels
 from logo.decoding import Prompts, Truncation
 from logo.errors import ModelError, UsageError
 from logo.models import context_length
@@ -60,7 +60,8 @@ class Worker:
         self.mode, self.reason = mode_of(options, model_config.model, lora, self.pool.adapters)
         log.info("LoGo: %s mode: %s", self.mode, self.reason)
         tokens, requests = manager.max_num_batched_tokens, manager.max_num_seqs
-        self.gates = StepGates(tokens + 7, max(tokens, requests), lora.max_loras, self._device, self._dtype)
+        listed = with_kernels(options.products, self._device)
+        self.gates = StepGates(tokens + 7, max(tokens, requests), lora.max_loras, self._device, self._dtype, listed)
         self.taps = Taps(
             self._place_of,
             self._device,

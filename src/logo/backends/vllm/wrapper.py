@@ -6,6 +6,9 @@ give base rows the last adapter where all slots are in use.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +17,15 @@ from torch import Tensor, nn
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from logo.backends.vllm import ops
-from logo.backends.vllm.gates import StepGates, add_gated
+from logo.backends.vllm.gates import Opened, StepGates, add_gated
+from logo.backends.vllm.options import Products
 from logo.backends.vllm.taps import Gather, Taps
 from logo.errors import ModelError
+
+log = logging.getLogger("vllm.logo")
+
+# The factors of one slice as vLLM stacks them, its first column and its width.
+_Part = tuple[Tensor, Tensor, int, int]
 
 
 class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
@@ -65,19 +74,23 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
             used: the slices that some adapter acts on; None: all.
         """
         rows = None
-        if not torch.compiler.is_compiling():
+        if self._branches():
             if not self.gates.open:
                 return
             rows = self.gates.rows
+        parts, start = [], 0
+        for i, (a, b, width) in enumerate(zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True)):
+            if used is None or used[i]:
+                parts.append((a, b, start, width))
+            start += width
+        if self.gates.opened is not None:
+            self._launch(y, x, parts, self.gates.tokens, self.gates.opened[0])
+            return
         gate = self.gates.tokens[: x.shape[0]]
         if rows is not None:
             x, gate = x[rows], gate[rows]
-        start = 0
-        for i, (a, b, width) in enumerate(zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True)):
+        for a, b, start, width in parts:
             part = y[:, start : start + width]
-            start += width
-            if used is not None and not used[i]:
-                continue
             if rows is None:
                 add_gated(part, x, a[:, 0], b[:, 0].transpose(1, 2), gate)
             else:
@@ -95,10 +108,32 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """The same for the output head, which is given the tokens whose logits are computed."""
-        if torch.compiler.is_compiling() or self.gates.open:
-            gate = self.gates.sampled[: x.shape[0]]
-            width = lora_b_stacked.shape[2]
-            add_gated(y[:, :width], x, lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2), gate)
+        if self._branches() and not self.gates.open:
+            return
+        width = lora_b_stacked.shape[2]
+        if self.gates.opened is not None:
+            self._launch(y, x, [(lora_a_stacked, lora_b_stacked, 0, width)], self.gates.sampled, self.gates.opened[1])
+            return
+        gate = self.gates.sampled[: x.shape[0]]
+        add_gated(y[:, :width], x, lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2), gate)
+
+    def _branches(self) -> bool:
+        """Whether Python may look at the step: what is compiled or captured runs once, for all steps that come."""
+        return self.gates.tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _launch(self, y: Tensor, x: Tensor, parts: Sequence[_Part], gate: Tensor, opened: Opened) -> None:
+        """The products by `kernels`."""
+        torch.ops.logo.add_gated(
+            y,
+            x,
+            [a[:, 0] for a, _, _, _ in parts],
+            [b[:, 0].transpose(1, 2) for _, b, _, _ in parts],
+            [start for _, _, start, _ in parts],
+            [width for _, _, _, width in parts],
+            gate,
+            opened.slot_of,
+            opened.count_of,
+        )
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any) -> None:
         """Nothing: pools with adapters of embeddings are refused when they are opened."""
@@ -112,6 +147,23 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         raise ModelError("LoGo multiplies both factors of an adapter in one call, and this layer asks for one of them")
 
     add_expand = apply_lora_full_linear = add_shrink
+
+
+def with_kernels(products: Products, device: torch.device) -> bool:
+    """Whether Triton's kernels multiply. Registers them where they do.
+
+    Raises:
+        ModelError: they are asked for, and Triton is not here.
+    """
+    if products == "plain" or (products == "auto" and device.type != "cuda"):
+        return False
+    if importlib.util.find_spec("triton") is None:
+        if products == "auto":
+            log.warning("LoGo: without Triton every adapter of the pool is multiplied for every token")
+            return False
+        raise ModelError("products: kernels need Triton, which is not installed: leave it out, or pip install triton")
+    importlib.import_module("logo.backends.vllm.kernels")
+    return True
 
 
 def multiplied(layer: nn.Module) -> bool:
