@@ -120,13 +120,15 @@ def test_what_both_servers_understand(capsys: pytest.CaptureFixture[str]) -> Non
         capsys,
         *("--host", "0.0.0.0", "--port", "8080", "--served-model-name", "base", "--dtype", "bfloat16"),
         *("--max-concurrent", "7", "--kv-cache-gb", "0.5", "--max-model-len", "256", "--cors", "https://ok.test"),
-        *("--allow-host", "logo.test", "--open-metrics", "--", "--seed", "3", "--max-num-seqs", "9"),
+        *("--max-body-mb", "3", "--allow-host", "logo.test", "--open-metrics"),
+        *("--", "--seed", "3", "--max-num-seqs", "9"),
     )
     assert (value(command, "--host"), value(command, "--port")) == ("0.0.0.0", "8080")
     assert (value(command, "--served-model-name"), value(command, "--dtype")) == ("base", "bfloat16")
     assert (value(command, "--max-model-len"), value(command, "--kv-cache-memory-bytes")) == ("256", "500000000")
     assert value(command, "--allowed-origins") == '["https://ok.test"]'
     assert command[-4:] == ["--seed", "3", "--max-num-seqs", "9"]  # behind ours, so that it counts
+    assert json.loads(variables["LOGO_OPTIONS"])["max_body_mb"] == 3
     front = json.loads(variables["LOGO_FRONT"])
     assert front == {"host": "0.0.0.0", "allow_hosts": ["logo.test"], "open_metrics": True}
     assert "Listening on 0.0.0.0 without an API key" in said
@@ -169,7 +171,6 @@ def test_a_key_is_never_on_the_command_line(
         (["--key-adapters", "keys.json"], "not bound"),
         (["--max-queue", "3"], "--max-concurrent"),
         (["--request-timeout", "3"], "proxy"),
-        (["--max-body-mb", "3"], "proxy"),
         (["--allow-adapter-changes", "pool"], "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         (["--log-json"], "VLLM_LOGGING_CONFIG_PATH"),
         (["--port", "0"], "name one"),

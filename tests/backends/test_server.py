@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +44,7 @@ def server(request: pytest.FixtureRequest, serve: Callable[..., Server], tmp_pat
         *("--max-loras", slots[0], "--max-lora-rank", slots[1], "--max-model-len", "256"),
         *("--middleware", "logo.backends.vllm.Router", "--chat-template", str(template)),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-        env=environment(mode=request.param, k=4),
+        env=environment(mode=request.param, k=4, max_body_mb=1),
     )
 
 
@@ -199,6 +200,33 @@ def test_nothing_answers_without_a_key(server: Server, rows: list[str]) -> None:
         status, answer = server.ask(path, body, key=None)
         assert status == 401, path
         assert "nobody" not in json.dumps(answer)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/logo/select", "/v1/load_lora_adapter"]
+)
+def test_nothing_is_read_without_a_key(server: Server, path: str) -> None:
+    for key, length, status in ((None, 10_000, 401), ("another", 10_000, 401), (KEY, 10_000_000, 413)):
+        said = sent(server, path, key, f"Content-Length: {length}")  # and never a byte of it
+        assert int(said.split()[1]) == status, said
+    assert sent(server, "/v1/completions", KEY, "Content-Length: 2", b"{}").split()[1] == b"400"
+
+
+def test_a_body_above_the_limit_is_refused_while_it_comes(server: Server) -> None:
+    chunks = b"".join(b"%x\r\n%s\r\n" % (100_000, b" " * 100_000) for _ in range(11))
+    said = sent(server, "/v1/completions", KEY, "Transfer-Encoding: chunked", chunks)
+    assert b" 413 " in said and b"expected a body of at most 1000000 bytes, found more" in said
+
+
+def sent(server: Server, path: str, key: str | None, header: str, body: bytes = b"") -> bytes:
+    """The answer to a request of which no more than this is sent."""
+    place = server.url.removeprefix("http://")
+    credentials = [] if key is None else [f"Authorization: Bearer {key}"]
+    lines = [f"POST {path} HTTP/1.1", f"Host: {place}", "Content-Type: application/json", *credentials, header, "", ""]
+    host, port = place.split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall("\r\n".join(lines).encode() + body)
+        return connection.recv(65536)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,14 @@ def serve(
         float, typer.Option(help="Seconds that a request may take; 0: any.", min=0.0, rich_help_panel=LIMITS)
     ] = REQUEST_TIMEOUT,
     max_body_mb: Annotated[
-        float, typer.Option(help="Size of a request, in 10⁶ bytes.", min=0.001, rich_help_panel=LIMITS)
-    ] = MAX_BODY_MB,
+        float | None,
+        typer.Option(
+            help="Size of a request, in 10⁶ bytes.",
+            min=0.001,
+            show_default="1, or 32 with --engine vllm",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
     kv_cache_gb: Annotated[
         float | None,
         typer.Option(
@@ -151,7 +157,6 @@ def serve(
             "--key-adapters": key_adapters is not None,
             "--max-queue": max_queue != MAX_QUEUE,
             "--request-timeout": request_timeout != REQUEST_TIMEOUT,
-            "--max-body-mb": max_body_mb != MAX_BODY_MB,
             "--allow-adapter-changes": allow_adapter_changes is not None,
             "--log-json": log_json,
         }
@@ -169,6 +174,7 @@ def serve(
             kv_cache_gb=kv_cache_gb,
             mode=vllm_mode,
             max_model_len=max_model_len,
+            max_body_mb=max_body_mb,
             arguments=tuple(arguments or ()),
             refused=tuple(option for option, is_given in given.items() if is_given),
         )
@@ -194,9 +200,8 @@ def serve(
     from logo.serving.running import address_of, listening
 
     bound = {} if key_adapters is None else read_key_adapters(key_adapters)
-    guards = GuardSettings(
-        host, keys, int(max_body_mb * 1e6), tuple(allow_host or ()), tuple(cors or ()), open_metrics, bound
-    )
+    size = int((max_body_mb or MAX_BODY_MB) * 1e6)
+    guards = GuardSettings(host, keys, size, tuple(allow_host or ()), tuple(cors or ()), open_metrics, bound)
     configure(log_json=log_json)
     if not keys and not bound and not is_loopback(host):
         note(OPEN.format(host))

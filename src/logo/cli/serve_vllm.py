@@ -41,7 +41,6 @@ INSTEAD = {
     "--key-adapters": "vLLM's keys are not bound to adapters",
     "--max-queue": "vLLM lets any number of requests wait; --max-concurrent limits those that run",
     "--request-timeout": "a proxy in front of vLLM can end requests",
-    "--max-body-mb": "a proxy in front of vLLM can limit bodies",
     "--allow-adapter-changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and leave room with `-- --max-loras N`",
     "--log-json": "set VLLM_LOGGING_CONFIG_PATH to a configuration of Python's logging",
 }
@@ -75,6 +74,7 @@ class Asked:
     kv_cache_gb: float | None
     mode: VllmMode
     max_model_len: int | None
+    max_body_mb: float | None
     arguments: tuple[str, ...]
     refused: tuple[str, ...]
 
@@ -155,6 +155,7 @@ def _launch(options: EngineOptions, base_model: str, asked: Asked) -> Launch:
         **settings.said,
         "signals": list(asked.signals),
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter.value == "skip" else {}),
+        **({} if asked.max_body_mb is None else {"max_body_mb": asked.max_body_mb}),
     }
     Options.of({"logo": {**told, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     on_cpu = _on_cpu()

@@ -9,13 +9,11 @@ An error of any layer has OpenAI's shape, the request's id, the security headers
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import ipaddress
 import logging
 import re
-import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +24,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from logo.api.errors import forbidden, too_large, unauthorized
+from logo.api.asgi import BodyLimit
+from logo.api.errors import forbidden, unauthorized
 from logo.api.problems import shown
 from logo.errors import UsageError
 from logo.protocol import Patterns
@@ -268,60 +267,6 @@ class ApiKeys:
         digest = _digest(key)
         found = [(True, patterns) for known, patterns in self._keys if hmac.compare_digest(digest, known)]
         return found[0] if found else (False, None)
-
-
-class BodyLimit:
-    """413 for bodies above a limit: at once if the length is announced, else as soon as the limit is passed.
-
-    The app sees the latter as an `ApiError` while it reads. The answer goes out before anything else is read; then the
-    connection stays open for a little while, though what comes is thrown away: to close it under a client that still
-    sends would reset it, and take the answer from the client before it has read it.
-    """
-
-    LINGER = 30.0  # seconds at most, and
-    QUIET = 2.0  # seconds in which nothing comes
-    THROWN_AWAY = 64 * 2**20  # bytes at most
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app = app
-        self.limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        announced = Headers(scope=scope).get("content-length", "0")
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.limit:
-                raise too_large(self.limit)
-            return message
-
-        async def lingering(message: Message) -> None:
-            if seen <= self.limit or message["type"] != "http.response.body" or message.get("more_body", False):
-                return await send(message)
-            await send({**message, "more_body": True})
-            await self._throw_away(receive)
-            await send({"type": "http.response.body", "body": b""})
-
-        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.limit):
-            seen = self.limit + 1
-            return await response(too_large(self.limit))(scope, receive, lingering)
-        await self.app(scope, counted, lingering)
-
-    async def _throw_away(self, receive: Receive) -> None:
-        seen, end = 0, time.monotonic() + self.LINGER
-        while seen < self.THROWN_AWAY and time.monotonic() < end:
-            try:
-                message = await asyncio.wait_for(receive(), self.QUIET)
-            except asyncio.TimeoutError:  # before Python 3.11 not the built-in one
-                return
-            seen += len(message.get("body", b""))
-            if not message.get("more_body", False):
-                return
 
 
 def _digest(key: bytes) -> bytes:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from logo.api.asgi import App, Message, Receive, Scope, Send, answer_error
 from logo.api.errors import ApiError
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,20 @@ def asking(scope: Scope, path: str, method: str, body: bytes) -> Scope:
     }
 
 
-async def ask(app: App, scope: Scope, receive: Receive, path: str, method: str = "POST", body: bytes = b"") -> Answer:
-    """What an app answers to another request by the same client."""
+async def _silence() -> Message:
+    """Never anything."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def ask(
+    app: App, scope: Scope, path: str, method: str = "POST", body: bytes = b"", receive: Receive | None = None
+) -> Answer:
+    """What an app answers to another request by the same client.
+
+    Args:
+        receive: what the client does, once its own request was read; None: nothing of it is read.
+    """
     status, headers, parts = 500, list[tuple[bytes, bytes]](), []
 
     async def send(message: Message) -> None:
@@ -85,16 +93,8 @@ async def ask(app: App, scope: Scope, receive: Receive, path: str, method: str =
         elif message["type"] == "http.response.body":
             parts.append(message.get("body", b""))
 
-    await app(asking(scope, path, method, body), sending(body, receive), send)
+    await app(asking(scope, path, method, body), sending(body, receive or _silence), send)
     return Answer(status, headers, b"".join(parts))
-
-
-async def answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-    """Sends a whole response of JSON."""
-    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    others = [(k, v) for k, v in headers if k.lower() not in (b"content-type", b"content-length")]
-    await send({"type": "http.response.start", "status": status, "headers": [*own, *others]})
-    await send({"type": "http.response.body", "body": body})
 
 
 class Rewriting:
@@ -147,7 +147,7 @@ class Rewriting:
         if not more:
             assert self._start is not None
             if self._start["status"] == 200 and (error := await self._checked()):
-                await answer(self._send, error.status, error.content())
+                await answer_error(self._send, error)
                 return
             body = self._changed(self._rest)
             headers = [(k, v) for k, v in self._start.get("headers", ()) if k.lower() != b"content-length"]

@@ -30,6 +30,8 @@ class Options:
             `"auto"`: kernels on GPUs with Triton.
         signals: those that requests may ask for besides the settings' own.
         on_bad_adapter: what to do with adapters that do not fit the base model.
+        max_body_mb: size of a request of whose body the router has to know something, in 10⁶ bytes. Pictures are sent
+            in bodies too.
         settings: how prompts are scored and selected for.
     """
 
@@ -38,6 +40,7 @@ class Options:
     products: Products = "auto"
     signals: tuple[str, ...] = ("norm",)
     on_bad_adapter: OnBadAdapter = "error"
+    max_body_mb: float = 32.0
     settings: SelectionSettings = field(default_factory=SelectionSettings)
 
     @classmethod
@@ -71,6 +74,9 @@ class Options:
         for name, choices in (("mode", Mode), ("products", Products)):
             if options.get(name, "auto") not in get_args(choices):
                 raise UsageError(f"{name}: expected one of {', '.join(get_args(choices))}, found {options[name]!r}")
+        size = options.get("max_body_mb", 1.0)
+        if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0.001 <= size <= 1e6:
+            raise UsageError(f"max_body_mb: expected a number from 0.001 to 1000000, found {size!r}")
         if "signals" in options:
             options["signals"] = tuple(options["signals"])
         made = cls(settings=settings, **options)

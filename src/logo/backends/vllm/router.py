@@ -13,18 +13,20 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from logo.api.asgi import App, BodyLimit, Receive, Scope, Send, answer, answer_error
 from logo.api.errors import ApiError, bad_request, failed, shown_line, unavailable
 from logo.api.names import AUTO, Models
 from logo.api.replies import Mixture, SelectionReply
 from logo.api.requests import LoadAdapter, ModelRequest, SelectRequest, UnloadAdapter, checked
 from logo.backends.vllm import bodies
-from logo.backends.vllm.asgi import Answer, App, Receive, Rewriting, Scope, Send, answer, ask, asking, body_of, sending
+from logo.backends.vllm.admission import Admission
+from logo.backends.vllm.asgi import Answer, Rewriting, ask, asking, body_of, sending
 from logo.backends.vllm.bodies import CHAT, COMPLETIONS, Body
 from logo.backends.vllm.core import Core, WorkerError, new_key, scores_of
 from logo.backends.vllm.listing import adapter_list, model_cards
@@ -57,6 +59,7 @@ class _Chosen:
 
 
 _B = TypeVar("_B", LoadAdapter, UnloadAdapter)
+_Handler = Callable[[str, Scope, Receive, Send], Awaitable[None]]
 
 # How often a prompt is probed while the pool changes.
 _TRIES = 5
@@ -73,6 +76,7 @@ class Router:
 
     def __init__(self, app: App) -> None:
         self.app = app
+        self._admission = Admission(app)
         self._core: Core | None = None
         self._workers: Workers | None = None
         self._models: Any = None  # vLLM's OpenAIServingModels
@@ -96,15 +100,16 @@ class Router:
         if handler is None or self._core is None:
             await self.app(scope, receive, send)
             return
+        limit = int(self._core.options.max_body_mb * 1e6)
+        await BodyLimit(partial(self._handled, handler, path), limit)(scope, receive, send)
+
+    async def _handled(self, handler: _Handler, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await handler(path, scope, receive, send)
         except (ApiError, LoGoError) as error:
             # Even what an error says of the pool is for those who may use it.
-            if await self._refused(scope, receive, send):
-                return
-            told = ApiError.of(error)
-            headers = [(name.encode(), value.encode()) for name, value in told.headers.items()]
-            await answer(send, told.status, told.content(), headers)
+            if not await self._admission.refuses(scope, send):
+                await answer_error(send, ApiError.of(error))
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -161,18 +166,10 @@ class Router:
     def _names(self) -> Models:
         return self.core.models(self._base)
 
-    async def _refused(self, scope: Scope, receive: Receive, send: Send) -> bool:
-        """Whether the client may not ask this server, which then has told it so in its own words."""
-        found = await ask(self.app, scope, receive, "/v1/models", "GET")
-        if found.status != 200:
-            await _relay(send, found)
-        return found.status != 200
-
     # -- answering -----------------------------------------------------------------------------------------------
 
     async def _generate(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = await body_of(receive)
-        if raw is None:
+        if await self._admission.leaves_unread(scope, send) or (raw := await body_of(receive)) is None:
             return
         body = _object(raw)
         model = None if body is None else body.get("model")
@@ -220,7 +217,7 @@ class Router:
             whole = tries > 1 or not settings.prefix_cache_gb
             where, asked = bodies.probe(path, body, self._base, settings.probe_text)
             with marking(key, signal, whole=whole):
-                probed = await ask(self.app, scope, receive, where, body=json.dumps(asked).encode())
+                probed = await ask(self.app, scope, where, body=json.dumps(asked).encode(), receive=receive)
             if probed.status != 200:
                 return probed
             scores = scores_of(await self._taken(key), self.core.pool.digest)
@@ -301,23 +298,20 @@ class Router:
     # -- the pool ------------------------------------------------------------------------------------------------
 
     async def _select(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = await body_of(receive)
-        if raw is None:
-            return
-        if await self._refused(scope, receive, send):
+        if await self._admission.refuses(scope, send) or (raw := await body_of(receive)) is None:
             return
         body = _object(raw)
         asked = checked(SelectRequest, raw.decode("utf-8", "replace") if body is None else body)
         assert body is not None  # anything else has been refused
         where = COMPLETIONS if asked.prompt is not None else CHAT
         found = await self._chosen(where, body, self._names.wish(AUTO, asked.logo), scope, receive)
-        tokens = found if isinstance(found, Answer) else await self._counted(body, found, scope, receive)
+        tokens = found if isinstance(found, Answer) else await self._counted(body, found, scope)
         if isinstance(found, Answer) or isinstance(tokens, Answer):
             await _relay(send, found if isinstance(found, Answer) else tokens)  # type: ignore[arg-type]
             return
         await answer(send, 200, SelectionReply.of(found, tokens).model_dump_json().encode())
 
-    async def _counted(self, body: Body, chosen: _Chosen, scope: Scope, receive: Receive) -> int | Answer:
+    async def _counted(self, body: Body, chosen: _Chosen, scope: Scope) -> int | Answer:
         """The prompt's tokens: vLLM counts those that no probe has."""
         if chosen.tokens is not None:
             return chosen.tokens
@@ -325,7 +319,7 @@ class Router:
         if isinstance(what.get("prompt"), list):
             return len(what["prompt"])
         asked = json.dumps({"model": self._base, **what}).encode()
-        counted = await ask(self.app, scope, receive, "/tokenize", body=asked)
+        counted = await ask(self.app, scope, "/tokenize", body=asked)
         return int(counted.json()["count"]) if counted.status == 200 else counted
 
     async def _load(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -350,13 +344,10 @@ class Router:
         """The body of a change of the pool; None where vLLM does not allow any, and has said so itself."""
         import vllm.envs
 
-        raw = await body_of(receive)
-        if raw is None:
-            return None
         if not vllm.envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            await self.app(scope, sending(raw, receive), send)
+            await self.app(scope, receive, send)
             return None
-        if await self._refused(scope, receive, send):
+        if await self._admission.refuses(scope, send) or (raw := await body_of(receive)) is None:
             return None
         body = _object(raw)
         return checked(kind, raw.decode("utf-8", "replace") if body is None else body)
@@ -369,7 +360,7 @@ class Router:
             raise bad_request(shown_line(str(error)), "lora_path") from error
 
     async def _list_adapters(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        if await self._refused(scope, receive, send):
+        if await self._admission.refuses(scope, send):
             return
         listed = adapter_list(self.core, self._base, self._counts.chosen)
         await answer(send, 200, listed.model_dump_json().encode())

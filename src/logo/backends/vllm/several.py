@@ -8,7 +8,8 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from logo.backends.vllm.asgi import Answer, Message, Send, answer
+from logo.api.asgi import Message, Send, answer
+from logo.backends.vllm.asgi import Answer
 
 # Runs one of the requests, whose response goes to the `send` that it is given.
 Run = Callable[[Send], Awaitable[None]]

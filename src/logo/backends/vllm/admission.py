@@ -1,0 +1,48 @@
+"""Who may ask: only vLLM's app knows, with everything that stands between it and the router."""
+
+from __future__ import annotations
+
+import hashlib
+
+from logo.api.asgi import App, Scope, Send, answer
+from logo.backends.vllm.asgi import ask
+
+# Headers by which clients say who they are.
+_CREDENTIALS = (b"authorization", b"proxy-authorization", b"x-api-key", b"api-key", b"cookie")
+# Clients that are remembered.
+_MOST_KNOWN = 4096
+
+
+class Admission:
+    """Asks an app about a client, by the client's headers alone.
+
+    Args:
+        app: vLLM's.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._known: set[bytes] = set()
+
+    async def refuses(self, scope: Scope, send: Send) -> bool:
+        """Whether the app does not answer this client, which then has been told so in the app's own words."""
+        found = await ask(self._app, scope, "/v1/models", "GET")
+        if found.status != 200:
+            await answer(send, found.status, found.body, found.headers)
+        return found.status != 200
+
+    async def leaves_unread(self, scope: Scope, send: Send) -> bool:
+        """The same of a client whose request the app will see as well. One that was let in before is not asked about
+        again: nothing but reading its body depends on it."""
+        client = hashlib.sha256()
+        for name, value in scope["headers"]:
+            if name in _CREDENTIALS:
+                client.update(b"%d %s %d " % (len(name), name, len(value)) + value)
+        if client.digest() in self._known:
+            return False
+        if await self.refuses(scope, send):
+            return True
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known.add(client.digest())
+        return False
