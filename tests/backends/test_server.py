@@ -6,6 +6,8 @@ import http.client
 import json
 import shutil
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from logo import LoGo
 from logo.backends.vllm import bodies
 from logo.models import load_base
 from logo.pools import default_pool
+from test_engine import write_adapter
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
 
@@ -289,8 +292,6 @@ def test_a_recipe_is_no_name(server: Server, rows: list[str]) -> None:
 
 
 def test_what_is_counted(server: Server) -> None:
-    import urllib.request
-
     text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     assert "logo:answers_total" in text and "logo:probe_seconds_count" in text and "vllm:num_requests_running" in text
 
@@ -317,18 +318,8 @@ def completion(server: Server, model: str, prompt: str) -> tuple[int, str]:
 
 
 def change(server: Server, what: str, name: str, folder: Path | None = None, **more: Any) -> tuple[int, str]:
-    import urllib.error
-    import urllib.request
-
     place = {} if folder is None else {"lora_path": str(folder)}
-    body = json.dumps({"lora_name": name, **place, **more}).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-    request = urllib.request.Request(f"{server.url}/v1/{what}_lora_adapter", body, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    return raw_answer(server, f"/v1/{what}_lora_adapter", {"lora_name": name, **place, **more})
 
 
 @pytest.fixture
@@ -383,6 +374,54 @@ def test_adapters_come_and_go_while_requests_run(
     assert completion(changing, "new", prompt)[0] == 404
     assert listed(changing) == names
     assert completion(changing, "logo", rows[2])[1] == logo.generate(rows[2], k=4, max_new_tokens=10).text.rstrip()
+
+
+def test_an_answer_that_overflows_is_an_error_and_nobody_beside_it_notices(
+    changing: Server, logo: LoGo, rows: list[str], tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "overflows", logo.model, ("q_proj", "v_proj"), rank=2, seed=3, scale=1e20)
+    status, said = change(changing, "load", "overflows", tmp_path / "overflows")
+    assert status == 200, said
+    mixtures = ({"overflows": 0.3, logo.names[0]: 0.7}, {"overflows": 1.0})
+    expected = [one.text.rstrip() for one in logo.generate(rows[:16], k=4, max_new_tokens=10)]
+    done = False
+
+    def overflow(i: int) -> None:
+        asked: dict[str, Any] = {"model": "logo", "logo": {"adapters": mixtures[i % 3 // 2]}, "prompt": rows[i]}
+        asked |= {"temperature": 0, "ignore_eos": True, "max_tokens": 200, "stream": i % 2 == 0}
+        while not done:
+            status, text = raw_answer(changing, "/v1/completions", asked)
+            if asked["stream"] and status == 200:
+                *_, last, end = [line for line in text.splitlines() if line]
+                assert end == "data: [DONE]"
+                text = last.removeprefix("data: ")
+            error = json.loads(text)["error"]
+            assert error["code"] == "not_finite" and "'overflows'" in error["message"], text
+            assert error["message"].startswith("the model's output is not finite with this mixture of adapters")
+
+    with ThreadPoolExecutor(12) as pool:
+        running = [pool.submit(overflow, i) for i in range(4)]
+        try:
+            for _ in range(2):
+                answers = list(pool.map(lambda row: completion(changing, "logo", row), rows[:16]))
+                assert answers == [(200, text) for text in expected]
+        finally:
+            done = True
+        for job in running:
+            job.result()
+    assert change(changing, "unload", "overflows")[0] == 200
+    assert [completion(changing, "logo", row) for row in rows[:2]] == [(200, text) for text in expected[:2]]
+
+
+def raw_answer(server: Server, path: str, body: Any) -> tuple[int, str]:
+    """Status and text of an answer."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    request = urllib.request.Request(f"{server.url}{path}", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def test_a_change_that_cannot_be_made_changes_nothing(

@@ -50,15 +50,18 @@ def logo_take(worker: Any, keys: list[str]) -> dict[str, Any]:
     return _of(worker).take(keys)
 
 
-def logo_clean(worker: Any) -> None:
-    """Takes numbers that are not finite out of the cache of keys and values.
+def logo_clean(worker: Any, recipe: str, reason: str) -> None:
+    """Notes that answers with a recipe overflow, and takes numbers that are not finite out of the cache of keys and
+    values.
 
-    Whoever is given a block next writes its own tokens there, and attention multiplies the places behind them by 0, to
-    which what is not a number does not yield.
+    Whoever is given a block next writes its own tokens there, and attention may multiply the places behind them by 0,
+    to which what is not a number does not yield. On a CPU it does, so that blocks are emptied before they are given
+    (`hooks`), and there is nothing left to do.
     """
+    _of(worker).fail(recipe, reason)
     for cache in worker.model_runner.kv_caches:
         for part in cache if isinstance(cache, (list, tuple)) else (cache,):
-            if part.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if part.dtype in (torch.float32, torch.bfloat16, torch.float16) and part.device.type != "cpu":
                 part.nan_to_num_(0.0, 0.0, 0.0)
 
 

@@ -10,8 +10,10 @@ it.
     LRUCacheWorkerLoRAManager._load_adapter         merge mode: builds the adapter that a recipe says
     the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts
     OutputProcessor.add_request                     says which requests are probes
+    OutputProcessor.process_outputs                 notices answers that overflow
     Request.get_skip_reading_prefix_cache           a probe reads all of its tokens where it has to
-    Scheduler.__init__                              gate mode: any number of different mixtures in one batch
+    Scheduler.__init__                              gate mode: any number of different mixtures in one batch; on a CPU:
+                                                    blocks of keys and values are emptied before they are given
     WorkerBase.logo_*                               what the router calls
 """
 
@@ -27,7 +29,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from logo.backends.vllm import ops, runner_v1, runner_v2
+from logo.backends.vllm import ops, overflows, runner_v1, runner_v2
 from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
 from logo.backends.vllm.marks import reads_whole, seal
@@ -114,6 +116,7 @@ def _create(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
     if options is None:
         return original(self, model, vllm_config)
     _check(vllm_config)
+    os.environ.setdefault(overflows.COUNTED, "1")  # read when the worker is ready
     compilation = vllm_config.compilation_config
     if getattr(compilation, "splitting_ops", None):  # the tap has to run between captured graphs, not in them
         compilation.splitting_ops.append(ops.NAME)
@@ -150,15 +153,32 @@ def _wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _schedule(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    original(self, vllm_config, *args, **kwargs)
     options = _options(vllm_config)
-    if self.lora_config is None or options is None:
+    if vllm_config.lora_config is None or options is None:
+        original(self, vllm_config, *args, **kwargs)
         return
+    if vllm_config.device_config.device_type == "cpu":
+        # Attention on CPUs multiplies what is left in a block by 0, and what an answer that overflows leaves is no
+        # number. vLLM empties blocks where some kinds of layers need it.
+        kwargs["kv_cache_config"] = _emptied(kwargs["kv_cache_config"])
+    original(self, vllm_config, *args, **kwargs)
     if mode_of(options, vllm_config.model_config.model, self.lora_config)[0] == "gate":
         # vLLM lets as many different adapters into a batch as there are slots; a recipe in gate mode needs none. The
         # workers' slots stay as they are: theirs is another object.
         self.lora_config = copy.copy(self.lora_config)
         self.lora_config.max_loras = max(self.lora_config.max_loras, self.scheduler_config.max_num_seqs)
+
+
+def _emptied(kv_cache_config: Any) -> Any:
+    """A `KVCacheConfig` for a scheduler that has every new block emptied."""
+    own = copy.copy(kv_cache_config)
+    own.__class__ = type("Emptied", (type(kv_cache_config),), {"needs_kv_cache_zeroing": True})
+    return own
+
+
+def _notice(original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    overflows.notice(self.request_states, engine_core_outputs)
+    return original(self, engine_core_outputs, *args, **kwargs)
 
 
 def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -266,6 +286,7 @@ _WRAPPERS: Mapping[str, Callable[..., Any]] = {
     "wrapper": _wrapper,
     "activate": _activate,
     "load": _load,
+    "notice": _notice,
     "seal": _seal,
     "skip": _skip,
     "schedule": _schedule,

@@ -93,6 +93,9 @@ HOOKS: Mapping[str, Function] = {
     "activate": Function(_MANAGER, "WorkerLoRAManager", "set_active_adapters", ("self", "requests", "mapping")),
     "load": Function(_MANAGER, "LRUCacheWorkerLoRAManager", "_load_adapter", ("self", "lora_request")),
     "seal": Function("vllm.v1.engine.output_processor", "OutputProcessor", "add_request", ("self", "request")),
+    "notice": Function(
+        "vllm.v1.engine.output_processor", "OutputProcessor", "process_outputs", ("self", "engine_core_outputs")
+    ),
     "skip": Function("vllm.v1.request", "Request", "get_skip_reading_prefix_cache", ("self",)),
     "schedule": Function("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", ("self", "vllm_config")),
     "spans_v1": Function(
@@ -197,6 +200,13 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(("vllm.v1.core.sched.output",), "SchedulerOutput", ("scheduled_new_reqs",)),
     Attributes(("vllm.v1.request",), "Request", ("sampling_params",)),
     Attributes(("vllm.v1.engine",), "EngineCoreRequest", ("sampling_params",)),
+    # Answers that overflow.
+    Attributes(("vllm.v1.engine",), "EngineCoreOutput", ("request_id", "num_nans_in_logits")),
+    Attributes(("vllm.v1.engine.output_processor",), "OutputProcessor", ("request_states",)),
+    Attributes(("vllm.v1.engine.output_processor",), "RequestState", ("lora_name",)),
+    Attributes(("vllm.v1.kv_cache_interface",), "KVCacheConfig", ("needs_kv_cache_zeroing",)),
+    Call("vllm.v1.engine.core", "Scheduler", 0, ("vllm_config", "kv_cache_config")),
+    Function("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "_zero_block_ids", ("self", "block_ids")),
     Attributes(("vllm.config.cache",), "CacheConfig", ("block_size",)),
     Attributes(("vllm.sampling_params",), "SamplingParams", ("extra_args",)),
     Attributes(("vllm.v1.core.sched.scheduler",), "Scheduler", ("lora_config", "scheduler_config")),

@@ -160,11 +160,11 @@ class VllmLoGo(Calls):
             for ids, lora in zip(rows, loras, strict=True):
                 self._start(group, ids, lora, decoding, every_token=streamer is not None)
             if streamer is not None:
-                self._stream(group, selections[0], streamer)
+                self._stream(group, selections[0], loras[0], streamer)
             group.wait()
             self._check_mixed([lora.lora_name for lora in loras if lora is not None])
-        for one, selection in zip(group.running, selections, strict=True):
-            self._check_finite(one, selection)
+        for one, selection, lora in zip(group.running, selections, loras, strict=True):
+            self._check_finite(one, selection, lora)
         seconds = {"probe": probed, "generate": (time.perf_counter() - started) / len(rows)}
         forms = ["base" if lora is None else "gated" for lora in loras]
         continued: Any = [(one.tokens, form) for one, form in zip(group.running, forms, strict=True)]
@@ -175,7 +175,7 @@ class VllmLoGo(Calls):
         with self.core.request(selection) as lora, self._requests.together() as group:
             self._start(group, row, lora, decoding, every_token=True)
             for tokens in group.pieces():
-                self._check_finite(group.running[0], selection)
+                self._check_finite(group.running[0], selection, lora)
                 for token in tokens:
                     said.put(torch.tensor([token]))
                 yield from said.taken()
@@ -190,19 +190,21 @@ class VllmLoGo(Calls):
         how = parameters(decoding, every_token=every_token or bool(rules), seed=seed)
         group.start(ids, how, lora, rules)
 
-    def _stream(self, group: Group, selection: Selection, streamer: BaseStreamer) -> None:
+    def _stream(self, group: Group, selection: Selection, lora: Any, streamer: BaseStreamer) -> None:
         for tokens in group.pieces():
-            self._check_finite(group.running[0], selection)
+            self._check_finite(group.running[0], selection, lora)
             for token in tokens:
                 streamer.put(torch.tensor([token]))
 
-    def _check_finite(self, one: Running, selection: Selection) -> None:
+    def _check_finite(self, one: Running, selection: Selection, lora: Any) -> None:
         """Raises NotFinite where the model's output was not a number, and leaves none of these to other requests."""
         if not one.finite:
             self._requests.stop([one])
-            self._call("logo_clean")
-            self.llm.reset_prefix_cache()
-            raise overflow(selection.mixture)
+            found = overflow(selection.mixture)
+            if lora is not None:
+                self._call("logo_clean", lora.lora_name, str(found))
+                self.core.failed(lora.lora_name)
+            raise found
 
     def _check_mixed(self, recipes: Sequence[str]) -> None:
         """Raises ModelError where a worker could not mix one of these recipes."""

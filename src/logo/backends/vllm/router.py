@@ -13,50 +13,30 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
 from logo.api.asgi import App, BodyLimit, Receive, Scope, Send, answer, answer_error
-from logo.api.errors import ApiError, bad_request, failed, shown_line, unavailable
+from logo.api.errors import ApiError, bad_request, shown_line, unavailable
 from logo.api.names import AUTO, Models
-from logo.api.replies import Mixture, SelectionReply
+from logo.api.replies import SelectionReply
 from logo.api.requests import LoadAdapter, ModelRequest, SelectRequest, UnloadAdapter, checked
 from logo.backends.vllm import bodies
 from logo.backends.vllm.admission import Admission
-from logo.backends.vllm.asgi import Answer, Rewriting, ask, asking, body_of, sending
+from logo.backends.vllm.answering import Answering, Chosen
+from logo.backends.vllm.asgi import Answer, ask, body_of, sending
 from logo.backends.vllm.bodies import CHAT, COMPLETIONS, Body
 from logo.backends.vllm.core import Core, WorkerError, new_key, scores_of
 from logo.backends.vllm.listing import adapter_list, model_cards
 from logo.backends.vllm.marks import marking
 from logo.backends.vllm.metrics import Counts
-from logo.backends.vllm.names import Names, meaning
+from logo.backends.vllm.names import Names
 from logo.backends.vllm.pool import Change
-from logo.backends.vllm.several import merged, merged_stream
+from logo.backends.vllm.rewriting import Rewriting
 from logo.backends.vllm.workers import Workers
 from logo.errors import AdapterError, LoGoError, UsageError
 from logo.protocol import Wish
-from logo.selection.selector import Selection
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """What is chosen for one prompt, as `logo.protocol.Chosen` says.
-
-    Attributes:
-        tokens: of the prompt; None where it was not read as it is: it was not probed, or a text of its own was.
-    """
-
-    selection: Selection
-    probe_ms: float = 0.0
-    tokens: int | None = None
-    queue_ms: float = 0.0  # vLLM's queue is part of the probe
-
-    def release(self) -> None:
-        """Nothing: a recipe is held while its answer is on its way."""
-
 
 _B = TypeVar("_B", LoadAdapter, UnloadAdapter)
 _Handler = Callable[[str, Scope, Receive, Send], Awaitable[None]]
@@ -80,6 +60,7 @@ class Router:
         self._core: Core | None = None
         self._workers: Workers | None = None
         self._models: Any = None  # vLLM's OpenAIServingModels
+        self._answering: Answering | None = None
         self._counts = Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -142,6 +123,7 @@ class Router:
                 "put those adapters into the pool, or use the mode 'merge'"
             )
         self._core = core
+        self._answering = Answering(self.app, core, self._workers, self._base, self._counts)
         log.info(
             "LoGo: %d adapters, signal %s, %s mode (%s), ready in %.1f s",
             len(core.pool.keys),
@@ -191,20 +173,22 @@ class Router:
                 await _relay(send, one)
                 return
         chosen = [one for one in found if not isinstance(one, Answer)]
+        assert self._answering is not None
         if len(parts) == 1:
-            await self._one(path, parts[0], model, chosen[0], scope, receive, send)
+            await self._answering.one(path, parts[0], model, chosen[0], scope, receive, send)
         else:
-            await self._several(path, parts, model, chosen, scope, receive, send)
+            await self._answering.several(path, parts, model, chosen, scope, receive, send)
 
     def _ours(self, model: str, body: Body) -> bool:
         """Whether a request is for a mixture, rather than for vLLM's own models alone."""
         return "logo" in body or model == AUTO or model in self.core.pool.keys
 
-    async def _chosen(self, path: str, body: Body, wish: Wish, scope: Scope, receive: Receive) -> _Chosen | Answer:
+    async def _chosen(self, path: str, body: Body, wish: Wish, scope: Scope, receive: Receive) -> Chosen | Answer:
         """What is chosen for one prompt; or what vLLM said instead of probing it."""
+        assert self._workers is not None
         signal = self.core.signal(wish)
         if signal is None:
-            return _Chosen(self.core.select(wish, None))
+            return Chosen(self.core.select(wish, None))
         started, scores, tries = time.perf_counter(), None, 0
         while scores is None:  # once, or twice, unless the pool changes meanwhile
             tries += 1
@@ -220,80 +204,13 @@ class Router:
                 probed = await ask(self.app, scope, where, body=json.dumps(asked).encode(), receive=receive)
             if probed.status != 200:
                 return probed
-            scores = scores_of(await self._taken(key), self.core.pool.digest)
+            scores = scores_of(await self._workers.take(key), self.core.pool.digest)
         selection = self.core.select(wish, scores)
         spent = time.perf_counter() - started
         self._counts.selected(selection.adapters, spent)
         usage = (probed.json() or {}).get("usage") or {}
         # Of a chat, a text of its own is probed, which says nothing of the chat's length.
-        return _Chosen(selection, 1000 * spent, usage.get("prompt_tokens") if where == path else None)
-
-    async def _one(
-        self,
-        path: str,
-        body: Body,
-        model: str,
-        chosen: _Chosen,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        with self._request(chosen.selection) as request:
-            own = self._base if request is None else request.lora_name
-
-            def change(found: dict[str, Any], first: bool) -> None:
-                told = found.get("response") if isinstance(found.get("response"), dict) else found
-                if isinstance(told, dict) and told.get("model") in (own, model):
-                    told["model"] = model
-                if first and "error" not in found:
-                    found["logo"] = Mixture.of(chosen).model_dump()
-
-            async def check() -> ApiError | None:
-                reason = None if request is None else await self._taken(request.lora_name)
-                if reason is not None:
-                    self.core.failed(request.lora_name)
-                return None if reason is None else failed(f"the mixture could not be made: {reason}", "mixture_failed")
-
-            raw = json.dumps({**body, "model": self._base if request is None else model}).encode()
-            again = asking(scope, path, "POST", raw)
-            self._counts.answered("base" if request is None else self.core.mode)
-            with meaning(model, request):
-                await self.app(again, sending(raw, receive), Rewriting(send, change, check))
-
-    @contextmanager
-    def _request(self, selection: Selection) -> Iterator[Any]:
-        with ExitStack() as stack:
-            try:
-                request = stack.enter_context(self.core.request(selection))
-            except KeyError:
-                raise unavailable("the pool changed while the request waited; try again", retry_after=1) from None
-            yield request
-
-    async def _taken(self, key: str) -> Any:
-        assert self._workers is not None
-        return await self._workers.take(key)
-
-    async def _several(
-        self,
-        path: str,
-        parts: Sequence[Body],
-        model: str,
-        chosen: Sequence[_Chosen],
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        told = [Mixture.of(one).model_dump() for one in chosen]
-
-        async def answered(part: Body, one: _Chosen, sink: Send) -> None:
-            await self._one(path, part, model, one, scope, receive, sink)
-
-        run = [partial(answered, part, one) for part, one in zip(parts, chosen, strict=True)]
-        n = int(parts[0].get("n") or 1) if isinstance(parts[0].get("n"), int) else 1
-        if parts[0].get("stream"):
-            await merged_stream(send, run, told, n)
-        else:
-            await merged(send, run, told, n)
+        return Chosen(selection, 1000 * spent, usage.get("prompt_tokens") if where == path else None)
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
@@ -311,7 +228,7 @@ class Router:
             return
         await answer(send, 200, SelectionReply.of(found, tokens).model_dump_json().encode())
 
-    async def _counted(self, body: Body, chosen: _Chosen, scope: Scope) -> int | Answer:
+    async def _counted(self, body: Body, chosen: Chosen, scope: Scope) -> int | Answer:
         """The prompt's tokens: vLLM counts those that no probe has."""
         if chosen.tokens is not None:
             return chosen.tokens

@@ -1,0 +1,145 @@
+"""Answers with mixtures: a request goes to vLLM's app with its recipe, and what comes back says which mixture it was.
+
+An answer that is no answer (its mixture was not made, or overflows) is an error, also in the middle of a stream.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from logo.api.asgi import App, Receive, Scope, Send
+from logo.api.errors import ApiError, failed, unavailable
+from logo.api.replies import Mixture
+from logo.backends.vllm.asgi import asking, sending
+from logo.backends.vllm.bodies import Body
+from logo.backends.vllm.core import Core
+from logo.backends.vllm.metrics import Counts
+from logo.backends.vllm.names import meaning
+from logo.backends.vllm.overflows import watched
+from logo.backends.vllm.rewriting import Rewriting, run
+from logo.backends.vllm.several import merged, merged_stream
+from logo.backends.vllm.workers import Workers
+from logo.decoder import overflow
+from logo.decoding import OVERFLOW
+from logo.errors import NotFinite
+from logo.selection.selector import Selection
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is chosen for one prompt, as `logo.protocol.Chosen` says.
+
+    Attributes:
+        tokens: of the prompt; None where it was not read as it is: it was not probed, or a text of its own was.
+    """
+
+    selection: Selection
+    probe_ms: float = 0.0
+    tokens: int | None = None
+    queue_ms: float = 0.0  # vLLM's queue is part of the probe
+
+    def release(self) -> None:
+        """Nothing: a recipe is held while its answer is on its way."""
+
+
+class Answering:
+    """Answers requests whose mixtures are chosen.
+
+    Args:
+        app: vLLM's.
+        core: the pool.
+        workers: of the engine.
+        base: the base model's name.
+        counts: what is counted.
+    """
+
+    def __init__(self, app: App, core: Core, workers: Workers, base: str, counts: Counts) -> None:
+        self._app, self._core, self._workers, self._base, self._counts = app, core, workers, base, counts
+
+    async def one(
+        self,
+        path: str,
+        body: Body,
+        model: str,
+        chosen: Chosen,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Sends the answer to one prompt.
+
+        Args:
+            model: what the client calls it.
+        """
+        with self._request(chosen.selection) as request, watched(request and request.lora_name) as overflows:
+            own = self._base if request is None else request.lora_name
+
+            def change(found: dict[str, Any], first: bool) -> None:
+                told = found.get("response") if isinstance(found.get("response"), dict) else found
+                if isinstance(told, dict) and told.get("model") in (own, model):
+                    told["model"] = model
+                if first and "error" not in found:
+                    found["logo"] = Mixture.of(chosen).model_dump()
+
+            async def check() -> ApiError | None:
+                if request is None:
+                    return None
+                if overflows.is_set():
+                    return await self._overflown(request.lora_name, str(overflow(chosen.selection.mixture)))
+                return self._failed(request.lora_name, await self._workers.take(request.lora_name))
+
+            raw = json.dumps({**body, "model": self._base if request is None else model}).encode()
+            again = asking(scope, path, "POST", raw)
+            self._counts.answered("base" if request is None else self._core.mode)
+            with meaning(model, request):
+                await run(self._app, again, sending(raw, receive), Rewriting(send, change, check, overflows), overflows)
+
+    async def several(
+        self,
+        path: str,
+        parts: Sequence[Body],
+        model: str,
+        chosen: Sequence[Chosen],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Sends the answers to several prompts of one request as one response."""
+        told = [Mixture.of(one).model_dump() for one in chosen]
+
+        async def answered(part: Body, one: Chosen, sink: Send) -> None:
+            await self.one(path, part, model, one, scope, receive, sink)
+
+        requests = [partial(answered, part, one) for part, one in zip(parts, chosen, strict=True)]
+        n = int(parts[0].get("n") or 1) if isinstance(parts[0].get("n"), int) else 1
+        if parts[0].get("stream"):
+            await merged_stream(send, requests, told, n)
+        else:
+            await merged(send, requests, told, n)
+
+    @contextmanager
+    def _request(self, selection: Selection) -> Iterator[Any]:
+        with ExitStack() as stack:
+            try:
+                request = stack.enter_context(self._core.request(selection))
+            except KeyError:
+                raise unavailable("the pool changed while the request waited; try again", retry_after=1) from None
+            yield request
+
+    def _failed(self, recipe: str, reason: str | None) -> ApiError | None:
+        """What an answer with a recipe is told that was not mixed, or was not a number; the next is another recipe."""
+        if reason is None:
+            return None
+        self._core.failed(recipe)
+        if reason.startswith(OVERFLOW):
+            return ApiError.of(NotFinite(reason))
+        return failed(f"the mixture could not be made: {reason}", "mixture_failed")
+
+    async def _overflown(self, recipe: str, reason: str) -> ApiError | None:
+        await self._workers.call("logo_clean", recipe, reason)
+        return self._failed(recipe, reason)

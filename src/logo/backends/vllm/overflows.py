@@ -1,0 +1,46 @@
+"""Answers whose numbers overflow, as the process notices that hands them out.
+
+vLLM counts, for every token that it draws, the logits that are not numbers, and sends the count along with the token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+# Has vLLM count them.
+COUNTED = "VLLM_COMPUTE_NANS_IN_LOGITS"
+
+_watched: dict[str, list[asyncio.Event]] = {}
+
+
+@contextmanager
+def watched(recipe: str | None) -> Iterator[asyncio.Event]:
+    """An event that is set as soon as an answer with this recipe overflows: not only this one, since they may share
+    keys and values. None: the base model, which nobody mixes."""
+    noticed = asyncio.Event()
+    if recipe is None:
+        yield noticed
+        return
+    _watched.setdefault(recipe, []).append(noticed)
+    try:
+        yield noticed
+    finally:
+        _watched[recipe].remove(noticed)
+        if not _watched[recipe]:
+            del _watched[recipe]
+
+
+def notice(states: Any, outputs: Sequence[Any]) -> None:
+    """Looks at the tokens of a step.
+
+    Args:
+        states: vLLM's `RequestState` of each request, by its id.
+        outputs: its `EngineCoreOutput`s.
+    """
+    for output in outputs:
+        if output.num_nans_in_logits and (state := states.get(output.request_id)) is not None:
+            for noticed in _watched.get(state.lora_name, ()):
+                noticed.set()

@@ -1,0 +1,152 @@
+"""What vLLM's app answers, changed on its way out; and ended before the app has ended it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from logo.api.asgi import App, Message, Receive, Scope, Send, answer_error
+from logo.api.errors import ApiError
+
+
+class Rewriting:
+    """A `send` that changes the JSON objects of a response: of a whole one, or of each event of a stream.
+
+    Args:
+        send: where the response goes.
+        change: changes one object in place; told whether it is the first.
+        check: awaited before the end of a response; an error that it returns stands instead of a whole response, and
+            ends a stream.
+        spoilt: once set, nothing more of a stream is sent but its end.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        change: Callable[[dict[str, Any], bool], None],
+        check: Callable[[], Awaitable[ApiError | None]] | None = None,
+        spoilt: asyncio.Event | None = None,
+    ) -> None:
+        self._send, self._change, self._check, self._spoilt = send, change, check, spoilt
+        self._start: Message | None = None
+        self.streams = False
+        self._rest = b""
+        self._first = True
+        self._ended = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            kinds = [value for name, value in message.get("headers", ()) if name.lower() == b"content-type"]
+            self.streams = any(kind.startswith(b"text/event-stream") for kind in kinds)
+            self._start = message
+            if self.streams:
+                await self._send(message)
+            return
+        if message["type"] != "http.response.body":
+            await self._send(message)
+        elif self.streams:
+            await self._pass_on(message.get("body", b""), more=bool(message.get("more_body")))
+        else:
+            self._rest += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._answer()
+
+    async def end(self) -> None:
+        """Ends a response that the app has left in the middle, with the error that `check` finds."""
+        if self._ended:
+            return
+        self._ended, error = True, await self._checked()
+        if error is None:
+            return
+        if self.streams:
+            await self._send({"type": "http.response.body", "body": error.event() + b"data: [DONE]\n\n"})
+        else:
+            await answer_error(self._send, error)
+
+    async def _pass_on(self, data: bytes, *, more: bool) -> None:
+        if self._spoilt is not None and self._spoilt.is_set():
+            if not more:
+                await self.end()
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if not more and self._rest:
+            lines, self._rest = [*lines, self._rest], b""
+        if any(line.startswith(b"data: [DONE]") for line in lines) and (error := await self._checked()):
+            lines = [line for line in lines if not line.startswith(b"data: [DONE]")]
+            lines = [*lines, *error.event().split(b"\n"), b"data: [DONE]", b""]
+        elif not more and (error := await self._checked()):  # a stream that says [DONE] to nobody
+            lines = [*lines, b"", *error.event().split(b"\n")]
+        body = b"".join(self._event(line) + b"\n" for line in lines)
+        self._ended = not more
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _answer(self) -> None:
+        assert self._start is not None
+        spoilt = self._spoilt is not None and self._spoilt.is_set()
+        self._ended = True
+        if (spoilt or self._start["status"] == 200) and (error := await self._checked()):
+            await answer_error(self._send, error)
+            return
+        body = self._changed(self._rest)
+        headers = [(k, v) for k, v in self._start.get("headers", ()) if k.lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self._send({**self._start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _checked(self) -> ApiError | None:
+        check, self._check = self._check, None
+        return None if check is None else await check()
+
+    def _event(self, line: bytes) -> bytes:
+        return b"data: " + self._changed(line[6:]) if line.startswith(b"data: {") else line
+
+    def _changed(self, data: bytes) -> bytes:
+        try:
+            found = json.loads(data)
+        except ValueError:
+            return data
+        if not isinstance(found, dict):
+            return data
+        self._change(found, self._first)
+        self._first = False
+        return json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def run(app: App, scope: Scope, receive: Receive, send: Rewriting, spoilt: asyncio.Event) -> None:
+    """Has an app answer, for a client who leaves as soon as `spoilt` is set, as far as the app can tell."""
+    answering = asyncio.create_task(_call(app, scope, _leaving(receive, spoilt), send))
+    waiting = asyncio.create_task(spoilt.wait())
+    try:
+        await asyncio.wait((answering, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if spoilt.is_set() and send.streams:  # one that streams need not look whether its client has left
+            answering.cancel()
+        await asyncio.wait((answering,))
+        if not answering.cancelled():
+            answering.result()  # raises what the app has raised
+    finally:
+        answering.cancel()
+        waiting.cancel()
+    if spoilt.is_set():
+        await send.end()
+
+
+async def _call(app: App, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
+
+
+def _leaving(receive: Receive, spoilt: asyncio.Event) -> Receive:
+    """A `receive` that says that the client has left once `spoilt` is set."""
+
+    async def either() -> Message:
+        coming = [asyncio.ensure_future(receive()), asyncio.ensure_future(spoilt.wait())]
+        try:
+            await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            found = coming[0]
+            return found.result() if found.done() else {"type": "http.disconnect"}  # type: ignore[return-value]
+        finally:
+            for one in coming:
+                one.cancel()
+
+    return either
