@@ -226,6 +226,9 @@ def test_the_rust_frontend_is_refused(
     dry(capsys)
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", said)
     assert "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend runs no middleware" in refused(capsys)
+    monkeypatch.delenv("VLLM_USE_RUST_FRONTEND")
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", said)
+    assert "VLLM_LORA_ENABLE_DUAL_STREAM is set: it hides layers from LoGo's probe" in refused(capsys)
 
 
 def test_where_vllm_is_not_installed_one_line_says_what_to_install(

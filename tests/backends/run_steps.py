@@ -16,6 +16,7 @@ from typing import Any
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
+import pretend  # before vLLM, which looks for Triton when it is imported
 import psutil
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -28,6 +29,7 @@ from logo.backends.vllm.recipe import Recipe
 class Engine:
     def __init__(self, job: Any) -> None:
         flags = {"enable_lora": True, "enforce_eager": True, "dtype": "float32", "max_model_len": 256, **job["flags"]}
+        pretend.compilers()
         self.llm = LLM(job["model"], additional_config={"logo": job["logo"]}, **flags)
         self.core = Core(self.llm.llm_engine.vllm_config)
         pool = self.core.staged(None, self.call("logo_stage", None))
@@ -88,6 +90,15 @@ class Engine:
             "failed": {name: reason for name, reason in failed.items() if reason},
             "memory": psutil.Process().memory_info().rss,
         }
+
+    def pieces(self) -> Any:
+        """Of every compiled model: the operators of each piece that it was split into, and whether it is a split."""
+        return pretend.PIECES
+
+    def runner(self) -> str:
+        """Which of vLLM's model runners runs."""
+        worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        return type(worker.model_runner).__module__
 
     def _recipe(self, mixture: dict[str, float]) -> str:
         recipe = Recipe.of((self.core.pool.keys[name], weight) for name, weight in mixture.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -23,13 +24,21 @@ from test_engine import write_adapter
 MODES = {"gate": {"max_loras": 16, "max_lora_rank": 8}, "merge": {"max_loras": 4, "max_lora_rank": 32}}
 
 
-def run(folder: Path, flags: dict[str, Any], logo: dict[str, Any], *steps: dict[str, Any]) -> list[Any]:
-    """What each step gave."""
+def run(
+    folder: Path, flags: dict[str, Any], logo: dict[str, Any], *steps: dict[str, Any], **environment: str
+) -> list[Any]:
+    """What each step gave. `environment`: as `pretend` reads it, and variables of vLLM's."""
     job, result = folder / "job.json", folder / "result.json"
     own = {"model": str(ASSETS / "model"), "flags": flags, "logo": {"pool": str(ASSETS / "adapters"), **logo}}
     job.write_text(json.dumps({**own, "steps": steps}))
     script = Path(__file__).parent / "run_steps.py"
-    done = subprocess.run([sys.executable, script, job, result], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, script, job, result],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found: list[Any] = json.loads(result.read_text())
     return found

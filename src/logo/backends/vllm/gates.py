@@ -104,13 +104,12 @@ class StepGates:
             self.rows = gated.nonzero()[:, 0]
 
 
-def add_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> None:
-    """Adds `((x Aᵀ) ⊙ gate) B` to `y` in place.
+def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    """`((x Aᵀ) ⊙ gate) B`, (tokens, d_out) in the type of the adapters.
 
     A closed gate gives 0, also where `x Aᵀ` is not finite: an adapter that overflows spoils no row but its own.
 
     Args:
-        y: (tokens, d_out).
         x: (tokens, d_in).
         a: (slots, rank, d_in).
         b: (slots, rank, d_out), scale folded in.
@@ -119,8 +118,13 @@ def add_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> None:
     slots, rank, _ = a.shape
     shrunk = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, slots, rank)
     weights = gate.unsqueeze(-1)
-    gated = torch.where(weights != 0, shrunk * weights, 0).view(-1, slots * rank)
-    y.add_((gated @ b.flatten(0, 1)).to(y.dtype))
+    opened = torch.where(weights != 0, shrunk * weights, 0).view(-1, slots * rank)
+    return opened @ b.flatten(0, 1)
+
+
+def add_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> None:
+    """Adds `gated` to `y` (tokens, d_out) in place."""
+    y.add_(gated(x, a, b, gate).to(y.dtype))
 
 
 def turned(b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ it.
     the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts
     OutputProcessor.add_request                     says which requests are probes
     OutputProcessor.process_outputs                 notices answers that overflow
+    the dispatchers of CUDA graphs (graphs)         no graph of the whole model where a prompt is read
     Request.get_skip_reading_prefix_cache           a probe reads all of its tokens where it has to
     Scheduler.__init__                              gate mode: any number of different mixtures in one batch; on a CPU:
                                                     blocks of keys and values are emptied before they are given
@@ -29,7 +30,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from logo.backends.vllm import ops, overflows, runner_v1, runner_v2
+from logo.backends.vllm import graphs, overflows, runner_v1, runner_v2
 from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
 from logo.backends.vllm.marks import reads_whole, seal
@@ -117,9 +118,6 @@ def _create(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
         return original(self, model, vllm_config)
     _check(vllm_config)
     os.environ.setdefault(overflows.COUNTED, "1")  # read when the worker is ready
-    compilation = vllm_config.compilation_config
-    if getattr(compilation, "splitting_ops", None):  # the tap has to run between captured graphs, not in them
-        compilation.splitting_ops.append(ops.NAME)
     worker = Worker(self, vllm_config, options)
     _making.append(worker)
     try:
@@ -138,6 +136,10 @@ def _check(vllm_config: Any) -> None:
         raise ModelError("LoGo reads layers in one process: use --tensor-parallel-size instead of pipeline parallelism")
     if vllm_config.parallel_config.data_parallel_size > 1:
         raise ModelError("LoGo asks one engine for scores: run several servers instead of --data-parallel-size")
+    if getattr(vllm_config.parallel_config, "prefill_context_parallel_size", 1) > 1:
+        raise ModelError("LoGo reads whole prompts in one process: leave out --prefill-context-parallel-size")
+    if getattr(vllm_config.parallel_config, "use_ubatching", False):
+        raise ModelError("LoGo writes the gates of whole batches: leave out --enable-dbo and --ubatch-size")
     if vllm_config.lora_config.fully_sharded_loras:
         raise ModelError("LoGo multiplies adapters whole on every rank: leave out --fully-sharded-loras")
 
@@ -241,6 +243,7 @@ def _noting(hook: Callable[[Worker], None], runner: Any) -> None:
 
 def _spans_v1(original: Any, self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
     def note(worker: Worker) -> None:
+        self.cudagraph_dispatcher.logo = worker
         worker.spans = tuple(runner_v1.spans(self, worker.bos, input_batch, num_scheduled_tokens))
 
     _noting(note, self)
@@ -248,8 +251,16 @@ def _spans_v1(original: Any, self: Any, input_batch: Any, num_scheduled_tokens: 
 
 
 def _remember(original: Any, self: Any, scheduler_output: Any) -> Any:
-    _noting(lambda worker: runner_v2.remember(worker.probed, scheduler_output), self)
-    return original(self, scheduler_output)
+    added = original(self, scheduler_output)  # it removes a request of the same id first, which forgets it
+
+    def note(worker: Worker) -> None:
+        runner_v2.remember(worker.probed, scheduler_output)
+        worker.reading = not worker.probed.keys().isdisjoint(scheduler_output.num_scheduled_tokens)
+        if self.cudagraph_manager is not None:
+            self.cudagraph_manager.logo = worker
+
+    _noting(note, self)
+    return added
 
 
 def _spans_v2(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -265,6 +276,24 @@ def _spans_v2(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwa
 def _forget(original: Any, self: Any, req_id: str) -> Any:
     _noting(lambda worker: runner_v2.forget(worker.probed, req_id), self)
     return original(self, req_id)
+
+
+def _graphs_v1(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    worker = _of(self)
+    return (
+        original(self, *args, **kwargs)
+        if worker is None
+        else graphs.dispatch_v1(original, worker, self, *args, **kwargs)
+    )
+
+
+def _graphs_v2(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    worker = _of(self)
+    return (
+        original(self, *args, **kwargs)
+        if worker is None
+        else graphs.dispatch_v2(original, worker, self, *args, **kwargs)
+    )
 
 
 def _answering(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -294,4 +323,6 @@ _WRAPPERS: Mapping[str, Callable[..., Any]] = {
     "remember": _remember,
     "spans_v2": _spans_v2,
     "forget": _forget,
+    "graphs_v1": _graphs_v1,
+    "graphs_v2": _graphs_v2,
 }

@@ -18,6 +18,7 @@ MODULE = "vllm.entrypoints.openai.api_server"
 ROUTER = "logo.backends.vllm.Router"
 API_KEY = "VLLM_API_KEY"
 RUST = "VLLM_USE_RUST_FRONTEND"
+DUAL_STREAM = "VLLM_LORA_ENABLE_DUAL_STREAM"
 
 # What a process may be given as one variable, on Linux, with room for its name.
 _LONGEST = 128 * 1024 - 64
@@ -95,6 +96,8 @@ def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError where vLLM would start a server that has no place for LoGo."""
     if environment.get(RUST, "0").strip() not in ("", "0"):
         raise UsageError(f"{RUST} is set: vLLM's Rust frontend runs no middleware, so no LoGo; unset it")
+    if environment.get(DUAL_STREAM, "0").strip() not in ("", "0"):
+        raise UsageError(f"{DUAL_STREAM} is set: it hides layers from LoGo's probe; unset it")
 
 
 def number(given: Sequence[str], *names: str) -> float | None:

@@ -104,6 +104,7 @@ HOOKS: Mapping[str, Function] = {
         "set_active_loras",
         ("self", "input_batch", "num_scheduled_tokens"),
     ),
+    "graphs_v1": Function("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher", "dispatch", ("self", "num_tokens")),
 }
 """By what the wrapper in `hooks` does. Every version has them."""
 
@@ -111,6 +112,9 @@ HOOKS_V2: Mapping[str, Function] = {
     "remember": Function(_V2, "GPUModelRunner", "add_requests", ("self", "scheduler_output")),
     "spans_v2": Function(_V2, "GPUModelRunner", "prepare_inputs", ("self", "scheduler_output")),
     "forget": Function(_V2, "GPUModelRunner", "_remove_request", ("self", "req_id")),
+    "graphs_v2": Function(
+        "vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager", "dispatch", ("self", "num_reqs", "num_tokens")
+    ),
 }
 """Of model runner V2, which is there where Triton is."""
 
@@ -210,6 +214,19 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(("vllm.config.cache",), "CacheConfig", ("block_size",)),
     Attributes(("vllm.sampling_params",), "SamplingParams", ("extra_args",)),
     Attributes(("vllm.v1.core.sched.scheduler",), "Scheduler", ("lora_config", "scheduler_config")),
+    # Compiled layers and captured graphs.
+    Function(
+        "vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher", "dispatch", ("self", "invalid_modes"), positional=False
+    ),
+    Attributes(("vllm.v1.worker.gpu_model_runner",), "GPUModelRunner", ("cudagraph_dispatcher",)),
+    Attributes((_V2,), "GPUModelRunner", ("cudagraph_manager",)),
+    Attributes(
+        ("vllm.v1.worker.gpu.cudagraph_utils",),
+        "BatchExecutionDescriptor",
+        ("cg_mode", "num_tokens", "num_reqs", "uniform_token_count", "max_query_len"),
+    ),
+    Attributes(("vllm.config.compilation",), "CompilationConfig", ("mode", "cudagraph_mode", "splitting_ops")),
+    Function("vllm.compilation.partition_rules", "", "should_split", ("node", "splitting_ops")),
     # The server.
     Attributes(_MODELS, "OpenAIServingModels", ("lora_requests", "base_model_paths")),
     Attributes(("vllm.config.vllm", "vllm.config"), "VllmConfig", ("additional_config", "lora_config", "model_config")),

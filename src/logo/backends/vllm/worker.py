@@ -7,7 +7,7 @@ the `logo_*` functions at the end of this file on every worker.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
 from logo.adapters.layout import BaseLayout
+from logo.adapters.pool import AdapterPool
+from logo.backends.vllm import graphs
 from logo.backends.vllm.gates import StepGates, turned
 from logo.backends.vllm.heard import Span
 from logo.backends.vllm.options import Options
@@ -25,7 +27,7 @@ from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import Taps
-from logo.backends.vllm.wrapper import Tapped, multiplied, with_kernels
+from logo.backends.vllm.wrapper import Residual, Tapped, multiplied, with_kernels
 from logo.decoding import Prompts, Truncation
 from logo.errors import ModelError, UsageError
 from logo.models import context_length
@@ -72,8 +74,12 @@ class Worker:
         self.probed: dict[str, tuple[Any, Any, bool]] = {}  # probes among the requests of runner V2
         self._mixtures: dict[int, tuple[str, Recipe]] = {}  # by vLLM's ids, the latest last
         self._failures: dict[str, str] = {}  # recipe -> why it was not mixed
-        # Compiled layers would keep what their slices are for: a pool that changes, or another one, may use others.
-        self._compiled = bool(getattr(vllm_config.compilation_config, "mode", 0))
+        # Compiled layers keep what their slices are for and where they are read; a pool that changes may use others.
+        self._compiled = graphs.compiled(vllm_config)
+        self.reading = False  # whether the step at hand has tokens of probed prompts
+        self.split = graphs.split(vllm_config)
+        self._places = self._read_at(self.pool.adapters)
+        graphs.stamp(vllm_config, [self.mode, str(listed), *sorted(map(str, self._places))])
         self._max_tokens = model_config.max_model_len - 1
         self._tokenizer = model_config.tokenizer
         self.scoring: Scoring | None = None
@@ -107,6 +113,7 @@ class Worker:
         for adapter in self.pool.adapters:
             for module in adapter.modules:
                 self._layer(module, f"adapter {adapter.name!r} acts on")
+        read = {self._modules.get(module) for how, module in self._places if how != "residual"}
         for path, layer in manager.modules.items():
             if self.replaces_kernels and not multiplied(layer):
                 raise ModelError(
@@ -122,6 +129,7 @@ class Worker:
                 layer.punica_wrapper = Tapped(
                     layer.punica_wrapper, path, self.taps, tensor_model_parallel_all_gather if parted else None
                 )
+                layer.punica_wrapper.read = path in read
         self._note_used()
         self._tap_residuals()
 
@@ -135,21 +143,21 @@ class Worker:
             if isinstance(getattr(layer, "punica_wrapper", None), Tapped):
                 layer.punica_wrapper.used = tuple(part in touched for part in parts) if known else None
 
+    def _read_at(self, pool: AdapterPool) -> frozenset[tuple[str, str]]:
+        """Where the signals that requests may ask for read the model: layers' residual streams, and modules."""
+        found = set()
+        for signal in scoring_signals(self.options, self.skeleton, pool):
+            settings = self.options.settings.asked(signal=signal)
+            how = settings.reading.input
+            for point in plan(self.skeleton, pool, settings).points:
+                found.add((how, point.layer_path if how == "residual" else point.module))
+        return frozenset(found)
+
     def _tap_residuals(self) -> None:
         """Reads the residual stream that enters the decoder layers which some signal reads so."""
-        paths = set()
-        for signal in scoring_signals(self.options, self.skeleton, self.pool.adapters):
-            settings = self.options.settings.asked(signal=signal)
-            if settings.reading.input == "residual":
-                paths |= {point.layer_path for point in plan(self.skeleton, self.pool.adapters, settings).points}
-        for path in paths:
+        for path in sorted(path for how, path in self._places if how == "residual"):
             layer = self._model.get_submodule(self._decoder(path))
-
-            def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-                if self.taps.active(path):
-                    self.taps.tap(path, _residual(args, kwargs))
-
-            layer.register_forward_pre_hook(read, with_kwargs=True)
+            layer.register_forward_pre_hook(Residual(path, self.taps, self._device), with_kwargs=True)
 
     def _place_of(self, point: Point, read: str) -> str:
         return point.layer_path if read == "residual" else self._layer(point.module, "the probe reads")
@@ -180,6 +188,7 @@ class Worker:
             requests: vLLM's `LoRARequest` of every adapter in the step.
         """
         spans, self.spans = self.spans, ()
+        self.reading = bool(spans)
         self.taps.begin(spans)
         if self.mode != "gate":
             return
@@ -328,6 +337,10 @@ class Worker:
             )
         if self.mode != "gate" or lacking:
             mode_of(self.options, "", self._lora, pool.adapters)  # ranks that slots cannot hold
+        unread = self._read_at(pool.adapters) - self._places
+        if unread and (self._compiled or any(how == "residual" for how, _ in unread)):
+            where = ", ".join(sorted(path for _, path in unread))
+            raise UsageError(f"this pool is probed at {where}, where the model is not read: start the server with it")
         before = self.scoring
         made = Scoring(self.skeleton, pool.adapters, self.options, self.taps, self._prompts, self._device, before)
         self._staged = pool, made
@@ -391,11 +404,3 @@ def _block(cache: Any) -> int:
 def _own_id(key: str) -> int:
     """vLLM's id of an adapter of the pool in its slot."""
     return Recipe(((key, 1.0),)).number()
-
-
-def _residual(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What enters a decoder layer of vLLM, which is given `(positions, hidden_states, residual)`."""
-    names = ("positions", "hidden_states", "residual")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    hidden: Tensor = given["hidden_states"]
-    return hidden if given.get("residual") is None else hidden + given["residual"]

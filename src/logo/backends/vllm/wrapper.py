@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from logo.backends.vllm import ops
-from logo.backends.vllm.gates import Opened, StepGates, add_gated
+from logo.backends.vllm.gates import Opened, StepGates, add_gated, gated
 from logo.backends.vllm.options import Products
 from logo.backends.vllm.taps import Gather, Taps
 from logo.errors import ModelError
@@ -87,6 +87,12 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
             self._launch(y, x, parts, self.gates.tokens, self.gates.opened[0])
             return
         gate = self.gates.tokens[: x.shape[0]]
+        if torch.compiler.is_compiling():
+            # All columns at once: inductor loses the shape of a tensor of which a part was changed in place and another
+            # part leaves the piece that it compiles.
+            every = [gated(x, a[:, 0], b[:, 0].transpose(1, 2), gate) for a, b, _, _ in parts]
+            y.add_(torch.cat(every, dim=1).to(y.dtype))
+            return
         if rows is not None:
             x, gate = x[rows], gate[rows]
         for a, b, start, width in parts:
@@ -94,9 +100,7 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
             if rows is None:
                 add_gated(part, x, a[:, 0], b[:, 0].transpose(1, 2), gate)
             else:
-                more = part.new_zeros(len(rows), width)
-                add_gated(more, x, a[:, 0], b[:, 0].transpose(1, 2), gate)
-                part.index_add_(0, rows, more)
+                part.index_add_(0, rows, gated(x, a[:, 0], b[:, 0].transpose(1, 2), gate).to(part.dtype))
 
     def add_lora_logits(
         self,
@@ -185,18 +189,21 @@ class Tapped:
 
     Attributes:
         used: the layer's slices that some adapter acts on; None: unknown, so all of them are multiplied.
+        read: whether some signal reads there: a compiled model is split at every tap, so it has no other.
     """
 
     def __init__(self, inner: Any, place: str, taps: Taps, gather: Gather | None) -> None:
         self._inner, self._place, self._taps, self._gather = inner, place, taps, gather
         self.used: tuple[bool, ...] | None = None
+        self.read = True
         self._number = ops.registered(taps, gather)
         self._seen = torch.zeros(1, device=inner.device)
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the wrapper's."""
         if torch.compiler.is_compiling():
-            ops.tap(x, self._seen, self._number, self._place)
+            if self.read:
+                ops.tap(x, self._seen, self._number, self._place)
         elif self._taps.active(self._place):
             self._taps.tap(self._place, x, self._gather)
         if self.used is not None:
@@ -205,3 +212,29 @@ class Tapped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+class Residual:
+    """A hook before a decoder layer: the tap of the residual stream that enters it.
+
+    Args:
+        place: of the layer in the model.
+        taps: what listens.
+        device: where the model runs.
+    """
+
+    def __init__(self, place: str, taps: Taps, device: torch.device) -> None:
+        self._place, self._taps = place, taps
+        self._number = ops.registered(taps, None)
+        self._seen = torch.zeros(1, device=device)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """vLLM gives its decoder layers `(positions, hidden_states, residual)`."""
+        names = ("positions", "hidden_states", "residual")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden, residual = given["hidden_states"], given.get("residual")
+        if torch.compiler.is_compiling():
+            entering = hidden if residual is None else hidden + residual
+            ops.tap(entering, self._seen, self._number, self._place)
+        elif self._taps.active(self._place):
+            self._taps.tap(self._place, hidden if residual is None else hidden + residual)

@@ -1,0 +1,56 @@
+"""What vLLM does on GPUs alone, on a CPU: its model runner V2, and models that its own backend compiles and splits.
+
+    PRETEND_V2=1        runner V2, whose kernels Triton's interpreter runs; has to be imported before vLLM
+    PRETEND_COMPILE=1   vLLM compiles as on a GPU, also where there are adapters
+
+Both change what vLLM finds out about the machine, and nothing of what it does then.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from typing import Any
+
+PIECES: list[list[dict[str, Any]]] = []
+
+if os.environ.get("PRETEND_V2"):
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    from triton.backends import backends
+
+    backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True), compiler=None)
+
+
+def compilers() -> None:
+    """Has vLLM compile on this CPU as on a GPU, and keeps what it splits models into."""
+    if not os.environ.get("PRETEND_COMPILE"):
+        return
+    from vllm.compilation import backends
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    settled, split = CpuPlatform.check_and_update_config.__func__, backends.split_graph
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        backend = vllm_config.compilation_config.backend
+        settled(cls, vllm_config)
+        vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+        vllm_config.compilation_config.backend = backend
+        vllm_config.compilation_config.compile_sizes = []
+
+    def split_graph(graph: Any, operators: Any) -> Any:
+        whole, items = split(graph, operators)
+        PIECES.append(
+            [
+                {
+                    "split": item.is_splitting_graph,
+                    "operators": [str(node.target) for node in item.graph.graph.nodes if node.op == "call_function"],
+                }
+                for item in items
+            ]
+        )
+        return whole, items
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    backends.split_graph = split_graph
+    backends.VllmBackend.configure_post_pass = lambda self: None  # passes over kernels that only GPUs have
