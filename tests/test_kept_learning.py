@@ -25,8 +25,7 @@ from logo.baselines.registry import METHODS
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.evaluation.journal import fingerprint, written
-from logo.evaluation.resume import Plan, journal_of
-from logo.evaluation.session import Session
+from logo.evaluation.resume import Plan, journal_of, learn_once
 from test_resume import count_prompts, interrupt
 
 RUN = "demo_method_lorahub_n_20_seed_0"
@@ -233,15 +232,14 @@ def test_learnt_on_another_device_meanwhile(
         monkeypatch.setattr("logo.evaluation.session.environment", lambda logo: {"device": "NVIDIA H100"})
         assert run(command(rows, place / "other", "--shard", "1/2")) == 0
         monkeypatch.setattr("logo.evaluation.session.environment", lambda logo: {"device": "cpu"})
-        answering = Session._answering
 
-        def meanwhile(session: Session, plan: Plan, place: Path = place, then: Any = answering) -> Any:
+        def meanwhile(plan: Plan, learn: Any, place: Path = place) -> Any:
             (place / "own" / RUN).mkdir(parents=True, exist_ok=True)
             shutil.copy(place / "other" / RUN / LEARNT, place / "own" / RUN / LEARNT)
-            return then(session, plan)
+            return learn_once(plan, learn)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "_answering", meanwhile)
+            patch.setattr("logo.evaluation.session.learn_once", meanwhile)
             more = ["--mix-environments"] if mixed else []
             assert run(command(rows, place / "own", "--shard", "2/2", *more)) == (0 if mixed else 2)
     devices = [

@@ -22,7 +22,7 @@ from logo.cli.run import run
 from logo.evaluation.folders import replace_file
 from logo.evaluation.heatmap import heatmap, ordered
 from logo.evaluation.intervals import FEWEST
-from logo.evaluation.study import find_tasks, journal_of, rank_metrics, study, write_report
+from logo.evaluation.study import Arms, find_tasks, journal_of, rank_metrics, study, write_report
 from logo.evaluation.summary import mean_weights, section
 from test_engine import tokenizer, write_adapter
 from tolerances import WEIGHTS, same_scores
@@ -70,7 +70,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory, engines: Engines) -> Path:
 @pytest.fixture(scope="module")
 def report(engines: Engines, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     journal = tmp_path_factory.mktemp("out") / "journal"
-    return study(engines, find_tasks(rows), journal, settings={"base_model": "tiny"}).report
+    return study(Arms(engines), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
 
 
 def entries(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -153,7 +153,7 @@ def test_all_mixtures_of_a_row_are_scored_together(
         return score(prompt, completion, mixtures)
 
     monkeypatch.setattr(logo, "score", spy)
-    study(engines, find_tasks(rows, "t3,other", 1), tmp_path / "journal", settings={})
+    study(Arms(engines), find_tasks(rows, "t3,other", 1), tmp_path / "journal", settings={})
     other, own = asked
     assert len(other) == 4 and other[2:] == [dict.fromkeys(logo.names, 0.2), {}]
     assert own[2:5] == [{"t3": 1.0}, dict.fromkeys(logo.names, 0.2), {}]
@@ -165,14 +165,14 @@ def test_all_mixtures_of_a_row_are_scored_together(
 def test_parts_without_rows_are_null(
     engines: Engines, rows: Path, tmp_path: Path, request_: str, missing: list[str]
 ) -> None:
-    report = study(engines, find_tasks(rows, request_, 1), tmp_path / "journal", settings={}).report
+    report = study(Arms(engines), find_tasks(rows, request_, 1), tmp_path / "journal", settings={}).report
     assert [part for part in ("signals", "mixtures", "left_out", "unseen") if report[part] is None] == missing
 
 
 def test_a_pool_of_one_has_nothing_left(engines: Engines, rows: Path, tmp_path: Path) -> None:
     logo = engines["norm"]
     one = LoGo(logo.model, logo.tokenizer, logo.pool.subset(["t1"]), settings=SelectionSettings("norm", k=1))
-    report = study({"norm": one}, find_tasks(rows, "t1", 1), tmp_path / "journal", settings={}).report
+    report = study(Arms({"norm": one}), find_tasks(rows, "t1", 1), tmp_path / "journal", settings={}).report
     assert report["left_out"] is None and report["signals"]["norm"]["top1"] == 1.0
 
 
@@ -188,7 +188,7 @@ def interrupted(engines: Engines, rows: Path, journal: Path, after: int) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        study(engines, find_tasks(rows), journal, settings={"base_model": "tiny"}, on_progress=stop)
+        study(Arms(engines), find_tasks(rows), journal, settings={"base_model": "tiny"}, on_progress=stop)
 
 
 def test_a_killed_study_goes_on(
@@ -209,7 +209,7 @@ def test_a_killed_study_goes_on(
     monkeypatch.setattr(engines["norm"], "score", spy)
     progress: list[str] = []
     tasks = find_tasks(rows)
-    again = study(engines, tasks, journal, settings={"base_model": "tiny"}, on_progress=progress.append).report
+    again = study(Arms(engines), tasks, journal, settings={"base_model": "tiny"}, on_progress=progress.append).report
     assert len(scored) == 12 - 7 and len(progress) == 12
     assert set(again["seconds"]) == set(report["seconds"])
     assert json.dumps(again | {"seconds": 0}) == json.dumps(report | {"seconds": 0})
@@ -228,16 +228,16 @@ def test_another_study_is_not_mixed_in(
         ({"norm": engines["norm"]}, find_tasks(rows), {"base_model": "tiny"}),
     ):
         with pytest.raises(UsageError, match="left by a run with other settings, pool or rows"):
-            study(other, tasks, journal, settings=settings)
+            study(Arms(other), tasks, journal, settings=settings)
         assert journal.read_bytes() == before
     logo = engines["norm"]
     carry = SelectionSettings("norm", k=2, probe_context="carry")
     with pytest.raises(UsageError, match=r"signals\.norm\.probe_context"):
         in_order = {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=carry)}
-        study(in_order, find_tasks(rows), journal, settings={"base_model": "tiny"})
+        study(Arms(in_order), find_tasks(rows), journal, settings={"base_model": "tiny"})
     monkeypatch.setattr("logo.evaluation.study.environment", lambda logo: {"torch": "99"})
     with pytest.raises(UsageError, match=r'environment\.torch is ".*", not "99"'):
-        study(engines, find_tasks(rows), journal, settings={"base_model": "tiny"})
+        study(Arms(engines), find_tasks(rows), journal, settings={"base_model": "tiny"})
     assert journal.read_bytes() == before
 
 
@@ -249,9 +249,9 @@ def test_where_order_matters_nothing_is_resumed(engines: Engines, rows: Path, tm
         settings = SelectionSettings("norm", k=2, probe_context="carry")
         return {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings)}
 
-    whole = study(carry(), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
+    whole = study(Arms(carry()), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
     interrupted(carry(), rows, journal, after=5)
-    again = study(carry(), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
+    again = study(Arms(carry()), find_tasks(rows), journal, settings={"base_model": "tiny"}).report
     assert again["signals"] == whole["signals"] and again["unseen"] == whole["unseen"]
 
 
@@ -354,7 +354,7 @@ def test_the_picture_shows_weights() -> None:
 
 
 def test_mean_weights(engines: Engines, rows: Path, tmp_path: Path) -> None:
-    done = study(engines, find_tasks(rows), tmp_path / "journal", settings={})
+    done = study(Arms(engines), find_tasks(rows), tmp_path / "journal", settings={})
     means = mean_weights(done.rows, "norm")
     assert list(means) == ["other", "t1", "t3"]
     assert all(sum(weights.values()) == pytest.approx(1.0) for weights in means.values())
@@ -472,7 +472,7 @@ def test_no_own_tasks_is_a_warning(some_rows: Path, tmp_path: Path, capsys: pyte
 def test_a_row_that_cannot_be_scored_is_named(engines: Engines, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows", "t1", [("w3", "w4"), ("w3", " ".join(["w4"] * 200))])
     with pytest.raises(DataError, match=rf"{file}:2: the completion has 200 tokens"):
-        study(engines, find_tasks(tmp_path / "rows"), tmp_path / "journal", settings={})
+        study(Arms(engines), find_tasks(tmp_path / "rows"), tmp_path / "journal", settings={})
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

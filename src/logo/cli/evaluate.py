@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import Progress, TaskID
 
 from logo.cli.forecast import forecast
 from logo.cli.forecast import show as show_forecast
@@ -29,15 +28,18 @@ from logo.cli.options import (
 )
 from logo.cli.output import err, note, progress
 from logo.cli.scoreboard import Score, show
+from logo.cli.workers import WorkerOptions, absolute, everywhere, layout_of, opened, progress_of
 from logo.errors import UsageError
 from logo.evaluation.metrics import Kind, checked_kind
 
 if TYPE_CHECKING:
+    from logo.backends.ray import Layout
     from logo.baselines import Method
     from logo.calls import Calls
     from logo.evaluation.jobs import Job
     from logo.evaluation.resume import Plan
-    from logo.evaluation.session import Session
+    from logo.evaluation.session import Evaluation, Session
+    from logo.evaluation.workers import Answerer, InWorkers
 
 OFFICIAL_BASE = "Llama-3.1-8B"
 VLLM_BATCH = 256
@@ -143,6 +145,7 @@ def evaluate(
     runner: RunnerOptions,
     run: RunOptions,
     method: MethodOptions,
+    cluster: WorkerOptions,
     estimate: Annotated[
         bool,
         typer.Option("--estimate", help="Say what it takes (downloads, memory, rows, hours), and write no results."),
@@ -157,6 +160,7 @@ def evaluate(
     Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
     """
     from logo.evaluation.resume import Wish
+    from logo.evaluation.workers import Incomplete
 
     base_model = engine.base_model or OFFICIAL_BASE
     engine = replace(
@@ -172,6 +176,9 @@ def evaluate(
         # Rows run together as vLLM schedules them: it is given many at once.
         run = replace(run, batch_size=max(run.batch_size, VLLM_BATCH))
     chosen = _method(method, engine, run)
+    layout = layout_of(cluster, engine)
+    if layout is not None and _carries(engine, run):
+        raise UsageError("workers: with --probe-context carry a row depends on the row before; answer rows in one go")
     jobs = _jobs(engine, run, chosen, base_model, writes=not estimate)
     if estimate:
         opened = functools.partial(_open, engine, runner, run, chosen, base_model)
@@ -179,19 +186,39 @@ def evaluate(
         found = forecast(engine, base_model, run.preset, jobs, run.batch_size, run.max_new_tokens, opened, picks)
         show_forecast(found, json=json)
         return
-    session = _open(engine, runner, run, chosen, base_model)
-    with closing(session.logo):
+    with ExitStack() as stack:
+        session: Evaluation
+        if layout is None:
+            session = _open(engine, runner, run, chosen, base_model)
+            stack.enter_context(closing(session.logo))
+        else:
+            session = _in_workers(layout, engine, runner, run, chosen, base_model)
+            stack.enter_context(session.workers)
         plans = session.plans(jobs, Wish(run.overwrite, run.mix_environments))
-
-        scores = []
+        scores, lost = [], None
         with progress(disable=not err.is_terminal) as bar:
+            results = session.results([plan for plan in plans if not plan.done], progress_of(bar, session, plans))
             for plan in plans:
-                score = _stored(plan) if plan.done else _answered(session, plan, bar)
+                try:
+                    score = _stored(plan) if plan.done else Score.of(*next(results))
+                except Incomplete as error:  # the last that `results` says
+                    lost = error
+                    continue
+                except StopIteration:  # another dataset is the one that is not complete
+                    continue
+                except KeyboardInterrupt:
+                    note("What is done is kept: the same command goes on from there.")
+                    raise
                 scores.append(score)
                 if not json:
                     heading = [score.dataset] if len(jobs) > 1 else []
                     print(*heading, score.line, score.folder, sep="\n", flush=True)
-        show(scores, json=json)
+        if lost is not None:
+            err.print(f"logo: error: {lost}", markup=False)
+        if scores:
+            show(scores, json=json)
+        if lost is not None:
+            raise typer.Exit(1)
 
 
 def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> Method | None:
@@ -285,6 +312,40 @@ def _open(
     )
 
 
+def _in_workers(
+    layout: Layout,
+    engine: EngineOptions,
+    runner: RunnerOptions,
+    run: RunOptions,
+    method: Method | None,
+    base_model: str,
+) -> InWorkers:
+    from logo.cli.opening import open_pool
+    from logo.evaluation.workers import InWorkers, differs, facts_of
+
+    pool = open_pool(engine, base_model, run.preset).sha256()
+    open_ = functools.partial(_answerer, everywhere(engine), runner, run, method, absolute(base_model))
+    workers = opened(layout, open_, facts_of, differs(pool))
+    return InWorkers(
+        workers,
+        workers.description,
+        seed=run.seed,
+        batch_size=run.batch_size,
+        max_new_tokens=run.max_new_tokens,
+        method=method,
+    )
+
+
+def _answerer(
+    engine: EngineOptions, runner: RunnerOptions, run: RunOptions, method: Method | None, base_model: str
+) -> Answerer:
+    """What a worker opens."""
+    from logo.evaluation.workers import Answerer
+
+    session = _open(engine, runner, run, method, base_model)
+    return Answerer(lambda key: session)
+
+
 def _stored(plan: Plan) -> Score:
     """A result that was there."""
     from logo.evaluation.results import read_results
@@ -292,23 +353,6 @@ def _stored(plan: Plan) -> Score:
     under = f"; it was answered under other versions or on another kind of device: {plan.note}" if plan.note else ""
     note(escape(f"{plan.job.dataset} is done already (--overwrite answers it again){under}"))
     return Score(plan.job.dataset, plan.job.folder, read_results(plan.job.folder), skipped=True)
-
-
-def _answered(session: Session, plan: Plan, bar: Progress) -> Score:
-    job = plan.job
-    if plan.note:
-        note(escape(f"{job.dataset} is answered again: {plan.note}"))
-    task = bar.add_task(job.dataset, total=len(job.places))
-    try:
-        files = session.run(plan, functools.partial(_advance, bar, task))
-    except KeyboardInterrupt:
-        note("What is done is kept: the same command goes on from there.")
-        raise
-    return Score(job.dataset, job.folder, files)
-
-
-def _advance(bar: Progress, task: TaskID, done: int) -> None:
-    bar.update(task, completed=done)
 
 
 def _generation_options(logo: Calls, official: bool, early_stop: bool) -> dict[str, Any]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from logo.cli.output import err, note, print_json, screen
+
+if TYPE_CHECKING:
+    from logo.evaluation.resume import Plan
 
 SHOWN = 20  # rows without an answer that are named; metrics.json has all
 WIDTH = 100  # of the table, where there is no terminal to say
@@ -31,6 +34,11 @@ class Score:
     folder: Path
     files: Mapping[str, Any]
     skipped: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, files: Mapping[str, Any]) -> Score:
+        """What this command has just done."""
+        return cls(plan.job.dataset, plan.job.folder, files)
 
     @property
     def rows(self) -> int:

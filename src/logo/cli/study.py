@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,15 +14,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.opening import open_engine
+from logo.cli.opening import open_engine, open_pool
 from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import err, note, progress, screen
 from logo.cli.prompts import or_demo
+from logo.cli.workers import WorkerOptions, absolute, everywhere, layout_of, opened
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
+    from logo.backends.ray import Layout
     from logo.engine import LoGo
-    from logo.evaluation.study import Study, Task
+    from logo.evaluation.study import Arms, Measuring, Study, Task
+    from logo.evaluation.workers import MeasuredInWorkers
 
 SIGNALS = "calibrated,norm,entropy"
 
@@ -41,6 +46,7 @@ WIDTH = 100  # what the table needs with its intervals; a narrower terminal gets
 @expanded
 def study(
     engine: EngineOptions,
+    cluster: WorkerOptions,
     rows: Annotated[
         str,
         typer.Option(metavar="DIR", help="Folder of NAME.jsonl; rows of an adapter's name are that adapter's own."),
@@ -70,16 +76,21 @@ def study(
     """
     from logo.evaluation.folders import replace_file
     from logo.evaluation.study import find_tasks, journal_of, write_report
+    from logo.evaluation.workers import MeasuredInWorkers
 
     found = find_tasks(rows, tasks, limit)
     arms = _signals(signals or engine.selection_strategy or SIGNALS)
     picture = _checked(json, heatmap)
     started = time.perf_counter()
+    layout = layout_of(cluster, engine)
     engine, base_model = or_demo(engine)
-    engines = _engines(engine, base_model, arms)
     settings = {"base_model": base_model, "adapters": engine.adapters, "rows": rows, "tasks": tasks, "limit": limit}
-    _say_what(found, next(iter(engines.values())))
-    result = _measure(engines, found, json, settings, seed, time.perf_counter() - started)
+    with ExitStack() as stack:
+        measuring = _arms(engine, base_model, arms) if layout is None else _in_workers(layout, engine, base_model, arms)
+        if isinstance(measuring, MeasuredInWorkers):
+            stack.enter_context(measuring.workers)
+        _say_what(found, measuring.facts.names)
+        result = _measure(measuring, found, json, settings, seed, time.perf_counter() - started)
     write_report(json, result.report)
     replace_file(picture, _picture(result, next(iter(arms))))
     journal_of(json).unlink(missing_ok=True)
@@ -123,13 +134,24 @@ def _checked(json: Path, heatmap: Path | None) -> Path:
     return picture
 
 
-def _engines(options: EngineOptions, base_model: str, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, LoGo]:
+def _in_workers(
+    layout: Layout, options: EngineOptions, base_model: str, arms: Mapping[str, Mapping[str, Any]]
+) -> MeasuredInWorkers:
+    from logo.evaluation.workers import MeasuredInWorkers, differs, study_facts_of
+
+    pool = open_pool(options, base_model).sha256()
+    open_ = functools.partial(_arms, everywhere(options), absolute(base_model), arms)
+    return MeasuredInWorkers(opened(layout, open_, study_facts_of, differs(pool)))
+
+
+def _arms(options: EngineOptions, base_model: str, arms: Mapping[str, Mapping[str, Any]]) -> Arms:
     """One engine per entry, on one model and one pool."""
     from logo.engine import LoGo
+    from logo.evaluation.study import Arms
 
     signals = [str(arm["signal"]) for arm in arms.values()]
     first = open_engine(replace(options, selection_strategy=signals[0]), base_model)
-    engines = {}
+    engines: dict[str, LoGo] = {}
     for name, arm in arms.items():
         settings = replace(first.settings, **arm)
         engines[name] = (
@@ -145,11 +167,11 @@ def _engines(options: EngineOptions, base_model: str, arms: Mapping[str, Mapping
                 on_bad_adapter=options.on_bad_adapter.value,
             )
         )
-    return engines
+    return Arms(engines)
 
 
-def _say_what(tasks: Sequence[Task], logo: LoGo) -> None:
-    adapters = set(logo.names)
+def _say_what(tasks: Sequence[Task], names: Sequence[str]) -> None:
+    adapters = set(names)
     own = sum(task.name in adapters for task in tasks)
     note(f"adapters: {len(adapters)} · tasks with an adapter of their own: {own} · unseen tasks: {len(tasks) - own}")
     if not own:
@@ -157,7 +179,7 @@ def _say_what(tasks: Sequence[Task], logo: LoGo) -> None:
 
 
 def _measure(
-    engines: Mapping[str, LoGo],
+    measuring: Measuring,
     tasks: Sequence[Task],
     json: Path,
     settings: Mapping[str, object],
@@ -173,7 +195,7 @@ def _measure(
         bar = shown.add_task("rows", total=total)
         try:
             return run_study(
-                engines,
+                measuring,
                 tasks,
                 journal,
                 settings=settings,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,19 +19,22 @@ from rich.text import Text
 from logo.cli.axes import Common, Skipped, make_cells, read_grid
 from logo.cli.evaluate import RowOptions, metric_of, resolved
 from logo.cli.methods import MethodOptions
-from logo.cli.opening import open_base
+from logo.cli.opening import open_base, open_pool
 from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, expanded
 from logo.cli.output import err, natural_width, note, out, print_json, progress
 from logo.cli.prompts import or_demo
+from logo.cli.workers import WorkerOptions, absolute, everywhere, layout_of, opened
 
 if TYPE_CHECKING:
+    from logo.backends.ray import Layout
     from logo.engine import LoGo
     from logo.evaluation.intervals import Interval
     from logo.evaluation.jobs import Job
-    from logo.evaluation.session import Session
+    from logo.evaluation.session import Evaluation, Session
     from logo.evaluation.sweep.grid import Axis, Value
     from logo.evaluation.sweep.means import Behind, Mean, Standing
     from logo.evaluation.sweep.running import Cell, Swept
+    from logo.evaluation.workers import Answerer
     from logo.selection.settings import SelectionSettings
 
 MOOT = "·"  # in place of a value that makes no difference
@@ -42,6 +47,7 @@ def sweep(
     engine: EngineOptions,
     rows: RowOptions,
     method: MethodOptions,
+    cluster: WorkerOptions,
     grid: Annotated[
         list[str],
         typer.Option(
@@ -65,6 +71,8 @@ def sweep(
 
     Example: `logo sweep --base-model M --adapters DIR --rows ROWS --grid k=1,3,20 --grid signal=norm,calibrated`
     """
+    from logo.evaluation.sweep.running import runs
+
     axes = read_grid(grid)
     engine, base_model = _engine(engine, quiet=list_)
     cells, skipped = make_cells(axes, Common(engine, method, seed))
@@ -72,8 +80,16 @@ def sweep(
     if list_:
         _list(axes, cells, skipped, json=json)
         return
+    layout = layout_of(cluster, engine)
     jobs = _jobs(rows, cells, output)
-    swept = _answered(_Opener(engine, rows, base_model), cells, jobs, output, rows)
+    with ExitStack() as stack:
+        opener: Callable[[Cell], Evaluation]
+        if layout is None:
+            opener = _Opener(engine, rows, base_model)
+        else:
+            opener = inside = _InWorkers(layout, engine, rows, base_model, runs(cells)[0])
+            stack.enter_context(inside.workers)
+        swept = _answered(opener, cells, jobs, output, rows)
     written = _written(axes, swept, output, seed)
     _show(axes, swept, skipped, written, seed, json=json)
     if swept.failures:
@@ -155,7 +171,41 @@ class _Opener:
         return self._logo
 
 
-def _answered(opener: _Opener, cells: Sequence[Cell], jobs: Sequence[Job], output: Path, rows: RowOptions) -> Swept:
+class _InWorkers:
+    """Sessions of cells in processes that have the base model and the pool open."""
+
+    def __init__(self, layout: Layout, options: EngineOptions, rows: RowOptions, base_model: str, first: Cell) -> None:
+        from logo.evaluation.workers import differs, facts_of
+
+        self._rows = rows
+        pool = open_pool(options, base_model).sha256()
+        open_ = functools.partial(_answerer, everywhere(options), rows, absolute(base_model))
+        self.workers = opened(layout, open_, functools.partial(facts_of, key=first), differs(pool))
+
+    def __call__(self, cell: Cell) -> Evaluation:
+        from logo.evaluation.workers import InWorkers, facts_of
+
+        return InWorkers(
+            self.workers,
+            self.workers.ask(facts_of, cell),
+            key=cell,
+            seed=cell.seed,
+            batch_size=self._rows.batch_size,
+            max_new_tokens=self._rows.max_new_tokens,
+            method=cell.method,
+        )
+
+
+def _answerer(options: EngineOptions, rows: RowOptions, base_model: str) -> Answerer:
+    """What a worker opens."""
+    from logo.evaluation.workers import Answerer
+
+    return Answerer(_Opener(options, rows, base_model))
+
+
+def _answered(
+    opener: Callable[[Cell], Evaluation], cells: Sequence[Cell], jobs: Sequence[Job], output: Path, rows: RowOptions
+) -> Swept:
     from logo.evaluation.resume import Wish
     from logo.evaluation.sweep.running import runs
     from logo.evaluation.sweep.running import sweep as run_sweep

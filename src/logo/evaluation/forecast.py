@@ -147,7 +147,7 @@ def timed(session: Session, jobs: Sequence[Job]) -> Hours:
     count = min(len(texts), max(TIMED, 3 * session.batch_size))
     chosen = [texts[i * len(texts) // count] for i in range(count)]
     started = time.perf_counter()
-    engine = session.rehearsal(some[0])
+    engine = session.answering(some[0])
     learning = 0.0 if session.method is None else time.perf_counter() - started
     spent = []
     for start in range(0, count, session.batch_size):

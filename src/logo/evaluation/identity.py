@@ -79,16 +79,19 @@ def digests(logo: Calls) -> dict[str, Any]:
 
 def environment(logo: Calls) -> dict[str, str]:
     """Versions that results depend on, and the kind of device: `cpu`, or the name of the GPUs."""
-    import torch
-    import transformers
-
     return {
-        "logo": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        **library_versions(),
         **logo.versions,
         "device": ", ".join(sorted({_kind(device) for device in logo.devices})),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that results depend on, in this process."""
+    import torch
+    import transformers
+
+    return {"logo": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
 def pool_digests(logo: Calls) -> dict[str, str]:

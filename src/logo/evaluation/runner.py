@@ -2,8 +2,8 @@
 
 Knows an engine only by the few things it reads from it (`logo.evaluation.batches`), so a test, a baseline or another
 backend fits as well as `logo.LoGo`. Writes nothing but a journal, if it is given one. The unit is one `Instance`;
-`answers` yields them as they come, and `collect` makes the result of any list of them: of a run that was interrupted,
-or of the shards of one.
+`answers` yields them as they come, `Answered` keeps them in whatever order they come, and `collect` makes the result of
+any list of them: of a run that was interrupted, or of the shards of one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from logo.evaluation.journal import Journal
 from logo.evaluation.metrics import Kind, Value, first_line, measure, metric_kind
 
 __all__ = [
+    "Answered",
     "DatasetResult",
     "Engine",
     "GenerationLike",
     "Instance",
+    "Piece",
     "SelectionLike",
     "answers",
     "collect",
     "evaluate",
+    "pieces",
 ]
 
 
@@ -86,6 +89,95 @@ class DatasetResult:
     forms: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some rows answered one after the other.
+
+    Attributes:
+        first: which row of the dataset the first one is.
+        instances: of the rows, in order.
+        seconds: they took.
+        size: how many rows are tried at once after them.
+    """
+
+    first: int
+    instances: tuple[Instance, ...]
+    seconds: float
+    size: int
+
+
+class Answered:
+    """The rows of a dataset that have been answered, in whatever order.
+
+    Args:
+        dataset: its name.
+        rows: how many it has.
+        batch_size: how many are answered at once.
+        metric: by which it is judged; None: by its name.
+        journal: of these rows under these settings: what it holds is not answered again, and what is added is written
+            to it.
+
+    Attributes:
+        size: how many rows are tried at once: fewer than `batch_size` where more have turned out not to fit.
+        seconds: they all took.
+    """
+
+    def __init__(
+        self, dataset: str, rows: int, batch_size: int, metric: Kind | None = None, journal: Journal | None = None
+    ) -> None:
+        self._dataset, self._rows, self._metric = dataset, rows, metric
+        self._batch_size, self._journal = batch_size, journal
+        self._instances: dict[int, Instance] = {}
+        self.size, self.seconds = batch_size, 0.0
+        for record in [] if journal is None else journal.records:
+            first = record.get("first", len(self._instances))
+            self._take(Piece(first, tuple(map(_recorded, record["instances"])), record["seconds"], record["size"]))
+            if record["batch_size"] != batch_size:
+                self.size = batch_size  # other batches are asked for: how many fit is found out again
+
+    def __len__(self) -> int:
+        return len(self._instances)
+
+    @property
+    def proven(self) -> bool:
+        """Whether any row has an answer, so that what fails is a matter of the row."""
+        return any(instance.error is None for instance in self._instances.values())
+
+    @property
+    def missing(self) -> list[range]:
+        """The rows that are not answered, as stretches of rows that follow each other."""
+        stretches: list[range] = []
+        for row in range(self._rows):
+            if row in self._instances:
+                continue
+            if stretches and stretches[-1].stop == row:
+                stretches[-1] = range(stretches[-1].start, row + 1)
+            else:
+                stretches.append(range(row, row + 1))
+        return stretches
+
+    def add(self, piece: Piece) -> None:
+        """Writes rows down.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        if self._journal is not None:
+            kept = {"first": piece.first, "instances": [asdict(instance) for instance in piece.instances]}
+            more = {"seconds": piece.seconds, "batch_size": self._batch_size, "size": piece.size}
+            self._journal.append({**kept, **more})
+        self._take(piece)
+
+    def result(self) -> DatasetResult:
+        """The result, when all rows are answered."""
+        instances = [self._instances[row] for row in range(self._rows)]
+        return collect(self._dataset, instances, inference=self.seconds, metric=self._metric)
+
+    def _take(self, piece: Piece) -> None:
+        self._instances.update(enumerate(piece.instances, start=piece.first))
+        self.size, self.seconds = piece.size, self.seconds + piece.seconds
+
+
 def evaluate(
     engine: Engine,
     rows: Sequence[Row],
@@ -103,7 +195,7 @@ def evaluate(
         metric: None: by the dataset's name.
         batch_size: how many rows the engine gets at once, as long as they fit into memory.
         max_new_tokens: of each answer.
-        journal: of these rows under these settings: what it holds is not answered again, the rest is added to it.
+        journal: see `Answered`.
         on_progress: gets the number of rows done so far, after each batch and at the start of a run that goes on.
 
     Raises:
@@ -112,32 +204,51 @@ def evaluate(
     """
     if not rows:
         raise UsageError(f"dataset {dataset!r}: expected at least one row, found none")
-    records = [] if journal is None else journal.records
-    instances = [_recorded(values) for record in records for values in record["instances"]]
-    seconds = sum(record["seconds"] for record in records)
+    answered = Answered(dataset, len(rows), batch_size, metric, journal)
     report = on_progress or (lambda done: None)
-    if instances:
-        report(len(instances))
-    # What did not fit into memory before the interruption is not tried again, unless other batches are asked for.
-    size = records[-1]["size"] if records and records[-1]["batch_size"] == batch_size else batch_size
-    began = time.perf_counter()
-    for batch, fits in answers(
+    if len(answered):
+        report(len(answered))
+    for stretch in answered.missing:
+        for piece in pieces(
+            engine,
+            rows,
+            stretch,
+            metric=metric or metric_kind(dataset),
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            size=answered.size,
+            proven=answered.proven,
+        ):
+            answered.add(piece)
+            report(len(answered))
+    return answered.result()
+
+
+def pieces(
+    engine: Engine,
+    rows: Sequence[Row],
+    stretch: range,
+    *,
+    metric: Kind,
+    batch_size: int,
+    max_new_tokens: int,
+    size: int | None = None,
+    proven: bool = False,
+) -> Iterator[Piece]:
+    """Answers a stretch of a dataset's rows, a batch at a time; arguments and errors as `answers`."""
+    first, began = stretch.start, time.perf_counter()
+    for instances, fits in answers(
         engine,
-        rows[len(instances) :],
-        metric=metric or metric_kind(dataset),
+        rows[stretch.start : stretch.stop],
+        metric=metric,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         size=size,
-        proven=any(instance.error is None for instance in instances),
+        proven=proven,
     ):
         took, began = time.perf_counter() - began, time.perf_counter()
-        if journal is not None:
-            kept = {"instances": [asdict(instance) for instance in batch]}
-            journal.append({**kept, "seconds": took, "batch_size": batch_size, "size": fits})
-        instances.extend(batch)
-        seconds += took
-        report(len(instances))
-    return collect(dataset, instances, inference=seconds, metric=metric)
+        yield Piece(first, tuple(instances), took, fits)
+        first += len(instances)
 
 
 def answers(

@@ -1,14 +1,16 @@
 """One engine under one set of options, and the datasets it answers: each is planned, answered, judged and written.
 
 What a command or a sweep needs between opening an engine and showing numbers. A dataset's result does not depend on
-those before it: the seed is set anew and the engine forgets its prompts.
+those before it: the seed is set anew and the engine forgets its prompts. `Evaluation` is what has to be done whoever
+answers; `Session` answers in this process.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -16,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from logo.baselines.method import Answering, Learned, Task
 from logo.errors import UsageError
+from logo.evaluation.datasets import Row
 from logo.evaluation.identity import engine_identity, environment, order_dependence, rows_digest
 from logo.evaluation.jobs import Job, train_rows, trained_and_tested
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
 from logo.evaluation.resume import (
-    Learnt,
     Plan,
     Wish,
     check_place,
@@ -31,7 +33,7 @@ from logo.evaluation.resume import (
     part_of,
     plan,
 )
-from logo.evaluation.runner import collect, evaluate
+from logo.evaluation.runner import Answered, pieces
 
 if TYPE_CHECKING:
     from logo.baselines import Method
@@ -40,19 +42,236 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Session:
-    """An engine with all it is to be used with.
+class Facts:
+    """What is recorded of an engine, in a form that another process can be told.
+
+    Attributes:
+        identity: what results depend on (`logo.evaluation.identity.engine_identity`).
+        environment: what it runs on (`logo.evaluation.identity.environment`).
+        pool: SHA-256 by name of the adapters in use.
+        order: why a row's result depends on the rows before it; None if it does not.
+        device: in words.
+        folding: what decides in which form mixtures act.
+        signal: by which adapters are scored.
+        options: every option of the command, as it was used, for `run.json`.
+        loading: seconds that opening the engine took.
+    """
+
+    identity: Mapping[str, Any]
+    environment: Mapping[str, str]
+    pool: Mapping[str, str]
+    order: str | None
+    device: str
+    folding: Mapping[str, Any]
+    signal: str
+    options: Mapping[str, Any]
+    loading: float
+
+
+class Evaluation(ABC):
+    """Datasets are planned, answered, judged and written; a subclass has the rows answered.
+
+    Attributes:
+        seed: of sampling and of intervals.
+        batch_size: prompts at once; `max_new_tokens`: of each answer.
+        method: chooses adapters instead of the engine; None: the engine does.
+    """
+
+    seed: int
+    batch_size: int
+    max_new_tokens: int
+    method: Method | None
+
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """Of what answers."""
+
+    @abstractmethod
+    def results(
+        self, plans: Sequence[Plan], on_progress: Callable[[Plan, int], None] | None = None
+    ) -> Iterator[tuple[Plan, dict[str, object]]]:
+        """Answers what is not yet answered of some jobs and writes their results, which are yielded as they are done.
+
+        Args:
+            on_progress: gets a plan and the number of its rows that are done.
+
+        Raises:
+            UsageError: another process is on a job, or the result of another run has appeared in its place.
+            LoGoError: as `logo.evaluation.runner.evaluate`; the journal stays, and an earlier result.
+            StorageError: journal or result cannot be written.
+        """
+
+    @abstractmethod
+    def learn(self, job: Job, train: Sequence[Row]) -> dict[str, Any]:
+        """What the method learns about a dataset from these training rows."""
+
+    def plans(self, jobs: Sequence[Job], wish: Wish | None = None) -> list[Plan]:
+        """What is to be done about each job; looked at before the first one begins.
+
+        Args:
+            wish: what may become of what is there already; None: nothing of another run is touched.
+
+        Raises:
+            UsageError: a result or a journal of another run is there, or one that was begun in another environment; or
+                rows depend on each other and cannot be cut into shards, or nobody said where the training rows are that
+                the method needs.
+            DataError: those training rows are missing or malformed.
+        """
+        for job in jobs if self.learns else ():
+            self._warn_of_overlap(job)
+        facts = self.facts
+        if facts.order is not None and any(job.shard is not None for job in jobs):
+            raise UsageError(f"shards: a row's result must not depend on other rows, but {facts.order}")
+        return [
+            plan(
+                job,
+                {**self._identity(job), "pool": dict(facts.pool)},
+                facts.environment,
+                wish=wish,
+                in_order=facts.order is not None,
+                learns=self.learns,
+            )
+            for job in jobs
+        ]
+
+    def run(self, plan: Plan, on_progress: Callable[[int], None] | None = None) -> dict[str, object]:
+        """`results` of one job.
+
+        Args:
+            on_progress: gets the number of rows done so far.
+        """
+        told = None if on_progress is None else lambda _, done: on_progress(done)
+        [(_, files)] = self.results([plan], told)
+        return files
+
+    @property
+    def learns(self) -> bool:
+        """Whether the method looks at labelled training rows."""
+        return isinstance(self.method, Learned)
+
+    def _overlap(self, job: Job) -> dict[str, int]:
+        """For `run.json`: training rows that the method may learn from and that are answered too."""
+        return {"train_rows_also_tested": trained_and_tested(job)} if self.learns else {}
+
+    def _warn_of_overlap(self, job: Job) -> None:
+        shared = trained_and_tested(job)
+        if shared and self.method is not None:
+            warnings.warn(
+                f"dataset {job.dataset!r}: {shared} of its {len(train_rows(job))} training rows are test rows too "
+                f"(they have the same context), and method {self.method.name!r} learns from training rows: its result "
+                "may be too good",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _identity(self, job: Job) -> dict[str, Any]:
+        return {
+            **self.facts.identity,
+            **({"train_sha256": rows_digest(train_rows(job))} if self.learns else {}),
+            "method": {"method": LOGO} if self.method is None else self.method.as_dict(),
+            "seed": self.seed,
+            "max_new_tokens": self.max_new_tokens,
+            "dataset": job.dataset,
+            "metric": job.metric,
+            "rows": len(job.rows),
+            "rows_sha256": rows_digest(job.rows),
+        }
+
+
+class Underway:
+    """A dataset that is being answered; to be closed, as a `with` block does.
+
+    Args:
+        evaluation: whose it is.
+        plan: what is to be done.
+
+    Attributes:
+        rows: those of the job.
+        answered: what has been answered of them.
+        learnt: what the method has learnt about the dataset; None where it learns nothing.
+        found_out: what the method found out about it, for `run.json`; None where there is no method.
+
+    Raises:
+        UsageError: another process is on this job, or the journal is of another run.
+        StorageError: the journal cannot be written.
+    """
+
+    def __init__(self, evaluation: Evaluation, plan: Plan) -> None:
+        self.plan, self._evaluation = plan, evaluation
+        job = plan.job
+        self.rows = tuple(job.rows[place] for place in job.places)
+        self._began = datetime.now(timezone.utc)
+        self.learnt = None
+        if evaluation.learns:
+            self.learnt = learn_once(plan, functools.partial(evaluation.learn, job, train_rows(job)))
+        self.found_out: Mapping[str, Any] | None = None
+        self._journal = open_journal(plan, self.learnt)
+        self.answered = Answered(job.dataset, len(self.rows), evaluation.batch_size, job.metric, self._journal)
+
+    def __enter__(self) -> Underway:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process have the journal."""
+        self._journal.close()
+
+    def write(self) -> dict[str, object]:
+        """Writes the result, when all rows are answered, and returns the files' content by name.
+
+        Raises:
+            UsageError: the result of another run has appeared in its place.
+            StorageError: it cannot be written.
+        """
+        job, facts, result = self.plan.job, self._evaluation.facts, self.answered.result()
+        found_out = {} if self.found_out is None else {**self.found_out, **self._evaluation._overlap(job)}
+        record = run_record(
+            options=facts.options,
+            pool=facts.pool,
+            dataset=job.dataset,
+            metric=job.metric,
+            data_file=job.file,
+            data_sha256=job.sha256,
+            rows=len(self.rows),
+            device=facts.device,
+            started=self._began,
+            seconds=result.seconds["inference"],
+            identity=self._evaluation._identity(job),
+            shard=part_of(job),
+            found_out=found_out,
+            learnt=None if self.learnt is None else self.learnt.sha256,
+            environments=environments(self.plan, self._journal, self.learnt),
+            folding=facts.folding,
+        )
+        files = result_files(
+            result,
+            self.rows,
+            strategy=facts.signal,
+            loading_seconds=facts.loading,
+            run=record,
+            seed=self._evaluation.seed,
+        )
+        check_place(job, self.plan.run, self.plan.keep_both)
+        write_results(job.folder, files)
+        finish(self.plan)  # while no other process can have the journal
+        return files
+
+
+@dataclass(frozen=True)
+class Session(Evaluation):
+    """An engine in this process with all it is to be used with; datasets are answered one after the other.
 
     Attributes:
         logo: the engine.
         base_model: as the user names it.
         pool: SHA-256 by name of the adapters in use.
-        seed: of sampling and of intervals.
-        batch_size: prompts at once; `max_new_tokens`: of each answer.
+        seed, batch_size, max_new_tokens, method: as `Evaluation`.
         generation: further options of `LoGo.generate`.
         options: every option of the command, for `run.json`.
         loading: seconds that opening the engine took.
-        method: chooses adapters instead of the engine; None: the engine does.
     """
 
     logo: Calls
@@ -70,118 +289,71 @@ class Session:
         """Answers prompts with this session's options; what `logo.evaluation.runner` asks of an engine."""
         return self.logo.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **self.generation)
 
-    def plans(self, jobs: Sequence[Job], wish: Wish | None = None) -> list[Plan]:
-        """What is to be done about each job; looked at before the first one begins.
+    @cached_property
+    def facts(self) -> Facts:
+        return Facts(
+            identity=engine_identity(self.logo, self.base_model, self.generation),
+            environment=environment(self.logo),
+            pool=dict(self.pool),
+            order=order_dependence(self.logo, self.generation),
+            device=self._device,
+            folding=self.logo.folding,
+            signal=self.logo.settings.signal,
+            options=self.options,
+            loading=self.loading,
+        )
+
+    def results(
+        self, plans: Sequence[Plan], on_progress: Callable[[Plan, int], None] | None = None
+    ) -> Iterator[tuple[Plan, dict[str, object]]]:
+        report = on_progress or (lambda one, done: None)
+        for one in plans:
+            with Underway(self, one) as dataset:
+                if len(dataset.answered):
+                    report(one, len(dataset.answered))
+                engine = self.answering(one.job, None if dataset.learnt is None else dataset.learnt.content)
+                dataset.found_out = engine.record if isinstance(engine, Answering) else None
+                for stretch in dataset.answered.missing:
+                    for piece in pieces(
+                        engine,
+                        dataset.rows,
+                        stretch,
+                        metric=one.job.metric,
+                        batch_size=self.batch_size,
+                        max_new_tokens=self.max_new_tokens,
+                        size=dataset.answered.size,
+                        proven=dataset.answered.proven,
+                    ):
+                        dataset.answered.add(piece)
+                        report(one, len(dataset.answered))
+                files = dataset.write()
+            yield one, files
+
+    def learn(self, job: Job, train: Sequence[Row]) -> dict[str, Any]:
+        method = self.method
+        if not isinstance(method, Learned):
+            raise RuntimeError("this session's method learns nothing")
+        self._begin()
+        self.logo.merge = method.merging
+        return method.learn(self.logo, self._task(job, train))
+
+    def answering(self, job: Job, learnt: Mapping[str, Any] | None = None) -> Session | Answering:
+        """What answers a dataset, with nothing left over from those before.
 
         Args:
-            wish: what may become of what is there already; None: nothing of another run is touched.
-
-        Raises:
-            UsageError: a result or a journal of another run is there, or one that was begun in another environment; or
-                rows depend on each other and cannot be cut into shards, or nobody said where the training rows are that
-                the method needs.
-            DataError: those training rows are missing or malformed.
+            learnt: what the method has learnt about it; None: what it has to learn is learnt and not kept.
         """
-        for job in jobs if self._learns else ():
-            self._warn_of_overlap(job)
-        reason = order_dependence(self.logo, self.generation)
-        if reason is not None and any(job.shard is not None for job in jobs):
-            raise UsageError(f"shards: a row's result must not depend on other rows, but {reason}")
-        return [
-            plan(
-                job,
-                {**self._identity(job), "pool": dict(self.pool)},
-                self._environment,
-                wish=wish,
-                in_order=reason is not None,
-                learns=self._learns,
-            )
-            for job in jobs
-        ]
-
-    def run(self, plan: Plan, on_progress: Callable[[int], None] | None = None) -> dict[str, object]:
-        """Answers what is not yet answered of a job, writes its result, and returns the files' content by name.
-
-        Args:
-            on_progress: gets the number of rows done so far.
-
-        Raises:
-            UsageError: another process is on this job, or the result of another run has appeared in its place.
-            LoGoError: as `logo.evaluation.runner.evaluate`; the journal stays, and an earlier result.
-            StorageError: journal or result cannot be written.
-        """
-        job = plan.job
-        rows = [job.rows[place] for place in job.places]
-        began = datetime.now(timezone.utc)
-        engine, learnt = self._answering(plan)
-        with open_journal(plan, learnt) as journal:
-            if rows:
-                result = evaluate(
-                    engine,
-                    rows,
-                    dataset=job.dataset,
-                    metric=job.metric,
-                    batch_size=self.batch_size,
-                    max_new_tokens=self.max_new_tokens,
-                    journal=journal,
-                    on_progress=on_progress,
-                )
-            else:  # more shards than blocks
-                result = collect(job.dataset, [], inference=0.0, metric=job.metric)
-            record = run_record(
-                options=self.options,
-                pool=self.pool,
-                dataset=job.dataset,
-                metric=job.metric,
-                data_file=job.file,
-                data_sha256=job.sha256,
-                rows=len(rows),
-                device=self._device,
-                started=began,
-                seconds=result.seconds["inference"],
-                identity=self._identity(job),
-                shard=part_of(job),
-                found_out={**engine.record, **self._overlap(job)} if isinstance(engine, Answering) else {},
-                learnt=None if learnt is None else learnt.sha256,
-                environments=environments(plan, journal, learnt),
-                folding=self.logo.folding,
-            )
-            strategy = self.logo.settings.signal
-            files = result_files(
-                result, rows, strategy=strategy, loading_seconds=self.loading, run=record, seed=self.seed
-            )
-            check_place(job, plan.run, plan.keep_both)
-            write_results(job.folder, files)
-            finish(plan)  # while no other process can have the journal
-        return files
-
-    @cached_property
-    def _engine(self) -> dict[str, Any]:
-        return engine_identity(self.logo, self.base_model, self.generation)
-
-    @cached_property
-    def _environment(self) -> dict[str, str]:
-        return environment(self.logo)
-
-    @property
-    def _learns(self) -> bool:
-        """Whether the method looks at labelled training rows."""
-        return isinstance(self.method, Learned)
-
-    def _overlap(self, job: Job) -> dict[str, int]:
-        """For `run.json`: training rows that the method may learn from and that are answered too."""
-        return {"train_rows_also_tested": trained_and_tested(job)} if self._learns else {}
-
-    def _warn_of_overlap(self, job: Job) -> None:
-        shared = trained_and_tested(job)
-        if shared and self.method is not None:
-            warnings.warn(
-                f"dataset {job.dataset!r}: {shared} of its {len(train_rows(job))} training rows are test rows too "
-                f"(they have the same context), and method {self.method.name!r} learns from training rows: its result "
-                "may be too good",
-                UserWarning,
-                stacklevel=2,
-            )
+        self._begin()
+        if self.method is None:
+            return self
+        train: Sequence[Row] = ()
+        prepared = None
+        if learnt is not None and isinstance(self.method, Learned):
+            prepared = self.method.recall(learnt)
+        elif self.learns:
+            train = train_rows(job)
+        task = self._task(job, train)
+        return Answering(self.logo, self.method, task, prepared=prepared, **self.generation)
 
     @property
     def _device(self) -> str:
@@ -190,50 +362,13 @@ class Session:
         device = self.logo.devices[0]
         return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
-    def _identity(self, job: Job) -> dict[str, Any]:
-        return {
-            **self._engine,
-            **({"train_sha256": rows_digest(train_rows(job))} if self._learns else {}),
-            "method": {"method": LOGO} if self.method is None else self.method.as_dict(),
-            "seed": self.seed,
-            "max_new_tokens": self.max_new_tokens,
-            "dataset": job.dataset,
-            "metric": job.metric,
-            "rows": len(job.rows),
-            "rows_sha256": rows_digest(job.rows),
-        }
-
-    def _answering(self, plan: Plan) -> tuple[Session | Answering, Learnt | None]:
-        """What answers this dataset, with nothing left over from those before, and what was learnt for it."""
-        self._begin()
-        if self.method is None:
-            return self, None
-        task = self._task(plan.job)
-        if not isinstance(self.method, Learned):
-            return Answering(self.logo, self.method, task, **self.generation), None
-        learnt = learn_once(plan, functools.partial(self._learn, self.method, task))
-        self._begin()  # as if it had been learnt long ago
-        prepared = self.method.recall(learnt.content)
-        return Answering(self.logo, self.method, task, prepared=prepared, **self.generation), learnt
-
-    def rehearsal(self, job: Job) -> Session | Answering:
-        """What answers this dataset when it is run; here nothing is kept, not even what a method learns."""
-        self._begin()
-        if self.method is None:
-            return self
-        return Answering(self.logo, self.method, self._task(job), **self.generation)
-
-    def _task(self, job: Job) -> Task:
+    def _task(self, job: Job, train: Sequence[Row]) -> Task:
         return Task(
             job.dataset,
             prompts=[row.context for row in job.rows],
-            train=train_rows(job) if self._learns else (),
+            train=train,
             adapters=[row.adapter for row in job.rows],
         )
-
-    def _learn(self, method: Learned, task: Task) -> dict[str, Any]:
-        self.logo.merge = method.merging
-        return method.learn(self.logo, task)
 
     def _begin(self) -> None:
         import torch

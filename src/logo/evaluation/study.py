@@ -15,10 +15,11 @@ import fnmatch
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from logo.errors import DataError, UsageError, closest
 from logo.evaluation.datasets import Row, read_rows
@@ -82,8 +83,72 @@ def find_tasks(folder: str | os.PathLike[str], request: str = "", limit: int | N
     return [Task(name, files[name], tuple(read_rows(files[name], limit))) for name in sorted(chosen)]
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a study records of the engines that it compares, in a form that another process can be told.
+
+    Attributes:
+        names: of the adapters.
+        pool: their SHA-256 by name.
+        settings: dtype, device, and of each signal.
+        digests: of the base model (`logo.evaluation.identity.digests`).
+        environment: see `logo.evaluation.identity.environment`.
+        in_order: whether a selection depends on the prompts before.
+    """
+
+    names: tuple[str, ...]
+    pool: Mapping[str, str]
+    settings: Mapping[str, Any]
+    digests: Mapping[str, Any]
+    environment: Mapping[str, str]
+    in_order: bool
+
+
+class Measuring(Protocol):
+    """What measures rows."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def __call__(self, rows: Iterable[tuple[Task, int]]) -> Iterator[Measured]:
+        """A record for each row of a task, in any order; see `Arms`."""
+
+
+class Arms:
+    """Engines in this process: one per signal, by name, on one model and one pool."""
+
+    def __init__(self, engines: Mapping[str, LoGo]) -> None:
+        self._engines = engines
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What is recorded of them. Pools are calibrated, if they were not yet."""
+        scorer = next(iter(self._engines.values()))
+        return Facts(
+            names=scorer.names,
+            pool=pool_digests(scorer),
+            settings=_engine_settings(self._engines),
+            digests=digests(scorer),
+            environment=environment(scorer),
+            in_order=any(_depends_on_order(logo) for logo in self._engines.values()),
+        )
+
+    def __call__(self, rows: Iterable[tuple[Task, int]]) -> Iterator[Measured]:
+        """Measures rows of tasks, in order.
+
+        Raises:
+            DataError: a row cannot be scored (names the file and the line).
+        """
+        for task, index in rows:
+            yield self.measured(task.name, f"{task.file}:{index + 1}", index, task.rows[index])
+
+    def measured(self, task: str, where: str, index: int, row: Row) -> Measured:
+        """Measures one row; `where` names it in errors, which are those of `__call__`."""
+        return _measure(self._engines, task, where, index, row)
+
+
 def study(
-    engines: Mapping[str, LoGo],
+    measuring: Measuring,
     tasks: Sequence[Task],
     journal_file: Path,
     *,
@@ -95,7 +160,7 @@ def study(
     """Measures every row that the journal does not hold yet, and reports.
 
     Args:
-        engines: one per signal, by name, on one model and one pool.
+        measuring: measures them.
         tasks: what `find_tasks` found.
         journal_file: see `logo.evaluation.journal`; stays until the caller removes it, after writing the report.
         settings: what was asked for, to be recorded. What it holds under `base_model` must not change in a resumed
@@ -108,26 +173,24 @@ def study(
         UsageError: the journal is another study's.
         DataError: a row cannot be scored (names the file and the line).
     """
-    settings = {**settings, **_engine_settings(engines), "seed": seed}
-    run = _identity(engines, tasks, settings)
-    in_order = any(_depends_on_order(logo) for logo in engines.values())
-    if in_order:
+    facts, tell = measuring.facts, on_progress or (lambda name: None)
+    settings = {**settings, **facts.settings, "seed": seed}
+    run = _identity(facts, tasks, settings)
+    if facts.in_order:
         Journal(journal_file, run).close()  # refused if it is another study's
-    with Journal(journal_file, run, fresh=in_order) as journal:  # there is no going on in the middle
-        rows = [Measured(**record) for record in journal.records]
-        done = {(row.task, row.index) for row in rows}
-        for task in tasks:
-            for index, row in enumerate(task.rows):
-                if (task.name, index) not in done:
-                    measured = _measure(engines, task, index, row)
-                    journal.append(asdict(measured))
-                    rows.append(measured)
-                if on_progress is not None:
-                    on_progress(task.name)
-    names = next(iter(engines.values())).names
-    report = summary(rows, names, seed=seed)
-    report |= {"settings": settings, "seconds": _seconds(rows, loading), "versions": versions()}
-    return Study(report, tuple(rows))
+    with Journal(journal_file, run, fresh=facts.in_order) as journal:  # there is no going on in the middle
+        rows = {(row.task, row.index): row for row in (Measured(**record) for record in journal.records)}
+        for name, _ in rows:
+            tell(name)
+        every = [(task, index) for task in tasks for index in range(len(task.rows))]
+        for measured in measuring((task, index) for task, index in every if (task.name, index) not in rows):
+            journal.append(asdict(measured))
+            rows[measured.task, measured.index] = measured
+            tell(measured.task)
+    ordered = [rows[task.name, index] for task, index in every]
+    report = summary(ordered, facts.names, seed=seed)
+    report |= {"settings": settings, "seconds": _seconds(ordered, loading), "versions": versions()}
+    return Study(report, tuple(ordered))
 
 
 def journal_of(report: Path) -> Path:
@@ -147,14 +210,14 @@ def write_report(file: Path, report: Mapping[str, object]) -> None:
 # -- measuring one row ------------------------------------------------------------------------------------------
 
 
-def _measure(engines: Mapping[str, LoGo], task: Task, index: int, row: Row) -> Measured:
+def _measure(engines: Mapping[str, LoGo], task: str, where: str, index: int, row: Row) -> Measured:
     scorer = next(iter(engines.values()))
     picked, seconds = {}, {}
     for signal, logo in engines.items():
         started = time.perf_counter()
         picked[signal] = logo.select(row.context)
         seconds[signal] = time.perf_counter() - started
-    own = task.name if task.name in scorer.names else None
+    own = task if task in scorer.names else None
     mixtures = _fixed_mixtures(scorer.names, own)
     left_out = None if own is None else _without(engines, picked, own)
     signals = {signal: selection.mixture for signal, selection in picked.items()}
@@ -169,7 +232,7 @@ def _measure(engines: Mapping[str, LoGo], task: Task, index: int, row: Row) -> M
     try:
         scored = scorer.score(row.context, gold, list(plan.values()))
     except UsageError as error:
-        raise DataError(f"{task.file}:{index + 1}: {error}") from error
+        raise DataError(f"{where}: {error}") from error
     parts: dict[str, Section] = {"answers": {}, "left_out": {}}
     for (part, kind, name), value in zip(plan, scored, strict=True):
         metrics = {"exact_match": float(value.exact_match), "nll": value.nll}
@@ -177,7 +240,7 @@ def _measure(engines: Mapping[str, LoGo], task: Task, index: int, row: Row) -> M
             metrics = rank_metrics(picked[name].scores, own) | metrics
         parts[part].setdefault(kind, {})[name] = metrics
     return Measured(
-        task=task.name,
+        task=task,
         index=index,
         answers=parts["answers"],
         left_out=parts["left_out"] or None,
@@ -227,14 +290,13 @@ def _depends_on_order(logo: LoGo) -> bool:
     return logo.settings.probe_context == "carry" or logo.settings.baseline == "running"
 
 
-def _identity(engines: Mapping[str, LoGo], tasks: Sequence[Task], settings: Mapping[str, object]) -> dict[str, object]:
+def _identity(facts: Facts, tasks: Sequence[Task], settings: Mapping[str, object]) -> dict[str, object]:
     """Everything that a row's record depends on."""
-    scorer = next(iter(engines.values()))
     return {
-        "environment": environment(scorer),
-        **digests(scorer),
+        "environment": facts.environment,
+        **facts.digests,
         **{key: settings.get(key) for key in ("base_model", "dtype", "signals")},
-        "pool": pool_digests(scorer),
+        "pool": facts.pool,
         "rows_sha256": {task.name: rows_digest(task.rows) for task in tasks},
     }
 

@@ -25,7 +25,7 @@ from logo.evaluation.sweep.grid import Value, cell_name
 if TYPE_CHECKING:
     from logo.baselines import Method
     from logo.evaluation.resume import Wish
-    from logo.evaluation.session import Session
+    from logo.evaluation.session import Evaluation
     from logo.selection.settings import SelectionSettings
 
 RUNS = "runs"
@@ -101,7 +101,7 @@ def sweep(
     cells: Sequence[Cell],
     jobs: Sequence[Job],
     out: Path,
-    open_session: Callable[[Cell], Session],
+    open_session: Callable[[Cell], Evaluation],
     *,
     wish: Wish | None = None,
     on_progress: Callable[[str, int], None] | None = None,

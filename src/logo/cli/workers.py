@@ -1,0 +1,156 @@
+"""Options of commands whose rows several processes answer, and the processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress, TaskID
+
+from logo.cli.options import EngineOptions
+from logo.cli.output import note
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.backends.ray import Layout, Workers
+    from logo.evaluation.resume import Plan
+    from logo.evaluation.session import Evaluation
+
+WORKERS = "Several processes"
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Several processes, on this machine or on a cluster."""
+
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes that answer rows, each with the model. Needs Ray: pip install 'lora-on-the-go[ray]'.",
+            show_default="this process alone; with --ray, as many as there is room for",
+            min=1,
+            rich_help_panel=WORKERS,
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
+            show_default="local, with --workers",
+            rich_help_panel=WORKERS,
+        ),
+    ] = None
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            metavar="G",
+            help="GPUs of each process.",
+            show_default="1 where there are GPUs, else 0",
+            min=0.0,
+            rich_help_panel=WORKERS,
+        ),
+    ] = None
+    cpus_per_worker: Annotated[
+        int | None,
+        typer.Option(
+            metavar="C",
+            help="CPU cores, and threads, of each process.",
+            show_default="local: an equal share of all; else 1",
+            min=1,
+            rich_help_panel=WORKERS,
+        ),
+    ] = None
+    deadline: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that one batch may take; then its process is ended, and another one gets the batch.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = 3600.0
+
+
+def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
+    """What is asked for; None: this process answers.
+
+    Raises:
+        UsageError: an option without those that it belongs to, or that cannot be used.
+    """
+    usual = WorkerOptions()
+    if options.workers is None and options.ray is None:
+        for name in ("gpus_per_worker", "cpus_per_worker", "deadline"):
+            if getattr(options, name) != getattr(usual, name):
+                raise UsageError(f"--{name.replace('_', '-')} belongs to --workers or --ray; add one of them")
+        return None
+    for name in ("gpu", "device_map"):
+        if getattr(engine, name) != getattr(EngineOptions(), name):
+            raise UsageError(f"--{name.replace('_', '-')}: workers get their devices from Ray; use --gpus-per-worker")
+    from logo.backends.ray import LOCAL, Layout
+
+    return Layout(
+        options.workers,
+        options.ray or LOCAL,
+        options.gpus_per_worker,
+        options.cpus_per_worker,
+        options.deadline,
+    )
+
+
+def everywhere(options: EngineOptions) -> EngineOptions:
+    """The same options for a process with another working directory: paths that are there are absolute."""
+    found: dict[str, Any] = {}
+    for name in ("base_model", "adapters", "model_dir", "cache", "calibration_prompts"):
+        value = getattr(options, name)
+        if value is not None and os.path.exists(value):
+            found[name] = type(value)(os.path.abspath(value))
+    return replace(options, **found)
+
+
+def absolute(base_model: str) -> str:
+    """A base model's name that means the same in another working directory."""
+    return os.path.abspath(base_model) if os.path.exists(base_model) else base_model
+
+
+def opened(
+    layout: Layout,
+    open_: Callable[[], Any],
+    describe: Callable[[Any], Any],
+    differs: Callable[[Any, Any], str | None],
+) -> Workers[Any]:
+    """Starts processes, and says what they are when those that there is room for are ready."""
+    from logo.backends.ray import LOCAL, Workers
+
+    where = "on this machine" if layout.address == LOCAL else f"of the Ray cluster {layout.address}"
+    note(f"starting {layout.count or 'as many'} workers {where}".replace("as many workers", "as many workers as fit"))
+    workers: Workers[Any] = Workers(layout, open_, describe, differs)
+    return workers
+
+
+def progress_of(bar: Progress, session: Evaluation, plans: Sequence[Plan]) -> Callable[[Plan, int], None]:
+    """What tells a session's progress on a screen: a bar for each dataset, or one for all that workers answer."""
+    from logo.evaluation.workers import InWorkers
+
+    tasks: dict[int, TaskID] = {}
+    done: dict[int, int] = {}
+
+    def of_one(plan: Plan, count: int) -> None:
+        if id(plan) not in tasks:
+            tasks[id(plan)] = bar.add_task(plan.job.dataset, total=len(plan.job.places))
+        bar.update(tasks[id(plan)], completed=count)
+
+    if not isinstance(session, InWorkers):
+        return of_one
+    workers = session.workers
+    total = sum(len(plan.job.places) for plan in plans if not plan.done)
+    task = bar.add_task("workers", total=total)
+
+    def of_all(plan: Plan, count: int) -> None:
+        done[id(plan)] = count
+        speeds = " · ".join(f"{name.split()[-1]}: {speed:.2f}/s" for name, speed in list(workers.speeds.items())[:8])
+        bar.update(task, completed=sum(done.values()), description=f"workers {speeds}")
+
+    return of_all

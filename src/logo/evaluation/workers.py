@@ -1,0 +1,274 @@
+"""Datasets answered by several processes (`logo.backends.ray`): the same plans, journals and results as in one.
+
+    rows that are missing -> blocks of one batch each -> any process -> pieces -> the journal of their dataset
+
+Blocks are cut where one process would cut its batches, so that a row is answered together with the same rows and its
+result is the same to the last bit. What comes back is written down at once, in whatever order it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from logo.backends.ray import Elsewhere, Item, Lost, Workers
+from logo.baselines.method import Answering
+from logo.errors import LoGoError, UsageError
+from logo.evaluation.batches import OUT_OF_MEMORY
+from logo.evaluation.datasets import Row
+from logo.evaluation.identity import library_versions
+from logo.evaluation.jobs import Job
+from logo.evaluation.resume import Plan, Wish
+from logo.evaluation.runner import Piece, pieces
+from logo.evaluation.session import Evaluation, Facts, Session, Underway
+from logo.evaluation.study import Arms, Task
+from logo.evaluation.study import Facts as StudyFacts
+from logo.evaluation.summary import Measured
+
+if TYPE_CHECKING:
+    from logo.baselines import Method
+
+Report = Callable[[Plan, int], None]
+
+
+class Incomplete(LoGoError, RuntimeError):
+    """Some rows have no answer, since every process that was given them has gone; everything else is done."""
+
+
+# -- in a process -----------------------------------------------------------------------------------------------------
+
+
+class Answerer:
+    """Answers blocks of any dataset in any session.
+
+    Args:
+        session_of: the session of a key; keys of one kind come one after the other.
+    """
+
+    def __init__(self, session_of: Callable[[Any], Session]) -> None:
+        self.session_of = session_of
+        self._of: tuple[Any, ...] = ()
+        self._engine: Session | Answering | None = None
+        self._size, self._proven = 0, False
+
+    def answer(
+        self, key: Any, job: Job, learnt: Mapping[str, Any] | None, sha256: str | None, stretch: range
+    ) -> tuple[list[Piece], Mapping[str, Any] | None]:
+        """Pieces of a stretch of a job's rows, and what the method found out about the dataset.
+
+        Args:
+            key: of the session.
+            learnt: what its method has learnt about the dataset; `sha256`: of that.
+        """
+        session = self.session_of(key)
+        which = job.folder, sha256
+        if self._engine is None or which != self._of:
+            self._engine = session.answering(job, learnt)
+            self._of, self._size, self._proven = which, session.batch_size, False
+        found = list(
+            pieces(
+                self._engine,
+                [job.rows[place] for place in job.places],
+                stretch,
+                metric=job.metric,
+                batch_size=session.batch_size,
+                max_new_tokens=session.max_new_tokens,
+                size=self._size,
+                proven=self._proven,
+            )
+        )
+        if found:
+            self._size = found[-1].size
+        self._proven = self._proven or any(one.error is None for piece in found for one in piece.instances)
+        return found, self._engine.record if isinstance(self._engine, Answering) else None
+
+    def learn(self, key: Any, job: Job, train: Sequence[Row]) -> dict[str, Any]:
+        """What the method of a session learns about a dataset."""
+        self._engine = None
+        return self.session_of(key).learn(job, train)
+
+
+def facts_of(answerer: Answerer, key: Any = None) -> Facts:
+    """Of a session."""
+    return answerer.session_of(key).facts
+
+
+def _learn(answerer: Answerer, key: Any, job: Job, train: Sequence[Row]) -> dict[str, Any]:
+    return answerer.learn(key, job, train)
+
+
+def _answer(answerer: Answerer, *args: Any) -> Any:
+    found, record = answerer.answer(*args)
+    lacking = any(instance.error == OUT_OF_MEMORY for piece in found for instance in piece.instances)
+    return Elsewhere((found, record)) if lacking else (found, record)
+
+
+# -- in the driver ----------------------------------------------------------------------------------------------------
+
+
+def differs(pool: Mapping[str, str]) -> Callable[[Any, Any], str | None]:
+    """What `Workers` asks: why a process is not like this one or like the first one, in words. Processes describe
+    themselves by `Facts`, or by those of a study.
+
+    Args:
+        pool: SHA-256 by name of the adapters, as this process reads them.
+    """
+
+    def why(own: Facts | StudyFacts, first: Facts | StudyFacts) -> str | None:
+        for name, version in library_versions().items():
+            if own.environment.get(name) != version:
+                return f"it has {name} {own.environment.get(name)}, and the driver has {version}"
+        for name, digest in own.pool.items():
+            if pool.get(name) != digest:
+                return f"adapter {name!r} of its pool is not the driver's: put the same files in both places"
+        one, other = _compared(own), _compared(first)
+        names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        return f"{', '.join(names)} differ from the first worker's" if names else None
+
+    return why
+
+
+def _compared(facts: Facts | StudyFacts) -> dict[str, Any]:
+    own = facts.identity if isinstance(facts, Facts) else {**facts.digests, **facts.settings}
+    return {**own, "pool": facts.pool, "environment": facts.environment}
+
+
+@dataclass(frozen=True)
+class _Block(Item):
+    """A batch of rows that are missing: which, and of which dataset."""
+
+    dataset: Underway
+    stretch: range
+
+
+class InWorkers(Evaluation):
+    """Datasets answered by processes.
+
+    Args:
+        workers: each has an `Answerer` open.
+        key: of the sessions that answer.
+        facts: of these sessions.
+        seed, batch_size, max_new_tokens, method: as `Evaluation`, and as these sessions have them.
+    """
+
+    def __init__(
+        self,
+        workers: Workers[Answerer],
+        facts: Facts,
+        *,
+        key: Any = None,
+        seed: int,
+        batch_size: int,
+        max_new_tokens: int,
+        method: Method | None,
+    ) -> None:
+        self.workers, self._facts, self._key = workers, facts, key
+        self.seed, self.batch_size, self.max_new_tokens, self.method = seed, batch_size, max_new_tokens, method
+
+    @property
+    def facts(self) -> Facts:
+        return self._facts
+
+    def plans(self, jobs: Sequence[Job], wish: Wish | None = None) -> list[Plan]:
+        """As `Evaluation.plans`.
+
+        Raises:
+            UsageError: rows depend on those before them, too.
+        """
+        if self.facts.order is not None:
+            raise UsageError(f"workers: a row's result must not depend on other rows, but {self.facts.order}")
+        return super().plans(jobs, wish)
+
+    def learn(self, job: Job, train: Sequence[Row]) -> dict[str, Any]:
+        learnt: dict[str, Any] = self.workers.ask(_learn, self._key, job, train)
+        return learnt
+
+    def results(
+        self, plans: Sequence[Plan], on_progress: Report | None = None
+    ) -> Iterator[tuple[Plan, dict[str, object]]]:
+        """As `Evaluation.results`; the next dataset is begun where processes would have to wait for the last blocks of
+        the one before.
+
+        Raises:
+            Incomplete: some rows have no answer since every process that was given them has gone.
+        """
+        report = on_progress or (lambda one, done: None)
+        lost: list[str] = []
+        with ExitStack() as stack:
+            for block, outcome in self.workers.map(self._blocks(plans, stack, report), _answer):
+                dataset, stretch = block.dataset, block.stretch
+                if isinstance(outcome, Lost):
+                    where = f"{dataset.plan.job.dataset!r}, rows {stretch.start + 1} to {stretch.stop}"
+                    lost.append(f"{where}: {outcome.reason}")
+                    continue
+                found, dataset.found_out = outcome
+                for piece in found:
+                    dataset.answered.add(piece)
+                report(dataset.plan, len(dataset.answered))
+                if not dataset.answered.missing:
+                    files = dataset.write()
+                    dataset.close()
+                    yield dataset.plan, files
+        if lost:
+            raise Incomplete(
+                f"no answer to dataset {'; '.join(lost)}. Everything else is done; the same command tries them again"
+            )
+
+    def _blocks(self, plans: Sequence[Plan], stack: ExitStack, report: Report) -> Iterator[_Block]:
+        """What is missing of all datasets, each of which is begun when its first block is asked for."""
+        for one in plans:
+            dataset = stack.enter_context(Underway(self, one))
+            if len(dataset.answered):
+                report(one, len(dataset.answered))
+            job = self.workers.shared(one.job)
+            learnt, sha256 = None, None
+            if dataset.learnt is not None:
+                learnt, sha256 = self.workers.shared(dataset.learnt.content), dataset.learnt.sha256
+            for stretch in dataset.answered.missing or [range(0)]:
+                # All rows may be there already, or there are none: one block without rows has the result written.
+                for start in range(stretch.start, max(stretch.stop, 1), self.batch_size):
+                    part = range(start, min(start + self.batch_size, stretch.stop))
+                    yield _Block((self._key, job, learnt, sha256, part), len(part), dataset, part)
+
+
+class MeasuredInWorkers:
+    """Rows of a study, measured by processes that have `Arms` open."""
+
+    def __init__(self, workers: Workers[Arms]) -> None:
+        self.workers = workers
+        self.facts: StudyFacts = workers.description
+
+    def __call__(self, rows: Iterable[tuple[Task, int]]) -> Iterator[Measured]:
+        """Records of rows, in the order in which they are done.
+
+        Raises:
+            UsageError: rows depend on those before them.
+            DataError: a row cannot be scored (names the file and the line).
+            Incomplete: some rows have no record since every process that was given them has gone.
+        """
+        if self.facts.in_order:
+            raise UsageError("workers: a selection must not depend on the prompts before, but a signal's does")
+        lost = []
+        items = (_measured_item(task, index) for task, index in rows)
+        for item, outcome in self.workers.map(items, _measured):
+            if isinstance(outcome, Lost):
+                lost.append(f"{item.args[1]}: {outcome.reason}")
+            else:
+                yield outcome
+        if lost:
+            raise Incomplete(f"not measured: {'; '.join(lost)}. The same command tries them again")
+
+
+def study_facts_of(arms: Arms) -> StudyFacts:
+    """Of the engines that a process compares."""
+    return arms.facts
+
+
+def _measured_item(task: Task, index: int) -> Item:
+    return Item((task.name, f"{task.file}:{index + 1}", index, task.rows[index]), 1)
+
+
+def _measured(arms: Arms, *args: Any) -> Measured:
+    return arms.measured(*args)

@@ -1,0 +1,257 @@
+"""Processes through Ray: items that kill, hang or leave their process, processes that come late, and that are unlike.
+
+Real Ray, several processes. Nothing here loads a model but the last tests, which compare whole commands.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logo.backends.ray import Elsewhere, Item, Layout, Lost, Workers, WorkersError
+from logo.cli.run import run
+from logo.errors import ModelError, UsageError
+from logo.evaluation.journal import written
+from tolerances import PATIENCE
+
+ray = pytest.importorskip("ray")
+# Processes do not find this file by its name.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+pytestmark = pytest.mark.slow
+
+
+class Held:
+    """What a process opens: a number that says which process it is."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+
+def describe(held: Held) -> str:
+    return "all alike"
+
+
+def alike(own: str, first: str) -> str | None:
+    return None if own == first else f"{own} is not {first}"
+
+
+def first_time(marks: Path, name: object) -> bool:
+    """Whether nobody has been here before."""
+    try:
+        (marks / str(name)).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def work(held: Held, marks: Path, number: int) -> tuple[int, int]:
+    """Its double, and where it was computed; some numbers are trouble."""
+    trouble = {3: "kill", 5: "hang", 7: "elsewhere"}.get(number)
+    if trouble == "kill" and first_time(marks, number):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if trouble == "hang" and first_time(marks, number):
+        time.sleep(1000)
+    if trouble == "elsewhere" and first_time(marks, number):
+        return Elsewhere((-1, held.process))  # type: ignore[return-value]
+    if number == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 13:
+        raise ModelError("thirteen is refused")
+    if number == 17:
+        raise ZeroDivisionError("a fault of ours")
+    time.sleep(0.02)
+    return 2 * number, held.process
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> Path:
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    return folder
+
+
+def opened(
+    layout: Layout | None = None,
+    open_: Callable[[], Any] = Held,
+    describe_: Callable[[Any], Any] = describe,
+) -> Workers[Any]:
+    return Workers(layout or Layout(2, cpus=1, deadline=8.0, grace=60.0), open_, describe_, alike)
+
+
+def test_every_item_is_done_whatever_happens_to_its_process(marks: Path) -> None:
+    numbers = [number for number in range(16) if number not in (11, 13)]
+    with opened() as workers:
+        assert workers.description == "all alike"
+        found = list(workers.map((Item((marks, number), 1) for number in numbers), work))
+        assert {item.args[1]: result[0] for item, result in found} == {number: 2 * number for number in numbers}
+        assert len({result[1] for _, result in found}) >= 3  # two processes, and one in place of each that has gone
+        assert sum(workers.speeds.values()) > 0
+
+        [(item, lost)] = [
+            (item, result)
+            for item, result in workers.map((Item((marks, number), 1) for number in (1, 11, 2)), work)
+            if isinstance(result, Lost)
+        ]
+        assert item.args[1] == 11 and "3 workers in a row did not finish it" in lost.reason
+
+        with pytest.raises(ModelError, match="thirteen is refused"):
+            list(workers.map(iter([Item((marks, 13), 1)]), work))
+        with pytest.raises(ZeroDivisionError):
+            list(workers.map(iter([Item((marks, 17), 1)]), work))
+        assert workers.ask(work, marks, 4)[0] == 8
+        with pytest.raises(ModelError):
+            workers.ask(work, marks, 13)
+
+
+def refuses() -> Any:
+    raise UsageError("the pool cannot be read here")
+
+
+def dies() -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def by_turns(marks: Path) -> Held:
+    held = Held()
+    held.process = int(first_time(marks, "first"))
+    return held
+
+
+def whose(held: Held) -> str:
+    return f"number {held.process}"
+
+
+def test_processes_that_cannot_be_used_are_told_in_one_line(marks: Path) -> None:
+    with pytest.raises(UsageError, match="the pool cannot be read here"):
+        opened(open_=refuses)
+    with pytest.raises(WorkersError, match="workers ended before they were ready"):
+        opened(open_=dies)
+    with pytest.raises(WorkersError, match=r"is not like the driver: number \d is not number"):
+        opened(open_=functools.partial(by_turns, marks), describe_=whose)
+    with pytest.raises(WorkersError, match="no room for 2 workers of 1 CPUs and 1 GPUs each: this machine has"):
+        opened(Layout(2, cpus=1, gpus=1))
+    with pytest.raises(WorkersError, match=r"127.0.0.1:1 does not answer \(Connection refused\)"):
+        opened(Layout(2, address="127.0.0.1:1"))
+    with pytest.raises(UsageError, match="expected auto, local or HOST:PORT"):
+        opened(Layout(2, address="nowhere"))
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_node_that_joins_later_gets_work_and_one_that_leaves_loses_none(cluster: Any, marks: Path) -> None:
+    with opened(Layout(2, address=cluster.address, cpus=1, deadline=60.0)) as workers:
+        nodes: list[Any] = []
+        where = []
+        for _, result in workers.map((Item((marks, 20 + number), 1) for number in range(1000)), work):
+            where.append(result[1])
+            if len(where) == 5:
+                nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80_000_000))
+            if nodes and len(set(where)) == 2:
+                cluster.remove_node(nodes.pop(), allow_graceful=False)
+        assert len(where) == 1000 and len(set(where)) == 2
+
+
+# -- whole commands ---------------------------------------------------------------------------------------------------
+
+START = "import sys; from logo.cli.run import run; sys.exit(run(sys.argv[1:]))"
+
+
+def command(rows: Path, out: Path, *more: str) -> list[str]:
+    asked = ["evaluate", "--base-model", "demo", "--rows", str(rows), "--limit", "9", "--batch-size", "2"]
+    return [*asked, "--max-new-tokens", "6", "--result-dir", str(out), *more]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """What has to be the same, whoever answered."""
+    left_out = ("run.json", "time_dict.json")
+    found = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if path.name not in left_out}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    assets = Path(sys.modules["logo"].__file__ or "").parent / "demo" / "assets" / "heldout"
+    for name in ("antonym", "capital", "plural"):
+        (folder / f"{name}.jsonl").write_bytes((assets / f"{name}.jsonl").read_bytes())
+    return folder
+
+
+def test_two_workers_write_the_files_of_one_process(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also after the driver and a worker were killed in the middle."""
+    assert run(command(rows, tmp_path / "one")) == 0
+    asked = command(rows, tmp_path / "two", "--workers", "2", "--cpus-per-worker", "1")
+    driver = subprocess.Popen([sys.executable, "-c", START, *asked], stderr=subprocess.DEVNULL)
+    journals: list[Path] = []
+    deadline = time.monotonic() + PATIENCE
+    while not any((found := written(path)) and found.records for path in journals):
+        assert time.monotonic() < deadline and driver.poll() is None
+        journals = list((tmp_path / "two").rglob("*.journal.jsonl"))
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    assert run(asked) == 0
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_what_is_learnt_is_learnt_once(rows: Path, tmp_path: Path) -> None:
+    more = ["--method", "best-single", "--train-rows", str(rows), "--dataset", "antonym,plural"]
+    assert run(command(rows, tmp_path / "one", *more)) == 0
+    assert run(command(rows, tmp_path / "two", *more, "--workers", "2", "--cpus-per-worker", "1")) == 0
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None:
+    asked = ["--base-model", "demo", "--rows", str(rows), "--limit", "2"]
+    reports = []
+    for name, more in (("one", []), ("two", ["--workers", "2", "--cpus-per-worker", "1"])):
+        out = tmp_path / f"{name}.json"
+        assert run(["study", *asked, "--signals", "norm,calibrated", "--json", str(out), *more]) == 0
+        reports.append({key: value for key, value in json.loads(out.read_text()).items() if key != "seconds"})
+        grid = ["--grid", "k=1,2", "--max-new-tokens", "4", "-o", str(tmp_path / f"sweep-{name}")]
+        assert run(["sweep", *asked, *grid, *more]) == 0
+    assert reports[0] == reports[1]
+    runs = [files(tmp_path / f"sweep-{name}" / "runs") for name in ("one", "two")]
+    assert runs[0] == runs[1] and len(runs[0]) > 6
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--probe-context", "carry"], "with --probe-context carry a row depends on the row before"),
+        (["--baseline", "running", "--selection-strategy", "calibrated"], "but --baseline running compares"),
+        (["--gpu", "1"], "--gpu: workers get their devices from Ray"),
+    ],
+)
+def test_what_workers_cannot_do(
+    more: list[str], expected: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command(rows, tmp_path / "out", *more, "--workers", "1", "--cpus-per-worker", "1")) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_options_that_belong_to_workers(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(rows, tmp_path / "out", "--cpus-per-worker", "1")) == 2
+    assert "--cpus-per-worker belongs to --workers or --ray" in capsys.readouterr().err
