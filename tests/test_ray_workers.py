@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from logo.backends.ray import Elsewhere, Item, Layout, Lost, Workers, WorkersError
+from logo.backends.cluster import Layout, WorkersError
+from logo.backends.ray import Elsewhere, Item, Lost, Workers
 from logo.cli.run import run
 from logo.errors import ModelError, UsageError
 from logo.evaluation.journal import written

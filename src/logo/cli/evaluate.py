@@ -33,7 +33,7 @@ from logo.errors import UsageError
 from logo.evaluation.metrics import Kind, checked_kind
 
 if TYPE_CHECKING:
-    from logo.backends.ray import Layout
+    from logo.backends.cluster import Layout
     from logo.baselines import Method
     from logo.calls import Calls
     from logo.evaluation.jobs import Job

@@ -22,7 +22,7 @@ from logo.cli.workers import WorkerOptions, absolute, everywhere, layout_of, ope
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.backends.ray import Layout
+    from logo.backends.cluster import Layout
     from logo.engine import LoGo
     from logo.evaluation.study import Arms, Measuring, Study, Task
     from logo.evaluation.workers import MeasuredInWorkers

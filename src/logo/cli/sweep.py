@@ -26,7 +26,7 @@ from logo.cli.prompts import or_demo
 from logo.cli.workers import WorkerOptions, absolute, everywhere, layout_of, opened
 
 if TYPE_CHECKING:
-    from logo.backends.ray import Layout
+    from logo.backends.cluster import Layout
     from logo.engine import LoGo
     from logo.evaluation.intervals import Interval
     from logo.evaluation.jobs import Job

@@ -15,7 +15,8 @@ from logo.cli.output import note
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.backends.ray import Layout, Workers
+    from logo.backends.cluster import Layout
+    from logo.backends.ray import Workers
     from logo.evaluation.resume import Plan
     from logo.evaluation.session import Evaluation
 
@@ -89,7 +90,7 @@ def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
     for name in ("gpu", "device_map"):
         if getattr(engine, name) != getattr(EngineOptions(), name):
             raise UsageError(f"--{name.replace('_', '-')}: workers get their devices from Ray; use --gpus-per-worker")
-    from logo.backends.ray import LOCAL, Layout
+    from logo.backends.cluster import LOCAL, Layout
 
     return Layout(
         options.workers,
@@ -122,7 +123,8 @@ def opened(
     differs: Callable[[Any, Any], str | None],
 ) -> Workers[Any]:
     """Starts processes, and says what they are when those that there is room for are ready."""
-    from logo.backends.ray import LOCAL, Workers
+    from logo.backends.cluster import LOCAL
+    from logo.backends.ray import Workers
 
     where = "on this machine" if layout.address == LOCAL else f"of the Ray cluster {layout.address}"
     note(f"starting {layout.count or 'as many'} workers {where}".replace("as many workers", "as many workers as fit"))

@@ -1,0 +1,139 @@
+"""Where processes run: on this machine or on a Ray cluster, how many there is room for, and what each of them gets.
+
+Ray is imported by `imported` alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from logo.errors import LoGoError, UsageError
+
+AUTO, LOCAL = "auto", "local"
+
+# Bytes of Ray's store of objects on this machine: what goes through it are rows and answers.
+_STORE = 256_000_000
+
+# Seconds in which a node that is named has to accept a connection.
+_CONNECT = 5.0
+
+
+class WorkersError(LoGoError, RuntimeError):
+    """Processes that cannot be started, that have gone, or that are not alike."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many processes there are, where, and what each of them gets.
+
+    Attributes:
+        count: processes; None: as many as there is room for.
+        address: `"local"`: this machine alone; `"auto"`: the cluster that this machine is part of; else a cluster's
+            address.
+        gpus: of each process; None: one where there are GPUs, else none.
+        cpus: of each process; None: on this machine its share of the cores, in a cluster one.
+        deadline: seconds that an item may take.
+        grace: seconds that processes for which there is room are waited for, once the first one is ready.
+    """
+
+    count: int | None = None
+    address: str = LOCAL
+    gpus: float | None = None
+    cpus: int | None = None
+    deadline: float = 3600.0
+    grace: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("workers", self.count), ("cpus", self.cpus)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: expected 1 or more, found {value}")
+        if self.gpus is not None and self.gpus < 0:
+            raise UsageError(f"gpus of a worker: expected 0 or more, found {self.gpus}")
+        if self.deadline <= 0:
+            raise UsageError(f"deadline: expected more than 0 seconds, found {self.deadline}")
+
+
+def imported() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to have anything reported
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("workers need Ray: pip install 'lora-on-the-go[ray]'") from None
+    return ray
+
+
+@dataclass(frozen=True)
+class Share:
+    """What there is for each process.
+
+    Attributes:
+        count: of processes; `room`: for so many there is room now.
+        cpus, gpus: of each.
+    """
+
+    count: int
+    room: int
+    cpus: int
+    gpus: float
+
+
+def connect(ray: Any, layout: Layout) -> None:
+    """Makes this process a driver."""
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if ray.is_initialized():
+        raise WorkersError("this process uses Ray already")
+    if layout.address == LOCAL:
+        cores = os.cpu_count() or 1
+        cpus = max(cores, (layout.count or 1) * (layout.cpus or 1))  # more processes than cores share them
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_STORE, **quiet)
+        return
+    _check_answers(layout.address)
+    try:
+        ray.init(address=layout.address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "no cluster was found" if layout.address == AUTO else f"{layout.address} does not answer"
+        said = " ".join(str(error).split())[:200]
+        raise WorkersError(f"Ray: {where} ({said}); `ray start --head` starts one") from None
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for minutes."""
+    if address == AUTO:
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"--ray {address}: expected auto, local or HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT).close()
+    except OSError as error:
+        said = error.strerror or error
+        raise WorkersError(f"Ray: {address} does not answer ({said}); `ray start --head` starts one") from None
+
+
+def share(ray: Any, layout: Layout) -> Share:
+    """What there is for each process.
+
+    Raises:
+        WorkersError: there is room for none; or on this machine, for fewer than are asked for.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus_there, cpus_there = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("GPU", "CPU"))
+    gpus = float(gpus_there > 0) if layout.gpus is None else layout.gpus
+    local = layout.address == LOCAL
+    alone = max(1, int(gpus_there // gpus)) if gpus else 1
+    cpus = layout.cpus or (max(1, (os.cpu_count() or 1) // (layout.count or alone)) if local else 1)
+    room = sum(_fit(node, cpus, gpus) for node in nodes)
+    count = layout.count or (min(alone, room) if local else room)
+    if not room or (local and room < count):
+        what = f"{max(count, 1)} workers of {cpus} CPUs and {gpus:g} GPUs each"
+        where = "this machine" if local else "the cluster"
+        raise WorkersError(f"no room for {what}: {where} has {cpus_there:g} CPUs and {gpus_there:g} GPUs")
+    return Share(count, room, cpus, gpus)
+
+
+def _fit(node: dict[str, float], cpus: int, gpus: float) -> int:
+    fit = node.get("CPU", 0.0) // cpus
+    return int(min(fit, node.get("GPU", 0.0) // gpus) if gpus else fit)
