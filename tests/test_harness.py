@@ -377,11 +377,13 @@ metric_list:
 """
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    code = "from logo.cli import main; main()"
+def command(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    script = cwd / "run.py"
+    script.write_text("from logo.cli import main; main()")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, *(together if processes > 1 else []), str(script), *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -412,12 +414,9 @@ def test_the_harness_and_logo_evaluate_agree(tmp_path: Path) -> None:
         *("--max_new_tokens", "12", "--batch_size", "8", "--gpu", "-1", "--json"),
         cwd=tmp_path,
     )
-    theirs = command(
-        *("lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks"),
-        *("--tasks", "demo_generated,demo_chosen,demo_blank", "--batch_size", "8"),
-        *("--output_path", "out", "--log_samples"),
-        cwd=tmp_path,
-    )
+    asked = ("lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks")
+    asked += ("--tasks", "demo_generated,demo_chosen,demo_blank", "--batch_size", "8", "--log_samples")
+    theirs = command(*asked, "--output_path", "out", cwd=tmp_path)
     [summary] = json.loads(ours.stdout)
     [results] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
     assert results["results"]["demo_generated"]["exact_match,answer"] == summary["em"]
@@ -431,6 +430,11 @@ def test_the_harness_and_logo_evaluate_agree(tmp_path: Path) -> None:
     samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
     assert [sample["filtered_resps"][0].strip() for sample in samples] == predictions
     assert "demo_generated" in theirs.stdout
+
+    # Two processes have a half of the documents each, and of three one has two; the harness puts them together.
+    command(*asked, "--output_path", "two", cwd=tmp_path, processes=2)
+    [both] = [json.loads(path.read_text()) for path in (tmp_path / "two").rglob("results_*.json")]
+    assert both["results"] == results["results"] and both["n-samples"] == results["n-samples"]
 
 
 def test_errors_are_one_line(

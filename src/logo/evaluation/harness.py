@@ -21,6 +21,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 from tqdm import tqdm
 
 from logo import __version__
@@ -29,6 +30,7 @@ from logo.decoding import MAX_NEW_TOKENS, batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
 from logo.evaluation.documents import document_texts
+from logo.evaluation.ranks import Ranks
 from logo.models import check_access
 from logo.pools import open_pool
 from logo.scoring import Scored
@@ -50,8 +52,8 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         k: adapters per document; None: the pool's own number, which is 20 (demo: 3), or all of a smaller pool.
         signal: what scores adapters.
         batch_size: rows per forward pass, each with its own mixture.
-        device: `auto`, `cpu`, `cuda:0`, ...; the harness says `cuda:0` where nobody says anything, so a GPU is used
-            only where there is one.
+        device: where this process is alone; each of several has its own. `auto`, `cpu`, `cuda:0`, ...; the harness says
+            `cuda:0` where nobody says anything, so a GPU is used only where there is one.
         max_gen_toks: new tokens where a task does not say; None: 256, or half of a context that is shorter than twice.
         model_dir: looked in first for base models and adapters.
         on_bad_adapter: `error`, or `skip` those that cannot be used.
@@ -80,6 +82,8 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
+        self._ranks = Ranks()
+        self._rank, self._world_size = self._ranks.rank, self._ranks.world_size
         _check_options(options)
         if not base_model:
             raise UsageError("--model_args: expected base_model=..., a Hub id, a folder or demo; found none")
@@ -100,7 +104,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self.logo = LoGo.from_pretrained(
             base_model,
             pool,
-            device=_device(device),
+            device=self._ranks.device or _device(device),
             model_dir=model_dir,
             on_bad_adapter=on_bad_adapter,
             **options,
@@ -111,6 +115,20 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self._max_gen_toks = max_gen_toks
         self._mixtures: dict[str, Mixture] = {}
         self._documents: list[str] = []  # parallel to the requests that are being scored
+
+    # -- several processes --------------------------------------------------------------------------------------------
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """See `logo.evaluation.ranks.Ranks`."""
+        return self._ranks.all_gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Likewise."""
+        return self._ranks.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        """Likewise."""
+        self._ranks.barrier()
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
