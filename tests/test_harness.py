@@ -378,12 +378,10 @@ metric_list:
 
 
 def command(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    script = cwd / "run.py"
-    script.write_text("from logo.cli import main; main()")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [sys.executable, *(together if processes > 1 else []), str(script), *arguments],
+        [sys.executable, *(together if processes > 1 else []), "-m", "logo.cli", *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,

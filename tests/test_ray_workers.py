@@ -173,8 +173,6 @@ def test_a_node_that_joins_later_gets_work_and_one_that_leaves_loses_none(cluste
 
 # -- whole commands ---------------------------------------------------------------------------------------------------
 
-START = "import sys; from logo.cli.run import run; sys.exit(run(sys.argv[1:]))"
-
 
 def command(rows: Path, out: Path, *more: str) -> list[str]:
     asked = ["evaluate", "--base-model", "demo", "--rows", str(rows), "--limit", "9", "--batch-size", "2"]
@@ -204,7 +202,7 @@ def test_two_workers_write_the_files_of_one_process(
     """Also after the driver and a worker were killed in the middle."""
     assert run(command(rows, tmp_path / "one")) == 0
     asked = command(rows, tmp_path / "two", "--workers", "2", "--cpus-per-worker", "1")
-    driver = subprocess.Popen([sys.executable, "-c", START, *asked], stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen([sys.executable, "-m", "logo.cli", *asked], stderr=subprocess.DEVNULL)
     journals: list[Path] = []
     deadline = time.monotonic() + PATIENCE
     while not any((found := written(path)) and found.records for path in journals):
