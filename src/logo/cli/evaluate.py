@@ -195,6 +195,9 @@ def evaluate(
             session = _in_workers(layout, engine, runner, run, chosen, base_model)
             stack.enter_context(session.workers)
         plans = session.plans(jobs, Wish(run.overwrite, run.mix_environments))
+        for plan in plans:
+            if plan.note and not plan.done:
+                note(escape(f"{plan.job.dataset} is answered again: {plan.note}"))
         scores, lost = [], None
         with progress(disable=not err.is_terminal) as bar:
             results = session.results([plan for plan in plans if not plan.done], progress_of(bar, session, plans))
