@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from logo.backends.vllm.pool import described
 from logo.backends.vllm.worker import Worker
 from logo.errors import ModelError
 
@@ -20,9 +21,36 @@ def _of(worker: Any) -> Worker:
     return found  # type: ignore[no-any-return]
 
 
-def logo_stage(worker: Any, change: list[str] | None) -> dict[str, Any]:
-    """See `Worker.stage`."""
-    return _of(worker).stage(None if change is None else (change[0], change[1], change[2]))
+def _told(own: Worker, process: str) -> dict[str, Any]:
+    """`described` of the pool there is, for a process that has not opened it: with the folder of each adapter, the
+    adapters that each signal scores, and those that have left, which this process may still use."""
+    assert own.scoring is not None
+    more = {"adapters": own.pool.places, "scored": own.scoring.names, "left": own.processes.held(process)}
+    return {**described(own.pool, own.mode, own.reason), **more}
+
+
+def logo_stage(worker: Any, change: list[str] | None, process: str = "", digest: str = "") -> dict[str, Any]:
+    """Begins a change, see `Worker.stage`; or says `wait` where another process changes the pool, or has changed it
+    since this one has looked (`digest`). A pool that another process has opened is told instead, as `logo_pool` does.
+    """
+    own = _of(worker)
+    if not own.processes.begin(process):
+        return {"wait": True}
+    if change is None and own.scoring is not None:
+        own.processes.end(process)
+        own.processes.note(process, own.pool.digest)
+        return _told(own, process)
+    if change is not None and digest != own.pool.digest:
+        own.processes.end(process)
+        return {"wait": True}
+    return own.stage(None if change is None else (change[0], change[1], change[2]))
+
+
+def logo_abandon(worker: Any, process: str = "") -> None:
+    """The process gives up the change that it has begun."""
+    own = _of(worker)
+    if own.processes.end(process):
+        own.abandon()
 
 
 def logo_signal(worker: Any, signal: str) -> dict[str, Any]:
@@ -35,14 +63,33 @@ def logo_calibrate(worker: Any, signal: str, keys: list[str]) -> dict[str, Any]:
     return _of(worker).open_signal(signal, keys)
 
 
-def logo_commit(worker: Any) -> None:
+def logo_commit(worker: Any, process: str = "") -> None:
     """See `Worker.commit`."""
-    _of(worker).commit()
+    own = _of(worker)
+    before = own.pool.keys.values()
+    own.commit()
+    own.processes.note(process, own.pool.digest)
+    own.processes.changed(before, own.pool.keys.values())
+    own.processes.end(process)
 
 
-def logo_forget(worker: Any, keys: list[str]) -> None:
-    """See `Worker.forget`."""
-    _of(worker).forget(keys)
+def logo_pool(worker: Any, process: str, digest: str) -> dict[str, Any]:
+    """Notes which pool a process selects from.
+
+    Returns:
+        `digest` of the pool there is; `behind`: how many processes select from another one; for a process that does,
+        what `_told` says of it.
+    """
+    own = _of(worker)
+    own.processes.note(process, digest)
+    now = own.pool.digest
+    return {"digest": now, "behind": own.processes.behind(now), **(_told(own, process) if digest != now else {})}
+
+
+def logo_forget(worker: Any, keys: list[str], process: str = "") -> None:
+    """See `Worker.forget`, once no process has answers with these adapters."""
+    own = _of(worker)
+    own.forget(own.processes.release(process, keys))
 
 
 def logo_take(worker: Any, keys: list[str]) -> dict[str, Any]:
@@ -65,4 +112,7 @@ def logo_clean(worker: Any, recipe: str, reason: str) -> None:
                 part.nan_to_num_(0.0, 0.0, 0.0)
 
 
-CALLS = (logo_stage, logo_signal, logo_calibrate, logo_commit, logo_forget, logo_take, logo_clean)
+CALLS = (
+    *(logo_stage, logo_abandon, logo_signal, logo_calibrate, logo_commit),
+    *(logo_pool, logo_forget, logo_take, logo_clean),
+)

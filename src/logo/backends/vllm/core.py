@@ -79,6 +79,17 @@ class Core:
         self.mode, self.reason = described[0]["mode"], described[0]["reason"]
         return pool
 
+    def followed(self, described: Sequence[Mapping[str, Any]]) -> KeyedPool:
+        """The pool that the workers have, which another process has opened or changed.
+
+        Raises:
+            LoGoError: it cannot be opened here, or is another one by now.
+        """
+        pool = self.pool.following(described[0]["adapters"], self._layout)
+        check_alike(described, pool)
+        self.mode, self.reason = described[0]["mode"], described[0]["reason"]
+        return pool
+
     def commit(self, pool: KeyedPool, scored: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
         """Makes it the pool that requests select from.
 

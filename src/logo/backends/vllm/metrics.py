@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from collections.abc import Sequence
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Counts:
-    """Selections and answers, as `logo:*` metrics.
-
-    Attributes:
-        chosen: how often each adapter had a part in a selection, in this process.
-    """
+    """Selections and answers, as `logo:*` metrics."""
 
     def __init__(self) -> None:
         import prometheus_client
 
-        self.chosen: Counter[str] = Counter()
         self._probes = prometheus_client.Histogram(
             "logo:probe_seconds", "From a prompt to its selection.", buckets=_SECONDS
         )
@@ -32,9 +27,21 @@ class Counts:
     def selected(self, adapters: Sequence[str], seconds: float) -> None:
         """Counts a selection."""
         self._probes.observe(seconds)
-        self.chosen.update(adapters)
         for name in adapters:
             self._adapters.labels(name).inc()
+
+    @property
+    def chosen(self) -> dict[str, int]:
+        """How often each adapter had a part in a selection, in all processes that answer HTTP."""
+        from prometheus_client import CollectorRegistry, multiprocess
+
+        found = self._adapters.collect()
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # vLLM has set it: this process's values are in files there
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            found = [metric for metric in registry.collect() if metric.name == "logo:adapter_selected"]
+        samples = [sample for metric in found for sample in metric.samples if sample.name.endswith("_total")]
+        return {sample.labels["adapter"]: int(sample.value) for sample in samples}
 
     def again(self) -> None:
         """Counts a prompt that has to be probed once more."""

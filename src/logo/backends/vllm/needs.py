@@ -228,6 +228,7 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(("vllm.config.compilation",), "CompilationConfig", ("mode", "cudagraph_mode", "splitting_ops")),
     Function("vllm.compilation.partition_rules", "", "should_split", ("node", "splitting_ops")),
     # The server.
+    Attributes(("vllm.config.parallel",), "ParallelConfig", ("_api_process_count",)),
     Attributes(_MODELS, "OpenAIServingModels", ("lora_requests", "base_model_paths")),
     Attributes(("vllm.config.vllm", "vllm.config"), "VllmConfig", ("additional_config", "lora_config", "model_config")),
     Function("vllm.v1.engine.async_llm", "AsyncLLM", "collective_rpc", ("self", "method", "args"), positional=False),

@@ -29,6 +29,7 @@ class Options:
         products: `"kernels"`: those of Triton, which skip adapters that no token of a block has; `"plain"`: PyTorch's;
             `"auto"`: kernels on GPUs with Triton.
         signals: those that requests may ask for besides the settings' own.
+        adapter_changes: whether requests may change the pool; so they may, too, where vLLM's own variable allows it.
         on_bad_adapter: what to do with adapters that do not fit the base model.
         max_body_mb: size of a request of whose body the router has to know something, in 10⁶ bytes. Pictures are sent
             in bodies too.
@@ -39,6 +40,7 @@ class Options:
     mode: Mode = "auto"
     products: Products = "auto"
     signals: tuple[str, ...] = ("norm",)
+    adapter_changes: bool = False
     on_bad_adapter: OnBadAdapter = "error"
     max_body_mb: float = 32.0
     settings: SelectionSettings = field(default_factory=SelectionSettings)
@@ -77,6 +79,8 @@ class Options:
         size = options.get("max_body_mb", 1.0)
         if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0.001 <= size <= 1e6:
             raise UsageError(f"max_body_mb: expected a number from 0.001 to 1000000, found {size!r}")
+        if not isinstance(options.get("adapter_changes", False), bool):
+            raise UsageError(f"adapter_changes: expected true or false, found {options['adapter_changes']!r}")
         if "signals" in options:
             options["signals"] = tuple(options["signals"])
         made = cls(settings=settings, **options)

@@ -88,6 +88,27 @@ class KeyedPool:
         pool = AdapterPool(adapters.values(), self.adapters.refused, default_k=self.adapters.default_k)
         return KeyedPool(pool, {adapter: keys[adapter] for adapter in pool.names})
 
+    @property
+    def places(self) -> dict[str, tuple[str, str]]:
+        """Name -> key and folder of an adapter, from which another process opens the same pool."""
+        return {name: (key, str(self.adapters[name].folder)) for name, key in self.keys.items()}
+
+    def following(self, places: Mapping[str, Sequence[str]], layout: BaseLayout) -> KeyedPool:
+        """The pool that another process says; adapters that are the same here are not opened again.
+
+        Raises:
+            AdapterError: an adapter that is new here cannot be opened.
+        """
+        adapters, keys = {}, {}
+        for name, (key, folder) in places.items():
+            if self.keys.get(name) == key:
+                adapters[name], keys[name] = self.adapters[name], key
+            else:
+                adapters[name] = open_adapter(folder, name).fit(layout)
+                keys[name] = key_of(adapters[name])
+        pool = AdapterPool(adapters.values(), self.adapters.refused, default_k=self.adapters.default_k)
+        return KeyedPool(pool, {name: keys[name] for name in pool.names})
+
     def recipe(self, selection: Selection) -> Recipe:
         """The recipe of a selection; without adapters, it is the base model's and has no parts."""
         return Recipe.of((self.keys[name], weight) for name, weight in selection.mixture.items() if weight)

@@ -194,6 +194,7 @@ class Router:
             tries += 1
             if tries > 1:
                 self._counts.again()
+                await self._workers.follow(self.core)
             if tries > _TRIES:
                 raise unavailable("the pool changes faster than prompts are probed; try again", retry_after=1)
             key, settings = new_key(), self.core.options.settings
@@ -261,7 +262,7 @@ class Router:
         """The body of a change of the pool; None where vLLM does not allow any, and has said so itself."""
         import vllm.envs
 
-        if not vllm.envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        if not (vllm.envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or self.core.options.adapter_changes):
             await self.app(scope, receive, send)
             return None
         if await self._admission.refuses(scope, send) or (raw := await body_of(receive)) is None:

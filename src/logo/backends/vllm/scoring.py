@@ -96,6 +96,11 @@ class Scoring:
         self._kept = self._taps.kept_vectors(keys)
         return self.open(signal)
 
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """The adapters that each signal scores."""
+        return {signal: list(scorer.names) for signal, scorer in self._ready.items()}
+
     def install(self) -> None:
         """Scores by this state from now on."""
         for signal, scorer in self._ready.items():

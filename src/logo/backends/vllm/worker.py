@@ -23,6 +23,7 @@ from logo.backends.vllm.gates import StepGates, turned
 from logo.backends.vllm.heard import Span
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of, scoring_signals
+from logo.backends.vllm.processes import Processes
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
@@ -84,6 +85,7 @@ class Worker:
         self._tokenizer = model_config.tokenizer
         self.scoring: Scoring | None = None
         self._staged: tuple[KeyedPool, Scoring] | None = None
+        self.processes = Processes()
 
     # -- vLLM's model --------------------------------------------------------------------------------------------
 
@@ -372,6 +374,10 @@ class Worker:
         self.pool, self.scoring, self._staged = pool, scoring, None
         self._note_used()
         scoring.install()
+
+    def abandon(self) -> None:
+        """Leaves what `stage` has begun."""
+        self._staged = None
 
     def forget(self, keys: Sequence[str]) -> None:
         """Adapters that have left the pool, and with which no answer is on its way any more."""

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
 from logo.backends.vllm.core import Core, new_key, values
 from logo.backends.vllm.marks import marking
 from logo.backends.vllm.pool import Change
-from logo.errors import UsageError
+from logo.errors import LoGoError
+
+log = logging.getLogger("vllm.logo")
+
+# Seconds: until a process asks again for what others have to do first; between looks at what others have changed; and
+# for which a change waits for all processes to know it.
+_AGAIN, _LOOKING, _LONGEST = 0.05, 1.0, 60.0
 
 
 class Workers:
@@ -21,7 +29,8 @@ class Workers:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._api_servers = getattr(client.vllm_config.parallel_config, "_api_process_count", 1)
+        self._name = new_key()  # of this process
+        self._alone = getattr(client.vllm_config.parallel_config, "_api_process_count", 1) <= 1
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: dict[str, list[asyncio.Future[Any]]] = {}  # several answers may have one recipe
@@ -39,37 +48,105 @@ class Workers:
         """Opens the pool in all workers, or changes it, all or nothing; answers go on meanwhile.
 
         Texts are run through the model where a calibration is not known yet. Adapters that leave are forgotten when the
-        last answer with them has ended.
+        last answer with them has ended. Where several processes answer HTTP, one of them opens the pool, and a change
+        is done when all of them know it.
 
         Raises:
             LoGoError: the workers cannot do it; nothing has changed then.
         """
         async with self._changing:
-            if self._api_servers > 1:
-                raise UsageError(
-                    f"this server has {self._api_servers} processes for HTTP, and each would open the pool by itself: "
-                    "start vLLM with --api-server-count 1"
-                )
-            pool = await asyncio.to_thread(core.staged, change, await self.call("logo_stage", change and list(change)))
-            scored = {}
-            for signal in core.signals:
-                opened = (await self.call("logo_signal", signal))[0]
-                if opened["texts"]:
-                    keys = [new_key() for _ in opened["texts"]]
-                    await asyncio.gather(*map(self._run, opened["texts"], keys))
-                    opened = (await self.call("logo_calibrate", signal, keys))[0]
-                scored[signal] = opened["names"]
-            await self.call("logo_commit")
-            left = core.commit(pool, scored)
-        if left:
-            task = asyncio.create_task(self._forget(core, left))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            try:
+                told = await self._begun(core, change)
+                if "scored" in told[0]:  # another process has opened it
+                    core.commit(await asyncio.to_thread(core.followed, told), told[0]["scored"])
+                    left: Sequence[str] = ()
+                else:
+                    pool = await asyncio.to_thread(core.staged, change, told)
+                    scored = await self._scored(core.signals)
+                    await self.call("logo_commit", self._name)
+                    left = core.commit(pool, scored)
+            except BaseException:
+                await self.call("logo_abandon", self._name)
+                raise
+            if change is None and not self._alone:
+                self._keep(self._following(core))
+            elif not self._alone:
+                await self._known_by_all(core)
+        self._release(core, left)
 
-    async def _forget(self, core: Core, keys: Sequence[str]) -> None:
-        while core.answering(keys):
-            await asyncio.sleep(0.05)
-        await self.call("logo_forget", list(keys))
+    async def follow(self, core: Core) -> None:
+        """Takes over what another process has changed.
+
+        Raises:
+            LoGoError: an adapter cannot be opened here.
+        """
+        if not self._alone:
+            async with self._changing:
+                await self._follow(core)
+
+    async def _begun(self, core: Core, change: Change | None) -> list[Any]:
+        """What the workers say of the change that has begun: as soon as no other process changes the pool."""
+        while True:
+            if change is not None:
+                await self._follow(core)
+            told = await self.call("logo_stage", change and list(change), self._name, core.pool.digest)
+            if not any("wait" in one for one in told):
+                return told
+            await asyncio.sleep(_AGAIN)
+
+    async def _scored(self, signals: Sequence[str]) -> dict[str, Any]:
+        """The adapters that each signal scores, when it is calibrated."""
+        scored = {}
+        for signal in signals:
+            opened = (await self.call("logo_signal", signal))[0]
+            if opened["texts"]:
+                keys = [new_key() for _ in opened["texts"]]
+                await asyncio.gather(*map(self._run, opened["texts"], keys))
+                opened = (await self.call("logo_calibrate", signal, keys))[0]
+            scored[signal] = opened["names"]
+        return scored
+
+    async def _follow(self, core: Core) -> int:
+        """See `follow`. Returns how many processes select from another pool than the workers have."""
+        told = await self.call("logo_pool", self._name, core.pool.digest)
+        if "scored" not in told[0]:
+            return int(told[0]["behind"])
+        core.commit(await asyncio.to_thread(core.followed, told), told[0]["scored"])
+        self._release(core, told[0]["left"])
+        return int((await self.call("logo_pool", self._name, core.pool.digest))[0]["behind"])
+
+    async def _following(self, core: Core) -> None:
+        """Follows what others change, for as long as this process runs."""
+        while True:
+            await asyncio.sleep(_LOOKING)
+            try:
+                await self.follow(core)
+            except LoGoError as error:
+                log.error("LoGo: a change of the pool could not be taken over: %s", error)
+
+    async def _known_by_all(self, core: Core) -> None:
+        end = time.monotonic() + _LONGEST
+        while await self._follow(core):
+            if time.monotonic() > end:
+                log.error("LoGo: a process has not taken over the change of the pool yet")
+                return
+            await asyncio.sleep(_AGAIN)
+
+    def _release(self, core: Core, keys: Sequence[str]) -> None:
+        """Has adapters that have left forgotten, when no answer of this process is on its way with them."""
+
+        async def wait() -> None:
+            while core.answering(keys):
+                await asyncio.sleep(_AGAIN)
+            await self.call("logo_forget", list(keys), self._name)
+
+        if keys:
+            self._keep(wait())
+
+    def _keep(self, running: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(running)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _run(self, text: list[int], key: str) -> None:
         from vllm import SamplingParams

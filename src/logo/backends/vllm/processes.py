@@ -1,0 +1,63 @@
+"""The processes of one server that answer HTTP, as each worker knows them: one changes the pool at a time, all of them
+follow, and an adapter that has left stays until none of them has an answer with it on its way.
+
+Calls of all processes reach every worker in the same order, so that all workers agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class Processes:
+    """Kept in a worker."""
+
+    def __init__(self) -> None:
+        self._changing: str | None = None
+        self._known: dict[str, str] = {}  # process -> digest of the pool that it selects from
+        self._holding: dict[str, set[str]] = {}  # key of an adapter that has left -> processes that may still use it
+
+    def begin(self, process: str) -> bool:
+        """Whether it is this process that changes the pool now, until `end`."""
+        if self._changing not in (None, process):
+            return False
+        self._changing = process
+        return True
+
+    def end(self, process: str) -> bool:
+        """The process has changed the pool, or gives up. Returns whether it was the one that changes it."""
+        found = self._changing == process
+        if found:
+            self._changing = None
+        return found
+
+    def note(self, process: str, digest: str) -> None:
+        """The process selects from this pool."""
+        self._known[process] = digest
+
+    def behind(self, digest: str) -> int:
+        """How many processes select from another pool."""
+        return sum(known != digest for known in self._known.values())
+
+    def changed(self, before: Iterable[str], now: Iterable[str]) -> None:
+        """The adapters with these keys were the pool, and those with the others are."""
+        now = set(now)
+        for key in set(before) - now:
+            self._holding[key] = set(self._known)
+        for key in now & self._holding.keys():
+            del self._holding[key]
+
+    def held(self, process: str) -> list[str]:
+        """Adapters that have left, and that the process has not released."""
+        return sorted(key for key, holding in self._holding.items() if process in holding)
+
+    def release(self, process: str, keys: Iterable[str]) -> list[str]:
+        """The process has no answers with these adapters any more. Returns those that no process has."""
+        gone = []
+        for key in keys:
+            if key in self._holding:
+                self._holding[key].discard(process)
+                if not self._holding[key]:
+                    del self._holding[key]
+                    gone.append(key)
+        return gone

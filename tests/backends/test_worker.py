@@ -1,0 +1,149 @@
+"""`Worker` by itself: no engine is started, and of vLLM's managers there is what it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from logo.backends.vllm import hooks, worker
+from logo.backends.vllm.recipe import Recipe
+from logo.backends.vllm.worker import Worker
+from logo.backends.vllm.wrapper import Tapped
+
+KEYS = [f"{i:016x}" for i in range(4)]
+
+
+@dataclass(frozen=True)
+class Request:
+    """vLLM's `LoRARequest`."""
+
+    lora_int_id: int
+    lora_path: str
+
+
+@dataclass
+class Gates:
+    """What was written last: (recipes, slots), and the row of each token."""
+
+    rows: Any = None
+    tokens: Any = None
+
+    def write(self, rows: Any, tokens: Any, sampled: Any) -> None:
+        self.rows, self.tokens = rows, tokens
+
+
+@dataclass
+class Taps:
+    def begin(self, spans: Sequence[Any]) -> None:
+        """Nothing is probed."""
+
+    def take(self, keys: Sequence[str]) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
+class Manager:
+    """Of adapters, in as many slots as there are keys."""
+
+    modules: dict[str, Any] = field(default_factory=dict)
+    packed_modules: dict[str, list[str]] = field(default_factory=dict)
+    removed: list[int] = field(default_factory=list)
+
+    def remove_adapter(self, number: int) -> None:
+        self.removed.append(number)
+
+
+@pytest.fixture
+def made() -> Any:
+    made: Any = object.__new__(Worker)
+    made.mode, made._compiled = "gate", False
+    made.taps, made.gates, made.spans = Taps(), Gates(), ()
+    made._worker_manager = SimpleNamespace(_adapter_manager=Manager())
+    made._by_key = {key: SimpleNamespace(modules=()) for key in KEYS}
+    made._ids = {key: 1000 + i for i, key in enumerate(KEYS)}
+    made._mixtures, made._failures = {}, {}
+    made.make_resident = lambda: None
+    return made
+
+
+def recipe(*weights: float) -> str:
+    return str(Recipe(tuple((key, weight) for key, weight in zip(KEYS, weights, strict=False) if weight)))
+
+
+def gates(made: Any, ids: Sequence[int]) -> Any:
+    """Rows of gates of tokens with these ids of vLLM's: (tokens, slots)."""
+    mapping = SimpleNamespace(index_mapping=tuple(ids), prompt_mapping=tuple(ids))
+    made.write_gates(mapping, [made._ids[key] for key in KEYS])
+    return made.gates.rows[made.gates.tokens]
+
+
+def test_recipes_in_use_are_not_forgotten(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_REMEMBERED", 4)
+    own = Request(7, recipe(0.25, 0.75))
+    for number in range(100, 150):  # far more than are remembered, beside one answer that goes on all the time
+        other = Request(number, recipe(0.0, 0.0, number / 1000))
+        made.begin_step({own, other})
+        found = gates(made, [7, number, 0])
+        expected = torch.tensor([[0.25, 0.75, 0, 0], [0, 0, number / 1000, 0], [0, 0, 0, 0]])
+        assert torch.equal(found, expected)
+        assert len(made._mixtures) <= 4
+    many = [Request(number, recipe(number / 1000)) for number in range(200, 209)]  # more in one step
+    made.begin_step(many)
+    assert gates(made, range(200, 209))[:, 0].tolist() == pytest.approx([n / 1000 for n in range(200, 209)])
+    assert not made._failures
+    made.begin_step({own})
+    assert gates(made, [7]).tolist() == [[0.25, 0.75, 0, 0]] and len(made._mixtures) <= 4
+
+
+def test_an_id_may_mean_another_recipe_later(made: Any) -> None:
+    for weight in (0.5, 0.25, 0.5):
+        made.begin_step({Request(7, recipe(weight))})
+        assert gates(made, [7])[0, 0] == weight
+    assert not made._failures
+
+
+def test_two_recipes_with_one_id_in_a_step_both_fail(made: Any) -> None:
+    one, other, third = recipe(0.5), recipe(0.0, 0.5), recipe(0.0, 0.0, 0.5)
+    made.begin_step([Request(7, one), Request(7, other), Request(8, third)])
+    found = made.take([one, other, third])
+    assert found[third] is None and gates(made, [8])[0, 2] == 0.5
+    for text in (one, other):
+        assert found[text] == "another mixture in this batch has the same id by chance; send the request again"
+    made.begin_step([Request(7, one), Request(9, other)])  # under another id
+    assert gates(made, [7, 9])[:, :2].tolist() == [[0.5, 0], [0, 0.5]]
+
+
+def test_slices_are_multiplied_for_as_long_as_an_adapter_is_there(made: Any) -> None:
+    parts = ["layer.q", "layer.k", "layer.v"]
+    wrapper: Any = object.__new__(Tapped)
+    layer = SimpleNamespace(n_slices=3, punica_wrapper=wrapper)
+    manager = made._worker_manager._adapter_manager
+    manager.modules, manager.packed_modules = {"layer.qkv": layer}, {"layer.qkv": parts}
+    stays, leaves = SimpleNamespace(modules=("layer.q",)), SimpleNamespace(modules=("layer.q", "layer.v"))
+    made._by_key = {KEYS[0]: stays, KEYS[1]: leaves}
+    made.pool = SimpleNamespace(keys={"stays": KEYS[0], "leaves": KEYS[1]})
+    made._note_used()
+    assert wrapper.used == (True, False, True)
+    made.begin_step({Request(7, recipe(0.0, 1.0))})
+    # The pool is another one, but an answer with the adapter is still on its way.
+    staged = SimpleNamespace(keys={"stays": KEYS[0]}, by_key={KEYS[0]: stays})
+    made._staged = staged, SimpleNamespace(install=lambda: None)
+    made.commit()
+    assert wrapper.used == (True, False, True) and made.recipe(recipe(0.0, 1.0)).parts
+    made.forget([KEYS[1], KEYS[0]])  # one that is part of the pool stays
+    assert wrapper.used == (True, False, False)
+    assert len(manager.removed) == 1
+    assert list(made._by_key) == [KEYS[0]] and not made._mixtures
+    assert not made.recipe(recipe(0.0, 1.0)).parts and "no adapter" in made._failures[recipe(0.0, 1.0)]
+
+
+def test_vllms_metrics_have_no_series_per_recipe() -> None:
+    counted = []
+    for name in ("logo://0123456789abcdef:1", "an-adapter", None):
+        hooks._count(lambda self, request, name, *more: counted.append((name, more)), object(), "r", name, True)
+    assert counted == [(None, (True,)), ("an-adapter", (True,)), (None, (True,))]

@@ -1,0 +1,97 @@
+"""Several processes in front of one engine: whose turn it is, who has taken note, and what may be forgotten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from logo.adapters.layout import BaseLayout
+from logo.backends.vllm.options import OPTIONS, POOL, Options
+from logo.backends.vllm.pool import KeyedPool, check_alike, described
+from logo.backends.vllm.processes import Processes
+from logo.errors import AdapterError, PoolError, UsageError
+from logo.models import demo_folder, load_skeleton
+
+
+def test_one_process_changes_the_pool_at_a_time() -> None:
+    found = Processes()
+    assert found.begin("a") and found.begin("a")  # one that begins anew
+    assert not found.begin("b")
+    assert not found.end("b") and not found.begin("b")  # nobody ends what another has begun
+    assert found.end("a") and not found.end("a")
+    assert found.begin("b") and not found.begin("a")
+
+
+def test_who_selects_from_another_pool_is_counted() -> None:
+    found = Processes()
+    assert found.behind("new") == 0
+    for process in ("a", "b", "c"):
+        found.note(process, "old")
+    found.note("a", "new")
+    assert found.behind("new") == 2
+    found.note("b", "new")
+    found.note("c", "new")
+    assert found.behind("new") == 0
+
+
+def test_an_adapter_is_forgotten_when_every_process_has_released_it() -> None:
+    found = Processes()
+    found.note("a", "old")
+    found.note("b", "old")
+    found.changed(["one", "two", "three"], ["one"])
+    assert found.held("a") == found.held("b") == ["three", "two"]
+    assert found.release("a", ["two", "three", "unknown"]) == []
+    assert found.held("a") == [] and found.held("b") == ["three", "two"]
+    assert found.release("a", ["two"]) == []  # twice is once
+    assert found.release("b", ["two"]) == ["two"]
+    found.note("late", "new")  # a process that never had it does not hold it
+    assert found.held("late") == []
+    found.changed(["one"], ["one", "three"])  # it has come back
+    assert found.held("b") == [] and found.release("b", ["three"]) == []
+    found.changed(["one", "three"], ["one"])
+    assert found.held("late") == ["three"]  # a change that it has not followed yet may still give it
+
+
+def copied(folder: Path, task: str, scale: float = 1.0) -> Path:
+    shutil.copytree(demo_folder() / "adapters" / task, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": scale * config["lora_alpha"]}))
+    return folder
+
+
+def test_a_process_takes_over_what_another_has_changed(tmp_path: Path) -> None:
+    model = load_skeleton("demo")
+    layout = BaseLayout.of(model)
+    options = Options.of(None, {POOL: str(demo_folder() / "adapters")})
+    assert options is not None
+    here = there = KeyedPool.open(options, model)
+    first, *_ = there.keys
+    there = there.changed(("add", "new", str(copied(tmp_path / "new", "capital", 0.9))), layout)
+    there = there.changed(("replace", "antonym", str(copied(tmp_path / "antonym", "antonym", 0.8))), layout)
+    there = there.changed(("remove", first, ""), layout)
+    followed = here.following(json.loads(json.dumps(there.places)), layout)
+    assert (followed.digest, followed.keys) == (there.digest, there.keys)
+    check_alike([described(there, "gate", "")], followed)
+    kept = next(name for name in followed.keys if name not in ("new", "antonym"))
+    assert followed.adapters[kept] is here.adapters[kept]  # and not opened again
+    assert here.keys.keys() >= {first, "antonym"} and "new" not in here.keys
+    # Files that have changed since are another pool, and files that have gone are none.
+    copied_again = tmp_path / "new"
+    shutil.rmtree(copied_again)
+    copied(copied_again, "capital", 0.7)
+    with pytest.raises(PoolError, match="another pool"):
+        check_alike([described(there, "gate", "")], here.following(there.places, layout))
+    shutil.rmtree(copied_again)
+    with pytest.raises(AdapterError):
+        here.following(there.places, layout)
+
+
+@pytest.mark.parametrize(
+    "given", [{"adapter_changes": "yes"}, {"max_body_mb": 0}, {"max_body_mb": "3"}, {"max_body_mb": True}], ids=str
+)
+def test_options_that_are_none(given: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=next(iter(given))):
+        Options.of(None, {POOL: "pool", OPTIONS: json.dumps(given)})
