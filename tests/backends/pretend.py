@@ -21,6 +21,16 @@ if os.environ.get("PRETEND_V2"):
     backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True), compiler=None)
 
 
+def functions() -> None:
+    """Replaces the one kernel of V2 that takes a function of the device, which Triton's interpreter does not have."""
+    if not os.environ.get("PRETEND_V2"):
+        return
+    from vllm.v1.worker.gpu.metrics import logits
+    from vllm.v1.worker.gpu.sample import sampler
+
+    logits.get_num_nans = sampler.get_num_nans = lambda found: found.isnan().sum(dim=-1).int()
+
+
 def compilers() -> None:
     """Has vLLM compile on this CPU as on a GPU, and keeps what it splits models into."""
     if not os.environ.get("PRETEND_COMPILE"):

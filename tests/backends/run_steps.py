@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm.lora.request import LoRARequest
 
 from logo.backends.vllm.core import Core, scores_of, values
 from logo.backends.vllm.marks import marking
+from logo.backends.vllm.overflows import watched
 from logo.backends.vllm.recipe import Recipe
 
 
@@ -30,6 +32,7 @@ class Engine:
     def __init__(self, job: Any) -> None:
         flags = {"enable_lora": True, "enforce_eager": True, "dtype": "float32", "max_model_len": 256, **job["flags"]}
         pretend.compilers()
+        pretend.functions()
         self.llm = LLM(job["model"], additional_config={"logo": job["logo"]}, **flags)
         self.core = Core(self.llm.llm_engine.vllm_config)
         pool = self.core.staged(None, self.call("logo_stage", None))
@@ -83,10 +86,14 @@ class Engine:
             recipe = mixture if isinstance(mixture, str) else self._recipe(mixture)
             requests.append(LoRARequest(recipe, Recipe.parse(recipe).number(), recipe) if recipe else None)
         parameters = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        made = self.llm.generate([row[0] for row in rows], parameters, lora_request=requests, use_tqdm=False)
+        with ExitStack() as stack:
+            names = {request.lora_name for request in requests if request is not None}
+            overflows = {name: stack.enter_context(watched(name)) for name in names}
+            made = self.llm.generate([row[0] for row in rows], parameters, lora_request=requests, use_tqdm=False)
         failed = self.call("logo_take", [request.lora_name for request in requests if request is not None])[0]
         return {
             "tokens": [list(answer.outputs[0].token_ids) for answer in made],
+            "overflows": [name for name, noticed in overflows.items() if noticed.is_set()],
             "failed": {name: reason for name, reason in failed.items() if reason},
             "memory": psutil.Process().memory_info().rss,
         }

@@ -53,11 +53,14 @@ def test_scores_and_tokens_are_the_librarys(
         options,
         *probes,
         jobs,
+        {"do": "generate", "rows": [[rows[0], wanted[1]], [rows[1], {logo.names[0]: 1e38}]], "max_tokens": 4},
         *({"do": what} for what in ("pieces", "runner")),
         **environment,
         VLLM_CACHE_ROOT=str(tmp_path / "cache"),
     )
-    *scores, made, pieces, runner = found
+    *scores, made, spoilt, pieces, runner = found
+    [overflows] = spoilt["overflows"]
+    assert "e+38" in overflows and not made["overflows"]  # and nobody beside it
     for one, signal in zip(scores, ("calibrated", "norm"), strict=True):
         for prompt, own, expected in zip(prompts, one, logo.select(prompts, signal=signal), strict=True):
             assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3), (signal, prompt)

@@ -102,13 +102,15 @@ def logo_clean(worker: Any, recipe: str, reason: str) -> None:
     values.
 
     Whoever is given a block next writes its own tokens there, and attention may multiply the places behind them by 0,
-    to which what is not a number does not yield. On a CPU it does, so that blocks are emptied before they are given
-    (`hooks`), and there is nothing left to do.
+    to which what is not a number does not yield. Runner V1 on a CPU empties blocks before it gives them (`hooks`).
     """
     _of(worker).fail(recipe, reason)
-    for cache in worker.model_runner.kv_caches:
+    runner = worker.model_runner
+    if runner.device.type == "cpu" and hasattr(runner, "_zero_block_ids"):
+        return
+    for cache in runner.kv_caches:
         for part in cache if isinstance(cache, (list, tuple)) else (cache,):
-            if part.dtype in (torch.float32, torch.bfloat16, torch.float16) and part.device.type != "cpu":
+            if part.dtype in (torch.float32, torch.bfloat16, torch.float16):
                 part.nan_to_num_(0.0, 0.0, 0.0)
 
 

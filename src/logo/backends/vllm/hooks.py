@@ -13,8 +13,8 @@ it.
     OutputProcessor.process_outputs                 notices answers that overflow
     the dispatchers of CUDA graphs (graphs)         no graph of the whole model where a prompt is read
     Request.get_skip_reading_prefix_cache           a probe reads all of its tokens where it has to
-    Scheduler.__init__                              gate mode: any number of different mixtures in one batch; on a CPU:
-                                                    blocks of keys and values are emptied before they are given
+    Scheduler.__init__                              gate mode: any number of different mixtures in one batch; V1 on a
+                                                    CPU: blocks of keys and values are emptied before they are given
     WorkerBase.logo_*                               what the router calls
 """
 
@@ -159,9 +159,9 @@ def _schedule(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: 
     if vllm_config.lora_config is None or options is None:
         original(self, vllm_config, *args, **kwargs)
         return
-    if vllm_config.device_config.device_type == "cpu":
+    if vllm_config.device_config.device_type == "cpu" and not vllm_config.use_v2_model_runner:
         # Attention on CPUs multiplies what is left in a block by 0, and what an answer that overflows leaves is no
-        # number. vLLM empties blocks where some kinds of layers need it.
+        # number. Runner V1 empties blocks there when it is told to.
         kwargs["kv_cache_config"] = _emptied(kwargs["kv_cache_config"])
     original(self, vllm_config, *args, **kwargs)
     if mode_of(options, vllm_config.model_config.model, self.lora_config)[0] == "gate":

@@ -211,6 +211,8 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(("vllm.v1.kv_cache_interface",), "KVCacheConfig", ("needs_kv_cache_zeroing",)),
     Call("vllm.v1.engine.core", "Scheduler", 0, ("vllm_config", "kv_cache_config")),
     Function("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "_zero_block_ids", ("self", "block_ids")),
+    Attributes(("vllm.config.vllm",), "VllmConfig", ("use_v2_model_runner",)),
+    Attributes((_V2,), "GPUModelRunner", ("device", "kv_caches")),
     Attributes(("vllm.config.cache",), "CacheConfig", ("block_size",)),
     Attributes(("vllm.sampling_params",), "SamplingParams", ("extra_args",)),
     Attributes(("vllm.v1.core.sched.scheduler",), "Scheduler", ("lora_config", "scheduler_config")),
