@@ -29,7 +29,9 @@ def run(
 ) -> list[Any]:
     """What each step gave. `environment`: as `pretend` reads it, and variables of vLLM's."""
     job, result = folder / "job.json", folder / "result.json"
-    own = {"model": str(ASSETS / "model"), "flags": flags, "logo": {"pool": str(ASSETS / "adapters"), **logo}}
+    flags = dict(flags)
+    model = flags.pop("model", str(ASSETS / "model"))
+    own = {"model": model, "flags": flags, "logo": {"pool": str(ASSETS / "adapters"), **logo}}
     job.write_text(json.dumps({**own, "steps": steps}))
     script = Path(__file__).parent / "run_steps.py"
     done = subprocess.run(

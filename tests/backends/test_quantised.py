@@ -1,0 +1,89 @@
+"""Scores and mixtures on a quantised base model inside vLLM, against the local engine on the weights it stands for.
+
+Four bits, in the form of compressed-tensors: what vLLM multiplies on a CPU beside adapters. It does not start with
+adapters beside eight bits there, since it gives up the weights that its own layers of adapters ask for their device.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_engine_steps import MODES, mixtures, rows, run  # noqa: F401  (a fixture)
+from torch import Tensor
+from vllm_server import ASSETS
+
+from logo import LoGo
+from logo.models import load_base
+from logo.pools import default_pool
+
+DTYPE, TOLERANCE = "bfloat16", 0.01  # of the largest score
+GROUP = 32  # columns of a weight that share a scale
+
+
+def quantised(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """One weight in 4 bits as a checkpoint of compressed-tensors holds it, and what it stands for."""
+    height, width = weight.shape
+    grouped = weight.view(height, width // GROUP, GROUP)
+    scale = (grouped.abs().amax(dim=2, keepdim=True) / 7).bfloat16()
+    values = (grouped / scale.float()).round().clamp(-8, 7)
+    nibbles = (values.view(height, width // 8, 8) + 8).to(torch.int64)  # the first column in the lowest bits
+    packed = (nibbles << (4 * torch.arange(8))).sum(dim=2)
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+    held = {"weight_packed": packed, "weight_scale": scale[:, :, 0], "weight_shape": torch.tensor([height, width])}
+    return held, (values * scale.float()).view(height, width)
+
+
+def written(folder: Path) -> tuple[Path, Path]:
+    """The demo model quantised, and the same with the weights that this stands for."""
+    packed, plain = folder / "packed", folder / "plain"
+    for place in (packed, plain):
+        shutil.copytree(ASSETS / "model", place)
+    held: dict[str, Tensor] = {}
+    stands: dict[str, Tensor] = {}
+    for name, tensor in load_file(ASSETS / "model" / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            parts, stands[name] = quantised(tensor.float())
+            held |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in parts.items()}
+        else:
+            held[name], stands[name] = tensor, tensor.float()
+    save_file(held, packed / "model.safetensors", metadata={"format": "pt"})
+    save_file(stands, plain / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    (packed / "config.json").write_text(json.dumps(config))
+    return packed, plain
+
+
+@pytest.mark.parametrize("mode", ["gate", pytest.param("merge", marks=pytest.mark.long)])
+def test_a_quantised_base_model(mode: str, tmp_path: Path, rows: list[str]) -> None:  # noqa: F811
+    packed, plain = written(tmp_path)
+    logo = LoGo(*load_base(str(plain), device="cpu", dtype="float32"), default_pool("demo"))
+    count = 32
+    wanted = [m if i % 8 else {} for i, m in enumerate(mixtures(logo.names, count))]
+    flags = MODES[mode] | {"model": str(packed), "dtype": DTYPE}
+    probes = [{"do": "probe", "prompts": rows[:6], "signal": signal} for signal in ("calibrated", "norm")]
+    jobs = {"do": "generate", "rows": list(zip(rows, wanted, strict=False)), "max_tokens": 4}
+    *scores, made = run(tmp_path, flags, {"mode": mode, "k": 4}, *probes, jobs)
+    for one, signal in zip(scores, ("calibrated", "norm"), strict=True):
+        for own, expected in zip(one, logo.select(rows[:6], signal=signal), strict=True):
+            values = torch.tensor(list(expected.scores.values()))
+            error = float((torch.tensor(own) - values).abs().max() / values.abs().max())
+            assert error <= TOLERANCE, signal
+    assert not made["failed"]
+    answers = logo.generate(rows[:count], adapters=wanted, max_new_tokens=4, batch_size=8)
+    same = [own == list(answer.token_ids) for own, answer in zip(made["tokens"], answers, strict=True)]
+    base = logo.generate(rows[:count], adapters=[{}] * count, max_new_tokens=4, batch_size=8)
+    unmixed = [own == list(answer.token_ids) for own, answer in zip(made["tokens"], base, strict=True)]
+    assert sum(same) >= count - 2 and sum(unmixed) < 0.6 * count, (sum(same), sum(unmixed))
