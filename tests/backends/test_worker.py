@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from logo.backends.vllm import hooks, worker
+from logo.backends.vllm import core, hooks, worker
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.worker import Worker
 from logo.backends.vllm.wrapper import Tapped
@@ -140,6 +141,16 @@ def test_slices_are_multiplied_for_as_long_as_an_adapter_is_there(made: Any) -> 
     assert len(manager.removed) == 1
     assert list(made._by_key) == [KEYS[0]] and not made._mixtures
     assert not made.recipe(recipe(0.0, 1.0)).parts and "no adapter" in made._failures[recipe(0.0, 1.0)]
+
+
+def test_of_recipes_that_have_failed_the_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "_FAILED", 3)
+    made: Any = object.__new__(core.Core)
+    made._salts = Counter()
+    for weight in (0.1, 0.2, 0.3, 0.4, 0.4):
+        made.failed(recipe(weight))
+    made.failed(f"{recipe(0.3)}#1")  # it fails under its next text, too
+    assert made._salts == {recipe(0.2): 1, recipe(0.3): 2, recipe(0.4): 2}
 
 
 def test_vllms_metrics_have_no_series_per_recipe() -> None:

@@ -28,6 +28,9 @@ from logo.protocol import Wish
 from logo.selecting import Choosing
 from logo.selection.selector import Selection, forced
 
+# Recipes that have failed, as far as they are remembered.
+_FAILED = 4096
+
 
 class WorkerError(LoGoError, RuntimeError):
     """What a worker of vLLM answered instead of what was asked of it."""
@@ -164,6 +167,8 @@ class Core:
     def failed(self, text: str) -> None:
         """A recipe was not mixed: the next request for it gets another text, and so other keys and values."""
         self._salts[text.partition("#")[0]] += 1
+        while len(self._salts) > _FAILED:  # one that is forgotten and fails again is noticed again
+            del self._salts[next(iter(self._salts))]
 
     def recipe(self, selection: Selection) -> Recipe:
         """The recipe of a selection."""
