@@ -217,6 +217,15 @@ def test_a_prompt_that_was_put_back_goes_on_where_the_cache_ends(taps: Taps) -> 
     assert taps.take(["p"])["p"] == expected(prompt)
 
 
+def test_a_tap_that_was_left_out_is_noticed(taps: Taps) -> None:
+    for start in (0, 3):
+        taps.begin([Span("p", "calibrated", 0, start, 3, 6, False)])
+        taps.tap("a", torch.rand(3, 4))
+        if start == 0:  # in the second chunk, the model runs as a graph that was captured without it
+            taps.tap("b", torch.rand(3, 4))
+    assert taps.take(["p"])["p"] == "the model was run without reading 0.b"
+
+
 def test_another_pool_has_heard_nothing(taps: Taps) -> None:
     cache = Cache(taps)
     prompt = [1] * 9

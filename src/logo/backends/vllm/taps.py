@@ -113,8 +113,7 @@ class Taps:
 
     def begin(self, spans: Sequence[Span]) -> None:
         """Says which rows of the next step belong to probed prompts; none of the step before do any more."""
-        self._keep_beginnings()
-        self._steps = {}
+        self._end_step()
         for span in spans:
             heard = self._heard.get(span.key)
             if heard is None or heard.seen != span.start:  # a new one, or one that was put back
@@ -162,16 +161,20 @@ class Taps:
                 heard.sums, heard.read = dict(enumerate(known)), span.start - span.unread(how.token)
         return heard
 
-    def _keep_beginnings(self) -> None:
-        """Keeps what the last step has heard of the beginnings of prompts."""
-        for signal, step in self._steps.items():
+    def _end_step(self) -> None:
+        """Keeps what the last step has heard of the beginnings of prompts. A tap that a compiler or a captured graph
+        has left out is noticed here: a score without it would be wrong and look like any other."""
+        steps, self._steps = self._steps, {}
+        for signal, step in steps.items():
             for part in step.parts:
                 heard = self._heard.get(part.key)
-                if heard is None or not signal:
+                if heard is None or not signal or heard.scorer is not self._scorers[signal][0]:
                     continue
                 ended, heard.ended = heard.ended, {}
-                scorer = self._scorers[signal][0]
-                if part.ended and not heard.failure and heard.scorer is scorer and len(ended) == len(scorer.points):
+                silent = [point.name for i, point in enumerate(heard.scorer.points) if i not in ended]
+                if silent:
+                    heard.failure = heard.failure or f"the model was run without reading {', '.join(silent)}"
+                elif part.ended and not heard.failure:
                     self._prefixes.put(part.ended, [ended[i] for i in range(len(ended))])
 
     def active(self, place: str) -> bool:
@@ -200,7 +203,7 @@ class Taps:
 
     def take(self, keys: Sequence[str]) -> dict[str, list[float] | str]:
         """Scores per adapter of these prompts, or why there are none. What is taken is forgotten."""
-        self._keep_beginnings()
+        self._end_step()
         taken: dict[str, list[float] | str] = {}
         for key in keys:
             heard = self._heard.pop(key, None)
