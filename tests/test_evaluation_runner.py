@@ -174,17 +174,20 @@ def test_a_run_can_be_put_together_from_parts() -> None:
     assert parts == whole
 
 
-def test_instances_without_common_columns_are_refused() -> None:
-    class Grows(FakeEngine):
+def test_columns_are_what_any_instance_scored() -> None:
+    """A two-stage index scores other adapters for each prompt."""
+
+    class Wanders(FakeEngine):
         def generate(
             self, prompts: list[str], *, max_new_tokens: int, batch_size: int, **options: object
         ) -> list[Generation]:
             self.calls.append(prompts)
-            scores = {f"adapter {index}": 1.0 for index in range(len(self.calls))}
+            scores = {f"adapter {index}": float(index) for index in (len(self.calls) % 2, 2)}
             return [Generation("", Selection((), (), scores)) for _ in prompts]
 
-    with pytest.raises(RuntimeError, match="instance 1 scored other adapters than instance 0"):
-        evaluate(Grows(str), rows(2), dataset="bbh.x")
+    result = evaluate(Wanders(str), rows(2), dataset="bbh.x")
+    assert result.scored == ("adapter 0", "adapter 1", "adapter 2")
+    assert result.scores == ((None, 1.0, 2.0), (0.0, None, 2.0))
 
 
 # --- out of memory

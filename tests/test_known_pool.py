@@ -17,7 +17,7 @@ from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters import format as adapter_format
 from logo.adapters import pool as pool_module
 from logo.adapters.format import Adapter
-from logo.selection import index, index_file, scorer
+from logo.selection import index, index_file, scorers
 from test_engine import PROMPTS, tokenizer, write_adapter
 from tolerances import same_scores
 
@@ -163,7 +163,7 @@ def test_a_known_index_is_read_and_not_made(
         raise AssertionError("made again")
 
     monkeypatch.setattr(index.ScoringIndex, "read", never)
-    monkeypatch.setattr(scorer, "calibrate", never)
+    monkeypatch.setattr(scorers, "calibrate", never)
     again = engine()
     for prompt, selection in zip(PROMPTS, expected, strict=True):
         found = again.select(prompt)

@@ -28,6 +28,7 @@ from logo.scoring import Scored
 from logo.selecting import Probing
 from logo.selection import Selection
 from logo.selection.calibration import Calibration
+from logo.selection.index import Tell
 from logo.selection.scorer import Scorer
 from logo.selection.settings import SelectionSettings
 
@@ -119,11 +120,12 @@ class LoGo(Calls, FromPretrained):
             self._sync()
             return self._selecting.scorer()
 
-    def calibrate(self, signal: str | None = None) -> Calibration | None:
+    def calibrate(self, signal: str | None = None, tell: Tell | None = None) -> Calibration | None:
         """Makes ready to select: calibrates adapters that are not known yet, and indexes all. The first call does too.
 
         Args:
             signal: another one than the engine's own.
+            tell: told now and then how many adapters are in the index, and how many there will be.
 
         Returns:
             Where prompts are read, and how that was chosen; None for signals without calibration.
@@ -134,7 +136,7 @@ class LoGo(Calls, FromPretrained):
         """
         with self._lock:
             self._sync()
-            return self._selecting.scorer(signal).calibration
+            return self._selecting.scorer(signal, tell).calibration
 
     @property
     def points(self) -> tuple[str, ...]:

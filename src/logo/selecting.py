@@ -20,7 +20,9 @@ from logo.errors import PoolError, UsageError, closest
 from logo.mixing import EXACT, Mixer
 from logo.prompts import Prompt
 from logo.scoring import MAX_TOKENS
-from logo.selection.scorer import Scorer, Scorers
+from logo.selection.index import Tell
+from logo.selection.scorer import NOT_SCORED, Best, Scorer
+from logo.selection.scorers import Scorers
 from logo.selection.selector import Forced, Selection, Selector, check_k, forced, known
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Weighting
@@ -95,8 +97,13 @@ class Choosing:
             check_k(given["k"], len(self.pool if among is None else among))
         return Asked(settings, among)
 
+    def wanted(self, asked: Asked) -> Best:
+        """What of the scores of one prompt decides what is chosen."""
+        k = self.pool.default_k if asked.settings.k is None else asked.settings.k
+        return Best(k, asked.candidates)
+
     def choose(self, scores: Tensor, names: Sequence[str], asked: Asked) -> Selection:
-        """The selection that scores (adapters,) give.
+        """The selection that scores (adapters,) give. Adapters that are `NOT_SCORED` are left out, and listed nowhere.
 
         Raises:
             NotFinite: the score of a candidate is NaN or infinite.
@@ -111,6 +118,9 @@ class Choosing:
                     "reads: name others, or force one (`adapters`)"
                 )
             scores, names = scores[left], [names[i] for i in left]
+        if settings.index == "two-stage":
+            scored = (scores != NOT_SCORED).nonzero()[:, 0].tolist()
+            scores, names = scores[scored], [names[i] for i in scored]
         k = min(self.pool.default_k if settings.k is None else settings.k, len(names))
         weighting = settings.reading.weighting
         return Selector(k, weighting, settings.weight_temperature, settings.keep_mass)(scores, names)
@@ -203,9 +213,9 @@ class Probing(Selecting):
             scorers.get(self._settings)
         self.pool, self.scorers = pool, scorers
 
-    def scorer(self, signal: str | None = None) -> Scorer:
+    def scorer(self, signal: str | None = None, tell: Tell | None = None) -> Scorer:
         """The scorer of a signal; None: the engine's own. The pool is calibrated for it, if it was not yet."""
-        return self.scorers.get(self._settings.asked(signal=signal))
+        return self.scorers.get(self._settings.asked(signal=signal), tell)
 
     def __call__(
         self,
@@ -259,7 +269,7 @@ class Probing(Selecting):
         scorer = self.scorers.get(asked[0].settings)  # a calibration that this brings about reads the base model alone
         ids, mask = self._prompts.pad(rows, "right", input_device(self._model))
         with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
-            scores = scorer(ids, mask)
+            scores = scorer.best(ids, mask, [self.wanted(one) for one in asked])
         return [self.choose(row, scorer.names, one) for row, one in zip(scores, asked, strict=True)]
 
 

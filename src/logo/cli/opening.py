@@ -19,9 +19,11 @@ from logo.cli.options import (
     Preset,
     RunnerOptions,
 )
+from logo.cli.output import err, progress
 from logo.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from logo.adapters.pool import AdapterPool
@@ -79,6 +81,9 @@ def selection_settings(options: EngineOptions, preset: Preset | None = None) -> 
         cache=options.cache,
         prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
         unscorable=options.unscorable.value,
+        index=options.index.value,
+        index_rank=options.index_rank,
+        index_left=options.index_left,
     )
 
 
@@ -108,7 +113,14 @@ class Opened:
             fold=options.fold,
             on_bad_adapter=options.on_bad_adapter.value,
         )
-        logo.calibrate()
+        with progress(disable=not err.is_terminal) as shown:
+            bars: list[TaskID] = []
+
+            def tell(done: int, of: int) -> None:
+                bars[:] = bars or [shown.add_task("index", total=of)]
+                shown.update(bars[0], completed=done)
+
+            logo.calibrate(tell=tell)
         return logo
 
 

@@ -78,6 +78,11 @@ class BaselineKind(Choice):
     RUNNING = "running"
 
 
+class IndexKind(Choice):
+    EXACT = "exact"
+    TWO_STAGE = "two-stage"
+
+
 class Preset(Choice):
     OFFICIAL = "official"
 
@@ -248,6 +253,24 @@ class EngineOptions:
             metavar="FILE",
             help="Unlabelled prompts like those to come, one per line, on which points are ranked.",
             show_default="some of ours",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
+    index: Annotated[
+        IndexKind,
+        typer.Option(
+            help="Score every adapter, or with a first stage that finds those worth it (docs/many-adapters.md).",
+            rich_help_panel=PROBE,
+        ),
+    ] = IndexKind.EXACT
+    index_rank: Annotated[
+        int, typer.Option(help="Of two stages: the rank that the first keeps of an adapter.", rich_help_panel=PROBE)
+    ] = 2
+    index_left: Annotated[
+        int | None,
+        typer.Option(
+            help="Of two stages: adapters that the first leaves where it estimates.",
+            show_default="16 k, 256 at least",
             rich_help_panel=PROBE,
         ),
     ] = None

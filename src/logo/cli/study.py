@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine, open_pool
-from logo.cli.options import EngineOptions, expanded
+from logo.cli.options import EngineOptions, IndexKind, expanded
 from logo.cli.output import err, note, progress, screen
 from logo.cli.prompts import or_demo
 from logo.cli.workers import WorkerOptions, absolute, everywhere, layout_of, opened
@@ -80,6 +80,8 @@ def study(
 
     found = find_tasks(rows, tasks, limit)
     arms = _signals(signals or engine.selection_strategy or SIGNALS)
+    if engine.index is IndexKind.TWO_STAGE:
+        raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")
     picture = _checked(json, heatmap)
     started = time.perf_counter()
     layout = layout_of(cluster, engine)

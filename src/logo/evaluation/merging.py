@@ -20,7 +20,7 @@ from logo.evaluation.differences import differences, told
 from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
 from logo.evaluation.resume import Wish
-from logo.evaluation.runner import DatasetResult
+from logo.evaluation.runner import DatasetResult, common_columns
 from logo.evaluation.runs import Place, find_results
 from logo.evaluation.shards import Shard, positions
 from logo.evaluation.standing import standing
@@ -237,7 +237,8 @@ def _environments(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 def _merged(parts: Sequence[Part]) -> Merged:
     rows = sum(len(part.places) for part in parts)
-    columns: list[str] = next((c for part in parts if (c := part.run["score_columns"])), [])
+    # A shard without a single answer does not know what would have been scored.
+    columns = common_columns([c for part in parts if (c := part.run["score_columns"])])
     strategy = next(iter(parts[0].files["metric_dict.json"]))
     errors = {
         part.places[error["index"]]: error["message"]
@@ -245,13 +246,19 @@ def _merged(parts: Sequence[Part]) -> Merged:
         for error in part.files["metrics.json"]["errors"]
     }
 
-    def woven(name: str, wide: bool = False) -> list[Any]:
+    def woven(name: str) -> list[Any]:
         values: list[Any] = [None] * rows
         for part in parts:
-            content = part.files[name][strategy] if name == "metric_dict.json" else part.files[name]
-            for place, value in zip(part.places, content, strict=True):
-                # A shard without a single answer does not know what would have been scored.
-                values[place] = (value or [None] * len(columns)) if wide else value
+            for place, value in zip(part.places, part.files[name], strict=True):
+                values[place] = value
+        return values
+
+    def scores() -> list[tuple[float | None, ...]]:
+        values: list[tuple[float | None, ...]] = [()] * rows
+        for part in parts:
+            for place, row in zip(part.places, part.files["metric_dict.json"][strategy], strict=True):
+                known = dict(zip(part.run["score_columns"], row, strict=True)) if row else {}
+                values[place] = tuple(known.get(name) for name in columns)
         return values
 
     times = [part.files["time_dict.json"] for part in parts]
@@ -264,8 +271,8 @@ def _merged(parts: Sequence[Part]) -> Merged:
         predictions=tuple(woven("predictions.json")),
         selected=tuple(woven("selected_loras.json")),
         weights=tuple(woven("weights.json")),
-        scored=tuple(columns),
-        scores=tuple(woven("metric_dict.json", wide=True)),
+        scored=columns,
+        scores=tuple(scores()),
         seconds=seconds,
         errors=errors,
         forms=dict(sorted(sum((Counter(part.run["forms"]) for part in parts), Counter[str]()).items())),

@@ -70,7 +70,7 @@ class DatasetResult:
         selected: names, best first.
         weights: parallel to `selected`.
         scored: names of the columns of `scores`, in pool order.
-        scores: one number per scored adapter; None in rows without an answer.
+        scores: one number per column; None where an adapter was not scored, and in rows without an answer.
         seconds: "inference" is the wall time; the engine's own stages are summed over the instances.
         errors: by index, why a row has no answer.
         forms: how many rows' mixtures acted in each form.
@@ -289,17 +289,9 @@ def collect(
     Args:
         inference: wall seconds they took.
         metric: by which they were judged; None: by the dataset's name.
-
-    Raises:
-        RuntimeError: instances that scored different adapters, so that they have no common columns.
     """
-    answered = [(index, instance) for index, instance in enumerate(instances) if instance.error is None]
-    scored = tuple(answered[0][1].scores) if answered else ()
-    for index, instance in answered:
-        if tuple(instance.scores) != scored:
-            raise RuntimeError(
-                f"dataset {dataset!r}: instance {index} scored other adapters than instance {answered[0][0]}"
-            )
+    answered = [instance for instance in instances if instance.error is None]
+    scored = common_columns([tuple(instance.scores) for instance in answered])
     seconds = {"inference": inference}
     for instance in instances:
         for stage, share in instance.seconds.items():
@@ -315,8 +307,14 @@ def collect(
         scores=tuple(tuple(instance.scores.get(name) for name in scored) for instance in instances),
         seconds=seconds,
         errors={index: instance.error for index, instance in enumerate(instances) if instance.error is not None},
-        forms=dict(sorted(Counter(instance.form for _, instance in answered).items())),
+        forms=dict(sorted(Counter(instance.form for instance in answered).items())),
     )
+
+
+def common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The adapters that any instance scored, in pool order; instances of a two-stage index score different ones."""
+    different = list(dict.fromkeys(map(tuple, scored)))
+    return different[0] if len(different) == 1 else tuple(sorted({name for names in different for name in names}))
 
 
 def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:

@@ -72,6 +72,10 @@ class Baseline:
         baseline = cls(known.mean(dim=2), spread, heard, torch.ones(len(known)))
         return replace(baseline, trust=_trust(baseline._mean_z(every), heard))
 
+    def part(self, which: Tensor) -> Baseline:
+        """That of some adapters: `which` (n,) positions."""
+        return Baseline(self.mean[which], self.spread[which], self.heard[which], self.trust[which])
+
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter is not heard."""
         z = ((responses - self.mean[:, :, None]) / self.spread[:, :, None]).clamp(-_LARGEST_Z, _LARGEST_Z)

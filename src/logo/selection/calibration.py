@@ -156,7 +156,7 @@ def listen(
     """
     heard: dict[str, dict[str, Tensor]] = {}
     if listening is None:
-        listening = partial(_read, model)
+        listening = partial(read_texts, model)
     for points in _groups(model, list(wanted), sum(map(len, cache.texts.rows))):
         part = {point: wanted[point] for point in points}
         for index, responses in _heard(listening, part, settings.reading, cache):
@@ -223,7 +223,9 @@ def _groups(model: nn.Module, points: Sequence[Point], tokens: int) -> Iterator[
         yield group
 
 
-def _read(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[tuple[Tensor, Tensor]]:
+def read_texts(
+    model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden vectors of all texts at each point and the text each belongs to; shared vectors are one tensor."""
     probe = Probe(model, points, signal.input, signal.token, texts.bos)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]

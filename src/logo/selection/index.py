@@ -7,7 +7,7 @@ vector. The factors of all adapters lie in one matrix, so that a pool of any siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,11 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from logo.adapters.format import Adapter, LoraWeights
+from logo.selection.mapped import will_need
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
 
 # Floats of one chunk of whole responses (64 MiB): bounds memory whatever the pool's size.
 _CHUNK = 16 * 2**20
+# Floats of the factors that meet all vectors before the next ones are touched (256 MiB): an index that is larger than
+# memory is read from the disk once, however many vectors there are.
+_PASS = 64 * 2**20
+# Adapters after which is told how far reading is.
+_TOLD = 1000
+
+Tell = Callable[[int, int], None]  # (done, of how many)
 
 
 class ScoringIndex:
@@ -53,12 +61,25 @@ class ScoringIndex:
     def __len__(self) -> int:
         return len(self.ranks)
 
+    def part(self, places: Sequence[int]) -> ScoringIndex:
+        """The index of some of the adapters; their rows are copied."""
+        slices = self.rows
+        some = [slices[place] for place in places]
+        if self.stacked.numel() > _PASS and self.device.type == "cpu":  # it may lie on a disk
+            will_need(self.stacked[rows] for rows in some)
+        stacked = torch.cat([self.stacked[rows] for rows in some]) if some else self.stacked[:0]
+        offset = None
+        if self.offset is not None:
+            offset = torch.cat([self.offset[rows] for rows in some]) if some else self.offset[:0]
+        adapters = [self.adapters[place] for place in places] if self.adapters else []
+        return ScoringIndex(stacked, [self.ranks[place] for place in places], offset, adapters, self.point)
+
     @property
     def device(self) -> torch.device:
         """Where scores are computed."""
         return self.stacked.device
 
-    @property
+    @cached_property
     def rows(self) -> list[slice]:
         """The rows of each adapter in `stacked`."""
         return _rows(self.ranks)
@@ -74,8 +95,20 @@ class ScoringIndex:
     def norms(self, hidden: Tensor) -> Tensor:
         """`‖ΔW_i h‖₂` for hidden (rows, d), or `‖ΔW_i W (h - μ)‖₂` with a whitening; (rows, adapters), float32."""
         hidden = hidden.to(self.device, torch.float32)
+        if self.stacked.numel() > _PASS and len(self) > 1:
+            return torch.cat([part.norms(hidden) for part in self._passes()], dim=1)
         size = max(1, _CHUNK // max(1, len(self.stacked)))
         return torch.cat([self._norms(part) for part in torch.split(hidden, size)])
+
+    def _passes(self) -> Iterator[ScoringIndex]:
+        """The index in parts, without a copy, none of which is large unless one adapter is."""
+        each = max(1, _PASS * len(self) // self.stacked.numel())
+        for start in range(0, len(self), each):
+            ranks = self.ranks[start : start + each]
+            first = self.rows[start].start
+            rows = slice(first, first + sum(ranks))
+            offset = None if self.offset is None else self.offset[rows]
+            yield ScoringIndex(self.stacked[rows], ranks, offset, self.adapters[start : start + each], self.point)
 
     def _norms(self, hidden: Tensor) -> Tensor:
         responses = self.stacked @ hidden.T  # (R, rows): CPU libraries are faster with the many rows on the left
@@ -133,6 +166,7 @@ class Wanted:
         device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
         before: an index of the same point and whitening, whose rows are taken over for adapters it has.
+        room: where the stacked factors are put, on the CPU; None: in memory that is taken for them.
     """
 
     adapters: Sequence[Adapter]
@@ -140,22 +174,34 @@ class Wanted:
     device: torch.device
     whitening: Whitening | None = None
     before: ScoringIndex | None = None
+    room: Tensor | None = None
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """Rows per adapter."""
+        return [_rank(adapter, self.point) for adapter in self.adapters]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the stacked factors."""
         width = self.adapters[0].modules[self.point.module].in_features if self.adapters else 0
-        return sum(_rank(adapter, self.point) for adapter in self.adapters), width
+        return sum(self.ranks), width
 
 
-def read_indices(wanted: Sequence[Wanted]) -> list[ScoringIndex]:
+def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[ScoringIndex]:
     """Reads of every adapter the tensors at these points, and makes an index of each point; all files are opened once.
+
+    Args:
+        tell: told now and then how many adapters are done, and of how many, where there are a thousand or more.
 
     Raises:
         AdapterError: an adapter that cannot be read.
     """
     building = [_Building(one) for one in wanted]
-    for adapter in {adapter.name: adapter for one in wanted for adapter in one.adapters}.values():
+    every = {adapter.name: adapter for one in wanted for adapter in one.adapters}.values()
+    for done, adapter in enumerate(every, start=1):
+        if tell is not None and (done % _TOLD == 0 or done == len(every) > _TOLD):
+            tell(done, len(every))
         parts = [part for part in building if adapter.name in part.missing]
         if parts:
             weights = adapter.read([part.point.module for part in parts])
@@ -171,12 +217,13 @@ class _Building:
         self.point, self._wanted, before = wanted.point, wanted, wanted.before
         self.missing: dict[str, slice] = {}  # the rows of adapters that have to be read
         files = list(map(_file, wanted.adapters))
-        self._same = before is not None and files == list(map(_file, before.adapters))
+        same = before is not None and files == list(map(_file, before.adapters))
+        self._same = same and wanted.room is None
         if self._same:
             return
         device = built_on(wanted.device)
-        self._ranks = [_rank(adapter, wanted.point) for adapter in wanted.adapters]
-        self._stacked = torch.empty(wanted.shape, device=device)
+        self._ranks = wanted.ranks
+        self._stacked = torch.empty(wanted.shape, device=device) if wanted.room is None else wanted.room
         self._whitening = None if wanted.whitening is None else wanted.whitening.to(device)
         known = {} if before is None else dict(zip(map(_file, before.adapters), before.rows, strict=True))
         for adapter, file, rows in zip(wanted.adapters, files, _rows(self._ranks), strict=True):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,16 @@ from logo.adapters.known import stamp
 from logo.cache import read_cached, write_cached
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
-from logo.selection.index import ScoringIndex, built_on, device_of
+from logo.selection.index import ScoringIndex, Tell, Wanted, built_on, device_of, read_indices
+from logo.selection.mapped import ALIGNMENT, mapped, read_mapped
 from logo.selection.points import Point
 
 # Changes when what is kept means something else.
 _FORMAT = 4
-# Bytes. In memory tensors begin at multiples of it, so in the file they do too: libraries sum in another order where
-# they do not, and the last digit of a score would tell whether the index was new.
-_ALIGNMENT = 64
 # Pools change, and the indices of those that are gone are of no use to anyone.
 _MOST_FILES = 16
+# Bytes from which on an index is made within its file, piece by piece: it may be larger than memory.
+MAPPED = 2**30
 
 
 def index_name(
@@ -73,12 +75,78 @@ def keep_index(
     cache: CalibrationCache | None,
 ) -> None:
     """Keeps the index of these adapters, one part per point, in a cache folder."""
+    tensors = {f"{i}.stacked": index.stacked for i, index in enumerate(indices)}
+    # By their names they come after the large ones, which stay aligned.
+    tensors |= {f"offset.{i}": index.offset for i, index in enumerate(indices) if index.offset is not None}
+    heard, about = _about([(i.point, i.ranks) for i in indices], adapters, calibration, cache)
+    tensors |= heard
+
+    def write(part: str) -> None:
+        try:
+            save_file(tensors, part, {"about": json.dumps(about)})
+            with open(part, "rb") as stream:
+                beginning = 8 + int.from_bytes(stream.read(8), "little")
+            if beginning % ALIGNMENT:
+                save_file(tensors, part, {"about": json.dumps(about) + " " * (-beginning % ALIGNMENT)})
+        except SafetensorError as error:  # also a full disk
+            raise OSError(str(error)) from error
+
+    _remove_old(write_cached(folder, name, write))
+
+
+def bytes_of(wanted: Sequence[Wanted]) -> int:
+    """What the stacked factors of these indices take; 0 where they are not to lie in memory of the host."""
+    if any(one.device.type != "cpu" for one in wanted):
+        return 0
+    return sum(4 * math.prod(one.shape) for one in wanted)
+
+
+def build_index(
+    folder: Path,
+    name: str,
+    adapters: Sequence[Adapter],
+    wanted: Sequence[Wanted],
+    calibration: Calibration | None,
+    cache: CalibrationCache | None,
+    tell: Tell | None = None,
+) -> bool:
+    """Makes an index within its file, one adapter after the other, so that it never has to fit into memory.
+
+    Args:
+        wanted: one per point, on the CPU.
+        tell: see `read_indices`.
+
+    Returns:
+        Whether it is there: `load_index` reads it then. If not, that was said.
+    """
+    heard, about = _about([(one.point, one.ranks) for one in wanted], adapters, calibration, cache)
+    shapes: dict[str, tuple[int, ...]] = {f"{i}.stacked": one.shape for i, one in enumerate(wanted)}
+    shapes |= {f"offset.{i}": (one.shape[0],) for i, one in enumerate(wanted) if one.whitening is not None}
+    shapes |= {key: tuple(tensor.shape) for key, tensor in heard.items()}
+
+    def write(part: str) -> None:
+        tensors = mapped(part, shapes, {"about": json.dumps(about)})
+        roomy = [replace(one, room=tensors[f"{i}.stacked"]) for i, one in enumerate(wanted)]
+        for i, index in enumerate(read_indices(roomy, tell)):
+            if index.offset is not None:
+                tensors[f"offset.{i}"].copy_(index.offset)
+        for key, tensor in heard.items():
+            tensors[key].copy_(tensor)
+
+    file = write_cached(folder, name, write)
+    _remove_old(file)
+    return file is not None
+
+
+def _about(
+    points: Sequence[tuple[Point, Sequence[int]]],
+    adapters: Sequence[Adapter],
+    calibration: Calibration | None,
+    cache: CalibrationCache | None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is kept beside the factors: the responses of a calibration, and what is no tensor."""
     tensors: dict[str, Tensor] = {}
-    about: dict[str, Any] = {"points": [i.point.module for i in indices], "ranks": [i.ranks for i in indices]}
-    for i, index in enumerate(indices):
-        tensors[f"{i}.stacked"] = index.stacked
-        if index.offset is not None:
-            tensors[f"offset.{i}"] = index.offset  # by its name it comes after the large ones, which stay aligned
+    about: dict[str, Any] = {"points": [p.module for p, _ in points], "ranks": [list(ranks) for _, ranks in points]}
     if cache is not None:
         about["keys"] = cache.keys(adapters)
     if calibration is not None:
@@ -86,18 +154,11 @@ def keep_index(
         tensors["requests"] = calibration.requests.contiguous()
         about["ranking"] = [(point.module, value) for point, value in calibration.ranking]
         about["file"] = None if calibration.file is None else str(calibration.file)
+    return tensors, about
 
-    def write(part: str) -> None:
-        try:
-            save_file(tensors, part, {"about": json.dumps(about)})
-            with open(part, "rb") as stream:
-                beginning = 8 + int.from_bytes(stream.read(8), "little")
-            if beginning % _ALIGNMENT:
-                save_file(tensors, part, {"about": json.dumps(about) + " " * (-beginning % _ALIGNMENT)})
-        except SafetensorError as error:  # also a full disk
-            raise OSError(str(error)) from error
 
-    file = write_cached(folder, name, write)
+def _remove_old(file: Path | None) -> None:
+    """Leaves the files beside this one that were used last."""
     if file is None:
         return
     with suppress(OSError):  # files that other processes removed or own are left alone
@@ -118,26 +179,25 @@ def load_index(
     points = {point.module: point for point in candidates}
 
     def read(file: Path) -> tuple[tuple[ScoringIndex, ...], Calibration | None]:
-        with safe_open(file, framework="pt") as kept:
-            about = json.loads(kept.metadata()["about"])
-            names = set(kept.keys())
-            indices = []
-            for i, (module, ranks) in enumerate(zip(about["points"], about["ranks"], strict=True)):
-                point = points[module]
-                touching = [adapter for adapter in adapters if module in adapter.modules]
-                device = device_of(model, point)
-                offset = kept.get_tensor(f"offset.{i}").to(device) if f"offset.{i}" in names else None
-                indices.append(ScoringIndex(kept.get_tensor(f"{i}.stacked").to(device), ranks, offset, touching, point))
-            if cache is not None:
-                cache.know(adapters, about["keys"])
-            calibration = None
-            if "neutral" in names:
-                ranking = tuple((points[module], value) for module, value in about["ranking"])
-                heard = kept.get_tensor("neutral"), kept.get_tensor("requests")
-                written_down = None if about["file"] is None else Path(about["file"])
-                read_at = tuple(index.point for index in indices)
-                spent = time.perf_counter() - started
-                calibration = Calibration(read_at, ranking, *heard, written_down, 0, spent)
+        tensors, metadata = read_mapped(file) if file.stat().st_size > MAPPED else _read_small(file)
+        about = json.loads(metadata["about"])
+        indices = []
+        for i, (module, ranks) in enumerate(zip(about["points"], about["ranks"], strict=True)):
+            point = points[module]
+            touching = [adapter for adapter in adapters if module in adapter.modules]
+            device = device_of(model, point)
+            offset = tensors[f"offset.{i}"].to(device) if f"offset.{i}" in tensors else None
+            indices.append(ScoringIndex(tensors[f"{i}.stacked"].to(device), ranks, offset, touching, point))
+        if cache is not None:
+            cache.know(adapters, about["keys"])
+        calibration = None
+        if "neutral" in tensors:
+            ranking = tuple((points[module], value) for module, value in about["ranking"])
+            written_down = None if about["file"] is None else Path(about["file"])
+            read_at = tuple(index.point for index in indices)
+            spent = time.perf_counter() - started
+            heard = tensors["neutral"], tensors["requests"]
+            calibration = Calibration(read_at, ranking, *heard, written_down, 0, spent)
         return tuple(indices), calibration
 
     found = read_cached(file, read)
@@ -145,3 +205,8 @@ def load_index(
         with suppress(OSError):  # the time of its last use decides which are removed; a folder may be read-only
             file.touch()
     return found
+
+
+def _read_small(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(file, framework="pt") as kept:
+        return {name: kept.get_tensor(name) for name in kept.keys()}, kept.metadata()  # noqa: SIM118

@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args
 
 from logo.errors import UsageError, closest
 from logo.prompts import ProbeText, check_probe_text
-from logo.selection.signals import ProbeInput, ProbeToken, Signal, Weighting, get_signal
+from logo.selection.signals import SIGNALS, ProbeInput, ProbeToken, Signal, Weighting, get_signal
 
 ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
+IndexKind = Literal["exact", "two-stage"]
 BaselineKind = Literal["neutral", "running"]
 
 
@@ -42,6 +43,11 @@ class SelectionSettings:
         calibration_prompts: unlabelled prompts, like those to come, on which points are ranked; None: some of ours.
         cache: folder in which calibrations and scoring indices are kept; `""` keeps nothing; None: the user's cache.
         prefix_cache_gb: memory (10⁹ bytes) for what prompts begin with, so that what several share is probed once.
+        index: `"exact"` scores every adapter; `"two-stage"` first finds those that can be among the best, and scores
+            these alone: for very many adapters (docs/many-adapters.md).
+        index_rank: of what the first of two stages keeps of each adapter.
+        index_left: adapters that the first stage leaves where it only estimates (calibrated signals); None: 16 for each
+            one that is wanted, and 256 at least.
         unscorable: adapters that do not touch what is probed: `"error"` refuses the pool, `"skip"` never selects them
             (they can still be forced).
     """
@@ -64,6 +70,9 @@ class SelectionSettings:
     cache: str | None = None
     prefix_cache_gb: float = 0.25
     unscorable: Unscorable = "error"
+    index: IndexKind = "exact"
+    index_rank: int = 2
+    index_left: int | None = None
 
     def __post_init__(self) -> None:
         get_signal(self.signal)
@@ -77,6 +86,7 @@ class SelectionSettings:
             ("probe_token", ProbeToken),
             ("baseline", BaselineKind),
             ("unscorable", Unscorable),
+            ("index", IndexKind),
         )
         for name, choice in choices:
             value, allowed = getattr(self, name), get_args(choice)
@@ -107,6 +117,22 @@ class SelectionSettings:
             )
         if self.baseline == "running" and self.reading.scale == "raw":
             raise UsageError(f"baseline 'running': the signal {self.signal!r} is not compared with a baseline")
+
+        self._check_index()
+
+    def _check_index(self) -> None:
+        for name, value in (("index_rank", self.index_rank), ("index_left", self.index_left)):
+            if value is not None and value <= 0:
+                raise UsageError(f"{name}: expected 1 or more, found {value}")
+        if self.index != "two-stage":
+            return
+        if not self.reading.norms:
+            known = ", ".join(name for name, signal in SIGNALS.items() if signal.norms)
+            raise UsageError(
+                f"index 'two-stage': the signal {self.signal!r} is no norm; use one of {known}, or 'exact'"
+            )
+        if self.baseline == "running":
+            raise UsageError("index 'two-stage': a running baseline needs every adapter's score; use 'neutral'")
 
     @property
     def reading(self) -> Signal:

@@ -39,6 +39,7 @@ class Signal:
         scale: what the responses are compared with.
         chosen: use the points on which this pool's adapters differ most, instead of all.
         weighting: how scores become weights.
+        norms: the scores are `ScoringIndex.norms`, which the first stage of a two-stage index knows about.
     """
 
     score: Score
@@ -48,6 +49,7 @@ class Signal:
     scale: Scale = "raw"
     chosen: bool = False
     weighting: Weighting = "linear"
+    norms: bool = False
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
         """(n, adapters) for hidden (n, d)."""
@@ -79,7 +81,7 @@ def get_signal(name: str) -> Signal:
         raise UsageError(f"unknown signal {name!r}{closest(name, SIGNALS)}; known: {', '.join(SIGNALS)}") from None
 
 
-@register("norm")
+@register("norm", norms=True)
 def norm(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`‖ΔW_i h‖₂`: how large the adapter's response to this input is."""
     return index.norms(hidden)
@@ -103,13 +105,14 @@ def entropy(index: ScoringIndex, hidden: Tensor) -> Tensor:
     scale="whitened",
     chosen=True,
     weighting="adaptive",
+    norms=True,
 )
 def calibrated(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`‖ΔW_i W (h - μ)‖₂` at several early points and all tokens, compared with the same on neutral text."""
     return index.norms(hidden)
 
 
-@register("norm_z", scale="zscore", weighting="softmax")
+@register("norm_z", scale="zscore", weighting="softmax", norms=True)
 def norm_z(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """The official norm, as a z-score over neutral prompts (SEQR, arXiv 2509.18093, calibrates norms like this)."""
     return index.norms(hidden)
@@ -121,7 +124,7 @@ def arrow(index: ScoringIndex, hidden: Tensor) -> Tensor:
     return index.alignments(hidden)
 
 
-@register("spectr", layers="early", input="projection", token="each")
+@register("spectr", layers="early", input="projection", token="each", norms=True)
 def spectr(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`‖Σ_i V_iᵀ h‖`, the whole spectrum, which is `‖ΔW_i h‖` per token and layer (SpectR, COLM 2025)."""
     return index.norms(hidden)

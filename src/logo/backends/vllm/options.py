@@ -91,6 +91,8 @@ class Options:
                 "inside vLLM prompts are probed by the base model alone and compared with neutral text: leave out "
                 "probe_context and baseline"
             )
+        if settings.index != "exact":
+            raise UsageError(f"inside vLLM every adapter is scored: leave out index {settings.index!r}")
         return made
 
     @property

@@ -21,7 +21,8 @@ from logo.decoding import Prompts
 from logo.errors import ModelError
 from logo.selection.plan import plan
 from logo.selection.points import Point
-from logo.selection.scorer import Scorer, Scorers
+from logo.selection.scorer import Scorer
+from logo.selection.scorers import Scorers
 from logo.selection.texts import Texts
 
 

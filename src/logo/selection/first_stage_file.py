@@ -1,0 +1,69 @@
+"""First stages on disk, beside the index that they belong to.
+
+<cache>/first-stage/<digest of the index>-<rank>.safetensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from logo.cache import read_cached, write_cached
+from logo.selection.first_stage import FirstStage
+from logo.selection.index import ScoringIndex
+from logo.selection.two_stage import FirstStages
+
+# Changes when what is kept means something else.
+_FORMAT = 1
+_MOST_FILES = 16
+
+
+def first_stage_name(index: str, rank: int) -> str:
+    """The file of a first stage in the cache folder, by the name of its index."""
+    return f"first-stage/{PurePosixPath(index).stem}-{rank}-{_FORMAT}.safetensors"
+
+
+def keep_first_stages(folder: Path, name: str, stages: FirstStages) -> None:
+    """Keeps them in a cache folder."""
+    tensors = {f"{at}.{key}": value for at, part in enumerate(stages.parts) for key, value in part.tensors.items()}
+    if stages.estimated is not None:
+        tensors["estimated"] = stages.estimated
+
+    def write(part: str) -> None:
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, part)
+        except SafetensorError as error:  # also a full disk
+            raise OSError(str(error)) from error
+
+    file = write_cached(folder, name, write)
+    if file is None:
+        return
+    with suppress(OSError):  # files that other processes removed or own are left alone
+        known = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        for old in known[:-_MOST_FILES]:
+            old.unlink(missing_ok=True)
+
+
+def load_first_stages(file: Path, indices: Sequence[ScoringIndex]) -> FirstStages | None:
+    """What is kept there for these indices; None where there is nothing, or nothing usable."""
+
+    def read(file: Path) -> FirstStages:
+        tensors = load_file(file)
+        parts = []
+        for at, index in enumerate(indices):
+            part = FirstStage(**{field.name: tensors[f"{at}.{field.name}"] for field in fields(FirstStage)})
+            if len(part) != len(index):
+                raise ValueError(f"{len(part)} adapters where the index has {len(index)}")
+            parts.append(part)
+        return FirstStages(tuple(parts), tensors.get("estimated"))
+
+    found = read_cached(file, read)
+    if found is not None:
+        with suppress(OSError):  # the time of its last use decides which are removed; a folder may be read-only
+            file.touch()
+    return found

@@ -1,0 +1,183 @@
+"""`Scorers`: makes the scorer of a signal when it is first asked for.
+
+plan -> calibrate (cached) -> index (cached) -> first stage (cached, where there are two) -> Scorer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from logo.adapters.format import Adapter
+from logo.adapters.pool import AdapterPool
+from logo.cache import cache_folder
+from logo.selection import index_file
+from logo.selection.cache import CalibrationCache
+from logo.selection.calibration import Listening, calibrate, read_texts, whitenings
+from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages
+from logo.selection.index import ScoringIndex, Tell, Wanted, device_of, read_indices
+from logo.selection.index_file import build_index, bytes_of, index_name, keep_index, load_index
+from logo.selection.plan import plan
+from logo.selection.points import Point
+from logo.selection.prefixes import Prefixes, reusable
+from logo.selection.probe import Probe
+from logo.selection.reader import Reader
+from logo.selection.scorer import Scorer
+from logo.selection.selector import check_k
+from logo.selection.settings import SelectionSettings
+from logo.selection.texts import NEUTRAL, REQUESTS, Texts
+from logo.selection.two_stage import FirstStages, TwoStageScorer
+from logo.selection.whitening import Whitening
+
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+class Scorers:
+    """The scorers of one state of a pool, one per signal, each made when it is first asked for.
+
+    Args:
+        model: the base model.
+        pool: adapters fitted to it.
+        settings: what to read and how to score; other signals may be asked for besides.
+        encode: texts to token ids, as prompts are encoded; for the texts of a calibration.
+        bos: the token that begins every text, if there is one.
+        before: those of an earlier state of the pool, from which is taken over what is still true. A pool that changes
+            once will change again: its indices are not kept on disk.
+        device: where scores are computed; None: where the model computes what is read.
+        listening: runs the base model for a calibration; None: `model` itself runs. With it, `model` may be a skeleton
+            on the meta device.
+
+    Raises:
+        PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pool: AdapterPool,
+        settings: SelectionSettings,
+        encode: Encode,
+        bos: int | None,
+        before: Scorers | None = None,
+        device: torch.device | None = None,
+        listening: Listening | None = None,
+    ) -> None:
+        self._device, self._listening = device, listening
+        self._plan = plan(model, pool, settings)
+        count = len(self._plan.adapters)
+        self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
+        self._model, self._pool, self._settings, self._encode, self._bos = model, pool, settings, encode, bos
+        self._known: dict[str, Scorer] = {}  # by signal
+        self._earlier: dict[str, Scorer] = {} if before is None else before._earlier | before._known
+        self._keep = before is None
+        self._prefixes, budget = None, int(settings.prefix_cache_gb * 1e9)
+        if budget and settings.probe_context == "base" and reusable(model):
+            self._prefixes = Prefixes(budget)
+
+    def get(self, settings: SelectionSettings, tell: Tell | None = None) -> Scorer:
+        """The scorer of a signal. A calibration runs the base model, which has no adapter active then.
+
+        Args:
+            tell: see `logo.selection.index.read_indices`.
+        """
+        if settings.signal not in self._known:
+            self._known[settings.signal] = self._open(settings, tell)
+            self._earlier.pop(settings.signal, None)
+        return self._known[settings.signal]
+
+    def _open(self, settings: SelectionSettings, tell: Tell | None) -> Scorer:
+        """Plans, calibrates and indexes, as far as that is not known."""
+        model, earlier = self._model, self._earlier.get(settings.signal)
+        planned = self._plan if settings.signal == self._settings.signal else plan(model, self._pool, settings)
+        adapters, points = planned.adapters, planned.points
+        cache = self._cache(settings) if earlier is None else earlier.cache
+        folder = cache_folder(settings.cache) if self._keep else None
+        name = None if folder is None else index_name(adapters, points, planned.most, cache, model)
+        found = None if folder is None or name is None else load_index(folder / name, adapters, points, model, cache)
+        if found is not None:
+            indices, calibration = list(found[0]), found[1]
+        else:
+            calibration, whitened = None, dict[str, Whitening]()
+            if cache is not None:
+                calibration = calibrate(model, adapters, points, planned.most, settings, cache, self._listening)
+                points = calibration.points
+                whitened = whitenings(model, points, settings, cache, self._listening)
+            wanted = self._wanted(adapters, points, whitened, () if earlier is None else earlier.indices)
+            built = None
+            if folder is not None and name is not None and bytes_of(wanted) > index_file.MAPPED:
+                made = build_index(folder, name, adapters, wanted, calibration, cache, tell)
+                built = load_index(folder / name, adapters, points, model, cache) if made else None
+            indices = read_indices(wanted, tell) if built is None else list(built[0])
+            if folder is not None and name is not None and built is None:
+                keep_index(folder, name, adapters, indices, calibration, cache)
+        signal = settings.reading
+        probe = Probe(model, [index.point for index in indices], signal.input, signal.token, self._bos)
+        if settings.index == "two-stage":
+            first = self._first_stages(settings, adapters, indices, cache, folder, name)
+            reader = Reader(probe, indices, signal, settings.signal, None)
+            left = settings.index_left
+            return TwoStageScorer(adapters, indices, reader, probe, signal, first, calibration, cache, left)
+        reader = Reader(probe, indices, signal, settings.signal, self._prefixes)
+        return Scorer(adapters, indices, reader, calibration, cache, settings.baseline == "running")
+
+    def _first_stages(
+        self,
+        settings: SelectionSettings,
+        adapters: Sequence[Adapter],
+        indices: Sequence[ScoringIndex],
+        cache: CalibrationCache | None,
+        folder: Path | None,
+        name: str | None,
+    ) -> FirstStages:
+        """What the cache has, or what the base model's hidden vectors of ordinary texts give."""
+        rank = settings.index_rank
+        kept = None if name is None else first_stage_name(name, rank)
+        if folder is not None and kept is not None:
+            found = load_first_stages(folder / kept, indices)
+            if found is not None:
+                return found
+        signal, points = settings.reading, [index.point for index in indices]
+        texts = Texts(self._encode(NEUTRAL), [], self._bos) if cache is None else cache.texts
+        read = list(read_texts(self._model, points, texts, signal))
+        known = [None if cache is None else cache.whitening(point.module) for point in points]
+        means = [None if index.offset is None or w is None else w.mean for index, w in zip(indices, known, strict=True)]
+        touched = torch.tensor([[point.module in a.modules for point in points] for a in adapters])
+        made = FirstStages.of(indices, touched, read, len(texts.rows), means, signal, rank)
+        if folder is not None and kept is not None:
+            keep_first_stages(folder, kept, made)
+        return made
+
+    def _cache(self, settings: SelectionSettings) -> CalibrationCache | None:
+        """Where calibrations of this signal are kept; None for signals without one."""
+        signal = settings.reading
+        if signal.scale == "raw":
+            return None
+        requests = self._encode(settings.calibration_prompts or REQUESTS) if signal.chosen else []
+        texts = Texts(self._encode(NEUTRAL), requests, self._bos)
+        return CalibrationCache.of(self._model, texts, signal, cache_folder(settings.cache))
+
+    def _wanted(
+        self,
+        adapters: Sequence[Adapter],
+        points: Sequence[Point],
+        whitened: Mapping[str, Whitening],
+        earlier: Sequence[ScoringIndex],
+    ) -> list[Wanted]:
+        """One index per point, with rows taken over from earlier ones of this signal and from what others read."""
+        others = (index for scorer in self._known.values() for index in scorer.indices if index.offset is None)
+        held = {(index.point, index.offset is None): index for index in (*others, *earlier)}
+        wanted = []
+        for point in points:
+            touching = [adapter for adapter in adapters if point.module in adapter.modules]
+            device, whitening = self._device or device_of(self._model, point), whitened.get(point.module)
+            before = held.get((point, whitening is None))
+            wanted.append(Wanted(touching, point, device, whitening, before))
+        return wanted
+
+    def restart(self) -> None:
+        """Forgets the prompts that came, where a baseline depends on them."""
+        for scorer in self._known.values():
+            scorer.restart()

@@ -1,0 +1,191 @@
+"""`TwoStageScorer`: a first stage says which adapters can be among the best, and only those are scored exactly.
+
+Signals whose score is a norm, or a mean of norms, are bounded: no adapter is left out that could be one of the k best,
+so the selection is that of one stage. Where scores are compared with neutral text, bounds are too wide to be of use.
+There the first stage estimates every adapter's score, against a baseline of such estimates, and a fixed number of the
+best is left. Those are scored exactly, so that weights are as in one stage wherever the same adapters are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from logo.adapters.format import Adapter
+from logo.selection.baseline import Baseline, finished, prompt_means
+from logo.selection.cache import CalibrationCache
+from logo.selection.calibration import Calibration
+from logo.selection.first_stage import FirstStage
+from logo.selection.index import ScoringIndex
+from logo.selection.probe import Probe
+from logo.selection.reader import Reader
+from logo.selection.scorer import NOT_SCORED, Best, Scorer
+from logo.selection.signals import Signal
+
+# Scores that a weighting looks at, however few adapters are wanted (`logo.selection.selector.adaptive_temperature`).
+_LOOKED_AT = 6
+# Tokens of a prompt that an estimate reads at most, evenly spread over it.
+_TOKENS = 64
+# Adapters that estimates leave for the second stage where the user names no number: so many, and so many for each that
+# is wanted (docs/many-adapters.md has the recall).
+_FEWEST_LEFT, _LEFT_EACH = 256, 16
+
+
+@dataclass(frozen=True)
+class FirstStages:
+    """The first stage of several points.
+
+    Attributes:
+        parts: one per point.
+        estimated: what they estimate for the texts of a calibration, `a` (adapters, points, texts), neutral ones first;
+            None for signals without a baseline.
+    """
+
+    parts: tuple[FirstStage, ...]
+    estimated: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        indices: Sequence[ScoringIndex],
+        touched: Tensor,
+        read: Sequence[tuple[Tensor, Tensor]],
+        texts: int,
+        means: Sequence[Tensor | None],
+        signal: Signal,
+        rank: int,
+    ) -> FirstStages:
+        """Those of the indices of a signal.
+
+        Args:
+            touched: (adapters, points), bool.
+            read: of ordinary texts, the hidden vectors (vectors, d) at each point, and the text that each belongs to.
+            texts: how many there are.
+            means: μ of the whitening of each point, where there is one.
+            rank: of what is kept of each adapter.
+        """
+        parts = []
+        responses = torch.full((*touched.shape, texts), torch.nan)
+        for at, (index, mean, (hidden, owners)) in enumerate(zip(indices, means, read, strict=True)):
+            parts.append(first := FirstStage.of(index, mean, hidden, rank))
+            if signal.scale != "raw":
+                estimates = first.estimates(hidden, owners, texts)
+                responses[touched[:, at], at] = finished(estimates, signal.scale).T
+        return cls(tuple(parts), None if signal.scale == "raw" else responses)
+
+    @property
+    def bytes(self) -> int:
+        """Memory they take."""
+        return sum(part.bytes for part in self.parts)
+
+
+class TwoStageScorer(Scorer):
+    """Scores the best adapters of a pool exactly, and the others not at all. Called, it scores all as `Scorer` does.
+
+    Args:
+        adapters, indices, reader, calibration, cache: as those of `Scorer`.
+        probe: the reader's.
+        signal: of norms.
+        first: parallel to `indices`.
+        left: adapters that estimates leave; None: as many as suit k.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        indices: Sequence[ScoringIndex],
+        reader: Reader,
+        probe: Probe,
+        signal: Signal,
+        first: FirstStages,
+        calibration: Calibration | None = None,
+        cache: CalibrationCache | None = None,
+        left: int | None = None,
+    ) -> None:
+        super().__init__(adapters, indices, reader, calibration, cache)
+        self.first = first
+        self._probe, self._signal, self._left = probe, signal, left
+        self._estimated: Baseline | None = None
+        if first.estimated is not None and calibration is not None:
+            neutral = calibration.neutral.shape[2]
+            self._estimated = Baseline.of(first.estimated[:, :, :neutral], first.estimated[:, :, neutral:])
+        # (adapters, points): the place of each adapter in the index of the point
+        self._places = self._touched.cumsum(dim=0) - 1
+        self._position = {name: i for i, name in enumerate(self.names)}
+
+    def best(self, input_ids: Tensor, attention_mask: Tensor, asked: Sequence[Best]) -> Tensor:
+        """(rows, adapters) on the CPU: the scores of the best adapters, `NOT_SCORED` for others; see `Scorer.best`."""
+        hidden = self._probe(input_ids, attention_mask)
+        owners = self._probe.owners(input_ids, attention_mask)
+        per_row = [[vectors[owners.to(vectors.device) == row] for vectors in hidden] for row in range(len(asked))]
+        return torch.stack([self.of_vectors(vectors, one) for vectors, one in zip(per_row, asked, strict=True)])
+
+    def of_vectors(self, hidden: Sequence[Tensor], asked: Best) -> Tensor:
+        """The same of one prompt (adapters,), from its hidden vectors (vectors, d) at each point."""
+        eligible = torch.ones(len(self.names), dtype=torch.bool)
+        if asked.among is not None:
+            eligible = torch.zeros(len(self.names), dtype=torch.bool)
+            eligible[[self._position[name] for name in asked.among if name in self._position]] = True
+        k = min(max(asked.k, _LOOKED_AT), int(eligible.sum()))
+        scores = torch.full((len(self.names),), NOT_SCORED)
+        if not k:
+            return scores
+        if self._estimated is not None:
+            left = max(_FEWEST_LEFT, _LEFT_EACH * k) if self._left is None else max(self._left, k)
+            chosen = _highest(self._estimate(hidden), eligible, left)
+            scores[chosen] = self.exact(hidden, chosen)
+            return scores
+        low, high = self._bounds(hidden)
+        # The best by their upper bounds first: the k-th best of them is a threshold that only those can pass whose
+        # upper bound does.
+        chosen = _highest(high, eligible, 2 * k)
+        scores[chosen] = self.exact(hidden, chosen)
+        threshold = scores[chosen].nan_to_num(torch.inf).topk(k).values[-1]
+        threshold = threshold.maximum(low.masked_fill(~eligible, NOT_SCORED).topk(k).values[-1].nan_to_num(NOT_SCORED))
+        more = ~(high < threshold) & eligible  # what is not a number is no reason to leave an adapter out
+        more[chosen] = False
+        rest = more.nonzero()[:, 0]
+        scores[rest] = self.exact(hidden, rest)
+        return scores
+
+    def exact(self, hidden: Sequence[Tensor], which: Tensor) -> Tensor:
+        """The scores of these adapters (n,), ascending positions in the pool, as one stage computes them."""
+        responses = torch.full((len(which), len(self.points), 1), torch.nan)
+        for at, (index, vectors) in enumerate(zip(self.indices, hidden, strict=True)):
+            heard = self._touched[which, at]
+            part = index.part(self._places[which[heard], at].tolist())
+            values = self._signal(part, vectors) if len(part) else torch.zeros(len(vectors), 0)
+            means = prompt_means(values, torch.zeros(len(vectors), dtype=torch.int64), 1)
+            responses[heard, at] = finished(means, self._signal.scale).T.cpu()
+        if self._baseline is None:
+            return self._mean_over_points(responses, self._touched[which])[0]
+        return self._baseline.part(which).scores(responses)[0]
+
+    def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
+        """(adapters,): what the scores seem to be."""
+        assert self._estimated is not None
+        responses = torch.full((*self._touched.shape, 1), torch.nan)
+        for at, (first, vectors) in enumerate(zip(self.first.parts, hidden, strict=True)):
+            some = vectors[:: -(-len(vectors) // _TOKENS)]
+            means = first.estimates(some, torch.zeros(len(some), dtype=torch.int64), 1)
+            responses[self._touched[:, at], at] = finished(means, self._signal.scale).T
+        return self._estimated.scores(responses)[0]
+
+    def _bounds(self, hidden: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(adapters,) each: the lowest and the highest that the scores can be."""
+        ends = torch.full((2, *self._touched.shape, 1), torch.nan)
+        for at, (first, vectors) in enumerate(zip(self.first.parts, hidden, strict=True)):
+            pair = first.bounds(vectors, torch.zeros(len(vectors), dtype=torch.int64), 1)
+            for end, values in zip(ends, pair, strict=True):
+                end[self._touched[:, at], at] = values.T
+        low, high = (self._mean_over_points(end, self._touched)[0] for end in ends)
+        return low, high * (1 + 1e-5)  # a mean may be rounded down
+
+
+def _highest(values: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """Positions of the highest of the eligible values, ascending; what is not a number counts as the highest."""
+    values = values.nan_to_num(torch.inf).masked_fill(~eligible, NOT_SCORED)
+    return values.topk(min(count, int(eligible.sum()))).indices.sort().values
