@@ -251,7 +251,9 @@ def model(args: argparse.Namespace) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measured = json.loads(args.measured.read_text())
+    measured: dict[str, Any] = {}
+    for file in args.measured:
+        measured |= json.loads(file.read_text())
     counts = [int(10 ** (3 + i / 4)) for i in range(13)]
     arms = ("one stage", "two stages", f"two stages, {args.workers} workers")
     figure = Figure(figsize=(11, 7.5), layout="constrained")
@@ -349,7 +351,7 @@ def main() -> None:
     two.add_argument("--json", type=Path)
     two.set_defaults(run=recall)
     three = commands.add_parser("model")
-    three.add_argument("--measured", type=Path, required=True)
+    three.add_argument("--measured", type=Path, nargs="+", required=True)
     three.add_argument("--png", type=Path, required=True)
     three.add_argument("--memory-gb", type=float, default=20)
     three.add_argument("--disk-gbs", type=float, default=2)
