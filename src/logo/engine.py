@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from logo.selecting import Probing
 from logo.selection import Selection
 from logo.selection.calibration import Calibration
 from logo.selection.index import Tell
-from logo.selection.scorer import Scorer
+from logo.selection.scorer import Scorer, Scorers
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class LoGo(Calls, FromPretrained):
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self.merge = merge
         self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings)
-        self._fit_pool()
+        self.take(self.prepared(pool))
 
     @property
     def fitted(self) -> AdapterPool:
@@ -196,17 +197,52 @@ class LoGo(Calls, FromPretrained):
     ) -> list[Scored]:
         return self._completions.pairs(self._fitted, pairs, mixtures, batch_size)
 
-    def _fit_pool(self) -> None:
-        version = self.pool.version
-        fitted = self.pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
-        # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
-        self._selecting.fit(fitted)
-        self._fitted, self._seen = fitted, version
+    def prepared(self, pool: AdapterPool) -> Prepared:
+        """The engine on another pool, made ready while this one goes on: nothing changes before `take`.
+
+        Raises:
+            PoolError: an adapter does not fit, or cannot be scored.
+            AdapterError: an adapter that cannot be read.
+        """
+        with self._lock:
+            version = pool.version
+            fitted = pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
+            return Prepared(pool, version, fitted, self._selecting.prepared(fitted), self.settings)
+
+    def take(self, prepared: Prepared) -> None:
+        """Answers from another pool from now on."""
+        with self._lock:
+            self._selecting.take(prepared.fitted, prepared.scorers)
+            self._fitted, self._seen, self.pool = prepared.fitted, prepared.version, prepared.pool
+            self._mixer.forget(self._fitted)
 
     def _sync(self) -> None:
         """Takes note of adapters that were added to or removed from the pool."""
         if self.pool.version == self._seen:
             return
         with self._lock:
-            self._fit_pool()
-            self._mixer.forget(self._fitted)
+            if self.pool.version != self._seen:
+                # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
+                self.take(self.prepared(self.pool))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pool that an engine can answer from at once.
+
+    Attributes:
+        pool: as it was given, and its `version` then.
+        fitted: matched to the base model.
+        scorers: of it.
+        settings: the engine's.
+    """
+
+    pool: AdapterPool
+    version: int
+    fitted: AdapterPool
+    scorers: Scorers
+    settings: SelectionSettings
+
+    def calibrate(self, signal: str) -> None:
+        """Makes ready to select by this signal. Errors as `LoGo.calibrate`."""
+        self.scorers.get(self.settings.asked(signal=signal))

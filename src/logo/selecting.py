@@ -191,7 +191,7 @@ class Probing(Selecting):
         settings: how to read, score and select, where a call asks for nothing else.
 
     Attributes:
-        pool: fitted to the model; there is none before `fit`.
+        pool: fitted to the model; there is none before `take`.
         scorers: of that pool.
     """
 
@@ -201,16 +201,20 @@ class Probing(Selecting):
         self._model, self._prompts, self._mixer, self._settings = model, prompts, mixer, settings
         self._carried: tuple[str, ...] | None = None  # what the last prompt selected
 
-    def fit(self, pool: AdapterPool) -> None:
-        """Selects from this pool from now on; where there was one before, what is new is calibrated now.
+    def prepared(self, pool: AdapterPool) -> Scorers:
+        """Of another pool; where there was one before, what is new is calibrated now. Nothing that selects changes.
 
         Raises:
-            LoGoError: it cannot be scored; the pool from before stays then.
+            LoGoError: it cannot be scored.
         """
         before, bos = getattr(self, "scorers", None), self._prompts.tokenizer.bos_token_id
         scorers = Scorers(self._model, pool, self._settings, self._prompts.texts, bos, before)
         if before is not None:
             scorers.get(self._settings)
+        return scorers
+
+    def take(self, pool: AdapterPool, scorers: Scorers) -> None:
+        """Selects from this pool from now on, with what `prepared` has made of it."""
         self.pool, self.scorers = pool, scorers
 
     def scorer(self, signal: str | None = None, tell: Tell | None = None) -> Scorer:

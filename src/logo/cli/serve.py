@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from logo.cli import serve_vllm
+from logo.cli import serve_ray, serve_vllm
 from logo.cli.opening import open_engine
 from logo.cli.options import Choice, EngineOptions, expanded
 from logo.cli.output import note
@@ -33,6 +33,7 @@ class ServeEngine(Choice):
 @expanded
 def serve(
     engine: EngineOptions,
+    replicas: serve_ray.ReplicaOptions,
     host: Annotated[str, typer.Option(help="Where to listen.", rich_help_panel=NETWORK)] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535, rich_help_panel=NETWORK)] = 8000,
     api_key: Annotated[
@@ -142,7 +143,7 @@ def serve(
             metavar="[-- VLLM_FLAGS]", help="With --engine vllm: further flags for vLLM.", show_default=False
         ),
     ] = None,
-) -> None:
+) -> Any:
     """Serve a base model and a pool as one OpenAI-compatible endpoint.
 
     `model: "logo"` selects adapters for every request, an adapter's name forces it, the base model's name uses none.
@@ -150,6 +151,7 @@ def serve(
     Example: `logo serve --base-model demo`, then `curl localhost:8000/v1/completions -H 'Content-Type:
     application/json' -d '{"model": "logo", "prompt": "What is 7 plus 5?", "temperature": 0}'`
     """
+    layout = serve_ray.layout_of(replicas, engine)
     keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get("LOGO_API_KEY")]))
     others = [name.strip() for name in (signals or "").split(",") if name.strip()]
     if server is ServeEngine.VLLM:
@@ -178,8 +180,7 @@ def serve(
             arguments=tuple(arguments or ()),
             refused=tuple(option for option, is_given in given.items() if is_given),
         )
-        serve_vllm.serve(engine, base_model, asked, dry_run=dry_run)
-        return
+        return serve_vllm.serve(engine, base_model, asked, dry_run=dry_run)
     for option, is_given in (
         ("--vllm-mode", vllm_mode is not VllmMode.AUTO),
         ("--max-model-len", max_model_len is not None),
@@ -197,7 +198,7 @@ def serve(
     from logo.serving.guards import GuardSettings, is_loopback
     from logo.serving.keys import read_key_adapters, unmatched
     from logo.serving.logs import configure
-    from logo.serving.running import address_of, listening
+    from logo.serving.running import address_of, listening, released
 
     bound = {} if key_adapters is None else read_key_adapters(key_adapters)
     size = int((max_body_mb or MAX_BODY_MB) * 1e6)
@@ -217,14 +218,21 @@ def serve(
 
     for other in others:
         get_signal(other)  # raises before anything slow happens
+    settings = AppSettings(name, request_timeout or None, folder)
+    if layout is not None:
+        limits = {"max_concurrent": max_concurrent, "kv_cache_gb": kv_cache_gb, "max_queue": max_queue}
+        plan = serve_ray.plan_of(
+            engine, base_model, settings, guards, signals=tuple(others), log_json=log_json, **limits
+        )
+        return serve_ray.serve(engine, base_model, replicas, layout, plan, released(taken))
     logo = open_engine(engine, base_model)
     for pattern in unmatched(logo.names, bound):
         note(f"--key-adapters: no adapter matches {pattern!r} now")
     memory = Memory(max_concurrent, kv_cache_gb)
     service = Service(logo, memory, signals=others, max_queue=max_queue)
     note(service.batching.plan.line)
-    settings = AppSettings(name, request_timeout or None, folder)
     run(service, settings, guards, taken, lambda: note(f"Serving on {address_of(taken)}"))
+    return None
 
 
 def _name(asked: str | None, base_model: str) -> str:

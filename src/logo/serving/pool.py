@@ -8,14 +8,49 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logo.adapters.format import Adapter, open_adapter
-from logo.engine import LoGo
+from logo.adapters.pool import AdapterPool
+from logo.engine import LoGo, Prepared
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.protocol import Card, Patterns
 from logo.serving.keys import usable
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to a pool.
+
+    Attributes:
+        name: of the adapter.
+        folder: where it is; None: it is taken out.
+        replace: one that has this name.
+    """
+
+    name: str
+    folder: Path | None = None
+    replace: bool = False
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a change makes of a pool.
+
+    Attributes:
+        prepared: for the engine.
+        refused, adapters, cards: as `ServedPool` has them.
+        adapter: that is new; None where one is taken out.
+    """
+
+    change: Change
+    prepared: Prepared
+    refused: Mapping[str, LoGoError]
+    adapters: dict[str, Adapter]
+    cards: dict[str, Card]
+    adapter: Adapter | None
 
 
 class ServedPool:
@@ -45,7 +80,7 @@ class ServedPool:
         self.refused: dict[str, LoGoError] = {}
         self.adapters: dict[str, Adapter] = {}
         self.cards: dict[str, Card] = {}
-        self._list()
+        self._show(*self._listed(logo.fitted))
 
     def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
         """The adapters that an API key may use now, by name; None: all of them."""
@@ -56,57 +91,54 @@ class ServedPool:
             known_names[patterns] = dict.fromkeys(usable(self.adapters, patterns))
         return known_names[patterns]
 
-    def add(self, folder: Path, name: str, replaced: bool) -> Adapter:
-        """Opens an adapter folder and adds it; all of it or nothing. Errors as `Service.add`."""
-        pool = self._logo.pool
-        adapter = open_adapter(folder, name)
-        adapter.read()  # finds what is not finite
-        before = pool.remove(name) if replaced and name in pool else None
-        pool.add(adapter)
-        try:
-            self._take_note()
-            if name not in self.adapters:  # an engine that leaves out what does not fit says nothing by itself
-                raise next(error for error in self._logo.fitted.refused if error.name == name)
-        except Exception:
-            pool.remove(name)
-            if before is not None:
-                pool.add(before)
-            self._take_note()
-            raise
-        return adapter
+    def staged(self, change: Change) -> Staged:
+        """What a change makes of the pool: opened, checked, indexed, and seen by nobody before `take`.
 
-    def remove(self, name: str) -> None:
-        """Takes an adapter out. Errors as `Service.remove`."""
-        pool = self._logo.pool
-        pool[name]  # raises with a did-you-mean
-        if len(pool) == 1:
-            raise UsageError(f"adapter {name!r} is the only one left: a pool needs one")
-        adapter = pool.remove(name)
-        try:
-            self._take_note()
-        except Exception:
-            pool.add(adapter)
-            raise
-
-    def _take_note(self) -> None:
-        """Indexes what is new in the pool now, so that no request has to wait for it."""
+        Raises:
+            LoGoError: the adapter cannot be used or the pool has one of that name; there is none of that name, or it is
+                the last one.
+        """
+        later, adapter = copy(self._logo.pool), None
+        if change.folder is None:
+            later[change.name]  # raises with a did-you-mean
+            if len(later) == 1:
+                raise UsageError(f"adapter {change.name!r} is the only one left: a pool needs one")
+            later.remove(change.name)
+        else:
+            adapter = open_adapter(change.folder, change.name)
+            adapter.read()  # finds what is not finite
+            if change.replace and change.name in later:
+                later.remove(change.name)
+            later.add(adapter)
+        refused: dict[str, LoGoError] = {}
         with self._paused():
-            self.refused = {}
+            prepared = self._logo.prepared(later)
             for signal in self._signals:
                 try:
-                    self._logo.calibrate(signal)
+                    prepared.calibrate(signal)
                 except LoGoError as error:
                     if signal == self._logo.settings.signal:
                         raise
-                    self.refused[signal] = copy(error)  # for whoever asks for this signal
-        self._list()
+                    refused[signal] = copy(error)  # for whoever asks for this signal
+        if adapter is not None and change.name not in prepared.fitted:
+            # An engine that leaves out what does not fit says nothing by itself.
+            raise next(error for error in prepared.fitted.refused if error.name == change.name)
+        return Staged(change, prepared, refused, *self._listed(prepared.fitted), adapter)
 
-    def _list(self) -> None:
-        """Notes which adapters there are. Each file is looked at once: it may be gone when the list is asked for."""
-        before, adapters = self.adapters, {adapter.name: adapter for adapter in self._logo.fitted}
+    def take(self, staged: Staged) -> None:
+        """Requests select from this pool from now on."""
+        with self._paused():
+            self._logo.take(staged.prepared)
+        self.refused = dict(staged.refused)
+        self._show(staged.adapters, staged.cards)
+
+    def _listed(self, fitted: AdapterPool) -> tuple[dict[str, Adapter], dict[str, Card]]:
+        """Adapters and their cards. Each file is looked at once: it may be gone when the list is asked for."""
+        before, adapters = self.adapters, {adapter.name: adapter for adapter in fitted}
         known = {name for name, one in adapters.items() if name in before and before[name].file is one.file}
-        self.cards = {
-            name: self.cards[name] if name in known else Card.of(adapter) for name, adapter in adapters.items()
-        }
-        self.adapters = adapters
+        cards = {name: self.cards[name] if name in known else Card.of(adapter) for name, adapter in adapters.items()}
+        return adapters, cards
+
+    def _show(self, adapters: dict[str, Adapter], cards: dict[str, Card]) -> None:
+        self.adapters, self.cards = adapters, cards
         self._usable = dict[Patterns, dict[str, None]]()

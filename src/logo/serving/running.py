@@ -45,6 +45,13 @@ def address_of(taken: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def released(taken: socket.socket) -> tuple[str, int]:
+    """Host and port of a socket, which is closed: another process is going to listen there."""
+    host, port = taken.getsockname()[:2]
+    taken.close()
+    return host, port
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which tells the service first that it is going down."""
 

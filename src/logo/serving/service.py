@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
@@ -32,9 +32,11 @@ from logo.selection import Selection
 from logo.selection.selector import forced, known
 from logo.serving.batching import Batching
 from logo.serving.memory import Memory
-from logo.serving.pool import ServedPool
+from logo.serving.pool import Change, ServedPool
 
 _log = logging.getLogger("logo.serving")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -360,7 +362,9 @@ class Service:
         Raises:
             LoGoError: the adapter cannot be used, or the pool has one of that name.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self.pool.add, folder, name, replace)
+        adapter = await self._in_thread(self._change, Change(name, folder, replace))
+        assert adapter is not None
+        return adapter
 
     async def remove(self, name: str) -> None:
         """Takes an adapter out of the pool; what has selected it is still answered with it.
@@ -368,7 +372,16 @@ class Service:
         Raises:
             LoGoError: there is none of that name, or it is the last one.
         """
-        await asyncio.get_running_loop().run_in_executor(self._worker, self.pool.remove, name)
+        await self._in_thread(self._change, Change(name))
+
+    def _change(self, change: Change) -> Adapter | None:
+        staged = self.pool.staged(change)
+        self.pool.take(staged)
+        return staged.adapter
+
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
+        """Calls in the thread that selects: no prompt is scored meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
 
 
 def _hand_out(batch: Sequence[_Waiting], results: Sequence[Chosen | Exception]) -> None:

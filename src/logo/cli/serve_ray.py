@@ -1,0 +1,182 @@
+"""`logo serve --ray`: the same server as several replicas through Ray Serve."""
+
+from __future__ import annotations
+
+import functools
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from logo.cli.opening import open_engine, open_pool
+from logo.cli.options import EngineOptions
+from logo.cli.output import note
+from logo.cli.workers import absolute, everywhere
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.backends.cluster import Layout
+    from logo.engine import LoGo
+    from logo.serving.app import AppSettings
+    from logo.serving.guards import GuardSettings
+    from logo.serving.replica import ServerPlan
+
+REPLICAS = "Several replicas"
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """Several replicas, on this machine or on a cluster."""
+
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes that answer, each with the model. Needs Ray: pip install 'lora-on-the-go[ray]'.",
+            show_default="this process alone; with --ray, as many as there is room for",
+            min=1,
+            rich_help_panel=REPLICAS,
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
+            show_default="local, with --replicas",
+            rich_help_panel=REPLICAS,
+        ),
+    ] = None
+    autoscale: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="MIN MAX",
+            help="As many replicas between these as requests ask for.",
+            show_default="always --replicas",
+            rich_help_panel=REPLICAS,
+        ),
+    ] = None
+    gpus_per_replica: Annotated[
+        float | None,
+        typer.Option(
+            metavar="G",
+            help="GPUs of each replica.",
+            show_default="1 where there are GPUs, else 0",
+            min=0.0,
+            rich_help_panel=REPLICAS,
+        ),
+    ] = None
+    cpus_per_replica: Annotated[
+        int | None,
+        typer.Option(
+            metavar="C",
+            help="CPU cores, and threads, of each replica.",
+            show_default="local: an equal share of all; else 1",
+            min=1,
+            rich_help_panel=REPLICAS,
+        ),
+    ] = None
+
+
+def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
+    """What is asked for; None: one process.
+
+    Raises:
+        UsageError: an option without those that it belongs to, or that cannot be used.
+    """
+    if options.replicas is None and options.ray is None and options.autoscale is None:
+        for name in ("gpus_per_replica", "cpus_per_replica"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} belongs to --replicas or --ray; add one of them")
+        return None
+    for name in ("gpu", "device_map"):
+        if getattr(engine, name) != getattr(EngineOptions(), name):
+            raise UsageError(f"--{name.replace('_', '-')}: replicas get their devices from Ray; use --gpus-per-replica")
+    count = options.replicas
+    if options.autoscale is not None:
+        least, most = options.autoscale
+        if count is not None:
+            raise UsageError("--autoscale MIN MAX and --replicas N: give one of the two")
+        if not 1 <= least <= most:
+            raise UsageError(f"--autoscale: expected 1 or more and not less, found {least} {most}")
+        count = least
+    from logo.backends.cluster import LOCAL, Layout
+
+    return Layout(count, options.ray or LOCAL, options.gpus_per_replica, options.cpus_per_replica)
+
+
+def plan_of(
+    engine: EngineOptions,
+    base_model: str,
+    settings: AppSettings,
+    guards: GuardSettings,
+    **service: Any,
+) -> ServerPlan:
+    """What every replica does, whatever its working directory."""
+    from logo.serving.replica import ServerPlan
+
+    return ServerPlan(functools.partial(_opened, everywhere(engine), absolute(base_model)), settings, guards, **service)
+
+
+def _opened(engine: EngineOptions, base_model: str) -> LoGo:
+    return open_engine(engine, base_model)
+
+
+def serve(
+    engine: EngineOptions,
+    base_model: str,
+    options: ReplicaOptions,
+    layout: Layout,
+    plan: ServerPlan,
+    address: tuple[str, int],
+) -> Any:
+    """Serves until a signal comes; or, where `application` asks, returns what Ray Serve is to run."""
+    from logo.serving.replica import digest
+    from logo.serving.replicas import Scale, serve_replicas
+    from logo.serving.replicas import application as build
+
+    scale = Scale(layout, None if options.autoscale is None else options.autoscale[1])
+    if _described.get():
+        return build(plan, scale, layout.cpus or 1, layout.gpus or 0.0)
+    pool = open_pool(engine, base_model)  # what is wrong with it is said before anything is started
+    where = "on this machine" if layout.address == "local" else f"of the Ray cluster {layout.address}"
+    note(f"starting {layout.count or 'as many'} replicas {where}".replace("as many replicas", "as many as fit"))
+    serve_replicas(plan, scale, address, digest(pool), lambda url: note(f"Serving on {url}"), note)
+    return None
+
+
+def application(arguments: dict[str, Any]) -> Any:
+    """For `serve run` and RayService: `import_path: logo.cli.serve_ray:application`, with options of `logo serve` as
+    `args`, such as `max_concurrent: 32`. Where Ray Serve listens is its own affair.
+
+    Raises:
+        LoGoError, click.ClickException: an option that does not exist or cannot be used.
+    """
+    from typer.main import get_command
+
+    from logo.cli.app import app
+
+    told = {"host": "0.0.0.0", "ray": "auto", **arguments, "port": 0}
+    flags = [flag for name, value in told.items() for flag in _flags(f"--{name.replace('_', '-')}", value)]
+    token = _described.set(True)
+    try:
+        return get_command(app).main(["serve", *flags], standalone_mode=False)
+    finally:
+        _described.reset(token)
+
+
+def _flags(option: str, value: Any) -> list[str]:
+    """An option as it is written on a command line."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [option]
+    if option == "--autoscale":
+        return [option, *map(str, value)]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [part for one in values for part in (option, str(one))]
+
+
+# Whether `logo serve` is only asked what it would run.
+_described: ContextVar[bool] = ContextVar("described", default=False)

@@ -1,0 +1,137 @@
+"""`Gate`: lets requests wait while the pool changes; `Gated` is the app behind it. Pure ASGI: streams stay streams."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# What says nothing of the pool, or waits for the gate itself.
+FREE = ("/health", "/ready", "/version", "/metrics", "/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+class Gate:
+    """Whether requests may look at the pool."""
+
+    def __init__(self) -> None:
+        self._open, self._empty = asyncio.Event(), asyncio.Event()
+        self._empty.set()
+        self._inside = 0
+        self._closed_since: float | None = time.monotonic()
+
+    @property
+    def closed_for(self) -> float:
+        """Seconds since it was closed; 0: it is open."""
+        return 0.0 if self._closed_since is None else time.monotonic() - self._closed_since
+
+    def open(self) -> None:
+        """Lets everybody in."""
+        self._closed_since = None
+        self._open.set()
+
+    async def close(self) -> None:
+        """Lets nobody in, and waits until all who are inside have decided what answers them."""
+        self._open.clear()
+        self._closed_since = self._closed_since or time.monotonic()
+        await self._empty.wait()
+
+    async def enter(self) -> Visit:
+        """Waits until it is open."""
+        while not self._open.is_set():
+            await self._open.wait()
+        self._inside += 1
+        self._empty.clear()
+        return Visit(self._leave)
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self._empty.set()
+
+
+class Visit:
+    """A request that looks at the pool, until it has chosen what answers it.
+
+    A request with several prompts chooses several times, at once: it stays inside until the last one is done.
+    """
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave: Callable[[], None] | None = leave
+        self._choosing = 0
+
+    def choosing(self) -> None:
+        """Begins to choose."""
+        self._choosing += 1
+
+    def chosen(self) -> None:
+        """Has chosen, once."""
+        self._choosing -= 1
+        if not self._choosing:
+            self.leave()
+
+    def leave(self) -> None:
+        """What the pool becomes is of no concern from here on."""
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
+
+
+visit: ContextVar[Visit | None] = ContextVar("visit", default=None)
+"""Of the request that is being answered."""
+
+
+class Gated:
+    """An app whose requests pass a gate when their bodies are there, so that no slow client holds it open.
+
+    Args:
+        app: behind it.
+        gate: passed by all but `FREE` and the page's files.
+        told: headers of `/health`.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, told: Callable[[], Mapping[str, str]]) -> None:
+        self.app, self._gate, self._told = app, gate, told
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = scope["path"]
+        if path in FREE or path.startswith("/page/"):
+            return await self.app(scope, receive, self._telling(send) if path == "/health" else send)
+        inside: Visit | None = None
+
+        async def enter() -> None:
+            nonlocal inside
+            inside = await self._gate.enter()
+            visit.set(inside)
+
+        async def received() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body") and inside is None:
+                await enter()
+            return message
+
+        async def watched(message: Message) -> None:
+            if inside is not None:  # an answer that begins is decided
+                inside.leave()
+            await send(message)
+
+        try:
+            if scope["method"] in ("GET", "HEAD"):
+                await enter()
+            await self.app(scope, received, watched)
+        finally:
+            if inside is not None:
+                inside.leave()
+
+    def _telling(self, send: Send) -> Send:
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._told())
+            await send(message)
+
+        return told

@@ -1,0 +1,167 @@
+"""`Member`: a replica's side of `Coordinator`: it asks what to do, does it, and says what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from logo.errors import LoGoError, PoolError
+from logo.serving.coordinator import Command, Joined, State
+from logo.serving.gate import Gate
+from logo.serving.pool import Change
+
+_log = logging.getLogger("logo.serving")
+
+# Seconds between two attempts to reach a coordinator that does not answer.
+_AGAIN = 0.5
+
+# Seconds that a replica may be closed before it is to be replaced.
+_CLOSED = 300.0
+
+
+class Lost(LoGoError, ConnectionError):
+    """The coordinator does not answer: it has ended, and another one will take its place."""
+
+
+class Link(Protocol):
+    """The way to the coordinator: its methods, without the replica's own name and handle. Each raises `Lost`."""
+
+    async def join(self, state: State, *, fresh: bool) -> Joined: ...
+    async def next(self) -> Command | bool: ...
+    async def reply(self, number: int, result: Any) -> None: ...
+    async def change(self, change: Change) -> LoGoError | None: ...
+    async def metrics(self) -> dict[str, str]: ...
+    async def drain(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a replica does when it is told to.
+
+    Attributes:
+        stage: makes the pool ready that a change leads to, and returns its digest.
+        take: answers from what was staged.
+        forget: drops what was staged.
+        metrics: in Prometheus' text format.
+        drain: takes no more requests.
+    """
+
+    stage: Callable[[Change], Awaitable[str]]
+    take: Callable[[], Awaitable[None]]
+    forget: Callable[[], None]
+    metrics: Callable[[], str]
+    drain: Callable[[], None]
+
+
+class Member:
+    """One replica among others.
+
+    Args:
+        link: to the coordinator.
+        own: what it does.
+        gate: of its requests.
+        state: the pool it has opened.
+
+    Attributes:
+        trouble: why it has to be replaced; None: it has not.
+    """
+
+    def __init__(self, link: Link, own: Own, gate: Gate, state: State) -> None:
+        self._link, self._own, self._gate = link, own, gate
+        self.state = state
+        self.trouble: str | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._doing: set[asyncio.Task[None]] = set()
+
+    async def join(self) -> None:
+        """Has the pool that the others have, and follows the coordinator from here on.
+
+        Raises:
+            PoolError: it cannot have it.
+        """
+        await self._joined(fresh=True)
+        self._following = asyncio.create_task(self._follow())
+
+    async def leave(self) -> None:
+        """Follows no more."""
+        tasks = [*self._doing, *([] if self._following is None else [self._following])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def check(self) -> None:
+        """Raises where the replica has to be replaced."""
+        if self.trouble is None and self._gate.closed_for > _CLOSED:
+            self.trouble = f"its requests have waited for {_CLOSED:.0f} s"
+        if self.trouble is not None:
+            raise PoolError(self.trouble)
+
+    async def _joined(self, *, fresh: bool) -> None:
+        while True:
+            try:
+                found = await self._link.join(self.state, fresh=fresh)
+            except Lost:
+                await asyncio.sleep(_AGAIN)
+                continue
+            if found.refused is not None:
+                raise PoolError(f"this replica gets no requests: {found.refused}")
+            if not found.behind:
+                return self._gate.open()
+            await self._gate.close()
+            for change in found.behind:
+                digest = await self._own.stage(change)
+                await self._own.take()
+                self.state = State(digest, (*self.state.changes, change))
+
+    async def _follow(self) -> None:
+        try:
+            while True:
+                try:
+                    command = await self._link.next()
+                except Lost:
+                    command = False
+                if isinstance(command, Command):
+                    task = asyncio.create_task(self._do(command))
+                    self._doing.add(task)
+                    task.add_done_callback(self._doing.discard)
+                elif not command:
+                    self._own.forget()
+                    await self._joined(fresh=False)
+        except Exception as error:
+            _log.exception("this replica follows the others no more")
+            self.trouble = str(error)
+            await self._gate.close()
+
+    async def _do(self, command: Command) -> None:
+        try:
+            result = await self._result(command)
+        except LoGoError as error:
+            result = error.with_traceback(None)
+        except Exception as error:
+            _log.exception("a replica could not %s", command.kind)
+            result = LoGoError(f"{type(error).__name__}: {error}")
+        try:
+            await self._link.reply(command.number, result)
+        except Lost:
+            _log.warning("the coordinator has ended before it heard what came of %r", command.kind)
+
+    async def _result(self, command: Command) -> Any:
+        if command.kind == "stage" and command.change is not None:
+            return await self._own.stage(command.change)
+        if command.kind == "take" and command.state is not None:
+            await self._own.take()
+            self.state = command.state
+        elif command.kind == "close":
+            await self._gate.close()
+        elif command.kind == "open":
+            self._gate.open()
+        elif command.kind == "forget":
+            self._own.forget()
+        elif command.kind == "drain":
+            self._own.drain()
+        elif command.kind == "metrics":
+            return self._own.metrics()
+        return None

@@ -1,0 +1,186 @@
+"""A replica: `Service` as one of several that have the same pool, and the app in front of it.
+
+Knows nothing of Ray: see `logo.serving.replicas`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from logo.adapters.pool import AdapterPool
+from logo.backends.vllm.recipe import key_of, pool_digest
+from logo.engine import LoGo
+from logo.errors import LoGoError
+from logo.prompts import Prompt
+from logo.protocol import Wish
+from logo.serving.app import AppSettings, create_app
+from logo.serving.coordinator import State
+from logo.serving.gate import Gate, Gated, visit
+from logo.serving.guards import GuardSettings, guard
+from logo.serving.membership import Link, Lost, Member, Own
+from logo.serving.memory import Memory
+from logo.serving.metrics import Metrics, labelled
+from logo.serving.pool import Change, Staged
+from logo.serving.service import Chosen, Service
+
+HEADERS = POOL, REPLICA = "X-LoGo-Pool", "X-LoGo-Replica"
+"""Of `/health`: the digest of the pool, and who answers."""
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """What each replica opens and how it serves.
+
+    Attributes:
+        open: the engine.
+        settings, guards: of the app.
+        max_concurrent, kv_cache_gb, signals, max_queue: of the service.
+    """
+
+    open: Callable[[], LoGo]
+    settings: AppSettings
+    guards: GuardSettings = field(repr=False)
+    max_concurrent: int = 64
+    kv_cache_gb: float | None = None
+    signals: tuple[str, ...] = ()
+    max_queue: int = 256
+    log_json: bool = False
+
+
+def digest(pool: AdapterPool) -> str:
+    """Equal where names and contents of all adapters are. Reads each file once."""
+    return pool_digest({adapter.name: key_of(adapter) for adapter in pool})
+
+
+class ReplicaService(Service):
+    """A service whose pool changes together with those of others.
+
+    Args:
+        link: to the coordinator of all.
+    """
+
+    def __init__(self, logo: LoGo, memory: Memory, link: Link, **options: Any) -> None:
+        super().__init__(logo, memory, **options)
+        self._link = link
+        self._staged: Staged | None = None
+
+    async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Chosen:
+        """As `Service.choose`; the request then depends on the pool no more."""
+        inside = visit.get()
+        if inside is None:
+            return await super().choose(prompt, wish)
+        inside.choosing()
+        try:
+            return await super().choose(prompt, wish)
+        finally:
+            inside.chosen()
+
+    async def add(self, folder: Path, name: str, *, replace: bool = False) -> Any:
+        """As `Service.add`, in all replicas or in none."""
+        await self._everywhere(Change(name, folder, replace))
+
+    async def remove(self, name: str) -> None:
+        """As `Service.remove`, in all replicas or in none."""
+        await self._everywhere(Change(name))
+
+    async def _everywhere(self, change: Change) -> None:
+        error = await self._link.change(change)
+        if error is not None:
+            raise error
+
+    # -- what the coordinator asks for -----------------------------------------------------------------------------
+
+    async def stage(self, change: Change) -> str:
+        """Makes the pool ready that a change leads to, and returns its digest."""
+        staged, found = await self._in_thread(self._stage, change)
+        self._staged = staged
+        return found
+
+    def _stage(self, change: Change) -> tuple[Staged, str]:
+        staged = self.pool.staged(change)
+        return staged, digest(staged.prepared.pool)
+
+    async def take(self) -> None:
+        """Answers from what was staged."""
+        if self._staged is None:
+            raise LoGoError("nothing was staged")
+        staged, self._staged = self._staged, None
+        await self._in_thread(self.pool.take, staged)
+
+    def forget(self) -> None:
+        """Drops what was staged."""
+        self._staged = None
+
+    def drain(self) -> None:
+        """Takes no more requests."""
+        self.draining = True
+
+
+class Replica:
+    """A service, its app, and what makes them one of several.
+
+    Args:
+        name: of the replica.
+        plan: what it opens.
+        link: to the coordinator.
+
+    Raises:
+        LoGoError: the engine cannot be opened.
+    """
+
+    def __init__(self, name: str, plan: ServerPlan, link: Link) -> None:
+        self._name, self._link = name, link
+        logo = plan.open()
+        self.service = ReplicaService(
+            logo,
+            Memory(plan.max_concurrent, plan.kv_cache_gb),
+            link,
+            signals=plan.signals,
+            max_queue=plan.max_queue,
+        )
+        self.service.prepare()
+        self.gate = Gate()
+        app = create_app(self.service, plan.settings, self._together)
+        self._metrics: Metrics = app.state.answers.metrics
+        self.app: ASGIApp = Nameless(guard(Gated(app, self.gate, self._headers), plan.guards))
+        own = Own(self.service.stage, self.service.take, self.service.forget, self._text, self.service.drain)
+        self.member = Member(link, own, self.gate, State(digest(logo.pool)))
+
+    def check(self) -> None:
+        """Raises where the replica has to be replaced."""
+        self.member.check()
+        if not self.service.alive:
+            raise LoGoError("generation has stopped")
+
+    def _headers(self) -> Mapping[str, str]:
+        return {POOL: self.member.state.digest, REPLICA: self._name}
+
+    def _text(self) -> str:
+        return self._metrics.text().decode()
+
+    async def _together(self, own: bytes) -> bytes:
+        try:
+            texts = await self._link.metrics()
+        except Lost:
+            texts = {}
+        return labelled({self._name: own.decode(), **texts})
+
+
+class Nameless:
+    """Leaves the request's id to what stands in front, which sets the same one on every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+            await send(message)
+
+        await self.app(scope, receive, without)

@@ -1,0 +1,306 @@
+"""Several replicas through Ray Serve: the real command, real processes, and what clients see of what happens to them.
+
+One server with two replicas for all tests here. Its model never ends an answer by itself, so that there is time to kill
+something in the middle of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import urllib.error
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from typer.testing import CliRunner
+
+from logo import AdapterPool, LoGo
+from logo.bench.figures import metric
+from logo.bench.local_server import LocalServer
+from logo.cli.app import app
+from logo.demo import adapters_dir, showcase
+from serving import Served, endless
+from tolerances import PATIENCE
+
+pytest.importorskip("ray")
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = [row["context"] for row in showcase()][:6]
+COUNT, RUNNING = "logo:generation_tokens_total", "logo:num_requests_running"
+
+
+@dataclass(frozen=True)
+class Cluster(Served):
+    """A server with replicas.
+
+    Attributes:
+        client: OpenAI's, for as long as the server is there.
+        process: of the command.
+        pool, changes: folders: of the pool, and from which adapters may be added.
+        model: the base model's.
+    """
+
+    client: Any = None
+    process: LocalServer | None = None
+    pool: Path = Path()
+    changes: Path = Path()
+    model: Path = Path()
+
+    def health(self) -> tuple[str, str]:
+        """Who answered, and its pool's digest."""
+        with self.open("/health") as answer:
+            assert answer.read() == b"ok"
+            return answer.headers["X-LoGo-Replica"], answer.headers["X-LoGo-Pool"]
+
+    def names(self) -> set[str]:
+        """The replicas that take part in `/metrics`."""
+        text = self.text("/metrics")
+        return {line.partition('replica="')[2].partition('"')[0] for line in text.splitlines() if "_blocks{" in line}
+
+    def answered(self) -> set[str]:
+        """Replicas that are given requests now."""
+        return {self.health()[0] for _ in range(20)}
+
+    def change(self, verb: str, **body: Any) -> None:
+        with self.open(f"/v1/{verb}_lora_adapter", body) as answer:
+            answer.read()
+
+    def pids(self) -> list[int]:
+        """Of the replicas' processes."""
+        assert self.process is not None
+        return [pid for pid, title in processes() if "ServeReplica:logo" in title and descends(pid, self.process.pid)]
+
+
+def processes() -> Iterator[tuple[int, str]]:
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit():
+                yield int(folder.name), (folder / "cmdline").read_bytes().decode(errors="replace")
+
+
+def descends(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return False
+
+
+def until(check: Callable[[], object], every: float = 0.5) -> None:
+    end = time.monotonic() + PATIENCE
+    while not check():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(every)
+
+
+def refused(ask: Callable[[], object]) -> tuple[int, dict[str, Any]]:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        ask()
+    with caught.value as answer:
+        return answer.code, json.loads(answer.read())["error"]
+
+
+def asking(url: str, key: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("replicas")
+    model, pool, changes = endless(folder / "endless"), folder / "pool", folder / "changes"
+    shutil.copytree(adapters_dir(), pool)
+    shutil.copytree(pool / "antonym", changes / "new")
+    shutil.copytree(pool / "antonym", changes / "bad")
+    (changes / "bad" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    options = ["--replicas", "2", "--base-model", str(model), "--adapters", str(pool)]
+    options += ["--allow-adapter-changes", str(changes), "--max-body-mb", "0.1", "--max-concurrent", "16"]
+    process = LocalServer(options, {"LOGO_API_KEY": "secret"}, start=PATIENCE, stop=PATIENCE)
+    with process, asking(process.url, "secret") as client:
+        made = Cluster(process.url, "secret", client, process, pool, changes, model)
+        yield made
+        # What was accepted is answered, though the command was told to end.
+        stream = client.completions.create(model="logo", prompt=PROMPTS[0], max_tokens=300, stream=True)
+        next(iter(stream))
+        os.kill(process.pid, signal.SIGTERM)
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+    assert process.exit_code == 0, process.said
+    assert not any("secret" in title for _, title in processes())
+
+
+@pytest.fixture
+def two(cluster: Cluster) -> Cluster:
+    """The server while two replicas take requests."""
+    until(lambda: len(cluster.answered()) == 2)
+    return cluster
+
+
+def test_two_replicas_answer_like_one_engine(two: Cluster) -> None:
+    engine = LoGo.from_pretrained(str(two.model), AdapterPool.from_directory(two.pool), device="cpu", dtype="float32")
+    expected = engine.generate(PROMPTS, max_new_tokens=12)
+    before = {name: 0.0 for name in two.names()}
+    for _ in range(3):
+        for prompt, wanted in zip(PROMPTS, expected, strict=True):
+            body = {"model": "logo", "prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+            found = two.post("/v1/completions", body)
+            assert found["choices"][0]["token_ids"] == list(wanted.token_ids)
+            assert found["logo"]["adapters"] == list(wanted.selection.adapters)
+    text = two.text("/metrics")
+    each = {
+        name: metric("\n".join(line for line in text.splitlines() if f'replica="{name}"' in line), COUNT)
+        for name in before
+    }
+    assert len(each) == 2 and all(each.values())  # both have had a part
+    assert metric(text, COUNT) == sum(value or 0.0 for value in each.values())
+
+
+def test_a_stream_arrives_while_it_is_made_and_ends_with_its_client(two: Cluster) -> None:
+    stream = two.client.completions.create(model="logo", prompt=PROMPTS[0], max_tokens=400, stream=True)
+    pieces = iter(stream)
+    assert next(pieces).model == "logo" and next(pieces).choices[0].finish_reason is None
+    assert metric(two.text("/metrics"), RUNNING) == 1
+    stream.close()
+    until(lambda: metric(two.text("/metrics"), RUNNING) == 0, 0.1)
+
+
+def test_keys_and_sizes_are_looked_at(two: Cluster) -> None:
+    with asking(two.url, "other") as stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+    with pytest.raises(openai.APIStatusError) as caught:
+        two.client.completions.create(model="logo", prompt="x" * 200_000)
+    assert caught.value.status_code == 413
+    with two.open("/") as page:
+        assert b"<html" in page.read().lower()
+        assert len(page.headers.get_all("X-Request-Id")) == 1
+
+
+def test_a_replica_that_is_killed_takes_its_answers_with_it_and_no_others(two: Cluster) -> None:
+    before = two.answered()
+    outcomes: list[str] = []
+    stop = threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            try:
+                two.client.completions.create(model="logo", prompt=PROMPTS[0], max_tokens=24, temperature=0)
+                outcomes.append("answered")
+            except openai.APIError as error:
+                outcomes.append(f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip())
+
+    clients = [threading.Thread(target=client) for _ in range(6)]
+    for one in clients:
+        one.start()
+    until(lambda: len(outcomes) > 20, 0.05)
+    os.kill(two.pids()[0], signal.SIGKILL)
+    killed = len(outcomes)
+    until(lambda: len(two.names()) == 2 and two.names() != before)
+    until(lambda: len(two.answered()) == 2)
+    stop.set()
+    for one in clients:
+        one.join(PATIENCE)
+    failed = [one for one in outcomes if one != "answered"]
+    # At most what it was answering: as many as there are clients. Everything after that is answered by the other one.
+    assert len(failed) <= len(clients), failed
+    assert set(failed) <= {"InternalServerError 500", "InternalServerError 503", "APIConnectionError"}
+    assert outcomes[killed + 2 * len(clients) :].count("answered") >= len(outcomes) - killed - 2 * len(clients)
+
+
+def test_an_adapter_comes_to_all_replicas_at_once_and_goes_again(two: Cluster) -> None:
+    seen: list[tuple[float, float, bool]] = []
+    stop = threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            asked = time.monotonic()
+            try:
+                two.client.completions.create(model="new", prompt=PROMPTS[0], max_tokens=2, temperature=0)
+                knows = True
+            except openai.NotFoundError:
+                knows = False
+            seen.append((asked, time.monotonic(), knows))
+
+    clients = [threading.Thread(target=client) for _ in range(4)]
+    for one in clients:
+        one.start()
+    try:
+        until(lambda: len(seen) > 20, 0.05)
+        two.change("load", lora_name="new", lora_path="new")
+        added = time.monotonic()
+        until(lambda: time.monotonic() > added + 2, 0.1)
+        removing = time.monotonic()
+        two.change("unload", lora_name="new")
+        removed = time.monotonic()
+        until(lambda: time.monotonic() > removed + 1, 0.1)
+    finally:
+        stop.set()
+        for one in clients:
+            one.join(PATIENCE)
+    first = min(answered for _, answered, knows in seen if knows)
+    assert any(not knows for _, answered, knows in seen if answered < added)
+    assert all(knows for asked, answered, knows in seen if asked > min(first, added) and answered < removing)
+    lacking = min(answered for _, answered, knows in seen if not knows and answered > removing)
+    assert not any(knows for asked, _, knows in seen if asked > min(lacking, removed))
+
+
+def test_an_adapter_that_cannot_be_used_changes_nothing_anywhere(two: Cluster) -> None:
+    before = {two.health() for _ in range(20)}
+    status, error = refused(lambda: two.change("load", lora_name="bad", lora_path="bad"))
+    assert (status, error["param"]) == (400, "lora_path") and "bad" in error["message"]
+    assert {two.health() for _ in range(20)} == before
+    assert refused(lambda: two.change("unload", lora_name="bad"))[0] == 404
+
+
+def test_what_has_changed_is_known_to_a_replica_that_comes_later_and_another_pool_gets_nothing(two: Cluster) -> None:
+    _, digest = two.health()
+    two.change("load", lora_name="later", lora_path="new")
+    _, changed = two.health()
+    assert changed != digest
+    before = two.answered()
+    hidden = two.pool.parent / "hidden"
+    (two.pool / "antonym").rename(hidden)  # what starts now opens another pool
+    os.kill(two.pids()[0], signal.SIGKILL)
+    until(lambda: len(two.answered()) == 1)
+    [left] = two.answered()
+    assert left in before
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        assert two.health() == (left, changed)
+        time.sleep(0.2)
+    hidden.rename(two.pool / "antonym")
+    until(lambda: len(two.answered()) == 2)
+    assert {pool for _, pool in (two.health() for _ in range(20))} == {changed}
+    for _ in range(10):
+        two.client.completions.create(model="later", prompt=PROMPTS[0], max_tokens=2)
+    two.change("unload", lora_name="later")
+    assert two.health()[1] == digest
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ray", "127.0.0.1:9"], "127.0.0.1:9 does not answer"),
+        (["--ray", "nowhere"], "expected auto, local or HOST:PORT"),
+        (["--replicas", "2", "--cpus-per-replica", "2", "--gpus-per-replica", "4"], "no room for 2"),
+        (["--gpus-per-replica", "1"], "belongs to --replicas or --ray"),
+        (["--autoscale", "3", "2"], "expected 1 or more and not less, found 3 2"),
+        (["--autoscale", "1", "2", "--replicas", "2"], "give one of the two"),
+        (["--replicas", "2", "--gpu", "1"], "use --gpus-per-replica"),
+        (["--replicas", "2", "--adapters", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_what_cannot_be_is_one_line(options: list[str], said: str) -> None:
+    found = CliRunner().invoke(app, ["serve", "--base-model", "demo", "--port", "0", *options])
+    assert found.exception is not None
+    assert said in str(found.exception) and "\n" not in str(found.exception)
