@@ -136,6 +136,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         next(iter(stream))
         os.kill(process.pid, signal.SIGTERM)
         assert list(stream)[-1].choices[0].finish_reason == "length"
+        until(lambda: process.gone)
     assert process.exit_code == 0, process.said
     assert not any("secret" in title for _, title in processes())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib
 import json
 import os
 import re
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from logo.backends.vllm.needs import KNOWN
 from logo.cli.app import app
+from logo.cli.serve_ray import flags_of
 from serving import served
 from tolerances import PATIENCE
 
@@ -74,6 +77,28 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
         timeout=PATIENCE,
     )
     assert found.returncode == 0, found.stderr
+
+
+def test_the_ray_service_is_one_that_ray_serve_takes() -> None:
+    """What it says of applications passes Ray's own schema, and its arguments are options of `logo serve`."""
+    schema = pytest.importorskip("ray.serve.schema")
+    manifest = yaml.safe_load((ROOT / "deploy" / "rayservice.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    [application] = config.applications
+    module, name = application.import_path.split(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    flags = [
+        flag for option, value in application.args.items() for flag in flags_of(f"--{option.replace('_', '-')}", value)
+    ]
+    assert parsed(["serve", *flags]).params["autoscale"] == (2, 8)
+    groups = [manifest["spec"]["rayClusterConfig"][name] for name in ("headGroupSpec",)]
+    groups += manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    for group in groups:  # every mount has its volume, and every container the key
+        spec = group["template"]["spec"]
+        for container in spec["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} == {one["name"] for one in spec["volumes"]}
+            assert "LOGO_API_KEY" in {one["name"] for one in container["env"]}
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.vllm"])

@@ -30,7 +30,8 @@ from logo.selecting import Probing
 from logo.selection import Selection
 from logo.selection.calibration import Calibration
 from logo.selection.index import Tell
-from logo.selection.scorer import Scorer, Scorers
+from logo.selection.scorer import Scorer
+from logo.selection.scorers import Scorers
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -180,7 +181,13 @@ def serve(
             arguments=tuple(arguments or ()),
             refused=tuple(option for option, is_given in given.items() if is_given),
         )
-        return serve_vllm.serve(engine, base_model, asked, dry_run=dry_run)
+        if layout is None:
+            return serve_vllm.serve(engine, base_model, asked, dry_run=dry_run)
+        from logo.serving.running import listening, released
+
+        address = released(listening(host, port))
+        several = functools.partial(serve_ray.serve, engine, base_model, replicas, layout, address)
+        return serve_vllm.serve(engine, base_model, asked, dry_run=dry_run, several=several)
     for option, is_given in (
         ("--vllm-mode", vllm_mode is not VllmMode.AUTO),
         ("--max-model-len", max_model_len is not None),
@@ -224,7 +231,7 @@ def serve(
         plan = serve_ray.plan_of(
             engine, base_model, settings, guards, signals=tuple(others), log_json=log_json, **limits
         )
-        return serve_ray.serve(engine, base_model, replicas, layout, plan, released(taken))
+        return serve_ray.serve(engine, base_model, replicas, layout, released(taken), plan)
     logo = open_engine(engine, base_model)
     for pattern in unmatched(logo.names, bound):
         note(f"--key-adapters: no adapter matches {pattern!r} now")

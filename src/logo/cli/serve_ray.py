@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from logo.serving.app import AppSettings
     from logo.serving.guards import GuardSettings
     from logo.serving.replica import ServerPlan
+    from logo.serving.replicas import Plan
 
 REPLICAS = "Several replicas"
 
@@ -128,8 +129,8 @@ def serve(
     base_model: str,
     options: ReplicaOptions,
     layout: Layout,
-    plan: ServerPlan,
     address: tuple[str, int],
+    plan: Plan,
 ) -> Any:
     """Serves until a signal comes; or, where `application` asks, returns what Ray Serve is to run."""
     from logo.serving.replica import digest
@@ -158,7 +159,7 @@ def application(arguments: dict[str, Any]) -> Any:
     from logo.cli.app import app
 
     told = {"host": "0.0.0.0", "ray": "auto", **arguments, "port": 0}
-    flags = [flag for name, value in told.items() for flag in _flags(f"--{name.replace('_', '-')}", value)]
+    flags = [flag for name, value in told.items() for flag in flags_of(f"--{name.replace('_', '-')}", value)]
     token = _described.set(True)
     try:
         return get_command(app).main(["serve", *flags], standalone_mode=False)
@@ -166,7 +167,7 @@ def application(arguments: dict[str, Any]) -> Any:
         _described.reset(token)
 
 
-def _flags(option: str, value: Any) -> list[str]:
+def flags_of(option: str, value: Any) -> list[str]:
     """An option as it is written on a command line."""
     if value is None or value is False:
         return []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import Choice, EngineOptions
 from logo.cli.output import note, out, size
+from logo.cli.workers import absolute, everywhere
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from logo.backends.plan import Mode, Plan
     from logo.backends.vllm.launch import Launch
+    from logo.serving.vllm_replica import VllmPlan
 
 FRONT = "logo.serving.front.Front"
 OPEN = "Listening on {} without an API key: whoever reaches it may use it. --api-key asks for one."
@@ -79,13 +82,24 @@ class Asked:
     refused: tuple[str, ...]
 
 
-def serve(options: EngineOptions, base_model: str, asked: Asked, *, dry_run: bool) -> None:
-    """Replaces this process by vLLM's server; with `dry_run`, prints what would be started."""
+def serve(
+    options: EngineOptions,
+    base_model: str,
+    asked: Asked,
+    *,
+    dry_run: bool,
+    several: Callable[[VllmPlan], Any] | None = None,
+) -> Any:
+    """Replaces this process by vLLM's server; with `dry_run`, prints what would be started.
+
+    Args:
+        several: serves from replicas instead.
+    """
     from logo.backends.vllm.launch import API_KEY, check_environment
     from logo.serving.front import FrontSettings
     from logo.serving.guards import GuardSettings, is_loopback
 
-    _refuse(options, asked)
+    _refuse(options, asked, alone=several is None)
     check_environment(os.environ)
     if not dry_run:
         _check_installed()
@@ -98,8 +112,13 @@ def serve(options: EngineOptions, base_model: str, asked: Asked, *, dry_run: boo
         out.print(launch.shown(more), markup=False)
         if launch.api_key is not None:
             note(f"{API_KEY} is set too; it is not shown.")
-        return
-    _become(launch, more)
+        return None
+    if several is not None:
+        from logo.serving.vllm_replica import VllmPlan
+
+        pool = functools.partial(open_pool, everywhere(options), absolute(base_model))
+        return several(VllmPlan(launch, more, pool, asked.max_concurrent))
+    return _become(launch, more)
 
 
 def _become(launch: Launch, more: Mapping[str, str]) -> None:
@@ -110,7 +129,7 @@ def _become(launch: Launch, more: Mapping[str, str]) -> None:
     os.execvpe(launch.command[0], launch.command, environment)
 
 
-def _refuse(options: EngineOptions, asked: Asked) -> None:
+def _refuse(options: EngineOptions, asked: Asked, *, alone: bool) -> None:
     """Raises UsageError for what vLLM's server cannot do."""
     usual = EngineOptions()
     names = ("allow_pickle", "adapter_memory_gb", "adapter_cache_gb", "fold", "gpu", "device_map")
@@ -120,7 +139,7 @@ def _refuse(options: EngineOptions, asked: Asked) -> None:
     ]
     for option in given:
         raise UsageError(f"{option} is not for --engine vllm: {INSTEAD[option]}")
-    if asked.port == 0:
+    if asked.port == 0 and alone:
         raise UsageError("--port 0 is not for --engine vllm, which does not tell what port it took: name one")
     if len(asked.api_keys) > 1:
         raise UsageError(f"--engine vllm takes one --api-key, found {len(asked.api_keys)}: give one")

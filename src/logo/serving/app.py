@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,14 +32,8 @@ class AppSettings:
     adapter_changes: Path | None = None
 
 
-def create_app(
-    service: Engine, settings: AppSettings, together: Callable[[bytes], Awaitable[bytes]] | None = None
-) -> FastAPI:
-    """The app; `logo.serving.guards.guard` goes around it. The service begins and ends with it.
-
-    Args:
-        together: makes one exposition for `/metrics` of the app's own and those of others.
-    """
+def create_app(service: Engine, settings: AppSettings) -> FastAPI:
+    """The app; `logo.serving.guards.guard` goes around it. The service begins and ends with it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -51,7 +45,6 @@ def create_app(
 
     app = FastAPI(title="LoGo", version=version("lora-on-the-go"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.settings = settings
-    app.state.together = together
     app.state.created = now()
     app.state.answers = Answers(service, Metrics(service), settings.base_model, settings.request_timeout)
     errors.install(app)

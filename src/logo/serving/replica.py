@@ -5,11 +5,13 @@ Knows nothing of Ray: see `logo.serving.replicas`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.adapters.pool import AdapterPool
@@ -28,8 +30,11 @@ from logo.serving.metrics import Metrics, labelled
 from logo.serving.pool import Change, Staged
 from logo.serving.service import Chosen, Service
 
-HEADERS = POOL, REPLICA = "X-LoGo-Pool", "X-LoGo-Replica"
-"""Of `/health`: the digest of the pool, and who answers."""
+# Requests beside those that are answered or wait: what is refused, pages, probes.
+_BESIDE = 64
+
+POOL, REPLICA = "X-LoGo-Pool", "X-LoGo-Replica"
+"""Headers of `/health`: the digest of the pool, and who answers."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,20 @@ class ServerPlan:
     signals: tuple[str, ...] = ()
     max_queue: int = 256
     log_json: bool = False
+
+    @property
+    def room(self) -> int:
+        """Requests that a replica may have at one time, those included that it refuses at once."""
+        return self.max_concurrent + self.max_queue + _BESIDE
+
+    @property
+    def concurrent(self) -> int:
+        """Requests that keep one replica busy."""
+        return self.max_concurrent
+
+    async def replica(self, name: str, link: Link) -> Replica:
+        """Opens the engine in this process."""
+        return await asyncio.to_thread(Replica, name, self, link)
 
 
 def digest(pool: AdapterPool) -> str:
@@ -145,9 +164,10 @@ class Replica:
         )
         self.service.prepare()
         self.gate = Gate()
-        app = create_app(self.service, plan.settings, self._together)
+        app = create_app(self.service, plan.settings)
         self._metrics: Metrics = app.state.answers.metrics
-        self.app: ASGIApp = Nameless(guard(Gated(app, self.gate, self._headers), plan.guards))
+        gated = Together(Gated(app, self.gate, self._headers), name, link)
+        self.app: ASGIApp = Nameless(guard(gated, plan.guards))
         own = Own(self.service.stage, self.service.take, self.service.forget, self._text, self.service.drain)
         self.member = Member(link, own, self.gate, State(digest(logo.pool)))
 
@@ -163,7 +183,41 @@ class Replica:
     def _text(self) -> str:
         return self._metrics.text().decode()
 
-    async def _together(self, own: bytes) -> bytes:
+
+class Together:
+    """Makes one `/metrics` of those of all replicas.
+
+    Args:
+        app: answers with its own.
+        name: of this replica.
+        link: to the others.
+    """
+
+    def __init__(self, app: ASGIApp, name: str, link: Link) -> None:
+        self.app, self._name, self._link = app, name, link
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].rstrip("/") != "/metrics":
+            return await self.app(scope, receive, send)
+        start: Message = {}
+        body = bytearray()
+
+        async def kept(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+            elif message["type"] == "http.response.body":
+                body.extend(message.get("body", b""))
+
+        await self.app(scope, receive, kept)
+        whole = bytes(body)
+        if start.get("status") == 200 and scope["method"] == "GET":
+            whole = await self._of_all(whole)
+        MutableHeaders(scope=start)["Content-Length"] = str(len(whole))
+        await send(start)
+        await send({"type": "http.response.body", "body": whole})
+
+    async def _of_all(self, own: bytes) -> bytes:
         try:
             texts = await self._link.metrics()
         except Lost:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp
 
@@ -23,16 +23,12 @@ from logo.backends.cluster import LOCAL, Layout, WorkersError, connect, imported
 from logo.errors import LoGoError
 from logo.serving.coordinator import Command, Coordinator, Joined, State
 from logo.serving.logs import configure
-from logo.serving.membership import Lost
+from logo.serving.membership import Link, Lost, Member
 from logo.serving.pool import Change
-from logo.serving.replica import Replica, ServerPlan
 
 _log = logging.getLogger("logo.serving")
 
 APPLICATION, _COORDINATOR = "logo", "coordinator"
-
-# Requests beside those that are answered or wait: what is refused, pages, probes.
-_BESIDE = 64
 
 # A replica that cannot be opened: the next attempts would fail, too.
 _ATTEMPTS = 3
@@ -42,6 +38,38 @@ _LOOK, _GRACE = 0.5, 120.0
 
 # Seconds between the signal and the end of the address: a connection that is kept hears 503 first.
 _FAREWELL = 1.0
+
+
+class Opened(Protocol):
+    """A replica that is ready to join others."""
+
+    member: Member
+
+    @property
+    def app(self) -> ASGIApp:
+        """What answers requests."""
+
+    def check(self) -> None:
+        """Raises where it has to be replaced."""
+
+
+class Plan(Protocol):
+    """What each replica is."""
+
+    @property
+    def log_json(self) -> bool:
+        """Whether its log is JSON."""
+
+    @property
+    def room(self) -> int:
+        """Requests that it may have at one time."""
+
+    @property
+    def concurrent(self) -> int:
+        """Requests that keep it busy: for scaling."""
+
+    async def replica(self, name: str, link: Link) -> Opened:
+        """Opens it in this process."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +90,16 @@ class Scale:
 # -- in a process -----------------------------------------------------------------------------------------------------
 
 
-class LocalReplica:
+class Deployed:
     """What Ray Serve starts: opens an engine, and has the pool of the others before it is given requests."""
 
-    async def __init__(self, plan: ServerPlan) -> None:  # type: ignore[misc]
+    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]
         from ray import serve
 
         configure(log_json=plan.log_json)
         name = serve.get_replica_context().replica_tag
         self._link = ActorLink(name)
-        self._replica = await asyncio.to_thread(Replica, name, plan, self._link)
+        self._replica = await plan.replica(name, self._link)
         await self._replica.member.join()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -170,7 +198,7 @@ class ActorCoordinator(Coordinator):
 # -- in the driver ----------------------------------------------------------------------------------------------------
 
 
-def application(plan: ServerPlan, scale: Scale, cpus: int, gpus: float, digest: str | None = None) -> Any:
+def application(plan: Plan, scale: Scale, cpus: int, gpus: float, digest: str | None = None) -> Any:
     """What Ray Serve runs.
 
     Args:
@@ -185,12 +213,12 @@ def application(plan: ServerPlan, scale: Scale, cpus: int, gpus: float, digest: 
     count: dict[str, Any] = {"num_replicas": first}
     if most is not None:
         bounds = {"min_replicas": first, "initial_replicas": first, "max_replicas": most}
-        count = {"autoscaling_config": {**bounds, "target_ongoing_requests": plan.max_concurrent}}
-    made: Any = serve.deployment(serve.ingress()(LocalReplica))
+        count = {"autoscaling_config": {**bounds, "target_ongoing_requests": plan.concurrent}}
+    made: Any = serve.deployment(serve.ingress()(Deployed))
     deployment = made.options(
         name="LoGo",
         **count,
-        max_ongoing_requests=plan.max_concurrent + plan.max_queue + _BESIDE,
+        max_ongoing_requests=plan.room,
         graceful_shutdown_timeout_s=scale.drain,
         health_check_period_s=5,
         max_constructor_retry_count=_ATTEMPTS,
@@ -213,7 +241,7 @@ def application(plan: ServerPlan, scale: Scale, cpus: int, gpus: float, digest: 
 
 
 def serve_replicas(
-    plan: ServerPlan,
+    plan: Plan,
     scale: Scale,
     address: tuple[str, int],
     digest: str | None,

@@ -222,5 +222,4 @@ async def server_version() -> dict[str, str]:
 @router.get("/metrics", tags=["Server"], **TEXT)
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
-    text, together = _answers(request).metrics.text(), request.app.state.together
-    return Response(text if together is None else await together(text), media_type=CONTENT_TYPE)
+    return Response(_answers(request).metrics.text(), media_type=CONTENT_TYPE)
