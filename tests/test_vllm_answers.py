@@ -117,6 +117,40 @@ def test_a_stream_that_overflows_ends_with_an_error_and_nothing_else(listens: bo
     assert tail == ERROR.event() + b"data: [DONE]\n\n"
 
 
+def test_a_stream_that_overflows_at_its_end_is_ended() -> None:
+    """While it is looked whether the answer is one, and after nothing was found."""
+
+    async def ended(spoils_in_check: bool) -> bytes:
+        client, engine = Client(), Engine(1, streams=True, listens=False)
+
+        async def check() -> ApiError | None:
+            if engine.spoilt.is_set():
+                return ERROR
+            if spoils_in_check:
+                engine.spoilt.set()
+                await asyncio.sleep(0.05)
+            return None
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await engine(scope, receive, more(send))
+            engine.spoilt.set()
+            await send({"type": "http.response.body", "body": b""})
+
+        def more(send: Send) -> Send:
+            async def on_its_way(message: Message) -> None:
+                await send({**message, "more_body": True} if "body" in message else message)
+
+            return on_its_way
+
+        send = Rewriting(client.send, lambda found, first: None, check, engine.spoilt)
+        await run(app, SCOPE, client.receive, send, engine.spoilt)
+        return client.body
+
+    token = b'data: {"token":1}\n\n'
+    assert asyncio.run(ended(False)) == token + b"data: [DONE]\n\n"
+    assert asyncio.run(ended(True)) == token + ERROR.event() + b"data: [DONE]\n\n"
+
+
 def test_an_answer_that_overflows_is_an_error_at_once() -> None:
     engine = Engine(1000, streams=False, spoils_at=3)
     client, checks = asyncio.run(answered(engine))

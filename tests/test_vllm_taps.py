@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logo.backends.vllm.heard import Span
+from logo.backends.vllm.heard import Span, Step
 from logo.backends.vllm.marks import WHOLE, marked, reads_whole, span
 from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.backends.vllm.taps import CHANGED, UNHEARD, Taps
@@ -224,6 +225,24 @@ def test_a_tap_that_was_left_out_is_noticed(taps: Taps) -> None:
         if start == 0:  # in the second chunk, the model runs as a graph that was captured without it
             taps.tap("b", torch.rand(3, 4))
     assert taps.take(["p"])["p"] == "the model was run without reading 0.b"
+
+
+def test_a_step_that_could_not_be_begun_is_missed(taps: Taps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores without its tokens would look like any other."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    for key, failing in (("middle", 3), ("last", 6)):
+        for start in (0, 3, 6):
+            with monkeypatch.context() as patch:
+                if start == failing:
+                    patch.setattr(Step, "of", fails)
+                with pytest.raises(RuntimeError) if start == failing else nullcontext():
+                    taps.begin([Span(key, "calibrated", 0, start, 3, 9, False)])
+            for place in ("a", "b"):
+                taps.tap(place, torch.rand(3, 4))
+    assert taps.take(["middle", "last"]) == {"middle": UNHEARD, "last": "only 6 of 9 tokens were run"}
 
 
 def test_another_pool_has_heard_nothing(taps: Taps) -> None:

@@ -58,11 +58,10 @@ class Rewriting:
         if self._ended:
             return
         self._ended, error = True, await self._checked()
-        if error is None:
-            return
-        if self.streams:
-            await self._send({"type": "http.response.body", "body": error.event() + b"data: [DONE]\n\n"})
-        else:
+        if self.streams:  # without an error if all that matters was sent before
+            body = b"" if error is None else error.event() + b"data: [DONE]\n\n"
+            await self._send({"type": "http.response.body", "body": body})
+        elif error is not None:
             await answer_error(self._send, error)
 
     async def _pass_on(self, data: bytes, *, more: bool) -> None:
@@ -96,8 +95,11 @@ class Rewriting:
         await self._send({"type": "http.response.body", "body": body})
 
     async def _checked(self) -> ApiError | None:
-        check, self._check = self._check, None
-        return None if check is None else await check()
+        if self._check is None:
+            return None
+        error = await self._check()
+        self._check = None  # not before: the app may be cancelled while it waits here, and `end` has to ask then
+        return error
 
     def _event(self, line: bytes) -> bytes:
         return b"data: " + self._changed(line[6:]) if line.startswith(b"data: {") else line

@@ -123,7 +123,6 @@ class Taps:
                 heard.failure = f"nothing is scored by the signal {span.signal!r} here"
             elif span.signal and heard.scorer is not self._scorers[span.signal][0]:
                 heard.failure = CHANGED
-            heard.seen = span.end
             self._heard.move_to_end(span.key)
         for signal in dict.fromkeys(span.signal for span in spans):
             how = self._scorers[signal][1] if signal in self._scorers else None
@@ -138,6 +137,8 @@ class Taps:
                 heard.read += len(span.read(how.token))
             if step is not None:
                 self._steps[signal] = step
+        for span in spans:  # at last: of prompts whose step could not be begun, it is missed then
+            self._heard[span.key].seen = span.end
         while len(self._heard) > _MOST_WAITING:
             self._heard.popitem(last=False)
 
