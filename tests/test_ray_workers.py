@@ -19,10 +19,14 @@ from typing import Any
 import pytest
 
 from logo.backends.cluster import Layout, WorkersError
-from logo.backends.ray import Elsewhere, Item, Lost, Workers
+from logo.backends.items import Elsewhere, Item, Lost
+from logo.backends.ray import Workers
 from logo.cli.run import run
 from logo.errors import ModelError, UsageError
+from logo.evaluation.identity import library_versions
 from logo.evaluation.journal import written
+from logo.evaluation.session import Facts
+from logo.evaluation.workers import differs
 from tolerances import PATIENCE
 
 ray = pytest.importorskip("ray")
@@ -115,12 +119,45 @@ def test_every_item_is_done_whatever_happens_to_its_process(marks: Path) -> None
             workers.ask(work, marks, 13)
 
 
+def test_a_map_that_ends_early_leaves_all_processes_to_the_next(marks: Path) -> None:
+    with opened() as workers:
+        for _ in range(2):
+            with pytest.raises(ModelError, match="thirteen is refused"):
+                list(workers.map(iter([Item((marks, 13), 1), Item((marks, 20), 1)]), work))
+        left = workers.map((Item((marks, 30 + number), 1) for number in range(9)), work)
+        next(left)
+        left.close()
+        found = list(workers.map((Item((marks, 40 + number), 1) for number in range(30)), work))
+        assert [result[0] for _, result in sorted(found, key=lambda one: one[0].args[1])] == list(range(80, 140, 2))
+        assert len({result[1] for _, result in found}) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_process_may_die_over_what_is_asked_for_an_item(count: int, marks: Path) -> None:
+    """As one that learns a dataset before its rows are answered."""
+    with opened(Layout(count, cpus=1, deadline=90.0)) as workers:
+
+        def items() -> Iterator[Item]:
+            for number in (3, 4):
+                yield Item((marks, workers.ask(work, marks, number)[0]), 1)
+
+        began = time.monotonic()
+        assert {result[0] for _, result in workers.map(items(), work)} == {12, 16}
+        assert time.monotonic() - began < 80  # nothing waits for the deadline of a process that has gone
+
+
 def refuses() -> Any:
     raise UsageError("the pool cannot be read here")
 
 
 def dies() -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def opens_once(marks: Path) -> Held:
+    if not first_time(marks, "opened"):
+        raise OSError("the disk is full")
+    return Held()
 
 
 def by_turns(marks: Path) -> Held:
@@ -148,6 +185,35 @@ def test_processes_that_cannot_be_used_are_told_in_one_line(marks: Path) -> None
         opened(Layout(2, address="nowhere"))
 
 
+def test_a_process_that_fails_to_open_is_told_apart_from_one_that_has_gone(marks: Path) -> None:
+    with pytest.raises(OSError, match=r"^the disk is full$"):
+        opened(open_=functools.partial(opens_once, marks))
+    (marks / "opened").unlink()
+    with (
+        opened(Layout(1, cpus=1), open_=functools.partial(opens_once, marks)) as workers,
+        pytest.warns(UserWarning, match=r"^worker 2 gets no work: OSError: the disk is full$"),
+        pytest.raises(WorkersError, match="no worker is left"),
+    ):
+        list(workers.map(iter([Item((marks, 3), 1)]), work))
+
+
+def test_a_pool_that_lacks_an_adapter_is_not_the_drivers() -> None:
+    own = Facts({}, library_versions(), {"a": "1"}, None, "cpu", {}, "norm", {}, 0.0)
+    assert differs({"a": "1"}, whole=True)(own, own) is None
+    assert differs({"a": "1", "b": "2"}, whole=False)(own, own) is None  # it may leave out what it cannot use
+    assert str(differs({"a": "1", "b": "2"}, whole=True)(own, own)).startswith("its pool lacks adapter 'b'")
+    assert str(differs({"a": "3"}, whole=False)(own, own)).startswith("adapter 'a' of its pool is not the driver's")
+
+
+def test_a_cluster_that_refuses_a_token_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ray.exceptions.AuthenticationError("the token\nis another one")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(WorkersError, match=r"^Ray: no cluster was found \(the token is another one"):
+        opened(Layout(2, address="auto"))
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
@@ -160,6 +226,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_a_node_that_joins_later_gets_work_and_one_that_leaves_loses_none(cluster: Any, marks: Path) -> None:
     with opened(Layout(2, address=cluster.address, cpus=1, deadline=60.0)) as workers:
+        # There is room for one process, and nobody else who might do it better.
+        assert [result[0] for _, result in workers.map(iter([Item((marks, 7), 1)]), work)] == [14]
         nodes: list[Any] = []
         where = []
         for _, result in workers.map((Item((marks, 20 + number), 1) for number in range(1000)), work):

@@ -93,7 +93,7 @@ def connect(ray: Any, layout: Layout) -> None:
     _check_answers(layout.address)
     try:
         ray.init(address=layout.address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # the last: of a token
         where = "no cluster was found" if layout.address == AUTO else f"{layout.address} does not answer"
         said = " ".join(str(error).split())[:200]
         raise WorkersError(f"Ray: {where} ({said}); `ray start --head` starts one") from None

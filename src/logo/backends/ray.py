@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from logo.backends.cluster import Layout, WorkersError, connect, imported, share
+from logo.backends.items import Elsewhere, I, Lost, Queue
 from logo.errors import LoGoError
 
 H = TypeVar("H")  # what a process has opened
-I = TypeVar("I", bound="Item")  # noqa: E741 - an item of work
 
 # An item that has taken so many processes with it is given up.
 TRIES = 3
@@ -33,33 +32,6 @@ _FAILED_STARTS = 3
 
 # Seconds between two looks at deadlines and at what has been opened.
 _LOOK = 0.5
-
-
-@dataclass(frozen=True)
-class Item:
-    """One piece of work.
-
-    Attributes:
-        args: of the call; what `Workers.shared` returned stands for what it was given.
-        size: how much it is, for the speeds that are shown.
-    """
-
-    args: tuple[Any, ...]
-    size: int
-
-
-@dataclass(frozen=True)
-class Lost:
-    """An item without a result: every process that was given it has gone. `reason` says how, in words."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """A result that another process might do better, as where memory did not suffice; the third one is taken."""
-
-    result: Any
 
 
 @dataclass(frozen=True)
@@ -95,7 +67,7 @@ class _Worker:
         actor: Ray's handle.
         opening: the reference of its description, until it is open.
         item, tries, running: what it is doing, how many processes that item has had before, and the reference of its
-            result.
+            result. Without an item it still does what a `map` that ended early had given it.
         since: when it began that.
         done: size of the items it has finished; `busy`: seconds they took.
     """
@@ -109,30 +81,6 @@ class _Worker:
     since: float = 0.0
     done: int = 0
     busy: float = 0.0
-
-
-@dataclass
-class _Queue(Generic[I]):
-    """Items that wait: those that come back go first."""
-
-    source: Iterator[I]
-    back: deque[tuple[I, int, _Worker]] = field(default_factory=deque)
-    dry: bool = False
-
-    def next(self, worker: _Worker, *, alone: bool) -> tuple[I, int] | None:
-        """An item for a process and how many have had it before; None where there is none for this one.
-
-        Args:
-            alone: there is no other process, so that it gets what it has brought back, too.
-        """
-        for at, (item, tries, before) in enumerate(self.back):
-            if alone or before is not worker:
-                del self.back[at]
-                return item, tries
-        for item in () if self.dry else self.source:
-            return item, 0
-        self.dry = True
-        return None
 
 
 class Workers(Generic[H]):
@@ -200,19 +148,16 @@ class Workers(Generic[H]):
         return {worker.name: worker.done / worker.busy for worker in self._workers if worker.busy}
 
     def ask(self, what: Callable[..., Any], *args: Any) -> Any:
-        """What one process answers to `what(held, *args)`, after what it is doing; however long it takes.
+        """What one process answers to `what(held, *args)`, after what it is doing; however long it takes. Where none is
+        open, the first one that is.
 
         Raises:
             WorkersError: three processes have gone over it.
             LoGoError: as `what` does.
         """
-        reason = "none was open"
+        reason = ""
         for _ in range(TRIES):
-            self._look_at_openings()
-            ready = [worker for worker in self._workers if worker.opening is None]
-            if not ready:
-                break
-            worker = min(ready, key=lambda one: one.running is not None)
+            worker = self._ready()
             try:
                 result = self._ray.get(worker.actor.call.remote(what, *args))
             except self._gone as error:
@@ -235,29 +180,54 @@ class Workers(Generic[H]):
             WorkersError: no process is left, and none can be started.
             LoGoError: as `what` does; other errors of it are raised as they are.
         """
-        queue: _Queue[I] = _Queue(iter(items))
-        mine: set[_Worker] = set()
+        queue: Queue[I] = Queue(iter(items))
         idle_since = time.monotonic()
-        while True:
+        try:
+            while True:
+                self._look_at_openings()
+                for worker in self._free():
+                    self._give(worker, queue, what)
+                if not queue.back and queue.dry and all(worker.item is None for worker in self._workers):
+                    return
+                if any(worker.opening is None for worker in self._workers):
+                    idle_since = time.monotonic()
+                else:
+                    self._check_wait(idle_since)
+                done = self._wait()
+                for worker in [one for one in self._workers if one.running in done or self._late(one)]:
+                    yield from self._finished(worker, queue)
+        finally:
+            for worker in self._workers:
+                worker.item = None  # nobody waits for its result any more
+
+    def _give(self, worker: _Worker, queue: Queue[I], what: Callable[..., Any]) -> None:
+        """Gives a free process an item, where there is one for it."""
+        if worker not in self._workers:
+            return
+        opened = sum(one.opening is None for one in self._workers)
+        found = queue.next(worker, alone=opened == 1)
+        if found is None:
+            return
+        if worker not in self._workers:  # it has died over an `ask` that was needed to make the item
+            queue.back.append((*found, worker))
+            return
+        worker.item, worker.tries = found
+        worker.running = worker.actor.call.remote(what, *worker.item.args)
+        worker.since = time.monotonic()
+
+    def _ready(self) -> _Worker:
+        """A process that is open, which has nothing to do if there is one; waits for one."""
+        idle_since = time.monotonic()
+        self._look_at_openings()
+        while not (ready := [worker for worker in self._workers if worker.opening is None]):
+            self._check_wait(idle_since)
+            self._wait()
             self._look_at_openings()
-            for worker in self._free():
-                found = queue.next(worker, alone=len(self._workers) == 1)
-                if found is None:
-                    continue
-                worker.item, worker.tries = found
-                worker.running = worker.actor.call.remote(what, *worker.item.args)
-                worker.since = time.monotonic()
-                mine.add(worker)
-            if not mine and not queue.back and queue.dry:
-                return
-            if any(worker.opening is None for worker in self._workers):
-                idle_since = time.monotonic()
-            elif time.monotonic() - idle_since > self._layout.deadline:
-                raise WorkersError(f"no worker for {self._layout.deadline:.0f} s: the cluster has no room for any")
-            done, _ = self._ray.wait(self._references(), num_returns=1, timeout=_LOOK)
-            for worker in [one for one in mine if one.running in done or self._late(one)]:
-                mine.discard(worker)
-                yield from self._finished(worker, queue)
+        return min(ready, key=lambda one: one.running is not None)
+
+    def _check_wait(self, since: float) -> None:
+        if time.monotonic() - since > self._layout.deadline:
+            raise WorkersError(f"no worker for {self._layout.deadline:.0f} s: the cluster has no room for any")
 
     # -- processes -----------------------------------------------------------------------------------------------
 
@@ -282,6 +252,8 @@ class Workers(Generic[H]):
             for worker in [one for one in opening if one.opening in done]:
                 try:
                     found = self._ray.get(worker.opening)
+                except self._ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
                 except self._gone as error:
                     self._again(worker, _how(error))
                     continue
@@ -303,12 +275,16 @@ class Workers(Generic[H]):
         done, _ = self._ray.wait(list(opening), num_returns=len(opening), timeout=0)
         for reference in done:
             worker = opening[reference]
+            reason: str | None
             try:
                 found = self._ray.get(reference)
+            except self._ray.exceptions.RayTaskError as error:  # the others go on without it
+                reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())[:200]
             except self._gone as error:
                 self._again(worker, _how(error))
                 continue
-            reason = str(found.error) if isinstance(found, Refused) else self._differs(found, self.description)
+            else:
+                reason = str(found.error) if isinstance(found, Refused) else self._differs(found, self.description)
             if reason is None:
                 worker.opening, self._failed_starts = None, 0
             else:
@@ -330,20 +306,23 @@ class Workers(Generic[H]):
     def _free(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.opening is None and worker.running is None]
 
-    def _references(self) -> list[Any]:
+    def _wait(self) -> list[Any]:
+        """What is done or open first, of all that processes do or open; nothing after a while."""
+        if not self._workers:
+            raise WorkersError("no worker is left")
         found = [worker.running or worker.opening for worker in self._workers]
         references = [reference for reference in found if reference is not None]
-        if not references:
-            raise WorkersError("no worker is left")
-        return references
+        done: list[Any] = self._ray.wait(references, num_returns=1, timeout=_LOOK)[0] if references else []
+        return done
 
     def _late(self, worker: _Worker) -> bool:
-        return time.monotonic() - worker.since > self._layout.deadline
+        return worker.running is not None and time.monotonic() - worker.since > self._layout.deadline
 
     # -- results -------------------------------------------------------------------------------------------------
 
-    def _finished(self, worker: _Worker, queue: _Queue[I]) -> Iterator[tuple[I, Any]]:
-        """The item of a process with its result; or nothing, and the item goes back into the queue."""
+    def _finished(self, worker: _Worker, queue: Queue[I]) -> Iterator[tuple[I, Any]]:
+        """The item of a process with its result; or nothing, and the item goes back into the queue, if it is of this
+        `map`."""
         item, running, worker.item, worker.running = worker.item, worker.running, None, None
         done, _ = self._ray.wait([running], timeout=0)
         try:
@@ -351,14 +330,20 @@ class Workers(Generic[H]):
                 raise TimeoutError(f"gave no answer within {self._layout.deadline:.0f} s")
             result = self._ray.get(running)
         except self._ray.exceptions.RayTaskError as error:
+            if item is None:
+                return
             raise error.cause from None
         except self._gone as error:
             self._end(worker)
             self._start()
+            if item is None:
+                return
             if worker.tries + 1 < TRIES:
                 queue.back.append((item, worker.tries + 1, worker))
             else:
                 yield item, Lost(f"{TRIES} workers in a row did not finish it; the last one {_how(error)}")
+            return
+        if item is None:
             return
         if isinstance(result, Refused):
             raise result.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from logo.evaluation.jobs import Job
     from logo.evaluation.resume import Plan
     from logo.evaluation.session import Evaluation, Session
-    from logo.evaluation.workers import Answerer, InWorkers
+    from logo.evaluation.workers import Answerer, Incomplete, InWorkers
 
 OFFICIAL_BASE = "Llama-3.1-8B"
 VLLM_BATCH = 256
@@ -160,7 +161,6 @@ def evaluate(
     Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
     """
     from logo.evaluation.resume import Wish
-    from logo.evaluation.workers import Incomplete
 
     base_model = engine.base_model or OFFICIAL_BASE
     engine = replace(
@@ -195,33 +195,42 @@ def evaluate(
             session = _in_workers(layout, engine, runner, run, chosen, base_model)
             stack.enter_context(session.workers)
         plans = session.plans(jobs, Wish(run.overwrite, run.mix_environments))
+        scores, lost = _answered(session, plans, json=json)
+    if lost is not None:
+        err.print(f"logo: error: {lost}", markup=False)
+    if scores:
+        show(scores, json=json)
+    if lost is not None:
+        raise typer.Exit(1)
+
+
+def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> tuple[list[Score], Incomplete | None]:
+    """Scores of all datasets, shown as they come; and what has no answer, where workers were lost."""
+    from logo.evaluation.workers import Incomplete
+
+    for plan in plans:
+        if plan.note and not plan.done:
+            note(escape(f"{plan.job.dataset} is answered again: {plan.note}"))
+    scores: list[Score] = []
+    lost = None
+    with progress(disable=not err.is_terminal) as bar:
+        results = session.results([plan for plan in plans if not plan.done], progress_of(bar, session, plans))
         for plan in plans:
-            if plan.note and not plan.done:
-                note(escape(f"{plan.job.dataset} is answered again: {plan.note}"))
-        scores, lost = [], None
-        with progress(disable=not err.is_terminal) as bar:
-            results = session.results([plan for plan in plans if not plan.done], progress_of(bar, session, plans))
-            for plan in plans:
-                try:
-                    score = _stored(plan) if plan.done else Score.of(*next(results))
-                except Incomplete as error:  # the last that `results` says
-                    lost = error
-                    continue
-                except StopIteration:  # another dataset is the one that is not complete
-                    continue
-                except KeyboardInterrupt:
-                    note("What is done is kept: the same command goes on from there.")
-                    raise
-                scores.append(score)
-                if not json:
-                    heading = [score.dataset] if len(jobs) > 1 else []
-                    print(*heading, score.line, score.folder, sep="\n", flush=True)
-        if lost is not None:
-            err.print(f"logo: error: {lost}", markup=False)
-        if scores:
-            show(scores, json=json)
-        if lost is not None:
-            raise typer.Exit(1)
+            try:
+                score = _stored(plan) if plan.done else Score.of(*next(results))
+            except Incomplete as error:  # the last that `results` says
+                lost = error
+                continue
+            except StopIteration:  # another dataset is the one that is not complete
+                continue
+            except KeyboardInterrupt:
+                note("What is done is kept: the same command goes on from there.")
+                raise
+            scores.append(score)
+            if not json:
+                heading = [score.dataset] if len(plans) > 1 else []
+                print(*heading, score.line, score.folder, sep="\n", flush=True)
+    return scores, lost
 
 
 def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> Method | None:
@@ -323,12 +332,10 @@ def _in_workers(
     method: Method | None,
     base_model: str,
 ) -> InWorkers:
-    from logo.cli.opening import open_pool
-    from logo.evaluation.workers import InWorkers, differs, facts_of
+    from logo.evaluation.workers import InWorkers, facts_of
 
-    pool = open_pool(engine, base_model, run.preset).sha256()
     open_ = functools.partial(_answerer, everywhere(engine), runner, run, method, absolute(base_model))
-    workers = opened(layout, open_, facts_of, differs(pool))
+    workers = opened(layout, engine, base_model, open_, facts_of, run.preset)
     return InWorkers(
         workers,
         workers.description,

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.opening import open_engine, open_pool
+from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, IndexKind, expanded
 from logo.cli.output import err, note, progress, screen
 from logo.cli.prompts import or_demo
@@ -139,11 +139,10 @@ def _checked(json: Path, heatmap: Path | None) -> Path:
 def _in_workers(
     layout: Layout, options: EngineOptions, base_model: str, arms: Mapping[str, Mapping[str, Any]]
 ) -> MeasuredInWorkers:
-    from logo.evaluation.workers import MeasuredInWorkers, differs, study_facts_of
+    from logo.evaluation.workers import MeasuredInWorkers, study_facts_of
 
-    pool = open_pool(options, base_model).sha256()
     open_ = functools.partial(_arms, everywhere(options), absolute(base_model), arms)
-    return MeasuredInWorkers(opened(layout, open_, study_facts_of, differs(pool)))
+    return MeasuredInWorkers(opened(layout, options, base_model, open_, study_facts_of))
 
 
 def _arms(options: EngineOptions, base_model: str, arms: Mapping[str, Mapping[str, Any]]) -> Arms:

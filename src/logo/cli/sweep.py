@@ -19,7 +19,7 @@ from rich.text import Text
 from logo.cli.axes import Common, Skipped, make_cells, read_grid
 from logo.cli.evaluate import RowOptions, metric_of, resolved
 from logo.cli.methods import MethodOptions
-from logo.cli.opening import open_base, open_pool
+from logo.cli.opening import open_base
 from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, expanded
 from logo.cli.output import err, natural_width, note, out, print_json, progress
 from logo.cli.prompts import or_demo
@@ -175,12 +175,11 @@ class _InWorkers:
     """Sessions of cells in processes that have the base model and the pool open."""
 
     def __init__(self, layout: Layout, options: EngineOptions, rows: RowOptions, base_model: str, first: Cell) -> None:
-        from logo.evaluation.workers import differs, facts_of
+        from logo.evaluation.workers import facts_of
 
         self._rows = rows
-        pool = open_pool(options, base_model).sha256()
         open_ = functools.partial(_answerer, everywhere(options), rows, absolute(base_model))
-        self.workers = opened(layout, open_, functools.partial(facts_of, key=first), differs(pool))
+        self.workers = opened(layout, options, base_model, open_, functools.partial(facts_of, key=first))
 
     def __call__(self, cell: Cell) -> Evaluation:
         from logo.evaluation.workers import InWorkers, facts_of

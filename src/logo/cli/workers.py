@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress, TaskID
 
-from logo.cli.options import EngineOptions
+from logo.cli.opening import open_pool
+from logo.cli.options import EngineOptions, OnBad, Preset
 from logo.cli.output import note
 from logo.errors import UsageError
 
@@ -118,17 +119,27 @@ def absolute(base_model: str) -> str:
 
 def opened(
     layout: Layout,
+    options: EngineOptions,
+    base_model: str,
     open_: Callable[[], Any],
     describe: Callable[[Any], Any],
-    differs: Callable[[Any, Any], str | None],
+    preset: Preset | None = None,
 ) -> Workers[Any]:
-    """Starts processes, and says what they are when those that there is room for are ready."""
+    """Starts processes, and says what they are when those that there is room for are ready.
+
+    Args:
+        options, base_model, preset: of the pool that they have to have open.
+        open_, describe: as `Workers`.
+    """
     from logo.backends.cluster import LOCAL
     from logo.backends.ray import Workers
+    from logo.evaluation.workers import differs
 
+    pool = open_pool(options, base_model, preset).sha256()
+    whole = OnBad.SKIP not in (options.on_bad_adapter, options.unscorable)
     where = "on this machine" if layout.address == LOCAL else f"of the Ray cluster {layout.address}"
     note(f"starting {layout.count or 'as many'} workers {where}".replace("as many workers", "as many workers as fit"))
-    workers: Workers[Any] = Workers(layout, open_, describe, differs)
+    workers: Workers[Any] = Workers(layout, open_, describe, differs(pool, whole=whole))
     return workers
 
 

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from logo.backends.ray import Elsewhere, Item, Lost, Workers
+from logo.backends.items import Elsewhere, Item, Lost
+from logo.backends.ray import Workers
 from logo.baselines.method import Answering
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.batches import OUT_OF_MEMORY
@@ -108,12 +109,13 @@ def _answer(answerer: Answerer, *args: Any) -> Any:
 # -- in the driver ----------------------------------------------------------------------------------------------------
 
 
-def differs(pool: Mapping[str, str]) -> Callable[[Any, Any], str | None]:
+def differs(pool: Mapping[str, str], *, whole: bool) -> Callable[[Any, Any], str | None]:
     """What `Workers` asks: why a process is not like this one or like the first one, in words. Processes describe
     themselves by `Facts`, or by those of a study.
 
     Args:
         pool: SHA-256 by name of the adapters, as this process reads them.
+        whole: no process may leave any of them out.
     """
 
     def why(own: Facts | StudyFacts, first: Facts | StudyFacts) -> str | None:
@@ -123,6 +125,9 @@ def differs(pool: Mapping[str, str]) -> Callable[[Any, Any], str | None]:
         for name, digest in own.pool.items():
             if pool.get(name) != digest:
                 return f"adapter {name!r} of its pool is not the driver's: put the same files in both places"
+        lacking = [name for name in pool if whole and name not in own.pool]
+        if lacking:
+            return f"its pool lacks adapter {lacking[0]!r}, which the driver's has: put the same files in both places"
         one, other = _compared(own), _compared(first)
         names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
         return f"{', '.join(names)} differ from the first worker's" if names else None
@@ -207,7 +212,7 @@ class InWorkers(Evaluation):
                 for piece in found:
                     dataset.answered.add(piece)
                 report(dataset.plan, len(dataset.answered))
-                if not dataset.answered.missing:
+                if len(dataset.answered) == len(dataset.rows):
                     files = dataset.write()
                     dataset.close()
                     yield dataset.plan, files
