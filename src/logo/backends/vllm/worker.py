@@ -1,7 +1,7 @@
 """LoGo in one worker of vLLM: scores of probed prompts, and mixtures by recipe.
 
-vLLM calls it through the hooks of `logo.backends.vllm.hooks`; the router calls it through `collective_rpc`, which runs
-the `logo_*` functions at the end of this file on every worker.
+vLLM calls it through the hooks of `logo.backends.vllm.hooks`; the router and the offline engine call it through
+`collective_rpc`, which runs the functions of `logo.backends.vllm.calls` on every worker.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from logo.adapters.format import Adapter
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
 from logo.backends.vllm import graphs
+from logo.backends.vllm.built import lora_model, nothing
 from logo.backends.vllm.gates import StepGates, turned
 from logo.backends.vllm.heard import Span
 from logo.backends.vllm.options import Options
@@ -276,45 +276,21 @@ class Worker:
             number = self._ids[key]
             if number not in held:
                 manager.remove_adapter(number)
-                made = self.lora_model(number, [(adapter, 1.0)])
+                made = lora_model(number, [(adapter, 1.0)], self._dtype)
                 manager.add_adapter(made)
                 manager.activate_adapter(number)
                 manager.pin_adapter(number)
                 made.loras.clear()  # the slots hold it now
 
-    def lora_model(self, number: int, parts: Sequence[tuple[Adapter, float]]) -> Any:
-        """A mixture as one adapter of vLLM: factors side by side, weights and scales in B.
-
-        Args:
-            number: its id.
-            parts: adapters and weights.
-        """
-        from vllm.lora.lora_model import LoRAModel
-        from vllm.lora.lora_weights import LoRALayerWeights
-
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        if not parts:  # vLLM takes no adapter without layers: one that adds nothing
-            path, shape = next(iter(next(iter(self.pool.adapters)).modules.items()))
-            found[path] = [(torch.zeros(1, shape.in_features), torch.zeros(shape.out_features, 1))]
-        for adapter, weight in parts:
-            for module, weights in adapter.read().items():
-                found.setdefault(module, []).append((weights.A.float(), weight * weights.scaled_b()))
-        loras = {}
-        for module, pairs in found.items():
-            a = torch.cat([a for a, _ in pairs])  # (R, d_in)
-            b = torch.cat([b for _, b in pairs], dim=1)  # (d_out, R)
-            # Any other scaling than 1 would make vLLM multiply B in place.
-            loras[module] = LoRALayerWeights(module, len(a), 1, a.to(self._dtype), b.to(self._dtype), scaling=1.0)
-        return LoRAModel(number, max((len(w.lora_a) for w in loras.values()), default=1), loras)
-
     def merged(self, request: Any) -> Any:
         """The adapter of vLLM that a recipe says, in merge mode."""
         try:
             parts = [(self._by_key[key], weight) for key, weight in self.recipe(request.lora_path).parts]
-            return self.lora_model(request.lora_int_id, parts)
+            if parts:
+                return lora_model(request.lora_int_id, parts, self._dtype)
         except Exception as error:  # raising here would end the engine
             self.fail(request.lora_path, f"{type(error).__name__}: {error}")
-            return self.lora_model(request.lora_int_id, [])
+        return nothing(request.lora_int_id, next(iter(self.pool.adapters)), self._dtype)
 
     # -- the pool ------------------------------------------------------------------------------------------------
 

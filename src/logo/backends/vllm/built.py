@@ -1,0 +1,49 @@
+"""Mixtures as adapters of vLLM, built in memory: factors side by side, weights and scales in B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logo.adapters.format import Adapter
+
+
+def lora_model(number: int, parts: Sequence[tuple[Adapter, float]], dtype: torch.dtype) -> Any:
+    """A mixture.
+
+    Args:
+        number: vLLM's id of it.
+        parts: adapters and weights, one or more.
+        dtype: of vLLM's slots.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for adapter, weight in parts:
+        for module, weights in adapter.read().items():
+            found.setdefault(module, []).append((weights.A.float(), weight * weights.scaled_b()))
+    factors = {}
+    for module, pairs in found.items():
+        a = torch.cat([a for a, _ in pairs])  # (R, d_in)
+        b = torch.cat([b for _, b in pairs], dim=1)  # (d_out, R)
+        factors[module] = a, b
+    return _made(number, factors, dtype)
+
+
+def nothing(number: int, like: Adapter, dtype: torch.dtype) -> Any:
+    """An adapter that adds nothing: vLLM takes none without layers, so it has one of those that `like` has."""
+    path, shape = next(iter(like.modules.items()))
+    return _made(number, {path: (torch.zeros(1, shape.in_features), torch.zeros(shape.out_features, 1))}, dtype)
+
+
+def _made(number: int, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> Any:
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
+
+    # Any other scaling than 1 would make vLLM multiply B in place.
+    loras = {
+        module: LoRALayerWeights(module, len(a), 1, a.to(dtype), b.to(dtype), scaling=1.0)
+        for module, (a, b) in factors.items()
+    }
+    return LoRAModel(number, max((len(a) for a, _ in factors.values()), default=1), loras)
