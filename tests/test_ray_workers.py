@@ -283,6 +283,7 @@ def test_two_workers_write_the_files_of_one_process(
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
+@pytest.mark.filterwarnings("ignore:.*training rows are test rows too:UserWarning")
 def test_what_is_learnt_is_learnt_once(rows: Path, tmp_path: Path) -> None:
     more = ["--method", "best-single", "--train-rows", str(rows), "--dataset", "antonym,plural"]
     assert run(command(rows, tmp_path / "one", *more)) == 0
