@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +24,11 @@ from logo.backends.items import Elsewhere, Item, Lost
 from logo.backends.ray import Workers
 from logo.cli.run import run
 from logo.errors import ModelError, UsageError
+from logo.evaluation.datasets import Row
 from logo.evaluation.identity import library_versions
 from logo.evaluation.journal import written
 from logo.evaluation.session import Facts
-from logo.evaluation.workers import differs
+from logo.evaluation.workers import Answerer, differs
 from tolerances import PATIENCE
 
 ray = pytest.importorskip("ray")
@@ -212,6 +214,25 @@ def test_a_cluster_that_refuses_a_token_is_told_in_one_line(monkeypatch: pytest.
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(WorkersError, match=r"^Ray: no cluster was found \(the token is another one"):
         opened(Layout(2, address="auto"))
+
+
+def test_rows_that_fail_are_no_reason_to_stop_once_another_process_has_answered_some() -> None:
+    class Session:
+        batch_size, max_new_tokens = 2, 4
+
+        def answering(self, job: Any, learnt: Any) -> Any:
+            return self
+
+        def generate(self, prompts: list[str], **_: Any) -> Any:
+            raise UsageError("the prompt is too long")
+
+    rows = (Row("a", "b"),) * 4
+    job: Any = SimpleNamespace(folder="folder", rows=rows, places=range(4), metric="em")
+    answerer = Answerer(lambda key: Session())  # type: ignore[arg-type,return-value]
+    with pytest.raises(UsageError, match="too long"):
+        answerer.answer(None, job, None, None, range(2), False)
+    [piece], _ = answerer.answer(None, job, None, None, range(2, 4), True)
+    assert piece.first == 2 and [one.error for one in piece.instances] == ["the prompt is too long"] * 2
 
 
 @pytest.fixture

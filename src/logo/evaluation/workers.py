@@ -55,13 +55,20 @@ class Answerer:
         self._size, self._proven = 0, False
 
     def answer(
-        self, key: Any, job: Job, learnt: Mapping[str, Any] | None, sha256: str | None, stretch: range
+        self,
+        key: Any,
+        job: Job,
+        learnt: Mapping[str, Any] | None,
+        sha256: str | None,
+        stretch: range,
+        proven: bool,
     ) -> tuple[list[Piece], Mapping[str, Any] | None]:
         """Pieces of a stretch of a job's rows, and what the method found out about the dataset.
 
         Args:
             key: of the session.
             learnt: what its method has learnt about the dataset; `sha256`: of that.
+            proven: some process has answered a row of it, so that what fails is a matter of the row.
         """
         session = self.session_of(key)
         which = job.folder, sha256
@@ -77,7 +84,7 @@ class Answerer:
                 batch_size=session.batch_size,
                 max_new_tokens=session.max_new_tokens,
                 size=self._size,
-                proven=self._proven,
+                proven=proven or self._proven,
             )
         )
         if found:
@@ -235,7 +242,8 @@ class InWorkers(Evaluation):
                 # All rows may be there already, or there are none: one block without rows has the result written.
                 for start in range(stretch.start, max(stretch.stop, 1), self.batch_size):
                     part = range(start, min(start + self.batch_size, stretch.stop))
-                    yield _Block((self._key, job, learnt, sha256, part), len(part), dataset, part)
+                    args = (self._key, job, learnt, sha256, part, dataset.answered.proven)
+                    yield _Block(args, len(part), dataset, part)
 
 
 class MeasuredInWorkers:
