@@ -51,7 +51,7 @@ class LocalServer:
     ) -> None:
         self.url = ""
         self.exit_code: int | None = None
-        self._command = [*_LOGO, "serve", *options, "--port", "0"]
+        self._command = [*_LOGO, "serve", "--port", "0", *options]
         self._environment = {**os.environ, **(environment or {})}
         self._start = start
         self._stop = stop

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logo.adapters.pool import AdapterPool
@@ -77,29 +78,39 @@ class VllmReplica:
     """
 
     def __init__(self, name: str, link: Link, server: _Server, app: ASGIApp, pool: str) -> None:
-        self._server, self._name = server, name
+        self._server = server
         gate = Gate()
         told = {POOL: pool, REPLICA: name}
-        self._inside: ASGIApp = Nameless(Together(Gated(app, gate, lambda: told), name, link))
-        self._draining = False
-        own = Own(_unchanged, _nothing, lambda: None, server.metrics, self._drain)
+        drainable = Drainable(Together(Gated(app, gate, lambda: told), name, link))
+        self.app: ASGIApp = Nameless(drainable)
+        own = Own(_unchanged, _nothing, lambda: None, server.metrics, drainable.drain)
         self.member = Member(link, own, gate, State(pool))
-
-    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM's, and 503 for what comes when the server is to end."""
-        if self._draining and scope["type"] == "http" and scope["method"] == "POST":
-            answer = unavailable("the server is shutting down", 1.0, closing=True)
-            return await response(answer)(scope, receive, send)
-        await self._inside(scope, receive, send)
-
-    def _drain(self) -> None:
-        self._draining = True
 
     def check(self) -> None:
         """Raises where the replica has to be replaced."""
         self.member.check()
         if self._server.client.errored:
             raise LoGoError("vLLM's engine has ended")
+
+
+class Drainable:
+    """An app that answers with 503 what comes when the server is to end, and says at `/ready` whether it is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self._draining = app, False
+
+    def drain(self) -> None:
+        """From here on."""
+        self._draining = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/ready":
+            told = PlainTextResponse("not taking requests", 503) if self._draining else PlainTextResponse("ok")
+            return await told(scope, receive, send)
+        if self._draining and scope["type"] == "http" and scope["method"] == "POST":
+            answer = unavailable("the server is shutting down", 1.0, closing=True)
+            return await response(answer)(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class _Server:
