@@ -22,6 +22,7 @@ from logo.serving import membership
 from logo.serving.coordinator import Coordinator, Joined, State
 from logo.serving.gate import Gate, Gated, visit
 from logo.serving.membership import Lost, Member, Own
+from logo.serving.metrics import labelled
 from logo.serving.pool import Change
 from tolerances import PATIENCE
 
@@ -322,6 +323,16 @@ def test_metrics_and_draining_reach_all() -> None:
             assert x.drained and y.drained
 
     run(test)
+
+
+def test_one_exposition_says_of_every_sample_whose_it_is() -> None:
+    text = '# HELP a_total All.\n# TYPE a_total counter\na_total{{kind="k"}} {}\n# HELP g Now.\n# TYPE g gauge\ng {}\n'
+    found = labelled({"x": text.format(1.0, 2.0), "y": text.format(3.0, 4.0)}).decode().splitlines()
+    assert found == [
+        *("# HELP a_total All.", "# TYPE a_total counter"),
+        *('a_total{kind="k",replica="x"} 1.0', 'a_total{kind="k",replica="y"} 3.0'),
+        *("# HELP g Now.", "# TYPE g gauge", 'g{replica="x"} 2.0', 'g{replica="y"} 4.0'),
+    ]
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def application(arguments: dict[str, Any]) -> Any:
     `args`, such as `max_concurrent: 32`. Where Ray Serve listens is its own affair.
 
     Raises:
-        LoGoError, click.ClickException: an option that does not exist or cannot be used.
+        LoGoError, and what typer raises: an option that does not exist or cannot be used.
     """
     from typer.main import get_command
 
