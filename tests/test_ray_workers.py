@@ -23,12 +23,13 @@ from logo.backends.cluster import Layout, WorkersError
 from logo.backends.items import Elsewhere, Item, Lost
 from logo.backends.ray import Workers
 from logo.cli.run import run
-from logo.errors import ModelError, UsageError
+from logo.errors import LoGoError, ModelError, UsageError
 from logo.evaluation.datasets import Row
 from logo.evaluation.identity import library_versions
 from logo.evaluation.journal import written
+from logo.evaluation.runner import Instance, Piece
 from logo.evaluation.session import Facts
-from logo.evaluation.workers import Answerer, differs
+from logo.evaluation.workers import Answerer, Trial, differs
 from tolerances import PATIENCE
 
 ray = pytest.importorskip("ray")
@@ -305,6 +306,41 @@ def test_two_workers_write_the_files_of_one_process(
 
 
 @pytest.mark.filterwarnings("ignore:.*training rows are test rows too:UserWarning")
+class Rows:
+    """As much of a dataset as a trial looks at."""
+
+    def __init__(self, count: int, proven: bool = False) -> None:
+        self.rows, self.proven, self.answered = range(count), proven, self
+
+    def __len__(self) -> int:
+        return 0
+
+
+def piece(first: int, *errors: str | None) -> Piece:
+    return Piece(first, tuple(Instance(0, "", (), (), {}, {}, error) for error in errors), 0.1, 1)
+
+
+def test_a_run_that_cannot_work_ends_before_it_is_written_down() -> None:
+    def trial(count: int, batch_size: int, proven: bool = False) -> Trial:
+        return Trial(Rows(count, proven), batch_size)  # type: ignore[arg-type]
+
+    made = trial(9, 1)
+    assert made.passed([piece(3, "no")]) == [] and made.held
+    with pytest.raises(LoGoError, match=r"^no$"):
+        made.passed([piece(0, "no")])
+    made = trial(9, 1)
+    assert made.passed([piece(3, "no")]) == []
+    assert [one.first for one in made.passed([piece(0, None)])] == [3, 0]  # a row has an answer: it was that row
+    assert [one.first for one in made.passed([piece(1, "no"), piece(2, "no")])] == [1, 2]
+    made = trial(9, 1)
+    assert made.passed([piece(3, "no")]) == []
+    assert len(made.passed([piece(0, "never")])) == 2  # two reasons are none of the run's
+    assert len(made.passed([piece(1, "no"), piece(2, "no")])) == 2
+    assert len(trial(1, 4).passed([piece(0, "no")])) == 1  # there are no more rows
+    assert len(trial(9, 1, proven=True).passed([piece(0, "no"), piece(1, "no")])) == 2
+    assert trial(0, 1).passed([]) == []
+
+
 def test_what_is_learnt_is_learnt_once(rows: Path, tmp_path: Path) -> None:
     more = ["--method", "best-single", "--train-rows", str(rows), "--dataset", "antonym,plural"]
     assert run(command(rows, tmp_path / "one", *more)) == 0

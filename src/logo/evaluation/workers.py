@@ -155,6 +155,39 @@ class _Block(Item):
     stretch: range
 
 
+class Trial:
+    """Whether a dataset can be answered at all. As long as no row has an answer, its pieces are held back: a run that
+    cannot work fails in every row, and ends before anything is written down, as in one process.
+
+    Attributes:
+        held: the pieces that are held back.
+    """
+
+    def __init__(self, dataset: Underway, batch_size: int) -> None:
+        self._dataset = dataset
+        self._enough = max(2, min(batch_size, len(dataset.rows)))
+        self._proven = dataset.answered.proven
+        self.held: list[Piece] = []
+
+    def passed(self, found: Sequence[Piece]) -> list[Piece]:
+        """The pieces that may be written down, now that these have come.
+
+        Raises:
+            LoGoError: all rows so far fail for one and the same reason, and they are as many as a batch.
+        """
+        self.held += found
+        errors = [instance.error for piece in self.held for instance in piece.instances]
+        alone = len(errors) == len(self._dataset.rows) - len(self._dataset.answered)
+        if not self._proven and errors and len(set(errors)) == 1 and errors[0] is not None:
+            if len(errors) >= self._enough:
+                raise LoGoError(errors[0])
+            if not alone:
+                return []
+        self._proven = self._proven or bool(errors)
+        passed, self.held = self.held, []
+        return passed
+
+
 class InWorkers(Evaluation):
     """Datasets answered by processes.
 
@@ -204,10 +237,12 @@ class InWorkers(Evaluation):
         the one before.
 
         Raises:
+            LoGoError: the first rows of a dataset fail for one and the same reason.
             Incomplete: some rows have no answer since every process that was given them has gone.
         """
         report = on_progress or (lambda one, done: None)
         lost: list[str] = []
+        trials: dict[Underway, Trial] = {}
         with ExitStack() as stack:
             for block, outcome in self.workers.map(self._blocks(plans, stack, report), _answer):
                 dataset, stretch = block.dataset, block.stretch
@@ -216,13 +251,17 @@ class InWorkers(Evaluation):
                     lost.append(f"{where}: {outcome.reason}")
                     continue
                 found, dataset.found_out = outcome
-                for piece in found:
+                trial = trials.setdefault(dataset, Trial(dataset, self.batch_size))
+                for piece in trial.passed(found):
                     dataset.answered.add(piece)
                 report(dataset.plan, len(dataset.answered))
                 if len(dataset.answered) == len(dataset.rows):
                     files = dataset.write()
                     dataset.close()
                     yield dataset.plan, files
+            for dataset, trial in trials.items():  # of whose other rows some are lost
+                for piece in trial.held:
+                    dataset.answered.add(piece)
         if lost:
             raise Incomplete(
                 f"no answer to dataset {'; '.join(lost)}. Everything else is done; the same command tries them again"
