@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,8 @@ def work(held: Held, marks: Path, number: int) -> tuple[int, int]:
         time.sleep(1000)
     if trouble == "elsewhere" and first_time(marks, number):
         return Elsewhere((-1, held.process))  # type: ignore[return-value]
+    if number in (1, 2):
+        warnings.warn("one and two are small", UserWarning, stacklevel=2)
     if number == 11:
         os.kill(os.getpid(), signal.SIGKILL)
     if number == 13:
@@ -101,7 +104,9 @@ def test_every_item_is_done_whatever_happens_to_its_process(marks: Path) -> None
     numbers = [number for number in range(16) if number not in (11, 13)]
     with opened() as workers:
         assert workers.description == "all alike"
-        found = list(workers.map((Item((marks, number), 1) for number in numbers), work))
+        with pytest.warns(UserWarning, match="one and two are small") as warned:
+            found = list(workers.map((Item((marks, number), 1) for number in numbers), work))
+        assert len(warned) == 1  # of all processes together
         assert {item.args[1]: result[0] for item, result in found} == {number: 2 * number for number in numbers}
         assert len({result[1] for _, result in found}) >= 3  # two processes, and one in place of each that has gone
         assert sum(workers.speeds.values()) > 0
@@ -305,7 +310,6 @@ def test_two_workers_write_the_files_of_one_process(
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
-@pytest.mark.filterwarnings("ignore:.*training rows are test rows too:UserWarning")
 class Rows:
     """As much of a dataset as a trial looks at."""
 
@@ -341,6 +345,7 @@ def test_a_run_that_cannot_work_ends_before_it_is_written_down() -> None:
     assert trial(0, 1).passed([]) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*training rows are test rows too:UserWarning")
 def test_what_is_learnt_is_learnt_once(rows: Path, tmp_path: Path) -> None:
     more = ["--method", "best-single", "--train-rows", str(rows), "--dataset", "antonym,plural"]
     assert run(command(rows, tmp_path / "one", *more)) == 0

@@ -41,6 +41,14 @@ class Refused:
     error: LoGoError
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What a process answers, and what it has warned of meanwhile, each once."""
+
+    value: Any
+    warnings: tuple[str, ...]
+
+
 class _Host:
     """What runs in a process."""
 
@@ -48,14 +56,18 @@ class _Host:
         self._open = open_
         self._held: Any = None
 
-    def call(self, what: Callable[..., Any], *args: Any) -> Any:
+    def call(self, what: Callable[..., Any], *args: Any) -> _Answer:
         """`what(held, *args)`."""
-        try:
-            if self._held is None:
-                self._held = self._open()
-            return what(self._held, *args)
-        except LoGoError as error:
-            return Refused(error.with_traceback(None))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            try:
+                if self._held is None:
+                    self._held = self._open()
+                value = what(self._held, *args)
+            except LoGoError as error:
+                value = Refused(error.with_traceback(None))
+        said = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
+        return _Answer(value, tuple(said))
 
 
 @dataclass(eq=False)
@@ -113,6 +125,7 @@ class Workers(Generic[H]):
         self._layout, self._open, self._describe, self._differs = layout, open_, describe, differs
         self._workers: list[_Worker] = []
         self._started = self._failed_starts = 0
+        self._warned: set[str] = set()
         connect(self._ray, layout)
         try:
             self._share = share(self._ray, layout)
@@ -159,7 +172,7 @@ class Workers(Generic[H]):
         for _ in range(TRIES):
             worker = self._ready()
             try:
-                result = self._ray.get(worker.actor.call.remote(what, *args))
+                result = self._got(worker.actor.call.remote(what, *args))
             except self._gone as error:
                 reason = f"the last one {_how(error)}"
                 if worker.running is None:  # what it is doing is seen to by `map`
@@ -251,7 +264,7 @@ class Workers(Generic[H]):
             done, _ = self._ray.wait([worker.opening for worker in opening], num_returns=1, timeout=_LOOK)
             for worker in [one for one in opening if one.opening in done]:
                 try:
-                    found = self._ray.get(worker.opening)
+                    found = self._got(worker.opening)
                 except self._ray.exceptions.RayTaskError as error:
                     raise error.cause from None
                 except self._gone as error:
@@ -277,7 +290,7 @@ class Workers(Generic[H]):
             worker = opening[reference]
             reason: str | None
             try:
-                found = self._ray.get(reference)
+                found = self._got(reference)
             except self._ray.exceptions.RayTaskError as error:  # the others go on without it
                 reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())[:200]
             except self._gone as error:
@@ -302,6 +315,15 @@ class Workers(Generic[H]):
     def _end(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         self._ray.kill(worker.actor, no_restart=True)
+
+    def _got(self, reference: Any) -> Any:
+        """The value of an answer that is there; warnings of all processes are given once."""
+        answer: _Answer = self._ray.get(reference)
+        for text in answer.warnings:
+            if text not in self._warned:
+                self._warned.add(text)
+                warnings.warn(text, UserWarning, stacklevel=3)
+        return answer.value
 
     def _free(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.opening is None and worker.running is None]
@@ -328,7 +350,7 @@ class Workers(Generic[H]):
         try:
             if not done:
                 raise TimeoutError(f"gave no answer within {self._layout.deadline:.0f} s")
-            result = self._ray.get(running)
+            result = self._got(running)
         except self._ray.exceptions.RayTaskError as error:
             if item is None:
                 return
