@@ -1,7 +1,7 @@
 """Several replicas through Ray Serve: the real command, real processes, and what clients see of what happens to them.
 
-One server with two replicas for all tests here. Its model never ends an answer by itself, so that there is time to kill
-something in the middle of one.
+One server with two replicas for most tests here. Its model never ends an answer by itself, so that there is time to
+kill something in the middle of one.
 """
 
 from __future__ import annotations
@@ -286,6 +286,37 @@ def test_what_has_changed_is_known_to_a_replica_that_comes_later_and_another_poo
         two.client.completions.create(model="later", prompt=PROMPTS[0], max_tokens=2)
     two.change("unload", lora_name="later")
     assert two.health()[1] == digest
+
+
+def test_a_cluster_keeps_its_address_and_loses_the_application_with_its_command() -> None:
+    from ray.cluster_utils import Cluster as Machines
+
+    machines = Machines(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
+    urls = []
+    try:
+        for count in ("2", "1"):  # there is room for one
+            options = [
+                "--ray",
+                machines.address,
+                "--replicas",
+                count,
+                "--base-model",
+                "demo",
+                "--cpus-per-replica",
+                "1",
+            ]
+            with LocalServer(options, start=PATIENCE, stop=PATIENCE) as server:
+                body = {"model": "logo", "prompt": "What is 7 plus 5?", "temperature": 0}
+                assert Served(server.url).post("/v1/completions", body)["choices"][0]["text"] == " 12"
+            assert server.exit_code == 0, server.said
+            urls.append(server.url)
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                Served(server.url).text("/health")
+            with caught.value as gone:
+                assert gone.code == 404  # the cluster goes on, and serves nothing
+    finally:
+        machines.shutdown()
+    assert urls[0] == urls[1]
 
 
 @pytest.mark.parametrize(
