@@ -277,7 +277,7 @@ def test_how_a_server_ends(handler: str, code: int, monkeypatch: pytest.MonkeyPa
     with LocalServer(["--base-model", "demo"], start=PATIENCE, stop=1 if code == -9 else PATIENCE) as server:
         assert server.url.startswith("http://127.0.0.1:") and server.exit_code is None
     assert server.exit_code == code
-    assert "['serve', '--base-model', 'demo', '--port', '0']" in server.said
+    assert "['serve', '--port', '0', '--base-model', 'demo']" in server.said
 
 
 def test_a_server_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

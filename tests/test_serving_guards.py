@@ -123,9 +123,11 @@ def test_other_names_do_not(client: httpx.Client, host: str) -> None:
 
 def test_a_request_without_a_host_name_does_not(url: str) -> None:
     assert raw(url, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 403 ")
-    assert raw(url, b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    # uvicorn's parser refuses these, or hands them to the app: it has one of two.
+    refused = (b"HTTP/1.1 400 ", b"HTTP/1.1 403 ")
+    assert raw(url, b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n").startswith(refused)
     two = b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.test\r\nConnection: close\r\n\r\n"
-    assert raw(url, two).startswith(b"HTTP/1.1 400 ")
+    assert raw(url, two).startswith(refused)
 
 
 def test_servers_for_other_machines_take_all_names_unless_told() -> None:
