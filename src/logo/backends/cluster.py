@@ -96,7 +96,10 @@ def connect(ray: Any, layout: Layout) -> None:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # the last: of a token
         where = "no cluster was found" if layout.address == AUTO else f"{layout.address} does not answer"
         said = " ".join(str(error).split())[:200]
-        raise WorkersError(f"Ray: {where} ({said}); `ray start --head` starts one") from None
+        raise WorkersError(
+            f"Ray: {where} ({said}); `ray start --head` starts one, and one that asks for a token needs it here, too, "
+            "with RAY_AUTH_MODE=token"
+        ) from None
 
 
 def _check_answers(address: str) -> None:
