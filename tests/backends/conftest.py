@@ -4,11 +4,14 @@ out."""
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from vllm_server import KEY, Server, command, environment, free_port, started
+from vllm_server import ASSETS, KEY, Server, command, environment, free_port, started
+
+from logo import LoGo
 
 _found = importlib.util.find_spec("vllm")
 if _found is None or _found.origin is None:  # without an origin: a folder that happens to be called so
@@ -26,3 +29,20 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
             return stack.enter_context(started(asked, port, env or environment(), log))
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def logo() -> LoGo:
+    """The library on the demo model and its pool, as the oracle."""
+    from logo.models import load_base
+    from logo.pools import default_pool
+
+    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
+    return LoGo(model, tokenizer, default_pool("demo"))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[str]:
+    """Held-out prompts: eight of each task."""
+    files = sorted((ASSETS / "heldout").glob("*.jsonl"))
+    return [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:8]]

@@ -46,18 +46,6 @@ def run(
     return found
 
 
-@pytest.fixture(scope="module")
-def logo() -> LoGo:
-    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    return LoGo(model, tokenizer, default_pool("demo"))
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[str]:
-    files = sorted((ASSETS / "heldout").glob("*.jsonl"))
-    return [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:8]]
-
-
 def mixtures(names: Sequence[str], count: int, k: int = 4, seed: int = 0) -> list[dict[str, float]]:
     drawn = random.Random(seed)
     return [{name: drawn.uniform(0.1, 1.0) for name in drawn.sample(list(names), k)} for _ in range(count)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_steps import MODES, logo, mixtures, rows, run  # noqa: F401  (fixtures)
+from test_engine_steps import MODES, mixtures, run
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.config.compilation import CompilationConfig, CompilationMode
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -34,8 +34,8 @@ LONG = {
 def test_scores_and_tokens_are_the_librarys(
     kind: str,
     tmp_path: Path,
-    logo: LoGo,  # noqa: F811
-    rows: list[str],  # noqa: F811
+    logo: LoGo,
+    rows: list[str],
 ) -> None:
     environment, compilation = {**KINDS, **LONG}[kind]
     flags = MODES["gate"] | {"max_num_batched_tokens": 48, "max_num_seqs": 8, "max_model_len": 128}
@@ -78,8 +78,8 @@ def test_scores_and_tokens_are_the_librarys(
 @pytest.mark.long
 def test_a_model_that_was_compiled_for_something_else_is_not_taken_from_the_cache(
     tmp_path: Path,
-    logo: LoGo,  # noqa: F811
-    rows: list[str],  # noqa: F811
+    logo: LoGo,
+    rows: list[str],
 ) -> None:
     """Twice the same, since vLLM takes the second one from its cache, and once with other signals."""
     flags = MODES["gate"] | {"enforce_eager": False, "compilation_config": {"mode": 3, "backend": "inductor"}}

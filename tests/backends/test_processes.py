@@ -19,8 +19,6 @@ import pytest
 from vllm_server import ASSETS, KEY, Server, environment, free_port, serve_command, started
 
 from logo import LoGo
-from logo.models import load_base
-from logo.pools import default_pool
 
 pytestmark = pytest.mark.long
 
@@ -37,12 +35,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     env = environment(k=4, adapter_changes=True, cache=str(cache))
     with started(asked, port, env, log) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def logo() -> LoGo:
-    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    return LoGo(model, tokenizer, default_pool("demo"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_engine_steps import MODES, mixtures, rows, run  # noqa: F401  (a fixture)
+from test_engine_steps import MODES, mixtures, run
 from torch import Tensor
 from vllm_server import ASSETS
 
@@ -67,7 +67,7 @@ def written(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("mode", ["gate", pytest.param("merge", marks=pytest.mark.long)])
-def test_a_quantised_base_model(mode: str, tmp_path: Path, rows: list[str]) -> None:  # noqa: F811
+def test_a_quantised_base_model(mode: str, tmp_path: Path, rows: list[str]) -> None:
     packed, plain = written(tmp_path)
     logo = LoGo(*load_base(str(plain), device="cpu", dtype="float32"), default_pool("demo"))
     count = 32

@@ -19,17 +19,9 @@ from vllm_server import ASSETS, KEY, Server, environment
 
 from logo import LoGo
 from logo.backends.vllm import bodies
-from logo.models import load_base
-from logo.pools import default_pool
 from test_engine import write_adapter
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def logo() -> LoGo:
-    model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    return LoGo(model, tokenizer, default_pool("demo"))
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,9 @@ from logo.cli.options import (
     expanded,
 )
 from logo.cli.output import err, note, progress
+from logo.cli.places import absolute, everywhere
 from logo.cli.scoreboard import Score, show
-from logo.cli.workers import WorkerOptions, absolute, everywhere, layout_of, opened, progress_of
+from logo.cli.workers import WorkerOptions, layout_of, opened, progress_of
 from logo.errors import UsageError
 from logo.evaluation.metrics import Kind, checked_kind
 

@@ -12,7 +12,7 @@ import typer
 from logo.cli.opening import open_engine, open_pool
 from logo.cli.options import EngineOptions
 from logo.cli.output import note
-from logo.cli.workers import absolute, everywhere
+from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, absolute, check_alone, check_devices, everywhere, starting
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from logo.serving.guards import GuardSettings
     from logo.serving.replica import ServerPlan
     from logo.serving.replicas import Plan
-
-REPLICAS = "Several replicas"
 
 
 @dataclass(frozen=True)
@@ -37,47 +35,21 @@ class ReplicaOptions:
             help="Processes that answer, each with the model. Needs Ray: pip install 'lora-on-the-go[ray]'.",
             show_default="this process alone; with --ray, as many as there is room for",
             min=1,
-            rich_help_panel=REPLICAS,
+            rich_help_panel=PROCESSES,
         ),
     ] = None
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHERE",
-            help="`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
-            show_default="local, with --replicas",
-            rich_help_panel=REPLICAS,
-        ),
-    ] = None
+    ray: Ray = None
     autoscale: Annotated[
         tuple[int, int] | None,
         typer.Option(
             metavar="MIN MAX",
             help="As many replicas between these as requests ask for.",
             show_default="always --replicas",
-            rich_help_panel=REPLICAS,
+            rich_help_panel=PROCESSES,
         ),
     ] = None
-    gpus_per_replica: Annotated[
-        float | None,
-        typer.Option(
-            metavar="G",
-            help="GPUs of each replica.",
-            show_default="1 where there are GPUs, else 0",
-            min=0.0,
-            rich_help_panel=REPLICAS,
-        ),
-    ] = None
-    cpus_per_replica: Annotated[
-        int | None,
-        typer.Option(
-            metavar="C",
-            help="CPU cores, and threads, of each replica.",
-            show_default="local: an equal share of all; else 1",
-            min=1,
-            rich_help_panel=REPLICAS,
-        ),
-    ] = None
+    gpus_per_replica: Gpus = None
+    cpus_per_replica: Cpus = None
 
 
 def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
@@ -87,13 +59,11 @@ def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
         UsageError: an option without those that it belongs to, or that cannot be used.
     """
     if options.replicas is None and options.ray is None and options.autoscale is None:
-        for name in ("gpus_per_replica", "cpus_per_replica"):
-            if getattr(options, name) is not None:
-                raise UsageError(f"--{name.replace('_', '-')} belongs to --replicas or --ray; add one of them")
+        names = ("gpus_per_replica", "cpus_per_replica")
+        given = {f"--{name.replace('_', '-')}": getattr(options, name) is not None for name in names}
+        check_alone(given, "--replicas")
         return None
-    for name in ("gpu", "device_map"):
-        if getattr(engine, name) != getattr(EngineOptions(), name):
-            raise UsageError(f"--{name.replace('_', '-')}: replicas get their devices from Ray; use --gpus-per-replica")
+    check_devices(engine, "replicas", "--gpus-per-replica")
     count = options.replicas
     if options.autoscale is not None:
         least, most = options.autoscale
@@ -141,8 +111,7 @@ def serve(
     if _described.get():
         return build(plan, scale, layout.cpus or 1, layout.gpus or 0.0)
     pool = open_pool(engine, base_model)  # what is wrong with it is said before anything is started
-    where = "on this machine" if layout.address == "local" else f"of the Ray cluster {layout.address}"
-    note(f"starting {layout.count or 'as many'} replicas {where}".replace("as many replicas", "as many as fit"))
+    note(starting(layout, "replicas"))
     serve_replicas(plan, scale, address, digest(pool), lambda url: note(f"Serving on {url}"), note)
     return None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import Choice, EngineOptions
 from logo.cli.output import note, out, size
-from logo.cli.workers import absolute, everywhere
+from logo.cli.places import absolute, everywhere
 from logo.errors import UsageError
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from rich.text import Text
 from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, IndexKind, expanded
 from logo.cli.output import err, note, progress, screen
+from logo.cli.places import absolute, everywhere
 from logo.cli.prompts import or_demo
-from logo.cli.workers import WorkerOptions, absolute, everywhere, layout_of, opened
+from logo.cli.workers import WorkerOptions, layout_of, opened
 from logo.errors import UsageError
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -17,25 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.axes import Common, Skipped, make_cells, read_grid
-from logo.cli.evaluate import RowOptions, metric_of, resolved
+from logo.cli.evaluate import RowOptions, metric_of
 from logo.cli.methods import MethodOptions
-from logo.cli.opening import open_base
 from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, expanded
 from logo.cli.output import err, natural_width, note, out, print_json, progress
 from logo.cli.prompts import or_demo
-from logo.cli.workers import WorkerOptions, absolute, everywhere, layout_of, opened
+from logo.cli.sweep_sessions import CellSessions, CellsInWorkers
+from logo.cli.workers import WorkerOptions, layout_of
 
 if TYPE_CHECKING:
-    from logo.backends.cluster import Layout
-    from logo.engine import LoGo
     from logo.evaluation.intervals import Interval
     from logo.evaluation.jobs import Job
-    from logo.evaluation.session import Evaluation, Session
+    from logo.evaluation.session import Evaluation
     from logo.evaluation.sweep.grid import Axis, Value
     from logo.evaluation.sweep.means import Behind, Mean, Standing
     from logo.evaluation.sweep.running import Cell, Swept
-    from logo.evaluation.workers import Answerer
-    from logo.selection.settings import SelectionSettings
 
 MOOT = "·"  # in place of a value that makes no difference
 MOST_GROUPS = 7  # of datasets that have a column of their own
@@ -85,9 +79,9 @@ def sweep(
     with ExitStack() as stack:
         opener: Callable[[Cell], Evaluation]
         if layout is None:
-            opener = _Opener(engine, rows, base_model)
+            opener = CellSessions(engine, rows, base_model)
         else:
-            opener = inside = _InWorkers(layout, engine, rows, base_model, runs(cells)[0])
+            opener = inside = CellsInWorkers(layout, engine, rows, base_model, runs(cells)[0])
             stack.enter_context(inside.workers)
         swept = _answered(opener, cells, jobs, output, rows)
     written = _written(axes, swept, output, seed)
@@ -129,77 +123,6 @@ def _jobs(options: RowOptions, cells: Sequence[Cell], output: Path) -> list[Job]
             train_rows(job)
     check_writable(output, "--output")
     return jobs
-
-
-class _Opener:
-    """Sessions of cells on one base model and pool; of engines only the last one is kept."""
-
-    def __init__(self, options: EngineOptions, rows: RowOptions, base_model: str) -> None:
-        started = time.perf_counter()
-        self._options, self._rows, self._base_model = options, rows, base_model
-        self._base = open_base(options, base_model)
-        self._loading = time.perf_counter() - started
-        self._settings: SelectionSettings | None = None
-        self._logo: LoGo | None = None
-
-    def __call__(self, cell: Cell) -> Session:
-        from logo.evaluation.identity import pool_digests
-        from logo.evaluation.session import Session
-        from logo.mixing import EXACT
-
-        logo = self._engine(cell)
-        logo.merge = EXACT if cell.method is None else cell.method.merging
-        return Session(
-            logo,
-            self._base_model,
-            pool=pool_digests(logo),
-            seed=cell.seed,
-            batch_size=self._rows.batch_size,
-            max_new_tokens=self._rows.max_new_tokens,
-            generation={"stop_at_newline": self._rows.generation_early_stop},
-            options={"base_model": self._base_model, **asdict(self._rows), **cell.options, **resolved(logo)},
-            loading=self._loading,
-            method=cell.method,
-        )
-
-    def _engine(self, cell: Cell) -> LoGo:
-        if self._logo is None or self._settings != cell.settings:
-            self._logo = None  # what it holds has to go before the next one needs the memory
-            options = replace(self._options, n_selected_modules=cell.options["n_selected_modules"])
-            self._logo = self._base.engine(options, cell.settings)
-            self._settings = cell.settings
-        return self._logo
-
-
-class _InWorkers:
-    """Sessions of cells in processes that have the base model and the pool open."""
-
-    def __init__(self, layout: Layout, options: EngineOptions, rows: RowOptions, base_model: str, first: Cell) -> None:
-        from logo.evaluation.workers import facts_of
-
-        self._rows = rows
-        open_ = functools.partial(_answerer, everywhere(options), rows, absolute(base_model))
-        self.workers = opened(layout, options, base_model, open_, functools.partial(facts_of, key=first))
-
-    def __call__(self, cell: Cell) -> Evaluation:
-        from logo.evaluation.workers import InWorkers, facts_of
-
-        return InWorkers(
-            self.workers,
-            self.workers.ask(facts_of, cell),
-            key=cell,
-            seed=cell.seed,
-            batch_size=self._rows.batch_size,
-            max_new_tokens=self._rows.max_new_tokens,
-            method=cell.method,
-        )
-
-
-def _answerer(options: EngineOptions, rows: RowOptions, base_model: str) -> Answerer:
-    """What a worker opens."""
-    from logo.evaluation.workers import Answerer
-
-    return Answerer(_Opener(options, rows, base_model))
 
 
 def _answered(

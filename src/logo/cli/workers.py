@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,15 +12,13 @@ from rich.progress import Progress, TaskID
 from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions, OnBad, Preset
 from logo.cli.output import note
-from logo.errors import UsageError
+from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, check_alone, check_devices, starting
 
 if TYPE_CHECKING:
     from logo.backends.cluster import Layout
     from logo.backends.ray import Workers
     from logo.evaluation.resume import Plan
     from logo.evaluation.session import Evaluation
-
-WORKERS = "Several processes"
 
 
 @dataclass(frozen=True)
@@ -35,43 +32,17 @@ class WorkerOptions:
             help="Processes that answer rows, each with the model. Needs Ray: pip install 'lora-on-the-go[ray]'.",
             show_default="this process alone; with --ray, as many as there is room for",
             min=1,
-            rich_help_panel=WORKERS,
+            rich_help_panel=PROCESSES,
         ),
     ] = None
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHERE",
-            help="`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
-            show_default="local, with --workers",
-            rich_help_panel=WORKERS,
-        ),
-    ] = None
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(
-            metavar="G",
-            help="GPUs of each process.",
-            show_default="1 where there are GPUs, else 0",
-            min=0.0,
-            rich_help_panel=WORKERS,
-        ),
-    ] = None
-    cpus_per_worker: Annotated[
-        int | None,
-        typer.Option(
-            metavar="C",
-            help="CPU cores, and threads, of each process.",
-            show_default="local: an equal share of all; else 1",
-            min=1,
-            rich_help_panel=WORKERS,
-        ),
-    ] = None
+    ray: Ray = None
+    gpus_per_worker: Gpus = None
+    cpus_per_worker: Cpus = None
     deadline: Annotated[
         float,
         typer.Option(
             help="Seconds that one batch may take; then its process is ended, and another one gets the batch.",
-            rich_help_panel=WORKERS,
+            rich_help_panel=PROCESSES,
         ),
     ] = 3600.0
 
@@ -82,15 +53,12 @@ def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
     Raises:
         UsageError: an option without those that it belongs to, or that cannot be used.
     """
-    usual = WorkerOptions()
     if options.workers is None and options.ray is None:
-        for name in ("gpus_per_worker", "cpus_per_worker", "deadline"):
-            if getattr(options, name) != getattr(usual, name):
-                raise UsageError(f"--{name.replace('_', '-')} belongs to --workers or --ray; add one of them")
+        usual, names = WorkerOptions(), ("gpus_per_worker", "cpus_per_worker", "deadline")
+        given = {f"--{name.replace('_', '-')}": getattr(options, name) != getattr(usual, name) for name in names}
+        check_alone(given, "--workers")
         return None
-    for name in ("gpu", "device_map"):
-        if getattr(engine, name) != getattr(EngineOptions(), name):
-            raise UsageError(f"--{name.replace('_', '-')}: workers get their devices from Ray; use --gpus-per-worker")
+    check_devices(engine, "workers", "--gpus-per-worker")
     from logo.backends.cluster import LOCAL, Layout
 
     return Layout(
@@ -100,21 +68,6 @@ def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
         options.cpus_per_worker,
         options.deadline,
     )
-
-
-def everywhere(options: EngineOptions) -> EngineOptions:
-    """The same options for a process with another working directory: paths that are there are absolute."""
-    found: dict[str, Any] = {}
-    for name in ("base_model", "adapters", "model_dir", "cache", "calibration_prompts"):
-        value = getattr(options, name)
-        if value is not None and os.path.exists(value):
-            found[name] = type(value)(os.path.abspath(value))
-    return replace(options, **found)
-
-
-def absolute(base_model: str) -> str:
-    """A base model's name that means the same in another working directory."""
-    return os.path.abspath(base_model) if os.path.exists(base_model) else base_model
 
 
 def opened(
@@ -131,14 +84,12 @@ def opened(
         options, base_model, preset: of the pool that they have to have open.
         open_, describe: as `Workers`.
     """
-    from logo.backends.cluster import LOCAL
     from logo.backends.ray import Workers
     from logo.evaluation.workers import differs
 
     pool = open_pool(options, base_model, preset).sha256()
     whole = OnBad.SKIP not in (options.on_bad_adapter, options.unscorable)
-    where = "on this machine" if layout.address == LOCAL else f"of the Ray cluster {layout.address}"
-    note(f"starting {layout.count or 'as many'} workers {where}".replace("as many workers", "as many workers as fit"))
+    note(starting(layout, "workers"))
     workers: Workers[Any] = Workers(layout, open_, describe, differs(pool, whole=whole))
     return workers
 

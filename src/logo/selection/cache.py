@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from logo.adapters.digests import adapter_key
 from logo.adapters.format import Adapter
 from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
@@ -140,8 +141,3 @@ def sampled(tensor: Tensor) -> Tensor:
     """Some numbers of a parameter, float32 on the CPU: reading all of a large model takes longer than calibrating."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.float32)
-
-
-def adapter_key(adapter: Adapter) -> str:
-    """Digest of an adapter's weights and scales. Reads its whole file."""
-    return hashlib.sha256(f"{adapter.sha256} {list(adapter.scales)}".encode()).hexdigest()[:32]

@@ -14,8 +14,8 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from logo.adapters.digests import key_of, pool_digest
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.recipe import key_of, pool_digest
 from logo.engine import LoGo
 from logo.errors import LoGoError
 from logo.prompts import Prompt

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from logo.adapters.digests import key_of, pool_digest
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
 from logo.backends.plan import slot_rank
 from logo.backends.vllm.options import Mode, Options
-from logo.backends.vllm.recipe import Recipe, key_of, pool_digest
+from logo.backends.vllm.recipe import Recipe
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.pools import open_pool
 from logo.selection.plan import plan

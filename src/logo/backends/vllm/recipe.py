@@ -14,28 +14,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from logo.adapters.format import Adapter
+from logo.adapters.digests import KEY_DIGITS
 from logo.errors import UsageError
-from logo.selection.cache import adapter_key
 
 SCHEME = "logo://"
-# Hexadecimal digits of an adapter's key: 64 bits.
-_DIGITS = 16
 # vLLM's ids of adapters are signed integers of 32 bits, from 1 on.
 _IDS = 2**31 - 1
-
-
-def key_of(adapter: Adapter) -> str:
-    """What names an adapter in recipes: a digest of its weights and scales. Reads its file once."""
-    return adapter_key(adapter)[:_DIGITS]
-
-
-def pool_digest(keys: Mapping[str, str]) -> str:
-    """A digest of names and contents; equal pools have equal ones. `keys`: adapter name -> key, in pool order."""
-    digest = hashlib.sha256()
-    for name, key in keys.items():
-        digest.update(f"{len(name)} {name} {key}\n".encode())
-    return digest.hexdigest()[:_DIGITS]
 
 
 @dataclass(frozen=True)
@@ -112,4 +96,4 @@ def is_recipe(path: str) -> bool:
 
 
 def _is_key(key: str) -> bool:
-    return len(key) == _DIGITS and all(character in "0123456789abcdef" for character in key)
+    return len(key) == KEY_DIGITS and all(character in "0123456789abcdef" for character in key)

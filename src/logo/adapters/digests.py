@@ -1,0 +1,29 @@
+"""Digests by which an adapter or a whole pool is known by its content, whatever it is called and wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from logo.adapters.format import Adapter
+
+# Hexadecimal digits of an adapter's key, and of a pool's digest: 64 bits.
+KEY_DIGITS = 16
+
+
+def adapter_key(adapter: Adapter) -> str:
+    """Digest of an adapter's weights and scales. Reads its whole file."""
+    return hashlib.sha256(f"{adapter.sha256} {list(adapter.scales)}".encode()).hexdigest()[:32]
+
+
+def key_of(adapter: Adapter) -> str:
+    """The short form of `adapter_key`."""
+    return adapter_key(adapter)[:KEY_DIGITS]
+
+
+def pool_digest(keys: Mapping[str, str]) -> str:
+    """A digest of names and contents; equal pools have equal ones. `keys`: adapter name -> key, in pool order."""
+    digest = hashlib.sha256()
+    for name, key in keys.items():
+        digest.update(f"{len(name)} {name} {key}\n".encode())
+    return digest.hexdigest()[:KEY_DIGITS]

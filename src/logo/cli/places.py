@@ -1,0 +1,95 @@
+"""Where the processes of a command run, as options of the command line: on this machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from logo.cli.options import EngineOptions
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.backends.cluster import Layout
+
+PROCESSES = "Several processes"
+
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHERE",
+        help="`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
+        show_default="local, where several processes are asked for",
+        rich_help_panel=PROCESSES,
+    ),
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option(
+        metavar="G",
+        help="GPUs of each process.",
+        show_default="1 where there are GPUs, else 0",
+        min=0.0,
+        rich_help_panel=PROCESSES,
+    ),
+]
+Cpus = Annotated[
+    int | None,
+    typer.Option(
+        metavar="C",
+        help="CPU cores, and threads, of each process.",
+        show_default="local: an equal share of all; else 1",
+        min=1,
+        rich_help_panel=PROCESSES,
+    ),
+]
+
+
+def check_alone(given: dict[str, bool], count: str) -> None:
+    """Raises UsageError for an option that means nothing where one process does everything.
+
+    Args:
+        given: whether each of these options was given.
+        count: the option that asks for several processes.
+    """
+    for option, is_given in given.items():
+        if is_given:
+            raise UsageError(f"{option} belongs to {count} or --ray; add one of them")
+
+
+def check_devices(engine: EngineOptions, what: str, gpus: str) -> None:
+    """Raises UsageError for options that choose a device, since Ray gives each process its own.
+
+    Args:
+        what: the processes.
+        gpus: the option to use instead.
+    """
+    for name in ("gpu", "device_map"):
+        if getattr(engine, name) != getattr(EngineOptions(), name):
+            raise UsageError(f"--{name.replace('_', '-')}: {what} get their devices from Ray; use {gpus}")
+
+
+def starting(layout: Layout, what: str) -> str:
+    """A line that says what is being started, and where."""
+    from logo.backends.cluster import LOCAL
+
+    count = f"{layout.count} {what}" if layout.count else f"as many {what} as there is room for"
+    where = "on this machine" if layout.address == LOCAL else f"on the Ray cluster {layout.address}"
+    return f"starting {count} {where}"
+
+
+def everywhere(options: EngineOptions) -> EngineOptions:
+    """The same options for a process with another working directory: paths that exist become absolute."""
+    found: dict[str, Any] = {}
+    for name in ("base_model", "adapters", "model_dir", "cache", "calibration_prompts"):
+        value = getattr(options, name)
+        if value is not None and os.path.exists(value):
+            found[name] = type(value)(os.path.abspath(value))
+    return replace(options, **found)
+
+
+def absolute(base_model: str) -> str:
+    """A base model's name for a process with another working directory: a path that exists becomes absolute."""
+    return os.path.abspath(base_model) if os.path.exists(base_model) else base_model

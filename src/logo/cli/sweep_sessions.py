@@ -1,0 +1,93 @@
+"""What answers the cells of `logo sweep`: one engine after the other in this process, or in several."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from logo.cli.evaluate import RowOptions, resolved
+from logo.cli.opening import open_base
+from logo.cli.options import EngineOptions
+from logo.cli.places import absolute, everywhere
+from logo.cli.workers import opened
+
+if TYPE_CHECKING:
+    from logo.backends.cluster import Layout
+    from logo.engine import LoGo
+    from logo.evaluation.session import Evaluation, Session
+    from logo.evaluation.sweep.running import Cell
+    from logo.evaluation.workers import Answerer
+    from logo.selection.settings import SelectionSettings
+
+
+class CellSessions:
+    """Sessions of cells on one base model and pool; of engines only the last one is kept."""
+
+    def __init__(self, options: EngineOptions, rows: RowOptions, base_model: str) -> None:
+        started = time.perf_counter()
+        self._options, self._rows, self._base_model = options, rows, base_model
+        self._base = open_base(options, base_model)
+        self._loading = time.perf_counter() - started
+        self._settings: SelectionSettings | None = None
+        self._logo: LoGo | None = None
+
+    def __call__(self, cell: Cell) -> Session:
+        from logo.evaluation.identity import pool_digests
+        from logo.evaluation.session import Session
+        from logo.mixing import EXACT
+
+        logo = self._engine(cell)
+        logo.merge = EXACT if cell.method is None else cell.method.merging
+        return Session(
+            logo,
+            self._base_model,
+            pool=pool_digests(logo),
+            seed=cell.seed,
+            batch_size=self._rows.batch_size,
+            max_new_tokens=self._rows.max_new_tokens,
+            generation={"stop_at_newline": self._rows.generation_early_stop},
+            options={"base_model": self._base_model, **asdict(self._rows), **cell.options, **resolved(logo)},
+            loading=self._loading,
+            method=cell.method,
+        )
+
+    def _engine(self, cell: Cell) -> LoGo:
+        if self._logo is None or self._settings != cell.settings:
+            self._logo = None  # what it holds has to go before the next one needs the memory
+            options = replace(self._options, n_selected_modules=cell.options["n_selected_modules"])
+            self._logo = self._base.engine(options, cell.settings)
+            self._settings = cell.settings
+        return self._logo
+
+
+class CellsInWorkers:
+    """Sessions of cells in processes that have the base model and the pool open."""
+
+    def __init__(self, layout: Layout, options: EngineOptions, rows: RowOptions, base_model: str, first: Cell) -> None:
+        from logo.evaluation.workers import facts_of
+
+        self._rows = rows
+        open_ = functools.partial(_answerer, everywhere(options), rows, absolute(base_model))
+        self.workers = opened(layout, options, base_model, open_, functools.partial(facts_of, key=first))
+
+    def __call__(self, cell: Cell) -> Evaluation:
+        from logo.evaluation.workers import InWorkers, facts_of
+
+        return InWorkers(
+            self.workers,
+            self.workers.ask(facts_of, cell),
+            key=cell,
+            seed=cell.seed,
+            batch_size=self._rows.batch_size,
+            max_new_tokens=self._rows.max_new_tokens,
+            method=cell.method,
+        )
+
+
+def _answerer(options: EngineOptions, rows: RowOptions, base_model: str) -> Answerer:
+    """What a worker opens."""
+    from logo.evaluation.workers import Answerer
+
+    return Answerer(CellSessions(options, rows, base_model))
