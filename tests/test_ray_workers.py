@@ -154,6 +154,21 @@ def test_a_process_may_die_over_what_is_asked_for_an_item(count: int, marks: Pat
         assert time.monotonic() - began < 80  # nothing waits for the deadline of a process that has gone
 
 
+def but_the_first_dies(marks: Path) -> Held:
+    if not first_time(marks, "first"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Held()
+
+
+def test_processes_that_keep_ending_are_given_up_and_the_others_go_on(marks: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="3 workers ended before they were ready; .*; no more are started"),
+        opened(open_=functools.partial(but_the_first_dies, marks)) as workers,
+    ):
+        found = list(workers.map((Item((marks, number), 1) for number in (4, 6, 8)), work))
+    assert sorted(result[0] for _, result in found) == [8, 12, 16]
+
+
 def refuses() -> Any:
     raise UsageError("the pool cannot be read here")
 

@@ -57,11 +57,16 @@ class Layout:
 
 
 def imported() -> Any:
+    """The module `ray`.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to have anything reported
     try:
         import ray
     except ImportError:
-        raise UsageError("workers need Ray: pip install 'lora-on-the-go[ray]'") from None
+        raise UsageError("several processes need Ray: pip install 'lora-on-the-go[ray]'") from None
     return ray
 
 

@@ -1,5 +1,5 @@
 """Items of work for several processes (`logo.backends.ray`): what a process is given, what comes back in place of a
-result, and who gets the next one. Knows nothing of Ray."""
+result, and which process gets which item next. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Item:
     """One piece of work.
 
     Attributes:
-        args: of the call; what `Workers.shared` returned stands for what it was given.
+        args: the arguments of the call that does the work. Large ones that many items have should be `Shared`.
         size: how much it is, for the speeds that are shown.
     """
 

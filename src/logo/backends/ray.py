@@ -1,5 +1,5 @@
-"""Work on several processes, on one machine or on many, through Ray: each process opens something that is dear to open
-(an engine) once, and is then given one item of work after another.
+"""Work on several processes, on one machine or on many, through Ray: each process opens once what takes long to open
+(an engine), and is then given one item of work after another.
 
     open -> describe, compared with what the driver expects -> items out, results in as they are done
 
@@ -32,6 +32,29 @@ _FAILED_STARTS = 3
 
 # Seconds between two looks at deadlines and at what has been opened.
 _LOOK = 0.5
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A value that many items have as an argument. Each node is sent it once, and each process reads it once."""
+
+    reference: Any
+
+    def get(self) -> Any:
+        """The value, in any process."""
+        key = self.reference.hex()
+        if key not in _READ:
+            import ray
+
+            _READ[key] = ray.get(self.reference)
+            while len(_READ) > _KEPT:
+                del _READ[next(iter(_READ))]
+        return _READ[key]
+
+
+# What this process has read of shared values, the latest last: one dataset comes after the other, and each has two.
+_READ: dict[str, Any] = {}
+_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -151,9 +174,9 @@ class Workers(Generic[H]):
         self._workers.clear()
         self._ray.shutdown()
 
-    def shared(self, value: object) -> Any:
-        """A reference to a value that many items have as an argument, so that it is sent to each node once."""
-        return self._ray.put(value)
+    def shared(self, value: object) -> Shared:
+        """A value for the arguments of many items."""
+        return Shared(self._ray.put(value))
 
     @property
     def speeds(self) -> dict[str, float]:
@@ -258,10 +281,14 @@ class Workers(Generic[H]):
     def _first(self, expected: int) -> Any:
         """The description of the first process, when all have said theirs that there is room for."""
         opened: list[Any] = []
-        limit = float("inf")
+        limit, began = float("inf"), time.monotonic()
         while len(opened) < expected and time.monotonic() < limit:
             opening = [worker for worker in self._workers if worker.opening is not None]
+            if not opening:  # no more are started in place of those that have ended
+                break
             done, _ = self._ray.wait([worker.opening for worker in opening], num_returns=1, timeout=_LOOK)
+            if not opened:
+                self._check_wait(began)
             for worker in [one for one in opening if one.opening in done]:
                 try:
                     found = self._got(worker.opening)
@@ -305,12 +332,18 @@ class Workers(Generic[H]):
                 self._end(worker)
 
     def _again(self, worker: _Worker, how: str) -> None:
-        """Replaces a process that ended before it was open."""
+        """Replaces a process that ended before it was open. After too many of them no more are started, and those that
+        are open go on alone."""
         self._failed_starts += 1
         self._end(worker)
-        if self._failed_starts >= _FAILED_STARTS and not any(one.opening is None for one in self._workers):
-            raise WorkersError(f"{self._failed_starts} workers ended before they were ready; the last one {how}")
-        self._start()
+        if self._failed_starts < _FAILED_STARTS:
+            self._start()
+            return
+        said = f"{self._failed_starts} workers ended before they were ready; the last one {how}"
+        if not self._workers:
+            raise WorkersError(said)
+        if any(one.opening is None for one in self._workers):
+            warnings.warn(f"{said}; no more are started", UserWarning, stacklevel=3)
 
     def _end(self, worker: _Worker) -> None:
         self._workers.remove(worker)
@@ -388,7 +421,7 @@ class Workers(Generic[H]):
 
 
 def _how(error: Exception) -> str:
-    """How a process has gone, in a few words."""
+    """Says in a few words how a process has ended."""
     if isinstance(error, TimeoutError):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":

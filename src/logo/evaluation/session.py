@@ -126,7 +126,7 @@ class Evaluation(ABC):
         return [
             plan(
                 job,
-                {**self._identity(job), "pool": dict(facts.pool)},
+                {**self.identity(job), "pool": dict(facts.pool)},
                 facts.environment,
                 wish=wish,
                 in_order=facts.order is not None,
@@ -150,7 +150,7 @@ class Evaluation(ABC):
         """Whether the method looks at labelled training rows."""
         return isinstance(self.method, Learned)
 
-    def _overlap(self, job: Job) -> dict[str, int]:
+    def overlap(self, job: Job) -> dict[str, int]:
         """For `run.json`: training rows that the method may learn from and that are answered too."""
         return {"train_rows_also_tested": trained_and_tested(job)} if self.learns else {}
 
@@ -165,7 +165,8 @@ class Evaluation(ABC):
                 stacklevel=2,
             )
 
-    def _identity(self, job: Job) -> dict[str, Any]:
+    def identity(self, job: Job) -> dict[str, Any]:
+        """What the rows of a job depend on, the pool aside."""
         return {
             **self.facts.identity,
             **({"train_sha256": rows_digest(train_rows(job))} if self.learns else {}),
@@ -227,7 +228,7 @@ class Underway:
             StorageError: it cannot be written.
         """
         job, facts, result = self.plan.job, self._evaluation.facts, self.answered.result()
-        found_out = {} if self.found_out is None else {**self.found_out, **self._evaluation._overlap(job)}
+        found_out = {} if self.found_out is None else {**self.found_out, **self._evaluation.overlap(job)}
         record = run_record(
             options=facts.options,
             pool=facts.pool,
@@ -239,7 +240,7 @@ class Underway:
             device=facts.device,
             started=self._began,
             seconds=result.seconds["inference"],
-            identity=self._evaluation._identity(job),
+            identity=self._evaluation.identity(job),
             shard=part_of(job),
             found_out=found_out,
             learnt=None if self.learnt is None else self.learnt.sha256,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from logo.backends.items import Elsewhere, Item, Lost
-from logo.backends.ray import Workers
+from logo.backends.ray import Shared, Workers
 from logo.baselines.method import Answering
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.batches import OUT_OF_MEMORY
@@ -49,19 +49,22 @@ class Answerer:
     """
 
     def __init__(self, session_of: Callable[[Any], Session]) -> None:
-        self.session_of = session_of
+        self._session_of = session_of
+        self._session: tuple[Any, Session] | None = None
         self._of: tuple[Any, ...] = ()
+        self._rows: list[Row] = []
         self._engine: Session | Answering | None = None
         self._size, self._proven = 0, False
 
+    def session(self, key: Any) -> Session:
+        """The session of a key; the last one is kept."""
+        if self._session is None or self._session[0] != key:
+            self._session = self._engine = None  # what they hold may have to go before the next one has room
+            self._session = key, self._session_of(key)
+        return self._session[1]
+
     def answer(
-        self,
-        key: Any,
-        job: Job,
-        learnt: Mapping[str, Any] | None,
-        sha256: str | None,
-        stretch: range,
-        proven: bool,
+        self, key: Any, job: Job, learnt: Mapping[str, Any] | None, sha256: str | None, stretch: range, proven: bool
     ) -> tuple[list[Piece], Mapping[str, Any] | None]:
         """Pieces of a stretch of a job's rows, and what the method found out about the dataset.
 
@@ -70,15 +73,15 @@ class Answerer:
             learnt: what its method has learnt about the dataset; `sha256`: of that.
             proven: some process has answered a row of it, so that what fails is a matter of the row.
         """
-        session = self.session_of(key)
+        session = self.session(key)
         which = job.folder, sha256
         if self._engine is None or which != self._of:
-            self._engine = session.answering(job, learnt)
+            self._engine, self._rows = session.answering(job, learnt), [job.rows[place] for place in job.places]
             self._of, self._size, self._proven = which, session.batch_size, False
         found = list(
             pieces(
                 self._engine,
-                [job.rows[place] for place in job.places],
+                self._rows,
                 stretch,
                 metric=job.metric,
                 batch_size=session.batch_size,
@@ -95,20 +98,23 @@ class Answerer:
     def learn(self, key: Any, job: Job, train: Sequence[Row]) -> dict[str, Any]:
         """What the method of a session learns about a dataset."""
         self._engine = None
-        return self.session_of(key).learn(job, train)
+        return self.session(key).learn(job, train)
 
 
 def facts_of(answerer: Answerer, key: Any = None) -> Facts:
     """Of a session."""
-    return answerer.session_of(key).facts
+    return answerer.session(key).facts
 
 
 def _learn(answerer: Answerer, key: Any, job: Job, train: Sequence[Row]) -> dict[str, Any]:
     return answerer.learn(key, job, train)
 
 
-def _answer(answerer: Answerer, *args: Any) -> Any:
-    found, record = answerer.answer(*args)
+def _answer(
+    answerer: Answerer, key: Any, job: Shared, learnt: Shared | None, sha256: str | None, stretch: range, proven: bool
+) -> Any:
+    known = None if learnt is None else learnt.get()
+    found, record = answerer.answer(key, job.get(), known, sha256, stretch, proven)
     lacking = any(instance.error == OUT_OF_MEMORY for piece in found for instance in piece.instances)
     return Elsewhere((found, record)) if lacking else (found, record)
 
@@ -177,11 +183,11 @@ class Trial:
         """
         self.held += found
         errors = [instance.error for piece in self.held for instance in piece.instances]
-        alone = len(errors) == len(self._dataset.rows) - len(self._dataset.answered)
+        every = len(errors) == len(self._dataset.rows) - len(self._dataset.answered)
         if not self._proven and errors and len(set(errors)) == 1 and errors[0] is not None:
             if len(errors) >= self._enough:
                 raise LoGoError(errors[0])
-            if not alone:
+            if not every:
                 return []
         self._proven = self._proven or bool(errors)
         passed, self.held = self.held, []
