@@ -1,4 +1,4 @@
-"""Taps of the vLLM backend: what is heard of prompts that are run in chunks, put back, and found in vLLM's cache."""
+"""Taps of the vLLM backend: prompts that are run in chunks, put back, and found in vLLM's cache."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logo.backends.vllm.heard import Span, Step
 from logo.backends.vllm.marks import WHOLE, marked, reads_whole, span
 from logo.backends.vllm.prefixes import Prefixes, digests
-from logo.backends.vllm.taps import CHANGED, UNHEARD, Taps
+from logo.backends.vllm.sums import Span, Step
+from logo.backends.vllm.taps import CHANGED, UNKNOWN_PREFIX, Taps
 from logo.selection import signals
 from logo.selection.points import Point
 from logo.selection.settings import SelectionSettings
@@ -82,7 +82,7 @@ def test_what_cannot_be_scored_says_why(taps: Taps) -> None:
     taps.begin([Span("unknown", "nosignal", 0, 0, 1, 1, False), Span("wide", "calibrated", 1, 0, 2, 2, False)])
     taps.tap("a", torch.rand(2, 4))  # one row too few: an index error, which must not leave the tap
     found = taps.take(["cached", "half", "unknown", "wide"])
-    assert found["cached"] == UNHEARD
+    assert found["cached"] == UNKNOWN_PREFIX
     assert found["half"] == "only 3 of 6 tokens were run"
     assert "nosignal" in str(found["unknown"])
     assert "IndexError" in str(found["wide"]) or "RuntimeError" in str(found["wide"])
@@ -180,17 +180,17 @@ def test_scores_do_not_depend_on_what_is_cached(
         cache = Cache(taps.__wrapped__(patch))  # type: ignore[attr-defined]
         for i, ending in enumerate(endings):
             prompt = beginning + ending
-            if i in plain:  # somebody asks the base model alone, so that the cache knows what was never heard
+            if i in plain:  # somebody asks the base model alone, so that the cache has what was never probed
                 cache.remember(prompt)
             found = cache.score(f"p{i}", prompt, *cuts)
-            if found == UNHEARD:
+            if found == UNKNOWN_PREFIX:
                 assert plain
                 found = cache.score(f"p{i}", prompt, *cuts, whole=True)
             assert found == expected(prompt)
             assert cache.score(f"again{i}", prompt) == expected(prompt)
 
 
-def test_a_beginning_that_was_heard_is_not_read_again(taps: Taps) -> None:
+def test_a_prefix_that_was_probed_is_not_read_again(taps: Taps) -> None:
     cache = Cache(taps)
     first, second = [0, *[1] * 15, 2, 2], [0, *[1] * 15, 3]
     assert cache.score("p", first) == expected(first)
@@ -201,7 +201,7 @@ def test_a_beginning_that_was_heard_is_not_read_again(taps: Taps) -> None:
     assert cache.computed == 21
 
 
-def test_a_beginning_is_heard_while_its_prompt_is_still_running(taps: Taps) -> None:
+def test_a_prefix_is_known_while_its_prompt_is_still_running(taps: Taps) -> None:
     cache = Cache(taps)
     first, second = [1] * 12, [1] * 8 + [2, 2]
     cache.step(("p", first, 0, 9))
@@ -242,16 +242,16 @@ def test_a_step_that_could_not_be_begun_is_missed(taps: Taps, monkeypatch: pytes
                     taps.begin([Span(key, "calibrated", 0, start, 3, 9, False)])
             for place in ("a", "b"):
                 taps.tap(place, torch.rand(3, 4))
-    assert taps.take(["middle", "last"]) == {"middle": UNHEARD, "last": "only 6 of 9 tokens were run"}
+    assert taps.take(["middle", "last"]) == {"middle": UNKNOWN_PREFIX, "last": "only 6 of 9 tokens were run"}
 
 
-def test_another_pool_has_heard_nothing(taps: Taps) -> None:
+def test_another_pool_knows_no_prefix(taps: Taps) -> None:
     cache = Cache(taps)
     prompt = [1] * 9
     cache.step(("p", prompt, 0, 8))
     taps.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
     cache.step(("p", prompt, 8, 9), ("q", prompt, 8, 9))
-    assert taps.take(["p", "q"]) == {"p": CHANGED, "q": UNHEARD}
+    assert taps.take(["p", "q"]) == {"p": CHANGED, "q": UNKNOWN_PREFIX}
     assert cache.score("q", prompt, whole=True) == expected(prompt)
     assert cache.score("r", prompt) == expected(prompt)
 
@@ -263,7 +263,7 @@ def test_pictures_are_never_taken_for_text(taps: Taps) -> None:
         taps.tap("a", rows)
         taps.tap("b", rows)
     taps.begin([Span("q", "calibrated", 0, 8, 1, 9, False), Span("r", "calibrated", 1, 8, 1, 9, False, prompt)])
-    assert taps.take(["q", "r"]) == {"q": UNHEARD, "r": UNHEARD}
+    assert taps.take(["q", "r"]) == {"q": UNKNOWN_PREFIX, "r": UNKNOWN_PREFIX}
 
 
 def test_a_signal_of_the_last_token_needs_no_beginning(taps: Taps, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +287,7 @@ def test_which_probes_read_everything() -> None:
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 6))
-def test_a_beginning_is_known_by_its_tokens(prompt: list[int], block: int) -> None:
+def test_a_prefix_is_known_by_its_tokens(prompt: list[int], block: int) -> None:
     found = digests(prompt, block, "calibrated")
     assert len(found) == len(set(found)) == len(prompt) // block
     assert digests(prompt[: len(found) * block], block, "calibrated") == found
@@ -296,7 +296,7 @@ def test_a_beginning_is_known_by_its_tokens(prompt: list[int], block: int) -> No
     assert not set(found) & set(digests(changed, block, "calibrated"))
 
 
-def test_beginnings_that_were_not_used_for_longest_leave() -> None:
+def test_prefixes_that_were_not_used_for_longest_leave() -> None:
     kept = Prefixes(budget=2 * 4 * 4)  # four beginnings of two numbers
     for name in (b"a", b"b"):
         kept.put((name, name * 2), [torch.full((2, 2), float(name[0]))])

@@ -16,8 +16,8 @@ from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
 from logo import LoGo
 from logo.backends.vllm import graphs, hooks, ops, runner_v2
-from logo.backends.vllm.heard import Span
 from logo.backends.vllm.marks import marking, seal
+from logo.backends.vllm.sums import Span
 
 KINDS = {
     "v2": ({"PRETEND_V2": "1"}, {}),

@@ -102,8 +102,8 @@ def connect(ray: Any, layout: Layout) -> None:
         where = "no cluster was found" if layout.address == AUTO else f"{layout.address} does not answer"
         said = " ".join(str(error).split())[:200]
         raise WorkersError(
-            f"Ray: {where} ({said}); `ray start --head` starts one, and one that asks for a token needs it here, too, "
-            "with RAY_AUTH_MODE=token"
+            f"Ray: {where} ({said}). `ray start --head` starts one. If it asks for a token, set RAY_AUTH_MODE=token here and "
+            "copy its ~/.ray/auth_token"
         ) from None
 
 
@@ -118,7 +118,9 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT).close()
     except OSError as error:
         said = error.strerror or error
-        raise WorkersError(f"Ray: {address} does not answer ({said}); `ray start --head` starts one") from None
+        raise WorkersError(
+            f"Ray: {address} does not answer ({said}); start one with `ray start --head`, or correct the address"
+        ) from None
 
 
 def share(ray: Any, layout: Layout) -> Share:

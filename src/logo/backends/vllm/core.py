@@ -22,7 +22,7 @@ from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, check_alike, scoring_signals
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.skeleton import skeleton
-from logo.backends.vllm.taps import CHANGED, UNHEARD
+from logo.backends.vllm.taps import CHANGED, UNKNOWN_PREFIX
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
 from logo.protocol import Wish
 from logo.selecting import Choosing
@@ -203,7 +203,7 @@ def scores_of(found: Any, digest: str | None = None) -> list[float] | None:
         ModelError: there are none.
     """
     if isinstance(found, str):
-        if found in (CHANGED, UNHEARD):
+        if found in (CHANGED, UNKNOWN_PREFIX):
             return None
         if "finite" in found:
             raise NotFinite(found)

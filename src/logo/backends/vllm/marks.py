@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from logo.backends.vllm.heard import Span
+from logo.backends.vllm.sums import Span
 
 # The key that scores are taken by, and the signal that gives them (empty: hidden vectors are kept for a calibration).
 KEY, SIGNAL = "logo_probe", "logo_signal"

@@ -19,7 +19,7 @@ class Counts:
         )
         self._again = prometheus_client.Counter(
             "logo:probes_again",
-            "Prompts that were probed a second time: nothing was known of their cached beginning, or the pool changed.",
+            "Prompts that were probed a second time: their cached prefix had no known responses, or the pool changed.",
         )
         self._answers = prometheus_client.Counter("logo:answers", "Answers by how their mixture was made.", ["form"])
         self._adapters = prometheus_client.Counter("logo:adapter_selected", "Selections with an adapter.", ["adapter"])

@@ -1,10 +1,10 @@
-"""`Prefixes`: what was heard of the beginnings of prompts, so that a beginning which vLLM has in its cache of keys and
-values need not be read again for its scores.
+"""`Prefixes`: sums of adapter responses over prefixes of prompts, so that a prefix whose keys and values are in vLLM's
+cache need not be read again to be scored.
 
-vLLM's cache hands a prompt the keys and values of whole blocks that another one has computed, and the model then never
-sees those tokens. A beginning is known here by the digest of its tokens rather than by the blocks that hold it: the
-same tokens under the base model have the same hidden vectors, whoever has computed them, and nothing has to be undone
-when a block is given to somebody else.
+The model never sees the tokens of a cached prefix, so their responses have to come from the prompt that was first read
+with them. A prefix is known here by the digest of its tokens rather than by the blocks that hold it: the same tokens
+under the base model have the same hidden vectors, whichever prompt they were computed for, and nothing has to be undone
+when vLLM gives a block to another prompt.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class _Entry:
-    """The beginnings of one prompt that became known together.
+    """The prefixes of one prompt that became known together.
 
     Attributes:
-        keys: of the beginnings.
-        sums: per point: (beginnings, n).
+        keys: of the prefixes.
+        sums: per point: (prefixes, n).
     """
 
     keys: tuple[bytes, ...]
@@ -36,7 +36,7 @@ class _Entry:
 
 
 def digests(tokens: Sequence[int], block: int, of: str) -> tuple[bytes, ...]:
-    """The keys of all beginnings of a prompt that are whole blocks, the shortest first.
+    """The keys of all prefixes of a prompt that are whole blocks, the shortest first.
 
     Args:
         tokens: of the prompt.
@@ -53,7 +53,7 @@ def digests(tokens: Sequence[int], block: int, of: str) -> tuple[bytes, ...]:
 
 
 class Prefixes:
-    """Sums over beginnings of prompts; those that were not used for longest leave first.
+    """Sums over prefixes of prompts. Where they take more than the budget, the least recently used ones are dropped.
 
     Args:
         budget: bytes that all of them together may take.
@@ -65,7 +65,7 @@ class Prefixes:
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by identity, the latest last
 
     def get(self, key: bytes) -> list[Tensor] | None:
-        """Per point: the sum over a beginning (n,); None where it is not known."""
+        """Per point: the sum over a prefix (n,); None where it is not known."""
         if key not in self._places:
             return None
         entry, row = self._places[key]
@@ -76,8 +76,8 @@ class Prefixes:
         """Keeps what is not known yet.
 
         Args:
-            keys: of beginnings.
-            sums: per point: (beginnings, n).
+            keys: of prefixes.
+            sums: per point: (prefixes, n).
         """
         new = [row for row, key in enumerate(keys) if key not in self._places]
         if not new:

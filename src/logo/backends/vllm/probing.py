@@ -86,10 +86,10 @@ class InWorkers(Selecting):
         found: list[list[float]] = []
         for start in range(0, len(rows), _PROBED):
             part = rows[start : start + _PROBED]
-            heard = dict(enumerate(self._probed(part, whole=not self._settings.prefix_cache_gb)))
-            again = [i for i, scores in heard.items() if scores is None]
-            heard |= zip(again, self._probed([part[i] for i in again], whole=True), strict=True)
-            for scores in heard.values():
+            found_of = dict(enumerate(self._probed(part, whole=not self._settings.prefix_cache_gb)))
+            again = [i for i, scores in found_of.items() if scores is None]
+            found_of |= zip(again, self._probed([part[i] for i in again], whole=True), strict=True)
+            for scores in found_of.values():
                 if scores is None:
                     raise ModelError("a prompt that was read whole could not be scored")
                 found.append(scores)
@@ -102,7 +102,7 @@ class InWorkers(Selecting):
         return [scores_of(taken[key]) for key in keys]
 
     def _run(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool = False) -> list[str]:
-        """Runs prompts as probes, and returns the keys of what was heard."""
+        """Runs prompts as probes, and returns the keys of their results."""
         from vllm import SamplingParams
 
         keys = [new_key() for _ in rows]

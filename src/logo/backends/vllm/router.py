@@ -198,7 +198,7 @@ class Router:
             if tries > _TRIES:
                 raise unavailable("the pool changes faster than prompts are probed; try again", retry_after=1)
             key, settings = new_key(), self.core.options.settings
-            # A prompt of whose beginning nothing is known is read whole the second time.
+            # Where the responses to a cached prefix are not known, the prompt is read whole the second time.
             whole = tries > 1 or not settings.prefix_cache_gb
             where, asked = bodies.probe(path, body, self._base, settings.probe_text)
             with marking(key, signal, whole=whole):

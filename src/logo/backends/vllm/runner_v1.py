@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from logo.backends.vllm.heard import Span
 from logo.backends.vllm.marks import span
+from logo.backends.vllm.sums import Span
 
 
 def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[int]) -> Iterator[Span]:

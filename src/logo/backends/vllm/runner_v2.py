@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
-from logo.backends.vllm.heard import Span
 from logo.backends.vllm.marks import mark, span
+from logo.backends.vllm.sums import Span
 
 # Request id -> its sampling parameters, its prompt, and whether that has pictures.
 Probed = MutableMapping[str, tuple[Any, Any, bool]]

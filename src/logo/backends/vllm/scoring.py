@@ -54,7 +54,7 @@ class Scoring:
         before: Scoring | None = None,
     ) -> None:
         self._skeleton, self._pool, self._options, self._taps = skeleton, pool, options, taps
-        self._kept: Any = None  # what was heard for the calibration at hand
+        self._kept: Any = None  # hidden vectors of the texts of the calibration at hand
         self._ready: dict[str, Scorer] = {}
         self._scorers: Scorers = Scorers(
             skeleton,

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from logo.backends.vllm.heard import Heard, Span, Step
 from logo.backends.vllm.prefixes import Prefixes, digests
+from logo.backends.vllm.sums import PromptSums, Span, Step
 from logo.errors import NotFinite
 from logo.selection.baseline import finished
 from logo.selection.points import Point
@@ -30,8 +30,8 @@ _MOST_WAITING = 4096
 # Why a prompt has to be probed once more.
 CHANGED = "the pool changed while the prompt was probed"
 
-# Why a prompt has to be probed once more, and read from its beginning.
-UNHEARD = "the beginning of the prompt came from the cache, and nothing was heard of it"
+# Why a prompt has to be probed once more, and read whole.
+UNKNOWN_PREFIX = "a prefix of the prompt came from the cache, and how adapters respond to it is not known"
 
 # Joins the parts of hidden vectors (rows, d / ranks) that the ranks of a tensor parallel group hold to (rows, d).
 Gather = Callable[[Tensor], Tensor]
@@ -44,8 +44,8 @@ class Taps:
         place_of: the place in vLLM's model at which a point of the base model is read, by the way it is read.
         device: where the model runs.
         block: the tokens of which vLLM's cache hands on all or none, as soon as vLLM knows it.
-        budget: bytes for what was heard of beginnings of prompts. A beginning takes 16 KB with 16 points and 260
-            adapters, beside the 2 MB of keys and values that a block of an 8B model takes.
+        budget: bytes for sums over prefixes of prompts. One takes 16 KB with 16 points and 260 adapters; the keys and
+            values of a block of an 8B model take 2 MB.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Taps:
         self._listening: tuple[tuple[Point, ...], Signal, dict[str, str]] | None = None
         self._kept: dict[str, dict[str, list[Tensor]]] = {}  # text -> place -> hidden vectors of each chunk
         self._wanted: dict[str, list[tuple[str, tuple[int, ...]]]] = {}  # place -> signals and the points read there
-        self._heard: OrderedDict[str, Heard] = OrderedDict()
+        self._prompts: OrderedDict[str, PromptSums] = OrderedDict()
         self._steps: dict[str, Step] = {}
 
     @property
@@ -115,67 +115,67 @@ class Taps:
         """Says which rows of the next step belong to probed prompts; none of the step before do any more."""
         self._end_step()
         for span in spans:
-            heard = self._heard.get(span.key)
-            if heard is None or heard.seen != span.start:  # a new one, or one that was put back
-                heard = self._heard[span.key] = self._begun(span)
+            sums = self._prompts.get(span.key)
+            if sums is None or sums.seen != span.start:  # a new one, or one that was put back
+                sums = self._prompts[span.key] = self._begun(span)
                 self._kept.pop(span.key, None)
             if span.signal and span.signal not in self._scorers:
-                heard.failure = f"nothing is scored by the signal {span.signal!r} here"
-            elif span.signal and heard.scorer is not self._scorers[span.signal][0]:
-                heard.failure = CHANGED
-            self._heard.move_to_end(span.key)
+                sums.failure = f"nothing is scored by the signal {span.signal!r} here"
+            elif span.signal and sums.scorer is not self._scorers[span.signal][0]:
+                sums.failure = CHANGED
+            self._prompts.move_to_end(span.key)
         for signal in dict.fromkeys(span.signal for span in spans):
             how = self._scorers[signal][1] if signal in self._scorers else None
             if not signal and self._listening is not None:
                 how = self._listening[1]
             if how is None:
                 continue
-            heard_of = ((span, self._heard[span.key]) for span in spans if span.signal == signal)
-            own = [(span, heard) for span, heard in heard_of if heard.failure is None]
+            sums_of = ((span, self._prompts[span.key]) for span in spans if span.signal == signal)
+            own = [(span, sums) for span, sums in sums_of if sums.failure is None]
             step = Step.of(own, how.token, self._block(), self._device)
-            for span, heard in own:
-                heard.read += len(span.read(how.token))
+            for span, sums in own:
+                sums.read += len(span.read(how.token))
             if step is not None:
                 self._steps[signal] = step
         for span in spans:  # at last: of prompts whose step could not be begun, it is missed then
-            self._heard[span.key].seen = span.end
-        while len(self._heard) > _MOST_WAITING:
-            self._heard.popitem(last=False)
+            self._prompts[span.key].seen = span.end
+        while len(self._prompts) > _MOST_WAITING:
+            self._prompts.popitem(last=False)
 
-    def _begun(self, span: Span) -> Heard:
+    def _begun(self, span: Span) -> PromptSums:
         """A prompt of which these are the first tokens that are run for it."""
         scorer, how = self._scorers.get(span.signal, (None, None))
-        heard = Heard(span.signal, span.total, scorer, seen=span.start)
+        sums = PromptSums(span.signal, span.total, scorer, seen=span.start)
         if how is None or how.token == "last":
             # A calibration keeps the vectors of all tokens; where the last one is read, those before it do not matter.
-            heard.failure = UNHEARD if how is None and span.start else None
-            return heard
+            sums.failure = UNKNOWN_PREFIX if how is None and span.start else None
+            return sums
         block = self._block()
         if block and span.prompt is not None:
-            heard.beginnings = digests(span.prompt, block, span.signal)
+            sums.prefixes = digests(span.prompt, block, span.signal)
         if span.start:
-            there = heard.beginnings and not span.start % block
-            known = self._prefixes.get(heard.beginnings[span.start // block - 1]) if there else None
+            there = sums.prefixes and not span.start % block
+            known = self._prefixes.get(sums.prefixes[span.start // block - 1]) if there else None
             if known is None:
-                heard.failure = UNHEARD
+                sums.failure = UNKNOWN_PREFIX
             else:
-                heard.sums, heard.read = dict(enumerate(known)), span.start - span.unread(how.token)
-        return heard
+                sums.by_point, sums.read = dict(enumerate(known)), span.start - span.unread(how.token)
+        return sums
 
     def _end_step(self) -> None:
-        """Keeps what the last step has heard of the beginnings of prompts. A tap that a compiler or a captured graph
+        """Keeps the sums over the prefixes that the last step has completed. A tap that a compiler or a captured graph
         has left out is noticed here: a score without it would be wrong and look like any other."""
         steps, self._steps = self._steps, {}
         for signal, step in steps.items():
             for part in step.parts:
-                heard = self._heard.get(part.key)
-                if heard is None or not signal or heard.scorer is not self._scorers[signal][0]:
+                sums = self._prompts.get(part.key)
+                if sums is None or not signal or sums.scorer is not self._scorers[signal][0]:
                     continue
-                ended, heard.ended = heard.ended, {}
-                silent = [point.name for i, point in enumerate(heard.scorer.points) if i not in ended]
+                ended, sums.ended = sums.ended, {}
+                silent = [point.name for i, point in enumerate(sums.scorer.points) if i not in ended]
                 if silent:
-                    heard.failure = heard.failure or f"the model was run without reading {', '.join(silent)}"
-                elif part.ended and not heard.failure:
+                    sums.failure = sums.failure or f"the model was run without reading {', '.join(silent)}"
+                elif part.ended and not sums.failure:
                     self._prefixes.put(part.ended, [ended[i] for i in range(len(ended))])
 
     def active(self, place: str) -> bool:
@@ -198,7 +198,7 @@ class Taps:
             reason = f"{type(error).__name__}: {error}"
             for step in self._steps.values():
                 for key in step.keys:
-                    self._heard[key].failure = self._heard[key].failure or reason
+                    self._prompts[key].failure = self._prompts[key].failure or reason
 
     # -- afterwards ----------------------------------------------------------------------------------------------
 
@@ -207,27 +207,27 @@ class Taps:
         self._end_step()
         taken: dict[str, list[float] | str] = {}
         for key in keys:
-            heard = self._heard.pop(key, None)
-            if heard is None:
+            sums = self._prompts.pop(key, None)
+            if sums is None:
                 taken[key] = "the prompt was not run as a probe"
-            elif heard.failure is None and heard.seen < heard.total:
-                taken[key] = f"only {heard.seen} of {heard.total} tokens were run"
-            elif heard.failure is not None:
-                taken[key] = heard.failure
+            elif sums.failure is None and sums.seen < sums.total:
+                taken[key] = f"only {sums.seen} of {sums.total} tokens were run"
+            elif sums.failure is not None:
+                taken[key] = sums.failure
             else:
                 try:
-                    taken[key] = self._scores(heard)
+                    taken[key] = self._scores(sums)
                 except Exception as error:  # one prompt's failure is its own
                     taken[key] = str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}"
         return taken
 
-    def _scores(self, heard: Heard) -> list[float] | str:
-        scorer, signal = self._scorers[heard.signal]
-        if heard.scorer is not scorer:
+    def _scores(self, sums: PromptSums) -> list[float] | str:
+        scorer, signal = self._scorers[sums.signal]
+        if sums.scorer is not scorer:
             return CHANGED
         per_point = []
         for i, index in enumerate(scorer.indices):
-            mean = heard.sums[i] / heard.read
+            mean = sums.by_point[i] / sums.read
             value = signal(index, mean[None]) if signal.token == "mean" else mean[None]
             per_point.append(finished(value, signal.scale))
         scores: list[float] = scorer.scores(per_point)[0].tolist()
@@ -241,7 +241,7 @@ class Taps:
             sums = torch.zeros(step.parts[-1].end, values.shape[1], device=values.device)
             sums.index_add_(0, step.owners.to(values.device), values)
             for part in step.parts:
-                self._heard[part.key].add(i, sums[part.first : part.end], part.blocks)
+                self._prompts[part.key].add(i, sums[part.first : part.end], part.blocks)
 
     def _keep(self, place: str, step: Step, entering: Tensor, gather: Gather | None) -> None:
         hidden = _picked(entering, step.rows, gather).cpu()
@@ -250,7 +250,7 @@ class Taps:
 
     def failed(self, keys: Sequence[str]) -> Mapping[str, str]:
         """Which of these prompts cannot be used for a calibration, and why."""
-        return {key: heard.failure for key in keys if (heard := self._heard.pop(key, None)) and heard.failure}
+        return {key: sums.failure for key in keys if (sums := self._prompts.pop(key, None)) and sums.failure}
 
 
 def _picked(entering: Tensor, rows: Tensor, gather: Gather | None) -> Tensor:

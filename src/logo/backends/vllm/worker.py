@@ -20,13 +20,13 @@ from logo.adapters.pool import AdapterPool
 from logo.backends.vllm import graphs
 from logo.backends.vllm.built import lora_model, nothing
 from logo.backends.vllm.gates import StepGates, turned
-from logo.backends.vllm.heard import Span
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of, scoring_signals
 from logo.backends.vllm.processes import Processes
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.scoring import Scoring
 from logo.backends.vllm.skeleton import skeleton
+from logo.backends.vllm.sums import Span
 from logo.backends.vllm.taps import Taps
 from logo.backends.vllm.wrapper import Residual, Tapped, multiplied, with_kernels
 from logo.decoding import Prompts, Truncation

@@ -1,4 +1,8 @@
-"""What `Taps` keeps of probed prompts while vLLM runs them."""
+"""Adapter responses summed over the tokens of probed prompts, while vLLM runs them chunk by chunk.
+
+A runner says by `Span` which rows of a step are tokens of which prompt; `Step` cuts them into blocks; `PromptSums` adds
+up, so that the sums over every prefix of whole blocks are known, too.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +56,8 @@ class Span:
 
 
 @dataclass
-class Heard:
-    """What has been heard of one prompt.
+class PromptSums:
+    """What has been summed of one prompt so far.
 
     Attributes:
         signal: the signal that scores it.
@@ -61,9 +65,9 @@ class Heard:
         scorer: of the pool as it was when the prompt began to be read.
         seen: how many of them have been run, or were run for another prompt.
         read: how many of them have been read.
-        sums: per point: the summed responses (adapters,), or hidden vectors (d,) where their mean is scored.
+        by_point: per point: the summed responses (adapters,), or hidden vectors (d,) where their mean is scored.
         failure: why there are no scores.
-        beginnings: the digests of the prompt's beginnings that are whole blocks.
+        prefixes: digests of the prompt's prefixes that are whole blocks, the shortest first.
         ended: per point: the sums up to the end of every block that the step at hand has ended (blocks, n).
     """
 
@@ -72,9 +76,9 @@ class Heard:
     scorer: Scorer | None = None
     seen: int = 0
     read: int = 0
-    sums: dict[int, Tensor] = field(default_factory=dict)
+    by_point: dict[int, Tensor] = field(default_factory=dict)
     failure: str | None = None
-    beginnings: tuple[bytes, ...] = ()
+    prefixes: tuple[bytes, ...] = ()
     ended: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, point: int, parts: Tensor, blocks: int) -> None:
@@ -86,9 +90,9 @@ class Heard:
             blocks: how many of these blocks have ended.
         """
         along = parts.cumsum(0)
-        if point in self.sums:
-            along = along + self.sums[point]
-        self.sums[point], self.ended[point] = along[-1], along[:blocks]
+        if point in self.by_point:
+            along = along + self.by_point[point]
+        self.by_point[point], self.ended[point] = along[-1], along[:blocks]
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Part:
     Attributes:
         key: of the prompt.
         first, end: which parts of the step's sums are the prompt's.
-        ended: the digests of the prompt's beginnings that the step ends, those of its first parts.
+        ended: the digests of the prompt's prefixes that the step ends, those of its first parts.
         blocks: how many blocks the step ends.
     """
 
@@ -131,28 +135,28 @@ class Step:
         return tuple(part.key for part in self.parts)
 
     @classmethod
-    def of(cls, spans: Sequence[tuple[Span, Heard]], token: str, block: int, device: torch.device) -> Step | None:
+    def of(cls, spans: Sequence[tuple[Span, PromptSums]], token: str, block: int, device: torch.device) -> Step | None:
         """The step of these prompts; None where no row is read.
 
         Args:
             spans: the prompts.
             token: what the signal reads.
-            block: tokens of a block, for prompts whose beginnings are kept.
+            block: tokens of a block, for prompts whose prefixes are kept.
             device: where the model runs.
         """
         parts: list[Part] = []
         rows, owners, prompts = [], [], []
-        sums = 0
-        for i, (span, heard) in enumerate(spans):
+        before = 0
+        for i, (span, sums) in enumerate(spans):
             positions = torch.arange(span.start, span.end)[span.read(token).start - span.start :]
-            cut = block if heard.beginnings else span.total
+            cut = block if sums.prefixes else span.total
             first, last = span.start // cut, (span.end - 1) // cut
-            ended = heard.beginnings[first : span.end // cut]
-            parts.append(Part(span.key, sums, sums + last - first + 1, ended, span.end // cut - first))
+            ended = sums.prefixes[first : span.end // cut]
+            parts.append(Part(span.key, before, before + last - first + 1, ended, span.end // cut - first))
             rows.append(positions + (span.row - span.start))
-            owners.append(positions // cut - first + sums)
+            owners.append(positions // cut - first + before)
             prompts.append(torch.full((len(positions),), i))
-            sums = parts[-1].end
+            before = parts[-1].end
         if not rows or not (joined := torch.cat(rows)).numel():
             return None
         return cls(tuple(parts), joined.to(device), torch.cat(owners).to(device), torch.cat(prompts))
