@@ -66,11 +66,11 @@ class Command:
 
 @dataclass(frozen=True)
 class Joined:
-    """What a replica hears that wants to answer. Nothing of both: it may.
+    """The answer to a replica that wants to take requests. Where neither field is set, it may.
 
     Attributes:
-        behind: changes that it has to make first.
-        refused: why it may not.
+        behind: changes of the pool that it has to make first.
+        refused: why it must not.
     """
 
     behind: tuple[Change, ...] = ()

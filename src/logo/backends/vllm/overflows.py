@@ -1,4 +1,4 @@
-"""Answers whose numbers overflow, as the process notices that hands them out.
+"""Notices answers that overflow, in the process that sends them to clients.
 
 vLLM counts, for every token that it draws, the logits that are not numbers, and sends the count along with the token.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Has vLLM count them.
+# The environment variable that makes vLLM count them.
 COUNTED = "VLLM_COMPUTE_NANS_IN_LOGITS"
 
 _watched: dict[str, list[asyncio.Event]] = {}

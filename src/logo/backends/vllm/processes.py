@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class Processes:
-    """Kept in a worker."""
+    """What one worker knows of the processes that answer HTTP; each process is named by a key of its own."""
 
     def __init__(self) -> None:
         self._changing: str | None = None
@@ -18,7 +18,7 @@ class Processes:
         self._holding: dict[str, set[str]] = {}  # key of an adapter that has left -> processes that may still use it
 
     def begin(self, process: str) -> bool:
-        """Whether it is this process that changes the pool now, until `end`."""
+        """Lets a process change the pool, until it calls `end`. Returns False while another process changes it."""
         if self._changing not in (None, process):
             return False
         self._changing = process
@@ -32,11 +32,11 @@ class Processes:
         return found
 
     def note(self, process: str, digest: str) -> None:
-        """The process selects from this pool."""
+        """Notes from which pool, by its digest, a process selects adapters."""
         self._known[process] = digest
 
     def behind(self, digest: str) -> int:
-        """How many processes select from another pool."""
+        """How many processes still select from a pool with another digest."""
         return sum(known != digest for known in self._known.values())
 
     def changed(self, before: Iterable[str], now: Iterable[str]) -> None:
