@@ -102,8 +102,8 @@ def connect(ray: Any, layout: Layout) -> None:
         where = "no cluster was found" if layout.address == AUTO else f"{layout.address} does not answer"
         said = " ".join(str(error).split())[:200]
         raise WorkersError(
-            f"Ray: {where} ({said}). Start one with `ray start --head`; if it asks for a token, set RAY_AUTH_MODE=token "
-            "here and copy its ~/.ray/auth_token"
+            f"Ray: {where} ({said}). Start one with `ray start --head`; if it asks for a token, set "
+            "RAY_AUTH_MODE=token here and copy its ~/.ray/auth_token"
         ) from None
 
 
