@@ -159,7 +159,9 @@ def _parsed(flags: list[str]) -> Namespace:
 
 
 async def _unchanged(change: Change) -> str:
-    raise UsageError("the pool of several vLLM replicas stays as it is: start them again")
+    raise UsageError(
+        "the pool of vLLM replicas cannot change while they run: start them again with the pool that you want"
+    )
 
 
 async def _nothing() -> None: ...

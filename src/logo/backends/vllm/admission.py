@@ -1,4 +1,5 @@
-"""Who may ask: only vLLM's app knows, with everything that stands between it and the router."""
+"""Asks vLLM's app whether a client may use this server, before its request is read: only the app, with the middlewares
+around it, knows."""
 
 from __future__ import annotations
 
@@ -25,15 +26,15 @@ class Admission:
         self._known: set[bytes] = set()
 
     async def refuses(self, scope: Scope, send: Send) -> bool:
-        """Whether the app does not answer this client, which then has been told so in the app's own words."""
+        """Whether the app refuses this client. If so, its refusal has been sent to the client."""
         found = await ask(self._app, scope, "/v1/models", "GET")
         if found.status != 200:
             await answer(send, found.status, found.body, found.headers)
         return found.status != 200
 
     async def leaves_unread(self, scope: Scope, send: Send) -> bool:
-        """The same of a client whose request the app will see as well. One that was let in before is not asked about
-        again: nothing but reading its body depends on it."""
+        """Whether the app refuses this client, so that its body must not be read. A client that was let in before is
+        not asked about again: the app judges each request itself, and only the reading of its body depends on this."""
         client = hashlib.sha256()
         for name, value in scope["headers"]:
             if name in _CREDENTIALS:
