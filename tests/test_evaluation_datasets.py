@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import OFFICIAL, Row, dataset_file, file_sha256, find_datasets, load_rows, read_rows
+from logo.evaluation.datasets import OFFICIAL, dataset_file, find_datasets, load_rows
+from logo.rows import Row, file_sha256, read_rows
 
 BBH = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "logo"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from logo.errors import DataError, UsageError
-from logo.evaluation.datasets import Row, file_sha256
 from logo.evaluation.jobs import find_jobs, train_rows
 from logo.evaluation.shards import Shard
+from logo.rows import Row, file_sha256
 
 DATA = Path(__file__).parent / "data"
 

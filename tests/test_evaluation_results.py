@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from logo.errors import StorageError
-from logo.evaluation.datasets import Row
 from logo.evaluation.intervals import proportion
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.results import (
@@ -23,6 +22,7 @@ from logo.evaluation.results import (
     write_results,
 )
 from logo.evaluation.runner import DatasetResult
+from logo.rows import Row
 
 RESULT = DatasetResult(
     dataset="bbh.navigate",

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import HubError, StorageError, UsageError
-from logo.evaluation.datasets import Row, load_rows
+from logo.evaluation.datasets import load_rows
 from logo.evaluation.journal import Journal
 from logo.evaluation.runner import DatasetResult, Engine, answers, collect, evaluate
+from logo.rows import Row
 
 DATA = Path(__file__).parent / "data"
 

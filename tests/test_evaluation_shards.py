@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from logo.cli.run import run
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import Row
 from logo.evaluation.jobs import Job
 from logo.evaluation.merging import find_shards, merge
 from logo.evaluation.metrics import metric_kind
@@ -24,6 +23,7 @@ from logo.evaluation.resume import part_of
 from logo.evaluation.runner import collect, evaluate
 from logo.evaluation.shards import Shard, positions, shard_folder
 from logo.evaluation.standing import standing
+from logo.rows import Row
 from test_evaluation_runner import FakeEngine, Generation, Selection
 
 SAME = [name for name in RESULT_FILES if name not in ("run.json", "time_dict.json")]

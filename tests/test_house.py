@@ -18,9 +18,10 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 # What a part may import: itself and everything below. Parts on one line stand side by side.
 LAYERS = [
     {"errors", "cache"},
-    {"adapters", "prompts"},
+    {"folders"},
+    {"adapters", "prompts", "rows"},
     {"models"},
-    {"mixing", "selection", "pools", "decoding", "endings", "scoring"},
+    {"mixing", "selection", "pools", "decoding", "endings", "scoring", "digests"},
     {"decoder", "completions", "opening", "selecting"},
     {"calls"},
     {"engine", "protocol"},

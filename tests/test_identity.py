@@ -20,16 +20,10 @@ import logo
 import tiny
 from logo import LoGo
 from logo.cli.run import run
+from logo.digests import tokenizer_digest, weights_digest
 from logo.errors import DataError, ModelError, UsageError
 from logo.evaluation.differences import differences
-from logo.evaluation.identity import (
-    engine_identity,
-    environment,
-    order_dependence,
-    pool_digests,
-    tokenizer_digest,
-    weights_digest,
-)
+from logo.evaluation.identity import engine_identity, environment, order_dependence, pool_digests
 from logo.evaluation.jobs import find_jobs
 from logo.evaluation.merging import find_shards, merge
 from logo.evaluation.resume import Plan, Wish, finish, journal_of, open_journal

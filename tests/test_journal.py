@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import StorageError, UsageError
-from logo.evaluation.folders import make_folder
 from logo.evaluation.journal import Journal, written
+from logo.folders import make_folder
 
 RUN = {"identity": {"base_model": "M", "seed": 0}, "pool": {"a": "00", "b": "11"}}
 

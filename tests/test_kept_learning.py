@@ -24,7 +24,8 @@ from logo.baselines.learned import BestSingle, LoraHub
 from logo.baselines.registry import METHODS
 from logo.cli.run import run
 from logo.demo import heldout
-from logo.evaluation.journal import fingerprint, written
+from logo.digests import fingerprint
+from logo.evaluation.journal import written
 from logo.evaluation.resume import Plan, journal_of, learn_once
 from test_resume import count_prompts, interrupt
 

@@ -24,13 +24,13 @@ from logo.backends.cluster import Layout, WorkersError
 from logo.backends.items import Elsewhere, Item, Lost
 from logo.backends.ray import Workers
 from logo.cli.run import run
+from logo.digests import library_versions
 from logo.errors import LoGoError, ModelError, UsageError
-from logo.evaluation.datasets import Row
-from logo.evaluation.identity import library_versions
 from logo.evaluation.journal import written
 from logo.evaluation.runner import Instance, Piece
 from logo.evaluation.session import Facts
 from logo.evaluation.workers import Answerer, Trial, differs
+from logo.rows import Row
 from tolerances import PATIENCE
 
 ray = pytest.importorskip("ray")

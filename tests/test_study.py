@@ -19,11 +19,11 @@ from PIL import Image
 import tiny
 from logo import AdapterPool, DataError, LoGo, SelectionSettings, StorageError, UsageError
 from logo.cli.run import run
-from logo.evaluation.folders import replace_file
 from logo.evaluation.heatmap import heatmap, ordered
 from logo.evaluation.intervals import FEWEST
 from logo.evaluation.study import Arms, find_tasks, journal_of, rank_metrics, study, write_report
 from logo.evaluation.summary import mean_weights, section
+from logo.folders import replace_file
 from test_engine import tokenizer, write_adapter
 from tolerances import WEIGHTS, same_scores
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
 from logo.errors import NotFinite, UsageError, closest
-from logo.prompts import ProbeText, Prompt, read, text_ids
+from logo.prompts import ProbeText, Prompt, cut_left, read, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -183,11 +183,7 @@ class Prompts:
         return min(limits, default=None)
 
     def _cut(self, ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
-        if len(ids) <= limit or self.truncation.side == "right":
-            return ids[:limit]
-        # What the tokenizer puts in front of every text (a bos token) stays in front.
-        front = ids[:1] if ids[0] in set(self.tokenizer.all_special_ids) and limit > 1 else ()
-        return front + ids[len(ids) - (limit - len(front)) :]
+        return ids[:limit] if self.truncation.side == "right" else tuple(cut_left(self.tokenizer, ids, limit))
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device

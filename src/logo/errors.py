@@ -51,6 +51,10 @@ class NotFinite(ModelError, ArithmeticError):
     """What was computed is NaN or infinite, so that nothing can be made of it."""
 
 
+class TrainingError(LoGoError, RuntimeError):
+    """Adapters that could not be trained, or not all of them."""
+
+
 class DataError(LoGoError, ValueError):
     """A dataset that does not exist, or a row that is malformed (names the file and the line)."""
 

@@ -117,6 +117,14 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def cut_left(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int) -> Sequence[int]:
+    """The last `limit` tokens, but what the tokenizer puts in front of every text (a bos token) stays in front."""
+    if len(ids) <= limit:
+        return ids
+    kept = 1 if ids[0] in set(tokenizer.all_special_ids) and limit > 1 else 0
+    return [*ids[:kept], *ids[len(ids) - (limit - kept) :]]
+
+
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 

@@ -143,7 +143,7 @@ def serve(
         )
     show(results, plan, url is None)
     if json is not None:
-        from logo.evaluation.folders import replace_file
+        from logo.folders import replace_file
 
         about = {"url": url, "base_model": base_model, "seed": seed, **described(plan, url is None)}
         content = jsonlib.dumps({"about": about, **results.as_dict()}, indent=2, ensure_ascii=False)

@@ -92,10 +92,10 @@ def prepare(
 
     Example: `logo datasets prepare "bbh.*" anli --data-dir ./data --rows 150`
     """
-    from logo.evaluation.folders import check_writable
     from logo.evaluation.sources.loading import chosen
     from logo.evaluation.sources.manifest import read_manifest
     from logo.evaluation.sources.prepare import Request
+    from logo.folders import check_writable
 
     known, own = _known(source), _declared(source)
     found = chosen(names or list(own), list(known))

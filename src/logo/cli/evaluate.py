@@ -244,10 +244,10 @@ def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> M
 
 def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_model: str, *, writes: bool) -> list[Job]:
     """Everything that can be wrong with data and results, looked at before hours are spent."""
-    from logo.evaluation.folders import check_writable
     from logo.evaluation.jobs import find_jobs
     from logo.evaluation.results import LOGO, run_folder
     from logo.evaluation.shards import Shard
+    from logo.folders import check_writable
     from logo.pools import default_k
 
     shard = None if run.shard is None else Shard.parse(run.shard)

@@ -56,12 +56,12 @@ def report(
 
     Example: `logo report results -o report.html --png pictures --latex tables.tex`
     """
-    from logo.evaluation.folders import check_writable, replace_file
     from logo.evaluation.report import analyse, page, pictures, summary
     from logo.evaluation.report import latex as tables
     from logo.evaluation.report import png as drawn
     from logo.evaluation.report.published import read_published
     from logo.evaluation.runs import read_runs
+    from logo.folders import check_writable, replace_file
 
     for option, file in (("--output", output), ("--latex", latex)):
         if file is not None and file.is_dir():

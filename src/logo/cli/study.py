@@ -75,9 +75,9 @@ def study(
 
     Example: `logo study --base-model M --adapters DIR --rows ROWS --limit 8 --json study.json`
     """
-    from logo.evaluation.folders import replace_file
     from logo.evaluation.study import find_tasks, journal_of, write_report
     from logo.evaluation.workers import MeasuredInWorkers
+    from logo.folders import replace_file
 
     found = find_tasks(rows, tasks, limit)
     arms = _signals(signals or engine.selection_strategy or SIGNALS)
@@ -125,7 +125,7 @@ def _signals(text: str) -> dict[str, dict[str, Any]]:
 
 def _checked(json: Path, heatmap: Path | None) -> Path:
     """The picture's place, when both files can be written: looked at before hours are spent."""
-    from logo.evaluation.folders import check_writable
+    from logo.folders import check_writable
 
     picture = json.with_suffix(".png") if heatmap is None else heatmap
     if picture.resolve() == json.resolve():

@@ -104,8 +104,8 @@ def _engine(options: EngineOptions, *, quiet: bool) -> tuple[EngineOptions, str]
 
 def _jobs(options: RowOptions, cells: Sequence[Cell], output: Path) -> list[Job]:
     """Everything that can be wrong with data and results, looked at before hours are spent."""
-    from logo.evaluation.folders import check_writable
     from logo.evaluation.jobs import find_jobs, train_rows
+    from logo.folders import check_writable
 
     jobs, missing = find_jobs(
         output,
@@ -151,9 +151,9 @@ def _answered(
 
 def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> list[Path]:
     """The files of the whole sweep, in the order they are written."""
-    from logo.evaluation.folders import replace_file
     from logo.evaluation.sweep.plots import plots
     from logo.evaluation.sweep.table import as_csv, as_parquet, has_parquet, table
+    from logo.folders import replace_file
 
     found = table(axes, swept.outcomes)
     contents = {output / "sweep.csv": as_csv(found)}

@@ -1,24 +1,20 @@
 """Which datasets exist in a data folder, and the rows of one of them.
 
 A dataset is the file `{data_dir}/{main}/{sub}/{split}.jsonl`, named `main.sub`: the first dot separates, `sub` may
-hold more of them. Every line is an object with a `context` (the prompt) and a `completion` (the gold text, or a list
-of texts that are all right); it may have `references` (all gold texts, where the official metric reads only one) and
-an `adapter` (the one made for such rows). A file is validated whole before its first row is used, so that a typing
-error on the last line is not met after hours of work. What a prediction is worth is not known here: see `metrics`.
+hold more of them. What a line holds is told in `logo.rows`; what a prediction is worth, in `metrics`.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from logo.errors import DataError, StorageError, UsageError
+from logo.errors import DataError, UsageError
+from logo.rows import Row, read_rows
 
 OFFICIAL: tuple[str, ...] = (
     "bbh.boolean_expressions",
@@ -49,38 +45,6 @@ OFFICIAL: tuple[str, ...] = (
     "glue.qnli",
 )
 """The names of the official dataset list, in its order."""
-
-_SHOWN = 60  # characters of a wrong value that are worth showing in a message
-_EXPECTED = '{"context": text, "completion": text or list of texts}'
-_OPTIONAL = '"references", if there are any, to be a list of texts and "adapter" a name'
-
-
-@dataclass(frozen=True)
-class Row:
-    """One instance.
-
-    Attributes:
-        context: the prompt.
-        completion: its gold text, or all gold texts that count as right.
-        references: all gold texts, where the data has more than the official metric reads.
-        adapter: the adapter made for such rows, where the data names it.
-    """
-
-    context: str
-    completion: str | tuple[str, ...]
-    references: tuple[str, ...] = ()
-    adapter: str | None = None
-
-    @property
-    def golds(self) -> tuple[str, ...]:
-        """All gold texts, each once: those of `completion` first, then the other `references`."""
-        texts = (self.completion,) if isinstance(self.completion, str) else self.completion
-        return tuple(dict.fromkeys((*texts, *self.references)))
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON, as a data file has it: what the row does not have is left out."""
-        row: dict[str, object] = {"context": self.context, "completion": self.completion}
-        return row | {key: value for key in ("references", "adapter") if (value := getattr(self, key))}
 
 
 @dataclass(frozen=True)
@@ -150,34 +114,6 @@ def load_rows(
     return read_rows(dataset_file(data_dir, dataset, split), limit)
 
 
-def read_rows(file: Path, limit: int | None = None) -> list[Row]:
-    """`load_rows` of a file wherever it lies."""
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit {limit}: expected at least 1 row; leave it out for all rows")
-    rows: list[Row] = []
-    blank = 0  # the first of the blank lines just before this one, 0 if none: blank lines may only end the file
-    for number, line in enumerate(_read(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            blank = blank or number
-            continue
-        if blank:
-            raise _malformed(file, blank, "an empty line between rows")
-        rows.append(_row(file, number, line))
-    if not rows:
-        raise DataError(f"{file}: expected one JSON object per line, found an empty file")
-    return rows[:limit]
-
-
-def file_sha256(file: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hex: says later which rows a result stands on.
-
-    Raises:
-        DataError: no such file.
-        StorageError: it cannot be read.
-    """
-    return hashlib.sha256(_read(Path(file))).hexdigest()
-
-
 def _present(root: Path, split: str) -> list[str]:
     """Names of the datasets in a folder, official ones first. Folders that no name can reach are passed over."""
     files = root.glob(f"*/*/{split}.jsonl")
@@ -223,91 +159,3 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
     if not close:
         return "; `logo datasets` lists what is there"
     return f"; did you mean {' or '.join(repr(lowered[other]) for other in close)}?"
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{file}: expected a file, found none; put it there or change --data_dir") from None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
-
-
-def _row(file: Path, number: int, line: bytes) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _malformed(file, number, f"bytes that are not UTF-8 at column {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise _malformed(file, number, f"invalid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested without end
-        raise _malformed(file, number, f"unreadable JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise _malformed(file, number, _shown(row))
-    for key in ("context", "completion"):
-        if key not in row:
-            raise _malformed(file, number, f"no {key!r}, only {_shown(', '.join(row))}")
-    try:
-        return _checked(row)
-    except _Wrong as wrong:
-        raise _malformed(file, number, wrong.found, wrong.expected) from None
-
-
-class _Wrong(Exception):
-    """A value of a row that is not as it should be."""
-
-    def __init__(self, found: str, expected: str = _EXPECTED) -> None:
-        super().__init__(found)
-        self.found, self.expected = found, expected
-
-
-def _checked(row: Mapping[str, object]) -> Row:
-    context = _text("'context'", row["context"])
-    found = row["completion"]
-    completion = _texts("'completion'", found) if isinstance(found, list) else _text("'completion'", found)
-    try:  # null is what table formats write where a row has no value
-        references = () if row.get("references") is None else _references(row["references"])
-        adapter = None if row.get("adapter") is None else _text("'adapter'", row["adapter"])
-    except _Wrong as wrong:
-        raise _Wrong(wrong.found, _OPTIONAL) from None
-    return Row(context, completion, references, adapter)
-
-
-def _references(value: object) -> tuple[str, ...]:
-    """Real sets hold blank references here and there; they say nothing, and are passed over."""
-    if isinstance(value, list) and value:
-        value = [text for text in value if not isinstance(text, str) or text.strip()]
-        if not value:
-            return ()
-    return _texts("'references'", value)
-
-
-def _texts(name: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise _Wrong(f"{name} is {_shown(value)}")
-    if not value:
-        raise _Wrong(f"{name} is an empty list")
-    return tuple(_text(f"{name}[{index}]", text) for index, text in enumerate(value))
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise _Wrong(f"{name} is {_shown(value)}")
-    if not value.strip():
-        raise _Wrong(f"{name} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):  # no tokenizer accepts these
-        raise _Wrong(f"{name} holds half of a surrogate pair: {_shown(value)}")
-    return value
-
-
-def _malformed(file: Path, number: int, found: str, expected: str = _EXPECTED) -> DataError:
-    return DataError(f"{file}:{number}: expected {expected}, found {found}; mend or delete the line")
-
-
-def _shown(value: object) -> str:
-    """A wrong JSON value as it stands in the file, short; a container only by its kind."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

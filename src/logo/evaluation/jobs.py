@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from logo.errors import DataError, StorageError, UsageError
-from logo.evaluation.datasets import Found, Row, dataset_file, file_sha256, find_datasets, load_rows, read_rows
+from logo.evaluation.datasets import Found, dataset_file, find_datasets, load_rows
 from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_kind
 from logo.evaluation.shards import Shard, positions, shard_folder, whole_folder
 from logo.evaluation.study import find_tasks
+from logo.rows import Row, file_sha256, read_rows
 
 DATA_DIR = "./data"
 

@@ -25,14 +25,9 @@ from typing import Any
 
 from logo.errors import StorageError, UsageError
 from logo.evaluation.differences import differences, told
-from logo.evaluation.folders import sync_folder
+from logo.folders import sync_folder
 
 _LINE = re.compile(rb'\{"check": "([0-9a-f]{64})", "content": (.*)\}\n', re.DOTALL)
-
-
-def fingerprint(content: Mapping[str, object]) -> str:
-    """The SHA-256 of a run's settings and data, in hex; values that JSON does not know count as text."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

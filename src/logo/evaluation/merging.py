@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from logo.errors import DataError, UsageError
-from logo.evaluation.datasets import Row
 from logo.evaluation.differences import differences, told
 from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
@@ -24,6 +23,7 @@ from logo.evaluation.runner import DatasetResult, common_columns
 from logo.evaluation.runs import Place, find_results
 from logo.evaluation.shards import Shard, positions
 from logo.evaluation.standing import standing
+from logo.rows import Row
 
 _BOUND = ("learnt_sha256", "environments")  # beside its identity, what a whole result is told by
 _NEEDED = ("identity", "fingerprint", "pool", "forms", "score_columns", *_BOUND)  # by what is put together

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from logo.errors import DataError, StorageError
-from logo.evaluation.datasets import dataset_file, file_sha256, read_rows
+from logo.evaluation.datasets import dataset_file
+from logo.rows import file_sha256, read_rows
 
 ROWS = "rows.json"
 

@@ -16,14 +16,14 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
+from logo.digests import fingerprint
 from logo.errors import StorageError, UsageError
 from logo.evaluation.corpus import Extra, extra_metrics, mean_of
-from logo.evaluation.datasets import Row
-from logo.evaluation.folders import check_writable, replace_folder
 from logo.evaluation.intervals import Interval
-from logo.evaluation.journal import fingerprint
 from logo.evaluation.metrics import Kind, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
+from logo.folders import check_writable, replace_folder
+from logo.rows import Row
 
 __all__ = [
     "LOGO",

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from logo.digests import fingerprint
 from logo.errors import StorageError, UsageError
 from logo.evaluation.differences import differences, told
-from logo.evaluation.folders import make_folder
 from logo.evaluation.jobs import Job
-from logo.evaluation.journal import Journal, fingerprint, written
+from logo.evaluation.journal import Journal, written
 from logo.evaluation.standing import Standing, standing
+from logo.folders import make_folder
 
 
 @dataclass(frozen=True)

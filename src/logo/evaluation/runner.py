@@ -16,9 +16,9 @@ from typing import Any
 
 from logo.errors import UsageError
 from logo.evaluation.batches import Engine, Failure, GenerationLike, SelectionLike, in_batches
-from logo.evaluation.datasets import Row
 from logo.evaluation.journal import Journal
 from logo.evaluation.metrics import Kind, Value, first_line, measure, metric_kind
+from logo.rows import Row
 
 __all__ = [
     "Answered",

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from logo.baselines.method import Answering, Learned, Task
 from logo.errors import UsageError
-from logo.evaluation.datasets import Row
 from logo.evaluation.identity import engine_identity, environment, order_dependence, rows_digest
 from logo.evaluation.jobs import Job, train_rows, trained_and_tested
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
@@ -34,6 +33,7 @@ from logo.evaluation.resume import (
     plan,
 )
 from logo.evaluation.runner import Answered, pieces
+from logo.rows import Row
 
 if TYPE_CHECKING:
     from logo.baselines import Method

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from logo.errors import DataError, UsageError, closest
-from logo.evaluation.datasets import Row, read_rows
-from logo.evaluation.folders import replace_file
 from logo.evaluation.identity import digests, environment, pool_digests, rows_digest
 from logo.evaluation.journal import Journal
 from logo.evaluation.results import versions
 from logo.evaluation.summary import Measured, Section, summary
+from logo.folders import replace_file
+from logo.rows import Row, read_rows
 
 if TYPE_CHECKING:
     from logo.engine import LoGo

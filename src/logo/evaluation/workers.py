@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 from logo.backends.items import Elsewhere, Item, Lost
 from logo.backends.ray import Shared, Workers
 from logo.baselines.method import Answering
+from logo.digests import library_versions
 from logo.errors import LoGoError, UsageError
 from logo.evaluation.batches import OUT_OF_MEMORY
-from logo.evaluation.datasets import Row
-from logo.evaluation.identity import library_versions
 from logo.evaluation.jobs import Job
 from logo.evaluation.resume import Plan, Wish
 from logo.evaluation.runner import Piece, pieces
@@ -27,6 +26,7 @@ from logo.evaluation.session import Evaluation, Facts, Session, Underway
 from logo.evaluation.study import Arms, Task
 from logo.evaluation.study import Facts as StudyFacts
 from logo.evaluation.summary import Measured
+from logo.rows import Row
 
 if TYPE_CHECKING:
     from logo.baselines import Method

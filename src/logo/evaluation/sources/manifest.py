@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from logo.errors import DataError, LoGoError, StorageError
-from logo.evaluation.datasets import dataset_file, file_sha256, load_rows
-from logo.evaluation.folders import locked, replace_file
+from logo.evaluation.datasets import dataset_file, load_rows
+from logo.folders import locked, replace_file
+from logo.rows import file_sha256
 
 NAME = "manifest.json"
 VERSION = 1

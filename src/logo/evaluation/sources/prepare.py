@@ -9,14 +9,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from logo.evaluation.datasets import dataset_file, file_sha256
-from logo.evaluation.folders import replace_folder
+from logo.evaluation.datasets import dataset_file
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.sources.declarations import SPLITS, Declaration
 from logo.evaluation.sources.instances import Instance, Instances, columns_of, draw, make_instances
 from logo.evaluation.sources.manifest import Entry, add_to_manifest
 from logo.evaluation.sources.places import Place, fetch, find_local
 from logo.evaluation.sources.readers import read_raw
+from logo.folders import replace_folder
+from logo.rows import file_sha256
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logo.errors import StorageError
-from logo.evaluation.folders import check_writable, replace_folder
+from logo.folders import check_writable, replace_folder
 
 OLD = {"a.json": "[1]", "b.json": "[2]"}
 NEW = {"a.json": "[10]", "c.json": "[30]"}
@@ -126,7 +126,7 @@ LIMITED = """
     import resource, sys
     from pathlib import Path
     from logo.errors import StorageError
-    from logo.evaluation.folders import check_writable, replace_folder
+    from logo.folders import check_writable, replace_folder
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may grow beyond this
     try:
@@ -154,7 +154,7 @@ def test_a_real_limit_on_the_size_of_files(tmp_path: Path) -> None:
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from logo.evaluation import folders
+    from logo import folders
 
     real, calls = getattr(os, sys.argv[2]), 0
 
@@ -222,7 +222,7 @@ def test_writers_at_the_same_time_do_not_mix(tmp_path: Path) -> None:
     code = """
         import sys
         from pathlib import Path
-        from logo.evaluation.folders import replace_folder
+        from logo.folders import replace_folder
         for _ in range(8):
             replace_folder(Path(sys.argv[1]), {name: sys.argv[2] for name in "abc"})
     """

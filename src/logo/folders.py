@@ -1,4 +1,4 @@
-"""A folder of text files, or one file, that changes as one: complete and new, or as it was.
+"""A folder of files, or one file, that changes as one: complete and new, or as it was.
 
 The files are written and synced in a hidden sibling (`.{name}.new-*`), which then takes the folder's place by rename.
 The old folder steps aside first (`.{name}.old-*`), because a folder cannot be renamed onto one that is not empty; if
@@ -24,13 +24,13 @@ from logo.errors import StorageError
 _PROBE_BYTES = 1 << 20  # a disk without room for this much has no room for results
 
 
-def replace_folder(folder: Path, texts: Mapping[str, str], *, owned: Collection[str] = ()) -> None:
-    """Make `folder` hold `texts` (by file name). Of its earlier entries those in `owned` or `texts` go, others stay.
+def replace_folder(folder: Path, files: Mapping[str, str | bytes], *, owned: Collection[str] = ()) -> None:
+    """Make `folder` hold `files` (content by name). Of its earlier entries those in `owned` or `files` go, others stay.
 
     Raises:
         StorageError: it cannot be written; the folder and its files are as before.
     """
-    replaced = {*owned, *texts}
+    replaced = {*owned, *files}
     try:
         target = folder.resolve()  # a link keeps its target's place, and its target's disk
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,8 @@ def replace_folder(folder: Path, texts: Mapping[str, str], *, owned: Collection[
             new = _beside(target, "new", secrets.token_hex(4))
             try:
                 new.mkdir()
-                for name, text in texts.items():
-                    _write(new / name, text)
+                for name, content in files.items():
+                    _write(new / name, content)
                 sync_folder(new)
                 _swap(new, target, replaced)
             finally:
@@ -152,9 +152,9 @@ def _clean(folder: Path, replaced: Collection[str]) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _write(file: Path, text: str) -> None:
-    with open(file, "w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
+def _write(file: Path, content: str | bytes) -> None:
+    with open(file, "wb") as stream:
+        stream.write(content.encode("utf-8") if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
 
