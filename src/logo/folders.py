@@ -152,6 +152,25 @@ def _clean(folder: Path, replaced: Collection[str]) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def recovered(parent: Path) -> list[Path]:
+    """The folders in `parent`, hidden ones left out; one that a writer that died had put aside is back in its place.
+
+    Raises:
+        StorageError: they cannot be listed or put back.
+    """
+    if not parent.is_dir():
+        return []
+    try:
+        with locked(parent):
+            for path in sorted(parent.iterdir()):
+                name, aside, _ = path.name[1:].rpartition(".old-")
+                if path.name.startswith(".") and aside and not (parent / name).exists():
+                    os.rename(path, parent / name)
+        return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise StorageError(f"folder {str(parent)!r}: cannot be read ({error.strerror or error})") from error
+
+
 def _write(file: Path, content: str | bytes) -> None:
     with open(file, "wb") as stream:
         stream.write(content.encode("utf-8") if isinstance(content, str) else content)

@@ -24,6 +24,7 @@ from logo.cli import (
     serve,
     study,
     sweep,
+    train,
 )
 
 EPILOG = (
@@ -75,6 +76,7 @@ app.command("generate")(generate.generate)
 app.command("select")(select.select)
 app.command("serve")(serve.serve)
 app.command("plan")(plan.plan)
+app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge-results")(merge_results.merge_results)
 app.command("compare")(compare.compare)

@@ -1,0 +1,224 @@
+"""`logo train`: makes a pool from a folder of examples."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.opening import device_of
+from logo.cli.options import EngineOptions, expanded
+from logo.cli.output import err, note, out, print_json
+from logo.cli.places import absolute, check_alone, check_devices, starting
+from logo.cli.train_options import CourseOptions, DeviceOptions, RecipeOptions
+
+if TYPE_CHECKING:
+    from logo.backends.cluster import Layout
+    from logo.training.plan import Plan
+    from logo.training.running import Trained
+    from logo.training.trainer import Status
+
+SHOWN = 24  # rows of the table of progress
+RUNNING = "running"
+
+
+@expanded
+def train(
+    recipe: RecipeOptions,
+    course: CourseOptions,
+    device: DeviceOptions,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of TASK.jsonl, TASK.csv or TASK.parquet; or a data set on the Hub, `org/name`, whose "
+            "configurations are tasks.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--out", "-o", metavar="POOL", help="Folder of the pool.")],
+    base_model: Annotated[str, typer.Option(help="Hub id, folder, short name or `demo`.")] = "demo",
+    only: Annotated[str, typer.Option(help="Names or patterns of tasks, `a,b*`; empty: all.")] = "",
+    columns: Annotated[
+        str, typer.Option(metavar="PROMPT,COMPLETION", help="Columns of CSV and Parquet files and on the Hub.")
+    ] = "context,completion",
+    json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Make a pool: one LoRA adapter per task, many trained at once.
+
+    A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` that ends with the assistant's answer. The
+    same command goes on where a run was interrupted, and makes the adapters of tasks that were added since.
+
+    Example: `logo train --base-model Qwen/Qwen2.5-0.5B --tasks examples/ --out pool/ --lr 1e-3 --epochs 2`
+    """
+    from logo.training.plan import USUAL_AT_ONCE
+    from logo.training.running import Wanted
+    from logo.training.running import train as run
+    from logo.training.tasks import find_tasks
+    from logo.training.trainer import Opening
+
+    recipes = recipe.recipes()
+    layout = _layout(course, device)
+    found = find_tasks(tasks, only=only, columns=[name.strip() for name in columns.split(",")])
+    opening = Opening(
+        base_model=absolute(base_model),
+        model_dir=os.path.abspath(device.model_dir),
+        device=device_of(device.gpu) if layout is None else "auto",
+        dtype=device.dtype,
+        device_map=device.device_map,
+        pass_tokens=course.pass_tokens,
+        recompute=course.recompute,
+    )
+    share = -(-len(found.tasks) // (layout.count or 1)) if layout is not None else USUAL_AT_ONCE
+    at_once = course.at_once or max(1, min(share, USUAL_AT_ONCE))
+    root = output.absolute()
+    wanted = Wanted(found, recipes, root, opening, at_once, course.checkpoint_every, course.retrain)
+    note("loading the base model" if layout is None else starting(layout, "processes"))
+    with Screen() as screen:
+        trained = run(wanted, layout, screen.tell, screen.planned)
+    if json:
+        print_json({"pool": str(output), **asdict(trained)})
+    else:
+        _print(output, trained)
+    if trained.failed:
+        raise typer.Exit(1)
+
+
+def _layout(course: CourseOptions, device: DeviceOptions) -> Layout | None:
+    """The processes that are asked for; None: this one trains."""
+    if course.jobs is None and course.ray is None:
+        given = {"--gpus-per-worker": course.gpus_per_worker, "--cpus-per-worker": course.cpus_per_worker}
+        check_alone({name: value is not None for name, value in given.items()}, "--jobs")
+        return None
+    check_devices(EngineOptions(gpu=device.gpu, device_map=device.device_map), "processes", "--gpus-per-worker")
+    from logo.backends.cluster import LOCAL, Layout
+
+    return Layout(
+        course.jobs, course.ray or LOCAL, course.gpus_per_worker, course.cpus_per_worker, deadline=float("inf")
+    )
+
+
+class Screen:
+    """What is seen while a pool is trained: a table of the tasks that run, or now and then a line where it is piped."""
+
+    _LINE_EVERY = 30.0
+
+    def __init__(self) -> None:
+        self._live = Live(console=err, refresh_per_second=2, transient=True) if err.is_terminal else None
+        self._states: dict[str, Status] = {}
+        self._expected: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Screen:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def planned(self, plan: Plan) -> None:
+        """Says what there is to do."""
+        self._expected = {task.name: task.tokens for group in plan.groups for task in group.tasks}
+        count = len(self._expected)
+        done = f", {len(plan.done)} stand already" if plan.done else ""
+        note(f"adapters to train: {count}, in groups: {len(plan.groups)}{done}")
+
+    def tell(self, states: Sequence[Status]) -> None:
+        """Shows how far tasks are."""
+        now = time.monotonic()
+        for state in states:
+            self._began.setdefault(state.task, (now, state.tokens))
+            self._states[state.task] = state
+        if self._live is not None:
+            self._live.update(self._table(now))
+        elif now - self._said >= self._LINE_EVERY:
+            self._said = now
+            err.print(self._line(now), markup=False)
+
+    def _line(self, now: float) -> str:
+        ended = sum(state.status != RUNNING for state in self._states.values())
+        speed, left = self._pace(now)
+        steps = [f"{one.task} {one.step}/{one.steps}" for one in self._states.values() if one.status == RUNNING]
+        return f"{ended} of {len(self._expected)} done · {speed:.0f} tokens/s · eta {left} · {', '.join(steps[:4])}"
+
+    def _pace(self, now: float) -> tuple[float, str]:
+        """Tokens per second since this run began, and the time that is left at that pace."""
+        since = min((began for began, _ in self._began.values()), default=now)
+        tokens = sum(state.tokens - self._began[name][1] for name, state in self._states.items())
+        speed = tokens / (now - since) if now > since else 0.0
+        known = self._states
+        left = sum(
+            0.0
+            if name in known and known[name].status != RUNNING
+            else max(0.0, expected - (known[name].tokens if name in known else 0))
+            for name, expected in self._expected.items()
+        )
+        return speed, _clock(left / speed) if speed else "?"
+
+    def _table(self, now: float) -> Table:
+        speed, left = self._pace(now)
+        ended = sum(state.status != RUNNING for state in self._states.values())
+        title = f"{ended} of {len(self._expected)} tasks done · {speed:.0f} tokens/s · eta {left}"
+        table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+        table.add_column("task", overflow="ellipsis", no_wrap=True)
+        for name in ("step", "loss", "held out"):
+            table.add_column(name, justify="right")
+        table.add_column("")
+        states = sorted(self._states.values(), key=lambda one: (one.status != RUNNING, one.task))
+        for state in states[:SHOWN]:
+            table.add_row(
+                Text(state.task),
+                f"{state.step}/{state.steps}",
+                "" if state.loss is None else f"{state.loss:.3f}",
+                "" if state.held_out is None else f"{state.held_out:.3f}",
+                Text("" if state.status == RUNNING else state.status, style="dim"),
+            )
+        if len(states) > SHOWN:
+            table.add_row(Text(f"and {len(states) - SHOWN} more", style="dim"), "", "", "", "")
+        return table
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _print(output: Path, trained: Trained) -> None:
+    from logo.training.pool import record_of
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("adapter", "steps", "best", "loss", "held out", ""):
+        table.add_column(name, justify="left" if name in ("adapter", "") else "right")
+    for name in trained.trained:
+        course = (record_of(output / name) or {}).get("course", {})
+        held_out, loss = course.get("held_out_loss"), course.get("train_loss")
+        table.add_row(
+            Text(name),
+            str(course.get("steps")),
+            str(course.get("best_step")),
+            "" if loss is None else f"{loss:.3f}",
+            "" if held_out is None else f"{held_out:.3f}",
+            Text("" if course.get("status") == "done" else str(course.get("status")), style="dim"),
+        )
+    if trained.trained:
+        out.print(table)
+    for name, count in trained.cut.items():
+        out.print(f"{name}: {count} prompts were longer than --max-length and lost their beginning", markup=False)
+    for name, reason in trained.failed.items():
+        out.print(Text.assemble(("failed ", "red"), (name, "bold"), f": {reason}"))
+    stood = f", {len(trained.done)} stood already" if trained.done else ""
+    out.print(f"{output}: {len(trained.trained)} adapters trained{stood}, {len(trained.failed)} failed", markup=False)

@@ -1,0 +1,8 @@
+"""Making a pool: one adapter per task, many trained at once.
+
+    tasks (files of examples) -> examples (tokens) -> learners (one per task: factors, optimiser, order of its rows)
+      -> groups of learners that share every forward pass of the base model -> adapters, as PEFT writes them
+
+The base model is frozen. A row belongs to one adapter, and the gated product of `logo.mixing.gated` adds that adapter's
+update to that row alone, so one pass over rows of many tasks gives each adapter the gradient that it would have alone.
+"""

@@ -1,0 +1,75 @@
+"""Checkpoints of a group of learners: a folder that holds all of one moment, or of the moment before.
+
+<folder>/state.json            which tasks, recipes and rows; how far each is
+<folder>/tensors.safetensors   factors, moments of the optimisers, the best factors; by number of the learner
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from logo.errors import StorageError
+from logo.folders import replace_folder
+
+STATE, TENSORS = "state.json", "tensors.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A moment of a group.
+
+    Attributes:
+        members: task name -> everything that its adapter follows from (recipe, rows, base model), as digests.
+        courses: of each task, see `logo.training.learner.Course`.
+        tensors: of each task, see `Learner.tensors`.
+    """
+
+    members: Mapping[str, str]
+    courses: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+
+    def write(self, folder: Path) -> None:
+        """Puts it in place of what is in the folder.
+
+        Raises:
+            StorageError: it cannot be written; what was there still is.
+        """
+        names = list(self.members)
+        tensors = {
+            f"{number}.{key}": tensor.contiguous().cpu()
+            for number, name in enumerate(names)
+            for key, tensor in self.tensors.get(name, {}).items()
+        }
+        state = {"members": dict(self.members), "courses": {name: dict(self.courses[name]) for name in names}}
+        replace_folder(folder, {STATE: json.dumps(state, indent=1) + "\n", TENSORS: save(tensors)})
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """What is in a folder.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        flat = load_file(folder / TENSORS)
+        members = dict(state["members"])
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in members}
+        names: Sequence[str] = list(members)
+        for key, tensor in flat.items():
+            number, _, rest = key.partition(".")
+            tensors[names[int(number)]][rest] = tensor
+        return Checkpoint(members, {name: state["courses"][name] for name in names}, tensors)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise StorageError(
+            f"checkpoint {folder}: cannot be read ({reason}); remove it, and its tasks begin again"
+        ) from error

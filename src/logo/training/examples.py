@@ -1,0 +1,94 @@
+"""A task's rows as tokens: the prompt as it will be read when it is asked, and the completion that is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from logo.errors import DataError, LoGoError
+from logo.prompts import chat, cut_left, text_ids
+from logo.scoring import joined
+from logo.training.tasks import Pair, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row.
+
+    Attributes:
+        ids: tokens of the prompt and of the completion.
+        prompt: how many of them are the prompt's. The loss is that of the others.
+    """
+
+    ids: tuple[int, ...]
+    prompt: int
+
+    @property
+    def completion(self) -> int:
+        """Tokens that the loss counts."""
+        return len(self.ids) - self.prompt
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of a task, and of how many the prompt lost its beginning."""
+
+    rows: tuple[Example, ...]
+    cut: int
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int) -> Examples:
+    """The rows of a task as tokens.
+
+    A text ends with the tokenizer's end token, so that the adapter learns where to stop; an answer in a conversation
+    ends as the chat template ends it. Completions are encoded on their own, as `logo.scoring` does, because a prompt
+    keeps the tokens that it has when it is asked.
+
+    Raises:
+        DataError: a row cannot be encoded, or its completion is longer than `max_length` (names the row).
+    """
+    rows, cut = [], 0
+    for number, pair in enumerate(task.pairs, start=1):
+        try:
+            prompt, completion = _tokens(tokenizer, pair)
+        except LoGoError as error:
+            raise DataError(f"{task.source}, row {number}: {error}") from error
+        room = max_length - len(completion)
+        if room < 1 or not completion:
+            raise DataError(
+                f"{task.source}, row {number}: the completion has {len(completion)} tokens, and a row may have "
+                f"{max_length} with its prompt; shorten it, or raise --max-length"
+            )
+        cut += len(prompt) > room
+        kept = cut_left(tokenizer, prompt, room)
+        rows.append(Example((*kept, *completion), len(kept)))
+    return Examples(tuple(rows), cut)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], list[int]]:
+    """Of the prompt and of the completion."""
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if isinstance(pair.prompt, str):
+        return text_ids(tokenizer, pair.prompt), _ids(tokenizer, joined(pair.prompt, pair.completion)) + end
+    prompt = chat(tokenizer, pair.prompt)
+    if tokenizer.chat_template and prompt.text is not None:
+        whole = _conversation(tokenizer, [*pair.prompt, {"role": "assistant", "content": pair.completion}])
+        if whole.startswith(prompt.text):  # nearly all templates write an answer behind what asks for it
+            return list(prompt.ids), _ids(tokenizer, whole[len(prompt.text) :])
+    return list(prompt.ids), _ids(tokenizer, joined(prompt.text or "", pair.completion)) + end
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> str:
+    return str(tokenizer.apply_chat_template([dict(one) for one in messages], tokenize=False))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found

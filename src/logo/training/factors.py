@@ -1,0 +1,156 @@
+"""The factors of adapters while they are learned: one pair of matrices per module for all adapters of a group.
+
+    A (R, d_in)   B (R, d_out)      R = Σ r_i, as in the store; an adapter's parameters are its rows of them
+
+An adapter's parameters are views into the group's matrices. The forward pass multiplies by whole matrices, the
+optimiser of each adapter writes into its own rows, and nothing is copied between the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logo.adapters.layout import LinearShape, linear_shape
+from logo.errors import UsageError
+from logo.mixing.placement import device_of
+from logo.mixing.stacks import Stack
+from logo.training.recipe import Recipe
+
+
+class Factors:
+    """One adapter's `A (r, d_in)` and `B (r, d_out)` per module, in float32; PEFT's `lora_B` is `B` transposed.
+
+    They begin as PEFT's do: A as Kaiming's uniform distribution has it, B zero.
+
+    Args:
+        shapes: module path -> its sizes.
+        devices: module path -> where it computes.
+        r: the rank.
+        seed: of the beginning.
+        name: of the adapter; adapters of one seed and other names begin elsewhere.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, LinearShape],
+        devices: Mapping[str, torch.device],
+        r: int,
+        seed: int,
+        name: str,
+    ) -> None:
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        self.A: dict[str, nn.Parameter] = {}
+        self.B: dict[str, nn.Parameter] = {}
+        for path, shape in sorted(shapes.items()):
+            A = torch.empty(r, shape.in_features)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+            self.A[path] = nn.Parameter(A.to(devices[path]))
+            self.B[path] = nn.Parameter(torch.zeros(r, shape.out_features, device=devices[path]))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them, in the order of paths, A before B."""
+        return [self.A[path] for path in self.A] + [self.B[path] for path in self.B]
+
+    def copy(self) -> dict[str, Tensor]:
+        """What they are now, by `A.path` and `B.path`."""
+        return {key: tensor.detach().clone() for key, tensor in self._named()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes them what `copy` gave."""
+        with torch.no_grad():
+            for key, tensor in self._named():
+                tensor.copy_(tensors[key])
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(f"A.{path}", A) for path, A in self.A.items()] + [(f"B.{path}", B) for path, B in self.B.items()]
+
+
+class Bank:
+    """The factors of several adapters, as one stack per module.
+
+    Args:
+        factors: of each adapter; their parameters are moved into the bank, and stay what they are for optimisers.
+
+    Attributes:
+        stacks: module path -> all adapters that touch it. Their tensors have gradients.
+    """
+
+    def __init__(self, factors: Sequence[Factors]) -> None:
+        self.stacks: dict[str, Stack] = {}
+        self._parts: list[tuple[Tensor, slice, nn.Parameter]] = []
+        owners: dict[tuple[Any, ...], Tensor] = {}
+        for path in dict.fromkeys(path for one in factors for path in one.A):
+            members = [(number, one) for number, one in enumerate(factors) if path in one.A]
+            A = self._joined([one.A[path] for _, one in members])
+            B = self._joined([one.B[path] for _, one in members])
+            owner = [number for number, one in members for _ in range(len(one.A[path]))]
+            # Modules that the same adapters touch share one tensor, and so the gates made from it.
+            key = (A.device, *owner)
+            if key not in owners:
+                owners[key] = torch.tensor(owner, device=A.device)
+            self.stacks[path] = Stack(A, B, owners[key])
+
+    def _joined(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """One tensor, of which these parameters become the rows."""
+        whole = torch.cat([parameter.detach() for parameter in parameters]).requires_grad_()
+        start = 0
+        for parameter in parameters:
+            rows = slice(start, start + len(parameter))
+            parameter.data = whole.detach()[rows]
+            parameter.grad = None
+            self._parts.append((whole, rows, parameter))
+            start = rows.stop
+        return whole
+
+    def clear(self) -> None:
+        """Forgets gradients."""
+        for whole, _, parameter in self._parts:
+            whole.grad = parameter.grad = None
+
+    def collect(self) -> None:
+        """Gives each parameter its rows of the gradients."""
+        for whole, rows, parameter in self._parts:
+            if whole.grad is not None:
+                parameter.grad = whole.grad[rows]
+
+
+def adapted(model: Any, recipe: Recipe) -> dict[str, LinearShape]:
+    """The modules that a recipe adapts, as PEFT finds them: path -> sizes.
+
+    Args:
+        model: on the meta device; it is changed.
+
+    Raises:
+        UsageError: it adapts none, or one that is not linear or the output head.
+    """
+    from peft import inject_adapter_in_model
+
+    shapes = {path: linear_shape(module) for path, module in model.named_modules()}
+    head = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}
+    asked = ", ".join(recipe.targets)
+    try:
+        injected = inject_adapter_in_model(recipe.lora(), model)
+    except ValueError as error:  # no module of these names, or one of another kind
+        raise UsageError(f"targets {asked}: {' '.join(str(error).split())}") from None
+    found = [path for path, module in injected.named_modules() if hasattr(module, "lora_A")]
+    made: dict[str, LinearShape] = {}
+    for path in found:
+        shape = shapes[path]
+        if shape is None or path in head:
+            what = "the output head" if path in head else "not a linear module"
+            raise UsageError(f"targets {asked}: {path} is {what}, which cannot be trained here; leave it out")
+        made[path] = shape
+    return made
+
+
+def devices_of(model: nn.Module, paths: Sequence[str]) -> dict[str, torch.device]:
+    """Where modules compute."""
+    return {path: device_of(model.get_submodule(path)) for path in paths}

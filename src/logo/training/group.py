@@ -1,0 +1,225 @@
+"""Learners that share every forward pass of the base model.
+
+A round is one optimiser step of each learner that still runs: their batches are cut into passes over rows of all of
+them, and each gets the gradient of its own mean loss. What is not finite ends the learner that it comes from, and the
+round is made again without it, so the others never see it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logo.errors import TrainingError
+from logo.training.checkpoint import Checkpoint, read_checkpoint
+from logo.training.examples import Example
+from logo.training.factors import Bank
+from logo.training.learner import Learner
+from logo.training.passes import Limits, Owned, checkpointing, cut, laid_out, losses
+
+# A mean loss of so many times that of guessing among all words alike is an explosion.
+_EXPLODED = 3.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen model that a group learns on.
+
+    Attributes:
+        model: in evaluation mode, without gradients of its own.
+        pad: a token to pad rows with.
+        vocabulary: how many tokens it predicts.
+        limits: of a pass.
+        device: where rows are read.
+        recompute: activations are computed again in the backward pass instead of being kept.
+    """
+
+    model: Any
+    pad: int
+    vocabulary: int
+    limits: Limits
+    device: torch.device
+    recompute: bool = False
+
+
+class Group:
+    """Learns adapters together.
+
+    Args:
+        base: what they are learned on.
+        learners: one for each task.
+        members: name -> digest of everything that an adapter follows from.
+        folder: where the group's checkpoint is, or will be; what it holds is gone on from.
+        save: is given each learner that has ended, once it has.
+        every: seconds between two checkpoints.
+
+    Raises:
+        StorageError: there is a checkpoint that cannot be read.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        learners: Sequence[Learner],
+        members: Mapping[str, str],
+        folder: Path,
+        save: Callable[[Learner], None],
+        every: float = 60.0,
+    ) -> None:
+        self._base, self.learners, self._members = base, list(learners), members
+        self._folder, self._save, self._every = folder, save, every
+        if folder.is_dir():
+            self._go_on(read_checkpoint(folder))
+
+    def run(self, on_round: Callable[[], None] | None = None) -> None:
+        """Learns until every learner has ended, and saves each.
+
+        Raises:
+            StorageError: something cannot be written. The last checkpoint stays, to go on from.
+        """
+        kept_at = time.monotonic()
+        if not self._folder.is_dir():
+            self.keep()
+        with checkpointing(self._base.model, self._base.recompute):
+            running = [learner for learner in self.learners if learner.running]
+            bank = Bank([learner.factors for learner in running])
+            while running:
+                self._round(running, bank)
+                self._measure(running, bank)
+                left = [learner for learner in running if learner.running]
+                if on_round is not None:
+                    on_round()
+                if len(left) < len(running):
+                    for learner in running:
+                        if not learner.running:
+                            self._save(learner)
+                    running, bank = left, Bank([learner.factors for learner in left])
+                if time.monotonic() - kept_at >= self._every:
+                    self.keep()
+                    kept_at = time.monotonic()
+
+    def keep(self) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            StorageError: it cannot be written; the one before stays.
+        """
+        Checkpoint(
+            self._members,
+            {learner.name: learner.course.as_dict() for learner in self.learners},
+            {learner.name: learner.tensors() for learner in self.learners},
+        ).write(self._folder)
+
+    def _go_on(self, checkpoint: Checkpoint) -> None:
+        for learner in self.learners:
+            if checkpoint.courses[learner.name]["step"]:
+                learner.load(checkpoint.courses[learner.name], checkpoint.tensors[learner.name])
+            if not learner.running:
+                self._save(learner)
+
+    # -- one round --------------------------------------------------------------------------------------------------
+
+    def _round(self, running: Sequence[Learner], bank: Bank) -> None:
+        """A step of each of these, but of those that diverge."""
+        batches = {learner: learner.batch() for learner in running}
+        while batches:
+            means = self._gradients(running, batches, bank)
+            wrong = {learner: reason for learner, mean in means.items() if (reason := self._wrong(mean))}
+            wrong = wrong or self._overflowing(running, batches, bank)
+            if not wrong:
+                for learner, batch in batches.items():
+                    learner.step(means[learner], batch)
+                return
+            for learner, reason in wrong.items():
+                learner.diverge(f"at step {learner.course.step + 1} {reason}")
+                del batches[learner]
+
+    def _overflowing(
+        self, running: Sequence[Learner], batches: Mapping[Learner, Sequence[Example]], bank: Bank
+    ) -> dict[Learner, str]:
+        """Whose gradients are not finite, and why that ends it; where all are finite, they are cut to their norms.
+
+        Raises:
+            TrainingError: each is finite alone.
+        """
+        norms = {learner: learner.gradient_norm() for learner in batches}
+        suspects = [learner for learner, norm in norms.items() if not math.isfinite(norm)]
+        wrong = {}
+        for learner in suspects:  # rows of others were read in the same pass; whose fault it is shows alone
+            self._gradients(running, {learner: batches[learner]}, bank)
+            if not math.isfinite(learner.gradient_norm()):
+                wrong[learner] = "its gradient is not finite"
+        if suspects and not wrong:
+            names = ", ".join(learner.name for learner in suspects)
+            raise TrainingError(
+                f"the gradients of {names} are finite alone and not together: the base model overflows; try "
+                "--dtype float32"
+            )
+        return wrong
+
+    def _gradients(
+        self, running: Sequence[Learner], batches: Mapping[Learner, Sequence[Example]], bank: Bank
+    ) -> dict[Learner, float]:
+        """The mean loss of each batch, and its gradient in the parameters of its learner."""
+        bank.clear()
+        tokens = {learner: sum(example.completion for example in batch) for learner, batch in batches.items()}
+        shares = torch.tensor([1 / tokens[learner] if learner in tokens else 0.0 for learner in running])
+        sums = self._passes(running, batches, bank, shares)
+        bank.collect()
+        return {learner: sums[learner] / tokens[learner] for learner in batches}
+
+    def _passes(
+        self,
+        running: Sequence[Learner],
+        rows: Mapping[Learner, Sequence[Example]],
+        bank: Bank,
+        shares: Tensor | None,
+    ) -> dict[Learner, float]:
+        """Reads rows in as few passes as they need: the loss of each learner's rows, summed over tokens.
+
+        Args:
+            shares: (learners,): what a token's loss counts in the gradient; None: there is none.
+        """
+        place = {learner: number for number, learner in enumerate(running)}
+        owned = [Owned(place[learner], example) for learner, examples in rows.items() for example in examples]
+        scales = [learner.recipe.scaling for learner in running]
+        sums = torch.zeros(len(running), dtype=torch.float64)
+        device = self._base.device
+        for part in cut(owned, self._base.limits):
+            read = laid_out(part, scales, self._base.pad, device)
+            weights = None if shares is None else shares.to(device)[read.owners]
+            with torch.set_grad_enabled(shares is not None):
+                found = losses(self._base.model, bank, read, weights)
+            sums.index_add_(0, read.owners.cpu(), found.double().cpu())
+        return {learner: float(sums[place[learner]]) for learner in rows}
+
+    def _wrong(self, loss: float) -> str | None:
+        """Why a batch's mean loss is a reason to stop, in words."""
+        guessing = math.log(self._base.vocabulary)
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        if loss > _EXPLODED * guessing:
+            return f"its loss is {loss:.1f}, where guessing among all words has {guessing:.1f}"
+        return None
+
+    def _measure(self, running: Sequence[Learner], bank: Bank) -> None:
+        due = [learner for learner in running if learner.running and learner.due]
+        held_out = {learner: learner.held_out for learner in due if learner.held_out}
+        sums = self._passes(running, held_out, bank, None) if held_out else {}
+        for learner in due:
+            if learner not in sums:
+                learner.measured(None)
+                continue
+            mean = sums[learner] / sum(example.completion for example in learner.held_out)
+            wrong = self._wrong(mean)
+            if wrong:
+                learner.diverge(f"after step {learner.course.step}, on held-out rows, {wrong}")
+            else:
+                learner.measured(mean)

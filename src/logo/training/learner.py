@@ -1,0 +1,228 @@
+"""One adapter while it is learned: its rows and their order, its optimiser, how far it is, and the best that it was.
+
+Nothing here depends on other adapters. What it has come to is a value (`State`) from which it goes on bit by bit as if
+it had never been interrupted: the order of rows and the learning rate follow from the step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logo.training.examples import Example
+from logo.training.factors import Factors
+from logo.training.recipe import Recipe
+
+RUNNING, DONE, EARLY, DIVERGED = "running", "done", "early", "diverged"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How good an adapter was after some steps.
+
+    Attributes:
+        step: how many it had made.
+        train: mean loss per token of the steps since the last measurement, in nats.
+        held_out: of the held-out rows; None where there are none.
+    """
+
+    step: int
+    train: float
+    held_out: float | None
+
+    @property
+    def loss(self) -> float:
+        """By which the best is found."""
+        return self.train if self.held_out is None else self.held_out
+
+
+@dataclass
+class Course:
+    """How far a task is, as JSON.
+
+    Attributes:
+        step: optimiser steps made.
+        tokens: of the rows it has learned from; of a row that was learned from twice, twice.
+        status: `running`, or why it has ended: `done`, `early` (no better for some time) or `diverged`.
+        reason: in words, of a task that diverged.
+        measured: all measurements.
+        best: the number of steps after which it was best; None: not measured yet.
+        recent: loss and completion tokens of each step since the last measurement.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    status: str = RUNNING
+    reason: str | None = None
+    measured: list[Measurement] = field(default_factory=list)
+    best: int | None = None
+    recent: list[tuple[float, int]] = field(default_factory=list)
+
+    @property
+    def last_loss(self) -> float | None:
+        """Of the last step, or of those before the last measurement."""
+        if self.recent:
+            return self.recent[-1][0]
+        return self.measured[-1].train if self.measured else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Course:
+        """What `as_dict` gave."""
+        measured = [Measurement(**one) for one in value["measured"]]
+        return cls(**{**value, "measured": measured, "recent": [tuple(one) for one in value["recent"]]})
+
+
+class Learner:
+    """One adapter that is learned.
+
+    Args:
+        name: of the task.
+        recipe: its shape and schedule.
+        rows: of the task, of which some are held out.
+        factors: where it begins.
+
+    Attributes:
+        name, recipe, factors: the same.
+        held_out: rows on which it is measured.
+        steps: that it makes at most.
+        course: how far it is.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, rows: Sequence[Example], factors: Factors) -> None:
+        self.name, self.recipe, self.factors = name, recipe, factors
+        order = list(range(len(rows)))
+        random.Random(f"{recipe.seed} {name} held out").shuffle(order)
+        count = recipe.held_out_rows(len(rows))
+        self.held_out = [rows[place] for place in sorted(order[:count])]
+        self._rows = [rows[place] for place in sorted(order[count:])]
+        self.steps = recipe.length(len(self._rows))
+        self.course = Course()
+        self._best: dict[str, Tensor] = {}
+        parameters = factors.parameters
+        self._optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+        self._share = _schedule(recipe, self.steps, self._optimizer)
+
+    # -- learning ---------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether it goes on."""
+        return self.course.status == RUNNING
+
+    def batch(self) -> list[Example]:
+        """The rows of the next step."""
+        size = self.recipe.batch_size
+        per_epoch = -(-len(self._rows) // size)
+        epoch, place = divmod(self.course.step, per_epoch)
+        order = self._order(epoch)
+        return [self._rows[row] for row in order[place * size : (place + 1) * size]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = list(range(len(self._rows)))
+            random.Random(f"{self.recipe.seed} {self.name} {epoch}").shuffle(order)
+            self._epoch = epoch, order
+        return self._epoch[1]
+
+    _epoch: tuple[int, list[int]] | None = None
+
+    def gradient_norm(self) -> float:
+        """Of the gradient that was collected; it is cut to the recipe's largest norm."""
+        return float(torch.nn.utils.clip_grad_norm_(self.factors.parameters, self.recipe.clip))
+
+    def step(self, loss: float, batch: Sequence[Example]) -> None:
+        """Makes a step along the gradient that was collected from a batch, whose mean loss is given."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.recipe.lr * self._share(self.course.step)
+        self._optimizer.step()
+        self.course.step += 1
+        self.course.tokens += sum(map(len, batch))
+        self.course.recent.append((loss, sum(example.completion for example in batch)))
+
+    # -- measuring --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _measured_at(self) -> frozenset[int]:
+        count = min(self.recipe.evaluations, self.steps)
+        return frozenset(round(self.steps * (number + 1) / count) for number in range(count))
+
+    @property
+    def due(self) -> bool:
+        """Whether it is to be measured now."""
+        last = self.course.measured[-1].step if self.course.measured else 0
+        return self.course.step in self._measured_at and last != self.course.step
+
+    def measured(self, held_out: float | None) -> None:
+        """Takes note of a measurement: keeps the factors where they are the best so far, and ends where it is time."""
+        course = self.course
+        weight = sum(tokens for _, tokens in course.recent)
+        train = sum(loss * tokens for loss, tokens in course.recent) / weight
+        course.measured.append(Measurement(course.step, train, held_out))
+        course.recent.clear()
+        best = next((one for one in course.measured if one.step == course.best), None)
+        if best is None or course.measured[-1].loss < best.loss:
+            course.best, self._best = course.step, self.factors.copy()
+        since = sum(one.step > (course.best or 0) for one in course.measured)
+        if course.step >= self.steps:
+            course.status = DONE
+        elif self.recipe.patience is not None and self.held_out and since >= self.recipe.patience:
+            course.status = EARLY
+
+    def diverge(self, reason: str) -> None:
+        """Ends it, with the best that it was."""
+        self.course.status, self.course.reason = DIVERGED, reason
+
+    @property
+    def best(self) -> dict[str, Tensor] | None:
+        """The factors where they were best, as `Factors.copy`; None if it was never measured."""
+        return self._best or None
+
+    # -- keeping ----------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that it has come to, besides its course."""
+        kept = {f"now.{key}": tensor for key, tensor in self.factors.copy().items()}
+        kept |= {f"best.{key}": tensor for key, tensor in self._best.items()}
+        for number, parameter in enumerate(self.factors.parameters):
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                kept[f"adam.{number}.{key}"] = value.detach().clone()
+        return kept
+
+    def load(self, course: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Makes it what it was when it was kept."""
+        self.course = Course.of(course)
+        self.factors.load(_below("now.", tensors))
+        self._best = {key: tensor.to(self._device_of(key)) for key, tensor in _below("best.", tensors).items()}
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for number, parameter in enumerate(self.factors.parameters):
+            found = _below(f"adam.{number}.", tensors)
+            if found:
+                state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
+        self._optimizer.state.update(state)
+
+    def _device_of(self, key: str) -> torch.device:
+        side, _, path = key.partition(".")
+        return (self.factors.A if side == "A" else self.factors.B)[path].device
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _schedule(recipe: Recipe, steps: int, optimizer: torch.optim.Optimizer) -> Any:
+    """Step -> the share of the learning rate that counts then, as transformers' schedulers have it."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule
+    warmup = round(recipe.warmup * steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]

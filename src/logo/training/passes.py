@@ -1,0 +1,179 @@
+"""Forward passes over rows that belong to different adapters: what is read together, and what is lost in it.
+
+Rows are sorted by length and cut into passes, so that little is padded. Logits are computed where a completion is, and
+nowhere else: with 262,000 words in the vocabulary those of whole rows would be most of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logo.mixing.gated import GatedLoRA, Gates
+from logo.training.examples import Example
+from logo.training.factors import Bank
+
+# Numbers that the logits of a pass may have: 0.5 GB in float32, and as much again twice in the backward pass.
+MAX_LOGITS = 2**27
+
+
+# What a pass costs besides its tokens, in tokens. On a CPU short passes multiply nearly as fast as long ones; other
+# devices are not busy with a few hundred tokens.
+_PER_PASS = {"cpu": 192}
+_PER_PASS_ELSEWHERE = 512
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one pass may hold, and what it costs; a single row is always taken whole.
+
+    Attributes:
+        tokens: padding included.
+        positions: where logits are computed.
+        per_pass: what a pass costs besides its tokens, in tokens.
+    """
+
+    tokens: int
+    positions: int
+    per_pass: int = _PER_PASS["cpu"]
+
+    @classmethod
+    def of(cls, tokens: int, vocabulary: int, device: torch.device) -> Limits:
+        """For a vocabulary of this size, where rows are read."""
+        return cls(tokens, max(1, MAX_LOGITS // vocabulary), _PER_PASS.get(device.type, _PER_PASS_ELSEWHERE))
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A row, and the number of the adapter that it belongs to."""
+
+    owner: int
+    example: Example
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows that are read in one pass, padded on the right.
+
+    Attributes:
+        ids, mask: (rows, length).
+        gates: (rows, adapters): the scale of a row's own adapter, 0 for the others.
+        positions: (n,): where, in the rows laid one behind the other, the logits of completion tokens are.
+        targets: (n,): these tokens; `owners`: (n,): whose they are.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    gates: Tensor
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+
+
+def cut(rows: Sequence[Owned], limits: Limits) -> list[list[Owned]]:
+    """The rows, the longest first, in the passes that cost least: few of them, with little padding."""
+    ordered = sorted(rows, key=lambda one: -len(one.example))
+    # The least that the rows from each on cost, and how many of them are in the first pass.
+    best = [(0, 0)] * (len(ordered) + 1)
+    for start in reversed(range(len(ordered))):
+        length, positions = len(ordered[start].example), 0
+        options = []
+        for count, row in enumerate(ordered[start:], start=1):
+            positions += row.example.completion
+            if count > 1 and (count * length > limits.tokens or positions > limits.positions):
+                break
+            options.append((limits.per_pass + count * length + best[start + count][0], count))
+        best[start] = min(options)
+    passes, start = [], 0
+    while start < len(ordered):
+        count = best[start][1]
+        passes.append(ordered[start : start + count])
+        start += count
+    return passes
+
+
+def laid_out(rows: Sequence[Owned], scales: Sequence[float], pad: int, device: torch.device) -> Read:
+    """A pass over these rows.
+
+    Args:
+        scales: of the update of each adapter.
+        pad: a token to pad with.
+    """
+    length = max(len(row.example) - 1 for row in rows)  # a row's last token is only predicted, never read
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    gates = torch.zeros(len(rows), len(scales))
+    positions: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for number, row in enumerate(rows):
+        tokens = row.example.ids
+        ids[number, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        mask[number, : len(tokens) - 1] = 1
+        gates[number, row.owner] = scales[row.owner]
+        positions += range(number * length + row.example.prompt - 1, number * length + len(tokens) - 1)
+        targets += tokens[row.example.prompt :]
+        owners += [row.owner] * row.example.completion
+    placed = (torch.tensor(values, device=device) for values in (positions, targets, owners))
+    return Read(ids.to(device), mask.to(device), gates, *placed)
+
+
+def losses(model: Any, bank: Bank, read: Read, weights: Tensor | None = None) -> Tensor:
+    """The negative log likelihood (n,) of every completion token of a pass, in nats, each under its row's adapter.
+
+    Args:
+        weights: (n,): where they are given, the gradient of their weighted sum is added to that of the bank's factors,
+            unless one of them is not finite.
+    """
+    adapted = GatedLoRA({path: model.get_submodule(path) for path in bank.stacks})
+    with adapted.active(bank.stacks, Gates(read.gates)), logits_at(model, read.positions):
+        logits = model(input_ids=read.ids, attention_mask=read.mask, use_cache=False).logits
+        found: Tensor = nn.functional.cross_entropy(logits.float(), read.targets.to(logits.device), reduction="none")
+        if weights is not None and bool(found.isfinite().all()):
+            # Inside, since layers whose activations were not kept are computed again.
+            torch.autograd.backward((found * weights).sum())
+    return found.detach()
+
+
+@contextmanager
+def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
+    """Inside the block the output head reads only these positions of the rows laid one behind the other, so that the
+    model gives logits (n, vocabulary)."""
+
+    def picked(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[positions.to(hidden.device)], *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(picked)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def checkpointing(model: Any, on: bool) -> Iterator[None]:
+    """Inside the block, activations between layers are computed again in the backward pass instead of being kept.
+
+    transformers does so in training mode only; the layers alone are put into it, so that nothing drops out.
+    """
+    if not on:
+        yield
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.gradient_checkpointing_disable()

@@ -1,0 +1,208 @@
+"""What there is to train: tasks that are done already, groups that were begun, and groups of the others.
+
+An adapter is known by a digest of all that it follows from: its recipe, its rows, the base model and its dtype. One
+that stands in the folder with that digest is done. One with another digest is refused, since nobody should lose it by
+accident.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from logo.adapters.config import CONFIG
+from logo.digests import fingerprint
+from logo.errors import DataError, StorageError, UsageError
+from logo.folders import recovered
+from logo.training.checkpoint import STATE
+from logo.training.examples import Example
+from logo.training.pool import UNFINISHED, record_of
+from logo.training.recipe import Recipe
+from logo.training.tasks import Task
+
+USUAL_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task as it is learned.
+
+    Attributes:
+        name: of the task.
+        recipe: its own.
+        rows: its examples.
+        digest: of all that its adapter follows from.
+        record: what is kept of that with the adapter, as JSON.
+    """
+
+    name: str
+    recipe: Recipe
+    rows: tuple[Example, ...]
+    digest: str
+    record: Mapping[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """That it makes at most."""
+        return self.recipe.length(len(self.rows) - self.recipe.held_out_rows(len(self.rows)))
+
+    @property
+    def tokens(self) -> float:
+        """That it will have learned from, about."""
+        return self.steps * self.recipe.batch_size * sum(map(len, self.rows)) / len(self.rows)
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Tasks that are learned together.
+
+    Attributes:
+        tasks: in the order in which the group has them.
+        folder: of its checkpoints.
+    """
+
+    tasks: tuple[Prepared, ...]
+    folder: Path
+
+    @property
+    def members(self) -> dict[str, str]:
+        """Name -> digest."""
+        return {task.name: task.digest for task in self.tasks}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All there is to do.
+
+    Attributes:
+        groups: what is to be trained.
+        done: names of adapters that stand already.
+    """
+
+    groups: tuple[GroupPlan, ...]
+    done: tuple[str, ...]
+
+
+def prepare(task: Task, recipe: Recipe, rows: Sequence[Example], cut: int, base: Mapping[str, Any]) -> Prepared:
+    """A task with its digest.
+
+    Args:
+        rows, cut: of `logo.training.examples.encode`.
+        base: digests of the base model and of its tokenizer, and its dtype.
+    """
+    record = {
+        "source": task.source,
+        "rows": len(rows),
+        "rows_sha256": task.sha256,
+        "held_out": recipe.held_out_rows(len(rows)),
+        "cut_prompts": cut,
+        "recipe": recipe.as_dict(),
+        "base": dict(base),
+    }
+    digest = fingerprint({"rows": task.sha256, "recipe": recipe.as_dict(), "base": dict(base)})
+    return Prepared(task.name, recipe, tuple(rows), digest, {"digest": digest, **record})
+
+
+def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool = False) -> Plan:
+    """What is left to be trained.
+
+    Args:
+        root: folder of the pool.
+        at_once: most tasks of a group.
+        retrain: adapters that were made from something else are replaced, and checkpoints of such left behind.
+
+    Raises:
+        UsageError: the folder holds an adapter, or the beginnings of one, that was made from something else.
+        StorageError: something in it cannot be read.
+    """
+    done = []
+    left: dict[str, Prepared] = {}
+    for task in tasks:
+        if _stands(task, root, retrain):
+            done.append(task.name)
+        else:
+            left[task.name] = task
+    known = {task.name: task for task in tasks}
+    groups = []
+    for folder in recovered(root / UNFINISHED):
+        members = _members(folder)
+        if not any(name in left for name in members):
+            continue
+        wrong = [name for name, digest in members.items() if name not in known or known[name].digest != digest]
+        if wrong:
+            if retrain:
+                continue
+            raise UsageError(
+                f"{root}: {', '.join(repr(name) for name in wrong[:3])} was begun here from other rows or with another "
+                "recipe, together with what is asked for; give the same again, or begin anew with --retrain"
+            )
+        groups.append(GroupPlan(tuple(known[name] for name in members), folder))
+        for name in members:
+            left.pop(name, None)
+    return Plan((*groups, *_groups(list(left.values()), root, at_once)), tuple(done))
+
+
+def _groups(tasks: Sequence[Prepared], root: Path, at_once: int) -> list[GroupPlan]:
+    """Tasks in as few groups as may be, those with about as many steps together."""
+    if not tasks:
+        return []
+    count = math.ceil(len(tasks) / at_once)
+    ordered = sorted(tasks, key=lambda task: (-task.steps, task.name))
+    bounds = [round(number * len(ordered) / count) for number in range(count + 1)]
+    groups = []
+    for start, stop in pairwise(bounds):
+        part = tuple(sorted(ordered[start:stop], key=lambda task: task.name))
+        digest = fingerprint({task.name: task.digest for task in part})[:16]
+        groups.append(GroupPlan(part, root / UNFINISHED / digest))
+    return groups
+
+
+def _stands(task: Prepared, root: Path, retrain: bool) -> bool:
+    """Whether its adapter is there; raises UsageError where another one is."""
+    folder = root / task.name
+    record = record_of(folder)
+    if record is not None and record.get("digest") == task.digest:
+        return True
+    if retrain or (record is None and not (folder / CONFIG).is_file()):
+        return False
+    if record is None:
+        raise UsageError(
+            f"{folder}: holds an adapter that was not trained here; name another --out, or replace it with --retrain"
+        )
+    raise UsageError(
+        f"{folder}: was trained with {_difference(record, task.record)}; name another --out, or replace it with "
+        "--retrain"
+    )
+
+
+def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In what an adapter's record differs from what is asked for, in words."""
+    old, new = was.get("recipe", {}), now["recipe"]
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            return f"{name} {old.get(name)}, and {new.get(name)} is asked for"
+    if was.get("rows_sha256") != now["rows_sha256"]:
+        return "other rows"
+    return "another base model, tokenizer or dtype"
+
+
+def _members(folder: Path) -> dict[str, str]:
+    try:
+        members = json.loads((folder / STATE).read_text(encoding="utf-8"))["members"]
+        return {str(name): str(digest) for name, digest in members.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"checkpoint {folder}: cannot be read ({error}); remove it to begin anew") from error
+
+
+def check_names(tasks: Sequence[Task]) -> None:
+    """Raises DataError for names of tasks that are the same folder on some disks."""
+    seen: dict[str, str] = {}
+    for task in tasks:
+        other = seen.setdefault(task.name.casefold(), task.name)
+        if other != task.name:
+            raise DataError(f"tasks {other!r} and {task.name!r} differ in case only; rename one of them")

@@ -1,0 +1,126 @@
+"""What training writes: adapters as PEFT writes them, and what each was made from.
+
+POOL/<task>/adapter_config.json, adapter_model.safetensors     as PEFT
+POOL/<task>/training.json     recipe, digests of rows and base model, losses: what the adapter follows from
+POOL/pool.json                the same of all, and versions
+POOL/.training/<group>/       checkpoints of what is not done yet
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from logo.adapters.config import CONFIG
+from logo.adapters.weights import SAFETENSORS
+from logo.errors import StorageError
+from logo.folders import replace_file, replace_folder
+from logo.training.learner import DIVERGED, Course
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+RECORD = "training.json"
+POOL = "pool.json"
+UNFINISHED = ".training"
+
+
+def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfig, record: Mapping[str, Any]) -> None:
+    """Writes an adapter, all of it or nothing.
+
+    Args:
+        factors: `A.path` (r, d_in) and `B.path` (r, d_out).
+        config: PEFT's.
+        record: what it was made from.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    tensors = {}
+    for key, tensor in factors.items():
+        side, _, path = key.partition(".")
+        named = f"base_model.model.{path}.lora_{side}.weight"
+        tensors[named] = (tensor if side == "A" else tensor.T).contiguous().cpu()
+    replace_folder(
+        folder,
+        {
+            CONFIG: _written(config),
+            SAFETENSORS: save(tensors, {"format": "pt"}),
+            RECORD: json.dumps(record, indent=2) + "\n",
+        },
+    )
+
+
+def record_of(folder: Path) -> dict[str, Any] | None:
+    """What an adapter was made from; None where there is no whole adapter that was trained here.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        if not (folder / CONFIG).is_file() or not (folder / SAFETENSORS).is_file():
+            return None
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{folder / RECORD}: cannot be read ({error}); remove the adapter to train it anew"
+        ) from error
+    return found if isinstance(found, dict) else None
+
+
+def course_record(course: Course) -> dict[str, Any]:
+    """Of how a task went, what is kept with its adapter."""
+    best = next((one for one in course.measured if one.step == course.best), None)
+    return {
+        "status": course.status,
+        "reason": course.reason,
+        "steps": course.step,
+        "best_step": course.best,
+        "train_loss": None if best is None else round(best.train, 6),
+        "held_out_loss": None if best is None or best.held_out is None else round(best.held_out, 6),
+        "tokens": course.tokens,
+        "measured": [asdict(one) for one in course.measured],
+    }
+
+
+def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Writes `pool.json`: facts of all, and what each adapter in the folder was made from.
+
+    Args:
+        facts: base model, versions, recipe.
+        names: task -> why there is no adapter of it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    records = {path.parent.relative_to(root).as_posix(): record_of(path.parent) for path in _records(root)}
+    adapters = {name: record for name, record in sorted(records.items()) if record is not None}
+    whole = {**facts, "adapters": adapters, "failed": dict(names)}
+    replace_file(root / POOL, (json.dumps(whole, indent=2) + "\n").encode())
+
+
+def diverged(record: Mapping[str, Any]) -> str | None:
+    """Why an adapter's training stopped early for what is no good reason; None if it did not."""
+    course = record.get("course", {})
+    return str(course.get("reason")) if course.get("status") == DIVERGED else None
+
+
+def _records(root: Path) -> list[Path]:
+    found = (path for path in root.rglob(RECORD))
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
+
+
+def _written(config: LoraConfig) -> str:
+    """A configuration as PEFT writes it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        return (Path(scratch) / CONFIG).read_text(encoding="utf-8")

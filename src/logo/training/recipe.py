@@ -1,0 +1,238 @@
+"""How adapters are trained: one recipe for all tasks, and what single tasks have otherwise."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from logo.errors import StorageError, UsageError, closest
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+Schedule = Literal["cosine", "linear", "constant"]
+ALL_LINEAR = "all-linear"
+
+# A task with fewer rows gives none of them away: so few held-out rows would say nothing, and it needs them to learn.
+FEWEST_TO_HOLD_OUT = 10
+MOST_HELD_OUT = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Shape and schedule of an adapter.
+
+    Attributes:
+        r, alpha, rslora: rank, and the scale `alpha / r` of the update, or `alpha / sqrt(r)` with rsLoRA.
+        targets: names of the linear modules that are adapted, as PEFT's `target_modules`; `("all-linear",)`: all of
+            them but the output head.
+        lr: learning rate at its highest.
+        epochs: how often every row is learned from; `steps`: optimiser steps instead, where they are given.
+        batch_size: rows of one step.
+        max_length: tokens of a row; longer prompts lose their beginning.
+        seed: of the factors that an adapter starts from, of the order of its rows and of which are held out.
+        warmup: share of the steps in which the learning rate rises; `schedule`: how it falls afterwards.
+        weight_decay, clip: of AdamW, and the largest norm of a step's gradient.
+        held_out: share of the rows on which progress is measured, at most 64 of them.
+        evaluations: how often it is measured.
+        patience: after so many measurements without a better one the task is stopped; None: never.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    rslora: bool = False
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    lr: float = 2e-4
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 8
+    max_length: int = 1024
+    seed: int = 0
+    warmup: float = 0.03
+    schedule: Schedule = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    held_out: float = 0.1
+    evaluations: int = 10
+    patience: int | None = 3
+
+    def __post_init__(self) -> None:
+        for name in ("r", "batch_size", "evaluations"):
+            _check(name, getattr(self, name), 1)
+        _check("max_length", self.max_length, 2)
+        for name in ("steps", "patience"):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), 1)
+        for name in ("alpha", "lr", "epochs", "clip"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise UsageError(f"{name}: expected a number above 0, found {value}")
+        for name in ("warmup", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name}: expected a share from 0 to below 1, found {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise UsageError(f"weight_decay: expected 0 or more, found {self.weight_decay}")
+        if self.schedule not in typing.get_args(Schedule):
+            known = ", ".join(typing.get_args(Schedule))
+            raise UsageError(f"schedule: expected one of {known}, found {self.schedule!r}")
+        if not self.targets or any(not name for name in self.targets):
+            raise UsageError(f"targets: expected names of modules or {ALL_LINEAR}, found {list(self.targets)}")
+
+    def lora(self, base_model: str | None = None) -> LoraConfig:
+        """The PEFT configuration of the adapter."""
+        from peft import LoraConfig
+
+        targets = ALL_LINEAR if self.targets == (ALL_LINEAR,) else list(self.targets)
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # PEFT takes fractions, too
+            use_rslora=self.rslora,
+            target_modules=targets,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_model,
+            inference_mode=True,
+        )
+
+    @property
+    def scaling(self) -> float:
+        """The scale `s` of the update `s B A`."""
+        return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
+
+    def length(self, rows: int) -> int:
+        """Optimiser steps that `rows` rows make."""
+        return self.steps or max(1, math.ceil(self.epochs * math.ceil(rows / self.batch_size)))
+
+    def held_out_rows(self, rows: int) -> int:
+        """How many of `rows` rows are held out."""
+        if not self.held_out or rows < FEWEST_TO_HOLD_OUT:
+            return 0
+        return min(MOST_HELD_OUT, max(1, round(self.held_out * rows)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "targets": list(self.targets)}
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """A recipe, and what tasks have otherwise.
+
+    Attributes:
+        usual: the recipe of a task that nothing else is said of.
+        other: name or pattern of tasks -> fields of the recipe; what comes later counts more.
+    """
+
+    usual: Recipe
+    other: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of(self, task: str) -> Recipe:
+        """The recipe of a task."""
+        found: dict[str, Any] = {}
+        for pattern, values in self.other.items():
+            if pattern == task or fnmatch.fnmatchcase(task, pattern):
+                found |= values
+        return replace(self.usual, **found)
+
+    def check(self, tasks: typing.Collection[str]) -> None:
+        """Raises UsageError for an entry that no task has."""
+        for pattern in self.other:
+            if not any(pattern == task or fnmatch.fnmatchcase(task, pattern) for task in tasks):
+                raise UsageError(f"recipe: no task is called {pattern!r}{closest(pattern, tasks)}")
+
+
+def read_recipes(file: Path | None, given: Mapping[str, Any]) -> Recipes:
+    """The recipes of a YAML file, with what is `given` besides it.
+
+        lr: 2.0e-3            # fields of `Recipe`
+        tasks:                # for single tasks, by name or pattern
+          "word_*": {r: 16, targets: all-linear}
+
+    Args:
+        file: None: what is given alone.
+        given: fields that count more than those of the file for all tasks, and less than those of single tasks.
+
+    Raises:
+        UsageError: something in it that no recipe has, or of another kind.
+        StorageError: the file cannot be read.
+    """
+    raw = {} if file is None else _yaml(file)
+    where = "recipe" if file is None else f"recipe {file}"
+    tasks = raw.pop("tasks", None) or {}
+    if not isinstance(tasks, dict):
+        raise UsageError(f"{where}: 'tasks' must hold names of tasks with their own values, found {tasks!r:.60}")
+    usual = Recipe(**{**_values(raw, where), **given})
+    other = {str(name): _values(values, f"{where}: task {str(name)!r}") for name, values in tasks.items()}
+    made = Recipes(usual, other)
+    for name in other:
+        made.of(name)
+    return made
+
+
+def targets_of(text: str) -> tuple[str, ...]:
+    """Names of modules, separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"recipe {file}: cannot be read ({error.strerror or error})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {file}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UsageError(f"recipe {file}: expected fields such as `lr: 0.001`, found {type(raw).__name__}")
+    return {str(key): value for key, value in raw.items()}
+
+
+def _values(raw: Any, where: str) -> dict[str, Any]:
+    """Fields of a recipe, each of its own kind."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"{where}: expected fields such as `lr: 0.001`, found {raw!r:.60}")
+    known = {one.name for one in fields(Recipe)}
+    hints = typing.get_type_hints(Recipe)
+    found = {}
+    for key, value in raw.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"{where}: no recipe has {key!r}{closest(name, known)}; it may have {', '.join(known)}")
+        found[name] = _value(name, value, hints[name], where)
+    return found
+
+
+def _value(name: str, value: Any, hint: Any, where: str) -> Any:
+    if name == "targets":
+        names = targets_of(value) if isinstance(value, str) else value
+        if not isinstance(names, (list, tuple)) or not all(isinstance(one, str) for one in names):
+            raise UsageError(f"{where}: targets: expected names of modules, found {value!r:.60}")
+        return tuple(names)
+    options = typing.get_args(hint) if typing.get_origin(hint) is not Literal else (str,)
+    kinds = options or (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if isinstance(value, str) and float in kinds:  # YAML 1.1 reads 2e-3 as a text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    right = isinstance(value, bool) if bool in kinds else not isinstance(value, bool)
+    if right and (isinstance(value, kinds) or (float in kinds and isinstance(value, int))):
+        return float(value) if float in kinds else value
+    expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise UsageError(f"{where}: {name}: expected {expected}, found {value!r:.60}")
+
+
+def _check(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{name}: expected {least} or more, found {value}")

@@ -1,0 +1,267 @@
+"""A whole pool trained: tasks found and encoded, groups learned here or by several processes, adapters listed.
+
+What goes wrong with one task is told at the end, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logo.errors import DataError, StorageError, UsageError
+from logo.models import load_tokenizer
+from logo.training.examples import encode
+from logo.training.plan import GroupPlan, Plan, Prepared, check_names, plan, prepare
+from logo.training.pool import UNFINISHED, diverged, record_of, write_pool
+from logo.training.recipe import Recipes
+from logo.training.tasks import Found
+from logo.training.trainer import Opening, Outcome, Status, Telling, Trainer, same_base, told
+
+if TYPE_CHECKING:
+    from logo.backends.cluster import Layout
+    from logo.backends.ray import Workers
+
+# Seconds between two looks at how far other processes are.
+_LOOK = 1.0
+Tell = Callable[[Sequence[Status]], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for.
+
+    Attributes:
+        found: tasks, and why some cannot be trained.
+        recipes: how.
+        root: folder of the pool.
+        opening: the base model.
+        at_once: most tasks that are learned together.
+        every: seconds between two checkpoints.
+        retrain: adapters that stand there and were made from something else are replaced.
+    """
+
+    found: Found
+    recipes: Recipes
+    root: Path
+    opening: Opening
+    at_once: int
+    every: float = 60.0
+    retrain: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How it went.
+
+    Attributes:
+        trained: names of the adapters that were made now, `done` of those that stood already.
+        failed: name -> why a task has no adapter, or not the one it should have.
+        cut: name -> how many of its prompts lost their beginning.
+    """
+
+    trained: tuple[str, ...]
+    done: tuple[str, ...]
+    failed: Mapping[str, str]
+    cut: Mapping[str, int]
+
+
+def train(
+    wanted: Wanted,
+    layout: Layout | None = None,
+    tell: Tell | None = None,
+    planned: Callable[[Plan], None] | None = None,
+) -> Trained:
+    """Trains what is not there yet.
+
+    Args:
+        layout: several processes; None: this one.
+        tell: is given how far the tasks are that are being learned, again and again.
+        planned: is told what there is to do, once it is known.
+
+    Raises:
+        UsageError, DataError: nothing can be trained, or the folder holds something else.
+        StorageError: something cannot be read or written. What was written stands, and is gone on from.
+        ModelError, HubError: the base model cannot be loaded.
+        WorkersError: processes cannot be started, or are not alike.
+    """
+    root, recipes = wanted.root, wanted.recipes
+    recipes.check([task.name for task in wanted.found.tasks] + list(wanted.found.refused))
+    check_names(wanted.found.tasks)
+    failed = dict(wanted.found.refused)
+    with alone(root), opened(wanted.opening, layout) as trainers:
+        prepared, cut = _prepared(wanted, trainers.facts, failed)
+        todo = plan(prepared, root, wanted.at_once, retrain=wanted.retrain)
+        if planned is not None:
+            planned(todo)
+        for name in todo.done:
+            reason = diverged(record_of(root / name) or {})
+            if reason is not None:
+                failed[name] = reason
+        trained = []
+        facts = {"base_model": wanted.opening.base_model, "base": trainers.facts, "versions": trainers.versions}
+        facts |= {"activation": "everywhere", "recipe": recipes.usual.as_dict()}
+        for outcomes in trainers.train(todo.groups, root, wanted.every, tell):
+            for outcome in outcomes:
+                if outcome.reason is not None:
+                    failed[outcome.task] = outcome.reason
+                if outcome.written:
+                    trained.append(outcome.task)
+            write_pool(root, facts, failed)
+        write_pool(root, facts, failed)
+    return Trained(tuple(sorted(trained)), todo.done, failed, cut)
+
+
+def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -> tuple[list[Prepared], dict[str, int]]:
+    """The tasks that can be trained, and how many prompts of each were cut; why others cannot goes into `failed`."""
+    tokenizer = load_tokenizer(wanted.opening.base_model, model_dir=wanted.opening.model_dir)
+    prepared, cut = [], {}
+    for task in wanted.found.tasks:
+        recipe = wanted.recipes.of(task.name)
+        try:
+            examples = encode(tokenizer, task, recipe.max_length)
+        except DataError as error:
+            failed[task.name] = str(error)
+            continue
+        if examples.cut:
+            cut[task.name] = examples.cut
+        if recipe.held_out and not recipe.held_out_rows(len(examples.rows)):
+            warnings.warn(
+                f"task {task.name!r} has {len(examples.rows)} rows: too few to hold any out, so it is trained for all "
+                "of its steps and nobody knows how well; give it 10 or more",
+                UserWarning,
+                stacklevel=2,
+            )
+        prepared.append(prepare(task, recipe, examples.rows, examples.cut, base))
+    if not prepared and not wanted.found.tasks and not failed:
+        raise DataError("no task to train")
+    return prepared, cut
+
+
+# -- who trains --------------------------------------------------------------------------------------------------------
+
+
+class Here:
+    """This process."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._trainer = Trainer(opening)
+        self.facts, self.versions = self._trainer.facts, self._trainer.versions
+
+    def train(
+        self, groups: Sequence[GroupPlan], root: Path, every: float, tell: Tell | None
+    ) -> Iterator[list[Outcome]]:
+        """Learns groups one after the other."""
+        for group in groups:
+            yield self._trainer.train(group, root, every, tell)
+
+
+class Elsewhere:
+    """Other processes, each of which has the base model loaded and the pool's folder at the same path."""
+
+    def __init__(self, workers: Workers[Trainer]) -> None:
+        self._workers = workers
+        self.facts, self.versions = workers.description
+
+    def train(
+        self, groups: Sequence[GroupPlan], root: Path, every: float, tell: Tell | None
+    ) -> Iterator[list[Outcome]]:
+        """Learns groups side by side. One whose process has gone is gone on with in another."""
+        from logo.backends.items import Item, Lost
+
+        files = {group.folder: group.folder.with_suffix(".progress.json") for group in groups}
+        items = (
+            Item((group, root, every, files[group.folder]), round(sum(task.tokens for task in group.tasks)))
+            for group in groups
+        )
+        with _watched(list(files.values()), tell):
+            for item, outcome in self._workers.map(items, _train):
+                group, file = item.args[0], item.args[3]
+                file.unlink(missing_ok=True)
+                if isinstance(outcome, Lost):
+                    yield [Outcome(task.name, f"not finished: {outcome.reason}", False) for task in group.tasks]
+                else:
+                    yield outcome
+
+
+@contextlib.contextmanager
+def opened(opening: Opening, layout: Layout | None) -> Iterator[Here | Elsewhere]:
+    """Who trains, inside the block."""
+    if layout is None:
+        yield Here(opening)
+        return
+    from logo.backends.ray import Workers
+
+    workers: Workers[Trainer] = Workers(layout, partial(Trainer, opening), _describe, _differs)
+    with workers:
+        yield Elsewhere(workers)
+
+
+def _describe(trainer: Trainer) -> tuple[dict[str, Any], dict[str, str]]:
+    return trainer.facts, trainer.versions
+
+
+def _differs(own: tuple[dict[str, Any], dict[str, str]], first: tuple[dict[str, Any], dict[str, str]]) -> str | None:
+    return same_base({**own[0], **own[1]}, {**first[0], **first[1]})
+
+
+def _train(trainer: Trainer, group: GroupPlan, root: Path, every: float, file: Path) -> list[Outcome]:
+    if not root.is_dir():
+        raise StorageError(f"{root}: a worker does not see this folder; put the pool where all of them do")
+    return trainer.train(group, root, every, Telling(file))
+
+
+@contextlib.contextmanager
+def _watched(files: Sequence[Path], tell: Tell | None) -> Iterator[None]:
+    """Tells what processes write of their progress, inside the block."""
+    if tell is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_LOOK):
+            tell([status for file in files for status in told(file)])
+
+    thread = threading.Thread(target=look, name="logo-train-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Makes the folder, and holds it against other runs inside the block.
+
+    Raises:
+        StorageError: it cannot be made.
+        UsageError: another run trains into it.
+    """
+    try:
+        (root / UNFINISHED).mkdir(parents=True, exist_ok=True)
+        lock = (root / UNFINISHED / "lock").open("ab")
+    except OSError as error:
+        raise StorageError(f"pool folder {root}: cannot be written ({error.strerror or error})") from error
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has no such lock
+            pass
+        except BlockingIOError:
+            raise UsageError(f"pool folder {root}: another run trains into it; wait for it, or name another") from None
+        try:
+            yield
+        finally:
+            (root / UNFINISHED / "lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: checkpoints
+                (root / UNFINISHED).rmdir()

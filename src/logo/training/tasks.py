@@ -1,0 +1,229 @@
+"""Tasks to make adapters for: a folder of files, one per task, or the configurations of a data set on the Hub.
+
+A row is a prompt and its completion: `{"context": ..., "completion": ...}`, or `{"messages": [...]}` of which the last
+one is the assistant's answer. A CSV or Parquet file has these as columns. A task of which one row cannot be used is
+refused as a whole, with the file and the line, and the others are not.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from logo.adapters.hub import hub_error, is_hub_id
+from logo.errors import DataError, StorageError, UsageError
+from logo.rows import malformed, objects, row_of
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+USUAL_COLUMNS = ("context", "completion")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is asked and what should be answered.
+
+    Attributes:
+        prompt: a text, or the messages before the answer.
+        completion: the answer.
+    """
+
+    prompt: str | tuple[Mapping[str, Any], ...]
+    completion: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """The examples of one adapter.
+
+    Attributes:
+        name: of the task and of its adapter.
+        source: the file, or the Hub's data set and configuration.
+        pairs: its rows; there is at least one.
+    """
+
+    name: str
+    source: str
+    pairs: tuple[Pair, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of its rows, whatever kind of file they lie in."""
+        rows = [[pair.prompt, pair.completion] for pair in self.pairs]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tasks that can be trained, and why others cannot, by name."""
+
+    tasks: tuple[Task, ...]
+    refused: Mapping[str, str]
+
+
+def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_COLUMNS, split: str = "train") -> Found:
+    """The tasks of a folder or of a data set on the Hub, by name.
+
+    Args:
+        source: a folder, at any depth of which files lie, or `org/name` of a data set whose configurations are tasks.
+        only: names or patterns of tasks, separated by commas; empty: all.
+        columns: those of the prompt and of the completion in CSV and Parquet files and on the Hub.
+        split: of a data set on the Hub.
+
+    Raises:
+        DataError: no such folder, or no task in it.
+        UsageError: no task of a name that was asked for.
+        HubError: the Hub refused or could not be reached.
+    """
+    if len(columns) != 2:
+        raise UsageError(f"columns: expected two names, of the prompt and of the completion, found {list(columns)}")
+    root = Path(source)
+    if not root.exists() and is_hub_id(source):
+        return _from_hub(source, only, columns, split)
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise DataError(f"tasks folder {source!r}: expected a folder with TASK.jsonl files, found {found}")
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
+    named = [(path.relative_to(root).with_suffix("").as_posix(), path) for path in files]
+    named = [(name, path) for name, path in named if not any(part.startswith(".") for part in name.split("/"))]
+    if not named:
+        kinds = ", ".join(f"TASK{suffix}" for suffix in SUFFIXES)
+        raise DataError(f"tasks folder {source!r}: expected files {kinds}, found none")
+    count = Counter(name for name, _ in named)
+    tasks, refused = [], {}
+    for name, path in named:
+        if name not in _chosen(count, only):
+            continue
+        if count[name] > 1:
+            both = ", ".join(other.name for known, other in named if known == name)
+            refused[name] = f"several files are of this name ({both}); rename all but one"
+            continue
+        try:
+            tasks.append(Task(name, str(path), tuple(pair for pair in _pairs(path, columns))))
+        except (DataError, StorageError) as error:
+            refused[name] = str(error)
+    return Found(tuple(tasks), refused)
+
+
+def _chosen(names: Mapping[str, int], only: str) -> set[str]:
+    import fnmatch
+
+    from logo.errors import closest
+
+    wanted = [item.strip() for item in only.split(",") if item.strip()]
+    if not wanted:
+        return set(names)
+    chosen: set[str] = set()
+    for item in wanted:
+        matching = {name for name in names if name == item or fnmatch.fnmatchcase(name, item)}
+        if not matching:
+            raise UsageError(f"task {item!r}: there is none of this name{closest(item, names)}")
+        chosen |= matching
+    return chosen
+
+
+def _pairs(path: Path, columns: Sequence[str]) -> Iterator[Pair]:
+    """The rows of a file."""
+    rows: Iterator[tuple[int, Mapping[str, Any]]]
+    if path.suffix == ".jsonl":
+        rows, columns = objects(path), USUAL_COLUMNS
+    elif path.suffix == ".csv":
+        rows = _csv(path)
+    else:
+        rows = _parquet(path)
+    for number, row in rows:
+        yield _pair(row, f"{path}:{number}", columns)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Read as texts: `datasets` would guess kinds, and make 7 of 007."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            empty = True
+            for row in reader:
+                empty = False
+                if None in row or None in row.values():
+                    raise malformed(f"{path}:{reader.line_num}", "another number of fields", "as many as in line 1")
+                yield reader.line_num, row
+            if empty:
+                raise DataError(f"{path}: expected a line of names and one line per row, found no rows")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: expected UTF-8, found other bytes; save it as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: is not valid CSV: {error}") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    datasets = _datasets()
+    try:
+        table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+    except Exception as error:  # pyarrow and datasets raise errors of their own
+        raise DataError(f"{path}: is not a Parquet file that can be read: {' '.join(str(error).split())}") from None
+    if not len(table):
+        raise DataError(f"{path}: expected one row or more, found none")
+    yield from enumerate(table, start=1)
+
+
+def _from_hub(source: str, only: str, columns: Sequence[str], split: str) -> Found:
+    datasets = _datasets()
+    try:
+        names = datasets.get_dataset_config_names(source)
+    except Exception as error:
+        raise hub_error(source, error) from error
+    tasks, refused = [], {}
+    for name in sorted(_chosen(Counter(names), only)):
+        where = f"{source}/{name}"
+        try:
+            table = datasets.load_dataset(source, name, split=split)
+            pairs = tuple(_pair(row, f"{where}:{number}", columns) for number, row in enumerate(table, start=1))
+            if not pairs:
+                raise DataError(f"{where}: expected one row or more in split {split!r}, found none")
+            tasks.append(Task(name, where, pairs))
+        except DataError as error:
+            refused[name] = str(error)
+        except Exception as error:  # of datasets and of the connection
+            refused[name] = f"{where}: {' '.join(str(error).split())[:300]}"
+    return Found(tuple(tasks), refused)
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            "Parquet files and data sets of the Hub need `datasets`: pip install 'lora-on-the-go[train]'"
+        ) from None
+    return datasets
+
+
+def _pair(row: Mapping[str, Any], where: str, columns: Sequence[str]) -> Pair:
+    if "messages" in row:
+        return _from_messages(row["messages"], where)
+    context, completion = columns
+    missing = [name for name in columns if name not in row]
+    if missing:
+        expected = '{"context": text, "completion": text} or {"messages": [...]}'
+        if tuple(columns) != USUAL_COLUMNS:
+            expected = f"columns {context!r} and {completion!r}"
+        raise malformed(where, f"no {missing[0]!r}, only {', '.join(map(str, row))}", expected)
+    found = row_of({"context": row[context], "completion": row[completion]}, where)
+    return Pair(found.context, found.completion if isinstance(found.completion, str) else found.completion[0])
+
+
+def _from_messages(messages: Any, where: str) -> Pair:
+    expected = '"messages" to end with {"role": "assistant", "content": text} after at least one other'
+    if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], Mapping):
+        raise malformed(where, f"{messages!r:.60}", expected)
+    *before, last = messages
+    content = last.get("content")
+    if last.get("role") != "assistant" or not isinstance(content, str) or not content.strip():
+        raise malformed(where, f"{last!r:.60}", expected)
+    return Pair(tuple(before), content)

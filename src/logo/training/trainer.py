@@ -1,0 +1,223 @@
+"""What one process trains with: a base model, loaded once, and groups of tasks one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from logo.adapters.layout import LinearShape
+from logo.digests import config_digest, library_versions, tokenizer_digest, weights_digest
+from logo.mixing.placement import device_of
+from logo.models import load_base, load_config, skeleton
+from logo.training.factors import Factors, adapted, devices_of
+from logo.training.group import Base, Group
+from logo.training.learner import DIVERGED, Learner
+from logo.training.passes import Limits
+from logo.training.plan import GroupPlan, Prepared
+from logo.training.pool import course_record, write_adapter
+
+USUAL_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How the base model is loaded and read.
+
+    Attributes:
+        base_model, model_dir, device, dtype, device_map: as `logo.models.load_base`.
+        pass_tokens: tokens of one forward pass, padding included. A larger batch is cut into several passes.
+        recompute: activations are computed again in the backward pass (gradient checkpointing).
+    """
+
+    base_model: str
+    model_dir: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: str | None = None
+    pass_tokens: int = USUAL_TOKENS
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a task is, to be shown.
+
+    Attributes:
+        task: its name.
+        step, steps: made, and at most to be made.
+        tokens: learned from so far; `expected`: about so many in all.
+        loss, held_out: the last ones; None: none yet.
+        status: as `logo.training.learner.Course`.
+    """
+
+    task: str
+    step: int
+    steps: int
+    tokens: int
+    expected: float
+    loss: float | None
+    held_out: float | None
+    status: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task went.
+
+    Attributes:
+        task: its name.
+        reason: why it is not as it should be; None if it is.
+        written: whether there is an adapter of it.
+    """
+
+    task: str
+    reason: str | None
+    written: bool
+
+
+class Trainer:
+    """A base model on which groups are learned.
+
+    Raises:
+        ModelError, HubError, UsageError: as `logo.models.load_base`.
+    """
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+        model, tokenizer = load_base(
+            opening.base_model,
+            device=opening.device,
+            dtype=opening.dtype,
+            device_map=opening.device_map,
+            model_dir=opening.model_dir,
+        )
+        self._model, self._tokenizer = model, tokenizer
+        vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        device = device_of(model.get_input_embeddings())
+        limits = Limits.of(opening.pass_tokens, vocabulary, device)
+        pad = int(tokenizer.pad_token_id)
+        self._base = Base(model, pad, vocabulary, limits, device, opening.recompute)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What adapters follow from, of the base model: the same in every process."""
+        return {
+            "weights": weights_digest(self._model),
+            "config": config_digest(self._model.config),
+            "tokenizer": tokenizer_digest(self._tokenizer),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of libraries that the last digits depend on."""
+        import peft
+
+        return {**library_versions(), "peft": peft.__version__}
+
+    def train(
+        self, plan: GroupPlan, root: Path, every: float, tell: Callable[[Sequence[Status]], None] | None = None
+    ) -> list[Outcome]:
+        """Learns a group, from where it is, and writes its adapters.
+
+        Args:
+            root: folder of the pool.
+            every: seconds between two checkpoints.
+            tell: is given how far its tasks are, after each round.
+
+        Raises:
+            StorageError: something cannot be written.
+            UsageError: a recipe's targets are not in the model.
+        """
+        by_name = {task.name: task for task in plan.tasks}
+        learners = self.learners(plan.tasks)
+
+        def save(learner: Learner) -> None:
+            if learner.best is not None:
+                self._write(root, by_name[learner.name], learner)
+
+        group = Group(self._base, learners, plan.members, plan.folder, save, every)
+
+        def say() -> None:
+            if tell is not None:
+                tell([_status(by_name[learner.name], learner) for learner in learners])
+
+        say()
+        group.run(say)
+        shutil.rmtree(plan.folder)
+        return [_outcome(learner) for learner in learners]
+
+    def learners(self, tasks: Sequence[Prepared]) -> list[Learner]:
+        """A learner for each task, where it begins.
+
+        Raises:
+            UsageError: a recipe's targets are not in the model.
+        """
+        config = load_config(self._opening.base_model, model_dir=self._opening.model_dir)
+        shapes: dict[tuple[str, ...], dict[str, LinearShape]] = {}
+        learners = []
+        for task in tasks:
+            recipe = task.recipe
+            if recipe.targets not in shapes:
+                shapes[recipe.targets] = adapted(skeleton(config), recipe)
+            found = shapes[recipe.targets]
+            factors = Factors(found, devices_of(self._model, list(found)), recipe.r, recipe.seed, task.name)
+            learners.append(Learner(task.name, recipe, task.rows, factors))
+        return learners
+
+    def _write(self, root: Path, task: Prepared, learner: Learner) -> None:
+        record = {**task.record, "course": course_record(learner.course), "versions": self.versions}
+        write_adapter(root / task.name, learner.best or {}, task.recipe.lora(self._opening.base_model), record)
+
+
+def _status(task: Prepared, learner: Learner) -> Status:
+    course = learner.course
+    held_out = course.measured[-1].held_out if course.measured else None
+    return Status(
+        task.name, course.step, learner.steps, course.tokens, task.tokens, course.last_loss, held_out, course.status
+    )
+
+
+def _outcome(learner: Learner) -> Outcome:
+    course = learner.course
+    reason = course.reason if course.status == DIVERGED else None
+    if reason is not None:
+        kept = "nothing is kept of it" if learner.best is None else f"its adapter is that of step {course.best}"
+        reason = f"{reason}; {kept}"
+    return Outcome(learner.name, reason, learner.best is not None)
+
+
+class Telling:
+    """Progress of a group as a file, for a driver in another process."""
+
+    def __init__(self, file: Path, every: float = 1.0) -> None:
+        self._file, self._every, self._last = file, every, 0.0
+
+    def __call__(self, states: Sequence[Status]) -> None:
+        now = time.monotonic()
+        if now - self._last < self._every and any(one.status == "running" for one in states):
+            return
+        self._last = now
+        part = self._file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps([asdict(one) for one in states]), encoding="utf-8")
+        os.replace(part, self._file)
+
+
+def told(file: Path) -> list[Status]:
+    """What `Telling` wrote last; nothing where it has not written yet."""
+    try:
+        return [Status(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError):
+        return []
+
+
+def same_base(own: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """In what two processes' `facts` or `versions` differ, in words; None if in nothing."""
+    names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
+    return f"{', '.join(names)} of its base model or libraries differ" if names else None
