@@ -80,7 +80,7 @@ def train(
     share = -(-len(found.tasks) // (layout.count or 1)) if layout is not None else USUAL_AT_ONCE
     at_once = course.at_once or max(1, min(share, USUAL_AT_ONCE))
     root = output.absolute()
-    wanted = Wanted(found, recipes, root, opening, at_once, course.checkpoint_every, course.retrain)
+    wanted = Wanted(found, recipes, root, opening, at_once, course.checkpoint_every, course.retrain, course.calibrate)
     note("loading the base model" if layout is None else starting(layout, "processes"))
     with Screen() as screen:
         trained = run(wanted, layout, screen.tell, screen.planned)

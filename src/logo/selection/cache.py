@@ -3,6 +3,7 @@
     <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per module, neutral texts first
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
     <cache>/calibration/<base model, texts and reading>/points-<pool>.json        what was chosen, for people to read
+    <adapter's folder>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a`, where it came with `a`
 
 Nothing in it is needed: what is missing or damaged is computed anew. Files are written under another name and renamed.
 What belongs to a pool that is open is held in memory besides, so that an adapter can join it although others' files are
@@ -26,6 +27,7 @@ from logo.adapters.digests import adapter_key
 from logo.adapters.format import Adapter
 from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
+from logo.folders import replace_file
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, Whitening
@@ -33,6 +35,8 @@ from logo.selection.whitening import SHRINKAGE, Whitening
 # Changes when what is stored means something else.
 _FORMAT = 1
 _SAMPLED = 64
+# Folder within an adapter's own that holds what it responds to neutral texts.
+BESIDE = "calibration"
 
 
 class CalibrationCache:
@@ -76,13 +80,27 @@ class CalibrationCache:
             AdapterError: nothing is known yet, and its file is gone.
         """
         if adapter.file not in self._responses:
-            self._responses[adapter.file] = self._load(f"{self._key(adapter)}.safetensors")
+            known = self._load(f"{self._key(adapter)}.safetensors")
+            self._responses[adapter.file] = known or read_cached(self._beside(adapter), load_file) or {}
         return dict(self._responses[adapter.file])
 
     def keep_responses(self, adapter: Adapter, responses: Mapping[str, Tensor]) -> None:
         """Keeps all responses of an adapter."""
         self._responses[adapter.file] = dict(responses)
         self._save(f"{self._key(adapter)}.safetensors", save({k: v.contiguous() for k, v in responses.items()}))
+
+    def keep_beside(self, adapter: Adapter) -> None:
+        """Writes what is known of an adapter into its own folder, so that it goes where the adapter goes.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        responses = {module: response.contiguous() for module, response in self.responses(adapter).items()}
+        replace_file(self._beside(adapter), save(responses))
+
+    def _beside(self, adapter: Adapter) -> Path:
+        # By the adapter's key, too: an adapter that was replaced does not find the responses of the one before.
+        return adapter.folder / BESIDE / self.key / f"{self._key(adapter)}.safetensors"
 
     def whitening(self, module: str) -> Whitening | None:
         """The whitening of a module's input, if known."""

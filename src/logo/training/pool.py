@@ -22,6 +22,7 @@ from logo.adapters.config import CONFIG
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import StorageError
 from logo.folders import replace_file, replace_folder
+from logo.selection.cache import BESIDE
 from logo.training.learner import DIVERGED, Course
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfi
             SAFETENSORS: save(tensors, {"format": "pt"}),
             RECORD: json.dumps(record, indent=2) + "\n",
         },
+        owned=(BESIDE,),
     )
 
 

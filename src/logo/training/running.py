@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.errors import DataError, StorageError, UsageError
+from logo.errors import DataError, LoGoError, StorageError, UsageError
 from logo.models import load_tokenizer
 from logo.training.examples import encode
 from logo.training.plan import GroupPlan, Plan, Prepared, check_names, plan, prepare
@@ -44,6 +44,7 @@ class Wanted:
         at_once: most tasks that are learned together.
         every: seconds between two checkpoints.
         retrain: adapters that stand there and were made from something else are replaced.
+        calibrate: what adapters respond to neutral texts is written beside them.
     """
 
     found: Found
@@ -53,6 +54,7 @@ class Wanted:
     at_once: int
     every: float = 60.0
     retrain: bool = False
+    calibrate: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ def train(
                     trained.append(outcome.task)
             write_pool(root, facts, failed)
         write_pool(root, facts, failed)
+        if wanted.calibrate and trained:
+            try:
+                trainers.calibrate(root)
+            except LoGoError as error:
+                warnings.warn(f"the pool is not calibrated yet: {error}", UserWarning, stacklevel=2)
     return Trained(tuple(sorted(trained)), todo.done, failed, cut)
 
 
@@ -160,6 +167,10 @@ class Here:
         for group in groups:
             yield self._trainer.train(group, root, every, tell)
 
+    def calibrate(self, root: Path) -> None:
+        """As `Trainer.calibrate`."""
+        self._trainer.calibrate(root)
+
 
 class Elsewhere:
     """Other processes, each of which has the base model loaded and the pool's folder at the same path."""
@@ -187,6 +198,10 @@ class Elsewhere:
                     yield [Outcome(task.name, f"not finished: {outcome.reason}", False) for task in group.tasks]
                 else:
                     yield outcome
+
+    def calibrate(self, root: Path) -> None:
+        """As `Trainer.calibrate`, in one of the processes."""
+        self._workers.ask(Trainer.calibrate, root)
 
 
 @contextlib.contextmanager

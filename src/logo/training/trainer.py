@@ -20,7 +20,7 @@ from logo.training.group import Base, Group
 from logo.training.learner import DIVERGED, Learner
 from logo.training.passes import Limits
 from logo.training.plan import GroupPlan, Prepared
-from logo.training.pool import course_record, write_adapter
+from logo.training.pool import course_record, record_of, write_adapter
 
 USUAL_TOKENS = 2048
 
@@ -152,6 +152,22 @@ class Trainer:
         group.run(say)
         shutil.rmtree(plan.folder)
         return [_outcome(learner) for learner in learners]
+
+    def calibrate(self, root: Path) -> None:
+        """Lets the base model read neutral texts, and writes what each adapter of the pool responds beside it.
+
+        Raises:
+            LoGoError: the pool cannot be calibrated.
+        """
+        from logo.adapters.pool import AdapterPool
+        from logo.engine import LoGo
+
+        logo = LoGo(self._model, self._tokenizer, AdapterPool.from_directory(root, on_bad_adapter="skip"))
+        logo.calibrate()
+        cache = logo.scorer.cache
+        for name in logo.names:
+            if cache is not None and record_of(root / name) is not None:
+                cache.keep_beside(logo.pool[name])
 
     def learners(self, tasks: Sequence[Prepared]) -> list[Learner]:
         """A learner for each task, where it begins.
