@@ -27,8 +27,8 @@ LAYERS = [
     {"engine", "protocol"},
     {"api"},
     {"backends", "baselines"},
-    {"evaluation", "training", "serving", "bench"},
-    {"demo"},
+    {"evaluation", "training", "serving"},
+    {"bench", "demo"},
     {"cli"},
 ]
 RANK = {part: i for i, layer in enumerate(LAYERS) for part in layer}

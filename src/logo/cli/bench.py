@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from logo.cli import bench_serve
+from logo.cli import bench_serve, bench_train
 from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import err, note, out, print_json, progress
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(invoke_without_command=True)
 app.command("serve")(bench_serve.serve)
+app.command("train")(bench_train.train)
 
 SIZES = "Sizes of the synthetic model and pool"
 PARTS = "What is measured"

@@ -171,34 +171,9 @@ class Group:
         bank.clear()
         tokens = {learner: sum(example.completion for example in batch) for learner, batch in batches.items()}
         shares = torch.tensor([1 / tokens[learner] if learner in tokens else 0.0 for learner in running])
-        sums = self._passes(running, batches, bank, shares)
+        sums = summed(self._base, running, batches, bank, shares)
         bank.collect()
         return {learner: sums[learner] / tokens[learner] for learner in batches}
-
-    def _passes(
-        self,
-        running: Sequence[Learner],
-        rows: Mapping[Learner, Sequence[Example]],
-        bank: Bank,
-        shares: Tensor | None,
-    ) -> dict[Learner, float]:
-        """Reads rows in as few passes as they need: the loss of each learner's rows, summed over tokens.
-
-        Args:
-            shares: (learners,): what a token's loss counts in the gradient; None: there is none.
-        """
-        place = {learner: number for number, learner in enumerate(running)}
-        owned = [Owned(place[learner], example) for learner, examples in rows.items() for example in examples]
-        scales = [learner.recipe.scaling for learner in running]
-        sums = torch.zeros(len(running), dtype=torch.float64)
-        device = self._base.device
-        for part in cut(owned, self._base.limits):
-            read = laid_out(part, scales, self._base.pad, device)
-            weights = None if shares is None else shares.to(device)[read.owners]
-            with torch.set_grad_enabled(shares is not None):
-                found = losses(self._base.model, bank, read, weights)
-            sums.index_add_(0, read.owners.cpu(), found.double().cpu())
-        return {learner: float(sums[place[learner]]) for learner in rows}
 
     def _wrong(self, loss: float) -> str | None:
         """Why a batch's mean loss is a reason to stop, in words."""
@@ -212,14 +187,48 @@ class Group:
     def _measure(self, running: Sequence[Learner], bank: Bank) -> None:
         due = [learner for learner in running if learner.running and learner.due]
         held_out = {learner: learner.held_out for learner in due if learner.held_out}
-        sums = self._passes(running, held_out, bank, None) if held_out else {}
+        means = held_out_losses(self._base, running, held_out, bank) if held_out else {}
         for learner in due:
-            if learner not in sums:
+            if learner not in means:
                 learner.measured(None)
                 continue
-            mean = sums[learner] / sum(example.completion for example in learner.held_out)
+            mean = means[learner]
             wrong = self._wrong(mean)
             if wrong:
                 learner.diverge(f"after step {learner.course.step}, on held-out rows, {wrong}")
             else:
                 learner.measured(mean)
+
+
+def summed(
+    base: Base,
+    learners: Sequence[Learner],
+    rows: Mapping[Learner, Sequence[Example]],
+    bank: Bank,
+    shares: Tensor | None,
+) -> dict[Learner, float]:
+    """Reads rows in as few passes as they need: the loss of each learner's rows, summed over tokens.
+
+    Args:
+        learners: all that are in the bank, in its order; `rows`: of those that are read.
+        shares: (learners,): what a token's loss counts in the gradient; None: there is none.
+    """
+    place = {learner: number for number, learner in enumerate(learners)}
+    owned = [Owned(place[learner], example) for learner, examples in rows.items() for example in examples]
+    scales = [learner.recipe.scaling for learner in learners]
+    sums = torch.zeros(len(learners), dtype=torch.float64)
+    for part in cut(owned, base.limits):
+        read = laid_out(part, scales, base.pad, base.device)
+        weights = None if shares is None else shares.to(base.device)[read.owners]
+        with torch.set_grad_enabled(shares is not None):
+            found = losses(base.model, bank, read, weights)
+        sums.index_add_(0, read.owners.cpu(), found.double().cpu())
+    return {learner: float(sums[place[learner]]) for learner in rows}
+
+
+def held_out_losses(
+    base: Base, learners: Sequence[Learner], rows: Mapping[Learner, Sequence[Example]], bank: Bank
+) -> dict[Learner, float]:
+    """The mean loss per completion token of each learner's rows, in nats; arguments as `summed`."""
+    sums = summed(base, learners, rows, bank, None)
+    return {learner: total / sum(example.completion for example in rows[learner]) for learner, total in sums.items()}

@@ -84,6 +84,10 @@ class Outcome:
 class Trainer:
     """A base model on which groups are learned.
 
+    Attributes:
+        base: the model, as groups use it.
+        tokenizer: its tokenizer.
+
     Raises:
         ModelError, HubError, UsageError: as `logo.models.load_base`.
     """
@@ -97,12 +101,12 @@ class Trainer:
             device_map=opening.device_map,
             model_dir=opening.model_dir,
         )
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self.tokenizer = model, tokenizer
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         device = device_of(model.get_input_embeddings())
         limits = Limits.of(opening.pass_tokens, vocabulary, device)
         pad = int(tokenizer.pad_token_id)
-        self._base = Base(model, pad, vocabulary, limits, device, opening.recompute)
+        self.base = Base(model, pad, vocabulary, limits, device, opening.recompute)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -110,7 +114,7 @@ class Trainer:
         return {
             "weights": weights_digest(self._model),
             "config": config_digest(self._model.config),
-            "tokenizer": tokenizer_digest(self._tokenizer),
+            "tokenizer": tokenizer_digest(self.tokenizer),
             "dtype": str(self._model.dtype).removeprefix("torch."),
         }
 
@@ -142,7 +146,7 @@ class Trainer:
             if learner.best is not None:
                 self._write(root, by_name[learner.name], learner)
 
-        group = Group(self._base, learners, plan.members, plan.folder, save, every)
+        group = Group(self.base, learners, plan.members, plan.folder, save, every)
 
         def say() -> None:
             if tell is not None:
@@ -162,7 +166,7 @@ class Trainer:
         from logo.adapters.pool import AdapterPool
         from logo.engine import LoGo
 
-        logo = LoGo(self._model, self._tokenizer, AdapterPool.from_directory(root, on_bad_adapter="skip"))
+        logo = LoGo(self._model, self.tokenizer, AdapterPool.from_directory(root, on_bad_adapter="skip"))
         logo.calibrate()
         cache = logo.scorer.cache
         for name in logo.names:

@@ -1,0 +1,99 @@
+"""`logo bench train`: what training a pool takes, beside PEFT with transformers' Trainer."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from logo.cli.opening import device_of
+from logo.cli.options import expanded
+from logo.cli.output import err, note, out, size
+from logo.cli.train_options import DeviceOptions, RecipeOptions
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.bench.training import Arm
+
+SHOWN = {"trainer": "PEFT with Trainer", "one": "one by one", "many": "many at once"}
+
+
+@expanded
+def train(
+    recipe: RecipeOptions,
+    device: DeviceOptions,
+    tasks: Annotated[str, typer.Option(metavar="DIR", help="Folder of TASK.jsonl, as of `logo train`.")],
+    base_model: Annotated[str, typer.Option(help="Hub id, folder, short name or `demo`.")] = "demo",
+    only: Annotated[str, typer.Option(help="Names or patterns of tasks, `a,b*`; empty: all.")] = "",
+    arms: Annotated[str, typer.Option(help="What is measured, in this order.")] = "trainer,one,many",
+    pass_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass of ours.", min=1)] = 2048,
+    threads: Annotated[int | None, typer.Option(help="Of each arm.", show_default="as PyTorch has it", min=1)] = None,
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write everything measured as JSON.")] = None,
+) -> None:
+    """Train the same tasks in three ways, each in a process of its own: speed, memory, and how good the adapters are.
+
+    Example: `logo bench train --base-model M --tasks examples/ --steps 16 --lr 1e-3`
+    """
+    from logo.bench.training import ARMS, Wanted, bench_training
+    from logo.folders import replace_file
+    from logo.training.tasks import find_tasks
+    from logo.training.trainer import Opening
+
+    names = [name.strip() for name in arms.split(",") if name.strip()]
+    for name in names:
+        if name not in ARMS:
+            raise UsageError(f"--arms {name!r}: expected some of {', '.join(ARMS)}")
+    recipes = recipe.recipes()
+    if recipes.other:
+        raise UsageError("--recipe: the arms have one recipe for all tasks; leave out `tasks:`")
+    found = find_tasks(tasks, only=only)
+    for name, reason in found.refused.items():
+        raise UsageError(f"task {name!r}: {reason}")
+    opening = Opening(
+        base_model,
+        device.model_dir,
+        device_of(device.gpu),
+        device.dtype,
+        device.device_map,
+        pass_tokens,
+    )
+    wanted = Wanted(opening, found.tasks, recipes.usual, threads)
+    with err.status("") as status:
+        measured = bench_training(wanted, names, lambda name: status.update(f"{SHOWN[name]} ..."))
+    out.print(_table(measured))
+    for line in _ratios(measured):
+        out.print(line, markup=False)
+    if json is not None:
+        content = {"recipe": recipes.usual.as_dict(), "arms": [arm.as_dict() for arm in measured]}
+        replace_file(json, (jsonlib.dumps(content, indent=2) + "\n").encode())
+        note(f"written to {json}")
+
+
+def _table(arms: Sequence[Arm]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("arm")
+    for name in ("tokens", "seconds", "tokens/s", "peak memory", "held-out loss"):
+        table.add_column(name, justify="right")
+    for arm in arms:
+        loss = statistics.fmean(arm.losses.values())
+        row = (f"{arm.tokens:,}", f"{arm.seconds:.1f}", f"{arm.speed:.0f}", size(arm.peak), f"{loss:.4f}")
+        table.add_row(SHOWN[arm.name], *row)
+    return table
+
+
+def _ratios(arms: Sequence[Arm]) -> list[str]:
+    """Each arm beside the first one, in words."""
+    lines = []
+    first = arms[0]
+    for arm in arms[1:]:
+        apart = max(abs(arm.losses[name] / loss - 1) for name, loss in first.losses.items())
+        lines.append(
+            f"{SHOWN[arm.name]}: {arm.speed / first.speed:.2f} times as fast as {SHOWN[first.name]}; the held-out "
+            f"losses of single tasks differ by {apart:.2%} at most"
+        )
+    return lines
