@@ -15,7 +15,7 @@ from torch import nn
 
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings
 from logo.adapters import format as adapter_format
-from logo.adapters import pool as pool_module
+from logo.adapters import survey as survey_module
 from logo.adapters.format import Adapter
 from logo.selection import index, index_file, scorers
 from test_engine import PROMPTS, tokenizer, write_adapter
@@ -43,7 +43,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return adapter_format.open_adapter(folder, name, **how)
 
-    monkeypatch.setattr(pool_module, "open_adapter", open_adapter)
+    monkeypatch.setattr(survey_module, "open_adapter", open_adapter)
     return names
 
 

@@ -19,10 +19,10 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from logo import AdapterPool
-from logo.adapters import pool as pool_module
+from logo.adapters import survey as survey_module
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout, LinearShape
-from logo.adapters.pool import survey
+from logo.adapters.survey import survey
 from logo.adapters.weights import SafetensorsFile
 from logo.errors import AdapterError, LoGoError, PoolError, StorageError
 from make_adapters import (
@@ -488,10 +488,10 @@ def test_a_big_pool_has_only_its_headers_read(
     damage(write(tmp_path / "nan"), float("nan"))
     write(tmp_path / "good")
     size = sum((tmp_path / name / SAFETENSORS).stat().st_size for name in ("nan", "good"))
-    monkeypatch.setattr(pool_module, "VERIFY_UP_TO_BYTES", size - 1)
+    monkeypatch.setattr(survey_module, "VERIFY_UP_TO_BYTES", size - 1)
     assert AdapterPool.from_directory(tmp_path).names == ("good", "nan")
     assert reads == []
-    monkeypatch.setattr(pool_module, "VERIFY_UP_TO_BYTES", size)
+    monkeypatch.setattr(survey_module, "VERIFY_UP_TO_BYTES", size)
     refused(lambda: AdapterPool.from_directory(tmp_path))
 
 
@@ -504,7 +504,7 @@ def test_without_verification_damage_shows_when_the_adapter_is_read(tmp_path: Pa
 def test_with_verification_damage_shows_at_once_however_big_the_pool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "VERIFY_UP_TO_BYTES", 0)
+    monkeypatch.setattr(survey_module, "VERIFY_UP_TO_BYTES", 0)
     damage(write(tmp_path / "nan"), float("nan"))
     assert "adapter 'nan': tensor" in refused(lambda: AdapterPool.from_directory(tmp_path, verify=True))
 

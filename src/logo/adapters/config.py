@@ -82,11 +82,20 @@ class LoraConfig:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
-def read_config(folder: Path) -> LoraConfig:
-    """Reads and checks `adapter_config.json` of a PEFT folder.
+def read_config(folder: Path, *, unconverted: bool = False) -> LoraConfig:
+    """Reads and checks `adapter_config.json` of a PEFT folder; `unconverted` as `parse_config`.
 
     Raises:
         Refusal: the file is missing or malformed, or asks for something that cannot be mixed.
+    """
+    return parse_config(read_raw(folder), unconverted=unconverted)
+
+
+def read_raw(folder: Path) -> dict[str, Any]:
+    """Every setting in `adapter_config.json`, those that this version does not know included.
+
+    Raises:
+        Refusal: the file is missing or malformed.
     """
     path = folder / CONFIG
     try:
@@ -99,11 +108,21 @@ def read_config(folder: Path) -> LoraConfig:
         raise Refusal(f"{CONFIG} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise Refusal(f"{CONFIG} must hold an object, found {type(raw).__name__}")
-    return parse_config(raw)
+    return raw
 
 
-def parse_config(raw: dict[str, Any]) -> LoraConfig:
-    """Checks a configuration that was read from JSON; see `read_config`."""
+def changed_base(raw: dict[str, Any]) -> str | None:
+    """The initialisation that also changed the base weights (PiSSA and the like), or None for a plain adapter."""
+    init = raw.get("init_lora_weights")
+    return init if isinstance(init, str) and _CHANGED_BASE.match(init) else None
+
+
+def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfig:
+    """Checks a configuration that was read from JSON; see `read_config`.
+
+    Args:
+        unconverted: also take an adapter whose initialisation changed the base weights, for somebody who converts it.
+    """
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise Refusal(f'peft_type is {_short(kind)}; only "LORA" adapters can be mixed')
@@ -113,11 +132,11 @@ def parse_config(raw: dict[str, Any]) -> LoraConfig:
             raise Refusal(message.format(value=_short(raw[key])))
     if raw.get("bias", "none") != "none":
         raise Refusal(f'bias is {_short(raw["bias"])}: it changes biases of the base model; only "none" can be mixed')
-    init = raw.get("init_lora_weights")
-    if isinstance(init, str) and _CHANGED_BASE.match(init):
+    init = changed_base(raw)
+    if init is not None and not unconverted:
         raise Refusal(
             f"init_lora_weights is {_short(init)}, which also changed the base weights; convert it to a plain LoRA "
-            "first (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            "first (`logo pool convert --initial`, or PEFT's path_initial_model_for_weight_conversion)"
         )
     base_model = raw.get("base_model_name_or_path")
     known = _INFORMATIONAL | set(_NOT_PLAIN)

@@ -163,13 +163,16 @@ class Adapter:
         return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
 
 
-def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: bool = False) -> Adapter:
+def open_adapter(
+    folder: str | Path, name: str | None = None, *, allow_pickle: bool = False, unconverted: bool = False
+) -> Adapter:
     """Opens a PEFT adapter folder: configuration and header only.
 
     Args:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         name: its name in the pool; default: the folder's own name.
         allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) where there is no safetensors file.
+        unconverted: as `parse_config`.
 
     Raises:
         AdapterError: anything in the folder that cannot be read or cannot be mixed; the reason says which.
@@ -177,7 +180,7 @@ def open_adapter(folder: str | Path, name: str | None = None, *, allow_pickle: b
     folder = Path(folder)
     name = name if name is not None else own_name(folder)
     try:
-        config = read_config(folder)
+        config = read_config(folder, unconverted=unconverted)
         return adapter_of(name, folder, config, _weight_file(folder, allow_pickle))
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__

@@ -82,11 +82,16 @@ class BaseLayout:
         return candidates
 
     def _core(self, path: str) -> str:
-        segments = path.split(".")
-        start = 0
-        while start < len(segments) - 1 and segments[start] in self.wrappers:
-            start += 1
-        return ".".join(segments[start:])
+        return core_path(path, self.wrappers)
+
+
+def core_path(path: str, wrappers: frozenset[str] = _WRAPPERS) -> str:
+    """A module path without the wrappers in front, so that two adapters' names of one module can be compared."""
+    segments = path.split(".")
+    start = 0
+    while start < len(segments) - 1 and segments[start] in wrappers:
+        start += 1
+    return ".".join(segments[start:])
 
 
 def _common_suffix(left: Iterable[str], right: Iterable[str]) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,20 +17,15 @@ from typing import Any, Literal
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.hub import download_adapters, is_hub_spec, split_hub_spec
-from logo.adapters.known import KnownPool
 from logo.adapters.layout import BaseLayout
-from logo.adapters.weights import PICKLE, SAFETENSORS
+from logo.adapters.survey import survey
+from logo.adapters.weights import SAFETENSORS
 from logo.cache import cache_folder
-from logo.errors import AdapterError, PoolError, StorageError, UsageError, closest
+from logo.errors import AdapterError, PoolError, UsageError, closest
 
 OnBadAdapter = Literal["error", "skip"]
 
 DEFAULT_K = 20  # adapters per prompt, of any pool that does not know better
-
-# Reading every tensor once finds NaN before it can cost anyone a run. Up to this size that takes well under a second,
-# so it is done at opening; a larger pool has its tensors checked when each is first read.
-VERIFY_UP_TO_BYTES = 256 * 2**20
-
 
 # One change at a time, in whatever pool: none takes long, and a pool without a lock of its own can be pickled.
 _CHANGING = threading.Lock()
@@ -90,12 +84,23 @@ class AdapterPool:
         """
         root = Path(path)
         adapters, refused = survey(root, allow_pickle=allow_pickle, verify=verify, cache=cache_folder(cache))
+        pool = cls.from_survey(root, adapters, refused, on_bad_adapter=on_bad_adapter)
+        pool._warn_about_unknown_keys()
+        return pool
+
+    @classmethod
+    def from_survey(
+        cls, root: Path, adapters: Sequence[Adapter], refused: list[AdapterError], *, on_bad_adapter: OnBadAdapter
+    ) -> AdapterPool:
+        """What a survey of `root` found, as a pool.
+
+        Raises:
+            PoolError: there is no usable adapter, or one is bad and `on_bad_adapter` is `"error"`.
+        """
         _refuse(refused, on_bad_adapter, where=str(root))
         if not adapters:
             raise PoolError(_empty(root, refused))
-        pool = cls(adapters, refused)
-        pool._warn_about_unknown_keys()
-        return pool
+        return cls(adapters, refused)
 
     @classmethod
     def from_hub(
@@ -295,95 +300,6 @@ class AdapterPool:
 
 def _taken(name: str) -> PoolError:
     return PoolError(f"the pool already has an adapter {name!r}; remove it first or choose another name")
-
-
-def survey(
-    root: Path, *, allow_pickle: bool = False, verify: bool | None = None, cache: Path | None = None
-) -> tuple[list[Adapter], list[AdapterError]]:
-    """Every adapter below `root` that can be used, and why each other one cannot; see `from_directory`.
-
-    Args:
-        cache: as `KnownPool.of`.
-
-    Raises:
-        StorageError: `root` is not a readable folder.
-    """
-    check_folder(root)
-    known = KnownPool.of(root, cache)
-    adapters: dict[str, Adapter] = {}
-    refused: list[AdapterError] = []
-    unchanged = set()
-    for folder, name in _adapter_folders(root, refused):
-        try:
-            adapter = known.get(folder, name)
-            if adapter is None:
-                adapter = open_adapter(folder, name, allow_pickle=allow_pickle)
-            elif known.verified(name):
-                unchanged.add(name)
-            if name in adapters:
-                raise AdapterError(name, f"{adapters[name].folder} and {folder} have one name; rename one of them")
-            adapters[name] = adapter
-        except AdapterError as error:
-            refused.append(error)
-    unverified = [adapter for name, adapter in adapters.items() if name not in unchanged]
-    if verify is None:
-        verify = sum(adapter.size for adapter in unverified) <= VERIFY_UP_TO_BYTES
-    damaged = _damaged(unverified) if verify else {}
-    good = [adapter for name, adapter in adapters.items() if name not in damaged]
-    known.keep(good, {adapter.name for adapter in good} if verify else unchanged)
-    return good, refused + list(damaged.values())
-
-
-def check_folder(root: Path) -> None:
-    """Raises StorageError unless a pool can be looked for there."""
-    try:
-        found = "a folder" if root.is_dir() else "a file" if root.exists() else "nothing"
-        if found == "a folder":
-            os.scandir(root).close()
-    except OSError as error:
-        raise StorageError(f"adapter folder {root} cannot be read: {error.strerror or error}") from error
-    if found != "a folder":
-        raise StorageError(f"adapter folder {root}: expected a folder, found {found}; check the path")
-
-
-def _adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[str, str]]:
-    """Folders below `root` that hold an adapter, with their names; hidden folders are left alone.
-
-    What lies in a folder that cannot be listed nobody knows, so it is `refused` instead of passed over.
-    """
-
-    def unreadable(error: OSError) -> None:
-        name = Path(error.filename).relative_to(root).as_posix()
-        refused.append(AdapterError(name, f"the folder cannot be listed: {error.strerror}"))
-
-    marks = {CONFIG, SAFETENSORS, PICKLE}
-    seen = set()
-    top = str(root)
-    for current, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        try:
-            stat = os.stat(current)
-        except OSError as error:  # removed meanwhile
-            unreadable(error)
-            continue
-        if (stat.st_dev, stat.st_ino) in seen:  # a link back into the tree
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if not marks.isdisjoint(files):
-            name = own_name(root) if current == top else current[len(top) :].strip(os.sep).replace(os.sep, "/")
-            yield current, name
-
-
-def _damaged(adapters: Iterable[Adapter]) -> dict[str, AdapterError]:
-    """Reads all tensors of these adapters; name -> what is wrong."""
-    damaged = {}
-    for adapter in adapters:
-        try:
-            adapter.read()
-        except AdapterError as error:
-            damaged[adapter.name] = error
-    return damaged
 
 
 def _refuse(refused: list[AdapterError], on_bad_adapter: OnBadAdapter, where: str) -> None:

@@ -65,7 +65,7 @@ def forecast(
 
 def _pool(engine: EngineOptions, base_model: str) -> tuple[Download, Sequence[int]]:
     from logo.adapters.needed import pool_needed
-    from logo.adapters.pool import check_folder
+    from logo.adapters.survey import check_folder
     from logo.evaluation.forecast import Download
     from logo.pools import pool_place
 
