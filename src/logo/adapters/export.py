@@ -7,22 +7,12 @@ so that `B A = Σ w_i s_i B_i A_i`, exactly, whatever ranks and targets the adap
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from logo.adapters.config import CONFIG
-from logo.adapters.format import Adapter
-from logo.adapters.weights import SAFETENSORS
-from logo.errors import StorageError, UsageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.writing import new_folder, plain_tensors, save_adapter, unscaled
+from logo.errors import UsageError
 
 
 def write_mixture(
@@ -46,9 +36,8 @@ def write_mixture(
     parts = [(adapter, weight) for adapter, weight in parts if weight]
     if not parts:
         raise UsageError("the mixture holds no adapter: there is nothing to write, the base model alone answers so")
-    tensors, ranks = _stacked(parts)
-    [(rank, _)] = Counter(ranks.values()).most_common(1)
-    others = {re.escape(path): found for path, found in ranks.items() if found != rank}
+    stacked = _stacked(parts)
+    ranks = {path: len(one.A) for path, one in stacked.items()}
     config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -56,29 +45,25 @@ def write_mixture(
         "inference_mode": True,
         "bias": "none",
         "lora_dropout": 0.0,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        **unscaled(ranks),
         "target_modules": _targets(ranks, linear),
     }
-    _write(folder, tensors, config)
+    with new_folder(folder, "the mixture") as part:
+        save_adapter(part, plain_tensors(stacked), config)
     return folder
 
 
-def _stacked(parts: Sequence[tuple[Adapter, float]]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Tensors by PEFT's keys, and the rank of every module."""
+def _stacked(parts: Sequence[tuple[Adapter, float]]) -> dict[str, LoraWeights]:
+    """The factors side by side, by module path."""
     import torch
 
     read = [(adapter.read(), weight) for adapter, weight in parts]
-    tensors, ranks = {}, {}
+    stacked = {}
     for path in dict.fromkeys(path for weights, _ in read for path in weights):
         held = [(weights[path], weight) for weights, weight in read if path in weights]
-        a = torch.cat([one.A.float() for one, _ in held])
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a
-        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.cat([w * one.scaled_b() for one, w in held], dim=1)
-        ranks[path] = len(a)
-    return tensors, ranks
+        b = torch.cat([w * one.scaled_b() for one, w in held], dim=1)
+        stacked[path] = LoraWeights(torch.cat([one.A.float() for one, _ in held]), b, 1.0)
+    return stacked
 
 
 def _targets(paths: Collection[str], linear: Collection[str]) -> list[str]:
@@ -86,22 +71,3 @@ def _targets(paths: Collection[str], linear: Collection[str]) -> list[str]:
     names = {path.rsplit(".", 1)[-1] for path in paths}
     named = {path for path in linear if path.rsplit(".", 1)[-1] in names}
     return sorted(names if named == set(paths) else paths)
-
-
-def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, object]) -> None:
-    """All of the folder or nothing: it is written under another name and renamed."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UsageError(f"{folder} exists already and is not an empty folder; name another one, or remove it")
-    part = folder.with_name(f".{folder.name}-{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part / SAFETENSORS, {"format": "pt"})
-        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, folder)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"the mixture cannot be written to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -72,7 +72,7 @@ def download_adapters(
     """
     if not _REPO_ID.fullmatch(repo_id):
         raise UsageError(f"{repo_id!r} is not a Hub repo id; expected namespace/name of letters, digits, '-', '_', '.'")
-    folder = _clean_subfolder(repo_id, subfolder)
+    folder = clean_subfolder(repo_id, subfolder)
     _check_revision(repo_id, revision)
     try:
         with _quiet_when_nothing_matches():
@@ -120,9 +120,14 @@ def download_model(
         raise hub_error(repo_id, error, revision=revision) from error
 
 
+def is_repo_id(text: str) -> bool:
+    """Whether `text` looks like `namespace/name`."""
+    return _REPO_ID.fullmatch(text) is not None
+
+
 def is_hub_id(text: str) -> bool:
     """Whether `text` looks like `namespace/name` and is not a folder that exists here."""
-    return _REPO_ID.fullmatch(text) is not None and not Path(text).is_dir()
+    return is_repo_id(text) and not Path(text).is_dir()
 
 
 def is_hub_spec(text: str) -> bool:
@@ -144,7 +149,7 @@ def split_hub_spec(text: str) -> tuple[str, str | None, str | None]:
     if not _REPO_ID.fullmatch(repo_id) or (at and not revision):
         raise UsageError(f"{text!r} is neither a folder that exists nor a Hub repo (org/name[/folder][@revision])")
     _check_revision(repo_id, revision or None)
-    return repo_id, _clean_subfolder(repo_id, rest) or None, revision or None
+    return repo_id, clean_subfolder(repo_id, rest) or None, revision or None
 
 
 def hub_error(repo_id: str, error: BaseException, *, revision: str | None = None) -> HubError:
@@ -153,7 +158,7 @@ def hub_error(repo_id: str, error: BaseException, *, revision: str | None = None
     Takes what `huggingface_hub` raises and what transformers makes of it (an `OSError` with the cause inside).
     Nothing of a server's answer or of a request's headers is repeated, so a token cannot end up in the message.
     """
-    chain = list(_chain(error))
+    chain = list(causes(error))
     reasons = (_reason(repo_id, link, revision) for link in chain)
     reason = next((found for found in reasons if found), None) or _last_resort(chain)
     return HubError(" ".join(f"Hub repo {repo_id}: {reason}".split()))
@@ -162,7 +167,7 @@ def hub_error(repo_id: str, error: BaseException, *, revision: str | None = None
 # What to fetch
 
 
-def _clean_subfolder(repo_id: str, subfolder: str | None) -> str:
+def clean_subfolder(repo_id: str, subfolder: str | None) -> str:
     """Normalise `./a//b/` to `a/b`; empty for the whole repository."""
     text = subfolder or ""
     parts = [part for part in text.split("/") if part not in ("", ".")]
@@ -290,7 +295,7 @@ def _suggest(folder: str, names: dict[str, set[str]]) -> str:
 # What a failure means
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, then what caused it, the way a traceback shows them."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -1,0 +1,162 @@
+"""Converting adapters: another dtype, safetensors instead of a pickle, PiSSA and the like to plain LoRA.
+
+PiSSA, OLoRA, CorDA and LoRA-GA begin with factors `A_0, B_0` that are taken out of the base weights: they train
+`W - s B_0 A_0 + s B A`. On the untouched base the update is therefore
+
+    s B A - s B_0 A_0 = s [B, -B_0] [A; A_0]
+
+a plain LoRA of twice the rank and the same scale. PEFT does the same when it saves an adapter with
+`path_initial_model_for_weight_conversion`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logo.adapters.config import changed_base, read_raw
+from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.layout import core_path
+from logo.adapters.survey import survey
+from logo.adapters.writing import plain_tensors, save_adapter
+from logo.errors import AdapterError, StorageError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The adapters as they were before training: one for all, or one for each by name."""
+
+    folder: Path
+    alone: Adapter | None
+    adapters: Mapping[str, Adapter]
+
+    @classmethod
+    def open(cls, folder: Path, *, allow_pickle: bool = False) -> Initial:
+        """Reads one adapter, or a pool of them under the names that the trained ones have.
+
+        Raises:
+            StorageError: the folder cannot be read, or holds no adapter.
+        """
+        found, refused = survey(folder, allow_pickle=allow_pickle, verify=False, unconverted=True)
+        if not found:
+            reason = f"; the first of those refused: {refused[0]}" if refused else ""
+            raise StorageError(f"initial adapters {folder}: expected PEFT folders, found none{reason}")
+        alone = found[0] if len(found) == 1 and found[0].folder == folder else None
+        return cls(folder, alone, {adapter.name: adapter for adapter in found})
+
+    def of(self, adapter: Adapter) -> Adapter:
+        """The one that an adapter was trained from.
+
+        Raises:
+            AdapterError: there is none of its name.
+        """
+        found = self.alone or self.adapters.get(adapter.name)
+        if found is None:
+            raise AdapterError(adapter.name, f"its initial adapter is missing from {self.folder}")
+        return found
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of an adapter.
+
+    Attributes:
+        adapter: as it was.
+        weights: by module path, in the new dtype; scales as before.
+        config: its settings.
+        before: the dtypes that it was stored in.
+        init: the initialisation that it was freed from; None for a plain adapter.
+    """
+
+    adapter: Adapter
+    weights: dict[str, LoraWeights]
+    config: dict[str, Any]
+    before: tuple[torch.dtype, ...]
+    init: str | None
+
+
+def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initial | None = None) -> Converted:
+    """The same update as a plain adapter.
+
+    Args:
+        adapter: may be opened `unconverted`.
+        dtype: None: as it is stored.
+        initial: for adapters whose initialisation changed the base weights.
+
+    Raises:
+        AdapterError: it cannot be read, its initial adapter is missing or another one's, or a value does not fit in
+            the dtype.
+    """
+    config = read_raw(adapter.folder)
+    init = changed_base(config)
+    weights = adapter.read()
+    before = tuple(sorted({factor.dtype for one in weights.values() for factor in (one.A, one.B)}, key=str))
+    if init is not None:
+        if initial is None:
+            raise AdapterError(
+                adapter.name,
+                f"init_lora_weights is {init!r}, which also changed the base weights; give the adapter as it was "
+                "before training with --initial; without it, only training again helps",
+            )
+        weights = _freed(adapter, weights, initial.of(adapter))
+        config = config | _doubled(config)
+    if dtype is not None:
+        weights = {path: _stored(adapter, path, one, dtype) for path, one in weights.items()}
+    return Converted(adapter, weights, config, before, init)
+
+
+def write_converted(result: Converted, folder: Path) -> None:
+    """Writes it as a PEFT folder."""
+    save_adapter(folder, plain_tensors(result.weights), result.config)
+
+
+def _freed(adapter: Adapter, weights: Mapping[str, LoraWeights], initial: Adapter) -> dict[str, LoraWeights]:
+    """`s [B, -B_0] [A; A_0]` for every module."""
+    first = {core_path(path): one for path, one in initial.read().items()}
+    if first.keys() != {core_path(path) for path in weights}:
+        raise AdapterError(adapter.name, f"its initial adapter {initial.folder} adapts other modules")
+    doubled = {}
+    for path, one in weights.items():
+        start = first[core_path(path)]
+        if start.A.shape != one.A.shape or start.B.shape != one.B.shape:
+            raise AdapterError(
+                adapter.name,
+                f"its initial adapter {initial.folder} has other shapes at {path}: A {list(start.A.shape)}, "
+                f"B {list(start.B.shape)}; expected {list(one.A.shape)}, {list(one.B.shape)}",
+            )
+        if not math.isclose(start.scaling, one.scaling, rel_tol=1e-9):
+            raise AdapterError(
+                adapter.name,
+                f"its initial adapter {initial.folder} has another scale at {path}: {start.scaling:g}, expected "
+                f"{one.scaling:g}",
+            )
+        # Two dtypes meet in the wider one.
+        doubled[path] = LoraWeights(torch.cat([one.A, start.A]), torch.cat([one.B, -start.B], dim=1), one.scaling)
+    return doubled
+
+
+def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of twice the rank and the same scale: alpha doubles with `alpha / r`, grows by √2 with `alpha / √r`."""
+    grown = math.sqrt(2) if config.get("use_rslora") else 2
+    return {
+        "init_lora_weights": True,
+        "r": 2 * config.get("r", 8),
+        "lora_alpha": grown * config.get("lora_alpha", 8),
+        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {key: grown * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
+    }
+
+
+def _stored(adapter: Adapter, path: str, one: LoraWeights, dtype: torch.dtype) -> LoraWeights:
+    stored = LoraWeights(one.A.to(dtype), one.B.to(dtype), one.scaling)
+    for factor in (stored.A, stored.B):
+        if not bool(factor.isfinite().all()):
+            raise AdapterError(adapter.name, f"a value of {path} does not fit in {dtype}; use bf16 or fp32")
+    return stored

@@ -1,0 +1,48 @@
+"""Which adapters of a pool may go, because another one that stays does nearly the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from logo.adapters.anatomy import Anatomy
+from logo.adapters.format import Adapter
+
+
+@dataclass(frozen=True)
+class Gone:
+    """An adapter that goes, and the one that stays for it."""
+
+    name: str
+    kept: str
+    overlap: float
+    cosine: float
+
+
+def duplicates(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> list[Gone]:
+    """The adapters to leave out, in pool order.
+
+    Adapters are gone through from the one with most parameters on, in the order of names where these are equal. Each
+    stays, unless it is a near-duplicate of one that stays: so nobody goes for the sake of somebody who goes, and what
+    goes is as near as the threshold says to what stays for it. Two adapters that do nothing are duplicates too.
+    """
+    alike: dict[str, dict[str, tuple[float, float]]] = {adapter.name: {} for adapter in adapters}
+    for one, other, overlap, cosine in found.near_duplicates(threshold):
+        alike[one][other] = alike[other][one] = overlap, cosine
+    idle = [name for name in found.names if found.norm(name) == 0]
+    for name in idle:
+        alike[name] |= {other: (1.0, 1.0) for other in idle if other != name}
+    kept: list[str] = []
+    gone: dict[str, Gone] = {}
+    for adapter in sorted(adapters, key=lambda adapter: (-adapter.parameters, adapter.name)):
+        near = alike[adapter.name]
+        stays = max((name for name in kept if name in near), default=None, key=_least(near))
+        if stays is None:
+            kept.append(adapter.name)
+        else:
+            gone[adapter.name] = Gone(adapter.name, stays, *near[stays])
+    return [gone[adapter.name] for adapter in adapters if adapter.name in gone]
+
+
+def _least(near: Mapping[str, tuple[float, float]]) -> Callable[[str], float]:
+    return lambda name: min(near[name])

@@ -1,0 +1,151 @@
+"""A pool on its way to the Hub: which of its files go, where they go, and what a refusal means.
+
+Only safetensors adapters, their configurations, the card with its picture and `pool.json` ever leave: no pickles, no
+checkpoints, nothing else that happens to lie in the folder. Uploading, retries and tokens are `huggingface_hub`'s.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from logo.adapters.card import PICTURE
+from logo.adapters.config import CONFIG
+from logo.adapters.format import Adapter
+from logo.adapters.hub import causes, clean_subfolder, hub_error, is_repo_id
+from logo.adapters.notes import NOTES
+from logo.adapters.weights import SAFETENSORS
+from logo.errors import HubError, UsageError
+
+CARD = "README.md"
+# What training tools call folders of states in between.
+_CHECKPOINT = re.compile(r"checkpoints?([-_.]?\d+)?", re.IGNORECASE)
+_LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is sent.
+
+    Attributes:
+        root: the pool's folder.
+        repo: `namespace/name`.
+        folder: in the repository; empty: its top.
+        files: below the root, sorted.
+    """
+
+    root: Path
+    repo: str
+    folder: str
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, root: Path, adapters: Sequence[Adapter], repo: str, folder: str | None = None) -> Upload:
+        """The files of these adapters and of their pool.
+
+        Args:
+            adapters: read from safetensors files.
+            folder: None: as the official collection calls it, `{base}-loras-{name of the pool}`.
+
+        Raises:
+            UsageError: the repository or the folder cannot be one, or no base model is known to call the folder by.
+        """
+        if not is_repo_id(repo):
+            raise UsageError(f"{repo!r} is not a Hub repo id; expected namespace/name")
+        if folder is None:
+            folder = _official(root, adapters)
+        files = [name for name in (CARD, PICTURE, NOTES) if (root / name).is_file()]
+        for adapter in adapters:
+            below = PurePosixPath(adapter.folder.relative_to(root).as_posix())
+            files += [str(below / name) for name in (CONFIG, SAFETENSORS)]
+        return cls(root, repo, clean_subfolder(repo, folder.strip("/")), tuple(sorted(files)))
+
+    @property
+    def targets(self) -> Iterator[tuple[str, int]]:
+        """Paths in the repository, with the sizes of the files."""
+        for file in self.files:
+            yield "/".join(part for part in (self.folder, file) if part), (self.root / file).stat().st_size
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether an adapter's name says that it is a state in the middle of training."""
+    return any(_CHECKPOINT.fullmatch(part) for part in name.split("/"))
+
+
+def push(upload: Upload, *, private: bool = False, message: str | None = None) -> str:
+    """Makes the repository if there is none, sends what has changed, and returns the address.
+
+    A card goes to the top of the repository too, where the Hub shows it, unless there is one.
+
+    Args:
+        private: of a new repository; one that exists has to be private already.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="logo")
+    repo, folder = upload.repo, upload.folder
+    message = message or f"{len(upload.files)} files of the pool {upload.root.absolute().name}"
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise HubError(f"Hub repo {repo}: it exists and is public, but --private was given; nothing was sent")
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=upload.root,
+            path_in_repo=folder,
+            allow_patterns=[glob.escape(file) for file in upload.files],
+            commit_message=message,
+        )
+        if folder and CARD in upload.files and not api.file_exists(repo, CARD):
+            text = (upload.root / CARD).read_text(encoding="utf-8").replace(f"]({PICTURE})", f"]({folder}/{PICTURE})")
+            api.upload_file(path_or_fileobj=text.encode(), path_in_repo=CARD, repo_id=repo, commit_message="Model card")
+    except HubError:
+        raise
+    except Exception as error:  # the boundary: httpx, xet and the file system each raise their own kinds
+        raise push_error(repo, error) from error
+    return f"{api.endpoint}/{repo}" + (f"/tree/main/{folder}" if folder else "")
+
+
+def push_error(repo: str, error: BaseException) -> HubError:
+    """Says in one line what a failed upload means. As `hub_error`, it repeats nothing of requests or answers."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for link in causes(error):
+        if isinstance(link, HfHubHTTPError):
+            reason = _refusals().get(link.response.status_code)
+            if reason is not None:
+                return HubError(f"Hub repo {repo}: {reason}")
+        if isinstance(link, ValueError) and "metadata" in str(link):
+            return HubError(
+                f"Hub repo {repo}: the Hub does not accept the front matter of {CARD}; see `logo pool card`"
+            )
+    return hub_error(repo, error)
+
+
+def _refusals() -> dict[int, str]:
+    again = "run the same command again: what has arrived is not sent twice"
+    return {
+        401: f"the Hub does not accept this token, or there is none; {_LOG_IN}",
+        403: f"this token may not write there; use another one: {_LOG_IN}",
+        404: f"not found, and this token may not make it; check the name, and {_LOG_IN}",
+        409: f"it was changed meanwhile; {again}",
+        412: f"it was changed meanwhile; {again}",
+        413: "the Hub refuses files of this size; see its limits on storage",
+        429: f"the Hub answered 'too many requests'; wait some minutes, then {again}",
+    }
+
+
+def _official(root: Path, adapters: Sequence[Adapter]) -> str:
+    bases = {
+        adapter.config.base_model.rstrip("/").rsplit("/", 1)[-1] for adapter in adapters if adapter.config.base_model
+    }
+    if len(bases) != 1:
+        found = f"several base models ({', '.join(sorted(bases))})" if bases else "no base model"
+        raise UsageError(f"the adapters name {found}; say with --path-in-repo where they go ('.' for the top)")
+    return f"{bases.pop()}-loras-{root.absolute().name}"

@@ -1,0 +1,134 @@
+"""Writing adapters and pools: plain PEFT folders, all of one or nothing.
+
+What is written goes into a hidden folder beside the place where it belongs and takes its name at the end, so that
+nobody ever finds half of it. Settings that this version does not know are carried through unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logo.adapters.config import CONFIG
+from logo.adapters.notes import changed, read_notes, write_notes
+from logo.adapters.weights import SAFETENSORS
+from logo.errors import LoGoError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from logo.adapters.format import Adapter, LoraWeights
+
+Write = Callable[["Adapter", Path], None]  # makes the folder of one adapter
+Tell = Callable[[], None]
+
+
+def check_new(folder: Path) -> None:
+    """Raises UsageError if something is in the way of a folder that is to be written."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UsageError(f"{folder} exists already and is not an empty folder; name another one, or remove it")
+
+
+@contextmanager
+def new_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when the block ends well and goes when it does not.
+
+    Args:
+        what: for messages, such as `the mixture`.
+
+    Raises:
+        UsageError: `folder` holds something already.
+        StorageError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    part = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        check_new(folder)
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, folder)
+    except LoGoError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{what} cannot be written to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_pool(
+    root: Path,
+    adapters: Iterable[Adapter],
+    out: Path,
+    write: Write,
+    change: Callable[[], Mapping[str, Any]],
+    tell: Tell | None = None,
+) -> None:
+    """Makes a pool of another one, which is not touched: all of it or nothing.
+
+    Args:
+        root: the folder of the pool that there is; its `pool.json` is carried through.
+        adapters: those of it that the new pool has; each keeps its place below the folder.
+        out: must not exist yet, or be empty.
+        write: is given an adapter and the folder to make.
+        change: what was done, for `pool.json`; asked at the end.
+        tell: called after each adapter that is written.
+
+    Raises:
+        UsageError: `out` is in use, or lies in the pool that is read.
+        StorageError: it cannot be written.
+    """
+    if out.resolve().is_relative_to(root.resolve()):
+        raise UsageError(f"{out} lies in the pool {root} itself; name a folder outside of it")
+    notes = read_notes(root)
+    with new_folder(out, "the pool") as part:
+        for adapter in adapters:
+            write(adapter, part / adapter.folder.relative_to(root))
+            if tell is not None:
+                tell()
+        write_notes(part, changed(notes, change()))
+
+
+def copy_adapter(adapter: Adapter, folder: Path) -> None:
+    """Copies the configuration and the weights, byte by byte; for use within `new_folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (adapter.folder / CONFIG, adapter.file.path):
+        shutil.copyfile(file, folder / file.name)
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
+    """Writes one PEFT folder, which may be there already, in place; for use within `new_folder`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SAFETENSORS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def plain_tensors(weights: Mapping[str, LoraWeights]) -> dict[str, Tensor]:
+    """Factors under the keys that PEFT gives them. Their scales are the configuration's affair."""
+    return {
+        f"base_model.model.{path}.lora_{side}.weight": tensor
+        for path, one in weights.items()
+        for side, tensor in (("A", one.A), ("B", one.B))
+    }
+
+
+def unscaled(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Settings under which every module's scale is 1, whatever ranks (by module path) there are."""
+    [(rank, _)] = Counter(ranks.values()).most_common(1)
+    others = {re.escape(path): found for path, found in ranks.items() if found != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+    }
