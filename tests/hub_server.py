@@ -138,7 +138,10 @@ class HubServer:
         together: no file is sent before so many are on their way at one time.
         page_size: entries per page of a tree.
         outage: an HTTP status to answer everything with.
+        handler: what answers; `hub_uploads` has one that takes files too.
     """
+
+    handler: type[Handler] | None = None
 
     def __init__(
         self,
@@ -261,7 +264,7 @@ class _Server(ThreadingHTTPServer):
         self.hub = hub
         self.failures: list[str] = []
         self._open: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), hub.handler or Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._open.add(request)
@@ -283,14 +286,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @dataclass
-class _Refusal(Exception):
+class Refusal(Exception):
     status: int
     code: str | None
     message: str
     commit: str | None = None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -306,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self._refuse(_Refusal(404, None, "not served here"), "other")
+        self._refuse(Refusal(404, None, "not served here"), "other")
 
     @property
     def hub(self) -> HubServer:
@@ -321,7 +324,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind, arguments = _route(url.path)
         try:
             if self.hub.outage is not None:
-                raise _Refusal(self.hub.outage, None, "out of order")
+                raise Refusal(self.hub.outage, None, "out of order")
             if kind == "cdn":
                 self._content(self._in_store(*arguments))
             elif kind == "info":
@@ -331,22 +334,22 @@ class _Handler(BaseHTTPRequestHandler):
             elif kind == "resolve":
                 self._resolve(*arguments)
             else:
-                raise _Refusal(404, None, "not served here")
-        except _Refusal as refusal:
+                raise Refusal(404, None, "not served here")
+        except Refusal as refusal:
             self._refuse(refusal, kind)
 
     def _find(self, repo_id: str, revision: str) -> tuple[Repo, Commit]:
         """The repository and the commit, if this token may see them: 401 and 404 are as odd as on the Hub."""
         repo = self.hub.repos.get(repo_id)
         if self.token not in (None, GOOD_TOKEN, STRANGER_TOKEN):
-            raise _Refusal(401, None, "Invalid credentials in Authorization header")
+            raise Refusal(401, None, "Invalid credentials in Authorization header")
         if repo is None or (repo.private and self.token != GOOD_TOKEN):
             if self.token is None:
-                raise _Refusal(401, "RepoNotFound", "Invalid username or password.")
-            raise _Refusal(404, "RepoNotFound", "Repository not found")
+                raise Refusal(401, "RepoNotFound", "Invalid username or password.")
+            raise Refusal(404, "RepoNotFound", "Repository not found")
         commit = repo.commit(revision)
         if commit is None:
-            raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repo, commit
 
     def _info(self, repo_id: str, revision: str) -> None:
@@ -368,7 +371,7 @@ class _Handler(BaseHTTPRequestHandler):
         page, recursive = int(options.get("cursor", "0")), options.get("recursive") == "true"
         entries = commit.tree(below, recursive)
         if below and not entries:
-            raise _Refusal(404, "EntryNotFound", f"{below} does not exist on {revision!r}", commit.sha)
+            raise Refusal(404, "EntryNotFound", f"{below} does not exist on {revision!r}", commit.sha)
         start, stop = page * self.hub.page_size, (page + 1) * self.hub.page_size
         here = urlsplit(self.path).path
         more = {"Link": f'<{self.hub.url}{here}?recursive={str(recursive).lower()}&cursor={page + 1}>; rel="next"'}
@@ -378,10 +381,10 @@ class _Handler(BaseHTTPRequestHandler):
         repo, commit = self._find(repo_id, revision)
         if repo.gated and self.token != GOOD_TOKEN:
             status = 401 if self.token is None else 403
-            raise _Refusal(status, "GatedRepo", f"Access to model {repo_id} is restricted.")
+            raise Refusal(status, "GatedRepo", f"Access to model {repo_id} is restricted.")
         file = commit.files.get(path)
         if file is None:
-            raise _Refusal(404, "EntryNotFound", "Entry not found", commit.sha)
+            raise Refusal(404, "EntryNotFound", "Entry not found", commit.sha)
         if not file.large:
             return self._content(file, commit.sha)
         headers = {
@@ -405,7 +408,7 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             begin, end = int(wanted[1]), int(wanted[2] or file.size - 1)
             if begin >= file.size:
-                raise _Refusal(416, None, "Range not satisfiable")
+                raise Refusal(416, None, "Range not satisfiable")
             body, status = body[begin : end + 1], 206
             headers["Content-Range"] = f"bytes {begin}-{end}/{file.size}"
         if self.command == "HEAD":
@@ -433,7 +436,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
-    def _refuse(self, refusal: _Refusal, kind: str) -> None:
+    def _refuse(self, refusal: Refusal, kind: str) -> None:
         headers = {"X-Error-Message": refusal.message}
         if refusal.code is not None:
             headers["X-Error-Code"] = refusal.code

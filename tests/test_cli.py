@@ -71,6 +71,13 @@ COMMANDS = [
     "study",
     "bench probe",
     "pool inspect",
+    "pool diff",
+    "pool dedupe",
+    "pool prune",
+    "pool convert",
+    "pool card",
+    "pool push",
+    "pool export",
     "plan",
 ]
 

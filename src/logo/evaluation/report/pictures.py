@@ -155,7 +155,7 @@ def weights(analysis: Analysis, number: int) -> Scene | None:
     if found is None:
         return None
     most = float(np.abs(found.values).max())
-    return _map(
+    return heat_map(
         f"weights-{number}",
         f"Mean weight by dataset and adapter: {analysis.labels[number]}",
         _words_of_weights(found),
@@ -172,7 +172,7 @@ def similarity(analysis: Analysis, number: int) -> Scene | None:
     found = analysis.similarity[number]
     if found is None:
         return None
-    return _map(
+    return heat_map(
         f"similarity-{number}",
         f"Adapters that respond alike: {analysis.labels[number]}",
         _words_of_similarity(found),
@@ -270,7 +270,7 @@ def _legend(analysis: Analysis, marks: list[SceneMark], left: float) -> float:
     return y + 12
 
 
-def _map(
+def heat_map(
     name: str,
     title: str,
     text: str,

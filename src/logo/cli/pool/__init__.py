@@ -1,0 +1,24 @@
+"""`logo pool`: looking into pools of adapters, and making new ones of them."""
+
+from __future__ import annotations
+
+import typer
+
+from logo.cli.pool import card, convert, dedupe, diff, export, inspect, prune, push
+
+app = typer.Typer(help="Look into pools of adapters, and make new ones of them.", no_args_is_help=True)
+
+
+@app.callback()
+def pool() -> None:
+    """Look into pools of adapters, and make new ones of them."""
+
+
+app.command("inspect")(inspect.inspect)
+app.command("diff")(diff.diff)
+app.command("dedupe")(dedupe.dedupe)
+app.command("prune")(prune.prune)
+app.command("convert")(convert.convert)
+app.command("card")(card.card)
+app.command("push")(push.push)
+app.command("export")(export.export)

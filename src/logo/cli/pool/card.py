@@ -1,0 +1,93 @@
+"""`logo pool card`: a model card for a pool."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from logo.cli.options import OnBad
+from logo.cli.output import note, out, print_json
+from logo.cli.pool.common import Folder, OnBadAdapter, opened
+from logo.errors import DataError, StorageError, UsageError
+
+
+def card(
+    folder: Folder,
+    base_model: Annotated[
+        str | None, typer.Option(help="Its name on the Hub.", show_default="what the adapters say")
+    ] = None,
+    repo: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO[/FOLDER]", help="Where the pool will be found on the Hub.", show_default="the folder itself"
+        ),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The card's heading.", show_default="the folder's name")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="As the Hub calls it, such as apache-2.0.")] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The JSON of `logo study`, or its picture; the picture is copied."),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over a card that is there.")] = False,
+    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write README.md into a pool: what is in it, how to use it with LoGo, PEFT and vLLM, and where it comes from.
+
+    Example: `logo pool card adapters/ --repo org/my-loras --study study.json`
+    """
+    from logo.adapters.card import PICTURE, Card
+    from logo.adapters.hub import is_repo_id
+    from logo.adapters.notes import read_notes
+    from logo.adapters.publishing import CARD
+    from logo.folders import replace_file
+
+    pool = opened(folder, False, on_bad_adapter)
+    numbers, picture = (None, None) if study is None else _study(study)
+    files = [folder / CARD, *([folder / PICTURE] if picture is not None else [])]
+    for file in files:
+        if file.exists() and not replace:
+            raise UsageError(f"{file} exists already; --replace writes over it")
+    made = Card(
+        title=title or folder.absolute().name,
+        adapters=list(pool),
+        notes=read_notes(folder),
+        base_model=base_model,
+        place=repo or str(folder),
+        licence=licence,
+        study=numbers,
+        picture=picture is not None or (folder / PICTURE).is_file(),
+    )
+    if made.base is None or not is_repo_id(made.base):
+        note(f"no base model on the Hub is known ({made.base or 'none is named'}): --base-model names one")
+    if picture is not None:
+        replace_file(folder / PICTURE, picture)
+    replace_file(folder / CARD, str(made).encode())
+    if json:
+        print_json({"files": [str(file) for file in files], "base_model": made.base, "adapters": list(pool.names)})
+    else:
+        out.print(f"{', '.join(map(str, files))}: written", markup=False)
+
+
+def _study(file: Path) -> tuple[dict[str, Any] | None, bytes | None]:
+    """What a study found, and its picture: the JSON has the picture beside it, the picture may be given alone."""
+    picture = file if file.suffix.lower() == ".png" else file.with_suffix(".png")
+    numbers = None
+    try:
+        if file != picture:
+            numbers = json_format.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(numbers, dict) or "signals" not in numbers:
+                raise DataError(f"{file}: expected the JSON that `logo study` writes")
+        drawn = picture.read_bytes() if picture.is_file() or file == picture else None
+    except OSError as error:
+        raise StorageError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file}: expected the JSON that `logo study` writes: {error}") from error
+    if drawn is not None and not drawn.startswith(b"\x89PNG"):
+        raise DataError(f"{picture}: expected a PNG")
+    return numbers, drawn

@@ -1,0 +1,111 @@
+"""`logo pool convert`: the same updates in another dtype, in safetensors, as plain LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.options import Choice, OnBad
+from logo.cli.output import out, print_json, size
+from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, steps
+
+if TYPE_CHECKING:
+    import torch
+
+    from logo.adapters.format import Adapter
+
+
+class Dtype(Choice):
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+def convert(
+    folder: Folder,
+    out_folder: Out,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the new files.", show_default="as they are stored")] = None,
+    initial: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="PiSSA, OLoRA, CorDA, LoRA-GA: the adapters as they were before training, under the same names, or "
+            "one for all. They become plain LoRA of twice the rank.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_pickle: AllowPickle = False,
+    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a pool as plain safetensors adapters: another dtype, no pickles, no initialisation that needs its own base.
+
+    Example: `logo pool convert adapters/ --out plain-adapters/ --dtype bf16 --allow-pickle`
+    """
+    from logo.adapters.conversion import DTYPES, Initial, converted, write_converted
+    from logo.adapters.pool import AdapterPool
+    from logo.adapters.survey import survey
+    from logo.adapters.writing import check_new, write_pool
+
+    check_new(out_folder)
+    first = None if initial is None else Initial.open(initial, allow_pickle=allow_pickle)
+    skip = on_bad_adapter is OnBad.SKIP
+    found, refused = survey(folder, allow_pickle=allow_pickle, verify=skip, unconverted=True)
+    pool = AdapterPool.from_survey(folder, found, refused, on_bad_adapter=on_bad_adapter.value)
+    to = None if dtype is None else DTYPES[dtype.value]
+    results: list[dict[str, Any]] = []
+
+    def write(adapter: Adapter, place: Path) -> None:
+        result = converted(adapter, to, first)
+        write_converted(result, place)
+        weights = result.weights.values()
+        results.append(
+            {
+                "name": adapter.name,
+                "from": {
+                    "file": adapter.file.path.name,
+                    "dtypes": list(map(_short, result.before)),
+                    "init": result.init,
+                    "ranks": list(adapter.ranks),
+                    "bytes": adapter.size,
+                },
+                "to": {
+                    "dtypes": sorted({_short(one.A.dtype) for one in weights}),
+                    "ranks": sorted({len(one.A) for one in weights}),
+                    "bytes": sum(file.stat().st_size for file in place.glob("*.safetensors")),
+                },
+            }
+        )
+
+    with steps("adapters", len(pool)) as step:
+        change = {"command": "convert", "dtype": None if dtype is None else dtype.value, "initial": bool(initial)}
+        write_pool(folder, pool, out_folder, write, lambda: change, step)
+    if json:
+        print_json({"folder": str(folder), "out": str(out_folder), "adapters": results})
+        return
+    _print(results)
+    out.print(f"{out_folder}: written", markup=False)
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("adapter", "was", "dtype", "rank", "size", "is", "rank", "size"):
+        table.add_column(head, justify="right" if head in ("rank", "size") else "left")
+    for one in results:
+        was, now = one["from"], one["to"]
+        kind = ", ".join(filter(None, ("pickle" if was["file"].endswith(".bin") else "safetensors", was["init"])))
+        cells = (kind, _listed(was["dtypes"]), _listed(was["ranks"]), size(was["bytes"]))
+        table.add_row(Text(one["name"]), *cells, _listed(now["dtypes"]), _listed(now["ranks"]), size(now["bytes"]))
+    out.print(table)
+
+
+def _listed(values: list[Any]) -> str:
+    return "/".join(map(str, values))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

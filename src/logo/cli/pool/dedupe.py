@@ -1,0 +1,62 @@
+"""`logo pool dedupe`: a pool without its near-duplicates."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from logo.cli.options import OnBad
+from logo.cli.output import out, print_json
+from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, Threshold, opened
+from logo.cli.pool.spectra import taken_apart
+
+
+def dedupe(
+    folder: Folder,
+    out_folder: Out,
+    threshold: Threshold = 0.9,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say who would go; write nothing.")] = False,
+    allow_pickle: AllowPickle = False,
+    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Copy a pool, of near-duplicates only one each: the one with most parameters, else the first by name.
+
+    Example: `logo pool dedupe adapters/ --out fewer-adapters/`
+    """
+    from logo.adapters.duplicates import duplicates
+    from logo.adapters.writing import check_new, copy_adapter, write_pool
+
+    check_new(out_folder)
+    pool = opened(folder, allow_pickle, on_bad_adapter)
+    adapters = list(pool)
+    gone = duplicates(adapters, taken_apart(adapters), threshold)
+    left_out = {one.name for one in gone}
+    kept = [adapter for adapter in adapters if adapter.name not in left_out]
+    if not dry_run:
+        change = {"command": "dedupe", "threshold": threshold, "gone": {one.name: one.kept for one in gone}}
+        write_pool(folder, kept, out_folder, copy_adapter, lambda: change)
+    if json:
+        print_json(
+            {
+                "folder": str(folder),
+                "out": None if dry_run else str(out_folder),
+                "kept": [adapter.name for adapter in kept],
+                "gone": [
+                    {"name": one.name, "kept": one.kept, "overlap": one.overlap, "cosine": one.cosine} for one in gone
+                ],
+            }
+        )
+        return
+    for one in gone:
+        out.print(
+            Text.assemble(
+                ("gone ", "yellow"),
+                (one.name, "bold"),
+                f" for {one.kept}: overlap {one.overlap:.2f}, cosine {one.cosine:.2f}",
+            )
+        )
+    where = "nothing written" if dry_run else f"{out_folder}: written"
+    out.print(f"{where}, {len(kept)} of {len(adapters)} adapters stay", markup=False)

@@ -1,0 +1,122 @@
+"""`logo pool diff`: what one pool has and another has not, or has otherwise."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.options import OnBad
+from logo.cli.output import out, print_json
+from logo.cli.pool.common import AllowPickle, OnBadAdapter, steps
+
+if TYPE_CHECKING:
+    from logo.adapters.differences import Differences
+    from logo.adapters.pool import AdapterPool
+
+
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="A pool or a single adapter: a folder, or a Hub repo.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if they differ, as `diff` does.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="List the adapters that are the same too.")] = False,
+    allow_pickle: AllowPickle = False,
+    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two pools by name, or two adapters: same bytes, same update with other factors, or how far apart.
+
+    Example: `logo pool diff adapters/ org/pool/tasks --check`
+    """
+    from logo.adapters.differences import compared
+
+    pools = [_opened(place, allow_pickle, on_bad_adapter) for place in (one, other)]
+    first, second = _named_alike(pools[0], pools[1])
+    with steps("adapters", len(set(first.names) & set(second.names))) as step:
+        found = compared(first, second, step)
+    if json:
+        print_json(_report(one, other, found))
+    else:
+        _print(found, all_)
+    if check and not found.same:
+        raise typer.Exit(1)
+
+
+def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
+    from logo.adapters.hub import is_hub_spec
+    from logo.pools import open_pool
+
+    how: dict[str, Any] = {} if is_hub_spec(place) else {"verify": on_bad is OnBad.SKIP, "cache": ""}
+    return open_pool(place, base_model="", on_bad_adapter=on_bad.value, allow_pickle=allow_pickle, **how)
+
+
+def _named_alike(one: AdapterPool, other: AdapterPool) -> tuple[AdapterPool, AdapterPool]:
+    """Two single adapters are compared whatever they are called."""
+    from dataclasses import replace
+
+    from logo.adapters.pool import AdapterPool
+
+    if len(one) != 1 or len(other) != 1 or one.names == other.names:
+        return one, other
+    [renamed] = (replace(adapter, name=one.names[0]) for adapter in other)
+    return one, AdapterPool([renamed])
+
+
+def _report(one: str, other: str, found: Differences) -> dict[str, Any]:
+    return {
+        "pools": [one, other],
+        "same": found.same,
+        "only": list(map(list, found.only)),
+        "renamed": found.renamed,
+        "shared": [
+            {
+                "name": each.name,
+                "kind": each.kind,
+                "relative": _number(each.relative),
+                "cosine": _number(each.cosine),
+                "modules": each.modules,
+                "modules_only": list(each.only),
+            }
+            for each in found.shared
+        ],
+    }
+
+
+def _print(found: Differences, all_: bool) -> None:
+    listed = [each for each in found.shared if all_ or not each.same]
+    if listed:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for head in ("adapter", "", "relative difference", "cosine", "modules"):
+            table.add_column(head, justify="left" if head in ("adapter", "") else "right")
+        for each in listed:
+            beside = "".join(
+                f", {count} only in {place}" for count, place in zip(each.only, "AB", strict=True) if count
+            )
+            table.add_row(
+                Text(each.name), each.kind, _shown(each.relative), _shown(each.cosine), f"{each.modules}{beside}"
+            )
+        out.print(table)
+    for names, sign in zip(found.only, "AB", strict=True):
+        for name in names:
+            to = found.renamed.get(name) if sign == "A" else None
+            told = f" (the bytes of {to} in B)" if to else ""
+            out.print(Text.assemble((f"only in {sign} ", "yellow"), (name, "bold"), told))
+    counts = {kind: sum(each.kind == kind for each in found.shared) for kind in _KINDS}
+    parts = [f"{count} {kind}" for kind, count in counts.items() if count]
+    parts += [f"{len(names)} only in {place}" for names, place in zip(found.only, "AB", strict=True) if names]
+    out.print(", ".join(parts), markup=False)
+
+
+_KINDS = ("same bytes", "same update", "other update", "other shapes")
+
+
+def _shown(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+def _number(value: float) -> float | None:
+    """As JSON has it."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,44 @@
+"""`logo pool export`: a mixture of adapters as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logo.cli.opening import open_engine
+from logo.cli.options import EngineOptions, expanded
+from logo.cli.output import note, out, selection_line
+from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_prompts
+
+
+@expanded
+def export(
+    engine: EngineOptions,
+    folder: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to; must not exist yet.")],
+    prompt: Annotated[str | None, typer.Argument(help="Write the mixture that this prompt selects.")] = None,
+    chat: Chat = False,
+    system: System = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=WEIGHT]", help="Write these adapters instead (repeatable).")
+    ] = None,
+) -> None:
+    """Write a mixture as one plain PEFT adapter, which any tool that reads LoRA adapters answers with.
+
+    Example: `logo pool export "What is 7 plus 5?" --output sums`
+    """
+    from logo.errors import UsageError
+
+    mixture = forced(adapter)
+    if (prompt is None) == (mixture is None):
+        raise UsageError("expected either a prompt, which selects, or --adapter NAME=WEIGHT")
+    engine, base_model = or_demo(engine)
+    logo = open_engine(engine, base_model)
+    if prompt is not None:
+        [selection] = logo.select(as_asked(read_prompts([prompt], None), chat, system))
+        note(f"  {selection_line(selection)}")
+        logo.save_mixture(selection, folder)
+    else:
+        logo.save_mixture(mixture or {}, folder)
+    out.print(f"{folder}: written", markup=False)

@@ -1,0 +1,128 @@
+"""`logo pool inspect`: what is in a folder of adapters, and with `--spectra` what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.output import out, print_json, size
+from logo.cli.pool import spectra as spectra_part
+from logo.cli.pool.common import AllowPickle, Threshold, targets
+
+if TYPE_CHECKING:
+    from logo.adapters.format import Adapter
+    from logo.adapters.layout import BaseLayout
+    from logo.errors import AdapterError
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters, at any depth.")],
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Also check that every adapter fits this base model (its configuration is enough)."),
+    ] = None,
+    model_dir: Annotated[str, typer.Option(help="Looked in first for the base model.")] = "./hf_models",
+    allow_pickle: AllowPickle = False,
+    verify: Annotated[bool, typer.Option(help="Read all tensors and check them for NaN and Inf.")] = True,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if anything would be refused.")] = False,
+    spectra: Annotated[
+        bool,
+        typer.Option(
+            "--spectra",
+            help="Also what the adapters do: norms, effective ranks, near-duplicates, what stands out. Decomposes "
+            "every update: seconds for tens of adapters, and the time grows with the square of their number.",
+        ),
+    ] = False,
+    threshold: Threshold = 0.9,
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With `--spectra`: draw overlaps, norms and effective ranks."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, with the sha256 of every adapter.")] = False,
+) -> None:
+    """List the adapters in a folder, and what would be refused and why.
+
+    Example: `logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra`
+    """
+    from logo.adapters.survey import survey
+    from logo.errors import AdapterError, UsageError
+
+    if png is not None and not spectra:
+        raise UsageError("--png draws what --spectra finds: give both")
+    good, refused = survey(folder, allow_pickle=allow_pickle, verify=verify)
+    if base_model is not None:
+        layout = _layout(base_model, model_dir)
+        for adapter in list(good):
+            try:
+                adapter.fit(layout)
+            except AdapterError as error:
+                good.remove(adapter)
+                refused.append(error)
+    refused.sort(key=lambda error: error.name)
+    taken = spectra_part.taken_apart(good) if spectra else None
+    if png is not None and taken is not None:
+        spectra_part.draw(taken, png)
+    if json:
+        more = {} if taken is None else spectra_part.report(good, taken, threshold)
+        print_json(_report(folder, good, refused, more))
+    else:
+        if good:
+            out.print(_table(good) if taken is None else spectra_part.table(good, taken))
+        if taken is not None:
+            spectra_part.show(good, taken, threshold)
+        for bad in refused:
+            out.print(Text.assemble(("refused ", "red"), (bad.name, "bold"), f": {bad.reason}"))
+        total = size(sum(adapter.size for adapter in good))
+        out.print(f"{folder}: {len(good)} usable ({total}), {len(refused)} refused", markup=False)
+    if check and refused:
+        raise typer.Exit(1)
+
+
+def _layout(base_model: str, model_dir: str) -> BaseLayout:
+    from logo.models import load_layout
+
+    return load_layout(base_model, model_dir=model_dir)
+
+
+def _report(
+    folder: Path, good: Sequence[Adapter], refused: Sequence[AdapterError], more: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "folder": str(folder),
+        "adapters": [
+            {
+                "name": adapter.name,
+                "ranks": list(adapter.ranks),
+                "modules": len(adapter.modules),
+                "targets": targets(adapter),
+                "parameters": adapter.parameters,
+                "bytes": adapter.size,
+                "base_model": adapter.config.base_model,
+                "sha256": adapter.sha256,
+            }
+            for adapter in good
+        ],
+        "refused": [{"name": error.name, "reason": error.reason} for error in refused],
+        **more,
+    }
+
+
+def _table(adapters: Sequence[Adapter]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("adapter", "rank", "modules", "targets", "parameters", "size"):
+        table.add_column(name, justify="right" if name in ("rank", "modules", "parameters", "size") else "left")
+    for adapter in adapters:
+        table.add_row(
+            Text(adapter.name),
+            "/".join(map(str, adapter.ranks)),
+            str(len(adapter.modules)),
+            ", ".join(targets(adapter)),
+            f"{adapter.parameters:,}",
+            size(adapter.size),
+        )
+    return table

@@ -1,0 +1,96 @@
+"""`logo pool prune`: a pool of smaller ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.options import OnBad
+from logo.cli.output import out, print_json
+from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, opened, steps
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from logo.adapters.format import Adapter
+
+
+def prune(
+    folder: Folder,
+    out_folder: Out,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Keep of every update the directions that hold this share of its squared norm: 0.95 leaves a relative "
+            "error of at most √0.05 = 0.22.",
+            show_default=False,
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Or keep so many directions.", show_default=False)] = None,
+    allow_pickle: AllowPickle = False,
+    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a pool whose updates are the best approximations of smaller rank, with the error of each.
+
+    Every update is cut by its singular value decomposition, per module. The new adapters are plain PEFT adapters with
+    alpha = r, so that their scale is 1, in the dtype that they had.
+
+    Example: `logo pool prune adapters/ --out small-adapters/ --energy 0.95`
+    """
+    from logo.adapters.pruning import Budget, pruned, write_pruned
+    from logo.adapters.writing import check_new, write_pool
+
+    budget = Budget(energy, rank)
+    check_new(out_folder)
+    pool = opened(folder, allow_pickle, on_bad_adapter)
+    results: list[dict[str, Any]] = []
+
+    def write(adapter: Adapter, to: Path) -> None:
+        result = pruned(adapter, budget)
+        write_pruned(result, to)
+        after = sorted(set(result.ranks.values()))
+        results.append(
+            {
+                "name": adapter.name,
+                "ranks_before": list(adapter.ranks),
+                "ranks": after,
+                "mean_rank": sum(result.ranks.values()) / len(result.ranks),
+                "parameters_before": adapter.parameters,
+                "parameters": result.parameters,
+                "error": result.error,
+            }
+        )
+
+    def change() -> dict[str, Any]:
+        errors = {one["name"]: one["error"] for one in results}
+        return {"command": "prune", "energy": energy, "rank": rank, "relative_errors": errors}
+
+    with steps("adapters", len(pool)) as step:
+        write_pool(folder, pool, out_folder, write, change, step)
+    if json:
+        print_json({"folder": str(folder), "out": str(out_folder), "energy": energy, "rank": rank, "adapters": results})
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("adapter", "rank before", "rank", "parameters before", "parameters", "relative error"):
+        table.add_column(head, justify="left" if head == "adapter" else "right")
+    for one in results:
+        table.add_row(
+            Text(one["name"]),
+            _span(one["ranks_before"]),
+            _span(one["ranks"]),
+            f"{one['parameters_before']:,}",
+            f"{one['parameters']:,}",
+            f"{one['error']:.3g}",
+        )
+    out.print(table)
+    before, after = (sum(one[key] for one in results) for key in ("parameters_before", "parameters"))
+    out.print(f"{out_folder}: written, {after / before:.0%} of the parameters", markup=False)
+
+
+def _span(ranks: list[int]) -> str:
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"

@@ -1,0 +1,170 @@
+"""`logo pool inspect --spectra`: norms, effective ranks, near-duplicates, what stands out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.output import note, out
+from logo.cli.pool.common import ranks, steps, targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from logo.adapters.anatomy import Anatomy
+    from logo.adapters.format import Adapter
+
+LAYER_RANGES = 3
+NAMED = 8  # names that a line lists
+
+
+def taken_apart(adapters: Sequence[Adapter]) -> Anatomy:
+    """What the adapters do, with a progress bar."""
+    from logo.adapters.anatomy import anatomy, module_paths
+
+    with steps("modules", len(module_paths(adapters))) as step:
+        return anatomy(adapters, step)
+
+
+def draw(found: Anatomy, file: Path) -> None:
+    """Writes the picture."""
+    from logo.evaluation.report.png import png
+    from logo.evaluation.report.pool import likeness
+    from logo.folders import replace_file
+
+    replace_file(file, png(likeness(found)))
+    note(f"{file}")
+
+
+def table(adapters: Sequence[Adapter], found: Anatomy) -> Table:
+    """One row per adapter."""
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("adapter", "rank", "targets", "norm", "effective rank", "nearest", "overlap", "cosine"):
+        shown.add_column(head, justify="left" if head in ("adapter", "targets", "nearest") else "right")
+    for adapter in adapters:
+        name = adapter.name
+        nearest = found.nearest(name)
+        beside = ("-", "-", "-") if nearest is None else (nearest[0], f"{nearest[1]:.2f}", f"{nearest[2]:.2f}")
+        shown.add_row(
+            Text(name),
+            ranks(adapter),
+            ", ".join(targets(adapter)),
+            f"{found.norm(name):.3g}",
+            f"{found.effective_rank(name):.1f}",
+            *map(Text, beside),
+        )
+    return shown
+
+
+def show(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> None:
+    """What the pool does to each kind of module, near-duplicates, and what stands out."""
+    from logo.adapters.outliers import outliers
+
+    by_module = list(_by_module(found))
+    if by_module:
+        shown = Table(box=None, pad_edge=False, header_style="dim")
+        for head in ("module", "layers", "median norm", "effective rank", "largest norm", "of"):
+            shown.add_column(head, justify="left" if head in ("module", "layers", "of") else "right")
+        for row in by_module:
+            shown.add_row(
+                row["module"],
+                _layers(row),
+                f"{row['norm']:.3g}",
+                f"{row['effective_rank']:.1f}",
+                f"{row['largest']:.3g}",
+                Text(row["adapter"]),
+            )
+        out.print()
+        out.print(shown)
+        out.print()
+    for one, other, overlap, cosine in found.near_duplicates(threshold):
+        out.print(
+            Text.assemble(("near-duplicates ", "yellow"), f"{one}, {other}: overlap {overlap:.2f}, cosine {cosine:.2f}")
+        )
+    for outlier in outliers(adapters, found):
+        out.print(Text.assemble(("stands out ", "yellow"), f"{_listed(outlier.adapters)}: {outlier.text}"))
+
+
+def report(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> dict[str, Any]:
+    """The same for programs."""
+    from logo.adapters.outliers import outliers
+
+    return {
+        "spectra": {
+            name: {
+                "norm": found.norm(name),
+                "effective_rank": found.effective_rank(name),
+                "modules": {
+                    path: {"norm": update.norm, "effective_rank": update.effective_rank}
+                    for path, update in found.updates[name].items()
+                },
+            }
+            for name in found.names
+        },
+        "modules": list(_by_module(found)),
+        "overlap": _numbers(found.overlap),
+        "cosine": _numbers(found.cosine),
+        "near_duplicates": [
+            {"adapters": [one, other], "overlap": overlap, "cosine": cosine}
+            for one, other, overlap, cosine in found.near_duplicates(threshold)
+        ],
+        "stands_out": [
+            {"kind": outlier.kind, "text": outlier.text, "adapters": list(outlier.adapters)}
+            for outlier in outliers(adapters, found)
+        ],
+    }
+
+
+def _by_module(found: Anatomy) -> Iterator[dict[str, Any]]:
+    """Over each kind of module and range of layers: medians over adapters and modules, and the largest norm.
+
+    Updates of zeros are left out: they are said to stand out, and would hide what the others do.
+    """
+    from logo.adapters.anatomy import kind_of, layer_of
+
+    every = {layer_of(path) for updates in found.updates.values() for path in updates}
+    layers = sorted(layer for layer in every if layer is not None)
+    width = -(-len(layers) // LAYER_RANGES) or 1
+    part = {layer: number // width for number, layer in enumerate(layers)}
+    groups: dict[tuple[str, int], list[tuple[int | None, str, float, float]]] = {}
+    for name, updates in found.updates.items():
+        for path, update in updates.items():
+            layer = layer_of(path)
+            group = groups.setdefault((kind_of(path), -1 if layer is None else part[layer]), [])
+            if update.norm > 0:
+                group.append((layer, name, update.norm, update.effective_rank))
+    for (kind, _), group in sorted(groups.items()):
+        if not group:
+            continue
+        _, adapter, largest, _ = max(group, key=lambda entry: entry[2])
+        known = sorted({layer for layer, *_ in group if layer is not None})
+        yield {
+            "module": kind,
+            "layers": [known[0], known[-1]] if known else None,
+            "norm": median(norm for _, _, norm, _ in group),
+            "effective_rank": median(rank for *_, rank in group),
+            "largest": largest,
+            "adapter": adapter,
+        }
+
+
+def _layers(row: dict[str, Any]) -> str:
+    if row["layers"] is None:
+        return ""
+    first, last = row["layers"]
+    return str(first) if first == last else f"{first}–{last}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _numbers(matrix: Tensor) -> list[list[float | None]]:
+    """Rows and columns in the order of the adapters; null where there is nothing to compare."""
+    return [[None if value != value else value for value in row] for row in matrix.tolist()]

@@ -1,0 +1,212 @@
+"""`logo pool push`: the real huggingface_hub client sends a pool to a real server (`hub_uploads`).
+
+huggingface_hub reads its `HF_*` variables when it is imported, so every push is a subprocess.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hub_server import GOOD_TOKEN, STRANGER_TOKEN
+from hub_uploads import WritableHub
+from logo import AdapterPool
+from logo.adapters.publishing import Upload, is_checkpoint
+from logo.cli.run import run
+from logo.errors import UsageError
+from make_adapters import CONFIG, REFUSED, SAFETENSORS, damage, tensors, write
+from tolerances import PATIENCE
+
+SOURCE = Path(__file__).parent.parent / "src"
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """Two adapters, beside what lies in such folders."""
+    root = tmp_path / "tasks"
+    for number, name in enumerate(("a[1]", "deep/b.v2")):
+        write(root / name, tensors(seed=number), base_model_name_or_path="org/base-1B")
+    write(root / "deep" / "b.v2" / "checkpoint-10", tensors(seed=9))
+    (root / "deep" / "b.v2" / "optimizer.bin").write_bytes(b"state")
+    (root / "deep" / "b.v2" / "README.md").write_text("of the adapter")
+    (root / "pool.json").write_text('{"recipe": "r 4"}')
+    (root / "secret.txt").write_text("mine")
+    return root
+
+
+@pytest.fixture
+def hub() -> Iterator[WritableHub]:
+    with WritableHub() as server:
+        yield server
+
+
+def push(
+    hub: WritableHub, pool: Path, *arguments: str, token: str | None = GOOD_TOKEN
+) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))}
+    extra = {} if token is None else {"HF_TOKEN": token}
+    return subprocess.run(
+        [sys.executable, "-c", "from logo.cli import main; main()", "pool", "push", str(pool), *arguments],
+        env=inherited | hub.env(pool.parent / "hf", PYTHONPATH=str(SOURCE), **extra),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+FILES = [f"{name}/{file}" for name in ("a[1]", "deep/b.v2") for file in (CONFIG, SAFETENSORS)] + ["pool.json"]
+
+
+def test_what_is_sent(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pool", "push", str(pool), "org/loras", "--dry-run", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert sorted(file["path"] for file in said["files"]) == sorted(f"base-1B-loras-tasks/{file}" for file in FILES)
+    assert said["left_out"] == ["deep/b.v2/checkpoint-10"] and said["url"] is None
+    assert run(["pool", "push", str(pool), "org/loras", "--dry-run", "--path-in-repo", "."]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].startswith(f"a[1]/{CONFIG}  ") and "nothing sent" in captured.out
+    assert "1 checkpoints" in captured.err and f"`logo pool card {pool} --repo org/loras`" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("task/checkpoint-500", True),
+        ("checkpoints/task", True),
+        ("task/Checkpoint", True),
+        ("checkpointing", False),
+        ("task", False),
+        ("a/my-checkpoint-task", False),
+    ],
+)
+def test_checkpoints(name: str, is_one: bool) -> None:
+    assert is_checkpoint(name) is is_one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["loras"], 2, "'loras' is not a Hub repo id"),
+        (["org/loras", "--path-in-repo", "../x"], 2, "is not a folder inside it"),
+    ],
+)
+def test_places_that_cannot_be(
+    pool: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    assert run(["pool", "push", str(pool), *arguments]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_pool_of_unknown_or_several_bases_says_where_to(tmp_path: Path) -> None:
+    write(tmp_path / "pool" / "a")
+    pool = AdapterPool.from_directory(tmp_path / "pool")
+    with pytest.raises(UsageError, match="name no base model; say with --path-in-repo"):
+        Upload.of(tmp_path / "pool", list(pool), "org/x")
+    for name in ("b", "c"):
+        write(tmp_path / "pool" / name, base_model_name_or_path=f"org/{name}")
+    pool = AdapterPool.from_directory(tmp_path / "pool")
+    with pytest.raises(UsageError, match=r"several base models \(b, c\)"):
+        Upload.of(tmp_path / "pool", list(pool), "org/x")
+    assert Upload.of(tmp_path / "pool", list(pool), "org/x", "here/").folder == "here"
+
+
+def test_pickled_and_damaged_adapters_stay_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "pool"
+    write(root / "good", base_model_name_or_path="org/base")
+    REFUSED["pickled"](root / "pickled")
+    damage(write(root / "nan"), float("nan"))
+    assert run(["pool", "push", str(root), "org/x", "--dry-run"]) == 1
+    assert "adapter" in capsys.readouterr().err
+    assert run(["pool", "push", str(root), "org/x", "--dry-run", "--on-bad-adapter", "skip", "--json"]) == 0
+    files = [file["path"] for file in json.loads(capsys.readouterr().out)["files"]]
+    assert files == [f"base-loras-pool/good/{name}" for name in (CONFIG, SAFETENSORS)]
+
+
+@pytest.mark.slow
+def test_a_pool_goes_to_the_hub_and_comes_back(hub: WritableHub, pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "study.png").write_bytes(b"\x89PNG picture")
+    card = [
+        "pool",
+        "card",
+        str(pool),
+        "--repo",
+        "org/loras/base-1B-loras-tasks",
+        "--study",
+        str(tmp_path / "study.png"),
+    ]
+    assert run(card) == 0
+    done = push(hub, pool, "org/loras")
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.url}/org/loras/tree/main/base-1B-loras-tasks: 2 adapters, 7 files" in done.stdout
+    held = hub.files("org/loras")
+    expected = {
+        f"base-1B-loras-tasks/{file}": (pool / file).read_bytes() for file in [*FILES, "README.md", "study.png"]
+    }
+    top = held.pop("README.md").decode()
+    assert held == expected and not hub.repos["org/loras"].private
+    assert "](base-1B-loras-tasks/study.png)" in top and ModelCard(top).data.base_model == "org/base-1B"
+    assert hub.messages[0] == "7 files of the pool tasks"
+    code = (
+        "from logo import AdapterPool; pool = AdapterPool.from_hub('org/loras', subfolder='base-1B-loras-tasks'); "
+        "print(*pool.names); print(*pool.sha256().values())"
+    )
+    back = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | hub.env(tmp_path / "hf2", PYTHONPATH=str(SOURCE)),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert back.returncode == 0, back.stderr
+    sent = AdapterPool.from_directory(pool).subset(["a[1]", "deep/b.v2"])
+    assert back.stdout.split() == [*sent.names, *sent.sha256().values()]
+    received = list(hub.received)
+    write(pool / "c", tensors(seed=5), base_model_name_or_path="org/base-1B")
+    assert push(hub, pool, "org/loras").returncode == 0
+    assert len(hub.received) == len(received) + 1  # what was there is not sent again
+    assert hub.files("org/loras")["README.md"].decode() == top
+
+
+@pytest.mark.slow
+def test_private_means_private(hub: WritableHub, pool: Path, tmp_path: Path) -> None:
+    done = push(hub, pool, "org/hidden", "--private", "--path-in-repo", ".", "--message", "first")
+    assert done.returncode == 0, done.stderr
+    assert hub.repos["org/hidden"].private and sorted(hub.files("org/hidden")) == sorted(FILES)
+    assert hub.messages == ["first"]
+    assert push(hub, pool, "org/hidden", "--private", "--path-in-repo", "more").returncode == 0
+    hub.add("org/open", tmp_path / "nothing")
+    done = push(hub, pool, "org/open", "--private")
+    assert done.returncode == 1 and "it exists and is public" in done.stderr and hub.files("org/open") == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("token", "outage", "said"),
+    [
+        (None, None, "does not accept this token, or there is none; set HF_TOKEN"),
+        (STRANGER_TOKEN, None, "this token may not write there"),
+        (GOOD_TOKEN, 429, "too many requests"),
+        (GOOD_TOKEN, 500, "answered with HTTP status 500"),
+    ],
+)
+def test_a_refusal_is_one_line(hub: WritableHub, pool: Path, token: str | None, outage: int | None, said: str) -> None:
+    hub.outage = outage
+    done = push(hub, pool, "org/loras", token=token)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and error.startswith("logo: error: Hub repo org/loras: ") and said in error
+    assert (token or "x-no-token") not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_not_there(pool: Path) -> None:
+    with WritableHub() as hub:
+        pass
+    done = push(hub, pool, "org/loras")
+    assert done.returncode == 1 and "cannot be reached" in done.stderr
