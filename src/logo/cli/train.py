@@ -24,8 +24,8 @@ from logo.cli.train_options import CourseOptions, DeviceOptions, RecipeOptions
 if TYPE_CHECKING:
     from logo.backends.cluster import Layout
     from logo.training.plan import Plan
+    from logo.training.progress import Status
     from logo.training.running import Trained
-    from logo.training.trainer import Status
 
 SHOWN = 24  # rows of the table of progress
 RUNNING = "running"

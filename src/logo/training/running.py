@@ -19,9 +19,10 @@ from logo.models import load_tokenizer
 from logo.training.examples import encode
 from logo.training.plan import GroupPlan, Plan, Prepared, check_names, plan, prepare
 from logo.training.pool import UNFINISHED, diverged, record_of, write_pool
+from logo.training.progress import Status, Telling, told
 from logo.training.recipe import Recipes
 from logo.training.tasks import Found
-from logo.training.trainer import Opening, Outcome, Status, Telling, Trainer, same_base, told
+from logo.training.trainer import Opening, Outcome, Trainer, same_base
 
 if TYPE_CHECKING:
     from logo.backends.cluster import Layout
@@ -153,7 +154,7 @@ def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -
 # -- who trains --------------------------------------------------------------------------------------------------------
 
 
-class Here:
+class InThisProcess:
     """This process."""
 
     def __init__(self, opening: Opening) -> None:
@@ -172,7 +173,7 @@ class Here:
         self._trainer.calibrate(root)
 
 
-class Elsewhere:
+class InWorkers:
     """Other processes, each of which has the base model loaded and the pool's folder at the same path."""
 
     def __init__(self, workers: Workers[Trainer]) -> None:
@@ -205,16 +206,16 @@ class Elsewhere:
 
 
 @contextlib.contextmanager
-def opened(opening: Opening, layout: Layout | None) -> Iterator[Here | Elsewhere]:
+def opened(opening: Opening, layout: Layout | None) -> Iterator[InThisProcess | InWorkers]:
     """Who trains, inside the block."""
     if layout is None:
-        yield Here(opening)
+        yield InThisProcess(opening)
         return
     from logo.backends.ray import Workers
 
     workers: Workers[Trainer] = Workers(layout, partial(Trainer, opening), _describe, _differs)
     with workers:
-        yield Elsewhere(workers)
+        yield InWorkers(workers)
 
 
 def _describe(trainer: Trainer) -> tuple[dict[str, Any], dict[str, str]]:

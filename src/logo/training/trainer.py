@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from logo.training.learner import DIVERGED, Learner
 from logo.training.passes import Limits
 from logo.training.plan import GroupPlan, Prepared
 from logo.training.pool import course_record, record_of, write_adapter
+from logo.training.progress import Status
 
 USUAL_TOKENS = 2048
 
@@ -42,28 +40,6 @@ class Opening:
     device_map: str | None = None
     pass_tokens: int = USUAL_TOKENS
     recompute: bool = False
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a task is, to be shown.
-
-    Attributes:
-        task: its name.
-        step, steps: made, and at most to be made.
-        tokens: learned from so far; `expected`: about so many in all.
-        loss, held_out: the last ones; None: none yet.
-        status: as `logo.training.learner.Course`.
-    """
-
-    task: str
-    step: int
-    steps: int
-    tokens: int
-    expected: float
-    loss: float | None
-    held_out: float | None
-    status: str
 
 
 @dataclass(frozen=True)
@@ -211,30 +187,6 @@ def _outcome(learner: Learner) -> Outcome:
         kept = "nothing is kept of it" if learner.best is None else f"its adapter is that of step {course.best}"
         reason = f"{reason}; {kept}"
     return Outcome(learner.name, reason, learner.best is not None)
-
-
-class Telling:
-    """Progress of a group as a file, for a driver in another process."""
-
-    def __init__(self, file: Path, every: float = 1.0) -> None:
-        self._file, self._every, self._last = file, every, 0.0
-
-    def __call__(self, states: Sequence[Status]) -> None:
-        now = time.monotonic()
-        if now - self._last < self._every and any(one.status == "running" for one in states):
-            return
-        self._last = now
-        part = self._file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps([asdict(one) for one in states]), encoding="utf-8")
-        os.replace(part, self._file)
-
-
-def told(file: Path) -> list[Status]:
-    """What `Telling` wrote last; nothing where it has not written yet."""
-    try:
-        return [Status(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError):
-        return []
 
 
 def same_base(own: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

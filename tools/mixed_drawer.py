@@ -1,0 +1,36 @@
+"""A pool in which recipes are mixed on purpose, as in the drawers that people have.
+
+    python tools/mixed_drawer.py --base-model GEMMA_270M --tasks DIR --out POOL
+
+Twenty tasks, four recipes (mixed_drawer.yaml): other ranks, targets, learning rates and numbers of steps, one of them
+with rsLoRA. Near relatives got different ones, so that a strongly trained neighbour stands beside a weakly trained
+right one. It is `logo train` with that file, so that a run that was interrupted goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from logo.cli import main as logo
+
+RECIPES = Path(__file__).with_suffix(".yaml")
+
+
+def main() -> None:
+    """Command line of the tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-model", required=True, help="the folder of Gemma 3 270M, or another base model")
+    parser.add_argument("--tasks", required=True, help="folder of TASK.jsonl with the tasks of mixed_drawer.yaml")
+    parser.add_argument("--out", required=True, help="folder of the pool")
+    options, more = parser.parse_known_args()
+    names = ",".join(yaml.safe_load(RECIPES.read_text(encoding="utf-8"))["tasks"])
+    given = ["--base-model", options.base_model, "--tasks", options.tasks, "--out", options.out]
+    logo(["train", *given, "--only", names, "--recipe", str(RECIPES), *more])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
