@@ -122,6 +122,13 @@ def test_the_picture_has_a_bar_for_every_adapter_that_does_something(pool: Path)
 def test_dedupe_copies_what_stays_and_lists_who_went(
     pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    records = {name: {"steps": 1} for name in ("a", "twin")}
+    (pool / "pool.json").write_text(json.dumps({"recipe": "r 4", "adapters": records}))
+    (pool / "a" / "training.json").write_text("{}")
+    responses = Path("calibration", "base", "a.safetensors")
+    (pool / "a" / responses).parent.mkdir(parents=True)
+    (pool / "a" / responses).write_bytes(b"responses")
+    (pool / "a" / "optimizer.pt").write_bytes(b"state")
     before = {path: path.read_bytes() for path in pool.rglob("*") if path.is_file()}
     assert run(["pool", "dedupe", str(pool), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
@@ -134,6 +141,11 @@ def test_dedupe_copies_what_stays_and_lists_who_went(
         assert (kept[name].folder / CONFIG).read_bytes() == (pool / name / CONFIG).read_bytes()
     notes = json.loads((tmp_path / "out" / "pool.json").read_text())
     assert notes["changes"] == [{"command": "dedupe", "threshold": 0.9, "gone": {"twin": "a"}}]
+    assert notes["recipe"] == "r 4" and notes["adapters"] == {"a": {"steps": 1}}
+    copied = {
+        path.relative_to(tmp_path / "out" / "a") for path in (tmp_path / "out" / "a").rglob("*") if path.is_file()
+    }
+    assert copied == {Path(CONFIG), Path(SAFETENSORS), Path("training.json"), responses}
     assert run(["pool", "dedupe", str(pool), "--out", str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -238,8 +250,8 @@ STUDY = {
 def test_a_card_says_what_is_in_the_pool_and_how_it_is_used(
     pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses = {name: {"held_out_loss": 1.25, "steps": 3} for name in ("a", "twin")}
-    notes = {"recipe": "r 4, two epochs", "activation": "last:4", "tasks": losses, "versions": {"torch": "2.9"}}
+    records = {name: {"rows": 9, "course": {"held_out_loss": 1.25, "steps": 3}} for name in ("a", "twin")}
+    notes = {"recipe": "r 4, two epochs", "activation": "last:4", "adapters": records, "base": {"sha256": "0"}}
     (pool / "pool.json").write_text(json.dumps(notes))
     (tmp_path / "study.json").write_text(json.dumps(STUDY))
     (tmp_path / "study.png").write_bytes(b"\x89PNG rest")
@@ -256,8 +268,8 @@ def test_a_card_says_what_is_in_the_pool_and_how_it_is_used(
     )
     assert "lora" in data["tags"]
     text = card.text
-    assert "| `deep/b` | 4 | q_proj, v_proj | 1,344 |" in text and "| held out loss |" in text.replace("bytes | ", "| ")
-    assert "1.250" in text and "- recipe: r 4, two epochs" in text and "- activation: last:4" in text
+    assert "| `deep/b` | 4 | q_proj, v_proj | 1,344 |" in text and "| bytes | held out loss |" in text
+    assert text.count(" | 1.250 |") == 2 and "- recipe: r 4, two epochs" in text and "- activation: last:4" in text
     assert 'PeftModel.from_pretrained(model, "org/loras", subfolder="tasks/a")' in text
     assert "--adapters org/loras/tasks" in text and "--max-lora-rank 8" in text
     assert "| `calibrated` | 0.95 | 1.00 | 0.97 |" in text and "| `norm` | 0.25 |  |  |" in text

@@ -38,6 +38,9 @@ def pool(tmp_path: Path) -> Path:
     (root / "deep" / "b.v2" / "README.md").write_text("of the adapter")
     (root / "pool.json").write_text('{"recipe": "r 4"}')
     (root / "secret.txt").write_text("mine")
+    (root / "deep" / "b.v2" / "training.json").write_text("{}")
+    (root / "a[1]" / "calibration" / "key").mkdir(parents=True)
+    (root / "a[1]" / "calibration" / "key" / "a.safetensors").write_bytes(b"responses")
     return root
 
 
@@ -61,7 +64,8 @@ def push(
     )
 
 
-FILES = [f"{name}/{file}" for name in ("a[1]", "deep/b.v2") for file in (CONFIG, SAFETENSORS)] + ["pool.json"]
+FILES = [f"{name}/{file}" for name in ("a[1]", "deep/b.v2") for file in (CONFIG, SAFETENSORS)]
+FILES += ["pool.json", "deep/b.v2/training.json", "a[1]/calibration/key/a.safetensors"]
 
 
 def test_what_is_sent(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +148,7 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub: WritableHub, pool: Path, tmp
     assert run(card) == 0
     done = push(hub, pool, "org/loras")
     assert done.returncode == 0, done.stderr
-    assert f"{hub.url}/org/loras/tree/main/base-1B-loras-tasks: 2 adapters, 7 files" in done.stdout
+    assert f"{hub.url}/org/loras/tree/main/base-1B-loras-tasks: 2 adapters, 9 files" in done.stdout
     held = hub.files("org/loras")
     expected = {
         f"base-1B-loras-tasks/{file}": (pool / file).read_bytes() for file in [*FILES, "README.md", "study.png"]
@@ -152,10 +156,11 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub: WritableHub, pool: Path, tmp
     top = held.pop("README.md").decode()
     assert held == expected and not hub.repos["org/loras"].private
     assert "](base-1B-loras-tasks/study.png)" in top and ModelCard(top).data.base_model == "org/base-1B"
-    assert hub.messages[0] == "7 files of the pool tasks"
+    assert hub.messages[0] == "9 files of the pool tasks"
     code = (
         "from logo import AdapterPool; pool = AdapterPool.from_hub('org/loras', subfolder='base-1B-loras-tasks'); "
-        "print(*pool.names); print(*pool.sha256().values())"
+        "print(*pool.names); print(*pool.sha256().values()); "
+        "print(*(file.read_text() for file in pool['a[1]'].folder.rglob('calibration/key/*')))"
     )
     back = subprocess.run(
         [sys.executable, "-c", code],
@@ -166,7 +171,7 @@ def test_a_pool_goes_to_the_hub_and_comes_back(hub: WritableHub, pool: Path, tmp
     )
     assert back.returncode == 0, back.stderr
     sent = AdapterPool.from_directory(pool).subset(["a[1]", "deep/b.v2"])
-    assert back.stdout.split() == [*sent.names, *sent.sha256().values()]
+    assert back.stdout.split() == [*sent.names, *sent.sha256().values(), "responses"]
     received = list(hub.received)
     write(pool / "c", tensors(seed=5), base_model_name_or_path="org/base-1B")
     assert push(hub, pool, "org/loras").returncode == 0

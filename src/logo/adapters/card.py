@@ -184,18 +184,21 @@ def _losses(notes: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[st
         if not isinstance(entries, Mapping) or not set(names) & set(entries):
             continue
         for name in names:
-            for key, value in _numbers(entries.get(name)):
+            for key, value in _numbers(entries.get(name), deep=True):
                 if "loss" in key:
                     found.setdefault(key.replace("_", " "), {})[name] = f"{value:.3f}"
     return found
 
 
-def _numbers(entry: Any) -> Iterator[tuple[str, float]]:
+def _numbers(entry: Any, deep: bool = False) -> Iterator[tuple[str, float]]:
+    """Numbers by name; with `deep` also those one level further down, where `logo train` has them."""
     if isinstance(entry, Mapping):
         for key in entry:
             value = _number(entry, key)
             if value is not None:
                 yield str(key), value
+            elif deep:
+                yield from _numbers(entry[key])
 
 
 def _number(entry: Any, key: str) -> float | None:

@@ -1,19 +1,24 @@
-"""`pool.json`: what is known about a pool beside its adapters: recipe, activation, data, losses, what was done to it.
+"""What lies beside adapters: `pool.json` about a pool; in an adapter's folder what it was made from and responds to.
 
-Everything in it is optional and nothing of it decides how an adapter is read, so a file that makes no sense is a
-warning and counts as none.
+Everything in `pool.json` is optional (recipe, activation, losses, what was done to the pool), and nothing of it decides
+how an adapter is read, so a file that makes no sense is a warning and counts as none.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 NOTES = "pool.json"
 CHANGES = "changes"
+ADAPTERS = "adapters"  # what is known of each adapter, by name
+
+RECORD = "training.json"
+# Folder of what an adapter responds to neutral texts; the names of its files say for which weights they hold.
+RESPONSES = "calibration"
 
 
 def read_notes(root: Path) -> dict[str, Any]:
@@ -32,10 +37,14 @@ def read_notes(root: Path) -> dict[str, Any]:
     return notes
 
 
-def changed(notes: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """The notes of a pool that was made of another one: all of the other's, and what was done, last."""
-    before = notes.get(CHANGES)
-    return {**notes, CHANGES: [*(before if isinstance(before, list) else []), dict(change)]}
+def changed(notes: Mapping[str, Any], change: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The notes of a pool that was made of another one: all that the other's say of it and of the adapters that it
+    still has, and what was done, last."""
+    before, adapters = notes.get(CHANGES), notes.get(ADAPTERS)
+    kept = dict(notes)
+    if isinstance(adapters, Mapping):
+        kept[ADAPTERS] = {name: record for name, record in adapters.items() if name in names}
+    return {**kept, CHANGES: [*(before if isinstance(before, list) else []), dict(change)]}
 
 
 def write_notes(root: Path, notes: Mapping[str, Any]) -> None:

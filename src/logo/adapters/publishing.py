@@ -1,7 +1,8 @@
 """A pool on its way to the Hub: which of its files go, where they go, and what a refusal means.
 
-Only safetensors adapters, their configurations, the card with its picture and `pool.json` ever leave: no pickles, no
-checkpoints, nothing else that happens to lie in the folder. Uploading, retries and tokens are `huggingface_hub`'s.
+Only safetensors adapters, their configurations, what `logo train` writes beside them, the card with its picture and
+`pool.json` ever leave: no pickles, no checkpoints, nothing else that happens to lie in the folder. Uploading, retries
+and tokens are `huggingface_hub`'s.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from logo.adapters.card import PICTURE
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter
 from logo.adapters.hub import causes, clean_subfolder, hub_error, is_repo_id
-from logo.adapters.notes import NOTES
+from logo.adapters.notes import NOTES, RECORD, RESPONSES
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import HubError, UsageError
 
@@ -59,8 +60,10 @@ class Upload:
             folder = _official(root, adapters)
         files = [name for name in (CARD, PICTURE, NOTES) if (root / name).is_file()]
         for adapter in adapters:
-            below = PurePosixPath(adapter.folder.relative_to(root).as_posix())
-            files += [str(below / name) for name in (CONFIG, SAFETENSORS)]
+            sent = [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
+            sent += [file for file in (adapter.folder / RECORD,) if file.is_file()]
+            sent += (adapter.folder / RESPONSES).rglob("*.safetensors")
+            files += [file.relative_to(root).as_posix() for file in sent]
         return cls(root, repo, clean_subfolder(repo, folder.strip("/")), tuple(sorted(files)))
 
     @property

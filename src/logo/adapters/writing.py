@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.config import CONFIG
-from logo.adapters.notes import changed, read_notes, write_notes
+from logo.adapters.notes import RECORD, RESPONSES, changed, read_notes, write_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import LoGoError, StorageError, UsageError
 
@@ -74,7 +74,7 @@ def write_pool(
     """Makes a pool of another one, which is not touched: all of it or nothing.
 
     Args:
-        root: the folder of the pool that there is; its `pool.json` is carried through.
+        root: the folder of the pool that there is; its `pool.json` is carried through, and each `training.json`.
         adapters: those of it that the new pool has; each keeps its place below the folder.
         out: must not exist yet, or be empty.
         write: is given an adapter and the folder to make.
@@ -87,20 +87,26 @@ def write_pool(
     """
     if out.resolve().is_relative_to(root.resolve()):
         raise UsageError(f"{out} lies in the pool {root} itself; name a folder outside of it")
-    notes = read_notes(root)
+    notes, names = read_notes(root), set[str]()
     with new_folder(out, "the pool") as part:
         for adapter in adapters:
-            write(adapter, part / adapter.folder.relative_to(root))
+            place = part / adapter.folder.relative_to(root)
+            write(adapter, place)
+            if (adapter.folder / RECORD).is_file():
+                shutil.copyfile(adapter.folder / RECORD, place / RECORD)
+            names.add(adapter.name)
             if tell is not None:
                 tell()
-        write_notes(part, changed(notes, change()))
+        write_notes(part, changed(notes, change(), names))
 
 
 def copy_adapter(adapter: Adapter, folder: Path) -> None:
-    """Copies the configuration and the weights, byte by byte; for use within `new_folder`."""
+    """Copies configuration, weights and what the adapter responds to neutral texts; for use within `new_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in (adapter.folder / CONFIG, adapter.file.path):
         shutil.copyfile(file, folder / file.name)
+    if (adapter.folder / RESPONSES).is_dir():
+        shutil.copytree(adapter.folder / RESPONSES, folder / RESPONSES)
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from logo.adapters.digests import adapter_key
 from logo.adapters.format import Adapter
+from logo.adapters.notes import RESPONSES
 from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
 from logo.folders import replace_file
@@ -35,8 +36,6 @@ from logo.selection.whitening import SHRINKAGE, Whitening
 # Changes when what is stored means something else.
 _FORMAT = 1
 _SAMPLED = 64
-# Folder within an adapter's own that holds what it responds to neutral texts.
-BESIDE = "calibration"
 
 
 class CalibrationCache:
@@ -100,7 +99,7 @@ class CalibrationCache:
 
     def _beside(self, adapter: Adapter) -> Path:
         # By the adapter's key, too: an adapter that was replaced does not find the responses of the one before.
-        return adapter.folder / BESIDE / self.key / f"{self._key(adapter)}.safetensors"
+        return adapter.folder / RESPONSES / self.key / f"{self._key(adapter)}.safetensors"
 
     def whitening(self, module: str) -> Whitening | None:
         """The whitening of a module's input, if known."""

@@ -19,17 +19,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from logo.adapters.config import CONFIG
+from logo.adapters.notes import ADAPTERS, NOTES, RECORD, RESPONSES
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import StorageError
 from logo.folders import replace_file, replace_folder
-from logo.selection.cache import BESIDE
 from logo.training.learner import DIVERGED, Course
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-RECORD = "training.json"
-POOL = "pool.json"
 UNFINISHED = ".training"
 
 
@@ -56,7 +54,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfi
             SAFETENSORS: save(tensors, {"format": "pt"}),
             RECORD: json.dumps(record, indent=2) + "\n",
         },
-        owned=(BESIDE,),
+        owned=(RESPONSES,),
     )
 
 
@@ -106,8 +104,8 @@ def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -
     """
     records = {path.parent.relative_to(root).as_posix(): record_of(path.parent) for path in _records(root)}
     adapters = {name: record for name, record in sorted(records.items()) if record is not None}
-    whole = {**facts, "adapters": adapters, "failed": dict(names)}
-    replace_file(root / POOL, (json.dumps(whole, indent=2) + "\n").encode())
+    whole = {**facts, ADAPTERS: adapters, "failed": dict(names)}
+    replace_file(root / NOTES, (json.dumps(whole, indent=2) + "\n").encode())
 
 
 def diverged(record: Mapping[str, Any]) -> str | None:
