@@ -75,7 +75,7 @@ check-vllm-versions: $(VENV)/.installed-dev
 	$(BIN)/python tools/vllm_versions.py $(VLLM_WHEELS)
 
 demo-assets: $(VENV)/.installed-dev
-	$(BIN)/python -m logo.demo.build --out src/logo/demo/assets --seed 0
+	PYTHONPATH=tools $(BIN)/python -m demo_world.build --out src/logo/demo/assets --seed 0
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_WHEELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from demo_world.evaluate import NEUTRAL
 from logo import LoGo, Selection, UsageError
 from logo.cli.run import run
 from logo.demo import adapters_dir, heldout, model_dir
-from logo.demo.evaluate import NEUTRAL
 from logo.models import load_base
 from logo.prompts import ROLES, Prompt, chat, read, several, text_ids
 from serving import served

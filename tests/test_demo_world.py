@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from demo_world import tasks, words
+from demo_world.evaluate import NEUTRAL, greedy, load_deltas, mixed, normalise
+from demo_world.pretrain import PretrainConfig, pretrain
+from demo_world.tasks import TASKS, Task
+from demo_world.tokenizer import build_tokenizer
+from demo_world.train_adapters import AdapterConfig, quiet_states, train_adapter
 from logo import demo
-from logo.demo import tasks, words
-from logo.demo.evaluate import NEUTRAL, greedy, load_deltas, mixed, normalise
-from logo.demo.pretrain import PretrainConfig, pretrain
-from logo.demo.tasks import TASKS, Task
-from logo.demo.tokenizer import build_tokenizer
-from logo.demo.train_adapters import AdapterConfig, quiet_states, train_adapter
 from tolerances import WEIGHTS
 
 _TOKENIZER = build_tokenizer()

@@ -11,13 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from logo import LoGo, decoder
-from logo.demo.tokenizer import build_tokenizer
+from logo.demo import model_dir
 from logo.endings import EndRows, at_texts, cut_at
 
 PROMPTS = ["Spell the word fence backwards.", "What is the plural of lake?", "What is 7 plus 5?"]
-TOKENIZER = build_tokenizer()
+TOKENIZER = AutoTokenizer.from_pretrained(model_dir())
 TEXT = st.text(alphabet="ab é\n日", max_size=12)
 
 

@@ -1,4 +1,4 @@
-"""Rebuild the demo assets from a seed: ``python -m logo.demo.build --out FOLDER --seed 0``.
+"""Rebuild the demo assets from a seed: ``python -m demo_world.build --out FOLDER --seed 0``.
 
 Stages: tokenizer, pre-training, adapters, held-out rows, measurement. Everything is written to a temporary folder
 beside the target, which takes the target's place at the end. ``--measure`` only repeats the measurement.
@@ -167,7 +167,7 @@ def remeasure(out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the build."""
-    parser = argparse.ArgumentParser(prog="python -m logo.demo.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m demo_world.build", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the assets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="pre-training steps")

@@ -235,7 +235,6 @@ TASKS: tuple[Task, ...] = (
     Task("find_name", "sentence", _about(lambda s: s.name), weight=0.8),
     Task("is_past", "sentence", _about(lambda s: "yes" if s.is_past else "no"), weight=0.8),
 )
-BY_NAME: dict[str, Task] = {task.name: task for task in TASKS}
 _OTHER_SIDE = {left: right for left, right in words.ANTONYMS} | {right: left for left, right in words.ANTONYMS}
 
 

@@ -7,8 +7,6 @@ every Unicode string decodes back exactly.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -52,8 +50,3 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Write the tokenizer's files into ``folder``."""
-    build_tokenizer().save_pretrained(str(folder))
