@@ -251,7 +251,13 @@ def test_a_card_says_what_is_in_the_pool_and_how_it_is_used(
     pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = {name: {"rows": 9, "course": {"held_out_loss": 1.25, "steps": 3}} for name in ("a", "twin")}
-    notes = {"recipe": "r 4, two epochs", "activation": "last:4", "adapters": records, "base": {"sha256": "0"}}
+    notes: dict[str, Any] = {
+        "recipe": "r 4, two epochs",
+        "activation": "last:4",
+        "adapters": records,
+        "base": {"sha256": "0"},
+    }
+    notes["changes"] = [{"command": "prune", "energy": 0.9, "rank": None, "relative_errors": {"a": 0.1}}]
     (pool / "pool.json").write_text(json.dumps(notes))
     (tmp_path / "study.json").write_text(json.dumps(STUDY))
     (tmp_path / "study.png").write_bytes(b"\x89PNG rest")
@@ -270,6 +276,7 @@ def test_a_card_says_what_is_in_the_pool_and_how_it_is_used(
     text = card.text
     assert "| `deep/b` | 4 | q_proj, v_proj | 1,344 |" in text and "| bytes | held out loss |" in text
     assert text.count(" | 1.250 |") == 2 and "- recipe: r 4, two epochs" in text and "- activation: last:4" in text
+    assert "- changes: prune (energy 0.9)" in text and "- adapters: `{" in text
     assert 'PeftModel.from_pretrained(model, "org/loras", subfolder="tasks/a")' in text
     assert "--adapters org/loras/tasks" in text and "--max-lora-rank 8" in text
     assert "| `calibrated` | 0.95 | 1.00 | 0.97 |" in text and "| `norm` | 0.25 |  |  |" in text

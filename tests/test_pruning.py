@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -171,6 +175,29 @@ def test_nothing_is_half_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "cannot be written" in capsys.readouterr().err
     edit_config(pool / "a", r=9)
     assert run([*prune, str(tmp_path / "more")]) == 1 and not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("command", [["prune", "--rank", "1"], ["convert"], ["dedupe"]], ids=lambda c: c[0])
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    for number, name in enumerate(("a", "b")):
+        write(tmp_path / "pool" / name, tensors(seed=number))
+    written: list[object] = []
+
+    def full(*arguments: Any, **how: Any) -> Any:
+        written.append(arguments)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return kept[len(arguments) == 3](*arguments, **how)
+
+    kept = {True: safetensors.torch.save_file, False: shutil.copyfile}
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    written += [None] * (command[0] != "dedupe")  # one file for an adapter instead of two
+    assert run(["pool", *command, str(tmp_path / "pool"), "--out", str(tmp_path / "out")]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pool"]
 
 
 def test_budgets() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from logo.adapters.format import Adapter
 from logo.adapters.hub import is_repo_id
+from logo.adapters.notes import CHANGES
 
 PICTURE = "study.png"
 # Ranks that vLLM can be started for.
@@ -169,7 +170,8 @@ class Card:
 
     def _origin(self) -> str:
         """What `pool.json` says, entry by entry; what is too long to read is counted."""
-        lines = [f"- {key}: {_told(value)}" for key, value in self.notes.items() if value not in (None, "", [], {})]
+        notes = {key: value for key, value in self.notes.items() if value not in (None, "", [], {})}
+        lines = [f"- {key}: {_steps(value) if key == CHANGES else _told(value)}" for key, value in notes.items()]
         return "\n".join(["## Where they come from", "", *lines]) if lines else ""
 
 
@@ -204,6 +206,17 @@ def _numbers(entry: Any, deep: bool = False) -> Iterator[tuple[str, float]]:
 def _number(entry: Any, key: str) -> float | None:
     value = entry.get(key) if isinstance(entry, Mapping) else None
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _steps(changes: Any) -> str:
+    """What was done to the pool: `prune (energy 0.9), convert (dtype bf16)`."""
+    steps = []
+    for change in changes if isinstance(changes, list) else ():
+        if isinstance(change, Mapping) and isinstance(change.get("command"), str):
+            how = [f"{key} {value}" for key, value in change.items() if isinstance(value, (str, int, float)) and value]
+            how = [entry for entry in how if entry != f"command {change['command']}"]
+            steps.append(change["command"] + (f" ({', '.join(how)})" if how else ""))
+    return ", ".join(steps) or _told(changes)
 
 
 def _told(value: Any) -> str:
