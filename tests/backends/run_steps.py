@@ -1,8 +1,12 @@
-"""Runs an engine of vLLM in this process, step by step as a file says, and writes what came of it.
+"""Runs engines of vLLM, step by step as files say, and writes what came of it.
 
-A process of its own for each engine: vLLM keeps state that a second engine in the same process would meet.
+A process of its own for each engine: vLLM keeps state that a second engine in the same process would meet. All are
+forks of this one, since importing vLLM takes longer than starting an engine.
 
-usage: run_steps.py JOB RESULT
+usage: run_steps.py DESCRIPTOR
+
+Reads lines, each of three names of files: of the job, and for the results and for what the engine says. Answers each
+with the exit code of its process, through a file descriptor of its own, since vLLM writes on the usual ones.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -112,8 +117,34 @@ class Engine:
         return str(recipe) if recipe.parts else ""
 
 
-if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text())
+def perform(job_file: str, result: str) -> None:
+    job = json.loads(Path(job_file).read_text())
     engine = Engine(job)
     results = [getattr(engine, step.pop("do"))(**step) for step in job["steps"]]
-    Path(sys.argv[2]).write_text(json.dumps(results))
+    Path(result).write_text(json.dumps(results))
+
+
+def forked(job: str, result: str, said: str) -> int:
+    """The exit code of the process that did it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with open(said, "wb") as out:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+            perform(job, result)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+if __name__ == "__main__":
+    with os.fdopen(int(sys.argv[1]), "w") as answers:
+        for line in sys.stdin:
+            print(forked(*json.loads(line)), file=answers, flush=True)

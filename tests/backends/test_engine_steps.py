@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_server import ASSETS
+from engines import Engines
 
 from logo import AdapterPool, LoGo
 from logo.backends.vllm.recipe import Recipe
@@ -24,60 +20,46 @@ from test_engine import write_adapter
 MODES = {"gate": {"max_loras": 16, "max_lora_rank": 8}, "merge": {"max_loras": 4, "max_lora_rank": 32}}
 
 
-def run(
-    folder: Path, flags: dict[str, Any], logo: dict[str, Any], *steps: dict[str, Any], **environment: str
-) -> list[Any]:
-    """What each step gave. `environment`: as `pretend` reads it, and variables of vLLM's."""
-    job, result = folder / "job.json", folder / "result.json"
-    flags = dict(flags)
-    model = flags.pop("model", str(ASSETS / "model"))
-    own = {"model": model, "flags": flags, "logo": {"pool": str(ASSETS / "adapters"), **logo}}
-    job.write_text(json.dumps({**own, "steps": steps}))
-    script = Path(__file__).parent / "run_steps.py"
-    done = subprocess.run(
-        [sys.executable, script, job, result],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: list[Any] = json.loads(result.read_text())
-    return found
-
-
 def mixtures(names: Sequence[str], count: int, k: int = 4, seed: int = 0) -> list[dict[str, float]]:
     drawn = random.Random(seed)
     return [{name: drawn.uniform(0.1, 1.0) for name in drawn.sample(list(names), k)} for _ in range(count)]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_128_prompts_with_128_mixtures_among_base_rows(tmp_path: Path, logo: LoGo, rows: list[str], mode: str) -> None:
+def test_128_prompts_with_128_mixtures_among_base_rows(
+    engines: Engines, tmp_path: Path, logo: LoGo, rows: list[str], mode: str
+) -> None:
     wanted = [m if i % 8 else {} for i, m in enumerate(mixtures(logo.names, 128))]
     jobs = list(zip(rows, wanted, strict=True))
-    [made] = run(tmp_path, MODES[mode], {"mode": mode, "k": 4}, {"do": "generate", "rows": jobs, "max_tokens": 12})
+    [made] = engines.run(
+        tmp_path, MODES[mode], {"mode": mode, "k": 4}, {"do": "generate", "rows": jobs, "max_tokens": 12}
+    )
     expected = logo.generate(rows, adapters=wanted, max_new_tokens=12, batch_size=16)
     assert made["tokens"] == [list(one.token_ids) for one in expected]
     assert not made["failed"]
 
 
 @pytest.mark.parametrize("chunk", [None, 48])
-def test_scores_are_the_librarys(tmp_path: Path, logo: LoGo, rows: list[str], chunk: int | None) -> None:
+def test_scores_are_the_librarys(
+    engines: Engines, tmp_path: Path, logo: LoGo, rows: list[str], chunk: int | None
+) -> None:
     flags = MODES["gate"] | ({"max_num_batched_tokens": chunk, "max_num_seqs": 8} if chunk else {})
     shared = " ".join(rows[:12])
     prompts = [*rows, *(f"{shared} {row}" for row in rows[:6]), rows[0]]  # a shared beginning, and one a second time
     steps = [{"do": "probe", "prompts": prompts, "signal": signal} for signal in ("calibrated", "norm", "calibrated")]
-    found = run(tmp_path, flags, {}, *steps)
+    found = engines.run(tmp_path, flags, {}, *steps)
     for scores, signal in zip(found, ("calibrated", "norm", "calibrated"), strict=True):
         for prompt, one, expected in zip(prompts, scores, logo.select(prompts, signal=signal), strict=True):
             assert one == pytest.approx(list(expected.scores.values()), rel=1e-4, abs=1e-4), (signal, prompt)
 
 
-def test_a_beginning_in_the_cache_is_not_read_again(tmp_path: Path, logo: LoGo, rows: list[str]) -> None:
+def test_a_beginning_in_the_cache_is_not_read_again(
+    engines: Engines, tmp_path: Path, logo: LoGo, rows: list[str]
+) -> None:
     asked = [f"{' '.join(rows[20:26])} {row}" for row in rows[:12]]
     plain = [f"{' '.join(rows[40:46])} {row}" for row in rows[:3]]
     first = {"do": "probe_counted", "prompts": asked[:1], "signal": "calibrated"}
-    found = run(
+    found = engines.run(
         tmp_path,
         MODES["gate"] | {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8},
         {},
@@ -99,8 +81,8 @@ def test_a_beginning_in_the_cache_is_not_read_again(tmp_path: Path, logo: LoGo, 
 
 @pytest.mark.long
 @pytest.mark.parametrize("signal", ["entropy", "norm_z", "spectr", "arrow"])
-def test_other_signals(tmp_path: Path, logo: LoGo, rows: list[str], signal: str) -> None:
-    [found] = run(
+def test_other_signals(engines: Engines, tmp_path: Path, logo: LoGo, rows: list[str], signal: str) -> None:
+    [found] = engines.run(
         tmp_path,
         MODES["gate"],
         {"signal": signal, "signals": []},
@@ -111,11 +93,11 @@ def test_other_signals(tmp_path: Path, logo: LoGo, rows: list[str], signal: str)
 
 
 def test_calibrations_are_kept_where_the_library_keeps_them(
-    tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
+    engines: Engines, tmp_path: Path, rows: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = str(tmp_path / "cache")
     step = {"do": "probe", "prompts": rows[:2], "signal": "calibrated"}
-    [found] = run(tmp_path, MODES["gate"], {"cache": cache, "signals": []}, step)
+    [found] = engines.run(tmp_path, MODES["gate"], {"cache": cache, "signals": []}, step)
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
     own = LoGo(model, tokenizer, default_pool("demo"), settings=SelectionSettings(cache=cache))
     calibration = own.calibrate()
@@ -124,7 +106,7 @@ def test_calibrations_are_kept_where_the_library_keeps_them(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_adapters_of_any_rank_on_any_layers(tmp_path: Path, rows: list[str], mode: str) -> None:
+def test_adapters_of_any_rank_on_any_layers(engines: Engines, tmp_path: Path, rows: list[str], mode: str) -> None:
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
     pool = tmp_path / "pool"
     targets = [
@@ -138,7 +120,7 @@ def test_adapters_of_any_rank_on_any_layers(tmp_path: Path, rows: list[str], mod
     logo = LoGo(model, tokenizer, AdapterPool.from_directory(pool))
     wanted = [{}, *({name: 1.0} for name in logo.names), *mixtures(logo.names, 11, 3)]
     flags = {"max_loras": 4, "max_lora_rank": 8 if mode == "gate" else 16}
-    found = run(
+    found = engines.run(
         tmp_path,
         flags,
         {"pool": str(pool), "mode": mode, "k": 3},
@@ -153,7 +135,9 @@ def test_adapters_of_any_rank_on_any_layers(tmp_path: Path, rows: list[str], mod
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
-def test_many_mixtures_leave_nothing_behind(tmp_path: Path, logo: LoGo, rows: list[str], mode: str) -> None:
+def test_many_mixtures_leave_nothing_behind(
+    engines: Engines, tmp_path: Path, logo: LoGo, rows: list[str], mode: str
+) -> None:
     count = 2000 if mode == "gate" else 400
     every = mixtures(logo.names, count)
     steps = [
@@ -165,7 +149,7 @@ def test_many_mixtures_leave_nothing_behind(tmp_path: Path, logo: LoGo, rows: li
         for start in range(0, count, count // 4)
     ]
     # The first mixtures once more, after all others: the same answers as before.
-    found = run(tmp_path, MODES[mode], {"mode": mode, "k": 4}, *steps, steps[0])
+    found = engines.run(tmp_path, MODES[mode], {"mode": mode, "k": 4}, *steps, steps[0])
     assert found[4]["tokens"] == found[0]["tokens"]
     assert found[4]["memory"] <= 1.02 * found[1]["memory"]
     picked = range(0, count // 4, 25)
@@ -176,10 +160,12 @@ def test_many_mixtures_leave_nothing_behind(tmp_path: Path, logo: LoGo, rows: li
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mixture_that_cannot_be_made_fails_alone(tmp_path: Path, logo: LoGo, rows: list[str], mode: str) -> None:
+def test_a_mixture_that_cannot_be_made_fails_alone(
+    engines: Engines, tmp_path: Path, logo: LoGo, rows: list[str], mode: str
+) -> None:
     unknown = str(Recipe((("0" * 16, 1.0),)))
     [wanted] = mixtures(logo.names, 1)
-    found = run(
+    found = engines.run(
         tmp_path,
         MODES[mode],
         {"mode": mode, "k": 4},
@@ -202,8 +188,8 @@ def test_a_mixture_that_cannot_be_made_fails_alone(tmp_path: Path, logo: LoGo, r
     ],
 )
 def test_what_cannot_start_says_what_to_do(
-    tmp_path: Path, flags: dict[str, Any], options: dict[str, Any], expected: str
+    engines: Engines, tmp_path: Path, flags: dict[str, Any], options: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(AssertionError) as error:
-        run(tmp_path, flags, options)
+        engines.run(tmp_path, flags, options)
     assert expected in str(error.value)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_steps import MODES, mixtures, run
+from engines import Engines
+from test_engine_steps import MODES, mixtures
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.config.compilation import CompilationConfig, CompilationMode
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -33,6 +34,7 @@ LONG = {
 @pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.long) for kind in LONG)])
 def test_scores_and_tokens_are_the_librarys(
     kind: str,
+    engines: Engines,
     tmp_path: Path,
     logo: LoGo,
     rows: list[str],
@@ -47,7 +49,7 @@ def test_scores_and_tokens_are_the_librarys(
     options = {"k": 4, "products": "kernels" if "kernels" in kind else "plain"}
     probes = [{"do": "probe", "prompts": prompts, "signal": signal} for signal in ("calibrated", "norm")]
     jobs = {"do": "generate", "rows": list(zip(rows, wanted, strict=False)), "max_tokens": 8}
-    found = run(
+    found = engines.run(
         tmp_path,
         flags,
         options,
@@ -77,6 +79,7 @@ def test_scores_and_tokens_are_the_librarys(
 
 @pytest.mark.long
 def test_a_model_that_was_compiled_for_something_else_is_not_taken_from_the_cache(
+    engines: Engines,
     tmp_path: Path,
     logo: LoGo,
     rows: list[str],
@@ -87,7 +90,7 @@ def test_a_model_that_was_compiled_for_something_else_is_not_taken_from_the_cach
     for signal in ("calibrated", "calibrated", "norm"):
         options = {"k": 4, "signal": signal, "signals": []}
         probe = {"do": "probe", "prompts": rows[:4], "signal": signal}
-        [found] = run(tmp_path, flags, options, probe, **cache)
+        [found] = engines.run(tmp_path, flags, options, probe, **cache)
         for own, expected in zip(found, logo.select(rows[:4], signal=signal), strict=True):
             assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3), signal
 

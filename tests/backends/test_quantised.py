@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import Engines
 from safetensors.torch import load_file, save_file
-from test_engine_steps import MODES, mixtures, run
+from test_engine_steps import MODES, mixtures
 from torch import Tensor
 from vllm_server import ASSETS
 
@@ -67,7 +68,7 @@ def written(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("mode", ["gate", pytest.param("merge", marks=pytest.mark.long)])
-def test_a_quantised_base_model(mode: str, tmp_path: Path, rows: list[str]) -> None:
+def test_a_quantised_base_model(mode: str, engines: Engines, tmp_path: Path, rows: list[str]) -> None:
     packed, plain = written(tmp_path)
     logo = LoGo(*load_base(str(plain), device="cpu", dtype="float32"), default_pool("demo"))
     count = 32
@@ -75,7 +76,7 @@ def test_a_quantised_base_model(mode: str, tmp_path: Path, rows: list[str]) -> N
     flags = MODES[mode] | {"model": str(packed), "dtype": DTYPE}
     probes = [{"do": "probe", "prompts": rows[:6], "signal": signal} for signal in ("calibrated", "norm")]
     jobs = {"do": "generate", "rows": list(zip(rows, wanted, strict=False)), "max_tokens": 4}
-    *scores, made = run(tmp_path, flags, {"mode": mode, "k": 4}, *probes, jobs)
+    *scores, made = engines.run(tmp_path, flags, {"mode": mode, "k": 4}, *probes, jobs)
     for one, signal in zip(scores, ("calibrated", "norm"), strict=True):
         for own, expected in zip(one, logo.select(rows[:6], signal=signal), strict=True):
             values = torch.tensor(list(expected.scores.values()))
