@@ -9,13 +9,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests run in so many processes, each with one thread unless OMP_NUM_THREADS says otherwise, and in random order:
-# pytest prints the seed, and `make test PYTEST_ADDOPTS=--randomly-seed=N` repeats it.
-WORKERS ?= 2
+# pytest prints the seed, and `make test PYTEST_ADDOPTS=--randomly-seed=N` repeats it. Three keep two
+# cores busy, since tests also wait: for disks, servers and timeouts.
+WORKERS ?= 3
+SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # vLLM has an environment of its own: it needs an older transformers than `logo serve` does.
 VLLM_VENV := .venv-vllm
 VLLM_WHEELS ?= $(VLLM_VENV)-wheels
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest $(SPREAD)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
@@ -68,7 +70,7 @@ test: lint
 	$(PYTEST)
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/backends tests/test_vllm_kernels.py
+	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends tests/test_vllm_kernels.py
 
 # Not part of CI: it downloads some 800 MB.
 check-vllm-versions: $(VENV)/.installed-dev

@@ -12,18 +12,27 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+from order import longest_first
+
 if TYPE_CHECKING:
     from torch import nn
 
 # Tiny models gain nothing from threads and lose much to them on a busy machine; subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without bytecode every process that tests start compiles the package anew: a second or more.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # How long an example of a property takes says nothing on a machine that does other work too.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 # What tests calibrate stays among them.
 os.environ["LOGO_CACHE"] = tempfile.mkdtemp(prefix="logo-cache-")
 atexit.register(shutil.rmtree, os.environ["LOGO_CACHE"], ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)  # pytest-randomly has shuffled them
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from order import FIRST
 from tolerances import PATIENCE
 
 TESTS = Path(__file__).parent
@@ -79,3 +80,7 @@ def test_ci_fails_where_tests_fail(target: str, tmp_path: Path) -> None:
     asked, _ = ci(tmp_path, "0", "chromium", "chromedriver", make=f'[ "$1" != {target} ] || exit 2', code=2)
     assert set(asked) <= {*BOTH, *(LAST if target == "test-vllm" else [])}
     assert asked[-1] == f"CI=true make {target}" or target == "test"
+
+
+def test_the_files_that_come_first_are_there() -> None:
+    assert set(FIRST) <= {path.name for path in TESTS.rglob("test_*.py")}

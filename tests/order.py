@@ -1,0 +1,20 @@
+"""Which files of tests begin."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+# A process that began one of these last would have all others wait for it.
+FIRST = (
+    *("test_server.py", "test_engine_steps.py", "test_offline_command.py", "test_offline.py"),
+    *("test_replicas.py", "test_ray_workers.py", "test_docs.py", "test_serving_api.py", "test_harness.py"),
+)
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    """Sorts tests by file: those that are named here, those with many slow tests, all others in the order they have."""
+    slow = Counter(item.path.name for item in items if item.get_closest_marker("slow"))
+    rank = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: (rank.get(item.path.name, len(FIRST)), -slow[item.path.name]))
