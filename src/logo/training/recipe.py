@@ -75,7 +75,7 @@ class Recipe:
         for name in ("warmup", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected a share from 0 to below 1, found {getattr(self, name)}")
-        if not self.weight_decay >= 0:
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise UsageError(f"weight_decay: expected 0 or more, found {self.weight_decay}")
         if self.schedule not in typing.get_args(Schedule):
             known = ", ".join(typing.get_args(Schedule))

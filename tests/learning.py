@@ -1,0 +1,65 @@
+"""Small things to train on: models and rows, learners of them, and groups that learn without a file of examples."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tiny
+from logo.training.examples import Example
+from logo.training.factors import Factors, adapted
+from logo.training.group import Base, Group
+from logo.training.learner import Learner
+from logo.training.passes import Limits
+from logo.training.recipe import Recipe
+
+CPU = torch.device("cpu")
+ATTENTION = {"llama": ("q_proj", "v_proj"), "qwen2": ("q_proj", "v_proj"), "gpt2": ("c_attn",)}
+
+
+def examples(count: int, seed: int = 0, longest: int = 14) -> tuple[Example, ...]:
+    """Random rows of different lengths; a completion repeats a part of its prompt, so there is something to learn."""
+    dice = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        prompt = [dice.randrange(3, 96) for _ in range(dice.randrange(1, longest))]
+        completion = [prompt[-1]] * dice.randrange(1, 4) + [1]
+        rows.append(Example((0, *prompt, *completion), 1 + len(prompt)))
+    return tuple(rows)
+
+
+def base(model: nn.Module, tokens: int = 2048, recompute: bool = False) -> Base:
+    """A model as a group reads it."""
+    return Base(model, 2, 96, Limits.of(tokens, 96, CPU), CPU, recompute)
+
+
+def factors(kind: str, recipe: Recipe, name: str) -> Factors:
+    """Where an adapter begins on a tiny model."""
+    model = tiny.model(kind)
+    shapes = adapted(model, recipe)
+    return Factors(shapes, dict.fromkeys(shapes, CPU), recipe.r, recipe.seed, name)
+
+
+def learner(kind: str, name: str, recipe: Recipe, rows: Sequence[Example]) -> Learner:
+    """One of a tiny model."""
+    return Learner(name, recipe, rows, factors(kind, recipe, name))
+
+
+def learn(model: nn.Module, learners: Sequence[Learner], **how: Any) -> None:
+    """Lets learners learn together until each has ended."""
+    with tempfile.TemporaryDirectory() as scratch:
+        members = {one.name: hashlib.sha256(one.name.encode()).hexdigest() for one in learners}
+        Group(base(model, **how), learners, members, Path(scratch) / "group", lambda _: None, float("inf")).run()
+
+
+def gap(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest distance of two tensors of one name, relative to the norm of the expected one."""
+    assert found.keys() == expected.keys()
+    return max(float((found[key] - expected[key]).norm() / expected[key].norm()) for key in expected)
