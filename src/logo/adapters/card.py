@@ -92,7 +92,7 @@ class Card:
             targets = sorted({path.rsplit(".", 1)[-1] for path in adapter.modules})
             cells = [
                 f"`{adapter.name}`",
-                "/".join(map(str, adapter.ranks)),
+                short_ranks(adapter.ranks),
                 ", ".join(targets),
                 f"{adapter.parameters:,}",
                 f"{adapter.size:,}",
@@ -173,6 +173,11 @@ class Card:
         notes = {key: value for key, value in self.notes.items() if value not in (None, "", [], {})}
         lines = [f"- {key}: {_steps(value) if key == CHANGES else _told(value)}" for key, value in notes.items()]
         return "\n".join(["## Where they come from", "", *lines]) if lines else ""
+
+
+def short_ranks(ranks: Sequence[int]) -> str:
+    """Ranks, ascending, as `8` or `4/8/16`, and where there are many as `1–16`."""
+    return "/".join(map(str, ranks)) if len(ranks) <= 3 else f"{ranks[0]}–{ranks[-1]}"
 
 
 def _module(adapter: Adapter, local: str) -> str:

@@ -55,9 +55,3 @@ def steps(what: str, total: int) -> Iterator[Callable[[], None]]:
 def targets(adapter: Adapter) -> list[str]:
     """The names of the modules it adapts, without their layers."""
     return sorted({path.rsplit(".", 1)[-1] for path in adapter.modules})
-
-
-def ranks(adapter: Adapter) -> str:
-    """Its ranks, as `8` or `4/8/16`; those of many ranks as `1–16`."""
-    found = adapter.ranks
-    return "/".join(map(str, found)) if len(found) <= 3 else f"{found[0]}–{found[-1]}"

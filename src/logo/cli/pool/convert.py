@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from logo.adapters.card import short_ranks
 from logo.cli.options import Choice, OnBad
 from logo.cli.output import out, print_json, size
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, steps
@@ -98,8 +99,8 @@ def _print(results: list[dict[str, Any]]) -> None:
     for one in results:
         was, now = one["from"], one["to"]
         kind = ", ".join(filter(None, ("pickle" if was["file"].endswith(".bin") else "safetensors", was["init"])))
-        cells = (kind, _listed(was["dtypes"]), _listed(was["ranks"]), size(was["bytes"]))
-        table.add_row(Text(one["name"]), *cells, _listed(now["dtypes"]), _listed(now["ranks"]), size(now["bytes"]))
+        cells = (kind, _listed(was["dtypes"]), short_ranks(was["ranks"]), size(was["bytes"]))
+        table.add_row(Text(one["name"]), *cells, _listed(now["dtypes"]), short_ranks(now["ranks"]), size(now["bytes"]))
     out.print(table)
 
 

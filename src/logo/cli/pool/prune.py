@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from logo.adapters.card import short_ranks
 from logo.cli.options import OnBad
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, opened, steps
@@ -81,8 +82,8 @@ def prune(
     for one in results:
         table.add_row(
             Text(one["name"]),
-            _span(one["ranks_before"]),
-            _span(one["ranks"]),
+            short_ranks(one["ranks_before"]),
+            short_ranks(one["ranks"]),
             f"{one['parameters_before']:,}",
             f"{one['parameters']:,}",
             f"{one['error']:.3g}",
@@ -90,7 +91,3 @@ def prune(
     out.print(table)
     before, after = (sum(one[key] for one in results) for key in ("parameters_before", "parameters"))
     out.print(f"{out_folder}: written, {after / before:.0%} of the parameters", markup=False)
-
-
-def _span(ranks: list[int]) -> str:
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from logo.adapters.card import short_ranks
 from logo.cli.output import note, out
-from logo.cli.pool.common import ranks, steps, targets
+from logo.cli.pool.common import steps, targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ def table(adapters: Sequence[Adapter], found: Anatomy) -> Table:
         beside = ("-", "-", "-") if nearest is None else (nearest[0], f"{nearest[1]:.2f}", f"{nearest[2]:.2f}")
         shown.add_row(
             Text(name),
-            ranks(adapter),
+            short_ranks(adapter.ranks),
             ", ".join(targets(adapter)),
             f"{found.norm(name):.3g}",
             f"{found.effective_rank(name):.1f}",
