@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from logo import LoGo
 from logo.baselines import Answering, Method, Task, get_method, methods
 from logo.baselines.learned import labelled, minimise, objective
 from logo.cli.methods import DEFAULT_EMBEDDING, MethodOptions, Sign, Variant, make_method
+from logo.cli.run import run
 from logo.errors import DataError, HubError, LoGoError, ModelError, PoolError, UsageError
 from logo.mixing import Merge
 from logo.scoring import Scored
 from test_engine import PROMPTS, engine, hooks, write_adapter
-from tolerances import PATIENCE, SCORES, WEIGHTS, same_scores, same_selection, same_tensor, same_weights
+from tolerances import SCORES, WEIGHTS, same_scores, same_selection, same_tensor, same_weights
 
 ALL = ("logo", "base", "uniform", "random", "oracle", "best-single", "lorahub", "loraretriever", "adaptersoup", "arrow")
 SAMPLES = {f"t{i}": tuple(f"w{10 * i + j} w{20 + i}" for j in range(3, 6)) for i in range(4)}
@@ -510,15 +510,9 @@ def test_defaults_are_those_of_the_methods() -> None:
 
 
 @pytest.mark.slow
-def test_the_bench_compares_with_peft() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-c", "from logo.cli import main; main()", "bench", "merges", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert shown.returncode == 0, shown.stderr
-    rows = {row["kind"]: row for row in json.loads(shown.stdout)}
+def test_the_bench_compares_with_peft(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "merges", "--json"]) == 0
+    rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == ["mixture", "fusion", "linear", "ties", "dare_linear", "dare_ties", "arrow"]
     for kind, row in rows.items():
         assert row["difference"] < SCORES * (1 + row["logit"]), f"{kind}: {row['difference']:.2e}"

@@ -392,7 +392,9 @@ def command(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.Comple
     return done
 
 
-def test_the_harness_and_logo_evaluate_agree(tmp_path: Path) -> None:
+def test_the_harness_and_logo_evaluate_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [
         line
         for name in ("add_numbers", "antonym", "reverse_word", "upper_case")
@@ -407,15 +409,13 @@ def test_the_harness_and_logo_evaluate_agree(tmp_path: Path) -> None:
     (tmp_path / "tasks" / "blank.yaml").write_text(BLANK)
     blanks = [{"start": f"Say {w} and ", "one": "yes", "two": "no", "rest": "again.", "answer": 0} for w in "abc"]
     (tmp_path / "data" / "blank.jsonl").write_text("\n".join(map(json.dumps, blanks)))
-    ours = command(
-        *("evaluate", "--dataset", "demo.mixed", "--base_model", "demo", "--selection_strategy", "calibrated"),
-        *("--max_new_tokens", "12", "--batch_size", "8", "--gpu", "-1", "--json"),
-        cwd=tmp_path,
-    )
+    monkeypatch.chdir(tmp_path)
+    ours = ["evaluate", "--dataset", "demo.mixed", "--base_model", "demo", "--selection_strategy", "calibrated"]
+    assert run([*ours, "--max_new_tokens", "12", "--batch_size", "8", "--gpu", "-1", "--json"]) == 0
+    [summary] = json.loads(capsys.readouterr().out)
     asked = ("lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks")
     asked += ("--tasks", "demo_generated,demo_chosen,demo_blank", "--batch_size", "8", "--log_samples")
     theirs = command(*asked, "--output_path", "out", cwd=tmp_path)
-    [summary] = json.loads(ours.stdout)
     [results] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
     assert results["results"]["demo_generated"]["exact_match,answer"] == summary["em"]
     assert 0.5 < summary["em"] < 1  # so that agreeing means something

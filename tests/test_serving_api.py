@@ -328,39 +328,45 @@ def test_an_adapter_that_overflows_fails_its_own_requests(changes: Path, server:
         server.text("/v1/unload_lora_adapter", {"lora_name": "huge"})
 
 
-def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps() -> None:
-    with served("--base-model", "demo", "--adapter-memory-gb", "0.000001") as server:
-        error = refused(lambda: server.post("/v1/completions", {"model": "antonym", "prompt": "x"}))
-        assert error["status"] == 503 and "'antonym'" in error["message"] and "--adapter-memory-gb" in error["message"]
-        assert server.post("/v1/completions", {"model": "demo", "prompt": "x"})["choices"][0]["text"]
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[Served]:
+    """A server with room for no adapter, and for two requests of which one waits."""
+    room = ("--adapter-memory-gb", "0.000001", "--max-concurrent", "1", "--max-queue", "1")
+    with served("--base-model", "demo", *room) as running:
+        yield running
+
+
+def test_adapters_that_do_not_fit_into_memory_are_told_with_what_helps(narrow: Served) -> None:
+    error = refused(lambda: narrow.post("/v1/completions", {"model": "antonym", "prompt": "x"}))
+    assert error["status"] == 503 and "'antonym'" in error["message"] and "--adapter-memory-gb" in error["message"]
+    assert narrow.post("/v1/completions", {"model": "demo", "prompt": "x"})["choices"][0]["text"]
 
 
 # -- pressure ------------------------------------------------------------------------------------------------------
 
 
-def test_more_than_may_wait_are_turned_away_and_told_when_to_come_back() -> None:
-    with served("--base-model", "demo", "--max-concurrent", "1", "--max-queue", "1") as server:
-        seen: list[tuple[int, str | None]] = []
+def test_more_than_may_wait_are_turned_away_and_told_when_to_come_back(narrow: Served) -> None:
+    seen: list[tuple[int, str | None]] = []
 
-        def ask() -> None:
-            body = {"model": "demo", "prompt": "The", "max_tokens": 200, "temperature": 1.5, "n": 1}
-            try:
-                seen.append((200, None if server.post("/v1/completions", body) else ""))
-            except urllib.error.HTTPError as error:
-                with error:
-                    seen.append((error.code, error.headers["Retry-After"]))
+    def ask() -> None:
+        body = {"model": "demo", "prompt": "The", "max_tokens": 200, "temperature": 1.5, "n": 1}
+        try:
+            seen.append((200, None if narrow.post("/v1/completions", body) else ""))
+        except urllib.error.HTTPError as error:
+            with error:
+                seen.append((error.code, error.headers["Retry-After"]))
 
-        while {status for status, _ in seen} != {200, 429}:  # on a busy machine eight may happen to queue up nicely
-            threads = [threading.Thread(target=ask) for _ in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert {status for status, _ in seen} <= {200, 429}
-        assert all(retry == "1" for status, retry in seen if status == 429)
-        # Where waiting would be of no use, nobody is told to wait.
-        error = refused(lambda: server.post("/v1/completions", {"model": "demo", "prompt": "The", "n": 3}))
-        assert error["status"] == 400 and "asks for 3 answers, and this server takes at most 2" in error["message"]
+    while {status for status, _ in seen} != {200, 429}:  # on a busy machine eight may happen to queue up nicely
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {status for status, _ in seen} <= {200, 429}
+    assert all(retry == "1" for status, retry in seen if status == 429)
+    # Where waiting would be of no use, nobody is told to wait.
+    error = refused(lambda: narrow.post("/v1/completions", {"model": "demo", "prompt": "The", "n": 3}))
+    assert error["status"] == 400 and "asks for 3 answers, and this server takes at most 2" in error["message"]
 
 
 def test_who_hangs_up_is_forgotten(tmp_path: Path) -> None:

@@ -132,11 +132,23 @@ def test_what_cannot_run_there_is_refused_in_a_line(
     assert not [file for file in (tmp_path / "results").rglob("*") if file.is_file()]
 
 
-@pytest.mark.parametrize("command", [("generate", "--max-new-tokens", "8"), ("select",)], ids=lambda value: value[0])
-def test_generating_and_selecting_say_the_same(command: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "of_its_own"),
+    [(("generate", "--max-new-tokens", "8"), True), (("select",), False)],
+    ids=["generate", "select"],
+)
+def test_generating_and_selecting_say_the_same(
+    command: Sequence[str], of_its_own: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     asked = (*command, "What is 7 plus 5?", "Give the plural of cat.", *DEMO, "--json")
     assert run(asked) == 0
-    expected, found = json.loads(capsys.readouterr().out), json.loads(as_process(*asked, *INSIDE))
+    expected = json.loads(capfd.readouterr().out)
+    if of_its_own:
+        said = as_process(*asked, *INSIDE)
+    else:
+        assert run([*asked, *INSIDE]) == 0
+        said = capfd.readouterr().out
+    found = json.loads(said)
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.get("text") == theirs.get("text")
         assert mine["adapters"] == theirs["adapters"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_server import KEY, Server, environment, free_port, started
+from vllm_server import ASSETS, KEY, Server, environment, free_port, started
 
 from browser import browser, needs_browser
 from logo import LoGo
@@ -59,6 +59,13 @@ def test_everything_but_the_page_and_probes_needs_the_key(server: Server) -> Non
     assert Served(server.url).text("/").startswith("<!DOCTYPE html>")
     assert "version" in Served(server.url).get("/version")
     assert "16 adapters, gate mode" in server.log.read_text()
+
+
+def test_a_pool_changes_only_where_vllm_allows_it(server: Server) -> None:
+    status, _ = server.ask(
+        "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(ASSETS / "adapters" / "antonym")}
+    )
+    assert status == 404
 
 
 @needs_browser
