@@ -18,7 +18,6 @@ from logo.adapters.duplicates import duplicates
 from logo.adapters.format import Adapter
 from logo.adapters.outliers import outliers
 from logo.adapters.spectra import rank_for
-from logo.errors import AdapterError
 from make_adapters import LLAMA, Q, V, calm, edit_weights, tensors, write
 
 
@@ -141,11 +140,18 @@ def test_modules_are_one_whatever_wrappers_their_names_have(tmp_path: Path) -> N
     assert len(anatomy(adapters).near_duplicates(0.999)) == 1
 
 
-def test_adapters_of_other_models_are_named(tmp_path: Path) -> None:
-    write(tmp_path / "one")
-    write(tmp_path / "other", tensors({path: (8, 8) for path in LLAMA}))
-    with pytest.raises(AdapterError, match=r"'other': module .* goes from 8 to 8, in other adapters .* from 32 to 32"):
-        anatomy(opened(tmp_path))
+def test_adapters_of_other_models_are_compared_with_their_own_and_stand_out(tmp_path: Path) -> None:
+    for number in range(4):
+        write(tmp_path / f"a{number}", tensors(seed=number))
+    for name in ("small", "small-again"):
+        write(tmp_path / name, tensors({path: (8, 8) for path in LLAMA}))
+    adapters = opened(tmp_path)
+    found = anatomy(adapters)
+    assert [pair[:2] for pair in found.near_duplicates(0.9)] == [("small", "small-again")]
+    assert math.isnan(float(found.overlap[0, 4])) and float(found.cosine[0, 4]) == 0.0
+    listed = [one for one in outliers(adapters, found) if one.kind == "base"]
+    assert [one.adapters for one in listed] == [("small",), ("small-again",)]
+    assert listed[0].text.endswith("goes from 8 to 8, in the others from 32 to 32")
 
 
 def test_what_stands_out(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 from logo.adapters.format import Adapter
 from logo.adapters.layout import core_path
 from logo.adapters.spectra import Spectrum, effective_rank, rank_for, spectrum
-from logo.errors import AdapterError
 
 ENERGY = 0.99
 # Floats of one block of inner products (64 MiB): bounds memory whatever the pool's size.
@@ -47,7 +46,7 @@ class Anatomy:
     Attributes:
         names: of the adapters, in pool order.
         updates: adapter -> module path, without wrappers in front -> update.
-        overlap: (n, n) float64; NaN where two adapters share no module on which both do something.
+        overlap: (n, n) float64; NaN where two adapters share no module (of one shape) on which both do something.
         cosine: (n, n) float64; NaN where one adapter does nothing at all.
     """
 
@@ -89,26 +88,28 @@ def anatomy(adapters: Sequence[Adapter], tell: Tell | None = None) -> Anatomy:
         tell: called after each module; there are as many as `module_paths` has.
 
     Raises:
-        AdapterError: an adapter cannot be read, or two have one module in other shapes.
+        AdapterError: an adapter cannot be read.
     """
     count = len(adapters)
     shared, overlap = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
     products = torch.zeros(count, count, dtype=torch.float64)
     updates: dict[str, dict[str, Update]] = {adapter.name: {} for adapter in adapters}
     for path, holders in module_paths(adapters).items():
-        spectra: dict[int, Spectrum] = {}
+        alike: dict[
+            tuple[int, int], dict[int, Spectrum]
+        ] = {}  # by shape: adapters of other models have nothing to share
         for place, own in holders.items():
             found = spectrum(adapters[place].read([own])[own])
-            _check_shape(adapters[place], path, found, next(iter(spectra.values()), found))
             updates[adapters[place].name][path] = Update(found.norm, effective_rank(found.values))
             if found.norm > 0:
-                spectra[place] = found
-        for rows, inner, common in _compared(spectra):
+                alike.setdefault((len(found.left), found.right.shape[1]), {})[place] = found
+        for spectra in alike.values():
             places = torch.tensor(list(spectra), dtype=torch.int64)
-            at = (rows[:, None], places[None, :])
-            products[at] += inner
-            overlap[at] += common
-            shared[at] += 1
+            for rows, inner, common in _compared(spectra):
+                at = (rows[:, None], places[None, :])
+                products[at] += inner
+                overlap[at] += common
+                shared[at] += 1
         if tell is not None:
             tell()
     norms = products.diagonal().sqrt()
@@ -141,8 +142,6 @@ def _in_order(path: str) -> list[tuple[int, str]]:
 
 def _compared(spectra: Mapping[int, Spectrum]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """On one module, some adapters against all: their places, inner products of updates, overlaps of column spaces."""
-    if not spectra:
-        return
     owner = torch.cat([torch.full((len(one.values),), i) for i, one in enumerate(spectra.values())])
     counts = torch.tensor([rank_for(one.values, ENERGY) for one in spectra.values()])
     place = torch.cat([torch.arange(len(one.values)) for one in spectra.values()])
@@ -170,13 +169,3 @@ def _summed(values: Tensor, rows: Tensor, columns: Tensor, count: int, others: i
     """Sums of blocks: (R, R') with the block of each row and column -> (count, others), float64."""
     down = torch.zeros(count, values.shape[1]).index_add_(0, rows, values)
     return torch.zeros(count, others, dtype=torch.float64).index_add_(1, columns, down.double())
-
-
-def _check_shape(adapter: Adapter, path: str, found: Spectrum, other: Spectrum) -> None:
-    shape, expected = ((one.left.shape[0], one.right.shape[1]) for one in (found, other))
-    if shape != expected:
-        raise AdapterError(
-            adapter.name,
-            f"module {path} goes from {shape[1]} to {shape[0]}, in other adapters of the pool from {expected[1]} to "
-            f"{expected[0]}: they were made for different base models and cannot be compared",
-        )

@@ -9,6 +9,7 @@ from statistics import median
 
 from logo.adapters.anatomy import Anatomy, kind_of
 from logo.adapters.format import Adapter
+from logo.adapters.layout import core_path
 
 # A norm so many times the pool's median, or less than one over it, stands out.
 FAR = 5.0
@@ -27,7 +28,7 @@ class Outlier:
 
 def outliers(adapters: Sequence[Adapter], found: Anatomy) -> list[Outlier]:
     """All that stands out, what matters most first."""
-    listed = [*_untrained(found), *_far(found)]
+    listed = [*_untrained(found), *_other_base(adapters), *_far(found)]
     for kind, of, words in _HABITS:
         listed += _unlike(kind, adapters, of, words)
     return listed
@@ -45,6 +46,25 @@ def _untrained(found: Anatomy) -> Iterator[Outlier]:
         zeros = sum(update.norm == 0 for update in updates.values())
         if zeros and not dead[name]:
             yield Outlier("partly untrained", f"its update is zero in {zeros} of {len(updates)} modules", (name,))
+
+
+def _other_base(adapters: Sequence[Adapter]) -> Iterator[Outlier]:
+    """Adapters that have a module in another shape than most: they belong to another base model."""
+    shapes: dict[str, Counter[tuple[int, int]]] = {}
+    of = {adapter.name: {core_path(path): module for path, module in adapter.modules.items()} for adapter in adapters}
+    for modules in of.values():
+        for path, module in modules.items():
+            shapes.setdefault(path, Counter())[module.in_features, module.out_features] += 1
+    for name, modules in of.items():
+        for path, module in modules.items():
+            usual, count = shapes[path].most_common(1)[0]
+            if (module.in_features, module.out_features) != usual and count >= HABIT * shapes[path].total():
+                text = (
+                    f"was made for another base model: {path} goes from {module.in_features} to {module.out_features}, "
+                    f"in the others from {usual[0]} to {usual[1]}"
+                )
+                yield Outlier("base", text, (name,))
+                break
 
 
 def _far(found: Anatomy) -> Iterator[Outlier]:
