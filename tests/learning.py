@@ -42,8 +42,7 @@ def base(model: nn.Module, tokens: int = 2048, recompute: bool = False) -> Base:
 
 def factors(kind: str, recipe: Recipe, name: str) -> Factors:
     """Where an adapter begins on a tiny model."""
-    model = tiny.model(kind)
-    shapes = adapted(model, recipe)
+    shapes = adapted(tiny.model(kind), recipe).shapes
     return Factors(shapes, dict.fromkeys(shapes, CPU), recipe.r, recipe.seed, name)
 
 

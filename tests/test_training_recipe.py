@@ -164,7 +164,8 @@ def test_all_linear_is_what_peft_takes_for_it(kind: str) -> None:
         wrapped = peft.get_peft_model(tiny.model(kind), config)
     theirs = {name for name, module in wrapped.base_model.model.named_modules() if hasattr(module, "lora_A")}
     ours = adapted(tiny.model(kind), Recipe(targets=("all-linear",)))
-    assert set(ours) == theirs and not any("lm_head" in name or "embed_out" in name for name in ours)
+    assert set(ours.shapes) == theirs and not any("lm_head" in name or "embed_out" in name for name in ours.shapes)
+    assert set(ours.targets) == set(config.target_modules) and ours.transposed == config.fan_in_fan_out
 
 
 def test_targets_that_cannot_be_trained() -> None:

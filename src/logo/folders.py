@@ -24,8 +24,13 @@ from logo.errors import StorageError
 _PROBE_BYTES = 1 << 20  # a disk without room for this much has no room for results
 
 
-def replace_folder(folder: Path, files: Mapping[str, str | bytes], *, owned: Collection[str] = ()) -> None:
+def replace_folder(
+    folder: Path, files: Mapping[str, str | bytes], *, owned: Collection[str] = (), option: str = "--result_dir"
+) -> None:
     """Make `folder` hold `files` (content by name). Of its earlier entries those in `owned` or `files` go, others stay.
+
+    Args:
+        option: how the user names another folder.
 
     Raises:
         StorageError: it cannot be written; the folder and its files are as before.
@@ -48,7 +53,7 @@ def replace_folder(folder: Path, files: Mapping[str, str | bytes], *, owned: Col
                 shutil.rmtree(new, ignore_errors=True)  # nothing is there any more if all went well
             sync_folder(target.parent)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error, option) from error
 
 
 def replace_file(file: Path, content: bytes) -> None:

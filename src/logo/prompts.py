@@ -157,6 +157,16 @@ def chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation, probe_text:
     return Prompt(tuple(ids), None if probe == tuple(ids) else probe, text)
 
 
+def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> str:
+    """A whole conversation, the last answer included, as the tokenizer's chat template writes it.
+
+    Raises:
+        UsageError: as `chat`.
+    """
+    turns = [_turn(number, message) for number, message in enumerate(messages)]
+    return _rendered(tokenizer, turns, answer=False)
+
+
 def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:
     """The text of a conversation that is probed, see `chat`; None where it is everything that is read.
 
@@ -203,9 +213,10 @@ def _turn(number: int, message: Any) -> dict[str, Any]:
     return {**message, "content": content}
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer: bool = True) -> str:
+    """As text; with `answer`, up to where the assistant's next one begins."""
     try:
-        return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=answer, tokenize=False))
     except Exception as error:  # a template is somebody's program and may raise anything
         reason = " ".join(str(error).split())
         raise UsageError(f"messages: the model's chat template refuses them: {reason}") from error

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,13 @@ class Checkpoint:
             for key, tensor in self.tensors.get(name, {}).items()
         }
         state = {"members": dict(self.members), "courses": {name: dict(self.courses[name]) for name in names}}
-        replace_folder(folder, {STATE: json.dumps(state, indent=1) + "\n", TENSORS: save(tensors)})
+        replace_folder(folder, {STATE: json.dumps(state, indent=1) + "\n", TENSORS: save(tensors)}, option="--out")
+
+
+def forget(folder: Path) -> None:
+    """Removes a checkpoint. Without its state, which goes first, it is none."""
+    (folder / STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from logo.errors import DataError, LoGoError
-from logo.prompts import chat, cut_left, text_ids
+from logo.prompts import chat, conversation_text, cut_left, text_ids
 from logo.scoring import joined
 from logo.training.tasks import Pair, Task
 
@@ -66,6 +65,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int) -> E
                 f"{task.source}, row {number}: the completion has {len(completion)} tokens, and a row may have "
                 f"{max_length} with its prompt; shorten it, or raise --max-length"
             )
+        if not prompt:
+            raise DataError(f"{task.source}, row {number}: the prompt has no tokens; mend or delete the row")
         cut += len(prompt) > room
         kept = cut_left(tokenizer, prompt, room)
         rows.append(Example((*kept, *completion), len(kept)))
@@ -79,14 +80,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], 
         return text_ids(tokenizer, pair.prompt), _ids(tokenizer, joined(pair.prompt, pair.completion)) + end
     prompt = chat(tokenizer, pair.prompt)
     if tokenizer.chat_template and prompt.text is not None:
-        whole = _conversation(tokenizer, [*pair.prompt, {"role": "assistant", "content": pair.completion}])
+        whole = conversation_text(tokenizer, [*pair.prompt, {"role": "assistant", "content": pair.completion}])
         if whole.startswith(prompt.text):  # nearly all templates write an answer behind what asks for it
             return list(prompt.ids), _ids(tokenizer, whole[len(prompt.text) :])
     return list(prompt.ids), _ids(tokenizer, joined(prompt.text or "", pair.completion)) + end
-
-
-def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> str:
-    return str(tokenizer.apply_chat_template([dict(one) for one in messages], tokenize=False))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,8 +123,23 @@ class Bank:
                 parameter.grad = whole.grad[rows]
 
 
-def adapted(model: Any, recipe: Recipe) -> dict[str, LinearShape]:
-    """The modules that a recipe adapts, as PEFT finds them: path -> sizes.
+@dataclass(frozen=True)
+class Adapted:
+    """The modules of a model that a recipe adapts, as PEFT finds them.
+
+    Attributes:
+        shapes: module path -> its sizes.
+        targets: names that mean these modules, as PEFT writes them into a configuration.
+        transposed: they keep their weights so (Conv1D, as in GPT-2).
+    """
+
+    shapes: Mapping[str, LinearShape]
+    targets: tuple[str, ...]
+    transposed: bool
+
+
+def adapted(model: Any, recipe: Recipe) -> Adapted:
+    """The modules that a recipe adapts.
 
     Args:
         model: on the meta device; it is changed.
@@ -137,7 +153,8 @@ def adapted(model: Any, recipe: Recipe) -> dict[str, LinearShape]:
     head = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}
     asked = ", ".join(recipe.targets)
     try:
-        injected = inject_adapter_in_model(recipe.lora(), model)
+        config = recipe.lora(transposed=any(type(module).__name__ == "Conv1D" for module in model.modules()))
+        injected = inject_adapter_in_model(config, model)
     except ValueError as error:  # no module of these names, or one of another kind
         raise UsageError(f"targets {asked}: {' '.join(str(error).split())}") from None
     found = [path for path, module in injected.named_modules() if hasattr(module, "lora_A")]
@@ -148,7 +165,8 @@ def adapted(model: Any, recipe: Recipe) -> dict[str, LinearShape]:
             what = "the output head" if path in head else "not a linear module"
             raise UsageError(f"targets {asked}: {path} is {what}, which cannot be trained here; leave it out")
         made[path] = shape
-    return made
+    # PEFT has written into it what it found.
+    return Adapted(made, tuple(sorted(config.target_modules)), bool(config.fan_in_fan_out))
 
 
 def devices_of(model: nn.Module, paths: Sequence[str]) -> dict[str, torch.device]:

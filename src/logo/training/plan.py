@@ -19,7 +19,7 @@ from logo.adapters.config import CONFIG
 from logo.digests import fingerprint
 from logo.errors import DataError, StorageError, UsageError
 from logo.folders import recovered
-from logo.training.checkpoint import STATE
+from logo.training.checkpoint import STATE, forget
 from logo.training.examples import Example
 from logo.training.pool import UNFINISHED, record_of
 from logo.training.recipe import Recipe
@@ -114,7 +114,7 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
     Args:
         root: folder of the pool.
         at_once: most tasks of a group.
-        retrain: adapters that were made from something else are replaced, and checkpoints of such left behind.
+        retrain: adapters that were made from something else are replaced, and checkpoints of such forgotten.
 
     Raises:
         UsageError: the folder holds an adapter, or the beginnings of one, that was made from something else.
@@ -130,12 +130,18 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
     known = {task.name: task for task in tasks}
     groups = []
     for folder in recovered(root / UNFINISHED):
+        if not (folder / STATE).exists():  # its removal was interrupted
+            forget(folder)
+            continue
         members = _members(folder)
+        if all(name in done and known[name].digest == digest for name, digest in members.items()):
+            forget(folder)
         if not any(name in left for name in members):
             continue
         wrong = [name for name, digest in members.items() if name not in known or known[name].digest != digest]
         if wrong:
             if retrain:
+                forget(folder)
                 continue
             raise UsageError(
                 f"{root}: {', '.join(repr(name) for name in wrong[:3])} was begun here from other rows or with another "
@@ -144,6 +150,13 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
         groups.append(GroupPlan(tuple(known[name] for name in members), folder))
         for name in members:
             left.pop(name, None)
+    # What an interrupted run has not begun is learned in the groups that it would have made: whom an adapter is learned
+    # with shows in its last digits.
+    for group in _groups(list(tasks), root, at_once):
+        if all(task.name in left for task in group.tasks):
+            groups.append(group)
+            for task in group.tasks:
+                del left[task.name]
     return Plan((*groups, *_groups(list(left.values()), root, at_once)), tuple(done))
 
 

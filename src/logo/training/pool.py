@@ -55,6 +55,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfi
             RECORD: json.dumps(record, indent=2) + "\n",
         },
         owned=(RESPONSES,),
+        option="--out",
     )
 
 

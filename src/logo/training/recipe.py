@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,16 +83,25 @@ class Recipe:
         if not self.targets or any(not name for name in self.targets):
             raise UsageError(f"targets: expected names of modules or {ALL_LINEAR}, found {list(self.targets)}")
 
-    def lora(self, base_model: str | None = None) -> LoraConfig:
-        """The PEFT configuration of the adapter."""
+    def lora(
+        self, base_model: str | None = None, targets: Sequence[str] | None = None, transposed: bool = False
+    ) -> LoraConfig:
+        """The PEFT configuration of the adapter.
+
+        Args:
+            targets: the names that PEFT has found for those of the recipe.
+            transposed: the modules keep their weights so (Conv1D, as in GPT-2).
+        """
         from peft import LoraConfig
 
-        targets = ALL_LINEAR if self.targets == (ALL_LINEAR,) else list(self.targets)
+        if targets is None:
+            targets = ALL_LINEAR if self.targets == (ALL_LINEAR,) else self.targets
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # PEFT takes fractions, too
             use_rslora=self.rslora,
-            target_modules=targets,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            fan_in_fan_out=transposed,
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",

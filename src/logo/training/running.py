@@ -20,7 +20,7 @@ from logo.training.examples import encode
 from logo.training.plan import GroupPlan, Plan, Prepared, check_names, plan, prepare
 from logo.training.pool import UNFINISHED, diverged, record_of, write_pool
 from logo.training.progress import Status, Telling, told
-from logo.training.recipe import Recipes
+from logo.training.recipe import Recipe, Recipes
 from logo.training.tasks import Found
 from logo.training.trainer import Opening, Outcome, Trainer, same_base
 
@@ -94,11 +94,12 @@ def train(
         WorkersError: processes cannot be started, or are not alike.
     """
     root, recipes = wanted.root, wanted.recipes
-    recipes.check([task.name for task in wanted.found.tasks] + list(wanted.found.refused))
+    recipes.check(wanted.found.names)
     check_names(wanted.found.tasks)
     failed = dict(wanted.found.refused)
     with alone(root), opened(wanted.opening, layout) as trainers:
         prepared, cut = _prepared(wanted, trainers.facts, failed)
+        trainers.check([task.recipe for task in prepared])
         todo = plan(prepared, root, wanted.at_once, retrain=wanted.retrain)
         if planned is not None:
             planned(todo)
@@ -168,6 +169,10 @@ class InThisProcess:
         for group in groups:
             yield self._trainer.train(group, root, every, tell)
 
+    def check(self, recipes: Sequence[Recipe]) -> None:
+        """As `Trainer.check`."""
+        self._trainer.check(recipes)
+
     def calibrate(self, root: Path) -> None:
         """As `Trainer.calibrate`."""
         self._trainer.calibrate(root)
@@ -199,6 +204,10 @@ class InWorkers:
                     yield [Outcome(task.name, f"not finished: {outcome.reason}", False) for task in group.tasks]
                 else:
                     yield outcome
+
+    def check(self, recipes: Sequence[Recipe]) -> None:
+        """As `Trainer.check`, in one of the processes."""
+        self._workers.ask(Trainer.check, recipes)
 
     def calibrate(self, root: Path) -> None:
         """As `Trainer.calibrate`, in one of the processes."""

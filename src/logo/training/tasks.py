@@ -60,10 +60,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Found:
-    """The tasks that can be trained, and why others cannot, by name."""
+    """What a source holds.
+
+    Attributes:
+        tasks: those that can be trained.
+        refused: name -> why one that was asked for cannot.
+        names: of all, also of those that were not asked for.
+    """
 
     tasks: tuple[Task, ...]
     refused: Mapping[str, str]
+    names: tuple[str, ...]
 
 
 def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_COLUMNS, split: str = "train") -> Found:
@@ -96,8 +103,9 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
         raise DataError(f"tasks folder {source!r}: expected files {kinds}, found none")
     count = Counter(name for name, _ in named)
     tasks, refused = [], {}
+    chosen = _chosen(count, only)
     for name, path in named:
-        if name not in _chosen(count, only):
+        if name not in chosen:
             continue
         if count[name] > 1:
             both = ", ".join(other.name for known, other in named if known == name)
@@ -107,7 +115,7 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
             tasks.append(Task(name, str(path), tuple(pair for pair in _pairs(path, columns))))
         except (DataError, StorageError) as error:
             refused[name] = str(error)
-    return Found(tuple(tasks), refused)
+    return Found(tuple(tasks), refused, tuple(count))
 
 
 def _chosen(names: Mapping[str, int], only: str) -> set[str]:
@@ -191,7 +199,7 @@ def _from_hub(source: str, only: str, columns: Sequence[str], split: str) -> Fou
             refused[name] = str(error)
         except Exception as error:  # of datasets and of the connection
             refused[name] = f"{where}: {' '.join(str(error).split())[:300]}"
-    return Found(tuple(tasks), refused)
+    return Found(tuple(tasks), refused, tuple(names))
 
 
 def _datasets() -> Any:

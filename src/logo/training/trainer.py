@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.layout import LinearShape
 from logo.digests import config_digest, library_versions, tokenizer_digest, weights_digest
 from logo.mixing.placement import device_of
 from logo.models import load_base, load_config, skeleton
-from logo.training.factors import Factors, adapted, devices_of
+from logo.training.checkpoint import forget
+from logo.training.factors import Adapted, Factors, adapted, devices_of
 from logo.training.group import Base, Group
 from logo.training.learner import DIVERGED, Learner
 from logo.training.passes import Limits
 from logo.training.plan import GroupPlan, Prepared
 from logo.training.pool import course_record, record_of, write_adapter
 from logo.training.progress import Status
+from logo.training.recipe import Recipe
 
 USUAL_TOKENS = 2048
 
@@ -78,6 +78,7 @@ class Trainer:
             model_dir=opening.model_dir,
         )
         self._model, self.tokenizer = model, tokenizer
+        self._adapted: dict[tuple[str, ...], Adapted] = {}
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         device = device_of(model.get_input_embeddings())
         limits = Limits.of(opening.pass_tokens, vocabulary, device)
@@ -130,7 +131,7 @@ class Trainer:
 
         say()
         group.run(say)
-        shutil.rmtree(plan.folder)
+        forget(plan.folder)
         return [_outcome(learner) for learner in learners]
 
     def calibrate(self, root: Path) -> None:
@@ -155,21 +156,35 @@ class Trainer:
         Raises:
             UsageError: a recipe's targets are not in the model.
         """
-        config = load_config(self._opening.base_model, model_dir=self._opening.model_dir)
-        shapes: dict[tuple[str, ...], dict[str, LinearShape]] = {}
         learners = []
         for task in tasks:
             recipe = task.recipe
-            if recipe.targets not in shapes:
-                shapes[recipe.targets] = adapted(skeleton(config), recipe)
-            found = shapes[recipe.targets]
+            found = self.adapted(recipe).shapes
             factors = Factors(found, devices_of(self._model, list(found)), recipe.r, recipe.seed, task.name)
             learners.append(Learner(task.name, recipe, task.rows, factors))
         return learners
 
+    def adapted(self, recipe: Recipe) -> Adapted:
+        """The modules that a recipe adapts.
+
+        Raises:
+            UsageError: as `logo.training.factors.adapted`.
+        """
+        if recipe.targets not in self._adapted:
+            config = load_config(self._opening.base_model, model_dir=self._opening.model_dir)
+            self._adapted[recipe.targets] = adapted(skeleton(config), recipe)
+        return self._adapted[recipe.targets]
+
+    def check(self, recipes: Sequence[Recipe]) -> None:
+        """Raises UsageError where the targets of a recipe are not in the model."""
+        for recipe in recipes:
+            self.adapted(recipe)
+
     def _write(self, root: Path, task: Prepared, learner: Learner) -> None:
         record = {**task.record, "course": course_record(learner.course), "versions": self.versions}
-        write_adapter(root / task.name, learner.best or {}, task.recipe.lora(self._opening.base_model), record)
+        found = self.adapted(task.recipe)
+        config = task.recipe.lora(self._opening.base_model, found.targets, found.transposed)
+        write_adapter(root / task.name, learner.best or {}, config, record)
 
 
 def _status(task: Prepared, learner: Learner) -> Status:
