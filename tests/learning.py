@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -62,3 +63,46 @@ def gap(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest distance of two tensors of one name, relative to the norm of the expected one."""
     assert found.keys() == expected.keys()
     return max(float((found[key] - expected[key]).norm() / expected[key].norm()) for key in expected)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def write_base(folder: Path, kind: str = "llama", template: str | None = None) -> Path:
+    """A tiny model with a tokenizer of one word a token, as a folder that `--base-model` takes."""
+    from test_engine import tokenizer
+
+    words = tokenizer()
+    words.chat_template = template
+    words.save_pretrained(folder)
+    tiny.model(kind).save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of a file: a few words, and one of them again."""
+    dice = random.Random(seed)
+    made = []
+    for _ in range(count):
+        words = [f"w{dice.randrange(3, 90)}" for _ in range(dice.randrange(1, 9))]
+        made.append({"context": " ".join(words), "completion": words[-1]})
+    return made
+
+
+def write_rows(file: Path, some: Sequence[Mapping[str, Any]]) -> Path:
+    """A JSONL file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return file
+
+
+def command(base_model: Path, tasks: Path, pool: Path, *more: str) -> list[str]:
+    """A short training, without calibration."""
+    where = ["--base-model", str(base_model), "--tasks", str(tasks), "--out", str(pool), "--gpu", "-1"]
+    recipe = ["--r", "2", "--lr", "5e-3", "--steps", "6", "--batch-size", "4", "--evaluations", "3", "--no-calibrate"]
+    return ["train", *where, *recipe, *more]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
