@@ -150,6 +150,7 @@ def _pairs(path: Path, columns: Sequence[str]) -> Iterator[Pair]:
 
 def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Read as texts: `datasets` would guess kinds, and make 7 of 007."""
+    csv.field_size_limit(2**31 - 1)  # a context may be a book
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
@@ -164,7 +165,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected UTF-8, found other bytes; save it as UTF-8") from None
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: is not valid CSV: {error}") from None
+        raise DataError(f"{path}:{reader.reader.line_num}: is not valid CSV: {error}") from None
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from error
 
