@@ -97,7 +97,7 @@ def opened(
     open_: Callable[[], Any] = Held,
     describe_: Callable[[Any], Any] = describe,
 ) -> Workers[Any]:
-    return Workers(layout or Layout(2, cpus=1, deadline=8.0, grace=60.0), open_, describe_, alike)
+    return Workers(layout or Layout(2, cpus=1, deadline=20.0, grace=60.0), open_, describe_, alike)
 
 
 def test_every_item_is_done_whatever_happens_to_its_process(marks: Path) -> None:
