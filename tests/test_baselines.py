@@ -427,7 +427,7 @@ def test_instructor_leaves_the_instruction_out_of_the_mean(instructor: Path, tmp
 
 def test_lora_retrievers_own_model_is_an_instructor(instructor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its Hub id, whose last part says nothing; the library is given the folder it was fetched to."""
-    monkeypatch.setattr(embedding, "_fetch", lambda model: str(instructor))
+    monkeypatch.setattr(embedding, "fetch", lambda model: str(instructor))
     for model in ("Styxxxx/lora_retriever", "hkunlp/instructor-large"):
         embedding._load.cache_clear()
         same_tensor(embedding.embed(["w3 w4"], model, "w80"), embedding.embed(["w3 w4"], str(instructor), "w80"))

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,12 @@ from typing import Any
 import pytest
 
 from logo.backends.cluster import Layout, WorkersError
-from logo.backends.items import Elsewhere, Item, Lost
+from logo.backends.items import Elsewhere, Item, Lost, Unlike
 from logo.backends.ray import Workers
+from logo.baselines.fixed import Uniform
+from logo.baselines.retrieval import LoraRetriever
+from logo.cli.options import EngineOptions
+from logo.cli.places import anywhere, everywhere
 from logo.cli.run import run
 from logo.digests import library_versions
 from logo.errors import LoGoError, ModelError, UsageError
@@ -70,6 +75,7 @@ def work(held: Held, marks: Path, number: int) -> tuple[int, int]:
     if trouble == "kill" and first_time(marks, number):
         os.kill(os.getpid(), signal.SIGKILL)
     if trouble == "hang" and first_time(marks, number):
+        (marks / "hangs").write_text(str(os.getpid()))
         time.sleep(1000)
     if trouble == "elsewhere" and first_time(marks, number):
         return Elsewhere((-1, held.process))  # type: ignore[return-value]
@@ -96,13 +102,18 @@ def opened(
     layout: Layout | None = None,
     open_: Callable[[], Any] = Held,
     describe_: Callable[[Any], Any] = describe,
+    deadline: float | None = None,
 ) -> Workers[Any]:
-    return Workers(layout or Layout(2, cpus=1, deadline=20.0, grace=60.0), open_, describe_, alike)
+    """Processes with any time to start, on a busy machine, and with a deadline for items."""
+    workers = Workers(layout or Layout(2, cpus=1, deadline=PATIENCE, grace=60.0), open_, describe_, alike)
+    if deadline is not None:
+        workers._layout = replace(workers._layout, deadline=deadline)
+    return workers
 
 
 def test_every_item_is_done_whatever_happens_to_its_process(marks: Path) -> None:
     numbers = [number for number in range(16) if number not in (11, 13)]
-    with opened() as workers:
+    with opened(deadline=8.0) as workers:
         assert workers.description == "all alike"
         with pytest.warns(UserWarning, match="one and two are small") as warned:
             found = list(workers.map((Item((marks, number), 1) for number in numbers), work))
@@ -143,7 +154,7 @@ def test_a_map_that_ends_early_leaves_all_processes_to_the_next(marks: Path) -> 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_process_may_die_over_what_is_asked_for_an_item(count: int, marks: Path) -> None:
     """As one that learns a dataset before its rows are answered."""
-    with opened(Layout(count, cpus=1, deadline=90.0)) as workers:
+    with opened(Layout(count, cpus=1), deadline=90.0) as workers:
 
         def items() -> Iterator[Item]:
             for number in (3, 4):
@@ -152,6 +163,50 @@ def test_a_process_may_die_over_what_is_asked_for_an_item(count: int, marks: Pat
         began = time.monotonic()
         assert {result[0] for _, result in workers.map(items(), work)} == {12, 16}
         assert time.monotonic() - began < 80  # nothing waits for the deadline of a process that has gone
+
+
+def outlives(held: Held, marks: Path) -> bool:
+    """Whether the process that hangs is ended while this one is busy."""
+    hangs, end = marks / "hangs", time.monotonic() + 60
+    while not hangs.exists() or not hangs.read_text():
+        time.sleep(0.05)
+    process = Path("/proc") / hangs.read_text() / "cmdline"
+    while time.monotonic() < end:
+        try:
+            if not process.read_bytes():
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_deadlines_are_kept_while_one_process_does_something_for_all(marks: Path) -> None:
+    with opened(deadline=2.0) as workers:
+
+        def items() -> Iterator[Item]:
+            yield Item((marks, 5), 1)
+            yield Item((marks, 4 if workers.ask(outlives, marks) else 13), 1)
+
+        assert {result[0] for _, result in workers.map(items(), work)} == {10, 8}
+
+
+def unlike_once(held: Held, marks: Path, number: int) -> Any:
+    """Work of which one process says that it must not do it."""
+    return Unlike("its base differs") if first_time(marks, "unlike") else work(held, marks, number)
+
+
+def test_a_process_that_turns_out_to_be_another_gets_no_more_work(marks: Path) -> None:
+    with (
+        opened() as workers,
+        pytest.warns(UserWarning, match=r"^worker \d gets no work: its base differs$"),
+    ):
+        found = list(workers.map((Item((marks, number), 1) for number in (4, 6, 8, 9)), unlike_once))
+        assert sorted(result[0] for _, result in found) == [8, 12, 16, 18]
+        assert len({result[1] for _, result in found}) == 1
+        (marks / "unlike").unlink()
+        with pytest.raises(WorkersError, match="no worker is left"):
+            workers.ask(unlike_once, marks, 4)
 
 
 def but_the_first_dies(marks: Path) -> Held:
@@ -250,7 +305,7 @@ def test_a_cluster_that_refuses_a_token_is_told_in_one_line(monkeypatch: pytest.
 
 def test_rows_that_fail_are_no_reason_to_stop_once_another_process_has_answered_some() -> None:
     class Session:
-        batch_size, max_new_tokens = 2, 4
+        batch_size, max_new_tokens, method = 2, 4, None
 
         def answering(self, job: Any, learnt: Any) -> Any:
             return self
@@ -267,6 +322,46 @@ def test_rows_that_fail_are_no_reason_to_stop_once_another_process_has_answered_
     assert piece.first == 2 and [one.error for one in piece.instances] == ["the prompt is too long"] * 2
 
 
+def test_every_session_is_compared_and_not_the_first_alone() -> None:
+    """A sweep opens one for each cell; what is another version or another pool there is nobody else's."""
+
+    class Missing:
+        def check(self) -> None:
+            raise ModelError("embedding model 'mine': no such folder")
+
+    own = Facts({"base": "1"}, library_versions(), {"a": "1"}, None, "cpu", {}, "norm", {}, 0.0)
+    sessions: dict[str, Any] = {
+        "first": SimpleNamespace(facts=own, method=None),
+        "second": SimpleNamespace(facts=replace(own, identity={"base": "2"}), method=None),
+        "third": SimpleNamespace(facts=own, method=Missing()),
+    }
+    answerer = Answerer(sessions.__getitem__)
+    expected = {"base": "1", "pool": own.pool, "environment": own.environment}
+    assert answerer.unlike("first", expected) is None
+    assert answerer.unlike("second", expected) == Unlike("base differ from the first worker's")
+    with pytest.raises(ModelError, match="no such folder"):
+        answerer.unlike("third", expected)
+
+
+def test_paths_mean_the_same_in_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "encoder"):
+        Path(name).mkdir()
+    Path("prompts.txt").write_text("a prompt\n")
+    found = everywhere(
+        EngineOptions(base_model="base", adapters="org/pool", calibration_prompts=Path("prompts.txt"), cache="kept")
+    )
+    assert (found.base_model, found.adapters) == (str(tmp_path / "base"), "org/pool")
+    assert found.calibration_prompts == tmp_path / "prompts.txt"
+    assert (found.model_dir, found.cache) == (str(tmp_path / "hf_models"), str(tmp_path / "kept"))  # not there yet
+    assert everywhere(EngineOptions(cache="")).cache == ""  # keeps nothing
+    assert anywhere(LoraRetriever(embedding_model="encoder")) == LoraRetriever(
+        embedding_model=str(tmp_path / "encoder")
+    )
+    for same in (LoraRetriever(embedding_model="org/encoder"), Uniform(), None):
+        assert anywhere(same) == same
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
@@ -278,7 +373,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_a_node_that_joins_later_gets_work_and_one_that_leaves_loses_none(cluster: Any, marks: Path) -> None:
-    with opened(Layout(2, address=cluster.address, cpus=1, deadline=60.0)) as workers:
+    with opened(Layout(2, address=cluster.address, cpus=1), deadline=60.0) as workers:
         # There is room for one process, and nobody else who might do it better.
         assert [result[0] for _, result in workers.map(iter([Item((marks, 7), 1)]), work)] == [14]
         nodes: list[Any] = []

@@ -17,6 +17,9 @@ AUTO, LOCAL = "auto", "local"
 # Bytes of Ray's store of objects on this machine: what goes through it are rows and answers.
 _STORE = 256_000_000
 
+# What Ray prints at length, also where nothing is to be printed, and is said here in one line.
+_SAID = "^A worker died or was killed"
+
 # Seconds in which a node that is named has to accept a connection.
 _CONNECT = 5.0
 
@@ -63,6 +66,7 @@ def imported() -> Any:
         UsageError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to have anything reported
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _SAID)
     try:
         import ray
     except ImportError:

@@ -38,6 +38,13 @@ class Elsewhere:
     result: Any
 
 
+@dataclass(frozen=True)
+class Unlike:
+    """In place of a result: the process is not like the others, and gets no more work. `reason` says what differs."""
+
+    reason: str
+
+
 @dataclass
 class Queue(Generic[I]):
     """Items that wait: those that come back go first."""

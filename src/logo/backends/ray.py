@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from logo.backends.cluster import Layout, WorkersError, connect, imported, share
-from logo.backends.items import Elsewhere, I, Lost, Queue
-from logo.errors import LoGoError
+from logo.backends.host import Answer, Host, Refused, Shared
+from logo.backends.items import Elsewhere, I, Lost, Queue, Unlike
 
 H = TypeVar("H")  # what a process has opened
 
@@ -32,65 +32,6 @@ _FAILED_STARTS = 3
 
 # Seconds between two looks at deadlines and at what has been opened.
 _LOOK = 0.5
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A value that many items have as an argument. Each node is sent it once, and each process reads it once."""
-
-    reference: Any
-
-    def get(self) -> Any:
-        """The value, in any process."""
-        key = self.reference.hex()
-        if key not in _READ:
-            import ray
-
-            _READ[key] = ray.get(self.reference)
-            while len(_READ) > _KEPT:
-                del _READ[next(iter(_READ))]
-        return _READ[key]
-
-
-# What this process has read of shared values, the latest last: one dataset comes after the other, and each has two.
-_READ: dict[str, Any] = {}
-_KEPT = 8
-
-
-@dataclass(frozen=True)
-class Refused:
-    """An error that a user can mend, as a result: it is no reason to try again elsewhere."""
-
-    error: LoGoError
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a process answers, and what it has warned of meanwhile, each once."""
-
-    value: Any
-    warnings: tuple[str, ...]
-
-
-class _Host:
-    """What runs in a process."""
-
-    def __init__(self, open_: Callable[[], Any]) -> None:
-        self._open = open_
-        self._held: Any = None
-
-    def call(self, what: Callable[..., Any], *args: Any) -> _Answer:
-        """`what(held, *args)`."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
-            try:
-                if self._held is None:
-                    self._held = self._open()
-                value = what(self._held, *args)
-            except LoGoError as error:
-                value = Refused(error.with_traceback(None))
-        said = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
-        return _Answer(value, tuple(said))
 
 
 @dataclass(eq=False)
@@ -148,6 +89,8 @@ class Workers(Generic[H]):
         self._layout, self._open, self._describe, self._differs = layout, open_, describe, differs
         self._workers: list[_Worker] = []
         self._started = self._failed_starts = 0
+        self._queue: Queue[Any] | None = None  # of the `map` that runs
+        self._next: list[tuple[Any, Any]] = []  # what that has to yield next
         self._warned: set[str] = set()
         connect(self._ray, layout)
         try:
@@ -185,26 +128,35 @@ class Workers(Generic[H]):
 
     def ask(self, what: Callable[..., Any], *args: Any) -> Any:
         """What one process answers to `what(held, *args)`, after what it is doing; however long it takes. Where none is
-        open, the first one that is.
+        open, the first one that is. The deadlines of a `map` that runs are kept meanwhile.
 
         Raises:
             WorkersError: three processes have gone over it.
             LoGoError: as `what` does.
         """
-        reason = ""
-        for _ in range(TRIES):
+        reason, tries = "", 0
+        while tries < TRIES:
             worker = self._ready()
+            running = worker.actor.call.remote(what, *args)
             try:
-                result = self._got(worker.actor.call.remote(what, *args))
+                while not self._ray.wait([running], timeout=_LOOK)[0]:
+                    self._end_late()
+                result = self._got(running)
             except self._gone as error:
                 reason = f"the last one {_how(error)}"
-                if worker.running is None:  # what it is doing is seen to by `map`
-                    self._end(worker)
-                    self._start()
+                if worker in self._workers:  # else it was ended over its item, not over this
+                    tries += 1
+                    self._next += self._finished(worker) if self._is_done(worker) else []
+                    if worker in self._workers:
+                        self._over(worker, _how(error))
                 continue
             if isinstance(result, Refused):
                 raise result.error
-            return result
+            if not isinstance(result, Unlike):
+                return result
+            reason, tries = f"the last one is not like the others: {result.reason}", tries + 1
+            if worker in self._workers:
+                self._give_up(worker, result.reason)
         raise WorkersError(f"no worker could do what one of them has to do for all: {reason}")
 
     def map(self, items: Iterable[I], what: Callable[..., Any]) -> Iterator[tuple[I, Any]]:
@@ -217,12 +169,15 @@ class Workers(Generic[H]):
             LoGoError: as `what` does; other errors of it are raised as they are.
         """
         queue: Queue[I] = Queue(iter(items))
+        self._queue, self._next = queue, []
         idle_since = time.monotonic()
         try:
             while True:
                 self._look_at_openings()
                 for worker in self._free():
                     self._give(worker, queue, what)
+                found, self._next = self._next, []
+                yield from found
                 if not queue.back and queue.dry and all(worker.item is None for worker in self._workers):
                     return
                 if any(worker.opening is None for worker in self._workers):
@@ -230,9 +185,12 @@ class Workers(Generic[H]):
                 else:
                     self._check_wait(idle_since)
                 done = self._wait()
-                for worker in [one for one in self._workers if one.running in done or self._late(one)]:
-                    yield from self._finished(worker, queue)
+                for worker in [one for one in self._workers if one.running in done]:
+                    if worker.running in done:  # whoever was given another result may have asked it
+                        yield from self._finished(worker)
+                self._end_late()
         finally:
+            self._queue = None
             for worker in self._workers:
                 worker.item = None  # nobody waits for its result any more
 
@@ -244,7 +202,7 @@ class Workers(Generic[H]):
         found = queue.next(worker, alone=opened == 1)
         if found is None:
             return
-        if worker not in self._workers:  # it has died over an `ask` that was needed to make the item
+        if worker not in self._workers:  # it was ended during an `ask` that was needed to make the item
             queue.back.append((*found, worker))
             return
         worker.item, worker.tries = found
@@ -269,7 +227,7 @@ class Workers(Generic[H]):
 
     def _start(self) -> None:
         self._started += 1
-        made = self._ray.remote(_Host).options(
+        made = self._ray.remote(Host).options(
             num_cpus=self._share.cpus,
             num_gpus=self._share.gpus,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._share.cpus)}},
@@ -328,8 +286,13 @@ class Workers(Generic[H]):
             if reason is None:
                 worker.opening, self._failed_starts = None, 0
             else:
-                warnings.warn(f"{worker.name} gets no work: {reason}", UserWarning, stacklevel=3)
-                self._end(worker)
+                self._give_up(worker, reason)
+
+    def _give_up(self, worker: _Worker, reason: str) -> None:
+        """Ends a process in whose place another one would be no better."""
+        warnings.warn(f"{worker.name} gets no work: {reason}", UserWarning, stacklevel=4)
+        self._end(worker)
+        self._again_elsewhere(worker, f"is not like the others: {reason}")
 
     def _again(self, worker: _Worker, how: str) -> None:
         """Replaces a process that ended before it was open. After too many of them no more are started, and those that
@@ -351,7 +314,7 @@ class Workers(Generic[H]):
 
     def _got(self, reference: Any) -> Any:
         """The value of an answer that is there; warnings of all processes are given once."""
-        answer: _Answer = self._ray.get(reference)
+        answer: Answer = self._ray.get(reference)
         for text in answer.warnings:
             if text not in self._warned:
                 self._warned.add(text)
@@ -370,45 +333,61 @@ class Workers(Generic[H]):
         done: list[Any] = self._ray.wait(references, num_returns=1, timeout=_LOOK)[0] if references else []
         return done
 
-    def _late(self, worker: _Worker) -> bool:
-        return worker.running is not None and time.monotonic() - worker.since > self._layout.deadline
+    def _is_done(self, worker: _Worker) -> bool:
+        return worker.running is not None and bool(self._ray.wait([worker.running], timeout=0)[0])
+
+    def _end_late(self) -> None:
+        """Ends processes that take longer over an item than they may."""
+        limit = time.monotonic() - self._layout.deadline
+        for worker in [one for one in self._workers if one.running is not None and one.since < limit]:
+            if not self._is_done(worker):
+                self._over(worker, f"gave no answer within {self._layout.deadline:.0f} s")
 
     # -- results -------------------------------------------------------------------------------------------------
 
-    def _finished(self, worker: _Worker, queue: Queue[I]) -> Iterator[tuple[I, Any]]:
-        """The item of a process with its result; or nothing, and the item goes back into the queue, if it is of this
-        `map`."""
-        item, running, worker.item, worker.running = worker.item, worker.running, None, None
-        done, _ = self._ray.wait([running], timeout=0)
+    def _over(self, worker: _Worker, how: str) -> None:
+        """A process has gone: another one is started, and its item goes back into the queue, or is lost."""
+        self._end(worker)
+        self._start()
+        self._again_elsewhere(worker, how)
+
+    def _again_elsewhere(self, worker: _Worker, how: str) -> None:
+        item, worker.item, worker.running = worker.item, None, None
+        if item is None or self._queue is None:
+            return
+        if worker.tries + 1 < TRIES:
+            self._queue.back.append((item, worker.tries + 1, worker))
+        else:
+            self._next.append((item, Lost(f"{TRIES} workers in a row did not finish it; the last one {how}")))
+
+    def _finished(self, worker: _Worker) -> list[tuple[Any, Any]]:
+        """The item of a process with its result; or nothing, and the item goes back into the queue, if it is of the
+        `map` that runs."""
         try:
-            if not done:
-                raise TimeoutError(f"gave no answer within {self._layout.deadline:.0f} s")
-            result = self._got(running)
+            result = self._got(worker.running)
         except self._ray.exceptions.RayTaskError as error:
+            item, worker.item, worker.running = worker.item, None, None
             if item is None:
-                return
+                return []
             raise error.cause from None
         except self._gone as error:
-            self._end(worker)
-            self._start()
-            if item is None:
-                return
-            if worker.tries + 1 < TRIES:
-                queue.back.append((item, worker.tries + 1, worker))
-            else:
-                yield item, Lost(f"{TRIES} workers in a row did not finish it; the last one {_how(error)}")
-            return
-        if item is None:
-            return
+            self._over(worker, _how(error))
+            return []
+        if isinstance(result, Unlike):
+            self._give_up(worker, result.reason)
+            return []
+        item, worker.item, worker.running = worker.item, None, None
+        if item is None or self._queue is None:
+            return []
         if isinstance(result, Refused):
             raise result.error
         worker.done, worker.busy = worker.done + item.size, worker.busy + time.monotonic() - worker.since
         if isinstance(result, Elsewhere):
             if worker.tries + 1 < TRIES:
-                queue.back.append((item, worker.tries + 1, worker))
-                return
+                self._queue.back.append((item, worker.tries + 1, worker))
+                return []
             result = result.result
-        yield item, result
+        return [(item, result)]
 
     @property
     def _gone(self) -> tuple[type[Exception], ...]:

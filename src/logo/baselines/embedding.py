@@ -59,7 +59,7 @@ def _load(model: str, device: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UsageError("retrieval by text needs sentence-transformers: install lora-on-the-go[eval]") from None
-    folder = _fetch(model)
+    folder = fetch(model)
     try:
         loaded = SentenceTransformer(folder, device=device, local_files_only=True)
     except Exception as error:  # whatever transformers or the model's own files raise
@@ -77,8 +77,13 @@ def _leaves_out_instructions(loaded: Any) -> bool:
     return any(getattr(module, "include_prompt", True) is False for module in loaded)
 
 
-def _fetch(model: str) -> str:
-    """The folder of a model, downloaded where it is not one already."""
+def fetch(model: str) -> str:
+    """The folder of a model, downloaded where it is not one already.
+
+    Raises:
+        ModelError: it is no folder, and no Hub id.
+        HubError: the Hub does not give it.
+    """
     if Path(model).is_dir():
         return model
     repo_id = model if "/" in model else f"sentence-transformers/{model}"

@@ -125,6 +125,10 @@ class Method(ABC):
             UsageError, DataError: the task or an option lacks what the method needs.
         """
 
+    def check(self) -> None:
+        """Raises LoGoError where this machine lacks what the method needs; a process does so before it has any work."""
+        return
+
     def as_dict(self) -> dict[str, Any]:
         """Name and options for JSON."""
         return {"method": self.name, **dataclasses.asdict(self), "merge": self.merging.kind}

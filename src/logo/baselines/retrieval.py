@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from logo.baselines.embedding import DEFAULT_MODEL, embed
+from logo.baselines.embedding import DEFAULT_MODEL, embed, fetch
 from logo.baselines.method import Method, Need, Prepared, Task, check_count, ranked, same_for_all
 from logo.calls import Calls
 from logo.errors import DataError, UsageError
@@ -46,6 +46,9 @@ class Retrieval(Method):
     @property
     def picks(self) -> int:
         return self.k
+
+    def check(self) -> None:
+        fetch(self.embedding_model)
 
     def as_dict(self) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(self.samples, sort_keys=True).encode()).hexdigest()

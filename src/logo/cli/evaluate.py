@@ -28,7 +28,7 @@ from logo.cli.options import (
     expanded,
 )
 from logo.cli.output import err, note, progress
-from logo.cli.places import absolute, everywhere
+from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.scoreboard import Score, show
 from logo.cli.workers import WorkerOptions, layout_of, opened, progress_of
 from logo.errors import UsageError
@@ -335,7 +335,7 @@ def _in_workers(
 ) -> InWorkers:
     from logo.evaluation.workers import InWorkers, facts_of
 
-    open_ = functools.partial(_answerer, everywhere(engine), runner, run, method, absolute(base_model))
+    open_ = functools.partial(_answerer, everywhere(engine), runner, run, anywhere(method), absolute(base_model))
     workers = opened(layout, engine, base_model, open_, facts_of, run.preset)
     return InWorkers(
         workers,

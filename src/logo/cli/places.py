@@ -13,6 +13,7 @@ from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from logo.backends.cluster import Layout
+    from logo.baselines import Method
 
 PROCESSES = "Several processes"
 
@@ -47,16 +48,16 @@ Cpus = Annotated[
 ]
 
 
-def check_alone(given: dict[str, bool], count: str) -> None:
-    """Raises UsageError for an option that means nothing where one process does everything.
+def check_alone(given: dict[str, bool], needed: str) -> None:
+    """Raises UsageError for an option that means nothing without another one.
 
     Args:
         given: whether each of these options was given.
-        count: the option that asks for several processes.
+        needed: the other one, in words.
     """
     for option, is_given in given.items():
         if is_given:
-            raise UsageError(f"{option} belongs to {count} or --ray; add one of them")
+            raise UsageError(f"{option} belongs to {needed}; add that")
 
 
 def check_devices(engine: EngineOptions, what: str, gpus: str) -> None:
@@ -81,15 +82,25 @@ def starting(layout: Layout, what: str) -> str:
 
 
 def everywhere(options: EngineOptions) -> EngineOptions:
-    """The same options for a process with another working directory: paths that exist become absolute."""
+    """The same options for a process with another working directory: paths become absolute. What may also be a name on
+    the Hub is a path if it exists; folders that are only looked into, or made, need not."""
     found: dict[str, Any] = {}
-    for name in ("base_model", "adapters", "model_dir", "cache", "calibration_prompts"):
+    for name in ("base_model", "adapters", "calibration_prompts", "model_dir", "cache"):
         value = getattr(options, name)
-        if value is not None and os.path.exists(value):
+        if value and (name in ("model_dir", "cache") or os.path.exists(value)):
             found[name] = type(value)(os.path.abspath(value))
     return replace(options, **found)
 
 
-def absolute(base_model: str) -> str:
-    """A base model's name for a process with another working directory: a path that exists becomes absolute."""
-    return os.path.abspath(base_model) if os.path.exists(base_model) else base_model
+def absolute(name: str) -> str:
+    """A model's name for a process with another working directory: a path that exists becomes absolute."""
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
+def anywhere(method: Method | None) -> Method | None:
+    """The same method for a process with another working directory."""
+    from logo.baselines.retrieval import Retrieval
+
+    if not isinstance(method, Retrieval):
+        return method
+    return replace(method, embedding_model=absolute(method.embedding_model))

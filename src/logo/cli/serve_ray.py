@@ -61,7 +61,7 @@ def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
     if options.replicas is None and options.ray is None and options.autoscale is None:
         names = ("gpus_per_replica", "cpus_per_replica")
         given = {f"--{name.replace('_', '-')}": getattr(options, name) is not None for name in names}
-        check_alone(given, "--replicas")
+        check_alone(given, "--replicas or --ray")
         return None
     check_devices(engine, "replicas", "--gpus-per-replica")
     count = options.replicas

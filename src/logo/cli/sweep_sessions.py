@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from logo.cli.evaluate import RowOptions, resolved
 from logo.cli.opening import open_base
 from logo.cli.options import EngineOptions
-from logo.cli.places import absolute, everywhere
+from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.workers import opened
 
 if TYPE_CHECKING:
@@ -68,22 +68,27 @@ class CellsInWorkers:
     def __init__(self, layout: Layout, options: EngineOptions, rows: RowOptions, base_model: str, first: Cell) -> None:
         from logo.evaluation.workers import facts_of
 
-        self._rows = rows
+        self._rows, first = rows, _anywhere(first)
         open_ = functools.partial(_answerer, everywhere(options), rows, absolute(base_model))
         self.workers = opened(layout, options, base_model, open_, functools.partial(facts_of, key=first))
 
     def __call__(self, cell: Cell) -> Evaluation:
         from logo.evaluation.workers import InWorkers, facts_of
 
+        there = _anywhere(cell)
         return InWorkers(
             self.workers,
-            self.workers.ask(facts_of, cell),
-            key=cell,
+            self.workers.ask(facts_of, there),
+            key=there,
             seed=cell.seed,
             batch_size=self._rows.batch_size,
             max_new_tokens=self._rows.max_new_tokens,
             method=cell.method,
         )
+
+
+def _anywhere(cell: Cell) -> Cell:
+    return replace(cell, method=anywhere(cell.method))
 
 
 def _answerer(options: EngineOptions, rows: RowOptions, base_model: str) -> Answerer:

@@ -56,7 +56,7 @@ def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
     if options.workers is None and options.ray is None:
         usual, names = WorkerOptions(), ("gpus_per_worker", "cpus_per_worker", "deadline")
         given = {f"--{name.replace('_', '-')}": getattr(options, name) != getattr(usual, name) for name in names}
-        check_alone(given, "--workers")
+        check_alone(given, "--workers or --ray")
         return None
     check_devices(engine, "workers", "--gpus-per-worker")
     from logo.backends.cluster import LOCAL, Layout

@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from logo.backends.items import Elsewhere, Item, Lost
-from logo.backends.ray import Shared, Workers
+from logo.backends.host import Shared
+from logo.backends.items import Elsewhere, Item, Lost, Unlike
+from logo.backends.ray import Workers
 from logo.baselines.method import Answering
 from logo.digests import library_versions
 from logo.errors import LoGoError, UsageError
@@ -57,11 +58,23 @@ class Answerer:
         self._size, self._proven = 0, False
 
     def session(self, key: Any) -> Session:
-        """The session of a key; the last one is kept."""
+        """The session of a key; the last one is kept.
+
+        Raises:
+            LoGoError: it cannot be opened, or its method cannot be used on this machine.
+        """
         if self._session is None or self._session[0] != key:
             self._session = self._engine = None  # what they hold may have to go before the next one has room
-            self._session = key, self._session_of(key)
+            session = self._session_of(key)
+            if session.method is not None:
+                session.method.check()
+            self._session = key, session
         return self._session[1]
+
+    def unlike(self, key: Any, expected: Mapping[str, Any]) -> Unlike | None:
+        """What sets the session of a key apart from the one that is expected; None: nothing does."""
+        names = _differing(_compared(self.session(key).facts), expected)
+        return Unlike(f"{', '.join(names)} differ from the first worker's") if names else None
 
     def answer(
         self, key: Any, job: Job, learnt: Mapping[str, Any] | None, sha256: str | None, stretch: range, proven: bool
@@ -106,13 +119,23 @@ def facts_of(answerer: Answerer, key: Any = None) -> Facts:
     return answerer.session(key).facts
 
 
-def _learn(answerer: Answerer, key: Any, job: Job, train: Sequence[Row]) -> dict[str, Any]:
-    return answerer.learn(key, job, train)
+def _learn(answerer: Answerer, key: Any, expected: Shared, job: Job, train: Sequence[Row]) -> Any:
+    return answerer.unlike(key, expected.get()) or answerer.learn(key, job, train)
 
 
 def _answer(
-    answerer: Answerer, key: Any, job: Shared, learnt: Shared | None, sha256: str | None, stretch: range, proven: bool
+    answerer: Answerer,
+    key: Any,
+    expected: Shared,
+    job: Shared,
+    learnt: Shared | None,
+    sha256: str | None,
+    stretch: range,
+    proven: bool,
 ) -> Any:
+    unlike = answerer.unlike(key, expected.get())
+    if unlike is not None:
+        return unlike
     known = None if learnt is None else learnt.get()
     found, record = answerer.answer(key, job.get(), known, sha256, stretch, proven)
     lacking = any(instance.error == OUT_OF_MEMORY for piece in found for instance in piece.instances)
@@ -141,8 +164,7 @@ def differs(pool: Mapping[str, str], *, whole: bool) -> Callable[[Any, Any], str
         lacking = [name for name in pool if whole and name not in own.pool]
         if lacking:
             return f"its pool lacks adapter {lacking[0]!r}, which the driver's has: put the same files in both places"
-        one, other = _compared(own), _compared(first)
-        names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        names = _differing(_compared(own), _compared(first))
         return f"{', '.join(names)} differ from the first worker's" if names else None
 
     return why
@@ -151,6 +173,10 @@ def differs(pool: Mapping[str, str], *, whole: bool) -> Callable[[Any, Any], str
 def _compared(facts: Facts | StudyFacts) -> dict[str, Any]:
     own = facts.identity if isinstance(facts, Facts) else {**facts.digests, **facts.settings}
     return {**own, "pool": facts.pool, "environment": facts.environment}
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
 @dataclass(frozen=True)
@@ -216,6 +242,7 @@ class InWorkers(Evaluation):
         method: Method | None,
     ) -> None:
         self.workers, self._facts, self._key = workers, facts, key
+        self._expected = workers.shared(_compared(facts))  # of every process, whenever it opens this session
         self.seed, self.batch_size, self.max_new_tokens, self.method = seed, batch_size, max_new_tokens, method
 
     @property
@@ -233,7 +260,7 @@ class InWorkers(Evaluation):
         return super().plans(jobs, wish)
 
     def learn(self, job: Job, train: Sequence[Row]) -> dict[str, Any]:
-        learnt: dict[str, Any] = self.workers.ask(_learn, self._key, job, train)
+        learnt: dict[str, Any] = self.workers.ask(_learn, self._key, self._expected, job, train)
         return learnt
 
     def results(
@@ -287,7 +314,7 @@ class InWorkers(Evaluation):
                 # All rows may be there already, or there are none: one block without rows has the result written.
                 for start in range(stretch.start, max(stretch.stop, 1), self.batch_size):
                     part = range(start, min(start + self.batch_size, stretch.stop))
-                    args = (self._key, job, learnt, sha256, part, dataset.answered.proven)
+                    args = (self._key, self._expected, job, learnt, sha256, part, dataset.answered.proven)
                     yield _Block(args, len(part), dataset, part)
 
 
