@@ -15,14 +15,15 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from logo.api.visits import visit
 from logo.errors import AdapterError, LoGoError, PoolError
 from logo.protocol import NotReady
 from logo.serving import coordinator as coordinating
 from logo.serving import membership
 from logo.serving.coordinator import Coordinator, Joined, State
-from logo.serving.gate import Gate, Gated, visit
+from logo.serving.gate import Gate, Gated
 from logo.serving.membership import Lost, Member, Own
-from logo.serving.metrics import labelled
+from logo.serving.metrics import labelled, selected
 from logo.serving.pool import Change
 from tolerances import PATIENCE
 
@@ -106,7 +107,7 @@ class Pretend:
         assert self.staged is not None
         self.pool, self.staged = self.staged, None
 
-    def forget(self) -> None:
+    async def forget(self) -> None:
         self.staged = None
 
     def drain(self) -> None:
@@ -333,6 +334,16 @@ def test_one_exposition_says_of_every_sample_whose_it_is() -> None:
         *('a_total{kind="k",replica="x"} 1.0', 'a_total{kind="k",replica="y"} 3.0'),
         *("# HELP g Now.", "# TYPE g gauge", 'g{replica="x"} 2.0', 'g{replica="y"} 4.0'),
     ]
+
+
+def test_selections_are_added_up_over_replicas() -> None:
+    text = (
+        "# TYPE logo:adapter_selected_total counter\n"
+        'logo:adapter_selected_total{{adapter="a"}} {}\nlogo:adapter_selected_total{{adapter="{}"}} 1.0\n'
+        "# TYPE logo:adapter_selected_created gauge\n"
+        'logo:adapter_selected_created{{adapter="a"}} 1.7e9\n'
+    )
+    assert selected([text.format(2.0, "b"), text.format(3.0, "c")]) == {"a": 5, "b": 1, "c": 1}
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

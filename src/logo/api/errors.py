@@ -13,6 +13,7 @@ from typing import Any
 
 from logo.api.problems import shown
 from logo.errors import AdapterError, NotFinite, PoolError, StorageError, StoreFull, UsageError
+from logo.protocol import NotReady
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -61,6 +62,8 @@ class ApiError(Exception):
             return not_found(shown_line(str(error))) if missing else bad_request(shown_line(str(error)))
         if isinstance(error, NotFinite):
             return failed(str(error), "not_finite")
+        if isinstance(error, NotReady):
+            return unavailable(shown_line(str(error)), retry_after=1)
         if isinstance(error, StoreFull):  # beside what other requests hold: later there may be room
             return unavailable(shown_line(str(error)), retry_after=1)
         if out_of_memory(error):

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +114,10 @@ def serve(
             note(f"{API_KEY} is set too; it is not shown.")
         return None
     if several is not None:
-        from logo.serving.vllm_replica import VllmPlan
+        from logo.serving.vllm_replica import UPDATING, VllmPlan
 
+        if os.environ.get(UPDATING, "0").strip().lower() in ("1", "true"):  # as vLLM reads it
+            launch = replace(launch, options={**launch.options, "adapter_changes": True})
         pool = functools.partial(open_pool, everywhere(options), absolute(base_model))
         return several(VllmPlan(launch, more, pool, asked.max_concurrent))
     return _become(launch, more)

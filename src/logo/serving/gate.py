@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Container, Mapping
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from logo.api.visits import Visit, visit
 
 # What says nothing of the pool, or waits for the gate itself.
 FREE = ("/health", "/ready", "/version", "/metrics", "/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
@@ -53,37 +54,6 @@ class Gate:
             self._empty.set()
 
 
-class Visit:
-    """A request that looks at the pool, until it has chosen what answers it.
-
-    A request with several prompts chooses several times, at once: it stays inside until the last one is done.
-    """
-
-    def __init__(self, leave: Callable[[], None]) -> None:
-        self._leave: Callable[[], None] | None = leave
-        self._choosing = 0
-
-    def choosing(self) -> None:
-        """Begins to choose."""
-        self._choosing += 1
-
-    def chosen(self) -> None:
-        """Has chosen, once."""
-        self._choosing -= 1
-        if not self._choosing:
-            self.leave()
-
-    def leave(self) -> None:
-        """What the pool becomes is of no concern from here on."""
-        leave, self._leave = self._leave, None
-        if leave is not None:
-            leave()
-
-
-visit: ContextVar[Visit | None] = ContextVar("visit", default=None)
-"""Of the request that is being answered."""
-
-
 class Gated:
     """An app whose requests pass a gate when their bodies are there, so that no slow client holds it open.
 
@@ -91,16 +61,23 @@ class Gated:
         app: behind it.
         gate: passed by all but `FREE` and the page's files.
         told: headers of `/health`.
+        only: the paths that pass it, where no other depends on the pool; None: as `gate` says.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate, told: Callable[[], Mapping[str, str]]) -> None:
-        self.app, self._gate, self._told = app, gate, told
+    def __init__(
+        self,
+        app: ASGIApp,
+        gate: Gate,
+        told: Callable[[], Mapping[str, str]],
+        only: Container[str] | None = None,
+    ) -> None:
+        self.app, self._gate, self._told, self._only = app, gate, told, only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"]
-        if path in FREE or path.startswith("/page/"):
+        if path in FREE or path.startswith("/page/") or not (self._only is None or path in self._only):
             return await self.app(scope, receive, self._telling(send) if path == "/health" else send)
         inside: Visit | None = None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from logo.errors import LoGoError, PoolError
+from logo.protocol import NotReady
 from logo.serving.coordinator import Command, Joined, State
 from logo.serving.gate import Gate
 from logo.serving.pool import Change
@@ -22,7 +23,7 @@ _AGAIN = 0.5
 _CLOSED = 300.0
 
 
-class Lost(LoGoError, ConnectionError):
+class Lost(NotReady):
     """The coordinator does not answer: it has ended, and another one will take its place."""
 
 
@@ -51,7 +52,7 @@ class Own:
 
     stage: Callable[[Change], Awaitable[str]]
     take: Callable[[], Awaitable[None]]
-    forget: Callable[[], None]
+    forget: Callable[[], Awaitable[None]]
     metrics: Callable[[], str]
     drain: Callable[[], None]
 
@@ -128,7 +129,7 @@ class Member:
                     self._doing.add(task)
                     task.add_done_callback(self._doing.discard)
                 elif not command:
-                    self._own.forget()
+                    await self._own.forget()
                     await self._joined(fresh=False)
         except Exception as error:
             _log.exception("this replica follows the others no more")
@@ -159,7 +160,7 @@ class Member:
         elif command.kind == "open":
             self._gate.open()
         elif command.kind == "forget":
-            self._own.forget()
+            await self._own.forget()
         elif command.kind == "drain":
             self._own.drain()
         elif command.kind == "metrics":

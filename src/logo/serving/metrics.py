@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+_SELECTED = "logo:adapter_selected"
+
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
@@ -92,7 +94,7 @@ class _State(Collector):
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"logo:{name}", text, value=value)
-        selected = CounterMetricFamily("logo:adapter_selected", "Answers an adapter had a part in.", labels=["adapter"])
+        selected = CounterMetricFamily(_SELECTED, "Answers an adapter had a part in.", labels=["adapter"])
         for adapter in list(service.adapters):
             selected.add_metric([adapter], service.selected.get(adapter, 0))
         yield selected
@@ -120,6 +122,17 @@ def labelled(texts: Mapping[str, str]) -> bytes:
     registry = CollectorRegistry()
     registry.register(_Families(families.values()))
     return generate_latest(registry)
+
+
+def selected(texts: Iterable[str]) -> dict[str, int]:
+    """How often each adapter was selected, by the expositions of several servers together."""
+    found: dict[str, int] = {}
+    for family in (family for text in texts for family in text_string_to_metric_families(text)):
+        if family.name == _SELECTED:
+            for sample in family.samples:
+                adapter = sample.labels["adapter"]
+                found[adapter] = found.get(adapter, 0) + int(sample.value)
+    return found
 
 
 class _Families(Collector):

@@ -6,6 +6,7 @@ Knows nothing of Ray: see `logo.serving.replicas`.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +17,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.adapters.digests import key_of, pool_digest
 from logo.adapters.pool import AdapterPool
+from logo.api.visits import choosing, chosen
 from logo.engine import LoGo
 from logo.errors import LoGoError
 from logo.prompts import Prompt
 from logo.protocol import Wish
 from logo.serving.app import AppSettings, create_app
 from logo.serving.coordinator import State
-from logo.serving.gate import Gate, Gated, visit
+from logo.serving.gate import Gate, Gated
 from logo.serving.guards import GuardSettings, guard
 from logo.serving.membership import Link, Lost, Member, Own
 from logo.serving.memory import Memory
-from logo.serving.metrics import Metrics, labelled
+from logo.serving.metrics import Metrics, labelled, selected
 from logo.serving.pool import Change, Staged
 from logo.serving.service import Chosen, Service
 
@@ -35,6 +37,8 @@ _BESIDE = 64
 
 POOL, REPLICA = "X-LoGo-Pool", "X-LoGo-Replica"
 """Headers of `/health`: the digest of the pool, and who answers."""
+
+ADAPTERS = "/v1/logo/adapters"
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,14 @@ class ServerPlan:
         return await asyncio.to_thread(Replica, name, self, link)
 
 
+def keys_of(pool: AdapterPool) -> dict[str, str]:
+    """Name -> key of its adapters. Reads each file once."""
+    return {adapter.name: key_of(adapter) for adapter in pool}
+
+
 def digest(pool: AdapterPool) -> str:
     """Equal where names and contents of all adapters are. Reads each file once."""
-    return pool_digest({adapter.name: key_of(adapter) for adapter in pool})
+    return pool_digest(keys_of(pool))
 
 
 class ReplicaService(Service):
@@ -90,14 +99,11 @@ class ReplicaService(Service):
 
     async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Chosen:
         """As `Service.choose`; the request then depends on the pool no more."""
-        inside = visit.get()
-        if inside is None:
-            return await super().choose(prompt, wish)
-        inside.choosing()
+        choosing()
         try:
             return await super().choose(prompt, wish)
         finally:
-            inside.chosen()
+            chosen()
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> Any:
         """As `Service.add`, in all replicas or in none."""
@@ -131,7 +137,7 @@ class ReplicaService(Service):
         staged, self._staged = self._staged, None
         await self._in_thread(self.pool.take, staged)
 
-    def forget(self) -> None:
+    async def forget(self) -> None:
         """Drops what was staged."""
         self._staged = None
 
@@ -185,7 +191,7 @@ class Replica:
 
 
 class Together:
-    """Makes one `/metrics` of those of all replicas.
+    """Answers for all replicas what one of them alone cannot know: `/metrics`, and how often adapters were selected.
 
     Args:
         app: answers with its own.
@@ -197,7 +203,8 @@ class Together:
         self.app, self._name, self._link = app, name, link
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].rstrip("/") != "/metrics":
+        of_all = {"/metrics": self._metrics, ADAPTERS: self._adapters}.get(scope.get("path", "").rstrip("/"))
+        if scope["type"] != "http" or of_all is None:
             return await self.app(scope, receive, send)
         start: Message = {}
         body = bytearray()
@@ -212,17 +219,29 @@ class Together:
         await self.app(scope, receive, kept)
         whole = bytes(body)
         if start.get("status") == 200 and scope["method"] == "GET":
-            whole = await self._of_all(whole)
+            whole = await of_all(whole)
         MutableHeaders(scope=start)["Content-Length"] = str(len(whole))
         await send(start)
         await send({"type": "http.response.body", "body": whole})
 
-    async def _of_all(self, own: bytes) -> bytes:
+    async def _metrics(self, own: bytes) -> bytes:
+        return labelled({self._name: own.decode(), **await self._of_all()})
+
+    async def _adapters(self, own: bytes) -> bytes:
+        texts = await self._of_all()
+        if self._name not in texts:  # the coordinator is away
+            return own
+        counts = selected(texts.values())
+        found = json.loads(own)
+        for card in found["data"]:
+            card["selected"] = counts.get(card["id"], 0)
+        return json.dumps(found, ensure_ascii=False).encode()
+
+    async def _of_all(self) -> dict[str, str]:
         try:
-            texts = await self._link.metrics()
+            return await self._link.metrics()
         except Lost:
-            texts = {}
-        return labelled({self._name: own.decode(), **texts})
+            return {}
 
 
 class Nameless:

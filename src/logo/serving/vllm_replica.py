@@ -1,6 +1,7 @@
 """A replica that is vLLM's own server, with LoGo's router in it: vLLM's app, without the part of it that listens.
 
-The pool stays as it is: vLLM's processes take changes by themselves, and nothing makes all replicas change together.
+The pool changes in the replicas' four steps (`logo.serving.coordinator`), and within each of them in the workers of its
+engine, which know a stage and a commit of their own (`logo.backends.vllm.workers`).
 """
 
 from __future__ import annotations
@@ -11,27 +12,35 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from logo.adapters.digests import pool_digest
 from logo.adapters.pool import AdapterPool
 from logo.api.errors import unavailable
+from logo.backends.vllm.bodies import POOLED
+from logo.backends.vllm.core import WorkerError
 from logo.backends.vllm.launch import API_KEY, Launch
+from logo.backends.vllm.pool import Change as KeyedChange
+from logo.backends.vllm.pool import KeyedPool
+from logo.backends.vllm.router import Router
 from logo.errors import LoGoError, UsageError
 from logo.serving.coordinator import State
 from logo.serving.errors import response
 from logo.serving.gate import Gate, Gated
+from logo.serving.lifespan import Begun
 from logo.serving.membership import Link, Member, Own
 from logo.serving.pool import Change
-from logo.serving.replica import POOL, REPLICA, Nameless, Together, digest
+from logo.serving.replica import POOL, REPLICA, Nameless, Together, keys_of
 
 # vLLM lets any number of requests wait.
 _ROOM = 4096
 
-_UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,12 @@ class VllmPlan:
         launch = self.launch
         own = {**launch.variables, **self.front, **({} if launch.api_key is None else {API_KEY: launch.api_key})}
         os.environ.update(own)  # before vLLM is imported
-        os.environ.pop(_UPDATING, None)
-        found = digest(await asyncio.to_thread(self.pool))
+        os.environ.pop(UPDATING, None)  # vLLM's own routes would change this replica alone
+        opened = await asyncio.to_thread(lambda: keys_of(self.pool()))
         server = _Server(_parsed(launch.command[3:]))
-        return VllmReplica(name, link, server, await server.start(), found)
+        app = Begun(await server.start())
+        await app.start()
+        return VllmReplica(name, link, server, app, server.router, opened)
 
 
 class VllmReplica:
@@ -73,24 +84,56 @@ class VllmReplica:
         name: of the replica.
         link: to the coordinator.
         server: that runs the engine.
-        app: vLLM's.
-        pool: the pool's digest.
+        app: vLLM's, started.
+        router: in it.
+        opened: name -> key of the adapters that the replica opens, those included that do not fit the base model.
     """
 
-    def __init__(self, name: str, link: Link, server: _Server, app: ASGIApp, pool: str) -> None:
-        self._server = server
+    def __init__(
+        self, name: str, link: Link, server: _Server, app: ASGIApp, router: Router, opened: Mapping[str, str]
+    ) -> None:
+        self._link, self._server, self._router = link, server, router
+        self._left_out = {adapter: key for adapter, key in opened.items() if adapter not in router.core.pool.keys}
+        router.everywhere = self._everywhere
         gate = Gate()
-        told = {POOL: pool, REPLICA: name}
-        drainable = Drainable(Together(Gated(app, gate, lambda: told), name, link))
+        drainable = Drainable(Together(Gated(app, gate, self._headers, POOLED), name, link))
         self.app: ASGIApp = Nameless(drainable)
-        own = Own(_unchanged, _nothing, lambda: None, server.metrics, drainable.drain)
-        self.member = Member(link, own, gate, State(pool))
+        own = Own(self._stage, self._take, router.workers.abandon, server.metrics, drainable.drain)
+        self.member = Member(link, own, gate, State(self._digest(router.core.pool)))
+        self._name = name
 
     def check(self) -> None:
         """Raises where the replica has to be replaced."""
         self.member.check()
         if self._server.client.errored:
             raise LoGoError("vLLM's engine has ended")
+
+    def _headers(self) -> Mapping[str, str]:
+        return {POOL: self.member.state.digest, REPLICA: self._name}
+
+    def _digest(self, pool: KeyedPool) -> str:
+        return pool_digest(dict(sorted({**self._left_out, **pool.keys}.items())))  # in the order of any pool
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+
+    async def _everywhere(self, change: KeyedChange) -> None:
+        """What a client of this replica asks for, in all of them or in none."""
+        kind, name, folder = change
+        asked = Change(name) if kind == "remove" else Change(name, Path(folder).absolute(), kind == "replace")
+        error = await self._link.change(asked)
+        if error is not None:
+            raise error
+
+    async def _stage(self, change: Change) -> str:
+        kind = "remove" if change.folder is None else "replace" if change.replace else "add"
+        asked = kind, change.name, str(change.folder or "")
+        try:
+            return self._digest(await self._router.workers.stage(self._router.core, asked))
+        except WorkerError as error:  # a class that only vLLM's replicas know
+            raise UsageError(str(error)) from None
+
+    async def _take(self) -> None:
+        await self._router.workers.commit(self._router.core)
 
 
 class Drainable:
@@ -121,6 +164,7 @@ class _Server:
     """
 
     client: Any
+    _app: Any
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
@@ -135,8 +179,15 @@ class _Server:
         app = build_app(self._args, tasks, self.client.model_config)
         await init_app_state(self.client, app.state, self._args, tasks)
         app.state.server = SimpleNamespace()  # vLLM tells it to exit when the engine dies; here `check` sees that
+        self._app = app
         ready: ASGIApp = app
         return ready
+
+    @property
+    def router(self) -> Router:
+        """In the app; there is one when that has started."""
+        found: Router = self._app.state.logo_router
+        return found
 
     def metrics(self) -> str:
         """vLLM's, and the router's."""
@@ -156,12 +207,3 @@ def _parsed(flags: list[str]) -> Namespace:
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
     validate_parsed_serve_args(args)
     return args
-
-
-async def _unchanged(change: Change) -> str:
-    raise UsageError(
-        "the pool of vLLM replicas cannot change while they run: start them again with the pool that you want"
-    )
-
-
-async def _nothing() -> None: ...

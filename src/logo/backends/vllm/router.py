@@ -22,6 +22,7 @@ from logo.api.errors import ApiError, bad_request, shown_line, unavailable
 from logo.api.names import AUTO, Models
 from logo.api.replies import SelectionReply
 from logo.api.requests import LoadAdapter, ModelRequest, SelectRequest, UnloadAdapter, checked
+from logo.api.visits import choosing, indifferent
 from logo.backends.vllm import bodies
 from logo.backends.vllm.admission import Admission
 from logo.backends.vllm.answering import Answering, Chosen
@@ -57,6 +58,8 @@ class Router:
     def __init__(self, app: App) -> None:
         self.app = app
         self._admission = Admission(app)
+        # Changes the pool of all replicas, where this is one of several.
+        self.everywhere: Callable[[Change], Awaitable[None]] | None = None
         self._core: Core | None = None
         self._workers: Workers | None = None
         self._models: Any = None  # vLLM's OpenAIServingModels
@@ -124,6 +127,7 @@ class Router:
             )
         self._core = core
         self._answering = Answering(self.app, core, self._workers, self._base, self._counts)
+        state.logo_router = self  # for whoever runs this app as one of several replicas
         log.info(
             "LoGo: %d adapters, signal %s, %s mode (%s), ready in %.1f s",
             len(core.pool.keys),
@@ -138,6 +142,12 @@ class Router:
         """The pool; there is one as soon as the app has started."""
         assert self._core is not None
         return self._core
+
+    @property
+    def workers(self) -> Workers:
+        """Of the engine; likewise."""
+        assert self._workers is not None
+        return self._workers
 
     @property
     def _base(self) -> str:
@@ -156,6 +166,7 @@ class Router:
         body = _object(raw)
         model = None if body is None else body.get("model")
         if body is None or not isinstance(model, str) or not self._ours(model, body):
+            indifferent()
             await self.app(scope, sending(raw, receive), send)
             return
         asked = checked(ModelRequest, {"model": model, "logo": body.pop("logo", None)})
@@ -167,6 +178,7 @@ class Router:
             )
         wish = self._names.wish(model, asked.logo)
         parts = bodies.split(path, body)
+        choosing(len(parts))  # until each has its recipe: see `Answering`
         found = await asyncio.gather(*(self._chosen(path, part, wish, scope, receive) for part in parts))
         for one in found:
             if isinstance(one, Answer):  # vLLM refused to read this prompt: its own words
@@ -185,7 +197,6 @@ class Router:
 
     async def _chosen(self, path: str, body: Body, wish: Wish, scope: Scope, receive: Receive) -> Chosen | Answer:
         """What is chosen for one prompt; or what vLLM said instead of probing it."""
-        assert self._workers is not None
         signal = self.core.signal(wish)
         if signal is None:
             return Chosen(self.core.select(wish, None))
@@ -194,7 +205,7 @@ class Router:
             tries += 1
             if tries > 1:
                 self._counts.again()
-                await self._workers.follow(self.core)
+                await self.workers.follow(self.core)
             if tries > _TRIES:
                 raise unavailable("the pool changes faster than prompts are probed; try again", retry_after=1)
             key, settings = new_key(), self.core.options.settings
@@ -205,7 +216,7 @@ class Router:
                 probed = await ask(self.app, scope, where, body=json.dumps(asked).encode(), receive=receive)
             if probed.status != 200:
                 return probed
-            scores = scores_of(await self._workers.take(key), self.core.pool.digest)
+            scores = scores_of(await self.workers.take(key), self.core.pool.digest)
         selection = self.core.select(wish, scores)
         spent = time.perf_counter() - started
         self._counts.selected(selection.adapters, spent)
@@ -271,10 +282,12 @@ class Router:
         return checked(kind, raw.decode("utf-8", "replace") if body is None else body)
 
     async def _change(self, change: Change) -> None:
-        assert self._workers is not None
         try:
-            await self._workers.change(self.core, change)
-        except (AdapterError, WorkerError) as error:
+            if self.everywhere is not None:
+                await self.everywhere(change)
+            else:
+                await self.workers.change(self.core, change)
+        except (AdapterError, UsageError, WorkerError) as error:
             raise bad_request(shown_line(str(error)), "lora_path") from error
 
     async def _list_adapters(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:

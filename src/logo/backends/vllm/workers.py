@@ -10,7 +10,7 @@ from typing import Any
 
 from logo.backends.vllm.core import Core, new_key, values
 from logo.backends.vllm.marks import marking
-from logo.backends.vllm.pool import Change
+from logo.backends.vllm.pool import Change, KeyedPool
 from logo.errors import LoGoError
 
 log = logging.getLogger("vllm.logo")
@@ -32,6 +32,7 @@ class Workers:
         self._name = new_key()  # of this process
         self._alone = getattr(client.vllm_config.parallel_config, "_api_process_count", 1) <= 1
         self._changing = asyncio.Lock()
+        self._staged: tuple[KeyedPool, dict[str, Any]] | None = None  # and the adapters that each signal scores
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: dict[str, list[asyncio.Future[Any]]] = {}  # several answers may have one recipe
         self._taking: asyncio.Task[None] | None = None
@@ -61,10 +62,7 @@ class Workers:
                     core.commit(await asyncio.to_thread(core.followed, told), told[0]["scored"])
                     left: Sequence[str] = ()
                 else:
-                    pool = await asyncio.to_thread(core.staged, change, told)
-                    scored = await self._scored(core.signals)
-                    await self.call("logo_commit", self._name)
-                    left = core.commit(pool, scored)
+                    left = await self._committed(core, await self._prepared(core, change, told))
             except BaseException:
                 await self.call("logo_abandon", self._name)
                 raise
@@ -73,6 +71,40 @@ class Workers:
             elif not self._alone:
                 await self._known_by_all(core)
         self._release(core, left)
+
+    async def stage(self, core: Core, change: Change) -> KeyedPool:
+        """Makes the pool ready in all workers that a change leads to, and returns it. Answers go on with the pool that
+        there is, until `commit`; or `abandon` leaves it as it is.
+
+        Raises:
+            LoGoError: the workers cannot do it; nothing has changed then.
+        """
+        async with self._changing:
+            try:
+                self._staged = await self._prepared(core, change, await self._begun(core, change))
+            except BaseException:
+                await self.call("logo_abandon", self._name)
+                raise
+            return self._staged[0]
+
+    async def commit(self, core: Core) -> None:
+        """Makes true what was staged, in all workers; where one of them cannot, they are not alike any more.
+
+        Raises:
+            LoGoError: nothing was staged, or a worker cannot do it.
+        """
+        async with self._changing:
+            if self._staged is None:
+                raise LoGoError("no change of the pool was staged")
+            staged, self._staged = self._staged, None
+            left = await self._committed(core, staged)
+        self._release(core, left)
+
+    async def abandon(self) -> None:
+        """Leaves what was staged."""
+        async with self._changing:
+            self._staged = None
+            await self.call("logo_abandon", self._name)
 
     async def follow(self, core: Core) -> None:
         """Takes over what another process has changed.
@@ -93,6 +125,18 @@ class Workers:
             if not any("wait" in one for one in told):
                 return told
             await asyncio.sleep(_AGAIN)
+
+    async def _prepared(
+        self, core: Core, change: Change | None, told: Sequence[Any]
+    ) -> tuple[KeyedPool, dict[str, Any]]:
+        """The pool that the workers have begun, and the adapters that each signal scores, when it is calibrated."""
+        pool = await asyncio.to_thread(core.staged, change, told)
+        return pool, await self._scored(core.signals)
+
+    async def _committed(self, core: Core, staged: tuple[KeyedPool, dict[str, Any]]) -> Sequence[str]:
+        """Makes it true, and returns the keys of adapters that have left."""
+        await self.call("logo_commit", self._name)
+        return core.commit(*staged)
 
     async def _scored(self, signals: Sequence[str]) -> dict[str, Any]:
         """The adapters that each signal scores, when it is calibrated."""
