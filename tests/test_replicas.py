@@ -9,19 +9,22 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 from typer.testing import CliRunner
 
-from clusters import Cluster, asking, check_one_pool, processes, refused, until
+from clusters import Cluster, asking, check_one_pool, descends, processes, refused, until
 from logo import AdapterPool, LoGo
 from logo.bench.figures import metric
-from logo.bench.local_server import LocalServer
+from logo.bench.local_server import SERVING, LocalServer
 from logo.cli.app import app
 from logo.demo import adapters_dir, showcase
 from serving import Served, endless
@@ -225,6 +228,47 @@ def test_a_cluster_keeps_its_address_and_loses_the_application_with_its_command(
     assert urls[0] == urls[1]
 
 
+def test_there_are_as_many_as_requests_ask_for() -> None:
+    options = ["--autoscale", "1", "2", "--autoscale-after", "1", "1", "--base-model", "demo", "--max-concurrent", "2"]
+    with LocalServer(options, start=PATIENCE, stop=PATIENCE) as server, asking(server.url, "none") as client:
+        one = Cluster(server.url, client=client, process=server)
+        assert len(one.answered()) == 1
+        with one.clients("logo", 12, PROMPTS[0]):
+            until(lambda: len(one.answered()) == 2)
+        until(lambda: len(one.names()) == 1)
+        assert len(one.answered()) == 1
+    assert server.exit_code == 0, server.said
+    assert "2 replicas take requests, 1 did" in server.said and "1 replicas take requests, 2 did" in server.said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])  # as with one process
+def test_a_signal_ends_the_server_and_leaves_nothing_behind(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to all of its processes at once, Ray's included."""
+    command = [sys.executable, "-m", "logo.cli", "serve", "--replicas", "2", "--port", "0", "--base-model"]
+    command.append(str(endless(tmp_path / "endless")))
+    process = subprocess.Popen(
+        [*command, "--adapters", str(adapters_dir())], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    try:
+        url = next(found[1] for line in process.stderr if (found := SERVING.search(line)))
+        ours = [pid for pid, _ in processes() if descends(pid, process.pid) and pid != process.pid]
+        assert len(ours) > 4
+        with asking(url, "none") as client:
+            stream = client.completions.create(model="logo", prompt=PROMPTS[0], max_tokens=200, stream=True)
+            next(iter(stream))
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            assert list(stream)[-1].choices[0].finish_reason == "length"
+        said = process.stderr.read()
+        assert process.wait(PATIENCE) == code, said
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stderr.close()
+    assert "Traceback" not in said
+    until(lambda: not [pid for pid, title in processes() if title and pid in ours])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -232,6 +276,8 @@ def test_a_cluster_keeps_its_address_and_loses_the_application_with_its_command(
         (["--ray", "nowhere"], "expected auto, local or HOST:PORT"),
         (["--replicas", "2", "--cpus-per-replica", "2", "--gpus-per-replica", "4"], "no room for 2"),
         (["--gpus-per-replica", "1"], "belongs to --replicas or --ray"),
+        (["--replicas", "2", "--autoscale-after", "1", "2"], "belongs to --autoscale"),
+        (["--autoscale", "1", "2", "--autoscale-after", "1", "-2"], "expected 0 seconds or more, found 1 -2"),
         (["--autoscale", "3", "2"], "expected 1 or more and not less, found 3 2"),
         (["--autoscale", "1", "2", "--replicas", "2"], "give one of the two"),
         (["--replicas", "2", "--gpu", "1"], "use --gpus-per-replica"),

@@ -48,6 +48,15 @@ class ReplicaOptions:
             rich_help_panel=PROCESSES,
         ),
     ] = None
+    autoscale_after: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="UP DOWN",
+            help="Seconds of more, and of fewer, requests before there are more or fewer replicas.",
+            show_default="30 600",
+            rich_help_panel=PROCESSES,
+        ),
+    ] = None
     gpus_per_replica: Gpus = None
     cpus_per_replica: Cpus = None
 
@@ -58,12 +67,17 @@ def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
     Raises:
         UsageError: an option without those that it belongs to, or that cannot be used.
     """
+    if options.autoscale is None:
+        check_alone({"--autoscale-after": options.autoscale_after is not None}, "--autoscale")
     if options.replicas is None and options.ray is None and options.autoscale is None:
         names = ("gpus_per_replica", "cpus_per_replica")
         given = {f"--{name.replace('_', '-')}": getattr(options, name) is not None for name in names}
         check_alone(given, "--replicas or --ray")
         return None
     check_devices(engine, "replicas", "--gpus-per-replica")
+    if options.autoscale_after is not None and min(options.autoscale_after) < 0:
+        up, down = options.autoscale_after
+        raise UsageError(f"--autoscale-after: expected 0 seconds or more, found {up:g} {down:g}")
     count = options.replicas
     if options.autoscale is not None:
         least, most = options.autoscale
@@ -107,7 +121,10 @@ def serve(
     from logo.serving.replicas import Scale, serve_replicas
     from logo.serving.replicas import application as build
 
-    scale = Scale(layout, None if options.autoscale is None else options.autoscale[1])
+    scale = Scale(layout)
+    if options.autoscale is not None:
+        after = options.autoscale_after or (scale.rise, scale.fall)
+        scale = Scale(layout, options.autoscale[1], *after)
     if _described.get():
         return build(plan, scale, layout.cpus or 1, layout.gpus or 0.0)
     pool = open_pool(engine, base_model)  # what is wrong with it is said before anything is started
@@ -142,7 +159,7 @@ def flags_of(option: str, value: Any) -> list[str]:
         return []
     if value is True:
         return [option]
-    if option == "--autoscale":
+    if option in ("--autoscale", "--autoscale-after"):
         return [option, *map(str, value)]
     values = value if isinstance(value, (list, tuple)) else [value]
     return [part for one in values for part in (option, str(one))]

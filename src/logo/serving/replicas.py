@@ -79,12 +79,20 @@ class Scale:
     Attributes:
         layout: how many at first, where, and what each of them gets.
         most: with `layout.count` the bounds between which there are as many as requests ask for; None: always as many.
+        rise, fall: seconds for which requests have to ask for more, or for fewer, before there are.
         drain: seconds in which a replica that is to end may finish what it has accepted.
     """
 
     layout: Layout
     most: int | None = None
+    rise: float = 30.0
+    fall: float = 600.0
     drain: float = 600.0
+
+    @property
+    def window(self) -> float:
+        """Seconds whose requests are averaged; Ray counts every ten seconds, so no fewer can be."""
+        return max(11.0, min(self.rise, self.fall, 30.0))
 
 
 # -- in a process -----------------------------------------------------------------------------------------------------
@@ -213,7 +221,8 @@ def application(plan: Plan, scale: Scale, cpus: int, gpus: float, digest: str | 
     count: dict[str, Any] = {"num_replicas": first}
     if most is not None:
         bounds = {"min_replicas": first, "initial_replicas": first, "max_replicas": most}
-        count = {"autoscaling_config": {**bounds, "target_ongoing_requests": plan.concurrent}}
+        delays = {"upscale_delay_s": scale.rise, "downscale_delay_s": scale.fall, "look_back_period_s": scale.window}
+        count = {"autoscaling_config": {**bounds, **delays, "target_ongoing_requests": plan.concurrent}}
     made: Any = serve.deployment(serve.ingress()(Deployed))
     deployment = made.options(
         name="LoGo",
@@ -259,18 +268,21 @@ def serve_replicas(
         UsageError: Ray is not installed, or the cluster's address is none.
         WorkersError: no cluster answers, it has no room, or an application of this name runs there already.
         LoGoError: no replica can be opened.
+        KeyboardInterrupt: the signal was SIGINT.
     """
     ray = imported()
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process: what it waits for is said below
-    connect(ray, scale.layout)
+    widest = scale.layout if scale.most is None else replace(scale.layout, count=scale.most)
+    connect(ray, widest)
     stop = _stopped()  # Ray has handlers of its own, which do not wait
     local = scale.layout.address == LOCAL
     mine = False
     try:
-        room = share(ray, scale.layout)
+        room = share(ray, widest)  # so that there is a share for those, too, that start later
+        first = scale.layout.count if scale.most is not None and scale.layout.count else room.count
         if APPLICATION in serve.status().applications:
             raise WorkersError(f"the cluster serves an application {APPLICATION!r} already; end that one first")
         host, port = address if local else _there(serve, address)
@@ -280,14 +292,14 @@ def serve_replicas(
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )
         mine = True
-        asked = replace(scale, layout=replace(scale.layout, count=room.count))
+        asked = replace(scale, layout=replace(scale.layout, count=first))
         target = application(plan, asked, room.cpus, room.gpus, digest)
         serve.run_many(
             [serve.RunTarget(target, APPLICATION, "/")],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-        if _until_running(serve, min(room.count, room.room), stop):
+        if _until_running(serve, min(first, room.room), stop):
             started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             _watch(serve, told, stop)
             _drain(ray, serve)
@@ -295,6 +307,8 @@ def serve_replicas(
         if mine:
             serve.delete(APPLICATION)
         ray.shutdown()  # with everything that was started for this alone
+    if stop.by == signal.SIGINT:
+        raise KeyboardInterrupt  # as a server of one process ends
 
 
 def _there(serve: Any, address: tuple[str, int]) -> tuple[str, int]:
@@ -358,13 +372,20 @@ def _drain(ray: Any, serve: Any) -> None:
     time.sleep(_FAREWELL)
 
 
-def _stopped() -> threading.Event:
+class _Stop(threading.Event):
+    """Set by a signal. `by`: which."""
+
+    by: int | None = None
+
+
+def _stopped() -> _Stop:
     """Set by the first SIGTERM or Ctrl-C; the second one does not wait."""
-    stop = threading.Event()
+    stop = _Stop()
 
     def leave(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise SystemExit(1)
+        stop.by = number
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
