@@ -21,6 +21,7 @@ from logo.training.learner import Learner
 from logo.training.passes import Limits
 from logo.training.recipe import Recipe
 
+UNUSED = 95  # a token that is in no example
 CPU = torch.device("cpu")
 ATTENTION = {"llama": ("q_proj", "v_proj"), "qwen2": ("q_proj", "v_proj"), "gpt2": ("c_attn",)}
 
@@ -30,7 +31,7 @@ def examples(count: int, seed: int = 0, longest: int = 14) -> tuple[Example, ...
     dice = random.Random(seed)
     rows = []
     for _ in range(count):
-        prompt = [dice.randrange(3, 96) for _ in range(dice.randrange(1, longest))]
+        prompt = [dice.randrange(3, UNUSED) for _ in range(dice.randrange(1, longest))]
         completion = [prompt[-1]] * dice.randrange(1, 4) + [1]
         rows.append(Example((0, *prompt, *completion), 1 + len(prompt)))
     return tuple(rows)

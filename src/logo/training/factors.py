@@ -60,6 +60,11 @@ class Factors:
         """All of them, in the order of paths, A before B."""
         return [self.A[path] for path in self.A] + [self.B[path] for path in self.B]
 
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers in them are."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
+
     def copy(self) -> dict[str, Tensor]:
         """What they are now, by `A.path` and `B.path`."""
         return {key: tensor.detach().clone() for key, tensor in self._named()}
@@ -110,6 +115,11 @@ class Bank:
             self._parts.append((whole, rows, parameter))
             start = rows.stop
         return whole
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers in it are."""
+        return all(bool(factors.isfinite().all()) for stack in self.stacks.values() for factors in (stack.A, stack.B))
 
     def clear(self) -> None:
         """Forgets gradients."""

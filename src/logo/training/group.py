@@ -91,9 +91,9 @@ class Group:
             running = [learner for learner in self.learners if learner.running]
             bank = Bank([learner.factors for learner in running])
             while running:
-                self._round(running, bank)
-                self._measure(running, bank)
-                left = [learner for learner in running if learner.running]
+                stepped, bank = self._round(running, bank)
+                self._measure(stepped, bank)
+                left = [learner for learner in stepped if learner.running]
                 if on_round is not None:
                     on_round()
                 if len(left) < len(running):
@@ -126,20 +126,32 @@ class Group:
 
     # -- one round --------------------------------------------------------------------------------------------------
 
-    def _round(self, running: Sequence[Learner], bank: Bank) -> None:
-        """A step of each of these, but of those that diverge."""
-        batches = {learner: learner.batch() for learner in running}
-        while batches:
+    def _round(self, running: Sequence[Learner], bank: Bank) -> tuple[Sequence[Learner], Bank]:
+        """A step of each of these, but of those that diverge; returns the others and their bank."""
+        while running:
+            batches = {learner: learner.batch() for learner in running}
             means = self._gradients(running, batches, bank)
             wrong = {learner: reason for learner, mean in means.items() if (reason := self._wrong(mean))}
             wrong = wrong or self._overflowing(running, batches, bank)
             if not wrong:
                 for learner, batch in batches.items():
                     learner.step(means[learner], batch)
-                return
+                return self._without_overflown(running, bank)
             for learner, reason in wrong.items():
                 learner.diverge(f"at step {learner.course.step + 1} {reason}")
-                del batches[learner]
+            running = [learner for learner in running if learner.running]
+            bank = Bank([learner.factors for learner in running])
+        return running, bank
+
+    def _without_overflown(self, running: Sequence[Learner], bank: Bank) -> tuple[Sequence[Learner], Bank]:
+        """Ends those whose factors are not finite, which would reach rows of others: 0 times infinity is no number."""
+        if bank.finite:
+            return running, bank
+        for learner in running:
+            if not learner.factors.finite:
+                learner.diverge(f"after step {learner.course.step} its factors are not finite")
+        left = [learner for learner in running if learner.running]
+        return left, Bank([learner.factors for learner in left])
 
     def _overflowing(
         self, running: Sequence[Learner], batches: Mapping[Learner, Sequence[Example]], bank: Bank

@@ -1,0 +1,271 @@
+"""Trouble of one task is its own: losses that explode, gradients that overflow, a disk that is full."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from learning import UNUSED, command, contents, examples, gap, learn, learner, rows, write_base, write_rows
+from logo.cli.run import run
+from logo.training.learner import Learner
+from logo.training.recipe import Recipe
+
+SHORT = Recipe(r=2, lr=3e-3, steps=8, batch_size=4, evaluations=8, warmup=0.0)
+
+
+def three(second: Recipe) -> list[Learner]:
+    """Learners of which the second is another one."""
+    recipes = {"a": SHORT, "b": second, "c": Recipe(r=4, targets=("all-linear",), lr=1e-3, steps=8, evaluations=2)}
+    return [learner("llama", name, recipe, examples(16, seed)) for seed, (name, recipe) in enumerate(recipes.items())]
+
+
+def same_without_it(llama: nn.Module, found: list[Learner]) -> None:
+    """The other two are what they are without the second."""
+    expected = three(SHORT)
+    del expected[1]
+    learn(llama, expected)
+    for one, other in zip(expected, [found[0], found[2]], strict=True):
+        assert other.course.status == one.course.status != "diverged" and other.course.best == one.course.best
+        assert gap(other.factors.copy(), one.factors.copy()) < 1e-5
+
+
+def test_a_task_that_explodes_ends_with_its_last_good_step(llama: nn.Module) -> None:
+    """A rate that rises: nothing is learned in the first step, and far too much in the second."""
+    learners = three(Recipe(r=2, lr=3e38, steps=8, batch_size=4, evaluations=8, warmup=0.5))
+    begun = {key: tensor for key, tensor in learners[1].factors.copy().items() if key.startswith("A.")}
+    learn(llama, learners)
+    course = learners[1].course
+    assert course.status == "diverged" and course.best == 1 and course.step == 2
+    assert course.reason == "after step 2 its factors are not finite"
+    best = learners[1].best
+    assert best is not None and all(torch.equal(best[key], tensor) for key, tensor in begun.items())
+    same_without_it(llama, learners)
+
+
+def test_a_task_that_explodes_at_once_has_no_good_step(llama: nn.Module) -> None:
+    learners = three(Recipe(r=2, lr=3e38, steps=8, batch_size=4, evaluations=2, warmup=0.0))
+    learn(llama, learners)
+    course = learners[1].course
+    assert (course.status, course.step, course.best) == ("diverged", 1, None) and learners[1].best is None
+    assert course.reason == "after step 1 its factors are not finite"
+    same_without_it(llama, learners)
+
+
+def test_a_task_whose_loss_is_not_finite_spoils_no_other(llama: nn.Module) -> None:
+    """Its factors are, and what they give is not."""
+    learners = three(SHORT)
+    for parameter in learners[1].factors.parameters:
+        parameter.data.fill_(3e38)
+    learn(llama, learners)
+    assert learners[1].course.reason == "at step 1 its loss is nan"
+    same_without_it(llama, learners)
+
+
+def test_a_loss_far_above_guessing_is_an_explosion(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = Recipe(r=2, steps=1, held_out=0.0)
+
+    def learners() -> list[Learner]:
+        return [learner("llama", name, once, examples(16, seed)) for seed, name in enumerate("abc")]
+
+    fine = learners()
+    learn(llama, fine)
+    least, middle, most = sorted(fine, key=lambda one: one.course.measured[0].train)
+    between = (middle.course.measured[0].train + most.course.measured[0].train) / 2
+    monkeypatch.setattr("logo.training.group._EXPLODED", between / math.log(96))
+    again = {one.name: one for one in learners()}
+    learn(llama, list(again.values()))
+    said = f"at step 1 its loss is {most.course.measured[0].train:.1f}, where guessing among all words has 4.6"
+    assert again[most.name].course.reason == said
+    assert again[least.name].course.step == again[middle.name].course.step == 1
+
+
+class Overflowing(torch.autograd.Function):
+    """Gives what it gets, and a gradient that is not finite where its input is the marked one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * math.inf
+
+
+def test_a_gradient_that_is_not_finite_ends_the_task_that_it_is_of(llama: nn.Module) -> None:
+    """Though its loss is finite, and the gradients of all are computed in one pass."""
+    learners = three(SHORT)
+    batch = learners[1].batch
+
+    def marked() -> Any:
+        return [type(row)((row.ids[0], UNUSED, *row.ids[2:]), row.prompt) for row in batch()]
+
+    learners[1].batch = marked  # type: ignore[method-assign]
+    embed = llama.get_input_embeddings()
+    seen: list[torch.Tensor] = []
+
+    def read(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append((inputs[0] == UNUSED).any(1))
+
+    def spoil(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        rows_ = seen[-1]
+        if not output.requires_grad or not bool(rows_.any()):
+            return output
+        return torch.where(rows_[:, None, None], Overflowing.apply(output), output)
+
+    handles = [
+        embed.register_forward_pre_hook(read),
+        llama.get_submodule("model.layers.1.self_attn.q_proj").register_forward_hook(spoil),
+    ]
+    try:
+        learn(llama, learners)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert learners[1].course.reason == "at step 1 its gradient is not finite"
+    same_without_it(llama, learners)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    for number, name in enumerate("abc"):
+        write_rows(tmp_path / "tasks" / f"{name}.jsonl", rows(12, number))
+    return tmp_path / "tasks"
+
+
+def with_recipe(folder: Path, **values: Any) -> list[str]:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return ["--recipe", str(folder / "recipe.yaml")]
+
+
+def test_a_list_at_the_end_says_what_is_wrong(
+    base_model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With exit code 1, also when the same command finds everything done that can be."""
+    pool = tmp_path / "pool"
+    write_rows(tasks / "few.jsonl", rows(3, 7))
+    write_rows(tasks / "long.jsonl", [*rows(11, 8), {"context": "w3 " * 50, "completion": "w4"}])
+    write_rows(tasks / "endless.jsonl", [*rows(2, 8), {"context": "w3", "completion": "w4 " * 50}])
+    write_rows(tasks / "empty.jsonl", [])
+    (tasks / "a.csv").write_text("context,completion\nx,y\n")
+    late = {"b": {"lr": 3e38, "warmup": 0.5, "evaluations": 6}, "c": {"lr": 3e38, "warmup": 0.0}}
+    asked = command(base_model, tasks, pool, "--max-length", "20", *with_recipe(tmp_path, tasks=late))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run(asked) == 1
+    told = capsys.readouterr()
+    assert (
+        "logo: warning: task 'few' has 3 rows: too few to hold any out, so it is trained for all of its steps and "
+        "nobody knows how well; give it 10 or more"
+    ) in told.err.splitlines()
+    lines = " ".join(told.out.split())
+    assert "long: 1 prompts were longer than --max-length and lost their beginning" in lines
+    assert "failed a: several files are of this name (a.csv, a.jsonl); rename all but one" in lines
+    assert "failed b: after step 2 its factors are not finite; its adapter is that of step 1 " in lines
+    assert "failed c: after step 1 its factors are not finite; nothing is kept of it" in lines
+    assert "endless.jsonl, row 3: the completion has 51 tokens, and a row may have 20 with its prompt" in lines
+    assert "failed empty: " in lines and "empty.jsonl: expected one JSON object per line" in lines
+    assert lines.endswith(f"{pool}: 3 adapters trained, 5 failed")
+    assert sorted(path.parent.name for path in pool.rglob("training.json")) == ["b", "few", "long"]
+    assert sorted(json.loads((pool / "pool.json").read_text())["failed"]) == ["a", "b", "c", "empty", "endless"]
+    before = (pool / "few" / "training.json").stat().st_mtime_ns
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run([*asked, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["done"] == ["b", "few", "long"] and found["trained"] == [] and len(found["failed"]) == 5
+    assert (pool / "few" / "training.json").stat().st_mtime_ns == before
+
+
+def test_targets_that_are_wrong_are_met_before_anything_is_trained(
+    base_model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of a task whose turn is late."""
+    more = with_recipe(tmp_path, tasks={"c": {"targets": "q_prj", "steps": 1}})
+    assert run(command(base_model, tasks, tmp_path / "pool", "--at-once", "1", *more)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("logo: error: targets q_prj: ") and not list((tmp_path / "pool").rglob("*.safetensors"))
+    more = with_recipe(tmp_path, tasks={"c": {"targets": "lm_head"}})
+    assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
+    assert "lm_head is the output head, which cannot be trained here" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_recipe_may_name_tasks_that_are_not_asked_for_and_none_that_are_not_there(
+    base_model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = with_recipe(tmp_path, tasks={"c": {"r": 4}})
+    assert run(command(base_model, tasks, tmp_path / "pool", "--only", "a", *more)) == 0
+    more = with_recipe(tmp_path, tasks={"d": {"r": 4}})
+    assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
+    assert "recipe: no task is called 'd'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def whole(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the three tasks come to where nothing goes wrong."""
+    root = tmp_path_factory.mktemp("whole")
+    for number, name in enumerate("abc"):
+        write_rows(root / "tasks" / f"{name}.jsonl", rows(12, number))
+    assert run(command(base_model, root / "tasks", root / "pool", "--checkpoint-every", "0")) == 0
+    return adapters(root / "pool")
+
+
+def adapters(pool: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(pool).items() if name.endswith("adapter_model.safetensors")}
+
+
+@pytest.mark.parametrize("synced", [0, 1, 9, 20, 26, 29])
+def test_a_full_disk_leaves_no_half_of_anything(
+    synced: int,
+    base_model: Path,
+    tasks: Path,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, and the same command goes on once there is room."""
+    pool = tmp_path / "pool"
+    asked = command(base_model, tasks, pool, "--checkpoint-every", "0")
+    left, fsync = synced, os.fsync
+
+    def filling(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", filling)
+        assert run(asked) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("logo: ")]
+    assert len(errors) == 1 and "cannot be written (No space left on device)" in errors[0]
+    assert "--result_dir" not in errors[0]
+    assert not [path for path in pool.rglob("*") if ".new-" in path.name or ".old-" in path.name]
+    for folder in (path for path in pool.iterdir() if path.is_dir() and path.name != ".training"):
+        assert sorted(file.name for file in folder.iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "training.json",
+        ]
+    assert adapters(pool).items() <= whole.items()
+    assert run(asked) == 0
+    assert adapters(pool) == whole and not (pool / ".training").exists()
