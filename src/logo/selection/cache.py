@@ -89,11 +89,14 @@ class CalibrationCache:
         self._save(f"{self._key(adapter)}.safetensors", save({k: v.contiguous() for k, v in responses.items()}))
 
     def keep_beside(self, adapter: Adapter) -> None:
-        """Writes what is known of an adapter into its own folder, so that it goes where the adapter goes.
+        """Writes what is known of an adapter into its own folder, if it is not there yet, so that it goes where the
+        adapter goes.
 
         Raises:
             StorageError: it cannot be written.
         """
+        if self._beside(adapter).is_file():
+            return
         responses = {module: response.contiguous() for module, response in self.responses(adapter).items()}
         replace_file(self._beside(adapter), save(responses))
 

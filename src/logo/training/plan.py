@@ -80,8 +80,8 @@ class Plan:
     """All there is to do.
 
     Attributes:
-        groups: what is to be trained.
-        done: names of adapters that stand already.
+        groups: what is to be trained, with those members of a group that was begun whose adapters stand already.
+        done: names of the other adapters that stand already.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -157,7 +157,9 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
             groups.append(group)
             for task in group.tasks:
                 del left[task.name]
-    return Plan((*groups, *_groups(list(left.values()), root, at_once)), tuple(done))
+    groups += _groups(list(left.values()), root, at_once)
+    begun = {task.name for group in groups for task in group.tasks}
+    return Plan(tuple(groups), tuple(name for name in done if name not in begun))
 
 
 def _groups(tasks: Sequence[Prepared], root: Path, at_once: int) -> list[GroupPlan]:

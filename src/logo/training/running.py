@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from logo.adapters.notes import RESPONSES
 from logo.errors import DataError, LoGoError, StorageError, UsageError
 from logo.models import load_tokenizer
 from logo.training.examples import encode
@@ -118,7 +119,7 @@ def train(
                     trained.append(outcome.task)
             write_pool(root, facts, failed)
         write_pool(root, facts, failed)
-        if wanted.calibrate and trained:
+        if wanted.calibrate and not all((root / name / RESPONSES).is_dir() for name in (*trained, *todo.done)):
             try:
                 trainers.calibrate(root)
             except LoGoError as error:

@@ -1,0 +1,68 @@
+"""What `logo train` writes beside adapters: their responses to neutral texts, so that a new pool answers at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from learning import contents
+from logo.adapters.notes import RESPONSES
+from logo.cli.run import run
+from logo.models import demo_folder
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters of the demo's base model, hardly trained."""
+    root = tmp_path_factory.mktemp("calibrated")
+    (root / "tasks").mkdir()
+    for name in ("plural", "antonym"):
+        shutil.copy(demo_folder() / "heldout" / f"{name}.jsonl", root / "tasks")
+    assert run(trained(root)) == 0
+    return root / "pool"
+
+
+def trained(root: Path) -> list[str]:
+    return ["train", "--tasks", str(root / "tasks"), "--out", str(root / "pool"), "--steps", "2", "--gpu", "-1"]
+
+
+def listened(pool: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> int:
+    capsys.readouterr()
+    assert run(["calibrate", "--adapters", str(pool), "--cache", str(cache), "--gpu", "-1", "--json"]) == 0
+    found: int = json.loads(capsys.readouterr().out)["listened"]
+    return found
+
+
+def test_a_new_pool_is_known_where_nothing_else_is(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = shutil.copytree(pool, tmp_path / "moved")
+    assert listened(moved, tmp_path / "cache", capsys) == 0
+    for folder in moved.glob(f"*/{RESPONSES}"):
+        shutil.rmtree(folder)
+    assert listened(moved, tmp_path / "another cache", capsys) == 2
+
+
+def test_an_adapter_does_not_answer_for_the_one_it_replaced(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = shutil.copytree(pool, tmp_path / "moved")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(pool / "antonym" / name, moved / "plural" / name)
+    assert listened(moved, tmp_path / "cache", capsys) == 1
+
+
+def test_a_task_that_is_added_touches_nothing_of_the_others_and_a_run_that_was_cut_is_made_up_for(
+    pool: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(pool.parent, root)
+    before = contents(root / "pool" / "plural")
+    shutil.copy(demo_folder() / "heldout" / "capital.jsonl", root / "tasks")
+    shutil.rmtree(root / "pool" / "antonym" / RESPONSES)  # as if the run had been killed before it was written
+    assert run(trained(root)) == 0
+    assert contents(root / "pool" / "plural") == before
+    assert all(list((root / "pool" / name / RESPONSES).rglob("*.safetensors")) for name in ("antonym", "capital"))
