@@ -1,4 +1,14 @@
-"""One PEFT adapter per task, each trained on ordinary rows of its own task and on nothing else."""
+"""One PEFT adapter per task, each trained on ordinary rows of its own task and on nothing else.
+
+Two things here are of this world alone: `AdapterConfig.start` and `AdapterConfig.quiet`. `logo train` has neither. With
+the same rank, rows, steps and learning rate on the same base its adapters answer their own tasks better on average,
+and are told apart a little worse, so that `logo demo` would be right less often:
+
+                                             own   top-1 of calibrated   answers, calibrated   all mixed alike
+    these                                    0.93                 0.86                  0.89              0.03
+    logo train                               0.95                 0.85                  0.86              0.17
+    logo train with a weight decay of 3      0.94                 0.84                  0.85              0.11
+"""
 
 from __future__ import annotations
 

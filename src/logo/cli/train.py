@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.opening import device_of
+from logo.cli.opening import device_of, quiet_transformers
 from logo.cli.options import EngineOptions, expanded
 from logo.cli.output import err, note, out, print_json
 from logo.cli.places import absolute, check_alone, check_devices, starting
@@ -82,6 +82,7 @@ def train(
     root = output.absolute()
     wanted = Wanted(found, recipes, root, opening, at_once, course.checkpoint_every, course.retrain, course.calibrate)
     note("loading the base model" if layout is None else starting(layout, "processes"))
+    quiet_transformers()
     with Screen() as screen:
         trained = run(wanted, layout, screen.tell, screen.planned)
     if json:
