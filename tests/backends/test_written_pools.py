@@ -1,4 +1,5 @@
-"""Pools that `logo pool` writes, in vLLM as it is without us: the same tokens as here, also with a rank per module."""
+"""Pools that `logo train` and `logo pool` write, in vLLM as it is without us: the same tokens as here, also with a rank
+per module."""
 
 from __future__ import annotations
 
@@ -34,16 +35,21 @@ if __name__ == "__main__":
 """
 
 
-def test_plain_vllm_answers_with_a_pruned_and_converted_pool(tmp_path: Path, rows: list[str]) -> None:
+def test_plain_vllm_answers_with_pools_that_were_trained_or_pruned_and_converted(
+    tmp_path: Path, rows: list[str]
+) -> None:
+    made = tmp_path / "made"
+    tasks = ["--tasks", str(demo_folder() / "heldout"), "--only", "antonym,plural"]
+    assert run(["train", *tasks, "--out", str(made), "--lr", "4e-3", "--epochs", "2", "--no-calibrate"]) == 0
     small, half = tmp_path / "small", tmp_path / "half"
     assert run(["pool", "prune", str(demo_folder() / "adapters"), "--out", str(small), "--energy", "0.9"]) == 0
     assert run(["pool", "convert", str(small), "--out", str(half), "--dtype", "fp32"]) == 0
     assert json.loads((half / "antonym" / "adapter_config.json").read_text())["rank_pattern"]
     (tmp_path / "plain.py").write_text(PLAIN)
-    names = ("antonym", "find_name", "reverse_word")
+    folders = [half / "antonym", half / "find_name", half / "reverse_word", made / "antonym", made / "plural"]
     done = subprocess.run(
         [sys.executable, str(tmp_path / "plain.py"), str(demo_folder() / "model")],
-        input=json.dumps({str(half / name): rows[:24] for name in names}),
+        input=json.dumps({str(folder): rows[:24] for folder in folders}),
         env={
             **os.environ,
             "VLLM_PLUGINS": "",
@@ -57,7 +63,8 @@ def test_plain_vllm_answers_with_a_pruned_and_converted_pool(tmp_path: Path, row
     )
     assert done.returncode == 0, done.stderr[-3000:]
     [answers] = [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("answers ")]
-    logo = LoGo.from_pretrained("demo", half, device="cpu", dtype="float32")
-    for name in names:
-        ours = logo.generate(rows[:24], adapters={name: 1.0}, max_new_tokens=12)
-        assert answers[str(half / name)] == [list(one.token_ids) for one in ours]
+    for pool in (half, made):
+        logo = LoGo.from_pretrained("demo", pool, device="cpu", dtype="float32")
+        for folder in (one for one in folders if one.parent == pool):
+            ours = logo.generate(rows[:24], adapters={folder.name: 1.0}, max_new_tokens=12)
+            assert answers[str(folder)] == [list(one.token_ids) for one in ours]
