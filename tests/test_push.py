@@ -9,16 +9,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 from hub_server import GOOD_TOKEN, STRANGER_TOKEN
 from hub_uploads import WritableHub
 from logo import AdapterPool
 from logo.adapters.publishing import Upload, is_checkpoint
+from logo.adapters.publishing import push as send
 from logo.cli.run import run
 from logo.errors import UsageError
 from make_adapters import CONFIG, REFUSED, SAFETENSORS, damage, tensors, write
@@ -215,3 +217,20 @@ def test_a_hub_that_is_not_there(pool: Path) -> None:
         pass
     done = push(hub, pool, "org/loras")
     assert done.returncode == 1 and "cannot be reached" in done.stderr
+
+
+def test_what_lies_in_linked_folders_is_sent_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "elsewhere", tensors(seed=1), base_model_name_or_path="org/base")
+    write(tmp_path / "pool" / "a", base_model_name_or_path="org/base")
+    (tmp_path / "pool" / "linked").symlink_to(tmp_path / "elsewhere")
+    sent: list[str] = []
+
+    def commit(api: HfApi, repo: str, operations: Sequence[CommitOperationAdd], **how: Any) -> None:
+        sent.extend(one.path_in_repo for one in operations)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **how: None)
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    upload = Upload.of(tmp_path / "pool", list(AdapterPool.from_directory(tmp_path / "pool")), "org/x", "f")
+    send(upload)
+    assert sent == [f"f/{name}/{file}" for name in ("a", "linked") for file in (CONFIG, SAFETENSORS)]
+    assert sent == [path for path, _ in upload.targets]

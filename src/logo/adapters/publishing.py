@@ -7,7 +7,6 @@ and tokens are `huggingface_hub`'s.
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def push(upload: Upload, *, private: bool = False, message: str | None = None) -
     Raises:
         HubError: the Hub refuses, or cannot be reached.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(library_name="logo")
     repo, folder = upload.repo, upload.folder
@@ -98,13 +97,10 @@ def push(upload: Upload, *, private: bool = False, message: str | None = None) -
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo).private:
             raise HubError(f"Hub repo {repo}: it exists and is public, but --private was given; nothing was sent")
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=upload.root,
-            path_in_repo=folder,
-            allow_patterns=[glob.escape(file) for file in upload.files],
-            commit_message=message,
-        )
+        # Not `upload_folder`, which goes through the folder by itself and follows no links.
+        files = zip(upload.targets, upload.files, strict=True)
+        added = [CommitOperationAdd(path, upload.root / file) for (path, _), file in files]
+        api.create_commit(repo, added, commit_message=message)
         if folder and CARD in upload.files and not api.file_exists(repo, CARD):
             text = (upload.root / CARD).read_text(encoding="utf-8").replace(f"]({PICTURE})", f"]({folder}/{PICTURE})")
             api.upload_file(path_or_fileobj=text.encode(), path_in_repo=CARD, repo_id=repo, commit_message="Model card")
