@@ -234,3 +234,42 @@ def test_what_lies_in_linked_folders_is_sent_too(tmp_path: Path, monkeypatch: py
     send(upload)
     assert sent == [f"f/{name}/{file}" for name in ("a", "linked") for file in (CONFIG, SAFETENSORS)]
     assert sent == [path for path, _ in upload.targets]
+
+
+@pytest.mark.parametrize("note", ["pool.json", "a[1]/training.json", "README.md", "study.png"])
+@pytest.mark.parametrize("command", ["push", "prune", "dedupe", "convert"])
+def test_no_link_carries_a_file_out_of_its_folder(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], note: str, command: str
+) -> None:
+    (tmp_path / "secret.txt").write_text('{"key": "mine"}')
+    (pool / note).unlink(missing_ok=True)
+    (pool / note).symlink_to(tmp_path / "secret.txt")
+    further = {"push": ["org/x", "--dry-run"], "prune": ["--rank", "1"]}.get(command, [])
+    further += [] if command == "push" else ["--out", str(tmp_path / "out")]
+    refused = command == "push" or note.endswith(".json")  # nothing else is carried into another pool
+    assert run(["pool", command, str(pool), *further]) == (2 if refused else 0)
+    said = capsys.readouterr()
+    assert (f"{note} is a link out of the pool" in said.err) == refused and "secret.txt" not in said.out
+    assert not any("mine" in file.read_text(errors="replace") for file in tmp_path.glob("out/**/*") if file.is_file())
+
+
+@pytest.mark.parametrize("note", ["pool.json", "deep/b.v2/training.json"])
+@pytest.mark.parametrize(("text", "said"), [("[1]", "must hold an object, found list"), ("no", "is not valid JSON")])
+def test_notes_are_what_they_are_called(
+    pool: Path, capsys: pytest.CaptureFixture[str], note: str, text: str, said: str
+) -> None:
+    (pool / note).write_text(text)
+    assert run(["pool", "push", str(pool), "org/x", "--dry-run"]) == 2
+    assert f"{note} {said}" in capsys.readouterr().err
+
+
+def test_links_within_the_pool_and_the_cache_of_the_hub_are_its_own(pool: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--x"
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    root = pool.rename(cache / "snapshots" / "0123")
+    (root / "pool.json").rename(cache / "blobs" / "45")
+    (root / "pool.json").symlink_to("../../blobs/45")
+    (root / "a[1]" / "training.json").symlink_to("../deep/b.v2/training.json")
+    files = Upload.of(root, list(AdapterPool.from_directory(root)), "org/x", "f").files
+    assert {"pool.json", "a[1]/training.json"} <= set(files)

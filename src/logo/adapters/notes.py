@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from logo.errors import StorageError, UsageError
+
 NOTES = "pool.json"
 CHANGES = "changes"
 ADAPTERS = "adapters"  # what is known of each adapter, by name
@@ -35,6 +37,33 @@ def read_notes(root: Path) -> dict[str, Any]:
         warnings.warn(f"{file} is left out: it must hold an object", UserWarning, stacklevel=2)
         return {}
     return notes
+
+
+def checked(file: Path, *homes: Path) -> Path:
+    """The same file, which lies beside adapters, once it is sure that it may be passed on with them.
+
+    Args:
+        homes: folders whose content it may be. What is linked to from the Hub's cache may lie in the cache's `blobs`.
+
+    Raises:
+        UsageError: it is a link that leads out of these folders, or a `.json` that holds no object.
+        StorageError: it cannot be read.
+    """
+    real = file.resolve()
+    places = [home.resolve() for home in homes]
+    places += [above.parent / "blobs" for place in places for above in place.parents if above.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in places):
+        raise UsageError(f"{file} is a link out of the pool, to {real}; put the file itself there, or remove the link")
+    if file.suffix == ".json":
+        try:
+            holds = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StorageError(f"{file}: cannot be read ({error.strerror or error})") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{file} is not valid JSON: {error}; mend or remove it") from error
+        if not isinstance(holds, dict):
+            raise UsageError(f"{file} must hold an object, found {type(holds).__name__}; mend or remove it")
+    return file
 
 
 def changed(notes: Mapping[str, Any], change: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from logo.adapters.card import PICTURE
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter
 from logo.adapters.hub import causes, clean_subfolder, hub_error, is_repo_id
-from logo.adapters.notes import NOTES, RECORD, RESPONSES
+from logo.adapters.notes import NOTES, RECORD, RESPONSES, checked
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import HubError, UsageError
 
@@ -51,18 +51,21 @@ class Upload:
             folder: None: as the official collection calls it, `{base}-loras-{name of the pool}`.
 
         Raises:
-            UsageError: the repository or the folder cannot be one, or no base model is known to call the folder by.
+            UsageError: the repository or the folder cannot be one, no base model is known to call the folder by, or
+                what lies beside adapters is a link out of the pool or not what it is called.
         """
         if not is_repo_id(repo):
             raise UsageError(f"{repo!r} is not a Hub repo id; expected namespace/name")
         if folder is None:
             folder = _official(root, adapters)
-        files = [name for name in (CARD, PICTURE, NOTES) if (root / name).is_file()]
+        sent = [checked(root / name, root) for name in (CARD, PICTURE, NOTES) if (root / name).is_file()]
         for adapter in adapters:
-            sent = [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
-            sent += [file for file in (adapter.folder / RECORD,) if file.is_file()]
-            sent += (adapter.folder / RESPONSES).rglob("*.safetensors")
-            files += [file.relative_to(root).as_posix() for file in sent]
+            # These two were read as what they are. Anything may hide behind a link that is only called like the others.
+            sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
+            beside = [file for file in (adapter.folder / RECORD,) if file.is_file()]
+            beside += (adapter.folder / RESPONSES).rglob("*.safetensors")
+            sent += [checked(file, root, adapter.folder) for file in beside]
+        files = [file.relative_to(root).as_posix() for file in sent]
         return cls(root, repo, clean_subfolder(repo, folder.strip("/")), tuple(sorted(files)))
 
     @property

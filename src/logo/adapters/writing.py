@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.config import CONFIG
-from logo.adapters.notes import RECORD, RESPONSES, changed, read_notes, write_notes
+from logo.adapters.notes import NOTES, RECORD, RESPONSES, changed, checked, read_notes, write_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import LoGoError, StorageError, UsageError
 
@@ -82,18 +82,21 @@ def write_pool(
         tell: called after each adapter that is written.
 
     Raises:
-        UsageError: `out` is in use, or lies in the pool that is read.
+        UsageError: `out` is in use, or lies in the pool that is read; what would be carried through is a link out of
+            that pool or not what it is called.
         StorageError: it cannot be written.
     """
     if out.resolve().is_relative_to(root.resolve()):
         raise UsageError(f"{out} lies in the pool {root} itself; name a folder outside of it")
+    if (root / NOTES).is_symlink():
+        checked(root / NOTES, root)
     notes, names = read_notes(root), set[str]()
     with new_folder(out, "the pool") as part:
         for adapter in adapters:
             place = part / adapter.folder.relative_to(root)
             write(adapter, place)
             if (adapter.folder / RECORD).is_file():
-                shutil.copyfile(adapter.folder / RECORD, place / RECORD)
+                shutil.copyfile(checked(adapter.folder / RECORD, root, adapter.folder), place / RECORD)
             names.add(adapter.name)
             if tell is not None:
                 tell()
@@ -106,6 +109,8 @@ def copy_adapter(adapter: Adapter, folder: Path) -> None:
     for file in (adapter.folder / CONFIG, adapter.file.path):
         shutil.copyfile(file, folder / file.name)
     if (adapter.folder / RESPONSES).is_dir():
+        for file in (adapter.folder / RESPONSES).rglob("*"):
+            checked(file, adapter.folder)
         shutil.copytree(adapter.folder / RESPONSES, folder / RESPONSES)
 
 

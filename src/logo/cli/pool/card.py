@@ -41,11 +41,13 @@ def card(
     """
     from logo.adapters.card import PICTURE, Card
     from logo.adapters.hub import is_repo_id
-    from logo.adapters.notes import read_notes
+    from logo.adapters.notes import NOTES, checked, read_notes
     from logo.adapters.publishing import CARD
     from logo.folders import replace_file
 
     pool = opened(folder, False, on_bad_adapter)
+    if (folder / NOTES).is_symlink():  # its content is told in the card
+        checked(folder / NOTES, folder)
     numbers, picture = (None, None) if study is None else _study(study)
     files = [folder / CARD, *([folder / PICTURE] if picture is not None else [])]
     for file in files:
