@@ -25,6 +25,7 @@ from logo.serving.gate import Gate, Gated
 from logo.serving.membership import Lost, Member, Own
 from logo.serving.metrics import labelled, selected
 from logo.serving.pool import Change
+from logo.serving.replica import Together
 from tolerances import PATIENCE
 
 NEW = Change("new", Path("/pool/new"))
@@ -68,7 +69,7 @@ class Line:
     async def change(self, change: Change) -> LoGoError | None:
         return await self.there.change(change)
 
-    async def metrics(self) -> dict[str, str]:
+    async def metrics(self) -> dict[str, str | None]:
         return await self.there.metrics()
 
     async def drain(self) -> None:
@@ -322,6 +323,90 @@ def test_metrics_and_draining_reach_all() -> None:
             assert await place.coordinator.metrics() == {"x": "x_total 1.0\n", "y": "y_total 1.0\n"}
             await place.coordinator.drain()
             assert x.drained and y.drained
+
+    run(test)
+
+
+def test_a_replica_that_does_not_answer_is_named_and_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinating, "_SCRAPE", 0.1)
+
+    async def test() -> None:
+        async with replicas(*TWO) as (place, (x, y)):
+            there = place.coordinator
+            assert there is not None and y.member._following is not None
+            y.member._following.cancel()  # it is there, but fetches nothing
+            assert await there.metrics() == {"x": "x_total 1.0\n", "y": None}
+            assert not there._members["y"].asked and not there._members["y"].waiting
+            app = Starlette(routes=[Route("/metrics", lambda request: PlainTextResponse("x_total 1.0\n"))])
+            together = Together(app, "x", x.member._link)
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(together), base_url="http://test") as http:
+                text = (await http.get("/metrics")).text
+            assert 'x_total{replica="x"} 1.0' in text and "# replica y does not answer" in text
+
+    run(test)
+
+
+def test_a_question_meanwhile_may_find_out_first_that_a_replica_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinating, "_LOOK", 0.05)
+
+    async def test() -> None:
+        async with replicas(*TWO) as (place, (x, y)):
+            there = place.coordinator
+            assert there is not None
+            x.hooks["stage"] = lambda: asyncio.sleep(0.2)
+
+            async def dies() -> None:
+                y.die()
+                await asyncio.sleep(PATIENCE)
+
+            y.hooks["stage"] = dies
+            error, *_ = await asyncio.gather(there.change(NEW), *(there.metrics() for _ in range(3)))
+            assert error is None and x.pool == ("a", "b", "new")
+            assert list(there._members) == ["x"] and x.gate.closed_for == 0
+
+    run(test)
+
+
+def test_what_goes_wrong_in_the_coordinator_leaves_nobody_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with replicas(*TWO) as (place, (x, y)):
+            there = place.coordinator
+            assert there is not None
+            close = there._close
+
+            async def fails() -> None:
+                await close()
+                raise RuntimeError("no")
+
+            monkeypatch.setattr(there, "_close", fails)
+            with pytest.raises(RuntimeError):
+                await there.change(NEW)
+            assert x.gate.closed_for == y.gate.closed_for == 0 and x.staged is y.staged is None
+            monkeypatch.undo()
+            assert await there.change(NEW) is None
+
+    run(test)
+
+
+def test_a_client_that_leaves_does_not_leave_half_of_a_change() -> None:
+    async def test() -> None:
+        async with replicas(*TWO) as (place, (x, y)):
+            assert place.coordinator is not None
+            begun, go_on = asyncio.Event(), asyncio.Event()
+
+            async def waits() -> None:
+                begun.set()
+                await go_on.wait()
+
+            y.hooks["take"] = waits
+            asked = asyncio.create_task(place.coordinator.change(NEW))
+            await begun.wait()
+            asked.cancel()
+            await asyncio.wait([asked])
+            go_on.set()
+            while x.gate.closed_for or y.gate.closed_for:
+                await asyncio.sleep(0.01)
+            assert x.pool == y.pool == ("a", "b", "new")
 
     run(test)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from typing import Any, Literal, Protocol
 from logo.errors import LoGoError, PoolError
 from logo.protocol import NotReady
 from logo.serving.pool import Change
+
+_log = logging.getLogger("logo.serving")
 
 Kind = Literal["stage", "forget", "close", "take", "open", "metrics", "drain"]
 
@@ -33,6 +36,9 @@ _LOOK = 1.0
 
 # Seconds for which a replica's question stays open.
 _POLL = 10.0
+
+# Seconds that metrics wait for a replica: less than whoever scrapes them has patience for.
+_SCRAPE = 2.0
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,37 @@ class Peers(Protocol):
 
 @dataclass
 class _Member:
+    """A replica that answers.
+
+    Attributes:
+        waiting: commands that it has not fetched, by number.
+        asked: what is to come of those that somebody still waits for.
+        more: there may be a command.
+    """
+
     handle: Any
-    commands: asyncio.Queue[Command] = field(default_factory=asyncio.Queue)
+    waiting: dict[int, Command] = field(default_factory=dict)
     asked: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
+    more: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def ask(self, command: Command) -> asyncio.Future[Any]:
+        """What will come of a command."""
+        found = self.asked[command.number] = asyncio.get_running_loop().create_future()
+        self.waiting[command.number] = command
+        self.more.set()
+        return found
+
+    def drop(self, number: int) -> None:
+        """Nobody waits for this any more: what has not been fetched by now is not to be done."""
+        self.waiting.pop(number, None)
+        self.asked.pop(number, None)
+
+    async def fetched(self) -> Command:
+        """The next command."""
+        while not self.waiting:
+            self.more.clear()
+            await self.more.wait()
+        return self.waiting.pop(next(iter(self.waiting)))
 
 
 class Coordinator:
@@ -110,6 +144,7 @@ class Coordinator:
         self._state: State | None = None
         self._members: dict[str, _Member] = {}
         self._lock = asyncio.Lock()
+        self._changing: set[asyncio.Task[LoGoError | None]] = set()
         self._numbers = itertools.count(1)
 
     # -- asked by replicas -----------------------------------------------------------------------------------------
@@ -142,7 +177,7 @@ class Coordinator:
         if member is None:
             return False
         try:
-            return await asyncio.wait_for(member.commands.get(), _POLL)
+            return await asyncio.wait_for(member.fetched(), _POLL)
         except asyncio.TimeoutError:
             return True
 
@@ -154,25 +189,37 @@ class Coordinator:
             future.set_result(result)
 
     async def change(self, change: Change) -> LoGoError | None:
-        """Changes the pool everywhere; what is returned says why it is as it was."""
+        """Changes the pool everywhere; what is returned says why it is as it was.
+
+        What has been begun is ended, though whoever has asked for it may be gone.
+        """
+        task = asyncio.create_task(self._change(change))
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
+        return await asyncio.shield(task)
+
+    async def _change(self, change: Change) -> LoGoError | None:
         async with self._lock:
             if self._state is None or not self._members:
                 return NotReady("no replica is ready")
-            staged = await self._ask("stage", STAGING, change=change)
-            error = _disagreement(staged) or await self._close()
+            try:
+                staged = await self._ask("stage", STAGING, change=change)
+                error = _disagreement(staged) or await self._close()
+            except Exception:  # what went wrong here leaves nobody closed
+                await self._undo()
+                raise
             if error is not None:
-                await self._insist("forget")
-                await self._insist("open")
+                await self._undo()
                 return error
             self._state = State(next(iter(staged.values())), (*self._state.changes, change))
             await self._insist("take", state=self._state)
             await self._insist("open")
             return None
 
-    async def metrics(self) -> dict[str, str]:
-        """Those of each replica."""
-        found = await self._ask("metrics", _POLL)
-        return {name: text for name, text in found.items() if isinstance(text, str)}
+    async def metrics(self) -> dict[str, str | None]:
+        """Those of each replica; None: it does not answer."""
+        found = await self._ask("metrics", _SCRAPE)
+        return {name: text if isinstance(text, str) else None for name, text in found.items()}
 
     async def drain(self) -> None:
         """No replica takes requests any more."""
@@ -187,6 +234,10 @@ class Coordinator:
                 return NotReady(f"replica {name} did not pause within {PATIENCE:.0f} s; nothing was changed")
         return None if self._members else NotReady("no replica is left; nothing was changed")
 
+    async def _undo(self) -> None:
+        await self._insist("forget")
+        await self._insist("open")
+
     async def _insist(self, kind: Kind, **more: Any) -> None:
         """All do it, or are ended."""
         for name, result in (await self._ask(kind, PATIENCE, **more)).items():
@@ -195,22 +246,42 @@ class Coordinator:
 
     async def _ask(self, kind: Kind, limit: float, **more: Any) -> dict[str, Any]:
         """What each replica replies, or an error where it does not. Those that have ended are forgotten."""
-        asked: dict[str, asyncio.Future[Any]] = {}
-        for name, member in self._members.items():
-            command = replace(Command(next(self._numbers), kind), **more)
-            asked[name] = member.asked[command.number] = asyncio.get_running_loop().create_future()
-            member.commands.put_nowait(command)
+        members = dict(self._members)  # another question may find out meanwhile that one of them has ended
+        commands = {name: replace(Command(next(self._numbers), kind), **more) for name in members}
+        asked = {name: member.ask(commands[name]) for name, member in members.items()}
         end = time.monotonic() + limit
-        while waiting := {name: future for name, future in asked.items() if not future.done()}:
-            left = end - time.monotonic()
-            if left <= 0:
-                break
-            await asyncio.wait(waiting.values(), timeout=min(left, _LOOK))
-            for name, future in waiting.items():
-                if not future.done() and await self._peers.gone(self._members[name].handle):
-                    del asked[name], self._members[name]
+        try:
+            while waiting := [name for name, future in asked.items() if not future.done()]:
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                await asyncio.wait([asked[name] for name in waiting], timeout=min(left, _LOOK, limit / 2))
+                silent = [name for name in waiting if not asked[name].done()]
+                for name in await self._ended({name: members[name] for name in silent}, end):
+                    del asked[name]
+                    if self._members.get(name) is members[name]:
+                        del self._members[name]
+        finally:
+            for name, member in members.items():
+                member.drop(commands[name].number)
         late = LoGoError(f"no answer within {limit:.0f} s")
         return {name: future.result() if future.done() else late for name, future in asked.items()}
+
+    async def _ended(self, members: Mapping[str, _Member], end: float) -> list[str]:
+        """Those that have certainly ended, as far as that can be known soon."""
+        looks = {name: asyncio.ensure_future(self._peers.gone(member.handle)) for name, member in members.items()}
+        left = end - time.monotonic()
+        if looks and left > 0:
+            await asyncio.wait(looks.values(), timeout=min(left, _LOOK))
+        found = []
+        for name, look in looks.items():
+            if not look.done():
+                look.cancel()
+            elif (error := look.exception()) is not None:  # which says nothing of the replica
+                _log.warning("cannot tell whether the replica %s is there: %r", name, error)
+            elif look.result():
+                found.append(name)
+        return found
 
 
 def _disagreement(staged: Mapping[str, Any]) -> LoGoError | None:

@@ -225,19 +225,25 @@ class Together:
         await send({"type": "http.response.body", "body": whole})
 
     async def _metrics(self, own: bytes) -> bytes:
-        return labelled({self._name: own.decode(), **await self._of_all()})
+        texts = await self._of_all()
+        answered = {name: text for name, text in texts.items() if text is not None}
+        missing = "".join(f"# replica {name} does not answer\n" for name in texts if name not in answered)
+        return labelled({self._name: own.decode(), **answered}) + missing.encode()
 
     async def _adapters(self, own: bytes) -> bytes:
         texts = await self._of_all()
-        if self._name not in texts:  # the coordinator is away
+        answered = {name: text for name, text in texts.items() if text is not None}
+        if self._name not in answered:  # the coordinator is away
             return own
-        counts = selected(texts.values())
+        counts = selected(answered.values())
         found = json.loads(own)
         for card in found["data"]:
             card["selected"] = counts.get(card["id"], 0)
+        if missing := [name for name in texts if name not in answered]:
+            found["missing_replicas"] = missing  # whose selections are not in these sums
         return json.dumps(found, ensure_ascii=False).encode()
 
-    async def _of_all(self) -> dict[str, str]:
+    async def _of_all(self) -> dict[str, str | None]:
         try:
             return await self._link.metrics()
         except Lost:

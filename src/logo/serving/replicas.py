@@ -152,9 +152,9 @@ class ActorLink:
         found: LoGoError | None = await self._call("change", change)
         return found
 
-    async def metrics(self) -> dict[str, str]:
+    async def metrics(self) -> dict[str, str | None]:
         """See `Coordinator.metrics`."""
-        found: dict[str, str] = await self._call("metrics")
+        found: dict[str, str | None] = await self._call("metrics")
         return found
 
     async def drain(self) -> None:
@@ -163,12 +163,15 @@ class ActorLink:
 
     async def _call(self, method: str, *args: Any, **options: Any) -> Any:
         from ray import serve
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayTaskError
 
         try:
             if self._actor is None:
                 self._actor = serve.get_deployment_actor(_COORDINATOR)
             return await getattr(self._actor, method).remote(*args, **options)
+        except RayTaskError as error:  # its own fault, of which its traceback says more than any answer
+            _log.error("the replicas' coordinator failed at %r: %s", method, error)
+            raise Lost("the replicas' coordinator failed; its log says why") from None
         except (RayActorError, ValueError) as error:
             self._actor = None
             raise Lost(f"the replicas' coordinator does not answer ({type(error).__name__}); try again") from None
