@@ -90,7 +90,6 @@ def test_one_initial_for_each_by_name(tmp_path: Path, capsys: pytest.CaptureFixt
     for name, seed in (("a", 0), ("deep/b", 1)):
         write(tmp_path / "pool" / name, tensors(seed=seed), init_lora_weights="pissa_niter_4")
         write(tmp_path / "initial" / name, tensors(seed=10 + seed))
-    write(tmp_path / "pool" / "plain", tensors(seed=5))
     arguments = ("--initial", str(tmp_path / "initial"), "--json")
     assert convert(tmp_path / "pool", tmp_path / "out", *arguments) == 0
     listed = {one["name"]: one for one in json.loads(capsys.readouterr().out)["adapters"]}
@@ -99,7 +98,6 @@ def test_one_initial_for_each_by_name(tmp_path: Path, capsys: pytest.CaptureFixt
         [4],
         [8],
     )
-    assert listed["plain"]["from"]["init"] is None and listed["plain"]["to"]["ranks"] == [4]
     for name in ("a", "deep/b"):
         made, trained, first = (open_adapter(tmp_path / p / name, unconverted=True) for p in ("out", "pool", "initial"))
         for path, one in made.read().items():
@@ -184,3 +182,26 @@ def test_keys_that_other_tools_leave_become_pefts(tmp_path: Path) -> None:
     assert convert(tmp_path / "pool", tmp_path / "out") == 0
     assert load_file(tmp_path / "out" / "a" / SAFETENSORS).keys() == tensors().keys()
     assert len(lora_layers(load_peft(tmp_path / "out" / "a"))) == 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": True}, {"init_lora_weights": "gaussian"}])
+def test_initial_adapters_are_for_those_that_say_what_they_began_as(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any]
+) -> None:
+    write(tmp_path / "pool" / "a", **settings)
+    write(tmp_path / "initial" / "a", tensors(seed=1))
+    assert convert(tmp_path / "pool", tmp_path / "out", "--initial", str(tmp_path / "initial")) == 1
+    error = capsys.readouterr().err
+    assert f"init_lora_weights is {settings.get('init_lora_weights', True)!r}" in error
+    assert "convert it without --initial" in error and not (tmp_path / "out").exists()
+    assert convert(tmp_path / "pool", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_adapter_is_not_its_own_initial_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
+) -> None:
+    write(tmp_path / "pool" / "a", tensors(dtype=dtype), init_lora_weights="pissa")
+    assert convert(tmp_path / "pool", tmp_path / "out", "--initial", str(tmp_path / "pool")) == 1
+    assert "'a': nothing is left of it without its initial adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

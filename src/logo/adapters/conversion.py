@@ -22,9 +22,13 @@ import torch
 from logo.adapters.config import changed_base, read_raw
 from logo.adapters.format import Adapter, LoraWeights
 from logo.adapters.layout import core_path
+from logo.adapters.spectra import norm
 from logo.adapters.survey import survey
 from logo.adapters.writing import plain_tensors, save_adapter
 from logo.errors import AdapterError, StorageError
+
+# Share of an update that may be left of it by rounding alone, once the very same update is taken away.
+_NOTHING = 1e-6
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -88,11 +92,11 @@ def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initi
     Args:
         adapter: may be opened `unconverted`.
         dtype: None: as it is stored.
-        initial: for adapters whose initialisation changed the base weights.
+        initial: for adapters whose initialisation changed the base weights, and for no others.
 
     Raises:
-        AdapterError: it cannot be read, its initial adapter is missing or another one's, or a value does not fit in
-            the dtype.
+        AdapterError: it cannot be read, does not say that it began as something else though `initial` is given, its
+            initial adapter is missing, another one's or the trained one itself, or a value does not fit in the dtype.
     """
     config = read_raw(adapter.folder)
     init = changed_base(config)
@@ -107,6 +111,14 @@ def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initi
             )
         weights = _freed(adapter, weights, initial.of(adapter))
         config = config | _doubled(config)
+    elif initial is not None:
+        raise AdapterError(
+            adapter.name,
+            f"init_lora_weights is {config.get('init_lora_weights', True)!r}, which does not say that it began as "
+            "PiSSA or the like, so there is nothing to take away with --initial (PEFT writes true when it has "
+            "converted an adapter); convert it without --initial, or, if it began so and was never converted, set "
+            "init_lora_weights to what it was, such as 'pissa'",
+        )
     if dtype is not None:
         weights = {path: _stored(adapter, path, one, dtype) for path, one in weights.items()}
     return Converted(adapter, weights, config, before, init)
@@ -139,7 +151,17 @@ def _freed(adapter: Adapter, weights: Mapping[str, LoraWeights], initial: Adapte
             )
         # Two dtypes meet in the wider one.
         doubled[path] = LoraWeights(torch.cat([one.A, start.A]), torch.cat([one.B, -start.B], dim=1), one.scaling)
+    if _size(doubled) <= _NOTHING * _size(weights):
+        raise AdapterError(
+            adapter.name,
+            f"nothing is left of it without its initial adapter {initial.folder}, which has the same update: give "
+            "the adapter as it was before training",
+        )
     return doubled
+
+
+def _size(weights: Mapping[str, LoraWeights]) -> float:
+    return math.hypot(*(norm(one) for one in weights.values()))
 
 
 def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
