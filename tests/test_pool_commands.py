@@ -101,6 +101,10 @@ def test_inspect_draws(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert file.read_bytes().startswith(b"\x89PNG") and str(file) in capsys.readouterr().err
     assert run(["pool", "inspect", str(pool), "--png", str(file)]) == 2
     assert "--png draws what --spectra finds" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    file = tmp_path / "none.png"
+    assert run(["pool", "inspect", str(tmp_path / "empty"), "--spectra", "--png", str(file)]) == 0
+    assert "there is no adapter to draw" in capsys.readouterr().err and not file.exists()
 
 
 def test_the_picture_has_a_bar_for_every_adapter_that_does_something(pool: Path) -> None:
@@ -140,7 +144,7 @@ def test_dedupe_copies_what_stays_and_lists_who_went(
         assert (kept[name].folder / SAFETENSORS).read_bytes() == (pool / name / SAFETENSORS).read_bytes()
         assert (kept[name].folder / CONFIG).read_bytes() == (pool / name / CONFIG).read_bytes()
     notes = json.loads((tmp_path / "out" / "pool.json").read_text())
-    assert notes["changes"] == [{"command": "dedupe", "threshold": 0.9, "gone": {"twin": "a"}}]
+    assert notes["changes"] == [{"command": "dedupe", "threshold": 0.9, "gone": {"twin": "a"}, "refused": []}]
     assert notes["recipe"] == "r 4" and notes["adapters"] == {"a": {"steps": 1}}
     copied = {
         path.relative_to(tmp_path / "out" / "a") for path in (tmp_path / "out" / "a").rglob("*") if path.is_file()
@@ -153,9 +157,11 @@ def test_dedupe_copies_what_stays_and_lists_who_went(
 def test_dedupe_may_only_look(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = output(capsys, "dedupe", pool, "--out", tmp_path / "out", "--dry-run", "--threshold", "1.0")
     assert found["gone"] == [] and found["kept"] == ["a", "dead", "deep/b", "twin"]
-    found = output(capsys, "dedupe", pool, "--out", tmp_path / "out", "--dry-run")
+    found = output(capsys, "dedupe", pool, "--dry-run")
     assert [(one["name"], one["kept"]) for one in found["gone"]] == [("twin", "a")]
     assert found["out"] is None and not (tmp_path / "out").exists()
+    assert run(["pool", "dedupe", str(pool)]) == 2
+    assert "--out DIR2 says where the new pool goes" in capsys.readouterr().err
 
 
 # ---- diff -----------------------------------------------------------------------------------------------------------
@@ -319,3 +325,57 @@ def test_a_study_that_is_none(
         (tmp_path / "study.json").write_text(content)
     assert run(["pool", "card", str(pool), "--study", str(tmp_path / "study.json")]) == 1
     assert said in capsys.readouterr().err and not (pool / "README.md").exists()
+
+
+def test_a_card_tells_of_what_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No checkpoints, but for one that is named itself; a folder that is called `..` has a name."""
+    root = tmp_path / "tasks"
+    for name in ("a", "a/checkpoint-10"):
+        write(root / name, base_model_name_or_path="org/base")
+    (root / "below").mkdir()
+    monkeypatch.chdir(root / "below")
+    told = output(capsys, "card", "..")
+    assert told["adapters"] == ["a"] and told["left_out"] == ["a/checkpoint-10"]
+    assert (root / "README.md").read_text().count("checkpoint") == 0 and "# tasks" in (root / "README.md").read_text()
+    sent = output(capsys, "push", "..", "org/x", "--dry-run")["files"]
+    assert {file["path"].split("/")[0] for file in sent} == {"base-loras-tasks"}
+    named = root / "a" / "checkpoint-10"
+    assert output(capsys, "card", named)["adapters"] == ["checkpoint-10"]
+    sent = output(capsys, "push", named, "org/x", "--dry-run")["files"]
+    assert [file["path"] for file in sent] == [
+        f"base-loras-checkpoint-10/{file}" for file in ("README.md", CONFIG, SAFETENSORS)
+    ]
+
+
+# ---- adapters that are left out -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "further"),
+    [
+        ("prune", ["--rank", "1"]),
+        ("dedupe", []),
+        ("convert", []),
+        ("card", []),
+        ("push", ["org/x", "--dry-run", "--path-in-repo", "."]),
+        ("diff", []),
+    ],
+)
+def test_nobody_is_left_out_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, further: list[str]
+) -> None:
+    write_drawer(tmp_path / "pool", ("nan", "dora"))
+    writes = command in ("prune", "dedupe", "convert")
+    further = further + (["--out", str(tmp_path / "out")] if writes else []) + ["--on-bad-adapter", "skip", "--json"]
+    others = [str(tmp_path / "pool")] if command == "diff" else []
+    assert run(["pool", command, str(tmp_path / "pool"), *others, *further]) == 0
+    said = capsys.readouterr()
+    assert "refused dora: DoRA (use_dora)" in said.err and "refused nan: tensor" in said.err
+    told = json.loads(said.out)["refused"]
+    for refused in told if command == "diff" else [told]:
+        assert sorted(one["name"] for one in refused) == ["dora", "nan"] and all(one["reason"] for one in refused)
+    if writes:
+        [change] = json.loads((tmp_path / "out" / "pool.json").read_text())["changes"]
+        assert sorted(change["refused"]) == ["dora", "nan"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from logo.adapters.card import PICTURE
 from logo.adapters.config import CONFIG
-from logo.adapters.format import Adapter
+from logo.adapters.format import Adapter, own_name
 from logo.adapters.hub import causes, clean_subfolder, hub_error, is_repo_id
 from logo.adapters.notes import NOTES, RECORD, RESPONSES, checked
 from logo.adapters.weights import SAFETENSORS
@@ -95,7 +95,7 @@ def push(upload: Upload, *, private: bool = False, message: str | None = None) -
 
     api = HfApi(library_name="logo")
     repo, folder = upload.repo, upload.folder
-    message = message or f"{len(upload.files)} files of the pool {upload.root.absolute().name}"
+    message = message or f"{len(upload.files)} files of the pool {own_name(upload.root)}"
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo).private:
@@ -150,4 +150,4 @@ def _official(root: Path, adapters: Sequence[Adapter]) -> str:
     if len(bases) != 1:
         found = f"several base models ({', '.join(sorted(bases))})" if bases else "no base model"
         raise UsageError(f"the adapters name {found}; say with --path-in-repo where they go ('.' for the top)")
-    return f"{bases.pop()}-loras-{root.absolute().name}"
+    return f"{bases.pop()}-loras-{own_name(root)}"

@@ -10,7 +10,7 @@ import typer
 
 from logo.cli.options import OnBad
 from logo.cli.output import note, out, print_json
-from logo.cli.pool.common import Folder, OnBadAdapter, opened
+from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
 from logo.errors import DataError, StorageError, UsageError
 
 
@@ -40,12 +40,14 @@ def card(
     Example: `logo pool card adapters/ --repo org/my-loras --study study.json`
     """
     from logo.adapters.card import PICTURE, Card
+    from logo.adapters.format import own_name
     from logo.adapters.hub import is_repo_id
     from logo.adapters.notes import NOTES, checked, read_notes
     from logo.adapters.publishing import CARD
     from logo.folders import replace_file
 
-    pool = opened(folder, False, on_bad_adapter)
+    # Leaving damaged adapters out means finding them first, as in `opened`.
+    pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=on_bad_adapter is OnBad.SKIP)
     if (folder / NOTES).is_symlink():  # its content is told in the card
         checked(folder / NOTES, folder)
     numbers, picture = (None, None) if study is None else _study(study)
@@ -54,7 +56,7 @@ def card(
         if file.exists() and not replace:
             raise UsageError(f"{file} exists already; --replace writes over it")
     made = Card(
-        title=title or folder.absolute().name,
+        title=title or own_name(folder),
         adapters=list(pool),
         notes=read_notes(folder),
         base_model=base_model,
@@ -69,7 +71,8 @@ def card(
         replace_file(folder / PICTURE, picture)
     replace_file(folder / CARD, str(made).encode())
     if json:
-        print_json({"files": [str(file) for file in files], "base_model": made.base, "adapters": list(pool.names)})
+        told = {"files": [str(file) for file in files], "base_model": made.base, "adapters": list(pool.names)}
+        print_json({**told, "refused": refusals(pool.refused), "left_out": checkpoints})
     else:
         out.print(f"{', '.join(map(str, files))}: written", markup=False)
 

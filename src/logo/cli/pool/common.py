@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from logo.cli.options import OnBad
-from logo.cli.output import err, progress
+from logo.cli.output import err, note, progress
 
 if TYPE_CHECKING:
     from logo.adapters.format import Adapter
     from logo.adapters.pool import AdapterPool
+    from logo.errors import AdapterError
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters, at any depth.")]
 Out = Annotated[
@@ -34,14 +36,54 @@ Threshold = Annotated[
 
 
 def opened(folder: Path, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
-    """The pool in a folder. Nothing is looked up in the cache or kept there."""
+    """The pool in a folder; what is left out of it is told. Nothing is looked up in the cache or kept there."""
     from logo.adapters.pool import AdapterPool
 
     # Leaving damaged adapters out means finding them first. Otherwise whatever is read is checked as it is read.
     verify = on_bad is OnBad.SKIP
-    return AdapterPool.from_directory(
+    pool = AdapterPool.from_directory(
         folder, on_bad_adapter=on_bad.value, allow_pickle=allow_pickle, verify=verify, cache=""
     )
+    tell_refused(pool.refused)
+    return pool
+
+
+def without_checkpoints(folder: Path, on_bad: OnBad, *, verify: bool) -> tuple[AdapterPool, list[str]]:
+    """The pool as it is published, and the names of checkpoints, which are no adapters of it; both are told."""
+    from logo.adapters.format import own_name
+    from logo.adapters.pool import AdapterPool
+    from logo.adapters.publishing import is_checkpoint
+    from logo.adapters.survey import survey
+
+    def is_left_out(name: str) -> bool:  # never the folder itself, which somebody has named
+        return is_checkpoint(name) and name != own_name(folder)
+
+    good, refused = survey(folder, verify=verify)
+    names = [adapter.name for adapter in good] + [error.name for error in refused]
+    checkpoints = sorted(filter(is_left_out, names))
+    kept = [adapter for adapter in good if not is_left_out(adapter.name)]
+    bad = [error for error in refused if not is_left_out(error.name)]
+    pool = AdapterPool.from_survey(folder, kept, bad, on_bad_adapter=on_bad.value)
+    tell_refused(pool.refused)
+    if checkpoints:
+        note(f"left out: {len(checkpoints)} checkpoints, such as {checkpoints[0]}")
+    return pool, checkpoints
+
+
+def tell_refused(refused: Iterable[AdapterError]) -> None:
+    """Says which adapters were left out, and why; stderr."""
+    for bad in refused:
+        err.print(refusal(bad))
+
+
+def refusal(bad: AdapterError) -> Text:
+    """Which adapter is left out, and why, in a line."""
+    return Text.assemble(("refused ", "red"), (bad.name, "bold"), f": {bad.reason}")
+
+
+def refusals(refused: Iterable[AdapterError]) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [{"name": bad.name, "reason": bad.reason} for bad in refused]
 
 
 @contextmanager

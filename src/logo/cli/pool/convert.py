@@ -12,7 +12,7 @@ from rich.text import Text
 from logo.adapters.card import short_ranks
 from logo.cli.options import Choice, OnBad
 from logo.cli.output import out, print_json, size
-from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, steps
+from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, refusals, steps, tell_refused
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,7 @@ def convert(
     skip = on_bad_adapter is OnBad.SKIP
     found, refused = survey(folder, allow_pickle=allow_pickle, verify=skip, unconverted=True)
     pool = AdapterPool.from_survey(folder, found, refused, on_bad_adapter=on_bad_adapter.value)
+    tell_refused(pool.refused)
     to = None if dtype is None else DTYPES[dtype.value]
     results: list[dict[str, Any]] = []
 
@@ -82,11 +83,15 @@ def convert(
             }
         )
 
+    def change() -> dict[str, Any]:
+        how = {"dtype": None if dtype is None else dtype.value, "initial": bool(initial)}
+        return {"command": "convert", **how, "refused": [bad.name for bad in pool.refused]}
+
     with steps("adapters", len(pool)) as step:
-        change = {"command": "convert", "dtype": None if dtype is None else dtype.value, "initial": bool(initial)}
-        write_pool(folder, pool, out_folder, write, lambda: change, step)
+        write_pool(folder, pool, out_folder, write, change, step)
     if json:
-        print_json({"folder": str(folder), "out": str(out_folder), "adapters": results})
+        told = {"folder": str(folder), "out": str(out_folder)}
+        print_json({**told, "adapters": results, "refused": refusals(pool.refused)})
         return
     _print(results)
     out.print(f"{out_folder}: written", markup=False)

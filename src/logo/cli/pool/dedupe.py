@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,13 +10,22 @@ from rich.text import Text
 
 from logo.cli.options import OnBad
 from logo.cli.output import out, print_json
-from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, Threshold, opened
+from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Threshold, opened, refusals
 from logo.cli.pool.spectra import taken_apart
 
 
 def dedupe(
     folder: Folder,
-    out_folder: Out,
+    out_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR2",
+            help="The new pool; must not exist yet. DIR is never changed.",
+            show_default="none is needed with --dry-run",
+        ),
+    ] = None,
     threshold: Threshold = 0.9,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say who would go; write nothing.")] = False,
     allow_pickle: AllowPickle = False,
@@ -28,21 +38,27 @@ def dedupe(
     """
     from logo.adapters.duplicates import duplicates
     from logo.adapters.writing import check_new, copy_adapter, write_pool
+    from logo.errors import UsageError
 
-    check_new(out_folder)
+    if out_folder is not None:
+        check_new(out_folder)
+    elif not dry_run:
+        raise UsageError("--out DIR2 says where the new pool goes; --dry-run only lists")
     pool = opened(folder, allow_pickle, on_bad_adapter)
     adapters = list(pool)
     gone = duplicates(adapters, taken_apart(adapters), threshold)
     left_out = {one.name for one in gone}
     kept = [adapter for adapter in adapters if adapter.name not in left_out]
-    if not dry_run:
+    if out_folder is not None and not dry_run:
         change = {"command": "dedupe", "threshold": threshold, "gone": {one.name: one.kept for one in gone}}
+        change["refused"] = [bad.name for bad in pool.refused]
         write_pool(folder, kept, out_folder, copy_adapter, lambda: change)
     if json:
         print_json(
             {
                 "folder": str(folder),
                 "out": None if dry_run else str(out_folder),
+                "refused": refusals(pool.refused),
                 "kept": [adapter.name for adapter in kept],
                 "gone": [
                     {"name": one.name, "kept": one.kept, "overlap": one.overlap, "cosine": one.cosine} for one in gone

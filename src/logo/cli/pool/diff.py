@@ -11,7 +11,7 @@ from rich.text import Text
 
 from logo.cli.options import OnBad
 from logo.cli.output import out, print_json
-from logo.cli.pool.common import AllowPickle, OnBadAdapter, steps
+from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, steps, tell_refused
 
 if TYPE_CHECKING:
     from logo.adapters.differences import Differences
@@ -34,11 +34,14 @@ def diff(
     from logo.adapters.differences import compared
 
     pools = [_opened(place, allow_pickle, on_bad_adapter) for place in (one, other)]
+    for pool in pools:
+        tell_refused(pool.refused)
     first, second = _named_alike(pools[0], pools[1])
     with steps("adapters", len(set(first.names) & set(second.names))) as step:
         found = compared(first, second, step)
     if json:
-        print_json(_report(one, other, found))
+        refused = [refusals(pool.refused) for pool in pools]
+        print_json({**_report(one, other, found), "refused": refused})
     else:
         _print(found, all_)
     if check and not found.same:

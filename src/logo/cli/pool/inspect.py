@@ -10,9 +10,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.output import out, print_json, size
+from logo.cli.output import note, out, print_json, size
 from logo.cli.pool import spectra as spectra_part
-from logo.cli.pool.common import AllowPickle, Threshold, targets
+from logo.cli.pool.common import AllowPickle, Threshold, refusal, refusals, targets
 
 if TYPE_CHECKING:
     from logo.adapters.format import Adapter
@@ -66,7 +66,10 @@ def inspect(
     refused.sort(key=lambda error: error.name)
     taken = spectra_part.taken_apart(good) if spectra else None
     if png is not None and taken is not None:
-        spectra_part.draw(taken, png)
+        if good:
+            spectra_part.draw(taken, png)
+        else:
+            note(f"{png} is not written: there is no adapter to draw")
     if json:
         more = {} if taken is None else spectra_part.report(good, taken, threshold)
         print_json(_report(folder, good, refused, more))
@@ -76,7 +79,7 @@ def inspect(
         if taken is not None:
             spectra_part.show(good, taken, threshold)
         for bad in refused:
-            out.print(Text.assemble(("refused ", "red"), (bad.name, "bold"), f": {bad.reason}"))
+            out.print(refusal(bad))
         total = size(sum(adapter.size for adapter in good))
         out.print(f"{folder}: {len(good)} usable ({total}), {len(refused)} refused", markup=False)
     if check and refused:
@@ -107,7 +110,7 @@ def _report(
             }
             for adapter in good
         ],
-        "refused": [{"name": error.name, "reason": error.reason} for error in refused],
+        "refused": refusals(refused),
         **more,
     }
 

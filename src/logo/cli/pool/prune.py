@@ -11,7 +11,7 @@ from rich.text import Text
 from logo.adapters.card import short_ranks
 from logo.cli.options import OnBad
 from logo.cli.output import out, print_json
-from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, opened, steps
+from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, opened, refusals, steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,12 +69,14 @@ def prune(
 
     def change() -> dict[str, Any]:
         errors = {one["name"]: one["error"] for one in results}
-        return {"command": "prune", "energy": energy, "rank": rank, "relative_errors": errors}
+        refused = [bad.name for bad in pool.refused]
+        return {"command": "prune", "energy": energy, "rank": rank, "relative_errors": errors, "refused": refused}
 
     with steps("adapters", len(pool)) as step:
         write_pool(folder, pool, out_folder, write, change, step)
     if json:
-        print_json({"folder": str(folder), "out": str(out_folder), "energy": energy, "rank": rank, "adapters": results})
+        told = {"folder": str(folder), "out": str(out_folder), "energy": energy, "rank": rank}
+        print_json({**told, "adapters": results, "refused": refusals(pool.refused)})
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for head in ("adapter", "rank before", "rank", "parameters before", "parameters", "relative error"):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from logo.cli.options import OnBad
 from logo.cli.output import note, out, print_json, size
-from logo.cli.pool.common import Folder, OnBadAdapter
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from logo.adapters.pool import AdapterPool
+from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
 
 
 def push(
@@ -43,34 +38,19 @@ def push(
     from logo.adapters.publishing import CARD, Upload
     from logo.adapters.publishing import push as send
 
-    pool, checkpoints = _pool(folder, on_bad_adapter)
+    pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=True)
     upload = Upload.of(folder, list(pool), repo, path_in_repo)
     targets = dict(upload.targets)
-    if checkpoints:
-        note(f"left out: {len(checkpoints)} checkpoints, such as {checkpoints[0]}")
     if CARD not in upload.files:
         place = "/".join(part for part in (repo, upload.folder) if part)
         note(f"without a model card: `logo pool card {folder} --repo {place}` writes one")
     address = None if dry_run else send(upload, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]
-        print_json({"repo": repo, "url": address, "files": files, "left_out": checkpoints})
+        told = {"repo": repo, "url": address, "files": files, "left_out": checkpoints}
+        print_json({**told, "refused": refusals(pool.refused)})
         return
     for path, count in targets.items() if dry_run else ():
         out.print(f"{path}  {size(count)}", markup=False)
     total = f"{len(pool)} adapters, {len(targets)} files, {size(sum(targets.values()))}"
     out.print(f"{repo}: {total}, nothing sent" if address is None else f"{address}: {total}", markup=False)
-
-
-def _pool(folder: Path, on_bad: OnBad) -> tuple[AdapterPool, list[str]]:
-    """The pool, with every tensor checked, and the names of checkpoints, which are no adapters of it."""
-    from logo.adapters.pool import AdapterPool
-    from logo.adapters.publishing import is_checkpoint
-    from logo.adapters.survey import survey
-
-    good, refused = survey(folder, verify=True)
-    names = [adapter.name for adapter in good] + [error.name for error in refused]
-    checkpoints = sorted(filter(is_checkpoint, names))
-    kept = [adapter for adapter in good if not is_checkpoint(adapter.name)]
-    bad = [error for error in refused if not is_checkpoint(error.name)]
-    return AdapterPool.from_survey(folder, kept, bad, on_bad_adapter=on_bad.value), checkpoints
