@@ -238,7 +238,7 @@ def test_there_are_as_many_as_requests_ask_for() -> None:
         until(lambda: len(one.names()) == 1)
         assert len(one.answered()) == 1
     assert server.exit_code == 0, server.said
-    assert "2 replicas take requests, 1 did" in server.said and "1 replicas take requests, 2 did" in server.said
+    assert "2 replicas take requests, 1 did" in server.said and "1 replica takes requests, 2 did" in server.said
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])  # as with one process
@@ -278,6 +278,8 @@ def test_a_signal_ends_the_server_and_leaves_nothing_behind(number: signal.Signa
         (["--gpus-per-replica", "1"], "belongs to --replicas or --ray"),
         (["--replicas", "2", "--autoscale-after", "1", "2"], "belongs to --autoscale"),
         (["--autoscale", "1", "2", "--autoscale-after", "1", "-2"], "expected 0 seconds or more, found 1 -2"),
+        (["--autoscale", "1", "2", "--autoscale-after", "nan", "nan"], "expected 0 seconds or more, found nan nan"),
+        (["--autoscale", "1", "2", "--autoscale-after", "inf", "1"], "expected 0 seconds or more, found inf 1"),
         (["--autoscale", "3", "2"], "expected 1 or more and not less, found 3 2"),
         (["--autoscale", "1", "2", "--replicas", "2"], "give one of the two"),
         (["--replicas", "2", "--gpu", "1"], "use --gpus-per-replica"),

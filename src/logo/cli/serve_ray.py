@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,8 +76,8 @@ def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
         check_alone(given, "--replicas or --ray")
         return None
     check_devices(engine, "replicas", "--gpus-per-replica")
-    if options.autoscale_after is not None and min(options.autoscale_after) < 0:
-        up, down = options.autoscale_after
+    up, down = options.autoscale_after or (0.0, 0.0)
+    if not (math.isfinite(up) and math.isfinite(down) and min(up, down) >= 0):
         raise UsageError(f"--autoscale-after: expected 0 seconds or more, found {up:g} {down:g}")
     count = options.replicas
     if options.autoscale is not None:

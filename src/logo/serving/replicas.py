@@ -307,9 +307,11 @@ def serve_replicas(
             _watch(serve, told, stop)
             _drain(ray, serve)
     finally:
-        if mine:
-            serve.delete(APPLICATION)
-        ray.shutdown()  # with everything that was started for this alone
+        try:
+            if mine:
+                _remove(serve, scale.drain, stop)
+        finally:
+            ray.shutdown()  # with everything that was started for this alone
     if stop.by == signal.SIGINT:
         raise KeyboardInterrupt  # as a server of one process ends
 
@@ -362,7 +364,7 @@ def _watch(serve: Any, told: Callable[[str], None], stop: threading.Event) -> No
         if status == "NOT_STARTED":
             raise WorkersError("the application was removed from the cluster")
         if count != before:
-            told(f"{count} replicas take requests, {before} did")
+            told(f"{count} replica{' takes' if count == 1 else 's take'} requests, {before} did")
             before = count
 
 
@@ -375,10 +377,22 @@ def _drain(ray: Any, serve: Any) -> None:
     time.sleep(_FAREWELL)
 
 
+def _remove(serve: Any, limit: float, stop: _Stop) -> None:
+    """Takes the application from the cluster, when what was accepted has ended or after `limit` seconds."""
+    serve.delete(APPLICATION, _blocking=False)  # else it waits for a minute, whatever the replicas may take
+    end = time.monotonic() + limit
+    while APPLICATION in serve.status().applications and not stop.hurry:  # an answer: the controller has heard of it
+        if time.monotonic() > end:
+            _log.warning("replicas have not ended within %.0f s", limit)
+            break
+        time.sleep(_LOOK)
+
+
 class _Stop(threading.Event):
-    """Set by a signal. `by`: which."""
+    """Set by a signal. `by`: which. `hurry`: there was another one."""
 
     by: int | None = None
+    hurry = False
 
 
 def _stopped() -> _Stop:
@@ -387,7 +401,8 @@ def _stopped() -> _Stop:
 
     def leave(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
-            raise SystemExit(1)
+            stop.hurry = True
+            raise SystemExit(128 + number)
         stop.by = number
         stop.set()
 
