@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,7 +26,7 @@ from logo.serving.gate import Gate, Gated
 from logo.serving.membership import Lost, Member, Own
 from logo.serving.metrics import labelled, selected
 from logo.serving.pool import Change
-from logo.serving.replica import Together
+from logo.serving.replica import ReplicaService, Together
 from tolerances import PATIENCE
 
 NEW = Change("new", Path("/pool/new"))
@@ -161,10 +162,100 @@ def test_a_change_is_in_all_replicas_when_it_is_answered() -> None:
             assert place.coordinator is not None
             assert await place.coordinator.change(NEW) is None
             assert x.pool == y.pool == ("a", "b", "new")
-            assert x.member.state == y.member.state == State("a,b,new", (NEW,))
+            assert x.member.state == y.member.state == State("a,b,new", (NEW,), 1)
             assert x.gate.closed_for == y.gate.closed_for == 0
             assert await place.coordinator.change(Change("a")) is None
             assert x.pool == y.pool == ("b", "new")
+
+    run(test)
+
+
+A, B, LATER, OTHER = Path("/start/a"), Path("/b"), Path("/later"), Path("/other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "net"),
+    [
+        ([NEW, Change("new")], []),
+        ([NEW, Change("new", LATER, True)], [Change("new", LATER)]),
+        ([NEW, Change("new", LATER, True), Change("new")], []),
+        ([Change("a")], [Change("a")]),
+        ([Change("a"), Change("a", LATER)], [Change("a", LATER, True)]),
+        ([Change("a"), Change("a", LATER), Change("a")], [Change("a")]),
+        ([Change("a", LATER, True), Change("a", OTHER, True)], [Change("a", OTHER, True)]),
+        ([Change("a", LATER, True), Change("a")], [Change("a")]),
+        ([NEW, Change("a"), Change("new", LATER, True)], [Change("a"), Change("new", LATER)]),
+    ],
+)
+def test_a_state_says_what_is_left_of_its_changes(changes: list[Change], net: list[Change]) -> None:
+    def pool(start: dict[str, Path], made: Sequence[Change]) -> dict[str, Path]:
+        found = dict(start)
+        for change in made:
+            if change.folder is None:
+                del found[change.name]
+            else:
+                assert change.replace or change.name not in found
+                found[change.name] = change.folder
+        return found
+
+    start = {"a": A, "b": B}
+    states = [State("0")]
+    for number, change in enumerate(changes, 1):
+        states.append(states[-1].after(change, str(number)))
+    assert states[-1] == State(str(len(changes)), tuple(net), len(changes))
+    # Whoever has missed some makes them up.
+    for missed in range(len(changes)):
+        one = pool(start, changes[:missed])
+        assert pool(one, states[missed].towards(states[-1])) == pool(start, changes)
+
+
+def test_a_replica_that_comes_later_needs_no_folder_of_what_has_gone() -> None:
+    async def test() -> None:
+        async with replicas(*TWO) as (place, (x, _)):
+            assert place.coordinator is not None
+            assert await place.coordinator.change(NEW) is None
+            assert await place.coordinator.change(Change("new")) is None
+            late = Pretend("z", place)
+            late.hooks["stage"] = raising(AdapterError("new", "there is no such folder"))
+            await late.member.join()
+            assert late.pool == x.pool == ("a", "b") and late.member.state == x.member.state
+            await late.member.leave()
+
+    run(test)
+
+
+def test_what_takes_no_place_is_asked_for_as_an_addition() -> None:
+    asked: list[Change] = []
+
+    class Recording:
+        async def change(self, change: Change) -> None:
+            asked.append(change)
+
+    service: Any = object.__new__(ReplicaService)
+    service.logo, service._link = SimpleNamespace(pool={"a"}), Recording()
+    for name in ("new", "a"):
+        asyncio.run(service.add(LATER, name, replace=True))
+    assert asked == [Change("new", LATER), Change("a", LATER, replace=True)]
+
+
+def test_changes_that_are_made_up_take_an_order_that_can_be() -> None:
+    async def test() -> None:
+        async with replicas(("a",)) as (place, [x]):
+            assert place.coordinator is not None
+            for change in (NEW, Change("a"), Change("b", LATER), Change("new")):
+                assert await place.coordinator.change(change) is None
+            late = Pretend("z", place, ("a",))
+
+            async def no_pool_is_empty() -> None:
+                if late.staged is None and late.pool == ("a",) and not tried:
+                    tried.append("a")
+                    raise PoolError("adapter 'a' is the only one left")
+
+            tried: list[str] = []
+            late.hooks["stage"] = no_pool_is_empty
+            await late.member.join()
+            assert tried and late.pool == x.pool == ("b",)
+            await late.member.leave()
 
     run(test)
 

@@ -95,6 +95,10 @@ def test_what_one_router_is_asked_for_is_done_by_all(tmp_path: Path, monkeypatch
         }
         await everywhere(("remove", "new", ""))
         assert {one.member.state.digest for one in both} == {pool_digest({"a": "1", "b": "2", "unfit": "3"})}
+        # What takes no place is an addition, and nothing is left of it when it goes: no folder has to stay.
+        await everywhere(("replace", "brand-new", "/other"))
+        await everywhere(("remove", "brand-new", ""))
+        assert [one.member.state.changes for one in both] == [(), ()]
 
     run(test)
 

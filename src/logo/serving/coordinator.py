@@ -47,11 +47,37 @@ class State:
 
     Attributes:
         digest: of names and contents, see `pool_digest`.
-        changes: what has been done to the pool that the replicas open.
+        changes: what makes it of the pool that the replicas open; no more than one of each name, so that the folder of
+            an adapter that has gone need not stay.
+        version: how often it has changed.
     """
 
     digest: str
     changes: tuple[Change, ...] = ()
+    version: int = 0
+
+    def after(self, change: Change, digest: str) -> State:
+        """The state that a change leads to."""
+        net = {one.name: one for one in self.changes}
+        before = net.pop(change.name, None)
+        if before is None:
+            net[change.name] = change
+        elif change.folder is not None:  # the pool that is opened has one of that name, unless it was added
+            net[change.name] = Change(change.name, change.folder, before.folder is None or before.replace)
+        elif before.folder is None or before.replace:
+            net[change.name] = change
+        return State(digest, tuple(net.values()), self.version + 1)
+
+    def towards(self, later: State) -> tuple[Change, ...]:
+        """What makes a later state's pool of this one's."""
+        own = {one.name: one for one in self.changes}
+        wanted = {one.name: one for one in later.changes}
+        gone = tuple(Change(name) for name in own if name not in wanted)
+        return gone + tuple(
+            one if one.folder is None or one.name not in own else replace(one, replace=True)
+            for name, one in wanted.items()
+            if own.get(name) != one
+        )
 
 
 @dataclass(frozen=True)
@@ -72,13 +98,15 @@ class Command:
 
 @dataclass(frozen=True)
 class Joined:
-    """The answer to a replica that wants to take requests. Where neither field is set, it may.
+    """The answer to a replica that wants to take requests. Without `behind` and `refused`, it may.
 
     Attributes:
+        state: what the others have.
         behind: changes of the pool that it has to make first.
         refused: why it must not.
     """
 
+    state: State
     behind: tuple[Change, ...] = ()
     refused: str | None = None
 
@@ -161,15 +189,15 @@ class Coordinator:
             known = self._state
             if known is None:
                 if fresh and self._digest not in (None, state.digest):
-                    return Joined(refused=f"expected the pool {self._digest}, opened {state.digest}")
+                    return Joined(state, refused=f"expected the pool {self._digest}, opened {state.digest}")
                 known = self._state = state
-            done = len(state.changes)
-            if known.changes[:done] == state.changes and done < len(known.changes):
-                return Joined(behind=known.changes[done:])
-            if state != known:
-                return Joined(refused=f"the others have the pool {known.digest}, this one has {state.digest}")
+            if state.digest != known.digest:
+                if state.version < known.version and (behind := state.towards(known)):
+                    return Joined(known, behind)
+                said = f"the others have the pool {known.digest}, this one has {state.digest}"
+                return Joined(known, refused=said)
             self._members[name] = _Member(handle)
-            return Joined()
+            return Joined(known)
 
     async def next(self, name: str) -> Command | bool:
         """The next command for a replica; True: there is none for now; False: it is none of those that answer."""
@@ -211,7 +239,7 @@ class Coordinator:
             if error is not None:
                 await self._undo()
                 return error
-            self._state = State(next(iter(staged.values())), (*self._state.changes, change))
+            self._state = self._state.after(change, next(iter(staged.values())))
             await self._insist("take", state=self._state)
             await self._insist("open")
             return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from logo.errors import LoGoError, PoolError
@@ -110,12 +110,33 @@ class Member:
             if found.refused is not None:
                 raise PoolError(f"this replica gets no requests: {found.refused}")
             if not found.behind:
+                self.state = found.state
                 return self._gate.open()
             await self._gate.close()
-            for change in found.behind:
-                digest = await self._own.stage(change)
-                await self._own.take()
-                self.state = State(digest, (*self.state.changes, change))
+            digest = await self._caught_up(found.behind)
+            self.state = replace(found.state, digest=digest)
+
+    async def _caught_up(self, behind: Sequence[Change]) -> str:
+        """The digest after changes, which are made in an order that is possible.
+
+        No pool is without adapters, and one may have to go before there is room for another.
+        """
+        digest = self.state.digest
+        while behind:
+            later, error = [], None
+            for change in behind:
+                try:
+                    digest = await self._own.stage(change)
+                except LoGoError as found:
+                    await self._own.forget()
+                    later.append(change)
+                    error = found
+                else:
+                    await self._own.take()
+            if error is not None and len(later) == len(behind):
+                raise error
+            behind = later
+        return digest
 
     async def _follow(self) -> None:
         try:

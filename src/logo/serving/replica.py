@@ -107,7 +107,8 @@ class ReplicaService(Service):
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> Any:
         """As `Service.add`, in all replicas or in none."""
-        await self._everywhere(Change(name, folder, replace))
+        there = name in self.logo.pool  # what takes no place is an addition, which leaves nothing behind when it goes
+        await self._everywhere(Change(name, folder, replace and there))
 
     async def remove(self, name: str) -> None:
         """As `Service.remove`, in all replicas or in none."""

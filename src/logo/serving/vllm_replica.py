@@ -119,7 +119,9 @@ class VllmReplica:
     async def _everywhere(self, change: KeyedChange) -> None:
         """What a client of this replica asks for, in all of them or in none."""
         kind, name, folder = change
-        asked = Change(name) if kind == "remove" else Change(name, Path(folder).absolute(), kind == "replace")
+        there = name in self._router.core.pool.keys
+        path = Path(folder).absolute()
+        asked = Change(name) if kind == "remove" else Change(name, path, kind == "replace" and there)
         error = await self._link.change(asked)
         if error is not None:
             raise error
