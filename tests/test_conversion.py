@@ -205,3 +205,24 @@ def test_a_trained_adapter_is_not_its_own_initial_one(
     assert convert(tmp_path / "pool", tmp_path / "out", "--initial", str(tmp_path / "pool")) == 1
     assert "'a': nothing is left of it without its initial adapter" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_small_factors_are_not_lost_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An update of usual size whose B is below what float16 can hold."""
+
+    def shrink(weights: dict[str, torch.Tensor]) -> None:
+        for key in weights:
+            weights[key] *= 1e-9 if "lora_B" in key else 1.0
+
+    edit_weights(write(tmp_path / "pool" / "small", lora_alpha=8e9), shrink)
+    assert convert(tmp_path / "pool", tmp_path / "out", "--dtype", "fp16") == 1
+    said = capsys.readouterr().err
+    assert "'small': rounding to torch.float16 costs 100.0% of its update" in said and "use bf16 or fp32" in said
+    assert not (tmp_path / "out").exists()
+    assert convert(tmp_path / "pool", tmp_path / "out", "--dtype", "bf16", "--json") == 0
+    [told] = json.loads(capsys.readouterr().out)["adapters"]
+    assert 1e-3 < told["error"] < 5e-3
+    [change] = json.loads((tmp_path / "out" / "pool.json").read_text())["changes"]
+    assert change["relative_errors"] == {"small": told["error"]}
+    assert convert(tmp_path / "out", tmp_path / "back", "--dtype", "fp32", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["adapters"][0]["error"] == 0.0

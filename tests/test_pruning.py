@@ -22,6 +22,7 @@ from logo.adapters.format import open_adapter
 from logo.adapters.pruning import Budget, pruned, write_pruned
 from logo.cli.run import run
 from logo.errors import AdapterError, UsageError
+from logo.training.pool import record_of
 from make_adapters import CONFIG, LLAMA, calm, damage, edit_config, edit_weights, load_peft, tensors, write, write_peft
 from tolerances import same_tensor
 
@@ -56,14 +57,14 @@ def test_each_update_is_cut_as_torch_cuts_the_whole_product(
         lost += float((values[kept:] ** 2).sum())
         total += float((values**2).sum())
         made = result.weights[path]
-        assert made.scaling == 1.0 and len(made.A) == min(rank, kept)
-        found = float((whole - made.B.double() @ made.A.double()).norm())
+        assert len(made.A) == min(rank, kept) and (made.scaling == 1.0 or kept >= rank)
+        found = float((whole - made.scaled_b().double() @ made.A.double()).norm())
         assert found == pytest.approx(float(values[kept:].norm()), rel=1e-4, abs=1e-5 * float(values[0]))
     assert result.error == pytest.approx(math.sqrt(lost / total), rel=1e-4, abs=1e-6)
     write_pruned(result, folder / "b")
     again = open_adapter(folder / "b")
     for path, one in again.read().items():
-        assert one.scaling == 1.0
+        assert one.scaling == pytest.approx(result.weights[path].scaling)
         torch.testing.assert_close(one.A, result.weights[path].A)
 
 
@@ -80,6 +81,11 @@ def test_each_update_is_cut_as_torch_cuts_the_whole_product(
 def test_peft_answers_as_before_where_nothing_is_lost(tmp_path: Path, settings: dict[str, Any]) -> None:
     """All of the energy: other factors, ranks per module and scales of 1, the same outputs."""
     write_peft(tmp_path / "pool" / "one", seed=3, **settings)
+
+    def idle(weights: dict[str, torch.Tensor]) -> None:  # one direction of the first module does nothing
+        next(weights[key] for key in sorted(weights) if "lora_B" in key)[:, -1] = 0
+
+    edit_weights(tmp_path / "pool" / "one", idle)
     assert run(["pool", "prune", str(tmp_path / "pool"), "-o", str(tmp_path / "out"), "--energy", "1", "--json"]) == 0
     same_tensor(logits(tmp_path / "out" / "one"), logits(tmp_path / "pool" / "one"))
     assert not torch.allclose(logits(tmp_path / "out" / "one"), tiny.model("llama")(input_ids=IDS).logits, atol=1e-3)
@@ -134,8 +140,8 @@ def test_an_untrained_adapter_stays_one(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_in_the_dtype_is_no_adapter(tmp_path: Path) -> None:
     """Factors of float16 whose product is beyond it: cut to factors of equal size they fit, or the adapter is named."""
-    large = {key: torch.full_like(value, 6e4).half() for key, value in tensors(rank=1).items()}
-    write(tmp_path / "a", large, r=1, lora_alpha=1e6)
+    large = {key: torch.full_like(value, 6e4).half() for key, value in tensors(rank=2).items()}
+    write(tmp_path / "a", large, r=2, lora_alpha=1e6)
     with pytest.raises(AdapterError, match=r"'a': the pruned factors of .* do not fit in torch.float16"):
         pruned(open_adapter(tmp_path / "a"), Budget(rank=1))
 
@@ -209,3 +215,37 @@ def test_a_pool_that_is_one_adapter(tmp_path: Path) -> None:
     write(tmp_path / "one")
     assert run(["pool", "prune", str(tmp_path / "one"), "-o", str(tmp_path / "out"), "--rank", "2"]) == 0
     assert open_adapter(tmp_path / "out").ranks == (2,)
+
+
+@pytest.mark.parametrize("budget", [["--rank", "4"], ["--rank", "64"], ["--energy", "1"]], ids="_".join)
+def test_an_adapter_within_the_budget_keeps_its_factors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: list[str]
+) -> None:
+    """In bfloat16, where other factors of the same update would be rounded once more."""
+    write(tmp_path / "pool" / "a", tensors(dtype=torch.bfloat16), lora_alpha=3)
+    (tmp_path / "pool" / "a" / "training.json").write_text("{}")
+    assert run(["pool", "prune", str(tmp_path / "pool"), "-o", str(tmp_path / "out"), *budget, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["adapters"][0]["error"] == 0.0
+    before, after = (open_adapter(tmp_path / place / "a") for place in ("pool", "out"))
+    assert after.scales == before.scales
+    for path, one in before.read().items():
+        assert torch.equal(one.A, after.read()[path].A) and torch.equal(one.B, after.read()[path].B)
+    assert (tmp_path / "out" / "a" / "training.json").is_file()
+
+
+@pytest.mark.parametrize("command", [["prune", "--rank", "1"], ["convert", "--dtype", "bf16"]], ids=lambda c: c[0])
+def test_what_was_measured_before_is_not_said_of_what_is_now(tmp_path: Path, command: list[str]) -> None:
+    """Losses stand under `before`, no card shows them, and `logo train` does not take the task as done."""
+    pool, out = tmp_path / "pool", tmp_path / "out"
+    record = {"digest": "d", "course": {"held_out_loss": 1.25}}
+    write(pool / "a")
+    (pool / "a" / "training.json").write_text(json.dumps(record))
+    notes = {"recipe": {"r": 4}, "adapters": {"a": record, "gone": record}, "measured": {"a": {"loss": 1.5}, "x": 1}}
+    (pool / "pool.json").write_text(json.dumps(notes))
+    assert run(["pool", *command, str(pool), "--out", str(out)]) == 0
+    made = json.loads((out / "pool.json").read_text())
+    assert made["before"] == {"adapters": {"a": record}, "measured": {"a": {"loss": 1.5}}}
+    assert (made["recipe"], made["adapters"], made["measured"]) == ({"r": 4}, {}, {"x": 1})
+    assert run(["pool", "card", str(out)]) == 0
+    assert "loss |" not in (out / "README.md").read_text()
+    assert record_of(out / "a") is None and record_of(pool / "a") == record

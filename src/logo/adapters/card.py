@@ -13,7 +13,7 @@ from typing import Any
 
 from logo.adapters.format import Adapter
 from logo.adapters.hub import is_repo_id
-from logo.adapters.notes import CHANGES
+from logo.adapters.notes import BEFORE, CHANGES
 
 PICTURE = "study.png"
 # Ranks that vLLM can be started for.
@@ -187,7 +187,7 @@ def _module(adapter: Adapter, local: str) -> str:
 def _losses(notes: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, str]]:
     """Every number called a loss that the notes hold for adapters by name: what it is called -> adapter -> number."""
     found: dict[str, dict[str, str]] = {}
-    for entries in notes.values():
+    for entries in (value for key, value in notes.items() if key != BEFORE):
         if not isinstance(entries, Mapping) or not set(names) & set(entries):
             continue
         for name in names:

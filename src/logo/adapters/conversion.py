@@ -22,11 +22,13 @@ import torch
 from logo.adapters.config import changed_base, read_raw
 from logo.adapters.format import Adapter, LoraWeights
 from logo.adapters.layout import core_path
-from logo.adapters.spectra import norm
+from logo.adapters.spectra import norm, relative_error
 from logo.adapters.survey import survey
 from logo.adapters.writing import plain_tensors, save_adapter
 from logo.errors import AdapterError, StorageError
 
+# Largest relative error that another dtype may cost: bfloat16 costs 0.3 %.
+_TOLERATED = 0.01
 # Share of an update that may be left of it by rounding alone, once the very same update is taken away.
 _NOTHING = 1e-6
 
@@ -77,6 +79,7 @@ class Converted:
         config: its settings.
         before: the dtypes that it was stored in.
         init: the initialisation that it was freed from; None for a plain adapter.
+        error: `‖ΔW - ΔW'‖ / ‖ΔW‖` of rounding to the new dtype.
     """
 
     adapter: Adapter
@@ -84,6 +87,7 @@ class Converted:
     config: dict[str, Any]
     before: tuple[torch.dtype, ...]
     init: str | None
+    error: float
 
 
 def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initial | None = None) -> Converted:
@@ -96,7 +100,8 @@ def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initi
 
     Raises:
         AdapterError: it cannot be read, does not say that it began as something else though `initial` is given, its
-            initial adapter is missing, another one's or the trained one itself, or a value does not fit in the dtype.
+            initial adapter is missing, another one's or the trained one itself, or it does not fit in the dtype: a
+            value is too large, or too much is lost.
     """
     config = read_raw(adapter.folder)
     init = changed_base(config)
@@ -119,9 +124,16 @@ def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initi
             "converted an adapter); convert it without --initial, or, if it began so and was never converted, set "
             "init_lora_weights to what it was, such as 'pissa'",
         )
+    exact = weights
     if dtype is not None:
-        weights = {path: _stored(adapter, path, one, dtype) for path, one in weights.items()}
-    return Converted(adapter, weights, config, before, init)
+        weights = {path: _stored(adapter, path, one, dtype) for path, one in exact.items()}
+    error = relative_error(exact, weights)
+    if error > _TOLERATED:
+        better = "bf16 or fp32" if dtype is torch.float16 else "fp32"
+        raise AdapterError(
+            adapter.name, f"rounding to {dtype} costs {error:.1%} of its update (relative error); use {better}"
+        )
+    return Converted(adapter, weights, config, before, init, error)
 
 
 def write_converted(result: Converted, folder: Path) -> None:

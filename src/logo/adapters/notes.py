@@ -16,6 +16,7 @@ from logo.errors import StorageError, UsageError
 
 NOTES = "pool.json"
 CHANGES = "changes"
+BEFORE = "before"  # what was known of adapters that do not do quite the same any more
 ADAPTERS = "adapters"  # what is known of each adapter, by name
 
 RECORD = "training.json"
@@ -66,14 +67,32 @@ def checked(file: Path, *homes: Path) -> Path:
     return file
 
 
-def changed(notes: Mapping[str, Any], change: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def changed(
+    notes: Mapping[str, Any], change: Mapping[str, Any], same: Collection[str], other: Collection[str]
+) -> dict[str, Any]:
     """The notes of a pool that was made of another one: all that the other's say of it and of the adapters that it
-    still has, and what was done, last."""
-    before, adapters = notes.get(CHANGES), notes.get(ADAPTERS)
-    kept = dict(notes)
-    if isinstance(adapters, Mapping):
-        kept[ADAPTERS] = {name: record for name, record in adapters.items() if name in names}
-    return {**kept, CHANGES: [*(before if isinstance(before, list) else []), dict(change)]}
+    still has, and what was done, last.
+
+    Args:
+        same: adapters that do what they did.
+        other: those that do something else by now. What the notes say of each, losses above all, goes under `before`.
+    """
+    done, past = notes.get(CHANGES), notes.get(BEFORE)
+    before = dict(past) if isinstance(past, Mapping) else {}
+    kept: dict[str, Any] = {}
+    for key, value in notes.items():
+        if not isinstance(value, Mapping) or key in (CHANGES, BEFORE):
+            kept[key] = value
+            continue
+        gone = {name for name in other if isinstance(value.get(name), Mapping)}
+        if gone:
+            earlier = before.get(key)
+            before[key] = {**(earlier if isinstance(earlier, Mapping) else {}), **{name: value[name] for name in gone}}
+        stays = [name for name in value if name not in gone and (key != ADAPTERS or name in same)]
+        kept[key] = {name: value[name] for name in stays}
+    if before:
+        kept[BEFORE] = before
+    return {**kept, CHANGES: [*(done if isinstance(done, list) else []), dict(change)]}
 
 
 def write_notes(root: Path, notes: Mapping[str, Any]) -> None:

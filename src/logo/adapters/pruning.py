@@ -6,7 +6,6 @@ made from the factors, and its own factors are `B' = U √σ` and `A' = √σ V�
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from logo.adapters.config import read_raw
 from logo.adapters.format import Adapter, LoraWeights
-from logo.adapters.spectra import difference, norm, rank_for, spectrum
+from logo.adapters.spectra import rank_for, relative_error, spectrum
 from logo.adapters.writing import plain_tensors, save_adapter, unscaled
 from logo.errors import AdapterError, UsageError
 
@@ -44,13 +43,15 @@ class Pruned:
     """An adapter of smaller rank.
 
     Attributes:
-        weights: by module path, of scale 1, in the dtype that the adapter had.
+        weights: by module path, in the dtype that the adapter had; of scale 1, unless they are its own.
         error: `‖ΔW - ΔW'‖ / ‖ΔW‖` over all modules, rounding to that dtype included.
+        kept: no module's rank is smaller, so these are the adapter's own factors.
     """
 
     adapter: Adapter
     weights: dict[str, LoraWeights]
     error: float
+    kept: bool
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -66,21 +67,25 @@ class Pruned:
 def pruned(adapter: Adapter, budget: Budget) -> Pruned:
     """The adapter within the budget. No module's rank grows, and none is left out: an update of zeros keeps rank 1.
 
+    An adapter that is within it already keeps its factors: other ones would only be rounded once more.
+
     Raises:
         AdapterError: it cannot be read, or the new factors do not fit in its dtype.
     """
-    weights: dict[str, LoraWeights] = {}
-    lost = total = 0.0
-    for path, one in adapter.read().items():
+    own, weights = adapter.read(), dict[str, LoraWeights]()
+    cut = {}
+    for path, one in own.items():
         found = spectrum(one)
         rank = rank_for(found.values, budget.energy) if budget.energy is not None else budget.rank
-        smaller = rounded(found.truncated(min(rank or 1, len(one.A))), one.A.dtype)
+        rank = min(rank or 1, len(one.A))
+        weights[path] = rounded(found.truncated(rank), one.A.dtype)
+        cut[path] = rank < len(one.A)
+    if not any(cut.values()):
+        return Pruned(adapter, own, 0.0, True)
+    for path, smaller in weights.items():
         if not all(bool(factor.isfinite().all()) for factor in (smaller.A, smaller.B)):
-            raise AdapterError(adapter.name, f"the pruned factors of {path} do not fit in {one.A.dtype}")
-        weights[path] = smaller
-        lost += norm(difference(one, smaller)) ** 2
-        total += found.norm**2
-    return Pruned(adapter, weights, math.sqrt(lost / total) if total else 0.0)
+            raise AdapterError(adapter.name, f"the pruned factors of {path} do not fit in {smaller.A.dtype}")
+    return Pruned(adapter, weights, relative_error(own, weights), False)
 
 
 def rounded(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
@@ -90,5 +95,7 @@ def rounded(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
 
 def write_pruned(result: Pruned, folder: Path) -> None:
     """Writes it as a PEFT folder with the settings that the adapter had, but for ranks and scales."""
-    config = read_raw(result.adapter.folder) | unscaled(result.ranks)
+    config = read_raw(result.adapter.folder)
+    if not result.kept:
+        config |= unscaled(result.ranks)
     save_adapter(folder, plain_tensors(result.weights), config)

@@ -8,6 +8,8 @@ it is computed in float64: what an update and its rounded copy differ by is far 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +72,21 @@ def difference(one: LoraWeights, other: LoraWeights) -> LoraWeights:
         torch.cat([one.scaling * one.B.double(), -other.scaling * other.B.double()], dim=1),
         1.0,
     )
+
+
+def relative_error(exact: Mapping[str, LoraWeights], other: Mapping[str, LoraWeights]) -> float:
+    """`‖ΔW - ΔW'‖ / ‖ΔW‖` over all modules; exactly 0 where no factor differs."""
+    lost = [
+        norm(difference(one, other[path]))
+        for path, one in exact.items()
+        if not (_equal(one.A, other[path].A) and _equal(one.B, other[path].B) and one.scaling == other[path].scaling)
+    ]
+    total = math.hypot(*map(norm, exact.values())) if lost else 0.0
+    return math.hypot(*lost) / total if total else 0.0
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.double(), other.double())
 
 
 def inner(one: LoraWeights, other: LoraWeights) -> float:

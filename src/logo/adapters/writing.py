@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from logo.adapters.format import Adapter, LoraWeights
 
-Write = Callable[["Adapter", Path], None]  # makes the folder of one adapter
+Write = Callable[["Adapter", Path], bool]  # makes the folder of one adapter; whether it does what the adapter did
 Tell = Callable[[], None]
 
 
@@ -74,7 +74,8 @@ def write_pool(
     """Makes a pool of another one, which is not touched: all of it or nothing.
 
     Args:
-        root: the folder of the pool that there is; its `pool.json` is carried through, and each `training.json`.
+        root: the folder of the pool that there is; its `pool.json` is carried through, and each `training.json` of an
+            adapter that does what it did.
         adapters: those of it that the new pool has; each keeps its place below the folder.
         out: must not exist yet, or be empty.
         write: is given an adapter and the folder to make.
@@ -90,20 +91,21 @@ def write_pool(
         raise UsageError(f"{out} lies in the pool {root} itself; name a folder outside of it")
     if (root / NOTES).is_symlink():
         checked(root / NOTES, root)
-    notes, names = read_notes(root), set[str]()
+    notes, same, other = read_notes(root), set[str](), set[str]()
     with new_folder(out, "the pool") as part:
         for adapter in adapters:
             place = part / adapter.folder.relative_to(root)
-            write(adapter, place)
-            if (adapter.folder / RECORD).is_file():
+            as_before = write(adapter, place)
+            # To `logo train` the record says that this is what training made, and to a card that its losses hold.
+            if as_before and (adapter.folder / RECORD).is_file():
                 shutil.copyfile(checked(adapter.folder / RECORD, root, adapter.folder), place / RECORD)
-            names.add(adapter.name)
+            (same if as_before else other).add(adapter.name)
             if tell is not None:
                 tell()
-        write_notes(part, changed(notes, change(), names))
+        write_notes(part, changed(notes, change(), same, other))
 
 
-def copy_adapter(adapter: Adapter, folder: Path) -> None:
+def copy_adapter(adapter: Adapter, folder: Path) -> bool:
     """Copies configuration, weights and what the adapter responds to neutral texts; for use within `new_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in (adapter.folder / CONFIG, adapter.file.path):
@@ -112,6 +114,7 @@ def copy_adapter(adapter: Adapter, folder: Path) -> None:
         for file in (adapter.folder / RESPONSES).rglob("*"):
             checked(file, adapter.folder)
         shutil.copytree(adapter.folder / RESPONSES, folder / RESPONSES)
+    return True
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:

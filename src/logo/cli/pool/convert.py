@@ -11,7 +11,7 @@ from rich.text import Text
 
 from logo.adapters.card import short_ranks
 from logo.cli.options import Choice, OnBad
-from logo.cli.output import out, print_json, size
+from logo.cli.output import natural_width, out, print_json, screen, size
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, refusals, steps, tell_refused
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def convert(
     to = None if dtype is None else DTYPES[dtype.value]
     results: list[dict[str, Any]] = []
 
-    def write(adapter: Adapter, place: Path) -> None:
+    def write(adapter: Adapter, place: Path) -> bool:
         result = converted(adapter, to, first)
         write_converted(result, place)
         weights = result.weights.values()
@@ -80,12 +80,15 @@ def convert(
                     "ranks": sorted({len(one.A) for one in weights}),
                     "bytes": sum(file.stat().st_size for file in place.glob("*.safetensors")),
                 },
+                "error": result.error,
             }
         )
+        return result.error == 0
 
     def change() -> dict[str, Any]:
         how = {"dtype": None if dtype is None else dtype.value, "initial": bool(initial)}
-        return {"command": "convert", **how, "refused": [bad.name for bad in pool.refused]}
+        errors = {one["name"]: one["error"] for one in results if one["error"]}
+        return {"command": "convert", **how, "relative_errors": errors, "refused": [bad.name for bad in pool.refused]}
 
     with steps("adapters", len(pool)) as step:
         write_pool(folder, pool, out_folder, write, change, step)
@@ -99,14 +102,15 @@ def convert(
 
 def _print(results: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in ("adapter", "was", "dtype", "rank", "size", "is", "rank", "size"):
-        table.add_column(head, justify="right" if head in ("rank", "size") else "left")
+    for head in ("adapter", "was", "dtype", "rank", "size", "is", "rank", "size", "error"):
+        table.add_column(head, justify="right" if head in ("rank", "size", "error") else "left")
     for one in results:
         was, now = one["from"], one["to"]
         kind = ", ".join(filter(None, ("pickle" if was["file"].endswith(".bin") else "safetensors", was["init"])))
         cells = (kind, _listed(was["dtypes"]), short_ranks(was["ranks"]), size(was["bytes"]))
-        table.add_row(Text(one["name"]), *cells, _listed(now["dtypes"]), short_ranks(now["ranks"]), size(now["bytes"]))
-    out.print(table)
+        after = (_listed(now["dtypes"]), short_ranks(now["ranks"]), size(now["bytes"]), f"{one['error']:.2g}")
+        table.add_row(Text(one["name"]), *cells, *after)
+    screen(natural_width(table)).print(table)
 
 
 def _listed(values: list[Any]) -> str:

@@ -51,7 +51,7 @@ def prune(
     pool = opened(folder, allow_pickle, on_bad_adapter)
     results: list[dict[str, Any]] = []
 
-    def write(adapter: Adapter, to: Path) -> None:
+    def write(adapter: Adapter, to: Path) -> bool:
         result = pruned(adapter, budget)
         write_pruned(result, to)
         after = sorted(set(result.ranks.values()))
@@ -66,6 +66,7 @@ def prune(
                 "error": result.error,
             }
         )
+        return result.kept
 
     def change() -> dict[str, Any]:
         errors = {one["name"]: one["error"] for one in results}
