@@ -78,7 +78,17 @@ class Line:
 
 
 class Peers:
-    """Replicas by themselves: dead ones say so."""
+    """Replicas by themselves: dead ones say so.
+
+    Args:
+        busy: some take requests.
+    """
+
+    def __init__(self, busy: bool = False) -> None:
+        self._busy = busy
+
+    async def answering(self) -> bool:
+        return self._busy
 
     async def gone(self, handle: Pretend) -> bool:
         return handle.dead
@@ -368,6 +378,7 @@ def test_a_replica_with_another_pool_may_not_answer() -> None:
 
 def test_another_coordinator_learns_from_the_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "_AGAIN", 0.01)
+    monkeypatch.setattr(coordinating, "REFUSED", 0.0)
 
     async def test() -> None:
         async with replicas(*TWO) as (place, (x, y)):
@@ -386,6 +397,73 @@ def test_another_coordinator_learns_from_the_replicas(monkeypatch: pytest.Monkey
             assert await again.change(Change("b")) is None
             assert x.pool == y.pool == late.pool == ("a", "new")
             await late.member.leave()
+
+    run(test)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_coordinator_that_is_started_again_changes_nothing_while_a_replica_may_answer_that_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    monkeypatch.setattr(membership, "_AGAIN", 0.01)
+    monkeypatch.setattr(membership, "LEASE", 0.4)
+    monkeypatch.setattr(coordinating, "REFUSED", 0.6)
+    monkeypatch.setattr(coordinating, "_POLL", 0.05)
+
+    async def test() -> None:
+        async with replicas(*TWO) as (place, (x, y)):
+            again = Coordinator(Peers(busy=True), "a,b", settle=0)
+            elsewhere = Place()
+            first = x
+            if fresh:  # another one is faster than those that were there before
+                first = Pretend("z", Place(again))
+                x.member._link, y.member._link = Line("x", elsewhere, x), Line("y", elsewhere, y)
+                place.coordinator = None
+                await first.member.join()
+            else:
+                y.member._link = Line("y", elsewhere, y)  # does not reach it
+                place.coordinator = again
+                while "x" not in again._members:
+                    await asyncio.sleep(0.01)
+            error = await again.change(NEW)
+            assert isinstance(error, NotReady) and "started again" in str(error)
+            assert first.pool == y.pool and not y.gate.closed_for
+            while isinstance(await again.change(NEW), NotReady):
+                await asyncio.sleep(0.01)
+            assert first.pool == ("a", "b", "new") and first.gate.closed_for == 0
+            assert y.pool == ("a", "b") and y.gate.closed_for > 0  # it has stopped answering by itself before
+            elsewhere.coordinator = again
+            while y.gate.closed_for:
+                await asyncio.sleep(0.01)
+            assert y.pool == ("a", "b", "new")
+            if fresh:
+                await first.member.leave()
+
+    run(test)
+
+
+def test_a_replica_answers_for_as_long_as_it_hears_of_its_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "LEASE", 0.4)
+    monkeypatch.setattr(membership, "_AGAIN", 0.01)
+    monkeypatch.setattr(coordinating, "_POLL", 0.05)
+
+    async def test() -> None:
+        async with replicas(*TWO) as (place, (x, y)):
+            there = place.coordinator
+            assert there is not None
+            for _ in range(30):
+                await asyncio.sleep(0.02)
+                assert x.gate.closed_for == y.gate.closed_for == 0
+            place.coordinator = None
+            while not x.gate.closed_for:
+                await asyncio.sleep(0.01)
+            place.coordinator = there
+            while x.gate.closed_for:
+                await asyncio.sleep(0.01)
+            # What the coordinator has closed is not opened by what else is heard of it.
+            await x.member._close()
+            await asyncio.sleep(0.2)
+            assert x.gate.closed_for > 0
 
     run(test)
 

@@ -103,7 +103,7 @@ def serving(ray: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
     ray.serve = made = Serving(calls)
     ray.shutdown = lambda: calls.append("shutdown")
     monkeypatch.setitem(sys.modules, "ray.serve", made)
-    monkeypatch.setitem(sys.modules, "ray.serve.schema", made.schema)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray.serve.schema", made.schema)
     for name in ("connect", "application"):
         monkeypatch.setattr(replicas, name, lambda *parts: None)
     monkeypatch.setattr(replicas, "imported", lambda: ray)

@@ -5,7 +5,8 @@
 A replica that is closed gives no answer that depends on its pool, and none is opened before all have taken the new one:
 whoever has seen an answer from the new pool gets none from the old one afterwards. What fails before `take` changes
 nothing anywhere. A replica that does not do what comes after is ended, since it may neither answer nor stay behind; one
-that starts later is told what has changed before it may answer.
+that starts later is told what has changed before it may answer. One that has not heard of a coordinator for a while
+answers no more, so that a coordinator that is started again knows when there is none beside those that have joined it.
 
 Knows neither Ray nor engines: replicas fetch commands (`next`) and report what came of them (`reply`).
 """
@@ -30,6 +31,11 @@ Kind = Literal["stage", "forget", "close", "take", "open", "metrics", "drain"]
 
 # Seconds: that a new pool may take to be made ready, and that anything else may take.
 STAGING, PATIENCE = 900.0, 60.0
+
+# Seconds for which a replica answers that hears nothing of a coordinator; and for which a coordinator that is started
+# again changes nothing, so that by then no replica answers that it does not know.
+LEASE = 120.0
+REFUSED = LEASE + 10.0
 
 # Seconds between two looks at whether a replica that does not answer is there.
 _LOOK = 1.0
@@ -114,6 +120,9 @@ class Joined:
 class Peers(Protocol):
     """What is known of replicas from outside, by their handles."""
 
+    async def answering(self) -> bool:
+        """Whether any replica takes requests."""
+
     async def gone(self, handle: Any) -> bool:
         """Whether a replica has certainly ended."""
 
@@ -168,7 +177,9 @@ class Coordinator:
 
     def __init__(self, peers: Peers, digest: str | None = None, settle: float = 5.0) -> None:
         self._peers, self._digest = peers, digest
-        self._settled = time.monotonic() + settle
+        self._began = time.monotonic()
+        self._settled = self._began + settle
+        self._again = False  # others have had a coordinator before this one
         self._state: State | None = None
         self._members: dict[str, _Member] = {}
         self._lock = asyncio.Lock()
@@ -190,6 +201,8 @@ class Coordinator:
             if known is None:
                 if fresh and self._digest not in (None, state.digest):
                     return Joined(state, refused=f"expected the pool {self._digest}, opened {state.digest}")
+                # A replica that joins first takes no requests yet: who does, has joined another coordinator.
+                self._again = not fresh or await self._peers.answering()
                 known = self._state = state
             if state.digest != known.digest:
                 if state.version < known.version and (behind := state.towards(known)):
@@ -230,6 +243,9 @@ class Coordinator:
         async with self._lock:
             if self._state is None or not self._members:
                 return NotReady("no replica is ready")
+            if self._again and (left := self._began + REFUSED - time.monotonic()) > 0:
+                said = "the replicas' coordinator has started again, and does not know all of them yet"
+                return NotReady(f"{said}; try again in {left:.0f} s")
             try:
                 staged = await self._ask("stage", STAGING, change=change)
                 error = _disagreement(staged) or await self._close()

@@ -34,10 +34,14 @@ class Gate:
         self._closed_since = None
         self._open.set()
 
-    async def close(self) -> None:
-        """Lets nobody in, and waits until all who are inside have decided what answers them."""
+    def shut(self) -> None:
+        """Lets nobody in."""
         self._open.clear()
         self._closed_since = self._closed_since or time.monotonic()
+
+    async def close(self) -> None:
+        """Lets nobody in, and waits until all who are inside have decided what answers them."""
+        self.shut()
         await self._empty.wait()
 
     async def enter(self) -> Visit:

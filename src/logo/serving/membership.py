@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from logo.errors import LoGoError, PoolError
 from logo.protocol import NotReady
-from logo.serving.coordinator import Command, Joined, State
+from logo.serving.coordinator import LEASE, Command, Joined, State
 from logo.serving.gate import Gate
 from logo.serving.pool import Change
 
@@ -74,7 +75,10 @@ class Member:
         self._link, self._own, self._gate = link, own, gate
         self.state = state
         self.trouble: str | None = None
+        self._paused = True  # by the coordinator, or before it has joined
+        self._until = 0.0  # when it will have heard nothing of a coordinator for too long
         self._following: asyncio.Task[None] | None = None
+        self._lapsing: asyncio.Task[None] | None = None
         self._doing: set[asyncio.Task[None]] = set()
 
     async def join(self) -> None:
@@ -85,10 +89,11 @@ class Member:
         """
         await self._joined(fresh=True)
         self._following = asyncio.create_task(self._follow())
+        self._lapsing = asyncio.create_task(self._lapse())
 
     async def leave(self) -> None:
         """Follows no more."""
-        tasks = [*self._doing, *([] if self._following is None else [self._following])]
+        tasks = [*self._doing, *(task for task in (self._following, self._lapsing) if task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -100,8 +105,33 @@ class Member:
         if self.trouble is not None:
             raise PoolError(self.trouble)
 
+    def _open(self) -> None:
+        self._paused = False
+        if time.monotonic() < self._until:
+            self._gate.open()
+
+    async def _close(self) -> None:
+        self._paused = True
+        await self._gate.close()
+
+    def _heard(self, asked: float) -> None:
+        """A coordinator that knows this replica has answered what it was asked at this time."""
+        self._until = asked + LEASE
+        if not self._paused:
+            self._open()
+
+    async def _lapse(self) -> None:
+        """Answers no more when it has heard nothing for too long: another coordinator may change what others answer."""
+        while True:
+            left = self._until - time.monotonic()
+            if left <= 0 and not self._gate.closed_for:
+                _log.warning("requests wait: the replicas' coordinator has not answered for %.0f s", LEASE)
+                self._gate.shut()
+            await asyncio.sleep(max(left, _AGAIN))
+
     async def _joined(self, *, fresh: bool) -> None:
         while True:
+            asked = time.monotonic()
             try:
                 found = await self._link.join(self.state, fresh=fresh)
             except Lost:
@@ -111,8 +141,9 @@ class Member:
                 raise PoolError(f"this replica gets no requests: {found.refused}")
             if not found.behind:
                 self.state = found.state
-                return self._gate.open()
-            await self._gate.close()
+                self._heard(asked)
+                return self._open()
+            await self._close()
             digest = await self._caught_up(found.behind)
             self.state = replace(found.state, digest=digest)
 
@@ -141,10 +172,13 @@ class Member:
     async def _follow(self) -> None:
         try:
             while True:
+                asked = time.monotonic()
                 try:
                     command = await self._link.next()
                 except Lost:
                     command = False
+                if command:
+                    self._heard(asked)
                 if isinstance(command, Command):
                     task = asyncio.create_task(self._do(command))
                     self._doing.add(task)
@@ -155,7 +189,7 @@ class Member:
         except Exception as error:
             _log.exception("this replica follows the others no more")
             self.trouble = str(error)
-            await self._gate.close()
+            await self._close()
 
     async def _do(self, command: Command) -> None:
         try:
@@ -177,9 +211,9 @@ class Member:
             await self._own.take()
             self.state = command.state
         elif command.kind == "close":
-            await self._gate.close()
+            await self._close()
         elif command.kind == "open":
-            self._gate.open()
+            self._open()
         elif command.kind == "forget":
             await self._own.forget()
         elif command.kind == "drain":

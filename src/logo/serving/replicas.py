@@ -180,6 +180,14 @@ class ActorLink:
 class ActorPeers:
     """Replicas as Ray's actors."""
 
+    async def answering(self) -> bool:
+        """Whether Ray Serve gives requests to any replica of the coordinator's application."""
+        from ray import serve
+
+        name = serve.get_deployment_actor_context().app_name
+        running, _, _ = await asyncio.to_thread(_running, serve, name)
+        return running > 0
+
     async def gone(self, handle: Any) -> bool:
         """Whether Ray says that it has ended; one that only does not answer may come back."""
         from ray.exceptions import RayActorError
@@ -326,9 +334,9 @@ def _there(serve: Any, address: tuple[str, int]) -> tuple[str, int]:
     return str(found.http_config.host), int(found.http_config.port)
 
 
-def _running(serve: Any) -> tuple[int, str, str]:
+def _running(serve: Any, name: str = APPLICATION) -> tuple[int, str, str]:
     """How many replicas take requests, the application's status, and what there is to say about it."""
-    found = serve.status().applications.get(APPLICATION)
+    found = serve.status().applications.get(name)
     if found is None:
         return 0, "NOT_STARTED", ""
     count = sum(one.replica_states.get("RUNNING", 0) for one in found.deployments.values())
