@@ -1,7 +1,9 @@
 """Writing adapters and pools: plain PEFT folders, all of one or nothing.
 
-What is written goes into a hidden folder beside the place where it belongs and takes its name at the end, so that
-nobody ever finds half of it. Settings that this version does not know are carried through unchanged.
+What is written goes into a hidden folder beside the place where it belongs (`.{name}.part-*`) and takes its name at
+the end, once it is synced, so that nobody ever finds half of it. Whoever writes holds a lock on the hidden folder: one
+that nobody holds was left by a process that died, and goes when the same place is written next. Settings that this
+version does not know are carried through unchanged.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from logo.adapters.config import CONFIG
 from logo.adapters.notes import NOTES, RECORD, RESPONSES, changed, checked, read_notes, write_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import LoGoError, StorageError, UsageError
+from logo.folders import locked, make_folder, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +38,8 @@ def check_new(folder: Path) -> None:
     """Raises UsageError if something is in the way of a folder that is to be written."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UsageError(f"{folder} exists already and is not an empty folder; name another one, or remove it")
+    if folder.exists() and folder.samefile(os.curdir):
+        raise UsageError(f"{folder} is the folder that this runs in, which cannot be replaced; name another one")
 
 
 @contextmanager
@@ -44,23 +50,70 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
         what: for messages, such as `the mixture`.
 
     Raises:
-        UsageError: `folder` holds something already.
+        UsageError: `folder` holds something already, or is the current one.
         StorageError: it cannot be written.
     """
     from safetensors import SafetensorError
 
-    part = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         check_new(folder)
-        part.mkdir(parents=True)
-        yield part
-        os.replace(part, folder)
+        target = folder.resolve()  # a link keeps its target's place, and its target's disk
+        make_folder(target.parent)
+        with _part(target) as part:
+            yield part
+            _sync(part)
+            os.replace(part, target)
+            sync_folder(target.parent)
     except LoGoError:
         raise
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{what} cannot be written to {folder}: {error}") from error
+
+
+@contextmanager
+def _part(target: Path) -> Iterator[Path]:
+    """A hidden folder beside another one, of a name that nobody else has, locked and there as long as the block runs.
+
+    Writing takes minutes, so that the lock on the parent, which all who write there share, is held only at first.
+    """
+    front = f".{target.name}.part-"
+    with ExitStack() as held:
+        with locked(target.parent) as alone:
+            if alone:
+                for left in [path for path in target.parent.iterdir() if path.name.startswith(front)]:
+                    if _deserted(left):
+                        shutil.rmtree(left, ignore_errors=True)
+            part = target.with_name(front + secrets.token_hex(8))
+            part.mkdir()
+            held.callback(shutil.rmtree, part, ignore_errors=True)  # nothing is there any more if all went well
+            held.enter_context(locked(part))
+        yield part
+
+
+def _deserted(part: Path) -> bool:
+    """Whether nobody holds the lock on a folder. Only where there are such locks."""
+    import fcntl
+
+    try:
+        descriptor = os.open(part, os.O_RDONLY)
+    except FileNotFoundError:  # it took its name, or went, meanwhile
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    """Makes everything in a folder durable."""
+    for current, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            with open(Path(current, name), "rb+") as stream:
+                os.fsync(stream.fileno())
+        sync_folder(Path(current))
 
 
 def write_pool(
