@@ -74,12 +74,12 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Path:
-    """Five of one recipe, of which `b` is `a` with other factors and twice as large, and `copy` is `a` in bfloat16."""
+    """Five of one recipe, of which `b` is `a` with other factors of other sizes, and `copy` is `a` in bfloat16."""
     for number, name in enumerate(("a", "c", "d")):
         write(tmp_path / name, tensors(seed=number))
     turned = {}
     for key, value in tensors(seed=0).items():
-        turned[key] = 2 * value if "lora_A" in key else value
+        turned[key] = 2 * value if "lora_A" in key else value / 2
     write(tmp_path / "b", {key: value.flip(0 if "lora_A" in key else 1) for key, value in turned.items()})
     write(tmp_path / "copy", {key: value.bfloat16() for key, value in tensors(seed=0).items()})
     return tmp_path
@@ -94,6 +94,19 @@ def test_near_duplicates_are_found_whatever_their_factors_size_and_dtype(pool: P
     assert found.nearest("c") is not None and found.nearest("c")[1] < 0.9  # type: ignore[index]
     gone = duplicates(adapters, found, 0.9)
     assert [(one.name, one.kept) for one in gone] == [("b", "a"), ("copy", "a")]
+
+
+def test_the_same_update_of_another_size_is_no_duplicate(tmp_path: Path) -> None:
+    """Whoever has it in the pool would lose it for one that does next to nothing."""
+    for name, size in (("a", 0.01), ("b", 1.0), ("c", 0.95)):
+        write(tmp_path / name, {key: size * value if "lora_B" in key else value for key, value in tensors().items()})
+    adapters = opened(tmp_path)
+    found = anatomy(adapters)
+    assert float(found.cosine[0, 1]) == pytest.approx(1.0)
+    [one] = duplicates(adapters, found, 0.9)
+    assert (one.name, one.kept) == ("c", "b") and one.norm == pytest.approx(0.95 * one.kept_norm, rel=1e-5)
+    assert duplicates(adapters, found, 0.96) == []
+    assert len(duplicates(adapters, found, 0.001)) == 2
 
 
 def test_the_opposite_update_is_no_duplicate(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_dedupe_copies_what_stays_and_lists_who_went(
     before = {path: path.read_bytes() for path in pool.rglob("*") if path.is_file()}
     assert run(["pool", "dedupe", str(pool), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "gone twin for a: overlap 1.00, cosine 1.00" in said and "3 of 4 adapters stay" in said
+    assert "gone twin for a: overlap 1.00, cosine 1.00, norms " in said and "3 of 4 adapters stay" in said
     assert {path: path.read_bytes() for path in pool.rglob("*") if path.is_file()} == before
     kept = AdapterPool.from_directory(tmp_path / "out")
     assert kept.names == ("a", "dead", "deep/b")

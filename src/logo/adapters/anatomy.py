@@ -8,6 +8,8 @@ Two adapters are compared on the modules that both adapt:
                                               other. U_i are the left singular vectors that hold `ENERGY` of ‖ΔW_i‖²:
                                               the smallest ones of a trained adapter are noise.
     cosine    ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖)   over all modules: 1 only for the same update, up to its size.
+
+Near-duplicates are alike in size too: `min(‖ΔW_i‖, ‖ΔW_j‖) / max(‖ΔW_i‖, ‖ΔW_j‖)`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from logo.adapters.layout import core_path
 from logo.adapters.spectra import Spectrum, effective_rank, rank_for, spectrum
 
 ENERGY = 0.99
+_ROUNDING = 1e-6
 # Floats of one block of inner products (64 MiB): bounds memory whatever the pool's size.
 _BLOCK = 16 * 2**20
 
@@ -74,8 +77,12 @@ class Anatomy:
         return self.names[best], float(self.overlap[row, best]), float(self.cosine[row, best])
 
     def near_duplicates(self, threshold: float) -> list[tuple[str, str, float, float]]:
-        """Pairs whose overlap and cosine both reach the threshold, with both, the most alike first."""
-        alike = (self.overlap >= threshold) & (self.cosine >= threshold)  # NaN reaches nothing
+        """Pairs whose overlap, cosine and ratio of norms all reach the threshold, with the first two, the most alike
+        first. Without the norms, an adapter could go for one that does the same a hundred times weaker."""
+        norms = torch.tensor([self.norm(name) for name in self.names], dtype=torch.float64)
+        ratio = torch.minimum(norms[:, None], norms) / torch.maximum(norms[:, None], norms)
+        # NaN reaches nothing. Two norms that differ by rounding are one.
+        alike = (self.overlap >= threshold) & (self.cosine >= threshold) & (ratio >= threshold - _ROUNDING)
         pairs = [(i, j) for i, j in alike.nonzero().tolist() if i < j]
         found = [(self.names[i], self.names[j], float(self.overlap[i, j]), float(self.cosine[i, j])) for i, j in pairs]
         return sorted(found, key=lambda pair: -min(pair[2:]))

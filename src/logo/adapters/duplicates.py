@@ -11,12 +11,14 @@ from logo.adapters.format import Adapter
 
 @dataclass(frozen=True)
 class Gone:
-    """An adapter that goes, and the one that stays for it."""
+    """An adapter that goes, and the one that stays for it; with the norm of each."""
 
     name: str
     kept: str
     overlap: float
     cosine: float
+    norm: float
+    kept_norm: float
 
 
 def duplicates(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> list[Gone]:
@@ -40,7 +42,7 @@ def duplicates(adapters: Sequence[Adapter], found: Anatomy, threshold: float) ->
         if stays is None:
             kept.append(adapter.name)
         else:
-            gone[adapter.name] = Gone(adapter.name, stays, *near[stays])
+            gone[adapter.name] = Gone(adapter.name, stays, *near[stays], found.norm(adapter.name), found.norm(stays))
     return [gone[adapter.name] for adapter in adapters if adapter.name in gone]
 
 

@@ -29,8 +29,8 @@ Threshold = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
-        help="Two adapters are near-duplicates where the overlap of their column spaces and the cosine of their "
-        "updates both reach it.",
+        help="Two adapters are near-duplicates where the overlap of their column spaces, the cosine of their updates "
+        "and the smaller norm's share of the larger one all reach it.",
     ),
 ]
 

@@ -61,7 +61,14 @@ def dedupe(
                 "refused": refusals(pool.refused),
                 "kept": [adapter.name for adapter in kept],
                 "gone": [
-                    {"name": one.name, "kept": one.kept, "overlap": one.overlap, "cosine": one.cosine} for one in gone
+                    {
+                        "name": one.name,
+                        "kept": one.kept,
+                        "overlap": one.overlap,
+                        "cosine": one.cosine,
+                        "norms": [one.norm, one.kept_norm],
+                    }
+                    for one in gone
                 ],
             }
         )
@@ -71,7 +78,8 @@ def dedupe(
             Text.assemble(
                 ("gone ", "yellow"),
                 (one.name, "bold"),
-                f" for {one.kept}: overlap {one.overlap:.2f}, cosine {one.cosine:.2f}",
+                f" for {one.kept}: overlap {one.overlap:.2f}, cosine {one.cosine:.2f}, norms {one.norm:.3g} and "
+                f"{one.kept_norm:.3g}",
             )
         )
     where = "nothing written" if dry_run else f"{out_folder}: written"

@@ -85,7 +85,11 @@ def show(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> None:
         out.print()
     for one, other, overlap, cosine in found.near_duplicates(threshold):
         out.print(
-            Text.assemble(("near-duplicates ", "yellow"), f"{one}, {other}: overlap {overlap:.2f}, cosine {cosine:.2f}")
+            Text.assemble(
+                ("near-duplicates ", "yellow"),
+                f"{one}, {other}: overlap {overlap:.2f}, cosine {cosine:.2f}, norms {found.norm(one):.3g} and "
+                f"{found.norm(other):.3g}",
+            )
         )
     for outlier in outliers(adapters, found):
         out.print(Text.assemble(("stands out ", "yellow"), f"{_listed(outlier.adapters)}: {outlier.text}"))
@@ -111,7 +115,12 @@ def report(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> dic
         "overlap": _numbers(found.overlap),
         "cosine": _numbers(found.cosine),
         "near_duplicates": [
-            {"adapters": [one, other], "overlap": overlap, "cosine": cosine}
+            {
+                "adapters": [one, other],
+                "overlap": overlap,
+                "cosine": cosine,
+                "norms": [found.norm(one), found.norm(other)],
+            }
             for one, other, overlap, cosine in found.near_duplicates(threshold)
         ],
         "stands_out": [
