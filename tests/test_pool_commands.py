@@ -349,6 +349,53 @@ def test_a_card_tells_of_what_is_sent(
     ]
 
 
+@pytest.mark.parametrize("base", ["hf_models/Qwen2.5-7B", "./hf_models/Qwen2.5-7B/", "mine/Qwen2.5-7B"])
+def test_a_folder_that_looks_like_a_place_on_the_hub_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    (tmp_path / "mine" / "Qwen2.5-7B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pool" / "a", base_model_name_or_path=base)
+    (tmp_path / "pool" / "pool.json").write_text(json.dumps({"base_model": base}))
+    assert run(["pool", "card", "pool"]) == 0
+    card = ModelCard.load(tmp_path / "pool" / "README.md")
+    assert "base_model" not in card.data.to_dict() and "`Qwen2.5-7B`, in PEFT" in card.text
+    write(tmp_path / "pool" / "b", base_model_name_or_path="Qwen/Qwen2.5-7B")  # the same, by its name
+    assert run(["pool", "card", "pool", "--replace"]) == 0
+    assert ModelCard.load(tmp_path / "pool" / "README.md").data.base_model == "Qwen/Qwen2.5-7B"
+    assert run(["pool", "card", "pool", "--replace", "--base-model", base]) == 0
+    named = ModelCard.load(tmp_path / "pool" / "README.md").data.to_dict().get("base_model")
+    assert named == ("mine/Qwen2.5-7B" if base.startswith("mine") else None)
+
+
+def test_several_base_models_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, base in (("one", "org/a"), ("two", "org/b"), ("three", "org/b")):
+        write(tmp_path / "pool" / name, base_model_name_or_path=base)
+    (tmp_path / "pool" / "pool.json").write_text('{"base_model": "org/b"}')
+    assert run(["pool", "card", str(tmp_path / "pool")]) == 0
+    assert "(several: org/a, org/b): --base-model names one" in capsys.readouterr().err
+    card = ModelCard.load(tmp_path / "pool" / "README.md")
+    assert "base_model" not in card.data.to_dict() and "for `org/a`, `org/b`, in PEFT" in card.text
+    assert "| `one` | `org/a` | 4 |" in card.text and "| `two` | `org/b` | 4 |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("repo", "peft", "vllm"),
+    [
+        (None, '"{pool}"', "{pool}"),
+        ("org/x", '"org/x"', "pool"),
+        ("org/x/f", '"org/x", subfolder="f"', "pool/f"),
+    ],
+)
+def test_paths_of_a_pool_that_is_one_adapter(tmp_path: Path, repo: str | None, peft: str, vllm: str) -> None:
+    """As `push` puts it there: its files lie where the pool's would."""
+    pool = write(tmp_path / "alone", base_model_name_or_path="org/base")
+    assert run(["pool", "card", str(pool), *(["--repo", repo] if repo else [])]) == 0
+    text = (pool / "README.md").read_text()
+    assert f"PeftModel.from_pretrained(model, {peft.format(pool=pool)})" in text
+    assert json.dumps({"name": "alone", "path": vllm.format(pool=pool)}) in text
+
+
 # ---- adapters that are left out -------------------------------------------------------------------------------------
 
 

@@ -6,18 +6,20 @@ Knows nothing about a pool but what its adapters and its `pool.json` say, of whi
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from logo.adapters.format import Adapter
-from logo.adapters.hub import is_repo_id
+from logo.adapters.hub import is_hub_id, is_repo_id
 from logo.adapters.notes import BEFORE, CHANGES
 
 PICTURE = "study.png"
 # Ranks that vLLM can be started for.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Where base models lie unless somebody says otherwise: `hf_models/Qwen2.5-7B` only looks like a Hub id.
+_MODELS = "hf_models"
 _NAMES = ("base", "base_model", "base_model_name_or_path")
 # What a study says of a signal, as the card's heads call it.
 _MEASURES = {"top1": "top-1", "top3": "top-3", "mrr": "MRR", "exact_match": "exact match", "nll": "NLL"}
@@ -31,8 +33,9 @@ class Card:
     Attributes:
         title: the pool's name.
         adapters: in pool order.
+        root: the pool's folder, in which the adapters lie.
         notes: `pool.json`.
-        base_model: a Hub id or a name; None: what the adapters or the notes agree on.
+        base_model: a Hub id or a name; None: what the adapters agree on, or the notes say.
         place: how the pool is named on a command line: a Hub repository with a folder in it, or a folder.
         licence: the front matter's `license`.
         study: the JSON of `logo study`.
@@ -41,6 +44,7 @@ class Card:
 
     title: str
     adapters: Sequence[Adapter]
+    root: Path
     notes: Mapping[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     place: str = "adapters"
@@ -67,31 +71,44 @@ class Card:
 
     @property
     def base(self) -> str | None:
-        """The base model, as far as it is known; of one that lies in a folder, the folder's own name."""
+        """The base model, as far as it is known; of one that lies in a folder, the folder's own name. None where there
+        are several."""
         if self.base_model is not None:
-            return self.base_model
+            return _public(self.base_model, given=True)
+        if len(self.bases) > 1:
+            return None
         said = [self.notes[key] for key in _NAMES if isinstance(self.notes.get(key), str)]
-        said += [name for name, _ in Counter(a.config.base_model for a in self.adapters).most_common() if name]
-        first = next(iter(said), None)
-        return first if first is None or is_repo_id(first) else first.rstrip("/").rsplit("/", 1)[-1]
+        names = [*map(_public, said), *self.bases]
+        return next(filter(is_repo_id, names), next(iter(names), None))
 
     @property
-    def _named(self) -> str:
-        return self.base or "the base model that they were trained on"
+    def bases(self) -> list[str]:
+        """What the adapters name as their base models, each once, whether by its Hub id or by a folder."""
+        found: dict[str, str] = {}
+        for name in sorted({adapter.config.base_model for adapter in self.adapters} - {None, ""}, key=str):
+            shown = _public(str(name))
+            last = shown.rsplit("/", 1)[-1].casefold()
+            if last not in found or is_repo_id(shown):
+                found[last] = shown
+        return sorted(found.values())
 
     def _head(self) -> str:
         count = len(self.adapters)
         many = f"{count} LoRA adapters" if count != 1 else "One LoRA adapter"
-        return f"# {self.title}\n\n{many} for {f'`{self.base}`' if self.base else self._named}, in PEFT's format."
+        named = [self.base] if self.base is not None else self.bases
+        bases = ", ".join(f"`{name}`" for name in named) or "the base model that they were trained on"
+        return f"# {self.title}\n\n{many} for {bases}, in PEFT's format."
 
     def _table(self) -> str:
         losses = _losses(self.notes, [adapter.name for adapter in self.adapters])
-        heads = ["adapter", "rank", "targets", "parameters", "bytes", *losses]
+        several = self.base is None and len(self.bases) > 1
+        heads = ["adapter", *(["base model"] if several else []), "rank", "targets", "parameters", "bytes", *losses]
         rows = []
         for adapter in self.adapters:
             targets = sorted({path.rsplit(".", 1)[-1] for path in adapter.modules})
             cells = [
                 f"`{adapter.name}`",
+                *([f"`{_public(adapter.config.base_model or '?')}`"] if several else []),
                 short_ranks(adapter.ranks),
                 ", ".join(targets),
                 f"{adapter.parameters:,}",
@@ -105,12 +122,14 @@ class Card:
         rank = max(adapter.ranks[-1] for adapter in self.adapters)
         served = next((known for known in _VLLM_RANKS if known >= rank), rank)
         repo, folder = self._split()
-        inside = "/".join(
-            part for part in (folder, "" if len(self.adapters) == 1 and not folder else first.name) if part
-        )
-        where = f'"{repo}", subfolder="{inside}"' if is_repo_id(repo) else f'"{self.place}/{first.name}"'
+        below = first.folder.relative_to(self.root).as_posix()  # `.`: the pool is this one adapter
+        inside = _joined(folder, below)
+        here = _joined(self.place, below) or "."
+        where = f'"{here}"'
+        if is_repo_id(repo):
+            where = f'"{repo}", subfolder="{inside}"' if inside else f'"{repo}"'
         only = f" --include '{folder}/*'" if folder else ""
-        local = "/".join(part for part in ("pool", folder) if part) if is_repo_id(repo) else self.place
+        local = _joined("pool", inside) if is_repo_id(repo) else here
         lines = [
             "## Use",
             "",
@@ -180,8 +199,20 @@ def short_ranks(ranks: Sequence[int]) -> str:
     return "/".join(map(str, ranks)) if len(ranks) <= 3 else f"{ranks[0]}–{ranks[-1]}"
 
 
+def _joined(*parts: str) -> str:
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def _public(name: str, given: bool = False) -> str:
+    """A base model by a name that means something elsewhere: its Hub id, or of a folder here the last part. One that
+    is `given` as a Hub id is one, though there may be a folder of that name."""
+    folder = name.rstrip("/")
+    on_hub = (is_repo_id if given else is_hub_id)(folder) and not folder.startswith(f"{_MODELS}/")
+    return folder if on_hub else folder.rsplit("/", 1)[-1]
+
+
 def _module(adapter: Adapter, local: str) -> str:
-    return json.dumps({"name": adapter.name, "path": f"{local}/{adapter.name}"}, ensure_ascii=False)
+    return json.dumps({"name": adapter.name, "path": local}, ensure_ascii=False)
 
 
 def _losses(notes: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -58,6 +58,7 @@ def card(
     made = Card(
         title=title or own_name(folder),
         adapters=list(pool),
+        root=folder,
         notes=read_notes(folder),
         base_model=base_model,
         place=repo or str(folder),
@@ -66,7 +67,8 @@ def card(
         picture=picture is not None or (folder / PICTURE).is_file(),
     )
     if made.base is None or not is_repo_id(made.base):
-        note(f"no base model on the Hub is known ({made.base or 'none is named'}): --base-model names one")
+        found = made.base or (f"several: {', '.join(made.bases)}" if made.bases else "none is named")
+        note(f"no base model on the Hub is known ({found}): --base-model names one")
     if picture is not None:
         replace_file(folder / PICTURE, picture)
     replace_file(folder / CARD, str(made).encode())
