@@ -23,6 +23,7 @@ from logo.cli.run import run
 from logo.mixing.gated import GatedLoRA, Gates
 from logo.training.factors import Bank
 from logo.training.group import Group
+from logo.training.learner import Learner
 from tolerances import PATIENCE, same_tensor
 
 RECIPES: dict[str, list[str]] = {
@@ -52,6 +53,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             begin(self, *arguments)
 
         patch.setattr(Group, "run", watched)
+        patch.setattr(Learner, "release", lambda self: None)  # what it has learned is looked at
         assert run(command(root / "base", root / "tasks", root / "pool", *RECIPES[request.param])) == 0
     [group] = groups
     return kind, root, {one.name: one for one in group.learners}

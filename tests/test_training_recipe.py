@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import tiny
@@ -59,17 +59,29 @@ def test_what_is_said_last_counts(file: Path, recipe: Recipe, data: st.DataObjec
     other = data.draw(recipes, label="options")
     third = data.draw(recipes, label="task")
     in_file, given_, of_task = (data.draw(known) for _ in range(3))
+    for layer in (in_file, given_, of_task):
+        assume(not {"epochs", "steps"} <= set(layer))  # which is refused unless there are no steps
     raw = {name.replace("_", data.draw(st.sampled_from("-_"))): recipe.as_dict()[name] for name in in_file}
     raw["tasks"] = {"a*": {name: third.as_dict()[name] for name in of_task}}
     made = read(file, yaml.safe_dump(raw), **{name: getattr(other, name) for name in given_})
     expected = {name: getattr(Recipe(), name) for name in (one.name for one in fields(Recipe))}
-    expected |= {name: getattr(recipe, name) for name in in_file}
-    expected |= {name: getattr(other, name) for name in given_}
+    expected |= instead(in_file) | {name: getattr(recipe, name) for name in in_file}
+    expected |= instead(given_) | {name: getattr(other, name) for name in given_}
     assert made.of("b") == made.usual == Recipe(**expected)
-    assert made.of("ab") == Recipe(**expected | {name: getattr(third, name) for name in of_task})
+    assert made.of("ab") == Recipe(**expected | instead(of_task) | {name: getattr(third, name) for name in of_task})
     assert Recipe(**json.loads(json.dumps(made.of("ab").as_dict())) | {"targets": made.of("ab").targets}) == made.of(
         "ab"
     )
+
+
+def instead(layer: list[str]) -> dict[str, None]:
+    """Who says how many epochs takes back how many steps."""
+    return {"steps": None} if "epochs" in layer else {}
+
+
+def test_epochs_and_steps_of_one_place_are_refused(file: Path) -> None:
+    with pytest.raises(UsageError, match="either epochs or steps"):
+        read(file, "{epochs: 2, steps: 10}")
 
 
 @given(recipe=recipes, rows=st.integers(1, 3000))

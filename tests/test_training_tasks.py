@@ -211,7 +211,7 @@ def test_a_conversation_is_what_the_template_makes_of_it() -> None:
     prompt, answer, _ = encoded(Pair(MESSAGES, "w7"), tokens=made)
     whole = made.apply_chat_template([*MESSAGES, {"role": "assistant", "content": "w7"}], return_dict=False)
     assert prompt == made.apply_chat_template(list(MESSAGES), add_generation_prompt=True, return_dict=False)
-    assert prompt + answer == whole  # it ends as the template ends it
+    assert prompt + answer == [*whole, made.eos_token_id]  # as the template ends it, and where generation stops
     parts = ({"role": "user", "content": [{"type": "text", "text": "w4 w5"}]},)
     assert encoded(Pair(parts, "w7"), tokens=made) == encoded(Pair(MESSAGES[1:], "w7"), tokens=made)
 

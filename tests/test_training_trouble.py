@@ -70,22 +70,32 @@ def test_a_task_whose_loss_is_not_finite_spoils_no_other(llama: nn.Module) -> No
     same_without_it(llama, learners)
 
 
-def test_a_loss_far_above_guessing_is_an_explosion(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    once = Recipe(r=2, steps=1, held_out=0.0)
+def test_a_loss_far_above_guessing_and_the_first_one_is_an_explosion(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = Recipe(r=2, lr=0.05, warmup=0.0, steps=2, held_out=0.0, evaluations=2)
 
     def learners() -> list[Learner]:
-        return [learner("llama", name, once, examples(16, seed)) for seed, name in enumerate("abc")]
+        return [learner("llama", name, twice, examples(16, seed)) for seed, name in enumerate("abc")]
+
+    def growth(one: Learner) -> float:
+        first, second = one.course.measured
+        return second.train / first.train
 
     fine = learners()
     learn(llama, fine)
-    least, middle, most = sorted(fine, key=lambda one: one.course.measured[0].train)
-    between = (middle.course.measured[0].train + most.course.measured[0].train) / 2
-    monkeypatch.setattr("logo.training.group._EXPLODED", between / math.log(96))
+    least, middle, most = sorted(fine, key=growth)
+    monkeypatch.setattr("logo.training.group._EXPLODED", 0.0)
+    monkeypatch.setattr("logo.training.group._WORSE", (growth(middle) + growth(most)) / 2)
     again = {one.name: one for one in learners()}
     learn(llama, list(again.values()))
-    said = f"at step 1 its loss is {most.course.measured[0].train:.1f}, where guessing among all words has 4.6"
+    first, second = most.course.measured
+    said = (
+        f"at step 2 its loss is {second.train:.1f}; it began at {first.train:.1f}, and guessing among all words has 4.6"
+    )
     assert again[most.name].course.reason == said
-    assert again[least.name].course.step == again[middle.name].course.step == 1
+    assert again[most.name].course.best == 1
+    assert again[least.name].course.step == again[middle.name].course.step == 2
 
 
 class Overflowing(torch.autograd.Function):

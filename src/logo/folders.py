@@ -158,7 +158,9 @@ def _clean(folder: Path, replaced: Collection[str]) -> None:
 
 
 def recovered(parent: Path) -> list[Path]:
-    """The folders in `parent`, hidden ones left out; one that a writer that died had put aside is back in its place.
+    """The folders in `parent`, hidden ones left out.
+
+    One that a writer that died had put aside is back in its place, and what it had begun to write is gone.
 
     Raises:
         StorageError: they cannot be listed or put back.
@@ -166,11 +168,13 @@ def recovered(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     try:
-        with locked(parent):
+        with locked(parent) as alone:
             for path in sorted(parent.iterdir()):
                 name, aside, _ = path.name[1:].rpartition(".old-")
                 if path.name.startswith(".") and aside and not (parent / name).exists():
                     os.rename(path, parent / name)
+                elif path.name.startswith(".") and ".new-" in path.name and alone:
+                    shutil.rmtree(path, ignore_errors=True)
         return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise StorageError(f"folder {str(parent)!r}: cannot be read ({error.strerror or error})") from error

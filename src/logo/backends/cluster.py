@@ -66,6 +66,7 @@ def imported() -> Any:
         UsageError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to have anything reported
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _SAID)
     try:
         import ray

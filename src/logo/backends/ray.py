@@ -122,6 +122,11 @@ class Workers(Generic[H]):
         return Shared(self._ray.put(value))
 
     @property
+    def count(self) -> int:
+        """How many processes there are to be."""
+        return self._share.count
+
+    @property
     def speeds(self) -> dict[str, float]:
         """By name of the processes that have finished something: size of items per second."""
         return {worker.name: worker.done / worker.busy for worker in self._workers if worker.busy}

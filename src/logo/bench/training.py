@@ -155,10 +155,10 @@ def _by_trainer(model: Any, learner: Learner, pad: int) -> int:
     from transformers import Trainer as HuggingFaceTrainer
     from transformers import TrainingArguments
 
-    recipe, rows = learner.recipe, []
+    recipe, batches = learner.recipe, []
     for step in range(learner.steps):
         learner.course.step = step
-        rows += learner.batch()
+        batches.append(learner.batch())
     config = recipe.lora()
     config.inference_mode = False
     peft = get_peft_model(model, config)
@@ -169,7 +169,7 @@ def _by_trainer(model: Any, learner: Learner, pad: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
-            per_device_train_batch_size=recipe.batch_size,
+            per_device_train_batch_size=1,  # of our batches, so that both learn from the same
             max_steps=learner.steps,
             learning_rate=recipe.lr,
             lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
@@ -187,23 +187,24 @@ def _by_trainer(model: Any, learner: Learner, pad: int) -> int:
             remove_unused_columns=False,
         )
         peft.train()
-        HuggingFaceTrainer(peft, arguments, train_dataset=rows, data_collator=_Padded(pad)).train()
+        HuggingFaceTrainer(peft, arguments, train_dataset=batches, data_collator=_Padded(pad)).train()
     with torch.no_grad():
         for path, layer in layers.items():
             learner.factors.A[path].copy_(layer.lora_A["default"].weight)
             learner.factors.B[path].copy_(layer.lora_B["default"].weight.T)
     peft.unload()
     model.eval().requires_grad_(False)
-    return sum(map(len, rows))
+    return sum(len(row) for batch in batches for row in batch)
 
 
 @dataclass(frozen=True)
 class _Padded:
-    """Rows as the Trainer reads them: padded on the right, the prompt without labels."""
+    """A batch as the Trainer reads it: rows padded on the right, the prompts without labels."""
 
     pad: int
 
-    def __call__(self, rows: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, batches: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
+        [rows] = batches
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), self.pad)
         mask = torch.zeros(len(rows), length, dtype=torch.int64)

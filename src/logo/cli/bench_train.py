@@ -48,12 +48,19 @@ def train(
     for name in names:
         if name not in ARMS:
             raise UsageError(f"--arms {name!r}: expected some of {', '.join(ARMS)}")
+    if not names:
+        raise UsageError(f"--arms: expected some of {', '.join(ARMS)}, found none")
     recipes = recipe.recipes()
     if recipes.other:
         raise UsageError("--recipe: the arms have one recipe for all tasks; leave out `tasks:`")
     found = find_tasks(tasks, only=only)
     for name, reason in found.refused.items():
         raise UsageError(f"task {name!r}: {reason}")
+    for task in found.tasks:
+        if not recipes.usual.held_out_rows(len(task.pairs)):
+            raise UsageError(
+                f"task {task.name!r}: no row is held out to measure on; give it 10 rows, and --held-out 0.1"
+            )
     opening = Opening(
         base_model,
         device.model_dir,

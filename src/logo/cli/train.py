@@ -59,7 +59,6 @@ def train(
 
     Example: `logo train --base-model Qwen/Qwen2.5-0.5B --tasks examples/ --out pool/ --lr 1e-3 --epochs 2`
     """
-    from logo.training.plan import USUAL_AT_ONCE
     from logo.training.running import Wanted
     from logo.training.running import train as run
     from logo.training.tasks import find_tasks
@@ -77,10 +76,9 @@ def train(
         pass_tokens=course.pass_tokens,
         recompute=course.recompute,
     )
-    share = -(-len(found.tasks) // (layout.count or 1)) if layout is not None else USUAL_AT_ONCE
-    at_once = course.at_once or max(1, min(share, USUAL_AT_ONCE))
     root = output.absolute()
-    wanted = Wanted(found, recipes, root, opening, at_once, course.checkpoint_every, course.retrain, course.calibrate)
+    how = (course.at_once, course.checkpoint_every, course.retrain, course.calibrate)
+    wanted = Wanted(found, recipes, root, opening, *how)
     note("loading the base model" if layout is None else starting(layout, "processes"))
     quiet_transformers()
     with Screen() as screen:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,17 @@ class Checkpoint:
     members: Mapping[str, str]
     courses: Mapping[str, Mapping[str, Any]]
     tensors: Mapping[str, Mapping[str, Tensor]]
+
+    def without(self, names: Collection[str]) -> Checkpoint | None:
+        """The same of the other members; None if there are none."""
+        left = {name: digest for name, digest in self.members.items() if name not in names}
+        return Checkpoint(left, self.courses, self.tensors) if left else None
+
+    def joined(self, other: Checkpoint) -> Checkpoint:
+        """The members of both."""
+        return Checkpoint(
+            {**self.members, **other.members}, {**self.courses, **other.courses}, {**self.tensors, **other.tensors}
+        )
 
     def write(self, folder: Path) -> None:
         """Puts it in place of what is in the folder.

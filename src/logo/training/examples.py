@@ -46,9 +46,9 @@ class Examples:
 def encode(tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int) -> Examples:
     """The rows of a task as tokens.
 
-    A text ends with the tokenizer's end token, so that the adapter learns where to stop; an answer in a conversation
-    ends as the chat template ends it. Completions are encoded on their own, as `logo.scoring` does, because a prompt
-    keeps the tokens that it has when it is asked.
+    A text ends with the tokenizer's end token, so that the adapter learns where to stop. An answer in a conversation
+    ends as the chat template ends it, and then with that token. Completions are encoded on their own, as
+    `logo.scoring` does, because a prompt keeps the tokens that it has when it is asked.
 
     Raises:
         DataError: a row cannot be encoded, or its completion is longer than `max_length` (names the row).
@@ -82,8 +82,16 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], 
     if tokenizer.chat_template and prompt.text is not None:
         whole = conversation_text(tokenizer, [*pair.prompt, {"role": "assistant", "content": pair.completion}])
         if whole.startswith(prompt.text):  # nearly all templates write an answer behind what asks for it
-            return list(prompt.ids), _ids(tokenizer, whole[len(prompt.text) :])
+            return list(prompt.ids), _ended(_ids(tokenizer, whole[len(prompt.text) :].rstrip()), end)
     return list(prompt.ids), _ids(tokenizer, joined(prompt.text or "", pair.completion)) + end
+
+
+def _ended(ids: list[int], end: list[int]) -> list[int]:
+    """An answer up to its end token; where the template ends it by another one, with the end token behind, since that
+    is where generation stops."""
+    if end and end[0] in ids:
+        return ids[: len(ids) - ids[::-1].index(end[0])]
+    return ids + end
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

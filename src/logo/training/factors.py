@@ -67,15 +67,16 @@ class Factors:
 
     def copy(self) -> dict[str, Tensor]:
         """What they are now, by `A.path` and `B.path`."""
-        return {key: tensor.detach().clone() for key, tensor in self._named()}
+        return {key: tensor.detach().clone() for key, tensor in self.named()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Makes them what `copy` gave."""
         with torch.no_grad():
-            for key, tensor in self._named():
+            for key, tensor in self.named():
                 tensor.copy_(tensors[key])
 
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """Each parameter by `A.path` or `B.path`."""
         return [(f"A.{path}", A) for path, A in self.A.items()] + [(f"B.{path}", B) for path, B in self.B.items()]
 
 
@@ -126,11 +127,11 @@ class Bank:
         for whole, _, parameter in self._parts:
             whole.grad = parameter.grad = None
 
-    def collect(self) -> None:
-        """Gives each parameter its rows of the gradients."""
+    def collect(self, scale: float = 1.0) -> None:
+        """Gives each parameter its rows of the gradients, divided by what the loss was multiplied by."""
         for whole, rows, parameter in self._parts:
             if whole.grad is not None:
-                parameter.grad = whole.grad[rows]
+                parameter.grad = whole.grad[rows] if scale == 1 else whole.grad[rows] / scale
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logo.errors import TrainingError
 from logo.training.checkpoint import Checkpoint, read_checkpoint
 from logo.training.examples import Example
 from logo.training.factors import Bank
 from logo.training.learner import Learner
 from logo.training.passes import Limits, Owned, checkpointing, cut, laid_out, losses
 
-# A mean loss of so many times that of guessing among all words alike is an explosion.
-_EXPLODED = 3.0
+# A mean loss of so many times that of guessing among all words alike, and of so many times the task's first one, is an
+# explosion: the base model may find a task more surprising than a guess.
+_EXPLODED, _WORSE = 3.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Base:
     limits: Limits
     device: torch.device
     recompute: bool = False
+
+    def scale(self, tokens: int) -> float:
+        """What the loss is multiplied by: a power of two near the tokens of a step where the model computes in float16,
+        whose smallest numbers are not small enough for the gradient of one token."""
+        return 2.0 ** round(math.log2(max(1, tokens))) if self.model.dtype is torch.float16 else 1.0
 
 
 class Group:
@@ -75,6 +80,7 @@ class Group:
     ) -> None:
         self._base, self.learners, self._members = base, list(learners), members
         self._folder, self._save, self._every = folder, save, every
+        self._others: Checkpoint | None = None
         if folder.is_dir():
             self._go_on(read_checkpoint(folder))
 
@@ -111,18 +117,23 @@ class Group:
         Raises:
             StorageError: it cannot be written; the one before stays.
         """
-        Checkpoint(
+        own = Checkpoint(
             self._members,
             {learner.name: learner.course.as_dict() for learner in self.learners},
             {learner.name: learner.tensors() for learner in self.learners},
-        ).write(self._folder)
+        )
+        (own if self._others is None else self._others.joined(own)).write(self._folder)
+
+    @property
+    def others(self) -> bool:
+        """Whether the checkpoint has members that are not learned now; they stay in it."""
+        return self._others is not None
 
     def _go_on(self, checkpoint: Checkpoint) -> None:
         for learner in self.learners:
             if checkpoint.courses[learner.name]["step"]:
                 learner.load(checkpoint.courses[learner.name], checkpoint.tensors[learner.name])
-            if not learner.running:
-                self._save(learner)
+        self._others = checkpoint.without(self._members)
 
     # -- one round --------------------------------------------------------------------------------------------------
 
@@ -131,7 +142,7 @@ class Group:
         while running:
             batches = {learner: learner.batch() for learner in running}
             means = self._gradients(running, batches, bank)
-            wrong = {learner: reason for learner, mean in means.items() if (reason := self._wrong(mean))}
+            wrong = {learner: reason for learner, mean in means.items() if (reason := self._wrong(learner, mean))}
             wrong = wrong or self._overflowing(running, batches, bank)
             if not wrong:
                 for learner, batch in batches.items():
@@ -156,11 +167,7 @@ class Group:
     def _overflowing(
         self, running: Sequence[Learner], batches: Mapping[Learner, Sequence[Example]], bank: Bank
     ) -> dict[Learner, str]:
-        """Whose gradients are not finite, and why that ends it; where all are finite, they are cut to their norms.
-
-        Raises:
-            TrainingError: each is finite alone.
-        """
+        """Whose gradients are not finite, and why that ends it; where all are finite, they are cut to their norms."""
         norms = {learner: learner.gradient_norm() for learner in batches}
         suspects = [learner for learner, norm in norms.items() if not math.isfinite(norm)]
         wrong = {}
@@ -168,13 +175,8 @@ class Group:
             self._gradients(running, {learner: batches[learner]}, bank)
             if not math.isfinite(learner.gradient_norm()):
                 wrong[learner] = "its gradient is not finite"
-        if suspects and not wrong:
-            names = ", ".join(learner.name for learner in suspects)
-            raise TrainingError(
-                f"the gradients of {names} are finite alone and not together: the base model overflows; try "
-                "--dtype float32"
-            )
-        return wrong
+        alone = "its gradient is finite alone but not beside others: the base model overflows; try --dtype float32"
+        return wrong or dict.fromkeys(suspects, alone)
 
     def _gradients(
         self, running: Sequence[Learner], batches: Mapping[Learner, Sequence[Example]], bank: Bank
@@ -183,17 +185,18 @@ class Group:
         bank.clear()
         tokens = {learner: sum(example.completion for example in batch) for learner, batch in batches.items()}
         shares = torch.tensor([1 / tokens[learner] if learner in tokens else 0.0 for learner in running])
-        sums = summed(self._base, running, batches, bank, shares)
-        bank.collect()
+        scale = self._base.scale(sum(tokens.values()))
+        sums = summed(self._base, running, batches, bank, shares * scale)
+        bank.collect(scale)
         return {learner: sums[learner] / tokens[learner] for learner in batches}
 
-    def _wrong(self, loss: float) -> str | None:
-        """Why a batch's mean loss is a reason to stop, in words."""
-        guessing = math.log(self._base.vocabulary)
+    def _wrong(self, learner: Learner, loss: float) -> str | None:
+        """Why a mean loss is a reason to stop, in words."""
         if not math.isfinite(loss):
             return f"its loss is {loss}"
-        if loss > _EXPLODED * guessing:
-            return f"its loss is {loss:.1f}, where guessing among all words has {guessing:.1f}"
+        guessing, first = math.log(self._base.vocabulary), learner.course.first
+        if first is not None and loss > max(_EXPLODED * guessing, _WORSE * first):
+            return f"its loss is {loss:.1f}; it began at {first:.1f}, and guessing among all words has {guessing:.1f}"
         return None
 
     def _measure(self, running: Sequence[Learner], bank: Bank) -> None:
@@ -205,7 +208,7 @@ class Group:
                 learner.measured(None)
                 continue
             mean = means[learner]
-            wrong = self._wrong(mean)
+            wrong = self._wrong(learner, mean)
             if wrong:
                 learner.diverge(f"after step {learner.course.step}, on held-out rows, {wrong}")
             else:

@@ -36,10 +36,10 @@ class Measurement:
     train: float
     held_out: float | None
 
-    @property
-    def loss(self) -> float:
-        """By which the best is found."""
-        return self.train if self.held_out is None else self.held_out
+    def better(self, other: Measurement) -> bool:
+        """Whether it is better than an earlier one. Without held-out rows the later one is: the losses of different
+        batches do not compare."""
+        return self.held_out is None or other.held_out is None or self.held_out < other.held_out
 
 
 @dataclass
@@ -52,7 +52,9 @@ class Course:
         status: `running`, or why it has ended: `done`, `early` (no better for some time) or `diverged`.
         reason: in words, of a task that diverged.
         measured: all measurements.
-        best: the number of steps after which it was best; None: not measured yet.
+        best: the number of steps after which it was best, by its held-out rows; without any, its latest; None: nothing
+            is kept of it.
+        first: loss of the first step; None: not made yet.
         recent: loss and completion tokens of each step since the last measurement.
     """
 
@@ -62,6 +64,7 @@ class Course:
     reason: str | None = None
     measured: list[Measurement] = field(default_factory=list)
     best: int | None = None
+    first: float | None = None
     recent: list[tuple[float, int]] = field(default_factory=list)
 
     @property
@@ -142,6 +145,10 @@ class Learner:
 
     def step(self, loss: float, batch: Sequence[Example]) -> None:
         """Makes a step along the gradient that was collected from a batch, whose mean loss is given."""
+        if self.course.first is None:
+            self.course.first = loss
+        elif not self.course.measured:  # what has a finite loss is kept, until there is something measured
+            self.course.best, self._best = self.course.step, self.factors.copy()
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.lr * self._share(self.course.step)
         self._optimizer.step()
@@ -169,8 +176,8 @@ class Learner:
         train = sum(loss * tokens for loss, tokens in course.recent) / weight
         course.measured.append(Measurement(course.step, train, held_out))
         course.recent.clear()
-        best = next((one for one in course.measured if one.step == course.best), None)
-        if best is None or course.measured[-1].loss < best.loss:
+        best = next((one for one in course.measured[:-1] if one.step == course.best), None)
+        if best is None or course.measured[-1].better(best):
             course.best, self._best = course.step, self.factors.copy()
         since = sum(one.step > (course.best or 0) for one in course.measured)
         if course.step >= self.steps:
@@ -184,23 +191,35 @@ class Learner:
 
     @property
     def best(self) -> dict[str, Tensor] | None:
-        """The factors where they were best, as `Factors.copy`; None if it was never measured."""
+        """The factors where they were best, as `Factors.copy`; None if nothing is kept of it, or it was released."""
         return self._best or None
+
+    def release(self) -> None:
+        """Gives back all memory but the course, once it has ended and its adapter is written."""
+        self._best = {}
+        self._optimizer.state.clear()
+        for parameter in self.factors.parameters:
+            parameter.data, parameter.grad = parameter.data.new_empty(0), None
 
     # -- keeping ----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that it has come to, besides its course."""
-        kept = {f"now.{key}": tensor for key, tensor in self.factors.copy().items()}
+        """Everything that it has come to, besides its course, on the host; nothing once it has ended."""
+        if not self.running:
+            return {}
+        kept: dict[str, Tensor] = {f"now.{key}": tensor for key, tensor in self.factors.named()}
         kept |= {f"best.{key}": tensor for key, tensor in self._best.items()}
         for number, parameter in enumerate(self.factors.parameters):
             for key, value in self._optimizer.state.get(parameter, {}).items():
-                kept[f"adam.{number}.{key}"] = value.detach().clone()
-        return kept
+                kept[f"adam.{number}.{key}"] = value
+        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in kept.items()}
 
     def load(self, course: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Makes it what it was when it was kept."""
         self.course = Course.of(course)
+        if not self.running:  # its adapter was written before the checkpoint was
+            self.release()
+            return
         self.factors.load(_below("now.", tensors))
         self._best = {key: tensor.to(self._device_of(key)) for key, tensor in _below("best.", tensors).items()}
         state: dict[Tensor, dict[str, Tensor]] = {}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logo.errors import UsageError
 from logo.mixing.gated import GatedLoRA, Gates
 from logo.training.examples import Example
 from logo.training.factors import Bank
@@ -160,15 +161,29 @@ def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
 def checkpointing(model: Any, on: bool) -> Iterator[None]:
     """Inside the block, activations between layers are computed again in the backward pass instead of being kept.
 
-    transformers does so in training mode only; the layers alone are put into it, so that nothing drops out.
+    transformers does so in training mode only. The layers alone are put into it, without what drops out in them.
+
+    Raises:
+        UsageError: the model cannot do so.
     """
     if not on:
         yield
         return
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UsageError(f"--recompute: {' '.join(str(error).split())}; leave it out") from None
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    dropping = [
+        (layer, name, value)
+        for layer in layers
+        for name, value in vars(layer).items()
+        if "dropout" in name and isinstance(value, float)
+    ]
+    for layer, name, _ in dropping:
+        setattr(layer, name, 0.0)
     for layer in layers:
         layer.training = True
     try:
@@ -176,4 +191,6 @@ def checkpointing(model: Any, on: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
+        for layer, name, value in dropping:
+            setattr(layer, name, value)
         model.gradient_checkpointing_disable()

@@ -54,7 +54,9 @@ class Prepared:
     @property
     def tokens(self) -> float:
         """That it will have learned from, about."""
-        return self.steps * self.recipe.batch_size * sum(map(len, self.rows)) / len(self.rows)
+        learned = len(self.rows) - self.recipe.held_out_rows(len(self.rows))
+        epochs = self.steps / math.ceil(learned / self.recipe.batch_size)
+        return epochs * learned * sum(map(len, self.rows)) / len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class GroupPlan:
 
     Attributes:
         tasks: in the order in which the group has them.
-        folder: of its checkpoints.
+        folder: of its checkpoints. One that is there may have other members, too, which stay as they are.
     """
 
     tasks: tuple[Prepared, ...]
@@ -104,7 +106,9 @@ def prepare(task: Task, recipe: Recipe, rows: Sequence[Example], cut: int, base:
         "recipe": recipe.as_dict(),
         "base": dict(base),
     }
-    digest = fingerprint({"rows": task.sha256, "recipe": recipe.as_dict(), "base": dict(base)})
+    # The tokens, too: they follow from the chat template and from this version of LoGo besides.
+    read = fingerprint({"rows": [[row.prompt, *row.ids] for row in rows]})
+    digest = fingerprint({"rows": task.sha256, "read": read, "recipe": recipe.as_dict(), "base": dict(base)})
     return Prepared(task.name, recipe, tuple(rows), digest, {"digest": digest, **record})
 
 
@@ -114,7 +118,7 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
     Args:
         root: folder of the pool.
         at_once: most tasks of a group.
-        retrain: adapters that were made from something else are replaced, and checkpoints of such forgotten.
+        retrain: adapters that were made from something else are replaced, and what was begun so is begun anew.
 
     Raises:
         UsageError: the folder holds an adapter, or the beginnings of one, that was made from something else.
@@ -136,20 +140,18 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
         members = _members(folder)
         if all(name in done and known[name].digest == digest for name, digest in members.items()):
             forget(folder)
-        if not any(name in left for name in members):
             continue
-        wrong = [name for name, digest in members.items() if name not in known or known[name].digest != digest]
-        if wrong:
-            if retrain:
-                forget(folder)
-                continue
+        changed = [name for name, digest in members.items() if name in left and left[name].digest != digest]
+        if changed and not retrain:
             raise UsageError(
-                f"{root}: {', '.join(repr(name) for name in wrong[:3])} was begun here from other rows or with another "
-                "recipe, together with what is asked for; give the same again, or begin anew with --retrain"
+                f"{root}: {', '.join(repr(name) for name in changed[:3])} was begun here from other rows or with "
+                "another recipe; give the same again, or begin it anew with --retrain"
             )
-        groups.append(GroupPlan(tuple(known[name] for name in members), folder))
-        for name in members:
-            left.pop(name, None)
+        same = tuple(known[name] for name, digest in members.items() if name in known and known[name].digest == digest)
+        if any(task.name in left for task in same):
+            groups.append(GroupPlan(same, folder))
+            for task in same:
+                left.pop(task.name, None)
     # What an interrupted run has not begun is learned in the groups that it would have made: whom an adapter is learned
     # with shows in its last digits.
     for group in _groups(list(tasks), root, at_once):

@@ -9,6 +9,7 @@ POOL/.training/<group>/       checkpoints of what is not done yet
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from torch import Tensor
 from logo.adapters.config import CONFIG
 from logo.adapters.notes import ADAPTERS, NOTES, RECORD, RESPONSES
 from logo.adapters.weights import SAFETENSORS
-from logo.errors import StorageError
+from logo.errors import StorageError, UsageError
 from logo.folders import replace_file, replace_folder
 from logo.training.learner import DIVERGED, Course
 
@@ -115,9 +116,25 @@ def diverged(record: Mapping[str, Any]) -> str | None:
     return str(course.get("reason")) if course.get("status") == DIVERGED else None
 
 
+def check_base(root: Path, base: Mapping[str, Any]) -> None:
+    """Raises UsageError where the folder holds an adapter that was made here for another base model.
+
+    Args:
+        base: digests of the base model, see `logo.training.trainer.Trainer.facts`.
+    """
+    for path in _records(root):
+        found = (record_of(path.parent) or {}).get("base")
+        if isinstance(found, dict) and found.get("weights") != base.get("weights"):
+            raise UsageError(f"{path.parent}: was trained for another base model; name another --out for this one")
+
+
 def _records(root: Path) -> list[Path]:
-    found = (path for path in root.rglob(RECORD))
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    found = []
+    for folder, folders, files in os.walk(root):  # which does not mind what other processes take away meanwhile
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if RECORD in files:
+            found.append(Path(folder) / RECORD)
+    return found
 
 
 def _written(config: LoraConfig) -> str:

@@ -146,8 +146,8 @@ class Recipes:
         found: dict[str, Any] = {}
         for pattern, values in self.other.items():
             if pattern == task or fnmatch.fnmatchcase(task, pattern):
-                found |= values
-        return replace(self.usual, **found)
+                found = _over(found, values)
+        return replace(self.usual, **_over({}, found))
 
     def check(self, tasks: typing.Collection[str]) -> None:
         """Raises UsageError for an entry that no task has."""
@@ -176,12 +176,26 @@ def read_recipes(file: Path | None, given: Mapping[str, Any]) -> Recipes:
     tasks = raw.pop("tasks", None) or {}
     if not isinstance(tasks, dict):
         raise UsageError(f"{where}: 'tasks' must hold names of tasks with their own values, found {tasks!r:.60}")
-    usual = Recipe(**{**_values(raw, where), **given})
+    usual = Recipe(**_over(_over({}, _values(raw, where), where), given, "options"))
     other = {str(name): _values(values, f"{where}: task {str(name)!r}") for name, values in tasks.items()}
     made = Recipes(usual, other)
     for name in other:
         made.of(name)
     return made
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
+    """Fields with others that count more. Who says how many epochs takes back how many steps.
+
+    Raises:
+        UsageError: one and the same place says both.
+    """
+    if above.get("steps") is not None and above.get("epochs") is not None:
+        raise UsageError(
+            f"{where}: give either epochs or steps, found epochs {above['epochs']}, steps {above['steps']}"
+        )
+    instead = {"steps": None} if "epochs" in above else {}
+    return {**below, **instead, **above}
 
 
 def targets_of(text: str) -> tuple[str, ...]:

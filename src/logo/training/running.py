@@ -6,20 +6,21 @@ What goes wrong with one task is told at the end, and the others go on.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from logo.adapters.notes import RESPONSES
 from logo.errors import DataError, LoGoError, StorageError, UsageError
 from logo.models import load_tokenizer
 from logo.training.examples import encode
-from logo.training.plan import GroupPlan, Plan, Prepared, check_names, plan, prepare
-from logo.training.pool import UNFINISHED, diverged, record_of, write_pool
+from logo.training.plan import USUAL_AT_ONCE, GroupPlan, Plan, Prepared, check_names, plan, prepare
+from logo.training.pool import UNFINISHED, check_base, diverged, record_of, write_pool
 from logo.training.progress import Status, Telling, told
 from logo.training.recipe import Recipe, Recipes
 from logo.training.tasks import Found
@@ -43,7 +44,7 @@ class Wanted:
         recipes: how.
         root: folder of the pool.
         opening: the base model.
-        at_once: most tasks that are learned together.
+        at_once: most tasks that are learned together; None: `USUAL_AT_ONCE`, or an equal share for each process.
         every: seconds between two checkpoints.
         retrain: adapters that stand there and were made from something else are replaced.
         calibrate: what adapters respond to neutral texts is written beside them.
@@ -53,7 +54,7 @@ class Wanted:
     recipes: Recipes
     root: Path
     opening: Opening
-    at_once: int
+    at_once: int | None = None
     every: float = 60.0
     retrain: bool = False
     calibrate: bool = True
@@ -99,9 +100,12 @@ def train(
     check_names(wanted.found.tasks)
     failed = dict(wanted.found.refused)
     with alone(root), opened(wanted.opening, layout) as trainers:
+        check_base(root, trainers.facts)
         prepared, cut = _prepared(wanted, trainers.facts, failed)
         trainers.check([task.recipe for task in prepared])
-        todo = plan(prepared, root, wanted.at_once, retrain=wanted.retrain)
+        share = max(1, min(USUAL_AT_ONCE, -(-len(prepared) // trainers.count)))
+        at_once = wanted.at_once or (USUAL_AT_ONCE if trainers.count == 1 else share)
+        todo = plan(prepared, root, at_once, retrain=wanted.retrain)
         if planned is not None:
             planned(todo)
         for name in todo.done:
@@ -119,7 +123,8 @@ def train(
                     trained.append(outcome.task)
             write_pool(root, facts, failed)
         write_pool(root, facts, failed)
-        if wanted.calibrate and not all((root / name / RESPONSES).is_dir() for name in (*trained, *todo.done)):
+        known = (any((root / name / RESPONSES).rglob("*.safetensors")) for name in (*trained, *todo.done))
+        if wanted.calibrate and not all(known):
             try:
                 trainers.calibrate(root)
             except LoGoError as error:
@@ -159,6 +164,8 @@ def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -
 class InThisProcess:
     """This process."""
 
+    count = 1
+
     def __init__(self, opening: Opening) -> None:
         self._trainer = Trainer(opening)
         self.facts, self.versions = self._trainer.facts, self._trainer.versions
@@ -183,7 +190,7 @@ class InWorkers:
     """Other processes, each of which has the base model loaded and the pool's folder at the same path."""
 
     def __init__(self, workers: Workers[Trainer]) -> None:
-        self._workers = workers
+        self._workers, self.count = workers, workers.count
         self.facts, self.versions = workers.description
 
     def train(
@@ -193,6 +200,8 @@ class InWorkers:
         from logo.backends.items import Item, Lost
 
         files = {group.folder: group.folder.with_suffix(".progress.json") for group in groups}
+        for file in files.values():
+            file.unlink(missing_ok=True)  # of a run that was interrupted
         items = (
             Item((group, root, every, files[group.folder]), round(sum(task.tokens for task in group.tasks)))
             for group in groups
@@ -200,9 +209,11 @@ class InWorkers:
         with _watched(list(files.values()), tell):
             for item, outcome in self._workers.map(items, _train):
                 group, file = item.args[0], item.args[3]
+                if tell is not None:
+                    tell(told(file))
                 file.unlink(missing_ok=True)
                 if isinstance(outcome, Lost):
-                    yield [Outcome(task.name, f"not finished: {outcome.reason}", False) for task in group.tasks]
+                    yield [_lost(task, root, outcome.reason) for task in group.tasks]
                 else:
                     yield outcome
 
@@ -213,6 +224,13 @@ class InWorkers:
     def calibrate(self, root: Path) -> None:
         """As `Trainer.calibrate`, in one of the processes."""
         self._workers.ask(Trainer.calibrate, root)
+
+
+def _lost(task: Prepared, root: Path, reason: str) -> Outcome:
+    """Of a task whose group no process has finished; it may have ended before."""
+    if (record_of(root / task.name) or {}).get("digest") == task.digest:
+        return Outcome(task.name, None, True)
+    return Outcome(task.name, f"not finished: {reason}; the same command goes on with it", False)
 
 
 @contextlib.contextmanager
@@ -277,17 +295,36 @@ def alone(root: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"pool folder {root}: cannot be written ({error.strerror or error})") from error
     with lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no such lock
-            pass
-        except BlockingIOError:
-            raise UsageError(f"pool folder {root}: another run trains into it; wait for it, or name another") from None
+        _lock(lock, root)
         try:
             yield
         finally:
             (root / UNFINISHED / "lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: checkpoints
                 (root / UNFINISHED).rmdir()
+
+
+def _lock(file: IO[bytes], root: Path) -> None:
+    """Holds the file against other runs, where the file system can.
+
+    Raises:
+        UsageError: another run holds it.
+    """
+    busy = UsageError(f"pool folder {root}: another run trains into it; wait for it, or name another")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no such lock
+        return
+    except BlockingIOError:
+        raise busy from None
+    except OSError as error:  # some network drives have none either
+        warnings.warn(f"{root}: cannot be locked ({error.strerror}); let no other run train into it", stacklevel=2)
+        return
+    try:
+        same = os.path.samestat(os.fstat(file.fileno()), os.stat(root / UNFINISHED / "lock"))
+    except FileNotFoundError:
+        same = False
+    if not same:  # the run that had it has just ended, and removed the file
+        raise busy

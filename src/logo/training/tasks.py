@@ -214,7 +214,7 @@ def _datasets() -> Any:
 
 
 def _pair(row: Mapping[str, Any], where: str, columns: Sequence[str]) -> Pair:
-    if "messages" in row:
+    if "messages" in row and tuple(columns) == USUAL_COLUMNS:
         return _from_messages(row["messages"], where)
     context, completion = columns
     missing = [name for name in columns if name not in row]

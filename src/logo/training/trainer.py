@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from logo.digests import config_digest, library_versions, tokenizer_digest, weights_digest
+from logo.errors import ModelError
 from logo.mixing.placement import device_of
 from logo.models import load_base, load_config, skeleton
 from logo.training.checkpoint import forget
@@ -79,7 +80,10 @@ class Trainer:
         )
         self._model, self.tokenizer = model, tokenizer
         self._adapted: dict[tuple[str, ...], Adapted] = {}
-        vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"base model {opening.base_model}: expected a language model with an output head")
+        vocabulary = int(head.weight.shape[0])
         device = device_of(model.get_input_embeddings())
         limits = Limits.of(opening.pass_tokens, vocabulary, device)
         pad = int(tokenizer.pad_token_id)
@@ -122,6 +126,7 @@ class Trainer:
         def save(learner: Learner) -> None:
             if learner.best is not None:
                 self._write(root, by_name[learner.name], learner)
+            learner.release()
 
         group = Group(self.base, learners, plan.members, plan.folder, save, every)
 
@@ -131,7 +136,10 @@ class Trainer:
 
         say()
         group.run(say)
-        forget(plan.folder)
+        if group.others:
+            group.keep()
+        else:
+            forget(plan.folder)
         return [_outcome(learner) for learner in learners]
 
     def calibrate(self, root: Path) -> None:
@@ -199,9 +207,9 @@ def _outcome(learner: Learner) -> Outcome:
     course = learner.course
     reason = course.reason if course.status == DIVERGED else None
     if reason is not None:
-        kept = "nothing is kept of it" if learner.best is None else f"its adapter is that of step {course.best}"
+        kept = "nothing is kept of it" if course.best is None else f"its adapter is that of step {course.best}"
         reason = f"{reason}; {kept}"
-    return Outcome(learner.name, reason, learner.best is not None)
+    return Outcome(learner.name, reason, course.best is not None)
 
 
 def same_base(own: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
