@@ -23,6 +23,7 @@ from logo.adapters.pruning import Budget, pruned, write_pruned
 from logo.cli.run import run
 from logo.errors import AdapterError, UsageError
 from logo.training.pool import record_of
+from logo.training.pool import write_pool as write_trained_pool
 from make_adapters import CONFIG, LLAMA, calm, damage, edit_config, edit_weights, load_peft, tensors, write, write_peft
 from tolerances import same_tensor
 
@@ -249,3 +250,6 @@ def test_what_was_measured_before_is_not_said_of_what_is_now(tmp_path: Path, com
     assert run(["pool", "card", str(out)]) == 0
     assert "loss |" not in (out / "README.md").read_text()
     assert record_of(out / "a") is None and record_of(pool / "a") == record
+    write_trained_pool(out, {"base_model": "b"}, {})
+    kept = json.loads((out / "pool.json").read_text())
+    assert (kept["changes"], kept["before"], kept["base_model"]) == (made["changes"], made["before"], "b")

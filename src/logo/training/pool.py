@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from logo.adapters.config import CONFIG
-from logo.adapters.notes import ADAPTERS, NOTES, RECORD, RESPONSES
+from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, NOTES, RECORD, RESPONSES, read_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import StorageError, UsageError
 from logo.folders import replace_file, replace_folder
@@ -95,7 +95,8 @@ def course_record(course: Course) -> dict[str, Any]:
 
 
 def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Writes `pool.json`: facts of all, and what each adapter in the folder was made from.
+    """Writes `pool.json`: facts of all, and what each adapter in the folder was made from; what was done to the pool
+    before stays.
 
     Args:
         facts: base model, versions, recipe.
@@ -106,7 +107,8 @@ def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -
     """
     records = {path.parent.relative_to(root).as_posix(): record_of(path.parent) for path in _records(root)}
     adapters = {name: record for name, record in sorted(records.items()) if record is not None}
-    whole = {**facts, ADAPTERS: adapters, "failed": dict(names)}
+    kept = {key: value for key, value in read_notes(root).items() if key in (CHANGES, BEFORE)}
+    whole = {**facts, ADAPTERS: adapters, "failed": dict(names), **kept}
     replace_file(root / NOTES, (json.dumps(whole, indent=2) + "\n").encode())
 
 
