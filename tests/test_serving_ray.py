@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from logo.backends.cluster import Layout, Share
-from logo.serving import replicas
+from logo.serving import driver
+from logo.serving.driver import serve_replicas
 from logo.serving.membership import Lost
 from logo.serving.pool import Change
-from logo.serving.replicas import APPLICATION, ActorLink, Scale, serve_replicas
+from logo.serving.replicas import APPLICATION, ActorLink, Scale
 from tolerances import PATIENCE
 
 
@@ -105,11 +106,11 @@ def serving(ray: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
     monkeypatch.setitem(sys.modules, "ray.serve", made)
     monkeypatch.setitem(sys.modules, "ray.serve.schema", made.schema)
     for name in ("connect", "application"):
-        monkeypatch.setattr(replicas, name, lambda *parts: None)
-    monkeypatch.setattr(replicas, "imported", lambda: ray)
-    monkeypatch.setattr(replicas, "share", lambda *parts: Share(1, 1, 1, 0.0))
+        monkeypatch.setattr(driver, name, lambda *parts: None)
+    monkeypatch.setattr(driver, "imported", lambda: ray)
+    monkeypatch.setattr(driver, "share", lambda *parts: Share(1, 1, 1, 0.0))
     for name in ("_LOOK", "_FAREWELL"):
-        monkeypatch.setattr(replicas, name, 0.01)
+        monkeypatch.setattr(driver, name, 0.01)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield made
     for number, handler in before.items():

@@ -118,8 +118,9 @@ def serve(
     plan: Plan,
 ) -> Any:
     """Serves until a signal comes; or, where `application` asks, returns what Ray Serve is to run."""
+    from logo.serving.driver import serve_replicas
     from logo.serving.replica import digest
-    from logo.serving.replicas import Scale, serve_replicas
+    from logo.serving.replicas import Scale
     from logo.serving.replicas import application as build
 
     scale = Scale(layout)
