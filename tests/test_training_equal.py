@@ -195,6 +195,6 @@ def test_held_out_losses_of_whole_runs_are_the_same() -> None:
         found = [measured.held_out for measured in other.course.measured]
         expected = [measured.held_out for measured in one.course.measured]
         assert found == pytest.approx(expected, rel=0.005)
-        assert expected[0] is not None and min(filter(None, expected)) < 0.9 * expected[0]  # it learned something
+        assert expected[0] is not None and min(filter(None, expected)) < 0.95 * expected[0]  # it learned something
         best = min(one.course.measured, key=lambda measured: measured.held_out or 0.0)
         assert one.course.best == best.step

@@ -282,7 +282,7 @@ def test_another_recipe_other_rows_and_foreign_adapters_are_refused_by_name(
     line = refused("--lr", "0.001")
     assert line == f"logo: error: {copied / 'a'}: was trained with lr 0.005, and 0.001 is asked for{end}"
     assert f"{copied / 'c'}: was trained with r 2, and 3 is asked for" in refused("--r", "3", "--only", "c")
-    assert "another base model, tokenizer or dtype" in refused("--dtype", "bfloat16")
+    assert "another base model, or in another dtype" in refused("--dtype", "bfloat16")
     other = tmp_path / "tasks"
     shutil.copytree(tasks, other)
     write_rows(other / "c.jsonl", rows(12, 77))

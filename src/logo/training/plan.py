@@ -138,9 +138,6 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
             forget(folder)
             continue
         members = _members(folder)
-        if all(name in done and known[name].digest == digest for name, digest in members.items()):
-            forget(folder)
-            continue
         changed = [name for name, digest in members.items() if name in left and left[name].digest != digest]
         if changed and not retrain:
             raise UsageError(
@@ -152,6 +149,8 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
             groups.append(GroupPlan(same, folder))
             for task in same:
                 left.pop(task.name, None)
+        elif all(name in known for name in members):  # what is not done of it is begun anew
+            forget(folder)
     # What an interrupted run has not begun is learned in the groups that it would have made: whom an adapter is learned
     # with shows in its last digits.
     for group in _groups(list(tasks), root, at_once):

@@ -127,7 +127,9 @@ def check_base(root: Path, base: Mapping[str, Any]) -> None:
     for path in _records(root):
         found = (record_of(path.parent) or {}).get("base")
         if isinstance(found, dict) and found.get("weights") != base.get("weights"):
-            raise UsageError(f"{path.parent}: was trained for another base model; name another --out for this one")
+            raise UsageError(
+                f"{path.parent}: was trained on another base model, or in another dtype; name another --out"
+            )
 
 
 def _records(root: Path) -> list[Path]:
