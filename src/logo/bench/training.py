@@ -90,7 +90,7 @@ def bench_training(wanted: Wanted, arms: Sequence[str], say: Callable[[str], Non
     for name in arms:
         say(name)
         mine, other = context.Pipe(duplex=False)
-        process = context.Process(target=_measured, args=(wanted, name, other))
+        process = context.Process(target=_measured, args=(wanted, name, other), daemon=True)
         process.start()
         other.close()
         try:
