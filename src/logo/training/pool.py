@@ -142,7 +142,10 @@ def _records(root: Path) -> list[Path]:
 
 
 def _written(config: LoraConfig) -> str:
-    """A configuration as PEFT writes it."""
+    """A configuration as PEFT writes it, with its sets in one order in every process."""
     with tempfile.TemporaryDirectory() as scratch:
         config.save_pretrained(scratch)
-        return (Path(scratch) / CONFIG).read_text(encoding="utf-8")
+        values = json.loads((Path(scratch) / CONFIG).read_text(encoding="utf-8"))
+    if isinstance(values["target_modules"], list):
+        values["target_modules"].sort()
+    return json.dumps(values, indent=2, sort_keys=True)
