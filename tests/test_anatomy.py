@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from logo import AdapterPool
 from logo.adapters import anatomy as anatomy_module
-from logo.adapters.anatomy import Anatomy, anatomy, module_paths
-from logo.adapters.duplicates import duplicates
 from logo.adapters.format import Adapter
-from logo.adapters.outliers import outliers
-from logo.adapters.spectra import rank_for
+from logo.adapters.upkeep.anatomy import Anatomy, anatomy, module_paths
+from logo.adapters.upkeep.duplicates import duplicates
+from logo.adapters.upkeep.outliers import outliers
+from logo.adapters.upkeep.spectra import rank_for
 from make_adapters import LLAMA, Q, V, calm, edit_weights, tensors, write
 
 

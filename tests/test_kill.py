@@ -8,17 +8,15 @@ stopped.
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dying import dying as commands_dying
 from logo.cli.run import run
 from logo.demo import heldout
 from logo.evaluation.results import RESULT_FILES
@@ -29,29 +27,12 @@ pytestmark = pytest.mark.slow
 RUN = "demo_method_lorahub_n_6_seed_0"
 DATASETS = ("antonym", "plural")
 
-# Loads what is slow to load, and is then the parent of one process for every line that it reads: the step before which
-# that one dies, and its command. Answers with how it ended and the number of steps it made.
-PARENT = '''
-import io, json, os, signal, sys
+IMPORTS = """
 import transformers.models.llama.modeling_llama
 import logo.cli.app, logo.evaluation.journal, logo.evaluation.session
 from logo import LoGo
-from logo.cli.run import run
-
-def count(last, root):
-    done = [0]
-
-    def step():
-        if done[0] == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done[0] += 1
-
-    def counted(function):
-        def call(*arguments, **options):
-            step()
-            return function(*arguments, **options)
-        return call
-
+"""
+STEPS = '''
     class Halving(io.FileIO):
         """A disk that takes a part of a line at a time."""
         def write(self, data):
@@ -59,27 +40,8 @@ def count(last, root):
             step()
             return taken
 
-    def happening(event, arguments):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(arguments[0]).startswith(root):
-            step()
-
     logo.evaluation.journal.open = lambda path, mode, buffering: Halving(path, mode)
-    os.fsync = counted(os.fsync)
     LoGo.score_pairs, LoGo.generate = counted(LoGo.score_pairs), counted(LoGo.generate)
-    sys.addaudithook(happening)
-    return done
-
-for line in sys.stdin:
-    last, arguments, steps = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        done = count(last, arguments[arguments.index("--result-dir") + 1])
-        code = run(arguments)
-        with open(steps, "w") as file:
-            file.write(str(done[0]))
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 '''
 
 
@@ -113,22 +75,10 @@ Dying = Callable[[int, Path], int]
 
 
 @pytest.fixture(scope="module")
-def dying(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def dying(rows: Path) -> Iterator[Dying]:
     """Runs the evaluation in a process of its own up to a step; returns how it ended."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdin is not None and parent.stdout is not None
-
-        def run_until(step: int, results: Path) -> int:
-            assert parent.stdin is not None and parent.stdout is not None
-            print(json.dumps([step, command(rows, results), str(results / "steps")]), file=parent.stdin, flush=True)
-            return int(parent.stdout.readline())
-
-        yield run_until
-        parent.stdin.close()
+    with commands_dying("--result-dir", IMPORTS, STEPS) as run_until:
+        yield lambda step, results: run_until(step, command(rows, results), results / "steps")
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo import AdapterPool
-from logo.adapters.differences import difference_of
 from logo.adapters.format import open_adapter
+from logo.adapters.upkeep.differences import difference_of
 from logo.cli.run import run
 from make_adapters import (
     CONFIG,
@@ -108,7 +108,7 @@ def test_inspect_draws(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_picture_has_a_bar_for_every_adapter_that_does_something(pool: Path) -> None:
-    from logo.adapters.anatomy import anatomy
+    from logo.adapters.upkeep.anatomy import anatomy
     from logo.evaluation.report.pool import likeness
     from logo.evaluation.report.scene import Raster, Rect
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import tiny
 from logo import AdapterPool
 from logo.adapters.format import open_adapter
-from logo.adapters.pruning import Budget, pruned, write_pruned
+from logo.adapters.upkeep.pruning import Budget, pruned, write_pruned
 from logo.cli.run import run
 from logo.errors import AdapterError, UsageError
 from logo.training.pool import record_of

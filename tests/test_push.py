@@ -19,8 +19,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from hub_server import GOOD_TOKEN, STRANGER_TOKEN
 from hub_uploads import WritableHub
 from logo import AdapterPool
-from logo.adapters.publishing import Upload, is_checkpoint
-from logo.adapters.publishing import push as send
+from logo.adapters.upkeep.publishing import Upload, is_checkpoint
+from logo.adapters.upkeep.publishing import push as send
 from logo.cli.run import run
 from logo.errors import UsageError
 from make_adapters import CONFIG, REFUSED, SAFETENSORS, damage, tensors, write

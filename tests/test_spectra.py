@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo.adapters.format import LoraWeights
-from logo.adapters.spectra import difference, effective_rank, inner, norm, rank_for, spectrum
+from logo.adapters.upkeep.spectra import difference, effective_rank, inner, norm, rank_for, spectrum
 from make_adapters import calm
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}

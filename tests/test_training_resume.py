@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dying import dying as commands_dying
 from learning import command, contents, rows, write_base, write_rows
 from logo.cli.run import run
 from logo.training.checkpoint import STATE, TENSORS, Checkpoint
@@ -26,49 +27,13 @@ from tolerances import PATIENCE
 
 TASKS = ("a", "b", "c", "d/e", "f")
 
-# Loads what is slow to load, and is then the parent of one process for every line that it reads: the step before which
-# that one dies, its command and a file for the number of steps that it made. Answers with how it ended.
-PARENT = """
-import json, os, signal, sys
+IMPORTS = """
 import peft, transformers.models.llama.modeling_llama
 import logo.cli.app, logo.training.learner, logo.training.running
-from logo.cli.run import run
-
-def count(last, root):
-    done = [0]
-
-    def step():
-        if done[0] == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done[0] += 1
-
-    def counted(function):
-        def call(*arguments, **options):
-            step()
-            return function(*arguments, **options)
-        return call
-
-    def happening(event, arguments):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(arguments[0]).startswith(root):
-            step()
-
-    os.fsync = counted(os.fsync)
+"""
+STEPS = """
     learner = logo.training.learner.Learner
     learner.step, learner.measured = counted(learner.step), counted(learner.measured)
-    sys.addaudithook(happening)
-    return done
-
-for line in sys.stdin:
-    last, arguments, steps = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        done = count(last, arguments[arguments.index("--out") + 1])
-        code = run(arguments)
-        with open(steps, "w") as file:
-            file.write(str(done[0]))
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -89,23 +54,10 @@ Dying = Callable[[int, Path], int]
 
 
 @pytest.fixture(scope="module")
-def dying(base_model: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def dying(base_model: Path, tasks: Path) -> Iterator[Dying]:
     """Trains in a process of its own up to a step; returns how it ended."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdin is not None and parent.stdout is not None
-
-        def run_until(step: int, pool: Path) -> int:
-            assert parent.stdin is not None and parent.stdout is not None
-            line = [step, asked(base_model, tasks, pool), str(pool.with_suffix(".steps"))]
-            print(json.dumps(line), file=parent.stdin, flush=True)
-            return int(parent.stdout.readline())
-
-        yield run_until
-        parent.stdin.close()
+    with commands_dying("--out", IMPORTS, STEPS) as run_until:
+        yield lambda step, pool: run_until(step, asked(base_model, tasks, pool), pool.with_suffix(".steps"))
 
 
 def asked(base_model: Path, tasks: Path, pool: Path) -> list[str]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from logo.backends.cluster import Layout, WorkersError, connect, imported, share
 from logo.backends.host import Answer, Host, Refused, Shared
 from logo.backends.items import Elsewhere, I, Lost, Queue, Unlike
+from logo.backends.process import Process, how_ended
 
 H = TypeVar("H")  # what a process has opened
 
@@ -32,31 +32,6 @@ _FAILED_STARTS = 3
 
 # Seconds between two looks at deadlines and at what has been opened.
 _LOOK = 0.5
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A process, as the driver sees it.
-
-    Attributes:
-        name: for people.
-        actor: Ray's handle.
-        opening: the reference of its description, until it is open.
-        item, tries, running: what it is doing, how many processes that item has had before, and the reference of its
-            result. Without an item it still does what a `map` that ended early had given it.
-        since: when it began that.
-        done: size of the items it has finished; `busy`: seconds they took.
-    """
-
-    name: str
-    actor: Any
-    opening: Any = None
-    item: Any = None
-    tries: int = 0
-    running: Any = None
-    since: float = 0.0
-    done: int = 0
-    busy: float = 0.0
 
 
 class Workers(Generic[H]):
@@ -87,7 +62,7 @@ class Workers(Generic[H]):
     ) -> None:
         self._ray = imported()
         self._layout, self._open, self._describe, self._differs = layout, open_, describe, differs
-        self._workers: list[_Worker] = []
+        self._workers: list[Process] = []
         self._started = self._failed_starts = 0
         self._queue: Queue[Any] | None = None  # of the `map` that runs
         self._next: list[tuple[Any, Any]] = []  # what that has to yield next
@@ -148,12 +123,12 @@ class Workers(Generic[H]):
                     self._end_late()
                 result = self._got(running)
             except self._gone as error:
-                reason = f"the last one {_how(error)}"
+                reason = f"the last one {how_ended(error)}"
                 if worker in self._workers:  # else it was ended over its item, not over this
                     tries += 1
                     self._next += self._finished(worker) if self._is_done(worker) else []
                     if worker in self._workers:
-                        self._over(worker, _how(error))
+                        self._over(worker, how_ended(error))
                 continue
             if isinstance(result, Refused):
                 raise result.error
@@ -199,7 +174,7 @@ class Workers(Generic[H]):
             for worker in self._workers:
                 worker.item = None  # nobody waits for its result any more
 
-    def _give(self, worker: _Worker, queue: Queue[I], what: Callable[..., Any]) -> None:
+    def _give(self, worker: Process, queue: Queue[I], what: Callable[..., Any]) -> None:
         """Gives a free process an item, where there is one for it."""
         if worker not in self._workers:
             return
@@ -214,7 +189,7 @@ class Workers(Generic[H]):
         worker.running = worker.actor.call.remote(what, *worker.item.args)
         worker.since = time.monotonic()
 
-    def _ready(self) -> _Worker:
+    def _ready(self) -> Process:
         """A process that is open, which has nothing to do if there is one; waits for one."""
         idle_since = time.monotonic()
         self._look_at_openings()
@@ -239,7 +214,7 @@ class Workers(Generic[H]):
             max_restarts=0,
         )
         actor = made.remote(self._open)
-        self._workers.append(_Worker(f"worker {self._started}", actor, actor.call.remote(self._describe)))
+        self._workers.append(Process(f"worker {self._started}", actor, actor.call.remote(self._describe)))
 
     def _first(self, expected: int) -> Any:
         """The description of the first process, when all have said theirs that there is room for."""
@@ -258,7 +233,7 @@ class Workers(Generic[H]):
                 except self._ray.exceptions.RayTaskError as error:
                     raise error.cause from None
                 except self._gone as error:
-                    self._again(worker, _how(error))
+                    self._again(worker, how_ended(error))
                     continue
                 if isinstance(found, Refused):
                     raise found.error
@@ -284,7 +259,7 @@ class Workers(Generic[H]):
             except self._ray.exceptions.RayTaskError as error:  # the others go on without it
                 reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())[:200]
             except self._gone as error:
-                self._again(worker, _how(error))
+                self._again(worker, how_ended(error))
                 continue
             else:
                 reason = str(found.error) if isinstance(found, Refused) else self._differs(found, self.description)
@@ -293,13 +268,13 @@ class Workers(Generic[H]):
             else:
                 self._give_up(worker, reason)
 
-    def _give_up(self, worker: _Worker, reason: str) -> None:
+    def _give_up(self, worker: Process, reason: str) -> None:
         """Ends a process in whose place another one would be no better."""
         warnings.warn(f"{worker.name} gets no work: {reason}", UserWarning, stacklevel=4)
         self._end(worker)
         self._again_elsewhere(worker, f"is not like the others: {reason}")
 
-    def _again(self, worker: _Worker, how: str) -> None:
+    def _again(self, worker: Process, how: str) -> None:
         """Replaces a process that ended before it was open. After too many of them no more are started, and those that
         are open go on alone."""
         self._failed_starts += 1
@@ -313,7 +288,7 @@ class Workers(Generic[H]):
         if any(one.opening is None for one in self._workers):
             warnings.warn(f"{said}; no more are started", UserWarning, stacklevel=3)
 
-    def _end(self, worker: _Worker) -> None:
+    def _end(self, worker: Process) -> None:
         self._workers.remove(worker)
         self._ray.kill(worker.actor, no_restart=True)
 
@@ -326,7 +301,7 @@ class Workers(Generic[H]):
                 warnings.warn(text, UserWarning, stacklevel=3)
         return answer.value
 
-    def _free(self) -> list[_Worker]:
+    def _free(self) -> list[Process]:
         return [worker for worker in self._workers if worker.opening is None and worker.running is None]
 
     def _wait(self) -> list[Any]:
@@ -338,7 +313,7 @@ class Workers(Generic[H]):
         done: list[Any] = self._ray.wait(references, num_returns=1, timeout=_LOOK)[0] if references else []
         return done
 
-    def _is_done(self, worker: _Worker) -> bool:
+    def _is_done(self, worker: Process) -> bool:
         return worker.running is not None and bool(self._ray.wait([worker.running], timeout=0)[0])
 
     def _end_late(self) -> None:
@@ -350,13 +325,13 @@ class Workers(Generic[H]):
 
     # -- results -------------------------------------------------------------------------------------------------
 
-    def _over(self, worker: _Worker, how: str) -> None:
+    def _over(self, worker: Process, how: str) -> None:
         """A process has gone: another one is started, and its item goes back into the queue, or is lost."""
         self._end(worker)
         self._start()
         self._again_elsewhere(worker, how)
 
-    def _again_elsewhere(self, worker: _Worker, how: str) -> None:
+    def _again_elsewhere(self, worker: Process, how: str) -> None:
         item, worker.item, worker.running = worker.item, None, None
         if item is None or self._queue is None:
             return
@@ -365,7 +340,7 @@ class Workers(Generic[H]):
         else:
             self._next.append((item, Lost(f"{TRIES} workers in a row did not finish it; the last one {how}")))
 
-    def _finished(self, worker: _Worker) -> list[tuple[Any, Any]]:
+    def _finished(self, worker: Process) -> list[tuple[Any, Any]]:
         """The item of a process with its result; or nothing, and the item goes back into the queue, if it is of the
         `map` that runs."""
         try:
@@ -376,7 +351,7 @@ class Workers(Generic[H]):
                 return []
             raise error.cause from None
         except self._gone as error:
-            self._over(worker, _how(error))
+            self._over(worker, how_ended(error))
             return []
         if isinstance(result, Unlike):
             self._give_up(worker, result.reason)
@@ -402,13 +377,3 @@ class Workers(Generic[H]):
             errors.NodeDiedError,
             TimeoutError,
         )
-
-
-def _how(error: Exception) -> str:
-    """Says in a few words how a process has ended."""
-    if isinstance(error, TimeoutError):
-        return str(error)
-    if type(error).__name__ == "OutOfMemoryError":
-        return "was ended because its node had no memory left"
-    last = str(error).strip().splitlines()[-1].strip()  # where something was raised: what
-    return f"ended ({type(error).__name__}: {last[:200]})"

@@ -46,16 +46,18 @@ class RecipeOptions:
     steps: Annotated[int | None, _said("Optimiser steps, instead of epochs.", "none")] = None
     batch_size: Annotated[int | None, _said("Rows of a step.", 8)] = None
     max_length: Annotated[int | None, _said("Tokens of a row; longer prompts lose their beginning.", 1024)] = None
-    seed: Annotated[int | None, _said("Of beginnings, orders and held-out rows.", 0)] = None
-    warmup: Annotated[float | None, _said("Share of the steps in which the learning rate rises.", 0.03)] = None
-    schedule: Annotated[Schedules | None, _said("How the learning rate falls afterwards.", "cosine")] = None
-    weight_decay: Annotated[float | None, _said("Of AdamW.", 0)] = None
-    clip: Annotated[float | None, _said("Largest norm of a step's gradient.", 1)] = None
-    held_out: Annotated[
-        float | None, _said("Share of the rows on which progress is measured, at most 64 of them.", 0.1)
+    seed: Annotated[
+        int | None, _said("Random seed of initial factors, of the order of rows and of which are held out.", 0)
     ] = None
-    evaluations: Annotated[int | None, _said("How often it is measured.", 10)] = None
-    patience: Annotated[int | None, _said("Stop after so many measurements without a better one.", 3)] = None
+    warmup: Annotated[float | None, _said("Share of the steps over which the learning rate rises.", 0.03)] = None
+    schedule: Annotated[Schedules | None, _said("How the learning rate falls after that.", "cosine")] = None
+    weight_decay: Annotated[float | None, _said("Weight decay of AdamW.", 0)] = None
+    clip: Annotated[float | None, _said("Clip the gradient of a step to this norm.", 1)] = None
+    held_out: Annotated[
+        float | None, _said("Share of the rows that is held out to measure the loss on, at most 64 rows.", 0.1)
+    ] = None
+    evaluations: Annotated[int | None, _said("How often the loss of the held-out rows is measured.", 10)] = None
+    patience: Annotated[int | None, _said("Stop a task after this many measurements without a lower loss.", 3)] = None
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -90,7 +92,7 @@ class CourseOptions:
     at_once: Annotated[
         int | None,
         typer.Option(
-            help="Most tasks that share a forward pass.",
+            help="Train at most this many tasks together, whose rows share forward passes.",
             show_default="16; with --jobs an equal share, at most 16",
             min=1,
             rich_help_panel=COURSE,
@@ -99,8 +101,8 @@ class CourseOptions:
     pass_tokens: Annotated[
         int,
         typer.Option(
-            help="Tokens of one forward pass; what a step reads besides is read in further ones, and their gradients "
-            "are added up.",
+            help="Tokens of one forward pass, padding included. A larger step is cut into several passes, and their "
+            "gradients are added up.",
             min=1,
             rich_help_panel=COURSE,
         ),

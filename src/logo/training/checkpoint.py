@@ -28,7 +28,7 @@ class Checkpoint:
     """A moment of a group.
 
     Attributes:
-        members: task name -> everything that its adapter follows from (recipe, rows, base model), as digests.
+        members: task name -> digest of everything its adapter is made from (recipe, rows, base model).
         courses: of each task, see `logo.training.learner.Course`.
         tensors: of each task, see `Learner.tensors`.
     """

@@ -1,4 +1,4 @@
-"""A task's rows as tokens: the prompt as it will be read when it is asked, and the completion that is learned."""
+"""The rows of a task as tokens: the prompt, tokenized as it is when it is asked, and the completion to learn."""
 
 from __future__ import annotations
 

@@ -27,14 +27,13 @@ from logo.training.recipe import Recipe
 class Factors:
     """One adapter's `A (r, d_in)` and `B (r, d_out)` per module, in float32; PEFT's `lora_B` is `B` transposed.
 
-    They begin as PEFT's do: A as Kaiming's uniform distribution has it, B zero.
+    They are initialised as PEFT does: A from Kaiming's uniform distribution, B with zeros.
 
     Args:
         shapes: module path -> its sizes.
         devices: module path -> where it computes.
         r: the rank.
-        seed: of the beginning.
-        name: of the adapter; adapters of one seed and other names begin elsewhere.
+        seed, name: of the adapter; adapters of the same seed and different names start from different factors.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ class Group:
     Args:
         base: what they are learned on.
         learners: one for each task.
-        members: name -> digest of everything that an adapter follows from.
+        members: name -> digest of everything the adapter is made from.
         folder: where the group's checkpoint is, or will be; what it holds is gone on from.
         save: is given each learner that has ended, once it has.
         every: seconds between two checkpoints.
@@ -233,11 +233,11 @@ def summed(
     scales = [learner.recipe.scaling for learner in learners]
     sums = torch.zeros(len(learners), dtype=torch.float64)
     for part in cut(owned, base.limits):
-        read = laid_out(part, scales, base.pad, base.device)
-        weights = None if shares is None else shares.to(base.device)[read.owners]
+        one = laid_out(part, scales, base.pad, base.device)
+        weights = None if shares is None else shares.to(base.device)[one.owners]
         with torch.set_grad_enabled(shares is not None):
-            found = losses(base.model, bank, read, weights)
-        sums.index_add_(0, read.owners.cpu(), found.double().cpu())
+            found = losses(base.model, bank, one, weights)
+        sums.index_add_(0, one.owners.cpu(), found.double().cpu())
     return {learner: float(sums[place[learner]]) for learner in rows}
 
 

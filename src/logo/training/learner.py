@@ -1,7 +1,7 @@
 """One adapter while it is learned: its rows and their order, its optimiser, how far it is, and the best that it was.
 
-Nothing here depends on other adapters. What it has come to is a value (`State`) from which it goes on bit by bit as if
-it had never been interrupted: the order of rows and the learning rate follow from the step.
+Nothing here depends on other adapters. The progress (`Course`) and the tensors of a learner are all it needs to go on
+after an interruption, bit for bit: the order of rows and the learning rate are functions of the step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Measurement:
 
 @dataclass
 class Course:
-    """How far a task is, as JSON.
+    """The progress of one task: plain values, which a checkpoint holds as JSON.
 
     Attributes:
         step: optimiser steps made.
@@ -204,7 +204,7 @@ class Learner:
     # -- keeping ----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that it has come to, besides its course, on the host; nothing once it has ended."""
+        """Factors, best factors and moments of the optimiser, on the host; nothing once it has ended."""
         if not self.running:
             return {}
         kept: dict[str, Tensor] = {f"now.{key}": tensor for key, tensor in self.factors.named()}

@@ -1,4 +1,4 @@
-"""Forward passes over rows that belong to different adapters: what is read together, and what is lost in it.
+"""Forward passes over rows of different adapters: which rows share a pass, and the loss of every completion token.
 
 Rows are sorted by length and cut into passes, so that little is padded. Logits are computed where a completion is, and
 nowhere else: with 262,000 words in the vocabulary those of whole rows would be most of the work.
@@ -58,8 +58,8 @@ class Owned:
 
 
 @dataclass(frozen=True)
-class Read:
-    """Rows that are read in one pass, padded on the right.
+class Pass:
+    """The rows of one forward pass, padded on the right.
 
     Attributes:
         ids, mask: (rows, length).
@@ -98,7 +98,7 @@ def cut(rows: Sequence[Owned], limits: Limits) -> list[list[Owned]]:
     return passes
 
 
-def laid_out(rows: Sequence[Owned], scales: Sequence[float], pad: int, device: torch.device) -> Read:
+def laid_out(rows: Sequence[Owned], scales: Sequence[float], pad: int, device: torch.device) -> Pass:
     """A pass over these rows.
 
     Args:
@@ -121,10 +121,10 @@ def laid_out(rows: Sequence[Owned], scales: Sequence[float], pad: int, device: t
         targets += tokens[row.example.prompt :]
         owners += [row.owner] * row.example.completion
     placed = (torch.tensor(values, device=device) for values in (positions, targets, owners))
-    return Read(ids.to(device), mask.to(device), gates, *placed)
+    return Pass(ids.to(device), mask.to(device), gates, *placed)
 
 
-def losses(model: Any, bank: Bank, read: Read, weights: Tensor | None = None) -> Tensor:
+def losses(model: Any, bank: Bank, one: Pass, weights: Tensor | None = None) -> Tensor:
     """The negative log likelihood (n,) of every completion token of a pass, in nats, each under its row's adapter.
 
     Args:
@@ -132,9 +132,9 @@ def losses(model: Any, bank: Bank, read: Read, weights: Tensor | None = None) ->
             unless one of them is not finite.
     """
     adapted = GatedLoRA({path: model.get_submodule(path) for path in bank.stacks})
-    with adapted.active(bank.stacks, Gates(read.gates)), logits_at(model, read.positions):
-        logits = model(input_ids=read.ids, attention_mask=read.mask, use_cache=False).logits
-        found: Tensor = nn.functional.cross_entropy(logits.float(), read.targets.to(logits.device), reduction="none")
+    with adapted.active(bank.stacks, Gates(one.gates)), logits_at(model, one.positions):
+        logits = model(input_ids=one.ids, attention_mask=one.mask, use_cache=False).logits
+        found: Tensor = nn.functional.cross_entropy(logits.float(), one.targets.to(logits.device), reduction="none")
         if weights is not None and bool(found.isfinite().all()):
             # Inside, since layers whose activations were not kept are computed again.
             torch.autograd.backward((found * weights).sum())

@@ -1,6 +1,6 @@
 """What there is to train: tasks that are done already, groups that were begun, and groups of the others.
 
-An adapter is known by a digest of all that it follows from: its recipe, its rows, the base model and its dtype. One
+An adapter is known by a digest of all that it is made from: its recipe, its rows, the base model and its dtype. One
 that stands in the folder with that digest is done. One with another digest is refused, since nobody should lose it by
 accident.
 """
@@ -36,8 +36,8 @@ class Prepared:
         name: of the task.
         recipe: its own.
         rows: its examples.
-        digest: of all that its adapter follows from.
-        record: what is kept of that with the adapter, as JSON.
+        digest: of everything its adapter is made from.
+        record: what is written beside the adapter about all that, as JSON.
     """
 
     name: str
@@ -106,7 +106,7 @@ def prepare(task: Task, recipe: Recipe, rows: Sequence[Example], cut: int, base:
         "recipe": recipe.as_dict(),
         "base": dict(base),
     }
-    # The tokens, too: they follow from the chat template and from this version of LoGo besides.
+    # The tokens, too: they also depend on the chat template and on this version of LoGo.
     read = fingerprint({"rows": [[row.prompt, *row.ids] for row in rows]})
     digest = fingerprint({"rows": task.sha256, "read": read, "recipe": recipe.as_dict(), "base": dict(base)})
     return Prepared(task.name, recipe, tuple(rows), digest, {"digest": digest, **record})

@@ -1,7 +1,7 @@
 """What training writes: adapters as PEFT writes them, and what each was made from.
 
 POOL/<task>/adapter_config.json, adapter_model.safetensors     as PEFT
-POOL/<task>/training.json     recipe, digests of rows and base model, losses: what the adapter follows from
+POOL/<task>/training.json     recipe, digests of rows and base model, losses: what the adapter was made from
 POOL/pool.json                the same of all, and versions
 POOL/.training/<group>/       checkpoints of what is not done yet
 """
@@ -20,8 +20,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from logo.adapters.config import CONFIG
+from logo.adapters.format import LoraWeights
 from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, NOTES, RECORD, RESPONSES, read_notes
 from logo.adapters.weights import SAFETENSORS
+from logo.adapters.writing import plain_tensors
 from logo.errors import StorageError, UsageError
 from logo.folders import replace_file, replace_folder
 from logo.training.learner import DIVERGED, Course
@@ -43,11 +45,10 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfi
     Raises:
         StorageError: it cannot be written.
     """
-    tensors = {}
-    for key, tensor in factors.items():
-        side, _, path = key.partition(".")
-        named = f"base_model.model.{path}.lora_{side}.weight"
-        tensors[named] = (tensor if side == "A" else tensor.T).contiguous().cpu()
+    paths = [key.removeprefix("A.") for key in factors if key.startswith("A.")]
+    # What the scale is, the configuration says.
+    weights = {path: LoraWeights(factors[f"A.{path}"], factors[f"B.{path}"].T, 1.0) for path in paths}
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in plain_tensors(weights).items()}
     replace_folder(
         folder,
         {

@@ -35,7 +35,7 @@ class Recipe:
         epochs: how often every row is learned from; `steps`: optimiser steps instead, where they are given.
         batch_size: rows of one step.
         max_length: tokens of a row; longer prompts lose their beginning.
-        seed: of the factors that an adapter starts from, of the order of its rows and of which are held out.
+        seed: of the initial factors, of the order of the rows and of which of them are held out.
         warmup: share of the steps in which the learning rate rises; `schedule`: how it falls afterwards.
         weight_decay, clip: of AdamW, and the largest norm of a step's gradient.
         held_out: share of the rows on which progress is measured, at most 64 of them.

@@ -91,7 +91,7 @@ class Trainer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What adapters follow from, of the base model: the same in every process."""
+        """Digests of the base model and its tokenizer, and the dtype; the same in every process."""
         return {
             "weights": weights_digest(self._model),
             "config": config_digest(self._model.config),
@@ -143,7 +143,7 @@ class Trainer:
         return [_outcome(learner) for learner in learners]
 
     def calibrate(self, root: Path) -> None:
-        """Lets the base model read neutral texts, and writes what each adapter of the pool responds beside it.
+        """Runs the calibration of the pool, and writes each adapter's responses to neutral texts beside it.
 
         Raises:
             LoGoError: the pool cannot be calibrated.

@@ -39,11 +39,11 @@ def card(
 
     Example: `logo pool card adapters/ --repo org/my-loras --study study.json`
     """
-    from logo.adapters.card import PICTURE, Card
     from logo.adapters.format import own_name
     from logo.adapters.hub import is_repo_id
     from logo.adapters.notes import NOTES, checked, read_notes
-    from logo.adapters.publishing import CARD
+    from logo.adapters.upkeep.card import PICTURE, Card
+    from logo.adapters.upkeep.publishing import CARD
     from logo.folders import replace_file
 
     # Leaving damaged adapters out means finding them first, as in `opened`.

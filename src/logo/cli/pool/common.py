@@ -52,8 +52,8 @@ def without_checkpoints(folder: Path, on_bad: OnBad, *, verify: bool) -> tuple[A
     """The pool as it is published, and the names of checkpoints, which are no adapters of it; both are told."""
     from logo.adapters.format import own_name
     from logo.adapters.pool import AdapterPool
-    from logo.adapters.publishing import is_checkpoint
     from logo.adapters.survey import survey
+    from logo.adapters.upkeep.publishing import is_checkpoint
 
     def is_left_out(name: str) -> bool:  # never the folder itself, which somebody has named
         return is_checkpoint(name) and name != own_name(folder)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.adapters.card import short_ranks
+from logo.adapters.upkeep.card import short_ranks
 from logo.cli.options import Choice, OnBad
 from logo.cli.output import natural_width, out, print_json, screen, size
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, refusals, steps, tell_refused
@@ -47,9 +47,9 @@ def convert(
 
     Example: `logo pool convert adapters/ --out plain-adapters/ --dtype bf16 --allow-pickle`
     """
-    from logo.adapters.conversion import DTYPES, Initial, converted, write_converted
     from logo.adapters.pool import AdapterPool
     from logo.adapters.survey import survey
+    from logo.adapters.upkeep.conversion import DTYPES, Initial, converted, write_converted
     from logo.adapters.writing import check_new, write_pool
 
     check_new(out_folder)

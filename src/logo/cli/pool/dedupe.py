@@ -36,7 +36,7 @@ def dedupe(
 
     Example: `logo pool dedupe adapters/ --out fewer-adapters/`
     """
-    from logo.adapters.duplicates import duplicates
+    from logo.adapters.upkeep.duplicates import duplicates
     from logo.adapters.writing import check_new, copy_adapter, write_pool
     from logo.errors import UsageError
 

@@ -14,8 +14,8 @@ from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, steps, tell_refused
 
 if TYPE_CHECKING:
-    from logo.adapters.differences import Differences
     from logo.adapters.pool import AdapterPool
+    from logo.adapters.upkeep.differences import Differences
 
 
 def diff(
@@ -31,7 +31,7 @@ def diff(
 
     Example: `logo pool diff adapters/ org/pool/tasks --check`
     """
-    from logo.adapters.differences import compared
+    from logo.adapters.upkeep.differences import compared
 
     pools = [_opened(place, allow_pickle, on_bad_adapter) for place in (one, other)]
     for pool in pools:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.adapters.card import short_ranks
+from logo.adapters.upkeep.card import short_ranks
 from logo.cli.options import OnBad
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, opened, refusals, steps
@@ -43,7 +43,7 @@ def prune(
 
     Example: `logo pool prune adapters/ --out small-adapters/ --energy 0.95`
     """
-    from logo.adapters.pruning import Budget, pruned, write_pruned
+    from logo.adapters.upkeep.pruning import Budget, pruned, write_pruned
     from logo.adapters.writing import check_new, write_pool
 
     budget = Budget(energy, rank)

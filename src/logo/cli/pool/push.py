@@ -35,8 +35,8 @@ def push(
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """
-    from logo.adapters.publishing import CARD, Upload
-    from logo.adapters.publishing import push as send
+    from logo.adapters.upkeep.publishing import CARD, Upload
+    from logo.adapters.upkeep.publishing import push as send
 
     pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=True)
     upload = Upload.of(folder, list(pool), repo, path_in_repo)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from logo.adapters.card import short_ranks
+from logo.adapters.upkeep.card import short_ranks
 from logo.cli.output import note, out
 from logo.cli.pool.common import steps, targets
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from logo.adapters.anatomy import Anatomy
     from logo.adapters.format import Adapter
+    from logo.adapters.upkeep.anatomy import Anatomy
 
 LAYER_RANGES = 3
 NAMED = 8  # names that a line lists
@@ -26,7 +26,7 @@ NAMED = 8  # names that a line lists
 
 def taken_apart(adapters: Sequence[Adapter]) -> Anatomy:
     """What the adapters do, with a progress bar."""
-    from logo.adapters.anatomy import anatomy, module_paths
+    from logo.adapters.upkeep.anatomy import anatomy, module_paths
 
     with steps("modules", len(module_paths(adapters))) as step:
         return anatomy(adapters, step)
@@ -64,7 +64,7 @@ def table(adapters: Sequence[Adapter], found: Anatomy) -> Table:
 
 def show(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> None:
     """What the pool does to each kind of module, near-duplicates, and what stands out."""
-    from logo.adapters.outliers import outliers
+    from logo.adapters.upkeep.outliers import outliers
 
     by_module = list(_by_module(found))
     if by_module:
@@ -97,7 +97,7 @@ def show(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> None:
 
 def report(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> dict[str, Any]:
     """The same for programs."""
-    from logo.adapters.outliers import outliers
+    from logo.adapters.upkeep.outliers import outliers
 
     return {
         "spectra": {
@@ -135,7 +135,7 @@ def _by_module(found: Anatomy) -> Iterator[dict[str, Any]]:
 
     Updates of zeros are left out: they are said to stand out, and would hide what the others do.
     """
-    from logo.adapters.anatomy import kind_of, layer_of
+    from logo.adapters.upkeep.anatomy import kind_of, layer_of
 
     every = {layer_of(path) for updates in found.updates.values() for path in updates}
     layers = sorted(layer for layer in every if layer is not None)

@@ -12,7 +12,7 @@ from logo.evaluation.report.pictures import NAMED, PAD, heat_map
 from logo.evaluation.report.scene import Label, Raster, Rect, Scene, SceneMark, short
 
 if TYPE_CHECKING:
-    from logo.adapters.anatomy import Anatomy
+    from logo.adapters.upkeep.anatomy import Anatomy
 
 GAP = 24.0  # between the map and the bars
 BARS = 120.0  # width of the longest bar

@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from logo.adapters.anatomy import Anatomy, kind_of
 from logo.adapters.format import Adapter
 from logo.adapters.layout import core_path
+from logo.adapters.upkeep.anatomy import Anatomy, kind_of
 
 # A norm so many times the pool's median, or less than one over it, stands out.
 FAR = 5.0

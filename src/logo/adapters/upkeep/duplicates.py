@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from logo.adapters.anatomy import Anatomy
 from logo.adapters.format import Adapter
+from logo.adapters.upkeep.anatomy import Anatomy
 
 
 @dataclass(frozen=True)

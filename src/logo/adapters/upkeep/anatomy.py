@@ -24,7 +24,7 @@ from torch import Tensor
 
 from logo.adapters.format import Adapter
 from logo.adapters.layout import core_path
-from logo.adapters.spectra import Spectrum, effective_rank, rank_for, spectrum
+from logo.adapters.upkeep.spectra import Spectrum, effective_rank, rank_for, spectrum
 
 ENERGY = 0.99
 _ROUNDING = 1e-6

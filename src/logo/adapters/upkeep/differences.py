@@ -11,7 +11,7 @@ from logo.adapters.digests import adapter_key
 from logo.adapters.format import Adapter, LoraWeights
 from logo.adapters.layout import core_path
 from logo.adapters.pool import AdapterPool
-from logo.adapters.spectra import difference, inner, norm
+from logo.adapters.upkeep.spectra import difference, inner, norm
 
 Kind = Literal["same bytes", "same update", "other update", "other shapes"]
 

@@ -13,7 +13,7 @@ import torch
 
 from logo.adapters.config import read_raw
 from logo.adapters.format import Adapter, LoraWeights
-from logo.adapters.spectra import rank_for, relative_error, spectrum
+from logo.adapters.upkeep.spectra import rank_for, relative_error, spectrum
 from logo.adapters.writing import plain_tensors, save_adapter, unscaled
 from logo.errors import AdapterError, UsageError
 

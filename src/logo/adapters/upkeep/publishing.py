@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from logo.adapters.card import PICTURE
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, own_name
 from logo.adapters.hub import causes, clean_subfolder, hub_error, is_repo_id
 from logo.adapters.notes import NOTES, RECORD, RESPONSES, checked
+from logo.adapters.upkeep.card import PICTURE
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import HubError, UsageError
 

@@ -22,8 +22,8 @@ import torch
 from logo.adapters.config import changed_base, read_raw
 from logo.adapters.format import Adapter, LoraWeights
 from logo.adapters.layout import core_path
-from logo.adapters.spectra import norm, relative_error
 from logo.adapters.survey import survey
+from logo.adapters.upkeep.spectra import norm, relative_error
 from logo.adapters.writing import plain_tensors, save_adapter
 from logo.errors import AdapterError, StorageError
 
