@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo import AdapterPool
-from logo.adapters import anatomy as anatomy_module
 from logo.adapters.format import Adapter
+from logo.adapters.upkeep import anatomy as anatomy_module
 from logo.adapters.upkeep.anatomy import Anatomy, anatomy, module_paths
 from logo.adapters.upkeep.duplicates import duplicates
 from logo.adapters.upkeep.outliers import outliers
