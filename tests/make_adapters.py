@@ -166,7 +166,7 @@ REFUSED: dict[str, Callable[[Path], Path]] = {
     # another kind of adapter
     "ia3": lambda f: write_peft(f, config=peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
     # settings that make it more than s B A
-    "alora": by_peft(alora_invocation_tokens=[5, 6]),
+    "alora_of_nothing": by_hand(alora_invocation_tokens=[]),
     "arrow": by_hand(arrow_config={"top_k": 3}),
     "bdlora": by_hand(use_bdlora={"nblocks": 2}),
     "bias_all": lambda f: write_peft(f, tiny.model("qwen2"), bias="all"),

@@ -150,8 +150,9 @@ def test_a_setting_that_is_off_is_no_reason_to_refuse(key: str, off: object) -> 
 
 
 def test_an_empty_list_of_invocation_tokens_still_makes_an_alora() -> None:
-    with pytest.raises(Refusal, match="activated LoRA"):
+    with pytest.raises(Refusal, match="a list of one token id or more"):
         parse_config(settings(alora_invocation_tokens=[]))
+    assert parse_config(settings(alora_invocation_tokens=[5, 6])).invocation == (5, 6)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", None])

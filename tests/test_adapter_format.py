@@ -53,7 +53,7 @@ from tolerances import same_tensor
 # What each refusal has to say, besides the name.
 REASONS = {
     "ia3": 'peft_type is "IA3"; only "LORA" adapters can be mixed',
-    "alora": "it is an activated LoRA (alora_invocation_tokens)",
+    "alora_of_nothing": "alora_invocation_tokens must be a list",
     "arrow": "it is an Arrow router",
     "bdlora": "BD-LoRA (use_bdlora)",
     "bias_all": 'bias is "all"',

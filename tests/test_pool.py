@@ -428,7 +428,7 @@ def test_a_pool_that_may_not_be_entered_is_a_storage_error(shared: Path, below: 
 
 def test_one_bad_adapter_refuses_the_pool_naming_the_first_and_counting_the_others(drawer: Path) -> None:
     text = refused(lambda: AdapterPool.from_directory(drawer))
-    assert text.startswith("adapter 'alora': it is an activated LoRA")
+    assert text.startswith("adapter 'alora_of_nothing': alora_invocation_tokens must be")
     assert f"({len(REFUSED) - 1} more bad in {drawer})" in text
     assert text.endswith(
         "leave bad ones out with --on-bad-adapter skip (on_bad_adapter='skip'), or see `logo pool inspect`"

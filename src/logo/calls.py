@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from logo.adapters.activation import check_forced
 from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
@@ -24,7 +25,7 @@ from logo.decoding import Prompts, check_batch_size, check_streamable
 from logo.mixing import Merge
 from logo.prompts import Prompt, several
 from logo.scoring import Scored, completion_ids
-from logo.selecting import Asked, CallOptions, Selecting, take_call_options
+from logo.selecting import Asked, CallOptions, Selecting, for_each, take_call_options
 from logo.selection.selector import Forced, Selection, forced
 from logo.selection.settings import SelectionSettings
 
@@ -199,6 +200,7 @@ class Calls(ABC):
         stop_at_newline: bool | str = False,
         stop: Sequence[str] = (),
         streamer: BaseStreamer | None = None,
+        activation: str | None = None,
         **options: Any,
     ) -> Generation | list[Generation]:
         """Answers each prompt with its own mixture; rows with different mixtures share a batch.
@@ -214,6 +216,8 @@ class Calls(ABC):
             stop_at_newline: end each answer at its first line; `"official"`: by the official code's rule.
             stop: end each answer before the first of these texts.
             streamer: one of transformers' (`TextStreamer`, ...), of a single prompt; it is told each token.
+            activation: where all adapters act in this call: `"everywhere"`, `"last:N"` or `"invocation"`; None: as the
+                engine's settings say, and if they say nothing, each where it was trained to act.
             **options: of the selection, as `select`, and of `GenerationConfig`, such as `do_sample=True,
                 temperature=0.7`; no others.
 
@@ -226,18 +230,25 @@ class Calls(ABC):
         stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
         asked = self.asked(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
-        decoding = self._decoding(Decoding(config, self.model.generation_config, stop_at_newline, stop))
+        check_forced(activation)
+        decoding = Decoding(config, self.model.generation_config, stop_at_newline, stop, activation)
+        decoding = self._decoding(decoding)
         with self._lock:
             self._sync()
             rows = self.prompts.read(given, room=config.max_new_tokens)
             if streamer is not None:
                 check_streamable(len(rows), config)
-            started = time.perf_counter()
-            selections = self._selecting.mixtures(rows, adapters, asked, batch_size)
-            probed = (time.perf_counter() - started) / len(rows)
-            ids = [row.ids for row in rows]
-            answers = self._answers(ids, selections, decoding, probed, batch_size, streamer)
-        return answers[0] if alone else answers
+            wanted = for_each(adapters, len(rows))
+            answers: dict[int, Generation] = {}
+            for part in self._parts([len(row) for row in rows], batch_size):
+                with self._holding():
+                    started, some = time.perf_counter(), [rows[i] for i in part]
+                    selections = self._selecting.mixtures(some, [wanted[i] for i in part], asked, batch_size)
+                    probed = (time.perf_counter() - started) / len(part)
+                    ids = [row.ids for row in some]
+                    made = self._answers(ids, selections, decoding, probed, batch_size, streamer)
+                    answers |= zip(part, made, strict=True)
+        return answers[0] if alone else [answers[i] for i in range(len(rows))]
 
     def stream(
         self,
@@ -246,6 +257,7 @@ class Calls(ABC):
         adapters: Forced | None = None,
         max_new_tokens: int | None = None,
         generation_config: GenerationConfig | None = None,
+        activation: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Answers one prompt piece by piece; the pieces joined are `generate(prompt).text`.
@@ -254,7 +266,7 @@ class Calls(ABC):
         """
         asked = self.asked(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
-        decoding = self._decoding(Decoding(config, self.model.generation_config))
+        decoding = self._decoding(Decoding(config, self.model.generation_config, activation=check_forced(activation)))
         with self._lock:
             self._sync()
             [row] = self.prompts.read([prompt], room=config.max_new_tokens)
@@ -282,8 +294,9 @@ class Calls(ABC):
             text = self.tokenizer.decode(whole.ids) if whole.text is None else whole.text
             gold = completion_ids(self.tokenizer, text, completion, self.prompts.context)
             [row] = self.prompts.read([whole], room=len(gold))
-            chosen = self._selecting.mixtures([row] * len(mixtures), mixtures, asked, 1)
-            return self._score(row.ids, gold, [one.mixture for one in chosen])
+            with self._holding():
+                chosen = self._selecting.mixtures([row] * len(mixtures), mixtures, asked, 1)
+                return self._score(row.ids, gold, [one.mixture for one in chosen])
 
     def score_pairs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[Forced], *, batch_size: int = 8
@@ -326,6 +339,14 @@ class Calls(ABC):
 
     def _sync(self) -> None:  # noqa: B027
         """Takes note of adapters that were added to or removed from the pool."""
+
+    def _parts(self, lengths: Sequence[int], batch_size: int) -> Iterable[Sequence[int]]:
+        """Prompts, by number, in parts that are selected for and answered one after the other."""
+        return [range(len(lengths))]
+
+    def _holding(self) -> AbstractContextManager[Any]:
+        """Inside, what was read to select is kept to answer."""
+        return nullcontext()
 
     def _decoding(self, decoding: Decoding) -> Decoding:
         """How a call is decoded, unless the engine cannot do that.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
+from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, input_device
-from logo.mixing import Mixer
-from logo.scoring import Scored, continued_rows, score_continued, score_mixtures
+from logo.mixing import Mixer, begins
+from logo.scoring import Continued, Read, Scored, continued_rows, score_continued, score_mixtures
+from logo.selection.beginnings import Beginnings
+from logo.selection.probe import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,18 +26,31 @@ class CompletionScorer:
         model: a Hugging Face causal LM.
         prompts: for padding, the tokenizer and the context.
         mixer: of the same model.
+        beginnings: what the base model has read of prompts.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer, beginnings: Beginnings | None = None
+    ) -> None:
         self._model, self._prompts, self._mixer = model, prompts, mixer
+        self._beginnings = beginnings
 
     def mixtures(
         self, pool: AdapterPool, row: Sequence[int], gold: Sequence[int], mixtures: Sequence[Mapping[str, float]]
     ) -> list[Scored]:
         """One completion of one prompt under each mixture."""
-        active = functools.partial(self._mixer.active, pool)
         vocabulary, device = len(self._prompts.tokenizer), input_device(self._model)
-        return score_mixtures(self._model, row, gold, mixtures, active, vocabulary, device)
+        places = begins(pool, sorted({name for mixture in mixtures for name in mixture}), row)
+        start = min(earliest(pool.activations, row), len(row) - 1) if pool.once and self._beginnings else 0
+        read = None
+        if start and self._beginnings is not None:
+            read = Read(start, functools.partial(self._read, row[:start]))
+        late = any(begin > start for begin in places.values())
+
+        def active(some: Sequence[Mapping[str, float]]) -> AbstractContextManager[Any]:
+            return self._mixer.active(pool, some, begins=[places] * len(some) if late else None)
+
+        return score_mixtures(self._model, row, gold, mixtures, active, vocabulary, device, read)
 
     def pairs(
         self,
@@ -43,11 +60,25 @@ class CompletionScorer:
         batch_size: int,
     ) -> list[Scored]:
         """Many completions, each after its own prompt and under its own mixture; errors as `continued_rows`."""
-        rows = continued_rows(pairs, mixtures, self._prompts.context)
-        active = functools.partial(self._mixer.active, pool)
+        plain = all(activation.everywhere for activation in pool.activations)
+        rows = continued_rows(pairs, mixtures, self._prompts.context, apart=not plain)
         pad = functools.partial(self._prompts.pad, side="right", device=input_device(self._model))
-        vocabulary = len(self._prompts.tokenizer)
+        vocabulary, active = len(self._prompts.tokenizer), functools.partial(self._active, pool)
         scored: dict[int, Scored] = {}
         for batch in batches_by_length([len(row.ids) for row in rows], batch_size):
             scored |= score_continued(self._model, [rows[i] for i in batch], active, pad, vocabulary)
         return [scored[number] for number in range(len(pairs))]
+
+    def _read(self, beginning: Sequence[int], rows: int) -> dict[str, Any]:
+        """Keys and values of a beginning, for so many rows."""
+        assert self._beginnings is not None
+        cache = self._beginnings.cache([beginning], [len(beginning)], [len(beginning)])
+        cache.batch_repeat_interleave(rows)
+        return {cache_argument(self._model) or "": cache}
+
+    def _active(self, pool: AdapterPool, rows: Sequence[Continued]) -> AbstractContextManager[Any]:
+        """The mixtures of rows that are read whole, each adapter from where it acts in the row's prompt."""
+        places = None
+        if not all(activation.everywhere for activation in pool.activations):
+            places = [begins(pool, row.mixture, row.prompt) for row in rows]
+        return self._mixer.active(pool, [row.mixture for row in rows], begins=places)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.decoding import OVERFLOW, Cancelled, Finite, Prompts, input_device, streamed
 from logo.endings import (
@@ -27,9 +30,12 @@ from logo.endings import (
     only_grows,
 )
 from logo.errors import NotFinite, StoreFull
-from logo.mixing import Form, Mixer, Work
+from logo.mixing import NEVER, Form, Mixer, Work, begins
 from logo.mixing.costs import EXPECTED
+from logo.mixing.mixer import Begins
 from logo.selection import Selection
+from logo.selection.beginnings import Beginnings
+from logo.selection.probe import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,12 +73,14 @@ class Decoding:
         checkpoint: the base model's own, whose end tokens count where the config names none.
         stop_at_newline: see `at_newline`.
         stop: see `at_texts`; answers are cut before them.
+        activation: where all adapters act, in this call; None: as the pool says.
     """
 
     config: GenerationConfig
     checkpoint: GenerationConfig
     stop_at_newline: bool | str = False
     stop: tuple[str, ...] = ()
+    activation: str | None = None
 
     @property
     def ends(self) -> set[int]:
@@ -118,12 +126,20 @@ class Decoder:
         model: a Hugging Face causal LM.
         prompts: for padding and the tokenizer.
         mixer: of the same model.
+        beginnings: what the base model has read of prompts.
+
+    Attributes:
+        not_invoked: adapter -> how often it was to answer a prompt that lacks its invocation tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer, beginnings: Beginnings | None = None
+    ) -> None:
         self.model = model
         self.prompts = prompts
         self._mixer = mixer
+        self._beginnings = beginnings
+        self.not_invoked: Counter[str] = Counter()
 
     def __call__(
         self,
@@ -153,7 +169,9 @@ class Decoder:
         rules = decoding.rules(self.prompts.tokenizer)
         mixtures = [selection.mixture for selection in selections]
         try:
-            continued = self._in_parts(pool, rows, mixtures, decoding.config, rules, streamer)
+            continued = self._in_parts(
+                pool.acting(decoding.activation), rows, mixtures, decoding.config, rules, streamer
+            )
         except BaseException:
             if streamer is not None:
                 streamer.end()
@@ -165,11 +183,11 @@ class Decoder:
         self, pool: AdapterPool, row: Sequence[int], mixture: Mapping[str, float], decoding: Decoding, lock: Any
     ) -> Iterator[str]:
         """The text of one continuation piece by piece; `lock` is held while it is generated."""
-        rules = decoding.rules(self.prompts.tokenizer)
+        rules, acting = decoding.rules(self.prompts.tokenizer), pool.acting(decoding.activation)
 
         def generate(streamer: Any, cancelled: Cancelled) -> None:
             with lock:
-                self._continue(pool, [row], [mixture], decoding.config, rules, cancelled, streamer=streamer)
+                self._continue(acting, [row], [mixture], decoding.config, rules, cancelled, streamer=streamer)
 
         return streamed(self.prompts.tokenizer, generate)
 
@@ -212,8 +230,15 @@ class Decoder:
         if rules:
             criteria = (*criteria, EndRows(rules, ids.shape[1], growing=only_grows(config)))
         finite = Finite(stop=options.get("streamer") is not None)
+        onset = self._onset(pool, rows, mixtures, ids.shape[1])
+        start = onset.read if self._reads_ahead(pool, config) else 0
+        if start > 0 and self._beginnings is not None:
+            cache = self._beginnings.cache(rows, onset.ends, [max(0, start - pad) for pad in onset.pads])
+            cache.batch_repeat_interleave(_copies(config))
+            options[cache_argument(self.model) or ""] = cache
+        work = self._work(ids[:, start:], config)
         with (
-            self._mixer.active(pool, mixtures, self._work(ids, config)) as form,
+            self._mixer.active(pool, onset.mixtures, work, begins=onset.begins(start)) as form,
             _without_stop_strings(self.model.generation_config),
             torch.no_grad(),
         ):
@@ -230,10 +255,82 @@ class Decoder:
         sequences: Tensor = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         return sequences[:, ids.shape[1] :].tolist(), form
 
+    def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
+        """Whether what comes before all adapters act is read by the base model alone."""
+        cached = config.use_cache is not False and config.cache_implementation is None
+        return self._beginnings is not None and pool.once and cached
+
+    def _onset(
+        self, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int
+    ) -> Onset:
+        """Where the adapters of a batch begin to act; says so, once for each adapter, where one does not."""
+        made = Onset.of(pool, rows, mixtures, width)
+        for name in made.silent:
+            if name not in self.not_invoked:
+                warnings.warn(
+                    f"adapter {name!r}: a prompt lacks its invocation tokens, so it does nothing there "
+                    "(--when-not-invoked says what else it may do)",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            self.not_invoked[name] += 1
+        return made
+
     def _work(self, ids: Tensor, config: GenerationConfig) -> Work:
-        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         steps = max(config.min_new_tokens or 0, EXPECTED * config.max_new_tokens)
-        return Work(ids.numel(), len(ids) * copies, steps)
+        return Work(ids.numel(), len(ids) * _copies(config), steps)
+
+
+@dataclass(frozen=True)
+class Onset:
+    """Where the adapters of a batch begin to act.
+
+    Attributes:
+        pads: columns before each row's first token.
+        ends: tokens of each row before any adapter of the pool acts; less than all of them.
+        columns: per row, adapter -> the first column in which it acts.
+        mixtures: of those that act.
+        silent: adapters that do not act in their row, one entry for each row.
+    """
+
+    pads: tuple[int, ...]
+    ends: tuple[int, ...]
+    columns: tuple[dict[str, int], ...]
+    mixtures: tuple[dict[str, float], ...]
+    silent: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int
+    ) -> Onset:
+        """For rows that are padded on the left to `width` columns.
+
+        Raises:
+            UsageError: see `begins`.
+        """
+        pads = tuple(width - len(row) for row in rows)
+        found = [begins(pool, mixture, row) for row, mixture in zip(rows, mixtures, strict=True)]
+        ends = tuple(min(earliest(pool.activations, row), len(row) - 1) for row in rows)
+        columns = tuple(
+            {name: begin + pad if begin else 0 for name, begin in one.items() if begin != NEVER}
+            for one, pad in zip(found, pads, strict=True)
+        )
+        acting = tuple({name: mixture[name] for name in one} for one, mixture in zip(columns, mixtures, strict=True))
+        silent = tuple(name for one in found for name, begin in one.items() if begin == NEVER)
+        return cls(pads, ends, columns, acting, silent)
+
+    @property
+    def read(self) -> int:
+        """The first column that the base model does not read alone."""
+        return min(pad + end for pad, end in zip(self.pads, self.ends, strict=True))
+
+    def begins(self, start: int) -> Begins | None:
+        """What a mixture has to know that acts from column `start` on; None: nothing."""
+        return self.columns if any(begin > start for one in self.columns for begin in one.values()) else None
+
+
+def _copies(config: GenerationConfig) -> int:
+    return max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
 @contextmanager

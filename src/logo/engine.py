@@ -9,7 +9,9 @@ selection together. A prompt walks straight through:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +27,10 @@ from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.store import adapter_store
 from logo.models import context_length, devices
 from logo.opening import FromPretrained
-from logo.scoring import Scored
+from logo.scoring import MAX_TOKENS, Scored
 from logo.selecting import Probing
 from logo.selection import Selection
+from logo.selection.beginnings import Beginnings, reusable
 from logo.selection.calibration import Calibration
 from logo.selection.index import Tell
 from logo.selection.scorer import Scorer
@@ -62,6 +65,10 @@ class LoGo(Calls, FromPretrained):
     Raises:
         PoolError: an adapter does not fit, or cannot be scored (see `SelectionSettings.unscorable`).
         UsageError: a merge that does not exist.
+
+    Attributes:
+        beginnings: what the base model has read of prompts, where adapters act from a position on only; None: the model
+            keeps something else than keys and values, so that every prompt is read again under its mixture.
     """
 
     def __init__(
@@ -96,11 +103,13 @@ class LoGo(Calls, FromPretrained):
         self._layout = BaseLayout.of(model)
         self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
         self._mixer = Mixer(model, self.store, fold)
-        self._decoder = Decoder(model, self.prompts, self._mixer)
-        self._completions = CompletionScorer(model, self.prompts, self._mixer)
+        budget = int(self.settings.prefix_cache_gb * 1e9)
+        self.beginnings = Beginnings(model, budget) if reusable(model) else None
+        self._decoder = Decoder(model, self.prompts, self._mixer, self.beginnings)
+        self._completions = CompletionScorer(model, self.prompts, self._mixer, self.beginnings)
         self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
         self.merge = merge
-        self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings)
+        self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings, self.beginnings)
         self.take(self.prepared(pool))
 
     @property
@@ -167,6 +176,19 @@ class LoGo(Calls, FromPretrained):
         with self._lock:
             self._mixer.merge = merge if isinstance(merge, Merge) else Merge(merge)
 
+    @property
+    def not_invoked(self) -> Mapping[str, int]:
+        """Adapter -> how often it was to answer a prompt that lacks its invocation tokens, and did nothing."""
+        return dict(self._decoder.not_invoked)
+
+    def _parts(self, lengths: Sequence[int], batch_size: int) -> Iterable[Sequence[int]]:
+        if not self._selecting.scorers.once:
+            return super()._parts(lengths, batch_size)
+        return batches_by_length(lengths, batch_size, tokens=MAX_TOKENS)
+
+    def _holding(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.beginnings is None else self.beginnings.held()
+
     def _answers(
         self,
         rows: Sequence[Sequence[int]],
@@ -208,6 +230,8 @@ class LoGo(Calls, FromPretrained):
         with self._lock:
             version = pool.version
             fitted = pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
+            fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
+            _tell_of_kinds(fitted)
             return Prepared(pool, version, fitted, self._selecting.prepared(fitted), self.settings)
 
     def take(self, prepared: Prepared) -> None:
@@ -225,6 +249,18 @@ class LoGo(Calls, FromPretrained):
             if self.pool.version != self._seen:
                 # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
                 self.take(self.prepared(self.pool))
+
+
+def _tell_of_kinds(pool: AdapterPool) -> None:
+    plain = [adapter.name for adapter in pool if adapter.activation.everywhere]
+    if plain and len(plain) < len(pool):
+        warnings.warn(
+            f"{len(plain)} of {len(pool)} adapters act on every token ({', '.join(plain[:3])}"
+            f"{', ...' if len(plain) > 3 else ''}), so every prompt is read twice: reading it once needs activation in "
+            "all adapters of a pool",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,19 @@ class Scored:
         return -self.nll * self.tokens
 
 
+@dataclass(frozen=True)
+class Read:
+    """The first tokens of a prompt, which no mixture acts on.
+
+    Attributes:
+        tokens: how many.
+        options: for a number of rows, what the model's forward pass is told of their keys and values.
+    """
+
+    tokens: int
+    options: Callable[[int], dict[str, Any]]
+
+
 @dataclass
 class Continued:
     """A row to compute: a prompt with all but the last token of what continues it, under a mixture.
@@ -60,6 +73,11 @@ class Continued:
     ids: tuple[int, ...]
     mixture: Mapping[str, float]
     golds: dict[int, tuple[int, Sequence[int]]] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Its tokens without what continues it."""
+        return self.ids[: next(start for start, _ in self.golds.values())]
 
     @property
     def first(self) -> int:
@@ -113,6 +131,7 @@ def score_mixtures(
     active: Callable[[Sequence[Mapping[str, float]]], AbstractContextManager[Any]],
     vocabulary: int,
     device: torch.device | str,
+    read: Read | None = None,
 ) -> list[Scored]:
     """Scores one completion under each mixture: equal rows of one batch (or a few), with another mixture in each.
 
@@ -124,6 +143,7 @@ def score_mixtures(
         active: activates one mixture per row of a batch on the model.
         vocabulary: its size, to know how much logits take.
         device: where the model takes its input.
+        read: what the base model has read of the prompt; None: it is read under each mixture.
     """
     # The last gold token is only predicted, never read.
     ids = torch.tensor([*prompt, *gold[:-1]], device=device)
@@ -132,8 +152,10 @@ def score_mixtures(
     scored: dict[frozenset[tuple[str, float]], Scored] = {}
     size = rows_per_pass(len(ids), len(gold), vocabulary)
     for part in (distinct[start : start + size] for start in range(0, len(distinct), size)):
+        rows = ids.expand(len(part), -1)
+        known = {} if read is None else read.options(len(part))  # before any mixture is active
         with active([dict(key) for key in part]):
-            logits = tail_logits(model, ids.expand(len(part), -1), len(gold))
+            logits = tail_logits(model, rows[:, 0 if read is None else read.tokens :], len(gold), None, known)
         scored |= zip(part, score_logits(logits, torch.tensor(gold, device=logits.device)), strict=True)
     return [scored[key] for key in keys]
 
@@ -142,6 +164,7 @@ def continued_rows(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     mixtures: Sequence[Mapping[str, float]],
     context: int | None = None,
+    apart: bool = False,
 ) -> list[Continued]:
     """The rows that have to be computed to score each (prompt, completion) under its own mixture.
 
@@ -149,13 +172,14 @@ def continued_rows(
         pairs: token ids; the prompt's with special tokens.
         mixtures: one for each pair.
         context: the model's context length in tokens, or None if unknown.
+        apart: pairs whose prompts end at different tokens never share a row: adapters may act from there on only.
 
     Raises:
         UsageError: unequal numbers of pairs and mixtures, or a pair with an empty side or too long for the context.
     """
     if len(pairs) != len(mixtures):
         raise UsageError(f"adapters: expected one entry for each of {len(pairs)} pairs, found {len(mixtures)}")
-    rows: dict[tuple[tuple[int, ...], frozenset[tuple[str, float]]], Continued] = {}
+    rows: dict[tuple[tuple[int, ...], int, frozenset[tuple[str, float]]], Continued] = {}
     for number, ((prompt, gold), mixture) in enumerate(zip(pairs, mixtures, strict=True)):
         if not prompt or not gold:
             side = "completion" if prompt else "prompt"
@@ -166,7 +190,7 @@ def continued_rows(
                 f"pair {number + 1} has {len(ids) + 1} tokens, but the model reads {context} and predicts one more: "
                 "shorten the prompt"
             )
-        row = rows.setdefault((ids, _key(mixture)), Continued(ids, mixture))
+        row = rows.setdefault((ids, apart and len(prompt), _key(mixture)), Continued(ids, mixture))
         row.golds[number] = (len(prompt), gold)
     return list(rows.values())
 
@@ -175,7 +199,7 @@ def continued_rows(
 def score_continued(
     model: Any,
     rows: Sequence[Continued],
-    active: Callable[[Sequence[Mapping[str, float]]], AbstractContextManager[Any]],
+    active: Callable[[Sequence[Continued]], AbstractContextManager[Any]],
     pad: Callable[[Sequence[Sequence[int]]], tuple[Tensor, Tensor]],
     vocabulary: int,
 ) -> dict[int, Scored]:
@@ -184,7 +208,7 @@ def score_continued(
     Args:
         model: a Hugging Face causal LM.
         rows: of `continued_rows`.
-        active: activates one mixture per row of a batch on the model.
+        active: activates the mixtures of the rows of a batch on the model.
         pad: pads rows on the right and says where tokens are; both (rows, length).
         vocabulary: its size; a batch whose logits would take too much is halved.
     """
@@ -195,7 +219,7 @@ def score_continued(
         parts = (rows[:half], rows[half:])
         return {n: s for part in parts for n, s in score_continued(model, part, active, pad, vocabulary).items()}
     ids, mask = pad([row.ids for row in rows])
-    with active([row.mixture for row in rows]):
+    with active(rows):
         logits = tail_logits(model, ids, kept, mask)
     scored = {}
     for row, tail in zip(rows, logits, strict=True):
@@ -209,7 +233,9 @@ def _key(mixture: Mapping[str, float]) -> frozenset[tuple[str, float]]:
     return frozenset((name, weight) for name, weight in mixture.items() if weight)
 
 
-def tail_logits(model: Any, ids: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
+def tail_logits(
+    model: Any, ids: Tensor, count: int, mask: Tensor | None = None, known: Mapping[str, Any] | None = None
+) -> Tensor:
     """Logits (rows, count, vocabulary) at the last `count` positions of rows (rows, length), padding included.
 
     Where the model can, it computes no others: with 262,000 words in the vocabulary those of a whole prompt would be
@@ -217,11 +243,15 @@ def tail_logits(model: Any, ids: Tensor, count: int, mask: Tensor | None = None)
 
     Args:
         mask: (rows, length), 0 where rows are padded; None: nowhere.
+        known: what the model is told of the keys and values of all tokens before; rows are not padded then.
     """
     able = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": count} if able else {}
-    mask = torch.ones_like(ids) if mask is None else mask
-    output = model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+    options: dict[str, Any] = {"logits_to_keep": count} if able else {}
+    if known:
+        output = model(input_ids=ids, use_cache=True, **known, **options)
+    else:
+        mask = torch.ones_like(ids) if mask is None else mask
+        output = model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
     logits: Tensor = output.logits[:, -count:]
     return logits
 

@@ -20,6 +20,7 @@ from logo.errors import PoolError, UsageError, closest
 from logo.mixing import EXACT, Mixer
 from logo.prompts import Prompt
 from logo.scoring import MAX_TOKENS
+from logo.selection.beginnings import Beginnings
 from logo.selection.index import Tell
 from logo.selection.scorer import NOT_SCORED, Best, Scorer
 from logo.selection.scorers import Scorers
@@ -167,12 +168,7 @@ class Selecting(Choosing, ABC):
             UsageError: a list of another length.
             PoolError: a forced adapter that is not in the pool, or not among the candidates.
         """
-        if adapters is None or isinstance(adapters, (Mapping, Selection)):
-            wanted: list[Forced | None] = [adapters] * len(rows)
-        else:
-            wanted = list(adapters)
-            if len(wanted) != len(rows):
-                raise UsageError(f"adapters: expected one entry for each of {len(rows)} prompts, found {len(wanted)}")
+        wanted = for_each(adapters, len(rows))
         done = {i: forced(entry, self.pool, asked.candidates) for i, entry in enumerate(wanted) if entry is not None}
         open_rows = [i for i, entry in enumerate(wanted) if entry is None]
         each = [asked] * len(open_rows)
@@ -189,6 +185,7 @@ class Probing(Selecting):
         prompts: pads them, and reads the texts of a calibration.
         mixer: makes adapters active while probing.
         settings: how to read, score and select, where a call asks for nothing else.
+        beginnings: where what the base model reads is kept; see `Scorers`.
 
     Attributes:
         pool: fitted to the model; there is none before `take`.
@@ -197,8 +194,16 @@ class Probing(Selecting):
 
     scorers: Scorers
 
-    def __init__(self, model: PreTrainedModel, prompts: Prompts, mixer: Mixer, settings: SelectionSettings) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Prompts,
+        mixer: Mixer,
+        settings: SelectionSettings,
+        beginnings: Beginnings | None = None,
+    ) -> None:
         self._model, self._prompts, self._mixer, self._settings = model, prompts, mixer, settings
+        self._beginnings = beginnings
         self._carried: tuple[str, ...] | None = None  # what the last prompt selected
 
     def prepared(self, pool: AdapterPool) -> Scorers:
@@ -208,7 +213,9 @@ class Probing(Selecting):
             LoGoError: it cannot be scored.
         """
         before, bos = getattr(self, "scorers", None), self._prompts.tokenizer.bos_token_id
-        scorers = Scorers(self._model, pool, self._settings, self._prompts.texts, bos, before)
+        scorers = Scorers(
+            self._model, pool, self._settings, self._prompts.texts, bos, before, beginnings=self._beginnings
+        )
         if before is not None:
             scorers.get(self._settings)
         return scorers
@@ -236,7 +243,9 @@ class Probing(Selecting):
                 taken one by one, in order.
             answering: start to read the tensors of what is selected.
         """
-        probed = [row.probed for row in rows]
+        # Where the probe is the prefill, it is the whole prompt that is read.
+        once = self.scorers.once and self._settings.probe_text is None
+        probed = [row.ids if once else row.probed for row in rows]
         if self._settings.probe_context == "carry":
             return [self._select_carried(row, one) for row, one in zip(probed, asked, strict=True)]
         selections: dict[int, Selection] = {}
@@ -275,6 +284,19 @@ class Probing(Selecting):
         with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
             scores = scorer.best(ids, mask, [self.wanted(one) for one in asked])
         return [self.choose(row, scorer.names, one) for row, one in zip(scores, asked, strict=True)]
+
+
+def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:
+    """What is forced on each of so many prompts.
+
+    Raises:
+        UsageError: a list of another length.
+    """
+    if adapters is None or isinstance(adapters, (Mapping, Selection)):
+        return [adapters] * count
+    if len(adapters) != count:
+        raise UsageError(f"adapters: expected one entry for each of {count} prompts, found {len(adapters)}")
+    return list(adapters)
 
 
 def take_call_options(options: dict[str, Any], adapters: Forced | Sequence[Forced | None] | None) -> CallOptions:

@@ -1,7 +1,7 @@
 """What `adapter_config.json` says, and which of it can be mixed.
 
 A mixture is a weighted sum of plain low-rank products. Whatever makes an adapter more than that (DoRA, extra trained
-weights, biases, per-token activation, ...) is refused here by name: leaving it out silently would change answers.
+weights, biases, ...) is refused here by name: leaving it out silently would change answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ _NOT_PLAIN = {
     "modules_to_save": "it replaces whole modules (modules_to_save: {value}), which cannot be mixed",
     "target_parameters": "it adapts raw parameters (target_parameters: {value}); only linear modules are supported",
     "trainable_token_indices": "it trains token embeddings (trainable_token_indices), which cannot be mixed",
-    "alora_invocation_tokens": "it is an activated LoRA (alora_invocation_tokens), active on some tokens only",
     "use_qalora": "QALoRA (use_qalora) pools its input by groups and is not a plain LoRA",
     "lora_bias": "it has a bias on lora_B (lora_bias); only bias-free adapters can be mixed",
     "layer_replication": "it replicates layers of the base model (layer_replication: {value})",
@@ -37,11 +36,11 @@ _NOT_PLAIN = {
 _CHANGED_BASE = re.compile(r"(pissa|olora|corda|lora_ga)", re.IGNORECASE)
 
 _INFORMATIONAL = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora",
+    "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 
 
@@ -58,6 +57,7 @@ class LoraConfig:
         alpha: alpha of modules that no `alpha_pattern` key matches.
         rslora: scale by `alpha / sqrt(r)` instead of `alpha / r`.
         base_model: the base model it says it was trained on (information only, never compared).
+        invocation: tokens from which on it acts (activated LoRA); empty: it acts everywhere.
         unknown: keys this version does not know; they are ignored, and the pool warns once.
     """
 
@@ -67,6 +67,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_model: str | None = None
+    invocation: tuple[int, ...] = ()
     unknown: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
@@ -127,8 +128,7 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
     if kind != "LORA":
         raise Refusal(f'peft_type is {_short(kind)}; only "LORA" adapters can be mixed')
     for key, message in _NOT_PLAIN.items():
-        # An empty list of invocation tokens still makes PEFT build an aLoRA, so there the presence counts.
-        if raw.get(key) or (key == "alora_invocation_tokens" and raw.get(key) is not None):
+        if raw.get(key):
             raise Refusal(message.format(value=_short(raw[key])))
     if raw.get("bias", "none") != "none":
         raise Refusal(f'bias is {_short(raw["bias"])}: it changes biases of the base model; only "none" can be mixed')
@@ -147,6 +147,7 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
         rank_pattern={key: _positive_int("rank_pattern", v) for key, v in _pattern(raw, "rank_pattern").items()},
         alpha_pattern={key: _number("alpha_pattern", v) for key, v in _pattern(raw, "alpha_pattern").items()},
         base_model=base_model if isinstance(base_model, str) else None,
+        invocation=_invocation(raw.get("alora_invocation_tokens")),
         unknown=tuple(sorted(set(raw) - known)),
     )
 
@@ -181,6 +182,15 @@ def _positive_int(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise Refusal(f"{key} must be a positive whole number, found {_short(value)}")
     return value
+
+
+def _invocation(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    right = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+    if not right or not value:  # PEFT builds an aLoRA from an empty list, too, and then fails
+        raise Refusal(f"alora_invocation_tokens must be a list of one token id or more, found {_short(value)}")
+    return tuple(value)
 
 
 def _number(key: str, value: Any) -> float:

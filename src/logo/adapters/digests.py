@@ -12,8 +12,10 @@ KEY_DIGITS = 16
 
 
 def adapter_key(adapter: Adapter) -> str:
-    """Digest of an adapter's weights and scales. Reads its whole file."""
-    return hashlib.sha256(f"{adapter.sha256} {list(adapter.scales)}".encode()).hexdigest()[:32]
+    """Digest of an adapter's weights and scales, and of where it acts. Reads its whole file."""
+    one = adapter.activation
+    where = "" if one.everywhere else f" {list(one.tokens)} {one.last}"
+    return hashlib.sha256(f"{adapter.sha256} {list(adapter.scales)}{where}".encode()).hexdigest()[:32]
 
 
 def key_of(adapter: Adapter) -> str:

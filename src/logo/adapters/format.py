@@ -15,8 +15,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.config import CONFIG, LoraConfig, Refusal, read_config
 from logo.adapters.layout import BaseLayout
+from logo.adapters.notes import noted
 from logo.adapters.weights import PICKLE, SAFETENSORS, PickleFile, SafetensorsFile, WeightFile
 from logo.errors import AdapterError
 
@@ -65,6 +67,7 @@ class Adapter:
         modules: adapted module path -> where its tensors are. Paths are as in the file (known wrapper prefixes
             removed) until `fit` maps them to the base model's own.
         file: the weight file.
+        activation: on which tokens it acts.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Adapter:
     config: LoraConfig
     modules: Mapping[str, LoraModule]
     file: WeightFile
+    activation: Activation = EVERYWHERE
 
     @property
     def parameters(self) -> int:
@@ -176,14 +180,16 @@ def open_adapter(
 
     Raises:
         AdapterError: anything in the folder that cannot be read or cannot be mixed; the reason says which.
+        StorageError: as `logo.adapters.notes.noted`.
     """
     folder = Path(folder)
     name = name if name is not None else own_name(folder)
     try:
         config = read_config(folder, unconverted=unconverted)
-        return adapter_of(name, folder, config, _weight_file(folder, allow_pickle))
+        adapter = adapter_of(name, folder, config, _weight_file(folder, allow_pickle))
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
+    return replace(adapter, activation=noted(folder, folder.parent, adapter.activation))
 
 
 def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) -> Adapter:
@@ -199,7 +205,7 @@ def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) ->
     # Patterns are looked up in their order, which does not count when configurations are compared.
     order = (*config.rank_pattern, "", *config.alpha_pattern)
     config, modules = _recipe(tuple(shapes.items()), config, order)
-    return Adapter(name, folder, config, modules, file)
+    return Adapter(name, folder, config, modules, file, Activation(config.invocation))
 
 
 def own_name(folder: Path) -> str:

@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from logo.adapters.activation import Activation
 from logo.adapters.config import CONFIG, LoraConfig
 from logo.adapters.format import Adapter, LoraModule
 from logo.adapters.weights import SAFETENSORS, SafetensorsFile
 from logo.cache import write_cached
 
 # Changes when what is kept means something else.
-_FORMAT = 1
+_FORMAT = 2
 
 Stamp = tuple[int, int, int]
 
@@ -82,7 +83,8 @@ class KnownPool:
         except OSError:
             return None
         config, modules = self.recipes[entry[2]]
-        return Adapter(name, Path(folder), config, modules, SafetensorsFile(Path(weights)))
+        file = SafetensorsFile(Path(weights))
+        return Adapter(name, Path(folder), config, modules, file, Activation(config.invocation))
 
     def verified(self, name: str) -> bool:
         """Whether all tensors of this adapter were read and checked before."""
@@ -127,7 +129,7 @@ class KnownPool:
 
 
 def _config(kept: dict[str, Any]) -> LoraConfig:
-    return LoraConfig(**{**kept, "unknown": tuple(kept["unknown"])})
+    return LoraConfig(**{**kept, "invocation": tuple(kept["invocation"]), "unknown": tuple(kept["unknown"])})
 
 
 def _modules(kept: dict[str, list[Any]]) -> dict[str, LoraModule]:

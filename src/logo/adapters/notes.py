@@ -1,17 +1,20 @@
 """What lies beside adapters: `pool.json` about a pool; in an adapter's folder what it was made from and responds to.
 
-Everything in `pool.json` is optional (recipe, activation, losses, what was done to the pool), and nothing of it decides
-how an adapter is read, so a file that makes no sense is a warning and counts as none.
+Everything in `pool.json` is optional (recipe, activation, losses, what was done to the pool). Only `activation` decides
+how adapters act (`logo.adapters.activation`). A file that makes no sense is a warning and counts as none.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from logo.adapters.activation import Activation, of_notes
 from logo.errors import StorageError, UsageError
 
 NOTES = "pool.json"
@@ -38,6 +41,38 @@ def read_notes(root: Path) -> dict[str, Any]:
         warnings.warn(f"{file} is left out: it must hold an object", UserWarning, stacklevel=2)
         return {}
     return notes
+
+
+def noted(folder: Path, top: Path, own: Activation) -> Activation:
+    """Where the adapter in a folder acts: as it says itself, or as the nearest `pool.json` says, from its folder up to
+    the pool's.
+
+    Args:
+        top: the pool's folder.
+        own: what its configuration says.
+
+    Raises:
+        StorageError: a `pool.json` that names no activation that there is.
+    """
+    if not own.everywhere:
+        return own
+    for place in (folder, *folder.parents):
+        try:
+            stat = os.stat(place / NOTES)
+        except OSError:
+            if place == top:
+                break
+        else:
+            return _activation(place, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    return own
+
+
+@lru_cache(maxsize=64)  # one file speaks for all adapters of a pool
+def _activation(root: Path, *stamp: int) -> Activation:
+    try:
+        return of_notes(read_notes(root))
+    except UsageError as error:
+        raise StorageError(f"{root / NOTES}: {error}") from error
 
 
 def checked(file: Path, *homes: Path) -> Path:

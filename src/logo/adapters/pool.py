@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from logo.adapters.activation import OFF, Activation, acting
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.hub import download_adapters, is_hub_spec, split_hub_spec
@@ -287,6 +288,28 @@ class AdapterPool:
         if not fitted:
             raise PoolError(f"none of the {len(adapters)} adapters fits the base model; the first: {refused[0]}")
         return AdapterPool(fitted, self.refused + tuple(refused), default_k=self.default_k)
+
+    def acting(self, forced: str | None, without: str | None = None) -> AdapterPool:
+        """A new pool whose adapters act where a user says; see `logo.adapters.activation.acting`."""
+        if forced is None and without in (None, OFF):
+            return self
+        made = []
+        for adapter in self:
+            try:
+                made.append(replace(adapter, activation=acting(adapter.activation, forced, without)))
+            except UsageError as error:
+                raise UsageError(f"adapter {adapter.name!r}: {error}") from None
+        return AdapterPool(made, self.refused, default_k=self.default_k)
+
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        """Where its adapters act, each place once."""
+        return tuple(sorted({adapter.activation for adapter in self}, key=repr))
+
+    @property
+    def once(self) -> bool:
+        """Whether prompts have to be read only once: no adapter acts everywhere."""
+        return len(self) > 0 and not any(adapter.activation.everywhere for adapter in self)
 
     def sha256(self) -> dict[str, str]:
         """Digest of every adapter's weight file, in pool order. Reads all files once."""

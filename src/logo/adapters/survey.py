@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.known import KnownPool
+from logo.adapters.notes import noted
 from logo.adapters.weights import PICKLE, SAFETENSORS
 from logo.errors import AdapterError, StorageError
 
@@ -57,7 +59,10 @@ def survey(
     damaged = _damaged(unverified) if verify else {}
     good = [adapter for name, adapter in adapters.items() if name not in damaged]
     known.keep(good, {adapter.name for adapter in good} if verify else unchanged)
-    return good, refused + list(damaged.values())
+    return [replace(one, activation=noted(one.folder, root, one.activation)) for one in good], [
+        *refused,
+        *damaged.values(),
+    ]
 
 
 def check_folder(root: Path) -> None:

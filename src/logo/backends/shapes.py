@@ -17,7 +17,7 @@ from logo.models import cached_heads, context_length
 from logo.selection.plan import MOST_POINTS
 from logo.selection.plan import plan as reading_plan
 from logo.selection.points import decoder_layers, points_of, text_config
-from logo.selection.settings import SelectionSettings
+from logo.selection.settings import DEPTH, SelectionSettings
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +164,7 @@ class PoolShape:
                 raise UsageError(f"{name}: expected 1 or more, found {value}")
         linears = ModelShape.of(model).linears
         modules = _matching(linears, targets)
-        layers, depth = decoder_layers(model)[1], SelectionSettings().probe_depth
+        layers, depth = decoder_layers(model)[1], DEPTH
         points = [point.module for point in points_of(model, modules, max(1, math.floor(depth * len(layers))))]
         each = sum(rank * (linears[path].in_features + linears[path].out_features) for path in modules)
         return cls(

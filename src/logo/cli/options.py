@@ -59,6 +59,7 @@ class Token(Choice):
     LAST = "last"
     MEAN = "mean"
     EACH = "each"
+    TAIL = "tail"
 
 
 class ProbeText(Choice):
@@ -225,12 +226,13 @@ class EngineOptions:
         ),
     ] = None
     probe_depth: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="How far the probe may go, as a share of the layers, where the signal reads several points.",
+            show_default="0.5; of activated adapters 1",
             rich_help_panel=PROBE,
         ),
-    ] = 0.5
+    ] = None
     probe_points: Annotated[
         str | None,
         typer.Option(
@@ -240,6 +242,23 @@ class EngineOptions:
             rich_help_panel=PROBE,
         ),
     ] = None
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="everywhere|invocation|last:N",
+            help="On which tokens all adapters act, whatever they were trained for.",
+            show_default="as each was trained",
+            rich_help_panel=PROBE,
+        ),
+    ] = None
+    when_not_invoked: Annotated[
+        str,
+        typer.Option(
+            metavar="off|error|last:N",
+            help="What an adapter does in a prompt that lacks its invocation tokens.",
+            rich_help_panel=PROBE,
+        ),
+    ] = "off"
     baseline: Annotated[
         BaselineKind,
         typer.Option(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,16 @@ from logo.mixing.stacks import GroupedStack, Stack
 
 # A gate, and where it is closed; None: it is known to be closed nowhere.
 _Gate = tuple[Tensor, Tensor | None]
+
+
+class Gating(Protocol):
+    """What multiplies the responses of adapters: `Gates`, or what opens them at positions."""
+
+    def applied(self, stack: Stack, response: Tensor) -> Tensor:
+        """`g ⊙ (A x)` of one module, for `A x` (..., R)."""
+
+    def applied_turned(self, stack: Stack, lead: torch.Size, response: Tensor) -> Tensor:
+        """The same with the rank first: (R, *lead)."""
 
 
 class Gates:
@@ -107,9 +117,9 @@ class GatedLoRA:
         self.modules = modules
 
     @contextmanager
-    def active(self, stacks: Mapping[str, Stack], gates: Gates | Tensor) -> Iterator[None]:
+    def active(self, stacks: Mapping[str, Stack], gates: Gating | Tensor) -> Iterator[None]:
         """Adds `Σ_i g_i s_i B_i A_i x` to every module that has a stack, inside the block."""
-        made = gates if isinstance(gates, Gates) else Gates(gates)
+        made = Gates(gates) if isinstance(gates, Tensor) else gates
         with hooked(self.modules, {path: adding(low_rank, stack, made) for path, stack in stacks.items()}):
             yield
 
@@ -148,7 +158,7 @@ def _product(response: Tensor, gate: _Gate) -> Tensor:
     return product if closed is None else product.masked_fill_(closed, 0)
 
 
-def low_rank(x: Tensor, stack: Stack, gates: Gates) -> Tensor:
+def low_rank(x: Tensor, stack: Stack, gates: Gating) -> Tensor:
     """`B (g ⊙ (A x))` for `x` (..., d_in); returns (..., d_out) in the stack's dtype."""
     x = x.to(stack.A.dtype)
     turned = kind_of(x.device).turned

@@ -17,6 +17,8 @@ from torch import nn
 from logo.adapters.format import LoraWeights
 from logo.adapters.layout import linear_modules
 from logo.adapters.pool import AdapterPool
+from logo.errors import UsageError
+from logo.mixing.activated import OpeningGates
 from logo.mixing.arrow import Arrow, Routing
 from logo.mixing.costs import EXPECTED, KINDS, Work, folding_pays, kind_of
 from logo.mixing.folding import Folder, foldable
@@ -29,6 +31,9 @@ from logo.mixing.store import AdapterStore, Hold, Source
 
 # How a mixture acts: not at all, added into the weights, beside them with gates, or routed token by token.
 Form = Literal["base", "folded", "gated", "routed"]
+
+# For each row: adapter name -> the first column in which it acts.
+Begins = Sequence[Mapping[str, int]]
 
 # Tokens of a row where nothing is known about the work: one pass over some text.
 _A_PROMPT = 64
@@ -48,6 +53,7 @@ class Mixer:
     def __init__(self, model: nn.Module, store: AdapterStore, fold: bool | None = None, merge: Merge = EXACT) -> None:
         modules = dict(linear_modules(model))
         self.store = store
+        self._model = model
         self._gated = GatedLoRA(modules)
         self._folder = Folder(modules)
         self._arrow = Arrow(modules)
@@ -74,6 +80,7 @@ class Mixer:
         rows: Sequence[Mapping[str, float]],
         work: Work | None = None,
         merge: Merge | None = None,
+        begins: Begins | None = None,
     ) -> Iterator[Form]:
         """Activates one mixture per row of the batch, or one for all rows; nothing at all if no row has an adapter.
 
@@ -83,6 +90,8 @@ class Mixer:
             work: what the mixture will be used for, if that is known: the ground on which folding is chosen.
             merge: how the adapters of a row are combined; None: as `Mixer.merge` says. Adapters of weight 0 are no
                 part of a row that is merged or routed.
+            begins: for each row, the first column in which an adapter acts, where that is not column 0; columns are
+                counted with padding and with what is cached. None: all act everywhere.
 
         Yields:
             The form that was chosen. It depends on the arguments, the sizes, the dtype and the kind of device alone.
@@ -91,6 +100,8 @@ class Mixer:
             UsageError: adapters of one row that cannot be merged in this way.
         """
         merge = merge or self.merge
+        if begins is not None and not any(map(any, (row.values() for row in begins))):
+            begins = None
         used = {name for row in rows for name, weight in row.items() if weight or merge.exact}
         names = tuple(name for name in pool.names if name in used)
         if not names:
@@ -102,6 +113,11 @@ class Mixer:
             else _Parts.merged(pool, names, rows, merge)
         )
         with self.store.held(parts.sources) as hold:
+            if begins is not None:
+                gates = OpeningGates(parts.weights, _columns(names, rows, begins, merge))
+                with gates.following(self._model), self._gated.active(self._stacked(hold), gates):
+                    yield "gated"
+                return
             form, context = self._chosen(hold, parts, len(rows), work, merge)
             with context:
                 yield form
@@ -212,3 +228,22 @@ class _Parts:
             torch.tensor([[float(mixture == other) for other in distinct] for mixture in mixtures]),
             (1.0,) * len(distinct),
         )
+
+
+def _columns(names: Sequence[str], rows: Sequence[Mapping[str, float]], begins: Begins, merge: Merge) -> torch.Tensor:
+    """(rows, sources) int64: where each source of a batch begins to act.
+
+    Raises:
+        UsageError: adapters that are merged into one source begin at different positions.
+    """
+    if merge.exact:
+        return torch.tensor([[begin.get(name, 0) for name in names] for begin in begins])
+    own = [
+        {begin.get(name, 0) for name, weight in row.items() if weight} for row, begin in zip(rows, begins, strict=True)
+    ]
+    if merge.kind == ARROW or any(len(found) > 1 for found in own):
+        raise UsageError(
+            f"merge {merge.kind!r}: the adapters of this batch act from different positions on, and only the exact "
+            "mixture can open each at its own; use merge 'exact', or prompts one by one"
+        )
+    return torch.tensor([[next(iter(found), 0)] for found in own])

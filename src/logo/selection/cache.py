@@ -144,7 +144,9 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     """Digest of the base model, the texts and the reading."""
     config: Any = model.config
     settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    reading = [signal.input, signal.token, signal.scale, signal.score.__name__]
+    reading: list[Any] = [signal.input, signal.token, signal.scale, signal.score.__name__]
+    if signal.token == "tail":
+        reading.append([[list(one.tokens), one.last] for one in signal.activations])
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
     parts = [_FORMAT, SHRINKAGE, reading, rows, texts.bos, settings]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())

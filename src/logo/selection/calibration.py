@@ -108,7 +108,7 @@ def calibrate(
     ranking = tuple(sorted(zip(candidates, values, strict=True), key=lambda entry: -entry[1]))
     written_down = {
         "signal": settings.signal,
-        "probe_depth": settings.probe_depth,
+        "probe_depth": settings.depth,
         "most_points": most,
         "adapters": [adapter.name for adapter in adapters],
         "points": [point.name for point in points],
@@ -227,7 +227,7 @@ def read_texts(
     model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden vectors of all texts at each point and the text each belongs to; shared vectors are one tensor."""
-    probe = Probe(model, points, signal.input, signal.token, texts.bos)
+    probe = Probe(model, points, signal.input, signal.token, texts.bos, signal.activations)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     rows = texts.rows
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

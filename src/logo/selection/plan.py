@@ -53,7 +53,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
         points = find_points(model, layer, settings.probe_module)
     else:
         layers = len(decoder_layers(model)[1])
-        depth = max(1, math.floor(settings.probe_depth * layers))
+        depth = max(1, math.floor(settings.depth * layers))
         points = points_of(model, {module for adapter in pool for module in adapter.modules}, depth)
         if not points:
             raise PoolError(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from logo.adapters.activation import Activation, earliest
 from logo.errors import ModelError
 from logo.selection.points import Point
 from logo.selection.signals import ProbeInput, ProbeToken
@@ -21,6 +23,10 @@ from logo.selection.signals import ProbeInput, ProbeToken
 
 class _Stop(Exception):
     """Everything asked for has been read; unwinds the forward pass."""
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _Stop
 
 
 class Probe:
@@ -32,8 +38,11 @@ class Probe:
         read: `"residual"`, the residual stream that enters the layer, before its input norm (the official choice:
             `hidden_states[layer]`), or `"projection"`, what the point's own module receives.
         token: `"last"`, the last prompt token's vector, `"mean"`, the mean over all prompt tokens, or `"each"`, the
-            vectors of all prompt tokens but the one that begins every text.
+            vectors of all prompt tokens but the one that begins every text, or `"tail"`, those of the tokens on which
+            adapters act.
         bos: the token that begins every text; None if there is none.
+        activations: of the adapters; for `"tail"`.
+        whole: run all layers, so that all keys and values are there afterwards, instead of stopping at the last point.
     """
 
     def __init__(
@@ -43,11 +52,16 @@ class Probe:
         read: ProbeInput = "residual",
         token: ProbeToken = "last",
         bos: int | None = None,
+        activations: Sequence[Activation] = (),
+        whole: bool = False,
     ) -> None:
         self.model = model
         self.points = tuple(points)
         self.token = token
         self.bos = bos
+        self.activations = tuple(activations)
+        self._head = model.get_output_embeddings() if whole else None  # type: ignore[operator]
+        self._whole = whole
         # Several modules of one layer may share what they read: one hook for each distinct place.
         self._places = {
             point: point.layer_path if read == "residual" else point.module for point in self.points
@@ -55,17 +69,20 @@ class Probe:
         self._modules = {place: model.get_submodule(place) for place in dict.fromkeys(self._places.values())}
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None) -> list[Tensor]:
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None, **options: Any
+    ) -> list[Tensor]:
         """Hidden vectors of a batch of prompts.
 
         Args:
             input_ids: (rows, length), padded on the right, so that positions count from each row's first token.
             attention_mask: (rows, length), 1 on prompt tokens; with a cache, (rows, its length + length).
-            cache: keys and values of a prefix, which all rows begin with; those of the rows are added to it.
+            cache: keys and values of what the rows begin with; those of the rows are added to it.
+            options: more of what the model's forward pass takes.
 
         Returns:
-            One float32 tensor (rows, d) per point, on the device of the point's layer; with `token="each"`, one
-            (tokens, d) in the order of `owners`. Points that read the same vectors share one tensor.
+            One float32 tensor (rows, d) per point, on the device of the point's layer; with `token="each"` or `"tail"`,
+            one (tokens, d) in the order of `owners`. Points that read the same vectors share one tensor.
         """
         hidden: dict[str, Tensor] = {}
         mask = self._read_tokens(input_ids, attention_mask)[:, -input_ids.shape[1] :]
@@ -77,7 +94,7 @@ class Probe:
                 if not latest or latest[0] is not entering:
                     latest[:] = entering, self._reduce(entering, mask)
                 hidden[place] = latest[1]
-                if len(hidden) == len(self._modules):
+                if len(hidden) == len(self._modules) and not self._whole:
                     raise _Stop
 
             return read
@@ -85,40 +102,56 @@ class Probe:
         handles = [
             module.register_forward_pre_hook(reader(place), with_kwargs=True) for place, module in self._modules.items()
         ]
+        if self._head is not None:  # whose logits nobody reads
+            handles.append(self._head.register_forward_pre_hook(_stop))
         try:
-            kept: dict[str, Any] = {"use_cache": cache is not None}
+            kept: dict[str, Any] = {"use_cache": cache is not None, **options}
             if cache is not None:
                 kept[cache_argument(self.model) or ""] = cache
-            self.model(input_ids=input_ids, attention_mask=attention_mask, **kept)
-        except _Stop:
-            return [hidden[self._places[point]] for point in self.points]
+            with suppress(_Stop):
+                self.model(input_ids=input_ids, attention_mask=attention_mask, **kept)
         finally:
             for handle in handles:
                 handle.remove()
         missing = ", ".join(place for place in self._modules if place not in hidden)
-        raise ModelError(f"the forward pass of {type(self.model).__name__} never reached {missing}")
+        if missing:
+            raise ModelError(f"the forward pass of {type(self.model).__name__} never reached {missing}")
+        return [hidden[self._places[point]] for point in self.points]
 
     def owners(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(vectors,) int64 on the CPU: which row each hidden vector belongs to."""
-        if self.token != "each":
+        if self.token not in ("each", "tail"):
             return torch.arange(len(input_ids))
         return self.places(input_ids, attention_mask)[0]
 
     def places(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """With `token="each"`, row and column of each hidden vector in `input_ids`: (vectors,) int64, on the CPU."""
+        """Row and column of each hidden vector in `input_ids`: (vectors,) int64, on the CPU."""
         mask = self._read_tokens(input_ids, attention_mask)[:, -input_ids.shape[1] :]
-        rows, columns = mask.nonzero().cpu().T
-        return rows, columns
+        if self.token in ("each", "tail"):
+            rows, columns = mask.nonzero().cpu().T
+            return rows, columns
+        return torch.arange(len(input_ids)), mask.sum(dim=1).cpu() - 1
 
     def _read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Like `attention_mask`: 1 on the tokens that are read."""
-        if self.token != "each" or self.bos is None or attention_mask.shape != input_ids.shape:
-            return attention_mask  # after a prefix, no text begins
-        # A prompt of nothing but that token is still a prompt.
-        left_out = (input_ids[:, 0] == self.bos) & (attention_mask.sum(dim=1) > 1)
-        mask = attention_mask.clone()
-        mask[left_out, 0] = 0
+        width = input_ids.shape[1]
+        mask = self._tail(input_ids, attention_mask) if self.token == "tail" else attention_mask
+        if self.token not in ("each", "tail") or self.bos is None:
+            return mask
+        # After a cached beginning, no text begins; and a prompt of nothing but that token is still a prompt.
+        begins = attention_mask[:, :-width].sum(dim=1) == 0
+        left_out = (input_ids[:, 0] == self.bos) & (attention_mask.sum(dim=1) > 1) & begins
+        mask = mask.clone()
+        mask[left_out, -width] = 0
         return mask
+
+    def _tail(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """1 on the tokens from the first one on at which any adapter acts, which is never before what is cached."""
+        read, width = mask.cpu().clone(), input_ids.shape[1]
+        lengths = mask[:, -width:].sum(dim=1).tolist()
+        for row, ids, length in zip(read, input_ids.tolist(), lengths, strict=True):
+            row[: row.shape[0] - width + earliest(self.activations, ids[:length])] = 0
+        return read.to(mask.device)
 
     def _reduce(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(rows, length, d) to float32 vectors: one per row, or all that are read."""
@@ -128,7 +161,7 @@ class Probe:
         if self.token == "last":
             rows = torch.arange(hidden.shape[0], device=hidden.device)
             return hidden[rows, mask.sum(dim=1) - 1].float()
-        if self.token == "each":
+        if self.token in ("each", "tail"):
             return hidden[mask.bool()].float()
         weights = mask.float() / mask.sum(dim=1, keepdim=True)
         return torch.einsum("rtd,rt->rd", hidden.float(), weights)

@@ -13,6 +13,7 @@ from logo.selection.baseline import Baseline
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
 from logo.selection.index import ScoringIndex
+from logo.selection.once import OnceReader
 from logo.selection.reader import Reader
 
 # Prompts that a running baseline remembers; neutral texts are the first of them.
@@ -54,7 +55,7 @@ class Scorer:
         self,
         adapters: Sequence[Adapter],
         indices: Sequence[ScoringIndex],
-        reader: Reader,
+        reader: Reader | OnceReader,
         calibration: Calibration | None = None,
         cache: CalibrationCache | None = None,
         running: bool = False,

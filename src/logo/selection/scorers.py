@@ -6,6 +6,7 @@ plan -> calibrate (cached) -> index (cached) -> first stage (cached, where there
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.cache import cache_folder
 from logo.selection import index_file
+from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Listening, calibrate, read_texts, whitenings
 from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages
 from logo.selection.index import ScoringIndex, Tell, Wanted, device_of, read_indices
 from logo.selection.index_file import build_index, bytes_of, index_name, keep_index, load_index
+from logo.selection.once import OnceReader
 from logo.selection.plan import plan
 from logo.selection.points import Point
 from logo.selection.prefixes import Prefixes, reusable
@@ -49,6 +52,11 @@ class Scorers:
         device: where scores are computed; None: where the model computes what is read.
         listening: runs the base model for a calibration; None: `model` itself runs. With it, `model` may be a skeleton
             on the meta device.
+        beginnings: where what the base model reads is kept, if the adapters of the pool act from a position on only.
+
+    Attributes:
+        k: adapters per prompt.
+        once: a probe reads whole prompts, and keeps what it has read.
 
     Raises:
         PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
@@ -64,7 +72,11 @@ class Scorers:
         before: Scorers | None = None,
         device: torch.device | None = None,
         listening: Listening | None = None,
+        beginnings: Beginnings | None = None,
     ) -> None:
+        self._activations = pool.activations if pool.once else ()
+        settings = self._told(settings)
+        self._beginnings = beginnings if self._activations else None
         self._device, self._listening = device, listening
         self._plan = plan(model, pool, settings)
         count = len(self._plan.adapters)
@@ -74,7 +86,8 @@ class Scorers:
         self._earlier: dict[str, Scorer] = {} if before is None else before._earlier | before._known
         self._keep = before is None
         self._prefixes, budget = None, int(settings.prefix_cache_gb * 1e9)
-        if budget and settings.probe_context == "base" and reusable(model):
+        self.once = self._beginnings is not None and settings.probe_context == "base" and settings.index == "exact"
+        if budget and settings.probe_context == "base" and reusable(model) and not self.once:
             self._prefixes = Prefixes(budget)
 
     def get(self, settings: SelectionSettings, tell: Tell | None = None) -> Scorer:
@@ -83,10 +96,15 @@ class Scorers:
         Args:
             tell: see `logo.selection.index.read_indices`.
         """
+        settings = self._told(settings)
         if settings.signal not in self._known:
             self._known[settings.signal] = self._open(settings, tell)
             self._earlier.pop(settings.signal, None)
         return self._known[settings.signal]
+
+    def _told(self, settings: SelectionSettings) -> SelectionSettings:
+        """With where the adapters of the pool act."""
+        return replace(settings, activations=self._activations)
 
     def _open(self, settings: SelectionSettings, tell: Tell | None) -> Scorer:
         """Plans, calibrates and indexes, as far as that is not known."""
@@ -114,12 +132,16 @@ class Scorers:
             if folder is not None and name is not None and built is None:
                 keep_index(folder, name, adapters, indices, calibration, cache)
         signal = settings.reading
-        probe = Probe(model, [index.point for index in indices], signal.input, signal.token, self._bos)
+        read = [index.point for index in indices]
+        probe = Probe(model, read, signal.input, signal.token, self._bos, signal.activations, whole=self.once)
         if settings.index == "two-stage":
             first = self._first_stages(settings, adapters, indices, cache, folder, name)
             reader = Reader(probe, indices, signal, settings.signal, None)
             left = settings.index_left
             return TwoStageScorer(adapters, indices, reader, probe, signal, first, calibration, cache, left)
+        if self.once and self._beginnings is not None:
+            once = OnceReader(probe, indices, signal, self._beginnings)
+            return Scorer(adapters, indices, once, calibration, cache, settings.baseline == "running")
         reader = Reader(probe, indices, signal, settings.signal, self._prefixes)
         return Scorer(adapters, indices, reader, calibration, cache, settings.baseline == "running")
 
@@ -140,7 +162,7 @@ class Scorers:
             if found is not None:
                 return found
         signal, points = settings.reading, [index.point for index in indices]
-        texts = Texts(self._encode(NEUTRAL), [], self._bos) if cache is None else cache.texts
+        texts = Texts(self._texts(NEUTRAL), [], self._bos) if cache is None else cache.texts
         read = list(read_texts(self._model, points, texts, signal))
         known = [None if cache is None else cache.whitening(point.module) for point in points]
         means = [None if index.offset is None or w is None else w.mean for index, w in zip(indices, known, strict=True)]
@@ -155,9 +177,14 @@ class Scorers:
         signal = settings.reading
         if signal.scale == "raw":
             return None
-        requests = self._encode(settings.calibration_prompts or REQUESTS) if signal.chosen else []
-        texts = Texts(self._encode(NEUTRAL), requests, self._bos)
+        requests = self._texts(settings.calibration_prompts or REQUESTS) if signal.chosen else []
+        texts = Texts(self._texts(NEUTRAL), requests, self._bos)
         return CalibrationCache.of(self._model, texts, signal, cache_folder(settings.cache))
+
+    def _texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Texts as prompts that invoke the adapters, where these wait for that."""
+        invoking = next((one.tokens for one in self._activations if one.tokens), ())
+        return [[*row, *invoking] for row in self._encode(texts)]
 
     def _wanted(
         self,

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from logo.adapters.activation import OFF, Activation, check_forced, check_without
 from logo.errors import UsageError, closest
 from logo.prompts import ProbeText, check_probe_text
 from logo.selection.signals import SIGNALS, ProbeInput, ProbeToken, Signal, Weighting, get_signal
+
+# How far a probe goes that is read again under the mixture.
+DEPTH = 0.5
 
 ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
@@ -30,12 +34,14 @@ class SelectionSettings:
         probe_context: which adapters are active while probing: `"base"` none · `"pool"` all, unscaled · `"carry"` as
             the official code really runs: all for the first prompt, then those the prompt before selected.
         probe_input: `"residual"` (entering the layer, before its norm) or `"projection"` (what the module receives).
-        probe_token: `"last"` prompt token, the `"mean"` over all of them, or `"each"`, averaging scores.
+        probe_token: `"last"` prompt token, the `"mean"` over all of them, or `"each"`, averaging scores; `"tail"`: each
+            of those on which the adapters act, for a pool of activated adapters, where it takes the place of `"each"`.
         probe_text: what of a conversation is probed: the `"last_user"` message (None), all messages of the user in the
             `"conversation"`, or `"all"` that is read. See `logo.prompts.chat`.
         probe_layer: `"last"`, an index, or several (scores are averaged over them).
         probe_module: the module to read, by name; default: the query projection.
-        probe_depth: how far the probe may go, as a share of the layers, where the signal reads several points.
+        probe_depth: how far the probe may go, as a share of the layers, where the signal reads several points; None:
+            through all of them where the probe is the prefill as well (activated adapters), else through half.
         probe_points: how many points a signal that chooses its points may choose; or the points themselves, as
             `"4.v_proj"` or full module paths.
         baseline: what calibrated signals compare with: `"neutral"` text, or `"running"`, the last prompts that came,
@@ -48,6 +54,11 @@ class SelectionSettings:
         index_rank: of what the first of two stages keeps of each adapter.
         index_left: adapters that the first stage leaves where it only estimates (calibrated signals); None: 16 for each
             one that is wanted, and 256 at least.
+        activation: where all adapters act, whatever they were trained for: `"everywhere"`, `"last:N"`, or
+            `"invocation"`; None: each where it was trained to act. See `logo.adapters.activation`.
+        when_not_invoked: what an adapter does in a prompt without its invocation tokens: `"off"`, nothing, as in PEFT;
+            `"last:N"`; or `"error"`.
+        activations: where the adapters of the pool act, if none acts everywhere; the engine's to say.
         unscorable: adapters that do not touch what is probed: `"error"` refuses the pool, `"skip"` never selects them
             (they can still be forced).
     """
@@ -63,7 +74,7 @@ class SelectionSettings:
     probe_text: ProbeText | None = None
     probe_layer: int | str | Sequence[int | str] | None = None
     probe_module: str | None = None
-    probe_depth: float = 0.5
+    probe_depth: float | None = None
     probe_points: int | Sequence[str] | None = None
     baseline: BaselineKind = "neutral"
     calibration_prompts: Sequence[str] | None = None
@@ -73,10 +84,15 @@ class SelectionSettings:
     index: IndexKind = "exact"
     index_rank: int = 2
     index_left: int | None = None
+    activation: str | None = None
+    when_not_invoked: str = OFF
+    activations: tuple[Activation, ...] = ()
 
     def __post_init__(self) -> None:
         get_signal(self.signal)
         check_probe_text(self.probe_text)
+        check_forced(self.activation)
+        check_without(self.when_not_invoked)
         if self.k is not None and self.k <= 0:
             raise UsageError(f"number of selected adapters (k): expected 1 or more, found {self.k}")
         choices: tuple[tuple[str, Any], ...] = (
@@ -96,7 +112,7 @@ class SelectionSettings:
             raise UsageError(f"weight_temperature: expected a number above 0, found {self.weight_temperature}")
         if self.keep_mass is not None and not 0 < self.keep_mass <= 1:
             raise UsageError(f"keep_mass: expected a share above 0 and up to 1, found {self.keep_mass}")
-        if not 0 < self.probe_depth <= 1:
+        if self.probe_depth is not None and not 0 < self.probe_depth <= 1:
             raise UsageError(
                 f"probe_depth: expected a share of the layers above 0 and up to 1, found {self.probe_depth}"
             )
@@ -135,13 +151,22 @@ class SelectionSettings:
             raise UsageError("index 'two-stage': a running baseline needs every adapter's score; use 'neutral'")
 
     @property
+    def depth(self) -> float:
+        """How far the probe may go, as a share of the layers."""
+        if self.probe_depth is not None:
+            return self.probe_depth
+        return 1.0 if self.activations else DEPTH
+
+    @property
     def reading(self) -> Signal:
         """The signal with what these settings ask of it."""
         signal = get_signal(self.signal)
+        token: ProbeToken = "tail" if self.activations and signal.token == "each" else signal.token
         return replace(
             signal,
             input=self.probe_input or signal.input,
-            token=self.probe_token or signal.token,
+            token=self.probe_token or token,
+            activations=self.activations,
             weighting=self.weighting or signal.weighting,
         )
 

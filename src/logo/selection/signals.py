@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from logo.adapters.activation import Activation
 from logo.errors import UsageError, closest
 from logo.selection.index import ScoringIndex
 
 Score = Callable[[ScoringIndex, Tensor], Tensor]  # (index, hidden (n, d)) -> scores (n, adapters)
 ProbeInput = Literal["residual", "projection"]
-ProbeToken = Literal["last", "mean", "each"]
+ProbeToken = Literal["last", "mean", "each", "tail"]
 Weighting = Literal["linear", "softmax", "adaptive"]
 # raw: the response itself · zscore: against the adapter's own responses to neutral text · whitened: likewise, of hidden
 # vectors from which is taken what all text has in common
@@ -35,7 +36,8 @@ class Signal:
         layers: `"last"`, the query projection of the last layer, or `"early"`, every adapted module of the layers
             within `probe_depth`.
         input: see `logo.selection.probe.Probe`.
-        token: likewise; with `"each"`, scores are averaged over the tokens.
+        token: likewise; with `"each"` and `"tail"`, scores are averaged over the tokens.
+        activations: where the adapters of the pool act, if none of them acts everywhere; for the token `"tail"`.
         scale: what the responses are compared with.
         chosen: use the points on which this pool's adapters differ most, instead of all.
         weighting: how scores become weights.
@@ -50,6 +52,7 @@ class Signal:
     chosen: bool = False
     weighting: Weighting = "linear"
     norms: bool = False
+    activations: tuple[Activation, ...] = ()
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
         """(n, adapters) for hidden (n, d)."""

@@ -104,6 +104,8 @@ class Service:
             )
         if not logo.merge.exact:
             raise UsageError(f"merge {logo.merge.kind!r}: a server mixes adapters exactly; leave it out")
+        if not all(activation.everywhere for activation in logo.fitted.activations):
+            raise UsageError("activated adapters cannot be served yet: use `logo generate`, or --activation everywhere")
         self.logo = logo
         self.memory = memory
         self.max_queue = max_queue

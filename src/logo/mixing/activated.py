@@ -1,0 +1,107 @@
+"""Gates that open at a position of the prompt: where adapters act only from there on (`logo.adapters.activation`).
+
+    g(row, column) = w  if column >= begin(row, adapter)  else 0
+
+Columns are those of the batch, padding included, counted over the cached ones. Once all gates of a batch are open they
+are those of `Gates`, one per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logo.adapters.activation import Activation
+from logo.adapters.pool import AdapterPool
+from logo.errors import UsageError
+from logo.mixing.gated import Gates
+from logo.mixing.stacks import Stack
+
+# Later than any column: an adapter that never acts in a row.
+NEVER = 2**62
+
+# What models call the keys and values of the columns before.
+_CACHES = ("past_key_values", "cache", "cache_params")
+
+
+class OpeningGates:
+    """The gates of a batch, as `low_rank` multiplies by them; `following` tells them what each forward pass reads.
+
+    Args:
+        weights: (rows, adapters).
+        begins: (rows, adapters) int64: the first column in which each adapter acts.
+    """
+
+    def __init__(self, weights: Tensor, begins: Tensor) -> None:
+        never = begins >= NEVER
+        self._weights, self._begins = weights.masked_fill(never, 0.0), begins.masked_fill(never, 0)
+        self._open = Gates(self._weights)
+        self._last = int(self._begins.max())
+        self._batch, self._width = len(weights), 0
+        self._columns: tuple[int, int] | None = None  # those of the forward pass at hand; None: all gates are open
+        self._made: dict[tuple[int, int, int], Gates] = {}
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Looks which columns each forward pass of the model reads, inside the block."""
+        handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read = args[0] if args else kwargs.get("input_ids")
+        if read is None:
+            read = kwargs["inputs_embeds"]
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        self._batch, self._width = read.shape[:2]
+        self._columns = None if seen >= self._last else (seen, seen + self._width)
+        self._made.clear()
+
+    def applied(self, stack: Stack, response: Tensor) -> Tensor:
+        """As `Gates.applied`."""
+        return self._now(response.shape[:-1].numel()).applied(stack, response)
+
+    def applied_turned(self, stack: Stack, lead: torch.Size, response: Tensor) -> Tensor:
+        """As `Gates.applied_turned`."""
+        return self._now(lead.numel()).applied_turned(stack, lead, response)
+
+    def _now(self, tokens: int) -> Gates:
+        """The gates of so many tokens: all of the pass, or those of each row's last columns, as an output head has."""
+        if self._columns is None:
+            return self._open
+        rows, batch = len(self._weights), self._batch
+        if batch % rows or tokens % batch or tokens > batch * self._width:
+            raise ValueError(f"gates for {rows} rows of {self._width} tokens cannot serve {tokens} tokens")
+        key = (batch, tokens, self._columns[1])
+        if key not in self._made:
+            columns = torch.arange(self._columns[1] - tokens // batch, self._columns[1])
+            gates = torch.where(columns[:, None] >= self._begins[:, None], self._weights[:, None], 0.0)
+            gates = gates.repeat_interleave(batch // rows, dim=0)  # (batch, columns, adapters)
+            self._made[key] = Gates(gates.flatten(0, 1), per_token=True)
+        return self._made[key]
+
+
+def begins(pool: AdapterPool, names: Iterable[str], prompt: Sequence[int]) -> dict[str, int]:
+    """The first position of a prompt at which each of these adapters acts; `NEVER` for one that does not.
+
+    Raises:
+        UsageError: see `Activation.begin`; the message names the adapter.
+    """
+    found, known = {}, dict[Activation, int | None]()
+    for name in names:
+        activation = pool[name].activation
+        if activation not in known:
+            try:
+                known[activation] = activation.begin(prompt)
+            except UsageError as error:
+                raise UsageError(f"adapter {name!r}: {error}") from None
+        begin = known[activation]
+        found[name] = NEVER if begin is None else begin
+    return found

@@ -1,0 +1,249 @@
+"""What prompts begin with, as the base model alone reads it: keys and values in pages of tokens.
+
+Where adapters act only from a position on, everything before it is the base model's, whatever mixture answers. So one
+pass of the base model is the probe and the prefill in one, and what it has read serves every mixture and every prompt
+that begins alike. Pages go by a digest of all tokens up to their end. A prompt's last page ends where adapters begin to
+act; all others are whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from logo.selection.probe import Probe, cache_argument
+
+# Tokens of a whole page.
+PAGE = 64
+
+KeyValues = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Page:
+    """Some tokens of one beginning.
+
+    Attributes:
+        keys_values: per layer, (heads, tokens, size) each.
+        sums: by reading: per point, the summed responses to the page's tokens that are read, (adapters,), and how many
+            these tokens are.
+    """
+
+    keys_values: KeyValues
+    sums: dict[str, tuple[list[Tensor], int]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return self.keys_values[0][0].shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Memory it takes."""
+        summed = (tensor for parts, _ in self.sums.values() for tensor in parts)
+        return sum(tensor.nbytes for tensor in (*summed, *(tensor for pair in self.keys_values for tensor in pair)))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One pass of the base model over what was not known of some rows.
+
+    Attributes:
+        hidden: per point of the probe, (vectors, d).
+        owners, positions: (vectors,) int64 on the CPU: the row of each vector, and the token in it.
+    """
+
+    hidden: list[Tensor]
+    owners: Tensor
+    positions: Tensor
+
+
+class Beginnings:
+    """Pages of one base model, the least recently used of which go when there are too many.
+
+    Args:
+        model: a causal LM of which keys and values are all that it keeps of the tokens before.
+        budget: bytes to keep. More is held inside `held`.
+
+    Attributes:
+        bytes: held now.
+        prefill: reads nothing but keys and values.
+        found, read: tokens that were found, and that the base model has read, since the start.
+    """
+
+    def __init__(self, model: nn.Module, budget: int) -> None:
+        self.model, self.budget = model, budget
+        self.bytes = self.found = self.read = 0
+        self._pages: OrderedDict[bytes, Page] = OrderedDict()
+        self._holding = 0
+        known = inspect.signature(model.forward).parameters
+        self._positions = "position_ids" in known
+        self.prefill = Probe(model, (), whole=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block nothing is dropped, so that what was read for a batch is there when it is answered."""
+        self._holding += 1
+        try:
+            yield
+        finally:
+            self._holding -= 1
+            self._drop()
+
+    def find(self, row: Sequence[int], end: int, reading: str | None = None) -> list[Page]:
+        """The pages that are known of the first `end` tokens of a row, from its first one on.
+
+        Args:
+            reading: pages without sums of this reading do not count; None: sums are not asked for.
+        """
+        found = []
+        for key, _, _ in _keys(row, end):
+            page = self._pages.get(key)
+            if page is None or (reading is not None and reading not in page.sums):
+                break
+            self._pages.move_to_end(key)
+            found.append(page)
+        return found
+
+    def shared(self, rows: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
+        """How many tokens all rows begin with, in whole pages."""
+        shortest, count = min(ends), 0
+        while count < shortest and all(row[count] == rows[0][count] for row in rows):
+            count += 1
+        return count // PAGE * PAGE
+
+    def extend(
+        self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]], probe: Probe
+    ) -> Reading:
+        """Reads rows to their ends, behind what is known of each, and keeps the pages up to `ends`.
+
+        Args:
+            rows: token ids, of which at least one is not known.
+            ends: where each row's last page ends.
+            known: pages of each row, from its first token on.
+            probe: what hidden vectors are read; it runs the whole model.
+        """
+        counts = [sum(page.tokens for page in pages) for pages in known]
+        length, width = max(counts), max(len(row) - count for row, count in zip(rows, counts, strict=True))
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros(len(rows), length + width, dtype=torch.int64)
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            ids[i, : len(row) - count] = torch.tensor(row[count:])
+            mask[i, length - count : length - count + len(row)] = 1
+        cache = DynamicCache() if not length else laid_out(known, counts)
+        places: dict[str, Any] = {}
+        if self._positions:
+            # Behind a row's end there is padding, whose positions must not be beyond those that the model knows.
+            last = torch.tensor([len(row) - 1 for row in rows])[:, None]
+            places["position_ids"] = (torch.tensor(counts)[:, None] + torch.arange(width)).minimum(last).to(device)
+        ids, mask = ids.to(device), mask.to(device)
+        hidden = probe(ids, mask, cache, **places)
+        owners, columns = probe.places(ids, mask) if probe.points else (torch.zeros(0), torch.zeros(0))
+        self.found += sum(counts)
+        self.read += sum(map(len, rows)) - sum(counts)
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            for key, start, stop in _keys(row, ends[i]):
+                if start >= count:
+                    shift = length - count
+                    self._keep(key, Page(_part(cache, i, start + shift, stop + shift)))
+        self._drop()
+        positions = columns + torch.tensor(counts)[owners.long()] if len(owners) else columns
+        return Reading(hidden, owners, positions)
+
+    def note(self, row: Sequence[int], end: int, sums: Sequence[tuple[list[Tensor], int]], reading: str) -> None:
+        """Keeps sums with the last pages of a row's beginning, one for each page; those that are gone are left out."""
+        for (key, _, _), one in zip(_keys(row, end)[-len(sums) :] if sums else (), sums, strict=True):
+            page = self._pages.get(key)
+            if page is not None:
+                self.bytes -= page.bytes
+                page.sums[reading] = one
+                self.bytes += page.bytes
+        self._drop()
+
+    def cache(self, rows: Sequence[Sequence[int]], ends: Sequence[int], counts: Sequence[int]) -> DynamicCache:
+        """Keys and values of the first `counts` tokens of each row, padded on the left; what is not known is read.
+
+        Args:
+            ends: where the last page of each row ends, at `counts` or behind.
+        """
+        with self.held():
+            pages = [self.find(row, end) for row, end in zip(rows, ends, strict=True)]
+            short = [i for i, count in enumerate(counts) if sum(page.tokens for page in pages[i]) < count]
+            if short:
+                self._read([rows[i][: ends[i]] for i in short])
+                pages = [self.find(row, end) for row, end in zip(rows, ends, strict=True)]
+            return laid_out(pages, counts)
+
+    def _read(self, rows: Sequence[Sequence[int]]) -> None:
+        """Reads whole rows that nothing is asked about; equal ones, and what all begin with, once."""
+        distinct = [list(row) for row in dict.fromkeys(map(tuple, rows))]
+        shared = self.shared(distinct, [len(row) for row in distinct])
+        if len(distinct) > 1 and shared > sum(page.tokens for page in self.find(distinct[0], shared)):
+            beginning = distinct[0][:shared]
+            self.extend([beginning], [shared], [self.find(beginning, shared)], self.prefill)
+        known = [self.find(row, len(row)) for row in distinct]
+        open_rows = [i for i, row in enumerate(distinct) if sum(page.tokens for page in known[i]) < len(row)]
+        if open_rows:
+            left = [distinct[i] for i in open_rows]
+            self.extend(left, [len(row) for row in left], [known[i] for i in open_rows], self.prefill)
+
+    def _keep(self, key: bytes, page: Page) -> None:
+        before = self._pages.pop(key, None)
+        if before is not None:
+            self.bytes -= before.bytes
+            page.sums |= before.sums
+        self._pages[key] = page
+        self.bytes += page.bytes
+
+    def _drop(self) -> None:
+        while not self._holding and self.bytes > self.budget:
+            self.bytes -= self._pages.popitem(last=False)[1].bytes
+
+
+def _keys(row: Sequence[int], end: int) -> list[tuple[bytes, int, int]]:
+    """The pages of the first `end` tokens of a row: digest, first token, and the token behind the last one."""
+    digest, keys = hashlib.blake2b(digest_size=16), []
+    for start, stop in pairwise([*range(0, end, PAGE), end]):
+        digest.update(torch.tensor(row[start:stop]).numpy().tobytes())
+        keys.append((digest.digest(), start, stop))
+    return keys
+
+
+def _part(cache: DynamicCache, row: int, start: int, stop: int) -> KeyValues:
+    """Copies of some columns of one row of a cache."""
+    return [
+        (layer.keys[row, :, start:stop].clone(), layer.values[row, :, start:stop].clone()) for layer in cache.layers
+    ]
+
+
+def laid_out(pages: Sequence[Sequence[Page]], counts: Sequence[int]) -> DynamicCache:
+    """The cache of a batch whose rows begin with these pages, cut to `counts` tokens and padded on the left."""
+    cache, length = DynamicCache(), max(counts)
+    some = next(one for row in pages for one in row)
+    for layer, pair in enumerate(some.keys_values):
+        whole = []
+        for part, like in enumerate(pair):
+            made = like.new_zeros(len(pages), like.shape[0], length, like.shape[2])
+            for i, (row, count) in enumerate(zip(pages, counts, strict=True)):
+                if count:
+                    read = torch.cat([page.keys_values[layer][part] for page in row], dim=1)
+                    made[i, :, length - count :] = read[:, :count]
+            whole.append(made)
+        cache.update(whole[0], whole[1], layer)
+    return cache
+
+
+def reusable(model: nn.Module) -> bool:
+    """Whether keys and values are all that a model keeps of the tokens before: not so where it carries a state on."""
+    return cache_argument(model) is not None and not getattr(model, "_is_stateful", False)

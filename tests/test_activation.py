@@ -1,0 +1,363 @@
+"""Adapters that act from a position of the prompt on: as PEFT's aLoRA does, and as a mask on the gates would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import tiny
+from logo import AdapterPool, LoGo, SelectionSettings
+from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
+from logo.errors import AdapterError, StorageError, UsageError
+from make_adapters import edit_config, load_peft, write, write_peft
+from test_engine import tokenizer, write_adapter
+from test_prefixes import read_tokens
+
+INVOKE = [7, 8]
+QUERY = {"llama": "q_proj", "qwen2": "q_proj", "gemma3": "q_proj", "gpt2": "c_attn", "gpt_neox": "query_key_value"}
+NAMES = ("t0", "t1", "t2")
+
+
+def notes(folder: Path, activation: Any) -> Path:
+    (folder / "pool.json").write_text(json.dumps({"activation": activation}))
+    return folder
+
+
+def pool_of(folder: Path, model: nn.Module, modules: tuple[str, ...] = ("q_proj", "v_proj"), **config: Any) -> Path:
+    for number, name in enumerate(NAMES):
+        write_adapter(folder / name, model, modules, rank=2, seed=number)
+        if config:
+            edit_config(folder / name, **config)
+    return folder
+
+
+def engine(model: nn.Module, folder: Path, **chosen: Any) -> LoGo:
+    settings = SelectionSettings.of(**{"signal": "norm", "k": 2, "cache": "", **chosen})
+    return LoGo(model, tokenizer(bos=False), AdapterPool.from_directory(folder), settings=settings)
+
+
+def invoked(lengths: Sequence[int], tail: Sequence[int] = (11, 12)) -> list[list[int]]:
+    """Prompts with the invocation tokens near their end."""
+    return [[*row, *INVOKE, *tail] for row in tiny.prompts(list(lengths))]
+
+
+# -- where it begins ---------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), min_size=1, max_size=3))
+def test_the_last_occurrence_is_the_last(prompt: list[int], tokens: list[int]) -> None:
+    found = last_occurrence(prompt, tokens)
+    places = [i for i in range(len(prompt)) if prompt[i : i + len(tokens)] == tokens]
+    assert found == (places[-1] if places else None)
+
+
+def test_peft_counts_the_same() -> None:
+    from peft.tuners.lora.variants import calculate_alora_offsets
+
+    class Config:
+        alora_invocation_tokens = INVOKE
+
+    for prompt in ([7, 8, 1, 7, 8, 2], [7, 8], [1, 2, 7], [7, 7, 8], [8, 7]):
+        [offset] = calculate_alora_offsets({"a": Config()}, "a", torch.tensor([prompt]))  # type: ignore[dict-item]
+        begin = Activation(tuple(INVOKE)).begin(prompt)
+        assert (None if offset is None else len(prompt) - offset) == begin
+
+
+def test_counting_from_the_end() -> None:
+    assert Activation.parse("last:4").begin(range(10)) == 6
+    assert Activation.parse("last:4").begin(range(3)) == 0
+    assert Activation.parse("everywhere").begin(range(3)) == 0
+    assert earliest([Activation(last=2), Activation(last=4)], range(10)) == 6  # type: ignore[arg-type]
+    assert earliest([Activation(tokens=(99,))], range(10)) == 9  # type: ignore[arg-type]
+    assert (
+        str(Activation(last=3)) == "last:3"
+        and str(Activation((1,))) == "invocation"
+        and str(EVERYWHERE) == "everywhere"
+    )
+
+
+@pytest.mark.parametrize("text", ["last", "last:", "last:-1", "first:2", "", None, 4, "last:1.5"])
+def test_what_is_no_activation(text: Any) -> None:
+    with pytest.raises(UsageError, match="expected everywhere, invocation or last:N"):
+        Activation.parse(text)
+
+
+def test_nothing_would_act_on_the_first_token_of_the_answer() -> None:
+    with pytest.raises(UsageError, match="last:0"):
+        Activation.parse("last:0")
+
+
+def test_what_a_user_forces() -> None:
+    assert acting(Activation((1,)), "last:2", None) == Activation(last=2)
+    assert acting(Activation((1,)), "everywhere", "error") == EVERYWHERE
+    assert acting(Activation((1,)), "invocation", "last:2").without == "last:2"
+    with pytest.raises(UsageError, match="no invocation tokens"):
+        acting(EVERYWHERE, "invocation")
+    for text in ("everywhere", "sometimes", "last:0"):
+        with pytest.raises(UsageError, match="when_not_invoked"):
+            SelectionSettings(when_not_invoked=text)
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+def test_where_it_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "pool" / "plain")
+    write(tmp_path / "pool" / "invoked", alora_invocation_tokens=INVOKE)
+    write(tmp_path / "pool" / "deep" / "one")
+    notes(tmp_path / "pool", "last:4")
+    notes(tmp_path / "pool" / "deep", "last:2")
+    for _ in range(2):  # the second time from the cache
+        pool = AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")
+        assert {a.name: str(a.activation) for a in pool} == {
+            "plain": "last:4",
+            "invoked": "invocation",
+            "deep/one": "last:2",
+        }
+    assert pool.once and pool["invoked"].activation.tokens == tuple(INVOKE)
+    alone = AdapterPool()
+    assert str(alone.add(tmp_path / "pool" / "plain").activation) == "last:4"  # its pool's notes lie above it
+    notes(tmp_path / "pool", "everywhere")
+    assert not AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache").once
+
+
+@pytest.mark.parametrize("tokens", [[], ["a"], [-1], "x", [1.5], [True]])
+def test_invocation_tokens_that_cannot_be(tmp_path: Path, tokens: Any) -> None:
+    write(tmp_path / "a", alora_invocation_tokens=tokens)
+    with pytest.raises(AdapterError, match="alora_invocation_tokens must be a list of one token id or more"):
+        AdapterPool().add(tmp_path / "a")
+
+
+def test_notes_that_name_no_activation(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    notes(tmp_path, "last:x")
+    with pytest.raises(StorageError, match=r"pool\.json: activation: expected everywhere"):
+        AdapterPool.from_directory(tmp_path, cache="")
+
+
+# -- as PEFT answers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(QUERY))
+def test_one_alone_answers_as_in_peft(name: str, tmp_path: Path) -> None:
+    write_peft(tmp_path / "pool" / "a", tiny.model(name), target_modules=[QUERY[name]], alora_invocation_tokens=INVOKE)
+    reference: Any = load_peft(tmp_path / "pool" / "a", tiny.model(name))
+    logo = engine(tiny.model(name), tmp_path / "pool", k=1)
+    prompts = [*invoked((9, 30, 70)), [*INVOKE, 5], *tiny.prompts([8])]  # the last one never invokes it
+    with pytest.warns(UserWarning, match="lacks its invocation tokens"):
+        together = logo.generate(prompts, adapters={"a": 1.0}, max_new_tokens=8, batch_size=8)
+    for prompt, answer in zip(prompts, together, strict=True):
+        ids = torch.tensor([prompt])
+        want = reference.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert list(answer.token_ids) == want[0, len(prompt) :].tolist()
+        assert logo.generate(prompt, adapters={"a": 1.0}, max_new_tokens=8).token_ids == answer.token_ids
+    assert logo.not_invoked == {"a": 2}
+
+
+def test_likelihoods_are_those_of_peft(tmp_path: Path) -> None:
+    write_peft(tmp_path / "pool" / "a", alora_invocation_tokens=INVOKE)
+    reference: Any = load_peft(tmp_path / "pool" / "a")
+    logo = engine(tiny.model("llama"), tmp_path / "pool", k=1)
+    prompts, gold = invoked((9, 30, 70)), [20, 21, 22]
+    pairs = logo.score_pairs([(prompt, gold) for prompt in prompts], [{"a": 1.0}] * 3)
+    for prompt, one in zip(prompts, pairs, strict=True):
+        ids = torch.tensor([[*prompt, *gold]])
+        offset = len(prompt) + 3 - last_occurrence(prompt, INVOKE)  # type: ignore[operator]
+        with torch.no_grad():
+            logits = reference(input_ids=ids, alora_offsets=[offset]).logits[0, len(prompt) - 1 : -1]
+        want = float(torch.nn.functional.cross_entropy(logits, torch.tensor(gold)))
+        text = " ".join(f"w{i}" for i in gold)
+        [scored] = logo.score(prompt, text, [{"a": 1.0}])
+        assert one.nll == pytest.approx(want, abs=1e-4) and scored.nll == pytest.approx(want, abs=1e-4)
+
+
+# -- mixtures, against a mask ------------------------------------------------------------------------------------------
+
+
+def masked(model: nn.Module, pool: AdapterPool, prompt: list[int], mixture: dict[str, float], steps: int) -> list[int]:
+    """Greedy answers without any cache: each adapter's product is added where it acts, and nowhere else."""
+    begins = {name: pool[name].activation.begin(prompt) for name in mixture}
+    handles = []
+    for path, module in model.named_modules():
+        found = [
+            (weight, pool[name].read([path])[path], begins[name])
+            for name, weight in mixture.items()
+            if path in pool[name].modules and begins[name] is not None
+        ]
+        if found:
+
+            def add(module: nn.Module, args: Any, output: torch.Tensor, found: Any = found) -> torch.Tensor:
+                for weight, factors, begin in found:
+                    more = args[0] @ factors.A.T @ factors.scaled_b().T
+                    more[:, :begin] = 0
+                    output = output + weight * more
+                return output
+
+            handles.append(module.register_forward_hook(add))
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            logits: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+            ids.append(int(logits[0, -1].argmax()))
+    for handle in handles:
+        handle.remove()
+    return ids[len(prompt) :]
+
+
+MIXTURES: list[dict[str, float]] = [{"t0": 0.7, "t1": 0.5}, {"t1": 0.4, "t2": 0.9}, {"t2": 1.0}, {}]
+
+
+@pytest.mark.parametrize("kind", ["last:4", "last:70", "invocation", "mixed"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_mixtures_are_those_of_a_mask(name: str, kind: str, tmp_path: Path) -> None:
+    model = tiny.model(name, eos_token_id=None)
+    modules = ("q_proj", "v_proj") if name != "gpt2" else ("c_attn",)
+    folder = pool_of(tmp_path, model, modules, **({"alora_invocation_tokens": INVOKE} if kind == "invocation" else {}))
+    if kind == "mixed":
+        edit_config(folder / "t0", alora_invocation_tokens=INVOKE)
+        (folder / "late").mkdir()
+        (folder / "t1").rename(folder / "late" / "t1")
+        notes(folder / "late", "last:3")
+        mixtures = [{name.replace("t1", "late/t1"): w for name, w in mixture.items()} for mixture in MIXTURES]
+        with pytest.warns(UserWarning, match="1 of 3 adapters act on every token"):
+            logo = engine(model, folder)
+    else:
+        notes(folder, None if kind == "invocation" else kind)
+        logo, mixtures = engine(model, folder), MIXTURES
+        assert logo.fitted.once
+    prompts = invoked((20, 5, 80, 40))
+    found = logo.generate(prompts, adapters=mixtures, max_new_tokens=6, batch_size=4)
+    for prompt, mixture, answer in zip(prompts, mixtures, found, strict=True):
+        assert list(answer.token_ids) == masked(model, logo.fitted, prompt, mixture, 6)
+    forced = logo.generate(prompts, adapters=mixtures, max_new_tokens=6, batch_size=4, activation="last:2")
+    late = logo.fitted.acting("last:2")
+    for prompt, mixture, answer in zip(prompts, mixtures, forced, strict=True):
+        assert list(answer.token_ids) == masked(model, late, prompt, mixture, 6)
+
+
+def test_beams_and_samples_keep_their_rows(tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"))
+    prompts = tiny.prompts([30, 8, 70])
+    together = logo.generate(prompts, max_new_tokens=5, num_beams=3, batch_size=3)
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = logo.generate(prompt, max_new_tokens=5, num_beams=3)
+        assert alone.token_ids == answer.token_ids
+
+
+# -- reading once ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal", ["norm", "calibrated", "spectr", "norm_z"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "mistral"])
+def test_a_prompt_is_read_once(name: str, signal: str, tmp_path: Path) -> None:
+    model = tiny.model(name, eos_token_id=None)
+    modules = ("q_proj", "v_proj") if name != "gpt2" else ("c_attn",)
+    folder = notes(pool_of(tmp_path, model, modules), "last:4")
+    logo, other = engine(model, folder, signal=signal), engine(model, folder, signal=signal, prefix_cache_gb=0)
+    logo.calibrate(), other.calibrate()
+    prompt = tiny.prompts([100])[0]
+    with read_tokens(model) as seen:
+        first = logo.generate(prompt, max_new_tokens=3)
+    assert seen == [100, 4, 1, 1]  # read once, and its last four tokens again
+    with read_tokens(model) as seen:
+        again = logo.generate(prompt, max_new_tokens=3, k=1, weighting="softmax")
+    assert seen == [4, 4, 1, 1]
+    with read_tokens(model) as seen:
+        chosen = logo.generate(prompt, adapters=first.selection, max_new_tokens=3)
+    assert seen == [4, 1, 1]
+    assert chosen.token_ids == first.token_ids and again.selection.adapters == first.selection.adapters[:1]
+    with read_tokens(model) as seen:  # a budget of nothing keeps a prompt as long as it is answered
+        without = other.generate(prompt, max_new_tokens=3)
+    assert seen == [100, 4, 1, 1] and without.token_ids == first.token_ids
+    assert other.beginnings is not None and other.beginnings.bytes == 0
+
+
+@pytest.mark.parametrize("signal", ["norm", "calibrated", "arrow"])
+def test_what_is_known_changes_no_score(signal: str, tmp_path: Path) -> None:
+    model = tiny.model("llama", max_position_embeddings=512)
+    folder = notes(pool_of(tmp_path, model), "last:4")
+    logo, plain = engine(model, folder, signal=signal), engine(model, folder, signal=signal, prefix_cache_gb=0)
+    shared = tiny.prompts([150])[0]
+    prompts = [[*shared, *tail] for tail in tiny.prompts([5, 40, 90], seed=1)] + tiny.prompts([30, 3, 200], seed=2)
+    for batch in (prompts[:1], prompts, prompts[::-1]):
+        for one, prompt in zip(logo.select(batch, batch_size=3), batch, strict=True):
+            alone = plain.select(prompt)
+            assert list(one.scores.values()) == pytest.approx(list(alone.scores.values()), rel=1e-3, abs=1e-4)
+            assert one.weights == pytest.approx(alone.weights, abs=1e-5) or signal == "arrow"
+    assert logo.beginnings is not None and logo.beginnings.found > 0
+    for token in ("each", "mean"):
+        first, second = (engine(model, folder, signal=signal, probe_token=token, prefix_cache_gb=g) for g in (0.1, 0))
+        for prompt in prompts * 2:
+            a, b = first.select(prompt), second.select(prompt)
+            assert list(a.scores.values()) == pytest.approx(list(b.scores.values()), rel=1e-3, abs=1e-4)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(0, 40_000))
+def test_pages_stay_within_the_budget(lengths: list[int], budget: int) -> None:
+    from logo.selection.beginnings import Beginnings
+
+    model = tiny.model("llama", max_position_embeddings=512)
+    kept = Beginnings(model, budget)
+    for number, length in enumerate(lengths):
+        row = tiny.prompts([length], seed=number % 3)[0]
+        with kept.held():
+            cache = kept.cache([row], [length], [length])
+            assert cache.get_seq_length() == length
+            assert sum(page.tokens for page in kept.find(row, length)) == length
+        assert kept.bytes <= budget and kept.bytes == sum(page.bytes for page in kept._pages.values())
+
+
+def test_a_shared_beginning_is_read_once(tmp_path: Path) -> None:
+    model = tiny.model("llama", max_position_embeddings=512)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"))
+    shared = tiny.prompts([128])[0]
+    prompts = [[*shared, *tail] for tail in tiny.prompts([20, 20, 20], seed=1)]
+    with read_tokens(model) as seen:
+        logo.select(prompts, batch_size=3)
+    assert seen == [128, 60]
+
+
+def test_without_its_invocation(tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    folder = pool_of(tmp_path, model, alora_invocation_tokens=INVOKE)
+    logo, [prompt] = engine(model, folder), tiny.prompts([12])
+    with pytest.warns(UserWarning, match="lacks its invocation tokens") as told:
+        answers = [logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4) for _ in range(3)]
+    assert len(told) == 1 and logo.not_invoked == {"t0": 3}
+    assert answers[0].token_ids == logo.generate(prompt, adapters={}, max_new_tokens=4).token_ids
+    instead = engine(model, folder, when_not_invoked="last:2").generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4)
+    forced = logo.generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4, activation="last:2")
+    assert instead.token_ids == forced.token_ids
+    with pytest.raises(UsageError, match="adapter 't0': the prompt does not contain the invocation tokens"):
+        engine(model, folder, when_not_invoked="error").generate(prompt, adapters={"t0": 1.0}, max_new_tokens=4)
+
+
+def test_a_model_that_keeps_a_state_reads_all_under_the_mixture(tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"))
+    logo._decoder._beginnings = None  # as for a model with a state of its own
+    prompt = tiny.prompts([40])[0]
+    [answer] = logo.generate([prompt], adapters=MIXTURES[:1], max_new_tokens=5)
+    assert list(answer.token_ids) == masked(model, logo.fitted, prompt, MIXTURES[0], 5)
+
+
+@pytest.mark.parametrize("merge", ["ties", "arrow"])
+def test_merges_act_where_their_adapters_do(merge: str, tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    folder = pool_of(tmp_path, model, alora_invocation_tokens=INVOKE)
+    logo = engine(model, folder)
+    logo.merge = merge  # type: ignore[assignment]
+    prompts = invoked((20, 20))
+    together = logo.generate(prompts, adapters=MIXTURES[:2], max_new_tokens=4, batch_size=2)
+    assert [a.token_ids for a in together] == [
+        logo.generate(p, adapters=m, max_new_tokens=4).token_ids for p, m in zip(prompts, MIXTURES[:2], strict=True)
+    ]
