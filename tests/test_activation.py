@@ -361,3 +361,68 @@ def test_merges_act_where_their_adapters_do(merge: str, tmp_path: Path) -> None:
     assert [a.token_ids for a in together] == [
         logo.generate(p, adapters=m, max_new_tokens=4).token_ids for p, m in zip(prompts, MIXTURES[:2], strict=True)
     ]
+
+
+# -- the signal --------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path) -> None:
+    """Scores follow from the last four tokens alone: whitened by those of all texts, at every point of every layer."""
+    from logo.selection.baseline import Baseline, finished, prompt_means
+    from logo.selection.probe import Probe
+    from logo.selection.texts import NEUTRAL, REQUESTS
+    from logo.selection.whitening import Whitening
+
+    model = tiny.model("llama")
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), signal="calibrated")
+    scorer, prompts = logo.scorer, tiny.prompts([40, 9])
+    assert logo.points == tuple(f"{i}.self_attn.{m}_proj" for i in range(3) for m in ("q", "v"))
+
+    def last(rows: list[list[int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        probe = Probe(model, scorer.points, "projection", "each")
+        whole = [probe(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)) for row in rows]
+        owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([min(4, len(row)) for row in rows]))
+        return [torch.cat([one[i][-4:] for one in whole]) for i in range(len(scorer.points))], owners
+
+    texts = logo.prompts.texts([*NEUTRAL, *REQUESTS])
+    hidden, owners = last(texts)
+    asked, of_asked = last(prompts)
+    known, found = [], []
+    for point, vectors, own in zip(scorer.points, hidden, asked, strict=True):
+        whitening = Whitening.of(vectors)
+        responses = []
+        for adapter in logo.fitted:
+            factors = adapter.read([point.module])[point.module]
+            delta = whitening.fold(factors.scaled_b() @ factors.A.float())
+            responses.append([((part - whitening.mean) @ delta.T).norm(dim=1) for part in (vectors, own)])
+        for kept, part, who, count in ((known, 0, owners, len(texts)), (found, 1, of_asked, 2)):
+            means = prompt_means(torch.stack([one[part] for one in responses], dim=1), who, count)
+            kept.append(finished(means, "whitened").T)
+    neutral, own = torch.stack(known, dim=1), torch.stack(found, dim=1)  # (adapters, points, texts)
+    assert scorer.calibration is not None
+    heard = torch.cat([scorer.calibration.neutral, scorer.calibration.requests], dim=2)
+    assert torch.allclose(heard, neutral, atol=1e-4)
+    read = [scorer._reader(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)) for row in prompts]
+    responses = torch.stack([torch.cat(point) for point in zip(*read, strict=True)], dim=0)  # (points, rows, adapters)
+    assert torch.allclose(responses.permute(2, 0, 1), own, atol=1e-4)
+    want = Baseline.of(heard[:, :, : len(NEUTRAL)], heard[:, :, len(NEUTRAL) :]).scores(responses.permute(2, 0, 1))
+    for selection, row in zip(logo.select(prompts), want, strict=True):
+        assert list(selection.scores.values()) == pytest.approx(row.tolist(), rel=1e-4, abs=1e-4)
+
+
+def test_texts_of_a_calibration_invoke_the_adapters(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    logo = engine(model, pool_of(tmp_path, model, alora_invocation_tokens=INVOKE), signal="calibrated")
+    cache = logo.scorer.cache
+    assert cache is not None and all(row[-2:] == INVOKE for row in cache.texts.rows)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_few_vectors_borrow_the_directions_of_all(count: int) -> None:
+    from logo.selection.whitening import Whitening
+
+    hidden = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)) + torch.linspace(0, 1, 60)[:, None]
+    some = torch.arange(60) < count
+    made = Whitening.of_some(hidden, some)
+    assert torch.allclose(made.mean, hidden[some].mean(dim=0), atol=1e-6)
+    assert torch.equal(made.basis, Whitening.of(hidden[some] if count > 16 else hidden).basis)

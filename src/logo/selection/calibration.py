@@ -36,9 +36,31 @@ ENOUGH = 0.97
 _HELD_BYTES = 2**30
 _BATCH = 16
 
-# Runs texts through the base model: the hidden vectors of all texts at each point, and the text that each belongs to.
-# Points that read the same vectors are given one tensor.
-Listening = Callable[[Sequence[Point], Texts, Signal], Iterator[tuple[Tensor, Tensor]]]
+
+@dataclass(frozen=True)
+class Heard:
+    """The hidden vectors of all texts at one point; points that read the same vectors are given one tensor.
+
+    Attributes:
+        hidden: (vectors, d), of all tokens that are read, those before adapters act included.
+        owners: (vectors,) int64 on the CPU: the text that each belongs to.
+        acted: (vectors,) bool on the CPU: those to which adapters respond; None: all of them.
+    """
+
+    hidden: Tensor
+    owners: Tensor
+    acted: Tensor | None = None
+
+    @property
+    def responding(self) -> tuple[Tensor, Tensor]:
+        """The vectors to which adapters respond, and their owners."""
+        if self.acted is None:
+            return self.hidden, self.owners
+        return self.hidden[self.acted.to(self.hidden.device)], self.owners[self.acted]
+
+
+# Runs texts through the base model, and gives what it hears at each point.
+Listening = Callable[[Sequence[Point], Texts, Signal], Iterator[Heard]]
 
 
 @dataclass(frozen=True)
@@ -173,23 +195,30 @@ def _heard(
     read = dict(zip(wanted, listening(list(wanted), texts, signal), strict=True))
     latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same vectors
     asked = []
-    for point, (hidden, owners) in read.items():
+    for point, heard in read.items():
         whitening = None
         if signal.scale == "whitened":
             whitening = cache.whitening(point.module)
             if whitening is None:
-                if latest is None or latest[0] is not hidden:
-                    neutral = hidden[owners.to(hidden.device) < len(texts.neutral)]
-                    latest = hidden, Whitening.of(neutral).to(torch.device("cpu"))
+                if latest is None or latest[0] is not heard.hidden:
+                    latest = heard.hidden, _whitening(heard, len(texts.neutral)).to(torch.device("cpu"))
                 whitening = latest[1]
                 cache.keep_whitening(point.module, whitening)
-            latest = hidden, whitening
+            latest = heard.hidden, whitening
         if wanted[point]:
-            asked.append(Wanted(wanted[point], point, hidden.device, whitening))
+            asked.append(Wanted(wanted[point], point, heard.hidden.device, whitening))
     for index in _indices(asked):
-        hidden, owners = read[index.point]
+        hidden, owners = read[index.point].responding
         means = prompt_means(signal(index, hidden), owners, len(texts.rows))  # (texts, adapters)
         yield index, finished(means, signal.scale).cpu()
+
+
+def _whitening(heard: Heard, neutral: int) -> Whitening:
+    """That of neutral texts; where adapters act on the last tokens only, that of these tokens of all texts."""
+    hidden = heard.hidden
+    if heard.acted is None:
+        return Whitening.of(hidden[(heard.owners < neutral).to(hidden.device)])
+    return Whitening.of_some(hidden, heard.acted.to(hidden.device))
 
 
 def _indices(wanted: Sequence[Wanted]) -> Iterator[ScoringIndex]:
@@ -223,27 +252,29 @@ def _groups(model: nn.Module, points: Sequence[Point], tokens: int) -> Iterator[
         yield group
 
 
-def read_texts(
-    model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden vectors of all texts at each point and the text each belongs to; shared vectors are one tensor."""
-    probe = Probe(model, points, signal.input, signal.token, texts.bos, signal.activations)
+def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[Heard]:
+    """Runs texts through a model in this process."""
+    tail = signal.token == "tail"
+    probe = Probe(model, points, signal.input, "each" if tail else signal.token, texts.bos)
+    acting = Probe(model, (), signal.input, "tail", texts.bos, signal.activations) if tail else None
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     rows = texts.rows
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     parts: list[list[Tensor]] = []
-    owners = []
+    owners, acted = [], []
     for start in range(0, len(order), _BATCH):
         batch = order[start : start + _BATCH]
         ids, mask = _pad([rows[i] for i in batch], device)
         parts.append(probe(ids, mask))
         owners.append(torch.tensor(batch)[probe.owners(ids, mask)])
-    owner = torch.cat(owners)
+        if acting is not None:
+            acted.append(acting.among(probe, ids, mask))
+    owner, some = torch.cat(owners), torch.cat(acted) if acted else None
     joined: dict[int, Tensor] = {}
     for i, first in enumerate(parts[0]):
         if id(first) not in joined:
             joined[id(first)] = torch.cat([part[i] for part in parts])
-        yield joined[id(first)], owner
+        yield Heard(joined[id(first)], owner, some)
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,9 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
                 f"no adapter touches a module in the first {depth} of {layers} layers, which is how far the probe "
                 "goes; let it go deeper (--probe-depth)"
             )
-        all_points, most = False, (wanted or MOST_POINTS) if signal.chosen else 0
+        # Where the whole model runs anyway, every point is read (docs/read-once.md has what choosing costs there).
+        usual = 0 if settings.activations else MOST_POINTS
+        all_points, most = False, (wanted or usual) if signal.chosen else 0
     adapters = _scorable(pool, points, settings, all_points=all_points)
     if signal.input == "residual":
         _check_widths(model, points)

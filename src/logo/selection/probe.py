@@ -132,6 +132,11 @@ class Probe:
             return rows, columns
         return torch.arange(len(input_ids)), mask.sum(dim=1).cpu() - 1
 
+    def among(self, other: Probe, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Which of the vectors that another probe reads are read by this one, too: (vectors,) bool, on the CPU."""
+        mine = self._read_tokens(input_ids, attention_mask).bool()
+        return mine[other._read_tokens(input_ids, attention_mask).bool()].cpu()
+
     def _read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Like `attention_mask`: 1 on the tokens that are read."""
         width = input_ids.shape[1]

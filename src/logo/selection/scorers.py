@@ -163,7 +163,7 @@ class Scorers:
                 return found
         signal, points = settings.reading, [index.point for index in indices]
         texts = Texts(self._texts(NEUTRAL), [], self._bos) if cache is None else cache.texts
-        read = list(read_texts(self._model, points, texts, signal))
+        read = [heard.responding for heard in read_texts(self._model, points, texts, signal)]
         known = [None if cache is None else cache.whitening(point.module) for point in points]
         means = [None if index.offset is None or w is None else w.mean for index, w in zip(indices, known, strict=True)]
         touched = torch.tensor([[point.module in a.modules for point in points] for a in adapters])

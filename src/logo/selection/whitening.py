@@ -61,6 +61,19 @@ class Whitening:
             basis = centred.T @ basis / (values[kept] * count).sqrt().float().to(hidden.device)
         return cls(mean, basis, gain[kept].float().to(hidden.device))
 
+    @classmethod
+    def of_some(cls, hidden: Tensor, some: Tensor) -> Whitening:
+        """The whitening of some of these hidden vectors (tokens, d): those of which `some` (tokens,) is true.
+
+        Where they are fewer than dimensions, their own directions are known too badly: they are compared with their own
+        mean, and what varies much is learnt from all tokens.
+        """
+        own = hidden[some].float()
+        if len(own) >= hidden.shape[1]:
+            return cls.of(own)
+        every = cls.of(hidden)
+        return cls(own.mean(dim=0), every.basis, every.gain)
+
     def fold(self, factor: Tensor) -> Tensor:
         """`T W` for a factor `T` (r, d): `‖T W (h - μ)‖` is then one product and one offset away."""
         return factor - (factor @ self.basis) * (1 - self.gain) @ self.basis.T

@@ -19,6 +19,7 @@ from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.backends.vllm.sums import PromptSums, Span, Step
 from logo.errors import NotFinite
 from logo.selection.baseline import finished
+from logo.selection.calibration import Heard
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
 from logo.selection.settings import SelectionSettings
@@ -89,22 +90,22 @@ class Taps:
         places = {point.module: self._place_of(point, signal.input) for point in points}
         self._listening, self._kept = (tuple(points), signal, places), {}
 
-    def kept_vectors(self, keys: Sequence[str]) -> Callable[[Sequence[Point]], Iterable[tuple[Tensor, Tensor]]]:
+    def kept_vectors(self, keys: Sequence[str]) -> Callable[[Sequence[Point]], Iterable[Heard]]:
         """Ends `listen`. Returns the hidden vectors of these prompts, in the form of
         `logo.selection.calibration.Listening`."""
         assert self._listening is not None
         _, signal, places = self._listening
         kept, self._kept, self._listening = self._kept, {}, None
 
-        def read(points: Sequence[Point]) -> Iterable[tuple[Tensor, Tensor]]:
-            joined: dict[str, tuple[Tensor, Tensor]] = {}
+        def read(points: Sequence[Point]) -> Iterable[Heard]:
+            joined: dict[str, Heard] = {}
             for point in points:
                 place = places[point.module]
                 if place not in joined:
                     parts = [torch.cat(kept[key][place]) for key in keys]
                     parts = [_read_of(part, signal) for part in parts]
                     counts = torch.tensor([len(part) for part in parts])
-                    joined[place] = torch.cat(parts), torch.arange(len(parts)).repeat_interleave(counts)
+                    joined[place] = Heard(torch.cat(parts), torch.arange(len(parts)).repeat_interleave(counts))
                 yield joined[place]
 
         return read
