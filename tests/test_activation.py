@@ -17,9 +17,10 @@ import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.adapters.activation import EVERYWHERE, Activation, acting, earliest, last_occurrence
 from logo.errors import AdapterError, StorageError, UsageError
+from logo.selection import scorers
 from make_adapters import edit_config, load_peft, write, write_peft
 from test_engine import tokenizer, write_adapter
-from test_prefixes import read_tokens
+from test_prefixes import read_tokens, words
 
 INVOKE = [7, 8]
 QUERY = {"llama": "q_proj", "qwen2": "q_proj", "gemma3": "q_proj", "gpt2": "c_attn", "gpt_neox": "query_key_value"}
@@ -366,15 +367,17 @@ def test_merges_act_where_their_adapters_do(merge: str, tmp_path: Path) -> None:
 # -- the signal --------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path) -> None:
+def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores follow from the last four tokens alone: whitened by those of all texts, at every point of every layer."""
     from logo.selection.baseline import Baseline, finished, prompt_means
     from logo.selection.probe import Probe
-    from logo.selection.texts import NEUTRAL, REQUESTS
     from logo.selection.whitening import Whitening
 
+    some = [words(8 + seed, seed) for seed in range(30)]
+    monkeypatch.setattr(scorers, "NEUTRAL", some[:20])  # ours have no words that the tiny tokenizer knows
     model = tiny.model("llama")
-    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), signal="calibrated")
+    folder = notes(pool_of(tmp_path, model), "last:4")
+    logo = engine(model, folder, signal="calibrated", calibration_prompts=some[20:])
     scorer, prompts = logo.scorer, tiny.prompts([40, 9])
     assert logo.points == tuple(f"{i}.self_attn.{m}_proj" for i in range(3) for m in ("q", "v"))
 
@@ -384,7 +387,7 @@ def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path) -
         owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([min(4, len(row)) for row in rows]))
         return [torch.cat([one[i][-4:] for one in whole]) for i in range(len(scorer.points))], owners
 
-    texts = logo.prompts.texts([*NEUTRAL, *REQUESTS])
+    texts = logo.prompts.texts(some)
     hidden, owners = last(texts)
     asked, of_asked = last(prompts)
     known, found = [], []
@@ -405,7 +408,7 @@ def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path) -
     read = [scorer._reader(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)) for row in prompts]
     responses = torch.stack([torch.cat(point) for point in zip(*read, strict=True)], dim=0)  # (points, rows, adapters)
     assert torch.allclose(responses.permute(2, 0, 1), own, atol=1e-4)
-    want = Baseline.of(heard[:, :, : len(NEUTRAL)], heard[:, :, len(NEUTRAL) :]).scores(responses.permute(2, 0, 1))
+    want = Baseline.of(heard[:, :, :20], heard[:, :, 20:]).scores(responses.permute(2, 0, 1))
     for selection, row in zip(logo.select(prompts), want, strict=True):
         assert list(selection.scores.values()) == pytest.approx(row.tolist(), rel=1e-4, abs=1e-4)
 
