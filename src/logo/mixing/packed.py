@@ -29,10 +29,19 @@ class Mixture:
     Attributes:
         hold: the adapters.
         weights: one for each.
+        begins: for each, the first token of the sequence on which it acts; empty: all act everywhere.
+        end: tokens before any adapter of the pool acts, which the base model alone reads; 0: there are none.
     """
 
     hold: Hold
     weights: tuple[float, ...]
+    begins: tuple[int, ...] = ()
+    end: int = 0
+
+    @property
+    def last(self) -> int:
+        """The token from which on all adapters act."""
+        return max(self.begins, default=0)
 
 
 class Packed:
@@ -61,17 +70,17 @@ class Packed:
         with hooked(self._modules, {path: self._hook(path) for path in self._modules}):
             yield
 
-    def gate(self, step: Sequence[tuple[Mixture | None, int, bool]]) -> bool:
+    def gate(self, step: Sequence[tuple[Mixture | None, int, bool, int]]) -> bool:
         """Sets whose tokens the next forward pass holds; the one before has to be through.
 
         Args:
-            step: for each sequence, in the order of the packed row: its mixture, its number of tokens, and whether its
-                next token is drawn. Empty: the base model alone.
+            step: for each sequence, in the order of the packed row: its mixture, its number of tokens, whether its
+                next token is drawn, and which of the sequence the first token is. Empty: the base model alone.
 
         Returns:
             whether any token has a mixture.
         """
-        residents = tuple(dict.fromkeys(r for mixture, _, _ in step if mixture for r in mixture.hold.residents))
+        residents = tuple(dict.fromkeys(r for mixture, *_ in step if mixture for r in mixture.hold.residents))
         if not residents:
             self._gates = self._head_gates = None
             return False
@@ -79,12 +88,20 @@ class Packed:
             self._residents, self._stacks = residents, as_they_lie(self._store, Hold(residents))
         place = {resident: column for column, resident in enumerate(residents)}
         rows = torch.zeros(len(step), len(residents) + 1)  # the last column is nobody's
-        for row, (mixture, _, _) in enumerate(step):
+        begins = torch.zeros(rows.shape, dtype=torch.int64)
+        for row, (mixture, *_) in enumerate(step):
             if mixture is not None:
-                rows[row, [place[resident] for resident in mixture.hold.residents]] = torch.tensor(mixture.weights)
-        lengths = torch.tensor([tokens for _, tokens, _ in step])
+                columns = [place[resident] for resident in mixture.hold.residents]
+                rows[row, columns] = torch.tensor(mixture.weights)
+                if mixture.begins:
+                    begins[row, columns] = torch.tensor(mixture.begins)
+        lengths = torch.tensor([tokens for _, tokens, *_ in step])
         drawn_first = sorted(range(len(step)), key=lambda row: not step[row][2])
-        every = torch.cat([rows.repeat_interleave(lengths, dim=0), rows[drawn_first]])  # (tokens + sequences, ...)
+        gates = rows.repeat_interleave(lengths, dim=0)  # (tokens, adapters + 1)
+        if any(mixture is not None and first < mixture.last for mixture, _, _, first in step):
+            tokens_at = torch.cat([torch.arange(first, first + tokens) for _, tokens, _, first in step])
+            gates[tokens_at[:, None] < begins.repeat_interleave(lengths, dim=0)] = 0
+        every = torch.cat([gates, rows[drawn_first]])  # (tokens + sequences, ...)
         places = {(stack.A.device, stack.A.dtype) for stack in self._stacks.values()}
         placed = {place: self._copied(every, *place) for place in places}
         tokens = len(every) - len(step)

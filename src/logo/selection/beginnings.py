@@ -227,6 +227,12 @@ def _part(cache: DynamicCache, row: int, start: int, stop: int) -> KeyValues:
     ]
 
 
+def joined(pages: Sequence[Page]) -> KeyValues:
+    """Keys and values of pages that follow each other: per layer, (heads, tokens, size)."""
+    layers = zip(*(page.keys_values for page in pages), strict=True)
+    return [(torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1)) for layer in layers]
+
+
 def laid_out(pages: Sequence[Sequence[Page]], counts: Sequence[int]) -> DynamicCache:
     """The cache of a batch whose rows begin with these pages, cut to `counts` tokens and padded on the left."""
     cache, length = DynamicCache(), max(counts)

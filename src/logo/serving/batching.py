@@ -1,7 +1,8 @@
 """Sequences that are generated together: transformers' continuous batching with a mixture and a sampling for each.
 
 Sequences join and leave at any step. Cached blocks are never shared between sequences, since what they hold depends on
-the mixture that wrote it.
+the mixture that wrote it. Where adapters act from a position on only, what the base model has read before it when it
+was probed is copied into a sequence's own blocks.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch import Tensor
 from logo.adapters.layout import linear_modules
 from logo.decoding import greedy_config
 from logo.endings import FinishReason, end_tokens
-from logo.errors import ModelError
+from logo.errors import ModelError, UsageError
 from logo.mixing.packed import Mixture, Packed
 from logo.mixing.store import AdapterStore
 from logo.models import cached_heads
 from logo.protocol import Delta, GenerationFailed, GenerationTimeout, Sampling
+from logo.selection.beginnings import Beginnings, joined
 from logo.serving.memory import Memory, Plan
 from logo.serving.sampling import Drawing, Drawn, next_tokens
 from logo.serving.steps import Steps, attach
@@ -50,6 +52,7 @@ _FLOAT32, _TF32 = 2.0**-17, 2.0**-10
 
 @dataclass
 class _Job:
+    prompt: Sequence[int]
     mixture: Mixture
     drawing: Drawing
     outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -63,23 +66,35 @@ class Batching(Steps):
         model: a causal LM whose attention transformers can batch (sdpa or flash).
         store: its adapters.
         memory: see `Memory`.
+        beginnings: what the base model has read of prompts, for adapters that act from a position on only.
         context: tokens of a prompt and its answer at most, or None if the model knows no limit.
 
     Attributes:
         context: the same, as far as the memory for keys and values reaches.
         plan: where memory goes.
         steps: how many forward passes were made with some mixture, and with none: `{"gate", "base"}`.
+        found, missed: tokens of prompts that the base model had read and that were there when an answer began, and
+            those that had been dropped by then.
 
     Raises:
         ModelError: the model, or this version of transformers, cannot be batched.
         UsageError: more memory is asked for than there is.
     """
 
-    def __init__(self, model: PreTrainedModel, store: AdapterStore, memory: Memory, context: int | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        store: AdapterStore,
+        memory: Memory,
+        context: int | None,
+        beginnings: Beginnings | None = None,
+    ) -> None:
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         self._model = model
         self._store = store
+        self._beginnings = beginnings
+        self.found = self.missed = 0
         self._packed = Packed(dict(linear_modules(model)), store, _head(model))
         self._ends = sorted(end_tokens(greedy_config(), model.generation_config)) or [-1]
         self._jobs: dict[str, _Job] = {}
@@ -166,7 +181,7 @@ class Batching(Steps):
         Raises:
             GenerationFailed, GenerationTimeout: see there.
         """
-        job = _Job(mixture, Drawing(sampling))
+        job = _Job(prompt, mixture, Drawing(sampling))
         timer = None
         if deadline is not None:
             timer = asyncio.get_running_loop().call_at(deadline, job.outputs.put_nowait, None)
@@ -208,15 +223,30 @@ class Batching(Steps):
 
     # -- called by the thread that generates ------------------------------------------------------------------------
 
-    def before(self, step: Sequence[tuple[str, int, bool]]) -> None:
+    def beginning(self, sequence: str) -> list[tuple[Tensor, Tensor]]:
+        """What the base model has read of a prompt, up to where adapters begin to act."""
+        job = self._jobs.get(sequence)
+        if job is None or not job.mixture.end or self._beginnings is None:
+            return []
+        pages = self._beginnings.find(job.prompt, job.mixture.end)
+        found = sum(page.tokens for page in pages)
+        self.found, self.missed = self.found + found, self.missed + job.mixture.end - found
+        return joined(pages)
+
+    def before(self, step: Sequence[tuple[str, int, bool, int]]) -> None:
         """Gates the tokens of the next forward pass."""
         unheard = self._manager.output_router.output_queue  # what came for callers that had left
         while not unheard.empty():
             unheard.get_nowait()
-        standing = tuple(step)
+        told = [(self._mixture(name), tokens, drawn, first) for name, tokens, drawn, first in step]
+        # Once all gates of a sequence are open, they stay as they are however far it has come.
+        standing = tuple(
+            (name, tokens, drawn, first if mixture is not None and first < mixture.last else None)
+            for (name, *_), (mixture, tokens, drawn, first) in zip(step, told, strict=True)
+        )
         if standing != self._standing:
             self._standing = None
-            self._mixed = self._packed.gate([(self._mixture(name), tokens, drawn) for name, tokens, drawn in step])
+            self._mixed = self._packed.gate(told)
             self._standing = standing
             if self._model.device.type == "cuda":  # the forward pass runs in a stream of its own
                 torch.cuda.current_stream(self._model.device).synchronize()
@@ -320,7 +350,13 @@ class Batching(Steps):
         per_token: int = 2 * config.num_hidden_layers * heads * size * self._store.dtype.itemsize
         longest = context or _USUAL_LENGTH
         tokens = max(longest, memory.concurrent * min(longest, _USUAL_LENGTH))
-        tokens = min(tokens, self.plan.kv // per_token)
+        shared = 0 if self._beginnings is None else self._beginnings.budget
+        if shared >= self.plan.kv:
+            raise UsageError(
+                f"{shared / 1e9:.2f} GB for what prompts begin with (--prefix-cache-gb) leave nothing of the "
+                f"{self.plan.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)"
+            )
+        tokens = min(tokens, (self.plan.kv - shared) // per_token)
         return max(1, math.ceil(tokens / _PAGE))
 
 

@@ -84,6 +84,7 @@ class _State(Collector):
             "kv_blocks_used": ("Blocks of keys and values in use.", now.kv_used),
             "kv_blocks": ("Blocks of keys and values in all.", now.kv_total),
             "kv_cache_usage_perc": ("Share of the blocks in use, 1 is all.", now.kv_used / now.kv_total),
+            "prefix_cache_bytes": ("Memory of what prompts begin with, where they are read once.", now.once_bytes),
             "pool_adapters": ("Adapters in the pool.", len(service.adapters)),
             "adapters_stacked": ("Adapters whose tensors are ready to be mixed.", now.adapters),
             "adapter_bytes": ("Memory of their columns.", now.adapter_bytes),
@@ -102,6 +103,14 @@ class _State(Collector):
         for form, count in now.steps.items():
             steps.add_metric([form], count)
         yield steps
+        once = CounterMetricFamily(
+            "logo:prefix_tokens", "Tokens of prompts that were read once, found or dropped too early.", labels=["state"]
+        )
+        for state, count in now.once.items():
+            once.add_metric([state], count)
+        yield once
+        silent = "Adapters that were to answer a prompt without their invocation tokens."
+        yield CounterMetricFamily("logo:not_invoked", silent, value=now.not_invoked)
 
 
 def labelled(texts: Mapping[str, str]) -> bytes:

@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from logo.adapters.activation import earliest
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
+from logo.mixing import NEVER, begins
 from logo.mixing.packed import Mixture
 from logo.prompts import ProbeText, Prompt
 from logo.protocol import Card, Delta, Figures, NotReady, Overloaded, Patterns, Sampling, Wish
@@ -80,6 +82,7 @@ class Service:
     Attributes:
         pool: what requests may use now.
         selected: how many answers each has had a part in.
+        not_invoked: how often an adapter was to answer a prompt that lacks its invocation tokens.
         draining: takes no new requests.
         signals: those that requests may ask for, the engine's own first.
 
@@ -104,12 +107,12 @@ class Service:
             )
         if not logo.merge.exact:
             raise UsageError(f"merge {logo.merge.kind!r}: a server mixes adapters exactly; leave it out")
-        if not all(activation.everywhere for activation in logo.fitted.activations):
-            raise UsageError("activated adapters cannot be served yet: use `logo generate`, or --activation everywhere")
         self.logo = logo
         self.memory = memory
         self.max_queue = max_queue
-        self.batching = Batching(logo.model, logo.store, memory, logo.prompts.context)
+        self.batching = Batching(
+            logo.model, logo.store, memory, logo.prompts.context, logo.beginnings if logo.fitted.once else None
+        )
         self._probe_batch = probe_batch
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
         self.pool = ServedPool(logo, self.signals, self.batching.paused)
@@ -119,6 +122,7 @@ class Service:
         self._open = 0
         self.draining = False
         self.selected: dict[str, int] = {}
+        self.not_invoked = 0
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -174,7 +178,17 @@ class Service:
         used, total = batching.kv_blocks
         waiting = len(self._waiting) + batching.waiting
         return Figures(
-            batching.running, waiting, used, total, len(store.keys), store.bytes, store.budget, batching.steps
+            batching.running,
+            waiting,
+            used,
+            total,
+            len(store.keys),
+            store.bytes,
+            store.budget,
+            batching.steps,
+            {"found": batching.found, "missed": batching.missed},
+            0 if self.logo.beginnings is None else self.logo.beginnings.bytes,
+            self.not_invoked,
         )
 
     @property
@@ -337,7 +351,7 @@ class Service:
                 return found
             pool = self.logo.fitted
             selection = forced(waiting.wish.adapters or {}, pool, asked.candidates) if found is None else found
-            mixture, release = self._held(pool, selection)
+            mixture, release = self._held(pool, selection, Prompt.of(waiting.prompt).ids)
             return Chosen(selection, mixture, queued, took, release)
         except Exception as error:
             if not isinstance(error, LoGoError):
@@ -345,12 +359,19 @@ class Service:
             # Its frames lead to what the others of the batch hold, which would wait for the garbage collector.
             return error.with_traceback(None)
 
-    def _held(self, pool: AdapterPool, selection: Selection) -> tuple[Mixture, Callable[[], object]]:
+    def _held(
+        self, pool: AdapterPool, selection: Selection, ids: Sequence[int]
+    ) -> tuple[Mixture, Callable[[], object]]:
         """Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes."""
         store = self.logo.store
-        used = [(pool[name], weight) for name, weight in selection.mixture.items() if weight]
-        hold = store.hold([store.source(adapter) for adapter, _ in used])
-        mixture = Mixture(hold, tuple(weight for _, weight in used))
+        weights = {name: weight for name, weight in selection.mixture.items() if weight}
+        places = begins(pool, weights, ids)
+        silent = [name for name, begin in places.items() if begin == NEVER]
+        self.not_invoked += len(silent)
+        used = [(pool[name], weights[name], begin) for name, begin in places.items() if begin != NEVER]
+        hold = store.hold([store.source(adapter) for adapter, *_ in used])
+        end = min(earliest(pool.activations, ids), len(ids) - 1) if pool.once else 0
+        mixture = Mixture(hold, tuple(weight for _, weight, _ in used), tuple(begin for *_, begin in used), end)
         return mixture, weakref.finalize(mixture, store.release_later, hold)
 
     # -- the pool --------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """The seams in transformers' continuous batching where gates and sampling of our own go in.
 
-The only file that knows transformers' internals. Four methods of objects that a manager owns are wrapped:
+The only file that knows transformers' internals. Five methods of objects that a manager owns are wrapped:
 
     ContinuousBatchingIOs.prepare_batch_tensors   tells which sequences make up the step, and how it may be taken back
     ContinuousBatchProcessor._generation_step     gates before the forward pass; a failure ends one sequence, not all
     ModelRunner._sample                           draws by sequence instead of one way for all
     ContinuousBatchingIOs.prepare_batch_update    hands on the tokens, which have come to the host by then
+    Scheduler._infer_request_tokens               writes what the base model has read of a prompt into its cache
 
 A sequence whose logits are not finite may have spoilt those of the others in the same step, because attention computes
 all of them in one product and only then masks what is not their own. Such a step fails as a whole: it is computed again
@@ -50,6 +51,8 @@ _EXPECTED = {
     ("", "update_batch"): (),
     ("model_runner", "_sample"): ("scores", "output_ids"),
     ("scheduler", "finish_request"): ("request_id",),
+    ("scheduler", "_infer_request_tokens"): ("state", "request_ids_to_remove_from_waiting"),
+    ("cache", "can_store_request_tokens"): ("state", "request_len"),
 }
 
 
@@ -57,12 +60,18 @@ class Steps(ABC):
     """Who decides what a step computes; called by the thread that generates."""
 
     @abstractmethod
-    def before(self, step: Sequence[tuple[str, int, bool]]) -> None:
+    def before(self, step: Sequence[tuple[str, int, bool, int]]) -> None:
         """What the next forward pass holds.
 
         Args:
-            step: the sequences in order: id, number of tokens, and whether its next token is drawn after them.
+            step: the sequences in order: id, number of tokens, whether its next token is drawn after them, and which
+                token of the sequence is the first of them.
         """
+
+    @abstractmethod
+    def beginning(self, sequence: str) -> list[tuple[Tensor, Tensor]]:
+        """What is known of how a sequence begins, which is about to be read: per layer, keys and values
+        (heads, tokens, size). Empty: nothing. At least one token of the sequence is not among them."""
 
     @abstractmethod
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
@@ -114,7 +123,12 @@ def attach(manager: Any, steps: Steps) -> None:
         failure: Exception | None = None
         try:
             sampled.clear()
-            steps.before([(r.state.request_id, r.query_length, r.has_new_token) for r in io.requests_in_batch])
+            steps.before(
+                [
+                    (r.state.request_id, r.query_length, r.has_new_token, r.state.position_offset - r.query_length)
+                    for r in io.requests_in_batch
+                ]
+            )
             compute(model)
             drawn[:] = io.output_ids[0, : len(sampled)].tolist()
             if NO_TOKEN in drawn:
@@ -144,10 +158,40 @@ def attach(manager: Any, steps: Steps) -> None:
     def prepare_batch_update() -> tuple[list[Any], list[int], None]:
         return io.requests_in_batch, drawn, None
 
+    scheduler, cache = processor.scheduler, processor.cache
+    infer = scheduler._infer_request_tokens
+
+    def infer_request_tokens(state: Any, removed: set[str]) -> Any:
+        if state.status.name == "PENDING" and not state.is_cpu_offloaded and not state.position_offset:
+            _write(scheduler, cache, state, removed, steps.beginning(state.request_id))
+        return infer(state, removed)
+
+    scheduler._infer_request_tokens = infer_request_tokens
     io.prepare_batch_tensors = prepare_batch_tensors
     io.prepare_batch_update = prepare_batch_update
     processor._generation_step = generation_step
     runner._sample = sample
+
+
+def _write(scheduler: Any, cache: Any, state: Any, removed: set[str], known: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Writes keys and values of a beginning into the blocks of a request, which then is one that was read in part."""
+    count = known[0][0].shape[1] if known else 0
+    if not count or not cache.can_store_request_tokens(state, count):
+        return
+    for layer, (keys, values) in enumerate(known):
+        allocator = cache.layer_to_allocator[layer]
+        places = allocator.get_write_indices(state.request_id, 0, count)
+        written = torch.tensor(places, device=cache.cache_tensor.device)
+        nothing = written[:0]
+        rows = (part.transpose(0, 1).to(allocator.cache_dtype) for part in (keys, values))  # (tokens, heads, size)
+        allocator.update(*rows, layer, nothing, written)
+    # As the scheduler does where it finds a beginning among its own blocks.
+    scheduler.active_requests[state.request_id] = state
+    scheduler.waiting_requests.pop(state.request_id, None)
+    removed.add(state.request_id)
+    state.status = type(state.status).PREFILLING
+    state.remaining_prefill_tokens = state.remaining_prefill_tokens[count:]
+    state.position_offset += count
 
 
 def _end(processor: Any, steps: Steps, state: Any, error: Exception) -> None:

@@ -1,0 +1,86 @@
+"""Activated adapters on our server: answers are those of `LoGo.generate`, and prompts are read once."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from logo.protocol import Sampling, Wish
+from logo.serving import batching
+from logo.serving.service import Service
+from make_adapters import edit_config
+from test_activation import INVOKE, MIXTURES, engine, invoked, notes, pool_of
+from test_prefixes import read_tokens
+from test_serving_engine import alone, answer, served
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("step", [512, 16], ids=["whole prompts", "prompts in parts"])
+@pytest.mark.parametrize("kind", ["last:4", "invocation", "mixed"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_answers_are_those_of_the_engine(
+    name: str, kind: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_STEP_TOKENS", step)
+    model = tiny.model(name)
+    modules = ("q_proj", "v_proj") if name != "gpt2" else ("c_attn",)
+    folder = pool_of(tmp_path, model, modules)
+    if kind == "last:4":
+        notes(folder, kind)
+    for adapter in ("t0",) if kind == "mixed" else ("t0", "t1", "t2") if kind == "invocation" else ():
+        edit_config(folder / adapter, alora_invocation_tokens=INVOKE)
+    if kind == "mixed":
+        with pytest.warns(UserWarning, match="act on every token"):
+            logo = engine(model, folder)
+    else:
+        logo = engine(model, folder)
+    rows = [*invoked((20, 5, 80, 40, 70)), [*INVOKE, 9], [5, *INVOKE]]
+    wishes = [Wish(adapters=mixture) for mixture in MIXTURES] + [Wish()] * 3
+
+    async def use(service: Service) -> Any:
+        jobs = (answer(service, ids, wish, Sampling(9)) for ids, wish in zip(rows, wishes, strict=True))
+        found = await asyncio.gather(*jobs)
+        again = [await answer(service, ids, Wish(), Sampling(9)) for ids in rows[4:]]
+        return found, again, service.figures
+
+    found, again, figures = served(logo, use, concurrent=4)
+    for ids, wish, (tokens, _, chosen) in zip(
+        [*rows, *rows[4:]], [*wishes, *wishes[4:]], [*found, *again], strict=True
+    ):
+        [want] = alone(logo, [ids], [wish], 9)
+        assert (tokens, chosen.selection.adapters) == (want[0], want[2])
+    assert (figures.once["found"] > 0) == (kind != "mixed") and figures.not_invoked == 0
+
+
+def test_a_prompt_is_read_once(tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"))
+    prompt = tiny.prompts([100])[0]
+
+    async def use(service: Service) -> list[int]:
+        with read_tokens(model) as seen:
+            for wish in (Wish(), Wish(options={"k": 1})):
+                await answer(service, prompt, wish, Sampling(3))
+        return seen
+
+    assert served(logo, use) == [100, 4, 1, 1, 4, 4, 1, 1]
+
+
+def test_what_was_dropped_is_read_again_and_counted(tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"), prefix_cache_gb=0)
+    prompt = tiny.prompts([100])[0]
+
+    async def use(service: Service) -> Any:
+        with read_tokens(model) as seen:
+            tokens, *_ = await answer(service, prompt, Wish(), Sampling(3))
+        return seen, tokens, service.figures
+
+    seen, tokens, figures = served(logo, use)
+    assert seen == [100, 100, 1, 1] and figures.once == {"found": 0, "missed": 96}
+    assert tokens == alone(logo, [prompt], [Wish()], 3)[0][0]
