@@ -89,6 +89,29 @@ def test_a_process_takes_over_what_another_has_changed(tmp_path: Path) -> None:
         here.following(there.places, layout)
 
 
+def test_adapters_that_act_from_a_position_on_are_refused(tmp_path: Path) -> None:
+    model, layout = load_skeleton("demo"), BaseLayout.of(load_skeleton("demo"))
+    pool = tmp_path / "pool"
+    for task in ("antonym", "capital"):
+        copied(pool / task, task)
+    (pool / "pool.json").write_text(json.dumps({"activation": "last:4"}))
+    options = Options.of(None, {POOL: str(pool)})
+    assert options is not None
+    with pytest.raises(UsageError, match=r"adapter 'antonym' acts from a position .* \(activation last:4\)"):
+        KeyedPool.open(options, model)
+    forced = Options.of({"logo": {"activation": "everywhere"}}, {POOL: str(pool)})
+    assert forced is not None
+    everywhere = KeyedPool.open(forced, model)
+    assert everywhere.changed(("add", "new", str(pool / "capital")), layout).adapters["new"].activation.everywhere
+    plain = Options.of(None, {POOL: str(demo_folder() / "adapters")})
+    assert plain is not None
+    there = KeyedPool.open(plain, model)
+    with pytest.raises(UsageError, match="adapter 'new' acts from a position"):
+        there.changed(("add", "new", str(pool / "capital")), layout)
+    with pytest.raises(UsageError, match="adapter 'new' acts from a position"):
+        there.following({**there.places, "new": ("0" * 32, str(pool / "capital"))}, layout)
+
+
 @pytest.mark.parametrize(
     "given", [{"adapter_changes": "yes"}, {"max_body_mb": 0}, {"max_body_mb": "3"}, {"max_body_mb": True}], ids=str
 )

@@ -22,6 +22,7 @@ from logo.adapters.pool import AdapterPool
 from logo.backends.vllm.core import Core, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
+from logo.backends.vllm.pool import check_everywhere
 from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.requests import Group, Requests, Running
 from logo.backends.vllm.sampling import check_config, parameters
@@ -139,6 +140,7 @@ class VllmLoGo(Calls):
 
     def _decoding(self, decoding: Decoding) -> Decoding:
         check_config(decoding.config)
+        check_everywhere(self.pool.acting(decoding.activation))
         return decoding
 
     def _answers(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from logo.adapters.activation import OFF
 from logo.adapters.digests import key_of, pool_digest
 from logo.adapters.format import Adapter, open_adapter
 from logo.adapters.layout import BaseLayout
@@ -37,15 +38,19 @@ class KeyedPool:
     Attributes:
         adapters: the pool.
         keys: name -> key, in pool order.
+        forced, without: what a user says about where adapters act, see `logo.adapters.activation.acting`.
     """
 
     adapters: AdapterPool
     keys: Mapping[str, str]
+    forced: str | None = None
+    without: str = OFF
 
     @classmethod
-    def of(cls, adapters: AdapterPool) -> KeyedPool:
+    def of(cls, adapters: AdapterPool, forced: str | None = None, without: str = OFF) -> KeyedPool:
         """Reads every adapter's file once, for its digest."""
-        return cls(adapters, {adapter.name: key_of(adapter) for adapter in adapters})
+        keys = {adapter.name: key_of(adapter) for adapter in adapters}
+        return cls(check_everywhere(adapters.acting(forced, without)), keys, forced, without)
 
     @classmethod
     def open(cls, options: Options, model: PreTrainedModel) -> KeyedPool:
@@ -55,7 +60,8 @@ class KeyedPool:
             LoGoError: it cannot be opened, or does not fit.
         """
         opened = opened_pool(options, str(model.config.name_or_path))
-        return cls.of(opened.fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter))
+        fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
+        return cls.of(fitted, options.settings.activation, options.settings.when_not_invoked)
 
     @property
     def digest(self) -> str:
@@ -86,8 +92,7 @@ class KeyedPool:
                 raise PoolError(f"the pool has an adapter {name!r} already")
             adapters[name] = open_adapter(folder, name).fit(layout)
             keys[name] = key_of(adapters[name])
-        pool = AdapterPool(adapters.values(), self.adapters.refused, default_k=self.adapters.default_k)
-        return KeyedPool(pool, {adapter: keys[adapter] for adapter in pool.names})
+        return self._of(adapters.values(), keys)
 
     @property
     def places(self) -> dict[str, tuple[str, str]]:
@@ -107,12 +112,27 @@ class KeyedPool:
             else:
                 adapters[name] = open_adapter(folder, name).fit(layout)
                 keys[name] = key_of(adapters[name])
-        pool = AdapterPool(adapters.values(), self.adapters.refused, default_k=self.adapters.default_k)
-        return KeyedPool(pool, {name: keys[name] for name in pool.names})
+        return self._of(adapters.values(), keys)
+
+    def _of(self, adapters: Iterable[Adapter], keys: Mapping[str, str]) -> KeyedPool:
+        pool = AdapterPool(adapters, self.adapters.refused, default_k=self.adapters.default_k)
+        pool = check_everywhere(pool.acting(self.forced, self.without))
+        return replace(self, adapters=pool, keys={name: keys[name] for name in pool.names})
 
     def recipe(self, selection: Selection) -> Recipe:
         """The recipe of a selection; without adapters, it is the base model's and has no parts."""
         return Recipe.of((self.keys[name], weight) for name, weight in selection.mixture.items() if weight)
+
+
+def check_everywhere(pool: AdapterPool) -> AdapterPool:
+    """Raises UsageError where an adapter acts only from a position on."""
+    late = next((adapter for adapter in pool if not adapter.activation.everywhere), None)
+    if late is not None:
+        raise UsageError(
+            f"adapter {late.name!r} acts from a position of the prompt on (activation {late.activation}), which vLLM "
+            "cannot do yet: use the engine 'local', or activation 'everywhere'"
+        )
+    return pool
 
 
 def opened_pool(options: Options, base_model: str) -> AdapterPool:
