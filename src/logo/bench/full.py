@@ -16,6 +16,7 @@ import transformers
 from logo.adapters.pool import AdapterPool
 from logo.bench.curves import Curve, curves
 from logo.bench.large import LargePool, large_pool
+from logo.bench.once import once_end_to_end, once_prefill, reading_once
 from logo.bench.parts import Bench, Part, endless, mixtures_of, peft_opened, real_prompts
 from logo.bench.peft_arm import PeftArm
 from logo.bench.synthetic import Sizes, base_model, memory_pool, write_adapters
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # One layer of Llama-3.1-8B, with hardly any vocabulary.
 LLAMA_8B_LAYER = Sizes(hidden=4096, layers=1, heads=32, vocabulary=512)
+# Of a prompt that is read once: what is known of it, and what is a user's own.
+_KNOWN, _OWN = 500, 50
 # Lengths in tokens.
 _PROMPT, _DECODE_PROMPT, _NEW, _PREFIX, _AFTER_PREFIX, _BATCH = 256, 64, 32, 1000, 64, 16
 
@@ -92,6 +95,12 @@ class Results:
             "e2e1_vs_base": ("end to end, batch 1", "calibrated", "base"),
             "e2e16_vs_base": (f"end to end, batch {_BATCH}", "calibrated", "base"),
             "e2e16_related_vs_base": (f"end to end, batch {_BATCH}", "calibrated, related", "base"),
+            "read_once_vs_prefill": ("read once", "once", "prefill"),
+            "read_once_long_vs_prefill": ("read once", "long, once", "long prefill"),
+            "read_once_cached_vs_prefill": ("read once", "cached, once", "long prefill"),
+            "e2e1_read_once_vs_base": ("read once, batch 1", "once", "base"),
+            "e2e16_read_once_vs_base": (f"read once, batch {_BATCH}", "once", "base"),
+            "e2e16_related_read_once_vs_base": (f"read once, batch {_BATCH}", "once, related", "base"),
             "e2e1_vs_peft": ("end to end, batch 1", "PEFT", "norm"),
             "e2e1_vs_peft_all_active": ("end to end, batch 1", "PEFT, all active", "norm"),
             "e2e16_vs_peft": (f"end to end, batch {_BATCH}", "PEFT", "norm"),
@@ -143,6 +152,11 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
             bench.first_tokens(_BATCH, _DECODE_PROMPT),
             *layer,
         ]
+        once = reading_once(bench)
+        known = min(_KNOWN, (once.prompts.context or _KNOWN + 2 * _OWN) - 2 * _OWN)
+        parts.append(once_prefill(bench, once, _PROMPT, known, _OWN))
+        parts += [once_end_to_end(bench, once, batch, _DECODE_PROMPT, _NEW) for batch in (1, _BATCH)]
+        del once
         shown = tuple(curves(bench)) if plan.with_curves else ()
         large = large_pool(plan.large, plan.rounds, say, plan.seed) if plan.large else None
         peft = None

@@ -210,10 +210,16 @@ class Bench:
         return Part(f"end to end, batch {batch}", side_by_side(arms, self.rounds, device=self.device), {"new": new})
 
     def _generating(self, texts: list[str], mixtures: Sequence[Mapping[str, float]], new: int) -> Callable[[], object]:
-        config = _config(new)
-        return lambda: self.logo.generate(
-            texts, adapters=list(mixtures), generation_config=config, batch_size=len(texts)
-        )
+        return lambda: answering(self.logo, texts, new, mixtures)
+
+
+def answering(
+    logo: LoGo, texts: list[str], new: int, mixtures: Sequence[Mapping[str, float]] | None = None
+) -> list[object]:
+    """Answers a batch with so many new tokens each, by these mixtures or by what is selected."""
+    adapters = None if mixtures is None else list(mixtures)
+    answers = logo.generate(texts, adapters=adapters, generation_config=_config(new), batch_size=len(texts))
+    return [*answers]
 
 
 def peft_opened(make: Callable[[], PeftArm]) -> tuple[PeftArm, Timed]:

@@ -1,0 +1,62 @@
+"""What reading prompts once costs: the same model and pool, with adapters that act on the last tokens only.
+
+Every arm is given prompts that it has not seen, but for the beginning that the cached ones share.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from logo.bench.parts import Bench, Part, answering
+from logo.bench.rounds import side_by_side
+from logo.bench.synthetic import related_mixtures
+from logo.engine import LoGo
+
+# Where adapters act, as many public pools are trained: the tokens that open the answer.
+ACTIVATION = "last:4"
+
+
+def reading_once(bench: Bench) -> LoGo:
+    """An engine on the bench's model and pool that reads prompts once; the pool is calibrated."""
+    logo = bench.logo
+    settings = replace(logo.settings, signal="calibrated", activation=ACTIVATION)
+    made = LoGo(logo.model, logo.tokenizer, logo.pool, settings=settings)
+    made.calibrate()
+    return made
+
+
+def once_prefill(bench: Bench, once: LoGo, tokens: int, prefix: int, own: int) -> Part:
+    """From a prompt to its first token: by the base model, and selected and mixed, of a prompt whose `prefix` tokens
+    are known, too."""
+    bench.say("read once")
+    [shared] = bench.prompts(1, prefix)
+    arms: dict[str, Callable[[], object]] = {
+        "prefill": lambda: answering(bench.logo, bench.prompts(1, tokens), 1, [{}]),
+        "once": lambda: answering(once, bench.prompts(1, tokens), 1),
+        "long prefill": lambda: answering(bench.logo, bench.prompts(1, prefix + own), 1, [{}]),
+        "long, once": lambda: answering(once, bench.prompts(1, prefix + own), 1),
+        "cached, once": lambda: answering(once, [f"{shared} {bench.prompts(1, own)[0]}"], 1),
+    }
+    counts = {"tokens": tokens, "prefix": prefix}
+    return Part("read once", side_by_side(arms, bench.rounds, device=bench.device), counts)
+
+
+def once_end_to_end(bench: Bench, once: LoGo, batch: int, tokens: int, new: int) -> Part:
+    """As `Bench.end_to_end`."""
+    bench.say(f"read once, end to end, batch {batch}")
+    arms: dict[str, Callable[[], object]] = {
+        "base": lambda: answering(bench.logo, bench.prompts(batch, tokens), new, [{}] * batch),
+        "once": lambda: answering(once, bench.prompts(batch, tokens), new),
+    }
+    if batch > 1:
+        seeds = itertools.count()
+
+        def related() -> Sequence[object]:
+            texts = bench.prompts(batch, tokens)
+            once.select(texts, batch_size=batch, max_new_tokens=new)
+            return answering(once, texts, new, related_mixtures(once.names, batch, bench.k, seed=next(seeds)))
+
+        arms["once, related"] = related
+    return Part(f"read once, batch {batch}", side_by_side(arms, bench.rounds, device=bench.device), {"new": new})
