@@ -379,6 +379,7 @@ def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path, m
     folder = notes(pool_of(tmp_path, model), "last:4")
     logo = engine(model, folder, signal="calibrated", calibration_prompts=some[20:])
     scorer, prompts = logo.scorer, tiny.prompts([40, 9])
+    assert logo.reads == "the tokens on which the adapters act (last:4), at 6 points, once"
     assert logo.points == tuple(f"{i}.self_attn.{m}_proj" for i in range(3) for m in ("q", "v"))
 
     def last(rows: list[list[int]]) -> tuple[list[torch.Tensor], torch.Tensor]:

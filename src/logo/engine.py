@@ -177,6 +177,21 @@ class LoGo(Calls, FromPretrained):
             self._mixer.merge = merge if isinstance(merge, Merge) else Merge(merge)
 
     @property
+    def reads(self) -> str:
+        """What of a prompt is read to score adapters, in words."""
+        self._sync()
+        scorers = self._selecting.scorers
+        token = scorers.reading(self.settings).token
+        acts = " and ".join(map(str, self.fitted.activations))
+        what = {
+            "last": "the last token",
+            "mean": "the mean of all tokens",
+            "each": "each token",
+            "tail": f"the tokens on which the adapters act ({acts})",
+        }[token]
+        return f"{what}, at {len(self.points)} points" + (", once" if scorers.once else "")
+
+    @property
     def not_invoked(self) -> Mapping[str, int]:
         """Adapter -> how often it was to answer a prompt that lacks its invocation tokens, and did nothing."""
         return dict(self._decoder.not_invoked)

@@ -93,6 +93,9 @@ def study(
         if isinstance(measuring, MeasuredInWorkers):
             stack.enter_context(measuring.workers)
         _say_what(found, measuring.facts.names)
+        for name, of_signal in measuring.facts.settings["signals"].items():
+            if of_signal["activations"]:  # of plain adapters, each signal reads what its page says
+                note(f"{name} reads {of_signal['reads']}")
         result = _measure(measuring, found, json, settings, seed, time.perf_counter() - started)
     write_report(json, result.report)
     replace_file(picture, _picture(result, next(iter(arms))))

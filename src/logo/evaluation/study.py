@@ -279,7 +279,13 @@ def _without(
 def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     model = next(iter(engines.values())).model
     signals = {
-        name: {**asdict(logo.settings), "k": logo.k, "points": [point.module for point in logo.scorer.points]}
+        name: {
+            **asdict(logo.settings),
+            "k": logo.k,
+            "points": [point.module for point in logo.scorer.points],
+            "activations": [str(one) for one in logo.fitted.activations if logo.fitted.once],
+            "reads": logo.reads,
+        }
         for name, logo in engines.items()
     }
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}

@@ -31,6 +31,7 @@ from logo.selection.reader import Reader
 from logo.selection.scorer import Scorer
 from logo.selection.selector import check_k
 from logo.selection.settings import SelectionSettings
+from logo.selection.signals import Signal
 from logo.selection.texts import NEUTRAL, REQUESTS, Texts
 from logo.selection.two_stage import FirstStages, TwoStageScorer
 from logo.selection.whitening import Whitening
@@ -101,6 +102,10 @@ class Scorers:
             self._known[settings.signal] = self._open(settings, tell)
             self._earlier.pop(settings.signal, None)
         return self._known[settings.signal]
+
+    def reading(self, settings: SelectionSettings) -> Signal:
+        """How a signal is read of this pool."""
+        return self._told(settings).reading
 
     def _told(self, settings: SelectionSettings) -> SelectionSettings:
         """With where the adapters of the pool act."""
