@@ -128,6 +128,16 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["text"] == first
 
 
+def test_one_prompt_under_several_mixtures(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "What is the opposite of hot?", *ENGINE, "--max_new_tokens", "5", "--compare", "2"]
+    assert run([*arguments, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    chosen = answers[0]["adapters"]
+    assert [answer["adapters"] for answer in answers] == [chosen, chosen[:1], chosen[1:2], []]
+    assert run([*arguments, "--base-only"]) == 2
+    assert "--compare: expected one prompt, without --adapter" in capsys.readouterr().err
+
+
 def test_candidates(capsys: pytest.CaptureFixture[str]) -> None:
     among = ["--candidate", "ad03", "--candidate", "ad05", "--json"]
     assert run(["select", "Hello", *ENGINE, *among]) == 0

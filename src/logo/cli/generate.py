@@ -38,6 +38,15 @@ def generate(
         typer.Option(metavar="NAME[=WEIGHT]", help="Use this adapter instead of selecting (repeatable)."),
     ] = None,
     candidate: Candidates = None,
+    compare: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Answer one prompt several times: as selected, with each of the best N adapters alone, and with none.",
+            min=1,
+            show_default="off",
+        ),
+    ] = None,
     base_only: Annotated[bool, typer.Option("--base-only", help="Use no adapter at all.")] = False,
     generation_early_stop: Annotated[
         bool, typer.Option("--generation-early-stop", help="Stop at the end of the answer's first line.")
@@ -57,6 +66,8 @@ def generate(
     prompts = read_prompts(prompt, file)
     asked = as_asked(prompts, chat, system)
     mixture = forced(adapter, base_only)
+    if compare is not None and (len(prompts) != 1 or mixture is not None):
+        raise UsageError("--compare: expected one prompt, without --adapter and --base-only, which say what is mixed")
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
     engine, base_model = or_demo(engine)
     with closing(open_any(engine, runner, base_model)) as logo:
@@ -64,7 +75,11 @@ def generate(
             import torch
 
             torch.manual_seed(seed)
-        if len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
+        if compare is not None:
+            selection = logo.select(asked[0], max_new_tokens=max_new_tokens, candidates=options.pop("candidates"))
+            mixture = [selection, *({name: 1.0} for name in selection.adapters[:compare]), {}]
+            prompts, asked = prompts * len(mixture), asked * len(mixture)
+        elif len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
             _stream(logo, asked[0], mixture, max_new_tokens=max_new_tokens, **options)
             return
         answers = logo.generate(
