@@ -29,9 +29,9 @@ def trained(root: Path) -> list[str]:
     return ["train", "--tasks", str(root / "tasks"), "--out", str(root / "pool"), "--steps", "2", "--gpu", "-1"]
 
 
-def listened(pool: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> int:
+def listened(pool: Path, cache: Path, capsys: pytest.CaptureFixture[str], *more: str) -> int:
     capsys.readouterr()
-    assert run(["calibrate", "--adapters", str(pool), "--cache", str(cache), "--gpu", "-1", "--json"]) == 0
+    assert run(["calibrate", "--adapters", str(pool), "--cache", str(cache), "--gpu", "-1", "--json", *more]) == 0
     found: int = json.loads(capsys.readouterr().out)["listened"]
     return found
 

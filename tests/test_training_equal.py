@@ -35,7 +35,10 @@ def peft_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Given(torch.utils.data.Dataset[dict[str, list[int]]]):
-    """Rows in the order in which they are to be read, as a Trainer takes them: the loss is that of completions."""
+    """Rows in the order in which they are to be read, as a Trainer takes them: the loss is that of completions.
+
+    Those that are activated late, and not by an invocation, say how many of their tokens are.
+    """
 
     def __init__(self, learner: Learner) -> None:
         self.rows = []
@@ -50,7 +53,7 @@ class Given(torch.utils.data.Dataset[dict[str, list[int]]]):
     def __getitem__(self, place: int) -> dict[str, list[int]]:
         row = self.rows[place]
         labels = [-100] * row.prompt + list(row.ids[row.prompt :])
-        return {"input_ids": list(row.ids), "labels": labels}
+        return {"input_ids": list(row.ids), "labels": labels, "acting": [len(row) - row.begin]}
 
 
 def collated(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
@@ -59,12 +62,24 @@ def collated(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
 
 
-def by_trainer(kind: str, one: Learner, folder: Path) -> tuple[dict[str, Tensor], list[float]]:
+def told(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+    """With what PEFT works out from an invocation: the place, from the end of the padded row, where it acts."""
+    made = collated(rows)
+    padding = (made["attention_mask"] == 0).sum(dim=1).tolist()
+    offsets = [row["acting"][0] + padded for row, padded in zip(rows, padding, strict=True)]
+    return {**made, "alora_offsets": offsets}
+
+
+def by_trainer(
+    kind: str, one: Learner, folder: Path, invocation: Sequence[int] = (), collated: Any = collated
+) -> tuple[dict[str, Tensor], list[float]]:
     """The factors that PEFT and the Trainer come to from the same beginning, and the loss of every step."""
     recipe = one.recipe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice about Conv1D and tied weights
-        wrapped = peft.get_peft_model(tiny.model(kind).train(), recipe.lora(), autocast_adapter_dtype=False)
+        wrapped = peft.get_peft_model(
+            tiny.model(kind).train(), recipe.lora(invocation=invocation), autocast_adapter_dtype=False
+        )
     for module in wrapped.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -42,6 +42,9 @@ recipes = st.builds(
 )
 
 
+ACTING = ("activation", "invocation")
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("recipes") / "recipe.yaml"
@@ -55,7 +58,7 @@ def read(file: Path, text: str, **given: Any) -> Recipes:
 @given(recipe=recipes, data=st.data())
 def test_what_is_said_last_counts(file: Path, recipe: Recipe, data: st.DataObject) -> None:
     """A file says some fields, options some, single tasks some: single tasks count most, then options."""
-    known = st.lists(st.sampled_from([one.name for one in fields(Recipe)]), unique=True)
+    known = st.lists(st.sampled_from([one.name for one in fields(Recipe) if one.name not in ACTING]), unique=True)
     other = data.draw(recipes, label="options")
     third = data.draw(recipes, label="task")
     in_file, given_, of_task = (data.draw(known) for _ in range(3))
@@ -112,6 +115,23 @@ def test_later_entries_count_more_and_names_may_be_patterns() -> None:
         made.check(["word_b"])
 
 
+def test_an_invocation_and_another_activation_take_each_other_back(file: Path) -> None:
+    text = "invocation: 'A:'\ntasks: {a: {activation: 'last:2'}, b: {activation: everywhere}, c: {invocation: 'B:'}}\n"
+    made = read(file, text)
+    assert made.usual == Recipe(activation="invocation", invocation="A:")
+    assert made.of("a") == Recipe(activation="last:2") and made.of("b") == Recipe()
+    assert made.of("c") == Recipe(activation="invocation", invocation="B:")
+    assert read(file, text, activation="last:3").usual == Recipe(activation="last:3")
+    assert read(file, "activation: 'last:3'", invocation="A:").usual == made.usual
+    assert read(file, "activation: activated").usual.activation == "activated"
+
+
+def test_a_recipe_of_plain_adapters_is_known_by_the_digests_from_before_there_were_others() -> None:
+    assert not {"activation", "invocation"} & Recipe().as_dict().keys()
+    assert Recipe(activation="last:2").as_dict()["activation"] == "last:2"
+    assert Recipe(activation="invocation", invocation="A:").as_dict()["invocation"] == "A:"
+
+
 def test_numbers_as_yaml_reads_them(file: Path) -> None:
     """YAML 1.1 takes 2e-3 for a text."""
     assert yaml.safe_load("lr: 2e-3") == {"lr": "2e-3"}
@@ -147,6 +167,12 @@ def test_numbers_as_yaml_reads_them(file: Path) -> None:
         ("warmup: 1", "warmup: expected a share from 0 to below 1, found 1"),
         ("held_out: -0.1", "held_out: expected a share from 0 to below 1"),
         ("schedule: cosin", "schedule: expected one of cosine, linear, constant, found 'cosin'"),
+        ("activation: late", "activation: expected everywhere, invocation or last:N, found 'late'"),
+        ("activation: 4", "activation: expected str, found 4"),
+        ("activation: last:0", "activation last:0: the answer's first token"),
+        ("activation: invocation", "activation invocation: give the text"),
+        ("{activation: last:2, invocation: A}", "give either an invocation or activation last:2, found both"),
+        ("tasks: {a: {activation: activated, invocation: A}}", "give either an invocation or activation activated"),
         ("targets: 3", "targets: expected names of modules, found 3"),
         ("targets: ''", "targets: expected names of modules or all-linear"),
         ("max_length: 1", "max_length: expected 2 or more, found 1"),

@@ -53,6 +53,8 @@ def train(
     recipes = recipe.recipes()
     if recipes.other:
         raise UsageError("--recipe: the arms have one recipe for all tasks; leave out `tasks:`")
+    if recipes.usual.activation != "everywhere":
+        raise UsageError("the arms train plain adapters: leave out --activated, --invocation and --last")
     found = find_tasks(tasks, only=only)
     for name, reason in found.refused.items():
         raise UsageError(f"task {name!r}: {reason}")

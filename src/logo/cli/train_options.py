@@ -58,6 +58,33 @@ class RecipeOptions:
     ] = None
     evaluations: Annotated[int | None, _said("How often the loss of the held-out rows is measured.", 10)] = None
     patience: Annotated[int | None, _said("Stop a task after this many measurements without a lower loss.", 3)] = None
+    activated: Annotated[
+        bool,
+        _said(
+            "Train adapters that act only from a place near the end of the prompt on, so that a prompt is read once: "
+            "in conversations from where the assistant's turn opens, elsewhere from the last 4 tokens.",
+            "no",
+            "--activated",
+        ),
+    ] = False
+    invocation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Activated, from the last place on at which the prompt has this text; every prompt has to have it.",
+            show_default="none",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None
+    last: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Activated, from the last N tokens of the prompt on.",
+            show_default="none",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -74,14 +101,23 @@ class RecipeOptions:
         Raises:
             UsageError, StorageError: as `read_recipes`.
         """
-        from logo.training.recipe import Recipe, read_recipes, targets_of
+        from logo.errors import UsageError
+        from logo.training.recipe import ACTIVATED, Recipe, read_recipes, targets_of
 
-        given = {one.name: getattr(self, one.name) for one in fields(Recipe)}
+        given = {one.name: getattr(self, one.name) for one in fields(Recipe) if one.name != "activation"}
         given = {name: value for name, value in given.items() if value is not None}
         if self.targets is not None:
             given["targets"] = targets_of(self.targets)
         if self.schedule is not None:
             given["schedule"] = str(self.schedule)
+        if self.invocation is not None and self.last is not None:
+            raise UsageError("give either --invocation or --last, found both")
+        if self.invocation is not None and not self.invocation.strip():
+            raise UsageError(f"--invocation: expected a text that prompts have, found {self.invocation!r}")
+        if self.last is not None:
+            given["activation"] = f"last:{self.last}"
+        elif self.activated and self.invocation is None:
+            given["activation"] = ACTIVATED
         return read_recipes(self.recipe, given)
 
 

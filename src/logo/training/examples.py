@@ -21,10 +21,12 @@ class Example:
     Attributes:
         ids: tokens of the prompt and of the completion.
         prompt: how many of them are the prompt's. The loss is that of the others.
+        begin: the first token on which an adapter acts; one of the prompt's.
     """
 
     ids: tuple[int, ...]
     prompt: int
+    begin: int = 0
 
     @property
     def completion(self) -> int:

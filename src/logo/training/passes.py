@@ -63,7 +63,8 @@ class Pass:
 
     Attributes:
         ids, mask: (rows, length).
-        gates: (rows, adapters): the scale of a row's own adapter, 0 for the others.
+        gates: (rows, adapters): the scale of a row's own adapter, 0 for the others. Where one of them acts from a later
+            token on, (rows, length, adapters): 0 before it.
         positions: (n,): where, in the rows laid one behind the other, the logits of completion tokens are.
         targets: (n,): these tokens; `owners`: (n,): whose they are.
     """
@@ -109,6 +110,7 @@ def laid_out(rows: Sequence[Owned], scales: Sequence[float], pad: int, device: t
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)
     gates = torch.zeros(len(rows), len(scales))
+    begins = torch.tensor([row.example.begin for row in rows])
     positions: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
@@ -120,6 +122,8 @@ def laid_out(rows: Sequence[Owned], scales: Sequence[float], pad: int, device: t
         positions += range(number * length + row.example.prompt - 1, number * length + len(tokens) - 1)
         targets += tokens[row.example.prompt :]
         owners += [row.owner] * row.example.completion
+    if begins.any():
+        gates = torch.where((torch.arange(length) >= begins[:, None])[:, :, None], gates[:, None], 0.0)
     placed = (torch.tensor(values, device=device) for values in (positions, targets, owners))
     return Pass(ids.to(device), mask.to(device), gates, *placed)
 
@@ -132,7 +136,8 @@ def losses(model: Any, bank: Bank, one: Pass, weights: Tensor | None = None) -> 
             unless one of them is not finite.
     """
     adapted = GatedLoRA({path: model.get_submodule(path) for path in bank.stacks})
-    with adapted.active(bank.stacks, Gates(one.gates)), logits_at(model, one.positions):
+    gates = Gates(one.gates.flatten(0, -2), per_token=one.gates.dim() == 3)
+    with adapted.active(bank.stacks, gates), logits_at(model, one.positions):
         logits = model(input_ids=one.ids, attention_mask=one.mask, use_cache=False).logits
         found: Tensor = nn.functional.cross_entropy(logits.float(), one.targets.to(logits.device), reduction="none")
         if weights is not None and bool(found.isfinite().all()):

@@ -21,7 +21,7 @@ from logo.errors import DataError, StorageError, UsageError
 from logo.folders import recovered
 from logo.training.checkpoint import STATE, forget
 from logo.training.examples import Example
-from logo.training.pool import UNFINISHED, record_of
+from logo.training.pool import TOKENS, UNFINISHED, record_of
 from logo.training.recipe import Recipe
 from logo.training.tasks import Task
 
@@ -38,6 +38,7 @@ class Prepared:
         rows: its examples.
         digest: of everything its adapter is made from.
         record: what is written beside the adapter about all that, as JSON.
+        invocation: tokens from which it acts; empty: it has none.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Prepared:
     rows: tuple[Example, ...]
     digest: str
     record: Mapping[str, Any]
+    invocation: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -90,12 +92,20 @@ class Plan:
     done: tuple[str, ...]
 
 
-def prepare(task: Task, recipe: Recipe, rows: Sequence[Example], cut: int, base: Mapping[str, Any]) -> Prepared:
+def prepare(
+    task: Task,
+    recipe: Recipe,
+    rows: Sequence[Example],
+    cut: int,
+    base: Mapping[str, Any],
+    invocation: Sequence[int] = (),
+) -> Prepared:
     """A task with its digest.
 
     Args:
         rows, cut: of `logo.training.examples.encode`.
         base: digests of the base model and of its tokenizer, and its dtype.
+        invocation: tokens from which its adapter acts.
     """
     record = {
         "source": task.source,
@@ -106,10 +116,11 @@ def prepare(task: Task, recipe: Recipe, rows: Sequence[Example], cut: int, base:
         "recipe": recipe.as_dict(),
         "base": dict(base),
     }
+    invoked = {TOKENS: list(invocation)} if invocation else {}
     # The tokens, too: they also depend on the chat template and on this version of LoGo.
     read = fingerprint({"rows": [[row.prompt, *row.ids] for row in rows]})
-    digest = fingerprint({"rows": task.sha256, "read": read, "recipe": recipe.as_dict(), "base": dict(base)})
-    return Prepared(task.name, recipe, tuple(rows), digest, {"digest": digest, **record})
+    digest = fingerprint({"rows": task.sha256, "read": read, "recipe": recipe.as_dict(), "base": dict(base), **invoked})
+    return Prepared(task.name, recipe, tuple(rows), digest, {"digest": digest, **record, **invoked}, tuple(invocation))
 
 
 def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool = False) -> Plan:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 from torch import Tensor
 
-from logo.adapters.config import CONFIG
+from logo.adapters.activation import Activation
+from logo.adapters.config import CONFIG, Refusal, read_config
 from logo.adapters.format import LoraWeights
-from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, NOTES, RECORD, RESPONSES, read_notes
+from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, NOTES, RECORD, RESPONSES, noted, read_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.adapters.writing import plain_tensors
 from logo.errors import StorageError, UsageError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 UNFINISHED = ".training"
+TOKENS = "invocation_tokens"  # in what is recorded of an adapter: from which on it acts
 
 
 def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfig, record: Mapping[str, Any]) -> None:
@@ -133,12 +135,42 @@ def check_base(root: Path, base: Mapping[str, Any]) -> None:
             )
 
 
+def check_activation(root: Path, activation: Activation) -> None:
+    """Raises UsageError where the folder holds an adapter that acts on other tokens: a pool has one activation."""
+    for config in _files(root, CONFIG):
+        found = _activation(config.parent, root)
+        if found is not None and found != activation:
+            was, now = (_named(one) for one in (found, activation))
+            raise UsageError(f"{config.parent}: has activation {was}, and {now} is asked for; name another --out")
+
+
+def _activation(folder: Path, root: Path) -> Activation | None:
+    """Where the adapter in a folder acts; None where it cannot be used."""
+    record = record_of(folder)
+    if record is None:
+        try:
+            return noted(folder, root, Activation(read_config(folder).invocation))
+        except Refusal:
+            return None
+    if record.get(TOKENS):
+        return Activation(tuple(record[TOKENS]))
+    return Activation.parse(record.get("recipe", {}).get("activation", "everywhere"))
+
+
+def _named(activation: Activation) -> str:
+    return f"invocation (tokens {list(activation.tokens)})" if activation.tokens else str(activation)
+
+
 def _records(root: Path) -> list[Path]:
+    return _files(root, RECORD)
+
+
+def _files(root: Path, name: str) -> list[Path]:
     found = []
     for folder, folders, files in os.walk(root):  # which does not mind what other processes take away meanwhile
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if RECORD in files:
-            found.append(Path(folder) / RECORD)
+        folders[:] = sorted(below for below in folders if not below.startswith("."))
+        if name in files:
+            found.append(Path(folder) / name)
     return found
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from logo.adapters.activation import Activation
 from logo.errors import StorageError, UsageError, closest
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ ALL_LINEAR = "all-linear"
 # A task with fewer rows gives none of them away: so few held-out rows would say nothing, and it needs them to learn.
 FEWEST_TO_HOLD_OUT = 10
 MOST_HELD_OUT = 64
+
+# What a recipe may say about where an adapter acts, besides `last:N`.
+EVERYWHERE, INVOCATION, ACTIVATED = "everywhere", "invocation", "activated"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class Recipe:
         held_out: share of the rows on which progress is measured, at most 64 of them.
         evaluations: how often it is measured.
         patience: after so many measurements without a better one the task is stopped; None: never.
+        activation: where the adapter acts, in training as afterwards: `"everywhere"`; `"last:N"`, from the last N
+            tokens of the prompt on; `"invocation"`, from the last place on at which the prompt has the text
+            `invocation`; `"activated"`, as suits the rows (`logo.training.activation`).
+        invocation: that text; empty: none.
     """
 
     r: int = 8
@@ -60,6 +68,8 @@ class Recipe:
     held_out: float = 0.1
     evaluations: int = 10
     patience: int | None = 3
+    activation: str = EVERYWHERE
+    invocation: str = ""
 
     def __post_init__(self) -> None:
         for name in ("r", "batch_size", "evaluations"):
@@ -82,15 +92,34 @@ class Recipe:
             raise UsageError(f"schedule: expected one of {known}, found {self.schedule!r}")
         if not self.targets or any(not name for name in self.targets):
             raise UsageError(f"targets: expected names of modules or {ALL_LINEAR}, found {list(self.targets)}")
+        self._check_activation()
+
+    def _check_activation(self) -> None:
+        if self.activation == INVOCATION and not self.invocation:
+            raise UsageError(
+                f"activation invocation: give the text from which adapters are to act (invocation), or {ACTIVATED}"
+            )
+        if self.invocation and self.activation != INVOCATION:
+            raise UsageError(
+                f"give either an invocation or activation {self.activation}, found both (invocation "
+                f"{self.invocation!r:.60})"
+            )
+        if self.activation not in (INVOCATION, ACTIVATED):
+            Activation.parse(self.activation)
 
     def lora(
-        self, base_model: str | None = None, targets: Sequence[str] | None = None, transposed: bool = False
+        self,
+        base_model: str | None = None,
+        targets: Sequence[str] | None = None,
+        transposed: bool = False,
+        invocation: Sequence[int] = (),
     ) -> LoraConfig:
         """The PEFT configuration of the adapter.
 
         Args:
             targets: the names that PEFT has found for those of the recipe.
             transposed: the modules keep their weights so (Conv1D, as in GPT-2).
+            invocation: tokens from which the adapter acts; empty: it has none.
         """
         from peft import LoraConfig
 
@@ -107,6 +136,7 @@ class Recipe:
             task_type="CAUSAL_LM",
             base_model_name_or_path=base_model,
             inference_mode=True,
+            alora_invocation_tokens=list(invocation) or None,
         )
 
     @property
@@ -125,8 +155,12 @@ class Recipe:
         return min(MOST_HELD_OUT, max(1, round(self.held_out * rows)))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "targets": list(self.targets)}
+        """For JSON. Of where it acts, what is usual is left out: digests of plain adapters were made without."""
+        said = {**asdict(self), "targets": list(self.targets)}
+        return {name: value for name, value in said.items() if name not in _ACTING or value != _ACTING[name]}
+
+
+_ACTING = {"activation": EVERYWHERE, "invocation": ""}
 
 
 @dataclass(frozen=True)
@@ -185,7 +219,8 @@ def read_recipes(file: Path | None, given: Mapping[str, Any]) -> Recipes:
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
-    """Fields with others that count more. Who says how many epochs takes back how many steps.
+    """Fields with others that count more. Who says how many epochs takes back how many steps, and who says another
+    activation an invocation.
 
     Raises:
         UsageError: one and the same place says both.
@@ -194,7 +229,11 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "reci
         raise UsageError(
             f"{where}: give either epochs or steps, found epochs {above['epochs']}, steps {above['steps']}"
         )
-    instead = {"steps": None} if "epochs" in above else {}
+    instead: dict[str, Any] = {"steps": None} if "epochs" in above else {}
+    if above.get("activation", INVOCATION) != INVOCATION:
+        instead["invocation"] = ""
+    elif above.get("invocation") and "activation" not in above:
+        instead["activation"] = INVOCATION
     return {**below, **instead, **above}
 
 

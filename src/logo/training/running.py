@@ -10,17 +10,19 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from logo.adapters.notes import RESPONSES
+from logo.adapters.activation import Activation
+from logo.adapters.notes import RESPONSES, read_notes
 from logo.errors import DataError, LoGoError, StorageError, UsageError
 from logo.models import load_tokenizer
+from logo.training.activation import Settling, common
 from logo.training.examples import encode
 from logo.training.plan import USUAL_AT_ONCE, GroupPlan, Plan, Prepared, check_names, plan, prepare
-from logo.training.pool import UNFINISHED, check_base, diverged, record_of, write_pool
+from logo.training.pool import UNFINISHED, check_activation, check_base, diverged, record_of, write_pool
 from logo.training.progress import Status, Telling, told
 from logo.training.recipe import Recipe, Recipes
 from logo.training.tasks import Found
@@ -102,6 +104,9 @@ def train(
     with alone(root), opened(wanted.opening, layout) as trainers:
         check_base(root, trainers.facts)
         prepared, cut = _prepared(wanted, trainers.facts, failed)
+        activation = common(prepared)
+        if activation is not None:
+            check_activation(root, activation)
         trainers.check([task.recipe for task in prepared])
         share = max(1, min(USUAL_AT_ONCE, -(-len(prepared) // trainers.count)))
         at_once = wanted.at_once or (USUAL_AT_ONCE if trainers.count == 1 else share)
@@ -114,7 +119,8 @@ def train(
                 failed[name] = reason
         trained = []
         facts = {"base_model": wanted.opening.base_model, "base": trainers.facts, "versions": trainers.versions}
-        facts |= {"activation": "everywhere", "recipe": recipes.usual.as_dict()}
+        facts |= _acting(root, prepared, activation, recipes.usual)
+        write_pool(root, facts, failed)  # first, since adapters that are made act where it says
         for outcomes in trainers.train(todo.groups, root, wanted.every, tell):
             for outcome in outcomes:
                 if outcome.reason is not None:
@@ -122,7 +128,6 @@ def train(
                 if outcome.written:
                     trained.append(outcome.task)
             write_pool(root, facts, failed)
-        write_pool(root, facts, failed)
         known = (any((root / name / RESPONSES).rglob("*.safetensors")) for name in (*trained, *todo.done))
         if wanted.calibrate and not all(known):
             try:
@@ -135,11 +140,12 @@ def train(
 def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -> tuple[list[Prepared], dict[str, int]]:
     """The tasks that can be trained, and how many prompts of each were cut; why others cannot goes into `failed`."""
     tokenizer = load_tokenizer(wanted.opening.base_model, model_dir=wanted.opening.model_dir)
-    prepared, cut = [], {}
+    prepared, cut, settling = [], {}, Settling(tokenizer)
     for task in wanted.found.tasks:
         recipe = wanted.recipes.of(task.name)
         try:
             examples = encode(tokenizer, task, recipe.max_length)
+            settled = settling.settle(task, recipe, examples.rows)
         except DataError as error:
             failed[task.name] = str(error)
             continue
@@ -152,10 +158,20 @@ def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -
                 UserWarning,
                 stacklevel=2,
             )
-        prepared.append(prepare(task, recipe, examples.rows, examples.cut, base))
+        found = (settled.recipe, settled.rows, examples.cut, base, settled.invocation)
+        prepared.append(prepare(task, *found))
     if not prepared and not wanted.found.tasks and not failed:
         raise DataError("no task to train")
     return prepared, cut
+
+
+def _acting(root: Path, prepared: Sequence[Prepared], activation: Activation | None, usual: Recipe) -> dict[str, Any]:
+    """What the pool's notes say of its activation, and of the recipe that is usual in it."""
+    if activation is None:  # nothing to train: as it was
+        return {"activation": read_notes(root).get("activation", "everywhere"), "recipe": usual.as_dict()}
+    one = prepared[0].recipe
+    usual = replace(usual, activation=one.activation, invocation=one.invocation)
+    return {"activation": str(activation), "recipe": usual.as_dict()}
 
 
 # -- who trains --------------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ class Trainer:
     def _write(self, root: Path, task: Prepared, learner: Learner) -> None:
         record = {**task.record, "course": course_record(learner.course), "versions": self.versions}
         found = self.adapted(task.recipe)
-        config = task.recipe.lora(self._opening.base_model, found.targets, found.transposed)
+        config = task.recipe.lora(self._opening.base_model, found.targets, found.transposed, task.invocation)
         write_adapter(root / task.name, learner.best or {}, config, record)
 
 

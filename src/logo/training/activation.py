@@ -1,0 +1,164 @@
+"""Where the adapters of a pool are trained to act: what a recipe says about it, found in the rows of tasks.
+
+The invocation of activated adapters is a text that stands in every prompt. How the tokenizer splits it depends on what
+stands around it, so its tokens are those that it has in prompts, and it has the same ones in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from logo.adapters.activation import Activation, last_occurrence
+from logo.errors import DataError, LoGoError, UsageError
+from logo.prompts import chat, conversation_text
+from logo.training.examples import Example
+from logo.training.plan import Prepared
+from logo.training.recipe import ACTIVATED, INVOCATION, Recipe
+from logo.training.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokens at the end of a prompt on which `activated` adapters act where no chat template opens a turn.
+USUAL_LAST = 4
+
+_INSTEAD = "give --last N, or an --invocation that prompts have"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A task whose rows say where its adapter acts.
+
+    Attributes:
+        recipe: with `last:N`, or with an invocation, where it said `activated`.
+        invocation: tokens from which the adapter acts; empty: it has none.
+        rows: its examples, which know where their prompts activate it.
+    """
+
+    recipe: Recipe
+    invocation: tuple[int, ...]
+    rows: tuple[Example, ...]
+
+
+class Settling:
+    """Settles where the adapters of one pool act, task by task.
+
+    Args:
+        tokenizer: of the base model.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {}  # tokens of a text, and in which row it first had them
+
+    def settle(self, task: Task, recipe: Recipe, rows: Sequence[Example]) -> Settled:
+        """Where the adapter of a task acts in each of its rows.
+
+        Raises:
+            DataError: a prompt lacks the invocation, or has it in other tokens (names the row).
+        """
+        if recipe.activation == ACTIVATED:
+            recipe = self._chosen(task, recipe)
+        if recipe.activation != INVOCATION:
+            activation = Activation.parse(recipe.activation)
+            return Settled(recipe, (), tuple(replace(row, begin=activation.begin(_prompt(row)) or 0) for row in rows))
+        text = recipe.invocation
+        tokens, first = self._known.get(text) or self._tokens(text, rows[0], f"{task.source}, row 1", recipe)
+        begun = []
+        for number, row in enumerate(rows, start=1):
+            begin = last_occurrence(_prompt(row), tokens)
+            if begin is None:
+                raise self._refused(text, row, f"{task.source}, row {number}", recipe, (tokens, first))
+            begun.append(replace(row, begin=begin))
+        self._known[text] = tokens, first
+        return Settled(recipe, tokens, tuple(begun))
+
+    def _chosen(self, task: Task, recipe: Recipe) -> Recipe:
+        """What suits the rows: in conversations the text that opens the assistant's turn."""
+        asked = task.pairs[0].prompt
+        if isinstance(asked, str) or not self._tokenizer.chat_template:
+            return replace(recipe, activation=f"last:{USUAL_LAST}")
+        try:
+            before, whole = conversation_text(self._tokenizer, asked), chat(self._tokenizer, asked).text or ""
+        except LoGoError as error:
+            raise DataError(f"{task.source}, row 1: {error}") from error
+        opening = whole[len(before) :] if whole.startswith(before) else ""
+        if not opening.strip():
+            raise DataError(
+                f"{task.source}: the chat template writes nothing that opens the assistant's turn, from which the "
+                f"adapter could act; {_INSTEAD}"
+            )
+        return replace(recipe, activation=INVOCATION, invocation=opening)
+
+    def _tokens(self, text: str, row: Example, where: str, recipe: Recipe) -> tuple[tuple[int, ...], str]:
+        """The tokens of a text as it stands in a prompt."""
+        alone = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if alone and last_occurrence(_prompt(row), alone) is not None:
+            return alone, where
+        for part in (text, text.lstrip()):  # decoders may leave out a space at the beginning
+            found = self._standing(part, _prompt(row))
+            if found and self._text(found).lstrip() == text.lstrip():
+                return found, where
+        raise self._refused(text, row, where, recipe, (alone, "alone"))
+
+    def _refused(
+        self, text: str, row: Example, where: str, recipe: Recipe, expected: tuple[tuple[int, ...], str]
+    ) -> DataError:
+        """Why a prompt cannot activate an adapter."""
+        tokens, place = expected
+        found = self._standing(text, _prompt(row)) or self._standing(text.lstrip(), _prompt(row))
+        if found:
+            return DataError(
+                f"{where}: the tokenizer splits the invocation {text!r:.60} otherwise in this prompt: expected tokens "
+                f"{self._shown(tokens)} as {place}, found {self._shown(found)}; separate it from what stands around "
+                f"it in the same way in every prompt, or {_INSTEAD}"
+            )
+        cut = " (--max-length may have cut it off)" if len(row) >= recipe.max_length else ""
+        return DataError(
+            f"{where}: expected the invocation {text!r:.60} in the prompt, found "
+            f"{self._text(_prompt(row)[-12:])!r:.90} at its end{cut}; mend the row, or {_INSTEAD}"
+        )
+
+    def _standing(self, text: str, prompt: Sequence[int]) -> tuple[int, ...]:
+        """The fewest tokens that hold the last occurrence of a text; none where it does not stand there."""
+        if text not in self._text(prompt):
+            return ()
+        start = next(start for start in reversed(range(len(prompt))) if text in self._text(prompt[start:]))
+        stops = range(start + 1, len(prompt) + 1)
+        return tuple(next(prompt[start:stop] for stop in stops if text in self._text(prompt[start:stop])))
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    def _shown(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(list(tokens)))
+
+
+def acting(task: Prepared) -> Activation:
+    """Where the adapter of a task acts."""
+    return Activation(task.invocation) if task.invocation else Activation.parse(task.recipe.activation)
+
+
+def common(tasks: Sequence[Prepared]) -> Activation | None:
+    """Where the adapters of all tasks act; None where there are no tasks.
+
+    Raises:
+        UsageError: they act in several ways, which a pool cannot have.
+    """
+    for task in tasks[1:]:
+        if acting(task) != acting(tasks[0]):
+            raise UsageError(
+                f"a pool has one activation: task {tasks[0].name!r} has {_said(tasks[0].recipe)}, and {task.name!r} "
+                f"has {_said(task.recipe)}; give --last N or --invocation TEXT for all, or train them into two pools"
+            )
+    return acting(tasks[0]) if tasks else None
+
+
+def _said(recipe: Recipe) -> str:
+    return f"invocation {recipe.invocation!r:.60}" if recipe.invocation else recipe.activation
+
+
+def _prompt(row: Example) -> tuple[int, ...]:
+    return row.ids[: row.prompt]

@@ -1,0 +1,425 @@
+"""Adapters that are trained to act from a place in the prompt on: as PEFT's aLoRA, as a mask, together as alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from dying import dying as commands_dying
+from learning import ATTENTION, CPU, command, contents, examples, gap, learn, learner, rows, write_base, write_rows
+from logo import AdapterPool, LoGo, SelectionSettings
+from logo.adapters.activation import EVERYWHERE, Activation
+from logo.cli.run import run
+from logo.errors import DataError
+from logo.models import load_tokenizer
+from logo.training.activation import Settling
+from logo.training.examples import Example, encode
+from logo.training.learner import Learner
+from logo.training.passes import Owned, checkpointing, laid_out, losses
+from logo.training.recipe import Recipe
+from logo.training.tasks import Pair, Task
+from make_adapters import edit_config, load_peft, write
+from test_engine import tokenizer
+from test_training_calibrated import listened
+from test_training_equal import KINDS, REST, STEPS, by_trainer, collated, peft_names, told, watched
+from test_training_passes import RECIPES, bank_of
+from test_training_resume import IMPORTS
+from test_training_resume import STEPS as COUNTED
+from tolerances import same_tensor
+
+INVOKE = (95, 7)
+ACTIVATIONS = {"invocation": Activation(INVOKE), "last:3": Activation(last=3)}
+# Opens the assistant's turn with two tokens.
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role | replace('user', 'w80 w81') | replace('assistant', 'w82 w83') }} "
+    "{{ m.content }} {% endfor %}{% if add_generation_prompt %}w82 w83{% endif %}"
+)
+
+
+def activated(some: Sequence[Example], activation: Activation, seed: int = 0) -> tuple[Example, ...]:
+    """Rows whose prompts activate an adapter; those of an invocation have it at some place."""
+    dice, made = random.Random(seed), []
+    for row in some:
+        prompt, completion = list(row.ids[: row.prompt]), row.ids[row.prompt :]
+        place = dice.randrange(1, len(prompt) + 1)
+        prompt[place:place] = activation.tokens
+        begin = activation.begin(prompt)
+        assert begin is not None
+        made.append(Example((*prompt, *completion), len(prompt), begin))
+    return tuple(made)
+
+
+# -- what is computed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", list(ACTIVATIONS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_the_one_that_peft_and_the_trainer_make(kind: str, said: str, tmp_path: Path) -> None:
+    """The same rows in the same order, 20 steps in float32. PEFT finds invocations itself, and is told last tokens."""
+    activation = ACTIVATIONS[said]
+    recipe = Recipe(r=3, alpha=6, targets=ATTENTION[kind], lr=3e-3, steps=STEPS, batch_size=4, **REST)
+    some = activated(examples(24, seed=3), activation)
+    one = learner(kind, "task", recipe, some)
+    how = collated if activation.tokens else told
+    expected, expected_losses = by_trainer(kind, one, tmp_path, activation.tokens or INVOKE, how)
+    begun = peft_names(one.factors.copy())
+    seen = watched(one)
+    learn(tiny.model(kind), [one])
+    found = peft_names(one.factors.copy())
+    assert gap(found, expected) < 1e-4
+    assert seen == pytest.approx(expected_losses, rel=1e-4, abs=1e-4)
+    assert all(float((found[name] - begun[name]).norm()) > 1e-3 for name in found)
+    plain = learner(kind, "task", recipe, [replace(row, begin=0) for row in some])
+    learn(tiny.model(kind), [plain])
+    assert gap(peft_names(plain.factors.copy()), expected) > 1e-2  # where it acts does matter
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_a_mask(kind: str, recompute: bool) -> None:
+    """Rows of three adapters in one pass, some of them plain; each row alone, with what comes too early set to 0."""
+    model = tiny.model(kind).double()
+    bank, parameters = bank_of(kind, torch.float64)
+    kinds = [Activation(INVOKE), Activation(last=2), EVERYWHERE]
+    some = [Owned(n % 3, activated([row], kinds[n % 3])[0]) for n, row in enumerate(examples(9, 8))]
+    scales = [recipe.scaling for recipe in RECIPES]
+    read = laid_out(some, scales, 2, CPU)
+    assert read.gates.dim() == 3
+    weights = (read.owners + 1.0) / 7
+    bank.clear()
+    with checkpointing(model, recompute):
+        found = losses(model, bank, read, weights)
+    bank.collect()
+    gradients = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    assert len(gradients) == len(parameters)
+    bank.clear()
+    expected = torch.cat([alone(model, bank, row, scales[row.owner]) for row in some])
+    (expected * weights).sum().backward()
+    bank.collect()
+    same_tensor(found, expected.detach())
+    for one, parameter in zip(gradients, parameters, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-5 * float(parameter.grad.abs().max()))
+
+
+def alone(model: nn.Module, bank: Any, row: Owned, scale: float) -> torch.Tensor:
+    """The losses of a row's completion: its adapter's product is added from where it acts on."""
+    handles = []
+    for path, stack in bank.stacks.items():
+        own = stack.owner == row.owner
+
+        def add(module: nn.Module, inputs: Any, output: torch.Tensor, stack: Any = stack, own: Any = own) -> Any:
+            more = scale * inputs[0] @ stack.A[own].T @ stack.B[own]
+            acts = torch.arange(more.shape[-2]) >= row.example.begin
+            return output + more * acts[:, None]
+
+        handles.append(model.get_submodule(path).register_forward_hook(add))
+    ids = torch.tensor([row.example.ids])
+    logits = model(input_ids=ids).logits[0, row.example.prompt - 1 : -1].float()
+    for handle in handles:
+        handle.remove()
+    return nn.functional.cross_entropy(logits, ids[0, row.example.prompt :], reduction="none")
+
+
+def test_a_pass_of_plain_rows_is_laid_out_as_ever() -> None:
+    some = [Owned(number % 2, row) for number, row in enumerate(examples(5))]
+    read = laid_out(some, [2.0, 3.0], 2, CPU)
+    assert read.gates.tolist() == [[2.0, 0.0], [0.0, 3.0], [2.0, 0.0], [0.0, 3.0], [2.0, 0.0]]
+
+
+def several() -> list[Learner]:
+    """Learners of other ranks, rates and activations."""
+    q = ATTENTION["llama"]
+    made = [
+        (ACTIVATIONS["invocation"], Recipe(r=2, alpha=4, targets=q[:1], lr=4e-3, batch_size=3, steps=12, **REST)),
+        (ACTIVATIONS["last:3"], Recipe(r=5, targets=("all-linear",), lr=1e-3, batch_size=4, steps=16, **REST)),
+        (EVERYWHERE, Recipe(r=8, targets=q, lr=2e-3, batch_size=5, steps=16, **REST)),
+    ]
+    rows = [activated(examples(18, seed), activation, seed) for seed, (activation, _) in enumerate(made)]
+    return [learner("llama", f"t{n}", recipe, rows[n]) for n, (_, recipe) in enumerate(made)]
+
+
+@pytest.mark.parametrize("tokens", [40, 2048])
+def test_adapters_that_are_learned_together_are_those_that_are_learned_alone(llama: nn.Module, tokens: int) -> None:
+    together, one_by_one = several(), several()
+    learn(llama, together, tokens=tokens)
+    for one, other in zip(one_by_one, together, strict=True):
+        learn(llama, [one])
+        assert one.course.step == one.steps == other.course.step
+        assert gap(other.factors.copy(), one.factors.copy()) < 1e-4
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model whose template opens turns, and tasks: texts that all end alike, and conversations."""
+    root = tmp_path_factory.mktemp("activated")
+    write_base(root / "base", template=TEMPLATE)
+    for number, name in enumerate(("a", "deep/b", "c")):
+        some = [{**row, "context": f"{row['context']} w88 w89"} for row in rows(12, number)]
+        write_rows(root / "texts" / f"{name}.jsonl", some)
+        asked = [[{"role": "user", "content": row["context"]}] for row in some]
+        turns = [
+            {"messages": [*before, {"role": "assistant", "content": row["completion"]}]}
+            for row, before in zip(some, asked, strict=True)
+        ]
+        write_rows(root / "chats" / f"{name}.jsonl", turns)
+    return root
+
+
+def trained(world: Path, pool: Path, *more: str, tasks: str = "texts") -> int:
+    return run(command(world / "base", world / tasks, pool, *more))
+
+
+MADE = {
+    "last": ("texts", ["--last", "3"], Activation(last=3), "last:3"),
+    "usual": ("texts", ["--activated"], Activation(last=4), "last:4"),
+    "invocation": ("texts", ["--invocation", "w88 w89"], Activation((88, 89)), "invocation"),
+    "chats": ("chats", ["--activated"], Activation((82, 83)), "invocation"),
+}
+
+
+@pytest.fixture(params=list(MADE), scope="module")
+def made(request: pytest.FixtureRequest, world: Path) -> tuple[str, Path]:
+    """A pool of three tasks, calibrated."""
+    tasks, asked, _, _ = MADE[request.param]
+    pool = world / request.param
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert trained(world, pool, *asked, "--calibrate", tasks=tasks) == 0
+    return request.param, pool
+
+
+def test_the_pool_says_where_its_adapters_act(made: tuple[str, Path]) -> None:
+    name, pool = made
+    _, _, activation, said = MADE[name]
+    noted = json.loads((pool / "pool.json").read_text())
+    assert noted["activation"] == said and noted["recipe"]["activation"] == said
+    opened = AdapterPool.from_directory(pool, on_bad_adapter="error")
+    assert [str(one.activation) for one in opened] == [said] * 3 and opened.once
+    assert {one.activation for one in opened} == {activation}
+    for one in ("a", "deep/b", "c"):
+        config = json.loads((pool / one / "adapter_config.json").read_text())
+        assert config["alora_invocation_tokens"] == (list(activation.tokens) or None)
+        recipe = json.loads((pool / one / "training.json").read_text())["recipe"]
+        assert recipe["activation"] == said and bool(activation.tokens) == bool(recipe.get("invocation"))
+
+
+def test_a_new_pool_is_known_where_nothing_else_is(
+    made: tuple[str, Path], world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    where = ["--base-model", str(world / "base")]
+    assert listened(made[1], tmp_path / "cache", capsys, *where) == 0
+
+
+def test_logo_and_peft_answer_alike(made: tuple[str, Path], world: Path) -> None:
+    """Also an adapter that acts on the last tokens, where PEFT is told how many."""
+    name, pool = made
+    activation = MADE[name][2]
+    base = tiny.model("llama", eos_token_id=None)
+    settings = SelectionSettings.of(signal="norm", k=1, cache="")
+    logo = LoGo(base, tokenizer(bos=False), AdapterPool.from_directory(pool), settings=settings)
+    for folder in ("a", "deep/b"):
+        adapter = pool / folder
+        if not activation.tokens:
+            adapter = world / f"{name} as aLoRA" / folder
+            adapter.mkdir(parents=True)
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                (adapter / file).write_bytes((pool / folder / file).read_bytes())
+            edit_config(adapter, alora_invocation_tokens=[95])  # without any it would act everywhere
+        reference: Any = load_peft(adapter, tiny.model("llama", eos_token_id=None))
+        differ = 0
+        for prompt in tiny.prompts([9, 20, 5, 40]):
+            asked = [*prompt, *activation.tokens]
+            ids = torch.tensor([asked])
+            told = {} if activation.tokens else {"alora_offsets": [activation.last]}
+            want = reference.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **told
+            )
+            answer = logo.generate(asked, adapters={folder: 1.0}, max_new_tokens=8)
+            assert list(answer.token_ids) == want[0, len(asked) :].tolist()
+            differ += answer.token_ids != logo.generate(asked, adapters={}, max_new_tokens=8).token_ids
+        assert differ  # it does something
+
+
+def test_plain_adapters_are_what_they_were(world: Path, tmp_path: Path) -> None:
+    """Nothing in their folder speaks of activation, so digests and bytes are those from before."""
+    assert trained(world, tmp_path / "pool") == 0
+    record = json.loads((tmp_path / "pool" / "a" / "training.json").read_text())
+    assert not {"activation", "invocation"} & record["recipe"].keys() and "invocation_tokens" not in record
+    assert json.loads((tmp_path / "pool" / "pool.json").read_text())["activation"] == "everywhere"
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dying_command() -> Iterator[Callable[..., int]]:
+    with commands_dying("--out", IMPORTS, COUNTED) as run_until:
+        yield run_until
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("said", [["--last", "3"], ["--invocation", "w88 w89"]], ids=["last", "invocation"])
+def test_kill_9_and_the_same_command(
+    said: list[str], world: Path, dying_command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same bytes in all files; what was begun is not gone on with where it is to act elsewhere."""
+
+    def asked(pool: Path, *activation: str) -> list[str]:
+        return command(world / "base", world / "texts", pool, *activation, "--at-once", "2", "--checkpoint-every", "0")
+
+    whole, pool = tmp_path / "whole" / "pool", tmp_path / "killed" / "pool"
+    for one in (whole, pool):
+        one.parent.mkdir()
+    assert dying_command(-1, asked(whole, *said), tmp_path / "steps") == 0
+    steps = int((tmp_path / "steps").read_text())
+    assert dying_command(steps // 3, asked(pool, *said), tmp_path / "steps") == -signal.SIGKILL
+    assert not (pool / "c").exists() and json.loads((pool / "pool.json").read_text())["activation"] != "everywhere"
+    noted = (pool / "pool.json").read_bytes()
+    assert run(asked(pool, "--last", "2")) == 2
+    assert "was begun here from other rows or with another recipe" in capsys.readouterr().err.splitlines()[-1]
+    assert (pool / "pool.json").read_bytes() == noted
+    assert dying_command(-1, asked(pool, *said), tmp_path / "steps") == 0
+    assert contents(pool) == contents(whole)
+
+
+# -- what cannot be ----------------------------------------------------------------------------------------------------
+
+
+def refused(world: Path, pool: Path, capsys: pytest.CaptureFixture[str], *more: str, tasks: str = "texts") -> str:
+    """The one line that is said instead of training."""
+    capsys.readouterr()
+    assert trained(world, pool, *more, tasks=tasks) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("logo: error: ") for line in told) == 1
+    assert not list(pool.rglob("adapter_model.safetensors"))
+    return told[-1].removeprefix("logo: error: ")
+
+
+def test_options_and_recipes_that_contradict_each_other(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*more: str) -> str:
+        return refused(world, tmp_path / "pool", capsys, *more)
+
+    assert told("--invocation", "w88", "--last", "3") == "give either --invocation or --last, found both"
+    assert told("--last", "0").startswith("activation last:0: the answer's first token is drawn from")
+    assert "expected everywhere, invocation or last:N, found 'last:-1'" in told("--last", "-1")
+    assert told("--invocation", " ") == "--invocation: expected a text that prompts have, found ' '"
+    file = tmp_path / "recipe.yaml"
+    file.write_text("activation: 'last:3'\ntasks: {deep/b: {activation: everywhere}}\n")
+    assert told("--recipe", str(file)) == (
+        "a pool has one activation: task 'a' has last:3, and 'deep/b' has everywhere; give --last N or --invocation "
+        "TEXT for all, or train them into two pools"
+    )
+    file.write_text("activation: 'last:3'\ntasks: {a: {invocation: w88 w89}}\n")
+    assert "task 'a' has invocation 'w88 w89', and 'c' has last:3" in told("--recipe", str(file), "--only", "a,c")
+    base = ["--base-model", str(world / "base"), "--tasks", str(world / "texts"), "--last", "3"]
+    assert run(["bench", "train", *base]) == 2
+    assert "leave out --activated, --invocation and --last" in capsys.readouterr().err
+
+
+def test_a_folder_of_adapters_of_another_activation(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever made them, and whatever task is asked for; the folder stays as it is."""
+    pool = tmp_path / "pool"
+    assert trained(world, pool, "--last", "3", "--only", "a") == 0
+
+    def told(*more: str) -> str:
+        before = contents(pool)
+        assert trained(world, pool, "--only", "c", *more) == 2
+        assert contents(pool) == before
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("logo: error: ")
+
+    assert told() == f"{pool / 'a'}: has activation last:3, and everywhere is asked for; name another --out"
+    assert "has activation last:3, and last:2 is asked for" in told("--last", "2", "--retrain")
+    assert "and invocation (tokens [88, 89]) is asked for" in told("--invocation", "w88 w89")
+    (pool / "pool.json").unlink()
+    assert "has activation last:3" in told()
+    write(pool / "z", alora_invocation_tokens=[5])
+    assert f"{pool / 'z'}: has activation invocation (tokens [5]), and last:3 is asked for" in told("--last", "3")
+    (pool / "z" / "adapter_config.json").write_text("{")  # which no pool opens
+    assert trained(world, pool, "--last", "3", "--only", "c") == 0
+    assert json.loads((pool / "pool.json").read_text())["activation"] == "last:3"
+    write_rows(tmp_path / "none" / "bad.jsonl", [{"context": "w3"}])
+    assert run(command(world / "base", tmp_path / "none", pool)) == 1  # nothing to train: it says what it said
+    assert json.loads((pool / "pool.json").read_text())["activation"] == "last:3"
+
+
+def test_prompts_that_lack_the_invocation_fail_their_task_only(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, context in {"fine": "w3 w88 w89", "lacking": "w3 w88", "long": f"w88 w89 {'w5 ' * 30}w6"}.items():
+        some = [{"context": "w4 w88 w89", "completion": "w4"}] * 10
+        write_rows(tmp_path / "tasks" / f"{name}.jsonl", [*some, {"context": context, "completion": "w3"}])
+    asked = ["--invocation", "w88 w89", "--max-length", "20"]
+    assert run(command(world / "base", tmp_path / "tasks", tmp_path / "pool", *asked)) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    end = "mend the row, or give --last N, or an --invocation that prompts have"
+    lacking = "lacking.jsonl, row 11: expected the invocation 'w88 w89' in the prompt, found '<s> w3 w88' at its end"
+    assert "failed lacking: " in told and f"{lacking}; {end}" in told
+    assert "long.jsonl, row 11: " in told and "w6' at its end (--max-length may have cut it off)" in told
+    assert AdapterPool.from_directory(tmp_path / "pool").names == ("fine",)
+
+
+def settled(task: Task, recipe: Recipe, settling: Settling, tokens: Any) -> Any:
+    return settling.settle(task, recipe, encode(tokens, task, recipe.max_length).rows)
+
+
+def asking(*contexts: str, name: str = "t") -> Task:
+    return Task(name, f"{name}.jsonl", tuple(Pair(context, "x") for context in contexts))
+
+
+def test_tokens_are_those_that_the_text_has_in_prompts() -> None:
+    """On a tokenizer that keeps the space before a word in its token."""
+    tokens = load_tokenizer("demo")
+    recipe = Recipe(activation="invocation", invocation="Answer:")
+    settling = Settling(tokens)
+    found = settled(asking("One? Answer:", "Answer: or not? Two? Answer:"), recipe, settling, tokens)
+    assert tokens.convert_ids_to_tokens(list(found.invocation)) == ["\u0120Answer", ":"]
+    assert [row.begin for row in found.rows] == [row.prompt - 2 for row in found.rows]
+    at_line = Settling(tokens)
+    other = settled(asking("One?\nAnswer:"), recipe, at_line, tokens)
+    assert tokens.convert_ids_to_tokens(list(other.invocation)) == ["Answer", ":"]
+    # One that was settled holds for the tasks that follow, and for the rows that follow.
+    said = (
+        r"u.jsonl, row 2: the tokenizer splits the invocation 'Answer:' otherwise in this prompt: expected tokens "
+        r"\['Answer', ':'\] as t.jsonl, row 1, found \['\u0120Answer', ':'\]"
+    )
+    with pytest.raises(DataError, match=said):
+        settled(asking("Two?\nAnswer:", "Three? Answer:", name="u"), recipe, at_line, tokens)
+    inside = r"t\.jsonl, row 1: .*expected tokens \['n', 's', 'w', 'e', 'r'\] as alone, found \['Answer'\]"
+    with pytest.raises(DataError, match=inside):
+        settled(asking("Two?\nAnswer:"), replace(recipe, invocation="nswer"), Settling(tokens), tokens)
+
+
+def test_a_template_that_opens_no_turn() -> None:
+    task = Task("t", "t.jsonl", (Pair(({"role": "user", "content": "w4"},), "w5"),))
+    recipe, tokens = Recipe(activation="activated"), tokenizer()
+    assert settled(task, recipe, Settling(tokens), tokens).recipe.activation == "last:4"  # no template: texts
+    tokens.chat_template = "{% for m in messages %}w9 {{ m.content }} {% endfor %}"
+    with pytest.raises(DataError, match=r"t\.jsonl: the chat template writes nothing that opens the assistant's turn"):
+        settled(task, recipe, Settling(tokens), tokens)
+
+
+def test_an_invocation_in_the_completion_does_not_count() -> None:
+    """PEFT would take the last one of all that is read; when it is asked, only the prompt is there."""
+    task = Task("t", "t.jsonl", (Pair("w3 w88 w4", "w88 w5"),))
+    tokens = tokenizer()
+    [row] = settled(task, Recipe(activation="invocation", invocation="w88"), Settling(tokens), tokens).rows
+    assert row.begin == 2 < row.prompt == 4
