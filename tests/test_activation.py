@@ -430,3 +430,33 @@ def test_few_vectors_borrow_the_directions_of_all(count: int) -> None:
     made = Whitening.of_some(hidden, some)
     assert torch.allclose(made.mean, hidden[some].mean(dim=0), atol=1e-6)
     assert torch.equal(made.basis, Whitening.of(hidden[some] if count > 16 else hidden).basis)
+
+
+@pytest.mark.parametrize("kind", ["last:4", "invocation"])
+def test_a_mixture_is_written_with_where_it_acts(kind: str, tmp_path: Path) -> None:
+    model = tiny.model("llama", eos_token_id=None)
+    folder = pool_of(tmp_path / "pool", model, **({"alora_invocation_tokens": INVOKE} if kind == "invocation" else {}))
+    logo = engine(model, notes(folder, kind))
+    [prompt] = invoked((30,))
+    logo.save_mixture(MIXTURES[0], tmp_path / "out" / "one")
+    written = engine(model, tmp_path / "out", k=1)
+    assert [str(one) for one in written.fitted.activations] == [kind]
+    want = logo.generate(prompt, adapters=MIXTURES[0], max_new_tokens=6)
+    assert written.generate(prompt, adapters={"one": 1.0}, max_new_tokens=6).token_ids == want.token_ids
+
+
+def test_what_acts_on_different_tokens_is_no_single_adapter(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    folder = pool_of(tmp_path / "pool", model, alora_invocation_tokens=INVOKE)
+    edit_config(folder / "t0", alora_invocation_tokens=[9])
+    with pytest.raises(UsageError, match="act on different tokens"):
+        engine(model, folder).save_mixture(MIXTURES[0], tmp_path / "out")
+
+
+def test_a_prompt_that_invokes_nothing_is_still_scored(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    logo = engine(model, pool_of(tmp_path, model, alora_invocation_tokens=INVOKE), when_not_invoked="error")
+    [prompt] = tiny.prompts([12])
+    assert len(logo.select(prompt).scores) == 3
+    with pytest.raises(UsageError, match="does not contain the invocation tokens"):
+        logo.generate(prompt, max_new_tokens=2)

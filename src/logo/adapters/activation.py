@@ -10,7 +10,7 @@ What comes before that position is the base model's, whatever adapter answers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,13 +134,12 @@ def check_forced(forced: str | None) -> str | None:
     return forced
 
 
-def of_notes(notes: Mapping[str, Any]) -> Activation:
-    """What `pool.json` says about all adapters of a pool that have no invocation tokens of their own.
+def of_notes(said: Any) -> Activation:
+    """What `pool.json` says about all adapters of a pool that have no invocation tokens of their own; None: nothing.
 
     Raises:
         UsageError: something that is no activation.
     """
-    said = notes.get("activation")
     return EVERYWHERE if said is None or said == "invocation" else Activation.parse(said)
 
 
@@ -150,5 +149,6 @@ def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
     Args:
         activations: of the adapters of a pool.
     """
-    begins = [begin for one in set(activations) if (begin := one.begin(prompt)) is not None]
+    lenient = {replace(one, without=OFF) if one.without == ERROR else one for one in activations}
+    begins = [begin for one in lenient if (begin := one.begin(prompt)) is not None]
     return min(begins, default=len(prompt) - 1)

@@ -2,7 +2,8 @@
 
     A = [A_1; A_2; ...]   (R, d_in)        B = [w_1 s_1 B_1, w_2 s_2 B_2, ...]   (d_out, R)        alpha = r = R
 
-so that `B A = Σ w_i s_i B_i A_i`, exactly, whatever ranks and targets the adapters have.
+so that `B A = Σ w_i s_i B_i A_i`, exactly, whatever ranks and targets the adapters have. It acts where they act, so
+all of them have to act on the same tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.notes import ACTIVATION, write_notes
 from logo.adapters.writing import new_folder, plain_tensors, save_adapter, unscaled
 from logo.errors import UsageError
 
@@ -30,12 +32,19 @@ def write_mixture(
         The folder.
 
     Raises:
-        UsageError: there is nothing to write, or the folder holds something already.
+        UsageError: there is nothing to write, adapters act on different tokens, or the folder holds something already.
         StorageError: it cannot be written.
     """
     parts = [(adapter, weight) for adapter, weight in parts if weight]
     if not parts:
         raise UsageError("the mixture holds no adapter: there is nothing to write, the base model alone answers so")
+    places = {adapter.activation for adapter, _ in parts}
+    if len(places) > 1:
+        raise UsageError(
+            f"the mixture's adapters act on different tokens ({', '.join(sorted(map(str, places)))}), which one "
+            "adapter cannot: leave some out, or force one activation on all (--activation)"
+        )
+    [activation] = places
     stacked = _stacked(parts)
     ranks = {path: len(one.A) for path, one in stacked.items()}
     config: dict[str, object] = {
@@ -48,8 +57,12 @@ def write_mixture(
         **unscaled(ranks),
         "target_modules": _targets(ranks, linear),
     }
+    if activation.tokens:
+        config["alora_invocation_tokens"] = list(activation.tokens)
     with new_folder(folder, "the mixture") as part:
         save_adapter(part, plain_tensors(stacked), config)
+        if activation.last is not None:  # which PEFT's configuration cannot say
+            write_notes(part, {ACTIVATION: str(activation)})
     return folder
 
 

@@ -20,6 +20,7 @@ from logo.errors import StorageError, UsageError
 NOTES = "pool.json"
 CHANGES = "changes"
 BEFORE = "before"  # what was known of adapters that do not do quite the same any more
+ACTIVATION = "activation"  # where adapters act that have no invocation tokens
 ADAPTERS = "adapters"  # what is known of each adapter, by name
 
 RECORD = "training.json"
@@ -70,7 +71,7 @@ def noted(folder: Path, top: Path, own: Activation) -> Activation:
 @lru_cache(maxsize=64)  # one file speaks for all adapters of a pool
 def _activation(root: Path, *stamp: int) -> Activation:
     try:
-        return of_notes(read_notes(root))
+        return of_notes(read_notes(root).get(ACTIVATION))
     except UsageError as error:
         raise StorageError(f"{root / NOTES}: {error}") from error
 

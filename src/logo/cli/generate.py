@@ -65,7 +65,7 @@ def generate(
     """
     prompts = read_prompts(prompt, file)
     asked = as_asked(prompts, chat, system)
-    mixture = forced(adapter, base_only)
+    mixture: Any = forced(adapter, base_only)
     if compare is not None and (len(prompts) != 1 or mixture is not None):
         raise UsageError("--compare: expected one prompt, without --adapter and --base-only, which say what is mixed")
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
