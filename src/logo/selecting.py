@@ -24,7 +24,7 @@ from logo.selection.beginnings import Beginnings
 from logo.selection.index import Tell
 from logo.selection.scorer import NOT_SCORED, Best, Scorer
 from logo.selection.scorers import Scorers
-from logo.selection.selector import Forced, Selection, Selector, check_k, forced, known
+from logo.selection.selector import ACTIVATED_LEADS, LEADS, Forced, Selection, Selector, check_k, forced, known
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Weighting
 
@@ -124,7 +124,8 @@ class Choosing:
             scores, names = scores[scored], [names[i] for i in scored]
         k = min(self.pool.default_k if settings.k is None else settings.k, len(names))
         weighting = settings.reading.weighting
-        return Selector(k, weighting, settings.weight_temperature, settings.keep_mass)(scores, names)
+        leads = ACTIVATED_LEADS if self.pool.once else LEADS
+        return Selector(k, weighting, settings.weight_temperature, settings.keep_mass, leads)(scores, names)
 
 
 class Selecting(Choosing, ABC):

@@ -20,8 +20,9 @@ from logo.selection.signals import Weighting
 
 # Temperatures: one adapter nearly alone, and several.
 _SHARPEST, _BROADEST = 0.3, 0.8
-# Leads up to which a mixture is broad, and from which it is sharp, in standard deviations of neutral text.
-_UNSURE, _SURE = 0.7, 0.9
+# Leads up to which a mixture is broad, and from which it is sharp, in standard deviations of neutral text. On the few
+# tokens on which activated adapters act, adapters are less far apart.
+LEADS, ACTIVATED_LEADS = (0.7, 0.9), (0.4, 0.6)
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ class Selector:
         weighting: see the module's docstring.
         temperature: of `"softmax"`.
         keep_mass: keep the best adapters that together hold this share of the weight; None: all k.
+        leads: of `"adaptive"`, see `adaptive_temperature`.
     """
 
     k: int
     weighting: Weighting = "linear"
     temperature: float = 0.5
     keep_mass: float | None = None
+    leads: tuple[float, float] = LEADS
 
     def __call__(self, scores: Tensor, names: Sequence[str]) -> Selection:
         """The highest of these scores (adapters,), ties to the earlier name.
@@ -127,7 +130,7 @@ class Selector:
         top = ranked[: self.k]
         if self.weighting == "linear":
             return linear(top)
-        temperature = self.temperature if self.weighting == "softmax" else adaptive_temperature(ranked)
+        temperature = self.temperature if self.weighting == "softmax" else adaptive_temperature(ranked, self.leads)
         return (top / temperature).softmax(dim=0)
 
 
@@ -141,19 +144,19 @@ def linear(top: Tensor) -> Tensor:
     return top / total if total > 0 else torch.full_like(top, 1 / len(top))
 
 
-def adaptive_temperature(ranked: Tensor) -> float:
+def adaptive_temperature(ranked: Tensor, leads: tuple[float, float] = LEADS) -> float:
     """The temperature that suits these z-scores (adapters,), best first: sharp when something stands out, else broad.
 
     `lead` is how far the best score is above the mean of the next five. Not above the second alone: a near relative of
-    the right adapter is no reason to doubt it, a whole field close behind is. Up to a lead of 0.7 the mixture is broad
-    (T = 0.8), from 0.9 on it is sharp (T = 0.3), and between them log T is in proportion. Where nothing is above its
-    own baseline, the mixture is broad. The constants were chosen on rows of one pool that no study uses
-    (docs/how-selection-works.md).
+    the right adapter is no reason to doubt it, a whole field close behind is. Up to the first of `leads` the mixture is
+    broad (T = 0.8), from the second on it is sharp (T = 0.3), and between them log T is in proportion. Where nothing is
+    above its own baseline, the mixture is broad. The constants were chosen on rows of one pool that no study uses
+    (docs/how-selection-works.md), those of activated adapters on half of the tasks of one pool (docs/read-once.md).
     """
     if len(ranked) == 1 or ranked[0] <= 0:
         return _BROADEST
     lead = float(ranked[0] - ranked[1:6].mean())
-    sureness = min(max((lead - _UNSURE) / (_SURE - _UNSURE), 0.0), 1.0)
+    sureness = min(max((lead - leads[0]) / (leads[1] - leads[0]), 0.0), 1.0)
     return float(_BROADEST * (_SHARPEST / _BROADEST) ** sureness)
 
 
