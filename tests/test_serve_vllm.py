@@ -196,7 +196,7 @@ def test_what_vllms_server_cannot_do_is_refused(
         (["--dtype", "int8"], "expected 'auto'"),
         (["--vllm-mode", "merge", "-k", "16", "--adapters", "MANY"], "merging is not possible"),
         (["--max-model-len", "100000"], "512 tokens"),
-        (["--activation", "last:4"], "acts from a position of the prompt on"),
+        (["--activation", "invocation"], "an adapter has no invocation tokens"),
         (["--", "-tp", "5"], "divided among 5 GPUs"),
     ],
 )

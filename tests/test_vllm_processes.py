@@ -14,6 +14,7 @@ from logo.backends.vllm.pool import KeyedPool, check_alike, described
 from logo.backends.vllm.processes import Processes
 from logo.errors import AdapterError, PoolError, UsageError
 from logo.models import demo_folder, load_skeleton
+from logo.selection import Selection
 
 
 def test_one_process_changes_the_pool_at_a_time() -> None:
@@ -89,27 +90,24 @@ def test_a_process_takes_over_what_another_has_changed(tmp_path: Path) -> None:
         here.following(there.places, layout)
 
 
-def test_adapters_that_act_from_a_position_on_are_refused(tmp_path: Path) -> None:
+def test_where_adapters_act_is_part_of_a_pool(tmp_path: Path) -> None:
     model, layout = load_skeleton("demo"), BaseLayout.of(load_skeleton("demo"))
     pool = tmp_path / "pool"
     for task in ("antonym", "capital"):
         copied(pool / task, task)
     (pool / "pool.json").write_text(json.dumps({"activation": "last:4"}))
     options = Options.of(None, {POOL: str(pool)})
-    assert options is not None
-    with pytest.raises(UsageError, match=r"adapter 'antonym' acts from a position .* \(activation last:4\)"):
-        KeyedPool.open(options, model)
-    forced = Options.of({"logo": {"activation": "everywhere"}}, {POOL: str(pool)})
-    assert forced is not None
-    everywhere = KeyedPool.open(forced, model)
-    assert everywhere.changed(("add", "new", str(pool / "capital")), layout).adapters["new"].activation.everywhere
-    plain = Options.of(None, {POOL: str(demo_folder() / "adapters")})
-    assert plain is not None
-    there = KeyedPool.open(plain, model)
-    with pytest.raises(UsageError, match="adapter 'new' acts from a position"):
-        there.changed(("add", "new", str(pool / "capital")), layout)
-    with pytest.raises(UsageError, match="adapter 'new' acts from a position"):
-        there.following({**there.places, "new": ("0" * 32, str(pool / "capital"))}, layout)
+    forced = Options.of({"logo": {"activation": "last:2"}}, {POOL: str(pool)})
+    assert options is not None and forced is not None
+    own, other = KeyedPool.open(options, model), KeyedPool.open(forced, model)
+    for there, said in ((own, "last:4"), (other, "last:2")):
+        changed = there.changed(("add", "new", str(pool / "capital")), layout)
+        followed = there.following({**changed.places}, layout)
+        for found in (there, changed, followed):
+            assert {str(adapter.activation) for adapter in found.adapters} == {said}
+            recipe = found.recipe(Selection.forced({"antonym": 0.7, "capital": 0.3}))
+            assert str(recipe).count(f"@{said}") == 2
+            assert found.recipe(Selection.forced({"antonym": 1.0}), "everywhere").activations == {}
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_the_rows_of_a_request() -> None:
     prompt = [1, 5, 6, 7]
     assert span(Parameters(), prompt, 3, 0, 2, 1) == Span("k", "norm", 3, 0, 2, 4, True, prompt)
     assert span(Parameters(), prompt, 0, 2, 5, 1) == Span("k", "norm", 0, 2, 2, 4, True, prompt)  # the rest is answer
-    assert span(Parameters(), prompt, 3, 0, 2, 1, pictures=True) == Span("k", "norm", 3, 0, 2, 4, True)
+    assert span(Parameters(), prompt, 3, 0, 2, 1, pictures=True) == Span("k", "norm", 3, 0, 2, 4, True, prompt, True)
     assert span(Parameters(), prompt, 0, 4, 1, 1) is None
     assert span(object(), prompt, 0, 0, 4, 1) is None
 
@@ -259,10 +259,10 @@ def test_another_pool_knows_no_prefix(taps: Taps) -> None:
 def test_pictures_are_never_taken_for_text(taps: Taps) -> None:
     prompt, seen = [1] * 9, torch.rand(9, 4)
     for rows in (seen, torch.rand(9, 4)):
-        taps.begin([Span("p", "calibrated", 0, 0, 9, 9, False)])
+        taps.begin([Span("p", "calibrated", 0, 0, 9, 9, False, prompt, True)])
         taps.tap("a", rows)
         taps.tap("b", rows)
-    taps.begin([Span("q", "calibrated", 0, 8, 1, 9, False), Span("r", "calibrated", 1, 8, 1, 9, False, prompt)])
+    taps.begin([Span("q", "calibrated", 0, 8, 1, 9, False), Span("r", "calibrated", 1, 8, 1, 9, False, prompt, True)])
     assert taps.take(["q", "r"]) == {"q": UNKNOWN_PREFIX, "r": UNKNOWN_PREFIX}
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from logo.adapters.activation import earliest
+from logo.adapters.activation import NotInvoked, earliest
 from logo.adapters.pool import AdapterPool
 from logo.decoding import OVERFLOW, Cancelled, Finite, Prompts, input_device, streamed
 from logo.endings import (
@@ -139,7 +137,7 @@ class Decoder:
         self.prompts = prompts
         self._mixer = mixer
         self._beginnings = beginnings
-        self.not_invoked: Counter[str] = Counter()
+        self.not_invoked = NotInvoked()
 
     def __call__(
         self,
@@ -265,15 +263,7 @@ class Decoder:
     ) -> Onset:
         """Where the adapters of a batch begin to act; says so, once for each adapter, where one does not."""
         made = Onset.of(pool, rows, mixtures, width)
-        for name in made.silent:
-            if name not in self.not_invoked:
-                warnings.warn(
-                    f"adapter {name!r}: a prompt lacks its invocation tokens, so it does nothing there "
-                    "(--when-not-invoked says what else it may do)",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            self.not_invoked[name] += 1
+        self.not_invoked.note(made.silent)
         return made
 
     def _work(self, ids: Tensor, config: GenerationConfig) -> Work:

@@ -31,6 +31,7 @@ from logo.backends.vllm.core import Core, scores_of, values
 from logo.backends.vllm.marks import marking
 from logo.backends.vllm.overflows import watched
 from logo.backends.vllm.recipe import Recipe
+from logo.selection import Selection
 
 
 class Engine:
@@ -98,6 +99,7 @@ class Engine:
         failed = self.call("logo_take", [request.lora_name for request in requests if request is not None])[0]
         return {
             "tokens": [list(answer.outputs[0].token_ids) for answer in made],
+            "cached": [answer.num_cached_tokens for answer in made],
             "overflows": [name for name, noticed in overflows.items() if noticed.is_set()],
             "failed": {name: reason for name, reason in failed.items() if reason},
             "memory": psutil.Process().memory_info().rss,
@@ -113,7 +115,7 @@ class Engine:
         return type(worker.model_runner).__module__
 
     def _recipe(self, mixture: dict[str, float]) -> str:
-        recipe = Recipe.of((self.core.pool.keys[name], weight) for name, weight in mixture.items())
+        recipe = self.core.pool.recipe(Selection.forced(mixture))
         return str(recipe) if recipe.parts else ""
 
 

@@ -416,12 +416,6 @@ def test_what_vllm_cannot_decode_is_refused_in_a_line(inside: Any, options: dict
             call("x", **options)
 
 
-def test_adapters_that_act_from_a_position_on_are_refused(inside: Any) -> None:
-    for call in (inside.generate, inside.stream):
-        with pytest.raises(UsageError, match="acts from a position of the prompt on"):
-            call("x", activation="last:2")
-
-
 def test_a_merge_that_is_not_exact_and_a_pool_that_changes_are_refused(inside: Any, pool: Path) -> None:
     inside.merge = "cat"  # PEFT's name for the exact one
     with pytest.raises(UsageError, match="merge 'ties': the engine 'vllm' mixes adapters exactly"):
@@ -457,7 +451,6 @@ def test_a_merge_that_is_not_exact_and_a_pool_that_changes_are_refused(inside: A
         ({"model_kwargs": {"max_lora_rank": 8}}, "--max-lora-rank is 8, but adapter 'ours/large' has rank 11"),
         ({"model_kwargs": {"max_loras": 2, "max_lora_rank": 16}, "k": 4}, "--max-loras is 2, but the pool has 19"),
         ({"dtype": "int8"}, "dtype 'int8': expected"),
-        ({"activation": "last:4"}, "adapter '.*' acts from a position of the prompt on .activation last:4."),
         ({"signals": "norm"}, r"unknown setting 'signals' \(did you mean 'signal'"),
     ],
     ids=str,

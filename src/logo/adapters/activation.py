@@ -10,6 +10,8 @@ What comes before that position is the base model's, whatever adapter answers.
 from __future__ import annotations
 
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,6 +85,22 @@ class Activation:
 
 
 EVERYWHERE = Activation()
+
+
+class NotInvoked(Counter[str]):
+    """Adapter -> how often it was to answer a prompt that lacks its invocation tokens, and did nothing."""
+
+    def note(self, names: Iterable[str]) -> None:
+        """Counts these, and warns of those that are new."""
+        for name in names:
+            if name not in self:
+                warnings.warn(
+                    f"adapter {name!r}: a prompt lacks its invocation tokens, so it does nothing there "
+                    "(--when-not-invoked says what else it may do)",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            self[name] += 1
 
 
 def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:

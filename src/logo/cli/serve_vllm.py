@@ -213,14 +213,13 @@ def _planned(options: EngineOptions, base_model: str, asked: Asked, dtype: str) 
     from logo.backends.plan import UTILISATION, plan
     from logo.backends.shapes import ModelShape, PoolShape, number_dtype
     from logo.backends.vllm.launch import number
-    from logo.backends.vllm.pool import check_everywhere
     from logo.models import load_skeleton
 
     model = load_skeleton(base_model, model_dir=options.model_dir)
     shape = ModelShape.of(model)
     settings = selection_settings(options)
     fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter.value)
-    fitted = check_everywhere(fitted.acting(settings.activation, settings.when_not_invoked))
+    fitted = fitted.acting(settings.activation, settings.when_not_invoked)
     pool = PoolShape.of(model, fitted, settings)
     mode: Mode | None = None if asked.mode is VllmMode.AUTO else "gate" if asked.mode is VllmMode.GATE else "merge"
     found = plan(

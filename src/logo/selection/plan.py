@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -34,6 +34,11 @@ class Plan:
     adapters: tuple[Adapter, ...]
 
 
+def told(settings: SelectionSettings, pool: AdapterPool) -> SelectionSettings:
+    """Settings with where the adapters of a pool act, if none of them acts everywhere."""
+    return replace(settings, activations=pool.activations if pool.once else ())
+
+
 def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Plan:
     """What settings and signal ask for.
 
@@ -44,6 +49,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
         UsageError, ModelError: a point that does not exist, or that cannot be read as asked.
         PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`.
     """
+    settings = told(settings, pool)
     signal, wanted = settings.reading, settings.probe_points
     all_points, most = signal.scale == "raw", 0
     if wanted is not None and not isinstance(wanted, int):

@@ -6,7 +6,6 @@ plan -> calibrate (cached) -> index (cached) -> first stage (cached, where there
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from logo.selection.first_stage_file import first_stage_name, keep_first_stages,
 from logo.selection.index import ScoringIndex, Tell, Wanted, device_of, read_indices
 from logo.selection.index_file import build_index, bytes_of, index_name, keep_index, load_index
 from logo.selection.once import OnceReader
-from logo.selection.plan import plan
+from logo.selection.plan import plan, told
 from logo.selection.points import Point
 from logo.selection.prefixes import Prefixes, reusable
 from logo.selection.probe import Probe
@@ -75,14 +74,14 @@ class Scorers:
         listening: Listening | None = None,
         beginnings: Beginnings | None = None,
     ) -> None:
-        self._activations = pool.activations if pool.once else ()
-        settings = self._told(settings)
+        self._pool, settings = pool, told(settings, pool)
+        self._activations = settings.activations
         self._beginnings = beginnings if self._activations else None
         self._device, self._listening = device, listening
         self._plan = plan(model, pool, settings)
         count = len(self._plan.adapters)
         self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
-        self._model, self._pool, self._settings, self._encode, self._bos = model, pool, settings, encode, bos
+        self._model, self._settings, self._encode, self._bos = model, settings, encode, bos
         self._known: dict[str, Scorer] = {}  # by signal
         self._earlier: dict[str, Scorer] = {} if before is None else before._earlier | before._known
         self._keep = before is None
@@ -97,7 +96,7 @@ class Scorers:
         Args:
             tell: see `logo.selection.index.read_indices`.
         """
-        settings = self._told(settings)
+        settings = told(settings, self._pool)
         if settings.signal not in self._known:
             self._known[settings.signal] = self._open(settings, tell)
             self._earlier.pop(settings.signal, None)
@@ -105,11 +104,7 @@ class Scorers:
 
     def reading(self, settings: SelectionSettings) -> Signal:
         """How a signal is read of this pool."""
-        return self._told(settings).reading
-
-    def _told(self, settings: SelectionSettings) -> SelectionSettings:
-        """With where the adapters of the pool act."""
-        return replace(settings, activations=self._activations)
+        return told(settings, self._pool).reading
 
     def _open(self, settings: SelectionSettings, tell: Tell | None) -> Scorer:
         """Plans, calibrates and indexes, as far as that is not known."""

@@ -143,11 +143,23 @@ class Core:
         return self.choosing.choose(torch.tensor(scores), self._scored[asked.settings.signal], asked)
 
     @contextmanager
-    def request(self, selection: Selection) -> Iterator[Any]:
-        """vLLM's `LoRARequest` of a selection while its answer is on its way; None for the base model alone."""
+    def request(self, selection: Selection, forced: str | None = None) -> Iterator[Any]:
+        """vLLM's `LoRARequest` of a selection while its answer is on its way; None for the base model alone.
+
+        Args:
+            forced: see `KeyedPool.recipe`.
+
+        Raises:
+            UsageError: likewise; or the mixture cannot be made.
+        """
         from vllm.lora.request import LoRARequest
 
-        recipe = self.pool.recipe(selection)
+        recipe = self.pool.recipe(selection, forced)
+        if self.mode != "gate" and len({recipe.activation(key) for key in recipe.keys}) > 1:
+            raise UsageError(
+                f"the adapters of this mixture begin to act at different tokens, which {self.mode} mode cannot do: "
+                "start vLLM in gate mode, or force an activation"
+            )
         if not recipe.parts:
             yield None
             return

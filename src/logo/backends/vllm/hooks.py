@@ -8,11 +8,13 @@ it.
     model_manager.get_punica_wrapper                gives layers the gated products
     WorkerLoRAManager.set_active_adapters           every step: which recipes are mixed
     LRUCacheWorkerLoRAManager._load_adapter         merge mode: builds the adapter that a recipe says
-    the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts
+    the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts, and which come before
+                                                    adapters act
     OutputProcessor.add_request                     says which requests are probes
     OutputProcessor.process_outputs                 notices answers that overflow
     the dispatchers of CUDA graphs (graphs)         no graph of the whole model where a prompt is read
     Request.get_skip_reading_prefix_cache           a probe reads all of its tokens where it has to
+    kv_cache_utils.generate_block_hash_extra_keys   what comes before adapters act is cached as the base model's
     Scheduler.__init__                              gate mode: any number of different mixtures in one batch; V1 on a
                                                     CPU: blocks of keys and values are emptied before they are given
     WorkerBase.logo_*                               what the router calls
@@ -27,6 +29,7 @@ import importlib.metadata
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,11 +38,12 @@ from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
 from logo.backends.vllm.marks import reads_whole, seal
 from logo.backends.vllm.needs import HOOKS, HOOKS_V2, KNOWN, Function
+from logo.backends.vllm.onsets import check_invoked, hash_as
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import mode_of
 from logo.backends.vllm.recipe import is_recipe
 from logo.backends.vllm.worker import Worker
-from logo.errors import LoGoError, ModelError
+from logo.errors import LoGoError, ModelError, UsageError
 
 log = logging.getLogger("vllm.logo")
 
@@ -97,6 +101,10 @@ def _wrap(function: Function, hook: Callable[..., Any]) -> None:
         return hook(original, *args, **kwargs)
 
     setattr(owner, function.name, wrapped)
+    if not function.owner:  # modules that were imported before hold it, too
+        for other in list(sys.modules.values()):
+            if getattr(other, "__dict__", {}).get(function.name) is original:
+                setattr(other, function.name, wrapped)
 
 
 def _options(vllm_config: Any) -> Options | None:
@@ -191,12 +199,30 @@ def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: 
 def _seal(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     # Every request passes here on its way to the engine, in the process and the task that made it.
     seal(request.sampling_params)
+    try:
+        check_invoked(request.lora_request, request.sampling_params, request.prompt_token_ids)
+    except UsageError as error:  # said as vLLM says what is wrong with a request
+        import vllm.exceptions
+
+        raise getattr(vllm.exceptions, "VLLMValidationError", ValueError)(str(error)) from error
     return original(self, request, *args, **kwargs)
 
 
 def _skip(original: Any, self: Any) -> bool:
     # Keys and values from the cache have no hidden vectors.
     return reads_whole(self.sampling_params) or bool(original(self))
+
+
+def _hash(original: Any, request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any) -> Any:
+    # What comes before adapters act is the base model's, and everybody's who asks for the same tokens.
+    own = request.lora_request
+    if own is None:
+        return original(request, start_token_idx, end_token_idx, *args, **kwargs)
+    request.lora_request = hash_as(request, end_token_idx)
+    try:
+        return original(request, start_token_idx, end_token_idx, *args, **kwargs)
+    finally:
+        request.lora_request = own
 
 
 # -- every step --------------------------------------------------------------------------------------------------------
@@ -209,6 +235,8 @@ def _activate(original: Any, self: Any, requests: set[Any], mapping: Any) -> Any
     recipes = {request for request in requests if is_recipe(request.lora_path)}
     try:
         worker.begin_step(requests)
+        if getattr(getattr(mapping, "type", None), "name", "LANGUAGE") == "LANGUAGE":  # else: what reads pictures
+            mapping = worker.mapped(mapping)
     except Exception as error:
         _failed(worker, recipes, error)
     if worker.mode == "gate":
@@ -231,7 +259,8 @@ def _load(original: Any, self: Any, lora_request: Any) -> Any:
 
 
 def _noting(hook: Callable[[Worker], None], runner: Any) -> None:
-    """Runs a hook that notes something about a step. Where it fails, prompts that are probed have no scores."""
+    """Runs a hook that notes something about a step. Where it fails, prompts that are probed have no scores, and the
+    step's mixtures are not answered with."""
     worker = _of(getattr(runner, "lora_manager", None))
     if worker is None:
         return
@@ -239,12 +268,15 @@ def _noting(hook: Callable[[Worker], None], runner: Any) -> None:
         hook(worker)
     except Exception as error:
         log.error("LoGo: the prompts of a step could not be told apart", exc_info=error)
+        worker.late = error
 
 
 def _spans_v1(original: Any, self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
     def note(worker: Worker) -> None:
         self.cudagraph_dispatcher.logo = worker
         worker.spans = tuple(runner_v1.spans(self, worker.bos, input_batch, num_scheduled_tokens))
+        drawn = args[0] if args else kwargs.get("num_sampled_tokens")
+        worker.late = tuple(runner_v1.onsets(self, input_batch, num_scheduled_tokens, drawn))
 
     _noting(note, self)
     return original(self, input_batch, num_scheduled_tokens, *args, **kwargs)
@@ -254,7 +286,7 @@ def _remember(original: Any, self: Any, scheduler_output: Any) -> Any:
     added = original(self, scheduler_output)  # it removes a request of the same id first, which forgets it
 
     def note(worker: Worker) -> None:
-        runner_v2.remember(worker.probed, scheduler_output)
+        runner_v2.remember(worker.probed, worker.onsets, scheduler_output)
         worker.reading = not worker.probed.keys().isdisjoint(scheduler_output.num_scheduled_tokens)
         if self.cudagraph_manager is not None:
             self.cudagraph_manager.logo = worker
@@ -268,13 +300,15 @@ def _spans_v2(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwa
 
     def note(worker: Worker) -> None:
         worker.spans = tuple(runner_v2.spans(worker.probed, worker.bos, input_batch))
+        if not isinstance(worker.late, Exception):
+            worker.late = tuple(runner_v2.late(worker.onsets, input_batch))
 
     _noting(note, self)
     return input_batch
 
 
 def _forget(original: Any, self: Any, req_id: str) -> Any:
-    _noting(lambda worker: runner_v2.forget(worker.probed, req_id), self)
+    _noting(lambda worker: runner_v2.forget(worker.probed, worker.onsets, req_id), self)
     return original(self, req_id)
 
 
@@ -318,6 +352,7 @@ _WRAPPERS: Mapping[str, Callable[..., Any]] = {
     "notice": _notice,
     "seal": _seal,
     "skip": _skip,
+    "hash": _hash,
     "schedule": _schedule,
     "spans_v1": _spans_v1,
     "remember": _remember,

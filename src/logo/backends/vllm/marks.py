@@ -19,8 +19,12 @@ KEY, SIGNAL = "logo_probe", "logo_signal"
 # That a probe reads all of its prompt, also what vLLM has in its cache of keys and values.
 WHOLE = "logo_whole"
 
+# How many of its tokens are the prompt, where a completion that is scored follows it.
+PROMPT = "logo_prompt"
 
-_probing: ContextVar[dict[str, str] | None] = ContextVar("logo_probing", default=None)
+_OURS = (KEY, SIGNAL, WHOLE, PROMPT)
+
+_probing: ContextVar[dict[str, Any] | None] = ContextVar("logo_probing", default=None)
 
 
 def marked(key: str, signal: str, *, whole: bool = False) -> dict[str, str]:
@@ -38,6 +42,22 @@ def marking(key: str, signal: str, *, whole: bool = False) -> Iterator[None]:
         _probing.reset(token)
 
 
+@contextmanager
+def reading(prompt: int) -> Iterator[None]:
+    """Of requests that vLLM takes inside the block, so many tokens are the prompt."""
+    token = _probing.set({PROMPT: prompt})
+    try:
+        yield
+    finally:
+        _probing.reset(token)
+
+
+def prompt_of(parameters: Any, tokens: Sequence[int]) -> Sequence[int]:
+    """The prompt among the tokens that a request gives as its prompt."""
+    count = (getattr(parameters, "extra_args", None) or {}).get(PROMPT)
+    return tokens if count is None else tokens[:count]
+
+
 def seal(parameters: Any) -> None:
     """Makes a request that vLLM takes a probe where it is ours, and an ordinary one where it only says that it is one.
 
@@ -45,9 +65,9 @@ def seal(parameters: Any) -> None:
         parameters: vLLM's `SamplingParams` of this request alone; None where nothing is sampled.
     """
     own, given = _probing.get() or {}, getattr(parameters, "extra_args", None) or {}
-    if parameters is None or not (own or given.keys() & {KEY, SIGNAL, WHOLE}):
+    if parameters is None or not (own or given.keys() & set(_OURS)):
         return
-    others = {name: value for name, value in given.items() if name not in (KEY, SIGNAL, WHOLE)}
+    others = {name: value for name, value in given.items() if name not in _OURS}
     parameters.extra_args = {**others, **own} or None  # not in place: several requests may share it
 
 
@@ -91,4 +111,4 @@ def span(
     if count <= 0:
         return None
     begun = bos is not None and prompt[0] == bos
-    return Span(*found, row, computed, count, len(prompt), begun, None if pictures else prompt)
+    return Span(*found, row, computed, count, len(prompt), begun, prompt, pictures)

@@ -97,6 +97,12 @@ HOOKS: Mapping[str, Function] = {
         "vllm.v1.engine.output_processor", "OutputProcessor", "process_outputs", ("self", "engine_core_outputs")
     ),
     "skip": Function("vllm.v1.request", "Request", "get_skip_reading_prefix_cache", ("self",)),
+    "hash": Function(
+        "vllm.v1.core.kv_cache_utils",
+        "",
+        "generate_block_hash_extra_keys",
+        ("request", "start_token_idx", "end_token_idx"),
+    ),
     "schedule": Function("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", ("self", "vllm_config")),
     "spans_v1": Function(
         "vllm.v1.worker.lora_model_runner_mixin",
@@ -187,11 +193,13 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     # Which rows of a step are whose.
     Attributes(("vllm.v1.worker.gpu_model_runner",), "GPUModelRunner", ("requests", "kv_caches")),
     Attributes(("vllm.v1.worker.lora_model_runner_mixin",), "LoRAModelRunnerMixin", ("lora_manager",)),
-    Attributes(("vllm.v1.worker.gpu_input_batch",), "InputBatch", ("req_ids", "num_computed_tokens_cpu")),
+    Attributes(
+        ("vllm.v1.worker.gpu_input_batch",), "InputBatch", ("req_ids", "num_computed_tokens_cpu", "num_prompt_tokens")
+    ),
     Attributes(
         ("vllm.v1.worker.gpu_input_batch",),
         "CachedRequestState",
-        ("sampling_params", "prompt_token_ids", "mm_features"),
+        ("sampling_params", "prompt_token_ids", "mm_features", "lora_request"),
     ),
     Attributes(
         ("vllm.v1.worker.gpu.input_batch",), "InputBatch", ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np")
@@ -199,11 +207,15 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
     Attributes(
         ("vllm.v1.core.sched.output",),
         "NewRequestData",
-        ("req_id", "sampling_params", "prompt_token_ids", "mm_features"),
+        ("req_id", "sampling_params", "prompt_token_ids", "mm_features", "lora_request", "prompt_embeds"),
     ),
     Attributes(("vllm.v1.core.sched.output",), "SchedulerOutput", ("scheduled_new_reqs",)),
-    Attributes(("vllm.v1.request",), "Request", ("sampling_params",)),
-    Attributes(("vllm.v1.engine",), "EngineCoreRequest", ("sampling_params",)),
+    Attributes(
+        ("vllm.v1.request",),
+        "Request",
+        ("sampling_params", "lora_request", "prompt_token_ids", "num_prompt_tokens"),
+    ),
+    Attributes(("vllm.v1.engine",), "EngineCoreRequest", ("sampling_params", "lora_request", "prompt_token_ids")),
     # Answers that overflow.
     Attributes(("vllm.v1.engine",), "EngineCoreOutput", ("request_id", "num_nans_in_logits")),
     Attributes(("vllm.v1.engine.output_processor",), "OutputProcessor", ("request_states",)),

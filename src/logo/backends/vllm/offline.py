@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
+from logo.adapters.activation import NotInvoked
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import AdapterPool
 from logo.backends.vllm.core import Core, values
 from logo.backends.vllm.hooks import version
 from logo.backends.vllm.likelihood import scored, scoring
-from logo.backends.vllm.pool import check_everywhere
+from logo.backends.vllm.marks import reading
 from logo.backends.vllm.probing import InWorkers
 from logo.backends.vllm.requests import Group, Requests, Running
 from logo.backends.vllm.sampling import check_config, parameters
@@ -30,7 +31,7 @@ from logo.calls import Calls
 from logo.decoder import Decoding, Generation, overflow
 from logo.decoding import Prompts
 from logo.errors import ModelError, UsageError
-from logo.mixing import EXACT, Merge
+from logo.mixing import EXACT, NEVER, Merge, begins
 from logo.scoring import Scored, continued_rows
 from logo.selection import Selection
 from logo.selection.plan import plan
@@ -75,6 +76,7 @@ class VllmLoGo(Calls):
         self._version = self.pool.version
         self._layout = BaseLayout.of(model)
         self._lock = threading.RLock()
+        self._not_invoked = NotInvoked()
         self._requests = Requests(llm.llm_engine)
         pool = self.core.staged(None, self._call("logo_stage", None))
         self._call("logo_commit")
@@ -100,6 +102,11 @@ class VllmLoGo(Calls):
     @property
     def points(self) -> tuple[str, ...]:
         return tuple(self._selecting.open(self.settings)["points"])
+
+    @property
+    def not_invoked(self) -> Mapping[str, int]:
+        """Adapter -> how often it was to answer a prompt that lacks its invocation tokens, and did nothing."""
+        return dict(self._not_invoked)
 
     @property
     def folding(self) -> dict[str, Any]:
@@ -140,7 +147,7 @@ class VllmLoGo(Calls):
 
     def _decoding(self, decoding: Decoding) -> Decoding:
         check_config(decoding.config)
-        check_everywhere(self.pool.acting(decoding.activation))
+        self.pool.acting(decoding.activation)  # refuses one that an adapter cannot have
         return decoding
 
     def _answers(
@@ -153,8 +160,9 @@ class VllmLoGo(Calls):
         streamer: BaseStreamer | None,
     ) -> list[Generation]:
         started = time.perf_counter()
+        self._invoke(rows, [selection.mixture for selection in selections], decoding.activation)
         with ExitStack() as stack:
-            loras = [stack.enter_context(self.core.request(selection)) for selection in selections]
+            loras = [stack.enter_context(self.core.request(one, decoding.activation)) for one in selections]
             group = stack.enter_context(self._requests.together())
             if streamer is not None:
                 stack.callback(streamer.end)
@@ -174,7 +182,8 @@ class VllmLoGo(Calls):
 
     def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Iterator[str]:
         said = _Pieces(self.tokenizer, skip_special_tokens=True)
-        with self.core.request(selection) as lora, self._requests.together() as group:
+        self._invoke([row], [selection.mixture], decoding.activation)
+        with self.core.request(selection, decoding.activation) as lora, self._requests.together() as group:
             self._start(group, row, lora, decoding, every_token=True)
             for tokens in group.pieces():
                 self._check_finite(group.running[0], selection, lora)
@@ -197,6 +206,20 @@ class VllmLoGo(Calls):
             self._check_finite(group.running[0], selection, lora)
             for token in tokens:
                 streamer.put(torch.tensor([token]))
+
+    def _invoke(
+        self, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], forced: str | None = None
+    ) -> None:
+        """Notes which adapters do nothing in a prompt that lacks their invocation tokens.
+
+        Raises:
+            UsageError: that is an error.
+        """
+        pool = self.pool.acting(forced)
+        if not all(activation.everywhere for activation in pool.activations):
+            for row, mixture in zip(rows, mixtures, strict=True):
+                found = begins(pool, mixture, row)
+                self._not_invoked.note(name for name, begin in found.items() if begin == NEVER)
 
     def _check_finite(self, one: Running, selection: Selection, lora: Any) -> None:
         """Raises NotFinite where the model's output was not a number, and leaves none of these to other requests."""
@@ -232,13 +255,15 @@ class VllmLoGo(Calls):
                 f"score: adapter {head!r} acts on the output head, of which the engine 'vllm' computes the last "
                 "token's alone; use the engine 'local'"
             )
+        self._invoke([ids for ids, _ in pairs], mixtures)
         with ExitStack() as stack:
             chosen = [Selection.forced(mixture) for mixture in mixtures]
             loras = [stack.enter_context(self.core.request(selection)) for selection in chosen]
             group = stack.enter_context(self._requests.together())
             for (ids, gold), lora in zip(pairs, loras, strict=True):
                 # The last gold token is only predicted, never read.
-                group.start([*ids, *gold[:-1]], scoring(gold), lora)
+                with reading(len(ids)):
+                    group.start([*ids, *gold[:-1]], scoring(gold), lora)
             group.wait()
             self._check_mixed([lora.lora_name for lora in loras if lora is not None])
         return [scored(one.last, gold) for one, (_, gold) in zip(group.running, pairs, strict=True)]

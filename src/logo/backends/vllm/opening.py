@@ -68,7 +68,6 @@ def open_engine(
     checked_options(model_kwargs)
     from logo.backends.vllm.offline import VllmLoGo
     from logo.backends.vllm.options import Options
-    from logo.backends.vllm.pool import check_everywhere
     from logo.backends.vllm.skeleton import skeleton
 
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
@@ -76,7 +75,7 @@ def open_engine(
     place, opened = _opened(pool, base_model, model_dir, on_bad_adapter, settings)
     model = skeleton(source, computed)
     fitted = opened.fit(BaseLayout.of(model), on_bad_adapter=on_bad_adapter)
-    fitted = check_everywhere(fitted.acting(settings.activation, settings.when_not_invoked))
+    fitted = fitted.acting(settings.activation, settings.when_not_invoked)
     shape = PoolShape.of(model, fitted, settings)  # refuses a pool that cannot be scored, before vLLM is started
     given = dict(model_kwargs)
     additional = dict(given.pop("additional_config", None) or {})

@@ -50,7 +50,7 @@ class KeyedPool:
     def of(cls, adapters: AdapterPool, forced: str | None = None, without: str = OFF) -> KeyedPool:
         """Reads every adapter's file once, for its digest."""
         keys = {adapter.name: key_of(adapter) for adapter in adapters}
-        return cls(check_everywhere(adapters.acting(forced, without)), keys, forced, without)
+        return cls(adapters.acting(forced, without), keys, forced, without)
 
     @classmethod
     def open(cls, options: Options, model: PreTrainedModel) -> KeyedPool:
@@ -116,23 +116,21 @@ class KeyedPool:
 
     def _of(self, adapters: Iterable[Adapter], keys: Mapping[str, str]) -> KeyedPool:
         pool = AdapterPool(adapters, self.adapters.refused, default_k=self.adapters.default_k)
-        pool = check_everywhere(pool.acting(self.forced, self.without))
+        pool = pool.acting(self.forced, self.without)
         return replace(self, adapters=pool, keys={name: keys[name] for name in pool.names})
 
-    def recipe(self, selection: Selection) -> Recipe:
-        """The recipe of a selection; without adapters, it is the base model's and has no parts."""
-        return Recipe.of((self.keys[name], weight) for name, weight in selection.mixture.items() if weight)
+    def recipe(self, selection: Selection, forced: str | None = None) -> Recipe:
+        """The recipe of a selection; without adapters, it is the base model's and has no parts.
 
+        Args:
+            forced: where all adapters act; None: each where it does in this pool.
 
-def check_everywhere(pool: AdapterPool) -> AdapterPool:
-    """Raises UsageError where an adapter acts only from a position on."""
-    late = next((adapter for adapter in pool if not adapter.activation.everywhere), None)
-    if late is not None:
-        raise UsageError(
-            f"adapter {late.name!r} acts from a position of the prompt on (activation {late.activation}), which vLLM "
-            "cannot do yet: use the engine 'local', or activation 'everywhere'"
-        )
-    return pool
+        Raises:
+            UsageError: see `logo.adapters.activation.acting`.
+        """
+        pool = self.adapters.acting(forced)
+        where = {self.keys[name]: pool[name].activation for name in selection.mixture}
+        return Recipe.of(((self.keys[name], weight) for name, weight in selection.mixture.items() if weight), where)
 
 
 def opened_pool(options: Options, base_model: str) -> AdapterPool:

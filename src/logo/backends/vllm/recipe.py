@@ -1,10 +1,12 @@
 """Recipes: a mixture as a string, which any worker can rebuild from its own pool.
 
     logo://d1f0a3…:0.25,77b2c9…:0.75            key of the adapter's content : weight, highest weight first
+    logo://d1f0a3…:0.25@last:4,77b2c9…:0.75@7.8 where it acts: from the last 4 tokens of a prompt, the tokens 7 8, on
 
 A recipe travels as name and path of a `LoRARequest`. vLLM keys cached keys and values by these two, and recipes name
 what adapters contain rather than what they are called. So an adapter that is replaced under its own name never meets
-keys and values of the one before. A position from which a mixture acts would follow behind an `@`; there is none yet.
+keys and values of the one before. Where adapters act is said by rule, so that a recipe is the same for every prompt;
+`logo.backends.vllm.onsets` has the positions.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from logo.adapters.activation import EVERYWHERE, OFF, Activation, check_without
 from logo.adapters.digests import KEY_DIGITS
 from logo.errors import UsageError
 
@@ -28,19 +31,26 @@ class Recipe:
 
     Attributes:
         parts: key of an adapter and its weight; every key once.
+        activations: where those act that do not act everywhere, by key.
     """
 
     parts: tuple[tuple[str, float], ...]
+    activations: Mapping[str, Activation] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, mixture: Iterable[tuple[str, float]]) -> Recipe:
-        """A recipe of keys and weights. The weights of adapters that contain the same are added up."""
+    def of(cls, mixture: Iterable[tuple[str, float]], activations: Mapping[str, Activation] | None = None) -> Recipe:
+        """A recipe of keys and weights. The weights of adapters that contain the same are added up.
+
+        Args:
+            activations: where adapters act, by key; those that are not there act everywhere.
+        """
         weights: dict[str, float] = {}
         for key, weight in mixture:
             weights[key] = weights.get(key, 0.0) + weight
         # As floats are written with nine digits, every float32 survives.
         parts = ((key, float(f"{weight:.9g}")) for key, weight in weights.items())
-        return cls(tuple(sorted(parts, key=lambda part: (-part[1], part[0]))))
+        late = {key: one for key, one in (activations or {}).items() if key in weights and not one.everywhere}
+        return cls(tuple(sorted(parts, key=lambda part: (-part[1], part[0]))), late)
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
@@ -51,19 +61,36 @@ class Recipe:
         """
         head, _, rest = text.partition("#")[0].partition(SCHEME)
         entries = [entry.partition(":") for entry in rest.split(",")] if rest else []
+        parts, activations = [], {}
         try:
             if head or not entries:
                 raise ValueError("no scheme, or no adapter")
-            parts = tuple((key, float(weight)) for key, _, weight in entries)
+            for key, _, said in entries:
+                weight, late, where = said.partition("@")
+                parts.append((key, float(weight)))
+                if late:
+                    activations[key] = _read(where)
         except ValueError:
             raise UsageError(f"expected a recipe {SCHEME}KEY:WEIGHT,..., found {text!r:.80}") from None
         keys = [key for key, _ in parts]
         if not all(map(_is_key, keys)) or len(set(keys)) < len(keys) or not all(math.isfinite(w) for _, w in parts):
             raise UsageError(f"expected a recipe {SCHEME}KEY:WEIGHT,..., found {text!r:.80}")
-        return cls(parts)
+        return cls(tuple(parts), activations)
 
     def __str__(self) -> str:
-        return SCHEME + ",".join(f"{key}:{weight:.9g}" for key, weight in self.parts)
+        return SCHEME + ",".join(f"{key}:{weight:.9g}{self._where(key)}" for key, weight in self.parts)
+
+    def _where(self, key: str) -> str:
+        return f"@{_written(self.activations[key])}" if key in self.activations else ""
+
+    def activation(self, key: str) -> Activation:
+        """Where an adapter acts."""
+        return self.activations.get(key, EVERYWHERE)
+
+    def only(self, keys: Iterable[str]) -> Recipe:
+        """Of these adapters alone."""
+        kept = set(keys)
+        return Recipe(tuple(part for part in self.parts if part[0] in kept), self.activations)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -97,3 +124,23 @@ def is_recipe(path: str) -> bool:
 
 def _is_key(key: str) -> bool:
     return len(key) == KEY_DIGITS and all(character in "0123456789abcdef" for character in key)
+
+
+def _written(activation: Activation) -> str:
+    """`last:4`, or invocation tokens `7.8`, with what is done without them: `7.8~error`, `7.8~last:2`."""
+    if not activation.tokens:
+        return str(activation)
+    tokens = ".".join(map(str, activation.tokens))
+    return tokens if activation.without == OFF else f"{tokens}~{activation.without}"
+
+
+def _read(where: str) -> Activation:
+    """What `_written` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if where.startswith("last:"):
+        return Activation.parse(where)
+    tokens, _, without = where.partition("~")
+    return Activation(tuple(map(int, tokens.split("."))), without=check_without(without or OFF))

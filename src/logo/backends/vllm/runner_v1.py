@@ -1,16 +1,19 @@
 """vLLM's model runner V1 (`vllm/v1/worker/gpu_model_runner.py`, also on a CPU): which rows of a step are whose.
 
-Relied on: `set_active_loras(input_batch, num_scheduled_tokens, ...)` is called before every step of real requests, with
-the batch in the order of its rows. `input_batch` has `req_ids`, `num_computed_tokens_cpu` and `num_prompt_tokens`; the
-runner's `requests` have `sampling_params`, `prompt_token_ids` and `mm_features`.
+Relied on: `set_active_loras(input_batch, num_scheduled_tokens, num_sampled_tokens)` is called before every step of real
+requests, with the batch in the order of its rows. `input_batch` has `req_ids`, `num_computed_tokens_cpu` and
+`num_prompt_tokens`; the runner's `requests` have `sampling_params`, `prompt_token_ids`, `mm_features` and
+`lora_request`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from logo.backends.vllm.marks import span
+from logo.backends.vllm.onsets import Onset, Rows, known
 from logo.backends.vllm.sums import Span
 
 
@@ -31,3 +34,24 @@ def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[in
         if found is not None:
             yield found
         row += int(count)
+
+
+def onsets(runner: Any, input_batch: Any, scheduled: Sequence[int], drawn: Sequence[int] | None) -> Iterator[Rows]:
+    """The rows of the step that comes in which not all adapters of a request act.
+
+    Args:
+        drawn: how many tokens are drawn of each request; None: one.
+    """
+    row = place = 0
+    for i, (request_id, count) in enumerate(zip(input_batch.req_ids, scheduled, strict=False)):
+        state, draws = runner.requests[request_id], 1 if drawn is None else int(drawn[i])
+        if state.lora_request is not None:
+            onset = known(state, functools.partial(_onset, state, int(input_batch.num_prompt_tokens[i])))
+            start = int(input_batch.num_computed_tokens_cpu[i])
+            if onset is not None and not onset.settled(start):
+                yield Rows(onset, row, int(count), start, place, draws)
+        row, place = row + int(count), place + draws
+
+
+def _onset(state: Any, length: int) -> Onset | None:
+    return Onset.of(state.lora_request, state.sampling_params, state.prompt_token_ids, length)

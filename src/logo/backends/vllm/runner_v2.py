@@ -1,9 +1,9 @@
 """vLLM's model runner V2 (`vllm/v1/worker/gpu/model_runner.py`, the default on GPUs): which rows of a step are whose.
 
-Relied on: `add_requests(scheduler_output)` sees every new request with its `sampling_params`, `prompt_token_ids` and
-`mm_features` before its first step, and `prepare_inputs` returns an `InputBatch` whose `req_ids` are in the order of
-the rows, with `num_scheduled_tokens` and `num_computed_tokens_np`. Sampling parameters are nowhere to be found later,
-so probed requests are remembered by id until `_remove_request`.
+Relied on: `add_requests(scheduler_output)` sees every new request with its `sampling_params`, `prompt_token_ids` (or
+`prompt_embeds`), `mm_features` and `lora_request` before its first step, and `prepare_inputs` returns an `InputBatch`
+whose `req_ids` are in the order of the rows, with `num_scheduled_tokens` and `num_computed_tokens_np`. Sampling
+parameters are nowhere to be found later, so what is known of a request is remembered by id until `_remove_request`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,31 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from logo.backends.vllm.marks import mark, span
+from logo.backends.vllm.onsets import Onset, Rows
 from logo.backends.vllm.sums import Span
 
 # Request id -> its sampling parameters, its prompt, and whether that has pictures.
 Probed = MutableMapping[str, tuple[Any, Any, bool]]
+Onsets = MutableMapping[str, Onset]
 
 
-def remember(probed: Probed, scheduler_output: Any) -> None:
-    """Notes which new requests are probes."""
+def remember(probed: Probed, onsets: Onsets, scheduler_output: Any) -> None:
+    """Notes which new requests are probes, and where adapters begin to act."""
     for request in scheduler_output.scheduled_new_reqs:
+        prompt = request.prompt_token_ids
+        length = len(request.prompt_embeds) if prompt is None else len(prompt)
+        onset = Onset.of(request.lora_request, request.sampling_params, prompt, length)
+        if onset is not None:
+            onsets[request.req_id] = onset
         if mark(request.sampling_params) is not None:
             pictures = bool(request.mm_features)
             probed[request.req_id] = request.sampling_params, request.prompt_token_ids, pictures
 
 
-def forget(probed: Probed, request_id: str) -> None:
+def forget(probed: Probed, onsets: Onsets, request_id: str) -> None:
     """A request has ended, or begins anew."""
     probed.pop(request_id, None)
+    onsets.pop(request_id, None)
 
 
 def spans(probed: Probed, bos: int | None, input_batch: Any) -> Iterator[Span]:
@@ -42,4 +50,15 @@ def spans(probed: Probed, bos: int | None, input_batch: Any) -> Iterator[Span]:
             found = span(parameters, prompt, row, computed, count, bos, pictures=pictures)
             if found is not None:
                 yield found
+        row += count
+
+
+def late(onsets: Onsets, input_batch: Any) -> Iterator[Rows]:
+    """The rows of the step that comes in which not all adapters of a request act."""
+    row = 0
+    for i, request_id in enumerate(input_batch.req_ids):
+        count, onset = int(input_batch.num_scheduled_tokens[i]), onsets.get(request_id)
+        start = int(input_batch.num_computed_tokens_np[i])
+        if onset is not None and not onset.settled(start):
+            yield Rows(onset, row, count, start, i, 1)
         row += count

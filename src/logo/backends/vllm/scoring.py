@@ -9,20 +9,24 @@ first says which texts are needed, and the second finds what the taps have kept 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.taps import Taps
 from logo.decoding import Prompts
 from logo.errors import ModelError
-from logo.selection.plan import plan
+from logo.selection.plan import plan, told
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
 from logo.selection.scorers import Scorers
+from logo.selection.settings import SelectionSettings
+from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 
 
@@ -74,7 +78,7 @@ class Scoring:
             `texts`: those that have to be run first, as token ids, for `calibrate`: often none; `names`: the adapters
             that are scored; `points`: where prompts are read.
         """
-        settings = self._options.settings.asked(signal=signal)
+        settings = self._settings(signal)
         try:
             scorer = self._scorers.get(settings)
         except _TextsNeeded as needed:
@@ -105,9 +109,22 @@ class Scoring:
     def install(self) -> None:
         """Scores by this state from now on."""
         for signal, scorer in self._ready.items():
-            self._taps.score(signal, scorer, self._options.settings.asked(signal=signal))
+            self._taps.score(signal, scorer, self._settings(signal))
+
+    def _settings(self, signal: str) -> SelectionSettings:
+        return told(self._options.settings.asked(signal=signal), self._pool)
 
     def _listening(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
         if self._kept is None:
             raise _TextsNeeded([list(row) for row in texts.rows])
-        return self._kept(points)
+        acted = _acted(texts, signal) if signal.token == "tail" else None
+        return (replace(heard, acted=acted) for heard in self._kept(points))
+
+
+def _acted(texts: Texts, signal: Signal) -> Tensor:
+    """(vectors,) bool: on which of the tokens of texts that are read adapters act."""
+    found = []
+    for row in texts.rows:
+        read = torch.arange(int(row[0] == texts.bos and len(row) > 1), len(row))
+        found.append(read >= earliest(signal.activations, row))
+    return torch.cat(found)

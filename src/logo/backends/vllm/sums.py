@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from logo.adapters.activation import earliest
 from logo.selection.scorer import Scorer
+from logo.selection.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Span:
         count: how many rows.
         total: tokens of the prompt.
         bos: whether the prompt begins with the token that begins every text, which is not read where every token is.
-        prompt: its tokens; None where they do not say all of what is read, as with pictures.
+        prompt: its tokens.
+        pictures: whether these do not say all of what is read.
     """
 
     key: str
@@ -37,22 +40,30 @@ class Span:
     count: int
     total: int
     bos: bool
-    prompt: Sequence[int] | None = None
+    prompt: Sequence[int] = ()
+    pictures: bool = False
 
     @property
     def end(self) -> int:
         """The position behind the last token."""
         return self.start + self.count
 
-    def read(self, token: str) -> range:
-        """The positions that are read by a signal that reads this `token` (see `logo.selection.signals.Signal`)."""
+    def read(self, token: str, unread: int) -> range:
+        """The positions that are read by a signal that reads this `token` (see `logo.selection.signals.Signal`).
+
+        Args:
+            unread: what `self.unread` gave for the prompt.
+        """
         if token == "last" and self.signal:  # of texts for a calibration, whoever asks for them takes the last one
             return range(self.end - 1 if self.end == self.total else self.end, self.end)
-        return range(max(self.start, self.unread(token)), self.end)
+        return range(max(self.start, unread), self.end)
 
-    def unread(self, token: str) -> int:
-        """Tokens at the beginning of the prompt that such a signal leaves out."""
-        return int(token == "each" and self.bos and self.total > 1)
+    def unread(self, signal: Signal) -> int:
+        """Tokens at the beginning of the prompt that a signal leaves out. Texts of a calibration are read whole."""
+        begun = int(signal.token in ("each", "tail") and self.bos and self.total > 1)
+        if signal.token == "tail" and self.signal:
+            return max(begun, earliest(signal.activations, self.prompt))
+        return begun
 
 
 @dataclass
@@ -63,6 +74,7 @@ class PromptSums:
         signal: the signal that scores it.
         total: tokens of the prompt.
         scorer: of the pool as it was when the prompt began to be read.
+        unread: tokens at its beginning that are not read.
         seen: how many of them have been run, or were run for another prompt.
         read: how many of them have been read.
         by_point: per point: the summed responses (adapters,), or hidden vectors (d,) where their mean is scored.
@@ -74,6 +86,7 @@ class PromptSums:
     signal: str
     total: int
     scorer: Scorer | None = None
+    unread: int = 0
     seen: int = 0
     read: int = 0
     by_point: dict[int, Tensor] = field(default_factory=dict)
@@ -104,6 +117,7 @@ class Part:
         first, end: which parts of the step's sums are the prompt's.
         ended: the digests of the prompt's prefixes that the step ends, those of its first parts.
         blocks: how many blocks the step ends.
+        unread: of how many of them no token is read.
     """
 
     key: str
@@ -111,6 +125,7 @@ class Part:
     end: int
     ended: tuple[bytes, ...]
     blocks: int
+    unread: int
 
 
 @dataclass(frozen=True)
@@ -148,11 +163,12 @@ class Step:
         rows, owners, prompts = [], [], []
         before = 0
         for i, (span, sums) in enumerate(spans):
-            positions = torch.arange(span.start, span.end)[span.read(token).start - span.start :]
+            positions = torch.arange(span.start, span.end)[span.read(token, sums.unread).start - span.start :]
             cut = block if sums.prefixes else span.total
             first, last = span.start // cut, (span.end - 1) // cut
             ended = sums.prefixes[first : span.end // cut]
-            parts.append(Part(span.key, before, before + last - first + 1, ended, span.end // cut - first))
+            unread = max(0, sums.unread // cut - first)
+            parts.append(Part(span.key, before, before + last - first + 1, ended, span.end // cut - first, unread))
             rows.append(positions + (span.row - span.start))
             owners.append(positions // cut - first + before)
             prompts.append(torch.full((len(positions),), i))

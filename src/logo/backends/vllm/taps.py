@@ -126,16 +126,14 @@ class Taps:
                 sums.failure = CHANGED
             self._prompts.move_to_end(span.key)
         for signal in dict.fromkeys(span.signal for span in spans):
-            how = self._scorers[signal][1] if signal in self._scorers else None
-            if not signal and self._listening is not None:
-                how = self._listening[1]
+            how = self._how(signal)
             if how is None:
                 continue
             sums_of = ((span, self._prompts[span.key]) for span in spans if span.signal == signal)
             own = [(span, sums) for span, sums in sums_of if sums.failure is None]
             step = Step.of(own, how.token, self._block(), self._device)
             for span, sums in own:
-                sums.read += len(span.read(how.token))
+                sums.read += len(span.read(how.token, sums.unread))
             if step is not None:
                 self._steps[signal] = step
         for span in spans:  # at last: of prompts whose step could not be begun, it is missed then
@@ -143,24 +141,32 @@ class Taps:
         while len(self._prompts) > _MOST_WAITING:
             self._prompts.popitem(last=False)
 
+    def _how(self, signal: str) -> Signal | None:
+        """How a signal reads; without a name, how the texts of a calibration are read."""
+        if not signal and self._listening is not None:
+            return self._listening[1]
+        return self._scorers[signal][1] if signal in self._scorers else None
+
     def _begun(self, span: Span) -> PromptSums:
         """A prompt of which these are the first tokens that are run for it."""
-        scorer, how = self._scorers.get(span.signal, (None, None))
-        sums = PromptSums(span.signal, span.total, scorer, seen=span.start)
-        if how is None or how.token == "last":
+        scorer, _ = self._scorers.get(span.signal, (None, None))
+        sums, how = PromptSums(span.signal, span.total, scorer, seen=span.start), self._how(span.signal)
+        sums.unread = 0 if how is None else span.unread(how)
+        if how is None or not span.signal or how.token == "last":
             # A calibration keeps the vectors of all tokens; where the last one is read, those before it do not matter.
-            sums.failure = UNKNOWN_PREFIX if how is None and span.start else None
+            sums.failure = UNKNOWN_PREFIX if not span.signal and span.start else None
             return sums
         block = self._block()
-        if block and span.prompt is not None:
-            sums.prefixes = digests(span.prompt, block, span.signal)
-        if span.start:
+        if block and not span.pictures:
+            of = f"{span.signal} {sums.unread}" if how.token == "tail" else span.signal
+            sums.prefixes = digests(span.prompt, block, of)
+        if span.start > sums.unread:
             there = sums.prefixes and not span.start % block
             known = self._prefixes.get(sums.prefixes[span.start // block - 1]) if there else None
             if known is None:
                 sums.failure = UNKNOWN_PREFIX
             else:
-                sums.by_point, sums.read = dict(enumerate(known)), span.start - span.unread(how.token)
+                sums.by_point, sums.read = dict(enumerate(known)), span.start - sums.unread
         return sums
 
     def _end_step(self) -> None:
@@ -176,8 +182,9 @@ class Taps:
                 silent = [point.name for i, point in enumerate(sums.scorer.points) if i not in ended]
                 if silent:
                     sums.failure = sums.failure or f"the model was run without reading {', '.join(silent)}"
-                elif part.ended and not sums.failure:
-                    self._prefixes.put(part.ended, [ended[i] for i in range(len(ended))])
+                elif part.ended[part.unread :] and not sums.failure:
+                    sums_of = [ended[i][part.unread :] for i in range(len(ended))]
+                    self._prefixes.put(part.ended[part.unread :], sums_of)
 
     def active(self, place: str) -> bool:
         """Whether anything is read there in this step."""

@@ -20,6 +20,7 @@ from logo.adapters.pool import AdapterPool
 from logo.backends.vllm import graphs
 from logo.backends.vllm.built import lora_model, nothing
 from logo.backends.vllm.gates import StepGates, turned
+from logo.backends.vllm.onsets import Onset, Rows, mapped
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of, scoring_signals
 from logo.backends.vllm.processes import Processes
@@ -72,7 +73,9 @@ class Worker:
             int(options.settings.prefix_cache_gb * 1e9),
         )
         self.spans: Sequence[Span] = ()  # of the step that comes, as its runner says
+        self.late: Sequence[Rows] | Exception = ()  # likewise, or why its runner cannot say
         self.probed: dict[str, tuple[Any, Any, bool]] = {}  # probes among the requests of runner V2
+        self.onsets: dict[str, Onset] = {}  # of requests of runner V2
         self._mixtures: dict[int, tuple[str, Recipe]] = {}  # by vLLM's ids, the latest last
         self._failures: dict[str, str] = {}  # recipe -> why it was not mixed
         # Compiled layers keep what their slices are for and where they are read; a pool that changes may use others.
@@ -207,6 +210,22 @@ class Worker:
             self._mixtures.pop(next(iter(self._mixtures)))
         if recipes:
             self.make_resident()
+
+    def mapped(self, mapping: Any) -> Any:
+        """vLLM's mapping of the step's tokens to adapters, with what acts on each of them.
+
+        Raises:
+            ModelError: adapters begin to act at different positions, which merged ones cannot.
+        """
+        late, self.late = self.late, ()
+        if isinstance(late, Exception):
+            raise late
+        for one in late:
+            for number, recipe in one.onset.others.items():
+                if self.mode != "gate":
+                    raise ModelError(f"in {self.mode} mode all adapters of a mixture begin to act at the same token")
+                self._mixtures[number] = one.onset.text, recipe
+        return mapped(mapping, late) if late else mapping
 
     def recipe(self, text: str) -> Recipe:
         """The recipe that a text says. One of adapters that are not here is the base model's, and noted as failed."""

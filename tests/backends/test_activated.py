@@ -1,0 +1,243 @@
+"""Adapters that act from a position of the prompt on, inside vLLM: tokens, scores and likelihoods of the local engine,
+which answers as PEFT's aLoRA does (`tests/test_activation.py`), and one cache for the probe and every mixture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Engines
+from vllm_server import ASSETS, Server, environment
+
+from logo import LoGo, UsageError
+from logo.adapters.activation import Activation
+from logo.models import demo_folder, load_base
+from logo.selection import Selection
+from make_adapters import edit_config
+from test_engine import write_adapter
+from tolerances import same_scores, same_selection
+
+SamplingParams: Any = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm").SamplingParams
+
+BLOCK = 32
+# Prompts of more tokens than fit into a step are read in chunks, which end anywhere.
+VLLM = {"enforce_eager": True, "max_model_len": 512, "block_size": BLOCK, "max_num_batched_tokens": 72}
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MIXTURES: list[dict[str, float]] = [{"a": 0.7, "b": 0.5}, {"b": 0.4, "c": 0.9}, {"c": 1.0}, {}]
+KINDS = {"last": "gate", "last, merged": "merge", "invocation": "gate", "mixed": "gate"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settings_of_vllm() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def invoking() -> list[int]:
+    """Tokens of which every second prompt has some near its end."""
+    _, tokenizer = load_base("demo", device="cpu")
+    ids: list[int] = tokenizer(" is", add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def prompts(invoking: list[int]) -> list[list[int]]:
+    """Of 20 to 200 tokens."""
+    _, tokenizer = load_base("demo", device="cpu")
+    files = sorted((demo_folder() / "heldout").glob("*.jsonl"))
+    rows = [json.loads(line)["context"] for file in files for line in file.read_text().splitlines()[:3]]
+    ids = [tokenizer("\n".join(rows[i : i + 1 + i % 12]))["input_ids"][: 150 + 4 * i] for i in range(8)]
+    return [row[:-2] + (invoking if i % 2 == 0 else []) + row[-2:] for i, row in enumerate(ids)]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def pool(kind: str, invoking: list[int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters of different ranks on different modules."""
+    folder = tmp_path_factory.mktemp("pool")
+    model, _ = load_base("demo", device="cpu")
+    for number, (name, modules) in enumerate((("a", ("q_proj", "v_proj")), ("b", EVERY), ("c", ("q_proj", "v_proj")))):
+        write_adapter(folder / name, model, modules, rank=2 + number, seed=number, scale=0.06)
+        if kind == "invocation" or (kind == "mixed" and name == "a"):
+            edit_config(folder / name, alora_invocation_tokens=invoking)
+    if kind != "invocation":
+        (folder / "pool.json").write_text(json.dumps({"activation": "last:4"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(pool: Path) -> LoGo:
+    return LoGo.from_pretrained("demo", pool, device="cpu", k=2)
+
+
+@pytest.fixture(scope="module")
+def inside(kind: str, pool: Path) -> Iterator[Any]:
+    """The engine inside vLLM."""
+    told = {"additional_config": {"logo": {"mode": KINDS[kind]}}}
+    made: Any = LoGo.from_pretrained("demo", pool, engine="vllm", k=2, model_kwargs={**VLLM, **told})
+    assert made.core.mode == KINDS[kind]
+    yield made
+    made.close()
+
+
+def tokens(answers: Any) -> list[tuple[int, ...]]:
+    return [answer.token_ids for answer in answers]
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
+def test_mixtures_are_those_of_the_local_engine(inside: Any, local: LoGo, prompts: list[list[int]]) -> None:
+    mixtures = [MIXTURES[i % len(MIXTURES)] for i in range(len(prompts))]
+    options: dict[str, Any] = {"adapters": mixtures, "max_new_tokens": 8}
+    expected = tokens(local.generate(prompts, **options))
+    assert tokens(inside.generate(prompts, **options)) == expected  # nothing is cached
+    assert tokens(inside.generate(prompts, **options)) == expected  # everything is
+    everywhere = tokens(local.generate(prompts, **options, activation="everywhere"))
+    assert everywhere != expected  # so that what is compared depends on where adapters act
+    assert tokens(inside.generate(prompts, **options, activation="everywhere")) == everywhere
+    late = tokens(local.generate(prompts, **options, activation="last:9"))
+    assert tokens(inside.generate(prompts, **options, activation="last:9")) == late
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
+@pytest.mark.parametrize("signal", ["calibrated", "norm", "entropy"])
+def test_selections_are_those_of_the_local_engine(
+    inside: Any, local: LoGo, prompts: list[list[int]], signal: str
+) -> None:
+    for _ in range(2):  # the second time from the cache
+        for found, expected in zip(
+            inside.select(prompts, signal=signal), local.select(prompts, signal=signal), strict=True
+        ):
+            same_selection(found, expected)
+    assert inside.points == local.points
+    answers = inside.generate(prompts, max_new_tokens=4, signal=signal)
+    expected_answers = local.generate(prompts, max_new_tokens=4, signal=signal)
+    for one, other in zip(answers, expected_answers, strict=True):
+        same_selection(one.selection, other.selection)
+        assert one.token_ids == other.token_ids
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
+def test_adapters_that_do_nothing_are_counted(inside: Any, local: LoGo, prompts: list[list[int]]) -> None:
+    counts = []
+    for engine in (inside, local):
+        before = Counter(engine.not_invoked)
+        engine.generate([*prompts[1:], prompts[0]], adapters=MIXTURES * 2, max_new_tokens=1)
+        counts.append(Counter(engine.not_invoked) - before)
+    assert counts[0] == counts[1] and bool(counts[0]) == any(a.activation.tokens for a in local.pool)
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
+def test_likelihoods_are_those_of_the_local_engine(inside: Any, local: LoGo, prompts: list[list[int]]) -> None:
+    pairs = [(prompt, [7, 8, 9]) for prompt in prompts]
+    for mixture in MIXTURES:
+        found, expected = (engine.score_pairs(pairs, [mixture] * len(pairs)) for engine in (inside, local))
+        assert [one.nll for one in found] == same_scores([one.nll for one in expected])
+
+
+def test_every_mixture_finds_what_the_probe_has_read(inside: Any, kind: str, prompts: list[list[int]]) -> None:
+    if kind not in ("last", "last, merged"):
+        pytest.skip("of prompts of which all but the last four tokens are the base model's")
+    prompt = prompts[5][::-1]  # nobody else's
+    inside.select(prompt)
+    for mixture in MIXTURES:
+        with inside.core.request(Selection.forced(mixture)) as lora, inside._requests.together() as group:
+            group.start(prompt, SamplingParams(max_tokens=1, temperature=0.0), lora)
+            group.wait()
+            found = group.running[0].last.num_cached_tokens
+        assert found == (len(prompt) - 4) // BLOCK * BLOCK > 0, mixture
+
+
+def test_mixtures_that_begin_at_different_tokens_are_not_merged(inside: Any, kind: str, local: LoGo) -> None:
+    if kind != "last, merged":
+        pytest.skip("of merged mixtures")
+    pool = inside.core.pool
+    other = replace(pool.adapters["a"], activation=Activation(last=2))
+    changed = replace(pool, adapters=type(pool.adapters)([other, pool.adapters["b"]]))
+    inside.core.pool = changed
+    try:
+        with pytest.raises(UsageError, match="begin to act at different tokens, which merge mode cannot do"):
+            inside.generate("x", adapters={"a": 1.0, "b": 1.0}, max_new_tokens=1)
+        with inside.core.request(Selection.forced({"b": 1.0})) as one:
+            assert one is not None
+    finally:
+        inside.core.pool = pool
+
+
+# -- the other runner, and the server ----------------------------------------------------------------------------------
+
+
+def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, prompts: list[list[int]]) -> None:
+    local = LoGo.from_pretrained("demo", device="cpu", k=4, activation="last:4")
+    mixtures = [{local.names[i]: 0.7, local.names[-1 - i]: 0.4} if i % 4 else {} for i in range(len(prompts))]
+    texts = [local.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    probes = [{"do": "probe_counted", "prompts": texts, "signal": signal} for signal in ("calibrated", "calibrated")]
+    slots = {"max_loras": 16, "max_lora_rank": 8, "max_num_batched_tokens": 72, "max_num_seqs": 8, "block_size": BLOCK}
+    *scores, made, again, runner = engines.run(
+        tmp_path,
+        {**slots, "max_model_len": 512},
+        {"k": 4, "activation": "last:4"},
+        *probes,
+        *({"do": "generate", "rows": list(zip(texts, mixtures, strict=True)), "max_tokens": 6} for _ in range(2)),
+        {"do": "runner"},
+        PRETEND_V2="1",
+    )
+    assert runner == "vllm.v1.worker.cpu.model_runner"
+    for one in scores:  # the second time from the cache
+        for own, expected in zip(one["scores"], local.select(texts), strict=True):
+            assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3)
+    answers = local.generate(texts, adapters=mixtures, max_new_tokens=6)
+    for one in (made, again):
+        assert one["tokens"] == [list(answer.token_ids) for answer in answers] and not one["failed"]
+    lengths = [len(local.tokenizer(text)["input_ids"]) for text in texts]
+    assert all(found >= (n - 4) // BLOCK * BLOCK for found, n in zip(made["cached"], lengths, strict=True))
+    assert sum(made["cached"]) > 0
+
+
+def test_the_server_answers_what_the_local_engine_does(
+    serve: Callable[..., Server], tmp_path: Path, invoking: list[int], prompts: list[list[int]]
+) -> None:
+    shutil.copytree(ASSETS / "adapters", tmp_path / "pool")
+    for config in (tmp_path / "pool").glob("*/adapter_config.json"):
+        edit_config(config.parent, alora_invocation_tokens=invoking)
+    local = LoGo.from_pretrained("demo", tmp_path / "pool", device="cpu", k=4, when_not_invoked="error")
+    server = serve(
+        *("--max-loras", "16", "--max-lora-rank", "8", "--max-model-len", "512", "--block-size", str(BLOCK)),
+        *("--middleware", "logo.backends.vllm.Router", "--enable-prompt-tokens-details"),
+        env=environment(tmp_path / "pool", k=4, when_not_invoked="error"),
+    )
+    invoked = [prompt for prompt in prompts if local.pool[local.names[0]].activation.begin(prompt) is not None]
+    expected = local.generate(invoked, max_new_tokens=6)
+    for prompt, one in zip(invoked, expected, strict=True):
+        asked = {"model": "logo", "prompt": prompt, "max_tokens": 6, "temperature": 0, "return_token_ids": True}
+        status, found = server.ask("/v1/completions", asked)
+        assert status == 200 and found["logo"]["adapters"] == list(one.selection.adapters)
+        assert found["choices"][0]["text"].rstrip() == one.text.rstrip()
+        begin = local.pool[local.names[0]].activation.begin(prompt)
+        assert begin is not None
+        cached = (found["usage"]["prompt_tokens_details"] or {"cached_tokens": 0})["cached_tokens"]
+        assert cached == begin // BLOCK * BLOCK  # what the probe has read
+        name = local.names[3]
+        status, found = server.ask("/v1/completions", {**asked, "model": name})
+        assert (
+            found["choices"][0]["text"].rstrip()
+            == local.generate(prompt, adapters={name: 1.0}, max_new_tokens=6).text.rstrip()
+        )
+    lacking = {"model": "logo", "prompt": invoked[0][: -len(invoking) - 2], "max_tokens": 2}
+    for more in ({}, {"logo": {"adapters": {local.names[0]: 1.0}}}):
+        status, found = server.ask("/v1/completions", {**lacking, **more})
+        assert status == 400 and "does not contain the invocation tokens" in found["error"]["message"]
