@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from logo.adapters.activation import EVERYWHERE, Activation
 from logo.backends.vllm.marks import PROMPT, reading, seal
-from logo.backends.vllm.onsets import Onset, Rows, check_invoked, hash_as, mapped
+from logo.backends.vllm.onsets import Onset, Rows, check_invoked, hash_as, mapped, others
 from logo.backends.vllm.recipe import Recipe
-from logo.errors import UsageError
+from logo.errors import ModelError, UsageError
 
 A, B = "a" * 16, "b" * 16
 
@@ -83,6 +83,16 @@ def test_only_the_rows_of_the_request_are_mapped() -> None:
     before = Mapping((7, 7, 5, 5, 5, 5, 5, 5), (7, 5, 5, 5))
     rows = [Rows(late, 2, 3, 2, 1, 1), Rows(never, 5, 3, 6, 2, 2)]
     assert mapped(before, rows) == Mapping((7, 7, 0, 0, 5, 0, 0, 0), (7, 5, 0, 0))
+
+
+def test_merged_mixtures_act_all_at_once() -> None:
+    request = lora(a=Activation(last=2), b=Activation(last=4))
+    late = onset(request, [1] * 6)
+    assert late is not None and late.begins == (2, 4)
+    [(number, (text, recipe))] = others([Rows(late, 0, 6, 0, 0, 1)], "gate").items()
+    assert text == request.lora_path and recipe.keys == (B,) and late.ids(0, 6) == [0, 0, number, number, 5, 5]
+    with pytest.raises(ModelError, match="begin to act at the same token"):
+        others([Rows(late, 0, 6, 0, 0, 1)], "merge")
 
 
 def scheduled(request: Any, prompt: list[int], parameters: Any = None) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 from logo.adapters.activation import OFF, Activation
 from logo.backends.vllm.marks import prompt_of
 from logo.backends.vllm.recipe import Recipe, is_recipe
+from logo.errors import ModelError
 
 # Ids of mixtures of some of a recipe's adapters, beside vLLM's, which are of 31 bits.
 _SOME = 2**32
@@ -119,6 +120,18 @@ def mapped(mapping: Any, rows: Iterable[Rows]) -> Any:
         tokens[one.row : one.row + one.count] = one.onset.ids(one.start, one.count)
         drawn[one.drawn : one.drawn + one.draws] = [one.onset.last] * one.draws
     return replace(mapping, index_mapping=tuple(tokens), prompt_mapping=tuple(drawn))
+
+
+def others(rows: Iterable[Rows], mode: str) -> dict[int, tuple[str, Recipe]]:
+    """The mixtures of some of a recipe's adapters in a step, by id, with the recipe.
+
+    Raises:
+        ModelError: adapters begin to act at different positions, which merged ones cannot.
+    """
+    found = {number: (one.onset.text, some) for one in rows for number, some in one.onset.others.items()}
+    if found and mode != "gate":
+        raise ModelError(f"in {mode} mode all adapters of a mixture begin to act at the same token")
+    return found
 
 
 def known(state: Any, find: Callable[[], Onset | None]) -> Onset | None:

@@ -20,7 +20,7 @@ from logo.adapters.pool import AdapterPool
 from logo.backends.vllm import graphs
 from logo.backends.vllm.built import lora_model, nothing
 from logo.backends.vllm.gates import StepGates, turned
-from logo.backends.vllm.onsets import Onset, Rows, mapped
+from logo.backends.vllm.onsets import Onset, Rows, mapped, others
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of, scoring_signals
 from logo.backends.vllm.processes import Processes
@@ -212,19 +212,11 @@ class Worker:
             self.make_resident()
 
     def mapped(self, mapping: Any) -> Any:
-        """vLLM's mapping of the step's tokens to adapters, with what acts on each of them.
-
-        Raises:
-            ModelError: adapters begin to act at different positions, which merged ones cannot.
-        """
+        """vLLM's mapping of the step's tokens to adapters, with what acts on each of them."""
         late, self.late = self.late, ()
         if isinstance(late, Exception):
             raise late
-        for one in late:
-            for number, recipe in one.onset.others.items():
-                if self.mode != "gate":
-                    raise ModelError(f"in {self.mode} mode all adapters of a mixture begin to act at the same token")
-                self._mixtures[number] = one.onset.text, recipe
+        self._mixtures |= others(late, self.mode)
         return mapped(mapping, late) if late else mapping
 
     def recipe(self, text: str) -> Recipe:
