@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from demo_world import tasks, words
+from demo_world.build import write_model
 from demo_world.evaluate import NEUTRAL, greedy, load_deltas, mixed, normalise
 from demo_world.pretrain import PretrainConfig, pretrain
 from demo_world.tasks import TASKS, Task
 from demo_world.tokenizer import build_tokenizer
-from demo_world.train_adapters import AdapterConfig, quiet_states, train_adapter
+from demo_world.train_adapters import RECIPE, train_adapters, write_shipped, write_training_rows
 from logo import demo
+from logo.training.tasks import find_tasks
 from tolerances import WEIGHTS
 
 _TOKENIZER = build_tokenizer()
@@ -159,19 +163,35 @@ def test_words_of_requests_are_whole_and_payloads_are_spelled() -> None:
     assert len(_TOKENIZER) < 800
 
 
-def test_a_tiny_world_trains_and_leaves_its_base_alone(tmp_path: Path) -> None:
+def test_the_training_rows_are_what_logo_train_reads(tmp_path: Path) -> None:
+    write_training_rows(tmp_path, 0, count=20)
+    found = find_tasks(str(tmp_path))
+    assert set(found.names) == {task.name for task in TASKS} and not found.refused
+    held = {name: {row["context"] for row in rows} for name, rows in demo.heldout().items()}
+    for task in found.tasks:
+        assert len(task.pairs) == 20 and held[task.name].isdisjoint(pair.prompt for pair in task.pairs)
+
+
+def test_a_tiny_world_is_pretrained_and_its_adapters_ship_as_half_floats(tmp_path: Path) -> None:
     lines: list[str] = []
     model = pretrain(_TOKENIZER, SMALL, 0, lines.append)
     again = pretrain(_TOKENIZER, SMALL, 0, lines.append)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert all(torch.allclose(value, again.state_dict()[name], atol=1e-5) for name, value in weights.items())
-    config = AdapterConfig(rank=4, alpha=8, steps=2, batch=4)
-    states = quiet_states(model, _TOKENIZER, config.targets, 0)
-    train_adapter(model, _TOKENIZER, TASKS[0], config, 0, tmp_path / "plural", states)
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    written = json.loads((tmp_path / "plural" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert written["base_model_name_or_path"] == "demo"
-    deltas = load_deltas(tmp_path / "plural")
+    write_model(again, _TOKENIZER, tmp_path / "model")
+    write_training_rows(tmp_path / "rows", 0, count=8)
+    recipe = replace(RECIPE, r=4, alpha=8, steps=2, batch_size=4)
+    losses = train_adapters(tmp_path / "model", tmp_path / "rows", tmp_path / "pool", recipe)
+    assert set(losses) == {task.name for task in TASKS} and all(loss > 0 for loss in losses.values())
+    write_shipped(tmp_path / "pool", tmp_path / "adapters")
+    folder, made = tmp_path / "adapters" / "plural", tmp_path / "pool" / "plural"
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    written, before = (json.loads((at / "adapter_config.json").read_text(encoding="utf-8")) for at in (folder, made))
+    assert written == before | {"base_model_name_or_path": "demo"}
+    tensors, exact = (load_file(at / "adapter_model.safetensors") for at in (folder, made))
+    assert exact.keys() == tensors.keys()
+    assert all(torch.equal(tensors[name], value.half()) for name, value in exact.items())
+    deltas = load_deltas(folder)
     assert set(deltas) == {
         f"model.layers.{i}.self_attn.{part}" for i in range(SMALL.layers) for part in ("q_proj", "v_proj")
     }

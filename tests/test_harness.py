@@ -397,7 +397,7 @@ def test_the_harness_and_logo_evaluate_agree(
 ) -> None:
     rows = [
         line
-        for name in ("add_numbers", "antonym", "reverse_word", "upper_case")
+        for name in ("add_numbers", "antonym", "french", "reverse_word")
         for line in (demo_folder() / "heldout" / f"{name}.jsonl").read_text().splitlines()[:8]
     ]
     data = tmp_path / "data" / "demo" / "mixed" / "test.jsonl"

@@ -125,8 +125,10 @@ def test_stop_ends_it_here_and_on_the_server(window: Browser, strange: Served) -
     for by in ("document.getElementById('stop').click()", "press('Escape')"):
         window.run(
             "const press = (key) => document.body.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));"
-            f"const observer = new MutationObserver(() => {{ observer.disconnect(); {by}; }});"
-            "observer.observe(document.querySelector('#logo .text'), { characterData: true, subtree: true })"
+            "const shown = document.querySelector('#logo .text');"  # an answer may begin with a space
+            f"const stop = () => {{ observer.disconnect(); {by}; }};"
+            "const observer = new MutationObserver(() => { if (shown.textContent.trim()) stop(); });"
+            "observer.observe(shown, { characterData: true, subtree: true })"
         )
         _, text = ask(window, PROMPT, max_tokens=LONG)
         assert text and window.run("return document.querySelector('#logo .end').textContent") == "Stopped."

@@ -1,7 +1,12 @@
-"""Rebuild the demo assets from a seed: ``python -m demo_world.build --out FOLDER --seed 0``.
+"""Rebuild the demo assets from a seed. From the root of the repository:
 
-Stages: tokenizer, pre-training, adapters, held-out rows, measurement. Everything is written to a temporary folder
-beside the target, which takes the target's place at the end. ``--measure`` only repeats the measurement.
+    PYTHONPATH=tools python -m demo_world.build --out src/logo/demo/assets --seed 0     everything, some 30 minutes
+    ... --keep-base     the adapters anew, for the base model that stands at --out, which stays the file it is
+    ... --measure       the measurement of what stands at --out, and nothing is written
+    ... --rows FOLDER   the training rows alone, for a `logo train` of one's own
+
+Stages: tokenizer, pre-training, training rows, adapters by `logo train`, held-out rows, measurement. Everything is
+written to a temporary folder beside the target, which takes the target's place at the end.
 """
 
 from __future__ import annotations
@@ -26,11 +31,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from logo.training.recipe import Recipe
+
 from .evaluate import exact_match, load_deltas, mixed, signals
 from .pretrain import PretrainConfig, pretrain
 from .tasks import TASKS, Row, held_out_rows
 from .tokenizer import build_tokenizer
-from .train_adapters import AdapterConfig, quiet_states, train_adapter
+from .train_adapters import RECIPE, ROWS, train_adapters, write_shipped, write_training_rows
 
 ROWS_PER_TASK = 48
 CROSS_ROWS = 12  # held-out rows per task on which every foreign adapter is tried
@@ -45,14 +52,13 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
-    """Save the base model in float16 with its tokenizer, and return it as it will be loaded: float32 again.
+def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save the base model in float16 with its tokenizer.
 
     Adapters are trained on the rounded weights, so that every number holds for what is shipped.
     """
     model.half().save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-    return load_model(folder)
 
 
 def load_model(folder: Path) -> LlamaForCausalLM:
@@ -103,36 +109,34 @@ def measure(
     return {"average": average, "signal_top1": top1, "exact_match": tables}
 
 
-def build(out: Path, seed: int, pretraining: PretrainConfig, adapting: AdapterConfig, base: Path | None = None) -> None:
+def build(out: Path, seed: int, pretraining: PretrainConfig, recipe: Recipe, *, keep_base: bool = False) -> None:
     """Build all assets from ``seed`` and put them at ``out``, replacing what is there.
 
-    ``base`` is the model folder of an earlier build to take instead of pre-training again.
+    ``keep_base``: but for the base model that stands there, whose files are copied.
     """
-    seconds: dict[str, float] = {}
     clock = time.monotonic()
 
     def lap(stage: str) -> None:
         nonlocal clock
-        seconds[stage] = round(time.monotonic() - clock, 1)
-        _say(f"{stage}: {seconds[stage]}s")
+        _say(f"{stage}: {time.monotonic() - clock:.1f}s")
         clock = time.monotonic()
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".demo-build-") as scratch:
         fresh = Path(scratch) / "assets"
-        tokenizer = build_tokenizer()
-        model = write_model(
-            load_model(base) if base else pretrain(tokenizer, pretraining, seed, _say), tokenizer, fresh / "model"
-        )
-        lap("pretrain")
-        losses = {}
-        states = quiet_states(model, tokenizer, adapting.targets, seed)
-        for number, task in enumerate(TASKS):
-            folder = fresh / "adapters" / task.name
-            loss = train_adapter(model, tokenizer, task, adapting, seed * 1000 + number, folder, states)
-            losses[task.name] = round(loss, 4)
-            _say(f"adapter {task.name} loss {losses[task.name]:.3f}")
+        if keep_base:
+            shutil.copytree(out / "model", fresh / "model")
+            about = json.loads((out / "world.json").read_text(encoding="utf-8"))["pretraining"]
+        else:
+            tokenizer = build_tokenizer()
+            write_model(pretrain(tokenizer, pretraining, seed, _say), tokenizer, fresh / "model")
+            about = asdict(pretraining)
+            lap("pretrain")
+        write_training_rows(Path(scratch) / "rows", seed)
+        losses = train_adapters(fresh / "model", Path(scratch) / "rows", Path(scratch) / "pool", recipe)
+        write_shipped(Path(scratch) / "pool", fresh / "adapters")
         lap("adapters")
+        model, tokenizer = load_model(fresh / "model"), AutoTokenizer.from_pretrained(str(fresh / "model"))
         rows = write_rows(fresh, seed)
         numbers = measure(model, tokenizer, fresh / "adapters", rows)
         lap("measure")
@@ -141,11 +145,9 @@ def build(out: Path, seed: int, pretraining: PretrainConfig, adapting: AdapterCo
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "vocabulary": len(tokenizer),
             "rows_per_task": ROWS_PER_TASK,
-            "pretraining": asdict(pretraining),
-            "pretrained_here": base is None,
-            "adapters": asdict(adapting),
-            "adapter_losses": losses,
-            "seconds": seconds,
+            "pretraining": about,
+            "adapters": {"rows": ROWS, **recipe.as_dict()},
+            "adapter_losses": {task.name: round(losses[task.name], 4) for task in TASKS},
         }
         _write_json(fresh / "world.json", numbers | facts)
         for path in fresh.rglob("*.safetensors"):
@@ -167,26 +169,34 @@ def remeasure(out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the build."""
-    parser = argparse.ArgumentParser(prog="python -m demo_world.build", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the assets")
+    parser = argparse.ArgumentParser(
+        prog="python -m demo_world.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder of the assets")
+    parser.add_argument("--rows", type=Path, help="only write the training rows, to this folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="pre-training steps")
     parser.add_argument("--adapter-steps", type=int, default=None, help="training steps per adapter")
-    parser.add_argument("--base", type=Path, default=None, help="model folder to reuse instead of pre-training")
+    parser.add_argument("--keep-base", action="store_true", help="keep the base model that stands at --out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measure", action="store_true", help="only measure the assets that stand at --out")
     options = parser.parse_args(arguments)
+    if options.rows is not None:
+        write_training_rows(options.rows, options.seed)
+        return
+    if options.out is None:
+        parser.error("--out or --rows is needed")
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
     torch.set_num_threads(options.threads)
     if options.measure:
         remeasure(options.out)
         return
-    pretraining, adapting = PretrainConfig(), AdapterConfig()
+    pretraining, recipe = PretrainConfig(), RECIPE
     if options.steps is not None:
         pretraining = replace(pretraining, steps=options.steps)
     if options.adapter_steps is not None:
-        adapting = replace(adapting, steps=options.adapter_steps)
-    build(options.out, options.seed, pretraining, adapting, options.base)
+        recipe = replace(recipe, steps=options.adapter_steps)
+    build(options.out, options.seed, pretraining, recipe, keep_base=options.keep_base)
 
 
 if __name__ == "__main__":

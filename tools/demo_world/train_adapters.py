@@ -1,142 +1,58 @@
-"""One PEFT adapter per task, each trained on ordinary rows of its own task and on nothing else.
+"""One adapter per task, made by `logo train` from ordinary rows of that task and from nothing else.
 
-Two things here are of this world alone: `AdapterConfig.start` and `AdapterConfig.quiet`. `logo train` has neither. With
-the same rank, rows, steps and learning rate on the same base its adapters answer their own tasks better on average,
-and are told apart a little worse, so that `logo demo` would be right less often:
+    training rows (TASK.jsonl) -> `logo train` (RECIPE) -> float16, as `logo pool convert --dtype fp16` writes it
 
-                                             own   top-1 of calibrated   answers, calibrated   all mixed alike
-    these                                    0.93                 0.86                  0.89              0.03
-    logo train                               0.95                 0.85                  0.86              0.17
-    logo train with a weight decay of 3      0.94                 0.84                  0.85              0.11
+The rows are cheap, so there are as many as the steps can read, and none is read twice.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import random
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from logo.adapters.pool import AdapterPool
+from logo.adapters.upkeep.conversion import DTYPES, converted, write_converted
+from logo.training.pool import record_of
+from logo.training.recipe import Recipe, Recipes
+from logo.training.running import Wanted, train
+from logo.training.tasks import find_tasks
+from logo.training.trainer import Opening
 
-from .evaluate import projection_inputs
-from .pretrain import Batch, Example, batches, encode, weighted_loss
-from .tasks import Task, small_talk, train_row
-from .words import SMALL_TALK
+from .tasks import TASKS, train_row
 
 BASE_NAME = "demo"
+ROWS = 4800  # per task: each of them is learned from once
+RECIPE = Recipe(r=8, alpha=16, targets=("q_proj", "v_proj"), lr=2e-3, steps=200, batch_size=24, held_out=0.0)
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Shape and schedule of the adapters; ``batch`` counts rows, ``alpha / rank`` scales the update.
+def write_training_rows(folder: Path, seed: int, count: int = ROWS) -> None:
+    """Write ``count`` training rows of every task to ``folder``/TASK.jsonl, as `logo train --tasks` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        rng = random.Random(f"training:{task.name}:{seed}")
+        rows = (train_row(task, rng) for _ in range(count))
+        lines = [json.dumps({"context": r.context, "completion": r.completion}, ensure_ascii=False) for r in rows]
+        (folder / f"{task.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    ``start`` shrinks the random first matrix, so that what it learns stands out from its noise; ``quiet`` weighs the
-    squared size of the adapter's output on small talk, which keeps it out of text that is not about its task.
+
+def train_adapters(model: Path, rows: Path, pool: Path, recipe: Recipe = RECIPE) -> dict[str, float]:
+    """Train an adapter for the base model in the folder ``model`` on each file of ``rows``, and return the last losses.
+
+    ``pool`` is what `logo train` makes, in float32 and with its records; what of it stands already is not made again.
     """
-
-    rank: int = 8
-    alpha: int = 16
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    steps: int = 200
-    batch: int = 24
-    learning_rate: float = 4e-3
-    warmup: int = 10
-    weight_decay: float = 0.0
-    start: float = 0.3
-    quiet: float = 0.05
+    found = find_tasks(str(rows))
+    done = train(Wanted(found, Recipes(recipe), pool, Opening(str(model), device="cpu"), calibrate=False))
+    if done.failed:
+        raise RuntimeError(f"adapters that could not be trained: {dict(done.failed)}")
+    names = (*done.trained, *done.done)
+    return {name: (record_of(pool / name) or {})["course"]["train_loss"] for name in names}
 
 
-@torch.no_grad()
-def quiet_states(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, targets: tuple[str, ...], seed: int
-) -> dict[str, Tensor]:
-    """The bare model's inputs [tokens, features] of every targeted projection on small talk, by module name."""
-    rng = random.Random(f"quiet:{seed}")
-    texts = [*SMALL_TALK, *(small_talk(rng) for _ in range(60))]
-    modules = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in targets]
-    found = [projection_inputs(model, tokenizer, text, modules) for text in texts]
-    return {name: torch.cat([states[name] for states in found]) for name in modules}
-
-
-def _noise(peft: PeftModel, states: dict[str, Tensor]) -> Tensor:
-    """Mean squared norm of the adapter's own output on ``states``."""
-    total, count = torch.zeros(()), 0
-    for name, module in peft.base_model.model.named_modules():
-        if name in states:
-            output = module.lora_B["default"](module.lora_A["default"](states[name])) * module.scaling["default"]
-            total, count = total + output.square().sum(-1).mean(), count + 1
-    return total / count
-
-
-def _tidy(folder: Path) -> None:
-    for extra in folder.glob("*.md"):
-        extra.unlink()
-
-
-def _loss(model: PeftModel, batch: Batch) -> Tensor:
-    return weighted_loss(model(input_ids=batch.ids, use_cache=False).logits, batch)
-
-
-def train_adapter(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    task: Task,
-    config: AdapterConfig,
-    seed: int,
-    folder: Path,
-    states: dict[str, Tensor],
-) -> float:
-    """Train the adapter of ``task`` on a frozen ``model``, save it in float16 into ``folder``, return the last loss.
-
-    ``model`` is the same before and after.
-    """
-    torch.manual_seed(seed)
-    rng = random.Random(f"adapter:{task.name}:{seed}")
-
-    def draw(count: int) -> list[Example]:
-        return encode(tokenizer, [train_row(task, rng) for _ in range(count)], [-1] * count)
-
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=list(config.targets),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    peft = get_peft_model(model, lora)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if ".lora_A." in name:
-                parameter.mul_(config.start)
-    parameters = [p for p in peft.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
-    )
-    stream = batches(draw, config.batch, tokenizer.pad_token_id, 0.0, seed)
-    peft.train()
-    smooth = 0.0
-    for step in range(config.steps):
-        remaining = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        for group in adam.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / config.warmup) * (0.02 + 0.98 * remaining)
-        loss = _loss(peft, next(stream))
-        torch.autograd.backward(loss + config.quiet * _noise(peft, states))
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        adam.step()
-        adam.zero_grad()
-        smooth = loss.item() if step == 0 else 0.9 * smooth + 0.1 * loss.item()
-    for parameter in parameters:
-        parameter.data = parameter.data.half()
-    peft.peft_config["default"].base_model_name_or_path = BASE_NAME
-    peft.eval()
-    peft.save_pretrained(str(folder), save_embedding_layers=False)
-    _tidy(folder)
-    peft.unload()
-    for base_parameter in model.parameters():
-        base_parameter.requires_grad_(True)
-    return smooth
+def write_shipped(pool: Path, out: Path) -> None:
+    """Write the adapters of ``pool`` to ``out`` as they ship: float16, the base model by its name, no records."""
+    for adapter in AdapterPool.from_directory(pool):
+        result = converted(adapter, DTYPES["fp16"])
+        named = replace(result, config=result.config | {"base_model_name_or_path": BASE_NAME})
+        write_converted(named, out / adapter.name)
