@@ -472,3 +472,15 @@ def test_a_smaller_lead_is_enough_on_few_tokens(tmp_path: Path) -> None:
         chosen = engine(model, folder, signal="calibrated").reselect({"t0": 1.65, "t1": 1.0, "t2": 1.0})
         weights.append(chosen.weights[0] / chosen.weights[1])
     assert weights == pytest.approx([math.exp(0.65 / 0.8), math.exp(0.65 / 0.3)], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "static"])
+def test_a_checkpoint_that_names_its_cache(kind: str, tmp_path: Path) -> None:
+    model: Any = tiny.model("gemma3", eos_token_id=None)
+    logo = engine(model, notes(pool_of(tmp_path, model), "last:4"))
+    prompt = tiny.prompts([40])[0]
+    want = logo.generate(prompt, max_new_tokens=3)
+    with read_tokens(model) as seen:
+        found = logo.generate(prompt, max_new_tokens=3, cache_implementation=kind)
+    assert found.token_ids == want.token_ids
+    assert seen == ([4, 4, 1, 1] if kind == "hybrid" else [4, 40, 1, 1])

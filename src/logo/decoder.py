@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 
+# Kinds of cache by transformers' names that hold what a plain one holds; Gemma's checkpoints ask for the last.
+_PLAIN_CACHES = (None, "dynamic", "dynamic_full", "hybrid")
+
+
 @dataclass(frozen=True)
 class Generation:
     """One answer.
@@ -233,6 +237,7 @@ class Decoder:
         if start > 0 and self._beginnings is not None:
             cache = self._beginnings.cache(rows, onset.ends, [max(0, start - pad) for pad in onset.pads])
             cache.batch_repeat_interleave(_copies(config))
+            config.cache_implementation = None  # transformers takes a cache, or the name of one
             options[cache_argument(self.model) or ""] = cache
         work = self._work(ids[:, start:], config)
         with (
@@ -255,7 +260,7 @@ class Decoder:
 
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
         """Whether what comes before all adapters act is read by the base model alone."""
-        cached = config.use_cache is not False and config.cache_implementation is None
+        cached = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
         return self._beginnings is not None and pool.once and cached
 
     def _onset(
