@@ -105,9 +105,9 @@ class Trouble(RuleBasedStateMachine):
 
     @invariant()
     def mixtures_are_what_they_are_when_computed_afresh(self) -> None:
-        step = [(mixture, 1 + i % 2, i % 3 > 0) for i, (_, mixture) in enumerate(self.present)]
+        step = [(mixture, 1 + i % 2, i % 3 > 0, i) for i, (_, mixture) in enumerate(self.present)]
         assert self.packed.gate(step) == any(mixture for mixture, _ in self.present)
-        tokens = [i for i, (_, count, _) in enumerate(step) for _ in range(count)]
+        tokens = [i for i, (_, count, *_) in enumerate(step) for _ in range(count)]
         heads = sorted(range(len(step)), key=lambda i: not step[i][2])
         with self.packed.hooks(), torch.no_grad():
             for name, module in MODULES.items():
@@ -131,9 +131,9 @@ def test_without_a_mixture_outputs_are_bit_equal_to_the_base_model() -> None:
     before = module(x)
     with packed.hooks():
         mixture = joined(store, {0: 1.0})
-        assert not packed.gate([]) and not packed.gate([(None, 3, True)])
+        assert not packed.gate([]) and not packed.gate([(None, 3, True, 0)])
         assert torch.equal(module(x), before)
-        assert packed.gate([(mixture, 3, True)])
+        assert packed.gate([(mixture, 3, True, 0)])
         assert not torch.equal(module(x), before)
     assert torch.equal(module(x), before)
 
@@ -149,7 +149,7 @@ def test_few_adapters_among_many_that_are_resident(others: int) -> None:
     mixtures = [{0: 0.5, 8: -1.0}, {16: 2.0}]
     x = torch.randn(1, 2, WIDTH)
     with packed.hooks(), torch.no_grad():
-        packed.gate([(joined(store, mixture), 1, True) for mixture in mixtures])
+        packed.gate([(joined(store, mixture), 1, True, 0) for mixture in mixtures])
         want = [module.weight @ row + module.bias + term(m, "one", row) for m, row in zip(mixtures, x[0], strict=True)]
         torch.testing.assert_close(module(x)[0], torch.stack(want), rtol=1e-4, atol=1e-4)
 
@@ -160,18 +160,33 @@ def test_gates_lie_in_one_place_from_step_to_step() -> None:
     packed = Packed(MODULES, store, head="three")
     mixture, other = joined(store, {0: 0.5, 8: -1.0}), joined(store, {0: 2.0})
 
-    def placed(step: list[tuple[Mixture | None, int, bool]]) -> tuple[int, list[Tensor]]:
+    def placed(step: list[tuple[Mixture | None, int, bool, int]]) -> tuple[int, list[Tensor]]:
         packed.gate(step)
         assert packed._gates is not None and packed._head_gates is not None
         [tokens], [head] = packed._gates._placed.values(), packed._head_gates._placed.values()
         assert tokens.untyped_storage().data_ptr() == head.untyped_storage().data_ptr()
         return tokens.data_ptr(), [tokens.clone(), head.clone()]
 
-    first, found = placed([(mixture, 2, False), (other, 1, True)])
+    first, found = placed([(mixture, 2, False, 0), (other, 1, True, 0)])
     assert found[0].tolist() == [[0.5, -1.0, 0.0], [0.5, -1.0, 0.0], [2.0, 0.0, 0.0]]
     assert found[1].tolist() == [[2.0, 0.0, 0.0], [0.5, -1.0, 0.0]]
-    again, found = placed([(other, 1, True), (None, 2, True)])
+    again, found = placed([(other, 1, True, 0), (None, 2, True, 0)])
     assert again == first
     assert found[0].tolist() == [[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
-    _, found = placed([(mixture, 100, True)])
+    _, found = placed([(mixture, 100, True, 0)])
     assert found[0].tolist() == [[0.5, -1.0, 0.0]] * 100
+
+
+def test_gates_open_where_each_adapter_begins() -> None:
+    """Of a sequence that is read from its token 3 on, one adapter acts at once and the other from token 5 on."""
+    module = nn.Linear(WIDTH, WIDTH + 1)
+    store = AdapterStore({"one": module}, torch.float32, 10**6)
+    packed = Packed({"one": module}, store)
+    whole = joined(store, {0: 0.5, 8: -1.0})
+    late = Mixture(whole.hold, whole.weights, (2, 5))
+    x = torch.randn(1, 5, WIDTH)
+    with packed.hooks(), torch.no_grad():
+        packed.gate([(late, 4, True, 3), (whole, 1, True, 0)])
+        rows = [{0: 0.5}, {0: 0.5}, {0: 0.5, 8: -1.0}, {0: 0.5, 8: -1.0}, {0: 0.5, 8: -1.0}]
+        want = [module.weight @ row + module.bias + term(m, "one", row) for m, row in zip(rows, x[0], strict=True)]
+        torch.testing.assert_close(module(x)[0], torch.stack(want), rtol=1e-4, atol=1e-4)

@@ -35,9 +35,12 @@ def push(
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """
+    from logo.adapters.notes import NOTES, checked
     from logo.adapters.upkeep.publishing import CARD, Upload
     from logo.adapters.upkeep.publishing import push as send
 
+    if (folder / NOTES).is_file():  # before anything is made of what it says
+        checked(folder / NOTES, folder)
     pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=True)
     upload = Upload.of(folder, list(pool), repo, path_in_repo)
     targets = dict(upload.targets)
