@@ -208,7 +208,9 @@ class Runner:
     """The order in which runner V2 calls its own functions (`GPUModelRunner.add_requests`, `finish_requests`)."""
 
     def __init__(self) -> None:
-        self.lora_manager = SimpleNamespace(logo=SimpleNamespace(probed={}, reading=False, bos=1, spans=()))
+        self.lora_manager = SimpleNamespace(
+            logo=SimpleNamespace(probed={}, onsets={}, late=(), reading=False, bos=1, spans=())
+        )
         self.cudagraph_manager = SimpleNamespace()
 
     def _remove_request(self, req_id: str) -> None:
@@ -267,7 +269,7 @@ def test_probes_of_runner_v2_are_known_until_they_end() -> None:
 def test_rows_of_speculated_tokens_are_counted() -> None:
     probed: dict[str, Any] = {}
     prompt = request("p", [1, 2, 3], "key")
-    runner_v2.remember(probed, scheduled({"p": 3}, prompt))
+    runner_v2.remember(probed, {}, scheduled({"p": 3}, prompt))
     batch = SimpleNamespace(req_ids=["d", "p"], num_scheduled_tokens=[4, 3], num_computed_tokens_np=[9, 0])
     [span] = runner_v2.spans(probed, None, batch)  # a decoded request with three drafts comes first
     assert (span.row, span.count) == (4, 3)
