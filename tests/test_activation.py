@@ -124,11 +124,11 @@ def test_where_it_is_said(tmp_path: Path) -> None:
             "invoked": "invocation",
             "deep/one": "last:2",
         }
-    assert pool.once and pool["invoked"].activation.tokens == tuple(INVOKE)
+    assert pool.read_once and pool["invoked"].activation.tokens == tuple(INVOKE)
     alone = AdapterPool()
     assert str(alone.add(tmp_path / "pool" / "plain").activation) == "last:4"  # its pool's notes lie above it
     notes(tmp_path / "pool", "everywhere")
-    assert not AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache").once
+    assert not AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache").read_once
 
 
 @pytest.mark.parametrize("tokens", [[], ["a"], [-1], "x", [1.5], [True]])
@@ -234,7 +234,7 @@ def test_mixtures_are_those_of_a_mask(name: str, kind: str, tmp_path: Path) -> N
     else:
         notes(folder, None if kind == "invocation" else kind)
         logo, mixtures = engine(model, folder), MIXTURES
-        assert logo.fitted.once
+        assert logo.fitted.read_once
     prompts = invoked((20, 5, 80, 40))
     found = logo.generate(prompts, adapters=mixtures, max_new_tokens=6, batch_size=4)
     for prompt, mixture, answer in zip(prompts, mixtures, found, strict=True):

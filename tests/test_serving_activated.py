@@ -54,7 +54,7 @@ def test_answers_are_those_of_the_engine(
     ):
         [want] = alone(logo, [ids], [wish], 9)
         assert (tokens, chosen.selection.adapters) == (want[0], want[2])
-    assert (figures.once["found"] > 0) == (kind != "mixed") and figures.not_invoked == 0
+    assert (figures.prefix_tokens["found"] > 0) == (kind != "mixed") and figures.not_invoked == 0
 
 
 def test_a_prompt_is_read_once(tmp_path: Path) -> None:
@@ -82,5 +82,5 @@ def test_what_was_dropped_is_read_again_and_counted(tmp_path: Path) -> None:
         return seen, tokens, service.figures
 
     seen, tokens, figures = served(logo, use)
-    assert seen == [100, 100, 1, 1] and figures.once == {"found": 0, "missed": 96}
+    assert seen == [100, 100, 1, 1] and figures.prefix_tokens == {"found": 0, "missed": 96}
     assert tokens == alone(logo, [prompt], [Wish()], 3)[0][0]

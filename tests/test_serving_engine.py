@@ -23,7 +23,8 @@ from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageErr
 from logo.protocol import GenerationFailed, GenerationTimeout, NotReady, Overloaded, Sampling, Wish
 from logo.serving import batching, steps
 from logo.serving.memory import Memory
-from logo.serving.service import Chosen, Service
+from logo.serving.mixtures import Chosen
+from logo.serving.service import Service
 from make_adapters import load_peft, write_peft
 from test_engine import engine, tokenizer, write_adapter
 from tolerances import PATIENCE, same_scores

@@ -41,7 +41,7 @@ class CompletionScorer:
         """One completion of one prompt under each mixture."""
         vocabulary, device = len(self._prompts.tokenizer), input_device(self._model)
         places = begins(pool, sorted({name for mixture in mixtures for name in mixture}), row)
-        start = min(earliest(pool.activations, row), len(row) - 1) if pool.once and self._beginnings else 0
+        start = earliest(pool.activations, row) if self._beginnings is not None else 0
         read = None
         if start and self._beginnings is not None:
             read = Read(start, functools.partial(self._read, row[:start]))

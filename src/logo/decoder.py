@@ -261,7 +261,7 @@ class Decoder:
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
         """Whether what comes before all adapters act is read by the base model alone."""
         cached = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
-        return self._beginnings is not None and pool.once and cached
+        return self._beginnings is not None and pool.read_once and cached
 
     def _onset(
         self, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int
@@ -305,7 +305,7 @@ class Onset:
         """
         pads = tuple(width - len(row) for row in rows)
         found = [begins(pool, mixture, row) for row, mixture in zip(rows, mixtures, strict=True)]
-        ends = tuple(min(earliest(pool.activations, row), len(row) - 1) for row in rows)
+        ends = tuple(earliest(pool.activations, row) for row in rows)
         columns = tuple(
             {name: begin + pad if begin else 0 for name, begin in one.items() if begin != NEVER}
             for one, pad in zip(found, pads, strict=True)

@@ -30,9 +30,10 @@ from logo.opening import FromPretrained
 from logo.scoring import MAX_TOKENS, Scored
 from logo.selecting import Probing
 from logo.selection import Selection
-from logo.selection.beginnings import Beginnings, reusable
+from logo.selection.beginnings import Beginnings
 from logo.selection.calibration import Calibration
 from logo.selection.index import Tell
+from logo.selection.prefixes import reusable
 from logo.selection.scorer import Scorer
 from logo.selection.scorers import Scorers
 from logo.selection.settings import SelectionSettings
@@ -189,7 +190,7 @@ class LoGo(Calls, FromPretrained):
             "each": "each token",
             "tail": f"the tokens on which the adapters act ({acts})",
         }[token]
-        return f"{what}, at {len(self.points)} points" + (", once" if scorers.once else "")
+        return f"{what}, at {len(self.points)} points" + (", once" if scorers.read_once else "")
 
     @property
     def not_invoked(self) -> Mapping[str, int]:
@@ -197,7 +198,7 @@ class LoGo(Calls, FromPretrained):
         return dict(self._decoder.not_invoked)
 
     def _parts(self, lengths: Sequence[int], batch_size: int) -> Iterable[Sequence[int]]:
-        if not self._selecting.scorers.once:
+        if not self._selecting.scorers.read_once:
             return super()._parts(lengths, batch_size)
         return batches_by_length(lengths, batch_size, tokens=MAX_TOKENS)
 

@@ -155,9 +155,9 @@ class Figures:
         adapters: those whose tensors are ready to be mixed.
         adapter_bytes, adapter_budget: memory of their columns, and how much there may be.
         steps: forward passes with a mixture and without: `{"gate", "base"}`.
-        once: where prompts are read once: tokens of prompts that were `"found"` as the base model had read them, and
-            those that were `"missed"`, since they had been dropped.
-        once_bytes: memory of what is kept of them.
+        prefix_tokens: where prompts are read once: tokens of prompts that were `"found"` as the base model had read
+            them, and those that were `"missed"`, since they had been dropped.
+        prefix_bytes: memory of what is kept of them.
         not_invoked: how often an adapter was to answer a prompt that lacks its invocation tokens.
     """
 
@@ -169,8 +169,8 @@ class Figures:
     adapter_bytes: int
     adapter_budget: int
     steps: Mapping[str, int]
-    once: Mapping[str, int] = field(default_factory=dict)
-    once_bytes: int = 0
+    prefix_tokens: Mapping[str, int] = field(default_factory=dict)
+    prefix_bytes: int = 0
     not_invoked: int = 0
 
 

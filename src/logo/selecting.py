@@ -124,7 +124,7 @@ class Choosing:
             scores, names = scores[scored], [names[i] for i in scored]
         k = min(self.pool.default_k if settings.k is None else settings.k, len(names))
         weighting = settings.reading.weighting
-        leads = ACTIVATED_LEADS if self.pool.once else LEADS
+        leads = ACTIVATED_LEADS if self.pool.read_once else LEADS
         return Selector(k, weighting, settings.weight_temperature, settings.keep_mass, leads)(scores, names)
 
 
@@ -245,7 +245,7 @@ class Probing(Selecting):
             answering: start to read the tensors of what is selected.
         """
         # Where the probe is the prefill, it is the whole prompt that is read.
-        once = self.scorers.once and self._settings.probe_text is None
+        once = self.scorers.read_once and self._settings.probe_text is None
         probed = [row.ids if once else row.probed for row in rows]
         if self._settings.probe_context == "carry":
             return [self._select_carried(row, one) for row, one in zip(probed, asked, strict=True)]

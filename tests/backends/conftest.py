@@ -41,6 +41,16 @@ def engines() -> Iterator[Engines]:
 
 
 @pytest.fixture(scope="module")
+def settings_of_vllm() -> Iterator[None]:
+    """For engines in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
 def logo() -> LoGo:
     """The library on the demo model and its pool, as the oracle."""
     from logo.models import load_base

@@ -32,14 +32,7 @@ EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 MIXTURES: list[dict[str, float]] = [{"a": 0.7, "b": 0.5}, {"b": 0.4, "c": 0.9}, {"c": 1.0}, {}]
 KINDS = {"last": "gate", "last, merged": "merge", "invocation": "gate", "mixed": "gate"}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def settings_of_vllm() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
+pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 
 
 @pytest.fixture(scope="module")

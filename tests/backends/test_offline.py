@@ -28,14 +28,7 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfo
 CONTEXT = 160
 VLLM = {"enforce_eager": True, "max_model_len": CONTEXT}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def settings_of_vllm() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
+pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 
 
 @pytest.fixture(scope="module")

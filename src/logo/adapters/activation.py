@@ -162,7 +162,8 @@ def of_notes(said: Any) -> Activation:
 
 
 def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
-    """The first position of a prompt at which any adapter acts; where none does, its last token.
+    """The first position of a prompt at which any adapter acts; where none does, its last token. So it is the number of
+    tokens that the base model reads for all adapters alike, and never all of them.
 
     Args:
         activations: of the adapters of a pool.

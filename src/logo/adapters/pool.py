@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from logo.adapters.activation import OFF, Activation, acting
+from logo.adapters.activation import OFF, acting
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.hub import download_adapters, is_hub_spec, split_hub_spec
@@ -40,6 +40,7 @@ class AdapterPool:
 
     Attributes:
         default_k: adapters per prompt where nobody asks for a number.
+        activations: where its adapters act, each place once.
         refused: what was left out under `on_bad_adapter="skip"`, as the errors that say why.
         version: grows with every change, so that what was computed from the pool knows when it is stale.
     """
@@ -240,6 +241,7 @@ class AdapterPool:
         return adapter
 
     def _change(self, adapters: dict[str, Adapter]) -> None:
+        self.activations = tuple(sorted({adapter.activation for adapter in adapters.values()}, key=repr))
         # The version changes last, so a reader that sees the new version also sees the new adapters.
         self._adapters = adapters
         self.version += 1
@@ -302,14 +304,9 @@ class AdapterPool:
         return AdapterPool(made, self.refused, default_k=self.default_k)
 
     @property
-    def activations(self) -> tuple[Activation, ...]:
-        """Where its adapters act, each place once."""
-        return tuple(sorted({adapter.activation for adapter in self}, key=repr))
-
-    @property
-    def once(self) -> bool:
-        """Whether prompts have to be read only once: no adapter acts everywhere."""
-        return len(self) > 0 and not any(adapter.activation.everywhere for adapter in self)
+    def read_once(self) -> bool:
+        """Whether the base model's own reading of a prompt is enough: no adapter acts everywhere."""
+        return bool(self.activations) and not any(activation.everywhere for activation in self.activations)
 
     def sha256(self) -> dict[str, str]:
         """Digest of every adapter's weight file, in pool order. Reads all files once."""

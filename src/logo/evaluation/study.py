@@ -283,7 +283,7 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
             **asdict(logo.settings),
             "k": logo.k,
             "points": [point.module for point in logo.scorer.points],
-            "activations": [str(one) for one in logo.fitted.activations if logo.fitted.once],
+            "activations": [str(one) for one in logo.fitted.activations if logo.fitted.read_once],
             "reads": logo.reads,
         }
         for name, logo in engines.items()

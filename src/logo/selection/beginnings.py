@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from logo.selection.probe import Probe, cache_argument
+from logo.selection.probe import Probe
 
 # Tokens of a whole page.
 PAGE = 64
@@ -248,8 +248,3 @@ def laid_out(pages: Sequence[Sequence[Page]], counts: Sequence[int]) -> DynamicC
             whole.append(made)
         cache.update(whole[0], whole[1], layer)
     return cache
-
-
-def reusable(model: nn.Module) -> bool:
-    """Whether keys and values are all that a model keeps of the tokens before: not so where it carries a state on."""
-    return cache_argument(model) is not None and not getattr(model, "_is_stateful", False)

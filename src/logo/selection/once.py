@@ -39,7 +39,7 @@ class OnceReader:
         """Per point, `a` (rows, adapters) of right-padded prompts (rows, length); see `logo.selection.baseline`."""
         lengths = attention_mask.sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
-        ends = [min(earliest(self._signal.activations, row), len(row) - 1) for row in rows]
+        ends = [earliest(self._signal.activations, row) for row in rows]
         known = self._known(rows, ends)
         shared = self._beginnings.shared(rows, ends)
         if len(rows) > 1 and shared > min(sum(page.tokens for page in pages) for pages in known):

@@ -36,7 +36,7 @@ class Plan:
 
 def told(settings: SelectionSettings, pool: AdapterPool) -> SelectionSettings:
     """Settings with where the adapters of a pool act, if none of them acts everywhere."""
-    return replace(settings, activations=pool.activations if pool.once else ())
+    return replace(settings, activations=pool.activations if pool.read_once else ())
 
 
 def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Plan:

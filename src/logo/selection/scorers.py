@@ -56,7 +56,7 @@ class Scorers:
 
     Attributes:
         k: adapters per prompt.
-        once: a probe reads whole prompts, and keeps what it has read.
+        read_once: a probe reads whole prompts, and keeps what it has read.
 
     Raises:
         PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
@@ -86,8 +86,8 @@ class Scorers:
         self._earlier: dict[str, Scorer] = {} if before is None else before._earlier | before._known
         self._keep = before is None
         self._prefixes, budget = None, int(settings.prefix_cache_gb * 1e9)
-        self.once = self._beginnings is not None and settings.probe_context == "base" and settings.index == "exact"
-        if budget and settings.probe_context == "base" and reusable(model) and not self.once:
+        self.read_once = self._beginnings is not None and settings.probe_context == "base" and settings.index == "exact"
+        if budget and settings.probe_context == "base" and reusable(model) and not self.read_once:
             self._prefixes = Prefixes(budget)
 
     def get(self, settings: SelectionSettings, tell: Tell | None = None) -> Scorer:
@@ -133,13 +133,13 @@ class Scorers:
                 keep_index(folder, name, adapters, indices, calibration, cache)
         signal = settings.reading
         read = [index.point for index in indices]
-        probe = Probe(model, read, signal.input, signal.token, self._bos, signal.activations, whole=self.once)
+        probe = Probe(model, read, signal.input, signal.token, self._bos, signal.activations, whole=self.read_once)
         if settings.index == "two-stage":
             first = self._first_stages(settings, adapters, indices, cache, folder, name)
             reader = Reader(probe, indices, signal, settings.signal, None)
             left = settings.index_left
             return TwoStageScorer(adapters, indices, reader, probe, signal, first, calibration, cache, left)
-        if self.once and self._beginnings is not None:
+        if self.read_once and self._beginnings is not None:
             once = OnceReader(probe, indices, signal, self._beginnings)
             return Scorer(adapters, indices, once, calibration, cache, settings.baseline == "running")
         reader = Reader(probe, indices, signal, settings.signal, self._prefixes)

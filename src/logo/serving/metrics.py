@@ -84,7 +84,7 @@ class _State(Collector):
             "kv_blocks_used": ("Blocks of keys and values in use.", now.kv_used),
             "kv_blocks": ("Blocks of keys and values in all.", now.kv_total),
             "kv_cache_usage_perc": ("Share of the blocks in use, 1 is all.", now.kv_used / now.kv_total),
-            "prefix_cache_bytes": ("Memory of what prompts begin with, where they are read once.", now.once_bytes),
+            "prefix_cache_bytes": ("Memory of what prompts begin with, where they are read once.", now.prefix_bytes),
             "pool_adapters": ("Adapters in the pool.", len(service.adapters)),
             "adapters_stacked": ("Adapters whose tensors are ready to be mixed.", now.adapters),
             "adapter_bytes": ("Memory of their columns.", now.adapter_bytes),
@@ -106,7 +106,7 @@ class _State(Collector):
         once = CounterMetricFamily(
             "logo:prefix_tokens", "Tokens of prompts that were read once, found or dropped too early.", labels=["state"]
         )
-        for state, count in now.once.items():
+        for state, count in now.prefix_tokens.items():
             once.add_metric([state], count)
         yield once
         silent = "Adapters that were to answer a prompt without their invocation tokens."

@@ -29,8 +29,9 @@ from logo.serving.guards import GuardSettings, guard
 from logo.serving.membership import Link, Lost, Member, Own
 from logo.serving.memory import Memory
 from logo.serving.metrics import Metrics, labelled, selected
+from logo.serving.mixtures import Chosen
 from logo.serving.pool import Change, Staged
-from logo.serving.service import Chosen, Service
+from logo.serving.service import Service
 
 # Requests beside those that are answered or wait: what is refused, pages, probes.
 _BESIDE = 64

@@ -16,17 +16,13 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from logo.adapters.activation import earliest
 from logo.adapters.format import Adapter
-from logo.adapters.pool import AdapterPool
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
-from logo.mixing import NEVER, begins
-from logo.mixing.packed import Mixture
 from logo.prompts import ProbeText, Prompt
 from logo.protocol import Card, Delta, Figures, NotReady, Overloaded, Patterns, Sampling, Wish
 from logo.selecting import Asked
@@ -34,31 +30,12 @@ from logo.selection import Selection
 from logo.selection.selector import forced, known
 from logo.serving.batching import Batching
 from logo.serving.memory import Memory
+from logo.serving.mixtures import Chosen, mixed
 from logo.serving.pool import Change, ServedPool
 
 _log = logging.getLogger("logo.serving")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A mixture that is ready to be generated with.
-
-    Attributes:
-        selection: names, weights, scores.
-        mixture: where they are.
-        queue_ms: how long the prompt waited to be probed.
-        probe_ms: how long probing took, together with others; 0 where nothing was selected.
-        release: to be called when the mixture is no longer needed. Until then its adapters stay where they are. What is
-            forgotten is released by the garbage collector.
-    """
-
-    selection: Selection
-    mixture: Mixture
-    queue_ms: float
-    probe_ms: float
-    release: Callable[[], object] = field(repr=False)
 
 
 @dataclass
@@ -111,7 +88,7 @@ class Service:
         self.memory = memory
         self.max_queue = max_queue
         self.batching = Batching(
-            logo.model, logo.store, memory, logo.prompts.context, logo.beginnings if logo.fitted.once else None
+            logo.model, logo.store, memory, logo.prompts.context, logo.beginnings if logo.fitted.read_once else None
         )
         self._probe_batch = probe_batch
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
@@ -351,28 +328,16 @@ class Service:
                 return found
             pool = self.logo.fitted
             selection = forced(waiting.wish.adapters or {}, pool, asked.candidates) if found is None else found
-            mixture, release = self._held(pool, selection, Prompt.of(waiting.prompt).ids)
+            mixture, silent = mixed(self.logo.store, pool, selection, Prompt.of(waiting.prompt).ids)
+            self.not_invoked += silent
+            # Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes.
+            release = weakref.finalize(mixture, self.logo.store.release_later, mixture.hold)
             return Chosen(selection, mixture, queued, took, release)
         except Exception as error:
             if not isinstance(error, LoGoError):
                 _log.exception("a request cannot be given its mixture")
             # Its frames lead to what the others of the batch hold, which would wait for the garbage collector.
             return error.with_traceback(None)
-
-    def _held(
-        self, pool: AdapterPool, selection: Selection, ids: Sequence[int]
-    ) -> tuple[Mixture, Callable[[], object]]:
-        """Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes."""
-        store = self.logo.store
-        weights = {name: weight for name, weight in selection.mixture.items() if weight}
-        places = begins(pool, weights, ids)
-        silent = [name for name, begin in places.items() if begin == NEVER]
-        self.not_invoked += len(silent)
-        used = [(pool[name], weights[name], begin) for name, begin in places.items() if begin != NEVER]
-        hold = store.hold([store.source(adapter) for adapter, *_ in used])
-        end = min(earliest(pool.activations, ids), len(ids) - 1) if pool.once else 0
-        mixture = Mixture(hold, tuple(weight for _, weight, _ in used), tuple(begin for *_, begin in used), end)
-        return mixture, weakref.finalize(mixture, store.release_later, hold)
 
     # -- the pool --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,59 @@
+"""From a selection to the mixture that one sequence is generated with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from logo.adapters.activation import earliest
+from logo.adapters.pool import AdapterPool
+from logo.mixing import NEVER, begins
+from logo.mixing.packed import Mixture
+from logo.mixing.store import AdapterStore
+from logo.selection import Selection
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A mixture that is ready to be generated with.
+
+    Attributes:
+        selection: names, weights, scores.
+        mixture: where they are.
+        queue_ms: how long the prompt waited to be probed.
+        probe_ms: how long probing took, together with others; 0 where nothing was selected.
+        release: to be called when the mixture is no longer needed. Until then its adapters stay where they are. What is
+            forgotten is released by the garbage collector.
+    """
+
+    selection: Selection
+    mixture: Mixture
+    queue_ms: float
+    probe_ms: float
+    release: Callable[[], object] = field(repr=False)
+
+
+def mixed(store: AdapterStore, pool: AdapterPool, selection: Selection, prompt: Sequence[int]) -> tuple[Mixture, int]:
+    """The mixture, and how many adapters of the selection do nothing, since the prompt does not invoke them.
+
+    The adapters are held; who asked has to release `Mixture.hold`.
+
+    Args:
+        pool: fitted to the model.
+        prompt: token ids.
+
+    Raises:
+        UsageError: see `logo.mixing.activated.begins`.
+        LoGoError: an adapter that cannot be read, or no room for it.
+    """
+    weights = {name: weight for name, weight in selection.mixture.items() if weight}
+    places = begins(pool, weights, prompt)
+    used = [(pool[name], weights[name], begin) for name, begin in places.items() if begin != NEVER]
+    hold = store.hold([store.source(adapter) for adapter, *_ in used])
+    mixture = Mixture(
+        hold,
+        tuple(weight for _, weight, _ in used),
+        tuple(begin for *_, begin in used),
+        earliest(pool.activations, prompt),
+    )
+    return mixture, len(places) - len(used)
