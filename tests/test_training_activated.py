@@ -209,7 +209,7 @@ def test_the_pool_says_where_its_adapters_act(made: tuple[str, Path]) -> None:
     noted = json.loads((pool / "pool.json").read_text())
     assert noted["activation"] == said and noted["recipe"]["activation"] == said
     opened = AdapterPool.from_directory(pool, on_bad_adapter="error")
-    assert [str(one.activation) for one in opened] == [said] * 3 and opened.once
+    assert [str(one.activation) for one in opened] == [said] * 3 and opened.read_once
     assert {one.activation for one in opened} == {activation}
     for one in ("a", "deep/b", "c"):
         config = json.loads((pool / one / "adapter_config.json").read_text())
@@ -317,7 +317,7 @@ def test_options_and_recipes_that_contradict_each_other(
         return refused(world, tmp_path / "pool", capsys, *more)
 
     assert told("--invocation", "w88", "--last", "3") == "give either --invocation or --last, found both"
-    assert told("--last", "0").startswith("activation last:0: the answer's first token is drawn from")
+    assert told("--last", "0").startswith("activation last:0 leaves the prompt's last token")
     assert "expected everywhere, invocation or last:N, found 'last:-1'" in told("--last", "-1")
     assert told("--invocation", " ") == "--invocation: expected a text that prompts have, found ' '"
     file = tmp_path / "recipe.yaml"

@@ -169,7 +169,7 @@ def test_numbers_as_yaml_reads_them(file: Path) -> None:
         ("schedule: cosin", "schedule: expected one of cosine, linear, constant, found 'cosin'"),
         ("activation: late", "activation: expected everywhere, invocation or last:N, found 'late'"),
         ("activation: 4", "activation: expected str, found 4"),
-        ("activation: last:0", "activation last:0: the answer's first token"),
+        ("activation: last:0", "activation last:0 leaves the prompt's last token"),
         ("activation: invocation", "activation invocation: give the text"),
         ("{activation: last:2, invocation: A}", "give either an invocation or activation last:2, found both"),
         ("tasks: {a: {activation: activated, invocation: A}}", "give either an invocation or activation activated"),

@@ -51,8 +51,8 @@ class Activation:
             raise UsageError(f"activation: expected everywhere, invocation or last:N, found {text!r}")
         if int(match[1]) == 0:
             raise UsageError(
-                "activation last:0: the answer's first token is drawn from the last token of the prompt, which no "
-                "adapter would act on; expected last:1 or more"
+                "activation last:0 leaves the prompt's last token, from which the answer's first token is drawn, to "
+                "the base model: expected last:1 or more"
             )
         return cls(last=int(match[1]))
 

@@ -29,7 +29,8 @@ _CACHES = ("past_key_values", "cache", "cache_params")
 
 
 class OpeningGates:
-    """The gates of a batch, as `low_rank` multiplies by them; `following` tells them what each forward pass reads.
+    """The gates of a batch that open column by column. Inside `following`, a hook on the model tells them which columns
+    each forward pass reads.
 
     Args:
         weights: (rows, adapters).

@@ -69,16 +69,17 @@ class Reading:
 
 
 class Beginnings:
-    """Pages of one base model, the least recently used of which go when there are too many.
+    """A cache of pages for one base model, which drops the least recently used pages when it exceeds its budget.
 
     Args:
         model: a causal LM of which keys and values are all that it keeps of the tokens before.
-        budget: bytes to keep. More is held inside `held`.
+        budget: bytes that the pages may take; inside `held` they may take more.
 
     Attributes:
-        bytes: held now.
-        prefill: reads nothing but keys and values.
-        found, read: tokens that were found, and that the base model has read, since the start.
+        bytes: what the pages take now.
+        prefill: a probe without points: it runs the model for its keys and values alone.
+        found, read: since the start, tokens of prompts that were in the cache, and tokens that the base model had to
+            read.
     """
 
     def __init__(self, model: nn.Module, budget: int) -> None:
@@ -125,13 +126,13 @@ class Beginnings:
     def extend(
         self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]], probe: Probe
     ) -> Reading:
-        """Reads rows to their ends, behind what is known of each, and keeps the pages up to `ends`.
+        """Runs the base model over the tokens of each row that are not in the cache, and keeps their keys and values.
 
         Args:
-            rows: token ids, of which at least one is not known.
-            ends: where each row's last page ends.
-            known: pages of each row, from its first token on.
-            probe: what hidden vectors are read; it runs the whole model.
+            rows: token ids; of each row at least one token is not in the cache.
+            ends: how many tokens of each row are kept.
+            known: the pages that are in the cache, from each row's first token on; see `find`.
+            probe: reads hidden vectors on the way; it runs the whole model.
         """
         counts = [sum(page.tokens for page in pages) for pages in known]
         length, width = max(counts), max(len(row) - count for row, count in zip(rows, counts, strict=True))
@@ -162,7 +163,10 @@ class Beginnings:
         return Reading(hidden, owners, positions)
 
     def note(self, row: Sequence[int], end: int, sums: Sequence[tuple[list[Tensor], int]], reading: str) -> None:
-        """Keeps sums with the last pages of a row's beginning, one for each page; those that are gone are left out."""
+        """Stores the summed responses to the last pages of a row's beginning, one entry for each page.
+
+        Pages that were dropped meanwhile are skipped.
+        """
         for (key, _, _), one in zip(_keys(row, end)[-len(sums) :] if sums else (), sums, strict=True):
             page = self._pages.get(key)
             if page is not None:
@@ -172,7 +176,9 @@ class Beginnings:
         self._drop()
 
     def cache(self, rows: Sequence[Sequence[int]], ends: Sequence[int], counts: Sequence[int]) -> DynamicCache:
-        """Keys and values of the first `counts` tokens of each row, padded on the left; what is not known is read.
+        """Keys and values of the first `counts` tokens of each row, padded on the left.
+
+        The base model reads what is not in the cache, so no mixture may be active.
 
         Args:
             ends: where the last page of each row ends, at `counts` or behind.

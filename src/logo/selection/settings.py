@@ -58,7 +58,7 @@ class SelectionSettings:
             `"invocation"`; None: each where it was trained to act. See `logo.adapters.activation`.
         when_not_invoked: what an adapter does in a prompt without its invocation tokens: `"off"`, nothing, as in PEFT;
             `"last:N"`; or `"error"`.
-        activations: where the adapters of the pool act, if none acts everywhere; the engine's to say.
+        activations: where the adapters of the pool act, if none acts everywhere. The engine fills it in, never a user.
         unscorable: adapters that do not touch what is probed: `"error"` refuses the pool, `"skip"` never selects them
             (they can still be forced).
     """
