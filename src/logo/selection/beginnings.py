@@ -23,8 +23,8 @@ from transformers import DynamicCache
 
 from logo.selection.probe import Probe
 
-# Tokens of a whole page.
-PAGE = 64
+# Tokens of a whole page: of a beginning that prompts share, up to so many are read again for each of them.
+PAGE = 16
 
 KeyValues = list[tuple[Tensor, Tensor]]
 
