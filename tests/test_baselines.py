@@ -30,9 +30,17 @@ from logo.scoring import Scored
 from test_engine import PROMPTS, engine, hooks, write_adapter
 from tolerances import SCORES, WEIGHTS, same_scores, same_selection, same_tensor, same_weights
 
-ALL = ("logo", "base", "uniform", "random", "oracle", "best-single", "lorahub", "loraretriever", "adaptersoup", "arrow")
+ROUTED = ("arrow", "spectr", "seqr")
+ALL = (
+    *("logo", "base", "uniform", "random", "oracle", "best-single", "lorahub", "loraretriever", "adaptersoup"),
+    *("lorauter", *ROUTED),
+)
 SAMPLES = {f"t{i}": tuple(f"w{10 * i + j} w{20 + i}" for j in range(3, 6)) for i in range(4)}
-SHORT = {"lorahub": {"k": 3, "budget": 6, "rows": 2}, "random": {"k": 2}, "best-single": {"rows": 2}}
+SHORT: dict[str, dict[str, Any]] = {
+    "lorahub": {"k": 3, "budget": 6, "rows": 2},
+    "random": {"k": 2},
+    "best-single": {"rows": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Row:
 
 TRAIN = tuple(Row(f"w{i} w{i + 1}", ("w50", "w51") if i % 2 else "w50 w51") for i in range(3, 9))
 TASK = Task("main.t2", PROMPTS, TRAIN)
+VALIDATION = {f"v{i}": TRAIN[i : i + 3] for i in range(4)}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +105,8 @@ def heldout(name: str) -> list[Row]:
 def made(name: str, sentences: str = "", **options: Any) -> Method:
     if name in ("loraretriever", "adaptersoup"):
         options = {"samples": SAMPLES, "embedding_model": sentences, **options}
+    if name == "lorauter":
+        options = {"validation": VALIDATION, "embedding_model": sentences, **options}
     return get_method(name, **{**SHORT.get(name, {}), **options})
 
 
@@ -144,8 +155,8 @@ def test_every_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_any_merge_goes_with_any_method(name: str, tiny_logo: LoGo, sentences: str) -> None:
-    if name == "arrow":
-        with pytest.raises(UsageError, match=r"leave out merge 'ties'"):
+    if name in ROUTED:
+        with pytest.raises(UsageError, match=rf"method '{name}' routes .* leave out merge 'ties'"):
             made(name, merge="ties")
         return
     method = made(name, sentences, merge="dare", density=0.3, seed=4)
@@ -179,7 +190,7 @@ def test_what_cannot_be_is_refused(name: str, options: dict[str, Any], message: 
 def test_the_bounds(tiny_logo: LoGo) -> None:
     [base] = Answering(tiny_logo, made("base"), TASK).select(PROMPTS[:1])
     assert base.mixture == {}
-    for name in ("uniform", "arrow"):
+    for name in ("uniform", *ROUTED):
         [whole] = Answering(tiny_logo, made(name), TASK).select(PROMPTS[:1])
         assert whole.mixture == dict.fromkeys(tiny_logo.names, 0.25)
     [own] = Answering(tiny_logo, made("logo"), TASK).select(PROMPTS[:1])
@@ -368,6 +379,65 @@ def test_adaptersoup_has_one_set_for_all(tiny_logo: LoGo, sentences: str) -> Non
     with pytest.raises(DataError, match=r"dataset 'main.x' has no prompts"):
         method.prepare(tiny_logo, Task("main.x"))
     assert made("adaptersoup", sentences, k=9).prepare(tiny_logo, TASK).select(["w3"], 1)[0].weights == (0.25,) * 4
+
+
+def test_lorauter_asks_the_nearest_tasks_for_their_best(tiny_logo: LoGo, sentences: str) -> None:
+    """By its definition, one row and adapter at a time."""
+    method = made("lorauter", sentences, k=2, rows=2, temperature=0.1)
+    prepared = method.prepare(tiny_logo, Task("main.x"))
+    best = {}
+    for task, rows in VALIDATION.items():
+        tried = {
+            name: [tiny_logo.score(row.context, gold_of(row), [{name: 1.0}])[0] for row in rows[:2]]
+            for name in tiny_logo.names
+        }
+        best[task] = min(tried, key=lambda n: (-sum(s.exact_match for s in tried[n]), sum(s.nll for s in tried[n])))
+        found = prepared.record["tasks"][task]
+        assert found["adapter"] == best[task] and found["rows"] == 2
+        assert found["nll"] == same_scores(sum(s.nll for s in tried[best[task]]) / 2)
+    means = {
+        task: vectors(sentences, [row.context for row in rows[:2]]).mean(dim=0) for task, rows in VALIDATION.items()
+    }
+    for prompt, selection in zip(PROMPTS, prepared.select(PROMPTS, 8), strict=True):
+        [own] = vectors(sentences, [prompt])
+        near = {task: float(torch.nn.functional.cosine_similarity(own, mean, dim=0)) for task, mean in means.items()}
+        first = sorted(near, key=lambda task: -near[task])[:2]
+        shares = (torch.tensor([near[task] for task in first]) / 0.1).softmax(0).tolist()
+        expected: dict[str, float] = {}
+        for task, share in zip(first, shares, strict=True):
+            expected[best[task]] = expected.get(best[task], 0.0) + share
+        assert {name: selection.mixture.get(name) for name in expected} == pytest.approx(expected, rel=1e-3)
+        assert set(selection.mixture) == set(expected)
+
+
+def test_lorauter_tries_nothing_twice(tiny_logo: LoGo, sentences: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = made("lorauter", sentences, rows=1)
+    tables = {task: method.tried(tiny_logo, task) for task in VALIDATION}
+    first = method.prepare(tiny_logo, TASK).record
+    monkeypatch.setattr(tiny_logo, "score", None)
+    assert method.prepare(tiny_logo, Task("main.other")).record == first  # the same process
+    embedding_only = method.knowing(json.loads(json.dumps(tables)))
+    monkeypatch.setattr("logo.baselines.lorauter._TRIED", None)
+    assert embedding_only.prepare(tiny_logo, TASK).record == first  # and another one
+    assert embedding_only.as_dict() == method.as_dict() and embedding_only == method
+    with pytest.raises(DataError, match=r"'lorauter' knows tasks by labelled rows, and there are none"):
+        get_method("lorauter").prepare(tiny_logo, TASK)
+    for option, message in (("temperature", "expected a number above 0"), ("rows", "validation rows: expected 1")):
+        with pytest.raises(UsageError, match=message):
+            get_method("lorauter", **{option: 0})
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("base", "oracle")])
+def test_some_adapters_are_like_a_pool_of_them(name: str, tiny_logo: LoGo, sentences: str) -> None:
+    """A task that says whom to choose among, against an engine that has nobody else."""
+    among = tuple(one for one in tiny_logo.names if one != "t2")
+    smaller = LoGo(tiny_logo.model, tiny_logo.tokenizer, tiny_logo.pool.subset(among), settings=tiny_logo.settings)
+    options = {"samples": {one: SAMPLES[one] for one in among}} if name in ("loraretriever", "adaptersoup") else {}
+    here = Answering(tiny_logo, made(name, sentences), Task("main.t2", PROMPTS, TRAIN, among=among)).select(PROMPTS)
+    there = Answering(smaller, made(name, sentences, **options), Task("main.t2", PROMPTS, TRAIN)).select(PROMPTS)
+    for one, other in zip(here, there, strict=True):
+        assert "t2" not in one.mixture and one.adapters == other.adapters and one.weights == same_weights(other.weights)
+    tiny_logo.merge = "mixture"
 
 
 @pytest.fixture(scope="module")

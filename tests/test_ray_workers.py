@@ -479,7 +479,8 @@ def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None
     reports = []
     for name, more in (("one", []), ("two", ["--workers", "2", "--cpus-per-worker", "1"])):
         out = tmp_path / f"{name}.json"
-        assert run(["study", *asked, "--signals", "norm,calibrated", "--json", str(out), *more]) == 0
+        methods = ["--method", "best-single,arrow", "--shots", "2", "--hold-out", "2", "--generate", "3"]
+        assert run(["study", *asked, "--signals", "norm,calibrated", *methods, "--json", str(out), *more]) == 0
         reports.append({key: value for key, value in json.loads(out.read_text()).items() if key != "seconds"})
         grid = ["--grid", "k=1,2", "--max-new-tokens", "4", "-o", str(tmp_path / f"sweep-{name}")]
         assert run(["sweep", *asked, *grid, *more]) == 0

@@ -19,9 +19,10 @@ from PIL import Image
 import tiny
 from logo import AdapterPool, DataError, LoGo, SelectionSettings, StorageError, UsageError
 from logo.cli.run import run
+from logo.evaluation.arms import Arms, rank_metrics
 from logo.evaluation.heatmap import heatmap, ordered
 from logo.evaluation.intervals import FEWEST
-from logo.evaluation.study import Arms, find_tasks, journal_of, rank_metrics, study, write_report
+from logo.evaluation.study import find_tasks, journal_of, study, write_report
 from logo.evaluation.summary import mean_weights, section
 from logo.folders import replace_file
 from test_engine import tokenizer, write_adapter
@@ -235,7 +236,7 @@ def test_another_study_is_not_mixed_in(
     with pytest.raises(UsageError, match=r"signals\.norm\.probe_context"):
         in_order = {"norm": LoGo(logo.model, logo.tokenizer, logo.pool, settings=carry)}
         study(Arms(in_order), find_tasks(rows), journal, settings={"base_model": "tiny"})
-    monkeypatch.setattr("logo.evaluation.study.environment", lambda logo: {"torch": "99"})
+    monkeypatch.setattr("logo.evaluation.arms.environment", lambda logo: {"torch": "99"})
     with pytest.raises(UsageError, match=r'environment\.torch is ".*", not "99"'):
         study(Arms(engines), find_tasks(rows), journal, settings={"base_model": "tiny"})
     assert journal.read_bytes() == before

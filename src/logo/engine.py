@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ from logo.selection.prefixes import reusable
 from logo.selection.scorer import Scorer
 from logo.selection.scorers import Scorers
 from logo.selection.settings import SelectionSettings
+from logo.selection.texts import NEUTRAL
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +105,7 @@ class LoGo(Calls, FromPretrained):
         self._on_bad_adapter = on_bad_adapter
         self._layout = BaseLayout.of(model)
         self.store = adapter_store(model, adapter_memory_gb, adapter_cache_gb)
-        self._mixer = Mixer(model, self.store, fold)
+        self._mixer = Mixer(model, self.store, fold, neutral=partial(_neutral, self.prompts))
         budget = int(self.settings.prefix_cache_gb * 1e9)
         self.beginnings = Beginnings(model, budget) if reusable(model) else None
         self._decoder = Decoder(model, self.prompts, self._mixer, self.beginnings)
@@ -265,6 +267,10 @@ class LoGo(Calls, FromPretrained):
             if self.pool.version != self._seen:
                 # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
                 self.take(self.prepared(self.pool))
+
+
+def _neutral(prompts: Prompts) -> tuple[list[list[int]], int | None]:
+    return prompts.texts(NEUTRAL), prompts.tokenizer.bos_token_id
 
 
 def _tell_of_kinds(pool: AdapterPool) -> None:

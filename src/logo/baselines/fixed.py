@@ -1,4 +1,4 @@
-"""Methods that look at no prompt: the bounds that any way of selecting lies between, and Arrow, which looks later."""
+"""Methods that look at no prompt: the bounds that any way of selecting lies between, and routing, which looks later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class OwnSelector(Method):
     name: ClassVar[str] = "logo"
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:
-        return Prepared(None)
+        if not task.among:
+            return Prepared(None)
+        return Prepared(lambda prompts, size: logo.select(list(prompts), batch_size=size, candidates=task.among))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,8 @@ class Uniform(Method):
     name: ClassVar[str] = "uniform"
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:
-        return Prepared(same_for_all(dict.fromkeys(logo.names, 1 / len(logo.names))))
+        names = task.candidates(logo)
+        return Prepared(same_for_all(dict.fromkeys(names, 1 / len(names))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class Random(Method):
         return self.k
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:
-        names = logo.names
+        names = task.candidates(logo)
         k = min(self.k, len(names))
 
         def draw(prompt: str) -> Selection:
@@ -89,14 +92,15 @@ class Oracle(Method):
         return 1
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:
-        named = _named_by_rows(task, logo.names)
+        names = task.candidates(logo)
+        named = _named_by_rows(task, names)
         unnamed = len(set(task.prompts)) - len(named)
-        whole = None if named and not unnamed else _called_like(task.name, logo.names)
+        whole = None if named and not unnamed else _called_like(task.name, names)
         if whole is None and (unnamed or not named):
             sub = task.name.partition(".")[2] or task.name
             raise DataError(
                 f"oracle: dataset {task.name!r}: {unnamed} rows name no adapter, and the pool has none called "
-                f"{task.name!r} or {sub!r}{closest(sub, logo.names)}; put an 'adapter' field into the rows"
+                f"{task.name!r} or {sub!r}{closest(sub, names)}; put an 'adapter' field into the rows"
             )
 
         def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
@@ -106,19 +110,44 @@ class Oracle(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrow(Method):
-    """Arrow (arXiv 2405.11157): the whole pool, routed for every token on every module; see `logo.mixing.arrow`."""
+class Routed(Method):
+    """What the methods share that route every token on every module among the whole pool; see `logo.mixing.routing`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge not in (None, self.own_merge):
+            raise UsageError(f"method {self.name!r} routes tokens and merges nothing: leave out merge {self.merge!r}")
+
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
+        names = task.candidates(logo)
+        return Prepared(same_for_all(dict.fromkeys(names, 1 / len(names))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrow(Routed):
+    """Arrow (arXiv 2405.11157): every token is routed to the adapters whose first direction it points in."""
 
     name: ClassVar[str] = "arrow"
     own_merge: ClassVar[str] = "arrow"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.merge not in (None, "arrow"):
-            raise UsageError(f"method 'arrow' routes tokens and merges nothing: leave out merge {self.merge!r}")
 
-    def prepare(self, logo: Calls, task: Task) -> Prepared:
-        return Prepared(same_for_all(dict.fromkeys(logo.names, 1 / len(logo.names))))
+@dataclass(frozen=True, kw_only=True)
+class SpectR(Routed):
+    """SpectR (arXiv 2504.03454): every token is routed to the adapters that respond to it most."""
+
+    name: ClassVar[str] = "spectr"
+    own_merge: ClassVar[str] = "spectr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seqr(Routed):
+    """SEQR (arXiv 2509.18093): every token is routed to the adapter that responds most beyond its own usual response.
+
+    What is usual, the mean and deviation of an adapter's norms on each module, is measured on neutral text.
+    """
+
+    name: ClassVar[str] = "seqr"
+    own_merge: ClassVar[str] = "seqr"
 
 
 def _named_by_rows(task: Task, names: Sequence[str]) -> dict[str, str]:

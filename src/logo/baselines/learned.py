@@ -45,18 +45,8 @@ class BestSingle(Learned):
 
     def learn(self, logo: Calls, task: Task) -> dict[str, Any]:
         rows = labelled(self.name, task, self.rows, self.seed)
-        table: dict[str, tuple[float, float]] = {}
-        for start in range(0, len(logo.names), _TOGETHER):
-            names = logo.names[start : start + _TOGETHER]
-            alone = [{name: 1.0} for name in names]
-            scored = [_score(logo, task, row, alone) for row in rows]
-            for i, name in enumerate(names):
-                column = [row[i] for row in scored]
-                matches = sum(value.exact_match for value in column) / len(column)
-                table[name] = matches, sum(value.nll for value in column) / len(column)
-        best = min(table, key=lambda name: (-table[name][0], table[name][1]))
-        found = {name: {"exact_match": matches, "nll": nll} for name, (matches, nll) in table.items()}
-        return {"adapter": best, "rows": len(rows), "table": found}
+        table = each_alone(logo, task, rows, task.candidates(logo))
+        return {"adapter": best_of(table), "rows": len(rows), "table": table}
 
     def recall(self, learnt: Mapping[str, Any]) -> Prepared:
         return Prepared(same_for_all({learnt["adapter"]: 1.0}), dict(learnt))
@@ -97,7 +87,8 @@ class LoraHub(Learned):
 
     def learn(self, logo: Calls, task: Task) -> dict[str, Any]:
         pairs = [_tokens(logo, task, row) for row in labelled(self.name, task, self.rows, self.seed)]
-        names = sorted(random.Random(self.seed).sample(logo.names, min(self.k, len(logo.names))))
+        among = task.candidates(logo)
+        names = sorted(random.Random(self.seed).sample(among, min(self.k, len(among))))
 
         def loss(weights: Sequence[float]) -> float:
             mixtures = [dict(zip(names, weights, strict=True))] * len(pairs)
@@ -110,6 +101,28 @@ class LoraHub(Learned):
     def recall(self, learnt: Mapping[str, Any]) -> Prepared:
         mixture = {name: weight for name, weight in learnt["weights"].items() if weight}
         return Prepared(same_for_all(mixture), dict(learnt))
+
+
+def each_alone(logo: Calls, task: Task, rows: Sequence[Example], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Adapter -> its share of `exact_match` and mean `nll` on labelled rows, teacher-forced and alone.
+
+    Raises:
+        DataError: a row that cannot be scored.
+    """
+    table: dict[str, dict[str, float]] = {}
+    for start in range(0, len(names), _TOGETHER):
+        some = names[start : start + _TOGETHER]
+        scored = [_score(logo, task, row, [{name: 1.0} for name in some]) for row in rows]
+        for i, name in enumerate(some):
+            column = [row[i] for row in scored]
+            matches = sum(value.exact_match for value in column) / len(column)
+            table[name] = {"exact_match": matches, "nll": sum(value.nll for value in column) / len(column)}
+    return table
+
+
+def best_of(table: Mapping[str, Mapping[str, float]]) -> str:
+    """The adapter with most exact matches; of equal ones that with the least surprise."""
+    return min(table, key=lambda name: (-table[name]["exact_match"], table[name]["nll"]))
 
 
 def objective(scored: Sequence[Scored], weights: Sequence[float], penalty: float) -> float:

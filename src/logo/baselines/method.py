@@ -20,7 +20,7 @@ from logo.mixing import Merge
 from logo.mixing.merges import MajoritySign
 from logo.selection import Selection
 
-Need = Literal["train", "prompts", "samples"]
+Need = Literal["train", "prompts", "samples", "validation"]
 Select = Callable[[Sequence[str], int], list[Selection]]  # (prompts, batch size) -> one selection each
 
 
@@ -42,12 +42,19 @@ class Task:
         prompts: the contexts of all test rows, in dataset order; for methods that need `"prompts"`.
         train: labelled rows that are not among them; for methods that need `"train"`.
         adapters: the adapter that each test row names as its own, parallel to `prompts`; empty: none does.
+        among: a method chooses among these adapters only; empty: among the whole pool.
     """
 
     name: str
     prompts: Sequence[str] = ()
     train: Sequence[Example] = ()
     adapters: Sequence[str | None] = ()
+    among: Sequence[str] = ()
+
+    def candidates(self, logo: Calls) -> tuple[str, ...]:
+        """The adapters that a method chooses among, in pool order."""
+        among = set(self.among)
+        return tuple(name for name in logo.names if name in among) if among else logo.names
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What `prepare` looks at: labelled train rows, all test prompts, samples of what each adapter was made for."""
+    """What `prepare` looks at: labelled train rows, all test prompts, samples of what each adapter was made for,
+    labelled rows of other tasks."""
     own_merge: ClassVar[str] = "mixture"
 
     merge: str | None = None
@@ -127,6 +135,10 @@ class Method(ABC):
 
     def check(self) -> None:
         """Raises LoGoError where this machine lacks what the method needs; a process does so before it has any work."""
+        return
+
+    def check_pool(self, names: Sequence[str]) -> None:
+        """Raises DataError where the method lacks something that it has to know of these adapters."""
         return
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from logo.baselines.fixed import Arrow, Base, Oracle, OwnSelector, Random, Uniform
+from logo.baselines.fixed import Arrow, Base, Oracle, OwnSelector, Random, Seqr, SpectR, Uniform
 from logo.baselines.learned import BestSingle, LoraHub
+from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Method
 from logo.baselines.retrieval import AdapterSoup, LoraRetriever
 from logo.errors import UsageError, closest
@@ -23,7 +24,10 @@ METHODS: dict[str, type[Method]] = {
         LoraHub,
         LoraRetriever,
         AdapterSoup,
+        LoRAuter,
         Arrow,
+        SpectR,
+        Seqr,
     )
 }
 

@@ -54,21 +54,24 @@ class Retrieval(Method):
         digest = hashlib.sha256(json.dumps(self.samples, sort_keys=True).encode()).hexdigest()
         return {**super().as_dict(), "samples": {"adapters": len(self.samples), "sha256": digest}}
 
-    def vectors(self, logo: Calls) -> Tensor:
-        """(pool, d): the mean of the embeddings of each adapter's samples.
-
-        Raises:
-            DataError: an adapter has no samples.
-        """
-        lacking = [name for name in logo.names if not self.samples.get(name)]
+    def check_pool(self, names: Sequence[str]) -> None:
+        lacking = [name for name in names if not self.samples.get(name)]
         if lacking:
             more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
             raise DataError(
                 f"method {self.name!r} knows adapters by samples of their inputs, and there are none for "
                 f"{', '.join(lacking[:5])}{more}: expected a folder (--adapter-samples DIR) with NAME.jsonl for each"
             )
-        texts = tuple(tuple(self.samples[name]) for name in logo.names)
-        return _means(texts, self.embedding_model, self.instruction, str(logo.devices[0]))
+
+    def vectors(self, logo: Calls, names: Sequence[str]) -> Tensor:
+        """(names, d): the mean of the embeddings of each adapter's samples.
+
+        Raises:
+            DataError: an adapter has no samples.
+        """
+        self.check_pool(names)
+        groups = [tuple(self.samples[name]) for name in names]
+        return means(groups, self.embedding_model, self.instruction, str(logo.devices[0]))
 
     def embedded(self, logo: Calls, prompts: Sequence[str]) -> Tensor:
         """(prompts, d)."""
@@ -105,7 +108,8 @@ class LoraRetriever(Retrieval):
         return 1 if self.variant == "selection" else self.k
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:
-        vectors, names = self.vectors(logo), logo.names
+        names = task.candidates(logo)
+        vectors = self.vectors(logo, names)
 
         def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
             # The inner product with the mean itself: an adapter of many kinds of input is far from any one of them.
@@ -131,17 +135,21 @@ class AdapterSoup(Retrieval):
     def prepare(self, logo: Calls, task: Task) -> Prepared:
         if not task.prompts:
             raise DataError(f"method {self.name!r}: dataset {task.name!r} has no prompts to compare adapters with")
-        vectors = self.vectors(logo)
+        names = task.candidates(logo)
+        vectors = self.vectors(logo, names)
         wanted = self.embedded(logo, task.prompts).mean(dim=0)
         similarities = torch.nn.functional.cosine_similarity(vectors, wanted[None])
-        selection = self.closest(logo.names, similarities)
+        selection = self.closest(names, similarities)
         record = {"embedding_model": self.embedding_model, "adapters": list(selection.adapters)}
         return Prepared(same_for_all(selection.mixture, selection.scores), record)
 
 
-@functools.lru_cache(maxsize=2)
-def _means(texts: tuple[tuple[str, ...], ...], model: str, instruction: str, device: str) -> Tensor:
-    """Of every group of texts; kept, because all datasets of a run ask for those of one pool."""
-    vectors = embed([text for group in texts for text in group], model, instruction, device)
-    parts = torch.split(vectors, [len(group) for group in texts])
-    return torch.stack([part.mean(dim=0) for part in parts])
+def means(groups: Sequence[tuple[str, ...]], model: str, instruction: str, device: str) -> Tensor:
+    """(groups, d): the mean embedding of every group of texts, each of which is read once."""
+    return torch.stack([_mean(group, model, instruction, device) for group in groups])
+
+
+@functools.lru_cache(maxsize=2048)
+def _mean(texts: tuple[str, ...], model: str, instruction: str, device: str) -> Tensor:
+    """Kept, because all datasets of a run ask for those of one pool."""
+    return embed(texts, model, instruction, device).mean(dim=0)

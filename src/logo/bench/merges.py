@@ -25,8 +25,8 @@ from logo.adapters.pool import AdapterPool
 from logo.bench.synthetic import Sizes, base_model
 from logo.errors import UsageError
 from logo.mixing import AdapterStore, GatedLoRA, Merge
-from logo.mixing.arrow import Arrow, Routing
 from logo.mixing.merges import KINDS
+from logo.mixing.routing import Router, Routing
 from logo.mixing.stacks import stacked
 from logo.mixing.store import Source
 
@@ -159,7 +159,7 @@ def _compare_arrow(
     store = AdapterStore(modules, torch.float32, _MEMORY)
     with store.held([store.source(adapter) for adapter in pool]) as hold:
         allowed = torch.ones(1, len(pool), dtype=torch.bool)
-        with Arrow(modules).active(hold.keys, stacked(store, hold), allowed, routing):
+        with Router(modules).active(hold.keys, stacked(store, hold), allowed, routing):
             logits = model(input_ids=ids).logits
     return Compared("arrow", "arrow", float((logits - theirs).abs().max()), float(theirs.abs().max()), None)
 

@@ -59,8 +59,8 @@ _LISTS = ("probe-layer", "probe-points")  # their options separate by commas, as
 _MERGE_AXES = {  # axis: the merges that look at it
     "merge-density": ("ties", "dare_linear", "dare_ties"),
     "merge-sign": ("ties", "dare_ties"),
-    "arrow-top-k": ("arrow",),
-    "arrow-temperature": ("arrow",),
+    "arrow-top-k": ("arrow", "spectr"),
+    "arrow-temperature": ("arrow", "spectr"),
 }
 _METHOD_FIELDS = {  # axis: the method's own option
     "shots": "rows",

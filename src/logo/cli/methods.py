@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from logo.cli.options import Choice
 
 if TYPE_CHECKING:
     from logo.baselines import Method
+    from logo.rows import Row
 
 METHOD = "Method"
 DEFAULT_EMBEDDING = "sentence-transformers/all-MiniLM-L6-v2"
@@ -36,7 +38,7 @@ class MethodOptions:
         str,
         typer.Option(
             help="Who selects: `logo`, `base`, `uniform`, `random`, `oracle`, `best-single`, `lorahub`, "
-            "`loraretriever`, `adaptersoup` or `arrow`.",
+            "`loraretriever`, `adaptersoup`, `lorauter`, `arrow`, `spectr` or `seqr`.",
             rich_help_panel=METHOD,
         ),
     ] = "logo"
@@ -44,7 +46,7 @@ class MethodOptions:
         str | None,
         typer.Option(
             help="How what is selected is combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
-            "`dare_ties` or `arrow`.",
+            "`dare_ties`, or token by token `arrow`, `spectr` or `seqr`.",
             show_default="the method's: mixture; lorahub, adaptersoup: fusion",
             rich_help_panel=METHOD,
         ),
@@ -57,14 +59,16 @@ class MethodOptions:
         typer.Option(help="Majority of `ties`: of the sum, or of the number of adapters.", rich_help_panel=METHOD),
     ] = Sign.TOTAL
     arrow_top_k: Annotated[
-        int, typer.Option(help="Adapters per token and module of `arrow`.", rich_help_panel=METHOD)
+        int, typer.Option(help="Adapters per token and module of `arrow` and `spectr`.", rich_help_panel=METHOD)
     ] = 3
-    arrow_temperature: Annotated[float, typer.Option(help="Of the softmax of `arrow`.", rich_help_panel=METHOD)] = 1.0
+    arrow_temperature: Annotated[
+        float, typer.Option(help="Of the softmax of `arrow` and `spectr`.", rich_help_panel=METHOD)
+    ] = 1.0
     shots: Annotated[
         int | None,
         typer.Option(
-            help="Labelled training rows to learn from.",
-            show_default="best-single: 16; lorahub: 5",
+            help="Labelled rows to learn from; `lorauter`: of each task.",
+            show_default="best-single: 16; lorahub: 5; lorauter: 8",
             rich_help_panel=METHOD,
         ),
     ] = None
@@ -87,6 +91,15 @@ class MethodOptions:
             rich_help_panel=METHOD,
         ),
     ] = None
+    validation_rows: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of TASK.jsonl: labelled rows by which `lorauter` knows tasks, and on which it tries adapters.",
+            show_default="as --adapter-samples",
+            rich_help_panel=METHOD,
+        ),
+    ] = None
     samples_per_adapter: Annotated[
         int, typer.Option(help="First rows of each of these files to read.", rich_help_panel=METHOD)
     ] = 20
@@ -99,12 +112,15 @@ class MethodOptions:
     ] = ""
 
 
-def make_method(options: MethodOptions, *, k: int | None = None, seed: int = 0) -> Method:
+def make_method(
+    options: MethodOptions, *, k: int | None = None, seed: int = 0, held: Mapping[str, Sequence[Row]] | None = None
+) -> Method:
     """The method that the options describe; reads the adapters' samples where the method asks for them.
 
     Args:
         k: adapters per prompt, where the user asked for a number; None: the method's own.
         seed: of everything random in it.
+        held: labelled rows by name, which stand for samples and validation rows where no folder of them is named.
 
     Raises:
         UsageError: a method or merge that does not exist, or an option out of range.
@@ -129,7 +145,11 @@ def make_method(options: MethodOptions, *, k: int | None = None, seed: int = 0) 
     given |= {name: value for name, value in (("k", k), ("rows", options.shots)) if value is not None}
     known = {field.name for field in fields(kind)}
     if "samples" in known:
-        given["samples"] = _samples(options)
+        samples = {name: tuple(row.context for row in rows) for name, rows in (held or {}).items()}
+        given["samples"] = samples if samples and options.adapter_samples is None else _samples(options)
+    if "validation" in known:
+        named = options.validation_rows or options.adapter_samples
+        given["validation"] = held if held and named is None else _validation(options)
     return get_method(options.method, **{name: value for name, value in given.items() if name in known})
 
 
@@ -144,3 +164,16 @@ def _samples(options: MethodOptions) -> dict[str, tuple[str, ...]]:
         )
     tasks = find_tasks(options.adapter_samples, limit=options.samples_per_adapter)
     return {task.name: tuple(row.context for row in task.rows) for task in tasks}
+
+
+def _validation(options: MethodOptions) -> dict[str, tuple[Row, ...]]:
+    from logo.errors import UsageError
+    from logo.evaluation.study import find_tasks
+
+    folder = options.validation_rows or options.adapter_samples
+    if folder is None:
+        raise UsageError(
+            f"--method {options.method} knows tasks by labelled rows: expected --validation-rows DIR with TASK.jsonl "
+            "for every task"
+        )
+    return {task.name: task.rows for task in find_tasks(folder)}

@@ -99,8 +99,9 @@ def absolute(name: str) -> str:
 
 def anywhere(method: Method | None) -> Method | None:
     """The same method for a process with another working directory."""
+    from logo.baselines.lorauter import LoRAuter
     from logo.baselines.retrieval import Retrieval
 
-    if not isinstance(method, Retrieval):
+    if not isinstance(method, (Retrieval, LoRAuter)):
         return method
     return replace(method, embedding_model=absolute(method.embedding_model))

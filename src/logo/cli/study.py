@@ -1,4 +1,4 @@
-"""`logo study`: which signal finds the right adapters on this pool, and what that is worth."""
+"""`logo study`: which signal or method finds the right adapters on this pool, and what that is worth."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.opening import open_engine
+from logo.cli.contests import contest_of, methods_of, tasks_of
+from logo.cli.evaluate import Metric
+from logo.cli.field_table import WIDTH as FIELD_WIDTH
+from logo.cli.field_table import field_table
+from logo.cli.methods import MethodOptions
+from logo.cli.opening import open_engine, open_pool
 from logo.cli.options import EngineOptions, IndexKind, expanded
 from logo.cli.output import err, note, progress, screen
-from logo.cli.places import absolute, everywhere
+from logo.cli.pace import Told
+from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
-from logo.cli.workers import WorkerOptions, layout_of, opened
+from logo.cli.workers import WorkerOptions, layout_of, only, opened
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from logo.backends.cluster import Layout
     from logo.engine import LoGo
-    from logo.evaluation.study import Arms, Measuring, Study, Task
+    from logo.evaluation.arms import Arms
+    from logo.evaluation.contest import Contest
+    from logo.evaluation.study import Measuring, Study, Task
     from logo.evaluation.workers import MeasuredInWorkers
 
 SIGNALS = "calibrated,norm,entropy"
@@ -47,10 +55,15 @@ WIDTH = 100  # what the table needs with its intervals; a narrower terminal gets
 @expanded
 def study(
     engine: EngineOptions,
+    method: MethodOptions,
     cluster: WorkerOptions,
     rows: Annotated[
         str,
-        typer.Option(metavar="DIR", help="Folder of NAME.jsonl; rows of an adapter's name are that adapter's own."),
+        typer.Option(
+            metavar="DIR_OR_REPO",
+            help="Folder of NAME.jsonl, or Hub dataset `org/name[@revision]` whose rows name their tasks; rows of an "
+            "adapter's name are that adapter's own.",
+        ),
     ],
     json: Annotated[Path, typer.Option("--json", metavar="OUT", help="The JSON file to write all numbers to.")],
     signals: Annotated[
@@ -63,7 +76,59 @@ def study(
     ] = None,
     tasks: Annotated[str, typer.Option(help="Names or patterns, `a,b*`, of the files to use; empty: all.")] = "",
     limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.", show_default="all")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the intervals.", min=0)] = 0,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            metavar="own,left-out,unseen",
+            help="With each row's own adapter in the pool, with it removed, and on tasks that never had one.",
+        ),
+    ] = "own,left-out,unseen",
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Have answers of up to N new tokens generated, too, and judge their first lines.",
+            show_default="gold answers are scored, teacher-forced",
+            min=1,
+        ),
+    ] = None,
+    metric: Annotated[
+        Metric | None,
+        typer.Option(
+            help="What generated answers are worth, in all tasks.",
+            show_default="what NAME.yaml says beside NAME.jsonl, else by the task's name",
+        ),
+    ] = None,
+    train_rows: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of NAME.jsonl with training rows, for methods that learn from some.",
+            show_default="none, or what is held out",
+        ),
+    ] = None,
+    hold_out: Annotated[
+        int,
+        typer.Option(
+            help="Last rows of each task that are not measured: training rows, samples and validation rows for methods "
+            "that need some, where no folder of them is named.",
+            min=0,
+        ),
+    ] = 0,
+    own_adapters_only: Annotated[
+        bool,
+        typer.Option("--own-adapters-only", help="Leave adapters without rows of their own out of the pool."),
+    ] = False,
+    prompt_end: Annotated[
+        str,
+        typer.Option(help="Put after every prompt of a Hub dataset; `\\n` is a new line.", show_default="nothing"),
+    ] = "",
+    batch_size: Annotated[int, typer.Option(help="Answers that are generated at once.", min=1)] = 8,
+    so_far: Annotated[
+        bool,
+        typer.Option("--so-far", help="Only show what an unfinished study has measured; it may still be going on."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Random seed of the intervals and of methods.", min=0)] = 0,
     heatmap: Annotated[
         Path | None,
         typer.Option(help="Picture of the first signal's mean weights.", show_default="OUT with .png"),
@@ -71,38 +136,56 @@ def study(
 ) -> None:
     """Compare signals on a pool: do they find each prompt's own adapter, and how good is the gold answer under the mix?
 
-    An interrupted study goes on where it stopped when the same command is given again.
+    Methods (`--method arrow,lorahub,loraretriever/fusion`) stand beside them, and answers are generated with
+    `--generate N`; then a second table has each beside the oracle. An interrupted study goes on where it stopped when
+    the same command is given again.
 
     Example: `logo study --base-model M --adapters DIR --rows ROWS --limit 8 --json study.json`
     """
-    from logo.evaluation.study import find_tasks, journal_of, write_report
+    from logo.evaluation.study import cut, journal_of, study_so_far, write_report
     from logo.evaluation.workers import MeasuredInWorkers
     from logo.folders import replace_file
 
-    found = find_tasks(rows, tasks, limit)
+    if so_far:
+        _show(study_so_far(journal_of(json), seed).report)
+        return
     arms = _signals(signals or engine.selection_strategy or SIGNALS)
     if engine.index is IndexKind.TWO_STAGE:
         raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")
     picture = _checked(json, heatmap)
-    started = time.perf_counter()
     layout = layout_of(cluster, engine)
     engine, base_model = or_demo(engine)
+    every = tasks_of(rows, tasks, prompt_end, lambda: open_pool(engine, base_model).names)
+    found, held = cut(every, limit, hold_out)
+    contest = contest_of(found, protocol, generate, methods_of(method, seed, held), metric, train_rows, held)
+    names = tuple(task.name for task in found) if own_adapters_only else None
+    started = time.perf_counter()
     settings = {"base_model": base_model, "adapters": engine.adapters, "rows": rows, "tasks": tasks, "limit": limit}
     with ExitStack() as stack:
-        measuring = _arms(engine, base_model, arms) if layout is None else _in_workers(layout, engine, base_model, arms)
+        measuring: Measuring = (
+            _arms(engine, base_model, arms, contest, batch_size, names)
+            if layout is None
+            else _in_workers(layout, engine, base_model, arms, contest, batch_size, names)
+        )
         if isinstance(measuring, MeasuredInWorkers):
             stack.enter_context(measuring.workers)
         _say_what(found, measuring.facts.names)
         for name, of_signal in measuring.facts.settings["signals"].items():
             if of_signal["activations"]:  # of plain adapters, each signal reads what its page says
                 note(f"{name} reads {of_signal['reads']}")
-        result = _measure(measuring, found, json, settings, seed, time.perf_counter() - started)
+        result = _measure(measuring, found, json, settings, contest, seed, time.perf_counter() - started)
     write_report(json, result.report)
     replace_file(picture, _picture(result, next(iter(arms))))
     journal_of(json).unlink(missing_ok=True)
-    shown = screen(WIDTH)
-    shown.print(_table(result.report, intervals=shown.width >= WIDTH))
+    _show(result.report)
     note(f"{json} · {picture}")
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    shown = screen(WIDTH)
+    shown.print(_table(report, intervals=shown.width >= WIDTH))
+    if "relative" in report:
+        screen(FIELD_WIDTH).print("", field_table(report), sep="\n")
 
 
 def _signals(text: str) -> dict[str, dict[str, Any]]:
@@ -141,38 +224,54 @@ def _checked(json: Path, heatmap: Path | None) -> Path:
 
 
 def _in_workers(
-    layout: Layout, options: EngineOptions, base_model: str, arms: Mapping[str, Mapping[str, Any]]
+    layout: Layout,
+    options: EngineOptions,
+    base_model: str,
+    arms: Mapping[str, Mapping[str, Any]],
+    contest: Contest,
+    batch_size: int,
+    names: tuple[str, ...] | None,
 ) -> MeasuredInWorkers:
     from logo.evaluation.workers import MeasuredInWorkers, study_facts_of
 
-    open_ = functools.partial(_arms, everywhere(options), absolute(base_model), arms)
-    return MeasuredInWorkers(opened(layout, options, base_model, open_, study_facts_of))
+    methods = {label: one for label, method in contest.methods.items() if (one := anywhere(method)) is not None}
+    there = replace(contest, methods=methods)
+    open_ = functools.partial(_arms, everywhere(options), absolute(base_model), arms, there, batch_size, names)
+    return MeasuredInWorkers(opened(layout, options, base_model, open_, study_facts_of, among=names))
 
 
-def _arms(options: EngineOptions, base_model: str, arms: Mapping[str, Mapping[str, Any]]) -> Arms:
-    """One engine per entry, on one model and one pool."""
+def _arms(
+    options: EngineOptions,
+    base_model: str,
+    arms: Mapping[str, Mapping[str, Any]],
+    contest: Contest,
+    batch_size: int,
+    names: tuple[str, ...] | None,
+) -> Arms:
+    """One engine per entry, on one model and one pool: of the adapters of these names, if there are some."""
     from logo.engine import LoGo
-    from logo.evaluation.study import Arms
+    from logo.evaluation.arms import Arms
 
     signals = [str(arm["signal"]) for arm in arms.values()]
     first = open_engine(replace(options, selection_strategy=signals[0]), base_model)
+    pool = first.pool if names is None else only(first.pool, names)
     engines: dict[str, LoGo] = {}
     for name, arm in arms.items():
         settings = replace(first.settings, **arm)
         engines[name] = (
             first
-            if settings == first.settings
+            if settings == first.settings and pool is first.pool
             else LoGo(
                 first.model,
                 first.tokenizer,
-                first.pool,
+                pool,
                 settings=settings,
                 adapter_memory_gb=options.adapter_memory_gb,
                 adapter_cache_gb=options.adapter_cache_gb,
                 on_bad_adapter=options.on_bad_adapter.value,
             )
         )
-    return Arms(engines)
+    return Arms(engines, contest, batch_size)
 
 
 def _say_what(tasks: Sequence[Task], names: Sequence[str]) -> None:
@@ -188,25 +287,31 @@ def _measure(
     tasks: Sequence[Task],
     json: Path,
     settings: Mapping[str, object],
+    contest: Contest,
     seed: int,
     loading: float,
 ) -> Study:
-    from logo.evaluation.study import journal_of
+    from logo.evaluation.study import asked_of, journal_of
     from logo.evaluation.study import study as run_study
 
     journal = journal_of(json)
-    total = sum(len(task.rows) for task in tasks)
+    for method in contest.methods.values():
+        method.check_pool(measuring.facts.names)
+    asked = asked_of(tasks, contest, measuring.facts.names)
+    lessons = contest.lessons([task.name for task in asked], measuring.facts.names)
     with progress(disable=not err.is_terminal) as shown:
-        bar = shown.add_task("rows", total=total)
+        told = Told(shown, len(lessons), sum(len(task.rows) for task in asked), plain=bool(contest.as_dict()))
         try:
             return run_study(
                 measuring,
                 tasks,
                 journal,
                 settings=settings,
+                contest=contest,
                 seed=seed,
                 loading=loading,
-                on_progress=lambda name: shown.update(bar, advance=1, description=name),
+                on_progress=told.row,
+                on_lesson=told.lesson,
             )
         except KeyboardInterrupt:
             note(f"What is done is kept in {journal}: the same command goes on from there.")
@@ -222,14 +327,14 @@ def _picture(result: Study, signal: str) -> bytes:
 
 
 def _table(report: Mapping[str, Any], *, intervals: bool) -> Table:
-    """Signals and fixed mixtures as rows; under each number its interval."""
+    """Signals, methods and fixed mixtures as rows; under each number its interval."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("", overflow="fold")
     for heading, _, _ in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     parts: dict[str | None, Mapping[str, Any]] = {None: report}
     parts |= {name: report[name] or {} for name in ("left_out", "unseen")}
-    for kind in ("signals", "mixtures"):
+    for kind in ("signals", "methods", "mixtures"):
         for name in dict.fromkeys(name for part in parts.values() for name in part.get(kind) or {}):
             entries = {part: (values.get(kind) or {}).get(name) for part, values in parts.items()}
             table.add_row(Text(name), *(_cell(entries[part], metric, intervals) for _, part, metric in COLUMNS))

@@ -13,8 +13,10 @@ from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions, OnBad, Preset
 from logo.cli.output import note
 from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, check_alone, check_devices, starting
+from logo.errors import DataError
 
 if TYPE_CHECKING:
+    from logo.adapters.pool import AdapterPool
     from logo.backends.cluster import Layout
     from logo.backends.ray import Workers
     from logo.evaluation.resume import Plan
@@ -70,6 +72,18 @@ def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
     )
 
 
+def only(pool: AdapterPool, names: Sequence[str]) -> AdapterPool:
+    """The adapters of these names, as far as the pool has them.
+
+    Raises:
+        DataError: it has none.
+    """
+    found = [name for name in pool.names if name in set(names)]
+    if not found:
+        raise DataError(f"pool: expected adapters named like the rows' tasks ({', '.join(names[:3])}, ...), found none")
+    return pool.subset(found)
+
+
 def opened(
     layout: Layout,
     options: EngineOptions,
@@ -77,17 +91,20 @@ def opened(
     open_: Callable[[], Any],
     describe: Callable[[Any], Any],
     preset: Preset | None = None,
+    among: Sequence[str] | None = None,
 ) -> Workers[Any]:
     """Starts processes, and says what they are when those that there is room for are ready.
 
     Args:
         options, base_model, preset: of the pool that they have to have open.
         open_, describe: as `Workers`.
+        among: they use the adapters of these names only; None: all.
     """
     from logo.backends.ray import Workers
     from logo.evaluation.workers import differs
 
-    pool = open_pool(options, base_model, preset).sha256()
+    whole_pool = open_pool(options, base_model, preset)
+    pool = (whole_pool if among is None else only(whole_pool, among)).sha256()
     whole = OnBad.SKIP not in (options.on_bad_adapter, options.unscorable)
     note(starting(layout, "workers"))
     workers: Workers[Any] = Workers(layout, open_, describe, differs(pool, whole=whole))

@@ -1,12 +1,12 @@
-"""Several signals compared on one pool: does each find the right adapter, and what is its mixture worth?
+"""Several signals, and methods, compared on one pool: is the right adapter found, and what is the mixture worth?
 
 A row of `DIR/NAME.jsonl` belongs to the adapter of that name (an *own* task) or to none (an *unseen* task). On own
 tasks the answer key is known: where the signal ranks the row's adapter, and how likely the gold completion is under
 the signal's mixture, next to the oracle (that adapter alone), a uniform mixture and the base model. The same rows with
 their own adapter left out, and the unseen tasks, say what a signal does when the pool holds nothing that fits.
 
-Measuring is one record per row; everything that is reported follows from the records, so a journal of them is enough
-to go on after an interruption.
+Measuring is one record per row, learning one per lesson; everything that is reported follows from the records, so a
+journal of them is enough to go on after an interruption.
 """
 
 from __future__ import annotations
@@ -14,33 +14,37 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from logo.errors import DataError, UsageError, closest
-from logo.evaluation.identity import digests, environment, pool_digests, rows_digest
-from logo.evaluation.journal import Journal
+from logo.evaluation.contest import Contest, Lesson, Lessons
+from logo.evaluation.identity import rows_digest
+from logo.evaluation.journal import Journal, written
+from logo.evaluation.metrics import Kind
+from logo.evaluation.relative import relative
 from logo.evaluation.results import versions
-from logo.evaluation.summary import Measured, Section, summary
+from logo.evaluation.summary import Measured, summary
 from logo.folders import replace_file
 from logo.rows import Row, read_rows
-
-if TYPE_CHECKING:
-    from logo.engine import LoGo
-    from logo.selection.selector import Selection
 
 
 @dataclass(frozen=True)
 class Task:
-    """One file of rows; `name` is what an adapter would be called that was made for it."""
+    """Rows of one kind.
+
+    Attributes:
+        name: what an adapter would be called that was made for them.
+        file: where they are from.
+        metric: what the data says that generated answers are judged by; None: nothing.
+    """
 
     name: str
     file: Path
     rows: tuple[Row, ...]
+    metric: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,27 @@ def find_tasks(folder: str | os.PathLike[str], request: str = "", limit: int | N
     return [Task(name, files[name], tuple(read_rows(files[name], limit))) for name in sorted(chosen)]
 
 
+def cut(
+    tasks: Sequence[Task], limit: int | None = None, hold_out: int = 0
+) -> tuple[list[Task], dict[str, tuple[Row, ...]]]:
+    """The tasks' first rows, and by name the last `hold_out` rows of each, which are none of them.
+
+    Raises:
+        UsageError: a limit below 1, or a task that has no rows left.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit {limit}: expected at least 1 row; leave it out for all rows")
+    for task in tasks:
+        if len(task.rows) <= hold_out:
+            raise UsageError(
+                f"hold-out {hold_out}: task {task.name!r} has {len(task.rows)} rows, expected more; hold out fewer, or "
+                "leave the task out with --tasks"
+            )
+    ends = {task.name: len(task.rows) - hold_out for task in tasks}
+    asked = [replace(task, rows=task.rows[: ends[task.name]][:limit]) for task in tasks]
+    return asked, {task.name: task.rows[ends[task.name] :] for task in tasks} if hold_out else {}
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a study records of the engines that it compares, in a form that another process can be told.
@@ -105,46 +130,16 @@ class Facts:
 
 
 class Measuring(Protocol):
-    """What measures rows."""
+    """What measures rows; in this process `logo.evaluation.arms.Arms`."""
 
     @property
     def facts(self) -> Facts: ...
 
-    def __call__(self, rows: Iterable[tuple[Task, int]]) -> Iterator[Measured]:
-        """A record for each row of a task, in any order; see `Arms`."""
+    def learn(self, lessons: Iterable[Lesson]) -> Iterator[tuple[Lesson, Mapping[str, Any]]]:
+        """What each lesson teaches, in any order."""
 
-
-class Arms:
-    """Engines in this process: one per signal, by name, on one model and one pool."""
-
-    def __init__(self, engines: Mapping[str, LoGo]) -> None:
-        self._engines = engines
-
-    @cached_property
-    def facts(self) -> Facts:
-        """What is recorded of them. Pools are calibrated, if they were not yet."""
-        scorer = next(iter(self._engines.values()))
-        return Facts(
-            names=scorer.names,
-            pool=pool_digests(scorer),
-            settings=_engine_settings(self._engines),
-            digests=digests(scorer),
-            environment=environment(scorer),
-            in_order=any(_depends_on_order(logo) for logo in self._engines.values()),
-        )
-
-    def __call__(self, rows: Iterable[tuple[Task, int]]) -> Iterator[Measured]:
-        """Measures rows of tasks, in order.
-
-        Raises:
-            DataError: a row cannot be scored (names the file and the line).
-        """
-        for task, index in rows:
-            yield self.measured(task.name, f"{task.file}:{index + 1}", index, task.rows[index])
-
-    def measured(self, task: str, where: str, index: int, row: Row) -> Measured:
-        """Measures one row; `where` names it in errors, which are those of `__call__`."""
-        return _measure(self._engines, task, where, index, row)
+    def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
+        """A record for each row of a task, in any order."""
 
 
 def study(
@@ -153,44 +148,106 @@ def study(
     journal_file: Path,
     *,
     settings: Mapping[str, object],
+    contest: Contest | None = None,
     seed: int = 0,
     loading: float = 0.0,
     on_progress: Callable[[str], None] | None = None,
+    on_lesson: Callable[[Lesson], None] | None = None,
 ) -> Study:
-    """Measures every row that the journal does not hold yet, and reports.
+    """Learns and measures what the journal does not hold yet, and reports.
 
     Args:
-        measuring: measures them.
+        measuring: measures rows.
         tasks: what `find_tasks` found.
         journal_file: see `logo.evaluation.journal`; stays until the caller removes it, after writing the report.
         settings: what was asked for, to be recorded. What it holds under `base_model` must not change in a resumed
-            study; nor may the pool, the rows and the engines' settings.
+            study; nor may the pool, the rows, the contest and the engines' settings.
+        contest: what `measuring` was told to ask of every row.
         seed: of the bootstrap.
         loading: seconds it took to make the engines.
-        on_progress: gets the task's name after each row, those of the journal included.
+        on_progress: gets the task's name after each row, those of the journal included; `on_lesson` likewise.
 
     Raises:
-        UsageError: the journal is another study's.
+        UsageError: the journal is another study's, or the contest asks for no row.
         DataError: a row cannot be scored (names the file and the line).
     """
-    facts, tell = measuring.facts, on_progress or (lambda name: None)
-    settings = {**settings, **facts.settings, "seed": seed}
-    run = _identity(facts, tasks, settings)
+    facts, contest = measuring.facts, contest or Contest()
+    tell, taught = on_progress or (lambda name: None), on_lesson or (lambda lesson: None)
+    settings = {**settings, **facts.settings, **contest.as_dict(), "seed": seed}
+    tasks = asked_of(tasks, contest, facts.names)
+    run = _identity(facts, tasks, settings, tuple(contest.as_dict()))
     if facts.in_order:
         Journal(journal_file, run).close()  # refused if it is another study's
     with Journal(journal_file, run, fresh=facts.in_order) as journal:  # there is no going on in the middle
-        rows = {(row.task, row.index): row for row in (Measured(**record) for record in journal.records)}
+        lessons = {Lesson(*one["lesson"]): one["learnt"] for one in journal.records if "lesson" in one}
+        records = (Measured(**record) for record in journal.records if "lesson" not in record)
+        rows = {(row.task, row.index): row for row in records}
+        for lesson in lessons:
+            taught(lesson)
         for name, _ in rows:
             tell(name)
+        wanted = contest.lessons([task.name for task in tasks], facts.names)
+        for lesson, learnt in measuring.learn(lesson for lesson in wanted if lesson not in lessons):
+            journal.append({"lesson": list(lesson), "learnt": dict(learnt)})
+            lessons[lesson] = learnt
+            taught(lesson)
         every = [(task, index) for task in tasks for index in range(len(task.rows))]
-        for measured in measuring((task, index) for task, index in every if (task.name, index) not in rows):
+        # The first rows of all tasks come first, so that what there is so far is a smaller study.
+        order = every if facts.in_order else sorted(every, key=lambda one: one[1])
+        missing = ((task, index) for task, index in order if (task.name, index) not in rows)
+        for measured in measuring(missing, lessons):
             journal.append(asdict(measured))
             rows[measured.task, measured.index] = measured
             tell(measured.task)
-    ordered = [rows[task.name, index] for task, index in every]
-    report = summary(ordered, facts.names, seed=seed)
-    report |= {"settings": settings, "seconds": _seconds(ordered, loading), "versions": versions()}
-    return Study(report, tuple(ordered))
+    return _reported([rows[task.name, index] for task, index in every], lessons, facts.names, settings, seed, loading)
+
+
+def study_so_far(journal_file: Path, seed: int = 0) -> Study:
+    """The report of the rows that an unfinished study has measured, which may still be going on. Needs no engine.
+
+    Raises:
+        UsageError: there is no journal, or none of its rows is measured yet.
+    """
+    found = written(journal_file)
+    rows = [] if found is None else [Measured(**record) for record in found.records if "lesson" not in record]
+    if found is None or found.run is None or not rows:
+        raise UsageError(f"journal {journal_file}: expected measured rows of an unfinished study, found none")
+    lessons = {Lesson(*one["lesson"]): one["learnt"] for one in found.records if "lesson" in one}
+    settings = {"so_far": len(rows), **{name: found.run[name] for name in found.run if name not in ("pool",)}}
+    ordered = sorted(rows, key=lambda row: (row.task, row.index))
+    return _reported(ordered, lessons, tuple(found.run["pool"]), settings, seed, 0.0)
+
+
+def _reported(
+    rows: Sequence[Measured],
+    lessons: Lessons,
+    names: Sequence[str],
+    settings: Mapping[str, object],
+    seed: int,
+    loading: float,
+) -> Study:
+    report = summary(rows, names, seed=seed)
+    if {"protocols", "methods", "generate"} & set(settings):
+        report["relative"] = relative(rows, names, generated="generate" in settings, seed=seed)
+    if lessons:
+        report["learnt"] = [{**lesson._asdict(), "found": lessons[lesson]} for lesson in sorted(lessons)]
+    report |= {"settings": dict(settings), "seconds": _seconds(rows, loading), "versions": versions()}
+    return Study(report, tuple(rows))
+
+
+def asked_of(tasks: Sequence[Task], contest: Contest, names: Collection[str]) -> list[Task]:
+    """The tasks whose rows a contest asks for, in a pool of these adapters.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = [task for task in tasks if contest.asks(task.name, names)]
+    if not found:
+        raise UsageError(
+            f"protocol {','.join(contest.protocols)}: expected rows that it asks for, found none: "
+            f"{sum(task.name in names for task in tasks)} of {len(tasks)} tasks have an adapter of their own"
+        )
+    return found
 
 
 def journal_of(report: Path) -> Path:
@@ -207,101 +264,17 @@ def write_report(file: Path, report: Mapping[str, object]) -> None:
     replace_file(file, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-# -- measuring one row ------------------------------------------------------------------------------------------
-
-
-def _measure(engines: Mapping[str, LoGo], task: str, where: str, index: int, row: Row) -> Measured:
-    scorer = next(iter(engines.values()))
-    picked, seconds = {}, {}
-    for signal, logo in engines.items():
-        started = time.perf_counter()
-        picked[signal] = logo.select(row.context)
-        seconds[signal] = time.perf_counter() - started
-    own = task if task in scorer.names else None
-    mixtures = _fixed_mixtures(scorer.names, own)
-    left_out = None if own is None else _without(engines, picked, own)
-    signals = {signal: selection.mixture for signal, selection in picked.items()}
-    plan = {
-        (part, kind, name): mixture
-        for part, kinds in (("answers", {"signals": signals, "mixtures": mixtures}), ("left_out", left_out or {}))
-        for kind, named in kinds.items()
-        for name, mixture in named.items()
-    }
-    started = time.perf_counter()
-    gold = row.completion if isinstance(row.completion, str) else row.completion[0]
-    try:
-        scored = scorer.score(row.context, gold, list(plan.values()))
-    except UsageError as error:
-        raise DataError(f"{where}: {error}") from error
-    parts: dict[str, Section] = {"answers": {}, "left_out": {}}
-    for (part, kind, name), value in zip(plan, scored, strict=True):
-        metrics = {"exact_match": float(value.exact_match), "nll": value.nll}
-        if part == "answers" and kind == "signals" and own is not None:
-            metrics = rank_metrics(picked[name].scores, own) | metrics
-        parts[part].setdefault(kind, {})[name] = metrics
-    return Measured(
-        task=task,
-        index=index,
-        answers=parts["answers"],
-        left_out=parts["left_out"] or None,
-        weights=signals,
-        seconds={"select": seconds, "score": time.perf_counter() - started},
-    )
-
-
-def rank_metrics(scores: Mapping[str, float], own: str) -> dict[str, float]:
-    """`top1`, `top3` and the reciprocal rank `mrr` of one adapter; ties count against it, and so does no score."""
-    if own not in scores:
-        return {"top1": 0.0, "top3": 0.0, "mrr": 0.0}
-    rank = sum(score >= scores[own] for score in scores.values())
-    return {"top1": float(rank <= 1), "top3": float(rank <= 3), "mrr": 1 / rank}
-
-
-def _fixed_mixtures(names: Sequence[str], own: str | None) -> dict[str, dict[str, float]]:
-    oracle = {} if own is None else {"oracle": {own: 1.0}}
-    return {**oracle, "uniform": dict.fromkeys(names, 1 / len(names)), "base": {}}
-
-
-def _without(
-    engines: Mapping[str, LoGo], picked: Mapping[str, Selection], own: str
-) -> dict[str, dict[str, dict[str, float]]] | None:
-    """What is mixed when the row's own adapter is not in the pool; None if nothing is left to choose from."""
-    if any(set(selection.scores) <= {own} for selection in picked.values()):
-        return None
-    names = [name for name in next(iter(engines.values())).names if name != own]
-    signals = {name: logo.reselect(picked[name].scores, candidates=names).mixture for name, logo in engines.items()}
-    return {"signals": signals, "mixtures": _fixed_mixtures(names, None)}
-
-
 # -- what it stands on ------------------------------------------------------------------------------------------
 
 
-def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
-    model = next(iter(engines.values())).model
-    signals = {
-        name: {
-            **asdict(logo.settings),
-            "k": logo.k,
-            "points": [point.module for point in logo.scorer.points],
-            "activations": [str(one) for one in logo.fitted.activations if logo.fitted.read_once],
-            "reads": logo.reads,
-        }
-        for name, logo in engines.items()
-    }
-    return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}
-
-
-def _depends_on_order(logo: LoGo) -> bool:
-    """Whether a selection depends on the prompts before."""
-    return logo.settings.probe_context == "carry" or logo.settings.baseline == "running"
-
-
-def _identity(facts: Facts, tasks: Sequence[Task], settings: Mapping[str, object]) -> dict[str, object]:
-    """Everything that a row's record depends on."""
+def _identity(
+    facts: Facts, tasks: Sequence[Task], settings: Mapping[str, object], more: Sequence[str]
+) -> dict[str, object]:
+    """Everything that a row's record depends on; `more`: settings that count beside the usual ones."""
     return {
         "environment": facts.environment,
         **facts.digests,
-        **{key: settings.get(key) for key in ("base_model", "dtype", "signals")},
+        **{key: settings.get(key) for key in ("base_model", "dtype", "signals", *more)},
         "pool": facts.pool,
         "rows_sha256": {task.name: rows_digest(task.rows) for task in tasks},
     }
@@ -309,9 +282,11 @@ def _identity(facts: Facts, tasks: Sequence[Task], settings: Mapping[str, object
 
 def _seconds(rows: Iterable[Measured], loading: float) -> dict[str, Any]:
     select: dict[str, float] = {}
-    score = 0.0
+    others: dict[str, float] = {}
     for row in rows:
-        score += row.seconds["score"]
-        for signal, seconds in row.seconds["select"].items():
-            select[signal] = select.get(signal, 0.0) + seconds
-    return {"loading": loading, "select": select, "score": score}
+        for what, spent in row.seconds.items():
+            if what != "select":
+                others[what] = others.get(what, 0.0) + spent
+        for name, seconds in row.seconds["select"].items():
+            select[name] = select.get(name, 0.0) + seconds
+    return {"loading": loading, "select": select, **others}

@@ -10,7 +10,7 @@ from typing import Any
 from logo.evaluation.corpus import mean_of
 from logo.evaluation.intervals import of_mean
 
-# "signals" or "mixtures" -> name -> metric -> value. Of one row, of a task, or of all tasks.
+# "signals", "methods" or "mixtures" -> name -> metric -> value. Of one row, of a task, or of all tasks.
 Section = dict[str, dict[str, dict[str, float]]]
 
 
@@ -20,10 +20,11 @@ class Measured:
 
     Attributes:
         task: the task's name; `index`: the row's place in it.
-        answers: every signal and fixed mixture; ranks (`top1`, `top3`, `mrr`) only of signals on own tasks.
+        answers: every signal, method and fixed mixture; ranks (`top1`, `top3`, `mrr`) only of signals on own tasks.
         left_out: the same without the row's own adapter; None on unseen tasks.
         weights: signal -> its mixture.
-        seconds: `select` by signal, and `score`.
+        seconds: `select` by signal and method, `score`, and `generate` where answers were generated.
+        predictions: part (`answers`, `left_out`) -> kind -> name -> what was generated.
     """
 
     task: str
@@ -32,10 +33,12 @@ class Measured:
     left_out: Section | None
     weights: dict[str, dict[str, float]]
     seconds: dict[str, Any] = field(default_factory=dict)
+    predictions: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
 
 
 def summary(rows: Iterable[Measured], pool: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
-    """The numbers of a study: `signals`, `mixtures`, `left_out`, `unseen`, `tasks` and `pool`; None without rows.
+    """The numbers of a study: `signals`, `methods` where there are some, `mixtures`, `left_out`, `unseen`, `tasks` and
+    `pool`; None without rows.
 
     Args:
         rows: in any order.
@@ -50,7 +53,8 @@ def summary(rows: Iterable[Measured], pool: Sequence[str], *, seed: int = 0) -> 
     left_out = [[row.left_out for row in measured if row.left_out is not None] for measured in own.values()]
     unseen = [[row.answers for row in measured] for name, measured in tasks.items() if name not in own]
     return {
-        "signals": answers and answers["signals"],
+        "signals": answers and answers.get("signals"),
+        **({"methods": answers["methods"]} if answers and "methods" in answers else {}),
         "mixtures": answers and answers["mixtures"],
         "left_out": section(left_out, seed),
         "unseen": section(unseen, seed),

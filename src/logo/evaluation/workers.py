@@ -19,13 +19,15 @@ from logo.backends.ray import Workers
 from logo.baselines.method import Answering
 from logo.digests import library_versions
 from logo.errors import LoGoError, UsageError
+from logo.evaluation.arms import Arms
 from logo.evaluation.batches import OUT_OF_MEMORY
+from logo.evaluation.contest import Lesson, Lessons
 from logo.evaluation.jobs import Job
 from logo.evaluation.resume import Plan, Wish
 from logo.evaluation.runner import Piece, pieces
 from logo.evaluation.session import Evaluation, Facts, Session, Underway
-from logo.evaluation.study import Arms, Task
 from logo.evaluation.study import Facts as StudyFacts
+from logo.evaluation.study import Task
 from logo.evaluation.summary import Measured
 from logo.rows import Row
 
@@ -325,7 +327,17 @@ class MeasuredInWorkers:
         self.workers = workers
         self.facts: StudyFacts = workers.description
 
-    def __call__(self, rows: Iterable[tuple[Task, int]]) -> Iterator[Measured]:
+    def learn(self, lessons: Iterable[Lesson]) -> Iterator[tuple[Lesson, Mapping[str, Any]]]:
+        """What lessons teach, in the order in which they are done.
+
+        Raises:
+            DataError: rows that are missing or cannot be scored.
+            Incomplete: some are not learnt since every process that was given them has gone.
+        """
+        for item, learnt in self._done((Item((lesson,), 1) for lesson in lessons), _learnt, "not learnt"):
+            yield item.args[0], learnt
+
+    def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
         """Records of rows, in the order in which they are done.
 
         Raises:
@@ -335,15 +347,21 @@ class MeasuredInWorkers:
         """
         if self.facts.in_order:
             raise UsageError("workers: a selection must not depend on the prompts before, but a signal's does")
+        shared = self.workers.shared(lessons)
+        items = (_measured_item(task, index, shared) for task, index in rows)
+        for _, measured in self._done(items, _measured, "not measured"):
+            yield measured
+
+    def _done(self, items: Iterable[Item], what: Callable[..., Any], failed: str) -> Iterator[tuple[Item, Any]]:
         lost = []
-        items = (_measured_item(task, index) for task, index in rows)
-        for item, outcome in self.workers.map(items, _measured):
+        for item, outcome in self.workers.map(items, what):
             if isinstance(outcome, Lost):
-                lost.append(f"{item.args[1]}: {outcome.reason}")
+                which = " ".join(item.args[0]) if isinstance(item.args[0], Lesson) else item.args[1]
+                lost.append(f"{which}: {outcome.reason}")
             else:
-                yield outcome
+                yield item, outcome
         if lost:
-            raise Incomplete(f"not measured: {'; '.join(lost)}. The same command tries them again")
+            raise Incomplete(f"{failed}: {'; '.join(lost)}. The same command tries them again")
 
 
 def study_facts_of(arms: Arms) -> StudyFacts:
@@ -351,9 +369,13 @@ def study_facts_of(arms: Arms) -> StudyFacts:
     return arms.facts
 
 
-def _measured_item(task: Task, index: int) -> Item:
-    return Item((task.name, f"{task.file}:{index + 1}", index, task.rows[index]), 1)
+def _learnt(arms: Arms, lesson: Lesson) -> Mapping[str, Any]:
+    return arms.learnt(lesson)
 
 
-def _measured(arms: Arms, *args: Any) -> Measured:
-    return arms.measured(*args)
+def _measured_item(task: Task, index: int, lessons: Shared) -> Item:
+    return Item((task.name, f"{task.file}:{index + 1}", index, task.rows[index], lessons), 1)
+
+
+def _measured(arms: Arms, task: str, where: str, index: int, row: Row, lessons: Shared) -> Measured:
+    return arms.measured(task, where, index, row, lessons.get())

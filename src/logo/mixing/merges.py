@@ -3,8 +3,8 @@
     parts  (A_i (r_i, d_in), B_i (d_out, r_i), scale s_i)   weights w_i   ->   A', B' acting as B' A'
 
 What LoGo computes is `mixture`, the weighted sum of what the adapters do. Every other kind sums A and B apart from each
-other, which multiplies every A with every B, and is here to be compared with. Merging with `arrow` is no function of
-the factors alone, since every token has weights of its own: see `logo.mixing.arrow`.
+other, which multiplies every A with every B, and is here to be compared with. Routing (`arrow`, `spectr`,
+`seqr`) is no function of the factors alone, since every token has weights of its own: see `logo.mixing.routing`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from logo.adapters.format import LoraWeights
 from logo.errors import UsageError, closest
+from logo.mixing.routing import Kind as RoutingKind
+from logo.mixing.routing import Routing
 
 Parts = Sequence[LoraWeights]
 MajoritySign = Literal["total", "frequency"]
 
-ARROW = "arrow"
+ROUTED: tuple[RoutingKind, ...] = get_args(RoutingKind)
+"""Kinds that give every token weights of its own."""
 _ALIASES = {"cat": "mixture", "dare": "dare_linear"}  # PEFT's name, and what its users call the plainer one
 
 
@@ -33,11 +36,12 @@ class Merge:
     """How the adapters of one selection are combined.
 
     Attributes:
-        kind: a name of `KINDS`, or `"arrow"`; `"cat"` is PEFT's name for `"mixture"`.
+        kind: a name of `KINDS`, or of `ROUTED`; `"cat"` is PEFT's name for `"mixture"`.
         density: share of the entries that `ties`, `dare_linear` and `dare_ties` keep, above 0 and up to 1.
         majority_sign: of `ties` and `dare_ties`: the sign of the sum, or the one that more adapters have.
         seed: of the entries that `dare_linear` and `dare_ties` drop.
-        arrow_top_k, arrow_temperature: of `arrow`: adapters per token and module, and of the softmax of their weights.
+        arrow_top_k, arrow_temperature: of `arrow` and `spectr`: adapters per token and module, and of the softmax of
+            their weights.
 
     Raises:
         UsageError: a kind that does not exist, or a value out of range.
@@ -53,8 +57,8 @@ class Merge:
     def __post_init__(self) -> None:
         kind = _ALIASES.get(self.kind, self.kind)
         object.__setattr__(self, "kind", kind)
-        if kind not in (*KINDS, ARROW):
-            known = (*KINDS, ARROW)
+        if kind not in (*KINDS, *ROUTED):
+            known = (*KINDS, *ROUTED)
             raise UsageError(f"unknown merge {kind!r}{closest(kind, known)}; known: {', '.join(known)}")
         if not 0 < self.density <= 1:
             raise UsageError(f"merge density: expected a share above 0 and up to 1, found {self.density}")
@@ -69,6 +73,17 @@ class Merge:
     def exact(self) -> bool:
         """Whether it is `Σ w s B A`, which gates compute without merging anything."""
         return self.kind == "mixture"
+
+    @property
+    def routes(self) -> bool:
+        """Whether every token finds its own adapters, in the forward pass."""
+        return self.kind in ROUTED
+
+    @property
+    def routing(self) -> Routing:
+        """How, if it does. SEQR takes the first adapter alone."""
+        kind = next(kind for kind in ROUTED if kind == self.kind)
+        return Routing(1, kind=kind) if kind == "seqr" else Routing(self.arrow_top_k, self.arrow_temperature, kind)
 
     def __call__(self, parts: Parts, weights: Sequence[float], generator: torch.Generator) -> LoraWeights:
         """The merged factors; only the random kinds draw from the generator."""
@@ -178,7 +193,7 @@ def merged(
     module and the names, so that the same mixture is the same adapter whenever it is made.
 
     Args:
-        merge: any kind but `arrow`.
+        merge: any kind of `KINDS`.
         mixture: adapter name -> weight, in pool order.
         tensors: adapter name -> module path -> factors, of these adapters at least.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,13 +20,13 @@ from logo.adapters.layout import linear_modules
 from logo.adapters.pool import AdapterPool
 from logo.errors import UsageError
 from logo.mixing.activated import OpeningGates
-from logo.mixing.arrow import Arrow, Routing
 from logo.mixing.costs import EXPECTED, KINDS, Work, folding_pays, kind_of
 from logo.mixing.folding import Folder, foldable
 from logo.mixing.gated import GatedLoRA, Gates
 from logo.mixing.groups import GroupedMixture, Groups, cheapest
-from logo.mixing.merges import ARROW, EXACT, Merge, merged
+from logo.mixing.merges import EXACT, Merge, merged
 from logo.mixing.placement import device_of
+from logo.mixing.routing import Router
 from logo.mixing.stacks import Copies, GroupedStack, Stack, grouped, ranks, stacked
 from logo.mixing.store import AdapterStore, Hold, Source
 
@@ -48,15 +49,24 @@ class Mixer:
         fold: whether one mixture for all rows is folded into the weights where it can be; None: when that pays and
             the weights are not of half precision (`logo.mixing.costs`).
         merge: how the adapters of a row are combined where `active` is not told; may be changed.
+        neutral: token ids of neutral texts, and the token that begins each of them, if there is one; for routing that
+            compares adapters on such text.
     """
 
-    def __init__(self, model: nn.Module, store: AdapterStore, fold: bool | None = None, merge: Merge = EXACT) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        store: AdapterStore,
+        fold: bool | None = None,
+        merge: Merge = EXACT,
+        neutral: Callable[[], tuple[Sequence[Sequence[int]], int | None]] | None = None,
+    ) -> None:
         modules = dict(linear_modules(model))
         self.store = store
         self._model = model
         self._gated = GatedLoRA(modules)
         self._folder = Folder(modules)
-        self._arrow = Arrow(modules)
+        self._router = Router(modules, None if neutral is None else partial(_read, model, neutral))
         self._fold = fold
         self.merge = merge
         self._read = kind_of(device_of(model)).group_read
@@ -109,7 +119,7 @@ class Mixer:
             return
         parts = (
             _Parts.of(self.store, pool, names, rows)
-            if merge.exact or merge.kind == ARROW
+            if merge.exact or merge.routes
             else _Parts.merged(pool, names, rows, merge)
         )
         with self.store.held(parts.sources) as hold:
@@ -126,12 +136,11 @@ class Mixer:
         self, hold: Hold, parts: _Parts, rows: int, work: Work | None, merge: Merge
     ) -> tuple[Form, AbstractContextManager[Any]]:
         weights = parts.weights
-        if merge.kind == ARROW:
+        if merge.routes:
             allowed = weights != 0
             if bool((allowed == allowed[0]).all()):
                 allowed = allowed[:1]
-            routing = Routing(merge.arrow_top_k, merge.arrow_temperature)
-            return "routed", self._arrow.active(hold.keys, self._stacked(hold), allowed, routing)
+            return "routed", self._router.active(hold.keys, self._stacked(hold), allowed, merge.routing)
         if bool((weights == weights[0]).all()):
             if self._folds(hold, work):
                 return "folded", self._folder.active(hold.keys, lambda: self._stacked(hold), weights[0])
@@ -151,7 +160,7 @@ class Mixer:
         self._last = self._groups = None
         self._copies.clear()
         self._folder.forget()
-        self._arrow.forget()
+        self._router.forget()
         self.store.retain({adapter.file for adapter in pool})
 
     def _folds(self, hold: Hold, work: Work | None) -> bool:
@@ -241,9 +250,26 @@ def _columns(names: Sequence[str], rows: Sequence[Mapping[str, float]], begins: 
     own = [
         {begin.get(name, 0) for name, weight in row.items() if weight} for row, begin in zip(rows, begins, strict=True)
     ]
-    if merge.kind == ARROW or any(len(found) > 1 for found in own):
+    if merge.routes or any(len(found) > 1 for found in own):
         raise UsageError(
             f"merge {merge.kind!r}: the adapters of this batch act from different positions on, and only the exact "
             "mixture can open each at its own; use merge 'exact', or prompts one by one"
         )
     return torch.tensor([[next(iter(found), 0)] for found in own])
+
+
+@torch.no_grad()
+def _read(
+    model: nn.Module,
+    neutral: Callable[[], tuple[Sequence[Sequence[int]], int | None]],
+    counts: Callable[[torch.Tensor], None],
+) -> None:
+    """Runs the base model over neutral texts, one at a time. The token that begins a text counts nowhere: whatever the
+    text, it is the same, and its hidden vectors are far longer than others."""
+    texts, bos = neutral()
+    body = getattr(model, "base_model", model)  # the vocabulary is not asked
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    for text in texts:
+        ids = torch.tensor([list(text)], device=device)
+        counts(ids[0] != bos if bos is not None else torch.ones_like(ids[0], dtype=torch.bool))
+        body(input_ids=ids, use_cache=False)

@@ -1,8 +1,9 @@
-"""Arrow: against PEFT's implementation, against its formula, and as a way of the engine to combine adapters."""
+"""Routing: Arrow against PEFT's implementation, all kinds against their formulas, and as ways to combine adapters."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
 from logo.mixing import Merge, Stack
-from logo.mixing.arrow import Experts, Routing, direction, routed
+from logo.mixing.routing import Experts, Moments, Routing, direction, reduced, routed
 from test_engine import PROMPTS, engine, hooks, tokenizer, write_adapter
 from tolerances import SCORES, same_scores, same_tensor
 
@@ -33,15 +34,19 @@ def stacks(draw: Any) -> Stack:
     return Stack(torch.randn(len(owner), 7, generator=random), torch.randn(len(owner), 5, generator=random), owner)
 
 
-def by_hand(x: Tensor, stack: Stack, routing: Routing, allowed: set[int]) -> Tensor:
+def by_hand(x: Tensor, stack: Stack, routing: Routing, allowed: set[int], moments: Moments | None) -> Tensor:
     """One token (d_in,), the long way: ΔW in full, its singular value decomposition, a dictionary of coefficients."""
     deltas = {int(i): stack.B[stack.owner == i].T @ stack.A[stack.owner == i] for i in stack.owner.unique()}
-    similarity = {
-        i: abs(float(x.double() @ torch.linalg.svd(delta.double())[2][0]))
-        for i, delta in deltas.items()
-        if i in allowed
-    }
-    best = sorted(similarity, key=lambda i: -similarity[i])[: routing.top_k]
+    similarity: dict[int, float] = {}
+    for place, (i, delta) in enumerate(deltas.items()):
+        _, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+        if routing.kind == "arrow":
+            similarity[i] = abs(float(x.double() @ right[0]))
+        else:  # SpectR's own formula: the singular values times the right singular vectors
+            similarity[i] = float((values * (right @ x.double())).norm())
+        if moments is not None:
+            similarity[i] = (similarity[i] - float(moments.mean[place])) / float(moments.deviation[place])
+    best = sorted((i for i in similarity if i in allowed), key=lambda i: -similarity[i])[: routing.top_k]
     if not best:
         return torch.zeros(5)
     shares = (torch.tensor([similarity[i] for i in best]) / routing.temperature).softmax(0)
@@ -51,28 +56,44 @@ def by_hand(x: Tensor, stack: Stack, routing: Routing, allowed: set[int]) -> Ten
 @budget(deadline=None)
 @given(
     stacks(),
+    st.sampled_from(["arrow", "spectr", "seqr"]),
     st.integers(1, 6),
     st.sampled_from([0.3, 1.0, 4.0]),
     st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=3),
     st.integers(1, 2),
 )
 def test_every_token_is_routed_as_the_formula_says(
-    stack: Stack, top_k: int, temperature: float, rows: list[set[int]], copies: int
+    stack: Stack, kind: Any, top_k: int, temperature: float, rows: list[set[int]], copies: int
 ) -> None:
-    routing = Routing(top_k, temperature)
-    experts = Experts.of(stack)
+    routing = Routing(top_k, temperature, kind)
+    experts, moments = Experts.made(stack, kind), None
+    if kind == "seqr":
+        random = torch.Generator().manual_seed(copies)
+        moments = Moments(*(torch.rand(2, len(experts), generator=random) + 0.5))
+        experts = replace(experts, moments=moments)
     allowed = torch.tensor([[i in row for i in range(6)] for row in rows])
     x = torch.randn(len(rows) * copies, 3, 7, generator=torch.Generator().manual_seed(top_k))
     found = routed(x, stack, experts, routing, allowed)
     for r, row in enumerate(x):
         for t, token in enumerate(row):
-            expected = by_hand(token, stack, routing, rows[r // copies])
+            expected = by_hand(token, stack, routing, rows[r // copies], moments)
             torch.testing.assert_close(found[r, t], expected, rtol=1e-3, atol=1e-4)
     flat = routed(x.reshape(-1, 7), stack, experts, routing, allowed)  # OPT's MLP flattens its batch
     same_tensor(flat.view_as(found), found)
     free = routed(x, stack, experts, routing)
     everyone = routed(x, stack, experts, routing, torch.ones(1, 6, dtype=torch.bool))
     same_tensor(free, everyone)
+
+
+@budget(deadline=None)
+@given(rank=st.integers(1, 6), inside=st.integers(2, 9), out=st.integers(2, 9), seed=st.integers(0, 999))
+def test_reduced_factors_are_as_long_as_what_they_stand_for(rank: int, inside: int, out: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rank, inside, generator=random), torch.randn(out, rank, generator=random)
+    x = torch.randn(inside, generator=random)
+    found = reduced(a, b)
+    assert found.shape == (min(rank, out), inside)
+    assert float((found @ x).norm()) == same_scores(float((b @ (a @ x)).norm()))
 
 
 @budget(deadline=None)
@@ -94,7 +115,7 @@ def test_rows_that_do_not_fit_the_batch_are_refused() -> None:
     stack = Stack(torch.randn(2, 4), torch.randn(2, 3), torch.tensor([0, 1]))
     allowed = torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="routes for 2 rows cannot serve a batch of 5 rows"):
-        routed(torch.randn(5, 1, 4), stack, Experts.of(stack), Routing(), allowed)
+        routed(torch.randn(5, 1, 4), stack, Experts.made(stack), Routing(), allowed)
 
 
 # -- against PEFT -----------------------------------------------------------------------------------------------
@@ -137,9 +158,9 @@ def test_equals_peft(top_k: int, temperature: float, gap: float, tmp_path: Path)
         theirs = oracle(input_ids=ids, attention_mask=mask).logits[real]
         with logo._mixer.active(logo._fitted, [dict.fromkeys(logo.names, 0.25)]):
             ours = model(input_ids=ids, attention_mask=mask).logits[real]
-            for path, experts in logo._mixer._arrow._held[1].items():
+            for path, experts in logo._mixer._router._held[2].items():
                 [router] = oracle.get_base_model().get_submodule(path).lora_arrow.values()
-                router.prototypes.copy_(experts.directions)
+                router.prototypes.copy_(experts.factors)
             converged = oracle(input_ids=ids, attention_mask=mask).logits[real]
         plain = model(input_ids=ids, attention_mask=mask).logits[real]
     unit = float(theirs.abs().max())
@@ -151,13 +172,22 @@ def test_equals_peft(top_k: int, temperature: float, gap: float, tmp_path: Path)
     assert difference <= SCORES * unit, f"given the directions: maximal difference {difference:.2e} of {unit:.2f}"
 
 
+@pytest.fixture(autouse=True)
+def neutral(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Neutral texts in the tiny model's words: of ours it knows none, and all its hidden vectors would be one."""
+    texts = tuple(" ".join(f"w{3 + (7 * i + 5 * i * j + j) % 80}" for j in range(6)) for i in range(12))
+    monkeypatch.setattr("logo.engine.NEUTRAL", texts)
+    return texts
+
+
 # -- in the engine ----------------------------------------------------------------------------------------------
 
 
-def test_a_batch_equals_one_by_one(llama: nn.Module, adapters: Path) -> None:
+@pytest.mark.parametrize("kind", ["arrow", "spectr", "seqr"])
+def test_a_batch_equals_one_by_one(kind: str, llama: nn.Module, adapters: Path) -> None:
     """Rows that may use other adapters than their neighbours, and one that may use none."""
     logo = engine(llama, adapters)
-    logo.merge = Merge("arrow", arrow_top_k=2)
+    logo.merge = Merge(kind, arrow_top_k=2)
     names = logo.names
     mixes = [dict.fromkeys(names, 1.0), {names[1]: 0.5}, {}, {names[0]: 1.0, names[3]: 2.0}, {names[2]: 0.0}]
     before, there = llama(input_ids=torch.tensor([[5, 6, 7]])).logits, hooks(llama)
@@ -171,14 +201,68 @@ def test_a_batch_equals_one_by_one(llama: nn.Module, adapters: Path) -> None:
     assert hooks(llama) == there
 
 
-def test_one_adapter_is_itself(llama: nn.Module, adapters: Path) -> None:
+@pytest.mark.parametrize("kind", ["arrow", "spectr", "seqr"])
+def test_one_adapter_is_itself(kind: str, llama: nn.Module, adapters: Path) -> None:
     """Whatever its weight: a softmax over one is 1. Never folded, though all rows share it."""
     logo = engine(llama, adapters)
     logo._mixer._fold = True
     name = logo.names[0]
     exact = logo.score(PROMPTS[0], "w50", [{name: 1.0}])[0].nll
-    logo.merge = "arrow"
+    logo.merge = kind
     assert logo.score(PROMPTS[0], "w50", [{name: 0.3}])[0].nll == same_scores(exact)
+
+
+def test_seqr_knows_what_is_usual_from_neutral_text(llama: nn.Module, adapters: Path, neutral: tuple[str, ...]) -> None:
+    """Mean and deviation of `‖ΔW_i h‖` over the tokens of the neutral texts, each adapter by itself, whoever else is
+    there; bos left out."""
+    logo = engine(llama, adapters)
+    logo.merge = "seqr"
+    inputs: dict[str, list[Tensor]] = {}
+    logo.score(PROMPTS[0], "w50", [dict.fromkeys(logo.names, 1.0)])
+    found = logo._mixer._router._held[2]
+    paths = {path: llama.get_submodule(path) for path in found}
+    bos = logo.tokenizer.bos_token_id
+    assert bos is not None
+    with torch.no_grad():
+        for row in logo.prompts.texts(neutral):
+            hooked = [
+                module.register_forward_pre_hook(
+                    lambda module, args, path=path: inputs.setdefault(path, []).append(args[0][0, 1:])
+                )
+                for path, module in paths.items()
+            ]
+            assert row[0] == bos
+            llama(input_ids=torch.tensor([row]))
+            for hook in hooked:
+                hook.remove()
+    for path, experts in found.items():
+        x = torch.cat(inputs[path])
+        for place, member in enumerate(experts.members.tolist()):
+            delta = logo.fitted[logo.names[member]].read()[path]
+            norms = (x @ delta.A.float().T @ delta.scaled_b().T).norm(dim=-1)
+            assert float(experts.moments.mean[place]) == same_scores(float(norms.mean()))
+            assert float(experts.moments.deviation[place]) == same_scores(float(norms.std(correction=0)))
+    one = logo.names[1]
+    both = {path: experts.moments.mean for path, experts in found.items()}
+    logo.score(PROMPTS[0], "w50", [{one: 1.0}])
+    for path, experts in logo._mixer._router._held[2].items():
+        [place] = (found[path].members == 1).nonzero()[0].tolist()
+        assert float(experts.moments.mean[0]) == float(both[path][place])  # known, and not measured again
+
+
+@pytest.mark.parametrize("kind", ["spectr", "seqr"])
+def test_an_untrained_adapter_never_wins(kind: str, llama: nn.Module, tmp_path: Path) -> None:
+    """B is zero: whatever the token, it goes to the adapter that does something."""
+    for name, scale in (("idle", 0.0), ("busy", 0.4)):
+        write_adapter(tmp_path / name, llama, ("q_proj", "v_proj"), rank=2, seed=1, scale=scale)
+    logo = engine(llama, tmp_path, k=1)
+    logo.merge = Merge(kind, arrow_top_k=1)
+    both, busy = ([logo.score(PROMPTS[0], "w50", [mix])[0].nll] for mix in ({"idle": 1.0, "busy": 1.0}, {"busy": 1.0}))
+    assert both == same_scores(busy)
+    assert logo.score(PROMPTS[0], "w50", [{}])[0].nll != same_scores(busy[0])
+    assert logo.score(PROMPTS[0], "w50", [{"idle": 1.0}])[0].nll == same_scores(
+        logo.score(PROMPTS[0], "w50", [{}])[0].nll
+    )
 
 
 def test_beams_and_a_pool_that_changes(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:

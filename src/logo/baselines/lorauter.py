@@ -1,0 +1,133 @@
+"""LoRAuter (arXiv 2601.21795): prompts are routed to tasks, and tasks to the adapters that do best on them.
+
+    validation rows of a task -> the mean of their embeddings, and every adapter tried on them -> the best one
+    prompt -> its k nearest tasks -> their adapters, mixed by how near the tasks are
+
+Knows tasks by a few labelled rows and nothing of what adapters were made for. Every adapter is tried on every task, so
+the best one among any part of a pool follows from the same table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from logo.baselines.embedding import DEFAULT_MODEL, embed, fetch
+from logo.baselines.learned import best_of, each_alone
+from logo.baselines.method import Example, Method, Need, Prepared, Task, check_count, ranked
+from logo.baselines.retrieval import means
+from logo.calls import Calls
+from logo.errors import DataError, UsageError
+from logo.selection import Selection
+
+# Adapter -> its share of `exact_match` and its mean `nll` on the validation rows of one task.
+Table = Mapping[str, Mapping[str, float]]
+
+# What an engine's adapters did, by task and rows: all datasets of a run ask for the same.
+_TRIED: WeakKeyDictionary[Calls, dict[tuple[str, str], Table]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAuter(Method):
+    """LoRAuter (arXiv 2601.21795): the adapters that do best on the tasks that a prompt is most like.
+
+    Attributes:
+        validation: task -> its labelled rows.
+        rows: the first so many of each are used, to know the task by and to try adapters on.
+        embedding_model, instruction: as of retrieval.
+        k: tasks whose adapters are mixed.
+        temperature: of the softmax of the tasks' cosine similarities, which are their weights.
+        tables: what is known already of how adapters do; the rest is tried.
+    """
+
+    name: ClassVar[str] = "lorauter"
+    needs: ClassVar[frozenset[Need]] = frozenset({"validation"})
+
+    validation: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    rows: int = 8
+    embedding_model: str = DEFAULT_MODEL
+    instruction: str = ""
+    k: int = 3
+    temperature: float = 0.2
+    tables: Mapping[str, Table] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("k", self.k)
+        check_count("validation rows", self.rows)
+        if not 0 < self.temperature < float("inf"):
+            raise UsageError(f"lorauter temperature: expected a number above 0, found {self.temperature}")
+
+    @property
+    def picks(self) -> int:
+        return self.k
+
+    def check(self) -> None:
+        fetch(self.embedding_model)
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = Method.as_dict(replace(self, validation={}, tables={}))
+        del plain["tables"]
+        return {**plain, "validation": {"tasks": list(self.validation), "sha256": self._digest(list(self.validation))}}
+
+    def tried(self, logo: Calls, task: str) -> Table:
+        """What every adapter of the pool does alone on a task's validation rows; the long part of the work.
+
+        Raises:
+            DataError: a row that cannot be scored.
+        """
+        known = _TRIED.setdefault(logo, {})
+        key = task, self._digest([task])
+        if key not in known or set(known[key]) != set(logo.names):
+            known[key] = each_alone(logo, Task(task), self.validation[task][: self.rows], logo.names)
+        return known[key]
+
+    def knowing(self, tables: Mapping[str, Table]) -> LoRAuter:
+        """The same method, which need not try what these tables say."""
+        return replace(self, tables=tables)
+
+    def prepare(self, logo: Calls, task: Task) -> Prepared:
+        if not self.validation:
+            raise DataError(
+                f"method {self.name!r} knows tasks by labelled rows, and there are none: expected a folder "
+                "(--validation-rows DIR) with TASK.jsonl for each"
+            )
+        among = task.candidates(logo)
+        best: dict[str, dict[str, Any]] = {}
+        for name in self.validation:
+            table = self.tables.get(name) or self.tried(logo, name)
+            adapter = best_of({one: table[one] for one in among})
+            best[name] = {"adapter": adapter, "rows": len(self.validation[name][: self.rows]), **table[adapter]}
+        groups = [tuple(row.context for row in rows[: self.rows]) for rows in self.validation.values()]
+        device = str(logo.devices[0])
+        tasks = torch.nn.functional.normalize(means(groups, self.embedding_model, self.instruction, device), dim=-1)
+        adapters = [found["adapter"] for found in best.values()]
+
+        def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
+            texts = embed(prompts, self.embedding_model, self.instruction, device)
+            return [self._mixed(adapters, similarities) for similarities in texts @ tasks.T]
+
+        return Prepared(select, {"embedding_model": self.embedding_model, "tasks": best})
+
+    def _mixed(self, adapters: Sequence[str], similarities: torch.Tensor) -> Selection:
+        """Of tasks with these similarities (tasks,) and adapters; an adapter's score is that of its nearest task."""
+        order = torch.sort(similarities, descending=True, stable=True).indices.tolist()
+        near = order[: self.k]
+        weights: dict[str, float] = {}
+        for i, share in zip(near, (similarities[near] / self.temperature).softmax(0).tolist(), strict=True):
+            weights[adapters[i]] = weights.get(adapters[i], 0.0) + share
+        scores: dict[str, float] = {}
+        for i in order:
+            scores.setdefault(adapters[i], float(similarities[i]))
+        return ranked(weights, scores)
+
+    def _digest(self, tasks: Sequence[str]) -> str:
+        """Of the rows of these tasks that are used."""
+        rows = {task: [[row.context, row.completion] for row in self.validation[task][: self.rows]] for task in tasks}
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,142 @@
+"""What a study is asked to compare beside its signals, of options: methods, protocols, training rows, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from logo.cli.evaluate import Metric
+from logo.cli.methods import MethodOptions, Variant, make_method
+from logo.cli.output import err
+from logo.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from logo.baselines import Method
+    from logo.evaluation.contest import Contest
+    from logo.evaluation.study import Task
+    from logo.rows import Row
+
+ALWAYS = ("logo", "uniform", "base", "oracle")  # methods that every study has, as signals and as mixtures
+
+
+def tasks_of(rows: str, request: str, prompt_end: str, names: Callable[[], Sequence[str]]) -> list[Task]:
+    """The tasks of a folder, or of a dataset repository on the Hub, with all their rows.
+
+    Args:
+        request: names or patterns of tasks; empty: all.
+        prompt_end: put after every prompt of a repository, with `\\n` for a new line.
+        names: of the pool's adapters, which tasks of a repository are called like.
+
+    Raises:
+        DataError, HubError: they cannot be used, or not be fetched.
+        UsageError: an end of prompts for a folder.
+    """
+    from logo.adapters.hub import is_hub_id
+    from logo.evaluation.study import find_tasks
+
+    if Path(rows).exists() or not is_hub_id(rows.partition("@")[0]):
+        if prompt_end:
+            raise UsageError(f"--prompt-end: the rows of {rows!r} are a folder's, whose prompts end as they are to end")
+        return find_tasks(rows, request)
+    from logo.evaluation.sources.many import hub_tasks, named_like
+
+    return named_like(hub_tasks(rows, request, prompt_end=prompt_end.replace("\\n", "\n")), names())
+
+
+def methods_of(options: MethodOptions, seed: int, held: Mapping[str, Sequence[Row]]) -> dict[str, Method]:
+    """What each entry of a list of methods asks for, such as `loraretriever/fusion`; those that are always there are
+    passed over."""
+    made: dict[str, Method] = {}
+    for entry in (part.strip() for part in options.method.split(",") if part.strip()):
+        name, slash, variant = entry.partition("/")
+        if name in ALWAYS and not slash:
+            continue
+        own = replace(options, method=name)
+        if slash:
+            if name != "loraretriever" or variant not in [one.value for one in Variant]:
+                raise UsageError(
+                    f"method {entry!r}: expected a name, or loraretriever/VARIANT with one of "
+                    f"{', '.join(one.value for one in Variant)}"
+                )
+            own = replace(own, retriever_variant=Variant(variant))
+        made[entry] = make_method(own, seed=seed, held=held)
+        made[entry].check()  # before hours are spent
+    return made
+
+
+def contest_of(
+    tasks: Sequence[Task],
+    protocol: str,
+    new_tokens: int | None,
+    methods: Mapping[str, Method],
+    metric: Metric | None,
+    train_rows: Path | None,
+    held: Mapping[str, Sequence[Row]],
+) -> Contest:
+    """What is asked of every row.
+
+    Args:
+        held: labelled rows of every task; methods learn from them where no folder (`train_rows`) is named.
+
+    Raises:
+        UsageError: an option that cannot be used.
+        DataError: a task without the training rows that a method needs.
+    """
+    from logo.baselines.method import Learned
+    from logo.baselines.method import Task as MethodTask
+    from logo.evaluation.contest import PROTOCOLS, Contest
+    from logo.evaluation.jobs import declared_metric
+    from logo.evaluation.metrics import checked_kind, metric_kind
+
+    asked = {part.strip() for part in protocol.split(",") if part.strip()}
+    learning = [label for label, method in methods.items() if isinstance(method, Learned)]
+    train: Mapping[str, Sequence[Row]] = held if train_rows is None else {}
+    if learning and not train:
+        train = _train(tasks, train_rows, learning)
+    known = {
+        task.name: MethodTask(task.name, [row.context for row in task.rows], train.get(task.name, ())) for task in tasks
+    }
+    kinds = {
+        task.name: task.metric or declared_metric(task.file) or metric_kind(task.name)
+        if metric is None
+        else checked_kind(metric.value, "--metric")
+        for task in tasks
+    }
+    unknown = tuple(sorted(asked - set(PROTOCOLS)))
+    return Contest(tuple(one for one in PROTOCOLS if one in asked) + unknown, new_tokens, methods, known, kinds)
+
+
+def _train(tasks: Sequence[Task], folder: Path | None, methods: Sequence[str]) -> dict[str, tuple[Row, ...]]:
+    """The training rows of every task.
+
+    Raises:
+        UsageError: nobody said where they are.
+        DataError: a task has none.
+    """
+    from logo.rows import read_rows
+
+    if folder is None:
+        raise UsageError(
+            f"method {methods[0]!r} learns from labelled rows: name a folder that has TASK.jsonl for every task with "
+            "--train-rows"
+        )
+    found: dict[str, tuple[Row, ...]] = {}
+    for task in tasks:
+        file = folder / f"{task.name}.jsonl"
+        if not file.is_file():
+            raise DataError(
+                f"task {task.name!r}: method {methods[0]!r} learns from labelled rows, expected the file {file}, found "
+                "none; put it there, name another folder with --train-rows, or leave the task out with --tasks"
+            )
+        found[task.name] = tuple(read_rows(file))
+        contexts = {row.context for row in task.rows}
+        shared = sum(row.context in contexts for row in found[task.name])
+        if shared:
+            err.print(
+                f"logo: warning: task {task.name!r}: {shared} of its {len(found[task.name])} training rows are test "
+                f"rows too: what {', '.join(methods)} is worth may be too much",
+                markup=False,
+            )
+    return found

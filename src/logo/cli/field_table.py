@@ -1,0 +1,104 @@
+"""The field's own table of a study, as the literature prints it: what each way to choose is worth beside the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 118
+_ENCODER = "Styxxxx/lora_retriever"  # LoraRetriever's own
+
+
+def field_table(report: Mapping[str, Any]) -> Table:
+    """Signals, methods and fixed mixtures as rows, by what they are worth with the own adapter there."""
+    found = report["relative"]
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("", overflow="fold")
+    table.add_column("looks at", overflow="fold", style="dim")
+    for heading in ("own adapter there\n% of oracle", "own adapter gone\n% of oracle", "unseen\nscore", "unseen\nNLL"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    methods = report["settings"].get("methods", {})
+    for kind, name in _rows(found):
+        said = methods.get(name, {}) if kind == "methods" else {}
+        own, gone, unseen = ((found[part] or {}).get(kind, {}).get(name, {}) for part in ("own", "left_out", "unseen"))
+        table.add_row(
+            Text(name),
+            Text(looks_at(kind, name, said)),
+            _cell(own, "of_oracle", 100, 1),
+            _cell(gone, "of_oracle", 100, 1),
+            _cell(unseen, "value", 100, 1),
+            _cell(unseen, "nll", 1, 2),
+        )
+    table.caption = _caption(found, report)
+    table.caption_justify = "left"
+    return table
+
+
+def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
+    """What one way to choose adapters is given, in a few words.
+
+    Args:
+        method: its options, where it is a method.
+    """
+    if kind == "signals":
+        return "prompt, weights"
+    if kind == "mixtures":
+        return {"oracle": "the answer key"}.get(name, "nothing")
+    encoder = method.get("embedding_model")
+    by = "" if encoder is None else f"; encoder {PurePath(encoder).name}"
+    if method["method"] == "loraretriever" and encoder != _ENCODER:
+        by += ", not its own"
+    texts = {
+        "lorahub": f"{method.get('rows')} labelled rows a task",
+        "best-single": f"{method.get('rows')} labelled rows a task",
+        "loraretriever": "prompt, samples per adapter",
+        "adaptersoup": "all prompts, samples per adapter",
+        "lorauter": f"prompt, {method.get('rows')} labelled rows of each of "
+        f"{len(method.get('validation', {}).get('tasks', ()))} tasks",
+        "random": "nothing",
+    }
+    return texts.get(method["method"], "weights, token by token") + by
+
+
+def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Kinds and names of all that was compared; the best with its own adapter there first."""
+    parts = [part for part in (found["own"], found["left_out"], found["unseen"]) if part]
+    every = dict.fromkeys((kind, name) for part in parts for kind in ("signals", "methods", "mixtures")
+                          for name in part.get(kind, {}))  # fmt: skip
+
+    def worth(row: tuple[str, str]) -> float:
+        for part, key in (("own", "of_oracle"), ("left_out", "of_oracle"), ("unseen", "value")):
+            value = (found[part] or {}).get(row[0], {}).get(row[1], {}).get(key)
+            if value is not None:
+                return -float(value)
+        return 0.0
+
+    return sorted(every, key=worth)
+
+
+def _cell(entry: Mapping[str, Any], key: str, unit: float, digits: int) -> Text:
+    value = entry.get(key)
+    if value is None:
+        return Text("-", style="dim")
+    number = f"{unit * value:.{digits}f}"
+    ends = entry["intervals"].get(key)
+    if ends is None:
+        return Text(number)
+    low, high = (f"{unit * end:.{digits}f}" for end in ends)
+    return Text.assemble(f"{number} ", (f"{low}–{high}", "dim"))
+
+
+def _caption(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    settings = report["settings"]
+    judged = f"answers of up to {settings['generate']} tokens" if "generate" in settings else "gold answers, forced"
+    said = [f"Mean over tasks of method / oracle, {judged}; 95 % intervals draw tasks."]
+    own = found["own"] or found["left_out"]
+    if own and own["without_oracle"]:
+        said.append(f"{len(own['without_oracle'])} of {own['tasks']} tasks left out, whose oracle is worth nothing.")
+    if "so_far" in settings:
+        said.append(f"So far: {settings['so_far']} rows.")
+    return " ".join(said)

@@ -1,0 +1,291 @@
+"""`Arms`: what is compared on a row, in this process: signals, methods and fixed mixtures, on one model and one pool.
+
+row -> each arm's mixture, with the row's own adapter and without it -> scored, and answered, all of a merge at once
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from logo.baselines.lorauter import LoRAuter
+from logo.baselines.method import Learned, Method, Prepared
+from logo.baselines.method import Task as MethodTask
+from logo.errors import DataError, UsageError
+from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
+from logo.evaluation.identity import digests, environment, pool_digests
+from logo.evaluation.metrics import first_line, measure, measures
+from logo.evaluation.study import Facts, Task
+from logo.evaluation.summary import Measured, Section
+from logo.mixing import EXACT, Merge
+from logo.rows import Row
+
+if TYPE_CHECKING:
+    from logo.engine import LoGo
+    from logo.selection.selector import Selection
+
+Mixture = Mapping[str, float]
+
+
+@dataclass
+class Arm:
+    """One way to answer one row.
+
+    Attributes:
+        part: `answers` or `left_out`; `kind`: `signals`, `methods` or `mixtures`; `name`: of it.
+        mixture: adapter -> weight; `merge`: how they are combined.
+        metrics: what it is worth; `prediction`: what was generated.
+    """
+
+    part: str
+    kind: str
+    name: str
+    mixture: Mixture
+    merge: Merge = EXACT
+    metrics: dict[str, float] = field(default_factory=dict)
+    prediction: str = ""
+
+
+class Arms:
+    """Engines in this process: one per signal, by name, on one model and one pool.
+
+    Args:
+        contest: what is asked beside how the signals do.
+        batch_size: answers that are generated at once.
+    """
+
+    def __init__(self, engines: Mapping[str, LoGo], contest: Contest | None = None, batch_size: int = 8) -> None:
+        self._engines, self._contest, self._batch_size = engines, contest or Contest(), batch_size
+        self._logo = next(iter(engines.values()))
+        self._prepared: dict[Lesson, Prepared] = {}
+        self._known: dict[str, Method] = {}
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What is recorded of them. Pools are calibrated, if they were not yet."""
+        return Facts(
+            names=self._logo.names,
+            pool=pool_digests(self._logo),
+            settings=_engine_settings(self._engines),
+            digests=digests(self._logo),
+            environment=environment(self._logo),
+            in_order=any(_depends_on_order(logo) for logo in self._engines.values()),
+        )
+
+    def learn(self, lessons: Iterable[Lesson]) -> Iterator[tuple[Lesson, Mapping[str, Any]]]:
+        """What each lesson teaches, in order.
+
+        Raises:
+            DataError: rows that are missing or cannot be scored.
+        """
+        for lesson in lessons:
+            yield lesson, self.learnt(lesson)
+
+    def learnt(self, lesson: Lesson) -> Mapping[str, Any]:
+        """What one lesson teaches, as JSON; errors as `learn`."""
+        method = self._contest.methods[lesson.method]
+        self._logo.merge = method.merging
+        try:
+            if isinstance(method, LoRAuter):
+                return method.tried(self._logo, lesson.of)
+            if isinstance(method, Learned):
+                return method.learn(self._logo, self._task(lesson.of, lesson.about))
+        finally:
+            self._logo.merge = EXACT
+        raise RuntimeError(f"method {lesson.method!r} learns nothing")
+
+    def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
+        """Measures rows of tasks, in order.
+
+        Args:
+            lessons: all that methods have learnt.
+
+        Raises:
+            DataError: a row cannot be scored (names the file and the line).
+        """
+        for task, index in rows:
+            yield self.measured(task.name, f"{task.file}:{index + 1}", index, task.rows[index], lessons)
+
+    def measured(self, task: str, where: str, index: int, row: Row, lessons: Lessons) -> Measured:
+        """Measures one row; `where` names it in errors, which are those of `__call__`."""
+        picked: dict[str, Selection] = {}
+        seconds: dict[str, Any] = {"select": {}}
+        for signal, logo in self._engines.items():
+            started = time.perf_counter()
+            picked[signal] = logo.select(row.context)
+            seconds["select"][signal] = time.perf_counter() - started
+        own = task if task in self._logo.names else None
+        arms = list(self._arms(picked, task, own))
+        for label in self._contest.methods:
+            started = time.perf_counter()
+            arms += self._of_method(label, task, own, row.context, lessons)
+            seconds["select"][label] = time.perf_counter() - started
+        self._judge(arms, task, where, row, seconds)
+        for arm in arms:
+            if own is not None and (arm.part, arm.kind) == ("answers", "signals"):
+                arm.metrics = rank_metrics(picked[arm.name].scores, own) | arm.metrics
+        left_out = _section(arms, "left_out")
+        return Measured(
+            task=task,
+            index=index,
+            answers=_section(arms, "answers"),
+            left_out=left_out or None,
+            weights={signal: selection.mixture for signal, selection in picked.items()},
+            seconds=seconds,
+            predictions=_predictions(arms) if self._contest.new_tokens is not None else {},
+        )
+
+    # -- what answers -----------------------------------------------------------------------------------------------
+
+    def _arms(self, picked: Mapping[str, Selection], task: str, own: str | None) -> Iterator[Arm]:
+        """Signals and fixed mixtures. Where own adapters are in the pool but only rows without them are asked for, the
+        oracle is still what those are compared with."""
+        names, asked = self._logo.names, self._contest.protocols
+        whole = own is None or OWN in asked
+        for signal, selection in picked.items() if whole else ():
+            yield Arm("answers", "signals", signal, selection.mixture)
+        if own is not None:
+            yield Arm("answers", "mixtures", "oracle", {own: 1.0})
+        if whole:
+            yield from _fixed("answers", names)
+        if own is None or LEFT_OUT not in asked or not self._leaves(picked, own):
+            return
+        others = [name for name in names if name != own]
+        for signal, logo in self._engines.items():
+            mixture = logo.reselect(picked[signal].scores, candidates=others).mixture
+            yield Arm("left_out", "signals", signal, mixture)
+        yield from _fixed("left_out", others)
+
+    def _leaves(self, picked: Mapping[str, Selection], own: str) -> bool:
+        """Whether there is something to choose from without a row's own adapter."""
+        return len(self._logo.names) > 1 and not any(set(chosen.scores) <= {own} for chosen in picked.values())
+
+    def _of_method(self, label: str, task: str, own: str | None, prompt: str, lessons: Lessons) -> Iterator[Arm]:
+        method, asked = self._contest.methods[label], self._contest.protocols
+        abouts = [OWN] if own is None or OWN in asked else []
+        if own is not None and LEFT_OUT in asked and len(self._logo.names) > 1:
+            abouts.append(LEFT_OUT)
+        for about in abouts:
+            select = self._knowing(Lesson(label, task, about), lessons).select
+            [selection] = self._logo.select([prompt]) if select is None else select([prompt], 1)
+            part = "answers" if about == OWN else "left_out"
+            yield Arm(part, "methods", label, selection.mixture, method.merging)
+
+    def _knowing(self, which: Lesson, lessons: Lessons) -> Prepared:
+        """A method that knows a task; kept, because every row of the task asks for it."""
+        if which not in self._prepared:
+            method = self._known.get(which.method) or self._contest.methods[which.method]
+            if isinstance(method, LoRAuter) and which.method not in self._known:
+                method = self._known[which.method] = method.knowing(
+                    {one.of: found for one, found in lessons.items() if one.method == which.method}
+                )
+            self._logo.merge = method.merging
+            if isinstance(method, Learned):
+                self._prepared[which] = method.recall(lessons[which])
+            else:
+                self._prepared[which] = method.prepare(self._logo, self._task(which.of, which.about))
+            self._logo.merge = EXACT
+        return self._prepared[which]
+
+    def _task(self, name: str, about: str) -> MethodTask:
+        task = self._contest.tasks[name]
+        if about != LEFT_OUT:
+            return task
+        return replace(task, among=tuple(one for one in self._logo.names if one != name))
+
+    # -- what it is worth -------------------------------------------------------------------------------------------
+
+    def _judge(self, arms: Sequence[Arm], task: str, where: str, row: Row, seconds: dict[str, Any]) -> None:
+        """Scores every arm, and has it answer where that is asked for."""
+        logo, new_tokens = self._logo, self._contest.new_tokens
+        gold = row.completion if isinstance(row.completion, str) else row.completion[0]
+        kind = self._contest.metrics.get(task, "em")
+        seconds["score"], generating = 0.0, 0.0
+        for merge in dict.fromkeys(arm.merge for arm in arms):
+            some = [arm for arm in arms if arm.merge == merge]
+            logo.merge = merge
+            try:
+                started = time.perf_counter()
+                scored = logo.score(row.context, gold, [arm.mixture for arm in some])
+                scored_at = time.perf_counter()
+                answers = [""] * len(some) if new_tokens is None else self._answers(row.context, some, new_tokens)
+            except UsageError as error:
+                raise DataError(f"{where}: {error}") from error
+            finally:
+                logo.merge = EXACT
+            seconds["score"] += scored_at - started
+            generating += time.perf_counter() - scored_at
+            for arm, value, answer in zip(some, scored, answers, strict=True):
+                arm.metrics = {"exact_match": float(value.exact_match), "nll": value.nll}
+                if new_tokens is not None:
+                    arm.prediction = first_line(answer)
+                    worth = measure(kind, arm.prediction, row.completion)
+                    arm.metrics["generated"] = float(worth[measures(kind)[-1]] if isinstance(worth, dict) else worth)
+        if new_tokens is not None:
+            seconds["generate"] = generating
+
+    def _answers(self, prompt: str, arms: Sequence[Arm], new_tokens: int) -> list[str]:
+        """One answer for each arm; equal mixtures answer once."""
+        keys = [tuple(sorted(arm.mixture.items())) for arm in arms]
+        distinct = list(dict.fromkeys(keys))
+        made = self._logo.generate(
+            [prompt] * len(distinct),
+            adapters=[dict(key) for key in distinct],
+            max_new_tokens=new_tokens,
+            batch_size=self._batch_size,
+            stop_at_newline=True,
+        )
+        texts = dict(zip(distinct, (one.text for one in made), strict=True))
+        return [texts[key] for key in keys]
+
+
+def rank_metrics(scores: Mapping[str, float], own: str) -> dict[str, float]:
+    """`top1`, `top3` and the reciprocal rank `mrr` of one adapter; ties count against it, and so does no score."""
+    if own not in scores:
+        return {"top1": 0.0, "top3": 0.0, "mrr": 0.0}
+    rank = sum(score >= scores[own] for score in scores.values())
+    return {"top1": float(rank <= 1), "top3": float(rank <= 3), "mrr": 1 / rank}
+
+
+def _fixed(part: str, names: Sequence[str]) -> Iterator[Arm]:
+    yield Arm(part, "mixtures", "uniform", dict.fromkeys(names, 1 / len(names)))
+    yield Arm(part, "mixtures", "base", {})
+
+
+def _section(arms: Sequence[Arm], part: str) -> Section:
+    found: Section = {}
+    for kind in ("signals", "methods", "mixtures"):
+        for arm in arms:
+            if (arm.part, arm.kind) == (part, kind):
+                found.setdefault(kind, {})[arm.name] = arm.metrics
+    return found
+
+
+def _predictions(arms: Sequence[Arm]) -> dict[str, dict[str, dict[str, str]]]:
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for arm in arms:
+        found.setdefault(arm.part, {}).setdefault(arm.kind, {})[arm.name] = arm.prediction
+    return found
+
+
+def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
+    model = next(iter(engines.values())).model
+    signals = {
+        name: {
+            **asdict(logo.settings),
+            "k": logo.k,
+            "points": [point.module for point in logo.scorer.points],
+            "activations": [str(one) for one in logo.fitted.activations if logo.fitted.read_once],
+            "reads": logo.reads,
+        }
+        for name, logo in engines.items()
+    }
+    return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}
+
+
+def _depends_on_order(logo: LoGo) -> bool:
+    """Whether a selection depends on the prompts before."""
+    return logo.settings.probe_context == "carry" or logo.settings.baseline == "running"

@@ -1,0 +1,165 @@
+"""The published table from the Hub: rows of many tasks in one dataset, an adapter for each, and the page's command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub_server import HubServer
+from logo import DataError, UsageError
+from logo.cli.contests import tasks_of
+from logo.evaluation.sources import many
+from logo.evaluation.sources.many import hub_tasks, named_like
+from logo.evaluation.sources.places import Place
+from logo.evaluation.study import Task, cut
+from logo.rows import Row
+from test_baselines import sentences  # noqa: F401 - a fixture
+from tolerances import PATIENCE
+
+F1 = Path(__file__).parent / "data" / "golden" / "F1"
+PAGE = Path(__file__).parent.parent / "docs" / "reproduce-the-paper.md"
+TASKS = {"anli_r1_10templates": "em", "common_gen": "rouge", "wmt16_translate_deen_10templates": "bleu"}
+
+
+def rows(count: int = 4) -> list[dict[str, Any]]:
+    """As LoraRetriever's evaluation set has them."""
+    return [
+        {"inputs": f"{task} question {i}", "targets": f"answer {i}", "task": task, "domain": "some", "metric": metric}
+        for i in range(count)
+        for task, metric in TASKS.items()
+    ]
+
+
+def write_dataset(folder: Path, found: list[dict[str, Any]]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = folder / "data" / "test-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), file)
+    return folder
+
+
+@pytest.fixture
+def placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts rows where a download would have put them."""
+
+    def put(found: list[dict[str, Any]]) -> None:
+        root = write_dataset(tmp_path / "dataset", found)
+        name = "data/test-00000-of-00001.parquet"
+        monkeypatch.setattr(
+            many, "fetch", lambda declaration, splits: Place(declaration.layouts[0], root, {"test": [name]})
+        )
+
+    return put
+
+
+def test_rows_are_sorted_into_tasks(placed: Any) -> None:
+    placed(rows())
+    found = hub_tasks("Styxxxx/LoraRetriever_EvalSet", prompt_end="\n\n")
+    assert [(task.name, len(task.rows), task.metric) for task in found] == [
+        ("anli_r1", 4, "em"),
+        ("common_gen", 4, "rouge"),
+        ("wmt16_translate_deen", 4, "bleu"),
+    ]
+    assert found[0].rows[1] == Row("anli_r1_10templates question 1\n\n", "answer 1")
+    assert [task.name for task in hub_tasks("Styxxxx/x", "wmt*,common_gen")] == ["common_gen", "wmt16_translate_deen"]
+    with pytest.raises(DataError, match=r"task 'anli_r2': no such task in 'Styxxxx/x' .did you mean 'anli_r1'"):
+        hub_tasks("Styxxxx/x", "anli_r2")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ""}, r"Styxxxx/x: .*row 1: expected .* found 'completion' is empty"),
+        ({"task": None}, r"row 1: expected the column task to name the row's task, found None"),
+        ({"metric": "bleurt"}, r"Styxxxx/x: task 'anli_r1': expected a metric .* found 'bleurt'"),
+    ],
+)
+def test_rows_that_are_not_as_they_should_be(change: dict[str, Any], message: str, placed: Any) -> None:
+    first, *others = rows()
+    placed([first | change, *others])
+    with pytest.raises((DataError, UsageError), match=message):
+        hub_tasks("Styxxxx/x")
+
+
+def test_other_columns_are_named(placed: Any) -> None:
+    placed([{"question": "a", "answer": "b", "task": "c"}])
+    with pytest.raises(DataError, match="expected columns inputs and targets"):
+        hub_tasks("Styxxxx/x")
+
+
+def test_tasks_are_called_like_their_adapters() -> None:
+    tasks = [Task(name, Path("x"), ()) for name in ("anli_r1", "glue", "qqp", "piqa")]
+    adapters = ["llama2_7b_lora-anli_r1", "org/repo/glue", "a-qqp", "b-qqp", "notpiqa"]
+    named = [task.name for task in named_like(tasks, adapters)]
+    assert named == ["llama2_7b_lora-anli_r1", "org/repo/glue", "qqp", "piqa"]
+
+
+def test_held_out_rows_are_the_last_ones() -> None:
+    some = tuple(Row(f"w{i}", "w9") for i in range(6))
+    [asked], held = cut([Task("t", Path("x"), some)], 3, 2)
+    assert asked.rows == some[:3] and held == {"t": some[4:]}
+    [asked], held = cut([Task("t", Path("x"), some)], None, 2)
+    assert asked.rows == some[:4]
+    assert cut([asked], None, 0) == ([asked], {})
+    with pytest.raises(UsageError, match="hold-out 6: task 't' has 6 rows, expected more"):
+        cut([Task("t", Path("x"), some)], None, 6)
+    with pytest.raises(UsageError, match="--prompt-end: the rows of"):
+        tasks_of(str(F1), "", "x", lambda: ())
+
+
+def command_of_the_page() -> list[str]:
+    [line] = re.findall(r"^    logo (study .*LoraRetriever_EvalSet.*)$", PAGE.read_text(), flags=re.MULTILINE)
+    return shlex.split(line)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_page(tmp_path: Path, sentences: str) -> None:  # noqa: F811
+    """From a Hub: a tiny model, an adapter for each task, rows of many tasks; with fewer rows, tokens and trials."""
+    pool = tmp_path / "pool"
+    made = {"anli_r1": "ad01", "common_gen": "ad02", "wmt16_translate_deen": "ad03", "piqa": "ad05"}
+    for name, adapter in made.items():
+        shutil.copytree(F1 / "adapters" / adapter, pool / f"llama2_7b_lora-{name}")
+    data = write_dataset(tmp_path / "dataset", rows())
+    command = command_of_the_page()
+    swaps = {
+        "--base-model": str(F1 / "model"),
+        "--adapters": "Styxxxx/pool",
+        "--hold-out": "2",
+        "--generate": "3",
+        "--embedding-model": sentences,
+    }
+    for option, value in swaps.items():
+        command[command.index(option) + 1] = value
+    command += ["--gpu", "-1", "--lorahub-budget", "3", "-k", "3", "--cache", str(tmp_path / "cache")]
+    with HubServer({"Styxxxx/pool": pool, "datasets/Styxxxx/LoraRetriever_EvalSet": data}) as hub:
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", "from logo.cli import main; main()", *command],
+            env=inherited | hub.env(tmp_path / "home"),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "table.json").read_text())
+    found = report["relative"]
+    assert found["metric"] == "generated" and found["own"]["tasks"] == found["left_out"]["tasks"] == 3
+    assert len(report["pool"]) == 3 and found["unseen"] is None
+    assert report["settings"]["metrics"]["llama2_7b_lora-common_gen"] == "rouge"
+    assert list(found["own"]["methods"]) == command[command.index("--method") + 1].split(",")
+    assert all(task["rows"] == 2 for task in report["tasks"].values())
+    assert "tasks with an adapter of their own: 3 · unseen tasks: 0" in done.stderr
