@@ -301,7 +301,7 @@ STEPS = """
 
 
 def study_command(root: Path, out: Path) -> list[str]:
-    engine = ["--base-model", "demo", "-k", "3", "--gpu", "-1", "--signals", "norm,calibrated", "--generate", "4"]
+    engine = ["--base-model", "demo", "-k", "3", "--gpu", "-1", "--signals", "norm,calibrated", "--generate", "8"]
     method = ["--method", "logo,lorahub,arrow,uniform", "--lorahub-budget", "5", "--shots", "2"]
     return [
         "study",
@@ -430,5 +430,7 @@ def test_a_row_of_the_table_says_which_encoder_it_was() -> None:
     assert looks_at("methods", "x", own) == "prompt, samples per adapter; encoder lora_retriever"
     router: Any = get_method("lorauter", validation={"a": ()}, rows=4)
     assert isinstance(router, LoRAuter)
-    assert looks_at("methods", "lorauter", router.as_dict()).startswith("prompt, 4 labelled rows of each of 1 tasks")
+    assert looks_at("methods", "lorauter", router.as_dict()).startswith(
+        "prompt, up to 4 labelled rows of each of 1 tasks"
+    )
     assert looks_at("signals", "norm", {}) == "prompt, weights"

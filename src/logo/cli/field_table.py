@@ -53,11 +53,11 @@ def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
     if method["method"] == "loraretriever" and encoder != _ENCODER:
         by += ", not its own"
     texts = {
-        "lorahub": f"{method.get('rows')} labelled rows a task",
-        "best-single": f"{method.get('rows')} labelled rows a task",
+        "lorahub": f"up to {method.get('rows')} labelled rows a task",
+        "best-single": f"up to {method.get('rows')} labelled rows a task",
         "loraretriever": "prompt, samples per adapter",
         "adaptersoup": "all prompts, samples per adapter",
-        "lorauter": f"prompt, {method.get('rows')} labelled rows of each of "
+        "lorauter": f"prompt, up to {method.get('rows')} labelled rows of each of "
         f"{len(method.get('validation', {}).get('tasks', ()))} tasks",
         "random": "nothing",
     }

@@ -161,6 +161,7 @@ def study(
     names = tuple(task.name for task in found) if own_adapters_only else None
     started = time.perf_counter()
     settings = {"base_model": base_model, "adapters": engine.adapters, "rows": rows, "tasks": tasks, "limit": limit}
+    settings |= {"hold_out": hold_out} if hold_out else {}
     with ExitStack() as stack:
         measuring: Measuring = (
             _arms(engine, base_model, arms, contest, batch_size, names)
