@@ -407,7 +407,9 @@ def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path, m
     assert scorer.calibration is not None
     heard = torch.cat([scorer.calibration.neutral, scorer.calibration.requests], dim=2)
     assert torch.allclose(heard, neutral, atol=1e-4)
-    read = [scorer._reader(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)) for row in prompts]
+    read = [
+        scorer._reader(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64)).responses for row in prompts
+    ]
     responses = torch.stack([torch.cat(point) for point in zip(*read, strict=True)], dim=0)  # (points, rows, adapters)
     assert torch.allclose(responses.permute(2, 0, 1), own, atol=1e-4)
     want = Baseline.of(heard[:, :, :20], heard[:, :, 20:]).scores(responses.permute(2, 0, 1))

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logo.errors import ModelError
-from logo.selection.selector import Selection, Selector, adaptive_temperature
+from logo.errors import ModelError, Unsure
+from logo.selection.confidence import ACTIVATED, EXAMPLES, RESPONSES, Evidence, temperature
+from logo.selection.selector import UNSURE, Selection, Selector
 from tolerances import same_weights
 
 SCORES = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
@@ -55,17 +56,53 @@ def test_linear_weights_are_the_papers() -> None:
     assert select([-1.0, 2.0, 1.0]).weights == pytest.approx((2 / 3, 1 / 3, 0))
 
 
-def temperature(*ranked: float) -> float:
-    return adaptive_temperature(torch.tensor(ranked))
+REST = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]  # the mean of the first five: 0.76
 
 
-def test_sharp_when_one_stands_out_and_broad_when_none_does() -> None:
-    rest = [1.2, 1.0, 0.8, 0.5, 0.3, 0.0, -0.4]
-    assert temperature(6.0, *rest) == pytest.approx(0.3)
-    assert temperature(0.76 + 0.9, *rest) == pytest.approx(0.3)  # above the mean of the next five
-    assert temperature(0.76 + 0.8, *rest) == pytest.approx(0.24**0.5, rel=1e-4)  # half-way on a scale of logarithms
-    assert temperature(0.76 + 0.7, *rest) == pytest.approx(0.8)
-    assert temperature(1.25, *rest) == 0.8
+def confidence(*ranked: float, evidence: Evidence = RESPONSES) -> float:
+    return evidence.confidence(torch.tensor(ranked))
+
+
+@pytest.mark.parametrize("evidence", [RESPONSES, ACTIVATED, EXAMPLES])
+def test_confidence_follows_the_lead(evidence: Evidence) -> None:
+    assert confidence(0.76 + evidence.even, *REST, evidence=evidence) == pytest.approx(0.5, abs=1e-4)
+    assert confidence(60.0, *REST, evidence=evidence) > 0.999
+    assert confidence(1.2, *REST, evidence=evidence) < 0.5
+
+
+@given(SCORES, st.floats(0, 5))
+@settings(deadline=None)
+def test_confidence_is_a_probability_that_grows_with_the_best_score(scores: list[float], more: float) -> None:
+    ranked = sorted(scores, reverse=True)
+    before, after = confidence(*ranked), confidence(ranked[0] + more, *ranked[1:])
+    assert 0 <= before <= after <= 1
+
+
+def test_sharp_when_sure_and_broad_when_not() -> None:
+    assert temperature(0.9) == temperature(0.4) == pytest.approx(0.3)
+    assert temperature(0.25) == temperature(0.0) == pytest.approx(2.0)
+    assert temperature(0.325) == pytest.approx(0.6**0.5, rel=1e-4)  # half-way on a scale of logarithms
+
+
+@pytest.mark.parametrize(("when", "adapters"), [("base", ()), ("best", ("a00",)), ("mix", ("a00", "a01"))])
+def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, ...]) -> None:
+    found = select([1.3, *REST], 2, weighting="adaptive", when_unsure=when)
+    assert found.adapters == adapters
+    assert found.confidence is not None and found.confidence < UNSURE
+    assert sum(found.weights) == pytest.approx(len(adapters) > 0)
+    sure = select([9.0, *REST], 2, weighting="adaptive", when_unsure=when)
+    assert sure.adapters == ("a00", "a01")
+
+
+def test_an_unsure_selection_may_be_refused() -> None:
+    with pytest.raises(Unsure, match=r"confidence 0\.\d\d, expected 0\.2 or more"):
+        select([1.3, *REST], when_unsure="refuse")
+    assert select([9.0, *REST], when_unsure="refuse").adapters
+
+
+def test_scores_without_a_scale_have_no_confidence() -> None:
+    assert select([1.3, *REST], evidence=None).confidence is None
+    assert select([1.3, *REST], evidence=None, when_unsure="base").adapters  # nothing is known, so nothing is refused
 
 
 def test_twins_are_one_leading_group() -> None:
@@ -74,10 +111,10 @@ def test_twins_are_one_leading_group() -> None:
     assert twins.weights[:2] == pytest.approx((0.5, 0.5), abs=1e-3)
 
 
-def test_nothing_above_its_baseline_is_broad() -> None:
-    assert temperature(-0.1, -4.0, -5.0, -6.0) == 0.8
-    assert temperature(3.0) == 0.8
-    assert temperature(3.0, 3.0) == 0.8
+def test_nothing_above_its_baseline_is_no_evidence() -> None:
+    assert confidence(-0.1, -4.0, -5.0, -6.0) == 0.0
+    assert confidence(3.0) == 0.5
+    assert confidence(3.0, 3.0) < UNSURE
 
 
 def test_ties_go_to_the_earlier_name() -> None:

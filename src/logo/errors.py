@@ -55,6 +55,10 @@ class TrainingError(LoGoError, RuntimeError):
     """Adapters that could not be trained, or not all of them."""
 
 
+class Unsure(PoolError):
+    """No adapter of the pool seems to be made for a prompt, and the user wants no answer then."""
+
+
 class DataError(LoGoError, ValueError):
     """A dataset that does not exist, or a row that is malformed (names the file and the line)."""
 

@@ -21,10 +21,11 @@ from logo.mixing import EXACT, Mixer
 from logo.prompts import Prompt
 from logo.scoring import MAX_TOKENS
 from logo.selection.beginnings import Beginnings
+from logo.selection.confidence import ACTIVATED, EXAMPLES, RESPONSES, Evidence
 from logo.selection.index import Tell
 from logo.selection.scorer import NOT_SCORED, Best, Scorer
 from logo.selection.scorers import Scorers
-from logo.selection.selector import ACTIVATED_LEADS, LEADS, Forced, Selection, Selector, check_k, forced, known
+from logo.selection.selector import Forced, Selection, Selector, check_k, forced, known
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Weighting
 
@@ -123,9 +124,15 @@ class Choosing:
             scored = (scores != NOT_SCORED).nonzero()[:, 0].tolist()
             scores, names = scores[scored], [names[i] for i in scored]
         k = min(self.pool.default_k if settings.k is None else settings.k, len(names))
-        weighting = settings.reading.weighting
-        leads = ACTIVATED_LEADS if self.pool.read_once else LEADS
-        return Selector(k, weighting, settings.weight_temperature, settings.keep_mass, leads)(scores, names)
+        weighting, evidence = settings.reading.weighting, self.evidence(settings)
+        temperature, mass = settings.weight_temperature, settings.keep_mass
+        return Selector(k, weighting, temperature, mass, evidence, settings.when_unsure)(scores, names)
+
+    def evidence(self, settings: SelectionSettings) -> Evidence | None:
+        """What a lead of these settings' scores is worth; None where scores have no scale of their own."""
+        if settings.reading.scale == "raw":
+            return None
+        return ACTIVATED if self.pool.read_once else RESPONSES
 
 
 class Selecting(Choosing, ABC):
@@ -260,6 +267,10 @@ class Probing(Selecting):
                     self._mixer.prefetch(self.pool, [name for selection in found for name in selection.adapters])
                 selections |= zip(batch, found, strict=True)
         return [selections[i] for i in range(len(rows))]
+
+    def evidence(self, settings: SelectionSettings) -> Evidence | None:
+        """See `Choosing`; example prompts are known here."""
+        return super().evidence(settings) if self.scorers.get(settings).signatures is None else EXAMPLES
 
     def restart(self) -> None:
         """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""

@@ -3,6 +3,7 @@
     <cache>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a` per module, neutral texts first
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
     <cache>/calibration/<base model, texts and reading>/points-<pool>.json        what was chosen, for people to read
+    <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions, or their mean
     <adapter's folder>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a`, where it came with `a`
 
 Nothing in it is needed: what is missing or damaged is computed anew. Files are written under another name and renamed.
@@ -57,6 +58,7 @@ class CalibrationCache:
         self._adapter_keys: WeakKeyDictionary[WeightFile, str] = WeakKeyDictionary()
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
         self._whitenings: dict[str, Whitening] = {}  # those that could not be written: they are large
+        self._described: dict[str, list[Tensor]] = {}
 
     @classmethod
     def of(cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> CalibrationCache:
@@ -116,6 +118,21 @@ class CalibrationCache:
         tensors = {name: tensor.contiguous() for name, tensor in vars(whitening).items()}
         if self._save(f"whitening/{module}.safetensors", save(tensors)) is None:
             self._whitenings[module] = whitening
+
+    def described(self, name: str) -> list[Tensor] | None:
+        """Descriptions of texts, one tensor per place, as they were kept under this name."""
+        if name not in self._described:
+            tensors = self._load(f"described/{name}.safetensors")
+            if not tensors:
+                return None
+            self._described[name] = [tensors[str(place)] for place in range(len(tensors))]
+        return self._described[name]
+
+    def keep_described(self, name: str, descriptions: Sequence[Tensor]) -> None:
+        """Keeps descriptions of texts, or their mean; the texts themselves are never kept."""
+        self._described[name] = list(descriptions)
+        tensors = {str(place): tensor.contiguous() for place, tensor in enumerate(descriptions)}
+        self._save(f"described/{name}.safetensors", save(tensors))
 
     def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:
         """Writes down which points were chosen for these adapters; returns where."""

@@ -16,7 +16,9 @@ from logo.selection.baseline import finished
 from logo.selection.beginnings import PAGE, Beginnings, Page, Reading
 from logo.selection.index import ScoringIndex
 from logo.selection.probe import Probe
+from logo.selection.reader import Probed
 from logo.selection.signals import Signal
+from logo.selection.signature import described, places
 
 _numbers = itertools.count()
 
@@ -29,14 +31,23 @@ class OnceReader:
         indices: one per point of the probe.
         signal: scores hidden vectors.
         beginnings: what is known of prompts, and where it is kept.
+        describing: prompts are described, too, by tokens that are never kept: those on which adapters act.
     """
 
-    def __init__(self, probe: Probe, indices: Sequence[ScoringIndex], signal: Signal, beginnings: Beginnings) -> None:
+    def __init__(
+        self,
+        probe: Probe,
+        indices: Sequence[ScoringIndex],
+        signal: Signal,
+        beginnings: Beginnings,
+        describing: bool = False,
+    ) -> None:
         self._probe, self._indices, self._signal, self._beginnings = probe, indices, signal, beginnings
+        self._describing = describing
         self._name = f"{next(_numbers)}"  # of this pool's sums
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-        """Per point, `a` (rows, adapters) of right-padded prompts (rows, length); see `logo.selection.baseline`."""
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Probed:
+        """What right-padded prompts (rows, length) bring about."""
         lengths = attention_mask.sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         ends = [earliest(self._signal.activations, row) for row in rows]
@@ -58,10 +69,8 @@ class OnceReader:
         reading = self._name if self._probe.token == "each" else None
         return [self._beginnings.find(row, end, reading) for row, end in zip(rows, ends, strict=True)]
 
-    def _means(
-        self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]]
-    ) -> list[Tensor]:
-        sums, counts = self._read(rows, ends, known)
+    def _means(self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]]) -> Probed:
+        sums, counts, descriptions = self._read(rows, ends, known)
         if self._probe.token == "each":
             for i, pages in enumerate(known):
                 for page in pages:
@@ -69,19 +78,22 @@ class OnceReader:
                     counts[i] += count
                     for total, part in zip(sums, parts, strict=True):
                         total[i] += part.to(total.device)
-        return [finished(total / counts.clamp_min(1)[:, None].to(total.device), self._signal.scale) for total in sums]
+        means = [total / counts.clamp_min(1)[:, None].to(total.device) for total in sums]
+        return Probed([finished(mean, self._signal.scale) for mean in means], descriptions)
 
     def _read(
         self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]]
-    ) -> tuple[list[Tensor], Tensor]:
-        """Reads what is not known: per point, the summed responses (rows, adapters), and how many they are (rows,)."""
+    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """Reads what is not known: per point, the summed responses (rows, adapters), how many they are (rows,), and
+        the descriptions."""
         reading = self._beginnings.extend(rows, ends, known, self._probe)
         values = [self._signal(index, hidden) for index, hidden in zip(self._indices, reading.hidden, strict=True)]
         counts = torch.bincount(reading.owners, minlength=len(rows))
         sums = [_added(value, reading.owners, len(rows)) for value in values]
         if self._probe.token == "each":
             self._note(rows, ends, known, reading, values)
-        return sums, counts
+        wanted = places(reading.hidden) if self._describing else []
+        return sums, counts, [described(reading.hidden[place], reading.owners, len(rows)) for place in wanted]
 
     def _note(
         self,

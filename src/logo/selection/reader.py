@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,20 @@ from logo.selection.index import ScoringIndex
 from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cache_of, cut
 from logo.selection.probe import Probe
 from logo.selection.signals import Signal
+from logo.selection.signature import last, places
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What one probe found out of some prompts.
+
+    Attributes:
+        responses: per point, `a` (rows, adapters that touch it); see `logo.selection.baseline`.
+        descriptions: per place, (rows, 2, d); see `logo.selection.signature`. Empty where they were not asked for.
+    """
+
+    responses: list[Tensor]
+    descriptions: list[Tensor]
 
 
 class Reader:
@@ -24,20 +39,28 @@ class Reader:
         signal: scores hidden vectors.
         name: of the signal.
         prefixes: what is known of prompts that begin alike; None: every prompt is read whole.
+        describing: prompts are described, too.
     """
 
     def __init__(
-        self, probe: Probe, indices: Sequence[ScoringIndex], signal: Signal, name: str, prefixes: Prefixes | None
+        self,
+        probe: Probe,
+        indices: Sequence[ScoringIndex],
+        signal: Signal,
+        name: str,
+        prefixes: Prefixes | None,
+        describing: bool = False,
     ) -> None:
         self._probe = probe
         self._indices = indices
         self._signal = signal
-        self._name = name
+        self._describing = describing
+        self._name = f"{name}, described" if describing else name
         # A mean of hidden vectors cannot be put together from responses.
         self._prefixes = None if probe.token == "mean" else prefixes
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-        """Per point, `a` (rows, adapters) of right-padded prompts (rows, length); see `logo.selection.baseline`."""
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Probed:
+        """What right-padded prompts (rows, length) bring about."""
         lengths: list[int] = attention_mask.sum(dim=1).tolist()
         if self._prefixes is None or max(lengths) <= BLOCK:
             return self._read(input_ids, attention_mask, [], None)
@@ -52,12 +75,14 @@ class Reader:
 
     def _read(
         self, input_ids: Tensor, attention_mask: Tensor, known: list[Block], rows: list[list[int]] | None
-    ) -> list[Tensor]:
+    ) -> Probed:
         """Reads what comes after the known blocks, and keeps the blocks that it read of these rows (None: nothing)."""
         cache = None if rows is None else cache_of(known, len(input_ids))
         start = len(known) * BLOCK
         hidden = self._probe(input_ids[:, start:], attention_mask, cache)
         values = [self._signal(index, vectors) for index, vectors in zip(self._indices, hidden, strict=True)]
+        described = [hidden[place] for place in places(hidden)] if self._describing else []
+        values += described  # their means are taken likewise
         sums: list[Tensor] = []
         counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)
         if self._probe.token == "each":
@@ -68,7 +93,14 @@ class Reader:
                 values[i] = total / number[:, None].to(part.device)
         if rows is not None and cache is not None and cache.layers:  # before the first layer there is nothing to reuse
             self._keep(cache, rows, len(known), sums, counts)
-        return [finished(value, self._signal.scale) for value in values]
+        count, ends = len(self._indices), last(torch.bincount(self._probe.owners(input_ids[:, start:], attention_mask)))
+        return Probed(
+            [finished(value, self._signal.scale) for value in values[:count]],
+            [
+                torch.stack([mean, vectors[ends.to(vectors.device)]], dim=1)
+                for mean, vectors in zip(values[count:], described, strict=True)
+            ],
+        )
 
     def _block_sums(self, values: list[Tensor], input_ids: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
         """Per point (rows, blocks, adapters), of values (vectors, adapters); and the vectors in each (rows, blocks)."""

@@ -15,6 +15,7 @@ from logo.selection.calibration import Calibration
 from logo.selection.index import ScoringIndex
 from logo.selection.once import OnceReader
 from logo.selection.reader import Reader
+from logo.selection.signature import GAIN, Signatures
 
 # Prompts that a running baseline remembers; neutral texts are the first of them.
 _REMEMBERED = 256
@@ -45,10 +46,13 @@ class Scorer:
         calibration: what responses are compared with; None for signals without one.
         cache: of the calibration.
         running: compare with the last prompts that came, too.
+        signatures: of the adapters that have example prompts; None: none has, or they are not used.
+        alone: the signatures score, and not the responses.
 
     Attributes:
         points: where prompts are read.
         names: of the adapters.
+        signatures: the same.
     """
 
     def __init__(
@@ -59,7 +63,10 @@ class Scorer:
         calibration: Calibration | None = None,
         cache: CalibrationCache | None = None,
         running: bool = False,
+        signatures: Signatures | None = None,
+        alone: bool = False,
     ) -> None:
+        self.signatures, self._alone = signatures, alone
         self.indices = tuple(indices)
         self.points = tuple(index.point for index in indices)
         self.names = tuple(adapter.name for adapter in adapters)
@@ -79,14 +86,27 @@ class Scorer:
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(rows, adapters) float32 on the CPU, of right-padded prompts (rows, length)."""
-        return self.scores(self._reader(input_ids, attention_mask))
+        probed = self._reader(input_ids, attention_mask)
+        return self.scores(probed.responses, probed.descriptions)
 
     def best(self, input_ids: Tensor, attention_mask: Tensor, asked: Sequence[Best]) -> Tensor:
         """The same, where only what is asked of each row has to be scored: others may be `NOT_SCORED`."""
         return self(input_ids, attention_mask)
 
-    def scores(self, per_point: Sequence[Tensor]) -> Tensor:
-        """(rows, adapters) float32 on the CPU of responses `a` (rows, adapters that touch the point) per point."""
+    def scores(self, per_point: Sequence[Tensor], descriptions: Sequence[Tensor] = ()) -> Tensor:
+        """(rows, adapters) float32 on the CPU of responses `a` (rows, adapters that touch the point) per point.
+
+        Args:
+            descriptions: of the prompts, where the pool has signatures; see `logo.selection.signature`. Without them,
+                responses alone score.
+        """
+        scores = self._of_responses(per_point)
+        if self.signatures is None or not descriptions:
+            return scores
+        similar = GAIN * self.signatures.similarities(descriptions, scores)
+        return similar if self._alone else scores + similar
+
+    def _of_responses(self, per_point: Sequence[Tensor]) -> Tensor:
         # (adapters, points, rows)
         responses = torch.full((*self._touched.shape, len(per_point[0])), torch.nan)
         for at, response in enumerate(per_point):

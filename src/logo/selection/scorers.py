@@ -6,6 +6,7 @@ plan -> calibrate (cached) -> index (cached) -> first stage (cached, where there
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.cache import cache_folder
+from logo.errors import PoolError, UsageError
 from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
@@ -31,6 +33,8 @@ from logo.selection.scorer import Scorer
 from logo.selection.selector import check_k
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
+from logo.selection.signature import Signatures
+from logo.selection.signed import signatures_of
 from logo.selection.texts import NEUTRAL, REQUESTS, Texts
 from logo.selection.two_stage import FirstStages, TwoStageScorer
 from logo.selection.whitening import Whitening
@@ -132,6 +136,7 @@ class Scorers:
             if folder is not None and name is not None and built is None:
                 keep_index(folder, name, adapters, indices, calibration, cache)
         signal = settings.reading
+        signatures = self._signatures(settings, adapters, [index.point for index in indices], cache)
         read = [index.point for index in indices]
         probe = Probe(model, read, signal.input, signal.token, self._bos, signal.activations, whole=self.read_once)
         if settings.index == "two-stage":
@@ -139,11 +144,36 @@ class Scorers:
             reader = Reader(probe, indices, signal, settings.signal, None)
             left = settings.index_left
             return TwoStageScorer(adapters, indices, reader, probe, signal, first, calibration, cache, left)
+        reader: Reader | OnceReader
         if self.read_once and self._beginnings is not None:
-            once = OnceReader(probe, indices, signal, self._beginnings)
-            return Scorer(adapters, indices, once, calibration, cache, settings.baseline == "running")
-        reader = Reader(probe, indices, signal, settings.signal, self._prefixes)
-        return Scorer(adapters, indices, reader, calibration, cache, settings.baseline == "running")
+            reader = OnceReader(probe, indices, signal, self._beginnings, signatures is not None)
+        else:
+            reader = Reader(probe, indices, signal, settings.signal, self._prefixes, signatures is not None)
+        running, alone = settings.baseline == "running", settings.signal == "signature"
+        return Scorer(adapters, indices, reader, calibration, cache, running, signatures, alone)
+
+    def _signatures(
+        self,
+        settings: SelectionSettings,
+        adapters: Sequence[Adapter],
+        points: Sequence[Point],
+        cache: CalibrationCache | None,
+    ) -> Signatures | None:
+        """Those of the adapters with example prompts; None where there are none, or where they are not used."""
+        usable = settings.index == "exact" and not (self.read_once and settings.reading.token == "each")
+        if self._listening is not None and settings.signal == "signature":
+            raise UsageError("signal 'signature': inside vLLM prompts are not described yet; use 'calibrated'")
+        if cache is None or settings.reading.scale != "whitened" or settings.examples == "ignore" or not usable:
+            return None
+        if self._listening is not None:
+            return None
+        found = signatures_of(adapters, points, settings.reading, cache, partial(read_texts, self._model), self._texts)
+        if found is None and settings.signal == "signature":
+            raise PoolError(
+                f"the signal 'signature' needs example prompts, and none of the {len(adapters)} adapters has any: give "
+                "them some (logo pool examples NAME FILE), or use the signal 'calibrated'"
+            )
+        return found
 
     def _first_stages(
         self,

@@ -2,7 +2,7 @@
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
 softmax    w_i ∝ exp(score_i / T)
-adaptive   softmax whose temperature follows how clearly the best score stands out, see `adaptive_temperature`
+adaptive   softmax whose temperature follows how sure the selection is, see `logo.selection.confidence`
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
-from logo.errors import NotFinite, PoolError, UsageError, closest
-from logo.selection.signals import Weighting
+from logo.errors import NotFinite, PoolError, Unsure, UsageError, closest
+from logo.selection.confidence import RESPONSES, Evidence, temperature
+from logo.selection.signals import Weighting, WhenUnsure
 
-# Temperatures: one adapter nearly alone, and several.
-_SHARPEST, _BROADEST = 0.3, 0.8
-# Leads up to which a mixture is broad, and from which it is sharp, in standard deviations of neutral text. On the few
-# tokens on which activated adapters act, adapters are less far apart.
-LEADS, ACTIVATED_LEADS = (0.7, 0.9), (0.4, 0.6)
+# Below this confidence a selection counts as unsure.
+UNSURE = 0.2
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,14 @@ class Selection:
         adapters: names, best first. Empty: the base model alone.
         weights: parallel to `adapters`. They sum to 1 unless the user forced others.
         scores: the score of every scored adapter, in pool order. Empty for a forced selection.
+        confidence: the probability that the pool holds an adapter that was made for this input; None where nothing is
+            known of it: forced selections, and signals whose scores have no scale of their own.
     """
 
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
     scores: dict[str, float]
+    confidence: float | None = None
 
     @classmethod
     def forced(cls, weights: Mapping[str, float]) -> Selection:
@@ -51,7 +52,12 @@ class Selection:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        return {"adapters": list(self.adapters), "weights": list(self.weights), "scores": dict(self.scores)}
+        return {
+            "adapters": list(self.adapters),
+            "weights": list(self.weights),
+            "scores": dict(self.scores),
+            "confidence": self.confidence,
+        }
 
 
 # What the user may ask for instead of what the model would choose.
@@ -93,14 +99,17 @@ class Selector:
         weighting: see the module's docstring.
         temperature: of `"softmax"`.
         keep_mass: keep the best adapters that together hold this share of the weight; None: all k.
-        leads: of `"adaptive"`, see `adaptive_temperature`.
+        evidence: what a lead of these scores is worth; None: they have no scale of their own.
+        when_unsure: what answers where the confidence is below `UNSURE`: the mixture (`"mix"`), the `"base"` model
+            alone, the `"best"` adapter alone, or nothing (`"refuse"`).
     """
 
     k: int
     weighting: Weighting = "linear"
     temperature: float = 0.5
     keep_mass: float | None = None
-    leads: tuple[float, float] = LEADS
+    evidence: Evidence | None = RESPONSES
+    when_unsure: WhenUnsure = "mix"
 
     def __call__(self, scores: Tensor, names: Sequence[str]) -> Selection:
         """The highest of these scores (adapters,), ties to the earlier name.
@@ -113,7 +122,8 @@ class Selector:
             bad = names[int((~scores.isfinite()).nonzero()[0])]
             raise NotFinite(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
         top, order = torch.sort(scores, descending=True, stable=True)
-        weights = self._weights(top)
+        confidence = None if self.evidence is None else self.evidence.confidence(top)
+        weights = self._weights(top, confidence)
         if self.keep_mass is not None:
             # The first adapter always stays; one is dropped when those before it already hold the mass.
             kept = int((weights.cumsum(0) - weights < self.keep_mass * (1 - 1e-6)).sum())
@@ -123,15 +133,23 @@ class Selector:
             tuple(names[i] for i in order.tolist()),
             tuple(weights.tolist()),
             dict(zip(names, scores.tolist(), strict=True)),
+            confidence,
         )
 
-    def _weights(self, ranked: Tensor) -> Tensor:
-        """(k,) of all scores, best first: (adapters,)."""
+    def _weights(self, ranked: Tensor, confidence: float | None) -> Tensor:
+        """(k,) of all scores, best first: (adapters,); fewer where the selection is unsure."""
         top = ranked[: self.k]
+        if confidence is not None and confidence < UNSURE and self.when_unsure != "mix":
+            if self.when_unsure == "refuse":
+                raise Unsure(
+                    f"no adapter of the pool seems to be made for this prompt (confidence {confidence:.2f}, expected "
+                    f"{UNSURE} or more); force one (`adapters`), or let the base model answer (--when-unsure base)"
+                )
+            return torch.ones(1 if self.when_unsure == "best" else 0)
         if self.weighting == "linear":
             return linear(top)
-        temperature = self.temperature if self.weighting == "softmax" else adaptive_temperature(ranked, self.leads)
-        return (top / temperature).softmax(dim=0)
+        sharp = self.weighting == "adaptive" and confidence is not None
+        return (top / (temperature(confidence or 0.0) if sharp else self.temperature)).softmax(dim=0)
 
 
 def linear(top: Tensor) -> Tensor:
@@ -142,22 +160,6 @@ def linear(top: Tensor) -> Tensor:
     top = top.clamp_min(0)
     total = top.sum()
     return top / total if total > 0 else torch.full_like(top, 1 / len(top))
-
-
-def adaptive_temperature(ranked: Tensor, leads: tuple[float, float] = LEADS) -> float:
-    """The temperature that suits these z-scores (adapters,), best first: sharp when something stands out, else broad.
-
-    `lead` is how far the best score is above the mean of the next five. Not above the second alone: a near relative of
-    the right adapter is no reason to doubt it, a whole field close behind is. Up to the first of `leads` the mixture is
-    broad (T = 0.8), from the second on it is sharp (T = 0.3), and between them log T is in proportion. Where nothing is
-    above its own baseline, the mixture is broad. The constants were chosen on rows of one pool that no study uses
-    (docs/how-selection-works.md), those of activated adapters on half of the tasks of one pool (docs/read-once.md).
-    """
-    if len(ranked) == 1 or ranked[0] <= 0:
-        return _BROADEST
-    lead = float(ranked[0] - ranked[1:6].mean())
-    sureness = min(max((lead - leads[0]) / (leads[1] - leads[0]), 0.0), 1.0)
-    return float(_BROADEST * (_SHARPEST / _BROADEST) ** sureness)
 
 
 def check_k(k: int, pool_size: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from logo.adapters.activation import OFF, Activation, check_forced, check_without
 from logo.errors import UsageError, closest
 from logo.prompts import ProbeText, check_probe_text
-from logo.selection.signals import SIGNALS, ProbeInput, ProbeToken, Signal, Weighting, get_signal
+from logo.selection.signals import SIGNALS, ProbeInput, ProbeToken, Signal, Weighting, WhenUnsure, get_signal
 
 # How far a probe goes that is read again under the mixture.
 DEPTH = 0.5
@@ -18,6 +18,7 @@ ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
 IndexKind = Literal["exact", "two-stage"]
 BaselineKind = Literal["neutral", "running"]
+ExamplesUse = Literal["use", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,15 @@ class SelectionSettings:
     Attributes:
         signal: `"calibrated"`, the official `"norm"` or `"entropy"`, or any other registered signal.
         k: adapters per prompt; None: the pool's own number (`AdapterPool.default_k`), or all of a smaller pool.
-        weighting: how scores become weights: `"linear"` (official), `"softmax"`, or `"adaptive"`, as sharp as one
-            adapter stands out. See `logo.selection.selector`.
+        weighting: how scores become weights: `"linear"` (official), `"softmax"`, or `"adaptive"`, as sharp as the
+            selection is sure. See `logo.selection.selector`.
         weight_temperature: of `"softmax"`, in units of the score.
         keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
+        when_unsure: what answers a prompt for which no adapter of the pool seems to be made: `"mix"`, the broad mixture
+            that the weighting gives; `"base"`, the base model alone; `"best"`, the best adapter alone; or nothing
+            (`"refuse"`). See `logo.selection.confidence`.
+        examples: whether the example prompts of adapters that have some are used (`logo.selection.signature`): `"use"`
+            or `"ignore"`.
         probe_context: which adapters are active while probing: `"base"` none · `"pool"` all, unscaled · `"carry"` as
             the official code really runs: all for the first prompt, then those the prompt before selected.
         probe_input: `"residual"` (entering the layer, before its norm) or `"projection"` (what the module receives).
@@ -68,6 +74,8 @@ class SelectionSettings:
     weighting: Weighting | None = None
     weight_temperature: float = 0.5
     keep_mass: float | None = None
+    when_unsure: WhenUnsure = "mix"
+    examples: ExamplesUse = "use"
     probe_context: ProbeContext = "base"
     probe_input: ProbeInput | None = None
     probe_token: ProbeToken | None = None
@@ -97,6 +105,8 @@ class SelectionSettings:
             raise UsageError(f"number of selected adapters (k): expected 1 or more, found {self.k}")
         choices: tuple[tuple[str, Any], ...] = (
             ("weighting", Weighting),
+            ("when_unsure", WhenUnsure),
+            ("examples", ExamplesUse),
             ("probe_context", ProbeContext),
             ("probe_input", ProbeInput),
             ("probe_token", ProbeToken),
@@ -126,6 +136,12 @@ class SelectionSettings:
             raise UsageError(f"calibration_prompts: expected 8 or more, found {len(self.calibration_prompts)}")
         if self.weighting == "adaptive" and self.reading.scale == "raw":
             raise UsageError(f"weighting 'adaptive': the signal {self.signal!r} has no scale of its own; use 'softmax'")
+        if self.when_unsure != "mix" and self.reading.scale == "raw":
+            raise UsageError(
+                f"when_unsure {self.when_unsure!r}: the signal {self.signal!r} does not say how sure it is"
+            )
+        if self.signal == "signature" and self.examples == "ignore":
+            raise UsageError("examples 'ignore': the signal 'signature' knows nothing else; use 'calibrated'")
         if self.probe_context != "base" and self.reading.scale != "raw":
             raise UsageError(
                 f"probe_context {self.probe_context!r}: the signal {self.signal!r} compares with neutral text that the "
@@ -188,7 +204,8 @@ class SelectionSettings:
         if signal is not None and signal != self.signal:
             # What is said of one signal's scores means nothing for another's.
             raw = get_signal(signal).scale == "raw"
-            given = {"weighting": None, "baseline": "neutral" if raw else self.baseline, **given}
+            unsure = "mix" if raw else self.when_unsure
+            given = {"weighting": None, "baseline": "neutral" if raw else self.baseline, "when_unsure": unsure, **given}
         return replace(self, **given) if given else self
 
     @property

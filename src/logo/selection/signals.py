@@ -22,6 +22,7 @@ Score = Callable[[ScoringIndex, Tensor], Tensor]  # (index, hidden (n, d)) -> sc
 ProbeInput = Literal["residual", "projection"]
 ProbeToken = Literal["last", "mean", "each", "tail"]
 Weighting = Literal["linear", "softmax", "adaptive"]
+WhenUnsure = Literal["mix", "base", "best", "refuse"]
 # raw: the response itself · zscore: against the adapter's own responses to neutral text · whitened: likewise, of hidden
 # vectors from which is taken what all text has in common
 Scale = Literal["raw", "zscore", "whitened"]
@@ -112,6 +113,24 @@ def entropy(index: ScoringIndex, hidden: Tensor) -> Tensor:
 )
 def calibrated(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`‖ΔW_i W (h - μ)‖₂` at several early points and all tokens, compared with the same on neutral text."""
+    return index.norms(hidden)
+
+
+@register(
+    "signature",
+    layers="early",
+    input="projection",
+    token="each",
+    scale="whitened",
+    chosen=True,
+    weighting="adaptive",
+    norms=True,
+)
+def signature(index: ScoringIndex, hidden: Tensor) -> Tensor:
+    """How much a prompt looks like the example prompts of an adapter; see `logo.selection.signature`.
+
+    What is returned here are the responses of `calibrated`, at whose points prompts are compared.
+    """
     return index.norms(hidden)
 
 
