@@ -22,7 +22,7 @@ from logo.errors import DataError
 from logo.folders import replace_file
 
 EXAMPLES = "examples.jsonl"
-CARD = "README.md"
+MODEL_CARD = "README.md"
 # Examples that are read: more tell hardly more (docs/how-selection-works.md), and each is read by the base model once.
 MOST = 16
 
@@ -37,7 +37,7 @@ def examples_of(folder: Path) -> tuple[str, ...]:
     try:
         found = read_examples(folder / EXAMPLES)
     except FileNotFoundError:
-        found = _of_card(folder / CARD)
+        found = _of_card(folder / MODEL_CARD)
     except DataError as error:
         warnings.warn(f"{error}; the examples are left out", UserWarning, stacklevel=2)
         found = []

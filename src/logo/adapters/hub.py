@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from logo.adapters.examples import EXAMPLES, MODEL_CARD
 from logo.adapters.notes import NOTES, RESPONSES
 from logo.errors import HubError, UsageError
 
@@ -185,7 +186,8 @@ def _check_revision(repo_id: str, revision: str | None) -> None:
 
 def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
     """The globs of adapter files at any depth below `folder` (in huggingface_hub `*` also matches `/`)."""
-    names = [CONFIG, WEIGHTS, NOTES, f"{RESPONSES}/*.safetensors"] + ([PICKLE] if allow_pickle else [])
+    names = [CONFIG, WEIGHTS, NOTES, EXAMPLES, MODEL_CARD, f"{RESPONSES}/*.safetensors"]
+    names += [PICKLE] if allow_pickle else []
     root = f"{glob.escape(folder)}/" if folder else ""
     return [pattern for name in names for pattern in (f"{root}{name}", f"{root}*/{name}")]
 

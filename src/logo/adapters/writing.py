@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.config import CONFIG
+from logo.adapters.examples import EXAMPLES
 from logo.adapters.notes import NOTES, RECORD, RESPONSES, changed, checked, read_notes, write_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import LoGoError, StorageError, UsageError
@@ -159,9 +160,12 @@ def write_pool(
 
 
 def copy_adapter(adapter: Adapter, folder: Path) -> bool:
-    """Copies configuration, weights and what the adapter responds to neutral texts; for use within `new_folder`."""
+    """Copies configuration, weights, examples and what the adapter responds to neutral texts; for use within
+    `new_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in (adapter.folder / CONFIG, adapter.file.path):
+    examples = adapter.folder / EXAMPLES
+    beside = (checked(examples, adapter.folder),) if examples.is_file() else ()
+    for file in (adapter.folder / CONFIG, adapter.file.path, *beside):
         shutil.copyfile(file, folder / file.name)
     if (adapter.folder / RESPONSES).is_dir():
         for file in (adapter.folder / RESPONSES).rglob("*"):

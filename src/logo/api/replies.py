@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from logo.protocol import Card, Chosen
 
+_CONFIDENCE = "The probability that the pool holds an adapter made for the prompt; null where nothing is known of it."
+
 
 class Reply(BaseModel):
     """What every object of an answer shares. Fields with `exclude_if` are left out rather than null."""
@@ -20,6 +22,7 @@ class Mixture(Reply):
 
     adapters: list[str] = Field(description="Best first; empty: the base model alone.")
     weights: list[float] = Field(description="Parallel to 'adapters'.")
+    confidence: float | None = Field(description=_CONFIDENCE)
     probe_ms: float = Field(description="How long the selection took.")
     queue_ms: float = Field(description="How long the request waited for a place.")
 
@@ -29,6 +32,7 @@ class Mixture(Reply):
         return cls(
             adapters=list(chosen.selection.adapters),
             weights=list(chosen.selection.weights),
+            confidence=chosen.selection.confidence,
             probe_ms=round(chosen.probe_ms, 3),
             queue_ms=round(chosen.queue_ms, 3),
         )
@@ -46,6 +50,7 @@ class SelectionReply(Reply):
     adapters: list[str] = Field(description="Best first.")
     weights: list[float]
     scores: dict[str, float] = Field(description="Of every adapter, in pool order; empty for a forced mixture.")
+    confidence: float | None = Field(description=_CONFIDENCE)
     probe_ms: float
     tokens: int = Field(description="Of the prompt.")
 
@@ -56,6 +61,7 @@ class SelectionReply(Reply):
             adapters=list(chosen.selection.adapters),
             weights=list(chosen.selection.weights),
             scores=dict(chosen.selection.scores),
+            confidence=chosen.selection.confidence,
             probe_ms=round(chosen.probe_ms, 3),
             tokens=tokens,
         )

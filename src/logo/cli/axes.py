@@ -30,6 +30,8 @@ SELECTION = {  # axis: field of EngineOptions
     "weighting": "weighting",
     "weight-temperature": "weight_temperature",
     "keep-mass": "keep_mass",
+    "when-unsure": "when_unsure",
+    "examples": "examples",
     "probe-context": "probe_context",
     "probe-input": "probe_input",
     "probe-token": "probe_token",

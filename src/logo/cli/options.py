@@ -74,6 +74,18 @@ class Weights(Choice):
     ADAPTIVE = "adaptive"
 
 
+class WhenUnsure(Choice):
+    MIX = "mix"
+    BASE = "base"
+    BEST = "best"
+    REFUSE = "refuse"
+
+
+class Examples(Choice):
+    USE = "use"
+    IGNORE = "ignore"
+
+
 class BaselineKind(Choice):
     NEUTRAL = "neutral"
     RUNNING = "running"
@@ -319,6 +331,21 @@ class EngineOptions:
             rich_help_panel=PROBE,
         ),
     ] = None
+    when_unsure: Annotated[
+        WhenUnsure,
+        typer.Option(
+            help="What answers a prompt for which no adapter of the pool seems to be made: a broad mixture, the base "
+            "model alone, the best adapter alone, or nothing.",
+            rich_help_panel=PROBE,
+        ),
+    ] = WhenUnsure.MIX
+    examples: Annotated[
+        Examples,
+        typer.Option(
+            help="Compare prompts with the example prompts of adapters that have some (`logo pool examples`).",
+            rich_help_panel=PROBE,
+        ),
+    ] = Examples.USE
     gpu: Annotated[
         int,
         typer.Option(help="GPU number; -1 for the CPU (used anyway where there is no GPU).", rich_help_panel=DEVICE),

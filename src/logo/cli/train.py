@@ -77,7 +77,7 @@ def train(
         recompute=course.recompute,
     )
     root = output.absolute()
-    how = (course.at_once, course.checkpoint_every, course.retrain, course.calibrate)
+    how = (course.at_once, course.checkpoint_every, course.retrain, course.calibrate, course.examples)
     wanted = Wanted(found, recipes, root, opening, *how)
     note("loading the base model" if layout is None else starting(layout, "processes"))
     quiet_transformers()

@@ -170,6 +170,16 @@ class CourseOptions:
             rich_help_panel=COURSE,
         ),
     ] = True
+    examples: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Leave the first N prompts of each task, without answers, beside its adapter: prompts like them are "
+            "recognised by it. They stay in the pool's folder; `logo pool push` does not send them.",
+            min=0,
+            rich_help_panel=COURSE,
+        ),
+    ] = 4
     jobs: Annotated[
         int | None,
         typer.Option(

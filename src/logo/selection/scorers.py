@@ -141,9 +141,9 @@ class Scorers:
         probe = Probe(model, read, signal.input, signal.token, self._bos, signal.activations, whole=self.read_once)
         if settings.index == "two-stage":
             first = self._first_stages(settings, adapters, indices, cache, folder, name)
-            reader = Reader(probe, indices, signal, settings.signal, None)
+            exact = Reader(probe, indices, signal, settings.signal, None)
             left = settings.index_left
-            return TwoStageScorer(adapters, indices, reader, probe, signal, first, calibration, cache, left)
+            return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left)
         reader: Reader | OnceReader
         if self.read_once and self._beginnings is not None:
             reader = OnceReader(probe, indices, signal, self._beginnings, signatures is not None)

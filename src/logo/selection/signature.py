@@ -31,7 +31,7 @@ _LAST = 0.5
 # A unit of similarity, in units of the responses' scores.
 GAIN = 8.0
 # How much more similar an adapter's own prompts are, per unit by which its response to them stands out.
-_SLOPE = 0.3
+_SLOPE = 0.35
 # What the similarity of prompts of unrelated adapters is taken for, with the weight of so many adapters.
 _USUAL, _USUAL_WEIGHT = 0.35, 4
 

@@ -18,6 +18,8 @@ from logo.selection.signals import Signal
 from logo.selection.signature import Signatures, Space, centred, described
 from logo.selection.texts import Texts
 
+Rows = Sequence[Sequence[int]]
+
 
 def signatures_of(
     adapters: Sequence[Adapter],
@@ -41,19 +43,20 @@ def signatures_of(
         return None
     modules = [point.module for point in points]
 
-    def name(rows: Sequence[Sequence[int]]) -> str:
+    def name(rows: Rows) -> str:
         stated = json.dumps([modules, [list(row) for row in rows]])
         return hashlib.sha256(stated.encode()).hexdigest()[:24]
 
-    ordinary, wanted = cache.texts.rows, [encode(prompts) for prompts in examples if prompts]
-    missing = [rows for rows in [ordinary, *wanted] if cache.described(name(rows)) is None]
+    ordinary: Rows = cache.texts.rows
+    every: list[Rows] = [ordinary, *(encode(prompts) for prompts in examples if prompts)]
+    missing = [rows for rows in every if cache.described(name(rows)) is None]
     if missing:
-        every = read(points, signal, [row for rows in missing for row in rows], cache.texts.bos, listening)
+        places = read(points, signal, [row for rows in missing for row in rows], cache.texts.bos, listening)
         sizes = [len(rows) for rows in missing]
-        for rows, *parts in zip(missing, *(place.split(sizes) for place in every), strict=True):
+        for rows, *parts in zip(missing, *(torch.split(place, sizes) for place in places), strict=True):
             kept = parts if rows is ordinary else [part.mean(dim=0, keepdim=True) for part in parts]
             cache.keep_described(name(rows), [part.clone() for part in kept])
-    found = [cache.described(name(rows)) or [] for rows in [ordinary, *wanted]]
+    found = [cache.described(name(rows)) or [] for rows in every]
     spaces = [Space.of(place) for place in found[0]]
     known = torch.tensor([bool(prompts) for prompts in examples])
     return Signatures(spaces, list(centred(spaces, found[1:])), known)

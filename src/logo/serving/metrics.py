@@ -55,6 +55,11 @@ class Metrics:
         self.adapters_per_request = histogram(
             "adapters_per_request", "Adapters of a mixture.", (0, 1, 2, 5, 10, 20, 50)
         )
+        self.confidence = histogram(
+            "selection_confidence",
+            "The probability that the pool holds an adapter made for the prompt.",
+            [tenth / 10 for tenth in range(1, 11)],
+        )
         self.registry.register(_State(service))
         ProcessCollector(registry=self.registry)
 
@@ -64,6 +69,8 @@ class Metrics:
         if chosen.probe_ms:
             self.probe.observe(chosen.probe_ms / 1e3)
         self.adapters_per_request.observe(len(chosen.selection.adapters))
+        if chosen.selection.confidence is not None:
+            self.confidence.observe(chosen.selection.confidence)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from logo.adapters.activation import Activation
+from logo.adapters.examples import EXAMPLES, write_examples
 from logo.adapters.notes import RESPONSES, read_notes
 from logo.errors import DataError, LoGoError, StorageError, UsageError
 from logo.models import load_tokenizer
+from logo.prompts import asked_text
 from logo.training.activation import Settling, common
 from logo.training.examples import encode
 from logo.training.plan import USUAL_AT_ONCE, GroupPlan, Plan, Prepared, check_names, plan, prepare
@@ -50,6 +52,7 @@ class Wanted:
         every: seconds between two checkpoints.
         retrain: adapters that stand there and were made from something else are replaced.
         calibrate: what adapters respond to neutral texts is written beside them.
+        examples: prompts of each task that are left beside its adapter.
     """
 
     found: Found
@@ -60,6 +63,7 @@ class Wanted:
     every: float = 60.0
     retrain: bool = False
     calibrate: bool = True
+    examples: int = 4
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ def train(
                 if outcome.written:
                     trained.append(outcome.task)
             write_pool(root, facts, failed)
+        _leave_examples(wanted, trained, todo.done)
         known = (any((root / name / RESPONSES).rglob("*.safetensors")) for name in (*trained, *todo.done))
         if wanted.calibrate and not all(known):
             try:
@@ -135,6 +140,17 @@ def train(
             except LoGoError as error:
                 warnings.warn(f"the pool is not calibrated yet: {error}", UserWarning, stacklevel=2)
     return Trained(tuple(sorted(trained)), todo.done, failed, cut)
+
+
+def _leave_examples(wanted: Wanted, trained: Sequence[str], done: Sequence[str]) -> None:
+    """Puts the first prompts of each task beside its adapter, by which prompts like them are recognised."""
+    for task in wanted.found.tasks:
+        folder = wanted.root / task.name
+        if task.name in trained or (task.name in done and not (folder / EXAMPLES).exists()):
+            asked = [pair.prompt for pair in task.pairs[: wanted.examples]]
+            texts = [one if isinstance(one, str) else asked_text(one) for one in asked]
+            if any(texts):
+                write_examples(folder, [text for text in texts if text])
 
 
 def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -> tuple[list[Prepared], dict[str, int]]:

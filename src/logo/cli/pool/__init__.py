@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from logo.cli.pool import card, convert, dedupe, diff, export, inspect, prune, push
+from logo.cli.pool import card, convert, dedupe, diff, examples, export, inspect, prune, push
 
 app = typer.Typer(help="Look into pools of adapters, and make new ones of them.", no_args_is_help=True)
 
@@ -19,6 +19,7 @@ app.command("diff")(diff.diff)
 app.command("dedupe")(dedupe.dedupe)
 app.command("prune")(prune.prune)
 app.command("convert")(convert.convert)
+app.command("examples")(examples.examples)
 app.command("card")(card.card)
 app.command("push")(push.push)
 app.command("export")(export.export)

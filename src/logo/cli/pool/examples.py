@@ -1,0 +1,66 @@
+"""`logo pool examples`: example prompts of the adapters of a pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logo.cli.options import OnBad
+from logo.cli.output import out, print_json
+from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, opened
+from logo.errors import DataError, UsageError
+
+
+def examples(
+    folder: Folder,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The adapter.", show_default="says how many each one has")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE",
+            help="Its examples: a JSON object per line, with the text of a `prompt` (or `context`); answers are left "
+            "out. They take the place of those that it has.",
+            show_default="prints those that it has",
+        ),
+    ] = None,
+    allow_pickle: AllowPickle = False,
+    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Give an adapter a few example prompts, without answers: one is enough for prompts like it to be recognised.
+
+    Example: `logo pool examples adapters/ antonyms prompts.jsonl`
+    """
+    from logo.adapters.examples import MOST, examples_of, read_examples, write_examples
+
+    pool = opened(folder, allow_pickle, on_bad_adapter)
+    if name is None:
+        counts = {adapter.name: len(examples_of(adapter.folder)) for adapter in pool}
+        if json:
+            print_json(counts)
+            return
+        for each, count in counts.items():
+            out.print(f"{count:4} {each}", markup=False, highlight=False)
+        return
+    adapter = pool[name]
+    if file is not None:
+        try:
+            prompts = read_examples(file)
+        except FileNotFoundError as error:
+            raise UsageError(f"{file}: no such file") from error
+        if not prompts:
+            raise DataError(f"{file}: expected one prompt or more, found none")
+        write_examples(adapter.folder, prompts[:MOST])
+    kept = examples_of(adapter.folder)
+    if json:
+        print_json({name: list(kept)})
+        return
+    if file is not None:
+        out.print(f"{adapter.name}: {len(kept)} examples", markup=False, highlight=False)
+        return
+    for prompt in kept:
+        out.print(prompt, markup=False, highlight=False)

@@ -1,0 +1,240 @@
+"""Example prompts of adapters: what is read of them, what is kept, and how they decide."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+import tiny
+from logo import LoGo, PoolError, UsageError
+from logo.adapters.examples import EXAMPLES, MOST, examples_of, write_examples
+from logo.adapters.hub import adapter_patterns
+from logo.adapters.upkeep.publishing import Upload
+from logo.adapters.writing import copy_adapter
+from logo.cli.run import run
+from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
+from logo.selection.signature import GAIN, Signatures, Space, described
+from test_calibrated import PROMPTS, engine, pool
+
+LONG = "a long story that every prompt begins with, over and over again, until a block of tokens is full; "
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return tiny.model("llama", max_position_embeddings=512)
+
+
+@pytest.fixture
+def folder(llama: nn.Module, tmp_path: Path) -> Path:
+    return pool(llama, tmp_path / "pool")
+
+
+def told(folder: Path, **examples: str | list[str]) -> Path:
+    for name, prompts in examples.items():
+        write_examples(folder / name, [prompts] if isinstance(prompts, str) else prompts)
+    return folder
+
+
+def scores(logo: LoGo, *prompts: str, **options: Any) -> torch.Tensor:
+    found = logo.select(list(prompts), **options)
+    return torch.tensor([list(selection.scores.values()) for selection in found])
+
+
+# -- the formula -------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_a_description_is_mean_and_last(lengths: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    parts = [torch.randn(length, 3) for length in lengths]
+    owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    found = described(torch.cat(parts), owners, len(lengths))
+    expected = torch.stack([torch.stack([part.mean(dim=0), part[-1]]) for part in parts])
+    torch.testing.assert_close(found, expected)
+
+
+def test_similarities_are_the_formula() -> None:
+    torch.manual_seed(0)
+    ordinary = [torch.randn(30, 2, 5) for _ in range(3)]  # three places
+    spaces = [Space.of(one) for one in ordinary]
+    examples, prompts = [torch.randn(4, 2, 5) for _ in range(3)], [torch.randn(6, 2, 5) for _ in range(3)]
+    whitened = [space(one) for space, one in zip(spaces, examples, strict=True)]
+    found = Signatures(spaces, whitened, torch.ones(4, dtype=torch.bool))(prompts)
+    for row in range(6):
+        for adapter in range(4):
+            total = 0.0
+            for space, own, prompt in zip(spaces, whitened, prompts, strict=True):
+                for i, weight in ((0, 1.0), (1, 0.5)):
+                    w = space.whitenings[i]
+                    x = (prompt[row, i] - w.mean) @ w.fold(torch.eye(5))
+                    total += weight * float(torch.cosine_similarity(x, own[adapter, i], dim=0)) / 3
+            assert float(found[row, adapter]) == pytest.approx(total, abs=1e-5)
+
+
+# -- in an engine ------------------------------------------------------------------------------------------------------
+
+
+def test_an_example_is_recognised_whatever_the_weights_say(llama: nn.Module, folder: Path) -> None:
+    examples = dict(zip(["t0", "t1", "t2", "t3"], PROMPTS, strict=False))
+    logo = engine(llama, told(folder, **examples))
+    for name, prompt in examples.items():
+        selection = logo.select(prompt)
+        assert selection.adapters == (name,)
+        assert selection.confidence is not None and selection.confidence > 0.9
+    own = scores(logo, *examples.values(), signal="signature")
+    assert own.diagonal() == pytest.approx([1.5 * GAIN] * 4, abs=1e-3)  # as similar as can be
+    assert float((own - torch.diag(own.diagonal())).max()) < 1.5 * GAIN - 1e-2
+
+
+def test_examples_add_to_the_responses_scores(llama: nn.Module, folder: Path) -> None:
+    told(folder, t0=PROMPTS[0], t1=PROMPTS[1], t2=PROMPTS[2], t3=PROMPTS[3])
+    both, without = engine(llama, folder), engine(llama, folder, examples="ignore")
+    difference = scores(both, *PROMPTS) - scores(without, *PROMPTS)
+    torch.testing.assert_close(difference, scores(both, *PROMPTS, signal="signature"), atol=1e-4, rtol=0)
+    assert without._selecting.evidence(without.settings) != WITH_EXAMPLES
+
+
+def test_what_prompts_share_is_read_once(llama: nn.Module, folder: Path) -> None:
+    """With and without the cache of what prompts begin with, in batches and alone."""
+    told(folder, t0=LONG + "one", t1=PROMPTS[1], t3=PROMPTS[3])
+    prompts = [LONG * 2 + end for end in ("one", "two and more", "3")] + PROMPTS[:2]
+    cached, plain = engine(llama, folder), engine(llama, folder, prefix_cache_gb=0.0)
+    expected = torch.cat([scores(plain, prompt) for prompt in prompts])
+    for batch_size in (1, 5, 2):
+        torch.testing.assert_close(scores(cached, *prompts, batch_size=batch_size), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_adapters_with_and_without_examples_are_in_one_pool(llama: nn.Module, folder: Path) -> None:
+    logo = engine(llama, told(folder, t1=PROMPTS[1]))
+    found = scores(logo, *PROMPTS)
+    assert found.isfinite().all()
+    assert logo.select(PROMPTS[1]).adapters == ("t1",)
+    # Among those without examples, the responses alone decide.
+    responses = scores(engine(llama, folder, examples="ignore"), *PROMPTS)
+    others = [0, 2, 3]
+    assert found[:, others].argsort(dim=1).tolist() == responses[:, others].argsort(dim=1).tolist()
+
+
+def test_an_adapter_that_joins_brings_its_examples(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
+    logo = engine(llama, folder)
+    assert logo._selecting.scorer().signatures is None
+    new = pool(llama, tmp_path / "new", 1) / "t0"
+    told(tmp_path / "new", t0=PROMPTS[2])
+    logo.pool.add(new, "joined")
+    assert logo.select(PROMPTS[2]).adapters == ("joined",)
+    logo.pool.remove("joined")
+    logo.select(PROMPTS[2])
+    assert logo._selecting.scorer().signatures is None
+
+
+def test_the_cache_keeps_means_only(llama: nn.Module, folder: Path, tmp_path: Path) -> None:
+    secret = "the password of the vault is 1234"
+    engine(llama, told(folder, t0=[secret, "another one"]), cache=str(tmp_path / "cache"))
+    kept = list((tmp_path / "cache").rglob("described/*.safetensors"))
+    counts = sorted(next(iter(load_file(file).values())).shape[0] for file in kept)
+    assert counts[0] == 1 and len(counts) == 2  # the mean of the examples, and our own ordinary texts
+    everything = b"".join(file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    assert b"password" not in everything
+
+
+def test_a_second_engine_reads_no_example(
+    llama: nn.Module, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(folder, t0=PROMPTS[0], t2=[PROMPTS[2], PROMPTS[3]])
+    first = scores(engine(llama, folder, cache=str(tmp_path / "cache")), *PROMPTS)
+    monkeypatch.setattr("logo.selection.signed.read", None)
+    again = scores(engine(llama, folder, cache=str(tmp_path / "cache")), *PROMPTS)
+    torch.testing.assert_close(again, first, atol=1e-5, rtol=0)
+
+
+def test_the_signal_alone_needs_examples(llama: nn.Module, folder: Path) -> None:
+    with pytest.raises(PoolError, match="needs example prompts, and none of the 4 adapters has any"):
+        engine(llama, folder, signal="signature")
+    with pytest.raises(UsageError, match="'signature' knows nothing else"):
+        engine(llama, folder, signal="signature", examples="ignore")
+
+
+def test_zeros_and_noise_never_win(llama: nn.Module, folder: Path) -> None:
+    """An adapter that does nothing responds to nothing; one of noise responds to everything alike."""
+    logo = engine(llama, told(folder, t0=PROMPTS[0], t1=PROMPTS[1], t2=PROMPTS[2]), k=4)
+    for prompt in PROMPTS[:3]:
+        assert logo.select(prompt).adapters[0] != "t3"
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "line 1: expected a JSON object"),
+        ('{"prompt": "fine"}\n[1]', "line 2: expected an object with the text"),
+        ('{"prompt": 3}', "line 1: expected an object with the text"),
+        ('{"prompt": "  "}', "line 1: expected an object with the text"),
+        (b"\xff\xfe", "cannot be read as UTF-8 text"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_a_warning(
+    llama: nn.Module, folder: Path, content: str | bytes, reason: str
+) -> None:
+    (folder / "t0" / EXAMPLES).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.warns(UserWarning, match=reason):
+        assert examples_of(folder / "t0") == ()
+
+
+def test_examples_are_few_and_have_no_answers(folder: Path) -> None:
+    rows = [{"context": f"prompt {i}", "completion": "the answer"} for i in range(40)]
+    (folder / "t0" / EXAMPLES).write_text("\n\n".join(map(json.dumps, rows)))
+    assert examples_of(folder / "t0") == tuple(f"prompt {i}" for i in range(MOST))
+    assert examples_of(folder / "t1") == examples_of(folder) == ()
+
+
+def test_a_model_cards_widget_gives_examples(folder: Path) -> None:
+    card = folder / "t0" / "README.md"
+    card.write_text('---\nwidget:\n- text: "What is it?"\n- output: 3\n- text: ""\n---\n# A card\n')
+    assert examples_of(folder / "t0") == ("What is it?",)
+    write_examples(folder / "t0", ["its own"])
+    assert examples_of(folder / "t0") == ("its own",)
+    (folder / "t1" / "README.md").write_text("no metadata at all")
+    (folder / "t2" / "README.md").write_text("---\nwidget: {a: [}\n---\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert examples_of(folder / "t1") == ()
+    with pytest.warns(UserWarning, match="its metadata cannot be read"):
+        assert examples_of(folder / "t2") == ()
+
+
+def test_examples_go_with_copies_and_downloads_and_are_not_sent(folder: Path, tmp_path: Path) -> None:
+    from logo import AdapterPool
+
+    told(folder, t0="mine alone")
+    adapters = list(AdapterPool.from_directory(folder))
+    copy_adapter(adapters[0], tmp_path / "copy")
+    assert examples_of(tmp_path / "copy") == ("mine alone",)
+    assert f"*/{EXAMPLES}" in adapter_patterns("", False)
+    sent = Upload.of(folder, adapters, "org/name", "folder")
+    assert not [file for file in sent.files if EXAMPLES in file]
+
+
+def test_the_command_gives_and_shows_examples(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "one", "completion": "x"}\n{"prompt": "two"}\n')
+    assert run(["pool", "examples", str(folder), "t1", str(file)]) == 0
+    assert capsys.readouterr().out == "t1: 2 examples\n"
+    assert run(["pool", "examples", str(folder), "t1"]) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert run(["pool", "examples", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"t0": 0, "t1": 2, "t2": 0, "t3": 0}
+    with pytest.raises(SystemExit, match="1"):
+        assert run(["pool", "examples", str(folder), "t1", str(tmp_path / "missing.jsonl")]) == 2
+    assert "no such file" in capsys.readouterr().err
