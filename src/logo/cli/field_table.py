@@ -10,29 +10,33 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 118
+# Heading, part of the table, key, digits.
+COLUMNS: tuple[tuple[str, str, str, int], ...] = (
+    ("own there\nmean of\nratios", "own", "of_oracle", 1),
+    ("own there\nratio of\nmeans", "own", "of_oracle_pooled", 1),
+    ("own gone\nmean of\nratios", "left_out", "of_oracle", 1),
+    ("own gone\nratio of\nmeans", "left_out", "of_oracle_pooled", 1),
+    ("unseen\nscore", "unseen", "value", 1),
+    ("unseen\nNLL", "unseen", "nll", 2),
+)
 _ENCODER = "Styxxxx/lora_retriever"  # LoraRetriever's own
 
 
 def field_table(report: Mapping[str, Any]) -> Table:
-    """Signals, methods and fixed mixtures as rows, by what they are worth with the own adapter there."""
+    """Signals, methods and fixed mixtures as rows, by what they are worth with the own adapter there: method / oracle,
+    as the mean of the tasks' ratios and as the ratio of their means."""
     found = report["relative"]
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("", overflow="fold")
-    table.add_column("looks at", overflow="fold", style="dim")
-    for heading in ("own adapter there\n% of oracle", "own adapter gone\n% of oracle", "unseen\nscore", "unseen\nNLL"):
+    table.add_column("", no_wrap=True)
+    for heading, _, _, _ in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("looks at", overflow="fold", style="dim")
     methods = report["settings"].get("methods", {})
     for kind, name in _rows(found):
         said = methods.get(name, {}) if kind == "methods" else {}
-        own, gone, unseen = ((found[part] or {}).get(kind, {}).get(name, {}) for part in ("own", "left_out", "unseen"))
-        table.add_row(
-            Text(name),
-            Text(looks_at(kind, name, said)),
-            _cell(own, "of_oracle", 100, 1),
-            _cell(gone, "of_oracle", 100, 1),
-            _cell(unseen, "value", 100, 1),
-            _cell(unseen, "nll", 1, 2),
-        )
+        entries = {part: (found[part] or {}).get(kind, {}).get(name, {}) for _, part, _, _ in COLUMNS}
+        cells = [_cell(entries[part], key, digits) for _, part, key, digits in COLUMNS]
+        table.add_row(Text(name), *cells, Text(looks_at(kind, name, said)))
     table.caption = _caption(found, report)
     table.caption_justify = "left"
     return table
@@ -80,25 +84,27 @@ def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return sorted(every, key=worth)
 
 
-def _cell(entry: Mapping[str, Any], key: str, unit: float, digits: int) -> Text:
+def _cell(entry: Mapping[str, Any], key: str, digits: int) -> Text:
     value = entry.get(key)
     if value is None:
         return Text("-", style="dim")
+    unit = 1 if key == "nll" else 100
     number = f"{unit * value:.{digits}f}"
     ends = entry["intervals"].get(key)
     if ends is None:
         return Text(number)
-    low, high = (f"{unit * end:.{digits}f}" for end in ends)
-    return Text.assemble(f"{number} ", (f"{low}–{high}", "dim"))
+    return Text.assemble(f"{number}\n", ("–".join(f"{unit * end:.{digits}f}" for end in ends), "dim"))
 
 
 def _caption(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     settings = report["settings"]
     judged = f"answers of up to {settings['generate']} tokens" if "generate" in settings else "gold answers, forced"
-    said = [f"Mean over tasks of method / oracle, {judged}; 95 % intervals draw tasks."]
+    said = [f"In percent, {judged}; 95 % intervals, which draw tasks, below."]
     own = found["own"] or found["left_out"]
     if own and own["without_oracle"]:
-        said.append(f"{len(own['without_oracle'])} of {own['tasks']} tasks left out, whose oracle is worth nothing.")
+        said.append(
+            f"{len(own['without_oracle'])} of {own['tasks']} tasks have no ratio: their oracle is worth nothing."
+        )
     if "so_far" in settings:
         said.append(f"So far: {settings['so_far']} rows.")
     return " ".join(said)

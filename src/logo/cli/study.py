@@ -21,7 +21,7 @@ from logo.cli.field_table import field_table
 from logo.cli.methods import MethodOptions
 from logo.cli.opening import open_engine, open_pool
 from logo.cli.options import EngineOptions, IndexKind, expanded
-from logo.cli.output import err, note, progress, screen
+from logo.cli.output import err, natural_width, note, progress, screen
 from logo.cli.pace import Told
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
@@ -183,8 +183,10 @@ def study(
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    shown = screen(WIDTH)
-    shown.print(_table(report, intervals=shown.width >= WIDTH))
+    # Where there is no terminal, a long name of a method is no reason to break a line.
+    whole = _table(report, intervals=True)
+    shown = screen(max(WIDTH, natural_width(whole)))
+    shown.print(whole if shown.width >= WIDTH else _table(report, intervals=False))
     if "relative" in report:
         screen(FIELD_WIDTH).print("", field_table(report), sep="\n")
 
