@@ -22,6 +22,7 @@ from logo.baselines import Method, get_method
 from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Answering
 from logo.baselines.method import Task as MethodTask
+from logo.cli import pace
 from logo.cli.field_table import looks_at
 from logo.cli.run import run
 from logo.demo import heldout
@@ -434,3 +435,23 @@ def test_a_row_of_the_table_says_which_encoder_it_was() -> None:
         "prompt, up to 4 labelled rows of each of 1 tasks"
     )
     assert looks_at("signals", "norm", {}) == "prompt, weights"
+
+
+def test_a_line_a_minute_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier process has done comes at once, and says nothing about the rest."""
+    now, said = [0.0], list[str]()
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace, "note", said.append)
+    told = pace.Pace("rows", 1000)
+    for _ in range(400):
+        told.step()
+    now[0] = 3600.0
+    told.begin()  # an hour of learning
+    for _ in range(5):
+        now[0] += 31.0
+        told.step()
+    assert said == [
+        "rows: 401 of 1000 · 31.0 s each · 5 h 09 min left",
+        "rows: 403 of 1000 · 31.0 s each · 5 h 08 min left",
+        "rows: 405 of 1000 · 31.0 s each · 5 h 07 min left",
+    ]
