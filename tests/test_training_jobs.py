@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from learning import command, contents, rows, write_base, write_rows
+from logo import AdapterPool
 from logo.cli.run import run
 from tolerances import PATIENCE
 
@@ -29,12 +30,17 @@ def workers(driver: int) -> list[int]:
     return [one.pid for one in found if any(part.startswith("ray::Host") for part in one.cmdline())]
 
 
-def test_two_processes_make_the_adapters_of_one_also_when_one_is_killed(tmp_path: Path) -> None:
+ACTING = {"everywhere": [], "last": ["--last", "3", "--calibrate"], "invocation": ["--invocation", "w88 w89"]}
+
+
+@pytest.mark.parametrize("acting", ACTING)
+def test_two_processes_make_the_adapters_of_one_also_when_one_is_killed(acting: str, tmp_path: Path) -> None:
     """With the same tasks learned together; whoever goes on with a group goes on at its checkpoint."""
     write_base(tmp_path / "base")
     for number, name in enumerate("abcd"):
-        write_rows(tmp_path / "tasks" / f"{name}.jsonl", rows(12, number))
-    more = ["--at-once", "2", "--checkpoint-every", "0", "--steps", "60"]
+        some = [{**row, "context": f"{row['context']} w88 w89"} for row in rows(12, number)]
+        write_rows(tmp_path / "tasks" / f"{name}.jsonl", some)
+    more = ["--at-once", "2", "--checkpoint-every", "0", "--steps", "60", *ACTING[acting]]
     assert run(command(tmp_path / "base", tmp_path / "tasks", tmp_path / "one", *more)) == 0
     pool = tmp_path / "two"
     asked = command(tmp_path / "base", tmp_path / "tasks", pool, *more, "--jobs", "2", "--cpus-per-worker", "1")
@@ -53,3 +59,7 @@ def test_two_processes_make_the_adapters_of_one_also_when_one_is_killed(tmp_path
     assert driver.returncode == 0 and killed is not None, errors
     assert weights(pool) == weights(tmp_path / "one") and len(weights(pool)) == 4
     assert not (pool / ".training").exists()
+    assert contents(pool).keys() == contents(tmp_path / "one").keys()
+    one, two = (AdapterPool.from_directory(folder) for folder in (tmp_path / "one", pool))
+    assert [adapter.activation for adapter in two] == [adapter.activation for adapter in one]
+    assert {str(adapter.activation) for adapter in two} == {"last:3" if acting == "last" else acting}

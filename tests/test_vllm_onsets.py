@@ -72,6 +72,7 @@ def test_every_token_has_the_adapters_that_act_on_it(
     cut = data.draw(st.integers(0, end))
     ids = [*found.ids(0, cut), *found.ids(cut, end - cut)]
     assert [keys_of[number] for number in ids] == expected
+    assert set(found.silent) == {key for key, begin in begins.items() if begin is None}
     assert keys_of[found.last] == expected[-1]
     assert found.settled(cut) == (expected[-1] == {A, B} and all(keys == {A, B} for keys in expected[cut:]))
 

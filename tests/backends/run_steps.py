@@ -40,6 +40,9 @@ class Engine:
         pretend.compilers()
         pretend.functions()
         self.llm = LLM(job["model"], additional_config={"logo": job["logo"]}, **flags)
+        self._put_back = 0
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler._preempt_request = self._counted(scheduler._preempt_request)
         self.core = Core(self.llm.llm_engine.vllm_config)
         pool = self.core.staged(None, self.call("logo_stage", None))
         scored = {}
@@ -66,11 +69,11 @@ class Engine:
             ended |= {output.request_id: output for output in engine.step() if output.finished}
         return [ended[key] for key in keys]
 
-    def probe(self, prompts: list[str], signal: str) -> Any:
+    def probe(self, prompts: list[Any], signal: str) -> Any:
         """Scores, as the router asks for them: those of prompts that have to be read whole in a second round."""
         return self.probe_counted(prompts, signal)["scores"]
 
-    def probe_counted(self, prompts: list[str], signal: str) -> Any:
+    def probe_counted(self, prompts: list[Any], signal: str) -> Any:
         """The same, and how much of each prompt came from the cache, in the last round that it was part of."""
         scores: dict[int, Any] = {}
         cached = [0] * len(prompts)
@@ -85,13 +88,13 @@ class Engine:
                     cached[i] = answer.num_cached_tokens
         return {"scores": [scores[i] for i in range(len(prompts))], "cached": cached}
 
-    def generate(self, rows: list[Any], max_tokens: int) -> Any:
+    def generate(self, rows: list[Any], max_tokens: int, min_tokens: int = 0) -> Any:
         """`rows`: prompt and mixture, `{}` for the base model, or a recipe as text."""
         requests = []
         for _, mixture in rows:
             recipe = mixture if isinstance(mixture, str) else self._recipe(mixture)
             requests.append(LoRARequest(recipe, Recipe.parse(recipe).number(), recipe) if recipe else None)
-        parameters = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        parameters = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, temperature=0.0)
         with ExitStack() as stack:
             names = {request.lora_name for request in requests if request is not None}
             overflows = {name: stack.enter_context(watched(name)) for name in names}
@@ -113,6 +116,17 @@ class Engine:
         """Which of vLLM's model runners runs."""
         worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         return type(worker.model_runner).__module__
+
+    def put_back(self) -> int:
+        """How often a request was put back, for others to have its blocks."""
+        return self._put_back
+
+    def _counted(self, preempt: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> None:
+            self._put_back += 1
+            preempt(*args, **kwargs)
+
+        return counted
 
     def _recipe(self, mixture: dict[str, float]) -> str:
         recipe = self.core.pool.recipe(Selection.forced(mixture))

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import Engines
 from vllm_server import ASSETS, Server, environment
 
 from logo import LoGo, UsageError
 from logo.adapters.activation import Activation
 from logo.models import demo_folder, load_base
+from logo.selecting import Choosing
 from logo.selection import Selection
 from make_adapters import edit_config
 from test_engine import write_adapter
-from tolerances import same_scores, same_selection
+from tolerances import WEIGHTS, same_scores, same_selection
 
 SamplingParams: Any = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm").SamplingParams
 
@@ -30,7 +32,8 @@ BLOCK = 32
 VLLM = {"enforce_eager": True, "max_model_len": 512, "block_size": BLOCK, "max_num_batched_tokens": 72}
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MIXTURES: list[dict[str, float]] = [{"a": 0.7, "b": 0.5}, {"b": 0.4, "c": 0.9}, {"c": 1.0}, {}]
-KINDS = {"last": "gate", "last, merged": "merge", "invocation": "gate", "mixed": "gate"}
+KINDS = {"last": "gate", "last, merged": "merge", "invocation": "gate", "mixed": "gate", "invocation or last": "gate"}
+SETTINGS: dict[str, dict[str, Any]] = {"invocation or last": {"when_not_invoked": "last:2"}}
 
 pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 
@@ -66,23 +69,24 @@ def pool(kind: str, invoking: list[int], tmp_path_factory: pytest.TempPathFactor
     model, _ = load_base("demo", device="cpu")
     for number, (name, modules) in enumerate((("a", ("q_proj", "v_proj")), ("b", EVERY), ("c", ("q_proj", "v_proj")))):
         write_adapter(folder / name, model, modules, rank=2 + number, seed=number, scale=0.06)
-        if kind == "invocation" or (kind == "mixed" and name == "a"):
+        if kind.startswith("invocation") or (kind == "mixed" and name == "a"):
             edit_config(folder / name, alora_invocation_tokens=invoking)
-    if kind != "invocation":
+    if not kind.startswith("invocation"):
         (folder / "pool.json").write_text(json.dumps({"activation": "last:4"}))
     return folder
 
 
 @pytest.fixture(scope="module")
-def local(pool: Path) -> LoGo:
-    return LoGo.from_pretrained("demo", pool, device="cpu", k=2)
+def local(kind: str, pool: Path) -> LoGo:
+    return LoGo.from_pretrained("demo", pool, device="cpu", k=2, **SETTINGS.get(kind, {}))
 
 
 @pytest.fixture(scope="module")
 def inside(kind: str, pool: Path) -> Iterator[Any]:
     """The engine inside vLLM."""
     told = {"additional_config": {"logo": {"mode": KINDS[kind]}}}
-    made: Any = LoGo.from_pretrained("demo", pool, engine="vllm", k=2, model_kwargs={**VLLM, **told})
+    options = {"model_kwargs": {**VLLM, **told}, **SETTINGS.get(kind, {})}
+    made: Any = LoGo.from_pretrained("demo", pool, engine="vllm", k=2, **options)
     assert made.core.mode == KINDS[kind]
     yield made
     made.close()
@@ -125,13 +129,13 @@ def test_selections_are_those_of_the_local_engine(
 
 
 @pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
-def test_adapters_that_do_nothing_are_counted(inside: Any, local: LoGo, prompts: list[list[int]]) -> None:
+def test_adapters_that_do_nothing_are_counted(inside: Any, local: LoGo, kind: str, prompts: list[list[int]]) -> None:
     counts = []
     for engine in (inside, local):
         before = Counter(engine.not_invoked)
         engine.generate([*prompts[1:], prompts[0]], adapters=MIXTURES * 2, max_new_tokens=1)
         counts.append(Counter(engine.not_invoked) - before)
-    assert counts[0] == counts[1] and bool(counts[0]) == any(a.activation.tokens for a in local.pool)
+    assert counts[0] == counts[1] and bool(counts[0]) == (kind in ("invocation", "mixed"))
 
 
 @pytest.mark.filterwarnings("ignore:adapter .* lacks its invocation tokens")
@@ -193,6 +197,11 @@ def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, prompts: list
     for one in scores:  # the second time from the cache
         for own, expected in zip(one["scores"], local.select(texts), strict=True):
             assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3)
+    choosing = Choosing(local.fitted, local.settings)
+    for rows in zip(*(one["scores"] for one in scores), strict=True):
+        first, cached = (choosing.choose(torch.tensor(row), local.names, choosing.asked({})) for row in rows)
+        assert cached.adapters == first.adapters
+        assert cached.weights == pytest.approx(first.weights, abs=WEIGHTS)
     answers = local.generate(texts, adapters=mixtures, max_new_tokens=6)
     for one in (made, again):
         assert one["tokens"] == [list(answer.token_ids) for answer in answers] and not one["failed"]

@@ -92,15 +92,20 @@ class NotInvoked(Counter[str]):
 
     def note(self, names: Iterable[str]) -> None:
         """Counts these, and warns of those that are new."""
+        for text in self.new(names):
+            warnings.warn(text, UserWarning, stacklevel=2)
+
+    def new(self, names: Iterable[str]) -> list[str]:
+        """Counts these, and returns what there is to say of those that are new."""
+        found = []
         for name in names:
             if name not in self:
-                warnings.warn(
+                found.append(
                     f"adapter {name!r}: a prompt lacks its invocation tokens, so it does nothing there "
-                    "(--when-not-invoked says what else it may do)",
-                    UserWarning,
-                    stacklevel=2,
+                    "(--when-not-invoked says what else it may do)"
                 )
             self[name] += 1
+        return found
 
 
 def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:

@@ -22,6 +22,8 @@ from logo.backends.vllm.core import Core
 from logo.backends.vllm.metrics import Counts
 from logo.backends.vllm.names import meaning
 from logo.backends.vllm.overflows import watched
+from logo.backends.vllm.pool import KeyedPool
+from logo.backends.vllm.prompts import following
 from logo.backends.vllm.rewriting import Rewriting, run
 from logo.backends.vllm.several import merged, merged_stream
 from logo.backends.vllm.workers import Workers
@@ -46,6 +48,28 @@ class Chosen:
 
     def release(self) -> None:
         """Nothing: a recipe is held while its answer is on its way."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Counts what becomes of a prompt.
+
+    Attributes:
+        pool: which the mixture was chosen from.
+        counts: what is counted.
+    """
+
+    pool: KeyedPool
+    counts: Counts
+
+    def not_invoked(self, keys: Sequence[str]) -> None:
+        """See `logo.backends.vllm.prompts.Counting`."""
+        names = {key: name for name, key in self.pool.keys.items()}
+        self.counts.not_invoked([names.get(key, key) for key in keys])
+
+    def read(self, found: int, missed: int) -> None:
+        """Likewise."""
+        self.counts.read(found, missed)
 
 
 class Answering:
@@ -97,7 +121,9 @@ class Answering:
             raw = json.dumps({**body, "model": self._base if request is None else model}).encode()
             again = asking(scope, path, "POST", raw)
             self._counts.answered("base" if request is None else self._core.mode)
-            with meaning(model, request):
+            # What only a text of its own was probed for, no probe has read as it is.
+            block = None if chosen.tokens is None else self._core.block
+            with meaning(model, request), following(_Told(self._core.pool, self._counts), block):
                 await run(self._app, again, sending(raw, receive), Rewriting(send, change, check, overflows), overflows)
 
     async def several(

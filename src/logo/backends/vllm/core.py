@@ -20,6 +20,7 @@ from logo.api.names import Models
 from logo.backends.vllm import plugin
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, check_alike, scoring_signals
+from logo.backends.vllm.prefixes import block_of
 from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import CHANGED, UNKNOWN_PREFIX
@@ -56,6 +57,7 @@ class Core:
         if plugin.refused is not None:
             raise ModelError(plugin.refused)
         self.options = options
+        self._cache = vllm_config.cache_config
         model = vllm_config.model_config
         self.skeleton = skeleton(model.model, model.dtype, model.revision)
         self._layout = BaseLayout.of(self.skeleton)
@@ -115,6 +117,11 @@ class Core:
     def k(self) -> int:
         """Adapters of a mixture where a call does not say."""
         return self.options.settings.k or min(self.pool.adapters.default_k, len(self.pool.keys))
+
+    @property
+    def block(self) -> int:
+        """The tokens of which vLLM's cache hands on all or none."""
+        return block_of(self._cache)
 
     def models(self, base: str) -> Models:
         """What requests may give as their model."""

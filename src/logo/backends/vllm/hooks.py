@@ -10,8 +10,8 @@ it.
     LRUCacheWorkerLoRAManager._load_adapter         merge mode: builds the adapter that a recipe says
     the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts, and which come before
                                                     adapters act
-    OutputProcessor.add_request                     says which requests are probes
-    OutputProcessor.process_outputs                 notices answers that overflow
+    OutputProcessor.add_request                     says which requests are probes, and what prompts do not invoke
+    OutputProcessor.process_outputs                 notices answers that overflow, and what they find in the cache
     the dispatchers of CUDA graphs (graphs)         no graph of the whole model where a prompt is read
     Request.get_skip_reading_prefix_cache           a probe reads all of its tokens where it has to
     kv_cache_utils.generate_block_hash_extra_keys   what comes before adapters act is cached as the base model's
@@ -33,7 +33,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from logo.backends.vllm import graphs, overflows, runner_v1, runner_v2
+from logo.backends.vllm import graphs, overflows, prompts, runner_v1, runner_v2
 from logo.backends.vllm.calls import CALLS
 from logo.backends.vllm.launch import check_environment
 from logo.backends.vllm.marks import reads_whole, seal
@@ -188,7 +188,10 @@ def _emptied(kv_cache_config: Any) -> Any:
 
 def _notice(original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
     overflows.notice(self.request_states, engine_core_outputs)
-    return original(self, engine_core_outputs, *args, **kwargs)
+    begun = prompts.begun(self.request_states, engine_core_outputs)
+    made = original(self, engine_core_outputs, *args, **kwargs)
+    prompts.found(begun)
+    return made
 
 
 def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -205,6 +208,7 @@ def _seal(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> 
         import vllm.exceptions
 
         raise getattr(vllm.exceptions, "VLLMValidationError", ValueError)(str(error)) from error
+    prompts.take(request)
     return original(self, request, *args, **kwargs)
 
 

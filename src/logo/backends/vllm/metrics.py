@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+
+from logo.adapters.activation import NotInvoked
+
+log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -23,6 +28,13 @@ class Counts:
         )
         self._answers = prometheus_client.Counter("logo:answers", "Answers by how their mixture was made.", ["form"])
         self._adapters = prometheus_client.Counter("logo:adapter_selected", "Selections with an adapter.", ["adapter"])
+        self._silent = prometheus_client.Counter(
+            "logo:not_invoked", "Adapters that were to answer a prompt without their invocation tokens."
+        )
+        self._prefixes = prometheus_client.Counter(
+            "logo:prefix_tokens", "Tokens of prompts that were read once, found or dropped too early.", ["state"]
+        )
+        self._known = NotInvoked()
 
     def selected(self, adapters: Sequence[str], seconds: float) -> None:
         """Counts a selection."""
@@ -46,6 +58,17 @@ class Counts:
     def again(self) -> None:
         """Counts a prompt that has to be probed once more."""
         self._again.inc()
+
+    def not_invoked(self, names: Sequence[str]) -> None:
+        """Counts adapters that do nothing, since a prompt lacks their invocation tokens; says so once for each."""
+        self._silent.inc(len(names))
+        for text in self._known.new(names):
+            log.warning("LoGo: %s", text)
+
+    def read(self, found: int, missed: int) -> None:
+        """Counts tokens that a probe has read and an answer has found, or that were gone by then."""
+        self._prefixes.labels("found").inc(found)
+        self._prefixes.labels("missed").inc(missed)
 
     def answered(self, form: str) -> None:
         """Counts an answer: `gate`, `merge` or `base`."""

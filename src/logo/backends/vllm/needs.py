@@ -215,11 +215,15 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
         "Request",
         ("sampling_params", "lora_request", "prompt_token_ids", "num_prompt_tokens"),
     ),
-    Attributes(("vllm.v1.engine",), "EngineCoreRequest", ("sampling_params", "lora_request", "prompt_token_ids")),
-    # Answers that overflow.
+    Attributes(
+        ("vllm.v1.engine",),
+        "EngineCoreRequest",
+        ("request_id", "sampling_params", "lora_request", "prompt_token_ids"),
+    ),
+    # Answers that overflow, and what they find in the cache.
     Attributes(("vllm.v1.engine",), "EngineCoreOutput", ("request_id", "num_nans_in_logits")),
     Attributes(("vllm.v1.engine.output_processor",), "OutputProcessor", ("request_states",)),
-    Attributes(("vllm.v1.engine.output_processor",), "RequestState", ("lora_name",)),
+    Attributes(("vllm.v1.engine.output_processor",), "RequestState", ("lora_name", "num_cached_tokens")),
     Attributes(("vllm.v1.kv_cache_interface",), "KVCacheConfig", ("needs_kv_cache_zeroing",)),
     Call("vllm.v1.engine.core", "Scheduler", 0, ("vllm_config", "kv_cache_config")),
     Function("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "_zero_block_ids", ("self", "block_ids")),

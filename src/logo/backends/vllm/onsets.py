@@ -89,6 +89,12 @@ class Onset:
         """The mixtures that are not the whole recipe, by id."""
         return {self._number(i): stage for i, stage in enumerate(self.stages) if self._number(i) != self.number}
 
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """The keys of the adapters that act nowhere."""
+        acting = self.stages[-1].keys if self.stages else ()
+        return tuple(key for key in Recipe.parse(self.text).keys if key not in acting)
+
     def _number(self, stage: int) -> int:
         whole = self.whole and stage == len(self.stages) - 1
         return self.number if whole else _SOME + self.stages[stage].number()

@@ -13,6 +13,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +34,15 @@ class _Entry:
     @property
     def size(self) -> int:
         return sum(part.nbytes for part in self.sums)
+
+
+def block_of(cache: Any) -> int:
+    """The tokens of which vLLM's cache hands on all or none; 0 where it is not known yet.
+
+    Args:
+        cache: vLLM's `CacheConfig`.
+    """
+    return int(getattr(cache, "hash_block_size", None) or cache.block_size or 0)
 
 
 def digests(tokens: Sequence[int], block: int, of: str) -> tuple[bytes, ...]:

@@ -23,6 +23,7 @@ from logo.backends.vllm.gates import StepGates, turned
 from logo.backends.vllm.onsets import Onset, Rows, mapped, others
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.pool import Change, KeyedPool, described, mode_of, scoring_signals
+from logo.backends.vllm.prefixes import block_of
 from logo.backends.vllm.processes import Processes
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.backends.vllm.scoring import Scoring
@@ -69,7 +70,7 @@ class Worker:
         self.taps = Taps(
             self._place_of,
             self._device,
-            lambda: _block(vllm_config.cache_config),
+            lambda: block_of(vllm_config.cache_config),
             int(options.settings.prefix_cache_gb * 1e9),
         )
         self.spans: Sequence[Span] = ()  # of the step that comes, as its runner says
@@ -387,11 +388,6 @@ class Worker:
         """The token that begins every text."""
         bos: int | None = self._prompts.tokenizer.bos_token_id
         return bos
-
-
-def _block(cache: Any) -> int:
-    """The tokens of which vLLM's cache hands on all or none."""
-    return int(getattr(cache, "hash_block_size", None) or cache.block_size or 0)
 
 
 def _own_id(key: str) -> int:
