@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logo import AdapterPool
+from logo.adapters.activation import EVERYWHERE
 from logo.adapters.format import Adapter
 from logo.adapters.upkeep import anatomy as anatomy_module
 from logo.adapters.upkeep.anatomy import Anatomy, anatomy, module_paths
@@ -128,7 +129,7 @@ def test_nobody_goes_for_somebody_who_goes() -> None:
 
     class Sized:
         def __init__(self, name: str, parameters: int) -> None:
-            self.name, self.parameters = name, parameters
+            self.name, self.parameters, self.activation = name, parameters, EVERYWHERE
 
     equal: list[Any] = [Sized(name, 10) for name in "abc"]
     assert [(one.name, one.kept) for one in duplicates(equal, found, 0.9)] == [("b", "a")]

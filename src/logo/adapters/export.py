@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from logo.adapters.activation import EVERYWHERE
 from logo.adapters.format import Adapter, LoraWeights
-from logo.adapters.notes import ACTIVATION, write_notes
+from logo.adapters.notes import ACTIVATION, noted, write_notes
 from logo.adapters.writing import new_folder, plain_tensors, save_adapter, unscaled
 from logo.errors import UsageError
 
@@ -61,9 +62,16 @@ def write_mixture(
         config["alora_invocation_tokens"] = list(activation.tokens)
     with new_folder(folder, "the mixture") as part:
         save_adapter(part, plain_tensors(stacked), config)
-        if activation.last is not None:  # which PEFT's configuration cannot say
+        # PEFT's configuration cannot say it of the last tokens, and a pool that the folder lies in may say it of all.
+        if not activation.tokens and (activation.last is not None or _said_around(folder)):
             write_notes(part, {ACTIVATION: str(activation)})
     return folder
+
+
+def _said_around(folder: Path) -> bool:
+    """Whether an adapter in this folder that says nothing would not act everywhere."""
+    place = folder.absolute()
+    return noted(place, Path(place.anchor), EVERYWHERE) != EVERYWHERE
 
 
 def _stacked(parts: Sequence[tuple[Adapter, float]]) -> dict[str, LoraWeights]:

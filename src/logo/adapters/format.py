@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from logo.adapters.activation import EVERYWHERE, Activation
 from logo.adapters.config import CONFIG, LoraConfig, Refusal, read_config
 from logo.adapters.layout import BaseLayout
-from logo.adapters.notes import noted
+from logo.adapters.notes import noted_alone
 from logo.adapters.weights import PICKLE, SAFETENSORS, PickleFile, SafetensorsFile, WeightFile
 from logo.errors import AdapterError
 
@@ -189,7 +189,7 @@ def open_adapter(
         adapter = adapter_of(name, folder, config, _weight_file(folder, allow_pickle))
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
-    return replace(adapter, activation=noted(folder, folder.parent, adapter.activation))
+    return replace(adapter, activation=noted_alone(folder, adapter.activation))
 
 
 def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) -> Adapter:

@@ -185,11 +185,13 @@ def _check_revision(repo_id: str, revision: str | None) -> None:
 
 
 def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
-    """The globs of adapter files at any depth below `folder` (in huggingface_hub `*` also matches `/`)."""
+    """The globs of adapter files at any depth below `folder` (in huggingface_hub `*` also matches `/`), and of what
+    says where an adapter acts that is asked for by its own folder."""
     names = [CONFIG, WEIGHTS, NOTES, EXAMPLES, MODEL_CARD, f"{RESPONSES}/*.safetensors"]
     names += [PICKLE] if allow_pickle else []
     root = f"{glob.escape(folder)}/" if folder else ""
-    return [pattern for name in names for pattern in (f"{root}{name}", f"{root}*/{name}")]
+    above = [f"{glob.escape(folder).rpartition('/')[0]}/{NOTES}".lstrip("/")] if folder else []
+    return [pattern for name in names for pattern in (f"{root}{name}", f"{root}*/{name}")] + above
 
 
 def _snapshot(repo_id: str, *, progress: bool, **options: Any) -> Path:

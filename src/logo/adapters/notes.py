@@ -68,6 +68,27 @@ def noted(folder: Path, top: Path, own: Activation) -> Activation:
     return own
 
 
+def noted_alone(folder: Path, own: Activation) -> Activation:
+    """The same of an adapter that is opened by its own folder, which may be one of a pool's.
+
+    Raises:
+        StorageError: as `noted`.
+    """
+    place = folder.absolute()
+    return noted(place, place.parent, own)
+
+
+def homes(folder: Path, top: Path) -> list[Path]:
+    """The folders from an adapter's up to the pool's that have a `pool.json`, the nearest first.
+
+    Args:
+        top: the pool's folder.
+    """
+    places = (folder, *folder.parents)
+    inside = places[: places.index(top) + 1] if top in places else places[:1]
+    return [place for place in inside if (place / NOTES).exists()]
+
+
 @lru_cache(maxsize=64)  # one file speaks for all adapters of a pool
 def _activation(root: Path, *stamp: int) -> Activation:
     try:

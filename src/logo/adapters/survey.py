@@ -10,7 +10,7 @@ from pathlib import Path
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.known import KnownPool
-from logo.adapters.notes import noted
+from logo.adapters.notes import noted, noted_alone
 from logo.adapters.weights import PICKLE, SAFETENSORS
 from logo.errors import AdapterError, StorageError
 
@@ -59,10 +59,14 @@ def survey(
     damaged = _damaged(unverified) if verify else {}
     good = [adapter for name, adapter in adapters.items() if name not in damaged]
     known.keep(good, {adapter.name for adapter in good} if verify else unchanged)
-    return [replace(one, activation=noted(one.folder, root, one.activation)) for one in good], [
-        *refused,
-        *damaged.values(),
-    ]
+    return [_acting(one, root) for one in good], [*refused, *damaged.values()]
+
+
+def _acting(adapter: Adapter, root: Path) -> Adapter:
+    """The adapter with what the pool's notes say about where it acts."""
+    if adapter.folder == root:  # nothing of the folder above is in the cache
+        return replace(adapter, activation=noted_alone(root, adapter.activation))
+    return replace(adapter, activation=noted(adapter.folder, root, adapter.activation))
 
 
 def check_folder(root: Path) -> None:

@@ -14,14 +14,14 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.config import CONFIG
 from logo.adapters.examples import EXAMPLES
-from logo.adapters.notes import NOTES, RECORD, RESPONSES, changed, checked, read_notes, write_notes
+from logo.adapters.notes import ACTIVATION, NOTES, RECORD, RESPONSES, changed, checked, homes, read_notes, write_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import LoGoError, StorageError, UsageError
 from logo.folders import locked, make_folder, sync_folder
@@ -128,8 +128,8 @@ def write_pool(
     """Makes a pool of another one, which is not touched: all of it or nothing.
 
     Args:
-        root: the folder of the pool that there is; its `pool.json` is carried through, and each `training.json` of an
-            adapter that does what it did.
+        root: the folder of the pool that there is; every `pool.json` in it that speaks for one of the adapters is
+            carried through, and each `training.json` of an adapter that does what it did.
         adapters: those of it that the new pool has; each keeps its place below the folder.
         out: must not exist yet, or be empty.
         write: is given an adapter and the folder to make.
@@ -143,9 +143,10 @@ def write_pool(
     """
     if out.resolve().is_relative_to(root.resolve()):
         raise UsageError(f"{out} lies in the pool {root} itself; name a folder outside of it")
-    if (root / NOTES).is_symlink():
-        checked(root / NOTES, root)
-    notes, same, other = read_notes(root), set[str](), set[str]()
+    adapters = list(adapters)
+    notes = _notes(root, adapters)
+    same: list[Adapter] = []
+    other: list[Adapter] = []
     with new_folder(out, "the pool") as part:
         for adapter in adapters:
             place = part / adapter.folder.relative_to(root)
@@ -153,10 +154,44 @@ def write_pool(
             # To `logo train` the record says that this is what training made, and to a card that its losses hold.
             if as_before and (adapter.folder / RECORD).is_file():
                 shutil.copyfile(checked(adapter.folder / RECORD, root, adapter.folder), place / RECORD)
-            (same if as_before else other).add(adapter.name)
+            (same if as_before else other).append(adapter)
             if tell is not None:
                 tell()
-        write_notes(part, changed(notes, change(), same, other))
+        done = change()
+        for home, said in notes.items():
+            place = home.relative_to(root)
+            write_notes(part / place, changed(said, done, _names(place, same), _names(place, other)))
+
+
+def _notes(root: Path, adapters: Sequence[Adapter]) -> dict[Path, dict[str, Any]]:
+    """What is said in a pool about these adapters, by the folder that says it; the pool's own in any case.
+
+    Raises:
+        UsageError: a `pool.json` is a link out of the pool.
+    """
+    places = {root: None} | {home: None for adapter in adapters for home in homes(adapter.folder, root)}
+    for place in places:
+        if (place / NOTES).is_symlink():
+            checked(place / NOTES, root)
+    found = {place: read_notes(place) for place in places}
+    if not (root / NOTES).exists():
+        # An adapter by itself may act where the folder that it lies in says.
+        for adapter in adapters:
+            if adapter.folder == root and adapter.activation.last is not None:
+                found[root] = {ACTIVATION: str(adapter.activation)}
+    return found
+
+
+def _names(place: Path, adapters: Iterable[Adapter]) -> set[str]:
+    """What the notes of a folder of the pool call these adapters.
+
+    Args:
+        place: relative to the pool.
+    """
+    if place == Path():
+        return {adapter.name for adapter in adapters}
+    front = f"{place.as_posix()}/"
+    return {adapter.name.removeprefix(front) for adapter in adapters if f"{adapter.name}/".startswith(front)}
 
 
 def copy_adapter(adapter: Adapter, folder: Path) -> bool:

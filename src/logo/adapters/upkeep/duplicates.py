@@ -26,11 +26,14 @@ def duplicates(adapters: Sequence[Adapter], found: Anatomy, threshold: float) ->
 
     Adapters are gone through from the one with most parameters on, in the order of names where these are equal. Each
     stays, unless it is a near-duplicate of one that stays: so nobody goes for the sake of somebody who goes, and what
-    goes is as near as the threshold says to what stays for it. Two adapters that do nothing are duplicates too.
+    goes is as near as the threshold says to what stays for it. Adapters that act on different tokens are never
+    duplicates, unless they do nothing: two of those are.
     """
     alike: dict[str, dict[str, tuple[float, float]]] = {adapter.name: {} for adapter in adapters}
+    where = {adapter.name: adapter.activation for adapter in adapters}
     for one, other, overlap, cosine in found.near_duplicates(threshold):
-        alike[one][other] = alike[other][one] = overlap, cosine
+        if where[one] == where[other]:
+            alike[one][other] = alike[other][one] = overlap, cosine
     idle = [name for name in found.names if found.norm(name) == 0]
     for name in idle:
         alike[name] |= {other: (1.0, 1.0) for other in idle if other != name}

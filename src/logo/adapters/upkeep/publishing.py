@@ -15,7 +15,7 @@ from pathlib import Path
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, own_name
 from logo.adapters.hub import causes, clean_subfolder, hub_error, is_repo_id
-from logo.adapters.notes import NOTES, RECORD, RESPONSES, checked
+from logo.adapters.notes import NOTES, RECORD, RESPONSES, checked, homes
 from logo.adapters.upkeep.card import PICTURE
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import HubError, UsageError
@@ -51,15 +51,24 @@ class Upload:
             folder: None: as the official collection calls it, `{base}-loras-{name of the pool}`.
 
         Raises:
-            UsageError: the repository or the folder cannot be one, no base model is known to call the folder by, or
-                what lies beside adapters is a link out of the pool or not what it is called.
+            UsageError: the repository or the folder cannot be one, no base model is known to call the folder by, what
+                lies beside adapters is a link out of the pool or not what it is called, or what says where an adapter
+                acts lies outside.
         """
         if not is_repo_id(repo):
             raise UsageError(f"{repo!r} is not a Hub repo id; expected namespace/name")
         if folder is None:
             folder = _official(root, adapters)
-        sent = [checked(root / name, root) for name in (CARD, PICTURE, NOTES) if (root / name).is_file()]
+        speaking = {home: None for adapter in adapters for home in (*homes(adapter.folder, root), root)}
+        sent = [root / name for name in (CARD, PICTURE)] + [home / NOTES for home in speaking]
+        sent = [checked(file, root) for file in sent if file.is_file()]
         for adapter in adapters:
+            if adapter.activation.last is not None and not homes(adapter.folder, root):
+                raise UsageError(
+                    f"{adapter.folder} acts on {adapter.activation}, which the folder that it lies in says and which "
+                    "would not be sent: push that folder, or copy this one with `logo pool convert`, which writes it "
+                    "down there"
+                )
             # These two were read as what they are. Anything may hide behind a link that is only called like the others.
             sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
             beside = [file for file in (adapter.folder / RECORD,) if file.is_file()]
