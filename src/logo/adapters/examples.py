@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.repocard import metadata_load
-
 from logo.adapters.config import CONFIG
 from logo.errors import DataError
 from logo.folders import replace_file
@@ -85,6 +83,8 @@ def write_examples(folder: Path, prompts: Sequence[str]) -> Path:
 
 def _of_card(card: Path) -> list[str]:
     """The texts of a model card's widget. Cards are written for people: one that cannot be read has none."""
+    from huggingface_hub.repocard import metadata_load
+
     try:
         widget = (metadata_load(card) or {}).get("widget") if card.is_file() else None
     except Exception as error:  # whatever a YAML parser makes of a text that anybody wrote

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.examples import EXAMPLES, MODEL_CARD
+from logo.adapters.examples import EXAMPLES
 from logo.adapters.notes import NOTES, RESPONSES
 from logo.errors import HubError, UsageError
 
@@ -187,7 +187,7 @@ def _check_revision(repo_id: str, revision: str | None) -> None:
 def adapter_patterns(folder: str, allow_pickle: bool) -> list[str]:
     """The globs of adapter files at any depth below `folder` (in huggingface_hub `*` also matches `/`), and of what
     says where an adapter acts that is asked for by its own folder."""
-    names = [CONFIG, WEIGHTS, NOTES, EXAMPLES, MODEL_CARD, f"{RESPONSES}/*.safetensors"]
+    names = [CONFIG, WEIGHTS, NOTES, EXAMPLES, f"{RESPONSES}/*.safetensors"]
     names += [PICKLE] if allow_pickle else []
     root = f"{glob.escape(folder)}/" if folder else ""
     above = [f"{glob.escape(folder).rpartition('/')[0]}/{NOTES}".lstrip("/")] if folder else []

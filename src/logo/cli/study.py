@@ -142,6 +142,7 @@ def study(
 
     Example: `logo study --base-model M --adapters DIR --rows ROWS --limit 8 --json study.json`
     """
+    from logo.evaluation.reliability import picture as reliability_picture
     from logo.evaluation.study import cut, journal_of, study_so_far, write_report
     from logo.evaluation.workers import MeasuredInWorkers
     from logo.folders import replace_file
@@ -177,9 +178,13 @@ def study(
         result = _measure(measuring, found, json, settings, contest, seed, time.perf_counter() - started)
     write_report(json, result.report)
     replace_file(picture, _picture(result, next(iter(arms))))
+    pictures = [picture]
+    if "confidence" in result.report:
+        pictures.append(picture.with_name(f"{picture.stem}-confidence{picture.suffix}"))
+        replace_file(pictures[-1], reliability_picture(result.report["confidence"]))
     journal_of(json).unlink(missing_ok=True)
     _show(result.report)
-    note(f"{json} · {picture}")
+    note(" · ".join(map(str, [json, *pictures])))
 
 
 def _show(report: Mapping[str, Any]) -> None:
@@ -187,8 +192,22 @@ def _show(report: Mapping[str, Any]) -> None:
     whole = _table(report, intervals=True)
     shown = screen(max(WIDTH, natural_width(whole)))
     shown.print(whole if shown.width >= WIDTH else _table(report, intervals=False))
+    for signal, found in report.get("confidence", {}).items():
+        note(_confidence(signal, found))
     if "relative" in report:
         screen(FIELD_WIDTH).print("", field_table(report), sep="\n")
+
+
+def _confidence(signal: str, found: Mapping[str, Any]) -> str:
+    """How well one signal knows when it is right, in a line."""
+    told = [
+        f"from those of {what} {found['auroc'][name]:.2f}"
+        for name, what in (("unseen", "unseen tasks"), ("left_out", "tasks whose adapter is left out"))
+        if found["auroc"][name] is not None
+    ]
+    error = "" if found["error"] is None else f", reliability error {found['error']:.2f}"
+    told = told or ["nothing to compare with"]
+    return f"{signal}: its confidence tells prompts with an adapter {' and '.join(told)} (AUROC){error}"
 
 
 def _signals(text: str) -> dict[str, dict[str, Any]]:

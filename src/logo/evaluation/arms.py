@@ -37,7 +37,7 @@ class Arm:
     Attributes:
         part: `answers` or `left_out`; `kind`: `signals`, `methods` or `mixtures`; `name`: of it.
         mixture: adapter -> weight; `merge`: how they are combined.
-        metrics: what it is worth; `prediction`: what was generated.
+        metrics: what it is worth; `prediction`: what was generated; `confidence`: of a signal's selection.
     """
 
     part: str
@@ -47,6 +47,7 @@ class Arm:
     merge: Merge = EXACT
     metrics: dict[str, float] = field(default_factory=dict)
     prediction: str = ""
+    confidence: float | None = None
 
 
 class Arms:
@@ -125,6 +126,8 @@ class Arms:
             seconds["select"][label] = time.perf_counter() - started
         self._judge(arms, task, where, row, seconds)
         for arm in arms:
+            if arm.confidence is not None:
+                arm.metrics["confidence"] = arm.confidence
             if own is not None and (arm.part, arm.kind) == ("answers", "signals"):
                 arm.metrics = rank_metrics(picked[arm.name].scores, own) | arm.metrics
         left_out = _section(arms, "left_out")
@@ -146,7 +149,7 @@ class Arms:
         names, asked = self._logo.names, self._contest.protocols
         whole = own is None or OWN in asked
         for signal, selection in picked.items() if whole else ():
-            yield Arm("answers", "signals", signal, selection.mixture)
+            yield Arm("answers", "signals", signal, selection.mixture, confidence=selection.confidence)
         if own is not None:
             yield Arm("answers", "mixtures", "oracle", {own: 1.0})
         if whole:
@@ -155,8 +158,8 @@ class Arms:
             return
         others = [name for name in names if name != own]
         for signal, logo in self._engines.items():
-            mixture = logo.reselect(picked[signal].scores, candidates=others).mixture
-            yield Arm("left_out", "signals", signal, mixture)
+            chosen = logo.reselect(picked[signal].scores, candidates=others)
+            yield Arm("left_out", "signals", signal, chosen.mixture, confidence=chosen.confidence)
         yield from _fixed("left_out", others)
 
     def _leaves(self, picked: Mapping[str, Selection], own: str) -> bool:

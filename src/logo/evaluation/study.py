@@ -25,6 +25,7 @@ from logo.evaluation.identity import rows_digest
 from logo.evaluation.journal import Journal, written
 from logo.evaluation.metrics import Kind
 from logo.evaluation.relative import relative
+from logo.evaluation.reliability import reliability
 from logo.evaluation.results import versions
 from logo.evaluation.summary import Measured, summary
 from logo.folders import replace_file
@@ -227,6 +228,7 @@ def _reported(
     loading: float,
 ) -> Study:
     report = summary(rows, names, seed=seed)
+    report |= {"confidence": found} if (found := reliability(rows)) else {}
     if {"protocols", "methods", "generate"} & set(settings):
         report["relative"] = relative(rows, names, generated="generate" in settings, seed=seed)
     if lessons:

@@ -1,0 +1,91 @@
+"""Whether selections know when they are right: the confidence of prompts with their own adapter and of those without.
+
+Prompts of tasks with an adapter count as having one, the same prompts with that adapter left out and prompts of unseen
+tasks as having none. *AUROC* is the share of pairs in which the prompt with an adapter has the higher confidence. The
+*error* is the mean distance between confidence and the share that has an adapter, over ten bins of confidence weighted
+by their rows, where both kinds of prompts count half (expected calibration error, Naeini et al. 2015).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from logo.evaluation.summary import Measured
+
+BINS = 10
+
+
+def reliability(rows: Iterable[Measured]) -> dict[str, dict[str, Any]]:
+    """By signal: AUROC against `unseen` and `left_out` prompts (None where there are none), the `error`, and the bins
+    (`confidence`, `own`, `weight`); signals that say nothing of it are left out."""
+    groups: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for part, answers in (("answers", row.answers), ("left_out", row.left_out or {})):
+            for signal, metrics in answers.get("signals", {}).items():
+                if "confidence" in metrics:
+                    whole = "own" if "top1" in metrics else "unseen"  # only own tasks have a rank
+                    group = whole if part == "answers" else part
+                    groups.setdefault(signal, {}).setdefault(group, []).append(metrics["confidence"])
+    return {signal: _of(found) for signal, found in groups.items() if "own" in found}
+
+
+def _of(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    own, others = found["own"], [*found.get("unseen", ()), *found.get("left_out", ())]
+    against = {name: auroc(own, found[name]) if name in found else None for name in ("unseen", "left_out")}
+    if not others:
+        return {"auroc": against, "error": None, "bins": []}
+    values = np.array([*own, *others])
+    truth = np.array([1.0] * len(own) + [0.0] * len(others))
+    weights = np.array([0.5 / len(own)] * len(own) + [0.5 / len(others)] * len(others))
+    places = np.minimum((values * BINS).astype(int), BINS - 1)
+    bins = []
+    for place in range(BINS):
+        inside = places == place
+        if inside.any():
+            share = weights[inside] / weights[inside].sum()
+            bins.append(
+                {
+                    "confidence": float(values[inside] @ share),
+                    "own": float(truth[inside] @ share),
+                    "weight": float(weights[inside].sum()),
+                }
+            )
+    error = sum(one["weight"] * abs(one["confidence"] - one["own"]) for one in bins)
+    return {"auroc": against, "error": error, "bins": bins}
+
+
+def auroc(own: Sequence[float], others: Sequence[float]) -> float:
+    """The share of pairs in which the first has the higher value; ties count half."""
+    from scipy.stats import mannwhitneyu
+
+    return float(mannwhitneyu(own, others).statistic) / (len(own) * len(others))
+
+
+def picture(found: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """A PNG: for each signal, how often prompts of a confidence have an adapter of their own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # It has to say where it keeps fonts; nobody asked.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for signal, one in found.items():
+        points = [(bin_["confidence"], bin_["own"], bin_["weight"]) for bin_ in one["bins"]]
+        if points:
+            x, y, weight = zip(*points, strict=True)
+            [line] = axes.plot(x, y, linewidth=1, label=f"{signal}, error {one['error']:.2f}")
+            axes.scatter(x, y, s=[20 + 300 * w for w in weight], color=line.get_color(), alpha=0.6)
+    axes.set(xlabel="confidence", ylabel="share with an adapter of their own", xlim=(0, 1), ylim=(-0.03, 1.03))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    file = io.BytesIO()
+    canvas.print_figure(file, format="png", dpi=120)
+    return file.getvalue()
