@@ -473,7 +473,7 @@ def test_a_smaller_lead_is_enough_on_few_tokens(tmp_path: Path) -> None:
     for folder in (plain, activated):
         chosen = engine(model, folder, signal="calibrated").reselect({"t0": 1.65, "t1": 1.0, "t2": 1.0})
         weights.append(chosen.weights[0] / chosen.weights[1])
-    assert weights == pytest.approx([math.exp(0.65 / 0.8), math.exp(0.65 / 0.3)], rel=1e-4)
+    assert weights == pytest.approx([math.exp(0.65 / 2.0), math.exp(0.65 / 0.3)], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "static"])
