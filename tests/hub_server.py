@@ -28,7 +28,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from tolerances import PATIENCE
 
@@ -39,6 +39,7 @@ STRANGER_TOKEN = "stranger-token"
 
 LARGE = (".safetensors", ".bin", ".gguf")
 FOREVER = math.inf
+OPTIONS = {"author": "", "search": "", "cursor": "0"}  # of a listing, with what they are where they are left out
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Request:
 
     method: str
     path: str
-    kind: str  # "info", "tree", "resolve", "content" (the bytes of a file) or "other"
+    kind: str  # "list", "info", "tree", "resolve", "content" (the bytes of a file) or "other"
     file: str | None
     range: str | None
     token: str | None
@@ -327,6 +328,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(self.hub.outage, None, "out of order")
             if kind == "cdn":
                 self._content(self._in_store(*arguments))
+            elif kind == "list":
+                self._list(parse_qs(url.query))
             elif kind == "info":
                 self._info(*arguments)
             elif kind == "tree":
@@ -351,6 +354,22 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repo, commit
+
+    def _list(self, options: dict[str, list[str]]) -> None:
+        """Models of an owner whose ids contain a text, in pages, as `list_models` asks for them."""
+        [author], [text], [page] = (options.get(name, [own]) for name, own in OPTIONS.items())
+        mine = [
+            name for name in sorted(self.hub.repos) if name.startswith(f"{author}/") and text.lower() in name.lower()
+        ]
+        seen = [name for name in mine if not self.hub.repos[name].private or self.token == GOOD_TOKEN]
+        start, stop = int(page) * self.hub.page_size, (int(page) + 1) * self.hub.page_size
+        entries = []
+        for name in seen[start:stop]:
+            commit = self.hub.repos[name].commit("main")
+            entries.append({"id": name, "modelId": name, "sha": commit.sha if commit else None})
+        query = urlencode({**{name: values[0] for name, values in options.items()}, "cursor": int(page) + 1})
+        more = {"Link": f'<{self.hub.url}/api/models?{query}>; rel="next"'}
+        self._json(entries, "list", more if stop < len(seen) else None)
 
     def _info(self, repo_id: str, revision: str) -> None:
         repo, commit = self._find(repo_id, revision)
@@ -470,6 +489,8 @@ def _route(path: str) -> tuple[str, tuple[str, ...]]:
             kind, arguments = _route(as_model + path.removeprefix(prefix))
             return kind, (f"datasets/{arguments[0]}", *arguments[1:]) if arguments else ()
     match [unquote(part) for part in path.strip("/").split("/")]:
+        case ["api", "models"]:
+            return "list", ()
         case ["api", "models", org, name]:
             return "info", (f"{org}/{name}", "main")
         case ["api", "models", org, name, "revision", revision]:

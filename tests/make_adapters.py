@@ -176,7 +176,6 @@ REFUSED: dict[str, Callable[[Path], Path]] = {
     "layer_replication": by_peft(layer_replication=[[0, 2], [1, 3]]),
     "lora_bias": by_peft(lora_bias=True),
     "megatron": by_hand(megatron_config={"tensor_model_parallel_size": 1}),
-    "modules_to_save": by_peft(modules_to_save=["lm_head"]),
     "monteclora": by_hand(monteclora_config={"num_samples": 4}),
     "qalora": by_hand(use_qalora=True),
     "target_parameters": by_peft(target_modules=[], target_parameters=["mlp.up_proj.weight"]),
@@ -188,13 +187,8 @@ REFUSED: dict[str, Callable[[Path], Path]] = {
     "olora": by_peft(init_lora_weights="olora"),
     "pissa": by_peft(init_lora_weights="pissa"),
     # the same, where only the tensors tell
-    "tensors_base_copy": by_peft(target_modules=["lm_head", "q_proj"]),
     "tensors_bias": lambda f: edit_config(write_peft(f, tiny.model("qwen2"), bias="lora_only"), bias="none"),
     "tensors_dora": lambda f: edit_config(write_peft(f, use_dora=True), use_dora=False),
-    "tensors_embedding": lambda f: write_peft(
-        f, target_modules=["embed_tokens", "q_proj"], save={"save_embedding_layers": False}
-    ),
-    "tensors_full": lambda f: edit_config(write_peft(f, modules_to_save=["lm_head"]), modules_to_save=None),
     "tensors_lora_bias": lambda f: edit_config(write_peft(f, lora_bias=True), lora_bias=False),
     "tensors_tokens": lambda f: edit_config(
         write_peft(f, trainable_token_indices=[3]), trainable_token_indices=None

@@ -64,6 +64,10 @@ def test_groups_change_no_number(data: st.DataObject, ranks: list[int], rows: in
             x = torch.randn(*shape, MODULES[path].in_features, generator=torch.Generator().manual_seed(m))
             expected = low_rank(x, plain[path], Gates(weights))
             same_tensor(mixture.low_rank(x, stack), expected)
+            tokens = torch.randint(0, MODULES[path].in_features, shape)  # of an embedding with so many
+            x = torch.nn.functional.one_hot(tokens, MODULES[path].in_features).float()
+            same_tensor(mixture.low_rank(tokens, stack), low_rank(x, plain[path], Gates(weights)))
+            same_tensor(low_rank(tokens, plain[path], Gates(weights)), low_rank(x, plain[path], Gates(weights)))
 
 
 @given(rows=st.integers(1, 20), m=st.integers(1, 20), seed=st.integers(0, 50))

@@ -247,7 +247,7 @@ class LoGo(Calls, FromPretrained):
         """
         with self._lock:
             version = pool.version
-            fitted = pool.fit(self._layout, on_bad_adapter=self._on_bad_adapter)
+            fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
             _tell_of_kinds(fitted)
             return Prepared(pool, version, fitted, self._selecting.prepared(fitted), self.settings)

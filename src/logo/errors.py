@@ -35,6 +35,10 @@ class AdapterError(LoGoError, ValueError):
         return type(self), (self.name, self.reason)  # so that it can be copied and sent to another process
 
 
+class LeftOut(AdapterError):
+    """An adapter that is not taken though nothing is wrong with it: no reason to refuse its pool."""
+
+
 class PoolError(LoGoError, ValueError):
     """A pool that is empty, has two adapters of one name, or lacks the adapter asked for."""
 

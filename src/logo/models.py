@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.hub import download_model, hub_error, is_hub_id
+from logo.adapters.failures import hub_error
+from logo.adapters.hub import download_model, is_hub_id
 from logo.adapters.layout import BaseLayout
 from logo.errors import LoGoError, ModelError, UsageError, closest
 

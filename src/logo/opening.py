@@ -6,7 +6,7 @@ Knows names, presets and loading; the class that is put on them is the caller's.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -16,7 +16,7 @@ from logo.decoding import Truncation
 from logo.errors import UsageError, closest
 from logo.mixing import EXACT, Merge
 from logo.models import load_base
-from logo.pools import default_pool, officially_named
+from logo.pools import officially_named, open_pool, pool_place
 from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class FromPretrained:
     def from_pretrained(
         cls,
         base_model: str,
-        pool: AdapterPool | str | Path | None = None,
+        pool: AdapterPool | str | Path | Sequence[str | Path] | None = None,
         *,
         engine: str = LOCAL,
         preset: Preset | None = None,
@@ -64,8 +64,9 @@ class FromPretrained:
 
         Args:
             base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
-            pool: an `AdapterPool`, or a folder to open as one. Default: the base model's own, where it has one (the
-                demo's, or the authors' published adapters for the three official models).
+            pool: an `AdapterPool`, or what `AdapterPool.open` takes: a folder, a Hub repository, a manifest, several of
+                these. Default: the base model's own, where it has one (the demo's, or the authors' published adapters
+                for the three official models).
             engine: what runs the model: `"local"`, this process; or `"vllm"`, vLLM's offline engine, of which more is
                 in docs/vllm.md. What is made then is no `LoGo`, but answers the same calls (`logo.calls.Calls`).
             preset: `"official"`: whatever nobody asks for otherwise is as in the authors' script, and as with
@@ -105,7 +106,7 @@ class FromPretrained:
             }
             made: Self = _opener(engine)(
                 base_model,
-                pool,
+                pool if pool is None or isinstance(pool, AdapterPool) else pool_place(pool, base_model).spec,
                 settings=chosen,
                 dtype=dtype,
                 model_kwargs={**(model_kwargs or {}), **({"trust_remote_code": True} if trust_remote_code else {})},
@@ -118,11 +119,10 @@ class FromPretrained:
                 others={name: value for name, value in asked.items() if value is not None},
             )
             return made
-        named = None if pool is None else str(pool)
-        if pool is None:
-            pool = default_pool(base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
-        elif not isinstance(pool, AdapterPool):
-            pool = AdapterPool.from_directory(pool, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
+        named = None
+        if not isinstance(pool, AdapterPool):
+            named = None if pool is None else pool_place(pool, base_model).spec
+            pool = open_pool(named, base_model, model_dir, on_bad_adapter=on_bad_adapter, cache=chosen.cache)
         if official:
             pool = officially_named(pool, base_model, named)
             if chosen.k is None:

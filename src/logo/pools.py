@@ -1,12 +1,13 @@
-"""Pools by name: a folder, a Hub repository, or the one that belongs to a base model."""
+"""Pools by name: whatever `--adapters` takes (`logo.adapters.places`), or the one that belongs to a base model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from logo.adapters.hub import is_hub_spec, split_hub_spec
+from logo.adapters.places import Place, parse_places, places_text
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import UsageError
 from logo.models import DEMO, OFFICIAL_MODELS, demo_folder
@@ -20,7 +21,7 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
 
     Args:
         model_dir: looked in for the published adapters before the Hub.
-        **options: as `AdapterPool.from_directory`.
+        **options: as `AdapterPool.open`.
 
     Raises:
         UsageError: the base model has none, and the user has to say.
@@ -30,7 +31,7 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
         pool = AdapterPool.from_directory(demo_folder() / "adapters", **options)
         pool.default_k = DEMO_K
         return pool
-    return _opened(_own_place(base_model, model_dir), options)
+    return AdapterPool.open(_own_place(base_model, model_dir).spec, **options)
 
 
 def official_folder(base_model: str) -> str | None:
@@ -48,8 +49,11 @@ def officially_named(pool: AdapterPool, base_model: str, adapters: str | None = 
         adapters: what `open_pool` was given.
     """
     folder = official_folder(base_model)
-    published = adapters is None or PurePath(adapters.partition("@")[0]).name == folder
-    return pool if folder is None or not published else pool.below(folder)
+    if folder is None:
+        return pool
+    places = () if adapters is None else parse_places(adapters)
+    published = adapters is None or [PurePath(one.below or one.source).name for one in places] == [folder]
+    return pool.below(folder) if published else pool
 
 
 def default_k(base_model: str, adapters: str | None = None) -> int:
@@ -58,14 +62,17 @@ def default_k(base_model: str, adapters: str | None = None) -> int:
 
 
 def open_pool(
-    adapters: str | None, base_model: str, model_dir: str | Path | None = None, **options: Any
+    adapters: str | Path | Sequence[str | Path] | None,
+    base_model: str,
+    model_dir: str | Path | None = None,
+    **options: Any,
 ) -> AdapterPool:
-    """The pool that is called so: a folder, or a Hub repository `org/name[/folder][@revision]`.
+    """The pool that is called so, as `AdapterPool.open`.
 
     Args:
         adapters: None: the base model's own, see `default_pool`.
         model_dir: looked in for published adapters before the Hub.
-        **options: as `AdapterPool.from_directory`.
+        **options: as `AdapterPool.open`.
 
     Raises:
         UsageError: nothing is named, and the base model has no pool of its own.
@@ -73,53 +80,43 @@ def open_pool(
     """
     if adapters is None:
         return default_pool(base_model, model_dir, **options)
-    return _opened(pool_place(adapters, base_model, model_dir), options)
+    return AdapterPool.open(adapters, **options)
 
 
 @dataclass(frozen=True)
 class PoolPlace:
-    """Where a pool is: a folder, or a Hub repository with a folder in it and a revision."""
+    """Where a pool is: one place, or several."""
 
-    source: str
-    subfolder: str = ""
-    revision: str | None = None
-    on_hub: bool = False
+    places: tuple[Place, ...]
 
     @property
     def spec(self) -> str:
         """What `pool_place` reads as this place, whatever the working directory is."""
-        if not self.on_hub:
-            return str(Path(self.source).absolute())
-        folder = f"/{self.subfolder}" if self.subfolder else ""
-        return f"{self.source}{folder}{f'@{self.revision}' if self.revision else ''}"
+        return places_text(self.places)
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether some of it is not on this disk."""
+        return any(place.on_hub for place in self.places)
 
 
-def pool_place(adapters: str | None, base_model: str, model_dir: str | Path | None = None) -> PoolPlace:
+def pool_place(
+    adapters: str | Path | Sequence[str | Path] | None, base_model: str, model_dir: str | Path | None = None
+) -> PoolPlace:
     """Where the pool is that `open_pool` opens.
 
     Raises:
         UsageError: as `open_pool`.
     """
-    if adapters is None:
-        return _own_place(base_model, model_dir)
-    if not is_hub_spec(adapters):
-        return PoolPlace(adapters)
-    repo, subfolder, revision = split_hub_spec(adapters)
-    return PoolPlace(repo, subfolder or "", revision, on_hub=True)
+    return _own_place(base_model, model_dir) if adapters is None else PoolPlace(parse_places(adapters))
 
 
 def _own_place(base_model: str, model_dir: str | Path | None) -> PoolPlace:
     if base_model == DEMO:
-        return PoolPlace(str(demo_folder() / "adapters"))
+        return PoolPlace((Place("folder", str(demo_folder() / "adapters")),))
     folder = official_folder(base_model)
     if folder is None:
         raise UsageError(f"base model {base_model!r} has no adapters of its own: name a pool (--adapters)")
     if model_dir is not None and (Path(model_dir) / folder).is_dir():
-        return PoolPlace(str(Path(model_dir) / folder))
-    return PoolPlace(OFFICIAL_ADAPTERS, folder, on_hub=True)
-
-
-def _opened(place: PoolPlace, options: dict[str, Any]) -> AdapterPool:
-    if not place.on_hub:
-        return AdapterPool.from_directory(place.source, **options)
-    return AdapterPool.from_hub(place.source, subfolder=place.subfolder or None, revision=place.revision, **options)
+        return PoolPlace((Place("folder", str(Path(model_dir) / folder)),))
+    return PoolPlace((Place("repo", OFFICIAL_ADAPTERS, folder),))

@@ -18,7 +18,6 @@ CONFIG = "adapter_config.json"
 # Settings that turn a LoRA into something that is not a plain `s B A`, and what to tell the user about each.
 _NOT_PLAIN = {
     "use_dora": "DoRA (use_dora) is not linear in its scale and cannot be mixed; train it without DoRA",
-    "modules_to_save": "it replaces whole modules (modules_to_save: {value}), which cannot be mixed",
     "target_parameters": "it adapts raw parameters (target_parameters: {value}); only linear modules are supported",
     "trainable_token_indices": "it trains token embeddings (trainable_token_indices), which cannot be mixed",
     "use_qalora": "QALoRA (use_qalora) pools its input by groups and is not a plain LoRA",
@@ -39,8 +38,8 @@ _INFORMATIONAL = {
     "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 
 

@@ -78,6 +78,8 @@ def _stacked(parts: Sequence[tuple[Adapter, float]]) -> dict[str, LoraWeights]:
     """The factors side by side, by module path."""
     import torch
 
+    for adapter, _ in parts:
+        adapter.check_linear()
     read = [(adapter.read(), weight) for adapter, weight in parts]
     stacked = {}
     for path in dict.fromkeys(path for weights, _ in read for path in weights):

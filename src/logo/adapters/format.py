@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, Activation
-from logo.adapters.config import CONFIG, LoraConfig, Refusal, read_config
+from logo.adapters.config import CONFIG, LoraConfig, Refusal, changed_base, parse_config, read_config, read_raw
+from logo.adapters.initial import initial_folder, with_initial
 from logo.adapters.layout import BaseLayout
 from logo.adapters.notes import noted_alone
 from logo.adapters.weights import PICKLE, SAFETENSORS, PickleFile, SafetensorsFile, WeightFile
@@ -24,8 +25,10 @@ from logo.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>.+))?\.weight$")
+_EMBEDDING_KEY = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>.+))?$")
 _PREFIX = re.compile(r"^(?:_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.|base_model\.)+")
 _LFS_POINTER = b"version https://git-lfs"
 _INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
@@ -33,7 +36,10 @@ _INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 
 @dataclass(frozen=True)
 class LoraModule:
-    """Where one adapted module's `A (r, in)` and `B (out, r)` lie in the file, and the scale `s` of `s B A`."""
+    """Where one adapted module's `A (r, in)` and `B (out, r)` lie in the file, and the scale `s` of `s B A`.
+
+    Of an `embedding`, `in` counts tokens, and the update is added to a token's vector: `s B A[:, token]`.
+    """
 
     key_a: str
     key_b: str
@@ -41,6 +47,7 @@ class LoraModule:
     in_features: int
     out_features: int
     scaling: float
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class Adapter:
             removed) until `fit` maps them to the base model's own.
         file: the weight file.
         activation: on which tokens it acts.
+        copies: key in the file -> parameter of the base model, of whole weights in it. They were not compared with the
+            base model's yet: `fit` does that, and nothing is read before.
     """
 
     name: str
@@ -76,6 +85,7 @@ class Adapter:
     modules: Mapping[str, LoraModule]
     file: WeightFile
     activation: Activation = EVERYWHERE
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -109,22 +119,30 @@ class Adapter:
         """Module path and the factor of its product, sorted: what `config` adds to the weights."""
         return tuple(sorted((path, module.scaling) for path, module in self.modules.items()))
 
-    def fit(self, layout: BaseLayout) -> Adapter:
+    def fit(self, layout: BaseLayout, model: nn.Module | None = None) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
 
+        Args:
+            model: the base model itself, for adapters that hold copies of its weights or adapt its embedding; without
+                it, they do not fit.
+
         Raises:
-            AdapterError: a tensor matches no module of the base, or one of another shape (up to five are named).
+            AdapterError: a tensor matches no module of the base, or one of another shape (up to five are named); or it
+                holds whole weights that are not the base model's.
         """
         fitted: dict[str, LoraModule] = {}
         problems: list[str] = []
         for path, module in self.modules.items():
-            targets = layout.matches(path)
+            if module.embedding and model is None:
+                raise AdapterError(self.name, f"it adapts an embedding ({path}), which is not mixed here")
+            targets = layout.embedding(path) if module.embedding else layout.matches(path)
             if len(targets) != 1:
-                among = f"may be any of {', '.join(sorted(targets)[:3])}" if targets else "no such linear module"
+                what = "embedding of tokens" if module.embedding else "linear module"
+                among = f"may be any of {', '.join(sorted(targets)[:3])}" if targets else f"no such {what}"
                 problems.append(f"{path} ({among})")
                 continue
             target = targets[0]
-            shape = layout.shapes[target]
+            shape = (layout.embeddings if module.embedding else layout.shapes)[target]
             if (module.in_features, module.out_features) != (shape.in_features, shape.out_features):
                 problems.append(
                     f"{path} (adapter {module.in_features} -> {module.out_features}, "
@@ -141,14 +159,58 @@ class Adapter:
                 f"does not fit the base model: {len(problems)} of {len(self.modules)} modules do not match: "
                 f"{'; '.join(problems[:5])}{more}. Was it trained on another base model?",
             )
-        return replace(self, modules=fitted)
+        return replace(self, modules=fitted, copies=self._compared(model))
+
+    def _compared(self, model: nn.Module | None) -> Mapping[str, str]:
+        """Its copies of weights that are not known to be the base model's: none, or it is an error."""
+        if not self.copies:
+            return self.copies
+        from logo.adapters.copies import different
+
+        if model is None or any(parameter.is_meta for parameter in model.parameters()):
+            raise AdapterError(self.name, self._holds_weights())
+        try:
+            other = different(self.file, self.copies, model)
+        except Exception as error:  # safetensors raises its own Rust error type
+            raise AdapterError(self.name, _unreadable(error, self.file.path)) from error
+        if other is not None:
+            raise AdapterError(
+                self.name, f"it replaces a weight of the base model, {other} (modules_to_save), which cannot be mixed"
+            )
+        return {}
+
+    def _holds_weights(self) -> str:
+        return (
+            f"it holds full weights ({next(iter(self.copies))}), as modules_to_save or resized embeddings do; they "
+            "cannot be mixed unless they are the base model's own, which shows when it is loaded"
+        )
 
     def read(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:
         """Reads the tensors of `modules` (default: all of them).
 
         Raises:
-            AdapterError: the file became unreadable, or a tensor is not of a float type, or holds NaN or Inf.
+            AdapterError: the file became unreadable, or a tensor is not of a float type, or holds NaN or Inf; or there
+                are whole weights in it that were not compared with the base model's.
         """
+        if self.copies:
+            raise AdapterError(self.name, self._holds_weights())
+        return self._read(modules)
+
+    def check_linear(self) -> None:
+        """Raises AdapterError unless it acts on linear modules only: what is made of it could not be written."""
+        for path, module in self.modules.items():
+            if module.embedding:
+                raise AdapterError(self.name, f"it adapts an embedding ({path}), which cannot be written anew yet")
+
+    def verify(self) -> None:
+        """Reads all tensors of its modules.
+
+        Raises:
+            AdapterError: something is wrong with one.
+        """
+        self._read(None)
+
+    def _read(self, modules: Iterable[str] | None) -> dict[str, LoraWeights]:
         wanted = {path: self.modules[path] for path in (self.modules if modules is None else modules)}
         keys = [key for m in wanted.values() for key in (m.key_a, m.key_b)]
         try:
@@ -185,8 +247,13 @@ def open_adapter(
     folder = Path(folder)
     name = name if name is not None else own_name(folder)
     try:
-        config = read_config(folder, unconverted=unconverted)
+        raw = read_raw(folder)
+        start = None if unconverted or changed_base(raw) is None else initial_folder(folder)
+        config = parse_config(raw, unconverted=unconverted or start is not None)
         adapter = adapter_of(name, folder, config, _weight_file(folder, allow_pickle))
+        if start is not None:
+            first = read_config(start, unconverted=True)
+            adapter = with_initial(adapter, adapter_of(name, start, first, _weight_file(start, allow_pickle)))
     except Refusal as refusal:
         raise AdapterError(name, " ".join(str(refusal).splitlines())) from refusal.__cause__
     return replace(adapter, activation=noted_alone(folder, adapter.activation))
@@ -204,8 +271,8 @@ def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) ->
         raise Refusal(_unreadable(error, file.path)) from error
     # Patterns are looked up in their order, which does not count when configurations are compared.
     order = (*config.rank_pattern, "", *config.alpha_pattern)
-    config, modules = _recipe(tuple(shapes.items()), config, order)
-    return Adapter(name, folder, config, modules, file, Activation(config.invocation))
+    config, modules, copies = _recipe(tuple(shapes.items()), config, order)
+    return Adapter(name, folder, config, modules, file, Activation(config.invocation), copies)
 
 
 def own_name(folder: Path) -> str:
@@ -234,14 +301,15 @@ def _weight_file(folder: Path, allow_pickle: bool) -> WeightFile:
 @lru_cache(maxsize=256)
 def _recipe(
     shapes: tuple[tuple[str, tuple[int, ...]], ...], config: LoraConfig, order: tuple[str, ...]
-) -> tuple[LoraConfig, dict[str, LoraModule]]:
+) -> tuple[LoraConfig, dict[str, LoraModule], dict[str, str]]:
     """Configuration and modules, one object for all adapters of one training recipe: pools have thousands of them."""
-    return config, _modules(dict(shapes), config)
+    copies = {key: f"{module_path(key.removesuffix('.weight'))}.weight" for key, _ in shapes if _is_whole(key)}
+    return config, _modules({key: shape for key, shape in shapes if key not in copies}, config), copies
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, LoraModule]:
     """Pairs the A and B tensors by module and checks each pair against the configuration."""
-    matches = {key: _LORA_KEY.match(key) for key in shapes}
+    matches = {key: _LORA_KEY.match(key) or _EMBEDDING_KEY.match(key) for key in shapes}
     names = {match["adapter"] or "unnamed" for match in matches.values() if match}
     if len(names) > 1:
         raise Refusal(f"the file holds several adapters ({', '.join(sorted(names))}); save each in a folder of its own")
@@ -267,19 +335,26 @@ def _pair(path: str, pair: dict[str, str], shapes: Mapping[str, tuple[int, ...]]
         raise Refusal(
             f"module {path} has lora_A {list(shape_a)} and lora_B {list(shape_b)}; expected (r, in) and (out, r)"
         )
+    embedding = [_EMBEDDING_KEY.match(key) is not None for key in pair.values()]
+    if any(embedding) and not all(embedding):
+        raise Refusal(f"module {path} is adapted as an embedding and as a linear module: {', '.join(pair.values())}")
     rank = shape_a[0]
     if rank != config.rank(path):
         raise Refusal(
             f"{CONFIG} gives rank {config.rank(path)} to module {path}, but its tensors have rank {rank}; "
             "the scale depends on it, so correct r or rank_pattern"
         )
-    return LoraModule(pair["A"], pair["B"], rank, shape_a[1], shape_b[0], config.scaling(path, rank))
+    scaling = config.scaling(path, rank)
+    return LoraModule(pair["A"], pair["B"], rank, shape_a[1], shape_b[0], scaling, all(embedding))
+
+
+def _is_whole(key: str) -> bool:
+    """Whether a tensor is a weight of the base model itself."""
+    return key.endswith(".weight") and not re.search(r"\.(?:lora_|trainable_tokens_)", key)
 
 
 def _explain(key: str) -> str:
     """Why a tensor that is no plain lora_A or lora_B makes the adapter unmixable."""
-    if "lora_embedding_" in key:
-        return f"it adapts an embedding ({key}); only linear modules can be mixed"
     if "trainable_tokens_" in key:
         return f"it trains token embeddings ({key}), which cannot be mixed"
     if "lora_magnitude_vector" in key:
@@ -288,13 +363,6 @@ def _explain(key: str) -> str:
         return f"it has a bias on a LoRA factor ({key}); only bias-free adapters can be mixed"
     if key.endswith(".bias"):
         return f"it holds biases of the base model ({key}), which cannot be mixed"
-    if key.endswith(".base_layer.weight"):
-        return (
-            f"it holds a copy of a base weight ({key}), as PEFT adds when lm_head is adapted; if the vocabulary was "
-            "not resized, save it again with save_embedding_layers=False"
-        )
-    if key.endswith(".weight") and ".lora_" not in key:
-        return f"it holds full weights ({key}), as modules_to_save or resized embeddings do; they cannot be mixed"
     return f"tensor {key} is neither lora_A nor lora_B"
 
 

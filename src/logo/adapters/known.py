@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from typing import Any
 from logo.adapters.activation import Activation
 from logo.adapters.config import CONFIG, LoraConfig
 from logo.adapters.format import Adapter, LoraModule
-from logo.adapters.weights import SAFETENSORS, SafetensorsFile
+from logo.adapters.weights import SAFETENSORS, SafetensorsFile, file_sha256
 from logo.cache import write_cached
 
 # Changes when what is kept means something else.
-_FORMAT = 2
+_FORMAT = 3
 
 Stamp = tuple[int, int, int]
 
@@ -51,11 +52,15 @@ class KnownPool:
     recipes: list[tuple[LoraConfig, dict[str, LoraModule]]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, root: Path, cache: Path | None) -> KnownPool:
-        """What is known about the adapters below `root`; nothing, if that cannot be read."""
+    def of(cls, place: str, cache: Path | None) -> KnownPool:
+        """What is known about the adapters of a place; nothing, if that cannot be read.
+
+        Args:
+            place: the folder's real path, or whatever else stands for these adapters and no others.
+        """
         if cache is None:
             return cls()
-        digest = hashlib.sha256(os.path.realpath(root).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+        digest = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:24]
         name = f"pools/{digest}.json"
         try:
             kept = json.loads((cache / name).read_bytes())
@@ -102,7 +107,7 @@ class KnownPool:
         held: list[tuple[LoraConfig, dict[str, LoraModule]]] = []
         entries = {}
         for adapter in adapters:
-            if not isinstance(adapter.file, SafetensorsFile):
+            if adapter.copies or not isinstance(adapter.file, SafetensorsFile):
                 continue
             try:
                 stamps = stamp(adapter.folder / CONFIG), stamp(adapter.file.path)
@@ -126,6 +131,44 @@ class KnownPool:
         }
         data = json.dumps(kept, separators=(",", ":")).encode("utf-8", "surrogateescape")
         write_cached(self.cache, self.name, lambda part: Path(part).write_bytes(data))
+
+
+class KnownDigests:
+    """Digests of the files of a pool, each of which is read once as long as it does not change."""
+
+    def __init__(self, cache: Path | None, name: str, digests: dict[str, tuple[Stamp, str]]) -> None:
+        self._cache, self._name, self._digests = cache, name, digests
+        self._new = False
+
+    @classmethod
+    def of(cls, place: str, cache: Path | None) -> KnownDigests:
+        """What is known of the files of a place; `place` and `cache` as `KnownPool.of`."""
+        name = f"pools/{hashlib.sha256(place.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-digests.json"
+        digests: dict[str, tuple[Stamp, str]] = {}
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            if cache is not None:
+                kept = json.loads((cache / name).read_bytes())
+                digests = {path: ((a, b, c), str(digest)) for path, ((a, b, c), digest) in kept.items()}
+        return cls(cache, name, digests)
+
+    def sha256(self, file: Path) -> str:
+        """The digest of a file, as `sha256sum` prints it.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        now, key = stamp(file), os.fspath(file)
+        known = self._digests.get(key)
+        if known is not None and known[0] == now:
+            return known[1]
+        self._digests[key], self._new = (now, file_sha256(file)), True
+        return self._digests[key][1]
+
+    def keep(self) -> None:
+        """Writes down what is new."""
+        if self._new and self._cache is not None:
+            data = json.dumps(self._digests, separators=(",", ":")).encode("utf-8", "surrogateescape")
+            write_cached(self._cache, self._name, lambda part: Path(part).write_bytes(data))
 
 
 def _config(kept: dict[str, Any]) -> LoraConfig:

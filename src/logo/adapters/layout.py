@@ -40,16 +40,38 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+def token_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
+    """The embedding of a model's tokens, with its path; None where it has no plain one."""
+    from torch import nn
+
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        wanted = None if find is None else find()
+    except (AttributeError, NotImplementedError):
+        return None
+    if not isinstance(wanted, nn.Embedding):
+        return None
+    return next(((path, wanted) for path, module in model.named_modules() if module is wanted), None)
+
+
+def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that an adapter may act on: the linear ones, and the embedding of the tokens."""
+    embedding = token_embedding(model)
+    return {**dict(linear_modules(model)), **(dict([embedding]) if embedding else {})}
+
+
 @dataclass(frozen=True)
 class BaseLayout:
     """Paths and shapes of a base model's linear modules.
 
     Attributes:
         shapes: module path -> shape.
+        embeddings: the same of the embedding of its tokens.
         wrappers: path segments that may be missing or extra at the front of an adapter's path.
     """
 
     shapes: Mapping[str, LinearShape]
+    embeddings: Mapping[str, LinearShape] = field(default_factory=dict, kw_only=True)
     wrappers: frozenset[str] = _WRAPPERS
     _by_core: dict[str, list[str]] = field(init=False, repr=False, compare=False)
 
@@ -64,10 +86,19 @@ class BaseLayout:
         """The layout of a model; it may live on the meta device."""
         shapes = {path: shape for path, m in linear_modules(model) if (shape := linear_shape(m)) is not None}
         prefix = getattr(model, "base_model_prefix", "")
-        return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()))
+        found = token_embedding(model)
+        embeddings = {}
+        if found is not None:
+            path, module = found
+            embeddings[path] = LinearShape(module.num_embeddings, module.embedding_dim)
+        return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()), embeddings=embeddings)
+
+    def embedding(self, path: str) -> list[str]:
+        """The embedding that `path` may mean."""
+        return [own for own in self.embeddings if self._core(own) == self._core(path)]
 
     def matches(self, path: str) -> list[str]:
-        """The modules that `path` may mean: the longest dotted suffix, up to wrapper segments in front.
+        """The linear modules that `path` may mean: the longest dotted suffix, up to wrapper segments in front.
 
         Everything below the wrappers has to agree, so layer 30 of one model never matches layer 3 of another.
         One is an answer; none or several are not.

@@ -6,12 +6,16 @@ Knows which files the downloads of `hub` would take, and asks the Hub for their 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.hub import MODEL_FILES, MODEL_LEFT_OUT, PICKLE, WEIGHTS, adapter_patterns, hub_error
+from logo.adapters.failures import hub_error
+from logo.adapters.hub import MODEL_FILES, MODEL_LEFT_OUT, PICKLE, WEIGHTS, adapter_patterns
+from logo.adapters.manifest import entry_place, read_manifest
+from logo.adapters.places import Place
+from logo.adapters.repos import list_repos
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,32 @@ def model_needed(source: str) -> Needed:
     return _needed(source, None, MODEL_FILES, MODEL_LEFT_OUT)
 
 
-def pool_needed(source: str, subfolder: str = "", revision: str | None = None, *, allow_pickle: bool = False) -> Needed:
-    """A pool of adapters, in a folder or below a folder of a Hub repository.
+def pool_needed(places: Sequence[Place], *, allow_pickle: bool = False) -> Needed:
+    """A pool of adapters, in folders or on the Hub.
 
     Raises:
-        HubError: as `model_needed`.
+        HubError: as `model_needed`, or it is not known which repositories there are.
     """
-    return _needed(source, revision, adapter_patterns(subfolder, allow_pickle), [])
+    files: dict[str, int] = {}
+    missing = 0
+    for place in _named(places):
+        wanted = adapter_patterns(place.below, allow_pickle, pattern=True)
+        repos = list_repos(place.source).repos if place.kind == "repos" else {place.source: ""}
+        for repo, commit in repos.items():
+            one = _needed(repo, place.revision or commit or None, wanted, [])
+            files |= {f"{repo}/{path}": size for path, size in one.files.items()}
+            missing += one.missing
+    return Needed(files, missing)
+
+
+def _named(places: Sequence[Place]) -> Iterator[Place]:
+    """The places, and instead of manifests those that they name."""
+    for place in places:
+        if place.kind == "manifest":
+            file = Path(place.source)
+            yield from (entry_place(entry, file) for entry in read_manifest(file).entries)
+        else:
+            yield place
 
 
 def _needed(source: str, revision: str | None, wanted: list[str], left_out: list[str]) -> Needed:

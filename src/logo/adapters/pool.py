@@ -12,17 +12,22 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from logo.adapters.activation import OFF, acting
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
+from logo.adapters.gathering import Fetching, gather
 from logo.adapters.hub import download_adapters, is_hub_spec, split_hub_spec
 from logo.adapters.layout import BaseLayout
+from logo.adapters.places import Place, parse_places, places_text
 from logo.adapters.survey import survey
 from logo.adapters.weights import SAFETENSORS
 from logo.cache import cache_folder
-from logo.errors import AdapterError, PoolError, UsageError, closest
+from logo.errors import AdapterError, LeftOut, PoolError, UsageError, closest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 OnBadAdapter = Literal["error", "skip"]
 
@@ -92,7 +97,7 @@ class AdapterPool:
 
     @classmethod
     def from_survey(
-        cls, root: Path, adapters: Sequence[Adapter], refused: list[AdapterError], *, on_bad_adapter: OnBadAdapter
+        cls, root: str | Path, adapters: Sequence[Adapter], refused: list[AdapterError], *, on_bad_adapter: OnBadAdapter
     ) -> AdapterPool:
         """What a survey of `root` found, as a pool.
 
@@ -136,46 +141,83 @@ class AdapterPool:
             HubError: a repository is gated, missing or unreachable, or holds no adapters there.
             PoolError: as `from_directory`.
         """
-        fetching: dict[str, Any] = {
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "max_workers": max_workers,
-            "progress": progress,
-            "allow_pickle": allow_pickle,
-        }
-        opening: dict[str, Any] = {
-            "on_bad_adapter": on_bad_adapter,
-            "allow_pickle": allow_pickle,
-            "verify": verify,
-            "cache": cache,
-        }
+        how = Fetching(token, cache_dir, local_files_only, max_workers, progress, allow_pickle)
         if isinstance(repo_id, str):
-            folder = download_adapters(repo_id, subfolder=subfolder, revision=revision, **fetching)
-            pool = cls.from_directory(folder, **opening)
-            return pool if subfolder else pool._placed(folder, repo_id, "")
+            folder = download_adapters(repo_id, subfolder=subfolder, revision=revision, **vars(how))
+            pool = cls.from_directory(
+                folder, on_bad_adapter=on_bad_adapter, allow_pickle=allow_pickle, verify=verify, cache=cache
+            )
+            return pool if subfolder else pool._placed(folder, repo_id)
         if not repo_id or subfolder is not None or revision is not None:
             raise UsageError(
                 "repo_id: expected one repository or a list of places namespace/name[/folder][@revision], each with "
                 "its own folder and revision"
             )
-        pools = []
-        for spec in dict.fromkeys(repo_id):
-            repo, below, at = split_hub_spec(spec)
-            folder = download_adapters(repo, subfolder=below, revision=at, **fetching)
-            place = spec.partition("@")[0]
-            pools.append(cls.from_directory(folder, **opening)._placed(folder, place, f"{place}/"))
-        return cls(itertools.chain(*pools), itertools.chain.from_iterable(pool.refused for pool in pools))
+        split = map(split_hub_spec, dict.fromkeys(repo_id))
+        places = tuple(Place("repo", repo, below or "", at) for repo, below, at in split)
+        return cls._gathered(places, how, on_bad_adapter, verify, cache, full_names=True)
 
-    def _placed(self, folder: Path, place: str, front: str) -> AdapterPool:
-        """The same adapters with something in front of their names; one that is the whole folder is called as told."""
+    @classmethod
+    def open(
+        cls,
+        places: str | Path | Sequence[str | Path],
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        max_workers: int = 8,
+        progress: bool = True,
+        on_bad_adapter: OnBadAdapter = "error",
+        allow_pickle: bool = False,
+        verify: bool | None = None,
+        cache: str | Path | None = None,
+    ) -> AdapterPool:
+        """Opens a pool by name, as `--adapters` does: docs/open-any-pool.md.
 
-        def name(old: str, at: Path | None = None) -> str:
-            whole = old == own_name(folder) if at is None else at == folder
-            return place if whole else f"{front}{old}"
+        Args:
+            places: a folder, a Hub repository `org/name[/folder][@revision]`, every repository of an owner that is
+                called `org/prefix-*`, a manifest (`pool.yaml`), `preset:name`; or several of these, in a list or with
+                commas between.
+            **others: as `from_hub`.
 
-        renamed = [replace(adapter, name=name(adapter.name, Path(adapter.folder))) for adapter in self]
-        refused = [AdapterError(name(error.name), error.reason) for error in self.refused]
+        Raises:
+            UsageError: a place that could not exist.
+            HubError: as `from_hub`.
+            StorageError, PoolError: as `from_directory`.
+        """
+        found = parse_places(places)
+        [only, *more] = found
+        opening: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "verify": verify, "cache": cache}
+        how = Fetching(token, cache_dir, local_files_only, max_workers, progress, allow_pickle)
+        if not more and only.plain and only.kind == "folder":
+            return cls.from_directory(only.source, allow_pickle=allow_pickle, **opening)
+        if not more and only.plain and only.kind == "repo":
+            return cls.from_hub(
+                only.source, subfolder=only.below or None, revision=only.revision, **opening, **vars(how)
+            )
+        return cls._gathered(found, how, **opening)
+
+    @classmethod
+    def _gathered(
+        cls,
+        places: Sequence[Place],
+        how: Fetching,
+        on_bad_adapter: OnBadAdapter,
+        verify: bool | None,
+        cache: str | Path | None,
+        full_names: bool | None = None,
+    ) -> AdapterPool:
+        skip = on_bad_adapter == "skip"
+        found = gather(places, how, skip=skip, full_names=full_names, verify=verify, cache=cache_folder(cache))
+        pool = cls.from_survey(places_text(places), found.adapters, found.refused, on_bad_adapter=on_bad_adapter)
+        pool._warn_about_unknown_keys()
+        return pool
+
+    def _placed(self, folder: Path, place: str) -> AdapterPool:
+        """The same adapters; one that is the whole folder is called after the place."""
+        own = own_name(folder)
+        renamed = [replace(adapter, name=place) if Path(adapter.folder) == folder else adapter for adapter in self]
+        refused = [AdapterError(place, error.reason) if error.name == own else error for error in self.refused]
         return AdapterPool(renamed, refused, default_k=self.default_k)
 
     @property
@@ -266,8 +308,13 @@ class AdapterPool:
         renamed = (replace(adapter, name=f"{folder}/{adapter.name}") for adapter in self)
         return AdapterPool(renamed, self.refused, default_k=self.default_k)
 
-    def fit(self, layout: BaseLayout, *, on_bad_adapter: OnBadAdapter = "error") -> AdapterPool:
+    def fit(
+        self, layout: BaseLayout, *, model: nn.Module | None = None, on_bad_adapter: OnBadAdapter = "error"
+    ) -> AdapterPool:
         """A new pool whose adapters are matched to a base model's modules.
+
+        Args:
+            model: the base model itself, without which adapters that hold copies of its weights do not fit.
 
         Raises:
             PoolError: an adapter does not fit and `on_bad_adapter` is `"error"`, none fits at all, or there is none.
@@ -278,15 +325,25 @@ class AdapterPool:
         fitted, refused = [], []
         recipes: dict[int, Adapter] = {}  # adapters that share their modules fit alike
         for adapter in adapters:
-            alike = recipes.get(id(adapter.modules))
+            alike = None if adapter.copies else recipes.get(id(adapter.modules))
             try:
-                fit = adapter.fit(layout) if alike is None else replace(adapter, modules=alike.modules)
+                fit = adapter.fit(layout, model) if alike is None else replace(adapter, modules=alike.modules)
             except AdapterError as error:
                 refused.append(error)
             else:
                 recipes[id(adapter.modules)] = fit
                 fitted.append(fit)
         _refuse(refused, on_bad_adapter, where="the pool")
+        copies = {adapter.name: list(adapter.copies.values()) for adapter in adapters if adapter.copies}
+        told = [name for name in copies if name not in {error.name for error in refused}]
+        if told:
+            more = f" and {len(told) - 1} more adapters" if len(told) > 1 else ""
+            warnings.warn(
+                f"adapter {told[0]!r}{more}: copies of base weights ({', '.join(copies[told[0]][:3])}) equal those of "
+                "the base model and are left out",
+                UserWarning,
+                stacklevel=2,
+            )
         if not fitted:
             raise PoolError(f"none of the {len(adapters)} adapters fits the base model; the first: {refused[0]}")
         return AdapterPool(fitted, self.refused + tuple(refused), default_k=self.default_k)
@@ -323,13 +380,14 @@ def _taken(name: str) -> PoolError:
 
 
 def _refuse(refused: list[AdapterError], on_bad_adapter: OnBadAdapter, where: str) -> None:
+    refused = [error for error in refused if not isinstance(error, LeftOut)]
     if refused and on_bad_adapter == "error":
         more = f" ({len(refused) - 1} more bad in {where})" if len(refused) > 1 else ""
         hint = "leave bad ones out with --on-bad-adapter skip (on_bad_adapter='skip'), or see `logo pool inspect`"
         raise PoolError(f"{refused[0]}{more}; {hint}")
 
 
-def _empty(root: Path, refused: list[AdapterError]) -> str:
+def _empty(root: str | Path, refused: list[AdapterError]) -> str:
     if refused:
         return f"no usable adapter in {root}: all {len(refused)} are refused; the first: {refused[0]}"
     return f"no adapters in {root}: expected folders that hold {CONFIG} and {SAFETENSORS}, at any depth"

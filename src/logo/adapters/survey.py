@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
+from logo.adapters.initial import began
 from logo.adapters.known import KnownPool
 from logo.adapters.notes import noted, noted_alone
 from logo.adapters.weights import PICKLE, SAFETENSORS
-from logo.errors import AdapterError, StorageError
+from logo.errors import AdapterError, LeftOut, StorageError
 
 # Reading every tensor once finds NaN before it can cost anyone a run. Up to this size that takes well under a second,
 # so it is done at opening; a larger pool has its tensors checked when each is first read.
@@ -37,36 +38,84 @@ def survey(
         StorageError: `root` is not a readable folder.
     """
     check_folder(root)
-    known = KnownPool.of(root, cache)
-    adapters: dict[str, Adapter] = {}
     refused: list[AdapterError] = []
+    spots = (Spot(folder, path or own_name(root), root) for folder, path in adapter_folders(root, refused))
+    known = KnownPool.of(os.path.realpath(root), cache)
+    return opened(spots, refused, known, allow_pickle=allow_pickle, verify=verify, unconverted=unconverted), refused
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A folder with an adapter in it.
+
+    Attributes:
+        folder: its path.
+        name: what the adapter is called.
+        top: the folder of its pool, up to which a `pool.json` speaks for it.
+    """
+
+    folder: str
+    name: str
+    top: Path
+
+
+def opened(
+    spots: Iterable[Spot],
+    refused: list[AdapterError],
+    known: KnownPool,
+    *,
+    allow_pickle: bool = False,
+    verify: bool | None = None,
+    unconverted: bool = False,
+) -> list[Adapter]:
+    """The adapters in these folders that can be used; why others cannot is added to `refused`."""
+    adapters: dict[str, Adapter] = {}
+    tops: dict[str, Path] = {}
     unchanged = set()
-    for folder, name in _adapter_folders(root, refused):
+    for spot in spots:
+        name = spot.name
+        if spot.folder != str(spot.top) and began(spot.folder):
+            refused.append(
+                LeftOut(name, "it is what the adapter in the folder above it began as, and is read with that")
+            )
+            continue
         try:
-            adapter = known.get(folder, name)
+            adapter = known.get(spot.folder, name)
             if adapter is None:
-                adapter = open_adapter(folder, name, allow_pickle=allow_pickle, unconverted=unconverted)
+                adapter = open_adapter(spot.folder, name, allow_pickle=allow_pickle, unconverted=unconverted)
             elif known.verified(name):
                 unchanged.add(name)
             if name in adapters:
-                raise AdapterError(name, f"{adapters[name].folder} and {folder} have one name; rename one of them")
-            adapters[name] = adapter
+                raise AdapterError(name, f"{adapters[name].folder} and {spot.folder} have one name; rename one of them")
+            adapters[name], tops[name] = adapter, spot.top
         except AdapterError as error:
             refused.append(error)
+    for name in [name for name in adapters if _twin(name) in adapters]:
+        if adapters[name].config.invocation and not adapters[_twin(name)].config.invocation:
+            del adapters[name]
+            reason = f"it is the activated form of {_twin(name)!r}, which is taken; name its folder alone to open it"
+            refused.append(LeftOut(name, reason))
     unverified = [adapter for name, adapter in adapters.items() if name not in unchanged]
     if verify is None:
         verify = sum(adapter.size for adapter in unverified) <= VERIFY_UP_TO_BYTES
     damaged = _damaged(unverified) if verify else {}
     good = [adapter for name, adapter in adapters.items() if name not in damaged]
     known.keep(good, {adapter.name for adapter in good} if verify else unchanged)
-    return [_acting(one, root) for one in good], [*refused, *damaged.values()]
+    refused += damaged.values()
+    return [_acting(one, tops[one.name]) for one in good]
 
 
-def _acting(adapter: Adapter, root: Path) -> Adapter:
+def _acting(adapter: Adapter, top: Path) -> Adapter:
     """The adapter with what the pool's notes say about where it acts."""
-    if adapter.folder == root:  # nothing of the folder above is in the cache
-        return replace(adapter, activation=noted_alone(root, adapter.activation))
-    return replace(adapter, activation=noted(adapter.folder, root, adapter.activation))
+    if adapter.folder == top:  # nothing of the folder above is in the cache
+        return replace(adapter, activation=noted_alone(top, adapter.activation))
+    return replace(adapter, activation=noted(adapter.folder, top, adapter.activation))
+
+
+def _twin(name: str) -> str:
+    """In a library of `NAME/BASE/lora` and `NAME/BASE/alora`, the plain adapter beside an activated one."""
+    front, slash, last = name.rpartition("/")
+    return f"{front}{slash}lora" if last == "alora" else ""
 
 
 def check_folder(root: Path) -> None:
@@ -81,8 +130,8 @@ def check_folder(root: Path) -> None:
         raise StorageError(f"adapter folder {root}: expected a folder, found {found}; check the path")
 
 
-def _adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[str, str]]:
-    """Folders below `root` that hold an adapter, with their names; hidden folders are left alone.
+def adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[str, str]]:
+    """Folders below `root` that hold an adapter, with their paths in it; hidden folders are left alone.
 
     What lies in a folder that cannot be listed nobody knows, so it is `refused` instead of passed over.
     """
@@ -106,8 +155,7 @@ def _adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[
         seen.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         if not marks.isdisjoint(files):
-            name = own_name(root) if current == top else current[len(top) :].strip(os.sep).replace(os.sep, "/")
-            yield current, name
+            yield current, current[len(top) :].strip(os.sep).replace(os.sep, "/")
 
 
 def _damaged(adapters: Iterable[Adapter]) -> dict[str, AdapterError]:
@@ -115,7 +163,7 @@ def _damaged(adapters: Iterable[Adapter]) -> dict[str, AdapterError]:
     damaged = {}
     for adapter in adapters:
         try:
-            adapter.read()
+            adapter.verify()
         except AdapterError as error:
             damaged[adapter.name] = error
     return damaged

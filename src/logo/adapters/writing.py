@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.config import CONFIG
 from logo.adapters.examples import EXAMPLES
+from logo.adapters.initial import WithInitial, initial_folder
 from logo.adapters.notes import ACTIVATION, NOTES, RECORD, RESPONSES, changed, checked, homes, read_notes, write_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import LoGoError, StorageError, UsageError
@@ -200,8 +201,13 @@ def copy_adapter(adapter: Adapter, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     examples = adapter.folder / EXAMPLES
     beside = (checked(examples, adapter.folder),) if examples.is_file() else ()
+    start = initial_folder(adapter.folder) if isinstance(adapter.file, WithInitial) else None
     for file in (adapter.folder / CONFIG, adapter.file.path, *beside):
         shutil.copyfile(file, folder / file.name)
+    if start is not None:
+        (folder / start.name).mkdir()
+        for file in (start / CONFIG, start / SAFETENSORS):
+            shutil.copyfile(checked(file, adapter.folder), folder / start.name / file.name)
     if (adapter.folder / RESPONSES).is_dir():
         for file in (adapter.folder / RESPONSES).rglob("*"):
             checked(file, adapter.folder)

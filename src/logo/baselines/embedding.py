@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logo.adapters.hub import hub_error, is_hub_id
+from logo.adapters.failures import hub_error
+from logo.adapters.hub import is_hub_id
 from logo.errors import ModelError, UsageError
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"

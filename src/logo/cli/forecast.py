@@ -70,12 +70,12 @@ def _pool(engine: EngineOptions, base_model: str) -> tuple[Download, Sequence[in
     from logo.pools import pool_place
 
     place = pool_place(engine.adapters, base_model, engine.model_dir)
-    if not place.on_hub:
-        check_folder(Path(place.source))
-    named = engine.adapters or "/".join(filter(None, (place.source, place.subfolder)))
-    named = named if place.on_hub or engine.adapters else Path(place.source).name
+    for one in place.places:
+        if one.kind == "folder":
+            check_folder(Path(one.source))
+    named = engine.adapters or (place.spec if place.on_hub else Path(place.spec).name)
     try:
-        needed = pool_needed(place.source, place.subfolder, place.revision, allow_pickle=engine.allow_pickle)
+        needed = pool_needed(place.places, allow_pickle=engine.allow_pickle)
     except HubError as error:
         return Download(named, reason=str(error)), ()
     return Download.of(named, needed), needed.adapters

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -20,6 +20,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 POOL = "Pool"
 PROBE = "Probe and selection"
 DEVICE = "Device"
+
+# Of a field whose option may be repeated: what is given is put together with commas.
+REPEATED = {"repeated": True}
 
 DEFAULT_SIGNAL = "calibrated"
 OFFICIAL_SIGNAL = "norm"
@@ -120,11 +123,12 @@ class EngineOptions:
         str | None,
         typer.Option(
             metavar="DIR_OR_REPO",
-            help="Folder of adapters, or Hub repo `org/name[/folder][@revision]`.",
+            help="Folder of adapters, Hub repo `org/name[/folder][@revision]`, all repos `org/prefix-*`, manifest "
+            "`pool.yaml`, or `preset:NAME`; several with commas, or repeated (docs/open-any-pool.md).",
             show_default="the base model's own",
             rich_help_panel=POOL,
         ),
-    ] = None
+    ] = field(default=None, metadata=REPEATED)
     on_bad_adapter: Annotated[
         OnBad,
         typer.Option(help="An adapter that cannot be used: refuse the pool, or leave it out.", rich_help_panel=POOL),
@@ -397,16 +401,36 @@ def expanded(command: _F) -> _F:
             continue
         field_hints = get_type_hints(groups[name], include_extras=True)
         parameters += [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=field_hints[f.name])
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=f.default,
+                annotation=_annotation(f, field_hints[f.name]),
+            )
             for f in fields(groups[name])
         ]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> Any:
-        made = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        made = {
+            name: group(**{f.name: _joined(f, values.pop(f.name)) for f in fields(group)})
+            for name, group in groups.items()
+        }
         return command(**values, **made)
 
     parameters.sort(key=lambda p: p.kind)
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper  # type: ignore[return-value]
+
+
+def _annotation(of: Field[Any], hint: Any) -> Any:
+    if not of.metadata.get("repeated"):
+        return hint
+    return Annotated[tuple([list[str] | None, *hint.__metadata__])]  # Python 3.10 has no stars here
+
+
+def _joined(of: Field[Any], value: Any) -> Any:
+    if not of.metadata.get("repeated"):
+        return value
+    return ",".join(value) if value else None

@@ -84,10 +84,14 @@ def starting(layout: Layout, what: str) -> str:
 def everywhere(options: EngineOptions) -> EngineOptions:
     """The same options for a process with another working directory: paths become absolute. What may also be a name on
     the Hub is a path if it exists; folders that are only looked into, or made, need not."""
+    from logo.adapters.places import parse_places, places_text
+
     found: dict[str, Any] = {}
     for name in ("base_model", "adapters", "calibration_prompts", "model_dir", "cache"):
         value = getattr(options, name)
-        if value and (name in ("model_dir", "cache") or os.path.exists(value)):
+        if value and name == "adapters":
+            found[name] = places_text(parse_places(value))
+        elif value and (name in ("model_dir", "cache") or os.path.exists(value)):
             found[name] = type(value)(os.path.abspath(value))
     return replace(options, **found)
 

@@ -145,11 +145,17 @@ def adding(term: Callable[..., Tensor], *factors: Any) -> Any:
     """A forward hook that adds a low-rank term to what one module gives."""
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        more = term(inputs[0], *factors).to(output.dtype)
+        more = scaled(module, term(inputs[0], *factors)).to(output.dtype)
         # What a linear module gives is its own; without gradients nobody reads it before the hook has returned.
         return output + more if output.requires_grad else output.add_(more)
 
     return add
+
+
+def scaled(module: nn.Module, term: Tensor) -> Tensor:
+    """A module's term, times what the module multiplies its own by: Gemma's embeddings do, and PEFT does so, too."""
+    scale = getattr(module, "embed_scale", None)
+    return term if scale is None else term * scale
 
 
 def _product(response: Tensor, gate: _Gate) -> Tensor:
@@ -159,7 +165,9 @@ def _product(response: Tensor, gate: _Gate) -> Tensor:
 
 
 def low_rank(x: Tensor, stack: Stack, gates: Gating) -> Tensor:
-    """`B (g ⊙ (A x))` for `x` (..., d_in); returns (..., d_out) in the stack's dtype."""
+    """`B (g ⊙ (A x))` for `x` (..., d_in), or for tokens (...) of an embedding; (..., d_out) in the stack's dtype."""
+    if not x.is_floating_point():
+        return gates.applied(stack, torch.nn.functional.embedding(x, stack.A.T)) @ stack.B
     x = x.to(stack.A.dtype)
     turned = kind_of(x.device).turned
     if turned is None or not turned[0] <= x.numel() // x.shape[-1] <= turned[1]:

@@ -102,7 +102,8 @@ class GroupedMixture:
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def low_rank(self, x: Tensor, stack: GroupedStack) -> Tensor:
-        """`B (g ⊙ (A x))` for `x` (batch, ..., d_in) -> (batch, ..., d_out), in the stack's dtype.
+        """`B (g ⊙ (A x))` for `x` (batch, ..., d_in) -> (batch, ..., d_out), in the stack's dtype. Of an embedding,
+        `x` is tokens (batch, ...).
 
         Raises:
             ValueError: the batch is no multiple of the rows that there are weights for.
@@ -110,18 +111,23 @@ class GroupedMixture:
         rows, (n, m) = len(self.weights), self._shape
         if len(x) % rows:
             raise ValueError(f"gates for {rows} rows cannot serve a batch of {len(x)} rows")
-        lead, each = x.shape[:-1], x.shape[:-1].numel() // rows
-        x = x.to(stack.dtype).reshape(rows, each, -1)
+        tokens = not x.is_floating_point()
+        lead = x.shape if tokens else x.shape[:-1]
+        each = lead.numel() // rows
+        x = (x if tokens else x.to(stack.dtype)).reshape(rows, each, -1)
         if not self._in_order:
             x = x[self._indices(x.device)[0]]
         x = x.view(n, m * each, -1)
         keep = each == 1  # a prompt is read in one pass, and is followed by many that read one token of each row
         A = stack.A(keep)
-        if m * each <= kind_of(x.device).turned_group:
+        if tokens:
+            picked = x.transpose(1, 2).expand(-1, A.shape[1], -1)
+            shrunk = A.gather(2, picked).transpose(1, 2)
+        elif m * each <= kind_of(x.device).turned_group:
             shrunk = torch.bmm(A, x.transpose(1, 2)).transpose(1, 2)  # (n, m * each, R)
         else:
             shrunk = torch.bmm(x, A.transpose(1, 2))
-        gated = shrunk.reshape(n, m, each, -1) * self._gate(stack, x)[:, :, None]
+        gated = shrunk.reshape(n, m, each, -1) * self._gate(stack, A)[:, :, None]
         result = torch.bmm(gated.view(n, m * each, -1), stack.B(keep))  # (n, m * each, d_out)
         if not self._in_order:
             result = result.view(n * m, each, -1)[self._indices(x.device)[1]]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from logo.adapters.format import LoraWeights
-from logo.adapters.layout import linear_modules
+from logo.adapters.layout import adaptable_modules
 from logo.adapters.pool import AdapterPool
 from logo.errors import UsageError
 from logo.mixing.activated import OpeningGates
@@ -61,7 +61,7 @@ class Mixer:
         merge: Merge = EXACT,
         neutral: Callable[[], tuple[Sequence[Sequence[int]], int | None]] | None = None,
     ) -> None:
-        modules = dict(linear_modules(model))
+        modules = adaptable_modules(model)
         self.store = store
         self._model = model
         self._gated = GatedLoRA(modules)
@@ -137,6 +137,11 @@ class Mixer:
     ) -> tuple[Form, AbstractContextManager[Any]]:
         weights = parts.weights
         if merge.routes:
+            for path in self._stacked(hold):
+                if isinstance(self._gated.modules[path], nn.Embedding):
+                    raise UsageError(
+                        f"merge {merge.kind!r}: an adapter acts on the embedding {path}, where nothing is routed"
+                    )
             allowed = weights != 0
             if bool((allowed == allowed[0]).all()):
                 allowed = allowed[:1]

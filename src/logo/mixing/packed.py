@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logo.mixing.gated import Gates, hooked, low_rank
+from logo.mixing.gated import Gates, hooked, low_rank, scaled
 from logo.mixing.placement import unwaited
 from logo.mixing.stacks import Stack, as_they_lie
 from logo.mixing.store import AdapterStore, Hold, Resident
@@ -124,6 +124,6 @@ class Packed:
             stack, gates = self._stacks.get(path), self._head_gates if path == self._head else self._gates
             if gates is None or stack is None:
                 return None
-            return output.add_(low_rank(inputs[0], stack, gates).to(output.dtype))
+            return output.add_(scaled(module, low_rank(inputs[0], stack, gates)).to(output.dtype))
 
         return add

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from logo.adapters.format import Adapter, LoraWeights
-from logo.adapters.layout import linear_modules
+from logo.adapters.layout import adaptable_modules
 from logo.errors import StoreFull
 from logo.mixing.columns import Columns
 from logo.mixing.host_cache import HostCache
@@ -317,7 +317,7 @@ def adapter_store(model: nn.Module, memory_gb: float | None, cache_gb: float | N
     Warns:
         UserWarning: less than the columns may have, so that files are read again.
     """
-    modules = dict(linear_modules(model))
+    modules = adaptable_modules(model)
     devices = {device_of(module) for module in modules.values()}
     budget = int(ADAPTER_SHARE * free_bytes(devices) if memory_gb is None else memory_gb * 1e9)
     elsewhere = any(device.type != "cpu" for device in devices)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from logo.adapters.layout import linear_modules
+from logo.adapters.layout import adaptable_modules
 from logo.decoding import greedy_config
 from logo.endings import FinishReason, end_tokens
 from logo.errors import ModelError, UsageError
@@ -95,7 +95,7 @@ class Batching(Steps):
         self._store = store
         self._beginnings = beginnings
         self.found = self.missed = 0
-        self._packed = Packed(dict(linear_modules(model)), store, _head(model))
+        self._packed = Packed(adaptable_modules(model), store, _head(model))
         self._ends = sorted(end_tokens(greedy_config(), model.generation_config)) or [-1]
         self._jobs: dict[str, _Job] = {}
         self._numbers = itertools.count()

@@ -106,7 +106,7 @@ class ServedPool:
             later.remove(change.name)
         else:
             adapter = open_adapter(change.folder, change.name)
-            adapter.read()  # finds what is not finite
+            adapter.verify()  # finds what is not finite
             if change.replace and change.name in later:
                 later.remove(change.name)
             later.add(adapter)

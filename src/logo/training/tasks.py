@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.hub import hub_error, is_hub_id
+from logo.adapters.failures import hub_error
+from logo.adapters.hub import is_hub_id
 from logo.errors import DataError, StorageError, UsageError
 from logo.rows import malformed, objects, row_of
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from logo.adapters.config import changed_base, read_raw
-from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.format import Adapter, LoraWeights, open_adapter
+from logo.adapters.initial import WithInitial, doubled, initial_folder
 from logo.adapters.layout import core_path
 from logo.adapters.survey import survey
 from logo.adapters.upkeep.spectra import norm, relative_error
@@ -105,9 +106,14 @@ def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initi
     """
     config = read_raw(adapter.folder)
     init = changed_base(config)
+    if init is not None and initial is None and initial_folder(adapter.folder) is not None:
+        adapter = open_adapter(adapter.folder, adapter.name)
+    adapter.check_linear()
     weights = adapter.read()
     before = tuple(sorted({factor.dtype for one in weights.values() for factor in (one.A, one.B)}, key=str))
-    if init is not None:
+    if isinstance(adapter.file, WithInitial):
+        config = config | doubled(config)
+    elif init is not None:
         if initial is None:
             raise AdapterError(
                 adapter.name,
@@ -115,7 +121,7 @@ def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initi
                 "before training with --initial; without it, only training again helps",
             )
         weights = _freed(adapter, weights, initial.of(adapter))
-        config = config | _doubled(config)
+        config = config | doubled(config)
     elif initial is not None:
         raise AdapterError(
             adapter.name,
@@ -174,18 +180,6 @@ def _freed(adapter: Adapter, weights: Mapping[str, LoraWeights], initial: Adapte
 
 def _size(weights: Mapping[str, LoraWeights]) -> float:
     return math.hypot(*(norm(one) for one in weights.values()))
-
-
-def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of twice the rank and the same scale: alpha doubles with `alpha / r`, grows by √2 with `alpha / √r`."""
-    grown = math.sqrt(2) if config.get("use_rslora") else 2
-    return {
-        "init_lora_weights": True,
-        "r": 2 * config.get("r", 8),
-        "lora_alpha": grown * config.get("lora_alpha", 8),
-        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
-        "alpha_pattern": {key: grown * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
-    }
 
 
 def _stored(adapter: Adapter, path: str, one: LoraWeights, dtype: torch.dtype) -> LoraWeights:

@@ -13,6 +13,7 @@ import torch
 
 from logo.adapters.config import read_raw
 from logo.adapters.format import Adapter, LoraWeights
+from logo.adapters.initial import WithInitial, doubled
 from logo.adapters.upkeep.spectra import rank_for, relative_error, spectrum
 from logo.adapters.writing import plain_tensors, save_adapter, unscaled
 from logo.errors import AdapterError, UsageError
@@ -72,6 +73,7 @@ def pruned(adapter: Adapter, budget: Budget) -> Pruned:
     Raises:
         AdapterError: it cannot be read, or the new factors do not fit in its dtype.
     """
+    adapter.check_linear()
     own, weights = adapter.read(), dict[str, LoraWeights]()
     cut = {}
     for path, one in own.items():
@@ -96,6 +98,8 @@ def rounded(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
 def write_pruned(result: Pruned, folder: Path) -> None:
     """Writes it as a PEFT folder with the settings that the adapter had, but for ranks and scales."""
     config = read_raw(result.adapter.folder)
+    if isinstance(result.adapter.file, WithInitial):
+        config |= doubled(config)
     if not result.kept:
         config |= unscaled(result.ranks)
     save_adapter(folder, plain_tensors(result.weights), config)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logo.adapters.config import CONFIG
+from logo.adapters.failures import causes, hub_error
 from logo.adapters.format import Adapter, own_name
-from logo.adapters.hub import causes, clean_subfolder, hub_error, is_repo_id
+from logo.adapters.hub import clean_subfolder, is_repo_id
+from logo.adapters.initial import WithInitial, initial_folder
 from logo.adapters.notes import NOTES, RECORD, RESPONSES, checked, homes
 from logo.adapters.upkeep.card import PICTURE
 from logo.adapters.weights import SAFETENSORS
@@ -73,6 +75,8 @@ class Upload:
             sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
             beside = [file for file in (adapter.folder / RECORD,) if file.is_file()]
             beside += (adapter.folder / RESPONSES).rglob("*.safetensors")
+            start = initial_folder(adapter.folder) if isinstance(adapter.file, WithInitial) else None
+            beside += () if start is None else (start / CONFIG, start / SAFETENSORS)
             sent += [checked(file, root, adapter.folder) for file in beside]
         files = [file.relative_to(root).as_posix() for file in sent]
         return cls(root, repo, clean_subfolder(repo, folder.strip("/")), tuple(sorted(files)))

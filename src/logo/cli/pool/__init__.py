@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from logo.cli.pool import card, convert, dedupe, diff, examples, export, inspect, prune, push
+from logo.cli.pool import card, convert, dedupe, diff, examples, export, inspect, lock, prune, push
 
 app = typer.Typer(help="Look into pools of adapters, and make new ones of them.", no_args_is_help=True)
 
@@ -15,6 +15,7 @@ def pool() -> None:
 
 
 app.command("inspect")(inspect.inspect)
+app.command("lock")(lock.lock)
 app.command("diff")(diff.diff)
 app.command("dedupe")(dedupe.dedupe)
 app.command("prune")(prune.prune)

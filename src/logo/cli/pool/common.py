@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from logo.cache import default_cache
 from logo.cli.options import OnBad
 from logo.cli.output import err, note, progress
 
@@ -46,6 +47,19 @@ def opened(folder: Path, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
     )
     tell_refused(pool.refused)
     return pool
+
+
+def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
+    """The adapters of a place, and why others there cannot be used. Of a folder, nothing is looked up in the cache."""
+    from logo.adapters.gathering import Fetching, gather
+    from logo.adapters.places import parse_places
+    from logo.adapters.survey import survey
+
+    [only, *more] = places = parse_places(place)
+    if not more and only.kind == "folder" and only.plain:
+        return survey(Path(only.source), allow_pickle=allow_pickle, verify=verify)
+    found = gather(places, Fetching(allow_pickle=allow_pickle), skip=True, verify=verify, cache=default_cache())
+    return list(found.adapters), found.refused
 
 
 def without_checkpoints(folder: Path, on_bad: OnBad, *, verify: bool) -> tuple[AdapterPool, list[str]]:

@@ -12,16 +12,20 @@ from rich.text import Text
 
 from logo.cli.output import note, out, print_json, size
 from logo.cli.pool import spectra as spectra_part
-from logo.cli.pool.common import AllowPickle, Threshold, refusal, refusals, targets
+from logo.cli.pool.common import AllowPickle, Threshold, refusal, refusals, surveyed, targets
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from logo.adapters.format import Adapter
     from logo.adapters.layout import BaseLayout
     from logo.errors import AdapterError
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters, at any depth.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="PLACE", help="Folder of adapters, at any depth, or whatever `--adapters` takes.")
+    ],
     base_model: Annotated[
         str | None,
         typer.Option(help="Also check that every adapter fits this base model (its configuration is enough)."),
@@ -45,21 +49,20 @@ def inspect(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with the sha256 of every adapter.")] = False,
 ) -> None:
-    """List the adapters in a folder, and what would be refused and why.
+    """List the adapters in a folder, or of any other place, and what would be refused and why.
 
     Example: `logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra`
     """
-    from logo.adapters.survey import survey
-    from logo.errors import AdapterError, UsageError
+    from logo.errors import AdapterError, LeftOut, UsageError
 
     if png is not None and not spectra:
         raise UsageError("--png draws what --spectra finds: give both")
-    good, refused = survey(folder, allow_pickle=allow_pickle, verify=verify)
+    good, refused = surveyed(folder, allow_pickle, verify)
     if base_model is not None:
-        layout = _layout(base_model, model_dir)
+        layout, skeleton = _layout(base_model, model_dir)
         for adapter in list(good):
             try:
-                adapter.fit(layout)
+                adapter.fit(layout, skeleton)
             except AdapterError as error:
                 good.remove(adapter)
                 refused.append(error)
@@ -82,21 +85,24 @@ def inspect(
             out.print(refusal(bad))
         total = size(sum(adapter.size for adapter in good))
         out.print(f"{folder}: {len(good)} usable ({total}), {len(refused)} refused", markup=False)
-    if check and refused:
+    if check and not all(isinstance(bad, LeftOut) for bad in refused):
         raise typer.Exit(1)
 
 
-def _layout(base_model: str, model_dir: str) -> BaseLayout:
-    from logo.models import load_layout
+def _layout(base_model: str, model_dir: str) -> tuple[BaseLayout, PreTrainedModel]:
+    """Of the base model, and the model without its weights."""
+    from logo.adapters.layout import BaseLayout
+    from logo.models import load_skeleton
 
-    return load_layout(base_model, model_dir=model_dir)
+    skeleton = load_skeleton(base_model, model_dir=model_dir)
+    return BaseLayout.of(skeleton), skeleton
 
 
 def _report(
-    folder: Path, good: Sequence[Adapter], refused: Sequence[AdapterError], more: dict[str, Any]
+    folder: str, good: Sequence[Adapter], refused: Sequence[AdapterError], more: dict[str, Any]
 ) -> dict[str, Any]:
     return {
-        "folder": str(folder),
+        "folder": folder,
         "adapters": [
             {
                 "name": adapter.name,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.hub import hub_error
+from logo.adapters.failures import hub_error
 from logo.errors import DataError, HubError
 from logo.evaluation.sources.declarations import Declaration, Hub, Layout
 from logo.evaluation.sources.readers import files_below, matching

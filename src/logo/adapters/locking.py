@@ -1,0 +1,125 @@
+"""Whether adapters are those that a manifest names, and a manifest of those that were found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from logo.adapters.activation import Activation, acting
+from logo.adapters.config import CONFIG
+from logo.adapters.format import Adapter
+from logo.adapters.known import KnownDigests
+from logo.adapters.manifest import Entry, Manifest
+from logo.adapters.weights import PickleFile, SafetensorsFile, file_sha256
+from logo.errors import AdapterError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from logo.adapters.gathering import Gathered, Origin
+
+_SHOWN = 12  # digits of a digest that a message shows
+
+
+def as_locked(
+    adapters: Sequence[Adapter], entries: Mapping[str, Entry], refused: list[AdapterError], digests: KnownDigests
+) -> list[Adapter]:
+    """The adapters that are as their entries say, acting where these say; why others are not is added to `refused`."""
+    same = []
+    for adapter in adapters:
+        entry = entries.get(adapter.name)
+        try:
+            same.append(adapter if entry is None else _as_entry(adapter, entry, digests))
+        except AdapterError as error:
+            refused.append(error)
+    digests.keep()
+    return same
+
+
+def _as_entry(adapter: Adapter, entry: Entry, digests: KnownDigests) -> Adapter:
+    for file, expected in ((adapter.file.path, entry.sha256), (adapter.folder / CONFIG, entry.config_sha256)):
+        if expected is None:
+            continue
+        try:
+            whole = file == adapter.file.path and not isinstance(adapter.file, (SafetensorsFile, PickleFile))
+            found = adapter.sha256 if whole else digests.sha256(file)
+        except OSError as error:
+            raise AdapterError(adapter.name, f"{file} cannot be read: {error.strerror or error}") from error
+        if found != expected:
+            raise AdapterError(
+                adapter.name,
+                f"{file.name} is not the one in the manifest: expected sha256 {expected[:_SHOWN]}..., found "
+                f"{found[:_SHOWN]}... in "
+                + (
+                    f"{adapter.folder}; that copy in the cache is damaged: delete it, and it is fetched again"
+                    if entry.revision
+                    else f"{entry.source}; if the change is wanted, write the manifest again (`logo pool lock`)"
+                ),
+            )
+    own = Activation(adapter.config.invocation)
+    if entry.activation is None:  # a `pool.json` beside it may have changed since it was locked
+        return adapter if entry.config_sha256 is None else replace(adapter, activation=own)
+    try:
+        return replace(adapter, activation=acting(own, entry.activation))
+    except UsageError as error:
+        raise AdapterError(adapter.name, f"{error} (in its manifest)") from None
+
+
+def locked(found: Gathered, places: Sequence[str], base_model: str | None, file: Path) -> Manifest:
+    """A manifest of what was found, to be written to `file`: revisions, digests, and what was said of each before.
+
+    Args:
+        places: what it was found at, as a user writes it.
+
+    Raises:
+        StorageError: a file became unreadable.
+    """
+    entries = []
+    for adapter in found.adapters:
+        before = found.entries.get(adapter.name)
+        origin = found.origins[adapter.name]
+        own = Activation(adapter.config.invocation)
+        try:
+            config = file_sha256(adapter.folder / CONFIG)
+        except OSError as error:
+            raise StorageError(f"{adapter.folder / CONFIG}: cannot be read: {error.strerror or error}") from error
+        entries.append(
+            Entry(
+                source=_source(origin, file),
+                name=adapter.name,
+                revision=origin.commit,
+                sha256=adapter.sha256,
+                config_sha256=config,
+                activation=None if adapter.activation == own else str(adapter.activation),
+                notes=None if before is None else before.notes,
+                tags=() if before is None else before.tags,
+            )
+        )
+    return Manifest(entries, tuple(places), base_model, left_out={bad.name: bad.reason for bad in found.refused})
+
+
+def changes(before: Manifest, now: Manifest) -> list[str]:
+    """What is different in a manifest that replaces another one, a line for each adapter."""
+    old, new = ({entry.name: entry for entry in one.entries} for one in (before, now))
+    told = [f"- {name}: gone" for name in old if name is not None and name not in new]
+    for name, entry in new.items():
+        if name not in old:
+            told.append(f"+ {name}: new")
+            continue
+        other = old[name]
+        what = {"source": "another place", "sha256": "other weights", "config_sha256": "another configuration"}
+        what |= {"activation": "another activation"}
+        differs = [text for key, text in what.items() if getattr(other, key) != getattr(entry, key)]
+        if differs:
+            commits = f" ({(other.revision or '?')[:7]} -> {entry.revision[:7]})" if entry.revision else ""
+            told.append(f"~ {name}: {', '.join(differs)}{commits}")
+    return told
+
+
+def _source(origin: Origin, file: Path) -> str:
+    """Where an adapter lies, as a manifest in `file` says it: a folder beside the manifest moves with it."""
+    if origin.commit is not None:
+        return "/".join(filter(None, (origin.source, origin.below)))
+    path = os.path.relpath(Path(origin.source, origin.below).absolute(), file.absolute().parent)
+    return path if path.startswith(".") else f"./{path}"

@@ -1,0 +1,194 @@
+"""A pool as a list in a file: what each adapter is called, where it lies, and the digests of its bytes.
+
+    version: 1
+    adapters:
+    - name: french                        default: as `gathering` names it
+      source: org/repo/folder             a Hub repository and the folder in it; or a folder, from the manifest's own
+      revision: <commit>                  default: the main branch
+      sha256: <of the weight file>        default: not checked
+      config_sha256: <of adapter_config.json>
+      activation: last:4                  default: as the adapter, or the `pool.json` beside it, says
+      notes: whatever somebody wrote
+      tags: [translation]
+    left_out:                             what a pool had that is not in the list, and why
+    - {name: broken, reason: ...}
+
+`logo pool lock` writes it with revisions and digests, so that opening it gives the same bytes everywhere or says what
+changed. By hand, `- org/repo` is enough for an adapter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from logo.adapters.places import Place, parse_places
+from logo.errors import StorageError, UsageError, closest
+
+VERSION = 1
+_HEX = frozenset("0123456789abcdef")
+_TOP = ("version", "places", "base_model", "notes", "adapters", "left_out")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter of a manifest.
+
+    Attributes:
+        source: a folder or a place on the Hub without its revision, as it is written.
+        name: what it is called; None: as its place says.
+        revision, sha256, config_sha256, activation, notes, tags: see above.
+    """
+
+    source: str
+    name: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    config_sha256: str | None = None
+    activation: str | None = None
+    notes: str | None = None
+    tags: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        said = {"name": self.name, **{key: value for key, value in vars(self).items() if key != "name"}}
+        return {key: list(value) if key == "tags" else value for key, value in said.items() if value}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A list of adapters.
+
+    Attributes:
+        places: what it was made of; tells readers only.
+        base_model: that it was made for; likewise.
+        left_out: name -> why it is not in the list; likewise.
+    """
+
+    entries: Sequence[Entry]
+    places: Sequence[str] = ()
+    base_model: str | None = None
+    notes: str | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+        StorageError: it cannot be read.
+        UsageError: it is no manifest, or something in it is not as it has to be; the entry is named.
+    """
+    import yaml
+
+    try:
+        said = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except OSError as error:
+        raise StorageError(f"manifest {file}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"manifest {file}: is no YAML: {' '.join(str(error).split())[:200]}") from error
+    problem = _Problem(f"manifest {file}")
+    if not isinstance(said, dict) or not isinstance(said.get("adapters"), list) or not said["adapters"]:
+        raise problem("expected `adapters:`, a list of one or more, as `logo pool lock` writes it")
+    problem.keys(said, _TOP)
+    if said.get("version", VERSION) != VERSION:
+        raise problem(f"expected version {VERSION}, found {said['version']!r}; this LoGo is too old for it")
+    entries = [_entry(one, problem.at(f"entry {number}")) for number, one in enumerate(said["adapters"], 1)]
+    names = [entry.name for entry in entries if entry.name is not None]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise problem(f"two adapters are called {twice!r}; rename one of them")
+    left = said.get("left_out") or []
+    texts = {key: said[key] for key in ("base_model", "notes") if isinstance(said.get(key), str)}
+    gone = {one["name"]: str(one.get("reason", "")) for one in left if isinstance(one, dict) and "name" in one}
+    return Manifest(entries, tuple(map(str, said.get("places") or ())), left_out=gone, **texts)
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The file that `read_manifest` reads as this."""
+    import yaml
+
+    said: dict[str, Any] = {"version": VERSION}
+    for key in ("places", "base_model", "notes"):
+        if value := getattr(manifest, key):
+            said[key] = list(value) if key == "places" else value
+    said["adapters"] = [entry.written for entry in manifest.entries]
+    if manifest.left_out:
+        said["left_out"] = [{"name": name, "reason": why} for name, why in manifest.left_out.items()]
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    head = "# A pool of adapters, as `logo pool lock` found it. Open it with `--adapters THIS_FILE`.\n"
+    body: str = yaml.dump(said, Dumper=dumper, sort_keys=False, allow_unicode=True, width=118)
+    return head + body
+
+
+def entry_place(entry: Entry, manifest: Path) -> Place:
+    """Where an adapter of a manifest lies: a folder counts from the manifest's own.
+
+    Raises:
+        UsageError: it could not exist.
+    """
+    source, home = os.path.expanduser(entry.source), manifest.absolute().parent
+    local = os.path.normpath(home / source)
+    if source.startswith((".", "/")) or os.path.isdir(local):
+        if entry.revision is not None:
+            raise UsageError(f"manifest {manifest}: {entry.source!r} is a folder, which has no revision")
+        return Place("folder", local)
+    at = f"@{entry.revision}" if entry.revision else ""
+    [place, *more] = parse_places([f"{entry.source}{at}"])
+    if more or place.kind != "repo" or not place.plain:
+        raise UsageError(
+            f"manifest {manifest}: {entry.source!r}: expected one folder (./folder) or one place on the Hub "
+            "(org/repo[/folder])"
+        )
+    return place
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Makes errors that say where in a file something is wrong."""
+
+    where: str
+
+    def __call__(self, text: str) -> UsageError:
+        return UsageError(f"{self.where}: {text}")
+
+    def at(self, where: str) -> _Problem:
+        return replace(self, where=f"{self.where}, {where}")
+
+    def keys(self, said: Mapping[Any, Any], known: Sequence[str]) -> None:
+        for key in said:
+            if key not in known:
+                raise self(f"unknown key {key!r}{closest(str(key), known)}: expected {', '.join(known)}")
+
+
+def _entry(said: Any, problem: _Problem) -> Entry:
+    if isinstance(said, str):
+        said = {"source": said}
+    if not isinstance(said, dict):
+        raise problem(f"expected a place or an object with `source`, found {type(said).__name__}")
+    if isinstance(said.get("name"), str):
+        problem = problem.at(repr(said["name"]))
+    problem.keys(said, list(Entry.__dataclass_fields__))
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **dict.fromkeys(("source", "name", "revision", "activation"), (_is_line, "a text of one line")),
+        **dict.fromkeys(("sha256", "config_sha256"), (_is_digest, "64 hexadecimal digits")),
+        "notes": (lambda value: isinstance(value, str), "a text"),
+        "tags": (lambda value: isinstance(value, list) and all(map(_is_line, value)), "a list of texts"),
+    }
+    for key, (right, expected) in checks.items():
+        if (key in said or key == "source") and not right(said.get(key)):
+            raise problem(f"{key}: expected {expected}, found {said.get(key)!r}")
+    return Entry(**{**said, "tags": tuple(said.get("tags", ()))})
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)

@@ -1,0 +1,165 @@
+"""Many repositories of the Hub: which there are, and fetching all of them, a few at a time.
+
+What was listed is kept in the cache folder, so that the same pool can be opened without a connection:
+
+    <cache>/repos/<digest of the pattern>.json     {"repos": {"org/one": "<commit>"}, "refused": {"org/two": "<why>"}}
+
+A repository that is refused for reasons of its own (gated, gone, no adapter in it) does not lose the others. Whatever
+else goes wrong ends the whole, since a pool must not be smaller because a connection broke.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from logo.adapters.failures import hub_error, is_lasting
+from logo.cache import write_cached
+from logo.errors import HubError
+
+_K = TypeVar("_K")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The repositories of an owner that are called so.
+
+    Attributes:
+        repos: id -> the commit that its main branch was at.
+        refused: why some of them cannot be used, as was found out when they were opened.
+    """
+
+    repos: Mapping[str, str]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+def list_repos(
+    pattern: str, *, token: str | bool | None = None, local_files_only: bool = False, cache: Path | None = None
+) -> Listing:
+    """Asks the Hub which repositories match `org/prefix-*`; without a connection, what it said the last time counts.
+
+    Raises:
+        HubError: no repository matches, or the Hub cannot be asked and was not before.
+    """
+    from huggingface_hub import HfApi, constants
+
+    kept = _kept(pattern, cache)
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        if kept is None:
+            raise HubError(
+                f"Hub repos {pattern}: offline, and they were never listed here; open them once with a connection, or "
+                "open a manifest of them (`logo pool lock`)"
+            )
+        return kept
+    owner, _, name = pattern.partition("/")
+    longest = max(name.split("*"), key=len)
+    try:
+        models = HfApi(token=token, library_name="logo").list_models(
+            author=owner, search=longest or None, expand=["sha"]
+        )
+        found = {one.id: one.sha or "" for one in models if fnmatchcase(one.id, pattern)}
+    except Exception as error:  # the boundary, as in hub.download_files
+        failure = hub_error(pattern, error)
+        if kept is None or not _is_unreachable(error):
+            raise failure from error
+        warnings.warn(f"{failure}; opened as it was listed before", UserWarning, stacklevel=2)
+        return kept
+    if not found:
+        raise HubError(
+            f"Hub repos {pattern}: {constants.ENDPOINT} lists none that are called so; check the names, and HF_TOKEN "
+            "if they are private"
+        )
+    listing = Listing(dict(sorted(found.items())))
+    keep_listing(pattern, listing, cache)
+    return listing
+
+
+def keep_listing(pattern: str, listing: Listing, cache: Path | None) -> None:
+    """Writes down what matches, for whoever has no connection later."""
+    if cache is not None:
+        data = json.dumps({"pattern": pattern, "repos": listing.repos, "refused": listing.refused})
+        write_cached(cache, _file(pattern), lambda part: Path(part).write_text(data, encoding="utf-8"))
+
+
+def fetch_each(
+    jobs: Mapping[_K, Callable[[], _T]], *, skip: bool, workers: int, progress: bool
+) -> dict[_K, _T | HubError]:
+    """Does all of these, some at a time, and says for each what it made or why its repository cannot be used.
+
+    Args:
+        jobs: by repository, each something that fetches.
+        skip: False: the first repository that cannot be used is the last that is looked at.
+
+    Raises:
+        HubError: something went wrong that says nothing about a repository.
+    """
+    from huggingface_hub.utils.tqdm import tqdm
+
+    done: dict[_K, _T | HubError] = {}
+    with tqdm(total=len(jobs), desc="Repositories", unit="repo", disable=not progress or len(jobs) == 1) as bar:  # type: ignore[no-untyped-call]
+
+        def one(repo: _K) -> None:
+            try:
+                done[repo] = jobs[repo]()
+            except HubError as error:
+                if not is_lasting(error):
+                    raise
+                done[repo] = error
+                if not skip:
+                    raise
+            bar.update()
+
+        _in_threads(one, list(jobs), workers)
+    return {repo: done[repo] for repo in jobs if repo in done}
+
+
+def _in_threads(task: Callable[[_K], None], repos: Sequence[_K], workers: int) -> None:
+    """Does it for every repository, until one fails; raised is what says nothing about its repository."""
+    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="hub")
+    try:
+        futures: list[Future[None]] = [pool.submit(task, repo) for repo in repos]
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:  # also where somebody presses Ctrl-C: what is under way ends, and nothing else begins
+        pool.shutdown(wait=True, cancel_futures=True)
+    ended = [future for future in futures if not future.cancelled()]
+    failures = [error for future in ended if (error := future.exception()) is not None]
+    for error in failures:
+        if not isinstance(error, HubError):
+            raise error
+        if not is_lasting(error):
+            here = len(ended) - len(failures)
+            raise HubError(f"{error} ({here} of {len(repos)} repositories are here)" if len(repos) > 1 else str(error))
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
+def _kept(pattern: str, cache: Path | None) -> Listing | None:
+    if cache is None:
+        return None
+    try:
+        kept: Any = json.loads((cache / _file(pattern)).read_bytes())
+        repos, refused = kept["repos"], kept["refused"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    whole = all(
+        isinstance(value, dict) and all(isinstance(one, str) for one in value.values()) for value in (repos, refused)
+    )
+    return Listing(repos, refused) if whole else None
+
+
+def _file(pattern: str) -> str:
+    return f"repos/{hashlib.sha256(pattern.encode()).hexdigest()[:24]}.json"

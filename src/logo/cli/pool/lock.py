@@ -1,0 +1,111 @@
+"""`logo pool lock`: a pool as a manifest, with revisions and digests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from logo.cli.options import OnBad
+from logo.cli.output import err, out, print_json
+from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, tell_refused
+
+if TYPE_CHECKING:
+    from logo.adapters.gathering import Gathered
+    from logo.adapters.manifest import Manifest
+
+_SHOWN = 10  # changes that are listed one by one
+
+
+def lock(
+    places: Annotated[
+        list[str], typer.Argument(metavar="PLACE...", help="What `--adapters` takes, one or several; a manifest too.")
+    ],
+    output: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The manifest, `.yaml`.")] = Path(
+        "pool.yaml"
+    ),
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Take only what fits this base model (its configuration is enough)."),
+    ] = None,
+    model_dir: Annotated[str, typer.Option(help="Looked in first for the base model.")] = "./hf_models",
+    replaces: Annotated[bool, typer.Option("--replace", help="Replace the manifest; says what changed.")] = False,
+    allow_pickle: AllowPickle = False,
+    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a manifest of a pool: where each adapter lies, at which commit, and the digests of its files.
+
+    Opening the manifest (`--adapters pool.yaml`) gives the same bytes, or says what changed.
+
+    Example: `logo pool lock 'org/my-loras-*' --out pool.yaml --on-bad-adapter skip`
+    """
+    from logo.adapters.locking import changes, locked
+    from logo.adapters.manifest import manifest_text, read_manifest
+    from logo.adapters.places import SUFFIXES
+    from logo.adapters.pool import AdapterPool
+    from logo.errors import UsageError
+    from logo.folders import replace_file
+
+    if output.suffix not in SUFFIXES:
+        raise UsageError(f"--out {output}: expected a name that ends with {' or '.join(SUFFIXES)}")
+    if output.exists() and not replaces:
+        raise UsageError(f"--out {output}: it exists; choose another name, or say --replace")
+    before = read_manifest(output) if output.exists() else None
+    found = _found(places, allow_pickle, on_bad_adapter, base_model, model_dir)
+    AdapterPool.from_survey(
+        ",".join(places), found.adapters, found.refused, on_bad_adapter=on_bad_adapter.value
+    )  # refuses what an opened pool would
+    manifest = locked(found, places, base_model, output)
+    replace_file(output, manifest_text(manifest).encode())
+    changed = [] if before is None else changes(before, manifest)
+    if json:
+        told = {"out": str(output), "adapters": [entry.written for entry in manifest.entries]}
+        print_json({**told, "changes": changed, "refused": refusals(found.refused)})
+        return
+    tell_refused(found.refused)
+    for line in changed[:_SHOWN]:
+        err.print(line, markup=False)
+    if len(changed) > _SHOWN:
+        err.print(f"... and {len(changed) - _SHOWN} more changes")
+    out.print(f"{output}: {_told(manifest, changed if before is not None else None)}", markup=False)
+
+
+def _found(places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str | None, model_dir: str) -> Gathered:
+    from logo.adapters.gathering import Fetching, gather
+    from logo.adapters.places import parse_places
+    from logo.cache import default_cache
+    from logo.errors import AdapterError
+
+    skip = on_bad is OnBad.SKIP
+    asked = [place for text in places for place in parse_places(text)]
+    how = Fetching(allow_pickle=allow_pickle)
+    found = gather(asked, how, skip=skip, verify=True if skip else None, cache=default_cache())
+    if base_model is None:
+        return found
+    from logo.adapters.layout import BaseLayout
+    from logo.models import load_skeleton
+
+    skeleton = load_skeleton(base_model, model_dir=model_dir)
+    layout = BaseLayout.of(skeleton)
+    fit, refused = [], [*found.refused]
+    for adapter in found.adapters:
+        try:
+            adapter.fit(layout, skeleton)
+        except AdapterError as error:
+            refused.append(error)
+        else:
+            fit.append(adapter)
+    return replace(found, adapters=fit, refused=refused)
+
+
+def _told(manifest: Manifest, changed: list[Any] | None) -> str:
+    commits = {entry.revision for entry in manifest.entries if entry.revision}
+    parts = [f"{len(manifest.entries)} adapters"]
+    parts += [f"{len(commits)} commits"] if commits else []
+    parts += [f"{len(manifest.left_out)} left out"] if manifest.left_out else []
+    if changed is not None:
+        parts.append(f"{len(changed)} change{'s' if len(changed) > 1 else ''}" if changed else "nothing changed")
+    return ", ".join(parts)

@@ -1,0 +1,101 @@
+"""Whole weights in an adapter's file: left out where they are the base model's own, refused by name otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from logo import AdapterPool, LoGo, PoolError, SelectionSettings
+from logo.adapters.layout import BaseLayout, linear_modules
+from logo.cli.run import run
+from logo.errors import AdapterError
+from logo.mixing.gated import GatedLoRA
+from make_adapters import CONFIG, edit_config, edit_weights, load_peft, write_peft
+from test_engine import tokenizer
+from test_mixing import stacks_of
+from tolerances import same_tensor
+
+IDS = torch.tensor([tiny.prompts([9])[0]])
+HEAD = "base_model.model.lm_head.weight"
+KINDS: dict[str, dict[str, Any]] = {
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "a_norm": {"modules_to_save": ["norm"]},
+    "adapted_head": {"target_modules": ["lm_head", "q_proj"]},
+    "resized": {"save": {"save_embedding_layers": True}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_of_the_base_are_left_out_and_answers_are_pefts(kind: str, tmp_path: Path) -> None:
+    write_peft(tmp_path / "pool" / "a", **KINDS[kind])
+    write_peft(tmp_path / "pool" / "b")
+    base = tiny.model("llama")
+    pool = AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")
+    assert AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")["a"].copies == pool["a"].copies
+    assert pool["a"].copies and not pool["b"].copies
+    with pytest.raises(AdapterError, match=r"holds full weights .* unless they are the base model's own"):
+        pool["a"].read()
+    with pytest.raises(PoolError, match="holds full weights"):
+        pool.fit(BaseLayout.of(base))
+    with pytest.warns(UserWarning, match="'a': copies of base weights .* are left out"):
+        fitted = pool.fit(BaseLayout.of(base), model=base)
+    stacks = stacks_of(base, [fitted["a"]])
+    with torch.no_grad(), GatedLoRA(dict(linear_modules(base))).active(stacks, torch.ones(1, 1)):
+        ours = base(input_ids=IDS).logits
+    with torch.no_grad():
+        same_tensor(ours, load_peft(tmp_path / "pool" / "a")(input_ids=IDS).logits)
+    with pytest.warns(UserWarning, match="are left out"):
+        logo = LoGo(base, tokenizer(), pool, settings=SelectionSettings.of(signal="norm", cache=""))
+    assert logo.names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w[HEAD].view(-1).__setitem__(3, 9.0), "lm_head.weight with other values"),
+        (lambda w: w.update({HEAD: w[HEAD][:-1].clone()}), "lm_head.weight of shape"),
+        (lambda w: w.update({"base_model.model.score.weight": torch.ones(2, 3)}), "score.weight, which the base model"),
+        (lambda w: w[HEAD].fill_(float("nan")), "lm_head.weight with other values"),
+    ],
+    ids=["trained", "resized", "another", "nan"],
+)
+def test_what_is_not_the_bases_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    write_peft(tmp_path / "a", modules_to_save=["lm_head"])
+    write_peft(tmp_path / "b")
+    edit_weights(tmp_path / "a", change)
+    base = tiny.model("llama")
+    pool = AdapterPool.from_directory(tmp_path)
+    with pytest.raises(PoolError, match=f"it replaces a weight of the base model, {message}"):
+        pool.fit(BaseLayout.of(base), model=base)
+    fitted = pool.fit(BaseLayout.of(base), model=base, on_bad_adapter="skip")
+    assert fitted.names == ("b",) and [bad.name for bad in fitted.refused] == ["a"]
+
+
+def test_the_bases_dtype_decides(tmp_path: Path) -> None:
+    write_peft(tmp_path / "a", modules_to_save=["lm_head"])
+    base: nn.Module = tiny.model("llama").to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="are left out"):
+        assert AdapterPool.from_directory(tmp_path).fit(BaseLayout.of(base), model=base).names == ("a",)
+
+
+def test_commands_that_have_no_base_model_leave_it_as_it_is_or_refuse_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_peft(tmp_path / "pool" / "a", modules_to_save=["lm_head"])
+    edit_config(tmp_path / "pool" / "a", modules_to_save=None)  # the tensors tell
+    pool = str(tmp_path / "pool")
+    assert run(["pool", "dedupe", pool, "--out", str(tmp_path / "copy")]) == 1
+    for command in ("prune", "convert"):
+        more = ["--rank", "2"] if command == "prune" else ["--dtype", "bf16"]
+        assert run(["pool", command, pool, "--out", str(tmp_path / command), *more]) == 1
+        assert not (tmp_path / command).exists()
+    assert capsys.readouterr().err.count("it holds full weights (base_model.model.lm_head.weight)") == 3
+    assert run(["pool", "lock", pool, "-o", str(tmp_path / "pool.yaml")]) == 0
+    assert AdapterPool.open(tmp_path / "pool.yaml")["a"].copies
+    assert json.loads((tmp_path / "pool" / "a" / CONFIG).read_text())["modules_to_save"] is None
