@@ -171,7 +171,6 @@ REFUSED: dict[str, Callable[[Path], Path]] = {
     "bdlora": by_hand(use_bdlora={"nblocks": 2}),
     "bias_all": lambda f: write_peft(f, tiny.model("qwen2"), bias="all"),
     "bias_lora_only": lambda f: write_peft(f, tiny.model("qwen2"), bias="lora_only"),
-    "dora": by_peft(use_dora=True),
     "kasa": by_hand(kasa_config={"beta": 1e-4}),
     "layer_replication": by_peft(layer_replication=[[0, 2], [1, 3]]),
     "lora_bias": by_peft(lora_bias=True),

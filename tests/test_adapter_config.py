@@ -142,7 +142,8 @@ def test_unknown_settings_are_listed_and_change_nothing(extra: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    "key", ["use_dora", "target_parameters", "trainable_token_indices", "layer_replication", "kasa_config", "lora_bias"]
+    "key",
+    ["use_qalora", "target_parameters", "trainable_token_indices", "layer_replication", "kasa_config", "lora_bias"],
 )
 @pytest.mark.parametrize("off", [None, False, []])
 def test_a_setting_that_is_off_is_no_reason_to_refuse(key: str, off: object) -> None:

@@ -58,7 +58,6 @@ REASONS = {
     "bdlora": "BD-LoRA (use_bdlora)",
     "bias_all": 'bias is "all"',
     "bias_lora_only": 'bias is "lora_only"',
-    "dora": "DoRA (use_dora)",
     "kasa": "KaSA",
     "layer_replication": "it replicates layers of the base model (layer_replication: [[0, 2], [1, 3]])",
     "lora_bias": "it has a bias on lora_B (lora_bias)",

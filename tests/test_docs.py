@@ -92,7 +92,7 @@ RUN = {page: [t for t in found if t.why_not_run is None] for page, found in TRAN
 LEFT_OUT = [t for found in TRANSCRIPTS.values() for t in found if t.why_not_run]
 
 # Folders that a page speaks of without saying how to make them.
-FOLDERS = {"my-adapters": lambda at: write_drawer(at, ("dora", "nan", "pickled", "rank_mismatch", "weights_truncated"))}
+FOLDERS = {"my-adapters": lambda at: write_drawer(at, ("kasa", "nan", "pickled", "rank_mismatch", "weights_truncated"))}
 
 
 @pytest.fixture

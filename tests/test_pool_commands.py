@@ -86,7 +86,7 @@ def test_inspect_carries_all_of_it_as_json(pool: Path, capsys: pytest.CaptureFix
 def test_inspect_takes_apart_what_is_usable_and_tells_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_drawer(tmp_path, ("nan", "dora"))
+    write_drawer(tmp_path, ("nan", "kasa"))
     write(tmp_path / "other")
     found = output(capsys, "inspect", tmp_path, "--spectra")
     assert list(found["spectra"]) == ["good", "other"] and len(found["refused"]) == 2
@@ -413,16 +413,16 @@ def test_paths_of_a_pool_that_is_one_adapter(tmp_path: Path, repo: str | None, p
 def test_nobody_is_left_out_without_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, further: list[str]
 ) -> None:
-    write_drawer(tmp_path / "pool", ("nan", "dora"))
+    write_drawer(tmp_path / "pool", ("nan", "kasa"))
     writes = command in ("prune", "dedupe", "convert")
     further = further + (["--out", str(tmp_path / "out")] if writes else []) + ["--on-bad-adapter", "skip", "--json"]
     others = [str(tmp_path / "pool")] if command == "diff" else []
     assert run(["pool", command, str(tmp_path / "pool"), *others, *further]) == 0
     said = capsys.readouterr()
-    assert "refused dora: DoRA (use_dora)" in said.err and "refused nan: tensor" in said.err
+    assert "refused kasa: KaSA (kasa_config)" in said.err and "refused nan: tensor" in said.err
     told = json.loads(said.out)["refused"]
     for refused in told if command == "diff" else [told]:
-        assert sorted(one["name"] for one in refused) == ["dora", "nan"] and all(one["reason"] for one in refused)
+        assert sorted(one["name"] for one in refused) == ["kasa", "nan"] and all(one["reason"] for one in refused)
     if writes:
         [change] = json.loads((tmp_path / "out" / "pool.json").read_text())["changes"]
-        assert sorted(change["refused"]) == ["dora", "nan"]
+        assert sorted(change["refused"]) == ["kasa", "nan"]

@@ -218,6 +218,7 @@ class LoGo(Calls, FromPretrained):
     ) -> list[Generation]:
         answers: dict[int, Generation] = {}
         padded = not reads_prompts(decoding.config)
+        batch_size = self._together(batch_size)
         for batch in batches_by_length([len(row) for row in rows], batch_size, padded=padded):
             ids, chosen = [rows[i] for i in batch], [selections[i] for i in batch]
             made = self._decoder(self._fitted, decoding, probed, ids, chosen, streamer)
@@ -236,7 +237,11 @@ class LoGo(Calls, FromPretrained):
         mixtures: Sequence[Mapping[str, float]],
         batch_size: int,
     ) -> list[Scored]:
-        return self._completions.pairs(self._fitted, pairs, mixtures, batch_size)
+        return self._completions.pairs(self._fitted, pairs, mixtures, self._together(batch_size))
+
+    def _together(self, batch_size: int) -> int:
+        """Rows per forward pass: one, where an adapter of the pool answers alone."""
+        return 1 if any(adapter.alone for adapter in self._fitted) else batch_size
 
     def prepared(self, pool: AdapterPool) -> Prepared:
         """The engine on another pool, made ready while this one goes on: nothing changes before `take`.
@@ -249,7 +254,7 @@ class LoGo(Calls, FromPretrained):
             version = pool.version
             fitted = pool.fit(self._layout, model=self.model, on_bad_adapter=self._on_bad_adapter)
             fitted = fitted.acting(self.settings.activation, self.settings.when_not_invoked)
-            _tell_of_kinds(fitted)
+            _tell_of_kinds(fitted, self.settings.k)
             return Prepared(pool, version, fitted, self._selecting.prepared(fitted), self.settings)
 
     def take(self, prepared: Prepared) -> None:
@@ -273,7 +278,15 @@ def _neutral(prompts: Prompts) -> tuple[list[list[int]], int | None]:
     return prompts.texts(NEUTRAL), prompts.tokenizer.bos_token_id
 
 
-def _tell_of_kinds(pool: AdapterPool) -> None:
+def _tell_of_kinds(pool: AdapterPool, k: int | None) -> None:
+    alone = [adapter.name for adapter in pool if adapter.alone]
+    if alone and k != 1:
+        warnings.warn(
+            f"{len(alone)} of {len(pool)} adapters are DoRA adapters ({', '.join(alone[:3])}"
+            f"{', ...' if len(alone) > 3 else ''}), which answer alone only: use k 1, or force them",
+            UserWarning,
+            stacklevel=4,
+        )
     plain = [adapter.name for adapter in pool if adapter.activation.everywhere]
     if plain and len(plain) < len(pool):
         warnings.warn(

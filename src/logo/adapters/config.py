@@ -1,6 +1,6 @@
 """What `adapter_config.json` says, and which of it can be mixed.
 
-A mixture is a weighted sum of plain low-rank products. Whatever makes an adapter more than that (DoRA, extra trained
+A mixture is a weighted sum of plain low-rank products. Whatever makes an adapter more than that (extra trained
 weights, biases, ...) is refused here by name: leaving it out silently would change answers.
 """
 
@@ -17,7 +17,6 @@ CONFIG = "adapter_config.json"
 
 # Settings that turn a LoRA into something that is not a plain `s B A`, and what to tell the user about each.
 _NOT_PLAIN = {
-    "use_dora": "DoRA (use_dora) is not linear in its scale and cannot be mixed; train it without DoRA",
     "target_parameters": "it adapts raw parameters (target_parameters: {value}); only linear modules are supported",
     "trainable_token_indices": "it trains token embeddings (trainable_token_indices), which cannot be mixed",
     "use_qalora": "QALoRA (use_qalora) pools its input by groups and is not a plain LoRA",
@@ -39,7 +38,7 @@ _INFORMATIONAL = {
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 
 
@@ -57,6 +56,7 @@ class LoraConfig:
         rslora: scale by `alpha / sqrt(r)` instead of `alpha / r`.
         base_model: the base model it says it was trained on (information only, never compared).
         invocation: tokens from which on it acts (activated LoRA); empty: it acts everywhere.
+        dora: its weights are decomposed (`use_dora`): not linear in its scale, so that it answers alone.
         unknown: keys this version does not know; they are ignored, and the pool warns once.
     """
 
@@ -67,10 +67,13 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_model: str | None = None
     invocation: tuple[int, ...] = ()
+    dora: bool = False
     unknown: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
-        return hash((self.r, self.alpha, self.rslora, *self.rank_pattern.items(), *self.alpha_pattern.items()))
+        return hash(
+            (self.r, self.alpha, self.rslora, self.dora, *self.rank_pattern.items(), *self.alpha_pattern.items())
+        )
 
     def rank(self, module: str) -> int:
         """The rank the configuration gives to `module` (path relative to the base model)."""
@@ -147,6 +150,7 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
         alpha_pattern={key: _number("alpha_pattern", v) for key, v in _pattern(raw, "alpha_pattern").items()},
         base_model=base_model if isinstance(base_model, str) else None,
         invocation=_invocation(raw.get("alora_invocation_tokens")),
+        dora=_flag("use_dora", raw.get("use_dora") or None),
         unknown=tuple(sorted(set(raw) - known)),
     )
 

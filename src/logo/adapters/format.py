@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>.+))?\.weight$")
 _EMBEDDING_KEY = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>.+))?$")
+_MAGNITUDE_KEY = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\..+)?$")
 _PREFIX = re.compile(r"^(?:_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.|base_model\.)+")
 _LFS_POINTER = b"version https://git-lfs"
 _INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
@@ -38,7 +39,9 @@ _INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 class LoraModule:
     """Where one adapted module's `A (r, in)` and `B (out, r)` lie in the file, and the scale `s` of `s B A`.
 
-    Of an `embedding`, `in` counts tokens, and the update is added to a token's vector: `s B A[:, token]`.
+    Of an `embedding`, `in` counts tokens, and the update is added to a token's vector: `s B A[:, token]`. With a
+    `magnitude` (DoRA, arXiv 2402.09353), whose key it is, the module's weight becomes `m (W + s B A) / ‖W + s B A‖`,
+    row by row.
     """
 
     key_a: str
@@ -48,6 +51,7 @@ class LoraModule:
     out_features: int
     scaling: float
     embedding: bool = False
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class LoraWeights:
     A: torch.Tensor  # (r, in)
     B: torch.Tensor  # (out, r)
     scaling: float
+    magnitude: torch.Tensor | None = None  # (out,), of DoRA
 
     def scaled_b(self) -> torch.Tensor:
         """`s B` in float32, (out, r)."""
@@ -98,6 +103,11 @@ class Adapter:
         return tuple(sorted({m.rank for m in self.modules.values()}))
 
     @property
+    def alone(self) -> bool:
+        """Whether it answers alone only, with weight 1 (DoRA)."""
+        return self.config.dora
+
+    @property
     def size(self) -> int:
         """Bytes of the weight file."""
         return self.file.path.stat().st_size
@@ -130,6 +140,8 @@ class Adapter:
             AdapterError: a tensor matches no module of the base, or one of another shape (up to five are named); or it
                 holds whole weights that are not the base model's.
         """
+        if self.alone and model is None:
+            raise AdapterError(self.name, "it is a DoRA adapter (use_dora), which cannot be mixed")
         fitted: dict[str, LoraModule] = {}
         problems: list[str] = []
         for path, module in self.modules.items():
@@ -197,7 +209,9 @@ class Adapter:
         return self._read(modules)
 
     def check_linear(self) -> None:
-        """Raises AdapterError unless it acts on linear modules only: what is made of it could not be written."""
+        """Raises AdapterError unless it is `s B A` on linear modules: what is made of it could not be written."""
+        if self.alone:
+            raise AdapterError(self.name, "it is a DoRA adapter (use_dora), which cannot be written anew yet")
         for path, module in self.modules.items():
             if module.embedding:
                 raise AdapterError(self.name, f"it adapts an embedding ({path}), which cannot be written anew yet")
@@ -212,7 +226,7 @@ class Adapter:
 
     def _read(self, modules: Iterable[str] | None) -> dict[str, LoraWeights]:
         wanted = {path: self.modules[path] for path in (self.modules if modules is None else modules)}
-        keys = [key for m in wanted.values() for key in (m.key_a, m.key_b)]
+        keys = [key for m in wanted.values() for key in (m.key_a, m.key_b, m.magnitude) if key is not None]
         try:
             tensors = self.file.read(keys)
         except Exception as error:  # safetensors raises its own Rust error type
@@ -226,7 +240,12 @@ class Adapter:
             if not bool(tensor.isfinite().all()):
                 found = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise AdapterError(self.name, f"tensor {key} holds {found}; the adapter is damaged")
-        return {path: LoraWeights(tensors[m.key_a], tensors[m.key_b], m.scaling) for path, m in wanted.items()}
+        return {
+            path: LoraWeights(
+                tensors[m.key_a], tensors[m.key_b], m.scaling, None if m.magnitude is None else tensors[m.magnitude]
+            )
+            for path, m in wanted.items()
+        }
 
 
 def open_adapter(
@@ -304,7 +323,28 @@ def _recipe(
 ) -> tuple[LoraConfig, dict[str, LoraModule], dict[str, str]]:
     """Configuration and modules, one object for all adapters of one training recipe: pools have thousands of them."""
     copies = {key: f"{module_path(key.removesuffix('.weight'))}.weight" for key, _ in shapes if _is_whole(key)}
-    return config, _modules({key: shape for key, shape in shapes if key not in copies}, config), copies
+    magnitudes = {module_path(m["module"]): m.string for key, _ in shapes if (m := _MAGNITUDE_KEY.match(key))}
+    left_out = {*copies, *(magnitudes.values() if config.dora else ())}
+    modules = _modules({key: shape for key, shape in shapes if key not in left_out}, config)
+    if config.dora:
+        modules = _decomposed(modules, magnitudes, dict(shapes))
+    return config, modules, copies
+
+
+def _decomposed(
+    modules: Mapping[str, LoraModule], magnitudes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, LoraModule]:
+    """The modules of a DoRA adapter with their magnitudes."""
+    for path, key in magnitudes.items():
+        if path not in modules:
+            raise Refusal(f"it holds a DoRA magnitude of a module that has no LoRA factors ({key})")
+    for path, module in modules.items():
+        if module.embedding:
+            raise Refusal(f"it adapts an embedding with DoRA ({path}), which is not read yet")
+        if path not in magnitudes or shapes[magnitudes[path]] != (module.out_features,):
+            found = list(shapes[magnitudes[path]]) if path in magnitudes else "none"
+            raise Refusal(f"DoRA (use_dora): expected a magnitude ({module.out_features},) of {path}, found {found}")
+    return {path: replace(module, magnitude=magnitudes[path]) for path, module in modules.items()}
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, LoraModule]:

@@ -50,6 +50,8 @@ def with_initial(trained: Adapter, initial: Adapter) -> Adapter:
     Raises:
         Refusal: the initial adapter is another one's: its modules, shapes or scales differ.
     """
+    if trained.alone or initial.alone:
+        raise Refusal("it is a DoRA adapter that began as a part of the base weights, which is not read yet")
     first = {core_path(path): (path, module) for path, module in initial.modules.items()}
     if first.keys() != {core_path(path) for path in trained.modules}:
         raise Refusal(f"its initial adapter {initial.folder} adapts other modules")

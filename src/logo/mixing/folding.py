@@ -47,15 +47,22 @@ class Folder:
         self._holds: tuple[Hashable, Tensor] | None = None  # the mixture that `_folded` holds
 
     @contextmanager
-    def active(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> Iterator[None]:
+    def active(
+        self,
+        key: Hashable,
+        stacks: Callable[[], Mapping[str, Stack]],
+        weights: Tensor,
+        magnitudes: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> Iterator[None]:
         """Adds one mixture to every adapted module inside the block.
 
         Args:
             key: tells these stacks from others.
             stacks: makes them, unless the mixture is the one that was folded last; their modules are all `foldable`.
             weights: (n,), one per adapter of the stacks.
+            magnitudes: makes those of a DoRA adapter, by module; see `rescaled`.
         """
-        self._fold(key, stacks, weights)
+        self._fold(key, stacks, weights, magnitudes)
         originals = {path: self.modules[path].weight for path in self._folded}
         try:
             for path in originals:
@@ -80,7 +87,13 @@ class Folder:
         self._folded.clear()
         self._holds = None
 
-    def _fold(self, key: Hashable, stacks: Callable[[], Mapping[str, Stack]], weights: Tensor) -> None:
+    def _fold(
+        self,
+        key: Hashable,
+        stacks: Callable[[], Mapping[str, Stack]],
+        weights: Tensor,
+        magnitudes: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
         held = self._holds
         if held is not None and held[0] == key and torch.equal(held[1], weights):
             return
@@ -92,6 +105,8 @@ class Folder:
             )
         for path in self._folded.keys() - made.keys():
             del self._folded[path]
+        for path, magnitude in magnitudes().items():
+            rescaled(self.modules[path], self._folded[path].data, magnitude)
         self._holds = key, weights
 
 
@@ -115,3 +130,17 @@ def fold(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = 
     if out is None or out.shape != weight.shape or out.dtype != weight.dtype or out.device != weight.device:
         out = torch.empty_like(weight)
     return torch.addmm(weight, left, right, out=out)
+
+
+@torch.no_grad()
+def rescaled(module: nn.Module, folded: Tensor, magnitude: Tensor) -> None:
+    """Gives every output of a folded weight, in place, the length that a DoRA adapter has trained for it.
+
+    Args:
+        folded: `W + s B A` in the layout of the module's weight.
+        magnitude: (out,).
+    """
+    along = 0 if type(module).__name__ == "Conv1D" else 1  # (in, out), else (out, in)
+    length = folded.float().norm(dim=along, keepdim=True)
+    factor = magnitude.to(folded.device, torch.float32).view(length.shape) / length
+    folded.copy_(folded.float() * factor)
