@@ -19,7 +19,7 @@ from logo.evaluation.differences import differences, told
 from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
 from logo.evaluation.resume import Wish
-from logo.evaluation.runner import DatasetResult, common_columns
+from logo.evaluation.runner import DatasetResult, common_columns, known_confidences
 from logo.evaluation.runs import Place, find_results
 from logo.evaluation.shards import Shard, positions
 from logo.evaluation.standing import standing
@@ -253,6 +253,14 @@ def _merged(parts: Sequence[Part]) -> Merged:
                 values[place] = value
         return values
 
+    def confidences() -> tuple[float | None, ...]:
+        values: list[float | None] = [None] * rows
+        for part in parts:
+            found = part.files["metrics.json"].get("confidence") or [None] * len(part.places)
+            for place, value in zip(part.places, found, strict=True):
+                values[place] = value
+        return known_confidences(values)
+
     def scores() -> list[tuple[float | None, ...]]:
         values: list[tuple[float | None, ...]] = [()] * rows
         for part in parts:
@@ -275,6 +283,7 @@ def _merged(parts: Sequence[Part]) -> Merged:
         scores=tuple(scores()),
         seconds=seconds,
         errors=errors,
+        confidences=confidences(),
         forms=dict(sorted(sum((Counter(part.run["forms"]) for part in parts), Counter[str]()).items())),
     )
     all_rows = [_row(row) for row in woven("rows.json")]

@@ -143,8 +143,8 @@ def result_files(
 
 def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, seed: int = 0) -> dict[str, object]:
     """What `metrics.json` holds: means of the official metric and the measures of `logo.evaluation.corpus`, each with
-    its 95 % interval as far as it has one, and the rows that have no answer. A shard without rows has neither means nor
-    measures.
+    its 95 % interval as far as it has one, the rows that have no answer, and how sure each selection was where that is
+    known. A shard without rows has neither means nor measures.
 
     Args:
         golds: all gold texts of each row.
@@ -167,6 +167,7 @@ def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, see
         "extra_intervals": extra.intervals,
         "signatures": extra.signatures,
         "errors": [{"index": index, "message": message} for index, message in sorted(result.errors.items())],
+        **({"confidence": result.confidences} if result.confidences else {}),
     }
 
 

@@ -47,6 +47,7 @@ class Instance:
         seconds: this row's share of each stage.
         error: one line; None for a row with an answer.
         form: how its mixture acted (see `logo.Generation`); "" for a row without an answer.
+        confidence: of its selection, see `logo.Selection`.
     """
 
     value: Value
@@ -57,6 +58,7 @@ class Instance:
     seconds: Mapping[str, float]
     error: str | None = None
     form: str = ""
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class DatasetResult:
         seconds: "inference" is the wall time; the engine's own stages are summed over the instances.
         errors: by index, why a row has no answer.
         forms: how many rows' mixtures acted in each form.
+        confidences: of each selection; empty where no row's selection has one.
     """
 
     dataset: str
@@ -87,6 +90,7 @@ class DatasetResult:
     seconds: dict[str, float]
     errors: dict[int, str] = field(default_factory=dict)
     forms: dict[str, int] = field(default_factory=dict)
+    confidences: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -308,7 +312,13 @@ def collect(
         seconds=seconds,
         errors={index: instance.error for index, instance in enumerate(instances) if instance.error is not None},
         forms=dict(sorted(Counter(instance.form for instance in answered).items())),
+        confidences=known_confidences([instance.confidence for instance in instances]),
     )
+
+
+def known_confidences(values: Sequence[float | None]) -> tuple[float | None, ...]:
+    """The same, or nothing where none is known."""
+    return () if all(value is None for value in values) else tuple(values)
 
 
 def common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -332,6 +342,7 @@ def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:
         scores=dict(selection.scores),
         seconds=dict(answer.seconds),
         form=answer.form,
+        confidence=selection.confidence,
     )
 
 

@@ -2,7 +2,8 @@
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
 softmax    w_i ∝ exp(score_i / T)
-adaptive   softmax whose temperature follows how sure the selection is, see `logo.selection.confidence`
+adaptive   softmax whose temperature follows how sure the selection is, see `logo.selection.confidence`; adapters
+           with a weight below `LEAST` are left out
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from logo.selection.signals import Weighting, WhenUnsure
 
 # Below this confidence a selection counts as unsure.
 UNSURE = 0.2
+# Where weights follow confidence, adapters with less weight are left out: each costs as much as one with more.
+LEAST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,11 @@ class Selector:
             return torch.ones(1 if self.when_unsure == "best" else 0)
         if self.weighting == "linear":
             return linear(top)
-        sharp = self.weighting == "adaptive" and confidence is not None
-        return (top / (temperature(confidence or 0.0) if sharp else self.temperature)).softmax(dim=0)
+        if self.weighting == "softmax" or confidence is None:
+            return (top / self.temperature).softmax(dim=0)
+        weights = (top / temperature(confidence)).softmax(dim=0)
+        weights = weights[weights >= LEAST]
+        return weights / weights.sum()
 
 
 def linear(top: Tensor) -> Tensor:
