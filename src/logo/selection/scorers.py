@@ -20,6 +20,7 @@ from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Listening, calibrate, read_texts, whitenings
+from logo.selection.examples import signatures_of
 from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages
 from logo.selection.index import ScoringIndex, Tell, Wanted, device_of, read_indices
 from logo.selection.index_file import build_index, bytes_of, index_name, keep_index, load_index
@@ -34,7 +35,6 @@ from logo.selection.selector import check_k
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 from logo.selection.signature import Signatures
-from logo.selection.signed import signatures_of
 from logo.selection.texts import NEUTRAL, REQUESTS, Texts
 from logo.selection.two_stage import FirstStages, TwoStageScorer
 from logo.selection.whitening import Whitening
