@@ -20,7 +20,9 @@ import yaml
 from typer.testing import CliRunner
 
 from hub_server import FOREVER, GOOD_TOKEN, HubServer
+from logo import AdapterPool
 from logo.cli.options import EngineOptions, expanded
+from logo.errors import UsageError
 from test_hub import SOURCE, write_adapter
 from tolerances import PATIENCE
 
@@ -346,3 +348,74 @@ def test_the_command_line_takes_the_option_again() -> None:
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
     assert [one.adapters for one in SEEN] == [None, "a", "a,org/b-*,c"]
+
+
+def test_what_a_repository_has_beside_its_adapter_is_told(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    write_adapter(made / "one", 1)
+    write_adapter(made / "one" / "checkpoint-50", 2)
+    write_adapter(made / "one" / "checkpoint-50x", 3)
+    write_adapter(made / "two" / "tasks" / "arc" / "lora", 4)
+    with HubServer({"org/x-one": made / "one", "org/x-two": made / "two"}) as hub:
+        env = hub.env(tmp_path / "home")
+        all_, strict, skipping, alone = opened(
+            env,
+            tmp_path,
+            {"places": "org/x-*"},
+            {"places": "org/x-*/tasks/*/lora"},
+            {"places": "org/x-*/tasks/*/lora", "on_bad_adapter": "skip"},
+            {"places": ["org/x-one/checkpoint-50", "org/x-two"]},
+        )
+    assert all_.names == ["one", "one/checkpoint-50x", "two/tasks/arc/lora"]
+    assert list(all_.refused) == ["one/checkpoint-50"]
+    assert "checkpoint of a training" in all_.refused["one/checkpoint-50"]
+    assert strict.error == "PoolError" and "has no folder 'tasks'" in strict.message
+    assert skipping.names == ["two/arc"] and len(skipping.refused) == 1
+    assert alone.names == ["org/x-one/checkpoint-50", "org/x-two/tasks/arc/lora"]
+
+
+def test_a_manifest_of_one_repository_fetches_what_it_names_in_one_go(hub: HubServer, tmp_path: Path) -> None:
+    hub.page_size, pool = 1000, tmp_path / "pool.yaml"
+    commit = hub.repos["org/library"].refs["main"]
+    tasks = ("answerability", "citations")
+    places = [f"org/library/{task}/granite-2b/{kind}" for task in tasks for kind in ("lora", "alora")]
+    pool.write_text(yaml.safe_dump({"adapters": [{"source": place, "revision": commit} for place in places]}))
+    env = hub.env(tmp_path / "home")
+    [answer] = opened(env, tmp_path, {"places": str(pool)})
+    assert answer.names == sorted(places) and not answer.refused  # both forms: each is named
+    assert len(hub.fetched(".safetensors")) == 4 and sum(request.kind == "tree" for request in hub.requests) == 1
+    hub.clear()
+    entries = [{"source": place, "name": str(i), "revision": commit} for i, place in enumerate(places)]
+    pool.write_text(yaml.safe_dump({"adapters": entries}))
+    [named] = opened({**env, "HF_HUB_OFFLINE": "1"}, tmp_path, {"places": str(pool)})
+    assert named.names == ["0", "1", "2", "3"] and not hub.requests
+    pool.write_text(yaml.safe_dump({"adapters": [{"source": "org/library/nowhere", "name": "x"}, places[0]]}))
+    strict, skipping = opened(env, tmp_path, {"places": str(pool)}, {"places": str(pool), "on_bad_adapter": "skip"})
+    assert strict.error == "PoolError" and "expected one adapter in" in strict.message
+    assert skipping.names == [places[0]] and list(skipping.refused) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapters: []", "expected `adapters:`"),
+        ("[]", "expected `adapters:`"),
+        ("adapters: [{name: a}]", "entry 1, 'a': source: expected a text"),
+        ("adapters: [{source: org/a, shar256: x}]", "unknown key 'shar256' (did you mean 'sha256'?)"),
+        ("adapters: [{source: org/a, sha256: x}]", "sha256: expected 64 hexadecimal digits"),
+        ("adapters: [{source: org/a, name: x}, {source: org/b, name: x}]", "two adapters are called 'x'"),
+        ("adapters: ['org/a-*']", "expected one folder"),
+        ("adapters: [{source: ./a, revision: main}]", "is a folder, which has no revision"),
+        ("adapters: [org/a/../b]", "is not a folder inside it"),
+        ("adapters: [{source: org/a, revision: ../b}]", "is not a branch"),
+        ("version: 2\nadapters: [org/a]", "expected version 1, found 2"),
+        ("adapters: [!!python/object/apply:os.system ['true']]", "is no YAML"),
+        ("adapters: [org/a", "is no YAML"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused_in_a_line(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "pool.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        AdapterPool.open(file)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

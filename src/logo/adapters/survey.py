@@ -90,7 +90,8 @@ def opened(
             adapters[name], tops[name] = adapter, spot.top
         except AdapterError as error:
             refused.append(error)
-    for name in [name for name in adapters if _twin(name) in adapters]:
+    # Those that somebody names one by one have folders of their own to be looked for in.
+    for name in [name for name in adapters if tops.get(_twin(name)) == tops[name]]:
         if adapters[name].config.invocation and not adapters[_twin(name)].config.invocation:
             del adapters[name]
             reason = f"it is the activated form of {_twin(name)!r}, which is taken; name its folder alone to open it"
