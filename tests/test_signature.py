@@ -17,9 +17,11 @@ from torch import nn
 import tiny
 from logo import LoGo, PoolError, UsageError
 from logo.adapters.examples import EXAMPLES, MOST, examples_of, write_examples
+from logo.adapters.format import Adapter
 from logo.adapters.hub import adapter_patterns
+from logo.adapters.upkeep.conversion import DTYPES, converted, write_converted
 from logo.adapters.upkeep.publishing import Upload
-from logo.adapters.writing import copy_adapter
+from logo.adapters.writing import copy_adapter, write_pool
 from logo.cli.run import run
 from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
 from logo.selection.signature import GAIN, Signatures, Space, described
@@ -214,13 +216,19 @@ def test_a_model_cards_widget_gives_examples(folder: Path) -> None:
         assert examples_of(folder / "t2") == ()
 
 
+def half(adapter: Adapter, folder: Path) -> bool:
+    write_converted(converted(adapter, DTYPES["fp16"]), folder)
+    return False
+
+
 def test_examples_go_with_copies_and_downloads_and_are_not_sent(folder: Path, tmp_path: Path) -> None:
     from logo import AdapterPool
 
     told(folder, t0="mine alone")
     adapters = list(AdapterPool.from_directory(folder))
-    copy_adapter(adapters[0], tmp_path / "copy")
-    assert examples_of(tmp_path / "copy") == ("mine alone",)
+    write_pool(folder, adapters, tmp_path / "copy", copy_adapter, dict)
+    write_pool(folder, adapters, tmp_path / "half", half, dict)
+    assert examples_of(tmp_path / "copy" / "t0") == examples_of(tmp_path / "half" / "t0") == ("mine alone",)
     assert f"*/{EXAMPLES}" in adapter_patterns("", False)
     sent = Upload.of(folder, adapters, "org/name", "folder")
     assert not [file for file in sent.files if EXAMPLES in file]

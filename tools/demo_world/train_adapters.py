@@ -12,6 +12,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+from logo.adapters.examples import examples_of, write_examples
 from logo.adapters.pool import AdapterPool
 from logo.adapters.upkeep.conversion import DTYPES, converted, write_converted
 from logo.training.pool import record_of
@@ -51,8 +52,12 @@ def train_adapters(model: Path, rows: Path, pool: Path, recipe: Recipe = RECIPE)
 
 
 def write_shipped(pool: Path, out: Path) -> None:
-    """Write the adapters of ``pool`` to ``out`` as they ship: float16, the base model by its name, no records."""
+    """Write the adapters of ``pool`` to ``out`` as they ship: float16, the base model by its name, no records.
+
+    The example prompts that `logo train` has left beside them go with them.
+    """
     for adapter in AdapterPool.from_directory(pool):
         result = converted(adapter, DTYPES["fp16"])
         named = replace(result, config=result.config | {"base_model_name_or_path": BASE_NAME})
         write_converted(named, out / adapter.name)
+        write_examples(out / adapter.name, examples_of(adapter.folder))

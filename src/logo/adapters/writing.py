@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.config import CONFIG
 from logo.adapters.examples import EXAMPLES
-from logo.adapters.initial import WithInitial, initial_folder
 from logo.adapters.notes import ACTIVATION, NOTES, RECORD, RESPONSES, changed, checked, homes, read_notes, write_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import LoGoError, StorageError, UsageError
@@ -130,7 +129,7 @@ def write_pool(
 
     Args:
         root: the folder of the pool that there is; every `pool.json` in it that speaks for one of the adapters is
-            carried through, and each `training.json` of an adapter that does what it did.
+            carried through, and so are examples, and each `training.json` of an adapter that does what it did.
         adapters: those of it that the new pool has; each keeps its place below the folder.
         out: must not exist yet, or be empty.
         write: is given an adapter and the folder to make.
@@ -153,8 +152,9 @@ def write_pool(
             place = part / adapter.folder.relative_to(root)
             as_before = write(adapter, place)
             # To `logo train` the record says that this is what training made, and to a card that its losses hold.
-            if as_before and (adapter.folder / RECORD).is_file():
-                shutil.copyfile(checked(adapter.folder / RECORD, root, adapter.folder), place / RECORD)
+            for name in (RECORD, EXAMPLES) if as_before else (EXAMPLES,):
+                if (adapter.folder / name).is_file():
+                    shutil.copyfile(checked(adapter.folder / name, root, adapter.folder), place / name)
             (same if as_before else other).append(adapter)
             if tell is not None:
                 tell()
@@ -196,18 +196,10 @@ def _names(place: Path, adapters: Iterable[Adapter]) -> set[str]:
 
 
 def copy_adapter(adapter: Adapter, folder: Path) -> bool:
-    """Copies configuration, weights, examples and what the adapter responds to neutral texts; for use within
-    `new_folder`."""
+    """Copies configuration, weights and what the adapter responds to neutral texts; for use within `new_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    examples = adapter.folder / EXAMPLES
-    beside = (checked(examples, adapter.folder),) if examples.is_file() else ()
-    start = initial_folder(adapter.folder) if isinstance(adapter.file, WithInitial) else None
-    for file in (adapter.folder / CONFIG, adapter.file.path, *beside):
+    for file in (adapter.folder / CONFIG, adapter.file.path):
         shutil.copyfile(file, folder / file.name)
-    if start is not None:
-        (folder / start.name).mkdir()
-        for file in (start / CONFIG, start / SAFETENSORS):
-            shutil.copyfile(checked(file, adapter.folder), folder / start.name / file.name)
     if (adapter.folder / RESPONSES).is_dir():
         for file in (adapter.folder / RESPONSES).rglob("*"):
             checked(file, adapter.folder)
