@@ -115,7 +115,7 @@ def test_a_terminal_without_unicode_is_no_reason_to_fail() -> None:
 def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["tokens"] == 5 and record["finish_reason"] == "length" and len(record["adapters"]) == 12
+    assert record["tokens"] == 5 and record["finish_reason"] == "length" and 1 <= len(record["adapters"]) <= 12
     assert run(["generate", "Hello", *ENGINE, "--max_new_tokens", "5", "--base-only"]) == 0
     captured = capsys.readouterr()
     assert "base model alone" in captured.err
@@ -304,7 +304,7 @@ def test_demo_measures_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None
     assert average["logo"] == average["calibrated"] > average["norm"]
     assert average["calibrated"] >= 0.85 * average["oracle"]  # 0.95 on all rows, which is too long for a test
     for shown in report["prompts"]:
-        assert len(shown["adapters"]) == report["k"] == 3 and set(shown["scores"]) == set(report["tasks"])
+        assert 1 <= len(shown["adapters"]) <= report["k"] == 3 and set(shown["scores"]) == set(report["tasks"])
     assert run(["demo", "--rows", "1"]) == 0
     text = capsys.readouterr().out
     assert "exact match on held-out rows" in text and "oracle" in text and "█" in text
@@ -314,7 +314,7 @@ def test_without_a_base_model_the_demo_is_used_and_named(capsys: pytest.CaptureF
     assert run(["select", "What is 7 plus 5?", "--json"]) == 0
     captured = capsys.readouterr()
     assert "using the embedded demo model" in captured.err
-    assert len(json.loads(captured.out)["adapters"]) == 3
+    assert 1 <= len(json.loads(captured.out)["adapters"]) <= 3
     assert run(["generate", "What is 7 plus 5?", "--base_model", "demo", "--adapter", "add_numbers", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["text"].strip() == "12" and "using the embedded" not in captured.err

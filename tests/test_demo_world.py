@@ -185,7 +185,16 @@ def test_a_tiny_world_is_pretrained_and_its_adapters_ship_as_half_floats(tmp_pat
     assert set(losses) == {task.name for task in TASKS} and all(loss > 0 for loss in losses.values())
     write_shipped(tmp_path / "pool", tmp_path / "adapters")
     folder, made = tmp_path / "adapters" / "plural", tmp_path / "pool" / "plural"
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "examples.jsonl",
+    }
+    shipped, rows = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in (folder / "examples.jsonl", tmp_path / "rows" / "plural.jsonl")
+    )
+    assert [one["prompt"] for one in shipped] == [row["context"] for row in rows[:4]]
     written, before = (json.loads((at / "adapter_config.json").read_text(encoding="utf-8")) for at in (folder, made))
     assert written == before | {"base_model_name_or_path": "demo"}
     tensors, exact = (load_file(at / "adapter_model.safetensors") for at in (folder, made))
