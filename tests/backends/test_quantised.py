@@ -21,6 +21,7 @@ from vllm_server import ASSETS
 from logo import LoGo
 from logo.models import load_base
 from logo.pools import default_pool
+from logo.selection.settings import SelectionSettings
 
 DTYPE, TOLERANCE = "bfloat16", 0.01  # of the largest score
 GROUP = 32  # columns of a weight that share a scale
@@ -70,7 +71,11 @@ def written(folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("mode", ["gate", pytest.param("merge", marks=pytest.mark.long)])
 def test_a_quantised_base_model(mode: str, engines: Engines, tmp_path: Path, rows: list[str]) -> None:
     packed, plain = written(tmp_path)
-    logo = LoGo(*load_base(str(plain), device="cpu", dtype="float32"), default_pool("demo"))
+    logo = LoGo(
+        *load_base(str(plain), device="cpu", dtype="float32"),
+        default_pool("demo"),
+        settings=SelectionSettings(examples="ignore"),
+    )
     count = 32
     wanted = [m if i % 8 else {} for i, m in enumerate(mixtures(logo.names, count))]
     flags = MODES[mode] | {"model": str(packed), "dtype": DTYPE}
