@@ -23,7 +23,7 @@ def test_a_neutral_text_scores_nothing_on_average(size: tuple[int, int, int], se
     neutral = responses(size, seed)
     scores = Baseline.of(neutral).scores(neutral)  # (texts, adapters)
     assert scores.shape == (size[2], size[0])
-    torch.testing.assert_close(scores.mean(dim=0), torch.zeros(size[0]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(scores.mean(dim=0), torch.zeros(size[0]), atol=2e-4, rtol=0)
 
 
 @given(SIZES, st.integers(0, 99), st.floats(-20, 20), st.floats(0.5, 50))

@@ -27,6 +27,7 @@ class Selection:
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
     scores: dict[str, float]
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)

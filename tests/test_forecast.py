@@ -138,7 +138,7 @@ def test_an_adapter_in_both_formats_is_one(tmp_path: Path) -> None:
 def test_sizes_of_folders(tmp_path: Path) -> None:
     found = pool_needed(parse_places(adapters_dir()))
     assert found.missing == 0 and len(found.adapters) == 16
-    assert found.total == size(adapters_dir(), "adapter_model.safetensors", "adapter_config.json")
+    assert found.total == size(adapters_dir(), "adapter_model.safetensors", "adapter_config.json", "examples.jsonl")
     assert model_needed(str(model_dir())).total == size(model_dir(), "*.safetensors", "*.json")
 
 

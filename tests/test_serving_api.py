@@ -109,7 +109,7 @@ def test_the_field_logo_overrides(client: openai.OpenAI, engine: LoGo) -> None:
         model="logo", prompt=PROMPTS[0], max_tokens=24, temperature=0, extra_body={"logo": {"adapters": forced}}
     )
     assert got.choices[0].text == want.text
-    for options, count in (({"k": 2}, 2), ({"signal": "norm"}, 3)):
+    for options, count in (({"k": 2, "weighting": "linear"}, 2), ({"signal": "norm"}, 3)):
         got = client.completions.create(
             model="logo", prompt=PROMPTS[0], max_tokens=4, temperature=0, extra_body={"logo": options}
         )

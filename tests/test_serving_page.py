@@ -152,9 +152,9 @@ def test_all_scores_are_shown_best_first(window: Browser, demo: Served) -> None:
 @browses
 def test_settings_reach_the_server(window: Browser, demo: Served) -> None:
     enter(window, demo)
-    _, text = ask(window, "Tell me the antonym of cruel.", max_tokens=2, k=5, mode="chat")
+    _, text = ask(window, "I like trains", max_tokens=2, k=5, mode="chat")
     expected, mixture = completion(
-        demo, "logo", "Tell me the antonym of cruel.", max_tokens=2, logo={"k": 5}
+        demo, "logo", "I like trains", max_tokens=2, logo={"k": 5}
     )  # fmt: skip
     assert text == expected
     assert [name for name, _, _ in window.run(BARS, "#logo .bars")] == mixture["adapters"]
@@ -164,7 +164,7 @@ def test_settings_reach_the_server(window: Browser, demo: Served) -> None:
     window.run(SET, "temperature", "3")  # the browser says what is wrong, and nothing is sent
     window.run(ASK, PROMPT)
     assert window.run("return document.querySelector('#ask input:invalid').id") == "temperature"
-    assert window.run("return document.getElementById('asked').textContent") == "Tell me the antonym of cruel."
+    assert window.run("return document.getElementById('asked').textContent") == "I like trains"
 
 
 @browses

@@ -21,7 +21,7 @@ from logo.serving.replies import (
 
 
 def test_replies_have_openais_shape() -> None:
-    mixture = Mixture(adapters=["a"], weights=[1.0], probe_ms=1.5, queue_ms=0.0)
+    mixture = Mixture(adapters=["a"], weights=[1.0], confidence=0.5, probe_ms=1.5, queue_ms=0.0)
     logprobs = CompletionLogprobs(
         tokens=["a"], token_logprobs=[-math.inf], top_logprobs=[{"a": -1e9, "b": -0.5}], text_offset=[0]
     )
@@ -33,7 +33,7 @@ def test_replies_have_openais_shape() -> None:
         "created": 1,
         "model": "logo",
         "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
-        "logo": {"adapters": ["a"], "weights": [1.0], "probe_ms": 1.5, "queue_ms": 0.0},
+        "logo": {"adapters": ["a"], "weights": [1.0], "confidence": 0.5, "probe_ms": 1.5, "queue_ms": 0.0},
         "choices": [
             {
                 "index": 0,

@@ -75,7 +75,7 @@ def whole(dying: Dying, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 def test_the_whole_pool_is_there_and_nothing_else(whole: tuple[Path, int]) -> None:
     pool, _ = whole
-    files = ("adapter_config.json", "adapter_model.safetensors", "training.json")
+    files = ("adapter_config.json", "adapter_model.safetensors", "examples.jsonl", "training.json")
     assert set(contents(pool)) == {f"{name}/{file}" for name in TASKS for file in files} | {"pool.json"}
     assert not (pool / ".training").exists()
 
@@ -246,7 +246,7 @@ def test_another_recipe_other_rows_and_foreign_adapters_are_refused_by_name(
     assert "adapters to train: 1, in groups: 1, 4 stand already" in capsys.readouterr().err
     after = contents(copied)
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"c/adapter_model.safetensors", "pool.json"}
+    assert changed == {"c/adapter_model.safetensors", "c/examples.jsonl", "pool.json"}
     assert run(asked(base_model, other, copied)) == 0
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.config import CONFIG
 from logo.adapters.examples import EXAMPLES
+from logo.adapters.initial import WithInitial, initial_folder
 from logo.adapters.notes import ACTIVATION, NOTES, RECORD, RESPONSES, changed, checked, homes, read_notes, write_notes
 from logo.adapters.weights import SAFETENSORS
 from logo.errors import LoGoError, StorageError, UsageError
@@ -198,8 +199,13 @@ def _names(place: Path, adapters: Iterable[Adapter]) -> set[str]:
 def copy_adapter(adapter: Adapter, folder: Path) -> bool:
     """Copies configuration, weights and what the adapter responds to neutral texts; for use within `new_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    start = initial_folder(adapter.folder) if isinstance(adapter.file, WithInitial) else None
     for file in (adapter.folder / CONFIG, adapter.file.path):
         shutil.copyfile(file, folder / file.name)
+    if start is not None:
+        (folder / start.name).mkdir()
+        for file in (start / CONFIG, start / SAFETENSORS):
+            shutil.copyfile(checked(file, adapter.folder), folder / start.name / file.name)
     if (adapter.folder / RESPONSES).is_dir():
         for file in (adapter.folder / RESPONSES).rglob("*"):
             checked(file, adapter.folder)

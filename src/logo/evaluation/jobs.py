@@ -15,7 +15,6 @@ from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import Found, dataset_file, find_datasets, load_rows
 from logo.evaluation.metrics import Kind, checked_kind, metric_kind, official_kind
 from logo.evaluation.shards import Shard, positions, shard_folder, whole_folder
-from logo.evaluation.study import find_tasks
 from logo.rows import Row, file_sha256, read_rows
 
 DATA_DIR = "./data"
@@ -94,6 +93,8 @@ def find_jobs(
     else:
         if os.fspath(data_dir) != DATA_DIR:
             raise UsageError(f"--data_dir {data_dir} and --rows {rows}: expected one of them, found both")
+        from logo.evaluation.study import find_tasks  # which knows methods, and with them PyTorch
+
         tasks = find_tasks(rows, request, limit)
         found = Found(tuple(task.name for task in tasks))
         named = [(task.name, task.file, list(task.rows)) for task in tasks]
