@@ -70,6 +70,7 @@ def open_engine(
     from logo.backends.vllm.options import Options
     from logo.backends.vllm.skeleton import skeleton
 
+    settings = replace(settings, examples="ignore")  # which are not used inside vLLM yet; a run's identity says so
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     computed = checked_dtype(dtype, _own_dtype(source))
     place, opened = _opened(pool, base_model, model_dir, on_bad_adapter, settings)
