@@ -30,7 +30,7 @@ def workers(driver: int) -> list[int]:
     return [one.pid for one in found if any(part.startswith("ray::Host") for part in one.cmdline())]
 
 
-ACTING = {"everywhere": [], "last": ["--last", "3", "--calibrate"], "invocation": ["--invocation", "w88 w89"]}
+ACTING = {"everywhere": [], "last": ["--last", "3", "--calibrate"]}
 
 
 @pytest.mark.parametrize("acting", ACTING)
