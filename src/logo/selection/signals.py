@@ -101,35 +101,25 @@ def entropy(index: ScoringIndex, hidden: Tensor) -> Tensor:
     return torch.cat(chunks, dim=1)
 
 
-@register(
-    "calibrated",
-    layers="early",
-    input="projection",
-    token="each",
-    scale="whitened",
-    chosen=True,
-    weighting="adaptive",
-    norms=True,
-)
+# What `calibrated` reads; signatures are compared at the same points, and share its calibration.
+_EARLY: dict[str, Any] = {
+    "layers": "early",
+    "input": "projection",
+    "token": "each",
+    "scale": "whitened",
+    "chosen": True,
+    "weighting": "adaptive",
+    "norms": True,
+}
+
+
+@register("signature", **_EARLY)
+@register("calibrated", **_EARLY)
 def calibrated(index: ScoringIndex, hidden: Tensor) -> Tensor:
-    """`‖ΔW_i W (h - μ)‖₂` at several early points and all tokens, compared with the same on neutral text."""
-    return index.norms(hidden)
+    """`‖ΔW_i W (h - μ)‖₂` at several early points and all tokens, compared with the same on neutral text.
 
-
-@register(
-    "signature",
-    layers="early",
-    input="projection",
-    token="each",
-    scale="whitened",
-    chosen=True,
-    weighting="adaptive",
-    norms=True,
-)
-def signature(index: ScoringIndex, hidden: Tensor) -> Tensor:
-    """How much a prompt looks like the example prompts of an adapter; see `logo.selection.signature`.
-
-    What is returned here are the responses of `calibrated`, at whose points prompts are compared.
+    `signature` reads the same, and scores by how much a prompt looks like an adapter's examples
+    (`logo.selection.signature`).
     """
     return index.norms(hidden)
 
