@@ -23,6 +23,7 @@ from logo.adapters.upkeep.conversion import DTYPES, converted, write_converted
 from logo.adapters.upkeep.publishing import Upload
 from logo.adapters.writing import copy_adapter, write_pool
 from logo.cli.run import run
+from logo.evaluation.identity import digests
 from logo.selection.confidence import EXAMPLES as WITH_EXAMPLES
 from logo.selection.signature import GAIN, Signatures, Space, described
 from test_calibrated import PROMPTS, engine, pool
@@ -157,6 +158,16 @@ def test_a_second_engine_reads_no_example(
     monkeypatch.setattr("logo.selection.examples.read", None)
     again = scores(engine(llama, folder, cache=str(tmp_path / "cache")), *PROMPTS)
     torch.testing.assert_close(again, first, atol=1e-5, rtol=0)
+
+
+def test_a_run_is_another_one_with_other_examples(llama: nn.Module, folder: Path) -> None:
+    """So that an interrupted evaluation does not go on with other selections."""
+    without = digests(engine(llama, folder))
+    one = digests(engine(llama, told(folder, t0=PROMPTS[0])))
+    other = digests(engine(llama, told(folder, t0=PROMPTS[1])))
+    assert one["examples"] != other["examples"] and "examples" not in without
+    for asked in ({"examples": "ignore"}, {"signal": "norm"}):
+        assert digests(engine(llama, folder, **asked)) == without
 
 
 def test_the_signal_alone_needs_examples(llama: nn.Module, folder: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from logo.adapters.examples import examples_of
 from logo.digests import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
 from logo.rows import Row
 
@@ -57,7 +58,10 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
 
 def digests(logo: Calls) -> dict[str, Any]:
     """Of all that was loaded, but for the adapters' weights (see `pool_digests`): the base model's weights and
-    configuration, the tokens at which an answer ends, the tokenizer, and the adapters' scales."""
+    configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, and the example prompts that
+    selections look at, if there are some."""
+    looked_at = logo.settings.examples == "use" and logo.settings.reading.scale == "whitened"
+    examples = {name: examples_of(logo.pool[name].folder) for name in logo.names} if looked_at else {}
     configured = getattr(logo.model, "generation_config", None)
     return {
         "weights": weights_digest(logo.model),
@@ -65,6 +69,7 @@ def digests(logo: Calls) -> dict[str, Any]:
         "eos_token_id": None if configured is None else configured.eos_token_id,
         "tokenizer": tokenizer_digest(logo.tokenizer),
         "scales": fingerprint({name: logo.pool[name].scales for name in logo.names}),
+        **({"examples": fingerprint(examples)} if any(examples.values()) else {}),
     }
 
 
