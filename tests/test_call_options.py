@@ -18,6 +18,8 @@ import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import LoGoError, NotFinite
+from logo.selection.confidence import temperature
+from logo.selection.selector import LEAST
 from test_calibrated import PROMPTS, tokenizer
 from test_engine import write_adapter
 from test_prefixes import LONG, words
@@ -128,7 +130,9 @@ def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], pr
     assert found.scores == {name: every[name] for name in every if name in names}
     assert found == logo.reselect(every, signal="calibrated", candidates=names)
     best = sorted(names, key=lambda name: (-every[name], name))[:3]
-    assert list(found.adapters) == best
+    assert found.confidence is not None
+    weights = (torch.tensor([every[name] for name in best]) / temperature(found.confidence)).softmax(dim=0)
+    assert list(found.adapters) == [name for name, weight in zip(best, weights, strict=True) if weight >= LEAST]
     assert sum(found.weights) == same_weights(1)
 
 
