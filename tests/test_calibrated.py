@@ -23,6 +23,7 @@ from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import ModelError
 from logo.selection import calibration
+from logo.selection.drift import MOST, RATE
 from logo.selection.texts import NEUTRAL, REQUESTS
 from logo.selection.whitening import Whitening
 from make_adapters import everyones_folder, index_of, lock
@@ -388,16 +389,54 @@ def test_own_prompts_may_rank_the_points(llama: nn.Module, tmp_path: Path) -> No
 
 
 def test_a_running_baseline_follows_the_traffic(llama: nn.Module, tmp_path: Path) -> None:
-    """It begins as the neutral one, and what all prompts have in common stops counting."""
+    """It begins as the neutral one; what an adapter responds to all prompts alike stops counting, up to a bound."""
     neutral = engine(llama, pool(llama, tmp_path))
     running = engine(llama, tmp_path, baseline="running")
     prompts = [f"the same begin{i}" for i in range(3, 50)]
     assert running.select(prompts[0]) == neutral.select(prompts[0])
-    for _start in range(0, 47, 8):
-        running.select(prompts * 6)
-    mean = torch.tensor([list(s.scores.values()) for s in running.select(prompts)]).mean(dim=0)
-    before = torch.tensor([list(s.scores.values()) for s in neutral.select(prompts)]).mean(dim=0)
-    assert mean.abs().max() < 0.2 < before.abs().max()
+    for _ in range(10):
+        running.select(prompts)
+    before, after = (scores(logo, prompts) for logo in (neutral, running))
+    assert (after - before).abs().max() <= MOST + 1e-3
+    middles = [found.mean(dim=0) for found in (before, after)]
+    apart = [float((middle - middle.median()).abs().max()) for middle in middles]
+    assert apart[1] < max(0.25 * apart[0], apart[0] - 0.9 * MOST)
+    running.restart()
+    assert running.select(prompts[0]) == neutral.select(prompts[0])
+
+
+def scores(logo: LoGo, prompts: list[str]) -> torch.Tensor:
+    return torch.tensor([list(found.scores.values()) for found in logo.select(prompts)])
+
+
+def test_a_running_baseline_learns_from_each_prompt_before_the_next(llama: nn.Module, tmp_path: Path) -> None:
+    """So that it does not matter which prompts are probed together; all of these are equally long."""
+    prompts = [f"the same begin{i}" for i in range(13, 40)]
+    together, alone = (engine(llama, pool(llama, tmp_path / at), baseline="running") for at in ("a", "b"))
+    found = torch.cat([scores(alone, [prompt]) for prompt in prompts])
+    assert torch.allclose(scores(together, prompts), found, atol=1e-3)
+
+
+def test_a_running_baseline_chooses_no_adapter_of_zeros(llama: nn.Module, tmp_path: Path) -> None:
+    zeros(llama, pool(llama, tmp_path))
+    running = engine(llama, tmp_path, baseline="running")
+    for _ in range(4):
+        found = running.select([f"the same begin{i}" for i in range(3, 50)])
+    for selection in found:
+        assert selection.scores["t1"] == min(selection.scores.values())
+
+
+def test_a_running_baseline_goes_on_where_the_pool_changes(llama: nn.Module, tmp_path: Path) -> None:
+    logo = engine(llama, pool(llama, tmp_path), baseline="running")
+    logo.select([f"the same begin{i}" for i in range(3, 50)])
+    drift = logo.scorer.drift
+    assert drift is not None and all(drift.levels.values())
+    logo.pool.remove("t1")
+    logo.select(PROMPTS[0])
+    after = logo.scorer.drift
+    assert after is not None and "t1" not in after.levels
+    assert after.levels.keys() == drift.levels.keys() - {"t1"}
+    assert all(abs(after.levels[name] - drift.levels[name]) <= 2 * RATE for name in after.levels)
 
 
 def test_an_overflow_is_not_remembered(llama: nn.Module, tmp_path: Path) -> None:

@@ -39,6 +39,28 @@ def record(folder: Path, name: str = "run.json") -> Any:
     return json.loads((folder / name).read_text())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "--dataset", "antonym"],
+        ["study", "--json", "study.json"],
+        ["sweep", "--dataset", "antonym", "--grid", "k=1,2", "-o", "sweep"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_results_must_not_depend_on_the_order_of_rows(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A baseline that learns from rows is refused before anything is opened."""
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows", antonym=heldout()["antonym"][:2])
+    asked = [*command, *DEMO, "--rows", str(rows), "--selection-strategy", "calibrated", "--baseline", "running"]
+    assert run(asked) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("logo: error: baseline 'running' learns from each row") and "use 'neutral'" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
 # -- training rows --------------------------------------------------------------------------------------------------
 
 

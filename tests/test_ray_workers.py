@@ -493,7 +493,7 @@ def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None
     ("more", "expected"),
     [
         (["--probe-context", "carry"], "with --probe-context carry a row depends on the row before"),
-        (["--baseline", "running", "--selection-strategy", "calibrated"], "but --baseline running compares"),
+        (["--baseline", "running", "--selection-strategy", "calibrated"], "baseline 'running' learns from each row"),
         (["--gpu", "1"], "--gpu: workers get their devices from Ray"),
     ],
 )

@@ -204,9 +204,8 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(
     [
         ["--probe-context", "carry"],
         ["--preset", "official"],
-        ["--selection-strategy", "calibrated", "--baseline", "running"],
     ],
-    ids=["carry", "official", "running"],
+    ids=["carry", "official"],
 )
 def test_where_rows_depend_on_each_other_a_dataset_begins_again(
     more: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from logo.models import load_base
 from logo.prompts import Prompt
 from logo.protocol import Delta, Engine, Figures, Sampling, Wish
 from logo.selection import Selection
+from logo.selection.drift import Drift
 from logo.serving.app import AppSettings, create_app
 
 
@@ -116,6 +117,38 @@ def test_answers_whole_and_streamed() -> None:
         assert engine.released == ["a", "b"]
 
     asked(use)
+
+
+def test_confidence_and_shifts_are_told(tmp_path: Path) -> None:
+    """Of the engine's own signal only; adapters that left the pool leave the metrics, too."""
+
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        engine.signals = ("norm", "other")
+
+        async def choose(prompt: Any, wish: Wish) -> Choice:
+            selection = Selection(("a",), (1.0,), {"a": 5.0, "b": 0.25, "c": 0.0}, 0.55)
+            return Choice(selection, engine.released)
+
+        engine.choose = choose  # type: ignore[method-assign]
+        engine.adapters["c"] = None
+        for asks in ({}, {}, {"signal": "other"}):
+            body = {"model": "logo", "prompt": "x", "max_tokens": 1, "logo": asks}
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+        lines = (await client.get("/metrics")).text.splitlines()
+        values = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+        assert values["logo:selection_confidence_count"] == values['logo:selection_confidence_bucket{le="0.6"}'] == 3
+        assert values['logo:selection_confidence_bucket{le="0.5"}'] == 0
+        drift = Drift()
+        for _ in range(2):
+            drift.see({"a": 5.0, "b": 0.25, "c": 0.0})
+        assert values["logo:pool_baseline_shift"] == drift.middle > 0
+        shown = {name: values[f'logo:adapter_baseline_shift{{adapter="{name}"}}'] for name in "abc"}
+        assert shown == drift.shifts and shown["a"] > 0 == shown["b"] > shown["c"]
+        await client.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
+        text = (await client.get("/metrics")).text
+        assert 'baseline_shift{adapter="b"}' in text and 'baseline_shift{adapter="a"}' not in text
+
+    asked(use, adapter_changes=tmp_path)
 
 
 def test_the_pool_and_the_figures_are_told(tmp_path: Path) -> None:

@@ -207,6 +207,8 @@ def test_what_prometheus_reads(server: Served, client: openai.OpenAI) -> None:
     assert float(values['logo:steps_total{form="gate"}']) > 0
     assert float(values['logo:adapter_selected_total{adapter="add_numbers"}']) > 0
     assert float(values["logo:num_requests_running"]) == 0
+    assert float(values["logo:pool_baseline_shift"]) > 0 < float(values["logo:selection_confidence_count"])
+    assert 'logo:adapter_baseline_shift{adapter="add_numbers"}' in values
     assert "process_resident_memory_bytes" in values
 
 

@@ -39,7 +39,6 @@ SELECTION = {  # axis: field of EngineOptions
     "probe-module": "probe_module",
     "probe-depth": "probe_depth",
     "probe-points": "probe_points",
-    "baseline": "baseline",
 }
 METHODS = {  # axis: field of MethodOptions
     "method": "method",
@@ -134,8 +133,10 @@ def make_cells(axes: Sequence[Axis], common: Common) -> tuple[list[Cell], list[S
         UsageError: a value that no combination can use, or no cell is left.
         DataError: the samples that a method needs cannot be used.
     """
+    from logo.evaluation.identity import check_baseline
     from logo.evaluation.sweep.grid import product
 
+    check_baseline(common.engine.baseline.value)
     for axis in axes:
         for value in axis.values:
             _check_alone(axis.name, value, common)

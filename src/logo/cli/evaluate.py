@@ -161,8 +161,10 @@ def evaluate(
 
     Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
     """
+    from logo.evaluation.identity import check_baseline
     from logo.evaluation.resume import Wish
 
+    check_baseline(engine.baseline.value)
     base_model = engine.base_model or OFFICIAL_BASE
     engine = replace(
         engine,

@@ -278,7 +278,7 @@ class EngineOptions:
     baseline: Annotated[
         BaselineKind,
         typer.Option(
-            help="What responses are compared with: neutral text, or the last prompts that came.",
+            help="What responses are compared with: neutral text, or that and the prompts that came (for servers).",
             rich_help_panel=PROBE,
         ),
     ] = BaselineKind.NEUTRAL

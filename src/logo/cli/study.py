@@ -142,6 +142,7 @@ def study(
 
     Example: `logo study --base-model M --adapters DIR --rows ROWS --limit 8 --json study.json`
     """
+    from logo.evaluation.identity import check_baseline
     from logo.evaluation.reliability import picture as reliability_picture
     from logo.evaluation.study import cut, journal_of, study_so_far, write_report
     from logo.evaluation.workers import MeasuredInWorkers
@@ -150,6 +151,7 @@ def study(
     if so_far:
         _show(study_so_far(journal_of(json), seed).report)
         return
+    check_baseline(engine.baseline.value)
     arms = _signals(signals or engine.selection_strategy or SIGNALS)
     if engine.index is IndexKind.TWO_STAGE:
         raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")

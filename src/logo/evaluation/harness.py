@@ -30,6 +30,7 @@ from logo.decoding import MAX_NEW_TOKENS, batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
 from logo.evaluation.documents import document_texts
+from logo.evaluation.identity import check_baseline
 from logo.evaluation.ranks import Ranks
 from logo.models import check_access
 from logo.pools import open_pool
@@ -91,6 +92,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         settings = SelectionSettings(
             signal=signal, **{name: options.pop(name) for name in _SETTINGS.intersection(options)}
         )
+        check_baseline(settings.baseline)
         check_access(base_model, model_dir=model_dir)
         pool = open_pool(
             adapters,

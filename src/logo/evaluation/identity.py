@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.examples import examples_of
 from logo.digests import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
+from logo.errors import UsageError
 from logo.rows import Row
 
 if TYPE_CHECKING:
@@ -91,6 +92,19 @@ def pool_digests(logo: Calls) -> dict[str, str]:
 def rows_digest(rows: Sequence[Row]) -> str:
     """The SHA-256 of everything in these rows, in hex."""
     return fingerprint({"rows": [row.as_dict() for row in rows]})
+
+
+def check_baseline(baseline: str) -> None:
+    """Refuses a baseline that learns from rows: what a run says must not depend on their order.
+
+    Raises:
+        UsageError: it is `"running"`.
+    """
+    if baseline == "running":
+        raise UsageError(
+            "baseline 'running' learns from each row before the next one is scored, and results would depend on the "
+            "order of rows; it is for servers: use 'neutral' here"
+        )
 
 
 def order_dependence(logo: Calls, generation: Mapping[str, Any]) -> str | None:

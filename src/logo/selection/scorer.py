@@ -12,13 +12,12 @@ from logo.adapters.format import Adapter
 from logo.selection.baseline import Baseline
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
+from logo.selection.drift import Drift
 from logo.selection.index import ScoringIndex
 from logo.selection.once import OnceReader
 from logo.selection.reader import Reader
 from logo.selection.signature import GAIN, Signatures
 
-# Prompts that a running baseline remembers; neutral texts are the first of them.
-_REMEMBERED = 256
 # What a score that was not computed is: below every score that a signal gives.
 NOT_SCORED = -torch.inf
 
@@ -45,14 +44,14 @@ class Scorer:
         reader: responses to prompts at these points.
         calibration: what responses are compared with; None for signals without one.
         cache: of the calibration.
-        running: compare with the last prompts that came, too.
+        drift: what a running baseline has learnt so far, and goes on to learn; None: prompts change nothing.
         signatures: of the adapters that have example prompts; None: none has, or they are not used.
         alone: the signatures score, and not the responses.
 
     Attributes:
         points: where prompts are read.
         names: of the adapters.
-        signatures: the same.
+        drift, signatures: the same.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Scorer:
         reader: Reader | OnceReader,
         calibration: Calibration | None = None,
         cache: CalibrationCache | None = None,
-        running: bool = False,
+        drift: Drift | None = None,
         signatures: Signatures | None = None,
         alone: bool = False,
     ) -> None:
@@ -72,17 +71,16 @@ class Scorer:
         self.names = tuple(adapter.name for adapter in adapters)
         self.calibration = calibration
         self.cache = cache
+        self.drift = drift
         self._reader = reader
-        self._running = running
+        self._baseline = None if calibration is None else Baseline.of(calibration.neutral, calibration.requests)
         # (adapters, points)
         self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
-        self.restart()
 
     def restart(self) -> None:
-        """Forgets the prompts that a running baseline remembers."""
-        # (adapters, points, texts): what a running baseline is computed from
-        self._remembered = self.calibration.neutral if self.calibration and self._running else None
-        self._baseline = self._of_calibration()
+        """Forgets what a running baseline has learnt."""
+        if self.drift is not None:
+            self.drift.keep(())
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(rows, adapters) float32 on the CPU, of right-padded prompts (rows, length)."""
@@ -114,23 +112,25 @@ class Scorer:
         if self._baseline is None:
             return self._mean_over_points(responses, self._touched)
         scores = self._baseline.scores(responses)
-        if self._remembered is not None:
-            # A prompt that overflowed is an error of its own and must not silence adapters for those to come.
-            usable = responses[:, :, (responses.isfinite() | ~self._baseline.heard[:, :, None]).all(dim=0).all(dim=0)]
-            self._remembered = torch.cat([self._remembered, usable], dim=2)[:, :, -_REMEMBERED:]
-            self._baseline = self._of_calibration()
+        return scores if self.drift is None else self._drifted(scores, self.drift, self._baseline)
+
+    def _drifted(self, scores: Tensor, drift: Drift, baseline: Baseline) -> Tensor:
+        """Scores (rows, adapters) by the running baseline, which learns from each row before the next one is scored."""
+        heard = baseline.heard.any(dim=1)
+        names = [name for name, one in zip(self.names, heard.tolist(), strict=True) if one]
+        for row in scores if names else ():
+            before, taken = row[heard], drift.corrections
+            row[heard] = before - torch.tensor([taken.get(name, 0.0) for name in names])
+            row[~heard] = row[heard].min()  # as without: they are the least of the others
+            # A prompt that overflowed is an error of its own and must not move adapters for those to come.
+            if bool(before.isfinite().all()):
+                drift.see(dict(zip(names, before.tolist(), strict=True)))
         return scores
 
     @property
     def index_bytes(self) -> int:
         """Memory of the scoring indices."""
         return sum(index.bytes for index in self.indices)
-
-    def _of_calibration(self) -> Baseline | None:
-        if self.calibration is None:
-            return None
-        texts = self.calibration.neutral if self._remembered is None else self._remembered
-        return Baseline.of(texts, self.calibration.requests)
 
     @staticmethod
     def _mean_over_points(responses: Tensor, touched: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Listening, calibrate, read_texts, whitenings
+from logo.selection.drift import Drift
 from logo.selection.examples import signatures_of
 from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages
 from logo.selection.index import ScoringIndex, Tell, Wanted, device_of, read_indices
@@ -149,8 +150,13 @@ class Scorers:
             reader = OnceReader(probe, indices, signal, self._beginnings, signatures is not None)
         else:
             reader = Reader(probe, indices, signal, settings.signal, self._prefixes, signatures is not None)
-        running, alone = settings.baseline == "running", settings.signal == "signature"
-        return Scorer(adapters, indices, reader, calibration, cache, running, signatures, alone)
+        drift, alone = None, settings.signal == "signature"
+        if settings.baseline == "running":
+            drift = Drift()
+            if earlier is not None and earlier.drift is not None:  # a pool that has changed
+                drift = Drift(earlier.drift.levels)
+                drift.keep([adapter.name for adapter in adapters])
+        return Scorer(adapters, indices, reader, calibration, cache, drift, signatures, alone)
 
     def _signatures(
         self,
@@ -235,6 +241,6 @@ class Scorers:
         return wanted
 
     def restart(self) -> None:
-        """Forgets the prompts that came, where a baseline depends on them."""
+        """Forgets what a running baseline has learnt from the prompts that came."""
         for scorer in self._known.values():
             scorer.restart()

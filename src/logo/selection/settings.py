@@ -50,8 +50,9 @@ class SelectionSettings:
             through all of them where the probe is the prefill as well (activated adapters), else through half.
         probe_points: how many points a signal that chooses its points may choose; or the points themselves, as
             `"4.v_proj"` or full module paths.
-        baseline: what calibrated signals compare with: `"neutral"` text, or `"running"`, the last prompts that came,
-            beginning with neutral text. Scores then depend on what came before.
+        baseline: what calibrated signals compare with: `"neutral"` text, or `"running"`: the same, corrected by how
+            much more or less each adapter has responded to all prompts that came than the others have, by one standard
+            deviation at most (`logo.selection.drift`). Scores then depend on what came before.
         calibration_prompts: unlabelled prompts, like those to come, on which points are ranked; None: some of ours.
         cache: folder in which calibrations and scoring indices are kept; `""` keeps nothing; None: the user's cache.
         prefix_cache_gb: memory (10⁹ bytes) for what prompts begin with, so that what several share is probed once.

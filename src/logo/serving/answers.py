@@ -175,8 +175,9 @@ class Answers:
         except asyncio.TimeoutError:
             self.metrics.failures.labels("timeout").inc()
             raise timed_out(self.timeout or 0) from None
+        own = wish.options.get("signal") in (None, self.service.signal)
         for one in chosen:
-            self.metrics.chosen(one)
+            self.metrics.chosen(one, own)
         return tuple(chosen)
 
     async def pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:

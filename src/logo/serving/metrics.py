@@ -13,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from logo.selection.drift import Drift
+
 if TYPE_CHECKING:
     from logo.protocol import Chosen, Engine
 
@@ -60,17 +62,20 @@ class Metrics:
             "The probability that the pool holds an adapter made for the prompt.",
             [tenth / 10 for tenth in range(1, 11)],
         )
-        self.registry.register(_State(service))
+        self.drift = Drift()
+        self.registry.register(_State(service, self.drift))
         ProcessCollector(registry=self.registry)
 
-    def chosen(self, chosen: Chosen) -> None:
-        """Counts one selection."""
+    def chosen(self, chosen: Chosen, own: bool = True) -> None:
+        """Counts one selection; `own`: by the engine's own signal, whose scores alone are compared with one another."""
         self.queue.observe(chosen.queue_ms / 1e3)
         if chosen.probe_ms:
             self.probe.observe(chosen.probe_ms / 1e3)
         self.adapters_per_request.observe(len(chosen.selection.adapters))
         if chosen.selection.confidence is not None:
             self.confidence.observe(chosen.selection.confidence)
+            if own:
+                self.drift.see(chosen.selection.scores)
 
     def text(self) -> bytes:
         """The exposition format."""
@@ -80,8 +85,8 @@ class Metrics:
 class _State(Collector):
     """What the service is doing now, read when it is asked for."""
 
-    def __init__(self, service: Engine) -> None:
-        self._service = service
+    def __init__(self, service: Engine, drift: Drift) -> None:
+        self._service, self._drift = service, drift
 
     def collect(self) -> Iterator[Metric]:
         service, now = self._service, self._service.figures
@@ -106,6 +111,7 @@ class _State(Collector):
         for adapter in list(service.adapters):
             selected.add_metric([adapter], service.selected.get(adapter, 0))
         yield selected
+        yield from self._drifted()
         steps = CounterMetricFamily("logo:steps", "Forward passes, with some mixture or none.", labels=["form"])
         for form, count in now.steps.items():
             steps.add_metric([form], count)
@@ -118,6 +124,17 @@ class _State(Collector):
         yield once
         silent = "Adapters that were to answer a prompt without their invocation tokens."
         yield CounterMetricFamily("logo:not_invoked", silent, value=now.not_invoked)
+
+    def _drifted(self) -> Iterator[Metric]:
+        """See `logo.selection.drift`; adapters that are no longer in the pool are forgotten."""
+        self._drift.keep(set(self._service.adapters))
+        middle = "The usual score of the usual adapter in recent prompts, in standard deviations of neutral text."
+        yield GaugeMetricFamily("logo:pool_baseline_shift", middle, value=self._drift.middle)
+        own = "How far an adapter's usual score in recent prompts is above that of the usual adapter."
+        shifts = GaugeMetricFamily("logo:adapter_baseline_shift", own, labels=["adapter"])
+        for adapter, shift in self._drift.shifts.items():
+            shifts.add_metric([adapter], shift)
+        yield shifts
 
 
 def labelled(texts: Mapping[str, str]) -> bytes:
