@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings, UsageError
+from logo.adapters.examples import write_examples
 from logo.backends.vllm.options import Options
 from logo.errors import NotFinite
 from logo.selection import index as index_module
@@ -166,6 +168,45 @@ def test_what_was_not_scored_is_not_listed(model: Any, folder: Path) -> None:
     assert {name: alone[name] for name in among.scores if name != "t00"} == pytest.approx(
         {name: score for name, score in among.scores.items() if name != "t00"}, rel=1e-4
     )
+
+
+@pytest.fixture
+def examples(folder: Path, tmp_path: Path) -> Path:
+    """The same pool; every second adapter has an example, and the first ones have those prompts that are asked."""
+    copy = tmp_path / "pool"
+    shutil.copytree(folder, copy)
+    asked = [*PROMPTS, "w9 w8 w7", "w3 w3", "w1 w4 w1 w5"]
+    for i, prompt in enumerate(asked[:6]):
+        write_examples(copy / f"t{2 * i:02}", [prompt])
+    return copy
+
+
+@pytest.mark.parametrize("signal", ["calibrated", "signature"])
+def test_examples_count_in_both_stages(model: Any, examples: Path, signal: str) -> None:
+    one = opened(model, examples, signal=signal)
+    all_of_them = opened(model, examples, signal=signal, index="two-stage")
+    for whole, best in zip(one.select(PROMPTS), all_of_them.select(PROMPTS), strict=True):
+        assert best.adapters == whole.adapters and best.confidence == pytest.approx(whole.confidence, abs=1e-4)
+        assert best.weights == pytest.approx(whole.weights, rel=1e-4)
+        assert best.scores == pytest.approx(whole.scores, rel=1e-4, abs=1e-4)
+    # An adapter whose example is the prompt is left, however little it seems to respond.
+    few = opened(model, examples, signal=signal, index="two-stage", index_left=2)
+    ignoring = opened(model, examples, index="two-stage", index_left=2, examples="ignore")
+    lost = 0
+    for i, (found, without) in enumerate(zip(few.select(PROMPTS, k=1), ignoring.select(PROMPTS, k=1), strict=True)):
+        assert f"t{2 * i:02}" in found.scores
+        lost += f"t{2 * i:02}" not in without.scores
+    assert lost  # there was something to be lost
+
+
+def test_scores_are_one_stages_where_all_adapters_have_examples(model: Any, examples: Path) -> None:
+    for i in range(12):
+        write_examples(examples / f"t{i:02}", [f"w{i} w{i + 1} w2", f"w{12 - i}"])
+    whole = opened(model, examples).select(PROMPTS)
+    few = opened(model, examples, index="two-stage", index_left=6).select(PROMPTS)
+    for one, two in zip(whole, few, strict=True):
+        assert len(two.scores) == 6
+        assert two.scores == pytest.approx({name: one.scores[name] for name in two.scores}, rel=1e-4, abs=1e-4)
 
 
 def test_a_row_does_not_depend_on_its_batch(model: Any, folder: Path) -> None:

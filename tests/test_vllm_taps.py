@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,9 +39,22 @@ class Scorer:
         self.points = tuple(Point(0, "layers.0", module) for module in modules)
         self.indices = tuple(map(Index, self.points))
         self.names = ("one", "two")
+        self.signatures: Any = None
 
-    def scores(self, per_point: Any) -> Tensor:
+    def scores(self, per_point: Any, descriptions: Any) -> Tensor:
         return torch.stack(list(per_point)).mean(dim=0)
+
+
+class Describing(Scorer):
+    """Whose scores are followed by the description of the prompt at the second point."""
+
+    def __init__(self, *modules: str) -> None:
+        super().__init__(*modules)
+        self.signatures = SimpleNamespace(points=(1,))
+
+    def scores(self, per_point: Any, descriptions: Any) -> Tensor:
+        [description] = descriptions
+        return torch.cat([super().scores(per_point, []), description.flatten(1)], dim=1)
 
 
 @pytest.fixture
@@ -159,9 +173,10 @@ class Cache:
         return self.taps.take([key])[key]
 
 
-def expected(prompt: Sequence[int]) -> Any:
+def expected(prompt: Sequence[int], described: bool = False) -> Any:
     read = hidden(prompt)[int(prompt[0] == 0 and len(prompt) > 1) :]
-    return pytest.approx(read.mean(dim=0)[:2].tolist(), rel=1e-5)
+    mean = read.mean(dim=0).tolist()
+    return pytest.approx([*mean[:2], *mean, *read[-1].tolist()] if described else mean[:2], rel=1e-5)
 
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
@@ -172,12 +187,15 @@ PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
     endings=st.lists(PROMPTS, min_size=1, max_size=6),
     cuts=st.lists(st.integers(1, 25), max_size=5),
     plain=st.lists(st.integers(0, 5), max_size=3),
+    described=st.booleans(),
 )
 def test_scores_do_not_depend_on_what_is_cached(
-    beginning: list[int], endings: list[list[int]], cuts: list[int], plain: list[int]
+    beginning: list[int], endings: list[list[int]], cuts: list[int], plain: list[int], described: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         cache = Cache(taps.__wrapped__(patch))  # type: ignore[attr-defined]
+        if described:
+            cache.taps.score("calibrated", Describing("a", "b"), SelectionSettings())  # type: ignore[arg-type]
         for i, ending in enumerate(endings):
             prompt = beginning + ending
             if i in plain:  # somebody asks the base model alone, so that the cache has what was never probed
@@ -186,8 +204,8 @@ def test_scores_do_not_depend_on_what_is_cached(
             if found == UNKNOWN_PREFIX:
                 assert plain
                 found = cache.score(f"p{i}", prompt, *cuts, whole=True)
-            assert found == expected(prompt)
-            assert cache.score(f"again{i}", prompt) == expected(prompt)
+            assert found == expected(prompt, described)
+            assert cache.score(f"again{i}", prompt) == expected(prompt, described)
 
 
 def test_a_prefix_that_was_probed_is_not_read_again(taps: Taps) -> None:
@@ -211,11 +229,25 @@ def test_a_prefix_is_known_while_its_prompt_is_still_running(taps: Taps) -> None
 
 
 def test_a_prompt_that_was_put_back_goes_on_where_the_cache_ends(taps: Taps) -> None:
+    taps.score("calibrated", Describing("a", "b"), SelectionSettings())  # type: ignore[arg-type]
     cache = Cache(taps)
-    prompt = [0, 1, 2, 1, 0, 2, 1, 1, 2, 2]
+    prompt, other = [0, 1, 2, 1, 0, 2, 1, 1, 2, 2], [2, 1, 2]
     cache.step(("p", prompt, 0, 6))
-    cache.step(("p", prompt, 4, 10))
-    assert taps.take(["p"])["p"] == expected(prompt)
+    cache.step(("q", other, 0, 3), ("p", prompt, 4, 10))
+    assert taps.take(["p", "q"]) == {"p": expected(prompt, True), "q": expected(other, True)}
+
+
+@pytest.mark.parametrize("token", ["last", "mean"])
+def test_what_is_read_alone_is_described_alone(taps: Taps, monkeypatch: pytest.MonkeyPatch, token: Any) -> None:
+    """As the library does: where one vector of a prompt is read, it is both the mean and the last."""
+    alone = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token=token)
+    monkeypatch.setitem(signals.SIGNALS, "norm", alone)
+    taps.score("norm", Describing("a", "b"), SelectionSettings(signal="norm"))  # type: ignore[arg-type]
+    cache, prompt = Cache(taps), [1, 2, 0, 2, 1]
+    cache.step(("p", prompt, 0, 3), signal="norm")
+    cache.step(("p", prompt, 3, 5), signal="norm")
+    read = (hidden(prompt)[-1] if token == "last" else hidden(prompt).mean(dim=0)).tolist()
+    assert taps.take(["p"])["p"] == pytest.approx([*read[:2], *read, *read], rel=1e-5)
 
 
 def test_a_tap_that_was_left_out_is_noticed(taps: Taps) -> None:

@@ -71,10 +71,13 @@ class Choosing:
     Args:
         pool: fitted to the model.
         settings: how to select, where a call asks for nothing else.
+        described: signals in whose scores example prompts count, too.
     """
 
-    def __init__(self, pool: AdapterPool, settings: SelectionSettings) -> None:
-        self.pool, self._settings = pool, settings
+    _described: frozenset[str] = frozenset()
+
+    def __init__(self, pool: AdapterPool, settings: SelectionSettings, described: Collection[str] = ()) -> None:
+        self.pool, self._settings, self._described = pool, settings, frozenset(described)
 
     def asked(self, options: CallOptions) -> Asked:
         """What one call asks for, checked against the pool.
@@ -132,6 +135,8 @@ class Choosing:
         """What a lead of these settings' scores is worth; None where scores have no scale of their own."""
         if settings.reading.scale == "raw":
             return None
+        if settings.signal in self._described:
+            return EXAMPLES
         return ACTIVATED if self.pool.read_once else RESPONSES
 
 

@@ -13,7 +13,6 @@ from engines import Engines
 from vllm_server import ASSETS, KEY, Server, command, environment, free_port, started
 
 from logo import LoGo
-from logo.selection.settings import SelectionSettings
 
 _found = importlib.util.find_spec("vllm")
 if _found is None or _found.origin is None:  # without an origin: a folder that happens to be called so
@@ -58,7 +57,7 @@ def logo() -> LoGo:
     from logo.pools import default_pool
 
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    return LoGo(model, tokenizer, default_pool("demo"), settings=SelectionSettings(examples="ignore"))
+    return LoGo(model, tokenizer, default_pool("demo"))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ import psutil
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-from logo.backends.vllm.core import Core, scores_of, values
+from logo.backends.vllm.core import Core, scores_of, texts_of, values
 from logo.backends.vllm.marks import marking
 from logo.backends.vllm.overflows import watched
 from logo.backends.vllm.recipe import Recipe
@@ -47,12 +47,12 @@ class Engine:
         pool = self.core.staged(None, self.call("logo_stage", None))
         scored = {}
         for signal in self.core.signals:
-            opened = self.call("logo_signal", signal)[0]
-            if opened["texts"]:
-                keys = [f"text-{i}" for i in range(len(opened["texts"]))]
-                self.run([{"prompt_token_ids": text} for text in opened["texts"]], keys, "")
-                opened = self.call("logo_calibrate", signal, keys)[0]
-            scored[signal] = opened["names"]
+            opened = self.call("logo_signal", signal)
+            while texts := texts_of(opened):
+                keys = [f"text-{i}" for i in range(len(texts))]
+                self.run([{"prompt_token_ids": text} for text in texts], keys, "")
+                opened = self.call("logo_calibrate", signal, texts, keys)
+            scored[signal] = opened[0]
         self.call("logo_commit")
         self.core.commit(pool, scored)
 

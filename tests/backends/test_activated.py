@@ -78,7 +78,7 @@ def pool(kind: str, invoking: list[int], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def local(kind: str, pool: Path) -> LoGo:
-    return LoGo.from_pretrained("demo", pool, device="cpu", k=2, examples="ignore", **SETTINGS.get(kind, {}))
+    return LoGo.from_pretrained("demo", pool, device="cpu", k=2, **SETTINGS.get(kind, {}))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_mixtures_that_begin_at_different_tokens_are_not_merged(inside: Any, kin
 
 
 def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, prompts: list[list[int]]) -> None:
-    local = LoGo.from_pretrained("demo", device="cpu", k=4, examples="ignore", activation="last:4")
+    local = LoGo.from_pretrained("demo", device="cpu", k=4, activation="last:4")
     mixtures = [{local.names[i]: 0.7, local.names[-1 - i]: 0.4} if i % 4 else {} for i in range(len(prompts))]
     texts = [local.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     probes = [{"do": "probe_counted", "prompts": texts, "signal": signal} for signal in ("calibrated", "calibrated")]
@@ -216,9 +216,7 @@ def test_the_server_answers_what_the_local_engine_does(
     shutil.copytree(ASSETS / "adapters", tmp_path / "pool")
     for config in (tmp_path / "pool").glob("*/adapter_config.json"):
         edit_config(config.parent, alora_invocation_tokens=invoking)
-    local = LoGo.from_pretrained(
-        "demo", tmp_path / "pool", device="cpu", k=4, examples="ignore", when_not_invoked="error"
-    )
+    local = LoGo.from_pretrained("demo", tmp_path / "pool", device="cpu", k=4, when_not_invoked="error")
     server = serve(
         *("--max-loras", "16", "--max-lora-rank", "8", "--max-model-len", "512", "--block-size", str(BLOCK)),
         *("--middleware", "logo.backends.vllm.Router", "--enable-prompt-tokens-details"),

@@ -99,7 +99,7 @@ def test_calibrations_are_kept_where_the_library_keeps_them(
     step = {"do": "probe", "prompts": rows[:2], "signal": "calibrated"}
     [found] = engines.run(tmp_path, MODES["gate"], {"cache": cache, "signals": []}, step)
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
-    own = LoGo(model, tokenizer, default_pool("demo"), settings=SelectionSettings(cache=cache, examples="ignore"))
+    own = LoGo(model, tokenizer, default_pool("demo"), settings=SelectionSettings(cache=cache))
     calibration = own.calibrate()
     assert calibration is not None and calibration.listened == 0
     assert found[0] == pytest.approx(list(own.select(rows[0]).scores.values()), rel=1e-4)
@@ -117,7 +117,7 @@ def test_adapters_of_any_rank_on_any_layers(engines: Engines, tmp_path: Path, ro
     ]
     for i, names in enumerate(targets):
         write_adapter(pool / f"t{i}", model, names, rank=2 * i + 1, seed=i)
-    logo = LoGo(model, tokenizer, AdapterPool.from_directory(pool), settings=SelectionSettings(examples="ignore"))
+    logo = LoGo(model, tokenizer, AdapterPool.from_directory(pool))
     wanted = [{}, *({name: 1.0} for name in logo.names), *mixtures(logo.names, 11, 3)]
     flags = {"max_loras": 4, "max_lora_rank": 8 if mode == "gate" else 16}
     found = engines.run(

@@ -62,7 +62,7 @@ def pool(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def local(base: Path, pool: Path) -> LoGo:
-    return LoGo.from_pretrained(str(base), pool, device="cpu", k=4, examples="ignore")
+    return LoGo.from_pretrained(str(base), pool, device="cpu", k=4)
 
 
 @pytest.fixture(scope="module", params=["gate", "merge"])
@@ -467,7 +467,7 @@ def test_the_demo_opens_with_its_own_pool_and_number_of_adapters() -> None:
     made: Any = LoGo.from_pretrained("demo", engine="vllm", model_kwargs={"enforce_eager": True})
     try:
         assert (made.k, made.settings.k, len(made.names)) == (3, None, 16)
-        local = LoGo.from_pretrained("demo", device="cpu", examples="ignore")
+        local = LoGo.from_pretrained("demo", device="cpu")
         for signal in ("calibrated", "arrow"):
             found, expected = (engine.select("What is 7 plus 5?", signal=signal) for engine in (made, local))
             same_selection(found, expected)

@@ -19,7 +19,7 @@ from tolerances import PATIENCE, same_scores, same_weights
 pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
 
 # Inside vLLM examples are not used yet.
-DEMO = ("--base-model", "demo", "--gpu", "-1", "--examples", "ignore")
+DEMO = ("--base-model", "demo", "--gpu", "-1")
 INSIDE = ("--engine", "vllm", "--vllm-options", json.dumps({"enforce_eager": True}))
 FILES = ("eval_results", "predictions", "selected_loras")
 

@@ -21,7 +21,6 @@ from vllm_server import ASSETS
 from logo import LoGo
 from logo.models import load_base
 from logo.pools import default_pool
-from logo.selection.settings import SelectionSettings
 
 DTYPE, TOLERANCE = "bfloat16", 0.01  # of the largest score
 GROUP = 32  # columns of a weight that share a scale
@@ -74,7 +73,6 @@ def test_a_quantised_base_model(mode: str, engines: Engines, tmp_path: Path, row
     logo = LoGo(
         *load_base(str(plain), device="cpu", dtype="float32"),
         default_pool("demo"),
-        settings=SelectionSettings(examples="ignore"),
     )
     count = 32
     wanted = [m if i % 8 else {} for i, m in enumerate(mixtures(logo.names, count))]

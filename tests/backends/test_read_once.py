@@ -37,7 +37,7 @@ SLOTS = {"max_loras": 16, "max_lora_rank": 8}
 
 @pytest.fixture(scope="module")
 def local() -> LoGo:
-    return LoGo.from_pretrained("demo", device="cpu", k=4, examples="ignore", activation=f"last:{LAST}")
+    return LoGo.from_pretrained("demo", device="cpu", k=4, activation=f"last:{LAST}")
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_the_server_counts_what_is_not_invoked_and_what_is_gone(
         if number % 4:
             edit_config(config.parent, alora_invocation_tokens=invoking)
     (tmp_path / "pool" / "pool.json").write_text(json.dumps({"activation": "last:4"}))
-    library = LoGo.from_pretrained("demo", tmp_path / "pool", device="cpu", k=4, examples="ignore")
+    library = LoGo.from_pretrained("demo", tmp_path / "pool", device="cpu", k=4)
     plain = [[token for token in row if token not in invoking] for row in texts(local, 8, 190)]
     prompts = [[*row[:-2], *invoking, *row[-2:]] if i % 2 else row for i, row in enumerate(plain)]
     with pytest.warns(UserWarning, match="lacks its invocation tokens"):

@@ -64,7 +64,7 @@ def test_plain_vllm_answers_with_pools_that_were_trained_or_pruned_and_converted
     assert done.returncode == 0, done.stderr[-3000:]
     [answers] = [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("answers ")]
     for pool in (half, made):
-        logo = LoGo.from_pretrained("demo", pool, device="cpu", dtype="float32", examples="ignore")
+        logo = LoGo.from_pretrained("demo", pool, device="cpu", dtype="float32")
         for folder in (one for one in folders if one.parent == pool):
             ours = logo.generate(rows[:24], adapters={folder.name: 1.0}, max_new_tokens=12)
             assert answers[str(folder)] == [list(one.token_ids) for one in ours]

@@ -58,7 +58,7 @@ class CalibrationCache:
         self._adapter_keys: WeakKeyDictionary[WeightFile, str] = WeakKeyDictionary()
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
         self._whitenings: dict[str, Whitening] = {}  # those that could not be written: they are large
-        self._described: dict[str, list[Tensor]] = {}
+        self._described: dict[str, dict[int, Tensor]] = {}
 
     @classmethod
     def of(cls, model: nn.Module, texts: Texts, signal: Signal, folder: Path | None) -> CalibrationCache:
@@ -119,19 +119,19 @@ class CalibrationCache:
         if self._save(f"whitening/{module}.safetensors", save(tensors)) is None:
             self._whitenings[module] = whitening
 
-    def described(self, name: str) -> list[Tensor] | None:
-        """Descriptions of texts, one tensor per place, as they were kept under this name."""
+    def described(self, name: str) -> Mapping[int, Tensor] | None:
+        """Descriptions of texts, by the first point of each place, as they were kept under this name."""
         if name not in self._described:
             tensors = self._load(f"described/{name}.safetensors")
             if not tensors:
                 return None
-            self._described[name] = [tensors[str(place)] for place in range(len(tensors))]
+            self._described[name] = {point: tensors[str(point)] for point in sorted(map(int, tensors))}
         return self._described[name]
 
-    def keep_described(self, name: str, descriptions: Sequence[Tensor]) -> None:
+    def keep_described(self, name: str, descriptions: Mapping[int, Tensor]) -> None:
         """Keeps descriptions of texts, or their mean; the texts themselves are never kept."""
-        self._described[name] = list(descriptions)
-        tensors = {str(place): tensor.contiguous() for place, tensor in enumerate(descriptions)}
+        self._described[name] = dict(descriptions)
+        tensors = {str(point): tensor.contiguous() for point, tensor in descriptions.items()}
         self._save(f"described/{name}.safetensors", save(tensors))
 
     def keep_choice(self, adapters: Sequence[Adapter], choice: Mapping[str, Any]) -> Path | None:

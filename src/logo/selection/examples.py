@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +15,14 @@ from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Listening
 from logo.selection.points import Point
 from logo.selection.signals import Signal
-from logo.selection.signature import Signatures, Space, centred, described
+from logo.selection.signature import Signatures, Space, described
 from logo.selection.texts import Texts
 
 Rows = Sequence[Sequence[int]]
+
+# Hidden vectors of examples that are held at once, in bytes, and texts that are read together.
+_HELD_BYTES = 2**29
+_TOGETHER = 1024
 
 
 def signatures_of(
@@ -28,6 +32,7 @@ def signatures_of(
     cache: CalibrationCache,
     listening: Listening,
     encode: Callable[[Sequence[str]], list[list[int]]],
+    device_of: Callable[[Point], torch.device],
 ) -> Signatures | None:
     """The signatures of the adapters that have example prompts; None where none has.
 
@@ -35,41 +40,71 @@ def signatures_of(
         points: where prompts are read.
         signal: how they are read.
         cache: the texts of the calibration, and what is known already; means of examples are put there.
-        listening: runs the base model.
+        listening: runs the base model. Where it raises, what was read before is kept.
         encode: texts to token ids, as prompts are encoded.
+        device_of: where the descriptions at a point are compared.
     """
-    examples = [examples_of(adapter.folder) for adapter in adapters]
-    if not any(examples):
+    examples = [encode(prompts) if (prompts := examples_of(adapter.folder)) else [] for adapter in adapters]
+    known = torch.tensor([bool(rows) for rows in examples])
+    if not known.any():
         return None
     modules = [point.module for point in points]
 
     def name(rows: Rows) -> str:
-        stated = json.dumps([modules, [list(row) for row in rows]])
+        stated = json.dumps(["by point", modules, [list(row) for row in rows]])
         return hashlib.sha256(stated.encode()).hexdigest()[:24]
 
-    ordinary: Rows = cache.texts.rows
-    every: list[Rows] = [ordinary, *(encode(prompts) for prompts in examples if prompts)]
-    missing = [rows for rows in every if cache.described(name(rows)) is None]
-    if missing:
-        places = read(points, signal, [row for rows in missing for row in rows], cache.texts.bos, listening)
-        sizes = [len(rows) for rows in missing]
-        for rows, *parts in zip(missing, *(torch.split(place, sizes) for place in places), strict=True):
-            kept = parts if rows is ordinary else [part.mean(dim=0, keepdim=True) for part in parts]
-            cache.keep_described(name(rows), [part.clone() for part in kept])
-    found = [cache.described(name(rows)) or [] for rows in every]
-    spaces = [Space.of(place) for place in found[0]]
-    known = torch.tensor([bool(prompts) for prompts in examples])
-    return Signatures(spaces, list(centred(spaces, found[1:])), known)
+    ordinary = cache.described(name(cache.texts.rows))
+    if ordinary is None:
+        ordinary = read(points, signal, cache.texts, listening)
+        cache.keep_described(name(cache.texts.rows), ordinary)
+    width = sum(place.shape[-1] for place in ordinary.values())
+    every = {name(rows): rows for rows in examples if rows}
+    for part in _portions(every, _HELD_BYTES // (4 * width)):
+        missing = {key: rows for key, rows in part.items() if cache.described(key) is None}
+        if missing:
+            together = Texts([row for rows in missing.values() for row in rows], [], cache.texts.bos)
+            found = read(points, signal, together, listening)
+            first = 0
+            for key, rows in missing.items():
+                own = slice(first, first := first + len(rows))
+                cache.keep_described(key, {at: place[own].mean(dim=0, keepdim=True) for at, place in found.items()})
+    means = [cache.described(name(rows)) or {} for rows in examples if rows]
+    spaces, centres = [], []
+    for at, place in ordinary.items():
+        space = Space.of(place)
+        # The mean of what is whitened is the whitened mean.
+        centre = space(torch.cat([one[at] for one in means]))
+        device = device_of(points[at])
+        spaces.append(space.to(device))
+        centres.append(centre.to(device))
+    return Signatures(spaces, centres, known, tuple(ordinary))
 
 
-def read(
-    points: Sequence[Point], signal: Signal, rows: Sequence[Sequence[int]], bos: int | None, listening: Listening
-) -> list[Tensor]:
-    """Per place, the descriptions of these texts: (rows, 2, d), float32 on the CPU."""
+def read(points: Sequence[Point], signal: Signal, texts: Texts, listening: Listening) -> dict[int, Tensor]:
+    """The descriptions of texts, by the first point of each place: (rows, 2, d), float32 on the CPU."""
     found: dict[int, Tensor] = {}
-    for heard in listening(points, Texts(rows, [], bos), signal):
-        if id(heard.hidden) not in found:
+    seen: list[Tensor] = []  # points of a layer may read the same tensor, which is one place
+    for at, heard in enumerate(listening(points, texts, signal)):
+        if not any(heard.hidden is other for other in seen):
+            seen.append(heard.hidden)
             hidden, owners = heard.responding
             order = owners.argsort(stable=True)
-            found[id(heard.hidden)] = described(hidden[order.to(hidden.device)], owners[order], len(rows)).cpu()
-    return list(found.values())
+            found[at] = described(hidden[order.to(hidden.device)], owners[order], len(texts.rows)).cpu()
+    return found
+
+
+def _portions(every: Mapping[str, Rows], tokens: int) -> Iterator[dict[str, Rows]]:
+    """Examples in portions of so many tokens at most, or of one adapter. They do not depend on what is known already:
+    processes that read the same examples beside each other ask for the same texts."""
+    part: dict[str, Rows] = {}
+    held = count = 0
+    for key, rows in every.items():
+        size = sum(map(len, rows))
+        if part and (held + size > tokens or count + len(rows) > _TOGETHER):
+            yield part
+            part, held, count = {}, 0, 0
+        part[key] = rows
+        held, count = held + size, count + len(rows)
+    if part:
+        yield part

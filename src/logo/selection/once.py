@@ -18,7 +18,7 @@ from logo.selection.index import ScoringIndex
 from logo.selection.probe import Probe
 from logo.selection.reader import Probed
 from logo.selection.signals import Signal
-from logo.selection.signature import described, places
+from logo.selection.signature import described
 
 _numbers = itertools.count()
 
@@ -31,7 +31,8 @@ class OnceReader:
         indices: one per point of the probe.
         signal: scores hidden vectors.
         beginnings: what is known of prompts, and where it is kept.
-        describing: prompts are described, too, by tokens that are never kept: those on which adapters act.
+        describing: the points at which prompts are described, too, by their numbers; by tokens that are never kept:
+            those on which adapters act.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class OnceReader:
         indices: Sequence[ScoringIndex],
         signal: Signal,
         beginnings: Beginnings,
-        describing: bool = False,
+        describing: Sequence[int] = (),
     ) -> None:
         self._probe, self._indices, self._signal, self._beginnings = probe, indices, signal, beginnings
         self._describing = describing
@@ -92,8 +93,8 @@ class OnceReader:
         sums = [_added(value, reading.owners, len(rows)) for value in values]
         if self._probe.token == "each":
             self._note(rows, ends, known, reading, values)
-        wanted = places(reading.hidden) if self._describing else []
-        return sums, counts, [described(reading.hidden[place], reading.owners, len(rows)) for place in wanted]
+        hidden = [reading.hidden[point] for point in self._describing]
+        return sums, counts, [described(vectors, reading.owners, len(rows)) for vectors in hidden]
 
     def _note(
         self,

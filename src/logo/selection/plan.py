@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from logo.adapters.examples import examples_of
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
 from logo.adapters.pool import AdapterPool
@@ -47,7 +48,8 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
 
     Raises:
         UsageError, ModelError: a point that does not exist, or that cannot be read as asked.
-        PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`.
+        PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`; or no examples,
+            where the signal looks at nothing else.
     """
     settings = told(settings, pool)
     signal, wanted = settings.reading, settings.probe_points
@@ -70,6 +72,11 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
         usual = 0 if settings.activations else MOST_POINTS
         all_points, most = False, (wanted or usual) if signal.chosen else 0
     adapters = _scorable(pool, points, settings, all_points=all_points)
+    if settings.signal == "signature" and not any(examples_of(adapter.folder) for adapter in adapters):
+        raise PoolError(
+            f"the signal 'signature' needs example prompts, and none of the {len(adapters)} adapters has any: give "
+            "them some (logo pool examples NAME FILE), or use the signal 'calibrated'"
+        )
     if signal.input == "residual":
         _check_widths(model, points)
     return Plan(points, most, adapters)

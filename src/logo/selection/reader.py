@@ -14,7 +14,7 @@ from logo.selection.index import ScoringIndex
 from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cache_of, cut
 from logo.selection.probe import Probe
 from logo.selection.signals import Signal
-from logo.selection.signature import last, places
+from logo.selection.signature import last
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Reader:
         signal: scores hidden vectors.
         name: of the signal.
         prefixes: what is known of prompts that begin alike; None: every prompt is read whole.
-        describing: prompts are described, too.
+        describing: the points at which prompts are described, too, by their numbers.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Reader:
         signal: Signal,
         name: str,
         prefixes: Prefixes | None,
-        describing: bool = False,
+        describing: Sequence[int] = (),
     ) -> None:
         self._probe = probe
         self._indices = indices
@@ -81,7 +81,7 @@ class Reader:
         start = len(known) * BLOCK
         hidden = self._probe(input_ids[:, start:], attention_mask, cache)
         values = [self._signal(index, vectors) for index, vectors in zip(self._indices, hidden, strict=True)]
-        described = [hidden[place] for place in places(hidden)] if self._describing else []
+        described = [hidden[point] for point in self._describing]
         values += described  # their means are taken likewise
         sums: list[Tensor] = []
         counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)

@@ -98,7 +98,10 @@ class Scorer:
             descriptions: of the prompts, where the pool has signatures; see `logo.selection.signature`. Without them,
                 responses alone score.
         """
-        scores = self._of_responses(per_point)
+        return self.with_examples(self._of_responses(per_point), descriptions)
+
+    def with_examples(self, scores: Tensor, descriptions: Sequence[Tensor]) -> Tensor:
+        """Scores of responses (rows, adapters), with what example prompts say of descriptions; see `scores`."""
         if self.signatures is None or not descriptions:
             return scores
         similar = GAIN * self.signatures.similarities(descriptions, scores)

@@ -5,8 +5,7 @@ plan -> calibrate (cached) -> index (cached) -> first stage (cached, where there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +14,11 @@ from torch import nn
 from logo.adapters.format import Adapter
 from logo.adapters.pool import AdapterPool
 from logo.cache import cache_folder
-from logo.errors import PoolError, UsageError
+from logo.errors import UsageError
 from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
-from logo.selection.calibration import Listening, calibrate, read_texts, whitenings
+from logo.selection.calibration import Heard, Listening, calibrate, read_texts, whitenings
 from logo.selection.drift import Drift
 from logo.selection.examples import signatures_of
 from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages
@@ -88,6 +87,7 @@ class Scorers:
         self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
         self._model, self._settings, self._encode, self._bos = model, settings, encode, bos
         self._known: dict[str, Scorer] = {}  # by signal
+        self._caches: dict[str, CalibrationCache] = {}  # likewise; what is known before an opening can end stays known
         self._earlier: dict[str, Scorer] = {} if before is None else before._earlier | before._known
         self._keep = before is None
         self._prefixes, budget = None, int(settings.prefix_cache_gb * 1e9)
@@ -116,18 +116,21 @@ class Scorers:
         model, earlier = self._model, self._earlier.get(settings.signal)
         planned = self._plan if settings.signal == self._settings.signal else plan(model, self._pool, settings)
         adapters, points = planned.adapters, planned.points
-        cache = self._cache(settings) if earlier is None else earlier.cache
+        cache = self._cache(settings)
         folder = cache_folder(settings.cache) if self._keep else None
         name = None if folder is None else index_name(adapters, points, planned.most, cache, model)
         found = None if folder is None or name is None else load_index(folder / name, adapters, points, model, cache)
+        calibration, whitened = None, dict[str, Whitening]()
         if found is not None:
-            indices, calibration = list(found[0]), found[1]
+            calibration, points = found[1], tuple(index.point for index in found[0])
+        elif cache is not None:
+            calibration = calibrate(model, adapters, points, planned.most, settings, cache, self._listening)
+            points = calibration.points
+            whitened = whitenings(model, points, settings, cache, self._listening)
+        signatures = self._signatures(settings, adapters, points, cache)
+        if found is not None:
+            indices = list(found[0])
         else:
-            calibration, whitened = None, dict[str, Whitening]()
-            if cache is not None:
-                calibration = calibrate(model, adapters, points, planned.most, settings, cache, self._listening)
-                points = calibration.points
-                whitened = whitenings(model, points, settings, cache, self._listening)
             wanted = self._wanted(adapters, points, whitened, () if earlier is None else earlier.indices)
             built = None
             if folder is not None and name is not None and bytes_of(wanted) > index_file.MAPPED:
@@ -136,21 +139,20 @@ class Scorers:
             indices = read_indices(wanted, tell) if built is None else list(built[0])
             if folder is not None and name is not None and built is None:
                 keep_index(folder, name, adapters, indices, calibration, cache)
-        signal = settings.reading
-        signatures = self._signatures(settings, adapters, [index.point for index in indices], cache)
-        read = [index.point for index in indices]
-        probe = Probe(model, read, signal.input, signal.token, self._bos, signal.activations, whole=self.read_once)
+        signal, alone = settings.reading, settings.signal == "signature"
+        probe = Probe(model, points, signal.input, signal.token, self._bos, signal.activations, whole=self.read_once)
+        describing = () if signatures is None else signatures.points
         if settings.index == "two-stage":
             first = self._first_stages(settings, adapters, indices, cache, folder, name)
-            exact = Reader(probe, indices, signal, settings.signal, None)
-            left = settings.index_left
-            return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left)
+            exact = Reader(probe, indices, signal, settings.signal, None, describing)
+            left, examples = settings.index_left, (signatures, alone)
+            return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left, *examples)
         reader: Reader | OnceReader
         if self.read_once and self._beginnings is not None:
-            reader = OnceReader(probe, indices, signal, self._beginnings, signatures is not None)
+            reader = OnceReader(probe, indices, signal, self._beginnings, describing)
         else:
-            reader = Reader(probe, indices, signal, settings.signal, self._prefixes, signatures is not None)
-        drift, alone = None, settings.signal == "signature"
+            reader = Reader(probe, indices, signal, settings.signal, self._prefixes, describing)
+        drift = None
         if settings.baseline == "running":
             drift = Drift()
             if earlier is not None and earlier.drift is not None:  # a pool that has changed
@@ -166,20 +168,24 @@ class Scorers:
         cache: CalibrationCache | None,
     ) -> Signatures | None:
         """Those of the adapters with example prompts; None where there are none, or where they are not used."""
-        usable = settings.index == "exact" and not (self.read_once and settings.reading.token == "each")
-        if self._listening is not None and settings.signal == "signature":
-            raise UsageError("signal 'signature': inside vLLM prompts are not described yet; use 'calibrated'")
-        if cache is None or settings.reading.scale != "whitened" or settings.examples == "ignore" or not usable:
+        signal = settings.reading
+        if cache is None or signal.scale != "whitened" or settings.examples == "ignore":
             return None
+        # A model that runs elsewhere has read such prompts once, too.
+        once = self.read_once or (self._listening is not None and bool(self._activations))
+        if once and signal.token == "each":
+            if settings.signal == "signature":
+                raise UsageError(
+                    "probe_token 'each': the signal 'signature' describes prompts by the tokens on which the adapters "
+                    "of this pool act; leave it out"
+                )
+            return None
+        return signatures_of(adapters, points, signal, cache, self._listen, self._texts, self._device_at)
+
+    def _listen(self, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[Heard]:
         if self._listening is not None:
-            return None
-        found = signatures_of(adapters, points, settings.reading, cache, partial(read_texts, self._model), self._texts)
-        if found is None and settings.signal == "signature":
-            raise PoolError(
-                f"the signal 'signature' needs example prompts, and none of the {len(adapters)} adapters has any: give "
-                "them some (logo pool examples NAME FILE), or use the signal 'calibrated'"
-            )
-        return found
+            return self._listening(points, texts, signal)
+        return read_texts(self._model, points, texts, signal)
 
     def _first_stages(
         self,
@@ -208,14 +214,24 @@ class Scorers:
             keep_first_stages(folder, kept, made)
         return made
 
+    def texts(self, settings: SelectionSettings) -> Texts | None:
+        """What the adapters are calibrated on for a signal; None for signals without a calibration."""
+        cache = self._cache(settings)
+        return None if cache is None else cache.texts
+
     def _cache(self, settings: SelectionSettings) -> CalibrationCache | None:
         """Where calibrations of this signal are kept; None for signals without one."""
         signal = settings.reading
         if signal.scale == "raw":
             return None
-        requests = self._texts(settings.calibration_prompts or REQUESTS) if signal.chosen else []
-        texts = Texts(self._texts(NEUTRAL), requests, self._bos)
-        return CalibrationCache.of(self._model, texts, signal, cache_folder(settings.cache))
+        if settings.signal in self._earlier:
+            return self._earlier[settings.signal].cache
+        if settings.signal not in self._caches:
+            requests = self._texts(settings.calibration_prompts or REQUESTS) if signal.chosen else []
+            texts = Texts(self._texts(NEUTRAL), requests, self._bos)
+            folder = cache_folder(settings.cache)
+            self._caches[settings.signal] = CalibrationCache.of(self._model, texts, signal, folder)
+        return self._caches[settings.signal]
 
     def _texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Texts as prompts that invoke the adapters, where these wait for that."""
@@ -235,10 +251,14 @@ class Scorers:
         wanted = []
         for point in points:
             touching = [adapter for adapter in adapters if point.module in adapter.modules]
-            device, whitening = self._device or device_of(self._model, point), whitened.get(point.module)
+            whitening = whitened.get(point.module)
             before = held.get((point, whitening is None))
-            wanted.append(Wanted(touching, point, device, whitening, before))
+            wanted.append(Wanted(touching, point, self._device_at(point), whitening, before))
         return wanted
+
+    def _device_at(self, point: Point) -> torch.device:
+        """Where scores at a point are computed."""
+        return self._device or device_of(self._model, point)
 
     def restart(self) -> None:
         """Forgets what a running baseline has learnt from the prompts that came."""

@@ -17,7 +17,7 @@ and the score of every adapter is `r_i + GAIN s_i`. The constants were chosen on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +36,6 @@ _SLOPE = 0.35
 _USUAL, _USUAL_WEIGHT = 0.35, 4
 
 MEAN, LAST = 0, 1
-
-
-def places(hidden: Sequence[Tensor]) -> list[int]:
-    """Of hidden vectors at points, those that are no other point's: points of a layer may read the same tensor."""
-    seen: dict[int, int] = {}
-    for i, tensor in enumerate(hidden):
-        seen.setdefault(id(tensor), i)
-    return list(seen.values())
 
 
 def described(hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
@@ -74,9 +66,13 @@ class Space:
         return cls((Whitening.of(descriptions[:, MEAN]), Whitening.of(descriptions[:, LAST])))
 
     def __call__(self, descriptions: Tensor) -> Tensor:
-        """Whitened: (rows, 2, d), float32 on the CPU."""
-        parts = [w.fold(descriptions[:, i].float().cpu() - w.mean) for i, w in enumerate(self.whitenings)]
-        return torch.stack(parts, dim=1)
+        """Whitened: (rows, 2, d) float32, where the whitenings are."""
+        given = descriptions.to(self.whitenings[MEAN].mean.device, torch.float32)
+        return torch.stack([w.fold(given[:, i] - w.mean) for i, w in enumerate(self.whitenings)], dim=1)
+
+    def to(self, device: torch.device) -> Space:
+        """The same on another device."""
+        return Space((self.whitenings[MEAN].to(device), self.whitenings[LAST].to(device)))
 
 
 class Signatures:
@@ -84,21 +80,33 @@ class Signatures:
 
     Args:
         spaces: one per place.
-        centres: per place, the mean whitened description of each adapter's examples: (adapters with examples, 2, d).
+        centres: per place, the mean whitened description of each adapter's examples: (adapters with examples, 2, d),
+            where the place's space is.
         known: (adapters,) bool: those that have examples, in pool order.
+        points: per place, the number of the first point that is read there; None: every point is a place.
+
+    Attributes:
+        known, points: the same.
     """
 
-    def __init__(self, spaces: Sequence[Space], centres: Sequence[Tensor], known: Tensor) -> None:
+    def __init__(
+        self,
+        spaces: Sequence[Space],
+        centres: Sequence[Tensor],
+        known: Tensor,
+        points: Sequence[int] | None = None,
+    ) -> None:
         self._spaces, self.known = tuple(spaces), known
+        self.points = tuple(range(len(spaces)) if points is None else points)
         self._centres = [normalize(centre, dim=2) for centre in centres]
 
     def __call__(self, descriptions: Sequence[Tensor]) -> Tensor:
-        """`s`: (rows, adapters with examples) of descriptions (rows, 2, d) per place."""
-        total = torch.zeros(len(descriptions[0]), int(self.known.sum()))
+        """`s`: (rows, adapters with examples) on the CPU, of descriptions (rows, 2, d) per place."""
+        total = self._centres[0].new_zeros(len(descriptions[0]), int(self.known.sum()))
         for space, centres, one in zip(self._spaces, self._centres, descriptions, strict=True):
             cosines = torch.einsum("rkd,akd->kra", normalize(space(one), dim=2), centres)
-            total += cosines[MEAN] + _LAST * cosines[LAST]
-        return total / len(self._spaces)
+            total += (cosines[MEAN] + _LAST * cosines[LAST]).to(total.device)
+        return total.cpu() / len(self._spaces)
 
     def similarities(self, descriptions: Sequence[Tensor], responses: Tensor) -> Tensor:
         """(rows, adapters): `s` of all, of which those without examples are estimated from the responses' scores.
@@ -116,14 +124,3 @@ class Signatures:
         every = usual[:, None] + _SLOPE * (responses - level[:, None])
         every[:, self.known] = found
         return every
-
-
-def centred(spaces: Sequence[Space], examples: Iterable[Sequence[Tensor]]) -> Iterator[Tensor]:
-    """Per place, the mean whitened description of each adapter's examples: (adapters, 2, d).
-
-    Args:
-        examples: of each adapter, per place (examples, 2, d).
-    """
-    given = list(examples)
-    for place, space in enumerate(spaces):
-        yield torch.stack([space(one[place]).mean(dim=0) for one in given])

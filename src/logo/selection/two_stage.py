@@ -24,6 +24,7 @@ from logo.selection.probe import Probe
 from logo.selection.reader import Reader
 from logo.selection.scorer import NOT_SCORED, Best, Scorer
 from logo.selection.signals import Signal
+from logo.selection.signature import Signatures, described
 
 # Scores that a weighting looks at, however few adapters are wanted (`logo.selection.selector.adaptive_temperature`).
 _LOOKED_AT = 6
@@ -91,6 +92,8 @@ class TwoStageScorer(Scorer):
         signal: of norms.
         first: parallel to `indices`.
         left: adapters that estimates leave; None: as many as suit k.
+        signatures, alone: as those of `Scorer`. They are added to estimates as to scores, so that no adapter is left
+            out whose examples speak for it; adapters without examples are compared with the estimates of all.
     """
 
     def __init__(
@@ -104,8 +107,10 @@ class TwoStageScorer(Scorer):
         calibration: Calibration | None = None,
         cache: CalibrationCache | None = None,
         left: int | None = None,
+        signatures: Signatures | None = None,
+        alone: bool = False,
     ) -> None:
-        super().__init__(adapters, indices, reader, calibration, cache)
+        super().__init__(adapters, indices, reader, calibration, cache, signatures=signatures, alone=alone)
         self.first = first
         self._probe, self._signal, self._left = probe, signal, left
         self._estimated: Baseline | None = None
@@ -135,8 +140,11 @@ class TwoStageScorer(Scorer):
             return scores
         if self._estimated is not None:
             left = max(_FEWEST_LEFT, _LEFT_EACH * k) if self._left is None else max(self._left, k)
-            chosen = _highest(self._estimate(hidden), eligible, left)
-            scores[chosen] = self.exact(hidden, chosen)
+            estimates = self._estimate(hidden)
+            descriptions = self._descriptions(hidden)
+            chosen = _highest(self.with_examples(estimates[None], descriptions)[0], eligible, left)
+            estimates[chosen] = self.exact(hidden, chosen)
+            scores[chosen] = self.with_examples(estimates[None], descriptions)[0, chosen]
             return scores
         low, high = self._bounds(hidden)
         # The best by their upper bounds first: the k-th best of them is a threshold that only those can pass whose
@@ -152,7 +160,7 @@ class TwoStageScorer(Scorer):
         return scores
 
     def exact(self, hidden: Sequence[Tensor], which: Tensor) -> Tensor:
-        """The scores of these adapters (n,), ascending positions in the pool, as one stage computes them."""
+        """What responses score these adapters (n,), ascending positions in the pool, as one stage computes it."""
         responses = torch.full((len(which), len(self.points), 1), torch.nan)
         for at, (index, vectors) in enumerate(zip(self.indices, hidden, strict=True)):
             heard = self._touched[which, at]
@@ -165,7 +173,7 @@ class TwoStageScorer(Scorer):
         return self._baseline.part(which).scores(responses)[0]
 
     def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
-        """(adapters,): what the scores seem to be."""
+        """(adapters,): what responses seem to score."""
         assert self._estimated is not None
         responses = torch.full((*self._touched.shape, 1), torch.nan)
         for at, (first, vectors) in enumerate(zip(self.first.parts, hidden, strict=True)):
@@ -173,6 +181,13 @@ class TwoStageScorer(Scorer):
             means = first.estimates(some, torch.zeros(len(some), dtype=torch.int64), 1)
             responses[self._touched[:, at], at] = finished(means, self._signal.scale).T
         return self._estimated.scores(responses)[0]
+
+    def _descriptions(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """The prompt's description at each place, where the pool has signatures."""
+        if self.signatures is None:
+            return []
+        read = [hidden[point] for point in self.signatures.points]
+        return [described(vectors, torch.zeros(len(vectors), dtype=torch.int64), 1) for vectors in read]
 
     def _bounds(self, hidden: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(adapters,) each: the lowest and the highest that the scores can be."""

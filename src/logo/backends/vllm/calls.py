@@ -22,10 +22,10 @@ def _of(worker: Any) -> Worker:
 
 
 def _told(own: Worker, process: str) -> dict[str, Any]:
-    """`described` of the pool there is, for a process that has not opened it: with the folder of each adapter, the
-    adapters that each signal scores, and those that have left, which this process may still use."""
+    """`described` of the pool there is, for a process that has not opened it: with the folder of each adapter, what
+    each signal scores, and those that have left, which this process may still use."""
     assert own.scoring is not None
-    more = {"adapters": own.pool.places, "scored": own.scoring.names, "left": own.processes.held(process)}
+    more = {"adapters": own.pool.places, "scored": own.scoring.scored, "left": own.processes.held(process)}
     return {**described(own.pool, own.mode, own.reason), **more}
 
 
@@ -58,9 +58,9 @@ def logo_signal(worker: Any, signal: str) -> dict[str, Any]:
     return _of(worker).open_signal(signal, None)
 
 
-def logo_calibrate(worker: Any, signal: str, keys: list[str]) -> dict[str, Any]:
+def logo_calibrate(worker: Any, signal: str, texts: list[list[int]], keys: list[str]) -> dict[str, Any]:
     """See `Scoring.calibrate`: likewise."""
-    return _of(worker).open_signal(signal, keys)
+    return _of(worker).open_signal(signal, (texts, keys))
 
 
 def logo_commit(worker: Any, process: str = "") -> None:

@@ -95,18 +95,19 @@ class Core:
         self.mode, self.reason = described[0]["mode"], described[0]["reason"]
         return pool
 
-    def commit(self, pool: KeyedPool, scored: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    def commit(self, pool: KeyedPool, scored: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
         """Makes it the pool that requests select from.
 
         Args:
-            scored: the adapters that each signal scores.
+            scored: what each signal scores, see `logo.backends.vllm.scoring.Scoring.open`.
 
         Returns:
             keys of adapters that have left it; answers with them may still be on their way.
         """
         left = set(self.pool.keys.values()) - set(pool.keys.values())
-        self.pool, self._scored = pool, {signal: tuple(names) for signal, names in scored.items()}
-        self.choosing = Choosing(pool.adapters, self.options.settings)
+        self.pool, self._scored = pool, {signal: tuple(told["names"]) for signal, told in scored.items()}
+        described = [signal for signal, told in scored.items() if told["described"]]
+        self.choosing = Choosing(pool.adapters, self.options.settings, described)
         return tuple(left)
 
     def answering(self, keys: Iterable[str]) -> bool:
@@ -209,6 +210,11 @@ def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
         if "error" in answer:
             raise WorkerError(str(answer["error"]))
     return [answer["value"] for answer in answers]
+
+
+def texts_of(opened: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The texts that have to be run next, from what each worker says of a signal; none where all of them are ready."""
+    return next((one["texts"] for one in opened if one["texts"]), [])
 
 
 def scores_of(found: Any, digest: str | None = None) -> list[float] | None:

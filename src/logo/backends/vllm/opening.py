@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,6 @@ def open_engine(
     from logo.backends.vllm.options import Options
     from logo.backends.vllm.skeleton import skeleton
 
-    settings = replace(settings, examples="ignore")  # which are not used inside vLLM yet; a run's identity says so
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     computed = checked_dtype(dtype, _own_dtype(source))
     place, opened = _opened(pool, base_model, model_dir, on_bad_adapter, settings)

@@ -1,5 +1,5 @@
-"""`Prefixes`: sums of adapter responses over prefixes of prompts, so that a prefix whose keys and values are in vLLM's
-cache need not be read again to be scored.
+"""`Prefixes`: sums of adapter responses, and of hidden vectors, over prefixes of prompts, so that a prefix whose keys
+and values are in vLLM's cache need not be read again to be scored.
 
 The model never sees the tokens of a cached prefix, so their responses have to come from the prompt that was first read
 with them. A prefix is known here by the digest of its tokens rather than by the blocks that hold it: the same tokens

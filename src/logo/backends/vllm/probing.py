@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.core import new_key, scores_of
+from logo.backends.vllm.core import new_key, scores_of, texts_of
 from logo.backends.vllm.marks import marking
 from logo.backends.vllm.requests import Requests
 from logo.errors import ModelError
 from logo.prompts import Prompt
 from logo.selecting import Asked, Selecting
 from logo.selection import Selection
+from logo.selection.confidence import EXAMPLES, Evidence
 from logo.selection.plan import plan
 from logo.selection.settings import SelectionSettings
 
@@ -47,8 +48,8 @@ class InWorkers(Selecting):
         self._opened: dict[str, dict[str, Any]] = {}  # what the workers have said of each signal
 
     def open(self, settings: SelectionSettings) -> dict[str, Any]:
-        """What is scored by the signal of these settings, and where: `names` and `points`. The pool is calibrated for
-        it, if it was not yet.
+        """What is scored by the signal of these settings, and where, see `Scoring.open`. The pool is calibrated for it,
+        if it was not yet.
 
         Raises:
             LoGoError: it cannot score this pool.
@@ -56,11 +57,11 @@ class InWorkers(Selecting):
         signal = settings.signal
         if signal not in self._opened:
             plan(self._model, self.pool, settings)  # refuses here, in the same words, what workers refuse
-            opened: dict[str, Any] = self._call("logo_signal", signal)[0]
-            if opened["texts"]:
-                keys = self._run([(text, "") for text in opened["texts"]])
-                opened = self._call("logo_calibrate", signal, keys)[0]
-            self._opened[signal] = opened
+            opened = self._call("logo_signal", signal)
+            while texts := texts_of(opened):
+                keys = self._run([(text, "") for text in texts])
+                opened = self._call("logo_calibrate", signal, texts, keys)
+            self._opened[signal] = opened[0]
         return self._opened[signal]
 
     def __call__(
@@ -69,6 +70,10 @@ class InWorkers(Selecting):
         names = [self.open(one.settings)["names"] for one in asked]
         found = self._scores([(row.probed, one.settings.signal) for row, one in zip(rows, asked, strict=True)])
         return [self.choose(torch.tensor(row), who, one) for row, who, one in zip(found, names, asked, strict=True)]
+
+    def evidence(self, settings: SelectionSettings) -> Evidence | None:
+        """See `Choosing`; the workers know example prompts."""
+        return EXAMPLES if self.open(settings)["described"] else super().evidence(settings)
 
     def restart(self) -> None:
         """Nothing: no prompt depends on those before."""

@@ -1,9 +1,10 @@
 """`Scoring`: the scorers of one state of a pool, in a worker that cannot run its model by itself.
 
-A calibration needs texts to be run, and only the router can have them run. So a signal is opened in two steps: the
-first says which texts are needed, and the second finds what the taps have kept of them.
+A calibration needs texts to be run, and only the router can have them run. So a signal is opened in steps: each says
+which texts are needed next, and the one after it finds what the taps have kept of them. First come the texts of the
+calibration, then example prompts of adapters, if they have some.
 
-    open(signal) -> texts, often none -> (the router has them run) -> calibrate(signal, keys) -> ready
+    open(signal) -> texts, often none -> (the router has them run) -> calibrate(signal, texts, keys) -> texts, or ready
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
+from logo.backends.vllm.kept import Kept
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.taps import Taps
 from logo.decoding import Prompts
@@ -31,7 +33,16 @@ from logo.selection.texts import Texts
 
 
 class _TextsNeeded(Exception):
-    """A calibration that is not in the cache: texts have to be run first."""
+    """What is not in the cache: texts have to be run first.
+
+    Attributes:
+        points: where they are read.
+        texts: these.
+    """
+
+    def __init__(self, points: Sequence[Point], texts: Texts) -> None:
+        super().__init__()
+        self.points, self.texts = tuple(points), texts
 
 
 class Scoring:
@@ -58,7 +69,8 @@ class Scoring:
         before: Scoring | None = None,
     ) -> None:
         self._skeleton, self._pool, self._options, self._taps = skeleton, pool, options, taps
-        self._kept: Any = None  # hidden vectors of the texts of the calibration at hand
+        # Hidden vectors of the texts of the step at hand, and the keys of these texts.
+        self._kept: tuple[Kept, dict[tuple[int, ...], str]] | None = None
         self._ready: dict[str, Scorer] = {}
         self._scorers: Scorers = Scorers(
             skeleton,
@@ -76,21 +88,25 @@ class Scoring:
 
         Returns:
             `texts`: those that have to be run first, as token ids, for `calibrate`: often none; `names`: the adapters
-            that are scored; `points`: where prompts are read.
+            that are scored; `points`: where prompts are read; `described`: whether example prompts count, too.
         """
         settings = self._settings(signal)
         try:
             scorer = self._scorers.get(settings)
         except _TextsNeeded as needed:
-            self._taps.listen(plan(self._skeleton, self._pool, settings).points, settings.reading)
-            return {"texts": list(needed.args[0]), "names": [], "points": []}
+            # A calibration asks for its candidates in groups, of which none is kept before the last one was heard.
+            whole = needed.texts is self._scorers.texts(settings)
+            points = plan(self._skeleton, self._pool, settings).points if whole else needed.points
+            self._taps.listen(points, settings.reading)
+            return {"texts": [list(row) for row in needed.texts.rows], **_told(None)}
         finally:
             self._kept = None
         self._ready[signal] = scorer
-        return {"texts": [], "names": list(scorer.names), "points": [point.name for point in scorer.points]}
+        return {"texts": [], **_told(scorer)}
 
-    def calibrate(self, signal: str, keys: Sequence[str]) -> dict[str, Any]:
-        """`open` after its texts were run under these keys.
+    def calibrate(self, signal: str, texts: Sequence[Sequence[int]], keys: Sequence[str]) -> dict[str, Any]:
+        """`open` after texts that it has asked for were run under these keys. Where another worker has asked for them,
+        and this one needs none, they are forgotten.
 
         Raises:
             ModelError: one of them was not read whole.
@@ -98,13 +114,14 @@ class Scoring:
         failed = self._taps.failed(keys)
         if failed:
             raise ModelError(f"calibration text {next(iter(failed))}: {next(iter(failed.values()))}")
-        self._kept = self._taps.kept_vectors(keys)
+        kept = self._taps.kept()
+        self._kept = None if kept is None else (kept, dict(zip(map(tuple, texts), keys, strict=True)))
         return self.open(signal)
 
     @property
-    def names(self) -> dict[str, list[str]]:
-        """The adapters that each signal scores."""
-        return {signal: list(scorer.names) for signal, scorer in self._ready.items()}
+    def scored(self) -> dict[str, dict[str, Any]]:
+        """What each signal scores, as `open` says it."""
+        return {signal: _told(scorer) for signal, scorer in self._ready.items()}
 
     def install(self) -> None:
         """Scores by this state from now on."""
@@ -115,10 +132,20 @@ class Scoring:
         return told(self._options.settings.asked(signal=signal), self._pool)
 
     def _listening(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
-        if self._kept is None:
-            raise _TextsNeeded([list(row) for row in texts.rows])
+        kept, keys = self._kept or (None, {})
+        rows = [tuple(row) for row in texts.rows]
+        if kept is None or not kept.has(points) or any(row not in keys for row in rows):
+            raise _TextsNeeded(points, texts)
         acted = _acted(texts, signal) if signal.token == "tail" else None
-        return (replace(heard, acted=acted) for heard in self._kept(points))
+        return (replace(heard, acted=acted) for heard in kept.heard(points, [keys[row] for row in rows]))
+
+
+def _told(scorer: Scorer | None) -> dict[str, Any]:
+    """What other processes know of a scorer; of one that is not ready, nothing."""
+    if scorer is None:
+        return {"names": [], "points": [], "described": False}
+    points = [point.name for point in scorer.points]
+    return {"names": list(scorer.names), "points": points, "described": scorer.signatures is not None}
 
 
 def _acted(texts: Texts, signal: Signal) -> Tensor:

@@ -77,7 +77,9 @@ class PromptSums:
         unread: tokens at its beginning that are not read.
         seen: how many of them have been run, or were run for another prompt.
         read: how many of them have been read.
-        by_point: per point: the summed responses (adapters,), or hidden vectors (d,) where their mean is scored.
+        by_point: per point: the summed responses (adapters,), or hidden vectors (d,) where their mean is scored; and
+            behind the points, the summed hidden vectors at each place where prompts are described.
+        last: per such place: the hidden vector of the last token that is read (d,), once it was.
         failure: why there are no scores.
         prefixes: digests of the prompt's prefixes that are whole blocks, the shortest first.
         ended: per point: the sums up to the end of every block that the step at hand has ended (blocks, n).
@@ -90,6 +92,7 @@ class PromptSums:
     seen: int = 0
     read: int = 0
     by_point: dict[int, Tensor] = field(default_factory=dict)
+    last: dict[int, Tensor] = field(default_factory=dict)
     failure: str | None = None
     prefixes: tuple[bytes, ...] = ()
     ended: dict[int, Tensor] = field(default_factory=dict)
@@ -98,7 +101,7 @@ class PromptSums:
         """Adds what a step has read.
 
         Args:
-            point: index of the point.
+            point: number of the point, or of what comes behind them.
             parts: (parts, n), the sums over the step's tokens in each block.
             blocks: how many of these blocks have ended.
         """
@@ -118,6 +121,7 @@ class Part:
         ended: the digests of the prompt's prefixes that the step ends, those of its first parts.
         blocks: how many blocks the step ends.
         unread: of how many of them no token is read.
+        last: which of the step's rows that are read is the prompt's last token; None: it is not among them.
     """
 
     key: str
@@ -126,6 +130,7 @@ class Part:
     ended: tuple[bytes, ...]
     blocks: int
     unread: int
+    last: int | None
 
 
 @dataclass(frozen=True)
@@ -161,14 +166,16 @@ class Step:
         """
         parts: list[Part] = []
         rows, owners, prompts = [], [], []
-        before = 0
+        before = row = 0
         for i, (span, sums) in enumerate(spans):
             positions = torch.arange(span.start, span.end)[span.read(token, sums.unread).start - span.start :]
             cut = block if sums.prefixes else span.total
             first, last = span.start // cut, (span.end - 1) // cut
             ended = sums.prefixes[first : span.end // cut]
             unread = max(0, sums.unread // cut - first)
-            parts.append(Part(span.key, before, before + last - first + 1, ended, span.end // cut - first, unread))
+            end, row = before + last - first + 1, row + len(positions)
+            final = row - 1 if len(positions) and span.end == span.total else None
+            parts.append(Part(span.key, before, end, ended, span.end // cut - first, unread, final))
             rows.append(positions + (span.row - span.start))
             owners.append(positions // cut - first + before)
             prompts.append(torch.full((len(positions),), i))

@@ -10,16 +10,16 @@ the model runs, since that would end the engine: what fails is kept as the answe
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from logo.backends.vllm.kept import Kept
 from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.backends.vllm.sums import PromptSums, Span, Step
 from logo.errors import NotFinite
 from logo.selection.baseline import finished
-from logo.selection.calibration import Heard
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
 from logo.selection.settings import SelectionSettings
@@ -45,8 +45,8 @@ class Taps:
         place_of: the place in vLLM's model at which a point of the base model is read, by the way it is read.
         device: where the model runs.
         block: the tokens of which vLLM's cache hands on all or none, as soon as vLLM knows it.
-        budget: bytes for sums over prefixes of prompts. One takes 16 KB with 16 points and 260 adapters; the keys and
-            values of a block of an 8B model take 2 MB.
+        budget: bytes for sums over prefixes of prompts. One takes 16 KB with 16 points and 260 adapters, and 0.25 MB
+            more where prompts of an 8B model are described at 16 places; the keys and values of a block take 2 MB.
     """
 
     def __init__(
@@ -57,17 +57,16 @@ class Taps:
         self._block = block
         self._prefixes = Prefixes(budget)
         self._scorers: dict[str, tuple[Scorer, Signal]] = {}
-        self._listening: tuple[tuple[Point, ...], Signal, dict[str, str]] | None = None
-        self._kept: dict[str, dict[str, list[Tensor]]] = {}  # text -> place -> hidden vectors of each chunk
-        self._wanted: dict[str, list[tuple[str, tuple[int, ...]]]] = {}  # place -> signals and the points read there
+        self._listening: Kept | None = None
+        # place -> signals, the points read there, and the descriptions made there, by their numbers
+        self._wanted: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
         self._prompts: OrderedDict[str, PromptSums] = OrderedDict()
         self._steps: dict[str, Step] = {}
 
     @property
     def places(self) -> frozenset[str]:
         """Where the model has to call `tap`."""
-        listened = () if self._listening is None else self._listening[2].values()
-        return frozenset(self._wanted) | frozenset(listened)
+        return frozenset(self._wanted) | (frozenset() if self._listening is None else self._listening.places)
 
     def score(self, name: str, scorer: Scorer, settings: SelectionSettings) -> None:
         """Scores prompts by this signal from now on."""
@@ -80,35 +79,21 @@ class Taps:
             places: dict[str, list[int]] = {}
             for i, point in enumerate(known.points):
                 places.setdefault(self._place_of(point, how.input), []).append(i)
+            described = _described_at(known)
             for place, points in places.items():
-                self._wanted.setdefault(place, []).append((signal, tuple(points)))
+                numbers = tuple(number for number, point in enumerate(described) if point in points)
+                self._wanted.setdefault(place, []).append((signal, tuple(points), numbers))
 
     # -- calibrating ---------------------------------------------------------------------------------------------
 
     def listen(self, points: Sequence[Point], signal: Signal) -> None:
-        """Keeps the hidden vectors of prompts without a signal at these points, until `kept_vectors` is called."""
-        places = {point.module: self._place_of(point, signal.input) for point in points}
-        self._listening, self._kept = (tuple(points), signal, places), {}
+        """Keeps the hidden vectors of prompts without a signal at these points, until `kept` is called."""
+        self._listening = Kept(signal, {point.module: self._place_of(point, signal.input) for point in points})
 
-    def kept_vectors(self, keys: Sequence[str]) -> Callable[[Sequence[Point]], Iterable[Heard]]:
-        """Ends `listen`. Returns the hidden vectors of these prompts, in the form of
-        `logo.selection.calibration.Listening`."""
-        assert self._listening is not None
-        _, signal, places = self._listening
-        kept, self._kept, self._listening = self._kept, {}, None
-
-        def read(points: Sequence[Point]) -> Iterable[Heard]:
-            joined: dict[str, Heard] = {}
-            for point in points:
-                place = places[point.module]
-                if place not in joined:
-                    parts = [torch.cat(kept[key][place]) for key in keys]
-                    parts = [_read_of(part, signal) for part in parts]
-                    counts = torch.tensor([len(part) for part in parts])
-                    joined[place] = Heard(torch.cat(parts), torch.arange(len(parts)).repeat_interleave(counts))
-                yield joined[place]
-
-        return read
+    def kept(self) -> Kept | None:
+        """Ends `listen`. Returns what was kept; None where nothing was listened for."""
+        kept, self._listening = self._listening, None
+        return kept
 
     # -- while the model runs ------------------------------------------------------------------------------------
 
@@ -119,7 +104,8 @@ class Taps:
             sums = self._prompts.get(span.key)
             if sums is None or sums.seen != span.start:  # a new one, or one that was put back
                 sums = self._prompts[span.key] = self._begun(span)
-                self._kept.pop(span.key, None)
+                if self._listening is not None:
+                    self._listening.forget(span.key)
             if span.signal and span.signal not in self._scorers:
                 sums.failure = f"nothing is scored by the signal {span.signal!r} here"
             elif span.signal and sums.scorer is not self._scorers[span.signal][0]:
@@ -144,7 +130,7 @@ class Taps:
     def _how(self, signal: str) -> Signal | None:
         """How a signal reads; without a name, how the texts of a calibration are read."""
         if not signal and self._listening is not None:
-            return self._listening[1]
+            return self._listening.signal
         return self._scorers[signal][1] if signal in self._scorers else None
 
     def _begun(self, span: Span) -> PromptSums:
@@ -190,18 +176,18 @@ class Taps:
         """Whether anything is read there in this step."""
         if not self._steps:
             return False
-        return any(signal in self._steps for signal, _ in self._wanted.get(place, ())) or (
-            "" in self._steps and self._listening is not None and place in self._listening[2].values()
+        return any(signal in self._steps for signal, *_ in self._wanted.get(place, ())) or (
+            "" in self._steps and self._listening is not None and place in self._listening.places
         )
 
     def tap(self, place: str, entering: Tensor, gather: Gather | None = None) -> None:
         """Called with what enters a place: (rows, d), or a part of it for each rank."""
         try:
-            if "" in self._steps and self._listening is not None and place in self._listening[2].values():
-                self._keep(place, self._steps[""], entering, gather)
-            for signal, points in self._wanted.get(place, ()):
+            if "" in self._steps and self._listening is not None and place in self._listening.places:
+                self._keep(self._listening, place, self._steps[""], entering, gather)
+            for signal, points, described in self._wanted.get(place, ()):
                 if signal in self._steps:
-                    self._add(signal, points, self._steps[signal], entering, gather)
+                    self._add(signal, points, described, self._steps[signal], entering, gather)
         except Exception as error:  # raising here would end the engine and every answer with it
             reason = f"{type(error).__name__}: {error}"
             for step in self._steps.values():
@@ -238,37 +224,58 @@ class Taps:
             mean = sums.by_point[i] / sums.read
             value = signal(index, mean[None]) if signal.token == "mean" else mean[None]
             per_point.append(finished(value, signal.scale))
-        scores: list[float] = scorer.scores(per_point)[0].tolist()
+        descriptions = []
+        for number in range(len(_described_at(scorer))):
+            mean = sums.by_point[len(scorer.points) + number] / sums.read
+            end = mean if signal.token == "mean" else sums.last[number]
+            descriptions.append(torch.stack([mean, end])[None])
+        scores: list[float] = scorer.scores(per_point, descriptions)[0].tolist()
         return scores
 
-    def _add(self, signal: str, points: Sequence[int], step: Step, entering: Tensor, gather: Gather | None) -> None:
+    def _add(
+        self,
+        signal: str,
+        points: Sequence[int],
+        described: Sequence[int],
+        step: Step,
+        entering: Tensor,
+        gather: Gather | None,
+    ) -> None:
         scorer, how = self._scorers[signal]
         hidden = _picked(entering, step.rows, gather)
         for i in points:
-            values = hidden if how.token == "mean" else how(scorer.indices[i], hidden)  # (n, adapters) or (n, d)
-            sums = torch.zeros(step.parts[-1].end, values.shape[1], device=values.device)
-            sums.index_add_(0, step.owners.to(values.device), values)
+            # (n, adapters) or (n, d)
+            self._add_up(step, i, hidden if how.token == "mean" else how(scorer.indices[i], hidden))
+        for number in described:
+            self._add_up(step, len(scorer.points) + number, hidden)
             for part in step.parts:
-                self._prompts[part.key].add(i, sums[part.first : part.end], part.blocks)
+                if part.last is not None:
+                    self._prompts[part.key].last[number] = hidden[part.last].clone()
 
-    def _keep(self, place: str, step: Step, entering: Tensor, gather: Gather | None) -> None:
+    def _add_up(self, step: Step, number: int, values: Tensor) -> None:
+        """Adds what the step's rows (n, m) give to the sums of this number."""
+        sums = torch.zeros(step.parts[-1].end, values.shape[1], device=values.device)
+        sums.index_add_(0, step.owners.to(values.device), values)
+        for part in step.parts:
+            self._prompts[part.key].add(number, sums[part.first : part.end], part.blocks)
+
+    def _keep(self, kept: Kept, place: str, step: Step, entering: Tensor, gather: Gather | None) -> None:
         hidden = _picked(entering, step.rows, gather).cpu()
         for prompt, key in enumerate(step.keys):
-            self._kept.setdefault(key, {}).setdefault(place, []).append(hidden[step.prompts == prompt])
+            kept.add(key, place, hidden[step.prompts == prompt])
 
     def failed(self, keys: Sequence[str]) -> Mapping[str, str]:
         """Which of these prompts cannot be used for a calibration, and why."""
         return {key: sums.failure for key in keys if (sums := self._prompts.pop(key, None)) and sums.failure}
 
 
+def _described_at(scorer: Scorer) -> tuple[int, ...]:
+    """The points at which prompts are described, by their numbers. Sums of hidden vectors there come behind those of
+    all points."""
+    return () if scorer.signatures is None else scorer.signatures.points
+
+
 def _picked(entering: Tensor, rows: Tensor, gather: Gather | None) -> Tensor:
     """(n, d) float32."""
     picked = entering.reshape(-1, entering.shape[-1]).index_select(0, rows)
     return (picked if gather is None else gather(picked)).float()
-
-
-def _read_of(hidden: Tensor, signal: Signal) -> Tensor:
-    """The hidden vectors of one text (tokens, d) that a signal reads."""
-    if signal.token == "last":
-        return hidden[-1:]
-    return hidden.mean(dim=0, keepdim=True) if signal.token == "mean" else hidden

@@ -336,12 +336,13 @@ class Worker:
         self._staged = pool, made
         return described(pool, self.mode, self.reason)
 
-    def open_signal(self, signal: str, keys: Sequence[str] | None) -> dict[str, Any]:
-        """`Scoring.open`, or with keys `Scoring.calibrate`, of the pool that was begun, or else of the one there is."""
+    def open_signal(self, signal: str, run: tuple[Sequence[Sequence[int]], Sequence[str]] | None) -> dict[str, Any]:
+        """`Scoring.open` of the pool that was begun, or else of the one there is; or where texts were run under keys,
+        `Scoring.calibrate`."""
         scoring = self.scoring if self._staged is None else self._staged[1]
         if scoring is None:
             raise ModelError("the pool is not open")
-        opened = scoring.open(signal) if keys is None else scoring.calibrate(signal, keys)
+        opened = scoring.open(signal) if run is None else scoring.calibrate(signal, *run)
         if scoring is self.scoring:
             scoring.install()
         return opened

@@ -8,7 +8,7 @@ import time
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
-from logo.backends.vllm.core import Core, new_key, values
+from logo.backends.vllm.core import Core, new_key, texts_of, values
 from logo.backends.vllm.marks import marking
 from logo.backends.vllm.pool import Change, KeyedPool
 from logo.errors import LoGoError
@@ -129,7 +129,7 @@ class Workers:
     async def _prepared(
         self, core: Core, change: Change | None, told: Sequence[Any]
     ) -> tuple[KeyedPool, dict[str, Any]]:
-        """The pool that the workers have begun, and the adapters that each signal scores, when it is calibrated."""
+        """The pool that the workers have begun, and what each signal scores, when it is calibrated."""
         pool = await asyncio.to_thread(core.staged, change, told)
         return pool, await self._scored(core.signals)
 
@@ -139,15 +139,15 @@ class Workers:
         return core.commit(*staged)
 
     async def _scored(self, signals: Sequence[str]) -> dict[str, Any]:
-        """The adapters that each signal scores, when it is calibrated."""
+        """What each signal scores, when it is calibrated."""
         scored = {}
         for signal in signals:
-            opened = (await self.call("logo_signal", signal))[0]
-            if opened["texts"]:
-                keys = [new_key() for _ in opened["texts"]]
-                await asyncio.gather(*map(self._run, opened["texts"], keys))
-                opened = (await self.call("logo_calibrate", signal, keys))[0]
-            scored[signal] = opened["names"]
+            opened = await self.call("logo_signal", signal)
+            while texts := texts_of(opened):
+                keys = [new_key() for _ in texts]
+                await asyncio.gather(*map(self._run, texts, keys))
+                opened = await self.call("logo_calibrate", signal, texts, keys)
+            scored[signal] = opened[0]
         return scored
 
     async def _follow(self, core: Core) -> int:
