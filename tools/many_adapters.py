@@ -210,7 +210,8 @@ def recall(args: argparse.Namespace) -> None:
     texts = [json.loads(line)["context"] for line in lines]
     found: dict[str, Any] = {"adapters": len(pool), "prompts": len(texts), "first_rank": args.first_rank}
     for signal in ("norm", "calibrated"):
-        settings = SelectionSettings(signal=signal, index="two-stage", index_rank=args.first_rank)
+        # What estimates of responses are worth: example prompts would be the same in both stages.
+        settings = SelectionSettings(signal=signal, index="two-stage", index_rank=args.first_rank, examples="ignore")
         scorer: Any = LoGo(model, tokenizer, pool, settings=settings).scorer
         rows: dict[int, list[dict[str, float]]] = {k: [] for k in args.ks}
         for text in texts:

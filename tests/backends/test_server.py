@@ -18,6 +18,7 @@ import pytest
 from vllm_server import ASSETS, KEY, Server, environment
 
 from logo import LoGo
+from logo.adapters.examples import write_examples
 from logo.backends.vllm import bodies
 from test_engine import write_adapter
 
@@ -368,6 +369,28 @@ def test_adapters_come_and_go_while_requests_run(
     assert completion(server, "new", prompt)[0] == 404
     assert listed(server) == names
     assert completion(server, "logo", rows[2])[1] == logo.generate(rows[2], k=4, max_new_tokens=10).text.rstrip()
+
+
+def test_an_adapter_that_joins_brings_its_examples(server: Server, logo: LoGo, weaker: dict[str, Path]) -> None:
+    """They are run while requests are answered, and count as soon as it is there."""
+    asked = "zebra zebra quartz 77 zebra"
+
+    def first() -> str:
+        status, found = server.ask("/v1/logo/select", {"prompt": asked})
+        assert status == 200, found
+        return str(found["adapters"][0])
+
+    before = first()
+    assert before == logo.select(asked).adapters[0]
+    write_examples(weaker["capital"], [asked])
+    status, said = change(server, "load", "new", weaker["capital"])
+    assert status == 200, said
+    assert first() == "new"
+    write_examples(weaker["capital"], ["Something else entirely, in many more words than that."])
+    assert change(server, "load", "new", weaker["capital"], load_inplace=True)[0] == 200
+    assert first() != "new"
+    assert change(server, "unload", "new")[0] == 200
+    assert first() == before
 
 
 def test_an_answer_that_overflows_is_an_error_and_nobody_beside_it_notices(
