@@ -34,7 +34,7 @@ def commands(page: Path) -> list[list[str]]:
     for line in page.read_text().splitlines():
         match = re.match(r"^(?:    |\$ )+(logo|python3 main\.py) (.*)$", line)
         if match:
-            arguments = shlex.split(match[2], comments=True)
+            arguments = shlex.split(match[2].partition(" 2> ")[0], comments=True)
             found.append(["evaluate", "--preset", "official", *arguments] if "main" in match[1] else arguments)
     return found
 
@@ -144,14 +144,19 @@ def test_transcripts_are_what_the_commands_print(page: Path, world: Path) -> Non
     for name, content in files(page).items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(content)
-    wrong, address = [], ""
+    wrong, address, log = [], "", ""
     with contextlib.ExitStack() as servers:
         for transcript in RUN[page]:
+            if log and log in shlex.split(transcript.command):
+                servers.close()  # all that it says is in the file then
             for name in set(shlex.split(transcript.command)) & FOLDERS.keys():
                 FOLDERS[name](world / name)
             if transcript.command.startswith("logo serve "):
-                server = servers.enter_context(LocalServer(shlex.split(transcript.command)[2:], start=PATIENCE))
-                address, said = server.url.removeprefix("http://127.0.0.1"), server.said
+                options, _, log = transcript.command.partition(" 2> ")
+                server = servers.enter_context(
+                    LocalServer(shlex.split(options)[2:], start=PATIENCE, log=Path(log) if log else None)
+                )
+                address, said = server.url.removeprefix("http://127.0.0.1"), "" if log else server.said
             elif transcript.command == "logo demo":
                 said = said_by_the_demo(transcript.command)
             else:

@@ -5,6 +5,7 @@ The rules, all of them:
 - A line of a code block that begins with `$ ` is a command, and the lines below it are what it printed. A command goes
   on after a backslash and on lines that begin with `> `. Commands without `$` are only parsed.
 - The commands of one page run one after the other in one folder, which begins with links to the repository's own.
+- A server whose lines go to a file (`logo serve ... 2> FILE`) ends before the first command that names the file.
 - A fenced block that begins with `# folder/name.ext` is that file.
 - A line that begins with `...` stands for any number of lines. A command with nothing below it only has to succeed.
 - A command that names a base model other than `demo` is not run, and neither is one that measures times (`logo bench`,

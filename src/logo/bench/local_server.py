@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO
 
@@ -36,6 +37,7 @@ class LocalServer:
         options: of `logo serve`, without `--port`.
         environment: variables on top of this process's own (a key belongs here, not on the command line).
         start, stop: seconds that starting and ending may take.
+        log: a file for all that it prints; complete when the block has ended.
 
     Raises:
         LoGoError: it ended, or took longer, before it was ready; with the last line it printed.
@@ -48,6 +50,7 @@ class LocalServer:
         *,
         start: float = 900.0,
         stop: float = 300.0,
+        log: Path | None = None,
     ) -> None:
         self.url = ""
         self.exit_code: int | None = None
@@ -55,6 +58,7 @@ class LocalServer:
         self._environment = {**os.environ, **(environment or {})}
         self._start = start
         self._stop = stop
+        self._log = log
         self._said: collections.deque[str] = collections.deque(maxlen=_SAID)
 
     @property
@@ -102,11 +106,14 @@ class LocalServer:
         self._end()
 
     def _read(self, lines: IO[str], urls: queue.Queue[str | None]) -> None:
-        for line in lines:
-            self._said.append(line.rstrip())
-            found = SERVING.search(line)
-            if found:
-                urls.put(found[1])
+        with contextlib.nullcontext() if self._log is None else self._log.open("w", encoding="utf-8") as log:
+            for line in lines:
+                self._said.append(line.rstrip())
+                if log is not None:
+                    log.write(line)
+                found = SERVING.search(line)
+                if found:
+                    urls.put(found[1])
         urls.put(None)
 
     def _wait_for_url(self, urls: queue.Queue[str | None], end: float) -> str:

@@ -119,6 +119,14 @@ def serve(
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Log one JSON object per line.", rich_help_panel=CHANGES)
     ] = False,
+    log_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--log-prompts",
+            help="With --log-json: log what is asked, too (its first 200 tokens), for `logo pool health`.",
+            rich_help_panel=CHANGES,
+        ),
+    ] = False,
     server: Annotated[
         ServeEngine, typer.Option("--engine", help="This process, or vLLM's own server with LoGo in it.")
     ] = ServeEngine.LOCAL,
@@ -162,6 +170,7 @@ def serve(
             "--request-timeout": request_timeout != REQUEST_TIMEOUT,
             "--allow-adapter-changes": allow_adapter_changes is not None,
             "--log-json": log_json,
+            "--log-prompts": log_prompts,
         }
         engine, base_model = or_demo(engine)
         asked = serve_vllm.Asked(
@@ -199,6 +208,8 @@ def serve(
     for needed in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(needed) is None:
             raise UsageError(f"serving needs {needed}: install lora-on-the-go[serve]")
+    if log_prompts and not log_json:
+        raise UsageError("--log-prompts: prompts are logged as JSON alone; add --log-json")
     folder = None if allow_adapter_changes is None else allow_adapter_changes.resolve()
     if folder is not None and not folder.is_dir():
         raise StorageError(f"--allow-adapter-changes {folder}: expected a folder, found none; create it first")
@@ -225,7 +236,7 @@ def serve(
 
     for other in others:
         get_signal(other)  # raises before anything slow happens
-    settings = AppSettings(name, request_timeout or None, folder)
+    settings = AppSettings(name, request_timeout or None, folder, log_prompts)
     if layout is not None:
         limits = {"max_concurrent": max_concurrent, "kv_cache_gb": kv_cache_gb, "max_queue": max_queue}
         plan = serve_ray.plan_of(

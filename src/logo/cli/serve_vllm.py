@@ -45,6 +45,7 @@ INSTEAD = {
     "--max-queue": "vLLM lets any number of requests wait; --max-concurrent limits those that run",
     "--request-timeout": "a proxy in front of vLLM can end requests",
     "--allow-adapter-changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and leave room with `-- --max-loras N`",
+    "--log-prompts": "vLLM logs prompts itself: `-- --enable-log-requests`",
     "--log-json": "set VLLM_LOGGING_CONFIG_PATH to a configuration of Python's logging",
 }
 

@@ -28,6 +28,7 @@ from logo.protocol import (
     TokenLogprob,
     Wish,
 )
+from logo.serving import logged
 from logo.serving.metrics import Metrics
 from logo.serving.text import Text
 
@@ -85,13 +86,17 @@ class Answers:
         metrics: where it is counted.
         base_model: the name under which the base model alone answers.
         timeout: seconds that a request may take, its waiting included; None: as long as it takes.
+        log_prompts: prompts may be logged.
     """
 
-    def __init__(self, service: Engine, metrics: Metrics, base_model: str, timeout: float | None) -> None:
+    def __init__(
+        self, service: Engine, metrics: Metrics, base_model: str, timeout: float | None, log_prompts: bool = False
+    ) -> None:
         self.service = service
         self.metrics = metrics
         self.base_model = base_model
         self.timeout = timeout
+        self._log_prompts = log_prompts
 
     @property
     def tokenizer(self) -> Any:
@@ -179,6 +184,17 @@ class Answers:
         for one in chosen:
             self.metrics.chosen(one, own)
         return tuple(chosen)
+
+    def logged(self, prompts: Sequence[Prompt], chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
+        """What the log says of each prompt's selection."""
+        return [logged.entry(one.selection, self._said(p)) for p, one in zip(prompts, chosen, strict=True)]
+
+    def _said(self, prompt: Prompt) -> str | None:
+        """The beginning of what was probed of a prompt, if it may be logged."""
+        if not self._log_prompts:
+            return None
+        text: str = self.tokenizer.decode(prompt.probed[: logged.TOKENS], skip_special_tokens=True)
+        return text
 
     async def pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:
         """All answers of a request, piece by piece as they come. Leaving the loop ends them.

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from logo.protocol import Engine
 from logo.serving import changes, errors, front, routes
 from logo.serving.answers import Answers
+from logo.serving.logged import tell_pool
 from logo.serving.metrics import Metrics
 from logo.serving.replies import now
 
@@ -25,11 +26,13 @@ class AppSettings:
         base_model: the name under which the base model alone answers.
         request_timeout: seconds that a request may take, its waiting included; None: as long as it takes.
         adapter_changes: a folder from which adapters may be added under way; None: the pool stays as it is.
+        log_prompts: the log says what was asked, too.
     """
 
     base_model: str
     request_timeout: float | None = 600.0
     adapter_changes: Path | None = None
+    log_prompts: bool = False
 
 
 def create_app(service: Engine, settings: AppSettings) -> FastAPI:
@@ -38,6 +41,7 @@ def create_app(service: Engine, settings: AppSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
+        tell_pool(service.adapters)
         try:
             yield
         finally:
@@ -46,7 +50,8 @@ def create_app(service: Engine, settings: AppSettings) -> FastAPI:
     app = FastAPI(title="LoGo", version=version("lora-on-the-go"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.settings = settings
     app.state.created = now()
-    app.state.answers = Answers(service, Metrics(service), settings.base_model, settings.request_timeout)
+    timeout, log_prompts = settings.request_timeout, settings.log_prompts
+    app.state.answers = Answers(service, Metrics(service), settings.base_model, timeout, log_prompts)
     errors.install(app)
     app.include_router(routes.router)
     if settings.adapter_changes is not None:

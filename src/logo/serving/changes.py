@@ -13,6 +13,7 @@ from logo.api.problems import shown
 from logo.api.requests import LoadAdapter, UnloadAdapter
 from logo.errors import AdapterError, PoolError
 from logo.serving.answers import Answers
+from logo.serving.logged import tell_pool
 from logo.serving.routes import ERRORS, TEXT
 
 router = APIRouter(responses=ERRORS, tags=["Adapters"])
@@ -30,6 +31,7 @@ async def load(body: LoadAdapter, request: Request) -> Response:
         if error.name != body.lora_name:  # one that was there before
             raise
         raise bad_request(shown_line(str(error)), "lora_path") from error
+    tell_pool(answers.service.adapters)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -42,6 +44,7 @@ async def unload(body: UnloadAdapter, request: Request) -> Response:
         await answers.service.remove(body.lora_name)
     except PoolError as error:  # another request was faster
         raise not_found(str(error), "lora_name") from error
+    tell_pool(answers.service.adapters)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -1,7 +1,7 @@
 """One line per request, as text or JSON: what was asked of which route, and how it went. Never what was said.
 
-No line holds a header, a body, a query string or a key. Every record written while a request is answered carries its
-id.
+No line holds a header, a body, a query string or a key; a prompt only where the operator asks for that. Every record
+written while a request is answered carries its id.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 access = logging.getLogger("logo.access")
 
 # What a route may leave in `request.state` for the log.
-_STATE = ("model", "prompt_tokens", "completion_tokens")
+_STATE = ("model", "prompt_tokens", "completion_tokens", "selections")
+
+# What is for programs alone: text lines are read by people.
+_JSON_ONLY = ("selections",)
 
 # Asked every few seconds by machines; lines of successes only at level debug.
 _PROBES = ("/health", "/ready", "/metrics")
@@ -36,7 +39,8 @@ _PROBES = ("/health", "/ready", "/metrics")
 class AccessLog:
     """Writes a line when a request has been answered, or its client has gone.
 
-    Routes may set `request.state.model`, `.prompt_tokens` and `.completion_tokens` at any time before the answer ends.
+    Routes may set `request.state.model`, `.prompt_tokens`, `.completion_tokens` and `.selections` (`logged.entry` of
+    each prompt) at any time before the answer ends.
     A client that hung up before the answer was complete is told by `disconnected`, an answer that broke off otherwise
     by `incomplete`.
     """
@@ -144,4 +148,5 @@ class _Line:
     def __str__(self) -> str:
         rest = dict(self.fields)
         first = f"{rest.pop('method')} {rest.pop('path')} {rest.pop('status')} {rest.pop('ms')} ms"
-        return " ".join([first, *(f"{name}={json.dumps(value)}" for name, value in rest.items())])
+        shown = (f"{name}={json.dumps(value)}" for name, value in rest.items() if name not in _JSON_ONLY)
+        return " ".join([first, *shown])

@@ -115,6 +115,7 @@ async def _generate(
         chosen = await unless_left(request, answers.choose(prompts, wish, began))
         for one in chosen:
             stack.callback(one.release)
+        request.state.selections = answers.logged(prompts, chosen)
         asked = Asked(tuple(prompts), chosen, body.n, sampling, body.stops, began)
         if body.stream:
             return Streamed(answers, asked, rendering, request.state, stack.pop_all())
@@ -149,6 +150,7 @@ async def select(body: SelectRequest, request: Request) -> SelectionReply:
         answers.room([prompt], None, "prompt" if body.messages is None else "messages")
         [chosen] = await unless_left(request, answers.choose([prompt], wish, began))
         chosen.release()
+        request.state.selections = answers.logged([prompt], [chosen])
     return SelectionReply.of(chosen, len(prompt))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from logo.cli.pool import card, convert, dedupe, diff, examples, export, inspect, lock, prune, push
+from logo.cli.pool import card, convert, dedupe, diff, examples, export, health, inspect, lock, prune, push
 
 app = typer.Typer(help="Look into pools of adapters, and make new ones of them.", no_args_is_help=True)
 
@@ -24,3 +24,4 @@ app.command("examples")(examples.examples)
 app.command("card")(card.card)
 app.command("push")(push.push)
 app.command("export")(export.export)
+app.command("health")(health.health)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from logo.adapters.format import Adapter
     from logo.adapters.pool import AdapterPool
     from logo.errors import AdapterError
+
+NAMED = 8  # names that a line lists
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters, at any depth.")]
 Out = Annotated[
@@ -106,6 +108,12 @@ def steps(what: str, total: int) -> Iterator[Callable[[], None]]:
     with progress(disable=not err.is_terminal) as shown:
         bar = shown.add_task(what, total=total)
         yield lambda: shown.advance(bar)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a line, the first few of many."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def targets(adapter: Adapter) -> list[str]:

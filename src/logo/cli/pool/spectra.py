@@ -12,7 +12,7 @@ from rich.text import Text
 
 from logo.adapters.upkeep.card import short_ranks
 from logo.cli.output import note, out
-from logo.cli.pool.common import steps, targets
+from logo.cli.pool.common import listed, steps, targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from logo.adapters.upkeep.anatomy import Anatomy
 
 LAYER_RANGES = 3
-NAMED = 8  # names that a line lists
 
 
 def taken_apart(adapters: Sequence[Adapter]) -> Anatomy:
@@ -92,7 +91,7 @@ def show(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> None:
             )
         )
     for outlier in outliers(adapters, found):
-        out.print(Text.assemble(("stands out ", "yellow"), f"{_listed(outlier.adapters)}: {outlier.text}"))
+        out.print(Text.assemble(("stands out ", "yellow"), f"{listed(outlier.adapters)}: {outlier.text}"))
 
 
 def report(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> dict[str, Any]:
@@ -168,11 +167,6 @@ def _layers(row: dict[str, Any]) -> str:
         return ""
     first, last = row["layers"]
     return str(first) if first == last else f"{first}–{last}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _numbers(matrix: Tensor) -> list[list[float | None]]:

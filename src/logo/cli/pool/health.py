@@ -1,0 +1,143 @@
+"""`logo pool health`: what the requests of a day say about a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from logo.cli.output import natural_width, note, out, print_json, screen
+from logo.cli.pool.common import listed
+
+if TYPE_CHECKING:
+    from logo.serving.traffic import Adapter, Traffic
+    from logo.serving.unserved import Group
+
+SHOWN = 40  # adapters in the table
+GROUPS = 8  # of prompts
+LENGTH = 60  # characters of an example
+
+
+def health(
+    logs: Annotated[
+        list[Path],
+        typer.Argument(metavar="LOG...", help="What servers wrote: `logo serve --log-json 2> LOG`, one or several."),
+    ],
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw wins and confidence.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, with every adapter.")] = False,
+) -> None:
+    """Say what the traffic tells about a pool: who wins, who never does, which adapters always tie, what has changed.
+
+    Where prompts were logged (`logo serve --log-prompts`), those for which no adapter seems to be made are put into
+    groups by the words and spellings that they share (TF-IDF of words and runs of three characters, average linkage).
+    Of more than 1000 prompts, a sample is. Nothing is downloaded, and no model runs.
+
+    Example: `logo pool health day.log --png day.png`
+    """
+    from logo.folders import check_writable, replace_file
+    from logo.serving.traffic import read_traffic
+    from logo.serving.traffic_picture import picture
+    from logo.serving.unserved import groups
+
+    if png is not None:
+        check_writable(png.parent, "--png")
+    found = read_traffic(logs)
+    alike = groups(found.unserved)
+    if found.first_bad is not None:
+        note(f"lines that are not whole JSON objects, and left out: {found.bad}, the first at {found.first_bad}")
+    if png is not None:
+        replace_file(png, picture(found))
+        note(f"{png}")
+    if json:
+        print_json(_report(found, alike))
+        return
+    out.print(_summary(found), markup=False)
+    table = _table(found)
+    screen(natural_width(table)).print(table)
+    for head, text in _remarks(found, alike):
+        out.print(Text.assemble((f"{head} ", "yellow"), text))
+
+
+def _summary(found: Traffic) -> str:
+    parts = [f"{found.prompts} prompts selected for in {found.hours:.1f} h"]
+    if found.known:
+        parts.append(f"{found.unsure} unsure ({found.unsure / found.known:.0%})")
+    if found.forced:
+        parts.append(f"{found.forced} more named their adapters")
+    return ", ".join(parts)
+
+
+def _table(found: Traffic) -> Table:
+    """The adapters that won something, by how often."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("adapter", "wins", "share", "first half", "second half", "weight", "confidence"):
+        table.add_column(head, justify="left" if head == "adapter" else "right")
+    winners = [adapter for adapter in found.adapters if adapter.wins]
+    for adapter in winners[:SHOWN]:
+        table.add_row(
+            Text(_line(adapter.name)),
+            str(adapter.wins),
+            f"{adapter.wins / found.prompts:.1%}",
+            *(f"{share:.1%}" for share in adapter.halves),
+            f"{adapter.weight:.2f}",
+            "-" if adapter.confidence is None else f"{adapter.confidence:.2f}",
+        )
+    if len(winners) > SHOWN:
+        table.add_row(Text(f"and {len(winners) - SHOWN} more", style="dim"))
+    return table
+
+
+def _remarks(found: Traffic, alike: Sequence[Group]) -> Iterator[tuple[str, str]]:
+    """What deserves a look: a word for it, and a line."""
+    if never := _never(found):
+        yield "never won", f"{len(never)} of {len(found.adapters)} adapters: {listed([_line(name) for name in never])}"
+    if not found.pool_known:
+        yield (
+            "unknown pool",
+            "no line says which adapters there are (the server's first one does); those named are listed",
+        )
+    for tie in found.ties:
+        one, other = map(_line, tie.adapters)
+        yield "always tie", f"{one}, {other}: side by side in {tie.tied} of the {tie.won} prompts that either won"
+    for adapter in _moved(found):
+        first, second = adapter.halves
+        yield "moved", f"{_line(adapter.name)}: won {first:.1%} of the first half, {second:.1%} of the second"
+    if found.unsure_moved:
+        first, second = found.unsure_halves
+        yield "moved", f"unsure: {first:.1%} of the first half, {second:.1%} of the second"
+    if found.unsure and not found.logged:
+        yield "no adapter", f"for {found.unsure} prompts, which were not logged (logo serve --log-prompts)"
+    for group in alike[:GROUPS]:
+        examples = " · ".join(_line(text, LENGTH) for text in group.examples)
+        yield "no adapter", f"for {group.size} prompts such as: {examples}"
+    if alone := len(found.unserved) - sum(group.size for group in alike[:GROUPS]):
+        of = (
+            f" in a sample of {len(found.unserved)} out of {found.logged}" if len(found.unserved) < found.logged else ""
+        )
+        yield "no adapter", f"for {alone} other prompts{of}"
+
+
+def _never(found: Traffic) -> list[str]:
+    return sorted(adapter.name for adapter in found.adapters if not adapter.wins)
+
+
+def _moved(found: Traffic) -> list[Adapter]:
+    """Those whose share of wins has changed, most first."""
+    moved = [adapter for adapter in found.adapters if adapter.moved]
+    return sorted(moved, key=lambda one: -abs(one.halves[1] - one.halves[0]))
+
+
+def _report(found: Traffic, alike: Sequence[Group]) -> dict[str, Any]:
+    """Everything, for programs."""
+    return {**asdict(found), "never_won": _never(found), "unserved": [asdict(group) for group in alike]}
+
+
+def _line(text: str, length: int = 80) -> str:
+    """What somebody else wrote, in a line: without what moves a terminal's cursor, and not too long."""
+    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return shown if len(shown) <= length else f"{shown[: length - 1]}…"

@@ -1,0 +1,315 @@
+"""What a day of requests says about a pool: who wins, who never does, who always ties, what has changed on the way.
+
+    lines of logs (logo serve --log-json) -> Reading, one pass, prompts are not kept but a sample -> Traffic
+
+Knows the lines that `logo.serving.logged` writes, and nothing of servers or models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logo.errors import DataError, StorageError
+
+# Two adapters tie where both lead and the second has at least this share of the first one's weight.
+NEARLY = 2 / 3
+# A pair of adapters ties always where it does in more than this share of what either wins, and in so many prompts.
+MOST, OFTEN = 0.5, 5
+# Wins have moved between two halves where their shares differ by so many standard errors.
+CLEAR = 3.0
+# Prompts that no adapter serves, of which so many are kept at most: any subset of them is as likely as any other.
+KEPT = 1000
+# Characters of them that are kept.
+_LONGEST = 2000
+_NOBODY = -1
+
+Places = NDArray[Any]
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What the traffic says of one adapter.
+
+    Attributes:
+        wins: prompts of which it was the first.
+        halves: the share of the first and of the second half of all prompts that it won.
+        moved: these shares differ by more than chance explains.
+        parts: prompts in whose mixture it was listed.
+        weight: its mean weight in those.
+        confidence: mean over what it won; None: it won nothing, or scores said nothing of it.
+    """
+
+    name: str
+    wins: int
+    halves: tuple[float, float]
+    moved: bool
+    parts: int
+    weight: float
+    confidence: float | None
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two adapters that lead together, with nearly equal weights, in `tied` of the `won` prompts that either won."""
+
+    adapters: tuple[str, str]
+    tied: int
+    won: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What logs say.
+
+    Attributes:
+        prompts: those that adapters were selected for.
+        forced: others, whose requests named their adapters.
+        known: prompts whose selection says how sure it is.
+        unsure: of these, those for which no adapter seems to be made.
+        unsure_halves: the share of them among the known prompts of either half.
+        unsure_moved: these differ by more than chance explains.
+        confidence: how many of the known prompts have a confidence in each tenth.
+        hours: from the first of all to the last.
+        adapters: by wins: all of the pool, and those that won before they left it.
+        pool_known: the logs say which adapters are in the pool; if not, `adapters` are those that they name.
+        ties: by how many prompts.
+        unserved: a sample of the unsure prompts that were logged, in the order in which they came.
+        logged: how many unsure prompts were logged in all.
+        bad: lines that are not JSON objects, or hold something else than this server's.
+        first_bad: the first of them, as `FILE:LINE`.
+    """
+
+    prompts: int
+    forced: int
+    known: int
+    unsure: int
+    unsure_halves: tuple[float, float]
+    unsure_moved: bool
+    confidence: tuple[int, ...]
+    hours: float
+    adapters: tuple[Adapter, ...]
+    pool_known: bool
+    ties: tuple[Tie, ...]
+    unserved: tuple[str, ...]
+    logged: int
+    bad: int
+    first_bad: str | None
+
+
+def read_traffic(files: Sequence[Path]) -> Traffic:
+    """What the logs in these files say together, whatever their order.
+
+    Raises:
+        StorageError: a file cannot be read.
+        DataError: a file is empty or no log of this server, or no adapter was selected in any.
+    """
+    reading = Reading()
+    expected = "expected the log of a server (logo serve --log-json 2> FILE)"
+    for file in files:
+        before, lines = reading.ours, 0
+        try:
+            with file.open(encoding="utf-8", errors="replace") as text:
+                for lines, line in enumerate(text, start=1):
+                    reading.take(line, f"{file}:{lines}")
+        except OSError as error:
+            raise StorageError(f"{file}: {expected}, found a file that cannot be read: {error.strerror}") from error
+        if reading.ours == before:
+            found = "an empty file" if not lines else f"none of its JSON objects (lines: {lines})"
+            raise DataError(f"{file}: {expected}, found {found}")
+    if not reading.entries:
+        names = ", ".join(map(str, files))
+        raise DataError(f"{names}: no adapter was selected or named for any prompt yet; send the server some requests")
+    return reading.traffic()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One selection of a line; see `logo.serving.logged.entry`."""
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    scored: bool
+    confidence: float
+    unsure: bool
+    prompt: str | None
+
+    @classmethod
+    def of(cls, value: Any) -> _Entry:
+        """Of JSON.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not one.
+        """
+        adapters, weights, confidence = value["adapters"], value["weights"], value.get("confidence")
+        prompt = value.get("prompt")
+        if not all(isinstance(name, str) for name in adapters) or not isinstance(value["scores"], dict):
+            raise ValueError("names and scores")
+        numbers = [float(weight) for weight in weights]
+        sure = math.nan if confidence is None else float(confidence)
+        if len(numbers) != len(adapters) or not all(map(math.isfinite, numbers)) or sure < 0 or sure > 1:
+            raise ValueError("weights and confidence")
+        text = _whole(prompt[:_LONGEST]) if isinstance(prompt, str) else None
+        names = tuple(map(_whole, adapters))
+        return cls(names, tuple(numbers), bool(value["scores"]), sure, value.get("unsure") is True, text)
+
+
+def _whole(text: str) -> str:
+    """Without halves of characters, which JSON can hold and nobody can print."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+@dataclass
+class Reading:
+    """Goes through lines once. Of each prompt it keeps who won, how sure that was, and when: 21 bytes.
+
+    Attributes:
+        entries: selections so far.
+        ours: lines that a server of ours has written.
+    """
+
+    entries: int = 0
+    ours: int = 0
+    _forced: int = 0
+    _bad: int = 0
+    _first_bad: str | None = None
+    _pool: frozenset[str] | None = None
+    _numbers: dict[str, int] = field(default_factory=dict)
+    _winners: array[int] = field(default_factory=lambda: array("i"))
+    _sure: array[float] = field(default_factory=lambda: array("d"))
+    _times: array[float] = field(default_factory=lambda: array("d"))
+    _unsure: array[int] = field(default_factory=lambda: array("b"))
+    _parts: Counter[str] = field(default_factory=Counter)
+    _weights: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _tied: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _unserved: list[tuple[int, str]] = field(default_factory=list)
+    _logged: int = 0
+    _random: Random = field(default_factory=lambda: Random(0))
+
+    def take(self, line: str, place: str) -> None:
+        """Takes in a line; one that cannot be used is counted."""
+        if not line.strip():
+            return
+        try:
+            found = json.loads(line)
+            if not isinstance(found, dict):
+                raise ValueError("no object")
+            self.ours += str(found.get("logger")).split(".")[0] == "logo"
+            if (pool := found.get("pool")) is not None:
+                self._pool = frozenset(_whole(str(name)) for name in pool)
+            if (selections := found.get("selections")) is None:
+                return  # of another route, or no request at all
+            time = datetime.fromisoformat(found["time"]).timestamp()
+            entries = [_Entry.of(one) for one in selections]
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError):
+            self._bad += 1
+            self._first_bad = self._first_bad or place
+            return
+        for entry in entries:
+            self._add(entry, time)
+
+    def _add(self, entry: _Entry, time: float) -> None:
+        self.entries += 1
+        if not entry.scored:
+            self._forced += 1
+            return
+        winner = _NOBODY
+        if entry.adapters:
+            winner = self._numbers.setdefault(entry.adapters[0], len(self._numbers))
+        self._winners.append(winner)
+        self._sure.append(entry.confidence)
+        self._times.append(time)
+        self._unsure.append(entry.unsure)
+        for name, weight in zip(entry.adapters, entry.weights, strict=True):
+            self._parts[name] += 1
+            self._weights[name] += weight
+        if len(entry.adapters) > 1 and entry.weights[1] >= NEARLY * entry.weights[0] > 0:
+            self._tied[entry.adapters[0], entry.adapters[1]] += 1
+        if entry.unsure and entry.prompt:
+            self._keep(entry.prompt)
+
+    def _keep(self, prompt: str) -> None:
+        """A sample of a stream whose length is not known (Vitter's algorithm R)."""
+        self._logged += 1
+        if len(self._unserved) < KEPT:
+            self._unserved.append((self._logged, prompt))
+        elif (place := self._random.randrange(self._logged)) < KEPT:
+            self._unserved[place] = (self._logged, prompt)
+
+    def traffic(self) -> Traffic:
+        """What the lines say."""
+        times, sure, unsure = np.array(self._times), np.array(self._sure), np.array(self._unsure, dtype=bool)
+        order, prompts = np.argsort(times, kind="stable"), len(times)
+        halves = order[: prompts // 2], order[prompts // 2 :]
+        known = np.isfinite(sure)
+        winners = np.array(self._winners)
+        won = {name: np.flatnonzero(winners == number) for name, number in self._numbers.items()}
+        names = {*won, *(self._parts if self._pool is None else self._pool)}
+        late = np.zeros(prompts, dtype=bool)
+        late[halves[1]] = True
+        adapters = [self._adapter(name, won.get(name, np.arange(0)), sure, late) for name in names]
+        of = tuple(int(known[half].sum()) for half in halves)
+        doubts = tuple(int(unsure[half].sum()) for half in halves)
+        return Traffic(
+            prompts=prompts,
+            forced=self._forced,
+            known=int(known.sum()),
+            unsure=int(unsure.sum()),
+            unsure_halves=(doubts[0] / max(1, of[0]), doubts[1] / max(1, of[1])),
+            unsure_moved=_differ((doubts[0], doubts[1]), (of[0], of[1])),
+            confidence=tuple(np.histogram(sure[known], bins=10, range=(0.0, 1.0))[0].tolist()),
+            hours=float(np.ptp(times)) / 3600 if prompts else 0.0,
+            adapters=tuple(sorted(adapters, key=lambda one: (-one.wins, -one.parts, one.name))),
+            pool_known=self._pool is not None,
+            ties=tuple(self._ties({name: len(places) for name, places in won.items()})),
+            unserved=tuple(prompt for _, prompt in sorted(self._unserved)),
+            logged=self._logged,
+            bad=self._bad,
+            first_bad=self._first_bad,
+        )
+
+    def _adapter(self, name: str, won: Places, sure: Numbers, late: Places) -> Adapter:
+        """Of the places that it won, the confidences of all places, and which of these are in the second half."""
+        second = int(late.sum())
+        wins = (len(won) - int(late[won].sum()), int(late[won].sum()))
+        found = sure[won][np.isfinite(sure[won])]
+        parts = self._parts[name]
+        return Adapter(
+            name=name,
+            wins=len(won),
+            halves=(wins[0] / max(1, len(late) - second), wins[1] / max(1, second)),
+            moved=_differ(wins, (len(late) - second, second)),
+            parts=parts,
+            weight=self._weights[name] / parts if parts else 0.0,
+            confidence=float(found.mean()) if len(found) else None,
+        )
+
+    def _ties(self, wins: Mapping[str, int]) -> Iterator[Tie]:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for (one, other), count in self._tied.items():
+            pairs[(one, other) if one < other else (other, one)] += count
+        for (one, other), tied in sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0])):
+            won = wins.get(one, 0) + wins.get(other, 0)
+            if tied >= OFTEN and tied > MOST * won:
+                yield Tie((one, other), tied, won)
+
+
+def _differ(counts: tuple[int, int], of: tuple[int, int]) -> bool:
+    """Whether two shares differ by more than chance explains."""
+    if not min(of):
+        return False
+    share = sum(counts) / sum(of)
+    error = math.sqrt(share * (1 - share) * (1 / of[0] + 1 / of[1]))
+    return abs(counts[0] / of[0] - counts[1] / of[1]) > CLEAR * error > 0

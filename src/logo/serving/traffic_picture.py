@@ -1,0 +1,42 @@
+"""The picture of `logo.serving.traffic`: who wins in either half, and how sure selections are."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+
+from logo.serving.traffic import Traffic
+
+# Adapters that are drawn, those that win most.
+DRAWN = 30
+
+
+def picture(found: Traffic) -> bytes:
+    """A PNG: the shares of the first and the second half that adapters won, and a histogram of confidence."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has to say where it keeps fonts; nobody asked
+    drawn = found.adapters[:DRAWN]
+    figure = Figure(figsize=(9.0, 1.6 + 0.24 * max(8, len(drawn))), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    wins, sure = figure.subplots(1, 2, width_ratios=(3, 2))
+    for half, label in enumerate(("first half", "second half")):
+        places = [row + 0.2 * (2 * half - 1) for row in range(len(drawn))]
+        wins.barh(places, [adapter.halves[half] for adapter in drawn], height=0.36, label=label)
+    wins.set_yticks(range(len(drawn)), [adapter.name for adapter in drawn])
+    for label in wins.get_yticklabels():
+        label.set_parse_math(False)  # names are names
+    wins.invert_yaxis()
+    more = len(found.adapters) - len(drawn)
+    wins.set(xlabel="share of prompts won" + (f" ({more} more adapters)" if more else ""))
+    wins.legend(frameon=False)
+    sure.bar(range(len(found.confidence)), found.confidence, width=0.9, align="edge")
+    sure.set_xticks(range(0, 11, 2), [f"{tenth / 10:.1f}" for tenth in range(0, 11, 2)])
+    sure.set(xlabel="confidence", ylabel="prompts")
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name with characters that the font lacks is drawn with boxes
+        canvas.print_figure(file, format="png", dpi=120, metadata={"Software": None})
+    return file.getvalue()
