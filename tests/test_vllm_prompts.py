@@ -15,6 +15,7 @@ from logo.adapters.activation import EVERYWHERE, Activation
 from logo.backends.vllm import prompts
 from logo.backends.vllm.prompts import begun, following, found, take
 from logo.backends.vllm.recipe import Recipe
+from logo.selection import Selection
 
 A, B = "a" * 16, "b" * 16
 LAST, INVOKED = Activation(last=4), Activation((9,))
@@ -135,7 +136,7 @@ def test_tasks_that_answer_at_the_same_time_do_not_meet() -> None:
     assert one.silent == [(A,)] and not other.silent
 
 
-def test_the_metrics_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     prometheus = pytest.importorskip("prometheus_client")
     from logo.backends.vllm.metrics import Counts
 
@@ -145,7 +146,12 @@ def test_the_metrics_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
         counts.not_invoked(["a"])
         counts.read(96, 0)
         counts.read(32, 64)
+    counts.selected(Selection(("a", "b"), (0.6, 0.4), {"a": 3.0, "b": 2.0}, 0.35), 0.01)
+    counts.selected(Selection(("a",), (1.0,), {"a": 3.0}), 0.01)  # a signal that does not say how sure it is
     sampled = prometheus.REGISTRY.get_sample_value
     assert sampled("logo:not_invoked_total") == 3
+    assert sampled("logo:adapter_selected_total", {"adapter": "a"}) == 2
+    confident = [sampled("logo:selection_confidence_bucket", {"le": le}) for le in ("0.3", "0.4", "1.0", "+Inf")]
+    assert confident == [0, 1, 1, 1]
     assert [sampled("logo:prefix_tokens_total", {"state": state}) for state in ("found", "missed")] == [128, 64]
     assert [record.args[0][:12] for record in caplog.records] == ["adapter 'a':", "adapter 'b':"]  # type: ignore[index]

@@ -296,6 +296,7 @@ def test_a_recipe_is_no_name(server: Server, rows: list[str]) -> None:
 def test_what_is_counted(server: Server) -> None:
     text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     assert "logo://" not in text  # no series per mixture
+    assert "logo:selection_confidence_count" in text
     assert "logo:answers_total" in text and "logo:probe_seconds_count" in text and "vllm:num_requests_running" in text
 
 

@@ -163,7 +163,8 @@ class _Entry:
             raise ValueError("weights and confidence")
         text = _whole(prompt[:_LONGEST]) if isinstance(prompt, str) else None
         names = tuple(map(_whole, adapters))
-        return cls(names, tuple(numbers), bool(value["scores"]), sure, value.get("unsure") is True, text)
+        unsure = value.get("unsure") is True and confidence is not None
+        return cls(names, tuple(numbers), bool(value["scores"]), sure, unsure, text)
 
 
 def _whole(text: str) -> str:
@@ -255,7 +256,9 @@ class Reading:
         halves = order[: prompts // 2], order[prompts // 2 :]
         known = np.isfinite(sure)
         winners = np.array(self._winners)
-        won = {name: np.flatnonzero(winners == number) for name, number in self._numbers.items()}
+        sorted_by_winner = np.argsort(winners, kind="stable")
+        edges = np.searchsorted(winners[sorted_by_winner], np.arange(len(self._numbers) + 1))
+        won = {name: sorted_by_winner[edges[n] : edges[n + 1]] for name, n in self._numbers.items()}
         names = {*won, *(self._parts if self._pool is None else self._pool)}
         late = np.zeros(prompts, dtype=bool)
         late[halves[1]] = True

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from logo.adapters.activation import NotInvoked
+from logo.selection import Selection
 
 log = logging.getLogger("vllm.logo")  # below vLLM's own, so that its lines look like theirs
 
@@ -22,6 +23,11 @@ class Counts:
         self._probes = prometheus_client.Histogram(
             "logo:probe_seconds", "From a prompt to its selection.", buckets=_SECONDS
         )
+        self._confidence = prometheus_client.Histogram(
+            "logo:selection_confidence",
+            "The probability that the pool holds an adapter made for the prompt.",
+            buckets=[tenth / 10 for tenth in range(1, 11)],
+        )
         self._again = prometheus_client.Counter(
             "logo:probes_again",
             "Prompts that were probed a second time: their cached prefix had no known responses, or the pool changed.",
@@ -36,10 +42,12 @@ class Counts:
         )
         self._known = NotInvoked()
 
-    def selected(self, adapters: Sequence[str], seconds: float) -> None:
+    def selected(self, selection: Selection, seconds: float) -> None:
         """Counts a selection."""
         self._probes.observe(seconds)
-        for name in adapters:
+        if selection.confidence is not None:
+            self._confidence.observe(selection.confidence)
+        for name in selection.adapters:
             self._adapters.labels(name).inc()
 
     @property

@@ -219,7 +219,7 @@ class Router:
             scores = scores_of(await self.workers.take(key), self.core.pool.digest)
         selection = self.core.select(wish, scores)
         spent = time.perf_counter() - started
-        self._counts.selected(selection.adapters, spent)
+        self._counts.selected(selection, spent)
         usage = (probed.json() or {}).get("usage") or {}
         # Of a chat, a text of its own is probed, which says nothing of the chat's length.
         return Chosen(selection, 1000 * spent, usage.get("prompt_tokens") if where == path else None)
