@@ -389,6 +389,10 @@ def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path, m
         owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([min(4, len(row)) for row in rows]))
         return [torch.cat([one[i][-4:] for one in whole]) for i in range(len(scorer.points))], owners
 
+    def of_norms(whitening: Whitening, vectors: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        centred = vectors - whitening.mean
+        return (centred @ delta.T).norm(dim=1) / (centred @ whitening.sketch().T).norm(dim=1).sqrt()
+
     texts = logo.prompts.texts(some)
     hidden, owners = last(texts)
     asked, of_asked = last(prompts)
@@ -399,7 +403,7 @@ def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path, m
         for adapter in logo.fitted:
             factors = adapter.read([point.module])[point.module]
             delta = whitening.fold(factors.scaled_b() @ factors.A.float())
-            responses.append([((part - whitening.mean) @ delta.T).norm(dim=1) for part in (vectors, own)])
+            responses.append([of_norms(whitening, part, delta) for part in (vectors, own)])
         for kept, part, who, count in ((known, 0, owners, len(texts)), (found, 1, of_asked, 2)):
             means = prompt_means(torch.stack([one[part] for one in responses], dim=1), who, count)
             kept.append(finished(means, "whitened").T)

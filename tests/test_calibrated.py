@@ -69,18 +69,25 @@ def test_scores_are_the_formula(llama: nn.Module, tmp_path: Path) -> None:
     neutral = slice(len(NEUTRAL))
     expected = []
     for adapter in logo.pool.fit(logo._layout):
-        per_point = []
+        even, late = [], []
         for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"):
             hidden = [inputs(llama, path, row)[1:] for row in texts]  # without the first token, bos
             whitening = Whitening.of(torch.cat(hidden[neutral]))
             matrix = whitening.fold(torch.eye(32))
             weights = adapter.read([path])[path]
             delta = weights.scaled_b() @ weights.A
-            responses = torch.stack(
-                [((h - whitening.mean) @ matrix @ delta.T).norm(dim=1).mean().log() for h in hidden]
-            )
-            per_point.append((responses - responses[neutral].mean()) / responses[neutral].std())
-        expected.append(torch.stack(per_point).mean(dim=0))
+            relative = []
+            for h in hidden:
+                response = ((h - whitening.mean) @ matrix @ delta.T).norm(dim=1)
+                relative.append(response / ((h - whitening.mean) @ whitening.sketch().T).norm(dim=1).sqrt())
+            weights_of = [0.75 ** torch.arange(len(h)).flip(0) for h in hidden]
+            for found, means in (
+                (even, [one.mean() for one in relative]),
+                (late, [(w * one).sum() / w.sum() for w, one in zip(weights_of, relative, strict=True)]),
+            ):
+                responses = torch.stack(means).log()
+                found.append((responses - responses[neutral].mean()) / responses[neutral].std())
+        expected.append((torch.stack(even).mean(dim=0) + 0.5 * torch.stack(late).mean(dim=0)) / 1.5)
     two = engine(llama, tmp_path, probe_points=["0.q_proj", "1.v_proj"])
     scores = two.select(PROMPTS[2]).scores
     mean_z = torch.stack(expected)  # (adapters, texts)

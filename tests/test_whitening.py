@@ -56,3 +56,15 @@ def test_the_index_scores_whitened_vectors() -> None:
     particular = (hidden - found.mean) @ found.fold(torch.eye(12))
     expected = torch.stack([(particular @ a.T @ b.T).norm(dim=1) for a, b in factors], dim=1)
     same_tensor(scored, expected)
+
+
+def test_a_sketch_keeps_lengths_up_to_its_noise() -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator) + 2
+    found = Whitening.of(hidden)
+    centred = hidden - found.mean
+    exact = found.fold(centred).norm(dim=1)  # W is symmetric
+    ratio = (centred @ found.sketch().T).norm(dim=1) / exact
+    assert 0.9 < ratio.mean() < 1.1
+    assert ratio.std() < 0.13
+    same_tensor(found.sketch(), found.sketch())

@@ -2,9 +2,12 @@
 
 For adapter i, point p and text x with tokens t:
 
-    a_ip(x) = log mean_t ‖ΔW_ip W_p (h_pt(x) - μ_p)‖        W, μ: see `logo.selection.whitening`
+    a_ip(x) = log mean_t ‖ΔW_ip W_p (h_pt(x) - μ_p)‖ / √‖W_p (h_pt(x) - μ_p)‖        W, μ: `logo.selection.whitening`
     z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
     score_i(x) = trust_i · mean over points of z_ip(x)
+
+Where the end of a prompt is read with more emphasis, too (`logo.selection.emphasis`), each point counts twice: there
+are as many *readings* more, behind those of all points, which weigh less in the mean.
 
 Raw norms say how large an adapter is; z says how much more than usual it responds; trust says how much that means, for
 an adapter that every kind of request excites. What is kept per adapter are the `a_ip` of the neutral texts and of some
@@ -23,6 +26,8 @@ from logo.selection.signals import Scale
 
 # Spreads below this share of the usual one are taken for accidents: nobody wins by having been lucky on neutral text.
 _LEAST_SPREAD = 0.25
+# Points at which every adapter is heard, if it touches so many.
+HEARD_AT = 4
 # No single point may decide alone, however far out a response is.
 _LARGEST_Z = 20.0
 
@@ -48,20 +53,23 @@ class Baseline:
         spread: (adapters, points), positive.
         heard: (adapters, points), bool: the adapter touches the point and responds there at all.
         trust: (adapters,): below 1 for adapters whose mean z swings more than others' from text to text, see `scores`.
+        weights: (points,): what each counts in the mean.
     """
 
     mean: Tensor
     spread: Tensor
     heard: Tensor
     trust: Tensor
+    weights: Tensor
 
     @classmethod
-    def of(cls, neutral: Tensor, requests: Tensor | None = None) -> Baseline:
+    def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Baseline:
         """The baseline that these texts give: `a` (adapters, points, texts); -inf or NaN where there is no response.
 
         Args:
             neutral: gives mean and spread.
             requests: other texts on which swings are measured too.
+            weights: (points,): what each counts in the mean; None: all alike.
         """
         every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
         heard = every.isfinite().all(dim=2)
@@ -69,12 +77,13 @@ class Baseline:
         spread = known.std(dim=2)
         usual = torch.where(heard, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
         spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
-        baseline = cls(known.mean(dim=2), spread, heard, torch.ones(len(known)))
+        weights = torch.ones(heard.shape[1]) if weights is None else weights
+        baseline = cls(known.mean(dim=2), spread, heard, torch.ones(len(known)), weights)
         return replace(baseline, trust=_trust(baseline._mean_z(every), heard))
 
     def part(self, which: Tensor) -> Baseline:
         """That of some adapters: `which` (n,) positions."""
-        return Baseline(self.mean[which], self.spread[which], self.heard[which], self.trust[which])
+        return Baseline(self.mean[which], self.spread[which], self.heard[which], self.trust[which], self.weights)
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter is not heard."""
@@ -96,7 +105,8 @@ class Baseline:
 
     def _mean_z(self, responses: Tensor) -> Tensor:
         """(adapters, rows)."""
-        return self.z(responses).sum(dim=1) / self.heard.sum(dim=1).clamp_min(1)[:, None]
+        counted = (self.heard * self.weights).sum(dim=1)  # (adapters,)
+        return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted.clamp_min(1e-6)[:, None]
 
 
 def _trust(mean_z: Tensor, heard: Tensor) -> Tensor:
@@ -142,7 +152,7 @@ def agreement(neutral: Tensor, requests: Tensor, order: Sequence[int]) -> Tensor
     return torch.corrcoef(running)[-1] if len(order) > 1 else torch.ones(1)
 
 
-def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: int = 4) -> list[int]:
+def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: int = HEARD_AT) -> list[int]:
     """The points to read, best first: those of most contrast, as few as agree with the `most` best ones.
 
     Args:

@@ -35,7 +35,7 @@ from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, Whitening
 
 # Changes when what is stored means something else.
-_FORMAT = 1
+_FORMAT = 2
 _SAMPLED = 64
 
 
@@ -161,7 +161,7 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     """Digest of the base model, the texts and the reading."""
     config: Any = model.config
     settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    reading: list[Any] = [signal.input, signal.token, signal.scale, signal.score.__name__]
+    reading: list[Any] = [signal.input, signal.token, signal.scale, signal.score.__name__, signal.readings]
     if signal.token == "tail":
         reading.append([[list(one.tokens), one.last] for one in signal.activations])
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
-from logo.selection.baseline import choose, contrast, finished, prompt_means
+from logo.selection.baseline import choose, contrast, finished
 from logo.selection.cache import CalibrationCache
+from logo.selection.emphasis import emphasised
 from logo.selection.index import ScoringIndex, Wanted, read_indices
 from logo.selection.points import Point
 from logo.selection.probe import Probe
@@ -70,7 +71,8 @@ class Calibration:
     Attributes:
         points: where prompts are read, best first.
         ranking: every candidate with its contrast, best first; empty where the points were given.
-        neutral: `a` (adapters, points, neutral texts); NaN where an adapter does not touch a point.
+        neutral: `a` (adapters, readings, neutral texts), of all points, and behind them those with emphasis on the end
+            where the signal has such; NaN where an adapter does not touch a point.
         requests: the same of the requests; none of them where the signal listens to neutral texts only.
         file: where the choice was written down.
         listened: how many adapters were not known yet.
@@ -117,13 +119,20 @@ def calibrate(
         if adapter.name in heard:
             known[adapter.name] |= heard[adapter.name]
             cache.keep_responses(adapter, known[adapter.name])
-    nothing = torch.full((len(texts.rows),), torch.nan)
+    nothing = torch.full((settings.reading.readings, len(texts.rows)), torch.nan)
     responses = torch.stack(
-        [torch.stack([known[a.name].get(p.module, nothing) for p in candidates]) for a in adapters]
-    )  # (adapters, candidates, texts)
-    neutral, requests = responses[:, :, : len(texts.neutral)], responses[:, :, len(texts.neutral) :]
+        [torch.stack([known[a.name].get(p.module, nothing) for p in candidates], dim=1) for a in adapters]
+    )  # (adapters, readings of a point, candidates, texts)
+
+    def of(some: Sequence[int]) -> tuple[Tensor, Tensor]:
+        part = responses[:, :, some].flatten(1, 2)
+        return part[:, :, : len(texts.neutral)], part[:, :, len(texts.neutral) :]
+
     if not most:
-        return Calibration(tuple(candidates), (), neutral, requests, None, len(heard), time.perf_counter() - started)
+        every = of(range(len(candidates)))
+        return Calibration(tuple(candidates), (), *every, None, len(heard), time.perf_counter() - started)
+    even = responses[:, 0]
+    neutral, requests = even[:, :, : len(texts.neutral)], even[:, :, len(texts.neutral) :]
     chosen = choose(neutral, requests, most, ENOUGH)
     points = tuple(candidates[i] for i in chosen)
     values = contrast(neutral, requests).tolist()
@@ -138,7 +147,7 @@ def calibrate(
     }
     file = cache.keep_choice(adapters, written_down)
     seconds = time.perf_counter() - started
-    return Calibration(points, ranking, neutral[:, chosen], requests[:, chosen], file, len(heard), seconds)
+    return Calibration(points, ranking, *of(chosen), file, len(heard), seconds)
 
 
 def whitenings(
@@ -174,7 +183,7 @@ def listen(
         listening: as in `calibrate`.
 
     Returns:
-        adapter name -> module path -> `a` (texts,), neutral ones first.
+        adapter name -> module path -> `a` (readings, texts), neutral ones first.
     """
     heard: dict[str, dict[str, Tensor]] = {}
     if listening is None:
@@ -182,7 +191,7 @@ def listen(
     for points in _groups(model, list(wanted), sum(map(len, cache.texts.rows))):
         part = {point: wanted[point] for point in points}
         for index, responses in _heard(listening, part, settings.reading, cache):
-            for adapter, response in zip(index.adapters, responses.T, strict=True):
+            for adapter, response in zip(index.adapters, responses.permute(2, 0, 1), strict=True):
                 heard.setdefault(adapter.name, {})[index.point.module] = response.clone()
     return heard
 
@@ -190,7 +199,7 @@ def listen(
 def _heard(
     listening: Listening, wanted: Mapping[Point, Sequence[Adapter]], signal: Signal, cache: CalibrationCache
 ) -> Iterator[tuple[ScoringIndex, Tensor]]:
-    """`listen` at points whose hidden vectors are held at once: each index, and its `a` (texts, adapters)."""
+    """`listen` at points whose hidden vectors are held at once: each index, and its `a` (readings, texts, adapters)."""
     texts = cache.texts
     read = dict(zip(wanted, listening(list(wanted), texts, signal), strict=True))
     latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same vectors
@@ -209,8 +218,9 @@ def _heard(
             asked.append(Wanted(wanted[point], point, heard.hidden.device, whitening))
     for index in _indices(asked):
         hidden, owners = read[index.point].responding
-        means = prompt_means(signal(index, hidden), owners, len(texts.rows))  # (texts, adapters)
-        yield index, finished(means, signal.scale).cpu()
+        values = signal(index, hidden)
+        means = [emphasised(values, owners, len(texts.rows), late) for late in range(signal.readings)]
+        yield index, finished(torch.stack(means), signal.scale).cpu()
 
 
 def _whitening(heard: Heard, neutral: int) -> Whitening:

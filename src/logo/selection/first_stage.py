@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from logo.selection.baseline import prompt_means
+from logo.selection.emphasis import emphasised
 from logo.selection.index import ScoringIndex
 
 # Directions of the space that all adapters share.
@@ -106,11 +107,20 @@ class FirstStage:
             high.append(prompt_means(most.T, owners, rows))
         return torch.cat(low, dim=1), torch.cat(high, dim=1)
 
-    def estimates(self, hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
-        """The estimate of every adapter's mean response per prompt, (rows, N); arguments as those of `bounds`."""
+    def estimates(
+        self, hidden: Tensor, owners: Tensor, rows: int, units: Tensor | None = None, late: int = 0
+    ) -> Tensor:
+        """The estimate of every adapter's mean response per prompt, (rows, N); arguments as those of `bounds`.
+
+        Args:
+            units: (vectors,): what responses are divided by; None: nothing.
+            late: with emphasis on the end of each prompt; see `logo.selection.emphasis`.
+        """
         x = hidden.cpu().float() - self.mean
+        unit = torch.ones(len(x)) if units is None else units.cpu()
         parts = self._parts(x, x @ self.basis)
-        return torch.cat([prompt_means(torch.hypot(lead, known).T, owners, rows) for lead, known, _ in parts], dim=1)
+        means = (emphasised((torch.hypot(lead, known) / unit).T, owners, rows, late) for lead, known, _ in parts)
+        return torch.cat(list(means), dim=1)
 
     def _parts(self, x: Tensor, inside: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """`L` and `K` (adapters, vectors) of some adapters after the other, and which ones these are."""

@@ -24,6 +24,8 @@ _CHUNK = 16 * 2**20
 # Floats of the factors that meet all vectors before the next ones are touched (256 MiB): an index that is larger than
 # memory is read from the disk once, however many vectors there are.
 _PASS = 64 * 2**20
+# Hidden vectors are never taken to be shorter than this.
+_SHORTEST = 1e-6
 # Adapters after which is told how far reading is.
 _TOLD = 1000
 
@@ -37,18 +39,26 @@ class ScoringIndex:
         stacked: (R, d) float32, the rows `R_i A_i` of all adapters, whitened where there is a whitening.
         ranks: rows per adapter.
         offset: (R,): the stacked response to the mean hidden vector, taken from every response; None: nothing.
+        sketch: where there is a whitening, its `Whitening.sketch` (m, d) and what that makes of the mean (m,).
         adapters: in pool order; they all touch the point.
         point: where.
     """
 
     def __init__(
-        self, stacked: Tensor, ranks: Sequence[int], offset: Tensor | None, adapters: Sequence[Adapter], point: Point
+        self,
+        stacked: Tensor,
+        ranks: Sequence[int],
+        offset: Tensor | None,
+        adapters: Sequence[Adapter],
+        point: Point,
+        sketch: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.stacked = stacked
         self.ranks = tuple(ranks)
         self.offset = offset
         self.adapters = tuple(adapters)
         self.point = point
+        self.sketch = sketch
 
     @classmethod
     def read(
@@ -72,7 +82,7 @@ class ScoringIndex:
         if self.offset is not None:
             offset = torch.cat([self.offset[rows] for rows in some]) if some else self.offset[:0]
         adapters = [self.adapters[place] for place in places] if self.adapters else []
-        return ScoringIndex(stacked, [self.ranks[place] for place in places], offset, adapters, self.point)
+        return ScoringIndex(stacked, [self.ranks[place] for place in places], offset, adapters, self.point, self.sketch)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +97,7 @@ class ScoringIndex:
     @property
     def bytes(self) -> int:
         """Memory of the stacked factors and of what was made or read besides so far."""
-        tensors = [self.stacked, *(() if self.offset is None else (self.offset,))]
+        tensors = [self.stacked, *(() if self.offset is None else (self.offset,)), *(self.sketch or ())]
         tensors += [tensor for pair in self.__dict__.get("_pairs", ()) for tensor in pair]
         tensors += [self.__dict__["_directions"]] if "_directions" in self.__dict__ else []
         return sum(tensor.nbytes for tensor in tensors)
@@ -99,6 +109,17 @@ class ScoringIndex:
             return torch.cat([part.norms(hidden) for part in self._passes()], dim=1)
         size = max(1, _CHUNK // max(1, len(self.stacked)))
         return torch.cat([self._norms(part) for part in torch.split(hidden, size)])
+
+    def relative(self, hidden: Tensor) -> Tensor:
+        """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, of an index with a whitening; otherwise as `norms`."""
+        return self.norms(hidden) / self.units(hidden)[:, None]
+
+    def units(self, hidden: Tensor) -> Tensor:
+        """`√‖W (h - μ)‖₂`, nearly, for hidden (rows, d); (rows,), float32 on the index's device."""
+        if self.sketch is None:
+            raise RuntimeError(f"the index at {self.point.name} has no whitening")
+        rows, offset = self.sketch
+        return (hidden.to(self.device, torch.float32) @ rows.T - offset).norm(dim=1).clamp_min(_SHORTEST).sqrt()
 
     def _passes(self) -> Iterator[ScoringIndex]:
         """The index in parts, without a copy, none of which is large unless one adapter is."""
@@ -243,7 +264,14 @@ class _Building:
         if self._same and wanted.before is not None:
             return wanted.before
         offset = None if self._whitening is None else (self._stacked @ self._whitening.mean).to(wanted.device)
-        return ScoringIndex(self._stacked.to(wanted.device), self._ranks, offset, wanted.adapters, wanted.point)
+        sketch = None if wanted.whitening is None else sketched(wanted.whitening, wanted.device)
+        return ScoringIndex(self._stacked.to(wanted.device), self._ranks, offset, wanted.adapters, wanted.point, sketch)
+
+
+def sketched(whitening: Whitening, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The `sketch` of an index."""
+    rows = whitening.sketch()
+    return rows.to(device), (rows @ whitening.mean).to(device)
 
 
 def device_of(model: nn.Module, point: Point) -> torch.device:

@@ -27,12 +27,12 @@ from logo.adapters.known import stamp
 from logo.cache import read_cached, write_cached
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
-from logo.selection.index import ScoringIndex, Tell, Wanted, built_on, device_of, read_indices
+from logo.selection.index import ScoringIndex, Tell, Wanted, built_on, device_of, read_indices, sketched
 from logo.selection.mapped import ALIGNMENT, mapped, read_mapped
 from logo.selection.points import Point
 
 # Changes when what is kept means something else.
-_FORMAT = 4
+_FORMAT = 5
 # Pools change, and the indices of those that are gone are of no use to anyone.
 _MOST_FILES = 16
 # Bytes from which on an index is made within its file, piece by piece: it may be larger than memory.
@@ -78,6 +78,8 @@ def keep_index(
     tensors = {f"{i}.stacked": index.stacked for i, index in enumerate(indices)}
     # By their names they come after the large ones, which stay aligned.
     tensors |= {f"offset.{i}": index.offset for i, index in enumerate(indices) if index.offset is not None}
+    for i, index in enumerate(indices):
+        tensors |= dict(zip(_sketch_names(i), index.sketch or (), strict=False))
     heard, about = _about([(i.point, i.ranks) for i in indices], adapters, calibration, cache)
     tensors |= heard
 
@@ -122,6 +124,10 @@ def build_index(
     heard, about = _about([(one.point, one.ranks) for one in wanted], adapters, calibration, cache)
     shapes: dict[str, tuple[int, ...]] = {f"{i}.stacked": one.shape for i, one in enumerate(wanted)}
     shapes |= {f"offset.{i}": (one.shape[0],) for i, one in enumerate(wanted) if one.whitening is not None}
+    for i, one in enumerate(wanted):
+        if one.whitening is not None:
+            made = sketched(one.whitening, one.device)
+            heard |= dict(zip(_sketch_names(i), made, strict=True))
     shapes |= {key: tuple(tensor.shape) for key, tensor in heard.items()}
 
     def write(part: str) -> None:
@@ -157,6 +163,10 @@ def _about(
     return tensors, about
 
 
+def _sketch_names(i: int) -> tuple[str, str]:
+    return f"sketch.{i}", f"sketch_of_mean.{i}"
+
+
 def _remove_old(file: Path | None) -> None:
     """Leaves the files beside this one that were used last."""
     if file is None:
@@ -187,7 +197,9 @@ def load_index(
             touching = [adapter for adapter in adapters if module in adapter.modules]
             device = device_of(model, point)
             offset = tensors[f"offset.{i}"].to(device) if f"offset.{i}" in tensors else None
-            indices.append(ScoringIndex(tensors[f"{i}.stacked"].to(device), ranks, offset, touching, point))
+            parts = [tensors[name].to(device) for name in _sketch_names(i) if name in tensors]
+            sketch = (parts[0], parts[1]) if len(parts) == 2 else None
+            indices.append(ScoringIndex(tensors[f"{i}.stacked"].to(device), ranks, offset, touching, point, sketch))
         if cache is not None:
             cache.know(adapters, about["keys"])
         calibration = None

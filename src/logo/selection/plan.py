@@ -13,6 +13,7 @@ from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
 from logo.adapters.pool import AdapterPool
 from logo.errors import PoolError, UsageError
+from logo.selection.baseline import HEARD_AT
 from logo.selection.points import Point, decoder_layers, find_points, named_points, points_of
 from logo.selection.settings import SelectionSettings
 
@@ -71,6 +72,8 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
         # Where the whole model runs anyway, every point is read (docs/read-once.md has what choosing costs there).
         usual = 0 if settings.activations else MOST_POINTS
         all_points, most = False, (wanted or usual) if signal.chosen else 0
+        if most:
+            points = _later(points, depth // 2, pool)
     adapters = _scorable(pool, points, settings, all_points=all_points)
     if settings.signal == "signature" and not any(examples_of(adapter.folder) for adapter in adapters):
         raise PoolError(
@@ -80,6 +83,18 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
     if signal.input == "residual":
         _check_widths(model, points)
     return Plan(points, most, adapters)
+
+
+def _later(points: Sequence[Point], first: int, pool: AdapterPool) -> Sequence[Point]:
+    """The points from layer `first` on, if every adapter is heard at enough of them; else all.
+
+    The first layers hold little but words: adapters whose prompts share their words are told apart there, and those are
+    not told apart whose prompts are worded alike.
+    """
+    later = [point for point in points if point.layer >= first]
+    every, some = {point.module for point in points}, {point.module for point in later}
+    heard = all(len(some & set(a.modules)) >= min(HEARD_AT, len(every & set(a.modules))) for a in pool)
+    return later if heard else points
 
 
 def _scorable(

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from logo.selection.baseline import finished
+from logo.selection.emphasis import faded, fading, late_count
 from logo.selection.index import ScoringIndex
 from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cache_of, cut
 from logo.selection.probe import Probe
@@ -22,7 +23,8 @@ class Probed:
     """What one probe found out of some prompts.
 
     Attributes:
-        responses: per point, `a` (rows, adapters that touch it); see `logo.selection.baseline`.
+        responses: per point, `a` (rows, adapters that touch it); see `logo.selection.baseline`. Behind them, where the
+            signal has that, those with emphasis on the end.
         descriptions: per place, (rows, 2, d); see `logo.selection.signature`. Empty where they were not asked for.
     """
 
@@ -82,18 +84,18 @@ class Reader:
         hidden = self._probe(input_ids[:, start:], attention_mask, cache)
         values = [self._signal(index, vectors) for index, vectors in zip(self._indices, hidden, strict=True)]
         described = [hidden[point] for point in self._describing]
-        values += described  # their means are taken likewise
         sums: list[Tensor] = []
         counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)
         if self._probe.token == "each":
-            sums, counts = self._block_sums(values, input_ids[:, start:], attention_mask)
-            number = counts.sum(dim=1) + sum(block.tokens for block in known)
-            for i, part in enumerate(sums):
-                total = part.sum(dim=1) + sum(block.sums[i].to(part.device) for block in known)
-                values[i] = total / number[:, None].to(part.device)
+            # Means of what is described are taken likewise.
+            sums, counts = self._block_sums(values, described, input_ids[:, start:], attention_mask)
+            values = self._means(sums, counts, known)
+        else:
+            values += described
         if rows is not None and cache is not None and cache.layers:  # before the first layer there is nothing to reuse
             self._keep(cache, rows, len(known), sums, counts)
-        count, ends = len(self._indices), last(torch.bincount(self._probe.owners(input_ids[:, start:], attention_mask)))
+        count = len(self._indices) * self._signal.readings
+        ends = last(torch.bincount(self._probe.owners(input_ids[:, start:], attention_mask)))
         return Probed(
             [finished(value, self._signal.scale) for value in values[:count]],
             [
@@ -102,13 +104,41 @@ class Reader:
             ],
         )
 
-    def _block_sums(self, values: list[Tensor], input_ids: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Per point (rows, blocks, adapters), of values (vectors, adapters); and the vectors in each (rows, blocks)."""
+    def _late(self, i: int) -> bool:
+        """Whether sums of this number put emphasis on the end: those behind the first of each point."""
+        return len(self._indices) <= i < len(self._indices) * self._signal.readings
+
+    def _means(self, sums: list[Tensor], counts: Tensor, known: list[Block]) -> list[Tensor]:
+        """Per reading (rows, adapters), of sums (rows, blocks, adapters) and of the known blocks before them.
+
+        Args:
+            counts: (rows, blocks): vectors of each block.
+        """
+        later = counts.flip(1).cumsum(1).flip(1) - counts  # (rows, blocks): vectors behind each
+        every = counts.sum(dim=1)
+        number = every + sum(block.tokens for block in known)
+        means = []
+        for i, part in enumerate(sums):
+            device, late = part.device, self._late(i)
+            total = (part * fading(later).to(device)[:, :, None] if late else part).sum(dim=1)
+            behind = every
+            for block in reversed(known):
+                one = block.sums[i].to(device)
+                total = total + (one * fading(behind).to(device)[:, None] if late else one)
+                behind = behind + block.tokens
+            means.append(total / (late_count(number) if late else number)[:, None].to(device))
+        return means
+
+    def _block_sums(
+        self, values: list[Tensor], described: list[Tensor], input_ids: Tensor, mask: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Per reading (rows, blocks, adapters), of values (vectors, adapters); and vectors per block (rows, blocks)."""
         owners, positions = self._probe.places(input_ids, mask)
         rows, blocks = len(input_ids), -(-input_ids.shape[1] // BLOCK)
         cells = owners * blocks + positions // BLOCK
+        late = [faded(value, cells) for value in values] if self._signal.readings > 1 else []
         sums = []
-        for value in values:
+        for value in (*values, *late, *described):
             part = torch.zeros(rows * blocks, value.shape[1], device=value.device)
             sums.append(part.index_add_(0, cells.to(value.device), value).view(rows, blocks, -1))
         return sums, torch.bincount(cells, minlength=rows * blocks).view(rows, blocks)

@@ -13,6 +13,7 @@ from logo.selection.baseline import Baseline
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
 from logo.selection.drift import Drift
+from logo.selection.emphasis import column_weights
 from logo.selection.index import ScoringIndex
 from logo.selection.once import OnceReader
 from logo.selection.reader import Reader
@@ -73,9 +74,12 @@ class Scorer:
         self.cache = cache
         self.drift = drift
         self._reader = reader
-        self._baseline = None if calibration is None else Baseline.of(calibration.neutral, calibration.requests)
+        self._baseline = None if calibration is None else self._compared(calibration.neutral, calibration.requests)
         # (adapters, points)
         self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
+
+    def _compared(self, neutral: Tensor, requests: Tensor) -> Baseline:
+        return Baseline.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)))
 
     def restart(self) -> None:
         """Forgets what a running baseline has learnt."""
@@ -95,6 +99,7 @@ class Scorer:
         """(rows, adapters) float32 on the CPU of responses `a` (rows, adapters that touch the point) per point.
 
         Args:
+            per_point: where the signal reads with emphasis on the end, too, these readings of all points come behind.
             descriptions: of the prompts, where the pool has signatures; see `logo.selection.signature`. Without them,
                 responses alone score.
         """
@@ -108,10 +113,10 @@ class Scorer:
         return similar if self._alone else scores + similar
 
     def _of_responses(self, per_point: Sequence[Tensor]) -> Tensor:
-        # (adapters, points, rows)
-        responses = torch.full((*self._touched.shape, len(per_point[0])), torch.nan)
+        # (adapters, readings, rows)
+        responses = torch.full((len(self.names), len(per_point), len(per_point[0])), torch.nan)
         for at, response in enumerate(per_point):
-            responses[self._touched[:, at], at] = response.T.cpu()
+            responses[self._touched[:, at % len(self.points)], at] = response.T.cpu()
         if self._baseline is None:
             return self._mean_over_points(responses, self._touched)
         scores = self._baseline.scores(responses)

@@ -135,7 +135,7 @@ class Scorers:
             built = None
             if folder is not None and name is not None and bytes_of(wanted) > index_file.MAPPED:
                 made = build_index(folder, name, adapters, wanted, calibration, cache, tell)
-                built = load_index(folder / name, adapters, points, model, cache) if made else None
+                built = load_index(folder / name, adapters, planned.points, model, cache) if made else None
             indices = read_indices(wanted, tell) if built is None else list(built[0])
             if folder is not None and name is not None and built is None:
                 keep_index(folder, name, adapters, indices, calibration, cache)

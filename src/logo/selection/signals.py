@@ -43,6 +43,8 @@ class Signal:
         chosen: use the points on which this pool's adapters differ most, instead of all.
         weighting: how scores become weights.
         norms: the scores are `ScoringIndex.norms`, which the first stage of a two-stage index knows about.
+        relative: they are `ScoringIndex.relative` instead, each norm divided by the root of the vector's length.
+        late: responses are averaged with the last tokens counting most, too (`logo.selection.emphasis`).
     """
 
     score: Score
@@ -53,7 +55,14 @@ class Signal:
     chosen: bool = False
     weighting: Weighting = "linear"
     norms: bool = False
+    relative: bool = False
+    late: bool = False
     activations: tuple[Activation, ...] = ()
+
+    @property
+    def readings(self) -> int:
+        """How often a point is read: once, or with two kinds of emphasis."""
+        return 2 if self.late and self.token == "each" and not self.activations else 1
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
         """(n, adapters) for hidden (n, d)."""
@@ -110,18 +119,20 @@ _EARLY: dict[str, Any] = {
     "chosen": True,
     "weighting": "adaptive",
     "norms": True,
+    "relative": True,
+    "late": True,
 }
 
 
 @register("signature", **_EARLY)
 @register("calibrated", **_EARLY)
 def calibrated(index: ScoringIndex, hidden: Tensor) -> Tensor:
-    """`‖ΔW_i W (h - μ)‖₂` at several early points and all tokens, compared with the same on neutral text.
+    """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂` at several early points and all tokens, compared with neutral text.
 
     `signature` reads the same, and scores by how much a prompt looks like an adapter's examples
     (`logo.selection.signature`).
     """
-    return index.norms(hidden)
+    return index.relative(hidden)
 
 
 @register("norm_z", scale="zscore", weighting="softmax", norms=True)

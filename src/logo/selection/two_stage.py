@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from logo.adapters.format import Adapter
-from logo.selection.baseline import Baseline, finished, prompt_means
+from logo.selection.baseline import Baseline, finished
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
+from logo.selection.emphasis import emphasised
 from logo.selection.first_stage import FirstStage
 from logo.selection.index import ScoringIndex
 from logo.selection.probe import Probe
@@ -30,6 +31,8 @@ from logo.selection.signature import Signatures, described
 _LOOKED_AT = 6
 # Tokens of a prompt that an estimate reads at most, evenly spread over it.
 _TOKENS = 64
+# Tokens that have nearly all the weight where the end of a prompt has most of it.
+_LAST_TOKENS = 16
 # Adapters that estimates leave for the second stage where the user names no number: so many, and so many for each that
 # is wanted (docs/many-adapters.md has the recall).
 _FEWEST_LEFT, _LEFT_EACH = 256, 16
@@ -69,12 +72,12 @@ class FirstStages:
             rank: of what is kept of each adapter.
         """
         parts = []
-        responses = torch.full((*touched.shape, texts), torch.nan)
+        responses = torch.full((len(touched), len(indices) * signal.readings, texts), torch.nan)
         for at, (index, mean, (hidden, owners)) in enumerate(zip(indices, means, read, strict=True)):
             parts.append(first := FirstStage.of(index, mean, hidden, rank))
-            if signal.scale != "raw":
-                estimates = first.estimates(hidden, owners, texts)
-                responses[touched[:, at], at] = finished(estimates, signal.scale).T
+            for late in range(signal.readings if signal.scale != "raw" else 0):
+                estimates = first.estimates(hidden, owners, texts, _units(index, signal, hidden), late)
+                responses[touched[:, at], at + late * len(indices)] = finished(estimates, signal.scale).T
         return cls(tuple(parts), None if signal.scale == "raw" else responses)
 
     @property
@@ -116,7 +119,7 @@ class TwoStageScorer(Scorer):
         self._estimated: Baseline | None = None
         if first.estimated is not None and calibration is not None:
             neutral = calibration.neutral.shape[2]
-            self._estimated = Baseline.of(first.estimated[:, :, :neutral], first.estimated[:, :, neutral:])
+            self._estimated = self._compared(first.estimated[:, :, :neutral], first.estimated[:, :, neutral:])
         # (adapters, points): the place of each adapter in the index of the point
         self._places = self._touched.cumsum(dim=0) - 1
         self._position = {name: i for i, name in enumerate(self.names)}
@@ -161,13 +164,14 @@ class TwoStageScorer(Scorer):
 
     def exact(self, hidden: Sequence[Tensor], which: Tensor) -> Tensor:
         """What responses score these adapters (n,), ascending positions in the pool, as one stage computes it."""
-        responses = torch.full((len(which), len(self.points), 1), torch.nan)
+        responses = torch.full((len(which), len(self.points) * self._signal.readings, 1), torch.nan)
         for at, (index, vectors) in enumerate(zip(self.indices, hidden, strict=True)):
             heard = self._touched[which, at]
             part = index.part(self._places[which[heard], at].tolist())
             values = self._signal(part, vectors) if len(part) else torch.zeros(len(vectors), 0)
-            means = prompt_means(values, torch.zeros(len(vectors), dtype=torch.int64), 1)
-            responses[heard, at] = finished(means, self._signal.scale).T.cpu()
+            for late in range(self._signal.readings):
+                means = emphasised(values, torch.zeros(len(vectors), dtype=torch.int64), 1, late)
+                responses[heard, at + late * len(self.points)] = finished(means, self._signal.scale).T.cpu()
         if self._baseline is None:
             return self._mean_over_points(responses, self._touched[which])[0]
         return self._baseline.part(which).scores(responses)[0]
@@ -175,11 +179,13 @@ class TwoStageScorer(Scorer):
     def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
         """(adapters,): what responses seem to score."""
         assert self._estimated is not None
-        responses = torch.full((*self._touched.shape, 1), torch.nan)
-        for at, (first, vectors) in enumerate(zip(self.first.parts, hidden, strict=True)):
-            some = vectors[:: -(-len(vectors) // _TOKENS)]
-            means = first.estimates(some, torch.zeros(len(some), dtype=torch.int64), 1)
-            responses[self._touched[:, at], at] = finished(means, self._signal.scale).T
+        responses = torch.full((len(self.names), len(self.points) * self._signal.readings, 1), torch.nan)
+        for at, (index, first, vectors) in enumerate(zip(self.indices, self.first.parts, hidden, strict=True)):
+            for late in range(self._signal.readings):
+                some = vectors[-_LAST_TOKENS:] if late else vectors[:: -(-len(vectors) // _TOKENS)]
+                units = _units(index, self._signal, some)
+                means = first.estimates(some, torch.zeros(len(some), dtype=torch.int64), 1, units, late)
+                responses[self._touched[:, at], at + late * len(self.points)] = finished(means, self._signal.scale).T
         return self._estimated.scores(responses)[0]
 
     def _descriptions(self, hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -198,6 +204,11 @@ class TwoStageScorer(Scorer):
                 end[self._touched[:, at], at] = values.T
         low, high = (self._mean_over_points(end, self._touched)[0] for end in ends)
         return low, high * (1 + 1e-5)  # a mean may be rounded down
+
+
+def _units(index: ScoringIndex, signal: Signal, hidden: Tensor) -> Tensor | None:
+    """What a signal divides norms by; None: nothing."""
+    return index.units(hidden) if signal.relative else None
 
 
 def _highest(values: Tensor, eligible: Tensor, count: int) -> Tensor:

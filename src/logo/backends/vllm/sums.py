@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from logo.adapters.activation import earliest
+from logo.selection.emphasis import fading
 from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
 
@@ -77,8 +78,8 @@ class PromptSums:
         unread: tokens at its beginning that are not read.
         seen: how many of them have been run, or were run for another prompt.
         read: how many of them have been read.
-        by_point: per point: the summed responses (adapters,), or hidden vectors (d,) where their mean is scored; and
-            behind the points, the summed hidden vectors at each place where prompts are described.
+        by_point: per reading of a point: the summed responses (adapters,), or hidden vectors (d,) where their mean is
+            scored; and behind these, the summed hidden vectors at each place where prompts are described.
         last: per such place: the hidden vector of the last token that is read (d,), once it was.
         failure: why there are no scores.
         prefixes: digests of the prompt's prefixes that are whole blocks, the shortest first.
@@ -97,18 +98,26 @@ class PromptSums:
     prefixes: tuple[bytes, ...] = ()
     ended: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, point: int, parts: Tensor, blocks: int) -> None:
+    def add(self, number: int, parts: Tensor, blocks: int, kept: Tensor | None = None) -> None:
         """Adds what a step has read.
 
         Args:
-            point: number of the point, or of what comes behind them.
+            number: of the reading, or of what comes behind them.
             parts: (parts, n), the sums over the step's tokens in each block.
             blocks: how many of these blocks have ended.
+            kept: (parts,): what share of the sums before each part is kept; None: all of them.
         """
-        along = parts.cumsum(0)
-        if point in self.by_point:
-            along = along + self.by_point[point]
-        self.by_point[point], self.ended[point] = along[-1], along[:blocks]
+        if kept is None:
+            along = parts.cumsum(0)
+            if number in self.by_point:
+                along = along + self.by_point[number]
+        else:
+            rows, before = [], self.by_point.get(number, torch.zeros_like(parts[0]))
+            for part, share in zip(parts, kept.tolist(), strict=True):
+                before = before * share + part
+                rows.append(before)
+            along = torch.stack(rows)
+        self.by_point[number], self.ended[number] = along[-1], along[:blocks]
 
 
 @dataclass(frozen=True)
@@ -141,12 +150,14 @@ class Step:
         parts: the prompts.
         rows: (n,) int64 on the model's device.
         owners: (n,) which part of the sums each row belongs to: the tokens of one prompt in one block.
+        kept: (parts,) float32: what a sum with emphasis on the end is worth after each part's tokens.
         prompts: (n,) on the CPU: which of the prompts each row belongs to.
     """
 
     parts: tuple[Part, ...]
     rows: Tensor
     owners: Tensor
+    kept: Tensor
     prompts: Tensor
 
     @property
@@ -182,4 +193,6 @@ class Step:
             before = parts[-1].end
         if not rows or not (joined := torch.cat(rows)).numel():
             return None
-        return cls(tuple(parts), joined.to(device), torch.cat(owners).to(device), torch.cat(prompts))
+        cells = torch.cat(owners)
+        kept = fading(torch.bincount(cells, minlength=before))
+        return cls(tuple(parts), joined.to(device), cells.to(device), kept, torch.cat(prompts))

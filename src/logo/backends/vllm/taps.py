@@ -20,6 +20,7 @@ from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.backends.vllm.sums import PromptSums, Span, Step
 from logo.errors import NotFinite
 from logo.selection.baseline import finished
+from logo.selection.emphasis import faded, late_count
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
 from logo.selection.settings import SelectionSettings
@@ -224,9 +225,13 @@ class Taps:
             mean = sums.by_point[i] / sums.read
             value = signal(index, mean[None]) if signal.token == "mean" else mean[None]
             per_point.append(finished(value, signal.scale))
+        count = len(scorer.points)
+        for i in range(count, count * signal.readings):
+            mean = sums.by_point[i] / float(late_count(torch.tensor(sums.read)))
+            per_point.append(finished(mean[None], signal.scale))
         descriptions = []
         for number in range(len(_described_at(scorer))):
-            mean = sums.by_point[len(scorer.points) + number] / sums.read
+            mean = sums.by_point[count * signal.readings + number] / sums.read
             end = mean if signal.token == "mean" else sums.last[number]
             descriptions.append(torch.stack([mean, end])[None])
         scores: list[float] = scorer.scores(per_point, descriptions)[0].tolist()
@@ -243,21 +248,25 @@ class Taps:
     ) -> None:
         scorer, how = self._scorers[signal]
         hidden = _picked(entering, step.rows, gather)
+        count = len(scorer.points)
         for i in points:
-            # (n, adapters) or (n, d)
-            self._add_up(step, i, hidden if how.token == "mean" else how(scorer.indices[i], hidden))
+            values = hidden if how.token == "mean" else how(scorer.indices[i], hidden)  # (n, adapters) or (n, d)
+            self._add_up(step, i, values)
+            if how.readings > 1:
+                self._add_up(step, count + i, faded(values, step.owners), late=True)
         for number in described:
-            self._add_up(step, len(scorer.points) + number, hidden)
+            self._add_up(step, count * how.readings + number, hidden)
             for part in step.parts:
                 if part.last is not None:
                     self._prompts[part.key].last[number] = hidden[part.last].clone()
 
-    def _add_up(self, step: Step, number: int, values: Tensor) -> None:
-        """Adds what the step's rows (n, m) give to the sums of this number."""
+    def _add_up(self, step: Step, number: int, values: Tensor, late: bool = False) -> None:
+        """Adds what the step's rows (n, m) give to the sums of this number; `late`: with emphasis on the end."""
         sums = torch.zeros(step.parts[-1].end, values.shape[1], device=values.device)
         sums.index_add_(0, step.owners.to(values.device), values)
         for part in step.parts:
-            self._prompts[part.key].add(number, sums[part.first : part.end], part.blocks)
+            kept = step.kept[part.first : part.end] if late else None
+            self._prompts[part.key].add(number, sums[part.first : part.end], part.blocks, kept)
 
     def _keep(self, kept: Kept, place: str, step: Step, entering: Tensor, gather: Gather | None) -> None:
         hidden = _picked(entering, step.rows, gather).cpu()

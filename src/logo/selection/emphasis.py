@@ -1,0 +1,60 @@
+"""How much each token of a prompt counts: all alike, or the last ones most.
+
+    even   mean_t x_t
+    late   Σ_t f^(T - t) x_t / Σ_t f^(T - t)        f = `FADING`, T: the last token
+
+What a prompt is about is in all of its tokens; what is asked of it is often said in the last ones, and near relatives
+of an adapter differ there alone ("German:", "French:"). Sums with either weight can be put together from sums of parts:
+
+    late = f^(tokens of the second part) · late of the first part + late of the second part
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# What a token counts beside the next one. Half of the weight is on the last three tokens, nearly all on the last ten.
+FADING = 0.75
+# What the late reading of a point counts beside the even one.
+LATE = 0.5
+
+
+def behind(cells: Tensor) -> Tensor:
+    """How many later vectors belong to the same cell: (vectors,); `cells` (vectors,) int64, each cell's in order."""
+    order = cells.argsort(stable=True)
+    counts = torch.bincount(cells)
+    ends = counts.cumsum(0)[cells[order]]  # behind the last vector of each cell, in sorted order
+    found = torch.empty_like(cells)
+    found[order] = ends - 1 - torch.arange(len(cells), device=cells.device)
+    return found
+
+
+def faded(values: Tensor, cells: Tensor) -> Tensor:
+    """Values (vectors, n), each with its weight in the late sum of its cell."""
+    return values * fading(behind(cells)).to(values.device)[:, None]
+
+
+def fading(tokens: Tensor) -> Tensor:
+    """What a late sum is worth with so many tokens behind it, float32."""
+    return torch.full((), FADING) ** tokens
+
+
+def late_count(counts: Tensor) -> Tensor:
+    """The sum of the late weights of so many tokens, as `counts` is of even ones; float32."""
+    return (1 - fading(counts)) / (1 - FADING)
+
+
+def column_weights(columns: int, points: int) -> Tensor:
+    """What each reading counts, (columns,): the even ones of all points, and the late ones behind them, if any."""
+    weights = torch.ones(columns)
+    weights[points:] = LATE
+    return weights
+
+
+def emphasised(values: Tensor, owners: Tensor, rows: int, late: int) -> Tensor:
+    """Means (rows, n) over the vectors of each row, even ones or `late`: `values` (vectors, n), `owners` (vectors,)."""
+    counts = torch.bincount(owners, minlength=rows)
+    weighted = faded(values, owners) if late else values
+    sums = values.new_zeros(rows, values.shape[1]).index_add_(0, owners.to(values.device), weighted)
+    return sums / (late_count(counts) if late else counts).clamp_min(FADING).to(values.device)[:, None]
