@@ -18,7 +18,7 @@ import tiny
 from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import LoGoError, NotFinite
-from logo.selection.confidence import temperature
+from logo.selection.confidence import RESPONSES
 from logo.selection.selector import LEAST
 from test_calibrated import PROMPTS, tokenizer
 from test_engine import write_adapter
@@ -131,8 +131,10 @@ def test_calibrated_candidates_keep_their_scores(logo: LoGo, names: set[str], pr
     assert found == logo.reselect(every, signal="calibrated", candidates=names)
     best = sorted(names, key=lambda name: (-every[name], name))[:3]
     assert found.confidence is not None
-    weights = (torch.tensor([every[name] for name in best]) / temperature(found.confidence)).softmax(dim=0)
-    assert list(found.adapters) == [name for name, weight in zip(best, weights, strict=True) if weight >= LEAST]
+    weights = (torch.tensor([every[name] for name in best]) / RESPONSES.temperature(found.confidence)).softmax(dim=0)
+    assert list(found.adapters) == [
+        name for name, weight in zip(best, weights, strict=True) if weight >= LEAST * weights[0]
+    ]
     assert sum(found.weights) == same_weights(1)
 
 

@@ -21,7 +21,7 @@ from logo.mixing import EXACT, Mixer
 from logo.prompts import Prompt
 from logo.scoring import MAX_TOKENS
 from logo.selection.beginnings import Beginnings
-from logo.selection.confidence import ACTIVATED, EXAMPLES, RESPONSES, Evidence
+from logo.selection.confidence import EXAMPLES, RESPONSES, Evidence
 from logo.selection.index import Tell
 from logo.selection.scorer import NOT_SCORED, Best, Scorer
 from logo.selection.scorers import Scorers
@@ -135,9 +135,7 @@ class Choosing:
         """What a lead of these settings' scores is worth; None where scores have no scale of their own."""
         if settings.reading.scale == "raw":
             return None
-        if settings.signal in self._described:
-            return EXAMPLES
-        return ACTIVATED if self.pool.read_once else RESPONSES
+        return EXAMPLES if settings.signal in self._described else RESPONSES
 
 
 class Selecting(Choosing, ABC):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 # Adapters behind the best one whose mean score it must stand out from.
 FIELD = 5
-# Temperatures, in units of the score: one adapter nearly alone, and a broad mixture.
-_SHARPEST, _BROADEST = 0.3, 2.0
+# Temperatures, times the steepness of the evidence: one adapter nearly alone, and a broad mixture.
+_SHARPEST, _BROADEST = 1.7, 7.6
 # Confidence up to which a mixture is broad, and from which it is sharp.
 _DOUBT, _TRUST = 0.25, 0.4
 
@@ -45,20 +45,20 @@ class Evidence:
             return 0.0
         return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (lead(ranked) - self.even)))))
 
+    def temperature(self, confidence: float) -> float:
+        """The softmax temperature of a mixture that is as sharp as the selection is sure, in units of the score.
 
-# Scores in standard deviations of neutral text: of adapters that act on whole prompts, and of those that act on the few
-# last tokens, which are less far apart; and scores with what example prompts say added.
-RESPONSES = Evidence(3.2, 1.05)
-ACTIVATED = Evidence(5.0, 0.65)
-EXAMPLES = Evidence(1.4, 3.1)
+        Between broad and sharp, log T is in proportion.
+        """
+        sureness = min(max((confidence - _DOUBT) / (_TRUST - _DOUBT), 0.0), 1.0)
+        return float(_BROADEST * (_SHARPEST / _BROADEST) ** sureness) / self.steepness
+
+
+# Scores in standard deviations of neutral text, and scores with what example prompts say added.
+RESPONSES = Evidence(3.8, 0.8)
+EXAMPLES = Evidence(1.2, 3.5)
 
 
 def lead(ranked: Tensor) -> float:
     """How far the best of sorted scores (adapters,) is above the mean of the next `FIELD`."""
     return float(ranked[0] - ranked[1 : 1 + FIELD].mean())
-
-
-def temperature(confidence: float) -> float:
-    """The softmax temperature of a mixture that is as sharp as the selection is sure: log T in proportion between."""
-    sureness = min(max((confidence - _DOUBT) / (_TRUST - _DOUBT), 0.0), 1.0)
-    return float(_BROADEST * (_SHARPEST / _BROADEST) ** sureness)

@@ -3,7 +3,7 @@
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
 softmax    w_i ∝ exp(score_i / T)
 adaptive   softmax whose temperature follows how sure the selection is, see `logo.selection.confidence`; adapters
-           with a weight below `LEAST` are left out
+           with a weight below `LEAST` of the best one's are left out
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
 from logo.errors import NotFinite, PoolError, Unsure, UsageError, closest
-from logo.selection.confidence import RESPONSES, Evidence, temperature
+from logo.selection.confidence import RESPONSES, Evidence
 from logo.selection.signals import Weighting, WhenUnsure
 
 # Below this confidence a selection counts as unsure.
-UNSURE = 0.2
-# Where weights follow confidence, adapters with less weight are left out: each costs as much as one with more.
-LEAST = 1e-4
+UNSURE = 0.25
+# Where weights follow confidence, adapters with less than this share of the best one's weight are left out: each costs as
+# much as one with more.
+LEAST = 0.01
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,10 @@ class Selector:
             return torch.ones(1 if self.when_unsure == "best" else 0)
         if self.weighting == "linear":
             return linear(top)
-        if self.weighting == "softmax" or confidence is None:
+        if self.weighting == "softmax" or confidence is None or self.evidence is None:
             return (top / self.temperature).softmax(dim=0)
-        weights = (top / temperature(confidence)).softmax(dim=0)
-        weights = weights[weights >= LEAST]
+        weights = (top / self.evidence.temperature(confidence)).softmax(dim=0)
+        weights = weights[weights >= LEAST * weights[0]]
         return weights / weights.sum()
 
 
