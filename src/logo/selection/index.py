@@ -119,7 +119,8 @@ class ScoringIndex:
         if self.sketch is None:
             raise RuntimeError(f"the index at {self.point.name} has no whitening")
         rows, offset = self.sketch
-        return (hidden.to(self.device, torch.float32) @ rows.T - offset).norm(dim=1).clamp_min(_SHORTEST).sqrt()
+        squares = (hidden.to(self.device, torch.float32) @ rows.T - offset).square().sum(dim=1)
+        return squares.sqrt().clamp_min(_SHORTEST).sqrt()
 
     def _passes(self) -> Iterator[ScoringIndex]:
         """The index in parts, without a copy, none of which is large unless one adapter is."""

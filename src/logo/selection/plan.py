@@ -85,13 +85,13 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
     return Plan(points, most, adapters)
 
 
-def _later(points: Sequence[Point], first: int, pool: AdapterPool) -> Sequence[Point]:
+def _later(points: tuple[Point, ...], first: int, pool: AdapterPool) -> tuple[Point, ...]:
     """The points from layer `first` on, if every adapter is heard at enough of them; else all.
 
     The first layers hold little but words: adapters whose prompts share their words are told apart there, and those are
     not told apart whose prompts are worded alike.
     """
-    later = [point for point in points if point.layer >= first]
+    later = tuple(point for point in points if point.layer >= first)
     every, some = {point.module for point in points}, {point.module for point in later}
     heard = all(len(some & set(a.modules)) >= min(HEARD_AT, len(every & set(a.modules))) for a in pool)
     return later if heard else points

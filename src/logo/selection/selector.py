@@ -22,8 +22,8 @@ from logo.selection.signals import Weighting, WhenUnsure
 
 # Below this confidence a selection counts as unsure.
 UNSURE = 0.25
-# Where weights follow confidence, adapters with less than this share of the best one's weight are left out: each costs as
-# much as one with more.
+# Where weights follow confidence, adapters with less than this share of the best one's weight are left out: each costs
+# as much as one with more.
 LEAST = 0.01
 
 
