@@ -42,8 +42,9 @@ def engine() -> LoGo:
 def changes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder from which the server takes adapters: one that is good, one that is not, and a way out."""
     root = tmp_path_factory.mktemp("changes")
-    source = next(path for path in sorted(adapters_dir().iterdir()) if path.is_dir())
+    source, other, *_ = [path for path in sorted(adapters_dir().iterdir()) if path.is_dir()]
     shutil.copytree(source, root / "good")
+    shutil.copytree(other, root / "other")
     shutil.copytree(source, root / "bad")
     (root / "bad" / "adapter_model.safetensors").write_bytes(b"not safetensors")
     (root / "out").symlink_to(source)
@@ -306,7 +307,7 @@ def test_an_adapter_whose_file_is_gone_is_an_error_of_the_server(changes: Path, 
     assert server.post("/v1/completions", {**COMPLETION, "model": "antonym", "max_tokens": 1})["choices"]
     pool = server.get("/v1/logo/adapters")
     assert "gone" in {card["id"] for card in pool["data"]} and pool["signals"] == ["calibrated", "norm"]
-    server.text("/v1/load_lora_adapter", {"lora_name": "after", "lora_path": "good"})  # of no concern to others
+    server.text("/v1/load_lora_adapter", {"lora_name": "after", "lora_path": "other"})  # of no concern to others
     for name in ("gone", "after"):
         server.text("/v1/unload_lora_adapter", {"lora_name": name})
 

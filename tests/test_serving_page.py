@@ -60,8 +60,8 @@ def check_bars(rows: list[list[Any]], names: list[str], values: list[float]) -> 
     widest = max(width for _, width, _ in rows)
     assert widest > 50
     for (_, width, text), value in zip(rows, values, strict=True):
-        assert abs(width / widest - value / max(values)) < 0.01
-        assert text == "<0.001" if value < 0.0005 else abs(float(text) - value) < 0.0006
+        assert abs(width / widest - max(value, 0) / max(values)) < 0.015  # no bar is narrower than it can be seen
+        assert text == "<0.001" if 0 <= value < 0.0005 else abs(float(text) - value) < 0.0006
 
 
 def test_the_page_is_small_and_writes_text_only_as_text() -> None:
