@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -467,17 +466,6 @@ def test_a_prompt_that_invokes_nothing_is_still_scored(tmp_path: Path) -> None:
     assert len(logo.select(prompt).scores) == 3
     with pytest.raises(UsageError, match="does not contain the invocation tokens"):
         logo.generate(prompt, max_new_tokens=2)
-
-
-def test_a_smaller_lead_is_enough_on_few_tokens(tmp_path: Path) -> None:
-    model = tiny.model("llama")
-    plain, activated = (pool_of(tmp_path / kind, model) for kind in ("plain", "activated"))
-    notes(activated, "last:4")
-    weights = []
-    for folder in (plain, activated):
-        chosen = engine(model, folder, signal="calibrated").reselect({"t0": 1.65, "t1": 1.0, "t2": 1.0})
-        weights.append(chosen.weights[0] / chosen.weights[1])
-    assert weights == pytest.approx([math.exp(0.65 / 2.0), math.exp(0.65 / 0.3)], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "static"])

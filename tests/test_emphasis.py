@@ -4,7 +4,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logo.selection.emphasis import FADING, behind, column_weights, emphasised, faded, fading, late_count
+from logo.selection.emphasis import (
+    FADING,
+    behind,
+    column_weights,
+    emphasised,
+    fading,
+    late_along,
+    late_count,
+    late_weights,
+)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
@@ -13,14 +22,21 @@ def test_behind_counts_the_later_vectors_of_a_cell(cells: list[int]) -> None:
     assert behind(torch.tensor(cells)).tolist() == want
 
 
-@given(st.integers(1, 30), st.integers(0, 30), st.integers(0, 100))
-def test_late_sums_of_parts_make_that_of_the_whole(first: int, second: int, seed: int) -> None:
-    values = torch.rand(first + second, 3, generator=torch.Generator().manual_seed(seed))
-    one = torch.zeros(first + second, dtype=torch.int64)
-    whole = faded(values, one).sum(dim=0)
-    parts = faded(values[:first], one[:first]).sum(dim=0), faded(values[first:], one[first:]).sum(dim=0)
-    torch.testing.assert_close(parts[0] * fading(torch.tensor(second)) + parts[1], whole)
-    torch.testing.assert_close(late_count(torch.tensor(first + second)), fading(torch.arange(first + second)).sum())
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=7).filter(any), st.integers(0, 100))
+def test_late_sums_of_parts_make_that_of_the_whole(tokens: list[int], seed: int) -> None:
+    counts = torch.tensor(tokens)
+    values = torch.rand(sum(tokens), 3, generator=torch.Generator().manual_seed(seed))
+    before = torch.rand(3, generator=torch.Generator().manual_seed(seed + 1))
+    cells = torch.arange(len(tokens)).repeat_interleave(counts)
+    parts = torch.zeros(len(tokens), 3).index_add_(0, cells, values * late_weights(cells)[:, None])
+    along, left = late_along(counts)
+    found = along @ parts + left[:, None] * before
+    end = 0
+    for row, count in zip(found, tokens, strict=True):
+        end += count
+        weights = fading(torch.arange(end).flip(0))
+        torch.testing.assert_close(row, (values[:end] * weights[:, None]).sum(dim=0) + before * FADING**end)
+    torch.testing.assert_close(late_count(counts.sum()), fading(torch.arange(sum(tokens))).sum())
 
 
 def test_late_means_follow_the_end_and_even_means_do_not() -> None:

@@ -20,7 +20,9 @@ from logo.demo import adapters_dir
 from logo.errors import UsageError
 from logo.models import skeleton
 from logo.selection.index import Wanted, read_indices
+from logo.selection.plan import later
 from logo.selection.plan import plan as reading_plan
+from logo.selection.points import Point
 from test_engine import write_adapter
 
 LLAMA_8B = {
@@ -274,3 +276,14 @@ def test_a_pool_or_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str])
     assert "adapter folder nowhere: expected a folder, found nothing" in capsys.readouterr().err
     assert run(["plan", "--base-model", "nowhere"]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_points_of_the_first_layers_are_left_to_those_who_have_no_others() -> None:
+    def points(layers: range, *names: str) -> set[str]:
+        return {f"layers.{layer}.{name}" for layer in layers for name in names}
+
+    every = tuple(Point(i, f"layers.{i}", f"layers.{i}.{name}") for i in range(8) for name in ("q", "v"))
+    usual = points(range(8), "q", "v")
+    assert {p.module for p in later(every, 4, [usual, usual])} == points(range(4, 8), "q", "v")
+    low = points(range(2), "q")  # an adapter of the first two layers: its points come into question, and no others
+    assert {p.module for p in later(every, 4, [usual, low])} == points(range(4, 8), "q", "v") | low

@@ -19,6 +19,7 @@ from logo.backends.vllm.options import Options
 from logo.errors import NotFinite
 from logo.selection import index as index_module
 from logo.selection import index_file, scorers
+from logo.selection.emphasis import emphasised
 from logo.selection.first_stage import FirstStage
 from logo.selection.index import ScoringIndex
 from logo.selection.mapped import mapped, read_mapped
@@ -65,6 +66,17 @@ def test_bounds_hold_for_any_factors_and_vectors(case: Any, rank: int, vectors: 
     exact = index.norms(hidden).mean(dim=0)
     assert (low[0] <= exact * (1 + 1e-6)).all() and (exact <= high[0] * (1 + 1e-6)).all()
     assert (low <= estimate * (1 + 1e-6)).all() and (estimate <= high * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_estimates_that_keep_everything_are_what_the_signal_responds(late: int) -> None:
+    index = pool_index(5, [3, 4, 2], 12, 0.4, 1.0)
+    index = ScoringIndex(index.stacked, index.ranks, None, [], index.point, (torch.eye(12), torch.zeros(12)))
+    hidden = torch.randn(9, 12, generator=torch.Generator().manual_seed(1))
+    owners = torch.tensor([0] * 4 + [1] * 5)
+    first = FirstStage.of(index, None, hidden, 4)
+    found = first.estimates(hidden, owners, 2, index.units(hidden), late)
+    torch.testing.assert_close(found, emphasised(index.relative(hidden), owners, 2, late), rtol=2e-3, atol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)

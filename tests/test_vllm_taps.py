@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.backends.vllm.sums import Span, Step
 from logo.backends.vllm.taps import CHANGED, UNKNOWN_PREFIX, Taps
 from logo.selection import signals
+from logo.selection.emphasis import emphasised
 from logo.selection.points import Point
 from logo.selection.settings import SelectionSettings
 
@@ -58,14 +59,45 @@ class Describing(Scorer):
 
 
 @pytest.fixture
-def taps(monkeypatch: pytest.MonkeyPatch) -> Taps:
+def taps(monkeypatch: pytest.MonkeyPatch, late: bool = False) -> Taps:
     reads = signals.SIGNALS["calibrated"]
-    plain = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each")
+    plain = signals.Signal(lambda index, hidden: hidden[:, :2], input="projection", token="each", late=late)
     monkeypatch.setitem(signals.SIGNALS, "calibrated", plain)
     assert reads.token == plain.token
     made = Taps(lambda point, read: point.module, CPU, lambda: BLOCK, 1_000_000)
     made.score("calibrated", Scorer("a", "b"), SelectionSettings())  # type: ignore[arg-type]
     return made
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    st.lists(st.integers(1, 59), max_size=5),
+    st.booleans(),
+    st.integers(0, 3),
+)
+@settings(deadline=None)
+def test_sums_with_emphasis_on_the_end_are_those_of_the_whole(
+    lengths: list[int], cuts: list[int], bos: bool, cached: int
+) -> None:
+    """Prompts in chunks of any size, of which some begin with blocks that are in the cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = taps.__wrapped__(patch, late=True)  # type: ignore[attr-defined]
+        scorer = Scorer("a", "b")
+        scorer.scores = lambda per_point, descriptions: torch.cat(list(per_point), dim=1)  # type: ignore[method-assign]
+        made.score("calibrated", scorer, SelectionSettings())  # type: ignore[arg-type]
+        shared = torch.rand(cached * BLOCK, 4)
+        for number, length in enumerate(lengths):
+            prompt, total = torch.cat([shared, torch.rand(length, 4)]), len(shared) + length
+            ids = [*range(len(shared)), *range(1000 * (number + 1), 1000 * (number + 1) + length)]
+            begin = len(shared) if number else 0  # the first prompt has left its blocks in the cache
+            for start, end in itertools.pairwise(sorted({begin, *(c for c in cuts if begin < c < total), total})):
+                made.begin([Span(f"{number}", "calibrated", 0, start, end - start, total, bos, ids)])
+                for place in ("a", "b"):
+                    made.tap(place, prompt[start:end])
+            read = prompt[int(bos and total > 1) :, :2]
+            owners = torch.zeros(len(read), dtype=torch.int64)
+            want = [emphasised(read, owners, 1, late)[0] for late in (0, 0, 1, 1)]
+            assert made.take([f"{number}"])[f"{number}"] == pytest.approx(torch.cat(want).tolist(), rel=1e-4)
 
 
 @given(cuts=st.lists(st.integers(1, 9), max_size=4), bos=st.booleans())

@@ -24,14 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logo.selection.baseline import finished, prompt_means
+from logo.selection.baseline import finished
 from logo.selection.calibration import Calibration
-from logo.selection.index import ScoringIndex
+from logo.selection.emphasis import emphasised
+from logo.selection.index import ScoringIndex, sketched
 from logo.selection.mapped import mapped
 from logo.selection.points import Point
 from logo.selection.scorer import NOT_SCORED, Best
 from logo.selection.signals import get_signal
 from logo.selection.two_stage import FirstStages, TwoStageScorer
+from logo.selection.whitening import Whitening
 
 # Singular values of 43 adapters of a 270M model (r 8), beside the largest: means at the last query projection, and at
 # the value projections in the middle.
@@ -119,8 +121,11 @@ def build(args: argparse.Namespace, signal: str, points: int) -> tuple[TwoStageS
     file.unlink()  # the mapping keeps it until the end
     indices, read = [], []
     owners = torch.arange(TEXTS).repeat_interleave(TEXT_TOKENS)
-    heard = torch.full((count, points, TEXTS), torch.nan)
     how = get_signal(signal)
+    heard = torch.full((count, points * how.readings, TEXTS), torch.nan)
+    # Drawn vectors have no mean and no directions of their own: whitening leaves them as they are.
+    plain = Whitening(torch.zeros(width), torch.zeros(width, 0), torch.zeros(0))
+    sketch = sketched(plain, torch.device("cpu")) if how.relative else None
     for at, (world, point) in enumerate(zip(worlds, where, strict=True)):
         hidden = torch.cat([world.vectors(i, TEXT_TOKENS, None) for i in range(TEXTS)])
         read.append((hidden, owners))
@@ -129,14 +134,16 @@ def build(args: argparse.Namespace, signal: str, points: int) -> tuple[TwoStageS
             rows = world.factors(block, size).view(-1, width)
             stacks[point.module][start * rank : (start + size) * rank] = rows
             if how.scale != "raw":
-                values = ScoringIndex(rows, [rank] * size, None, [], point).norms(hidden)
-                heard[start : start + size, at] = finished(prompt_means(values, owners, TEXTS), how.scale).T
-        indices.append(ScoringIndex(stacks[point.module], [rank] * count, None, adapters, point))
+                values = how(ScoringIndex(rows, [rank] * size, None, [], point, sketch), hidden)
+                for late in range(how.readings):
+                    means = emphasised(values, owners, TEXTS, late)
+                    heard[start : start + size, at + late * points] = finished(means, how.scale).T
+        indices.append(ScoringIndex(stacks[point.module], [rank] * count, None, adapters, point, sketch))
         say(f"{signal}: point {at + 1} of {points} written, {time.perf_counter() - started:.0f} s")
     touched = torch.ones(count, points, dtype=torch.bool)
     first = FirstStages.of(indices, touched, read, TEXTS, [None] * points, how, args.first_rank)
     say(f"{signal}: first stage of {first.bytes / 1e9:.2f} GB, {time.perf_counter() - started:.0f} s")
-    none = torch.zeros(count, points, 0)
+    none = torch.zeros(*heard.shape[:2], 0)
     calibration = None if how.scale == "raw" else Calibration(tuple(where), (), heard, none, None, 0, 0.0)
     nothing: Any = None
     return TwoStageScorer(adapters, indices, nothing, nothing, how, first, calibration), worlds
@@ -144,10 +151,13 @@ def build(args: argparse.Namespace, signal: str, points: int) -> tuple[TwoStageS
 
 def one_stage(scorer: TwoStageScorer, hidden: list[Tensor]) -> Tensor:
     """(adapters,): every score, from the vectors of one prompt."""
+    how = scorer._signal
+    values = [how(index, vectors) for index, vectors in zip(scorer.indices, hidden, strict=True)]
     per_point = []
-    for index, vectors in zip(scorer.indices, hidden, strict=True):
-        values = index.norms(vectors)
-        per_point.append(finished(values.mean(dim=0, keepdim=True), scorer._signal.scale))
+    for late in range(how.readings):
+        for one in values:
+            means = emphasised(one, torch.zeros(len(one), dtype=torch.int64), 1, late)
+            per_point.append(finished(means, how.scale))
     return scorer.scores(per_point)[0]
 
 

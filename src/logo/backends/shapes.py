@@ -14,7 +14,7 @@ from logo.adapters.layout import BaseLayout, LinearShape
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import UsageError, closest
 from logo.models import cached_heads, context_length
-from logo.selection.plan import MOST_POINTS
+from logo.selection.plan import MOST_POINTS, later
 from logo.selection.plan import plan as reading_plan
 from logo.selection.points import decoder_layers, points_of, text_config
 from logo.selection.settings import DEPTH, SelectionSettings
@@ -165,7 +165,8 @@ class PoolShape:
         linears = ModelShape.of(model).linears
         modules = _matching(linears, targets)
         layers, depth = decoder_layers(model)[1], DEPTH
-        points = [point.module for point in points_of(model, modules, max(1, math.floor(depth * len(layers))))]
+        reach = max(1, math.floor(depth * len(layers)))
+        points = [p.module for p in later(points_of(model, modules, reach), reach // 2, [set(modules)])]
         each = sum(rank * (linears[path].in_features + linears[path].out_features) for path in modules)
         return cls(
             ranks=(rank,) * count,

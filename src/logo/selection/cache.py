@@ -30,9 +30,10 @@ from logo.adapters.notes import RESPONSES
 from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
 from logo.folders import replace_file
+from logo.selection.emphasis import FADING
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts
-from logo.selection.whitening import SHRINKAGE, Whitening
+from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
 
 # Changes when what is stored means something else.
 _FORMAT = 2
@@ -75,7 +76,7 @@ class CalibrationCache:
             self._adapter_keys[adapter.file] = key
 
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Module path -> `a` (texts,) of this adapter, as far as known.
+        """Module path -> `a` (readings, texts) of this adapter, as far as known.
 
         Raises:
             AdapterError: nothing is known yet, and its file is gone.
@@ -165,7 +166,7 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     if signal.token == "tail":
         reading.append([[list(one.tokens), one.last] for one in signal.activations])
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]
-    parts = [_FORMAT, SHRINKAGE, reading, rows, texts.bos, settings]
+    parts = [_FORMAT, SHRINKAGE, SKETCHED, FADING, reading, rows, texts.bos, settings]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in model.named_parameters():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# What a token counts beside the next one. Half of the weight is on the last three tokens, nearly all on the last ten.
+# What a token counts beside the next one: 58 % of the weight is on the last three tokens, 94 % on the last ten.
 FADING = 0.75
 # What the late reading of a point counts beside the even one.
 LATE = 0.5
@@ -30,9 +30,9 @@ def behind(cells: Tensor) -> Tensor:
     return found
 
 
-def faded(values: Tensor, cells: Tensor) -> Tensor:
-    """Values (vectors, n), each with its weight in the late sum of its cell."""
-    return values * fading(behind(cells)).to(values.device)[:, None]
+def late_weights(cells: Tensor) -> Tensor:
+    """What each vector counts in the late sum of its cell, (vectors,) float32; arguments as those of `behind`."""
+    return fading(behind(cells))
 
 
 def fading(tokens: Tensor) -> Tensor:
@@ -45,6 +45,19 @@ def late_count(counts: Tensor) -> Tensor:
     return (1 - fading(counts)) / (1 - FADING)
 
 
+def late_along(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """How late sums of parts, one after the other, make those up to the end of each part.
+
+    Args:
+        tokens: (parts,): of each.
+
+    Returns:
+        (parts, parts), by which the parts' own sums are multiplied, and (parts,), what is left of the sum before them.
+    """
+    ends = tokens.cumsum(0)
+    return fading((ends[:, None] - ends[None]).clamp_min(0)).tril(), fading(ends)
+
+
 def column_weights(columns: int, points: int) -> Tensor:
     """What each reading counts, (columns,): the even ones of all points, and the late ones behind them, if any."""
     weights = torch.ones(columns)
@@ -55,6 +68,6 @@ def column_weights(columns: int, points: int) -> Tensor:
 def emphasised(values: Tensor, owners: Tensor, rows: int, late: int) -> Tensor:
     """Means (rows, n) over the vectors of each row, even ones or `late`: `values` (vectors, n), `owners` (vectors,)."""
     counts = torch.bincount(owners, minlength=rows)
-    weighted = faded(values, owners) if late else values
+    weighted = values * late_weights(owners).to(values.device)[:, None] if late else values
     sums = values.new_zeros(rows, values.shape[1]).index_add_(0, owners.to(values.device), weighted)
     return sums / (late_count(counts) if late else counts).clamp_min(FADING).to(values.device)[:, None]

@@ -111,7 +111,7 @@ class ScoringIndex:
         return torch.cat([self._norms(part) for part in torch.split(hidden, size)])
 
     def relative(self, hidden: Tensor) -> Tensor:
-        """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, of an index with a whitening; otherwise as `norms`."""
+        """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, of an index that has a whitening; arguments as `norms`."""
         return self.norms(hidden) / self.units(hidden)[:, None]
 
     def units(self, hidden: Tensor) -> Tensor:

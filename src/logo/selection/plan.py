@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -73,7 +73,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
         usual = 0 if settings.activations else MOST_POINTS
         all_points, most = False, (wanted or usual) if signal.chosen else 0
         if most:
-            points = _later(points, depth // 2, pool)
+            points = later(points, depth // 2, [set(adapter.modules) for adapter in pool])
     adapters = _scorable(pool, points, settings, all_points=all_points)
     if settings.signal == "signature" and not any(examples_of(adapter.folder) for adapter in adapters):
         raise PoolError(
@@ -85,16 +85,20 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
     return Plan(points, most, adapters)
 
 
-def _later(points: tuple[Point, ...], first: int, pool: AdapterPool) -> tuple[Point, ...]:
-    """The points from layer `first` on, if every adapter is heard at enough of them; else all.
+def later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tuple[Point, ...]:
+    """The points from layer `first` on, and all points of adapters that are heard at too few of them.
 
     The first layers hold little but words: adapters whose prompts share their words are told apart there, and those are
     not told apart whose prompts are worded alike.
+
+    Args:
+        pool: the modules that each adapter touches.
     """
-    later = tuple(point for point in points if point.layer >= first)
-    every, some = {point.module for point in points}, {point.module for point in later}
-    heard = all(len(some & set(a.modules)) >= min(HEARD_AT, len(every & set(a.modules))) for a in pool)
-    return later if heard else points
+    every, some = {point.module for point in points}, {point.module for point in points if point.layer >= first}
+    for modules in pool:
+        if len(some & modules) < min(HEARD_AT, len(every & modules)):
+            some = some | (every & modules)
+    return tuple(point for point in points if point.module in some)
 
 
 def _scorable(

@@ -29,8 +29,8 @@ class Block:
 
     Attributes:
         keys_values: per layer that was run, (1, heads, BLOCK, size) each.
-        sums: per point, the summed responses to the block's tokens that are read, (adapters,); empty where responses
-            are not summed over tokens.
+        sums: per reading of a point, the summed responses to the block's tokens that are read, (adapters,); empty where
+            responses are not summed over tokens.
         tokens: how many tokens of the block are read.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from logo.selection.baseline import finished
-from logo.selection.emphasis import faded, fading, late_count
+from logo.selection.emphasis import fading, late_count, late_weights
 from logo.selection.index import ScoringIndex
 from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cache_of, cut
 from logo.selection.probe import Probe
@@ -136,7 +136,10 @@ class Reader:
         owners, positions = self._probe.places(input_ids, mask)
         rows, blocks = len(input_ids), -(-input_ids.shape[1] // BLOCK)
         cells = owners * blocks + positions // BLOCK
-        late = [faded(value, cells) for value in values] if self._signal.readings > 1 else []
+        late = []
+        if self._signal.readings > 1:
+            weights = late_weights(cells)[:, None]
+            late = [value * weights.to(value.device) for value in values]
         sums = []
         for value in (*values, *late, *described):
             part = torch.zeros(rows * blocks, value.shape[1], device=value.device)

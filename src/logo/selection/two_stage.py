@@ -27,7 +27,7 @@ from logo.selection.scorer import NOT_SCORED, Best, Scorer
 from logo.selection.signals import Signal
 from logo.selection.signature import Signatures, described
 
-# Scores that a weighting looks at, however few adapters are wanted (`logo.selection.selector.adaptive_temperature`).
+# Scores that confidence looks at, however few adapters are wanted: the best one and `FIELD` behind it.
 _LOOKED_AT = 6
 # Tokens of a prompt that an estimate reads at most, evenly spread over it.
 _TOKENS = 64
@@ -44,8 +44,8 @@ class FirstStages:
 
     Attributes:
         parts: one per point.
-        estimated: what they estimate for the texts of a calibration, `a` (adapters, points, texts), neutral ones first;
-            None for signals without a baseline.
+        estimated: what they estimate for the texts of a calibration, `a` (adapters, readings, texts), neutral ones
+            first; None for signals without a baseline.
     """
 
     parts: tuple[FirstStage, ...]

@@ -21,7 +21,7 @@ from torch import Tensor
 SHRINKAGE = 0.3
 
 # Rows that stand for all dimensions where the length of a whitened vector is wanted.
-_SKETCHED = 64
+SKETCHED = 64
 
 # Directions that are shrunk by less than this share are left as they are: bounds what has to be kept.
 _NEGLIGIBLE = 0.02
@@ -82,11 +82,11 @@ class Whitening:
         return factor - (factor @ self.basis) * (1 - self.gain) @ self.basis.T
 
     def sketch(self) -> Tensor:
-        """(`_SKETCHED`, d): `S W` with fixed random rows `S`, so that `‖S W (h - μ)‖` is nearly `‖W (h - μ)‖`.
+        """(`SKETCHED`, d): `S W` with fixed random rows `S`, so that `‖S W (h - μ)‖` is nearly `‖W (h - μ)‖`.
 
         It is off by 9 % (one standard deviation), for all adapters alike, and costs as little as an adapter does.
         """
-        rows = torch.randn(_SKETCHED, len(self.mean), generator=torch.Generator().manual_seed(0)) / _SKETCHED**0.5
+        rows = torch.randn(SKETCHED, len(self.mean), generator=torch.Generator().manual_seed(0)) / SKETCHED**0.5
         return self.fold(rows.to(self.mean.device))
 
     def to(self, device: torch.device) -> Whitening:

@@ -7,13 +7,13 @@ up, so that the sums over every prefix of whole blocks are known, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from logo.adapters.activation import earliest
-from logo.selection.emphasis import fading
+from logo.selection.emphasis import late_along, late_weights
 from logo.selection.scorer import Scorer
 from logo.selection.signals import Signal
 
@@ -83,7 +83,7 @@ class PromptSums:
         last: per such place: the hidden vector of the last token that is read (d,), once it was.
         failure: why there are no scores.
         prefixes: digests of the prompt's prefixes that are whole blocks, the shortest first.
-        ended: per point: the sums up to the end of every block that the step at hand has ended (blocks, n).
+        ended: per reading: the sums up to the end of every block that the step at hand has ended (blocks, n).
     """
 
     signal: str
@@ -98,25 +98,22 @@ class PromptSums:
     prefixes: tuple[bytes, ...] = ()
     ended: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, number: int, parts: Tensor, blocks: int, kept: Tensor | None = None) -> None:
+    def add(self, number: int, parts: Tensor, blocks: int, late: tuple[Tensor, Tensor] | None = None) -> None:
         """Adds what a step has read.
 
         Args:
             number: of the reading, or of what comes behind them.
             parts: (parts, n), the sums over the step's tokens in each block.
             blocks: how many of these blocks have ended.
-            kept: (parts,): what share of the sums before each part is kept; None: all of them.
+            late: `Part.late` of the parts, where these are sums with emphasis on the end.
         """
-        if kept is None:
-            along = parts.cumsum(0)
-            if number in self.by_point:
-                along = along + self.by_point[number]
+        before = self.by_point.get(number)
+        if late is None:
+            along = parts.cumsum(0) if before is None else parts.cumsum(0) + before
         else:
-            rows, before = [], self.by_point.get(number, torch.zeros_like(parts[0]))
-            for part, share in zip(parts, kept.tolist(), strict=True):
-                before = before * share + part
-                rows.append(before)
-            along = torch.stack(rows)
+            along = late[0] @ parts
+            if before is not None:
+                along = along + late[1][:, None] * before
         self.by_point[number], self.ended[number] = along[-1], along[:blocks]
 
 
@@ -131,6 +128,7 @@ class Part:
         blocks: how many blocks the step ends.
         unread: of how many of them no token is read.
         last: which of the step's rows that are read is the prompt's last token; None: it is not among them.
+        late: what `logo.selection.emphasis.late_along` makes of these parts of the sums, on the model's device.
     """
 
     key: str
@@ -140,6 +138,7 @@ class Part:
     blocks: int
     unread: int
     last: int | None
+    late: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,14 +149,14 @@ class Step:
         parts: the prompts.
         rows: (n,) int64 on the model's device.
         owners: (n,) which part of the sums each row belongs to: the tokens of one prompt in one block.
-        kept: (parts,) float32: what a sum with emphasis on the end is worth after each part's tokens.
+        weights: (n,) float32, what each row counts in sums with emphasis on the end; None: there are none.
         prompts: (n,) on the CPU: which of the prompts each row belongs to.
     """
 
     parts: tuple[Part, ...]
     rows: Tensor
     owners: Tensor
-    kept: Tensor
+    weights: Tensor | None
     prompts: Tensor
 
     @property
@@ -166,7 +165,14 @@ class Step:
         return tuple(part.key for part in self.parts)
 
     @classmethod
-    def of(cls, spans: Sequence[tuple[Span, PromptSums]], token: str, block: int, device: torch.device) -> Step | None:
+    def of(
+        cls,
+        spans: Sequence[tuple[Span, PromptSums]],
+        token: str,
+        block: int,
+        device: torch.device,
+        late: bool = False,
+    ) -> Step | None:
         """The step of these prompts; None where no row is read.
 
         Args:
@@ -174,6 +180,7 @@ class Step:
             token: what the signal reads.
             block: tokens of a block, for prompts whose prefixes are kept.
             device: where the model runs.
+            late: sums with emphasis on the end are wanted, too.
         """
         parts: list[Part] = []
         rows, owners, prompts = [], [], []
@@ -193,6 +200,10 @@ class Step:
             before = parts[-1].end
         if not rows or not (joined := torch.cat(rows)).numel():
             return None
-        cells = torch.cat(owners)
-        kept = fading(torch.bincount(cells, minlength=before))
-        return cls(tuple(parts), joined.to(device), cells.to(device), kept, torch.cat(prompts))
+        cells, weights = torch.cat(owners), None
+        if late:
+            counts, weights = torch.bincount(cells, minlength=before), late_weights(cells).to(device)
+            for i, part in enumerate(parts):
+                along, left = late_along(counts[part.first : part.end])
+                parts[i] = replace(part, late=(along.to(device), left.to(device)))
+        return cls(tuple(parts), joined.to(device), cells.to(device), weights, torch.cat(prompts))

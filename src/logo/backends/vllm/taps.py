@@ -20,7 +20,7 @@ from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.backends.vllm.sums import PromptSums, Span, Step
 from logo.errors import NotFinite
 from logo.selection.baseline import finished
-from logo.selection.emphasis import faded, late_count
+from logo.selection.emphasis import late_count
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
 from logo.selection.settings import SelectionSettings
@@ -46,7 +46,7 @@ class Taps:
         place_of: the place in vLLM's model at which a point of the base model is read, by the way it is read.
         device: where the model runs.
         block: the tokens of which vLLM's cache hands on all or none, as soon as vLLM knows it.
-        budget: bytes for sums over prefixes of prompts. One takes 16 KB with 16 points and 260 adapters, and 0.2 MB
+        budget: bytes for sums over prefixes of prompts. One takes 33 KB with 16 points and 260 adapters, and 0.2 MB
             more where prompts of an 8B model are described at 12 places; the keys and values of a block take 2 MB.
     """
 
@@ -118,7 +118,7 @@ class Taps:
                 continue
             sums_of = ((span, self._prompts[span.key]) for span in spans if span.signal == signal)
             own = [(span, sums) for span, sums in sums_of if sums.failure is None]
-            step = Step.of(own, how.token, self._block(), self._device)
+            step = Step.of(own, how.token, self._block(), self._device, how.readings > 1)
             for span, sums in own:
                 sums.read += len(span.read(how.token, sums.unread))
             if step is not None:
@@ -252,8 +252,8 @@ class Taps:
         for i in points:
             values = hidden if how.token == "mean" else how(scorer.indices[i], hidden)  # (n, adapters) or (n, d)
             self._add_up(step, i, values)
-            if how.readings > 1:
-                self._add_up(step, count + i, faded(values, step.owners), late=True)
+            if step.weights is not None:
+                self._add_up(step, count + i, values * step.weights.to(values.device)[:, None], late=True)
         for number in described:
             self._add_up(step, count * how.readings + number, hidden)
             for part in step.parts:
@@ -265,8 +265,7 @@ class Taps:
         sums = torch.zeros(step.parts[-1].end, values.shape[1], device=values.device)
         sums.index_add_(0, step.owners.to(values.device), values)
         for part in step.parts:
-            kept = step.kept[part.first : part.end] if late else None
-            self._prompts[part.key].add(number, sums[part.first : part.end], part.blocks, kept)
+            self._prompts[part.key].add(number, sums[part.first : part.end], part.blocks, part.late if late else None)
 
     def _keep(self, kept: Kept, place: str, step: Step, entering: Tensor, gather: Gather | None) -> None:
         hidden = _picked(entering, step.rows, gather).cpu()
