@@ -62,7 +62,7 @@ def opened(settings_of_vllm: None, half: Path) -> Iterator[Any]:
         yield made
 
 
-@pytest.mark.parametrize("chunk", [None, 48])
+@pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.long), 48])
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_scores_are_the_local_engines(
     engines: Engines, tmp_path: Path, half: Path, local: LoGo, rows: list[str], runner: str, chunk: int | None
@@ -108,6 +108,7 @@ def test_selections_are_those_of_the_local_engine(opened: Any, local: LoGo, rows
         assert found.confidence == pytest.approx(expected.confidence, abs=1e-4)
 
 
+@pytest.mark.long
 def test_what_one_engine_has_described_the_other_knows(
     opened: Any,
     half: Path,
@@ -129,6 +130,7 @@ def test_what_one_engine_has_described_the_other_knows(
     same_selection(again.select(rows[0]), local.select(rows[0]))
 
 
+@pytest.mark.long
 def test_many_examples_are_run_in_portions(
     opened: Any, local: LoGo, rows: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
