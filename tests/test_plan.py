@@ -286,4 +286,6 @@ def test_points_of_the_first_layers_are_left_to_those_who_have_no_others() -> No
     usual = points(range(8), "q", "v")
     assert {p.module for p in later(every, 4, [usual, usual])} == points(range(4, 8), "q", "v")
     low = points(range(2), "q")  # an adapter of the first two layers: its points come into question, and no others
-    assert {p.module for p in later(every, 4, [usual, low])} == points(range(4, 8), "q", "v") | low
+    for pool in ([usual, low], [low, usual], [low, usual, low | {"layers.2.q"}, usual]):
+        wanted = points(range(4, 8), "q", "v").union(*(one for one in pool if one is not usual))
+        assert {p.module for p in later(every, 4, pool)} == wanted  # in whatever order adapters come

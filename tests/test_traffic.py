@@ -258,7 +258,7 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     log.write_text("\n".join(lines), "utf-8")
     assert run(["pool", "health", str(log), "--png", str(png)]) == 0
     shown, said = capsys.readouterr()
-    assert "80 prompts selected for in 1.5 h, 40 unsure (50%)" in shown and "\x1b[2J" not in shown
+    assert "adapters selected for 80 prompts in 1.5 h, 40 unsure (50%)" in shown and "\x1b[2J" not in shown
     assert "never won 2 of 4 adapters: b, d" in shown
     assert "always tie a, b: side by side in 40 of the 40 prompts that either won" in shown
     assert "moved a: won 100.0% of the first half, 0.0% of the second" in shown

@@ -32,11 +32,18 @@ HEARD_AT = 4
 _LARGEST_Z = 20.0
 
 
-def prompt_means(values: Tensor, owners: Tensor, rows: int) -> Tensor:
-    """Means over the vectors of each prompt: `values` (vectors, n), `owners` (vectors,) -> (rows, n)."""
+def prompt_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | None = None) -> Tensor:
+    """Means over the vectors of each prompt: `values` (vectors, n), `owners` (vectors,) -> (rows, n); 0 without any.
+
+    Args:
+        weights: (vectors,): what each counts, 1 for the last one of a prompt; None: all alike.
+    """
     owners = owners.to(values.device)
+    if weights is not None:
+        weights = weights.to(values.device)
+        values = values * weights[:, None]
     sums = torch.zeros(rows, values.shape[1], device=values.device).index_add_(0, owners, values)
-    return sums / torch.bincount(owners, minlength=rows).clamp_min(1)[:, None]
+    return sums / torch.bincount(owners, weights, minlength=rows).clamp_min(1)[:, None]
 
 
 def finished(means: Tensor, scale: Scale) -> Tensor:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from logo.selection.baseline import prompt_means
+
 # What a token counts beside the next one: 58 % of the weight is on the last three tokens, 94 % on the last ten.
 FADING = 0.75
 # What the late reading of a point counts beside the even one.
@@ -31,12 +33,12 @@ def behind(cells: Tensor) -> Tensor:
 
 
 def late_weights(cells: Tensor) -> Tensor:
-    """What each vector counts in the late sum of its cell, (vectors,) float32; arguments as those of `behind`."""
+    """The weight of each vector in the late sum of its cell, (vectors,) float32: 1 for the cell's last vector."""
     return fading(behind(cells))
 
 
 def fading(tokens: Tensor) -> Tensor:
-    """What a late sum is worth with so many tokens behind it, float32."""
+    """The factor by which a late sum has shrunk once so many tokens have followed it, float32."""
     return torch.full((), FADING) ** tokens
 
 
@@ -46,13 +48,14 @@ def late_count(counts: Tensor) -> Tensor:
 
 
 def late_along(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """How late sums of parts, one after the other, make those up to the end of each part.
+    """Factors that turn late sums of consecutive parts of a text into late sums of the text up to the end of each part.
 
     Args:
-        tokens: (parts,): of each.
+        tokens: (parts,): how many tokens each part has.
 
     Returns:
-        (parts, parts), by which the parts' own sums are multiplied, and (parts,), what is left of the sum before them.
+        `M` (parts, parts) and `left` (parts,): `M @ sums + left[:, None] * before`, where `sums` (parts, n) are the
+        parts' own late sums and `before` (n,) is the late sum of the text before the first part.
     """
     ends = tokens.cumsum(0)
     return fading((ends[:, None] - ends[None]).clamp_min(0)).tril(), fading(ends)
@@ -66,8 +69,11 @@ def column_weights(columns: int, points: int) -> Tensor:
 
 
 def emphasised(values: Tensor, owners: Tensor, rows: int, late: int) -> Tensor:
-    """Means (rows, n) over the vectors of each row, even ones or `late`: `values` (vectors, n), `owners` (vectors,)."""
-    counts = torch.bincount(owners, minlength=rows)
-    weighted = values * late_weights(owners).to(values.device)[:, None] if late else values
-    sums = values.new_zeros(rows, values.shape[1]).index_add_(0, owners.to(values.device), weighted)
-    return sums / (late_count(counts) if late else counts).clamp_min(FADING).to(values.device)[:, None]
+    """The mean over the vectors of each row: (rows, n).
+
+    Args:
+        values: (vectors, n).
+        owners: (vectors,): the row that each vector belongs to; a row's vectors are in the order of its tokens.
+        late: 0 weighs all tokens alike, 1 weighs the last ones most.
+    """
+    return prompt_means(values, owners, rows, late_weights(owners) if late else None)

@@ -86,19 +86,18 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
 
 
 def later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tuple[Point, ...]:
-    """The points from layer `first` on, and all points of adapters that are heard at too few of them.
+    """The points from layer `first` on, and every point of an adapter that touches fewer than `HEARD_AT` of those.
 
-    The first layers hold little but words: adapters whose prompts share their words are told apart there, and those are
-    not told apart whose prompts are worded alike.
+    Hidden vectors of the first layers say little more than which words a prompt has: a prompt that is worded
+    differently from an adapter's training prompts is missed there.
 
     Args:
         pool: the modules that each adapter touches.
     """
-    every, some = {point.module for point in points}, {point.module for point in points if point.layer >= first}
-    for modules in pool:
-        if len(some & modules) < min(HEARD_AT, len(every & modules)):
-            some = some | (every & modules)
-    return tuple(point for point in points if point.module in some)
+    every, late = {point.module for point in points}, {point.module for point in points if point.layer >= first}
+    lacking = (every & modules for modules in pool if len(late & modules) < min(HEARD_AT, len(every & modules)))
+    chosen = late.union(*lacking)
+    return tuple(point for point in points if point.module in chosen)
 
 
 def _scorable(

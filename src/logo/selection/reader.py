@@ -105,7 +105,7 @@ class Reader:
         )
 
     def _late(self, i: int) -> bool:
-        """Whether sums of this number put emphasis on the end: those behind the first of each point."""
+        """Whether the i-th sums are late ones, which stand behind the even sums of all points."""
         return len(self._indices) <= i < len(self._indices) * self._signal.readings
 
     def _means(self, sums: list[Tensor], counts: Tensor, known: list[Block]) -> list[Tensor]:

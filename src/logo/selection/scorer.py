@@ -74,11 +74,11 @@ class Scorer:
         self.cache = cache
         self.drift = drift
         self._reader = reader
-        self._baseline = None if calibration is None else self._compared(calibration.neutral, calibration.requests)
+        self._baseline = None if calibration is None else self._baseline_of(calibration.neutral, calibration.requests)
         # (adapters, points)
         self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
 
-    def _compared(self, neutral: Tensor, requests: Tensor) -> Baseline:
+    def _baseline_of(self, neutral: Tensor, requests: Tensor) -> Baseline:
         return Baseline.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)))
 
     def restart(self) -> None:

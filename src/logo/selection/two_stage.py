@@ -119,7 +119,7 @@ class TwoStageScorer(Scorer):
         self._estimated: Baseline | None = None
         if first.estimated is not None and calibration is not None:
             neutral = calibration.neutral.shape[2]
-            self._estimated = self._compared(first.estimated[:, :, :neutral], first.estimated[:, :, neutral:])
+            self._estimated = self._baseline_of(first.estimated[:, :, :neutral], first.estimated[:, :, neutral:])
         # (adapters, points): the place of each adapter in the index of the point
         self._places = self._touched.cumsum(dim=0) - 1
         self._position = {name: i for i, name in enumerate(self.names)}

@@ -35,7 +35,7 @@ def health(
 
     Where prompts were logged (`logo serve --log-prompts`), those for which no adapter seems to be made are put into
     groups by the words and spellings that they share (TF-IDF of words and runs of three characters, average linkage).
-    Of more than 1000 prompts, a sample is. Nothing is downloaded, and no model runs.
+    Of more than 1000 such prompts, a random sample is grouped. Nothing is downloaded, and no model runs.
 
     Example: `logo pool health day.log --png day.png`
     """
@@ -64,11 +64,11 @@ def health(
 
 
 def _summary(found: Traffic) -> str:
-    parts = [f"{found.prompts} prompts selected for in {found.hours:.1f} h"]
+    parts = [f"adapters selected for {found.prompts} prompts in {found.hours:.1f} h"]
     if found.known:
         parts.append(f"{found.unsure} unsure ({found.unsure / found.known:.0%})")
     if found.forced:
-        parts.append(f"{found.forced} more named their adapters")
+        parts.append(f"{found.forced} more prompts named their adapters")
     return ", ".join(parts)
 
 
