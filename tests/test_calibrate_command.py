@@ -1,4 +1,4 @@
-"""`logo calibrate` and the options of the calibrated signal on the command line."""
+"""`logo pool calibrate` and the options of the calibrated signal on the command line."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 def test_calibrating_shows_what_selecting_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = ["--cache", str(tmp_path)]
-    report = answer(capsys, "calibrate", *cache)
+    report = answer(capsys, "pool", "calibrate", *cache)
     assert report["listened"] == 16
     assert json.loads(Path(report["file"]).read_text())["points"] == report["points"]
-    assert answer(capsys, "calibrate", *cache)["listened"] == 0
+    assert answer(capsys, "pool", "calibrate", *cache)["listened"] == 0
     chosen = answer(capsys, "select", "What is 7 plus 5?", *cache)
     named = answer(capsys, "select", "What is 7 plus 5?", *cache, "--probe-points", ",".join(report["points"]))
     assert chosen["adapters"][0] == named["adapters"][0] == "add_numbers"
     assert list(chosen["scores"].values()) == pytest.approx(list(named["scores"].values()), abs=1e-3)
-    assert run(["calibrate", *cache]) == 0
+    assert run(["pool", "calibrate", *cache]) == 0
     shown = capsys.readouterr()
     assert "contrast" in shown.out and "0 listened to, 16 known already" in shown.err
 
@@ -55,7 +55,7 @@ def test_generate_and_select_are_calibrated_and_evaluate_is_official(capsys: pyt
     ],
 )
 def test_bad_options_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["calibrate", *options]) != 0
+    assert run(["pool", "calibrate", *options]) != 0
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "Traceback" not in error

@@ -57,7 +57,7 @@ def test_help_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "select", "evaluate", "calibrate", "study", "bench", "pool"):
+    for command in ("demo", "generate", "select", "train", "evaluate", "eval", "data", "bench", "pool"):
         assert command in done.stdout
 
 
@@ -66,9 +66,18 @@ COMMANDS = [
     "generate",
     "select",
     "evaluate",
-    "merge-results",
-    "calibrate",
-    "study",
+    "eval run",
+    "eval sweep",
+    "eval compare",
+    "eval report",
+    "eval merge",
+    "eval study",
+    "eval lm-eval",
+    "data",
+    "data list",
+    "data prepare",
+    "data verify",
+    "pool calibrate",
     "bench probe",
     "pool inspect",
     "pool diff",
@@ -86,6 +95,51 @@ COMMANDS = [
 def test_every_command_has_help_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*command, "--help"]) == 0
     assert "Example: logo" in " ".join(capsys.readouterr().out.split())
+
+
+OLD_COMMANDS = {
+    "sweep": "eval sweep",
+    "compare": "eval compare",
+    "report": "eval report",
+    "merge-results": "eval merge",
+    "study": "eval study",
+    "lm-eval": "eval lm-eval",
+    "calibrate": "pool calibrate",
+    "datasets": "data",
+}
+
+
+@pytest.mark.parametrize("old", OLD_COMMANDS)
+def test_an_old_command_does_what_it_did_and_says_its_new_name(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    new = OLD_COMMANDS[old]
+    assert run([*new.split(), "--help"]) == 0
+    shown = capsys.readouterr()
+    assert run([old, "--help"]) == 0
+    said = capsys.readouterr()
+    assert said.out == shown.out and shown.err == ""
+    assert said.err == (
+        f"logo: note: `logo {old}` is called `logo {new}` now; the old name stops working with the next version\n"
+    )
+
+
+def test_help_shows_the_commands_in_groups_and_no_old_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(title) for title in ("Answer prompts", "Make and keep adapters", "Measure")]
+    assert places == sorted(places)
+    commands = [line.split()[1] for line in shown.splitlines() if line.startswith("│ ") and line.split()[1].isalpha()]
+    assert not set(commands) & OLD_COMMANDS.keys() and {"generate", "eval", "data", "pool", "evaluate"} <= set(commands)
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(*words: str) -> list[str]:
+        asked = {"_LOGO_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        return logo(env={**os.environ, **asked}).stdout.split()
+
+    assert completed("logo", "ev") == ["eval", "evaluate"]
+    assert {"sweep", "study"} <= set(completed("logo", "eval", "s"))
+    assert "--max-new-tokens" in completed("logo", "generate", "--max")
+    assert completed("logo", "swe") == []
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`logo compare` on result folders as `logo evaluate` writes them."""
+"""`logo eval compare` on result folders as `logo evaluate` writes them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def compared(*arguments: Any, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert run(["compare", *map(str, arguments), "--json"]) == 0
+    assert run(["eval", "compare", *map(str, arguments), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -96,7 +96,7 @@ def test_two_runs(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_table(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["compare", *map(str, runs)]) == 0
+    assert run(["eval", "compare", *map(str, runs)]) == 0
     printed, notes = capsys.readouterr()
     lines = {line.split("  ")[0]: line.split() for line in printed.splitlines()}
     assert lines["bbh.one"][1:6] == ["em", "8", "25.00", "100.00", "+75.00"]
@@ -139,7 +139,7 @@ def test_the_same_run_twice(runs: tuple[Path, Path], capsys: pytest.CaptureFixtu
 
 
 def refused(a: Path, b: Path, *options: str, capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
-    assert run(["compare", str(a), str(b), *options]) == code
+    assert run(["eval", "compare", str(a), str(b), *options]) == code
     printed, message = capsys.readouterr()
     assert not printed and message.startswith("logo: error: ") and message.count("\n") == 1
     return message
@@ -172,7 +172,7 @@ def test_rows_decide_before_checksums(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_official_results_have_neither_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a" / "bbh.one", GOLDS, GOLDS)
     b = write(tmp_path / "b" / "bbh.one", WRONG, GOLDS, rows=False, sha256=None)
-    assert run(["compare", str(a), str(b)]) == 0
+    assert run(["eval", "compare", str(a), str(b)]) == 0
     assert "warning: nothing says whether both runs saw the same rows of bbh.one" in capsys.readouterr().err
     c = write(tmp_path / "c" / "bbh.one", WRONG, GOLDS, rows=False, sha256=None)
     message = refused(b, c, "--metric", "extra.f1", capsys=capsys, code=2)
@@ -228,5 +228,5 @@ def test_groups_are_the_papers() -> None:
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["compare", "--help"]) == 0
-    assert "Example: logo compare" in " ".join(capsys.readouterr().out.split())
+    assert run(["eval", "compare", "--help"]) == 0
+    assert "Example: logo eval compare" in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""`logo datasets` as its users call it: the table, folders and a Hub to prepare from, verifying, the examples shown."""
+"""`logo data` as its users call it: the table, folders and a Hub to prepare from, verifying, the examples shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logo(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = run(["datasets", *arguments])
+    code = run(["data", *arguments])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return code, captured.out, captured.err
@@ -139,7 +139,7 @@ def test_verify_says_what_changed(capsys: pytest.CaptureFixture[str], raw: Path)
         (["prepare", "--rows", "0"], 2, "Invalid value for '--rows': "),
         (["prepare", "--source", "no.yaml"], 1, "no.yaml: expected a dataset's YAML file, found none"),
         (["prepare", "--source", "."], 1, "cannot be read"),
-        (["verify"], 1, "expected a manifest, found none; `logo datasets prepare` writes it"),
+        (["verify"], 1, "expected a manifest, found none; `logo data prepare` writes it"),
         (["list", "nothing"], 2, "dataset 'nothing': not declared"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_data_folder_that_cannot_be_is_said_first(capsys: pytest.CaptureFixtur
 def client(hub: HubServer, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))}
     return subprocess.run(
-        [sys.executable, "-c", "from logo.cli import main; main()", "datasets", *arguments],
+        [sys.executable, "-c", "from logo.cli import main; main()", "data", *arguments],
         env=inherited | hub.env(home) | environment,
         capture_output=True,
         text=True,
@@ -213,7 +213,7 @@ def test_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
         assert made == dataset_file("data", "gem.e2e_nlg", split).read_bytes()
     source = read_manifest(Path("data"))["gem.e2e_nlg"]["source"]
     assert (source["repo"], source["revision"], source["commit"]) == ("GEM/e2e_nlg", "refs/convert/parquet", commit)
-    assert run(["datasets", "verify"]) == 0
+    assert run(["data", "verify"]) == 0
 
 
 def test_a_hub_without_the_files_or_without_the_repository(tmp_path: Path) -> None:
@@ -235,9 +235,7 @@ def blocks(language: str) -> list[str]:
 
 
 def documented(start: str) -> list[str]:
-    [line] = re.findall(
-        rf"^    logo datasets ({start}.*)$", (ROOT / "docs/datasets.md").read_text(), flags=re.MULTILINE
-    )
+    [line] = re.findall(rf"^    logo data ({start}.*)$", (ROOT / "docs/datasets.md").read_text(), flags=re.MULTILINE)
     return str(line).split()
 
 

@@ -43,8 +43,8 @@ def record(folder: Path, name: str = "run.json") -> Any:
     "command",
     [
         ["evaluate", "--dataset", "antonym"],
-        ["study", "--json", "study.json"],
-        ["sweep", "--dataset", "antonym", "--grid", "k=1,2", "-o", "sweep"],
+        ["eval", "study", "--json", "study.json"],
+        ["eval", "sweep", "--dataset", "antonym", "--grid", "k=1,2", "-o", "sweep"],
     ],
     ids=lambda command: command[0],
 )
@@ -209,7 +209,17 @@ def test_every_command_takes_as_many_adapters_as_suit_the_demos_pool(
     assert folder.parent.name == "demo_selection_norm_n_3_seed_0"
     assert {len(names) for names in record(folder, "selected_loras.json")} == {3}
     assert record(folder)["options"]["k"] == 3
-    swept = ["sweep", *DEMO, "--rows", str(tmp_path / "rows"), "--max-new-tokens", "1", "-o", str(tmp_path / "sweep")]
+    swept = [
+        "eval",
+        "sweep",
+        *DEMO,
+        "--rows",
+        str(tmp_path / "rows"),
+        "--max-new-tokens",
+        "1",
+        "-o",
+        str(tmp_path / "sweep"),
+    ]
     assert run([*swept, "--grid", "signal=norm,norm_z"]) == 0
     found = [record(file.parent, "selected_loras.json") for file in (tmp_path / "sweep").rglob("run.json")]
     assert len(found) == 2 and {len(names) for rows in found for names in rows} == {3}

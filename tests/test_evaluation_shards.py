@@ -241,11 +241,11 @@ def test_shards_that_are_none(text: str) -> None:
 
 
 def test_the_command(cut: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["merge-results", str(tmp_path)]) == 0
+    assert run(["eval", "merge", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("ROUGE-1: ") and captured.out.splitlines()[1:] == [str(cut.folder)]
     assert "95 % interval: ROUGE-1 " in captured.err and "7 rows" in captured.err
-    assert run(["merge-results", *(str(shard_folder(cut.folder, Shard(i, 3))) for i in (2, 3, 1)), "--json"]) == 0
+    assert run(["eval", "merge", *(str(shard_folder(cut.folder, Shard(i, 3))) for i in (2, 3, 1)), "--json"]) == 0
     [found] = json.loads(capsys.readouterr().out)
     assert (found["dataset"], found["rows"], found["folder"]) == ("gem.x", 7, str(cut.folder))
     assert found["rouge-1"] == json.loads((cut.folder / "metrics.json").read_text())["official"]["rouge-1"]
@@ -268,7 +268,7 @@ def test_the_command_refuses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["merge-results", *arguments]) == code
+    assert run(["eval", "merge", *arguments]) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("logo: error: ") and message in lines[0]
 
@@ -277,7 +277,7 @@ def test_bad_rows_are_told_by_their_number_in_the_dataset(tmp_path: Path, capsys
     job = job_of(tmp_path, 7)
     for index in (1, 2):
         answer(job.cut(Shard(index, 2), 1), 1, frozenset({5, 2}))
-    assert run(["merge-results", str(tmp_path), "--json"]) == 1
+    assert run(["eval", "merge", str(tmp_path), "--json"]) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)[0]["errors"] == [
         {"row": 3, "message": "row 2 is refused"},

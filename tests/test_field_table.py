@@ -1,4 +1,4 @@
-"""The field's table of `logo study`: methods beside signals, generated answers, method over oracle, interruptions."""
+"""The field's table of `logo eval study`: methods beside signals, generated answers, interruptions."""
 
 from __future__ import annotations
 
@@ -305,6 +305,7 @@ def study_command(root: Path, out: Path) -> list[str]:
     engine = ["--base-model", "demo", "-k", "3", "--gpu", "-1", "--signals", "norm,calibrated", "--generate", "8"]
     method = ["--method", "logo,lorahub,arrow,uniform", "--lorahub-budget", "5", "--shots", "2"]
     return [
+        "eval",
         "study",
         *engine,
         *method,
@@ -415,7 +416,18 @@ def test_what_there_is_so_far(
 def test_what_goes_wrong_is_one_line(
     change: list[str], code: int, message: str, demo_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["study", "--base-model", "demo", "--rows", str(demo_rows / "rows"), "--signals", "norm", "--gpu", "-1"]
+    command = [
+        "eval",
+        "study",
+        "--base-model",
+        "demo",
+        "--rows",
+        str(demo_rows / "rows"),
+        "--signals",
+        "norm",
+        "--gpu",
+        "-1",
+    ]
     assert run([*command, "--json", str(tmp_path / "study.json"), *change]) == code
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("logo: error:")]
     assert len(errors) == 1 and message in errors[0]

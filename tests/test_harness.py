@@ -316,9 +316,9 @@ def test_arguments_are_handed_over(given: list[str], expected: list[str]) -> Non
 
 
 def test_help_is_ours_until_a_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["lm-eval", "--help"]) == 0
-    assert "Example: logo lm-eval" in " ".join(capsys.readouterr().out.split())
-    assert run(["lm-eval", "run", "--help"]) == 0
+    assert run(["eval", "lm-eval", "--help"]) == 0
+    assert "Example: logo eval lm-eval" in " ".join(capsys.readouterr().out.split())
+    assert run(["eval", "lm-eval", "run", "--help"]) == 0
     assert "--include_path" in capsys.readouterr().out
 
 
@@ -414,7 +414,7 @@ def test_the_harness_and_logo_evaluate_agree(
     ours = ["evaluate", "--dataset", "demo.mixed", "--base_model", "demo", "--selection_strategy", "calibrated"]
     assert run([*ours, "--max_new_tokens", "12", "--batch_size", "8", "--gpu", "-1", "--json"]) == 0
     [summary] = json.loads(capsys.readouterr().out)
-    asked = ("lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks")
+    asked = ("eval", "lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks")
     asked += ("--tasks", "demo_generated,demo_chosen,demo_blank", "--batch_size", "8", "--log_samples")
     theirs = command(*asked, "--output_path", "out", cwd=tmp_path)
     [results] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
@@ -443,6 +443,6 @@ def test_errors_are_one_line(
     (tmp_path / "tasks" / "generated.yaml").write_text(GENERATED)
     monkeypatch.chdir(tmp_path)
     arguments = ["--model_args", "base_model=demo,kk=3", "--tasks", "demo_generated", "--include_path", "tasks"]
-    assert run(["lm-eval", *arguments]) == 2
+    assert run(["eval", "lm-eval", *arguments]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("logo: error: --model_args: unknown option 'kk' (did you mean 'k'?)")

@@ -103,14 +103,14 @@ def test_shards_share_what_one_of_them_learnt(
     for shard in ("2/3", "1/3", "3/3"):
         assert run(command(rows, tmp_path, "--shard", shard)) == 0
     assert learning == [0] and (tmp_path / RUN / LEARNT).exists()
-    assert run(["merge-results", str(tmp_path)]) == 0
+    assert run(["eval", "merge", str(tmp_path)]) == 0
     digests = {record(folder)["learnt_sha256"] for folder in (tmp_path / RUN).glob("antonym*")}
     whole = record(tmp_path / RUN / "antonym")
     assert digests == {whole["learnt_sha256"]} and whole["found_out"]["number"] == 0
     assert run(command(rows, tmp_path)) == 0 and "is done already" in capsys.readouterr().err
     # A shard that begins again takes what the others have.
     assert run(command(rows, tmp_path, "--shard", "2/3", "--overwrite")) == 0 and learning == [0]
-    assert run(["merge-results", str(tmp_path)]) == 0
+    assert run(["eval", "merge", str(tmp_path)]) == 0
 
 
 def test_shards_that_disagree_are_not_merged(
@@ -122,7 +122,7 @@ def test_shards_that_disagree_are_not_merged(
         assert run(command(rows, machine.parent, "--shard", f"{index}/2")) == 0
     assert learning == [0, 1]
     capsys.readouterr()
-    assert run(["merge-results", str(one.parent), str(two.parent)]) == 1
+    assert run(["eval", "merge", str(one.parent), str(two.parent)]) == 1
     [line] = capsys.readouterr().err.splitlines()
     named = [f"{folder}/antonym.shard-{i}-of-2'" for i, folder in ((1, one), (2, two))]
     assert all(name in line for name in named) and "learnt_sha256 is " in line and not (one / "antonym").exists()
@@ -130,7 +130,7 @@ def test_shards_that_disagree_are_not_merged(
     two.mkdir()
     shutil.copy(one / LEARNT, two / LEARNT)
     assert run(command(rows, two.parent, "--shard", "2/2")) == 0 and learning == [0, 1]
-    assert run(["merge-results", str(one.parent), str(two.parent)]) == 0
+    assert run(["eval", "merge", str(one.parent), str(two.parent)]) == 0
     assert record(one / "antonym")["found_out"]["number"] == 0
 
 
@@ -189,7 +189,7 @@ def test_a_damaged_learnt_file_is_not_believed(
         warnings.simplefilter("always")
         assert run(command(rows, tmp_path, "--shard", "2/2")) == 0 and learning == [0, 1]
     assert f"{LEARNT}: line 2 is damaged: it and all lines after it are dropped (1 record)" in capsys.readouterr().err
-    assert run(["merge-results", str(tmp_path)]) == 1 and "learnt_sha256 is " in capsys.readouterr().err
+    assert run(["eval", "merge", str(tmp_path)]) == 1 and "learnt_sha256 is " in capsys.readouterr().err
 
 
 def test_where_rows_depend_on_each_other_it_is_kept_too(

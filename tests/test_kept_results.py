@@ -242,7 +242,7 @@ def test_merging_replaces_no_other_result(rows: Path, tmp_path: Path, capsys: py
         assert run(command(rows, tmp_path / "parts", "--limit", "4", "--shard", shard)) == 0
     assert run(command(rows, tmp_path / "whole", "--limit", "3")) == 0
     folder = tmp_path / "parts" / RUN / "antonym"
-    merge = ["merge-results", str(tmp_path / "parts")]
+    merge = ["eval", "merge", str(tmp_path / "parts")]
     shutil.copytree(tmp_path / "whole" / RUN / "antonym", folder)
     before = everything(tmp_path)
     line = refusal(merge, capsys)
@@ -258,7 +258,18 @@ def test_merging_replaces_no_other_result(rows: Path, tmp_path: Path, capsys: py
 def test_a_sweep_replaces_no_other_result(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = ["sweep", *DEMO[1:3], *DEMO[5:], "--rows", str(rows / "rows"), "--dataset", "antonym", "--grid", "k=1,3"]
+    sweep = [
+        "eval",
+        "sweep",
+        *DEMO[1:3],
+        *DEMO[5:],
+        "--rows",
+        str(rows / "rows"),
+        "--dataset",
+        "antonym",
+        "--grid",
+        "k=1,3",
+    ]
     sweep += ["-o", str(tmp_path)]
     assert run([*sweep, "--limit", "3"]) == 0
     before = everything(tmp_path / "runs")

@@ -316,7 +316,7 @@ def test_a_card_of_a_local_base_names_no_place_of_this_machine(pool: Path, capsy
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{}", "expected the JSON that `logo study` writes"), ("{", "expected the JSON"), (None, "cannot be read")],
+    [("{}", "expected the JSON that `logo eval study` writes"), ("{", "expected the JSON"), (None, "cannot be read")],
 )
 def test_a_study_that_is_none(
     pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, said: str

@@ -480,10 +480,10 @@ def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None
     for name, more in (("one", []), ("two", ["--workers", "2", "--cpus-per-worker", "1"])):
         out = tmp_path / f"{name}.json"
         methods = ["--method", "best-single,arrow", "--shots", "2", "--hold-out", "2", "--generate", "3"]
-        assert run(["study", *asked, "--signals", "norm,calibrated", *methods, "--json", str(out), *more]) == 0
+        assert run(["eval", "study", *asked, "--signals", "norm,calibrated", *methods, "--json", str(out), *more]) == 0
         reports.append({key: value for key, value in json.loads(out.read_text()).items() if key != "seconds"})
         grid = ["--grid", "k=1,2", "--max-new-tokens", "4", "-o", str(tmp_path / f"sweep-{name}")]
-        assert run(["sweep", *asked, *grid, *more]) == 0
+        assert run(["eval", "sweep", *asked, *grid, *more]) == 0
     assert reports[0] == reports[1]
     runs = [files(tmp_path / f"sweep-{name}" / "runs") for name in ("one", "two")]
     assert runs[0] == runs[1] and len(runs[0]) > 6

@@ -1,4 +1,4 @@
-"""`logo report` as its users meet it."""
+"""`logo eval report` as its users meet it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_page_pictures_tables_and_numbers(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "r.html"
     more = ["--png", str(tmp_path / "pictures"), "--latex", str(tmp_path / "t.tex"), "--data_dir", str(demo / "data")]
-    assert run(["report", str(demo / "results"), "-o", str(out), *more, "--title", "A <title>", "--json"]) == 0
+    assert run(["eval", "report", str(demo / "results"), "-o", str(out), *more, "--title", "A <title>", "--json"]) == 0
     captured = capsys.readouterr()
     told = json.loads(captured.out)
     assert captured.err == ""
@@ -38,7 +38,7 @@ def test_without_json_it_says_where_and_how_large(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     [first, _] = sorted((demo / "results").iterdir())
-    assert run(["report", str(first)]) == 0
+    assert run(["eval", "report", str(first)]) == 0
     captured = capsys.readouterr()
     assert captured.out == "report.html\n"
     assert f"1 run · {len(TASKS)} datasets · {ROWS * len(TASKS)} answers · page 0." in captured.err
@@ -49,7 +49,7 @@ def test_prompts_that_are_not_at_hand_are_one_warning(
 ) -> None:
     for number in range(3):
         write_result(tmp_path / "r" / f"d.x{number}", [1, 0])
-    assert run(["report", str(tmp_path / "r"), "-o", str(tmp_path / "r.html")]) == 0
+    assert run(["eval", "report", str(tmp_path / "r"), "-o", str(tmp_path / "r.html")]) == 0
     [warning] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert "3 results without prompts" in warning and "and 2 more" in warning
 
@@ -61,13 +61,17 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shutil.copytree(tmp_path / "r", broken)
     (broken / "d.x" / "weights.json").write_text("{")
     wrong = [
-        (["report"], 2, "RESULTS"),
-        (["report", str(tmp_path / "absent"), "-o", page], 2, "no such folder"),
-        (["report", str(result), "-o", str(tmp_path)], 2, "found a folder"),
-        (["report", str(result), "-o", page, "--seed", "-1"], 2, "seed"),
-        (["report", str(broken), "-o", page], 1, "weights.json"),
-        (["report", str(result), "-o", str(result / "run" / "x.html"), "--latex", str(result)], 2, "found a folder"),
-        (["report", str(result), "-o", page, "--png", str(result / "weights.json")], 1, "a file is where"),
+        (["eval", "report"], 2, "RESULTS"),
+        (["eval", "report", str(tmp_path / "absent"), "-o", page], 2, "no such folder"),
+        (["eval", "report", str(result), "-o", str(tmp_path)], 2, "found a folder"),
+        (["eval", "report", str(result), "-o", page, "--seed", "-1"], 2, "seed"),
+        (["eval", "report", str(broken), "-o", page], 1, "weights.json"),
+        (
+            ["eval", "report", str(result), "-o", str(result / "run" / "x.html"), "--latex", str(result)],
+            2,
+            "found a folder",
+        ),
+        (["eval", "report", str(result), "-o", page, "--png", str(result / "weights.json")], 1, "a file is where"),
     ]
     for arguments, code, message in wrong:
         assert run(arguments) == code, arguments
@@ -77,6 +81,6 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_help_shows_defaults_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["report", "--help"]) == 0
+    assert run(["eval", "report", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Example: logo report" in text and "report.html" in text
+    assert "Example: logo eval report" in text and "report.html" in text

@@ -159,7 +159,7 @@ def test_a_broken_file_is_named(tmp_path: Path, file: str, text: str, message: s
 
 def test_shards_are_no_results(tmp_path: Path) -> None:
     write_result(tmp_path / NAME / "d.x.shard-1-of-2", [1])
-    with pytest.raises(UsageError, match="merge-results"):
+    with pytest.raises(UsageError, match="logo eval merge"):
         read_runs([tmp_path])
     write_result(tmp_path / NAME / "d.x", [1, 0])
     [run] = read_runs([tmp_path])

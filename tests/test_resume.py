@@ -238,7 +238,7 @@ def test_shards_of_real_runs_make_the_whole_one(
         assert run(command(rows, tmp_path / "parts", *some, "--shard", f"{index}/3")) == 0
     names = {path.name for path in (tmp_path / "parts" / RUN).iterdir()}
     assert names == {f"{name}.shard-{i}-of-3" for name in ("antonym", "capital") for i in (1, 2, 3)}
-    assert run(["merge-results", str(tmp_path / "parts")]) == 0
+    assert run(["eval", "merge", str(tmp_path / "parts")]) == 0
     for name in ("antonym", "capital"):
         assert contents(tmp_path / "parts" / RUN / name) == contents(tmp_path / "whole" / RUN / name)
     asked = count_prompts(monkeypatch)

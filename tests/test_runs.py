@@ -70,7 +70,7 @@ def test_commands_find_them_too(names: set[str], tmp_path_factory: pytest.TempPa
     root = tmp_path_factory.mktemp("commands")
     one, other = write_run(root / "one", names), write_run(root / "other", names)
     page = root / "page.html"
-    assert run(["report", str(one), "-o", str(page), "--json"]) == 0
+    assert run(["eval", "report", str(one), "-o", str(page), "--json"]) == 0
     assert page.exists()
     assert {each.name for each in compare(read_run(one), read_run(other)).datasets} == names
 
@@ -199,17 +199,17 @@ def test_nested_rows_from_the_first_command_to_the_last(tmp_path: Path, capsys: 
     assert {part.dataset for part in find_shards([cut])} == set(names)
     with pytest.raises(UsageError, match="only shards"):
         read_runs([cut])
-    assert run(["merge-results", str(cut)]) == 0
+    assert run(["eval", "merge", str(cut)]) == 0
     folder = run_folder(cut, "demo", "norm", 3, 0)
     assert set(read_run(cut).results) == set(names) == set(read_run(whole).results)
     for name in names:
         assert read_results(folder / name)["predictions.json"] == list(read_run(whole).results[name].predictions)
     capsys.readouterr()
-    assert run(["compare", str(cut), str(whole), "--json"]) == 0
+    assert run(["eval", "compare", str(cut), str(whole), "--json"]) == 0
     compared = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in compared["datasets"]] == sorted(names)
     assert [(row["name"], row["datasets"]) for row in compared["groups"]] == [("words", 2), ("all", 3)]
-    assert run(["report", str(folder), "-o", str(tmp_path / "r.html"), "--json"]) == 0
+    assert run(["eval", "report", str(folder), "-o", str(tmp_path / "r.html"), "--json"]) == 0
     [told] = json.loads(capsys.readouterr().out)["runs"]
     assert told["datasets"] == 3
     assert run([*how, "--result-dir", str(whole)]) == 0

@@ -1,4 +1,4 @@
-"""`logo study`: its numbers, its intervals, what it survives, its picture, and how it fails."""
+"""`logo eval study`: its numbers, its intervals, what it survives, its picture, and how it fails."""
 
 from __future__ import annotations
 
@@ -380,7 +380,19 @@ def some_rows(tmp_path: Path) -> Path:
 
 def test_the_command(some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "study.json"
-    command = ["study", *ENGINE, "--rows", str(some_rows), "--signals", "norm, entropy", "-k", "3", "--json", str(out)]
+    command = [
+        "eval",
+        "study",
+        *ENGINE,
+        "--rows",
+        str(some_rows),
+        "--signals",
+        "norm, entropy",
+        "-k",
+        "3",
+        "--json",
+        str(out),
+    ]
     assert run([*command, "--limit", "1"]) == 0
     captured = capsys.readouterr()
     for word in ("top-1", "NLL", "left out", "unseen", "norm", "entropy", "oracle", "uniform", "base", "95 %"):
@@ -402,7 +414,7 @@ def test_the_command_after_an_interruption(
     some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "study.json"
-    command = ["study", *ENGINE, "--rows", str(some_rows), "--signals", "norm", "-k", "3", "--json", str(out)]
+    command = ["eval", "study", *ENGINE, "--rows", str(some_rows), "--signals", "norm", "-k", "3", "--json", str(out)]
     assert run(command) == 0
     whole = json.loads(out.read_text())
     out.unlink()
@@ -455,7 +467,20 @@ def test_what_goes_wrong_is_one_line(
     (tmp_path / "empty").mkdir()
     bad = write_rows(tmp_path / "bad", "ad03", [("x", "y")])
     bad.write_text(bad.read_text() + "{}\n")
-    command = ["study", *ENGINE, "--rows", "rows", "--signals", "norm", "-k", "3", "--json", "study.json", *change]
+    command = [
+        "eval",
+        "study",
+        *ENGINE,
+        "--rows",
+        "rows",
+        "--signals",
+        "norm",
+        "-k",
+        "3",
+        "--json",
+        "study.json",
+        *change,
+    ]
     assert run(command) == code
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("logo: error:")]
     assert len(errors) == 1 and message in errors[0]
@@ -463,7 +488,7 @@ def test_what_goes_wrong_is_one_line(
 
 
 def test_no_own_tasks_is_a_warning(some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["study", *ENGINE, "--rows", str(some_rows), "--signals", "norm", "-k", "3", "--tasks", "unknown"]
+    command = ["eval", "study", *ENGINE, "--rows", str(some_rows), "--signals", "norm", "-k", "3", "--tasks", "unknown"]
     assert run([*command, "--json", str(tmp_path / "study.json")]) == 0
     captured = capsys.readouterr()
     assert "logo: warning: no file of rows is named like an adapter" in captured.err and "oracle" not in captured.out
@@ -477,8 +502,8 @@ def test_a_row_that_cannot_be_scored_is_named(engines: Engines, tmp_path: Path) 
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["study", "--help"]) == 0
-    assert "Example: logo study" in " ".join(capsys.readouterr().out.split())
+    assert run(["eval", "study", "--help"]) == 0
+    assert "Example: logo eval study" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_signal_may_be_given_a_temperature(tmp_path: Path) -> None:

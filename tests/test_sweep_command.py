@@ -1,4 +1,4 @@
-"""`logo sweep` end to end on the demo: cells, the table in two formats, going on, and what is refused."""
+"""`logo eval sweep` end to end on the demo: cells, the table in two formats, going on, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_resume import count_prompts, interrupt, kill_in_the_middle
 HELDOUT = Path(__file__).parent.parent / "src" / "logo" / "demo" / "assets" / "heldout"
 GRID = ["--grid", "k=1,3", "--grid", "signal=norm,calibrated"]
 ROWS = ["--rows", str(HELDOUT), "--dataset", "antonym,capital", "--limit", "3", "--batch-size", "3"]
-COMMON = ["sweep", "--base-model", "demo", *ROWS, "--max-new-tokens", "6"]
+COMMON = ["eval", "sweep", "--base-model", "demo", *ROWS, "--max-new-tokens", "6"]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_kill_9_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Killed in the third of four cells: the second command ends with the table of a whole sweep."""
     some = ["--rows", str(HELDOUT), "--dataset", "antonym,capital", "--limit", "8", "--batch-size", "1"]
     # Long answers, so that there is time to be killed in.
-    slow = ["sweep", "--base-model", "demo", "--gpu", "-1", *some, *GRID, "--max-new-tokens", "48", "--no-fold"]
+    slow = ["eval", "sweep", "--base-model", "demo", "--gpu", "-1", *some, *GRID, "--max-new-tokens", "48", "--no-fold"]
     folder = tmp_path / "killed" / "runs" / "k=1_signal=calibrated" / "capital"
     done = kill_in_the_middle([*slow, "-o", str(tmp_path / "killed")], journal_of(folder), after=2)
     assert 2 <= done < 8 and not folder.exists() and (folder.parent / "antonym").exists()
@@ -223,7 +223,7 @@ def test_what_is_wrong_is_told_before_anything_runs(
 
 
 def test_the_list_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["sweep", "--grid", "k=1,3", "--grid", "method=logo,base", "--list"]) == 0
+    assert run(["eval", "sweep", "--grid", "k=1,3", "--grid", "method=logo,base", "--list"]) == 0
     captured = capsys.readouterr()
     assert [line.split() for line in captured.out.splitlines()] == [
         ["k", "method", "folder"],

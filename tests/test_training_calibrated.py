@@ -31,7 +31,9 @@ def trained(root: Path) -> list[str]:
 
 def listened(pool: Path, cache: Path, capsys: pytest.CaptureFixture[str], *more: str) -> int:
     capsys.readouterr()
-    assert run(["calibrate", "--adapters", str(pool), "--cache", str(cache), "--gpu", "-1", "--json", *more]) == 0
+    assert (
+        run(["pool", "calibrate", "--adapters", str(pool), "--cache", str(cache), "--gpu", "-1", "--json", *more]) == 0
+    )
     found: int = json.loads(capsys.readouterr().out)["listened"]
     return found
 

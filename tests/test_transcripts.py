@@ -110,7 +110,7 @@ def test_a_page_is_read(tmp_path: Path) -> None:
     ("command", "why"),
     [
         ("logo evaluate --base_model demo -k 3", None),
-        ("logo lm-eval --model_args base_model=demo,k=3 --tasks t", None),
+        ("logo eval lm-eval --model_args base_model=demo,k=3 --tasks t", None),
         ("logo bench merges", None),
         ("logo evaluate --base-model gemma-3-270m", "needs the model gemma-3-270m"),
         ("logo bench --rounds 3", "measures times"),

@@ -7,25 +7,8 @@ from typing import Annotated
 import typer
 
 from logo import __version__
-from logo.cli import (
-    bench,
-    calibrate,
-    compare,
-    datasets,
-    demo,
-    evaluate,
-    generate,
-    lm_eval,
-    merge_results,
-    plan,
-    pool,
-    report,
-    select,
-    serve,
-    study,
-    sweep,
-    train,
-)
+from logo.cli import bench, datasets, demo, evaluate, evaluations, generate, plan, pool, select, serve, train
+from logo.cli.renamed import Renaming
 
 EPILOG = (
     "Errors are one line; add --debug anywhere for the traceback. Options may be written --like-this or --like_this."
@@ -38,8 +21,8 @@ def _dashed(name: str) -> str:
 
 app = typer.Typer(
     name="logo",
+    cls=Renaming,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     epilog=EPILOG,
@@ -71,20 +54,18 @@ def root(
     # --debug is taken off the command line in logo.cli.run, wherever it stands; here it is only documented.
 
 
-app.command("demo")(demo.demo)
-app.command("generate")(generate.generate)
-app.command("select")(select.select)
-app.command("serve")(serve.serve)
-app.command("plan")(plan.plan)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("merge-results")(merge_results.merge_results)
-app.command("compare")(compare.compare)
-app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
-app.command("calibrate")(calibrate.calibrate)
-app.command("study")(study.study)
-app.command("sweep")(sweep.sweep)
-app.command("report")(report.report)
-app.add_typer(pool.app, name="pool")
-app.add_typer(datasets.app, name="datasets")
-app.add_typer(bench.app, name="bench")
+ANSWER = "Answer prompts"
+ADAPTERS = "Make and keep adapters"
+MEASURE = "Measure"
+
+app.command("demo", rich_help_panel=ANSWER)(demo.demo)
+app.command("generate", rich_help_panel=ANSWER)(generate.generate)
+app.command("select", rich_help_panel=ANSWER)(select.select)
+app.command("serve", rich_help_panel=ANSWER)(serve.serve)
+app.command("plan", rich_help_panel=ANSWER)(plan.plan)
+app.command("train", rich_help_panel=ADAPTERS)(train.train)
+app.add_typer(pool.app, name="pool", rich_help_panel=ADAPTERS)
+app.add_typer(evaluations.app, name="eval", rich_help_panel=MEASURE)
+app.add_typer(datasets.app, name="data", rich_help_panel=MEASURE)
+app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
+app.command("evaluate", help=evaluate.OFFICIAL, rich_help_panel=MEASURE)(evaluate.evaluate)

@@ -1,6 +1,6 @@
 """Which options a sweep may vary, and what a combination of their values means: a grid on the command line as cells.
 
-An axis is an option of `logo evaluate` under its own name, and reads its values as the option does.
+An axis is an option of `logo eval run` under its own name, and reads its values as the option does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`logo calibrate`: prepares a pool for the calibrated signal, and shows where it will be read."""
+"""`logo pool calibrate`: prepares a pool for the calibrated signal, and shows where it will be read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def calibrate(
     Other commands do this by themselves when they meet a pool for the first time; here it can be done ahead, looked at,
     and overridden with `--probe-points`.
 
-    Example: `logo calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters --probe-depth 0.5`
+    Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters --probe-depth 0.5`
     """
     engine, base_model = or_demo(engine)
     with err.status("Loading and calibrating ..."):

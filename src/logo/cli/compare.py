@@ -1,4 +1,4 @@
-"""`logo compare`: whether one run is better than another on the same rows."""
+"""`logo eval compare`: whether one run is better than another on the same rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def compare(
 ) -> None:
     """Compare two runs row by row: B less A with its interval, and whether that could be chance.
 
-    Example: `logo compare results/demo_selection_norm_n_3_seed_0 results/demo_selection_calibrated_n_3_seed_0`
+    Example: `logo eval compare results/demo_selection_norm_n_3_seed_0 results/demo_selection_calibrated_n_3_seed_0`
     """
     from logo.evaluation.comparison import compare as compare_runs
     from logo.evaluation.runs import read_run

@@ -1,4 +1,4 @@
-"""`logo datasets`: which datasets there are, preparing them from their sources, checking what was prepared."""
+"""`logo data`: which datasets there are, preparing them from their sources, checking what was prepared."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Names = Annotated[
 def datasets(context: typer.Context) -> None:
     """Datasets: list them, prepare them from their sources, verify what was prepared. Alone, it lists.
 
-    Example: `logo datasets prepare bbh anli.r1 --data-dir ./data`
+    Example: `logo data prepare bbh anli.r1 --data-dir ./data`
     """
     if context.invoked_subcommand is None:
         list_datasets()
@@ -54,7 +54,7 @@ def list_datasets(
 ) -> None:
     """List the datasets, and how many rows of each are prepared.
 
-    Example: `logo datasets list gem --data-dir ./data`
+    Example: `logo data list gem --data-dir ./data`
     """
     from logo.evaluation.sources.loading import chosen
     from logo.evaluation.sources.manifest import read_manifest
@@ -69,7 +69,7 @@ def list_datasets(
     shown = screen(WIDTH)
     shown.print(_table(rows))
     prepared = sum(row["rows"] is not None for row in rows)
-    note(f"{len(rows)} datasets, {prepared} with rows in {data_dir}; `logo datasets prepare NAME` prepares more")
+    note(f"{len(rows)} datasets, {prepared} with rows in {data_dir}; `logo data prepare NAME` prepares more")
 
 
 @app.command("prepare")
@@ -90,7 +90,7 @@ def prepare(
 
     With --source and no NAME, only those files' datasets. One that fails does not stop the others (exit code 1).
 
-    Example: `logo datasets prepare "bbh.*" anli --data-dir ./data --rows 150`
+    Example: `logo data prepare "bbh.*" anli --data-dir ./data --rows 150`
     """
     from logo.evaluation.sources.loading import chosen
     from logo.evaluation.sources.manifest import read_manifest
@@ -126,7 +126,7 @@ def verify(names: Names = None, data_dir: DataDir = Path("./data")) -> None:
 
     Prints one line per problem; exit code 1 if there is any.
 
-    Example: `logo datasets verify --data-dir ./data`
+    Example: `logo data verify --data-dir ./data`
     """
     from logo.evaluation.sources.loading import chosen
     from logo.evaluation.sources.manifest import NAME, read_manifest
@@ -135,8 +135,7 @@ def verify(names: Names = None, data_dir: DataDir = Path("./data")) -> None:
     manifest = read_manifest(data_dir)
     if not manifest:
         raise DataError(
-            f"{data_dir / NAME}: expected a manifest, found none; `logo datasets prepare` writes it, "
-            "or change --data-dir"
+            f"{data_dir / NAME}: expected a manifest, found none; `logo data prepare` writes it, or change --data-dir"
         )
     found = chosen(names or [], list(manifest))
     problems = [problem for name in found for problem in problems_of(data_dir, name, manifest[name])]

@@ -1,4 +1,4 @@
-"""`logo evaluate`: datasets through the engine, with the official metrics and result files."""
+"""`logo eval run` and the official `logo evaluate`: datasets through the engine, with the official metrics and files."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ if TYPE_CHECKING:
 
 OFFICIAL_BASE = "Llama-3.1-8B"
 VLLM_BATCH = 256
+
+# The help of `logo evaluate`, which stays as it is: the official script's names and defaults.
+OFFICIAL = """`logo eval run` under the official script's names of options.
+
+Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
+"""
 
 
 class Metric(Choice):
@@ -122,7 +128,7 @@ class RunOptions(RowOptions):
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Answer only part I of N; `logo merge-results` puts the parts together.",
+            help="Answer only part I of N; `logo eval merge` puts the parts together.",
             show_default="all rows",
         ),
     ] = None
@@ -159,7 +165,7 @@ def evaluate(
     A run that was interrupted goes on where it stopped when the same command is given again; datasets that are done are
     not answered again.
 
-    Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
+    Example: `logo eval run --dataset bbh.boolean_expressions --base-model Llama-3.1-8B`
     """
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.resume import Wish

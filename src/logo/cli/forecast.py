@@ -1,4 +1,4 @@
-"""`logo evaluate --estimate`: what the run would take, from what is known before anything is fetched or written."""
+"""`logo eval run --estimate`: what the run would take, from what is known before anything is fetched or written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`logo lm-eval`: lm-evaluation-harness's own command line, with LoGo among its models."""
+"""`logo eval lm-eval`: lm-evaluation-harness's own command line, with LoGo among its models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lm_eval(
         list[str] | None,
         typer.Argument(
             metavar="ARGUMENTS",
-            help="Whatever `lm_eval` takes; `logo lm-eval run --help` shows it.",
+            help="Whatever `lm_eval` takes; `logo eval lm-eval run --help` shows it.",
             show_default=False,
         ),
     ] = None,
@@ -32,7 +32,7 @@ def lm_eval(
 
     `--model_args` are `base_model=..., adapters=..., k=..., signal=...` and all other settings of selection.
 
-    Example: `logo lm-eval --model_args base_model=demo --tasks my_task --include_path tasks --batch_size 8`
+    Example: `logo eval lm-eval --model_args base_model=demo --tasks my_task --include_path tasks --batch_size 8`
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("lm-evaluation-harness is not installed: `pip install lora-on-the-go[eval]`")

@@ -1,4 +1,4 @@
-"""`logo merge-results`: the shards of an evaluation put together."""
+"""`logo eval merge`: the shards of an evaluation put together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def merge_results(
     Each whole result appears beside its first shard. All shards have to be there, once, and of one and the same run;
     they are left as they are.
 
-    Example: `logo merge-results results`
+    Example: `logo eval merge results`
     """
     from logo.evaluation.merging import find_shards, merge
     from logo.evaluation.resume import Wish

@@ -1,4 +1,4 @@
-"""`logo report`: result folders as one page, pictures and a LaTeX table."""
+"""`logo eval report`: result folders as one page, pictures and a LaTeX table."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def report(
 ) -> None:
     """Make one self-contained page of results: tables with intervals, runs against runs, adapters, every instance.
 
-    Example: `logo report results -o report.html --png pictures --latex tables.tex`
+    Example: `logo eval report results -o report.html --png pictures --latex tables.tex`
     """
     from logo.evaluation.report import analyse, page, pictures, summary
     from logo.evaluation.report import latex as tables

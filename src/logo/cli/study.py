@@ -1,4 +1,4 @@
-"""`logo study`: which signal or method finds the right adapters on this pool, and what that is worth."""
+"""`logo eval study`: which signal or method finds the right adapters on this pool, and what that is worth."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def study(
     `--generate N`; then a second table has each beside the oracle. An interrupted study goes on where it stopped when
     the same command is given again.
 
-    Example: `logo study --base-model M --adapters DIR --rows ROWS --limit 8 --json study.json`
+    Example: `logo eval study --base-model M --adapters DIR --rows ROWS --limit 8 --json study.json`
     """
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.reliability import picture as reliability_picture

@@ -1,4 +1,4 @@
-"""`logo sweep`: datasets under every combination of some options; one table, and a picture for every axis."""
+"""`logo eval sweep`: datasets under every combination of some options; one table, and a picture for every axis."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def sweep(
     Writes DIR/sweep.csv, sweep.parquet, a picture per axis in DIR/plots, and a result folder for each cell and dataset
     in DIR/runs. What is done is not done again: repeat the command to go on, or with more values.
 
-    Example: `logo sweep --base-model M --adapters DIR --rows ROWS --grid k=1,3,20 --grid signal=norm,calibrated`
+    Example: `logo eval sweep --base-model M --adapters DIR --rows ROWS --grid k=1,3,20 --grid signal=norm,calibrated`
     """
     from logo.evaluation.sweep.running import runs
 
@@ -91,7 +91,7 @@ def sweep(
 
 
 def _engine(options: EngineOptions, *, quiet: bool) -> tuple[EngineOptions, str]:
-    """With the defaults of `logo evaluate`, so that a cell is what that command would do."""
+    """With the defaults of `logo eval run`, so that a cell is what that command would do."""
     if quiet and options.base_model is None:
         options = replace(options, base_model="demo")
     options, base_model = or_demo(options)

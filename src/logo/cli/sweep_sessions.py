@@ -1,4 +1,4 @@
-"""What answers the cells of `logo sweep`: one engine after the other in this process, or in several."""
+"""What answers the cells of `logo eval sweep`: one engine after the other in this process, or in several."""
 
 from __future__ import annotations
 

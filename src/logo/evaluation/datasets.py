@@ -133,7 +133,7 @@ def _matching(root: Path, pattern: str, present: Sequence[str], split: str) -> F
         return Found(names, missing)
     if missing:
         raise _absent(root, missing[0], split)
-    raise DataError(f"datasets {pattern!r}: no dataset in {str(root)!r} matches; `logo datasets` lists what is there")
+    raise DataError(f"datasets {pattern!r}: no dataset in {str(root)!r} matches; `logo data` lists what is there")
 
 
 def _named(root: Path, name: str, present: Sequence[str], split: str) -> Found:
@@ -157,5 +157,5 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
     lowered = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), list(lowered), n=3)
     if not close:
-        return "; `logo datasets` lists what is there"
+        return "; `logo data` lists what is there"
     return f"; did you mean {' or '.join(repr(lowered[other]) for other in close)}?"

@@ -1,7 +1,7 @@
 """What one command evaluates: a `Job` per dataset, its rows read and checked before a model is loaded.
 
-Rows come from a data folder (`logo.evaluation.datasets`) or from a flat folder of `NAME.jsonl` files, as `logo study`
-takes them. A job may stand for one shard of its dataset (`logo.evaluation.shards`).
+Rows come from a data folder (`logo.evaluation.datasets`) or from a flat folder of `NAME.jsonl` files, as
+`logo eval study` takes them. A job may stand for one shard of its dataset (`logo.evaluation.shards`).
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def find_shards(paths: Iterable[Path]) -> list[Part]:
         if not found:
             raise DataError(
                 f"results {str(path)!r}: no shards there; expected folders DATASET.shard-1-of-N, as "
-                "`logo evaluate --shard 1/N` makes them"
+                "`logo eval run --shard 1/N` makes them"
             )
         places |= {place.folder.resolve(): place for place in found}
     return [_part(place) for place in places.values()]
@@ -134,7 +134,7 @@ def _part(place: Place) -> Part:
         expected = len(part.places)
     except (KeyError, TypeError):
         raise DataError(
-            f"shard {str(folder)!r}: its run.json says nothing of a shard; expected what `logo evaluate --shard` wrote"
+            f"shard {str(folder)!r}: its run.json says nothing of a shard; expected what `logo eval run --shard` wrote"
         ) from None
     unsaid = [key for key in _NEEDED if key not in part.run]
     if unsaid:

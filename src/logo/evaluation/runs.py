@@ -130,7 +130,7 @@ def read_runs(paths: Iterable[Path], data_dir: Path | None = None) -> list[Run]:
         found = find_results(path)
         if not found:
             raise UsageError(
-                f"results {str(path)!r}: expected a folder with {MARK} in it or below, as `logo evaluate` writes, "
+                f"results {str(path)!r}: expected a folder with {MARK} in it or below, as `logo eval run` writes, "
                 f"found {_kind(path)}"
             )
         for place in found:
@@ -204,7 +204,7 @@ def _marked(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 def _kind(path: Path) -> str:
     if path.is_dir():
-        return "only shards, of which `logo merge-results` makes one" if find_results(path, shards=True) else "none"
+        return "only shards, of which `logo eval merge` makes one" if find_results(path, shards=True) else "none"
     return "a file" if path.exists() else "no such folder"
 
 

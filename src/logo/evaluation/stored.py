@@ -1,6 +1,6 @@
 """The result of one dataset as a value, with all its columns checked.
 
-Reads what `logo evaluate` and the official script write. Only the six official files must be there; without `run.json`
+Reads what `logo eval run` and the official script write. Only the six official files must be there; without `run.json`
 score columns are known by the adapters that were selected from them. Which folders there are: see `runs`.
 """
 

@@ -38,7 +38,7 @@ class Card:
         base_model: a Hub id or a name; None: what the adapters agree on, or the notes say.
         place: how the pool is named on a command line: a Hub repository with a folder in it, or a folder.
         licence: the front matter's `license`.
-        study: the JSON of `logo study`.
+        study: the JSON of `logo eval study`.
         picture: whether `study.png` lies beside the card.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from logo.cli import calibrate
 from logo.cli.pool import card, convert, dedupe, diff, examples, export, health, inspect, lock, prune, push
 
 app = typer.Typer(help="Look into pools of adapters, and make new ones of them.", no_args_is_help=True)
@@ -15,6 +16,7 @@ def pool() -> None:
 
 
 app.command("inspect")(inspect.inspect)
+app.command("calibrate")(calibrate.calibrate)
 app.command("lock")(lock.lock)
 app.command("diff")(diff.diff)
 app.command("dedupe")(dedupe.dedupe)

@@ -29,7 +29,7 @@ def card(
     licence: Annotated[str | None, typer.Option("--license", help="As the Hub calls it, such as apache-2.0.")] = None,
     study: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The JSON of `logo study`, or its picture; the picture is copied."),
+        typer.Option(metavar="FILE", help="The JSON of `logo eval study`, or its picture; the picture is copied."),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Write over a card that is there.")] = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
@@ -87,14 +87,14 @@ def _study(file: Path) -> tuple[dict[str, Any] | None, bytes | None]:
         if file != picture:
             numbers = json_format.loads(file.read_text(encoding="utf-8"))
             if not isinstance(numbers, dict) or "signals" not in numbers:
-                raise DataError(f"{file}: expected the JSON that `logo study` writes")
+                raise DataError(f"{file}: expected the JSON that `logo eval study` writes")
         drawn = picture.read_bytes() if picture.is_file() or file == picture else None
     except OSError as error:
         raise StorageError(f"{error.filename}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{file}: expected the JSON that `logo study` writes: {error}") from error
+        raise DataError(f"{file}: expected the JSON that `logo eval study` writes: {error}") from error
     if drawn is not None and not drawn.startswith(b"\x89PNG"):
         raise DataError(f"{picture}: expected a PNG")
     return numbers, drawn

@@ -115,7 +115,7 @@ def overall(pairing: Pairing) -> Line:
 
 def extra_lines(pairing: Pairing) -> list[Line]:
     """One line per dataset and measure beside the official ones, as the runs have written them. None is marked: what
-    tells such runs apart is a matter of `logo compare`."""
+    tells such runs apart is a matter of `logo eval compare`."""
     lines = []
     for name in pairing.datasets:
         found = [run.results.get(name) for run in pairing.runs]

@@ -71,7 +71,7 @@ def chosen(requests: Sequence[str], known: Collection[str]) -> list[str]:
             name for name in known if name.partition(".")[0] == item
         ]
         if not found:
-            raise UsageError(f"dataset {item!r}: not declared{closest(item, known)}; `logo datasets list` shows all")
+            raise UsageError(f"dataset {item!r}: not declared{closest(item, known)}; `logo data list` shows all")
         names |= dict.fromkeys(found)
     return list(names)
 

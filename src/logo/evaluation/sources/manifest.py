@@ -46,7 +46,7 @@ def read_manifest(data_dir: Path) -> dict[str, Entry]:
         sound, found, entries = False, None, {}
     if not sound or found != VERSION:
         raise DataError(
-            f"{file}: expected a manifest of version {VERSION} as `logo datasets prepare` writes it, found something "
+            f"{file}: expected a manifest of version {VERSION} as `logo data prepare` writes it, found something "
             "else; move it away and prepare again with --force"
         )
     return dict(entries)

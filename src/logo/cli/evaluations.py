@@ -1,0 +1,23 @@
+"""`logo eval`: datasets through the engine, and what is made of the results."""
+
+from __future__ import annotations
+
+import typer
+
+from logo.cli import compare, evaluate, lm_eval, merge_results, report, study, sweep
+
+app = typer.Typer(help="Evaluate on datasets; compare, merge and report results.", no_args_is_help=True)
+
+
+@app.callback()
+def evaluations() -> None:
+    """Evaluate on datasets; compare, merge and report results."""
+
+
+app.command("run")(evaluate.evaluate)
+app.command("sweep")(sweep.sweep)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
+app.command("merge")(merge_results.merge_results)
+app.command("study")(study.study)
+app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
