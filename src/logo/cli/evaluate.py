@@ -1,4 +1,4 @@
-"""`logo eval run` and the official `logo evaluate`: datasets through the engine, with the official metrics and files."""
+"""`logo eval run` and the official `logo evaluate`: datasets through the engine, with official metrics and files."""
 
 from __future__ import annotations
 
