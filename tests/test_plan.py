@@ -251,7 +251,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("--adapters 3 --rank 0", "rank: expected 1 or more, found 0"),
         ("--adapters 3 -k 0", "k: expected 1 or more, found 0"),
         ("-k 0", "number of selected adapters (k): expected 1 or more, found 0"),
-        ("--rank 4", "--rank and --targets are of adapters that are only counted: give --adapters a number"),
+        ("--rank 4", "--rank and --targets describe adapters that do not exist yet: give --adapters a number"),
         ("--adapters 3 --rank 600", "the largest adapter has rank 600, and vLLM's slots end at 512"),
         ("--adapters 3 --targets q_prj", "no linear module of this model is called 'q_prj' (did you mean 'q_proj'?)"),
         ("--gpu H10", "(did you mean 'H100'?)"),

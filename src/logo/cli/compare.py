@@ -22,18 +22,18 @@ TEST_NAMES = {"mcnemar": "McNemar", "randomisation": "randomised"}  # in a colum
 
 def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Result folder of one dataset, or of a whole run.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another, of the same rows.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Result folder of another run on the same rows.")],
     metric: Annotated[
         str,
         typer.Option(
-            help="Names or patterns, `rouge-L,extra.*`; `extra.` are those beside the official ones.",
+            help="Names or patterns, `rouge-L,extra.*`; `extra.` are the measures beside the official ones.",
             show_default="the official ones",
         ),
     ] = "",
     seed: Annotated[int, typer.Option(help="Random seed of the intervals and tests.", min=0)] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Compare two runs row by row: B less A with its interval, and whether that could be chance.
+    """Compare two runs row by row: the difference B − A, its interval, and a test whether it could be chance.
 
     Example: `logo eval compare results/demo_selection_norm_n_3_seed_0 results/demo_selection_calibrated_n_3_seed_0`
     """

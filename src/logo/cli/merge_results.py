@@ -15,23 +15,21 @@ def merge_results(
         list[Path],
         typer.Argument(
             metavar="RESULTS",
-            help="Shards' folders, or folders in which all shards are meant, of one machine or of several.",
+            help="Folders of shards, or folders that hold shards, of one machine or of several.",
             show_default=False,
         ),
     ],
     mix_environments: Annotated[
         bool,
-        typer.Option(
-            "--mix-environments", help="Shards may have run under several versions or on several kinds of device."
-        ),
+        typer.Option("--mix-environments", help="Accept shards of several versions or kinds of device."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a whole result of another run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merged result of another run.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the lines.")] = False,
 ) -> None:
-    """Put the shards of an evaluation together: the same files as from a run that was never cut.
+    """Merge the shards of an evaluation into the files that one process would have written.
 
-    Each whole result appears beside its first shard. All shards have to be there, once, and of one and the same run;
-    they are left as they are.
+    The merged result appears beside the first shard. All shards of the run have to be there, each once; they are not
+    changed.
 
     Example: `logo eval merge results`
     """

@@ -32,7 +32,7 @@ class Variant(Choice):
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Which method, and its own options; those of other methods are not looked at."""
+    """Which method, and its own options."""
 
     method: Annotated[
         str,
@@ -45,7 +45,7 @@ class MethodOptions:
     merge: Annotated[
         str | None,
         typer.Option(
-            help="How what is selected is combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
+            help="How selected adapters are combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
             "`dare_ties`, or token by token `arrow`, `spectr` or `seqr`.",
             show_default="the method's: mixture; lorahub, adaptersoup: fusion",
             rich_help_panel=METHOD,
@@ -56,13 +56,16 @@ class MethodOptions:
     ] = 0.5
     merge_sign: Annotated[
         Sign,
-        typer.Option(help="Majority of `ties`: of the sum, or of the number of adapters.", rich_help_panel=METHOD),
+        typer.Option(
+            help="How `ties` elects a sign: by the sum of the entries, or by the number of adapters.",
+            rich_help_panel=METHOD,
+        ),
     ] = Sign.TOTAL
     arrow_top_k: Annotated[
         int, typer.Option(help="Adapters per token and module of `arrow` and `spectr`.", rich_help_panel=METHOD)
     ] = 3
     arrow_temperature: Annotated[
-        float, typer.Option(help="Of the softmax of `arrow` and `spectr`.", rich_help_panel=METHOD)
+        float, typer.Option(help="Temperature of the softmax of `arrow` and `spectr`.", rich_help_panel=METHOD)
     ] = 1.0
     shots: Annotated[
         int | None,
@@ -78,7 +81,7 @@ class MethodOptions:
     retriever_variant: Annotated[
         Variant,
         typer.Option(
-            help="`loraretriever`: mix the k closest adapters, fuse their factors, or take the closest.",
+            help="`loraretriever`: mix the outputs of the k closest adapters, fuse their factors, or take the closest.",
             rich_help_panel=METHOD,
         ),
     ] = Variant.MIXTURE
@@ -86,7 +89,7 @@ class MethodOptions:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of NAME.jsonl: rows of the kind that adapter NAME was made for, for `loraretriever` and "
+            help="Folder of NAME.jsonl with rows of the training task of adapter NAME, for `loraretriever` and "
             "`adaptersoup`.",
             rich_help_panel=METHOD,
         ),
@@ -95,20 +98,20 @@ class MethodOptions:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of TASK.jsonl: labelled rows by which `lorauter` knows tasks, and on which it tries adapters.",
+            help="Folder of TASK.jsonl with labelled rows, by which `lorauter` finds similar tasks and tries adapters.",
             show_default="as --adapter-samples",
             rich_help_panel=METHOD,
         ),
     ] = None
     samples_per_adapter: Annotated[
-        int, typer.Option(help="First rows of each of these files to read.", rich_help_panel=METHOD)
+        int, typer.Option(help="Number of rows to read from each of these files.", rich_help_panel=METHOD)
     ] = 20
     embedding_model: Annotated[
         str,
         typer.Option(help="Any sentence-transformers model: a folder or a Hub id.", rich_help_panel=METHOD),
     ] = DEFAULT_EMBEDDING
     embedding_instruction: Annotated[
-        str, typer.Option(help="Put before every text that is embedded.", rich_help_panel=METHOD)
+        str, typer.Option(help="Instruction before every text that is embedded.", rich_help_panel=METHOD)
     ] = ""
 
 
@@ -159,7 +162,7 @@ def _samples(options: MethodOptions) -> dict[str, tuple[str, ...]]:
 
     if options.adapter_samples is None:
         raise UsageError(
-            f"--method {options.method} compares prompts with samples of what each adapter was made for: "
+            f"--method {options.method} compares prompts with samples of each adapter's training task: "
             "expected --adapter-samples DIR with NAME.jsonl for every adapter"
         )
     tasks = find_tasks(options.adapter_samples, limit=options.samples_per_adapter)
@@ -173,7 +176,7 @@ def _validation(options: MethodOptions) -> dict[str, tuple[Row, ...]]:
     folder = options.validation_rows or options.adapter_samples
     if folder is None:
         raise UsageError(
-            f"--method {options.method} knows tasks by labelled rows: expected --validation-rows DIR with TASK.jsonl "
+            f"--method {options.method} needs labelled rows of tasks: expected --validation-rows DIR with TASK.jsonl "
             "for every task"
         )
     return {task.name: task.rows for task in find_tasks(folder)}

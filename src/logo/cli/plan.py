@@ -1,4 +1,4 @@
-"""`logo plan`: what it takes to serve so many adapters inside vLLM."""
+"""`logo plan`: the memory that a number of adapters needs inside vLLM."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def plan(
         str | None,
         typer.Option(
             metavar="N|DIR_OR_REPO",
-            help="How many adapters there are, or a pool that is counted.",
+            help="A number of adapters, or a pool.",
             show_default="the base model's own",
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of each of N adapters.", show_default="16")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each of N adapters.", show_default="16")] = None,
     targets: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Modules that each of N adapters touches.",
+            help="Modules that each of N adapters adapts.",
             show_default="all-linear",
         ),
     ] = None,
@@ -69,30 +69,36 @@ def plan(
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 64,
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens of each, prompt and answer.", show_default="4096, or as many as the model reads"),
+        typer.Option(
+            help="Tokens of a request, prompt and answer.", show_default="4096, or as many as the model reads"
+        ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's, of float32 bfloat16).")
+        str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's; bfloat16 instead of float32).")
     ] = "auto",
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME|GB", help=f"{', '.join(GPUS)}, or its memory in 10⁹ bytes.")
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs among which the model is divided.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of a GPU's memory that vLLM may take.")] = 0.9,
-    mode: Annotated[PlannedMode, typer.Option(help="How mixtures are made.")] = PlannedMode.AUTO,
-    model_dir: Annotated[str, typer.Option(help="Looked in first for base models and adapters.")] = "./hf_models",
+    mode: Annotated[
+        PlannedMode, typer.Option(help="A slot per adapter (gate) or per request (merge); auto: the smaller one.")
+    ] = PlannedMode.AUTO,
+    model_dir: Annotated[
+        str, typer.Option(help="Folder that is searched first for base models and adapters.")
+    ] = "./hf_models",
     json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
-    """Reckon what a base model and a pool take inside vLLM, and how mixtures are best made there.
+    """Compute the memory of a base model and a pool inside vLLM, and the better way to mix there.
 
-    Nothing is loaded: sizes come from the base model's configuration, and of a pool from the headers of its files.
+    Nothing is loaded: sizes come from the base model's configuration and from the headers of the pool's files.
 
     Example: `logo plan --base-model Qwen/Qwen2.5-7B --adapters 260 --rank 16 --concurrency 64 --gpu H100`
     """
     memory = None if gpu is None else device_bytes(gpu)
     count = int(adapters) if adapters is not None and re.fullmatch(r"-?\d+", adapters) else None
     if count is None and (rank is not None or targets is not None):
-        raise UsageError("--rank and --targets are of adapters that are only counted: give --adapters a number")
+        raise UsageError("--rank and --targets describe adapters that do not exist yet: give --adapters a number")
 
     from logo.backends.plan import plan as planned
     from logo.backends.shapes import ModelShape, number_dtype

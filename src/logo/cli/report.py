@@ -28,16 +28,19 @@ def report(
         "report.html"
     ),
     png: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the pictures here too.", show_default="no pictures")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write the pictures as PNG into this folder.", show_default="no pictures"
+        ),
     ] = None,
     latex: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the tables here too.", show_default="no LaTeX")
+        Path | None, typer.Option(metavar="FILE", help="Also write the tables as LaTeX.", show_default="no LaTeX")
     ] = None,
     title: Annotated[str | None, typer.Option(help="The page's heading.", show_default="base model and runs")] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where prompts are looked for when a result holds none and its data file has moved.",
+            help="Data folder to search for prompts, if a result holds none and its data file has moved.",
             show_default="as the run did",
         ),
     ] = None,
@@ -45,14 +48,14 @@ def report(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="JSON with published numbers to stand beside those of the same experiment.",
-            show_default="what is shipped",
+            help="JSON file with published numbers to show beside those of the same experiment.",
+            show_default="the built-in ones",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the intervals and tests.", min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print all numbers, and what was written.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print all numbers and the written files as JSON.")] = False,
 ) -> None:
-    """Make one self-contained page of results: tables with intervals, runs against runs, adapters, every instance.
+    """Make one self-contained HTML page of results: tables with intervals, comparisons, adapters, every instance.
 
     Example: `logo eval report results -o report.html --png pictures --latex tables.tex`
     """

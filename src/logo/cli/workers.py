@@ -31,7 +31,7 @@ class WorkerOptions:
         int | None,
         typer.Option(
             metavar="N",
-            help="Processes that answer rows, each with the model. Needs Ray: pip install 'lora-on-the-go[ray]'.",
+            help="Processes that answer rows, each with its own model. Needs Ray: pip install 'lora-on-the-go[ray]'.",
             show_default="this process alone; with --ray, as many as there is room for",
             min=1,
             rich_help_panel=PROCESSES,
@@ -43,7 +43,7 @@ class WorkerOptions:
     deadline: Annotated[
         float,
         typer.Option(
-            help="Seconds that one batch may take; then its process is ended, and another one gets the batch.",
+            help="Seconds that one batch may take before its process is ended and another one gets the batch.",
             rich_help_panel=PROCESSES,
         ),
     ] = 3600.0

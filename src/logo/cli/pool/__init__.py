@@ -1,4 +1,4 @@
-"""`logo pool`: looking into pools of adapters, and making new ones of them."""
+"""`logo pool`: commands that inspect, compare, shrink, convert and publish pools."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import typer
 from logo.cli import calibrate
 from logo.cli.pool import card, convert, dedupe, diff, examples, export, health, inspect, lock, prune, push
 
-app = typer.Typer(help="Look into pools of adapters, and make new ones of them.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, compare, shrink, convert and publish pools of adapters.", no_args_is_help=True)
 
 
 @app.callback()
 def pool() -> None:
-    """Look into pools of adapters, and make new ones of them."""
+    """Inspect, compare, shrink, convert and publish pools of adapters."""
 
 
 app.command("inspect")(inspect.inspect)

@@ -17,7 +17,7 @@ from logo.errors import DataError, StorageError, UsageError
 def card(
     folder: Folder,
     base_model: Annotated[
-        str | None, typer.Option(help="Its name on the Hub.", show_default="what the adapters say")
+        str | None, typer.Option(help="The base model's name on the Hub.", show_default="what the adapters say")
     ] = None,
     repo: Annotated[
         str | None,
@@ -26,12 +26,14 @@ def card(
         ),
     ] = None,
     title: Annotated[str | None, typer.Option(help="The card's heading.", show_default="the folder's name")] = None,
-    licence: Annotated[str | None, typer.Option("--license", help="As the Hub calls it, such as apache-2.0.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="The licence, by the Hub's name, such as apache-2.0.")
+    ] = None,
     study: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The JSON of `logo eval study`, or its picture; the picture is copied."),
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Write over a card that is there.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite an existing card.")] = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

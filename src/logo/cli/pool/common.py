@@ -1,4 +1,4 @@
-"""What the commands on pools share: options, opening a pool, going through it."""
+"""What the `logo pool` commands share: options, opening a pool, progress."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters,
 Out = Annotated[
     Path, typer.Option("--out", "-o", metavar="DIR2", help="The new pool; must not exist yet. DIR is never changed.")
 ]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin too (tensors only).")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read adapter_model.bin (tensors only).")]
 OnBadAdapter = Annotated[OnBad, typer.Option(help="An adapter that cannot be used: refuse the pool, or leave it out.")]
 Threshold = Annotated[
     float,
     typer.Option(
         min=0.0,
         max=1.0,
-        help="Two adapters are near-duplicates where the overlap of their column spaces, the cosine of their updates "
+        help="Two adapters are near-duplicates if the overlap of their column spaces, the cosine of their updates "
         "and the smaller norm's share of the larger one all reach it.",
     ),
 ]
 
 
 def opened(folder: Path, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
-    """The pool in a folder; what is left out of it is told. Nothing is looked up in the cache or kept there."""
+    """The pool in a folder; adapters that are left out are printed. The cache is neither read nor written."""
     from logo.adapters.pool import AdapterPool
 
     # Leaving damaged adapters out means finding them first. Otherwise whatever is read is checked as it is read.
@@ -87,7 +87,7 @@ def without_checkpoints(folder: Path, on_bad: OnBad, *, verify: bool) -> tuple[A
 
 
 def tell_refused(refused: Iterable[AdapterError]) -> None:
-    """Says which adapters were left out, and why; stderr."""
+    """Prints the adapters that were left out, with reasons, to stderr."""
     for bad in refused:
         err.print(refusal(bad))
 

@@ -29,13 +29,15 @@ class Dtype(Choice):
 def convert(
     folder: Folder,
     out_folder: Out,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the new files.", show_default="as they are stored")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the new files.", show_default="as they are stored")
+    ] = None,
     initial: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="PiSSA, OLoRA, CorDA, LoRA-GA: the adapters as they were before training, under the same names, or "
-            "one for all. They become plain LoRA of twice the rank.",
+            help="PiSSA, OLoRA, CorDA, LoRA-GA: the initial adapters, saved before training, under the same names, or "
+            "one for all. The results are plain LoRA of twice the rank.",
             show_default=False,
         ),
     ] = None,
@@ -43,7 +45,7 @@ def convert(
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write a pool as plain safetensors adapters: another dtype, no pickles, no initialisation that needs its own base.
+    """Write a pool as plain safetensors adapters: in another dtype, from pickles, from PiSSA and its relatives.
 
     Example: `logo pool convert adapters/ --out plain-adapters/ --dtype bf16 --allow-pickle`
     """

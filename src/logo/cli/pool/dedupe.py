@@ -27,12 +27,14 @@ def dedupe(
         ),
     ] = None,
     threshold: Threshold = 0.9,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say who would go; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the adapters that would be removed; write nothing.")
+    ] = False,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Copy a pool, of near-duplicates only one each: the one with most parameters, else the first by name.
+    """Copy a pool without near-duplicates. The one with most parameters stays, else the first by name.
 
     Example: `logo pool dedupe adapters/ --out fewer-adapters/`
     """

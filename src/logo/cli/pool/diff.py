@@ -1,4 +1,4 @@
-"""`logo pool diff`: what one pool has and another has not, or has otherwise."""
+"""`logo pool diff`: the differences between two pools."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 def diff(
     one: Annotated[str, typer.Argument(metavar="A", help="A pool or a single adapter: a folder, or a Hub repo.")],
-    other: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="The pool or adapter to compare it with.")],
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if they differ, as `diff` does.")] = False,
-    all_: Annotated[bool, typer.Option("--all", help="List the adapters that are the same too.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Also list the adapters that are equal.")] = False,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -16,22 +16,22 @@ from logo.errors import DataError, UsageError
 def examples(
     folder: Folder,
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="The adapter.", show_default="says how many each one has")
+        str | None, typer.Argument(metavar="NAME", help="The adapter.", show_default="counts the examples of all")
     ] = None,
     file: Annotated[
         Path | None,
         typer.Argument(
             metavar="FILE",
-            help="Its examples: a JSON object per line, with the text of a `prompt` (or `context`); answers are left "
-            "out. They take the place of those that it has.",
-            show_default="prints those that it has",
+            help="The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not "
+            "stored. They replace the adapter's present examples.",
+            show_default="prints the present ones",
         ),
     ] = None,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Give an adapter a few example prompts, without answers: one is enough for prompts like it to be recognised.
+    """Store example prompts beside an adapter, without answers, so that prompts like them select it.
 
     Example: `logo pool examples adapters/ antonyms prompts.jsonl`
     """

@@ -1,4 +1,4 @@
-"""`logo pool health`: what the requests of a day say about a pool."""
+"""`logo pool health`: a report on a pool from the logs of its server."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ LENGTH = 60  # characters of an example
 def health(
     logs: Annotated[
         list[Path],
-        typer.Argument(metavar="LOG...", help="What servers wrote: `logo serve --log-json 2> LOG`, one or several."),
+        typer.Argument(metavar="LOG...", help="Logs of servers (`logo serve --log-json 2> LOG`)."),
     ],
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw wins and confidence.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with every adapter.")] = False,
 ) -> None:
-    """Say what the traffic tells about a pool: who wins, who never does, which adapters always tie, what has changed.
+    """Report from server logs which adapters win, which never win, which always tie, and what has changed.
 
-    Where prompts were logged (`logo serve --log-prompts`), those for which no adapter seems to be made are put into
-    groups by the words and spellings that they share (TF-IDF of words and runs of three characters, average linkage).
+    If prompts were logged (`logo serve --log-prompts`), those for which the pool probably has no adapter are
+    grouped by the words and spellings that they share (TF-IDF of words and runs of three characters, average linkage).
     Of more than 1000 such prompts, a random sample is grouped. Nothing is downloaded, and no model runs.
 
     Example: `logo pool health day.log --png day.png`
@@ -93,7 +93,7 @@ def _table(found: Traffic) -> Table:
 
 
 def _remarks(found: Traffic, alike: Sequence[Group]) -> Iterator[tuple[str, str]]:
-    """What deserves a look: a word for it, and a line."""
+    """Findings: a word for each, and a line."""
     if never := _never(found):
         yield "never won", f"{len(never)} of {len(found.adapters)} adapters: {listed([_line(name) for name in never])}"
     if not found.pool_known:

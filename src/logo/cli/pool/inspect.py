@@ -1,4 +1,4 @@
-"""`logo pool inspect`: what is in a folder of adapters, and with `--spectra` what they do."""
+"""`logo pool inspect`: the adapters of a pool, and with `--spectra` their norms, ranks and overlaps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def inspect(
         str | None,
         typer.Option(help="Also check that every adapter fits this base model (its configuration is enough)."),
     ] = None,
-    model_dir: Annotated[str, typer.Option(help="Looked in first for the base model.")] = "./hf_models",
+    model_dir: Annotated[str, typer.Option(help="Folder that is searched first for the base model.")] = "./hf_models",
     allow_pickle: AllowPickle = False,
     verify: Annotated[bool, typer.Option(help="Read all tensors and check them for NaN and Inf.")] = True,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if anything would be refused.")] = False,
@@ -38,7 +38,7 @@ def inspect(
         bool,
         typer.Option(
             "--spectra",
-            help="Also what the adapters do: norms, effective ranks, near-duplicates, what stands out. Decomposes "
+            help="Also analyse the updates: norms, effective ranks, near-duplicates, unusual adapters. Decomposes "
             "every update: seconds for tens of adapters, and the time grows with the square of their number.",
         ),
     ] = False,
@@ -49,14 +49,14 @@ def inspect(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with the sha256 of every adapter.")] = False,
 ) -> None:
-    """List the adapters in a folder, or of any other place, and what would be refused and why.
+    """List the adapters of a pool, and those that would be refused, with the reason.
 
     Example: `logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra`
     """
     from logo.errors import AdapterError, LeftOut, UsageError
 
     if png is not None and not spectra:
-        raise UsageError("--png draws what --spectra finds: give both")
+        raise UsageError("--png draws the results of --spectra: give both options")
     good, refused = surveyed(folder, allow_pickle, verify)
     if base_model is not None:
         layout, skeleton = _layout(base_model, model_dir)

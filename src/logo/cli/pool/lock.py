@@ -21,24 +21,27 @@ _SHOWN = 10  # changes that are listed one by one
 
 def lock(
     places: Annotated[
-        list[str], typer.Argument(metavar="PLACE...", help="What `--adapters` takes, one or several; a manifest too.")
+        list[str],
+        typer.Argument(metavar="PLACE...", help="One or several places, as `--adapters` takes them; also a manifest."),
     ],
     output: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The manifest, `.yaml`.")] = Path(
         "pool.yaml"
     ),
     base_model: Annotated[
         str | None,
-        typer.Option(help="Take only what fits this base model (its configuration is enough)."),
+        typer.Option(help="Take only adapters that fit this base model (its configuration is enough)."),
     ] = None,
-    model_dir: Annotated[str, typer.Option(help="Looked in first for the base model.")] = "./hf_models",
-    replaces: Annotated[bool, typer.Option("--replace", help="Replace the manifest; says what changed.")] = False,
+    model_dir: Annotated[str, typer.Option(help="Folder that is searched first for the base model.")] = "./hf_models",
+    replaces: Annotated[
+        bool, typer.Option("--replace", help="Replace an existing manifest, and list the changes.")
+    ] = False,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write a manifest of a pool: where each adapter lies, at which commit, and the digests of its files.
+    """Write a manifest of a pool: the place and the commit of each adapter, and the digests of its files.
 
-    Opening the manifest (`--adapters pool.yaml`) gives the same bytes, or says what changed.
+    Opening the manifest (`--adapters pool.yaml`) gives the same bytes, or an error that names the change.
 
     Example: `logo pool lock 'org/my-loras-*' --out pool.yaml --on-bad-adapter skip`
     """

@@ -31,15 +31,15 @@ def prune(
             show_default=False,
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Or keep so many directions.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option(help="Keep this many directions instead.", show_default=False)] = None,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a pool whose updates are the best approximations of smaller rank, with the error of each.
 
-    Every update is cut by its singular value decomposition, per module. The new adapters are plain PEFT adapters with
-    alpha = r, so that their scale is 1, in the dtype that they had.
+    The updates are truncated by singular value decomposition, per module. The new adapters are plain PEFT adapters with
+    alpha = r, so that their scale is 1, in their former dtype.
 
     Example: `logo pool prune adapters/ --out small-adapters/ --energy 0.95`
     """

@@ -13,25 +13,25 @@ from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpo
 
 def push(
     folder: Folder,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="`namespace/name`; made if there is none.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="`namespace/name`; created if it does not exist.")],
     path_in_repo: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="Where in the repository; `.` for its top.",
+            help="Folder in the repository; `.` for its top.",
             show_default="{base model}-loras-{DIR}, as in the official collection",
         ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default="how many files")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and send nothing.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.", show_default="the number of files")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files; send nothing.")] = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Send a pool to the Hub: safetensors adapters, their configurations, the card and pool.json; never a pickle or a
-    checkpoint.
+    """Upload a pool to the Hub: safetensors adapters, their configurations, the card and pool.json; no pickles or
+    checkpoints.
 
-    The token is HF_TOKEN, or the one that `hf auth login` stored. What the Hub has already is not sent again.
+    The token is HF_TOKEN, or the one that `hf auth login` stored. Files that the Hub already has are not sent again.
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """

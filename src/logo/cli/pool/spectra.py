@@ -1,4 +1,4 @@
-"""`logo pool inspect --spectra`: norms, effective ranks, near-duplicates, what stands out."""
+"""`logo pool inspect --spectra`: norms, effective ranks, near-duplicates, unusual adapters."""
 
 from __future__ import annotations
 
