@@ -1,1 +1,1 @@
-"""Side-by-side measurements."""
+"""Benchmarks: LoGo beside the base model, PEFT and other arms."""

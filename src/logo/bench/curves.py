@@ -1,4 +1,4 @@
-"""How cost grows: with the pool, with k, with the batch and with the prompt; numbers, and a picture of them."""
+"""How cost grows with the pool, k, the batch and the prompt: measurements and a picture."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LENGTHS = (32, 128, 512, 1024)
 
 @dataclass(frozen=True)
 class Curve:
-    """One picture: lines over one quantity.
+    """One panel of the picture.
 
     Attributes:
-        title, x, y: what it shows, and what its axes are.
-        lines: name -> x -> y.
+        title, x, y: title and axis labels.
+        lines: name of the line -> x -> y.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Curve:
 
 
 def curves(bench: Bench) -> list[Curve]:
-    """All of them, at the bench's sizes."""
+    """All curves, at the bench's sizes."""
     return [_over_pools(bench), _over_k(bench), _over_batches(bench), _over_lengths(bench)]
 
 

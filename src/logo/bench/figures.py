@@ -1,4 +1,4 @@
-"""What answers amount to: rates, percentiles, errors by kind, and how a number drifts. Pure functions of them."""
+"""Statistics of answers: rates, percentiles, errors by kind, and the drift of a number. All functions are pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of some values, in their unit."""
+    """Percentiles of some values, in the unit of the values."""
 
     p50: float
     p90: float
@@ -21,13 +21,13 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Percentiles | None:
-        """None where there are no values."""
+        """The percentiles; None if there are no values."""
         ordered = sorted(values)
         return cls(*(percentile(ordered, share) for share in (0.5, 0.9, 0.99))) if ordered else None
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which this share of the (ascending) values lies, straight lines between neighbours."""
+    """The value below which this share of the (ascending) values lies, interpolated linearly."""
     place = share * (len(ordered) - 1)
     below = int(place)
     low, high = ordered[below], ordered[min(below + 1, len(ordered) - 1)]
@@ -36,16 +36,17 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """One arm's answers.
+    """The answers of one arm.
 
     Attributes:
-        requests: sent.
-        ok: answered whole. Tokens and end-to-end times count these alone.
-        errors: how many by kind, most frequent first.
-        hung_up: left by the client on purpose.
+        requests: number of requests sent.
+        ok: complete answers. Tokens and end-to-end times count only these.
+        errors: number of errors by kind, most frequent first.
+        hung_up: requests that the client ended on purpose.
         seconds: wall time of the load.
-        requests_per_second, output_tokens_per_second, prompt_tokens_per_second: of the answers that are ok.
-        first_token, inter_token, end_to_end: seconds; the first two of streams (hung-up ones too), None without any.
+        requests_per_second, output_tokens_per_second, prompt_tokens_per_second: rates of the complete answers.
+        first_token, inter_token, end_to_end: seconds. The first two are those of streams, also of ended ones; None
+            without any.
     """
 
     requests: int
@@ -64,10 +65,10 @@ class Summary:
 
     @classmethod
     def of(cls, answers: Sequence[Answer], seconds: float) -> Summary:
-        """The answers of a load that took so long.
+        """The summary of a load.
 
         Args:
-            seconds: above 0, or 0 where there are no answers.
+            seconds: duration, above 0, or 0 if there are no answers.
         """
         whole = [answer for answer in answers if answer.outcome == "ok"]
         errors = Counter(answer.kind for answer in answers if answer.outcome == "error")
@@ -96,7 +97,7 @@ class Summary:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float | None:
-    """Of the straight line with the least squared distance to the points (x, y); None where no line is determined."""
+    """The slope of the least-squares line through the points (x, y); None if it is undetermined."""
     if len(points) < 2:
         return None
     mean_x = sum(x for x, _ in points) / len(points)
@@ -106,7 +107,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def second_half(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those in the later half of the time, when caches are full and what still grows does not stop."""
+    """The points of the second half of the time, when caches are full and memory that still grows is a leak."""
     if not points:
         return []
     middle = (points[0][0] + points[-1][0]) / 2
@@ -114,7 +115,7 @@ def second_half(points: Sequence[tuple[float, float]]) -> list[tuple[float, floa
 
 
 def metric(text: str, name: str) -> float | None:
-    """The value of a metric in Prometheus' text format, summed over its labels; None where it is not there."""
+    """The value of a metric in Prometheus' text format, summed over its labels; None if it is missing."""
     found = None
     for line in text.splitlines():
         head, _, value = line.rpartition(" ")

@@ -1,4 +1,4 @@
-"""The whole bench in one run: every part, the ratios that matter, the pictures."""
+"""The whole bench in one run: every part, the main ratios, the pictures."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _PROMPT, _DECODE_PROMPT, _NEW, _PREFIX, _AFTER_PREFIX, _BATCH = 256, 64, 32, 100
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run.
+    """What to run.
 
     Attributes:
-        sizes: of the synthetic model and its adapters.
-        adapters, k: in the synthetic pool, and per prompt.
+        sizes: sizes of the synthetic model and its adapters.
+        adapters, k: adapters in the synthetic pool, and per prompt.
         base_model, folder: a real base model and its pool instead.
-        rounds: that count.
+        rounds: measured rounds.
         device, dtype: of the base model: `"cpu"`, `"cuda"`, ..., and `"float32"`, `"bfloat16"` or `"float16"`.
-        in_memory: the synthetic adapters are not written to files. PEFT needs files.
-        peft, large, with_curves: whether PEFT, the pool of thousands (how many; 0: none) and the curves are measured.
+        in_memory: do not write the synthetic adapters to files. PEFT needs files.
+        peft, large, with_curves: whether to measure PEFT, the large pool (its size; 0: none) and the curves.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
@@ -66,7 +66,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Results:
-    """A finished run."""
+    """The results of a run."""
 
     about: Mapping[str, object]
     parts: tuple[Part, ...]
@@ -133,7 +133,7 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
     """Runs everything.
 
     Args:
-        say: called with the name of every part that begins.
+        say: called with the name of every part when it begins.
     """
     with ExitStack() as stack:
         layer = [_one_layer(plan, say)] if plan.base_model is None else []
@@ -172,7 +172,7 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
 
 @contextmanager
 def _written(plan: Plan, sizes: Sizes, say: Callable[[str], None]) -> Iterator[Path]:
-    """A folder of synthetic adapters inside the block."""
+    """Within the block: a folder of synthetic adapters."""
     say(f"writing {plan.adapters} adapters")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "pool"
@@ -201,7 +201,9 @@ def _base(plan: Plan, sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def _one_layer(plan: Plan, say: Callable[[str], None]) -> Part:
-    """Random mixtures in one layer of Llama-3.1-8B's shapes, where a union of adapters weighs less beside the base."""
+    """Random mixtures in one layer of Llama-3.1-8B's shapes, in which adapters are smaller relative to the base
+    weights.
+    """
     sizes = replace(LLAMA_8B_LAYER, rank=plan.sizes.rank)
     with nullcontext() if plan.in_memory else _written(plan, sizes, say) as folder:
         bench = _bench(plan, sizes, folder, say)

@@ -1,4 +1,4 @@
-"""The same requests without a server: `LoGo.generate` one by one, and whether a server's answers are the same."""
+"""The same requests without a server: `LoGo.generate` one by one, and the comparison with a server's answers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Begin = Callable[[str, "int | None"], Callable[[], None]]
 
 @dataclass(frozen=True)
 class Difference:
-    """An answer that is not what `LoGo.generate` gives.
+    """An answer that differs from that of `LoGo.generate`.
 
     Attributes:
-        arm: whose answer it is.
-        ask: which of the asks.
+        arm: the arm of the answer.
+        ask: number of the request.
         prompt: its text.
         position: the first token that differs.
         found, expected: the tokens from there on.
-        adapters, expected_adapters: that gave the one and the other.
+        adapters, expected_adapters: the adapters of both answers.
     """
 
     arm: str
@@ -59,16 +59,16 @@ def one_by_one(
     seconds: float | None = None,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """`LoGo.generate` of these asks, one prompt at a time.
+    """`LoGo.generate` for these requests, one prompt at a time.
 
     Args:
-        numbers: which of the asks.
-        base_only: with no adapter instead of the selected ones.
-        seconds: begin none later than this.
-        on_answer: called after each.
+        numbers: which of the requests.
+        base_only: use no adapter instead of the selected ones.
+        seconds: start no request later than this.
+        on_answer: called after each answer.
 
     Returns:
-        Answers whose `seconds` are those of the call.
+        Answers whose `seconds` are the duration of the call.
     """
     answers: list[Answer] = []
     started = time.perf_counter()
@@ -99,7 +99,7 @@ def one_by_one(
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison found; `with_passing` answers are those that the passing adapter had a part in."""
+    """The result of a comparison; `with_passing` counts answers in which the temporary adapter took part."""
 
     differences: list[Difference]
     with_passing: int
@@ -116,11 +116,12 @@ def compare(
     churn: Churn | None = None,
     begin: Begin = lambda what, steps: lambda: None,
 ) -> Compared:
-    """Holds a server's whole answers against `LoGo.generate`, those with a passing adapter with it in the pool.
+    """Compares a server's complete answers with `LoGo.generate`; answers with the temporary adapter are compared with
+    it in the pool.
 
     Args:
-        known: what `LoGo.generate` is known to select and answer without it.
-        churn: the passing adapter.
+        known: selections and answers of `LoGo.generate` without it.
+        churn: the temporary adapter.
     """
     passing = None if churn is None else churn.name
     found: list[Difference] = []
@@ -139,7 +140,7 @@ def compare(
 
 @contextlib.contextmanager
 def _added(engine: LoGo, churn: Churn | None) -> Iterator[None]:
-    """The adapter is in the engine's pool inside the block, as it was in the server's."""
+    """Within the block: the adapter is in the engine's pool, as it was in the server's."""
     if churn is None:
         yield
         return
@@ -153,7 +154,7 @@ def _added(engine: LoGo, churn: Churn | None) -> Iterator[None]:
 def differences(
     arm: str, asks: Sequence[Ask], answers: Iterable[Answer], expected: Mapping[int, Answer]
 ) -> list[Difference]:
-    """Whole answers whose tokens are not those expected for their ask."""
+    """Complete answers whose tokens differ from the expected ones."""
     found = []
     for answer in answers:
         wanted = expected[answer.ask]

@@ -1,4 +1,4 @@
-"""A pool of thousands: opening it, the memory it holds, and scoring beside one product with its index."""
+"""A pool of thousands of adapters: opening it, its memory, and scoring beside one product with its index."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _ADAPTERS_GB = 0.05
 
 @dataclass(frozen=True)
 class LargePool:
-    """A finished measurement.
+    """The measurement.
 
     Attributes:
-        adapters: how many.
-        cold: seconds to open the pool, index included, with nothing known.
+        adapters: size of the pool.
+        cold: seconds to open the pool without a cache, index included.
         known: seconds to open it again.
-        index_bytes, budget_bytes: what the index takes, and the tensors of used adapters may.
-        held_bytes: what opening it again and answering prompts took.
+        index_bytes, budget_bytes: size of the index, and the limit for tensors of used adapters.
+        held_bytes: memory of opening it again and answering prompts.
         scoring, product: seconds to score one hidden vector, and of one matrix-vector product with the index.
-        same_best: the 20 best equal those of one adapter after the other.
+        same_best: whether the 20 best equal those of scoring one adapter after the other.
     """
 
     adapters: int
@@ -46,7 +46,7 @@ class LargePool:
     same_best: bool
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON, with what is asked about it."""
+        """The measurement as JSON, with its ratios."""
         return {
             **asdict(self),
             "cold_ms_each": 1000 * self.cold / self.adapters,
@@ -56,10 +56,10 @@ class LargePool:
 
 
 def large_pool(count: int, rounds: int, say: Callable[[str], None], seed: int = 0) -> LargePool:
-    """Writes `count` small adapters to a temporary folder and measures.
+    """Writes `count` small adapters to a temporary folder and measures them.
 
     Args:
-        say: called with what is being done.
+        say: called with a description of each step.
     """
     model, tokenizer = base_model(SMALL, seed)
     with tempfile.TemporaryDirectory() as scratch:

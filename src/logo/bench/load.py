@@ -1,7 +1,7 @@
-"""Load: many HTTP clients at once, and what each of them saw.
+"""Load on a server: many HTTP clients at once, and what each of them received.
 
-Knows HTTP and clocks; knows nothing about who serves, about adapters being added meanwhile or about what an answer
-ought to be.
+This module handles HTTP and times only. It does not know what serves, whether adapters are added meanwhile, or which
+answers are right.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _AFTER_FAILURE = 0.1  # seconds
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server: its address, and the key it wants."""
+    """A server: its address and its API key."""
 
     url: str
     api_key: str | None = None
@@ -39,7 +39,7 @@ class Endpoint:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """One for all clients: it takes longer to make than a request."""
+    """One TLS context for all clients, because making one takes longer than a request."""
     return httpx.create_ssl_context()
 
 

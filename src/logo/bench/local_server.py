@@ -1,4 +1,4 @@
-"""`logo serve` as a process of its own: started on a free port, waited for, ended by SIGTERM."""
+"""`logo serve` as a process: starts it on a free port, waits for it, ends it with SIGTERM."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _SAID = 40  # last lines of what it prints that are kept
 
 
 class LocalServer:
-    """A server for the length of a `with` block.
+    """A server for the duration of a `with` block.
 
         with LocalServer(["--base-model", "demo"]) as server:
             ...  # server.url takes requests
-        server.exit_code  # 0 if it ended well
+        server.exit_code  # 0 after a clean end
 
     Args:
-        options: of `logo serve`, without `--port`.
-        environment: variables on top of this process's own (a key belongs here, not on the command line).
+        options: options of `logo serve`, without `--port`.
+        environment: additional environment variables (a key belongs here, not on the command line).
         start, stop: seconds that starting and ending may take.
-        log: a file for all that it prints; complete when the block has ended.
+        log: a file for its output, complete after the block.
 
     Raises:
-        LoGoError: it ended, or took longer, before it was ready; with the last line it printed.
+        LoGoError: it ended, or took too long, before it was ready; with the last line that it printed.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LocalServer:
 
     @property
     def said(self) -> str:
-        """The last lines it printed."""
+        """The last lines that it printed."""
         return "\n".join(self._said)
 
     @property
@@ -73,7 +73,7 @@ class LocalServer:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The process id."""
         return self._process.pid
 
     def __enter__(self) -> LocalServer:

@@ -1,8 +1,8 @@
-"""Every way of combining adapters beside PEFT's own, on a random model: the largest difference of the logits.
+"""Every merge beside PEFT's own, on a random model: the largest difference of the logits.
 
-PEFT saves the adapters; they are opened as any others are, combined, and active on the model as mixtures are. Beside it
-stands PEFT's `add_weighted_adapter` or `create_arrow_model`. The random kinds need the same dice: PEFT draws from a
-generator of ours, module by module. Each kind is also held against the exact sum `Σ w s B A`.
+PEFT saves the adapters. They are opened like any others, combined, and applied to the model like mixtures. They are
+compared with PEFT's `add_weighted_adapter` or `create_arrow_model`. The random merges need the same random numbers, so
+PEFT draws from a generator of ours, module by module. Each merge is also compared with the exact sum `Σ w s B A`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _MEMORY = 10**9  # bytes
 
 @dataclass(frozen=True)
 class Compared:
-    """One way of combining.
+    """One merge.
 
     Attributes:
-        kind: ours.
-        peft: what PEFT calls it.
+        kind: our name.
+        peft: PEFT's name.
         difference: largest difference of a logit from PEFT's.
         logit: the largest logit, for scale.
         from_exact: `‖ΔW - Σ w s B A‖ / ‖Σ w s B A‖` over all modules; None for `arrow`, which has no ΔW.
@@ -67,7 +67,7 @@ class Compared:
 
 
 def compare_merges(sizes: Sizes = SIZES, weights: Sequence[float] = WEIGHTS, seed: int = 0) -> list[Compared]:
-    """Every kind on one random Llama with one random adapter for each weight.
+    """Compares every merge on one random Llama with one random adapter for each weight.
 
     Raises:
         UsageError: PEFT is not installed.
@@ -165,7 +165,7 @@ def _compare_arrow(
 
 
 def _peft_model(model: PreTrainedModel, sizes: Sizes, count: int, folder: Path, seed: int) -> Any:
-    """A copy of the model with so many adapters, each saved in a folder of its own."""
+    """A copy of the model with this many adapters, each saved in its own folder."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -188,7 +188,7 @@ def _peft_model(model: PreTrainedModel, sizes: Sizes, count: int, folder: Path, 
 
 @contextmanager
 def _drawing_from(source: torch.Generator) -> Iterator[None]:
-    """PEFT draws what it drops from the global generator, which it uses for other things before."""
+    """Within the block, PEFT drops entries by our generator instead of the global one."""
     draw = torch.bernoulli
     with patch.object(torch, "bernoulli", lambda shares: draw(shares, generator=source)):
         yield

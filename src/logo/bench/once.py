@@ -1,6 +1,6 @@
-"""What reading prompts once costs: the same model and pool, with adapters that act on the last tokens only.
+"""The cost of reading prompts once: the same model and pool, with adapters that act on the last tokens only.
 
-Every arm is given prompts that it has not seen, but for the beginning that the cached ones share.
+Every arm gets new prompts, except for the beginning that the cached ones share.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def reading_once(bench: Bench) -> LoGo:
 
 
 def once_prefill(bench: Bench, once: LoGo, tokens: int, prefix: int, own: int) -> Part:
-    """From a prompt to its first token: by the base model, and selected and mixed, of a prompt whose `prefix` tokens
-    are known, too."""
+    """From a prompt to its first token: by the base model alone, with selection and mixture, and for a prompt whose
+    first `prefix` tokens are cached.
+    """
     bench.say("read once")
     [shared] = bench.prompts(1, prefix)
     arms: dict[str, Callable[[], object]] = {

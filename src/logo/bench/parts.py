@@ -1,4 +1,4 @@
-"""The parts of answering a prompt, each side by side with the base model alone and with PEFT."""
+"""The parts of answering a prompt, each beside the base model alone and PEFT."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _BEFORE, _DECODED = 9, 32
 
 @dataclass(frozen=True)
 class Part:
-    """One part, measured.
+    """One measured part.
 
     Attributes:
-        name: what was done.
+        name: what was measured.
         arms: the arms by name.
-        counts: what one pass of an arm does, for seconds per unit: prompts, tokens.
+        counts: prompts and tokens of one pass of an arm, for seconds per unit.
     """
 
     name: str
@@ -41,22 +41,22 @@ class Part:
     counts: Mapping[str, int] = field(default_factory=dict)
 
     def ratio(self, arm: str, to: str) -> float:
-        """Seconds of one arm to those of another."""
+        """Seconds of one arm divided by those of another."""
         return self.arms[arm].seconds / self.arms[to].seconds
 
 
 @dataclass
 class Bench:
-    """What is measured, and with what.
+    """What is measured.
 
     Attributes:
-        logo: the engine, on the model and pool at hand.
-        open: opens the pool once more, with a folder in which is kept what opening finds out; "" keeps nothing.
-        in_memory: the pool has no files, so that nothing can be known of them.
+        logo: the engine, with its model and pool.
+        open: opens the pool again, with a cache folder; "" disables the cache.
+        in_memory: whether the pool has no files, so that nothing can be cached.
         k: adapters per prompt.
-        prompts: made for a number of prompts and a length in tokens; always others.
-        rounds: that count.
-        say: called with the name of every part that begins.
+        prompts: makes new prompts of this number and length in tokens.
+        rounds: measured rounds.
+        say: called with the name of every part when it begins.
     """
 
     logo: LoGo
@@ -69,12 +69,12 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
+        """The model's device."""
         device: torch.device = self.logo.model.device
         return device
 
     def opening(self) -> tuple[Part, int]:
-        """From a pool to an engine that can select: cold, and its files known; and the memory that this holds."""
+        """From a pool to an engine that can select, without and with a cache; and the memory that this takes."""
         self.say("open pool")
         model, tokenizer = self.logo.model, self.logo.tokenizer
 
@@ -96,7 +96,7 @@ class Bench:
             return Part("open pool", side_by_side(arms, self.rounds, device=self.device)), held
 
     def selecting(self, tokens: int) -> Part:
-        """Probe, score, choose and weigh, by both signals, beside a plain prefill of the same prompt."""
+        """Probe, score and select, by both signals, beside a plain prefill of the same prompt."""
         self.say("select")
         logo = self.logo
         arms: dict[str, Callable[[], object]] = {}
@@ -112,7 +112,7 @@ class Bench:
         return Part("select", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
 
     def prefix(self, shared: int, own: int) -> Part:
-        """The second prompt with a prefix beside the first, calibrated; official beside it."""
+        """The second prompt with a prefix beside the first, for the calibrated and the official signal."""
         self.say("shared prefix")
         logo = self.logo
         arms: dict[str, Callable[[], object]] = {}
@@ -148,7 +148,7 @@ class Bench:
         return Part(f"decode, batch {batch}", steps, {"rows": batch})
 
     def prefilling(self, tokens: int) -> Part:
-        """One prompt and one token, with a mixture and without; what the mixture needs is ready."""
+        """One prompt and one token, with a mixture and without; the mixture's tensors are already loaded."""
         self.say("prefill")
         texts = self.prompts(1, tokens)
         mixture = random_mixtures(self.logo.names, 1, self.k)
@@ -156,9 +156,9 @@ class Bench:
         return Part("prefill", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
 
     def first_tokens(self, batch: int, tokens: int) -> Part:
-        """From the selection of a batch to its first tokens; the base arm is what a plain prefill of the batch takes.
+        """From the selection of a batch to its first tokens; the base arm is a plain prefill of the batch.
 
-        The mixtures of *new* arms are other ones in every round, those of *again* were those of the batch before.
+        The *new* arms have other mixtures in every round, the *again* arms those of the batch before.
         """
         self.say(f"first token, batch {batch}")
         texts, seeds = self.prompts(batch, tokens), itertools.count()
@@ -174,10 +174,10 @@ class Bench:
         return Part(f"first token, batch {batch}", side_by_side(arms, self.rounds, device=self.device), {"rows": batch})
 
     def end_to_end(self, batch: int, tokens: int, new: int, peft: PeftArm | None) -> Part:
-        """From prompts to answers of so many new tokens, always other prompts; per batch.
+        """From prompts to answers of this many new tokens, per batch, with new prompts each time.
 
-        The prompts of a random model select what they please. Where the rows of a batch are to be related, the prompts
-        are selected for as always, and answered with `related_mixtures` instead of what was selected.
+        The selections of a random model are arbitrary. For related rows, the prompts are selected for as usual, and
+        then answered with `related_mixtures` instead.
         """
         self.say(f"end to end, batch {batch}")
         config, logo = _config(new), self.logo
@@ -216,14 +216,14 @@ class Bench:
 def answering(
     logo: LoGo, texts: list[str], new: int, mixtures: Sequence[Mapping[str, float]] | None = None
 ) -> list[object]:
-    """Answers a batch with so many new tokens each, by these mixtures or by what is selected."""
+    """Answers a batch with this many new tokens, with these mixtures or with the selected ones."""
     adapters = None if mixtures is None else list(mixtures)
     answers = logo.generate(texts, adapters=adapters, generation_config=_config(new), batch_size=len(texts))
     return [*answers]
 
 
 def peft_opened(make: Callable[[], PeftArm]) -> tuple[PeftArm, Timed]:
-    """PEFT with every adapter loaded, and how long that took: once, since it takes a minute."""
+    """PEFT with every adapter loaded, and the duration; once, since it takes a minute."""
     made: list[PeftArm] = []
     spent = timed(lambda: made.append(make()))
     return made[0], Timed(spent, (spent,), None)
@@ -236,7 +236,7 @@ def endless(sizes: Sizes, seed: int) -> Callable[[int, int], list[str]]:
 
 
 def real_prompts(logo: LoGo, seed: int) -> Callable[[int, int], list[str]]:
-    """Prompts of real text for a real model: pieces of a few dozen short texts, in ever another order."""
+    """Prompts of real text for a real model: random arrangements of a few dozen short texts."""
     generator = torch.Generator().manual_seed(seed)
 
     def make(count: int, tokens: int) -> list[str]:
@@ -253,7 +253,7 @@ def real_prompts(logo: LoGo, seed: int) -> Callable[[int, int], list[str]]:
 
 
 def mixtures_of(names: tuple[str, ...], batch: int, k: int) -> dict[str, list[dict[str, float]]]:
-    """What is decoded side by side in a batch."""
+    """The mixtures of a batch that is decoded."""
     return {"related": related_mixtures(names, batch, k), "random": random_mixtures(names, batch, k)}
 
 

@@ -1,10 +1,10 @@
-"""The method done the straightforward way with PEFT's public API, as someone would write it who has no LoGo.
+"""The method written with PEFT's public API, as someone without LoGo would write it.
 
-Load every adapter into one `PeftModel`; per prompt one forward pass with adapters disabled, the norm of every adapter's
-response at the last layer's query projection, a weighted adapter of the best k, and `generate`. PEFT mixes in the model
-itself, so prompts are answered one after the other; its batches of several adapters need each mixture loaded as an
-adapter of its own, which is the second way to answer a batch. The authors' script makes no weighted adapter but has all
-selected ones active at once, which is the second way to answer one prompt.
+It loads every adapter into one `PeftModel`. For each prompt it runs one forward pass with adapters disabled, computes
+the norm of every adapter's response at the last layer's query projection, makes a weighted adapter of the best k, and
+calls `generate`. PEFT mixes in the model itself, so prompts are answered one after the other. Its batches of several
+adapters need each mixture as an adapter of its own, which is the second way to answer a batch. The authors' script
+activates all selected adapters at once instead, which is the second way to answer one prompt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PeftArm:
 
     @torch.no_grad()
     def select(self, prompt: str) -> dict[str, float]:
-        """The k adapters of the largest responses, with weights in proportion to them."""
+        """The k adapters with the largest responses, with weights proportional to them."""
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         with self.model.disable_adapter():
             states = self.model(**inputs, output_hidden_states=True).hidden_states
@@ -63,7 +63,7 @@ class PeftArm:
 
     @torch.no_grad()
     def answer(self, prompt: str, config: Any) -> list[int]:
-        """Selects, mixes and generates; the new tokens."""
+        """Selects, mixes and generates; returns the new tokens."""
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         self._add("mixture", self.select(prompt))
         self.model.set_adapter("mixture")

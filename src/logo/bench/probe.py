@@ -1,6 +1,6 @@
-"""What selecting costs beside a plain prefill of the same prompts by the base model.
+"""The cost of selecting beside a plain prefill of the same prompts by the base model.
 
-Each prompt is taken alone; see `logo.bench.rounds` for how arms are timed.
+Prompts are taken one at a time; `logo.bench.rounds` times the arms.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ PREFILL = "prefill"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way through all prompts.
+    """One arm over all prompts.
 
     Attributes:
-        seconds: median over rounds, for one pass over all prompts.
-        ratio: of that to the plain prefill's.
-        peak_bytes: memory above what was held before, at most; None where the system does not say.
-        points: places read; 0 for the prefill.
-        index_bytes: what the scoring index holds.
+        seconds: median over rounds of one pass over all prompts.
+        ratio: `seconds` divided by that of the plain prefill.
+        peak_bytes: most additional memory; None if the system does not report it.
+        points: points that are read; 0 for the prefill.
+        index_bytes: size of the scoring index.
     """
 
     seconds: float
@@ -43,7 +43,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class ProbeBench:
-    """A finished measurement; `tokens` and `prompts` are those of one round."""
+    """The measurement; `tokens` and `prompts` are those of one round."""
 
     arms: Mapping[str, Arm]
     rounds: int

@@ -1,6 +1,6 @@
-"""Arms side by side: every arm runs once per round, in turn, and medians over the rounds are compared.
+"""Arms in turn: every arm runs once per round, and medians over the rounds are compared.
 
-A machine that is slower for a while is slower for all of them.
+A period in which the machine is slow then affects all arms.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Timed:
     """One arm.
 
     Attributes:
-        seconds: median over the rounds that count.
-        rounds: of each of them.
-        peak_bytes: the most memory held above what was held before; None where the system does not say.
+        seconds: median over the measured rounds.
+        rounds: seconds of each.
+        peak_bytes: most additional memory; None if the system does not report it.
     """
 
     seconds: float
@@ -37,12 +37,12 @@ def side_by_side(
     device: torch.device | None = None,
     on_round: Callable[[], None] | None = None,
 ) -> dict[str, Timed]:
-    """Runs all arms `rounds` times, after one round that does not count.
+    """Runs all arms for `rounds` rounds, after a warm-up round.
 
     Args:
         arms: by name.
         rounds: at least 1.
-        device: waited for, where it works on its own.
+        device: synchronised after each arm, if it computes asynchronously.
         on_round: called after each round.
     """
     times: dict[str, list[float]] = {name: [] for name in arms}
@@ -60,7 +60,7 @@ def side_by_side(
 
 
 def timed(run: Callable[[], object], device: torch.device | None = None) -> float:
-    """Seconds that one call takes."""
+    """The duration of one call, in seconds."""
     wait(device)
     started = time.perf_counter()
     run()
@@ -69,14 +69,14 @@ def timed(run: Callable[[], object], device: torch.device | None = None) -> floa
 
 
 def wait(device: torch.device | None) -> None:
-    """Until everything that was given to an accelerator is done."""
+    """Waits until an accelerator has finished."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def peak_memory(device: torch.device | None = None) -> Iterator[list[int | None]]:
-    """One number, set when the block is left: the most bytes held inside above those held before."""
+    """One number, set at the end of the block: the most additional bytes within it."""
     result: list[int | None] = [None]
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -92,12 +92,12 @@ def peak_memory(device: torch.device | None = None) -> Iterator[list[int | None]
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds now."""
+    """Bytes of memory of this process."""
     return _status("VmRSS")
 
 
 def _reset_peak() -> bool:
-    """Makes Linux forget the process's peak; False where there is no such thing."""
+    """Resets Linux's record of the process's peak memory; False on systems without one."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,7 +1,7 @@
-"""A server under load, side by side: what LoGo serves, its base model alone, and one prompt after another.
+"""A server under load: what LoGo serves, its base model alone, and one prompt after another.
 
-`run_bench` sends the same requests to each arm in turn, watches the server meanwhile, and compares answers with
-`LoGo.generate`, token for token, once the server is gone.
+`run_bench` sends the same requests to each arm in turn, observes the server meanwhile, and compares answers with
+`LoGo.generate`, token for token, after the server has ended.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Plan:
         asks: the requests.
         arms: in this order.
         concurrency: requests in flight.
-        seconds: send the asks again and again for so long; None: each once.
-        rounds: of all arms in turn; the server, where it is ours, is new in each.
-        verify: the answers to so many of the asks, the first ones, are compared.
-        churn: an adapter that comes and goes meanwhile.
+        seconds: repeat the requests for this long; None: send each once.
+        rounds: rounds over all arms; a server of our own is started anew in each.
+        verify: number of requests, from the first, whose answers are compared.
+        churn: an adapter that is added and removed meanwhile.
         timeout: seconds that one request may take.
     """
 
@@ -60,14 +60,14 @@ class Plan:
 
 @dataclass
 class Results:
-    """A finished run.
+    """The results of a run.
 
     Attributes:
-        loads: of each arm, one per round.
-        verified: answers compared.
-        verified_with_passing: of these, those that the adapter that comes and goes had a part in.
-        differences: those that are not what `LoGo.generate` gives.
-        problems: what went wrong, one line each; a run is good where there are none.
+        loads: for each arm, one load per round.
+        verified: number of compared answers.
+        verified_with_passing: those of them in which the temporary adapter took part.
+        differences: answers that differ from `LoGo.generate`.
+        problems: one line for each; a run is good if there are none.
     """
 
     loads: dict[Arm, list[Watched]] = field(default_factory=dict)
@@ -77,13 +77,13 @@ class Results:
     problems: list[str] = field(default_factory=list)
 
     def summary(self, arm: Arm) -> Summary:
-        """An arm's answers of all rounds."""
+        """The answers of an arm in all rounds."""
         loads = self.loads[arm]
         return Summary.of([answer for load in loads for answer in load.answers], sum(load.seconds for load in loads))
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Speeds, LoGo's over the other's: output tokens (and requests) per second, medians over the rounds."""
+        """LoGo's speeds divided by the other's: output tokens (and requests) per second, medians over the rounds."""
         rounds = {arm: [Summary.of(load.answers, load.seconds) for load in loads] for arm, loads in self.loads.items()}
         found = {}
         for name, other in (("logo_vs_base", "base"), ("logo_vs_one_by_one", "one-by-one")):
@@ -122,17 +122,17 @@ def run_bench(
     api_key: str | None = None,
     begin: Begin = lambda what, steps: lambda: None,
 ) -> Results:
-    """Runs the arms on a server that is there, or on one of our own, which is started for every round.
+    """Runs the arms on a running server, or on one of our own, which is started for every round.
 
     Args:
-        place: where it is, or what starts one.
-        engine: opens the same model and pool in this process; called once, and only where it is needed. One by one
-            means `LoGo.generate` after our own server has ended; through a server that is not ours, one at a time.
-        api_key: of our own server.
-        begin: told what is going on.
+        place: the address, or what starts a server.
+        engine: opens the same model and pool in this process; called at most once, when it is needed. One by one means
+            `LoGo.generate` after our own server has ended, or one request at a time through another server.
+        api_key: key of our own server.
+        begin: called with a description of each step.
 
     Raises:
-        LoGoError: no server, or one that cannot do what is asked of it.
+        LoGoError: there is no server, or it cannot do what is requested.
     """
     results = Results({arm: [] for arm in plan.arms})
     local = not isinstance(place, Endpoint)
@@ -161,7 +161,7 @@ def run_bench(
 
 
 def _compare(plan: Plan, results: Results, engine: LoGo, begin: Begin) -> None:
-    """Holds what servers answered to the first asks against `LoGo.generate`."""
+    """Compares the servers' answers to the first requests with `LoGo.generate`."""
     own = {arm for arm, loads in results.loads.items() if not any(load.before for load in loads)}  # is that itself
     known = {a.ask: a for arm in own for load in results.loads[arm] for a in load.answers}
     for arm, loads in results.loads.items():
@@ -267,10 +267,10 @@ def _alone(plan: Plan, engine: LoGo, step: Callable[[], None]) -> Watched:
 
 
 def problems(results: Results, own: bool) -> list[str]:
-    """Errors, changes of the pool that failed, and what the server kept.
+    """Errors, failed changes of the pool, and memory that the server did not free.
 
     Args:
-        own: the server has no other clients.
+        own: whether the server has no other clients.
     """
     found = []
     for arm, loads in results.loads.items():

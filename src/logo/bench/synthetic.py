@@ -1,6 +1,6 @@
-"""A base model and adapters of any size from a seed: in memory, or as folders in the formats that everybody reads.
+"""A base model and adapters of any size from a seed: in memory, or as folders in the usual formats.
 
-Weights are random: what a benchmark measures depends on shapes, not on what a model knows.
+Weights are random, because cost depends on shapes and not on what a model knows.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Sizes:
 
     @property
     def adapted(self) -> dict[str, tuple[int, int]]:
-        """What the adapters adapt: module path -> inputs and outputs."""
+        """The adapted modules: module path -> inputs and outputs."""
         config, hidden = self.config, self.hidden
         keys, wide = config.head_dim * config.num_key_value_heads, config.intermediate_size
         attention = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
@@ -133,14 +133,15 @@ def base_model(
 
 
 class DrawnFile:
-    """Stands for an adapter's file of weights: every tensor is a piece of one random vector, at a place of its own.
+    """Stands for an adapter's weight file: every tensor is a piece of one random vector, each at its own offset.
 
-    So a pool of any size is there at once and takes no memory, and reading it costs what reading a file in memory does.
+    A pool of any size is therefore available at once without memory, and reading it costs as much as reading a file in
+    memory.
 
     Args:
-        name: of the adapter; another one has other weights.
-        shapes: of the tensors, by key.
-        seed: of the random vector.
+        name: the adapter's name; other names have other weights.
+        shapes: tensor shapes by key.
+        seed: seed of the random vector.
     """
 
     def __init__(self, name: str, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
@@ -211,14 +212,14 @@ def _config(sizes: Sizes) -> dict[str, Any]:
 
 
 def prompts(sizes: Sizes, count: int, tokens: int, seed: int = 0) -> list[str]:
-    """Random prompts of so many tokens each."""
+    """Random prompts of this number of tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(_FIRST_NUMBER, sizes.vocabulary, (count, tokens), generator=generator)
     return [" ".join(map(str, row)) for row in ids.tolist()]
 
 
 def random_mixtures(names: tuple[str, ...], rows: int, k: int, seed: int = 0) -> list[dict[str, float]]:
-    """Independent draws of k adapters for every row, equal weights: what shares nothing."""
+    """Independent draws of k adapters for every row, with equal weights; rows share adapters only by chance."""
     generator = torch.Generator().manual_seed(seed)
     return [{names[i]: 1 / k for i in _draw(len(names), k, generator)} for _ in range(rows)]
 
@@ -226,10 +227,10 @@ def random_mixtures(names: tuple[str, ...], rows: int, k: int, seed: int = 0) ->
 def related_mixtures(
     names: tuple[str, ...], rows: int, k: int, tasks: int = 4, seed: int = 0
 ) -> list[dict[str, float]]:
-    """Rows of a few tasks, in turn. Of k adapters, 85 % are those of the task, the rest is drawn from 35 % more.
+    """Rows of a few tasks, in turn. Of k adapters, 85 % are those of the task; the rest is drawn from a further 35 %.
 
-    Measured on a pool of 43 trained adapters and rows of its tasks, two rows of one task share 17.8 of their best 20,
-    and four rows have 24.1 different ones among them. With k = 20 this gives 18.3 and 23.3.
+    In a pool of 43 trained adapters and rows of its tasks, two rows of one task share 17.8 of their best 20, and four
+    rows have 24.1 different ones. With k = 20 this function gives 18.3 and 23.3.
     """
     generator = torch.Generator().manual_seed(seed)
     k = min(k, len(names))

@@ -1,6 +1,6 @@
-"""What is asked in a load: prompts of many tasks and lengths; how long the answers, which streamed, which left early.
+"""The requests of a load: prompts of many tasks and lengths, answer lengths, streams, and clients that disconnect.
 
-The same seed makes the same requests.
+The same seed gives the same requests.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _FIELDS = ("prompt", "context")
 
 
 def read_asked(file: Path) -> list[str]:
-    """The prompts of a file: each line is one, or a JSON object that has it as `prompt` (or `context`).
+    """The prompts of a file, one per line, as text or as a JSON object with `prompt` (or `context`).
 
     Raises:
-        DataError: a line that is neither, or no prompt at all.
+        DataError: a line is neither, or there is no prompt.
         StorageError: the file cannot be read.
     """
     try:
@@ -47,7 +47,7 @@ def _prompt(line: str, place: str) -> str:
 
 
 def mixed_prompts(seed: int) -> list[str]:
-    """Requests of many kinds for any model; to most something is told first, from one sentence to a dozen."""
+    """Requests of many kinds for any model; most have a preamble of one to a dozen sentences."""
     from logo.selection.texts import NEUTRAL, REQUESTS
 
     chance = random.Random(seed)
@@ -64,13 +64,13 @@ def make_asks(
     hang_up_share: float,
     seed: int,
 ) -> list[Ask]:
-    """So many requests: the prompts in random order, over again where there are fewer.
+    """This many requests: the prompts in random order, repeated if there are fewer.
 
     Args:
-        max_tokens: fewest and most of the longest answers asked for, drawn evenly.
-        stream_share: of the requests, exactly so many (rounded) are streamed.
-        hang_up_share: of the requests, exactly so many are left by the client: half of them at the first token (or at
-            once, where the answer comes whole), the others at some later time.
+        max_tokens: range of the longest answer, drawn uniformly.
+        stream_share: share of the requests (rounded to a number) that are streamed.
+        hang_up_share: share of the requests (rounded) at which the client disconnects: half of them at the first token
+            (or at once without streaming), the others later.
     """
     chance = random.Random(seed)
     order: list[str] = []

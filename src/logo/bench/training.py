@@ -1,7 +1,7 @@
-"""What training a pool takes: PEFT with transformers' Trainer, our loop one by one, and many tasks at once.
+"""The cost of training a pool: PEFT with transformers' Trainer, our loop one task at a time, and many tasks at once.
 
-Every arm runs in a process of its own, learns from the same rows in the same order with the same recipe, and is then
-measured on the same held-out rows by the same code.
+Every arm runs in its own process, trains on the same rows in the same order with the same recipe, and is then evaluated
+on the same held-out rows by the same code.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Wanted:
     """What is measured.
 
     Attributes:
-        opening: of the base model.
-        tasks: to make adapters for.
-        recipe: of all of them; its `steps` are made in every arm.
-        threads: of each arm; None: as PyTorch has it.
+        opening: how to load the base model.
+        tasks: the tasks to train adapters for.
+        recipe: the recipe of all tasks; every arm makes its `steps`.
+        threads: threads of each arm; None: PyTorch's default.
     """
 
     opening: Opening
@@ -50,14 +50,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm, measured.
+    """One measured arm.
 
     Attributes:
-        name: of `ARMS`.
-        seconds: of all steps, without loading and measuring.
-        tokens: learned from.
-        peak: most bytes that its process had, the base model's among them.
-        losses: task -> mean loss of its held-out rows afterwards, in nats per token.
+        name: one of `ARMS`.
+        seconds: duration of all steps, without loading and evaluating.
+        tokens: tokens trained on.
+        peak: largest memory of its process, base model included.
+        losses: task -> mean loss of its held-out rows after training, in nats per token.
     """
 
     name: str
@@ -77,10 +77,10 @@ class Arm:
 
 
 def bench_training(wanted: Wanted, arms: Sequence[str], say: Callable[[str], None]) -> list[Arm]:
-    """Measures arms, one after the other.
+    """Measures the arms, one after the other.
 
     Args:
-        say: is given the name of each arm that begins.
+        say: called with the name of each arm when it begins.
 
     Raises:
         LoGoError: an arm failed.
@@ -106,7 +106,7 @@ def bench_training(wanted: Wanted, arms: Sequence[str], say: Callable[[str], Non
 
 
 def _measured(wanted: Wanted, name: str, answer: Any) -> None:
-    """Runs in a process of its own."""
+    """Measures an arm in its own process."""
     try:
         if wanted.threads is not None:
             torch.set_num_threads(wanted.threads)
@@ -149,8 +149,9 @@ def _arm(wanted: Wanted, name: str) -> Arm:
 
 
 def _by_trainer(model: Any, learner: Learner, pad: int) -> int:
-    """Trains an adapter with PEFT and transformers' Trainer as their documentation shows it, and gives what it has
-    learned to the learner's factors. Returns the tokens that it has learned from."""
+    """Trains an adapter with PEFT and transformers' Trainer as in their documentation, and copies the result into the
+    learner's factors. Returns the number of tokens trained on.
+    """
     from peft import get_peft_model
     from transformers import Trainer as HuggingFaceTrainer
     from transformers import TrainingArguments

@@ -1,4 +1,4 @@
-"""What goes on beside the load: the server's memory and cache each second, an adapter that comes and goes."""
+"""Observations during a load: the server's memory and cache each second, and a temporary adapter."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _PATIENCE = 60.0  # seconds for a question that is no load
 
 @dataclass(frozen=True)
 class Sample:
-    """A server at one moment. None: it does not tell.
+    """A server at one moment; None: not reported.
 
     Attributes:
         seconds: since the load began.
         resident: bytes of memory.
         kv_blocks: blocks of the KV cache in use.
-        requests: running or waiting.
+        requests: running or waiting requests.
     """
 
     seconds: float
@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Churn:
-    """An adapter that is added and removed again, once every so many seconds."""
+    """An adapter that is added and removed again every this many seconds."""
 
     seconds: float
     folder: Path
@@ -49,7 +49,7 @@ class Churn:
 
 @dataclass(frozen=True)
 class Watched:
-    """One load, how the server stood before, after and meanwhile, and the CPU seconds that the clients took."""
+    """One load, the server before, during and after it, and the CPU seconds of the clients."""
 
     answers: Sequence[Answer]
     seconds: float
@@ -61,7 +61,7 @@ class Watched:
     client_cpu: float | None = None
 
     def server(self) -> dict[str, object] | None:
-        """Memory in bytes, blocks of the KV cache, and how memory drifts, in 10⁶ bytes per minute; for JSON."""
+        """Memory in bytes, blocks of the KV cache, and the drift of memory in 10⁶ bytes per minute, as JSON."""
         if self.before is None or self.after is None:
             return None
         seen = [one for one in (self.before, *self.samples, self.after) if one.resident is not None]

@@ -1,4 +1,4 @@
-"""OpenAI's wire format: what is asked, and what comes back in one piece or in many, with the time."""
+"""OpenAI's wire format: requests, and answers in one piece or as a stream, with times."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Ask:
     Attributes:
         prompt: its text.
         max_tokens: longest answer.
-        stream: whether the answer comes in pieces.
-        hang_up: None: the client waits for its answer. Else a share in [0, 1): where the client closes the connection.
-            Streaming, after this share of `max_tokens` (0: after the first token); otherwise after as many seconds.
+        stream: whether the answer is streamed.
+        hang_up: None: the client waits for the whole answer. Otherwise the point in [0, 1) at which it disconnects: as
+            a share of `max_tokens` for a stream (0: after the first token), else in seconds.
     """
 
     prompt: str
@@ -45,20 +45,20 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one client got.
+    """What one client received.
 
     Attributes:
-        ask: which of the asks, by position.
-        outcome: a whole answer, closed by the client on purpose, or anything else.
-        seconds: from sending to the last byte (or to the hang-up, or the error).
-        kind: of an error: the HTTP status, `"timeout"`, `"connection"`, `"broken stream"`, `"error in stream"` or
-            `"bad answer"`.
-        message: of an error: what the server or the connection said.
-        token_ids: of the answer; None where the server does not tell.
+        ask: number of the request.
+        outcome: a complete answer, ended by the client on purpose, or an error.
+        seconds: from sending to the last byte (or to the disconnection, or the error).
+        kind: of an error: the HTTP status, `"timeout"`, `"connection"`, `"broken stream"`, `"error in stream"` or `"bad
+            answer"`.
+        message: of an error: the message of the server or the connection.
+        token_ids: tokens of the answer; None if the server does not return them.
         output_tokens, prompt_tokens: counted by the server, else from the answer.
-        first: seconds to the first token; None where the answer came whole.
-        gaps: seconds between tokens. The time before a piece of several tokens is shared among them.
-        adapters: that gave the answer, where the server tells.
+        first: seconds to the first token; None without streaming.
+        gaps: seconds between tokens. The time before a chunk of several tokens is divided among them.
+        adapters: adapters of the answer, if the server returns them.
     """
 
     ask: int
@@ -75,7 +75,7 @@ class Answer:
 
 
 class Refused(Exception):
-    """An answer that is none: its `kind` (see `Answer`) and what was said."""
+    """An invalid answer: its `kind` (see `Answer`) and a message."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -86,7 +86,7 @@ def parsed(text: str) -> Mapping[str, Any]:
     """A JSON object.
 
     Raises:
-        Refused: it is none.
+        Refused: the text is none.
     """
     try:
         parsed = json.loads(text)
@@ -98,7 +98,7 @@ def parsed(text: str) -> Mapping[str, Any]:
 
 
 def said(text: str) -> str:
-    """The message in an error's JSON, else its text, cut."""
+    """The message of an error's JSON, else its text, truncated."""
     try:
         return str(json.loads(text)["error"]["message"])[:_SHOWN]
     except (ValueError, KeyError, TypeError):
@@ -107,7 +107,7 @@ def said(text: str) -> str:
 
 @dataclass
 class Heard:
-    """What has come in of one answer."""
+    """The received part of one answer."""
 
     started: float
     last: float | None = None

@@ -42,6 +42,6 @@ def showcase() -> list[dict[str, str]]:
 
 
 def world() -> dict[str, Any]:
-    """What the build measured, exact match per task, and how it built: seed, settings, losses and sizes."""
+    """The record of the build: exact match per task, seed, settings, losses and sizes."""
     measured: dict[str, Any] = json.loads((assets_dir() / "world.json").read_text(encoding="utf-8"))
     return measured

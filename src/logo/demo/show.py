@@ -1,4 +1,4 @@
-"""What `logo demo` shows: prompts answered by the base model and by LoGo, and exact match per task.
+"""The contents of `logo demo`: prompts answered by the base model and by LoGo, and exact match per task.
 
 Everything is measured on held-out rows when it is called; nothing is stored.
 """
@@ -56,7 +56,7 @@ def answers(logo: LoGo) -> list[Answer]:
 
 
 def side_by_side(logo: LoGo) -> dict[str, LoGo]:
-    """Signal -> an engine that selects by it: the engine's own and those that are always shown."""
+    """Signal -> an engine that selects by it, for the engine's own signal and those that are always shown."""
     names = dict.fromkeys([*SIGNALS, logo.settings.signal])
     return {
         name: logo
@@ -67,7 +67,7 @@ def side_by_side(logo: LoGo) -> dict[str, LoGo]:
 
 
 def scores(logo: LoGo, rows_per_task: int | None = None, on_task: Callable[[str], None] = print) -> Iterator[TaskScore]:
-    """Exact match per task of: no adapter, all adapters alike, each signal's selection, the task's own adapter."""
+    """Exact match per task for: no adapter, the uniform mixture, each signal's selection, the task's own adapter."""
     uniform = dict.fromkeys(logo.names, 1 / len(logo.names))
     engines = side_by_side(logo)
     for task, rows in heldout().items():

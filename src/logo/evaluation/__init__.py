@@ -1,1 +1,1 @@
-"""Datasets, metrics, the run over one dataset, and its result files. Nothing is imported here."""
+"""Datasets, metrics, the evaluation of a dataset, and its result files. Importing this imports nothing else."""

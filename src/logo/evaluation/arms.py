@@ -1,6 +1,7 @@
-"""`Arms`: what is compared on a row, in this process: signals, methods and fixed mixtures, on one model and one pool.
+"""`Arms`: what a study compares on a row, in this process: signals, methods and fixed mixtures, on one model and one
+pool.
 
-row -> each arm's mixture, with the row's own adapter and without it -> scored, and answered, all of a merge at once
+    row -> each arm's mixture, with the row's own adapter and without it -> scored, and answered, all of a merge at once
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Arm:
     """One way to answer one row.
 
     Attributes:
-        part: `answers` or `left_out`; `kind`: `signals`, `methods` or `mixtures`; `name`: of it.
-        mixture: adapter -> weight; `merge`: how they are combined.
-        metrics: what it is worth; `prediction`: what was generated; `confidence`: of a signal's selection.
+        part: `answers` or `left_out`; `kind`: `signals`, `methods` or `mixtures`; `name`: its name there.
+        mixture: adapter -> weight; `merge`: how the adapters are combined.
+        metrics: its scores; `prediction`: the generated answer; `confidence`: of a signal's selection.
     """
 
     part: str
@@ -54,7 +55,7 @@ class Arms:
     """Engines in this process: one per signal, by name, on one model and one pool.
 
     Args:
-        contest: what is asked beside how the signals do.
+        contest: what is compared beside the signals.
         batch_size: answers that are generated at once.
     """
 
@@ -66,7 +67,7 @@ class Arms:
 
     @cached_property
     def facts(self) -> Facts:
-        """What is recorded of them. Pools are calibrated, if they were not yet."""
+        """The facts about the engines that a study records. Calibrates the pools if necessary."""
         return Facts(
             names=self._logo.names,
             pool=pool_digests(self._logo),
@@ -77,16 +78,16 @@ class Arms:
         )
 
     def learn(self, lessons: Iterable[Lesson]) -> Iterator[tuple[Lesson, Mapping[str, Any]]]:
-        """What each lesson teaches, in order.
+        """The results of all lessons, in order.
 
         Raises:
-            DataError: rows that are missing or cannot be scored.
+            DataError: rows are missing or cannot be scored.
         """
         for lesson in lessons:
             yield lesson, self.learnt(lesson)
 
     def learnt(self, lesson: Lesson) -> Mapping[str, Any]:
-        """What one lesson teaches, as JSON; errors as `learn`."""
+        """The result of one lesson, as JSON; errors as in `learn`."""
         method = self._contest.methods[lesson.method]
         self._logo.merge = method.merging
         try:
@@ -102,7 +103,7 @@ class Arms:
         """Measures rows of tasks, in order.
 
         Args:
-            lessons: all that methods have learnt.
+            lessons: the results of all lessons.
 
         Raises:
             DataError: a row cannot be scored (names the file and the line).
@@ -144,8 +145,9 @@ class Arms:
     # -- what answers -----------------------------------------------------------------------------------------------
 
     def _arms(self, picked: Mapping[str, Selection], task: str, own: str | None) -> Iterator[Arm]:
-        """Signals and fixed mixtures. Where own adapters are in the pool but only rows without them are asked for, the
-        oracle is still what those are compared with."""
+        """The arms of signals and fixed mixtures. If own adapters are in the pool but only rows without them are
+        measured, the oracle is still included for comparison.
+        """
         names, asked = self._logo.names, self._contest.protocols
         whole = own is None or OWN in asked
         for signal, selection in picked.items() if whole else ():
@@ -163,7 +165,7 @@ class Arms:
         yield from _fixed("left_out", others)
 
     def _leaves(self, picked: Mapping[str, Selection], own: str) -> bool:
-        """Whether there is something to choose from without a row's own adapter."""
+        """Whether adapters remain without a row's own one."""
         return len(self._logo.names) > 1 and not any(set(chosen.scores) <= {own} for chosen in picked.values())
 
     def _of_method(self, label: str, task: str, own: str | None, prompt: str, lessons: Lessons) -> Iterator[Arm]:
@@ -178,7 +180,7 @@ class Arms:
             yield Arm(part, "methods", label, selection.mixture, method.merging)
 
     def _knowing(self, which: Lesson, lessons: Lessons) -> Prepared:
-        """A method that knows a task; kept, because every row of the task asks for it."""
+        """A method prepared for a task; cached, because every row of the task needs it."""
         if which not in self._prepared:
             method = self._known.get(which.method) or self._contest.methods[which.method]
             if isinstance(method, LoRAuter) and which.method not in self._known:
@@ -202,7 +204,7 @@ class Arms:
     # -- what it is worth -------------------------------------------------------------------------------------------
 
     def _judge(self, arms: Sequence[Arm], task: str, where: str, row: Row, seconds: dict[str, Any]) -> None:
-        """Scores every arm, and has it answer where that is asked for."""
+        """Scores every arm, and generates its answer if requested."""
         logo, new_tokens = self._logo, self._contest.new_tokens
         gold = row.completion if isinstance(row.completion, str) else row.completion[0]
         kind = self._contest.metrics.get(task, "em")
@@ -231,7 +233,7 @@ class Arms:
             seconds["generate"] = generating
 
     def _answers(self, prompt: str, arms: Sequence[Arm], new_tokens: int) -> list[str]:
-        """One answer for each arm; equal mixtures answer once."""
+        """One answer for each arm; equal mixtures share one."""
         keys = [tuple(sorted(arm.mixture.items())) for arm in arms]
         distinct = list(dict.fromkeys(keys))
         made = self._logo.generate(
@@ -246,7 +248,7 @@ class Arms:
 
 
 def rank_metrics(scores: Mapping[str, float], own: str) -> dict[str, float]:
-    """`top1`, `top3` and the reciprocal rank `mrr` of one adapter; ties count against it, and so does no score."""
+    """`top1`, `top3` and the reciprocal rank `mrr` of one adapter; ties and a missing score count against it."""
     if own not in scores:
         return {"top1": 0.0, "top3": 0.0, "mrr": 0.0}
     rank = sum(score >= scores[own] for score in scores.values())
@@ -290,5 +292,5 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
 
 
 def _depends_on_order(logo: LoGo) -> bool:
-    """Whether a selection depends on the prompts before."""
+    """Whether a selection depends on earlier prompts."""
     return logo.settings.probe_context == "carry" or logo.settings.baseline == "running"

@@ -1,9 +1,8 @@
-"""Prompts through an engine, a batch at a time, whatever happens on the way.
+"""Prompts through an engine in batches, with error handling.
 
-A batch that does not fit into memory is halved, and so are those after it. A batch in which the engine refuses
-something is asked again prompt by prompt, so that only the prompt at fault goes without an answer. What concerns the
-run and not a prompt (an option that cannot be used, a disk that is gone) ends it. Knows engines by the protocols below
-only, and nothing about datasets.
+A batch that does not fit into memory is halved, and so are later ones. If the engine refuses a batch, its prompts are
+asked one by one, so that only the prompt at fault gets no answer. Errors of the run (an option that cannot be used, a
+failed disk) end it. This module knows engines by the protocols below only, and nothing about datasets.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ OUT_OF_MEMORY = "out of memory with this prompt alone; fewer new tokens or a sma
 
 
 class SelectionLike(Protocol):
-    """What is read of a `Selection`."""
+    """The attributes that are read of a `Selection`."""
 
     @property
     def adapters(self) -> tuple[str, ...]: ...
@@ -34,7 +33,7 @@ class SelectionLike(Protocol):
 
 
 class GenerationLike(Protocol):
-    """What is read of a `Generation`."""
+    """The attributes that are read of a `Generation`."""
 
     @property
     def text(self) -> str: ...
@@ -47,14 +46,14 @@ class GenerationLike(Protocol):
 
 
 class Engine(Protocol):
-    """Anything that answers prompts, one generation each, in their order."""
+    """Anything that answers prompts: one generation per prompt, in order."""
 
     def generate(self, prompts: list[str], *, max_new_tokens: int, batch_size: int) -> Sequence[GenerationLike]: ...
 
 
 @dataclass(frozen=True)
 class Failure:
-    """No answer to a prompt: the error, its message one line."""
+    """A prompt without an answer: the error, with a message of one line."""
 
     error: Exception
 
@@ -65,7 +64,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Batch:
-    """What became of a few prompts, in their order; `size`: how many are tried at once from here on."""
+    """The answers and failures of a few prompts, in order; `size`: the batch size to use from here on."""
 
     answers: tuple[GenerationLike | Failure, ...]
     size: int
@@ -83,16 +82,16 @@ def in_batches(
     """Answers to all prompts, in order.
 
     Args:
-        batch_size: how many prompts the engine gets at once, as long as they fit into memory.
+        batch_size: number of prompts that the engine gets at once, if they fit into memory.
         max_new_tokens: of each answer.
-        size: how many it gets at first, where more have turned out not to fit.
-        proven: the engine has answered prompts of this run before, so what it refuses is a matter of the prompt.
+        size: the first batch size, if larger ones did not fit before.
+        proven: the engine has answered prompts of this run before, so a refusal concerns the prompt and not the run.
 
     Raises:
-        LoGoError: the engine refuses the first prompts (a whole batch, and two at least) for one and the same reason,
-            or cannot read its files.
-        RuntimeError: the engine does not return one generation per prompt; or the first prompts do not fit into
-            memory one by one.
+        LoGoError: the engine refuses the first prompts (a whole batch, at least two) for the same reason, or cannot
+            read its files.
+        RuntimeError: the engine does not return one generation per prompt, or the first prompts do not fit into memory
+            one by one.
     """
     held: list[Batch] = []  # not yet told from a run that cannot work at all
     size, done, lost = size or batch_size, 0, 0
@@ -127,7 +126,7 @@ def in_batches(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU or the host had no memory left for a tensor."""
+    """Whether the error says that a GPU or the host had no memory for a tensor."""
     text = str(error)
     return type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
@@ -135,7 +134,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _answers(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[GenerationLike | Failure, ...] | None:
-    """One for each prompt; None if several do not fit into memory."""
+    """One answer per prompt; None if several prompts do not fit into memory."""
     answers = _attempt(engine, prompts, max_new_tokens)
     if not isinstance(answers, Failure):
         return answers

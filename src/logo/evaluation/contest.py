@@ -1,7 +1,8 @@
-"""What a study asks of every row: by which protocols, of which methods beside the signals, and how answers are judged.
+"""What a study compares on every row: protocols, methods beside the signals, and the judgement of answers.
 
-The protocols are the literature's: a row's *own* adapter is in the pool, it is *left out*, or the task is *unseen* and
-never had one. What methods have to learn before their first row is cut into lessons, each of which is kept by itself.
+The protocols are those of the literature: a row's *own* adapter is in the pool, it is *left out*, or the task is
+*unseen* and never had one. What methods have to learn before their first row is divided into lessons, whose results are
+stored separately.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ POOL = "pool"
 
 
 class Lesson(NamedTuple):
-    """Something that a method learns, once.
+    """Something that a method learns once.
 
     Attributes:
-        method: its label.
+        method: label of the method.
         of: the task, or what the method learns about the whole pool from.
-        about: `own`, what it learns about a task with the whole pool; `left-out`, without the task's own adapter;
-            `pool`, what it learns about the pool.
+        about: `own`: about a task with the whole pool; `left-out`: about a task without its own adapter; `pool`: about
+            the pool.
     """
 
     method: str
@@ -44,11 +45,11 @@ class Contest:
     """What is compared, and how.
 
     Attributes:
-        protocols: of `PROTOCOLS`.
-        new_tokens: of generated answers; None: answers are scored teacher-forced only.
-        methods: label -> method; they stand beside the signals.
-        tasks: by name, as methods may look at them.
-        metrics: task -> what generated answers are worth; exact match, where it is not said.
+        protocols: some of `PROTOCOLS`.
+        new_tokens: length of generated answers; None: answers are only scored, teacher-forced.
+        methods: label -> method, beside the signals.
+        tasks: by name, as far as methods may use them.
+        metrics: task -> metric of generated answers; exact match for other tasks.
     """
 
     protocols: tuple[str, ...] = PROTOCOLS
@@ -67,12 +68,12 @@ class Contest:
             raise UsageError(f"generate {self.new_tokens}: expected 1 new token or more")
 
     def asks(self, task: str, names: Collection[str]) -> bool:
-        """Whether the rows of a task are measured, in a pool of these adapters."""
+        """Whether the rows of a task are measured, with a pool of these adapters."""
         wanted = (OWN, LEFT_OUT) if task in names else (UNSEEN,)
         return any(name in self.protocols for name in wanted)
 
     def lessons(self, tasks: Sequence[str], names: Collection[str]) -> list[Lesson]:
-        """All that has to be learnt before the rows of these tasks are measured."""
+        """All lessons that have to be learnt before the rows of these tasks are measured."""
         found: list[Lesson] = []
         for label, method in self.methods.items():
             if isinstance(method, LoRAuter):
@@ -87,7 +88,7 @@ class Contest:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, as far as it differs from what a study asks without being told."""
+        """The contest as JSON, as far as it differs from a study without options."""
         said: dict[str, Any] = {}
         if self.protocols != PROTOCOLS:
             said["protocols"] = list(self.protocols)

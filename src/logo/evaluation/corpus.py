@@ -1,12 +1,12 @@
-"""What a whole dataset's answers are worth by the measures other work reports, beside the official numbers.
+"""Corpus measures of a whole dataset, which other work reports, beside the official numbers.
 
-By the kind of the dataset: corpus BLEU and chrF (sacrebleu), mean ROUGE of the best reference (rouge_score), or exact
-match and token F1 by the rules of SQuAD v1.1. All gold texts of an instance count as references.
+The kind of the dataset decides: corpus BLEU and chrF (sacrebleu), mean ROUGE of the best reference (rouge_score), or
+exact match and token F1 by the rules of SQuAD v1.1. All gold texts of an instance count as references.
 
-Every measure is a function of sums over instances, so one bootstrap serves all of them: instances are drawn again,
-their statistics are added up, and no text is read twice. sacrebleu gives the values; that our statistics add up to the
-same is a matter of tests. Values are fractions of one, BLEU and chrF 0 to 100 as that library gives them.
-sacrebleu, rouge_score and nltk are imported at the first use.
+Every measure is a function of sums over instances. One bootstrap therefore serves all measures: it draws instances and
+adds up their statistics, without reading texts again. sacrebleu computes the values, and tests check that our
+statistics give the same. Values are fractions of one; BLEU and chrF are 0 to 100, as in that library. sacrebleu,
+rouge_score and nltk are imported at the first use.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Corpus:
     """A measure of many answers together.
 
     Attributes:
-        rows: (instances, parts), what each instance adds.
+        rows: (instances, parts), the statistics of each instance.
         worth: sums (..., parts) -> values (...).
         value: of all instances together.
-        signature: how sacrebleu computed it; '' where another library did.
+        signature: how sacrebleu computed it; '' for other libraries.
     """
 
     rows: Values
@@ -110,10 +110,10 @@ def extra_metrics(
 def corpora(
     dataset: str, predictions: Sequence[str], golds: Sequence[Sequence[str]], *, metric: Kind | None = None
 ) -> dict[str, Corpus]:
-    """The measures of `extra_metrics` with what each instance adds to them, for whoever draws instances himself.
+    """The measures of `extra_metrics` with the statistics of each instance, for callers that draw instances themselves.
 
     Raises:
-        ValueError: as `extra_metrics`.
+        ValueError: as in `extra_metrics`.
     """
     if not predictions or len(predictions) != len(golds) or not all(golds):
         raise ValueError(
@@ -158,7 +158,7 @@ def mean_worth(sums: Values) -> Values:
 
 
 def same(prediction: str, gold: str) -> bool:
-    """Whether two answers are one after `normalised`."""
+    """Whether two answers are equal after `normalised`."""
     return normalised(prediction) == normalised(gold)
 
 
@@ -185,9 +185,9 @@ def normalised(text: str) -> str:
 
 
 def tokenizer_for(golds: Sequence[Sequence[str]]) -> str:
-    """sacrebleu's tokenizer for these gold texts: `13a`, `zh` for Chinese, `char` for other writing without blanks.
+    """sacrebleu's tokenizer for these gold texts: `13a`, `zh` for Chinese, `char` for other scripts without spaces.
 
-    Told from the letters of all texts together, so that it depends neither on a dataset's name nor on the answers.
+    It is decided by the letters of all texts together, so it depends neither on the dataset's name nor on the answers.
     """
     scripts: Counter[str] = Counter()
     for text in (text for texts in golds for text in texts):

@@ -1,8 +1,9 @@
-"""Which text a document of lm-evaluation-harness is selected on, when several contexts are asked about.
+"""The text by which adapters are selected for a document of lm-evaluation-harness, which may have several contexts.
 
-A task may ask about one document under several contexts, and compare the likelihoods: Winogrande puts each of two names
-into the blank and asks how likely the rest of the sentence is. Likelihoods can only be compared under one model, so a
-document has one selection. It is made on what its requests have in common, so that no answer is favoured.
+A task may ask about one document under several contexts and compare the likelihoods: Winogrande puts each of two names
+into the blank and asks for the likelihood of the rest of the sentence. Likelihoods can be compared only under the same
+mixture, so a document has one selection. It uses the text that the document's requests have in common, so that no
+answer is favoured.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ _WORD = re.compile(r"\s*\S+")
 
 
 def document_texts(requests: Sequence[Any]) -> list[str]:
-    """For each request the text that the adapters of its document are selected on.
+    """For each request the text that selects for its document.
 
     Args:
-        requests: instances of the harness, each with a task's name, a number of the document, and (context,
+        requests: instances of the harness, each with a task's name, the number of a document, and (context,
             continuation) as arguments. One without a number is a document of its own.
     """
     documents: dict[object, list[tuple[str, str]]] = {}
@@ -33,12 +34,11 @@ def document_texts(requests: Sequence[Any]) -> list[str]:
 
 
 def common_text(pairs: Sequence[tuple[str, str]]) -> str:
-    """What the requests of one document have in common, given as (context, continuation).
+    """The common text of the requests of one document, given as (context, continuation).
 
-    The words that all contexts begin with. Contexts that are empty do not count, as a likelihood without any context
-    may be asked for beside the others; where no context has text, continuations stand in for them. Where they begin
-    with different words, it is the words that all requests end with, continuations included. Where these differ too,
-    it is the first text, whole.
+    It is the words with which all contexts begin. Empty contexts are ignored, because a likelihood without context may
+    be requested too; if no context has text, the continuations are used. If the texts begin with different words, it is
+    the words with which all requests end, continuations included, and if these differ too, the first text.
     """
     texts = [context for context, _ in pairs if context.strip()] or [continuation for _, continuation in pairs]
     if len(set(texts)) == 1:
@@ -50,6 +50,6 @@ def common_text(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def _common(lists: Sequence[list[str]]) -> list[str]:
-    """What all lists begin with."""
+    """The common beginning of all lists."""
     alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*lists, strict=False))
     return [column[0] for column in alike]

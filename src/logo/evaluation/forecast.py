@@ -1,7 +1,7 @@
-"""What a run takes before it begins: downloads, memory, rows and hours.
+"""The estimate of a run: downloads, memory, rows and time.
 
-Sizes come from the files' listings and from configurations; no weights are read for them. Hours come from rows that
-were really answered, which needs a model that is here: `timed`. Nothing is written.
+Sizes come from file listings and configurations, without reading weights. Time is extrapolated from rows that are
+answered for the estimate (`timed`), which needs the model on this machine. Nothing is written.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""LoGo as a model of lm-evaluation-harness, so that every task of the harness runs with mixtures chosen per prompt.
+"""LoGo as a model of lm-evaluation-harness, so that every task of the harness can use per-document mixtures.
 
-The harness asks three things: how likely a continuation is after a context, how likely a whole text is, and what
-follows a context. Adapters are selected once per document and serve everything that is asked about it, whatever the
-contexts (`logo.evaluation.documents`); a text that has no context is its own. Tokens are those of the harness's own
-`hf` models, so that numbers can be compared with theirs.
-Importing this registers the model as `logo`. Knows the harness, which knows nothing of it: see `logo.cli.lm_eval`.
+The harness makes three kinds of requests: the likelihood of a continuation after a context, the likelihood of a whole
+text, and the generation after a context. Adapters are selected once per document for all its requests, whatever their
+contexts (`logo.evaluation.documents`); a text without context is its own document. Tokenisation is that of the
+harness's `hf` models, so that numbers can be compared. Importing this module registers the model as `logo`; see
+`logo.cli.lm_eval`.
 """
 
 from __future__ import annotations
@@ -136,33 +136,33 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer(self) -> Any:
-        """The base model's."""
+        """The base model's tokenizer."""
         return self.logo.tokenizer
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """The key of the harness's cache of requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     @property
     def eot_token_id(self) -> int:
-        """Ends a text."""
+        """The token that ends a text."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before a text that has no context."""
+        """The token before a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads at once."""
+        """Number of tokens in the model's context."""
         return self.logo.prompts.context or UNKNOWN_CONTEXT
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task does not say how many."""
+        """New tokens, if a task does not set them."""
         return self._max_gen_toks or min(MAX_NEW_TOKENS, self.max_length // 2)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -236,7 +236,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to the first of its `until` texts; greedy unless the task samples."""
+        """The generation after each context, up to the first of its `until` texts; greedy unless the task samples."""
         contexts = [request.args[0] for request in requests]
         groups: dict[str, list[int]] = {}  # requests that are to be decoded alike
         for number, request in enumerate(requests):
@@ -265,7 +265,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         return [answers[number] for number in range(len(contexts))]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results stand on, for the harness's record: the base model, the pool, and how it was mixed."""
+        """The facts for the harness's record: the base model, the pool, and the settings of the mixture."""
         digests = self.logo.pool.sha256()
         pool = {name: digests[name] for name in self.logo.names}
         used = list(self._mixtures.values())
@@ -346,7 +346,9 @@ _SETTINGS = {field.name for field in fields(SelectionSettings)} - {"k", "signal"
 
 
 def _check_options(options: Iterable[str]) -> None:
-    """Refuses unknown names with a did-you-mean. A token is none of them: what is given here is written to results."""
+    """Refuses unknown names and suggests the closest one. A Hub token is refused too, because these options are written
+    to the results.
+    """
     engine = inspect.signature(LoGo.from_pretrained).parameters
     own = inspect.signature(LoGoLM.__init__).parameters
     known = sorted({*_SETTINGS, *engine, *own} - {"self", "pool", "settings", "options", "truncation", "token"})

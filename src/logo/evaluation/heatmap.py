@@ -1,4 +1,4 @@
-"""A picture of who answers what: mean weight of every adapter (columns) on the prompts of every task (rows)."""
+"""A picture of mean weights: adapters (columns) on the prompts of tasks (rows)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWN = "#d1495b"
 
 
 def ordered(tasks: Sequence[str], adapters: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tasks and adapters in an order that puts every task's own adapter on the diagonal; what has no partner last."""
+    """Tasks and adapters in an order with every task's own adapter on the diagonal; others come last."""
     both = [name for name in adapters if name in set(tasks)]
     return both + [t for t in tasks if t not in set(both)], both + [a for a in adapters if a not in set(both)]
 

@@ -1,10 +1,9 @@
-"""What the results of a run depend on, and nothing else: by it a run knows its own journal, result and shards.
+"""What the results of a run depend on, and nothing else. By it a run recognises its own journal, result and shards.
 
-Two parts, because they are treated apart. The *identity* is what was asked for: the base model's weights and tokenizer,
-settings, rows, and how answers are generated. The *environment* is what it runs on: versions and the kind of device,
-which agree to rounding but not always to the last token. Where files lie, which of several equal devices answers and
-how many prompts it takes at once are no part of either. What is recorded of the base model is a digest of a sample of
-its weights, not where it was found.
+There are two parts. The *identity* is the request: the base model's weights and tokenizer, settings, rows, and the
+options of generation. The *environment* is what it runs on: versions and the kind of device, whose results agree up to
+rounding but not always to the last token. Paths, the choice among equal devices and the batch size belong to neither.
+The base model is identified by a digest of a sample of its weights, not by its path.
 """
 
 from __future__ import annotations
@@ -30,11 +29,12 @@ _NO_MATTER = frozenset({"cache", "prefix_cache_gb"})
 
 
 def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an engine, as JSON: base model, settings, and how answers are generated. The pool is recorded beside it.
+    """The identity of an engine, as JSON: base model, settings, and options of generation. The pool is recorded
+    separately.
 
     Args:
         base_model: as the user names it; its last part counts.
-        generation: options of `LoGo.generate`; a `generation_config` counts by what differs from transformers' own.
+        generation: options of `LoGo.generate`; a `generation_config` counts by its differences from transformers' own.
     """
     settings = {name: value for name, value in asdict(logo.settings).items() if name not in _NO_MATTER}
     options = dict(generation)
@@ -75,7 +75,7 @@ def digests(logo: Calls) -> dict[str, Any]:
 
 
 def environment(logo: Calls) -> dict[str, str]:
-    """Versions that results depend on, and the kind of device: `cpu`, or the name of the GPUs."""
+    """The versions that results depend on, and the kind of device: `cpu`, or the name of the GPUs."""
     return {
         **library_versions(),
         **logo.versions,
@@ -90,12 +90,12 @@ def pool_digests(logo: Calls) -> dict[str, str]:
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
-    """The SHA-256 of everything in these rows, in hex."""
+    """The SHA-256 of the content of these rows, in hex."""
     return fingerprint({"rows": [row.as_dict() for row in rows]})
 
 
 def check_baseline(baseline: str) -> None:
-    """Refuses a baseline that learns from rows: what a run says must not depend on their order.
+    """Refuses a reference that is learnt from earlier rows, because results must not depend on their order.
 
     Raises:
         UsageError: it is `"running"`.

@@ -26,13 +26,13 @@ class Job:
 
     Attributes:
         dataset: its name.
-        rows: all rows of the dataset that the command asked for, those of other shards included.
-        metric: by which answers are judged.
-        file: where they were read from; `sha256`: of its bytes.
-        folder: where the result goes.
-        train_file: where its training rows are; None if nobody said so.
-        shard: which part is answered; None: all.
-        block: rows that stay together when a dataset is cut into shards.
+        rows: all requested rows of the dataset, those of other shards included.
+        metric: the metric of the answers.
+        file: the file of the rows; `sha256`: of its bytes.
+        folder: the folder of the result.
+        train_file: the file of the training rows; None if there is none.
+        shard: the part that is answered; None: all.
+        block: number of rows that stay together when a dataset is divided into shards.
     """
 
     dataset: str
@@ -47,16 +47,16 @@ class Job:
 
     @property
     def whole(self) -> Path:
-        """Where the result of the whole dataset goes."""
+        """The folder of the whole dataset's result."""
         return self.folder if self.shard is None else whole_folder(self.folder, self.shard)
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Where in `rows` the rows are that this job answers."""
+        """The indices in `rows` that this job answers."""
         return positions(len(self.rows), self.block, self.shard)
 
     def cut(self, shard: Shard, block: int) -> Job:
-        """The job that answers one shard of this one."""
+        """The job of one shard of this one."""
         return replace(self, folder=shard_folder(self.folder, shard), shard=shard, block=block)
 
 
@@ -112,7 +112,8 @@ def find_jobs(
 
 
 def declared_metric(file: Path) -> Kind | None:
-    """The metric that stands beside a file of rows: `metric: rouge` in NAME.yaml beside NAME.jsonl; None without one.
+    """The metric that a file beside the rows declares: `metric: rouge` in NAME.yaml beside NAME.jsonl; None without
+    one.
 
     Raises:
         DataError: the file holds something else.
@@ -138,11 +139,11 @@ def declared_metric(file: Path) -> Kind | None:
 
 
 def train_rows(job: Job) -> Sequence[Row]:
-    """The training rows of a dataset, for methods that learn from some.
+    """The training rows of a dataset, for methods that learn from them.
 
     Raises:
-        UsageError: nobody said where they are.
-        DataError: there is no such file, or it holds a malformed line.
+        UsageError: no folder of training rows was named.
+        DataError: the file is missing or has a malformed line.
     """
     if job.train_file is None:
         raise UsageError(
@@ -158,6 +159,6 @@ def train_rows(job: Job) -> Sequence[Row]:
 
 
 def trained_and_tested(job: Job) -> int:
-    """How many training rows of a dataset have the context of one of its test rows."""
+    """The number of training rows whose context is that of a test row."""
     tested = {row.context for row in job.rows}
     return sum(row.context in tested for row in train_rows(job))

@@ -1,11 +1,11 @@
-"""A journal: one line for every finished piece of a long run, so that a run that was killed goes on where it stopped.
+"""A journal: one line for every finished piece of a long run, so that a killed run can be continued.
 
-The first line says which run it is: everything that the results depend on. A journal of another run is refused with
-what differs, never mixed in and never overwritten. Every record is on the disk before the next piece begins.
+The first line identifies the run by everything that its results depend on. A journal of another run is refused with the
+differences, and is neither mixed in nor overwritten. Every record is on the disk before the next piece begins.
 
-Each line carries a checksum of itself and of all lines before it. What is read back is therefore always the beginning
-of what was written: a last line that was cut is dropped, and where a line in the middle is damaged, missing or there
-twice, everything from there on is dropped with a warning.
+Each line has a checksum of itself and of all lines before it, so that what is read is always a prefix of what was
+written: a truncated last line is dropped, and if a line is damaged, missing or duplicated, all lines from there on are
+dropped with a warning.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _LINE = re.compile(rb'\{"check": "([0-9a-f]{64})", "content": (.*)\}\n', re.DOTA
 
 @dataclass(frozen=True)
 class Written:
-    """What the bytes of a journal hold, as far as they are sound.
+    """The valid content of a journal.
 
     Attributes:
-        run: which run it is of; None where not even the first line was finished.
+        run: the run that it belongs to; None if the first line is unfinished.
         records: those before the first damage.
-        size: bytes up to there; `check`: of the last sound line.
-        dropped: finished lines from the first damaged one on.
+        size: bytes up to there; `check`: checksum of the last valid line.
+        dropped: number of finished lines from the first damaged one on.
     """
 
     run: dict[str, Any] | None
@@ -49,15 +49,15 @@ class Written:
 
     @property
     def empty(self) -> bool:
-        """Whether its run has not got as far as a record."""
+        """Whether there is no record yet."""
         return not self.records and not self.dropped
 
 
 def written(path: Path) -> Written | None:
-    """What a journal holds, without taking part in its run; None if there is none.
+    """Reads a journal without taking part in its run; None if there is none.
 
     Raises:
-        UsageError: its first line is damaged, so that nobody can say which run it is of.
+        UsageError: its first line is damaged, so its run is unknown.
         StorageError: it cannot be read.
     """
     try:
@@ -69,23 +69,23 @@ def written(path: Path) -> Written | None:
 
 
 class Journal:
-    """The records of a run so far, and a file that grows with each new one. Closed at the end of a `with` block.
+    """The records of a run so far, in a file that grows with each new one; closed at the end of a `with` block.
 
     Args:
-        path: the file; made if it is missing.
-        run: what this run is, as JSON: all that its results depend on, with names that a user understands.
-        fresh: drop what is there, of whatever run it is, and begin again.
-        other: gets what the journal of another run begins with, and says whether its records are taken over; if not,
-            they are dropped. Without it another run's journal is refused.
-        stamp: added to every record that is appended.
-        wait: for another process that has this journal, instead of refusing; the warning that is given then.
+        path: the file; created if it is missing.
+        run: the identity of this run as JSON, with names that a user understands.
+        fresh: drop the existing content, of whatever run, and begin again.
+        other: called with the first line of another run's journal; returns whether its records are used, else they are
+            dropped. Without it another run's journal is refused.
+        stamp: added to every appended record.
+        wait: wait for another process that has this journal instead of refusing; the text of the warning.
 
     Attributes:
-        run: what the file begins with.
-        records: what earlier processes of this run have written; `appended`: how many this one has.
+        run: the first line of the file.
+        records: records of earlier processes; `appended`: number of records of this one.
 
     Raises:
-        UsageError: the file is the journal of another run or damaged in its first line, or another process has it.
+        UsageError: the file is the journal of another run, its first line is damaged, or another process has it.
         StorageError: it cannot be read or written.
     """
 
@@ -131,7 +131,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Lets another process have the file."""
+        """Releases the file for other processes."""
         self._file.close()
 
     def append(self, record: Mapping[str, object]) -> None:
@@ -187,7 +187,7 @@ class Journal:
         )
 
     def _lock(self, wait: str | None) -> None:
-        """Two processes would write every record twice. Freed by the system when the file is closed."""
+        """Keeps two processes from writing every record twice. Closing the file releases the lock."""
         if sys.platform == "win32":
             return
         import fcntl
@@ -206,7 +206,7 @@ class Journal:
 
 
 def _line(before: str, content: Mapping[str, object]) -> tuple[bytes, str]:
-    """A line and its checksum, which is of this content and, by the checksum before, of everything above it."""
+    """A line with its checksum, which covers its content and the checksum before, and so all lines above it."""
     text = json.dumps(content).encode()
     check = hashlib.sha256(before.encode() + text).hexdigest()
     return b'{"check": "%s", "content": %s}\n' % (check.encode(), text), check

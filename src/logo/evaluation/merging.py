@@ -1,9 +1,9 @@
-"""Shards put together: the same files as a run that was never cut.
+"""Merging shards into the files that one process would have written.
 
-Shards belong together if they are of one run folder's name and one dataset, wherever they lie, so that the result
-folders of several machines can be given as they are. All of them have to be there, once, and of one and the same run;
-what their method learnt has to be the same, and so have versions and the kind of device, unless the user lets those
-differ.
+Shards belong together if they have the same name of the run folder and the same dataset, wherever they are, so the
+result folders of several machines can be given as they are. All shards of one run have to be there, each once. What
+their method has learnt has to be equal, and so have versions and the kind of device, unless the user allows
+differences.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CUT = {"count": "the number of shards", "block": "--batch_size", "rows": "the n
 
 @dataclass(frozen=True)
 class Part:
-    """One shard as it lies on the disk; `files` by name."""
+    """One shard on the disk; `files` by name."""
 
     place: Place
     files: Mapping[str, Any]
@@ -57,13 +57,13 @@ class Part:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Where its rows are in the dataset."""
+        """The indices of its rows in the dataset."""
         cut = self.run["shard"]
         return positions(cut["rows"], cut["block"], self.shard)
 
     @property
     def whole(self) -> Path:
-        """Where the whole result goes."""
+        """The folder of the merged result."""
         return self.run_folder / self.dataset
 
     @property
@@ -73,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Merged:
-    """What was put together: the whole result's `folder`, its `files` by name, and the folders of its shards."""
+    """The merged result: its `folder`, its `files` by name, and the folders of its shards."""
 
     folder: Path
     files: Mapping[str, Any]
@@ -81,10 +81,10 @@ class Merged:
 
 
 def find_shards(paths: Iterable[Path]) -> list[Part]:
-    """The shards that are meant: each path is a shard's folder, or a folder in which all shards are meant.
+    """The shards of these paths. Each path is a shard's folder, or a folder of which all shards are taken.
 
     Raises:
-        DataError: no such folder, no shard in it, or one that is not complete.
+        DataError: a folder is missing or has no shard, or a shard is incomplete.
         StorageError: a shard lacks a file, or one cannot be read.
     """
     places: dict[Path, Place] = {}
@@ -103,15 +103,14 @@ def find_shards(paths: Iterable[Path]) -> list[Part]:
 
 
 def merge(parts: Sequence[Part], wish: Wish | None = None) -> list[Merged]:
-    """Puts shards together and writes each whole result beside its first shard; all are checked before one is written.
+    """Merges shards and writes each result beside its first shard; all are checked before one is written.
 
     Args:
-        wish: `overwrite` a whole result of another run; `mix` shards that ran under several versions or on several
-            kinds of device.
+        wish: `overwrite` a merged result of another run; `mix` shards of several versions or kinds of device.
 
     Raises:
-        DataError: a shard is missing, is there twice, or differs from the others in settings, pool or data; names it.
-        UsageError: there is a whole result already, of another run.
+        DataError: a shard is missing, occurs twice, or differs from the others in settings, pool or data; names it.
+        UsageError: there is a merged result of another run.
         StorageError: a result cannot be read or written.
     """
     wish = wish or Wish()
@@ -158,10 +157,10 @@ def _part(place: Place) -> Part:
 
 
 def _check_place(merged: Merged) -> None:
-    """Whether nothing is lost where a whole result goes: the same one is written again.
+    """Checks that the merged result replaces nothing, or an equal result.
 
     Raises:
-        UsageError: it is another one.
+        UsageError: there is another result.
     """
     there = standing(merged.folder)
     run: Any = merged.files["run.json"]
@@ -216,7 +215,7 @@ def _check_environments(parts: Sequence[Part]) -> None:
 
 
 def _difference(one: Part, other: Part) -> str:
-    """What tells two shards' runs apart, in a few words; '' if nothing does."""
+    """The difference between two shards' runs, in a few words; '' if there is none."""
     found = differences(_known_by(one.run), _known_by(other.run))
     if found or one.run["fingerprint"] == other.run["fingerprint"]:
         return told(found)
@@ -224,13 +223,13 @@ def _difference(one: Part, other: Part) -> str:
 
 
 def _known_by(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be the same in all shards."""
+    """What has to be equal in all shards."""
     cut = {name: run["shard"][key] for key, name in _CUT.items()}
     return {**cut, **run["identity"], "pool": run["pool"], "learnt_sha256": run.get("learnt_sha256")}
 
 
 def _environments(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """Each once."""
+    """The environments, each once."""
     found = [one for part in parts for one in part.run.get("environments", [])]
     return [one for at, one in enumerate(found) if one not in found[:at]]
 
@@ -305,7 +304,7 @@ def _row(row: Mapping[str, Any]) -> Row:
 
 
 def _run(parts: Sequence[Part], rows: int) -> dict[str, Any]:
-    """`run.json` of the whole: the first shard's, with what all of them took and where each ran."""
+    """`run.json` of the merged result: the first shard's, with the times of all and where each ran."""
     runs = [part.run for part in parts]
     shards = [
         {"shard": str(part.shard), **{key: part.run[key] for key in ("date", "duration", "device", "versions")}}

@@ -45,8 +45,9 @@ LABELS = {
 
 
 def metric_kind(dataset: str) -> Kind:
-    """The metric of a dataset of which nobody says another, by the part of its name before the first dot; exact match
-    for any other name."""
+    """The metric of a dataset without a declared one, by the part of its name before the first dot; exact match for
+    unknown names.
+    """
     return _BY_NAME.get(dataset.partition(".")[0], "em")
 
 
@@ -72,7 +73,7 @@ def checked_kind(text: object, where: str) -> Kind:
 
 
 def recorded_kind(run: Mapping[str, Any], dataset: str) -> Kind:
-    """The metric that a result was judged by, as its `run.json` says; by the dataset's name where that says nothing."""
+    """The metric of a result, by its `run.json`, or by the dataset's name if that has none."""
     return next((kind for kind in KINDS if run.get("metric") == kind), metric_kind(dataset))
 
 

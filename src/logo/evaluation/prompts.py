@@ -1,4 +1,4 @@
-"""What was asked: the prompts of a result, from its own `rows.json` or from the data file it was made from."""
+"""The prompts of a result, from its own `rows.json` or from its data file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = "rows.json"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row: the text, all gold texts, and the adapter that is said to be right for it, or None."""
+    """One row: the text, all gold texts, and the row's own adapter, or None."""
 
     context: str
     golds: tuple[str, ...]
@@ -28,9 +28,9 @@ class Prompt:
 def prompts_of(
     folder: Path, dataset: str, run: Mapping[str, Any], rows: int, data_dir: Path | None
 ) -> tuple[tuple[Prompt, ...] | None, str]:
-    """The prompts of a result folder, or None and why.
+    """The prompts of a result folder; or None, and why.
 
-    A data file counts only while it is the one the run read: its SHA-256 is in `run.json`.
+    A data file is used only if its SHA-256 is the one in `run.json`.
 
     Raises:
         DataError, StorageError: a `rows.json` that cannot be used.

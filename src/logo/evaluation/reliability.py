@@ -1,9 +1,10 @@
-"""Whether selections know when they are right: the confidence of prompts with their own adapter and of those without.
+"""How reliable the confidence of selections is: prompts with their own adapter against prompts without one.
 
-Prompts of tasks with an adapter count as having one, the same prompts with that adapter left out and prompts of unseen
-tasks as having none. *AUROC* is the share of pairs in which the prompt with an adapter has the higher confidence. The
-*error* is the mean distance between confidence and the share that has an adapter, over ten bins of confidence weighted
-by their rows, where both kinds of prompts count half (expected calibration error, Naeini et al. 2015).
+Prompts of tasks with an adapter count as having one; the same prompts with that adapter left out, and prompts of unseen
+tasks, count as having none. *AUROC* is the share of pairs in which the prompt with an adapter has the higher
+confidence. The *error* is the mean distance between confidence and the share of prompts with an adapter, over ten bins
+of confidence weighted by their rows, in which both kinds of prompts count half (expected calibration error, Naeini et
+al. 2015).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ BINS = 10
 
 
 def reliability(rows: Iterable[Measured]) -> dict[str, dict[str, Any]]:
-    """By signal: AUROC against `unseen` and `left_out` prompts (None where there are none), the `error`, and the bins
-    (`confidence`, `own`, `weight`); signals that say nothing of it are left out."""
+    """By signal: AUROC against `unseen` and `left_out` prompts (None if there are none), the `error`, and the bins
+    (`confidence`, `own`, `weight`). Signals without a confidence are left out.
+    """
     groups: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for part, answers in (("answers", row.answers), ("left_out", row.left_out or {})):
@@ -67,7 +69,7 @@ def auroc(own: Sequence[float], others: Sequence[float]) -> float:
 
 
 def picture(found: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """A PNG: for each signal, how often prompts of a confidence have an adapter of their own."""
+    """A PNG: for each signal, the share of prompts with an adapter of their own by confidence."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
-"""Where the results of one dataset go, and what is in them.
+"""The result files of one dataset: their folder and their content.
 
-Nine JSON files per dataset: six as the official script writes them, `run.json` with everything one needs to do the run
-again, `rows.json` with the rows that were answered, so that a report needs no data folder, and `metrics.json` with what
-all answers together are worth. They appear together or not at all: see `folders.replace_folder`.
+There are nine JSON files per dataset: six that the official script also writes, `run.json` with everything needed to
+repeat the run, `rows.json` with the answered rows, so that a report needs no data folder, and `metrics.json` with the
+scores of all answers together. They appear together or not at all: see `folders.replace_folder`.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def write_results(folder: str | PurePath, files: Mapping[str, object]) -> None:
 
 
 def read_results(folder: str | PurePath) -> dict[str, Any]:
-    """The content of a folder's result files by name; those of another name are left alone.
+    """The content of a folder's result files by name; other files are ignored.
 
     Raises:
         StorageError: a file is missing or cannot be read.
@@ -266,8 +266,9 @@ def run_record(
 
 
 def versions() -> dict[str, str | None]:
-    """Of what a result stands on, read from the installed distributions, so that nothing heavy is imported; None where
-    one is not installed."""
+    """The versions that a result depends on, from the installed distributions, so that nothing heavy is imported; None
+    for one that is not installed.
+    """
     found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
     for key, distribution in _DISTRIBUTIONS.items():
         try:

@@ -1,11 +1,11 @@
-"""Whether a dataset is done, half done or another run's: what a command that is given again finds, and goes on from.
+"""What a repeated command finds for a dataset: a finished result, an unfinished one, or one of another run.
 
-A result is this run's if its `run.json` says so (`logo.evaluation.standing`); a journal (`logo.evaluation.journal`)
-lies hidden beside the folder in which the result will appear, and is removed once the result is there. Where a row
-depends on those before it there is no going on in the middle, and an interrupted dataset begins again.
+A result belongs to this run if its `run.json` says so (`logo.evaluation.standing`). The journal
+(`logo.evaluation.journal`) is a hidden file beside the future result's folder, and is removed when the result is
+written. If rows depend on those before them, an interrupted dataset begins again.
 
-What is asked for and what it runs on are kept apart. A result that was finished under other versions is done; a run
-that was begun under other versions goes on only if the user says that they may be mixed.
+The request and the environment are treated separately. A result that was finished under other versions is finished; a
+run that was begun under other versions continues only if the user allows mixing.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from logo.folders import make_folder
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user allows where something is there already.
+    """What the user allows if something is there already.
 
     Attributes:
-        overwrite: begin again whatever is there.
-        mix: go on with what other versions or another kind of device have begun.
+        overwrite: begin again, whatever is there.
+        mix: continue what other versions or another kind of device have begun.
         keep_both: advice for the error message: how to keep both results.
     """
 
@@ -42,12 +42,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Learning:
-    """Where what a method learns about a dataset is kept: one record in a journal that all shards share.
+    """Where the learnt state of a method for a dataset is stored: one record in a journal that all shards share.
 
     Attributes:
-        file: the journal; `run`: what it begins with where this process learns.
-        fresh: learn, whatever is there.
-        wish: what may become of what another run has learnt, or the same one in another environment.
+        file: the journal; `run`: its first line if this process learns.
+        fresh: learn again, whatever is there.
+        wish: what is allowed with a state that another run has learnt, or the same run in another environment.
     """
 
     file: Path
@@ -58,17 +58,17 @@ class Learning:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done about one job.
+    """What has to be done for one job.
 
     Attributes:
         job: the job.
-        run: what its journal begins with: the identity (`logo.evaluation.identity`), the pool and the shard included,
-            the environment in which it was begun, and a digest of the result that it may replace.
-        environment: what this process runs on.
+        run: the first line of its journal: the identity (`logo.evaluation.identity`) with pool and shard, the
+            environment in which it was begun, and a digest of the result that it may replace.
+        environment: the environment of this process.
         done: the result is there.
-        fresh: nothing is taken over from an interrupted run.
-        learning: None where the method learns nothing.
-        note: what the user should know about a result of this run that is there, in words.
+        fresh: an interrupted run is not continued.
+        learning: None if the method does not learn.
+        note: what the user should know about an existing result of this run, in words.
         keep_both: as in the wish.
     """
 
@@ -137,13 +137,13 @@ def plan(
 
 
 def check_place(job: Job, run: Mapping[str, Any], keep_both: str) -> None:
-    """Looks whether a result may be written: nothing is there, or only what may be replaced.
+    """Checks that a result may be written: nothing is there, or only what may be replaced.
 
     Args:
         run: as `Plan.run`; `keep_both`: as `Wish.keep_both`.
 
     Raises:
-        UsageError: something else is there; names what differs.
+        UsageError: something else is there; names the differences.
         StorageError: it cannot be read.
     """
     there = standing(job.folder)
@@ -170,7 +170,7 @@ def open_journal(plan: Plan, learnt: Learnt | None = None) -> Journal:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a method has learnt about a dataset, as JSON holds it, and the environment in which it did."""
+    """What a method has learnt about a dataset, as JSON, and the environment in which it did."""
 
     content: dict[str, Any]
     environment: Mapping[str, Any]
@@ -210,7 +210,7 @@ def learn_once(plan: Plan, learn: Callable[[], Mapping[str, Any]]) -> Learnt:
 
 
 def environments(plan: Plan, journal: Journal, learnt: Learnt | None = None) -> list[dict[str, Any]]:
-    """What the rows of a finished job were answered on, and what its method learnt on: each once, in order."""
+    """The environments in which the rows of a finished job were answered and its method learnt, each once, in order."""
     found = [] if learnt is None else [learnt.environment]
     found += [record.get("environment", plan.run["environment"]) for record in journal.records]
     if journal.appended or not found:
@@ -219,22 +219,24 @@ def environments(plan: Plan, journal: Journal, learnt: Learnt | None = None) -> 
 
 
 def finish(plan: Plan) -> None:
-    """Removes what is not needed any more once a result has been written. Other shards need what was learnt."""
+    """Removes files that are no longer needed after a result has been written. Other shards still need the learnt
+    state.
+    """
     _remove(plan.job, plan.learning is not None)
 
 
 def journal_of(folder: Path) -> Path:
-    """Where the rows of an unfinished result are kept: beside its folder, hidden."""
+    """The journal of an unfinished result: a hidden file beside its folder."""
     return folder.with_name(f".{folder.name}.journal.jsonl")
 
 
 def learnt_of(job: Job) -> Path:
-    """Where what a method has learnt about a dataset is kept: beside its result's folder, hidden, for all shards."""
+    """The file of what a method has learnt about a dataset: hidden, beside its result's folder, for all shards."""
     return job.whole.with_name(f".{job.whole.name}.learnt.jsonl")
 
 
 def part_of(job: Job) -> dict[str, Any] | None:
-    """Which shard of which cut a job is; None for a whole dataset."""
+    """The number of a job's shard and of all shards; None for a whole dataset."""
     if job.shard is None:
         return None
     return {"index": job.shard.index, "count": job.shard.count, "block": job.block, "rows": len(job.rows)}
@@ -253,13 +255,13 @@ def _in_shards(job: Job) -> bool:
 
 
 def _asked(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What the rows depend on, of what a journal begins with."""
+    """The part of a journal's first line that the rows depend on."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(run), default=str))
     return {key: value for key, value in plain.items() if key not in ("environment", "replaces", "learnt_sha256")}
 
 
 def _begun(file: Path) -> dict[str, Any] | None:
-    """What a journal begins with; None where it holds nothing: a run that got nowhere stands in nobody's way."""
+    """The first line of a journal; None without records, since an empty journal blocks nothing."""
     found = written(file)
     return None if found is None or found.empty else found.run
 
@@ -326,13 +328,13 @@ def _taken(job: Job, learning: Learning, kept: Mapping[str, Any]) -> bool:
 
 
 def _under_others(there: Standing, environment: Mapping[str, Any]) -> str:
-    """Where a result that is done was answered under other versions or on another kind of device, in words."""
+    """The versions or the kind of device under which a finished result was answered, if others, in words."""
     found = [pair for one in there.run.get("environments", []) for pair in differences(environment, one)]
     return ", ".join(dict.fromkeys(f"{name} {theirs} (now {ours})" for name, ours, theirs in found))
 
 
 def _placed(file: Path) -> Path:
-    """The file, in a folder that is there."""
+    """The file, after its folder has been created."""
     try:
         make_folder(file.parent)
     except OSError as error:

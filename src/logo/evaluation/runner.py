@@ -1,9 +1,9 @@
 """One dataset through one engine: prompts in dataset order, a judged answer per row.
 
-Knows an engine only by the few things it reads from it (`logo.evaluation.batches`), so a test, a baseline or another
-backend fits as well as `logo.LoGo`. Writes nothing but a journal, if it is given one. The unit is one `Instance`;
-`answers` yields them as they come, `Answered` keeps them in whatever order they come, and `collect` makes the result of
-any list of them: of a run that was interrupted, or of the shards of one.
+An engine is used only through `logo.evaluation.batches`, so a test, a baseline or another backend works as well as
+`logo.LoGo`. The only file that is written is a journal, if one is given. The unit is one `Instance`. `answers` yields
+instances as they come, `Answered` collects them in any order, and `collect` makes the result from any list of them,
+also of an interrupted run or of shards.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Instance:
-    """One row answered and judged, or the `error` that left it without an answer and worth nothing.
+    """One answered and judged row, or the `error` because of which it has no answer and scores zero.
 
     Attributes:
         value: 0 or 1, a BLEU, or the three ROUGE numbers.
@@ -46,7 +46,7 @@ class Instance:
         scores: by adapter, in pool order; empty for a row without an answer.
         seconds: this row's share of each stage.
         error: one line; None for a row with an answer.
-        form: how its mixture acted (see `logo.Generation`); "" for a row without an answer.
+        form: how its mixture was applied (see `logo.Generation`); "" for a row without an answer.
         confidence: of its selection, see `logo.Selection`.
     """
 
@@ -95,13 +95,13 @@ class DatasetResult:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows answered one after the other.
+    """Some consecutive rows with their answers.
 
     Attributes:
-        first: which row of the dataset the first one is.
+        first: index of the first row in the dataset.
         instances: of the rows, in order.
-        seconds: they took.
-        size: how many rows are tried at once after them.
+        seconds: duration.
+        size: batch size to use after them.
     """
 
     first: int
@@ -111,19 +111,18 @@ class Piece:
 
 
 class Answered:
-    """The rows of a dataset that have been answered, in whatever order.
+    """The answered rows of a dataset, in any order.
 
     Args:
         dataset: its name.
-        rows: how many it has.
-        batch_size: how many are answered at once.
-        metric: by which it is judged; None: by its name.
-        journal: of these rows under these settings: what it holds is not answered again, and what is added is written
-            to it.
+        rows: number of its rows.
+        batch_size: number of rows answered at once.
+        metric: its metric; None: by its name.
+        journal: of these rows under these settings: recorded rows are not answered again, and new ones are recorded.
 
     Attributes:
-        size: how many rows are tried at once: fewer than `batch_size` where more have turned out not to fit.
-        seconds: they all took.
+        size: the present batch size, smaller than `batch_size` if larger batches did not fit.
+        seconds: total duration.
     """
 
     def __init__(
@@ -144,12 +143,12 @@ class Answered:
 
     @property
     def proven(self) -> bool:
-        """Whether any row has an answer, so that what fails is a matter of the row."""
+        """Whether any row has an answer, so that an error concerns its row and not the run."""
         return any(instance.error is None for instance in self._instances.values())
 
     @property
     def missing(self) -> list[range]:
-        """The rows that are not answered, as stretches of rows that follow each other."""
+        """The unanswered rows, as ranges of consecutive rows."""
         stretches: list[range] = []
         for row in range(self._rows):
             if row in self._instances:
@@ -161,7 +160,7 @@ class Answered:
         return stretches
 
     def add(self, piece: Piece) -> None:
-        """Writes rows down.
+        """Records rows.
 
         Raises:
             StorageError: the journal cannot be written.
@@ -347,5 +346,5 @@ def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:
 
 
 def _recorded(values: Mapping[str, Any]) -> Instance:
-    """An instance as a journal has it."""
+    """An instance as a journal stores it."""
     return Instance(**{**values, "selected": tuple(values["selected"]), "weights": tuple(values["weights"])})

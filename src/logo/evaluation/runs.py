@@ -1,9 +1,9 @@
-"""Where results lie: every finished dataset at or below a folder, the run that it belongs to, and its name.
+"""Finding results: every finished dataset at or below a folder, its run, and its name.
 
-All that reads results begins here, so that a folder means the same everywhere, whether it is that of one dataset, of a
-run, or one that holds several runs. A dataset's name may have slashes (`words/antonym`); its folder then lies as deep
-below the run's. The name is what `run.json` says. The official script writes no such file: there it is the path below
-a folder that is named as that script names runs, or else the folder's own name.
+All commands that read results use this module, so that a folder means the same everywhere, whether it is that of one
+dataset, of a run, or one with several runs. A dataset's name may have slashes (`words/antonym`); its folder is then
+deeper below the run's. The name is in `run.json`. The official script writes no such file: its datasets are named by
+the path below a folder with that script's form of names, or else by the folder's own name.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Place:
     """One dataset's result on the disk.
 
     Attributes:
-        folder: that holds its files.
-        run_folder: of the run that it belongs to.
+        folder: the folder of its files.
+        run_folder: the folder of its run.
         dataset: its name.
-        run: `run.json`, or nothing.
+        run: `run.json`, or empty.
     """
 
     folder: Path
@@ -72,10 +72,10 @@ class Run:
 
 
 def place_of(folder: Path) -> Place:
-    """What the result in a folder is called and which run it belongs to.
+    """The name and the run of the result in a folder.
 
     Raises:
-        DataError: a `run.json` that is not what it should be.
+        DataError: an invalid `run.json`.
         StorageError: it cannot be read.
     """
     run = read_object(folder / RUN, missing={})

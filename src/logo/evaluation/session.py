@@ -1,8 +1,8 @@
-"""One engine under one set of options, and the datasets it answers: each is planned, answered, judged and written.
+"""One engine with one set of options, and the datasets that it answers: planned, answered, judged and written.
 
-What a command or a sweep needs between opening an engine and showing numbers. A dataset's result does not depend on
-those before it: the seed is set anew and the engine forgets its prompts. `Evaluation` is what has to be done whoever
-answers; `Session` answers in this process.
+This is what a command or a sweep needs between opening an engine and showing numbers. A dataset's result does not
+depend on earlier datasets: the seed is set again and the engine forgets its prompts. `Evaluation` is independent of
+what answers; `Session` answers in this process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is recorded of an engine, in a form that another process can be told.
+    """The recorded facts of an engine, in a form that can be sent to another process.
 
     Attributes:
         identity: what results depend on (`logo.evaluation.identity.engine_identity`).
@@ -51,8 +51,8 @@ class Facts:
         pool: SHA-256 by name of the adapters in use.
         order: why a row's result depends on the rows before it; None if it does not.
         device: in words.
-        folding: what decides in which form mixtures act.
-        signal: by which adapters are scored.
+        folding: what decides whether mixtures are folded or gated.
+        signal: the signal that scores adapters.
         options: every option of the command, as it was used, for `run.json`.
         loading: seconds that opening the engine took.
     """
@@ -69,12 +69,12 @@ class Facts:
 
 
 class Evaluation(ABC):
-    """Datasets are planned, answered, judged and written; a subclass has the rows answered.
+    """Plans, judges and writes datasets; a subclass answers the rows.
 
     Attributes:
         seed: of sampling and of intervals.
         batch_size: prompts at once; `max_new_tokens`: of each answer.
-        method: chooses adapters instead of the engine; None: the engine does.
+        method: selects adapters instead of the engine; None: the engine selects.
     """
 
     seed: int
@@ -91,14 +91,14 @@ class Evaluation(ABC):
     def results(
         self, plans: Sequence[Plan], on_progress: Callable[[Plan, int], None] | None = None
     ) -> Iterator[tuple[Plan, dict[str, object]]]:
-        """Answers what is not yet answered of some jobs and writes their results, which are yielded as they are done.
+        """Answers the unanswered rows of some jobs, writes their results, and yields each when it is done.
 
         Args:
-            on_progress: gets a plan and the number of its rows that are done.
+            on_progress: called with a plan and the number of its finished rows.
 
         Raises:
-            UsageError: another process is on a job, or the result of another run has appeared in its place.
-            LoGoError: as `logo.evaluation.runner.evaluate`; the journal stays, and an earlier result.
+            UsageError: another process works on a job, or the result of another run has appeared in its place.
+            LoGoError: as in `logo.evaluation.runner.evaluate`; the journal stays, and an earlier result.
             StorageError: journal or result cannot be written.
         """
 
@@ -107,16 +107,16 @@ class Evaluation(ABC):
         """What the method learns about a dataset from these training rows."""
 
     def plans(self, jobs: Sequence[Job], wish: Wish | None = None) -> list[Plan]:
-        """What is to be done about each job; looked at before the first one begins.
+        """What has to be done for each job, determined before the first one begins.
 
         Args:
-            wish: what may become of what is there already; None: nothing of another run is touched.
+            wish: what is allowed with existing results; None: results of other runs are not touched.
 
         Raises:
-            UsageError: a result or a journal of another run is there, or one that was begun in another environment; or
-                rows depend on each other and cannot be cut into shards, or nobody said where the training rows are that
-                the method needs.
-            DataError: those training rows are missing or malformed.
+            UsageError: there is a result or a journal of another run, or one begun in another environment; or rows
+                depend on each other and cannot be divided into shards; or the method needs training rows and no folder
+                was named.
+            DataError: training rows are missing or malformed.
         """
         for job in jobs if self.learns else ():
             self._warn_of_overlap(job)
@@ -147,11 +147,11 @@ class Evaluation(ABC):
 
     @property
     def learns(self) -> bool:
-        """Whether the method looks at labelled training rows."""
+        """Whether the method uses labelled training rows."""
         return isinstance(self.method, Learned)
 
     def overlap(self, job: Job) -> dict[str, int]:
-        """For `run.json`: training rows that the method may learn from and that are answered too."""
+        """For `run.json`: the number of training rows of the method that are also answered."""
         return {"train_rows_also_tested": trained_and_tested(job)} if self.learns else {}
 
     def _warn_of_overlap(self, job: Job) -> None:
@@ -166,7 +166,7 @@ class Evaluation(ABC):
             )
 
     def identity(self, job: Job) -> dict[str, Any]:
-        """What the rows of a job depend on, the pool aside."""
+        """The identity of a job's rows, without the pool."""
         return {
             **self.facts.identity,
             **({"train_sha256": rows_digest(train_rows(job))} if self.learns else {}),
@@ -184,17 +184,17 @@ class Underway:
     """A dataset that is being answered; to be closed, as a `with` block does.
 
     Args:
-        evaluation: whose it is.
-        plan: what is to be done.
+        evaluation: the evaluation that it belongs to.
+        plan: what has to be done.
 
     Attributes:
-        rows: those of the job.
-        answered: what has been answered of them.
-        learnt: what the method has learnt about the dataset; None where it learns nothing.
-        found_out: what the method found out about it, for `run.json`; None where there is no method.
+        rows: the rows of the job.
+        answered: the answered rows.
+        learnt: what the method has learnt about the dataset; None if it does not learn.
+        found_out: what the method has found out about it, for `run.json`; None without a method.
 
     Raises:
-        UsageError: another process is on this job, or the journal is of another run.
+        UsageError: another process works on this job, or the journal is of another run.
         StorageError: the journal cannot be written.
     """
 
@@ -217,7 +217,7 @@ class Underway:
         self.close()
 
     def close(self) -> None:
-        """Lets another process have the journal."""
+        """Releases the journal for other processes."""
         self._journal.close()
 
     def write(self) -> dict[str, object]:
@@ -263,13 +263,13 @@ class Underway:
 
 @dataclass(frozen=True)
 class Session(Evaluation):
-    """An engine in this process with all it is to be used with; datasets are answered one after the other.
+    """An engine in this process with its options; datasets are answered one after the other.
 
     Attributes:
         logo: the engine.
         base_model: as the user names it.
         pool: SHA-256 by name of the adapters in use.
-        seed, batch_size, max_new_tokens, method: as `Evaluation`.
+        seed, batch_size, max_new_tokens, method: as in `Evaluation`.
         generation: further options of `LoGo.generate`.
         options: every option of the command, for `run.json`.
         loading: seconds that opening the engine took.
@@ -339,10 +339,10 @@ class Session(Evaluation):
         return method.learn(self.logo, self._task(job, train))
 
     def answering(self, job: Job, learnt: Mapping[str, Any] | None = None) -> Session | Answering:
-        """What answers a dataset, with nothing left over from those before.
+        """What answers a dataset, without state of earlier datasets.
 
         Args:
-            learnt: what the method has learnt about it; None: what it has to learn is learnt and not kept.
+            learnt: what the method has learnt about it; None: it learns now, and the result is not stored.
         """
         self._begin()
         if self.method is None:

@@ -1,8 +1,8 @@
-"""Shards: one dataset cut into parts that several processes answer, and which rows each of them gets.
+"""Shards: the division of one dataset among several processes.
 
-Rows stay together in blocks, a block being what one batch holds; shard i of n gets every n-th block from the i-th on.
-So every batch of a shard is a batch of the whole run, and its numbers are the same to the last bit. With batches of
-one, shard i gets rows i, i + n, i + 2 n, ...
+Rows stay together in blocks of one batch, and shard i of n gets every n-th block from the i-th on. Every batch of a
+shard is therefore a batch of the whole run, and its numbers are bit-equal. With batches of one, shard i gets rows i, i
++ n, i + 2 n, ...
 """
 
 from __future__ import annotations
@@ -38,24 +38,26 @@ class Shard:
 
 
 def positions(rows: int, block: int, shard: Shard | None = None) -> tuple[int, ...]:
-    """Which of so many rows a shard has, in order; without a shard, all. There may be none where blocks are few."""
+    """The indices of a shard's rows among this many rows, in order; all without a shard. There may be none if there are
+    few blocks.
+    """
     if shard is None:
         return tuple(range(rows))
     return tuple(row for row in range(rows) if row // block % shard.count == shard.index - 1)
 
 
 def shard_folder(folder: Path, shard: Shard) -> Path:
-    """Where a shard's result goes, beside the whole one."""
+    """The folder of a shard's result, beside the whole one."""
     return folder.with_name(f"{folder.name}{_ending(shard)}")
 
 
 def whole_folder(folder: Path, shard: Shard) -> Path:
-    """Where the whole result goes, beside this shard's."""
+    """The folder of the whole result, beside this shard's."""
     return folder.with_name(folder.name.removesuffix(_ending(shard)))
 
 
 def is_shard_folder(folder: Path) -> bool:
-    """Whether a folder is named as a shard's."""
+    """Whether a folder has the name of a shard's."""
     return re.fullmatch(r".+\.shard-\d+-of-\d+", folder.name) is not None
 
 

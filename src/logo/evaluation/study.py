@@ -1,12 +1,14 @@
-"""Several signals, and methods, compared on one pool: is the right adapter found, and what is the mixture worth?
+"""A study: signals and methods compared on one pool by how often they find the right adapter and by the quality of
+their mixtures.
 
-A row of `DIR/NAME.jsonl` belongs to the adapter of that name (an *own* task) or to none (an *unseen* task). On own
-tasks the answer key is known: where the signal ranks the row's adapter, and how likely the gold completion is under
-the signal's mixture, next to the oracle (that adapter alone), a uniform mixture and the base model. The same rows with
-their own adapter left out, and the unseen tasks, say what a signal does when the pool holds nothing that fits.
+A row of `DIR/NAME.jsonl` belongs to the adapter of that name (an *own* task) or to none (an *unseen* task). For own
+tasks the right adapter is known: a study measures the rank that a signal gives it, and the likelihood of the gold
+completion under the signal's mixture, beside the oracle (that adapter alone), a uniform mixture and the base model. The
+same rows with their own adapter left out, and the unseen tasks, show what a signal does if the pool holds nothing that
+fits.
 
-Measuring is one record per row, learning one per lesson; everything that is reported follows from the records, so a
-journal of them is enough to go on after an interruption.
+There is one record per row and one per lesson. The report follows from the records, so a journal of them is enough to
+continue after an interruption.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ from logo.rows import Row, read_rows
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of one kind.
+    """The rows of one task.
 
     Attributes:
-        name: what an adapter would be called that was made for them.
-        file: where they are from.
-        metric: what the data says that generated answers are judged by; None: nothing.
+        name: the name of its adapter, if there is one.
+        file: the file of the rows.
+        metric: the metric of generated answers that the data declares, or None.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study: the `report` as JSON holds it, and the rows it was made from."""
+    """A finished study: the `report` as JSON, and its rows."""
 
     report: dict[str, Any]
     rows: tuple[Measured, ...]
@@ -111,15 +113,15 @@ def cut(
 
 @dataclass(frozen=True)
 class Facts:
-    """What a study records of the engines that it compares, in a form that another process can be told.
+    """The recorded facts of the compared engines, in a form that can be sent to another process.
 
     Attributes:
         names: of the adapters.
         pool: their SHA-256 by name.
-        settings: dtype, device, and of each signal.
+        settings: dtype, device, and the settings of each signal.
         digests: of the base model (`logo.evaluation.identity.digests`).
         environment: see `logo.evaluation.identity.environment`.
-        in_order: whether a selection depends on the prompts before.
+        in_order: whether a selection depends on earlier prompts.
     """
 
     names: tuple[str, ...]
@@ -204,10 +206,11 @@ def study(
 
 
 def study_so_far(journal_file: Path, seed: int = 0) -> Study:
-    """The report of the rows that an unfinished study has measured, which may still be going on. Needs no engine.
+    """The report of the rows that an unfinished study has measured so far; the study may still be running. Needs no
+    engine.
 
     Raises:
-        UsageError: there is no journal, or none of its rows is measured yet.
+        UsageError: there is no journal, or it has no measured row yet.
     """
     found = written(journal_file)
     rows = [] if found is None else [Measured(**record) for record in found.records if "lesson" not in record]
@@ -238,7 +241,7 @@ def _reported(
 
 
 def asked_of(tasks: Sequence[Task], contest: Contest, names: Collection[str]) -> list[Task]:
-    """The tasks whose rows a contest asks for, in a pool of these adapters.
+    """The tasks whose rows a contest measures, with a pool of these adapters.
 
     Raises:
         UsageError: there are none.
@@ -253,7 +256,7 @@ def asked_of(tasks: Sequence[Task], contest: Contest, names: Collection[str]) ->
 
 
 def journal_of(report: Path) -> Path:
-    """Where the rows of an unfinished study are kept, beside its report."""
+    """The journal of an unfinished study, beside its report."""
     return report.with_name(f"{report.name}.partial.jsonl")
 
 

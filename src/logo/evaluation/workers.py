@@ -1,9 +1,10 @@
-"""Datasets answered by several processes (`logo.backends.ray`): the same plans, journals and results as in one.
+"""Datasets answered by several processes (`logo.backends.ray`), with the plans, journals and results of a single
+process.
 
-    rows that are missing -> blocks of one batch each -> any process -> pieces -> the journal of their dataset
+    missing rows -> blocks of one batch each -> any process -> pieces -> the journal of their dataset
 
-Blocks are cut where one process would cut its batches, so that a row is answered together with the same rows and its
-result is the same to the last bit. What comes back is written down at once, in whatever order it comes.
+Blocks are cut where one process would cut its batches, so that a row is in the same batch and its result is bit-equal.
+Finished pieces are recorded at once, in any order.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Report = Callable[[Plan, int], None]
 
 
 class Incomplete(LoGoError, RuntimeError):
-    """Some rows have no answer, since every process that was given them has gone; everything else is done."""
+    """Some rows have no answer because every process that got them has died; everything else is done."""
 
 
 # -- in a process -----------------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ class Answerer:
     """Answers blocks of any dataset in any session.
 
     Args:
-        session_of: the session of a key; keys of one kind come one after the other.
+        session_of: opens the session of a key; blocks of one key come one after the other.
     """
 
     def __init__(self, session_of: Callable[[Any], Session]) -> None:
@@ -74,7 +75,7 @@ class Answerer:
         return self._session[1]
 
     def unlike(self, key: Any, expected: Mapping[str, Any]) -> Unlike | None:
-        """What sets the session of a key apart from the one that is expected; None: nothing does."""
+        """The difference between the session of a key and the expected one, in words; None if there is none."""
         names = _differing(_compared(self.session(key).facts), expected)
         return Unlike(f"{', '.join(names)} differ from the first worker's") if names else None
 
@@ -183,15 +184,15 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Block(Item):
-    """A batch of rows that are missing: which, and of which dataset."""
+    """A batch of missing rows of a dataset."""
 
     dataset: Underway
     stretch: range
 
 
 class Trial:
-    """Whether a dataset can be answered at all. As long as no row has an answer, its pieces are held back: a run that
-    cannot work fails in every row, and ends before anything is written down, as in one process.
+    """Whether a dataset can be answered at all. Until a row has an answer, its pieces are held back: a run that cannot
+    work fails in every row, and ends before anything is recorded, as in a single process.
 
     Attributes:
         held: the pieces that are held back.
@@ -223,13 +224,13 @@ class Trial:
 
 
 class InWorkers(Evaluation):
-    """Datasets answered by processes.
+    """Datasets answered by other processes.
 
     Args:
-        workers: each has an `Answerer` open.
-        key: of the sessions that answer.
-        facts: of these sessions.
-        seed, batch_size, max_new_tokens, method: as `Evaluation`, and as these sessions have them.
+        workers: processes with an open `Answerer`.
+        key: key of the sessions that answer.
+        facts: facts of these sessions.
+        seed, batch_size, max_new_tokens, method: as in `Evaluation`, and in these sessions.
     """
 
     def __init__(
@@ -321,7 +322,7 @@ class InWorkers(Evaluation):
 
 
 class MeasuredInWorkers:
-    """Rows of a study, measured by processes that have `Arms` open."""
+    """Rows of a study, measured by processes with open `Arms`."""
 
     def __init__(self, workers: Workers[Arms]) -> None:
         self.workers = workers

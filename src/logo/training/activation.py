@@ -1,7 +1,7 @@
-"""Where the adapters of a pool are trained to act: what a recipe says about it, found in the rows of tasks.
+"""Which tokens the adapters of a pool act on: resolves the recipe's activation with the rows of each task.
 
-The invocation of activated adapters is a text that stands in every prompt. How the tokenizer splits it depends on what
-stands around it, so its tokens are those that it has in prompts, and it has the same ones in all of them.
+The invocation of an activated adapter is a text that every prompt contains. Tokenisation depends on the neighbouring
+text, so the invocation's tokens are read from the prompts, and they have to be the same in all of them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _INSTEAD = "give --last N, or an --invocation that prompts have"
 
 @dataclass(frozen=True)
 class Settled:
-    """A task whose rows say where its adapter acts.
+    """A task with the activation of its adapter resolved.
 
     Attributes:
-        recipe: with `last:N`, or with an invocation, where it said `activated`.
-        invocation: tokens from which the adapter acts; empty: it has none.
-        rows: its examples, which know where their prompts activate it.
+        recipe: the task's recipe, with `last:N` or an invocation instead of `activated`.
+        invocation: tokens from which the adapter acts; empty if it has none.
+        rows: the examples, each with the position at which its prompt activates the adapter.
     """
 
     recipe: Recipe
@@ -43,10 +43,10 @@ class Settled:
 
 
 class Settling:
-    """Settles where the adapters of one pool act, task by task.
+    """Resolves the activation of the adapters of one pool, task by task.
 
     Args:
-        tokenizer: of the base model.
+        tokenizer: the base model's tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,10 +54,10 @@ class Settling:
         self._known: dict[str, tuple[tuple[int, ...], str]] = {}  # tokens of a text, and in which row it first had them
 
     def settle(self, task: Task, recipe: Recipe, rows: Sequence[Example]) -> Settled:
-        """Where the adapter of a task acts in each of its rows.
+        """Resolves where the adapter of a task acts in each of its rows.
 
         Raises:
-            DataError: a prompt lacks the invocation, or has it in other tokens (names the row).
+            DataError: a prompt lacks the invocation, or has it as other tokens (names the row).
         """
         if recipe.activation == ACTIVATED:
             recipe = self._chosen(task, recipe)
@@ -137,15 +137,15 @@ class Settling:
 
 
 def acting(task: Prepared) -> Activation:
-    """Where the adapter of a task acts."""
+    """The activation of a task's adapter."""
     return Activation(task.invocation) if task.invocation else Activation.parse(task.recipe.activation)
 
 
 def common(tasks: Sequence[Prepared]) -> Activation | None:
-    """Where the adapters of all tasks act; None where there are no tasks.
+    """The activation that the adapters of all tasks share; None if there are no tasks.
 
     Raises:
-        UsageError: they act in several ways, which a pool cannot have.
+        UsageError: they differ; a pool has one activation.
     """
     for task in tasks[1:]:
         if acting(task) != acting(tasks[0]):

@@ -1,7 +1,8 @@
-"""Checkpoints of a group of learners: a folder that holds all of one moment, or of the moment before.
+"""Checkpoints of a group of learners. A checkpoint is replaced as a whole: after a crash, the old or the new one is
+there.
 
-<folder>/state.json            which tasks, recipes and rows; how far each is
-<folder>/tensors.safetensors   factors, moments of the optimisers, the best factors; by number of the learner
+    <folder>/state.json            the tasks, recipes and rows, and the progress of each task
+    <folder>/tensors.safetensors   factors, moments of the optimisers, the best factors; by number of the learner
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ STATE, TENSORS = "state.json", "tensors.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A moment of a group.
+    """The state of a group at one step.
 
     Attributes:
-        members: task name -> digest of everything its adapter is made from (recipe, rows, base model).
-        courses: of each task, see `logo.training.learner.Course`.
-        tensors: of each task, see `Learner.tensors`.
+        members: task name -> digest of everything that the adapter is made from (recipe, rows, base model).
+        courses: task name -> progress, see `logo.training.learner.Course`.
+        tensors: task name -> tensors, see `Learner.tensors`.
     """
 
     members: Mapping[str, str]
@@ -38,21 +39,21 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]]
 
     def without(self, names: Collection[str]) -> Checkpoint | None:
-        """The same of the other members; None if there are none."""
+        """The checkpoint without some members; None if no member remains."""
         left = {name: digest for name, digest in self.members.items() if name not in names}
         return Checkpoint(left, self.courses, self.tensors) if left else None
 
     def joined(self, other: Checkpoint) -> Checkpoint:
-        """The members of both."""
+        """A checkpoint with the members of both."""
         return Checkpoint(
             {**self.members, **other.members}, {**self.courses, **other.courses}, {**self.tensors, **other.tensors}
         )
 
     def write(self, folder: Path) -> None:
-        """Puts it in place of what is in the folder.
+        """Replaces the checkpoint in the folder by this one.
 
         Raises:
-            StorageError: it cannot be written; what was there still is.
+            StorageError: it cannot be written; the earlier checkpoint is still there.
         """
         names = list(self.members)
         tensors = {
@@ -65,13 +66,13 @@ class Checkpoint:
 
 
 def forget(folder: Path) -> None:
-    """Removes a checkpoint. Without its state, which goes first, it is none."""
+    """Removes a checkpoint. The state file goes first, so that an interrupted removal leaves no valid checkpoint."""
     (folder / STATE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """What is in a folder.
+    """Reads the checkpoint in a folder.
 
     Raises:
         StorageError: it cannot be read.

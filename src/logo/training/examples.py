@@ -1,4 +1,4 @@
-"""The rows of a task as tokens: the prompt, tokenized as it is when it is asked, and the completion to learn."""
+"""Rows of a task as tokens: the prompt, tokenised as at inference, and the completion to learn."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Example:
 
     Attributes:
         ids: tokens of the prompt and of the completion.
-        prompt: how many of them are the prompt's. The loss is that of the others.
-        begin: the first token on which an adapter acts; one of the prompt's.
+        prompt: number of prompt tokens. The loss covers the tokens after them.
+        begin: the first token on which an adapter acts; a prompt token.
     """
 
     ids: tuple[int, ...]
@@ -30,7 +30,7 @@ class Example:
 
     @property
     def completion(self) -> int:
-        """Tokens that the loss counts."""
+        """Number of tokens that the loss covers."""
         return len(self.ids) - self.prompt
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """The rows of a task, and of how many the prompt lost its beginning."""
+    """The rows of a task, and how many prompts were truncated at their beginning."""
 
     rows: tuple[Example, ...]
     cut: int

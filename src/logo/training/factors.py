@@ -1,9 +1,9 @@
-"""The factors of adapters while they are learned: one pair of matrices per module for all adapters of a group.
+"""The factors of adapters during training: one pair of matrices per module for all adapters of a group.
 
     A (R, d_in)   B (R, d_out)      R = Σ r_i, as in the store; an adapter's parameters are its rows of them
 
-An adapter's parameters are views into the group's matrices. The forward pass multiplies by whole matrices, the
-optimiser of each adapter writes into its own rows, and nothing is copied between the two.
+An adapter's parameters are views into the group's matrices. The forward pass multiplies by whole matrices and the
+optimiser of each adapter writes into its own rows, so nothing is copied between the two.
 """
 
 from __future__ import annotations
@@ -56,26 +56,26 @@ class Factors:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All of them, in the order of paths, A before B."""
+        """All parameters, in the order of the module paths, A before B."""
         return [self.A[path] for path in self.A] + [self.B[path] for path in self.B]
 
     @property
     def finite(self) -> bool:
-        """Whether all numbers in them are."""
+        """Whether all values are finite."""
         return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
 
     def copy(self) -> dict[str, Tensor]:
-        """What they are now, by `A.path` and `B.path`."""
+        """A copy of the present values, by `A.path` and `B.path`."""
         return {key: tensor.detach().clone() for key, tensor in self.named()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Makes them what `copy` gave."""
+        """Sets the values to those of a `copy`."""
         with torch.no_grad():
             for key, tensor in self.named():
                 tensor.copy_(tensors[key])
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
-        """Each parameter by `A.path` or `B.path`."""
+        """The parameters by `A.path` or `B.path`."""
         return [(f"A.{path}", A) for path, A in self.A.items()] + [(f"B.{path}", B) for path, B in self.B.items()]
 
 
@@ -83,10 +83,11 @@ class Bank:
     """The factors of several adapters, as one stack per module.
 
     Args:
-        factors: of each adapter; their parameters are moved into the bank, and stay what they are for optimisers.
+        factors: the factors of each adapter. Their parameters become views into the bank; optimisers keep working on
+            them.
 
     Attributes:
-        stacks: module path -> all adapters that touch it. Their tensors have gradients.
+        stacks: module path -> the factors of all adapters that adapt it, as tensors with gradients.
     """
 
     def __init__(self, factors: Sequence[Factors]) -> None:
@@ -118,16 +119,16 @@ class Bank:
 
     @property
     def finite(self) -> bool:
-        """Whether all numbers in it are."""
+        """Whether all values are finite."""
         return all(bool(factors.isfinite().all()) for stack in self.stacks.values() for factors in (stack.A, stack.B))
 
     def clear(self) -> None:
-        """Forgets gradients."""
+        """Resets the gradients."""
         for whole, _, parameter in self._parts:
             whole.grad = parameter.grad = None
 
     def collect(self, scale: float = 1.0) -> None:
-        """Gives each parameter its rows of the gradients, divided by what the loss was multiplied by."""
+        """Gives each parameter its rows of the gradients, divided by the scale of the loss."""
         for whole, rows, parameter in self._parts:
             if whole.grad is not None:
                 parameter.grad = whole.grad[rows] if scale == 1 else whole.grad[rows] / scale
@@ -139,8 +140,8 @@ class Adapted:
 
     Attributes:
         shapes: module path -> its sizes.
-        targets: names that mean these modules, as PEFT writes them into a configuration.
-        transposed: they keep their weights so (Conv1D, as in GPT-2).
+        targets: names of these modules, as PEFT writes them into a configuration.
+        transposed: whether the modules store their weights transposed (Conv1D, as in GPT-2).
     """
 
     shapes: Mapping[str, LinearShape]
@@ -180,5 +181,5 @@ def adapted(model: Any, recipe: Recipe) -> Adapted:
 
 
 def devices_of(model: nn.Module, paths: Sequence[str]) -> dict[str, torch.device]:
-    """Where modules compute."""
+    """Module path -> the device on which the module computes."""
     return {path: device_of(model.get_submodule(path)) for path in paths}

@@ -1,8 +1,8 @@
 """Learners that share every forward pass of the base model.
 
-A round is one optimiser step of each learner that still runs: their batches are cut into passes over rows of all of
-them, and each gets the gradient of its own mean loss. What is not finite ends the learner that it comes from, and the
-round is made again without it, so the others never see it.
+A round is one optimiser step of every running learner. The batches of all learners are cut into passes, and each
+learner gets the gradient of its own mean loss. A learner with non-finite values is ended, and the round is repeated
+without it, so the others are not affected.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _EXPLODED, _WORSE = 3.0, 2.0
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen model that a group learns on.
+    """The frozen model of a group.
 
     Attributes:
         model: in evaluation mode, without gradients of its own.
-        pad: a token to pad rows with.
-        vocabulary: how many tokens it predicts.
-        limits: of a pass.
+        pad: padding token.
+        vocabulary: number of tokens that the model predicts.
+        limits: limits of a forward pass.
         device: where rows are read.
-        recompute: activations are computed again in the backward pass instead of being kept.
+        recompute: recompute activations in the backward pass instead of keeping them.
     """
 
     model: Any
@@ -49,20 +49,21 @@ class Base:
     recompute: bool = False
 
     def scale(self, tokens: int) -> float:
-        """What the loss is multiplied by: a power of two near the tokens of a step where the model computes in float16,
-        whose smallest numbers are not small enough for the gradient of one token."""
+        """The factor of the loss: a power of two near the number of tokens of a step if the model computes in float16,
+        in which the gradient of a single token can underflow.
+        """
         return 2.0 ** round(math.log2(max(1, tokens))) if self.model.dtype is torch.float16 else 1.0
 
 
 class Group:
-    """Learns adapters together.
+    """Trains adapters together.
 
     Args:
-        base: what they are learned on.
+        base: the model.
         learners: one for each task.
-        members: name -> digest of everything the adapter is made from.
-        folder: where the group's checkpoint is, or will be; what it holds is gone on from.
-        save: is given each learner that has ended, once it has.
+        members: task name -> digest of everything that the adapter is made from.
+        folder: the folder of the group's checkpoint. Training continues from an existing checkpoint.
+        save: called with each learner when it has ended.
         every: seconds between two checkpoints.
 
     Raises:
@@ -85,10 +86,10 @@ class Group:
             self._go_on(read_checkpoint(folder))
 
     def run(self, on_round: Callable[[], None] | None = None) -> None:
-        """Learns until every learner has ended, and saves each.
+        """Trains until every learner has ended, and saves each.
 
         Raises:
-            StorageError: something cannot be written. The last checkpoint stays, to go on from.
+            StorageError: a file cannot be written. The last checkpoint stays, and training can continue from it.
         """
         kept_at = time.monotonic()
         if not self._folder.is_dir():
@@ -115,7 +116,7 @@ class Group:
         """Writes a checkpoint.
 
         Raises:
-            StorageError: it cannot be written; the one before stays.
+            StorageError: it cannot be written; the earlier checkpoint stays.
         """
         own = Checkpoint(
             self._members,
@@ -126,7 +127,7 @@ class Group:
 
     @property
     def others(self) -> bool:
-        """Whether the checkpoint has members that are not learned now; they stay in it."""
+        """Whether the checkpoint has members that are not trained now; these stay in it."""
         return self._others is not None
 
     def _go_on(self, checkpoint: Checkpoint) -> None:
@@ -138,7 +139,7 @@ class Group:
     # -- one round --------------------------------------------------------------------------------------------------
 
     def _round(self, running: Sequence[Learner], bank: Bank) -> tuple[Sequence[Learner], Bank]:
-        """A step of each of these, but of those that diverge; returns the others and their bank."""
+        """One step of each of these learners, except those that diverge. Returns the others and their bank."""
         while running:
             batches = {learner: learner.batch() for learner in running}
             means = self._gradients(running, batches, bank)
@@ -155,7 +156,7 @@ class Group:
         return running, bank
 
     def _without_overflown(self, running: Sequence[Learner], bank: Bank) -> tuple[Sequence[Learner], Bank]:
-        """Ends those whose factors are not finite, which would reach rows of others: 0 times infinity is no number."""
+        """Ends the learners with non-finite factors, which would affect rows of others: 0 times infinity is NaN."""
         if bank.finite:
             return running, bank
         for learner in running:
@@ -181,7 +182,7 @@ class Group:
     def _gradients(
         self, running: Sequence[Learner], batches: Mapping[Learner, Sequence[Example]], bank: Bank
     ) -> dict[Learner, float]:
-        """The mean loss of each batch, and its gradient in the parameters of its learner."""
+        """The mean loss of each batch; the gradients are in the learners' parameters afterwards."""
         bank.clear()
         tokens = {learner: sum(example.completion for example in batch) for learner, batch in batches.items()}
         shares = torch.tensor([1 / tokens[learner] if learner in tokens else 0.0 for learner in running])
@@ -191,7 +192,7 @@ class Group:
         return {learner: sums[learner] / tokens[learner] for learner in batches}
 
     def _wrong(self, learner: Learner, loss: float) -> str | None:
-        """Why a mean loss is a reason to stop, in words."""
+        """Why a mean loss ends a learner, in words."""
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         guessing, first = math.log(self._base.vocabulary), learner.course.first
@@ -244,6 +245,6 @@ def summed(
 def held_out_losses(
     base: Base, learners: Sequence[Learner], rows: Mapping[Learner, Sequence[Example]], bank: Bank
 ) -> dict[Learner, float]:
-    """The mean loss per completion token of each learner's rows, in nats; arguments as `summed`."""
+    """The mean loss per completion token of each learner's rows, in nats; arguments as in `summed`."""
     sums = summed(base, learners, rows, bank, None)
     return {learner: total / sum(example.completion for example in rows[learner]) for learner, total in sums.items()}

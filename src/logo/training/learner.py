@@ -1,7 +1,7 @@
-"""One adapter while it is learned: its rows and their order, its optimiser, how far it is, and the best that it was.
+"""Training of one adapter: its rows and their order, its optimiser, its progress, and its best factors.
 
-Nothing here depends on other adapters. The progress (`Course`) and the tensors of a learner are all it needs to go on
-after an interruption, bit for bit: the order of rows and the learning rate are functions of the step.
+Nothing here depends on other adapters. The progress (`Course`) and the tensors are all that a learner needs to continue
+bit for bit after an interruption, because the order of rows and the learning rate are functions of the step.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ RUNNING, DONE, EARLY, DIVERGED = "running", "done", "early", "diverged"
 
 @dataclass(frozen=True)
 class Measurement:
-    """How good an adapter was after some steps.
+    """The losses of an adapter at some step.
 
     Attributes:
-        step: how many it had made.
+        step: optimiser steps so far.
         train: mean loss per token of the steps since the last measurement, in nats.
-        held_out: of the held-out rows; None where there are none.
+        held_out: mean loss per token of the held-out rows; None if there are none.
     """
 
     step: int
@@ -37,25 +37,26 @@ class Measurement:
     held_out: float | None
 
     def better(self, other: Measurement) -> bool:
-        """Whether it is better than an earlier one. Without held-out rows the later one is: the losses of different
-        batches do not compare."""
+        """Whether it is better than an earlier one. Without held-out rows the later one counts as better, because
+        losses of different batches cannot be compared.
+        """
         return self.held_out is None or other.held_out is None or self.held_out < other.held_out
 
 
 @dataclass
 class Course:
-    """The progress of one task: plain values, which a checkpoint holds as JSON.
+    """The progress of one task, as plain values that a checkpoint stores as JSON.
 
     Attributes:
-        step: optimiser steps made.
-        tokens: of the rows it has learned from; of a row that was learned from twice, twice.
-        status: `running`, or why it has ended: `done`, `early` (no better for some time) or `diverged`.
-        reason: in words, of a task that diverged.
+        step: optimiser steps so far.
+        tokens: tokens of the rows trained on, repetitions included.
+        status: `running`, or why it has ended: `done`, `early` (no improvement) or `diverged`.
+        reason: why a task diverged, in words.
         measured: all measurements.
-        best: the number of steps after which it was best, by its held-out rows; without any, its latest; None: nothing
-            is kept of it.
-        first: loss of the first step; None: not made yet.
-        recent: loss and completion tokens of each step since the last measurement.
+        best: the step of the best factors by the held-out rows, or the latest step without held-out rows; None if no
+            factors are kept.
+        first: loss of the first step; None before it.
+        recent: loss and number of completion tokens of each step since the last measurement.
     """
 
     step: int = 0
@@ -69,36 +70,36 @@ class Course:
 
     @property
     def last_loss(self) -> float | None:
-        """Of the last step, or of those before the last measurement."""
+        """The loss of the last step, or the mean before the last measurement."""
         if self.recent:
             return self.recent[-1][0]
         return self.measured[-1].train if self.measured else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The progress as JSON."""
         return asdict(self)
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> Course:
-        """What `as_dict` gave."""
+        """The inverse of `as_dict`."""
         measured = [Measurement(**one) for one in value["measured"]]
         return cls(**{**value, "measured": measured, "recent": [tuple(one) for one in value["recent"]]})
 
 
 class Learner:
-    """One adapter that is learned.
+    """One adapter in training.
 
     Args:
-        name: of the task.
-        recipe: its shape and schedule.
-        rows: of the task, of which some are held out.
-        factors: where it begins.
+        name: name of the task.
+        recipe: shape and schedule.
+        rows: rows of the task, some of which are held out.
+        factors: the initial factors.
 
     Attributes:
-        name, recipe, factors: the same.
-        held_out: rows on which it is measured.
-        steps: that it makes at most.
-        course: how far it is.
+        name, recipe, factors: as given.
+        held_out: the held-out rows.
+        steps: the largest number of steps.
+        course: the progress.
     """
 
     def __init__(self, name: str, recipe: Recipe, rows: Sequence[Example], factors: Factors) -> None:
@@ -119,7 +120,7 @@ class Learner:
 
     @property
     def running(self) -> bool:
-        """Whether it goes on."""
+        """Whether training continues."""
         return self.course.status == RUNNING
 
     def batch(self) -> list[Example]:
@@ -140,11 +141,11 @@ class Learner:
     _epoch: tuple[int, list[int]] | None = None
 
     def gradient_norm(self) -> float:
-        """Of the gradient that was collected; it is cut to the recipe's largest norm."""
+        """The norm of the collected gradient, which is clipped to the recipe's largest norm."""
         return float(torch.nn.utils.clip_grad_norm_(self.factors.parameters, self.recipe.clip))
 
     def step(self, loss: float, batch: Sequence[Example]) -> None:
-        """Makes a step along the gradient that was collected from a batch, whose mean loss is given."""
+        """Makes a step along the collected gradient of a batch with this mean loss."""
         if self.course.first is None:
             self.course.first = loss
         elif not self.course.measured:  # what has a finite loss is kept, until there is something measured
@@ -165,12 +166,14 @@ class Learner:
 
     @property
     def due(self) -> bool:
-        """Whether it is to be measured now."""
+        """Whether a measurement is due."""
         last = self.course.measured[-1].step if self.course.measured else 0
         return self.course.step in self._measured_at and last != self.course.step
 
     def measured(self, held_out: float | None) -> None:
-        """Takes note of a measurement: keeps the factors where they are the best so far, and ends where it is time."""
+        """Records a measurement, keeps the factors if they are the best so far, and ends training if patience is
+        exhausted.
+        """
         course = self.course
         weight = sum(tokens for _, tokens in course.recent)
         train = sum(loss * tokens for loss, tokens in course.recent) / weight
@@ -186,16 +189,16 @@ class Learner:
             course.status = EARLY
 
     def diverge(self, reason: str) -> None:
-        """Ends it, with the best that it was."""
+        """Ends training and keeps the best factors so far."""
         self.course.status, self.course.reason = DIVERGED, reason
 
     @property
     def best(self) -> dict[str, Tensor] | None:
-        """The factors where they were best, as `Factors.copy`; None if nothing is kept of it, or it was released."""
+        """The best factors, as `Factors.copy`; None if none are kept, or after `release`."""
         return self._best or None
 
     def release(self) -> None:
-        """Gives back all memory but the course, once it has ended and its adapter is written."""
+        """Frees all memory except the progress, once training has ended and the adapter is written."""
         self._best = {}
         self._optimizer.state.clear()
         for parameter in self.factors.parameters:
@@ -204,7 +207,7 @@ class Learner:
     # -- keeping ----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Factors, best factors and moments of the optimiser, on the host; nothing once it has ended."""
+        """Factors, best factors and moments of the optimiser, on the host; empty after the end of training."""
         if not self.running:
             return {}
         kept: dict[str, Tensor] = {f"now.{key}": tensor for key, tensor in self.factors.named()}
@@ -215,7 +218,7 @@ class Learner:
         return {key: tensor.detach().to("cpu", copy=True) for key, tensor in kept.items()}
 
     def load(self, course: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Makes it what it was when it was kept."""
+        """Restores the state of a checkpoint."""
         self.course = Course.of(course)
         if not self.running:  # its adapter was written before the checkpoint was
             self.release()
@@ -239,7 +242,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _schedule(recipe: Recipe, steps: int, optimizer: torch.optim.Optimizer) -> Any:
-    """Step -> the share of the learning rate that counts then, as transformers' schedulers have it."""
+    """Step -> factor of the learning rate, as in transformers' schedulers."""
     from transformers import get_scheduler
 
     name = "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule

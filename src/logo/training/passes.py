@@ -1,7 +1,7 @@
 """Forward passes over rows of different adapters: which rows share a pass, and the loss of every completion token.
 
-Rows are sorted by length and cut into passes, so that little is padded. Logits are computed where a completion is, and
-nowhere else: with 262,000 words in the vocabulary those of whole rows would be most of the work.
+Rows are sorted by length and cut into passes with little padding. Logits are computed for completion tokens only: with
+a vocabulary of 262,000, the logits of whole rows would be most of the work.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _PER_PASS_ELSEWHERE = 512
 
 @dataclass(frozen=True)
 class Limits:
-    """What one pass may hold, and what it costs; a single row is always taken whole.
+    """Limits and cost of one pass; a single row is never cut.
 
     Attributes:
-        tokens: padding included.
-        positions: where logits are computed.
-        per_pass: what a pass costs besides its tokens, in tokens.
+        tokens: most tokens, padding included.
+        positions: most positions with logits.
+        per_pass: fixed cost of a pass, in tokens.
     """
 
     tokens: int
@@ -45,13 +45,13 @@ class Limits:
 
     @classmethod
     def of(cls, tokens: int, vocabulary: int, device: torch.device) -> Limits:
-        """For a vocabulary of this size, where rows are read."""
+        """Limits for a vocabulary of this size on this device."""
         return cls(tokens, max(1, MAX_LOGITS // vocabulary), _PER_PASS.get(device.type, _PER_PASS_ELSEWHERE))
 
 
 @dataclass(frozen=True)
 class Owned:
-    """A row, and the number of the adapter that it belongs to."""
+    """A row, and the number of its adapter."""
 
     owner: int
     example: Example
@@ -78,7 +78,7 @@ class Pass:
 
 
 def cut(rows: Sequence[Owned], limits: Limits) -> list[list[Owned]]:
-    """The rows, the longest first, in the passes that cost least: few of them, with little padding."""
+    """The rows, longest first, in the cheapest passes: few passes with little padding."""
     ordered = sorted(rows, key=lambda one: -len(one.example))
     # The least that the rows from each on cost, and how many of them are in the first pass.
     best = [(0, 0)] * (len(ordered) + 1)
@@ -100,11 +100,11 @@ def cut(rows: Sequence[Owned], limits: Limits) -> list[list[Owned]]:
 
 
 def laid_out(rows: Sequence[Owned], scales: Sequence[float], pad: int, device: torch.device) -> Pass:
-    """A pass over these rows.
+    """The pass over these rows.
 
     Args:
-        scales: of the update of each adapter.
-        pad: a token to pad with.
+        scales: the scale of each adapter's update.
+        pad: padding token.
     """
     length = max(len(row.example) - 1 for row in rows)  # a row's last token is only predicted, never read
     ids = torch.full((len(rows), length), pad)
@@ -148,8 +148,9 @@ def losses(model: Any, bank: Bank, one: Pass, weights: Tensor | None = None) -> 
 
 @contextmanager
 def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
-    """Inside the block the output head reads only these positions of the rows laid one behind the other, so that the
-    model gives logits (n, vocabulary)."""
+    """Within the block, the output head computes logits (n, vocabulary) only at these positions of the concatenated
+    rows.
+    """
 
     def picked(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]

@@ -1,7 +1,7 @@
-"""What there is to train: tasks that are done already, groups that were begun, and groups of the others.
+"""What remains to be trained: finished tasks, groups that were started, and groups of the remaining tasks.
 
-An adapter is known by a digest of all that it is made from: its recipe, its rows, the base model and its dtype. One
-that stands in the folder with that digest is done. One with another digest is refused, since nobody should lose it by
+An adapter is identified by a digest of everything that it is made from: recipe, rows, base model and dtype. An adapter
+in the folder with the same digest is finished. An adapter with another digest is refused, so that nobody loses it by
 accident.
 """
 
@@ -30,15 +30,15 @@ USUAL_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task as it is learned.
+    """A task, ready to be trained.
 
     Attributes:
-        name: of the task.
-        recipe: its own.
+        name: name of the task.
+        recipe: the task's recipe.
         rows: its examples.
-        digest: of everything its adapter is made from.
-        record: what is written beside the adapter about all that, as JSON.
-        invocation: tokens from which it acts; empty: it has none.
+        digest: digest of everything that its adapter is made from.
+        record: the same facts as JSON, which are written beside the adapter.
+        invocation: tokens from which the adapter acts; empty if it has none.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Prepared:
 
     @property
     def steps(self) -> int:
-        """That it makes at most."""
+        """Largest number of steps."""
         return self.recipe.length(len(self.rows) - self.recipe.held_out_rows(len(self.rows)))
 
     @property
     def tokens(self) -> float:
-        """That it will have learned from, about."""
+        """Approximate number of tokens that it will be trained on."""
         learned = len(self.rows) - self.recipe.held_out_rows(len(self.rows))
         epochs = self.steps / math.ceil(learned / self.recipe.batch_size)
         return epochs * learned * sum(map(len, self.rows)) / len(self.rows)
@@ -63,11 +63,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Tasks that are learned together.
+    """Tasks that are trained together.
 
     Attributes:
-        tasks: in the order in which the group has them.
-        folder: of its checkpoints. One that is there may have other members, too, which stay as they are.
+        tasks: in the order of the group.
+        folder: the folder of the group's checkpoints. An existing checkpoint may have further members, which stay as
+            they are.
     """
 
     tasks: tuple[Prepared, ...]
@@ -175,7 +176,7 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
 
 
 def _groups(tasks: Sequence[Prepared], root: Path, at_once: int) -> list[GroupPlan]:
-    """Tasks in as few groups as may be, those with about as many steps together."""
+    """Tasks in as few groups as possible, with similar numbers of steps in each group."""
     if not tasks:
         return []
     count = math.ceil(len(tasks) / at_once)
@@ -208,7 +209,7 @@ def _stands(task: Prepared, root: Path, retrain: bool) -> bool:
 
 
 def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In what an adapter's record differs from what is asked for, in words."""
+    """The differences between an adapter's record and the request, in words."""
     old, new = was.get("recipe", {}), now["recipe"]
     for name in {**old, **new}:
         if old.get(name) != new.get(name):

@@ -64,7 +64,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfi
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:
-    """What an adapter was made from; None where there is no whole adapter that was trained here.
+    """The record of what an adapter was made from; None if there is no complete adapter that was trained here.
 
     Raises:
         StorageError: it cannot be read.
@@ -83,7 +83,7 @@ def record_of(folder: Path) -> dict[str, Any] | None:
 
 
 def course_record(course: Course) -> dict[str, Any]:
-    """Of how a task went, what is kept with its adapter."""
+    """The progress that is stored with an adapter."""
     best = next((one for one in course.measured if one.step == course.best), None)
     return {
         "status": course.status,
@@ -116,7 +116,7 @@ def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -
 
 
 def diverged(record: Mapping[str, Any]) -> str | None:
-    """Why an adapter's training stopped early for what is no good reason; None if it did not."""
+    """Why training diverged, in words; None if it did not."""
     course = record.get("course", {})
     return str(course.get("reason")) if course.get("status") == DIVERGED else None
 
@@ -145,7 +145,7 @@ def check_activation(root: Path, activation: Activation) -> None:
 
 
 def _activation(folder: Path, root: Path) -> Activation | None:
-    """Where the adapter in a folder acts; None where it cannot be used."""
+    """Where the adapter in a folder acts; None if it cannot be used."""
     record = record_of(folder)
     if record is None:
         try:

@@ -1,4 +1,4 @@
-"""How far tasks are, to be shown, perhaps by another process than the one that trains."""
+"""The progress of tasks for display, possibly by another process than the one that trains."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from logo.training.learner import RUNNING
 
 @dataclass(frozen=True)
 class Status:
-    """How far a task is, to be shown.
+    """The progress of a task for display.
 
     Attributes:
-        task: its name.
-        step, steps: made, and at most to be made.
-        tokens: learned from so far; `expected`: about so many in all.
-        loss, held_out: the last ones; None: none yet.
-        status: as `logo.training.learner.Course`.
+        task: name of the task.
+        step, steps: steps so far, and the largest number of steps.
+        tokens: tokens trained on so far; `expected`: the approximate total.
+        loss, held_out: the latest losses; None if there are none yet.
+        status: as in `logo.training.learner.Course`.
     """
 
     task: str
@@ -35,7 +35,7 @@ class Status:
 
 
 class Telling:
-    """Progress of a group as a file, for a driver in another process."""
+    """Writes the progress of a group to a file, for a driver in another process."""
 
     def __init__(self, file: Path, every: float = 1.0) -> None:
         self._file, self._every, self._last = file, every, 0.0
@@ -51,7 +51,7 @@ class Telling:
 
 
 def told(file: Path) -> list[Status]:
-    """What `Telling` wrote last; nothing where it has not written yet."""
+    """The progress that `Telling` wrote last; empty before its first write."""
     try:
         return [Status(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""How adapters are trained: one recipe for all tasks, and what single tasks have otherwise."""
+"""How adapters are trained: one recipe for all tasks, and other values for single tasks."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Recipe:
         return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
 
     def length(self, rows: int) -> int:
-        """Optimiser steps that `rows` rows make."""
+        """Number of optimiser steps for this number of rows."""
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(rows / self.batch_size)))
 
     def held_out_rows(self, rows: int) -> int:
@@ -165,11 +165,11 @@ _ACTING = {"activation": EVERYWHERE, "invocation": ""}
 
 @dataclass(frozen=True)
 class Recipes:
-    """A recipe, and what tasks have otherwise.
+    """A recipe, and other values for single tasks.
 
     Attributes:
-        usual: the recipe of a task that nothing else is said of.
-        other: name or pattern of tasks -> fields of the recipe; what comes later counts more.
+        usual: the recipe of tasks without values of their own.
+        other: name or pattern of tasks -> fields of the recipe; later entries override earlier ones.
     """
 
     usual: Recipe
@@ -219,11 +219,11 @@ def read_recipes(file: Path | None, given: Mapping[str, Any]) -> Recipes:
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
-    """Fields with others that count more. Who says how many epochs takes back how many steps, and who says another
-    activation an invocation.
+    """Fields with others that override them. A number of epochs replaces a number of steps and vice versa, and another
+    activation removes the invocation.
 
     Raises:
-        UsageError: one and the same place says both.
+        UsageError: one source has both.
     """
     if above.get("steps") is not None and above.get("epochs") is not None:
         raise UsageError(

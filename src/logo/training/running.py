@@ -1,6 +1,6 @@
-"""A whole pool trained: tasks found and encoded, groups learned here or by several processes, adapters listed.
+"""Training of a whole pool: finds and encodes tasks, trains groups here or in several processes, lists the adapters.
 
-What goes wrong with one task is told at the end, and the others go on.
+Errors of one task are reported at the end, and the other tasks continue.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ Tell = Callable[[Sequence[Status]], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for.
+    """The request.
 
     Attributes:
-        found: tasks, and why some cannot be trained.
-        recipes: how.
+        found: the tasks, and why some cannot be trained.
+        recipes: how to train them.
         root: folder of the pool.
-        opening: the base model.
-        at_once: most tasks that are learned together; None: `USUAL_AT_ONCE`, or an equal share for each process.
+        opening: how to load the base model.
+        at_once: most tasks that are trained together; None: `USUAL_AT_ONCE`, or an equal share for each process.
         every: seconds between two checkpoints.
-        retrain: adapters that stand there and were made from something else are replaced.
-        calibrate: what adapters respond to neutral texts is written beside them.
-        examples: prompts of each task that are left beside its adapter.
+        retrain: replace adapters that were made from something else.
+        calibrate: calibrate the adapters and write the calibration beside them.
+        examples: number of example prompts that are written beside each adapter.
     """
 
     found: Found
@@ -68,12 +68,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Trained:
-    """How it went.
+    """The outcome.
 
     Attributes:
-        trained: names of the adapters that were made now, `done` of those that stood already.
-        failed: name -> why a task has no adapter, or not the one it should have.
-        cut: name -> how many of its prompts lost their beginning.
+        trained: names of the adapters that were trained now; `done`: names of those that were there already.
+        failed: task name -> why it has no adapter, or not the requested one.
+        cut: task name -> number of prompts that were truncated at their beginning.
     """
 
     trained: tuple[str, ...]
@@ -143,7 +143,7 @@ def train(
 
 
 def _leave_examples(wanted: Wanted, trained: Sequence[str], done: Sequence[str]) -> None:
-    """Puts the first prompts of each task beside its adapter, by which prompts like them are recognised."""
+    """Writes the first prompts of each task beside its adapter, as example prompts."""
     for task in wanted.found.tasks:
         folder = wanted.root / task.name
         if task.name in trained or (task.name in done and not (folder / EXAMPLES).exists()):
@@ -194,7 +194,7 @@ def _acting(root: Path, prepared: Sequence[Prepared], activation: Activation | N
 
 
 class InThisProcess:
-    """This process."""
+    """Trains in this process."""
 
     count = 1
 
@@ -205,7 +205,7 @@ class InThisProcess:
     def train(
         self, groups: Sequence[GroupPlan], root: Path, every: float, tell: Tell | None
     ) -> Iterator[list[Outcome]]:
-        """Learns groups one after the other."""
+        """Trains groups one after the other."""
         for group in groups:
             yield self._trainer.train(group, root, every, tell)
 
@@ -219,7 +219,7 @@ class InThisProcess:
 
 
 class InWorkers:
-    """Other processes, each of which has the base model loaded and the pool's folder at the same path."""
+    """Trains in other processes, each with the base model loaded and the pool's folder at the same path."""
 
     def __init__(self, workers: Workers[Trainer]) -> None:
         self._workers, self.count = workers, workers.count
@@ -228,7 +228,7 @@ class InWorkers:
     def train(
         self, groups: Sequence[GroupPlan], root: Path, every: float, tell: Tell | None
     ) -> Iterator[list[Outcome]]:
-        """Learns groups side by side. One whose process has gone is gone on with in another."""
+        """Trains groups in parallel. If a process disappears, another one continues its group."""
         from logo.backends.items import Item, Lost
 
         files = {group.folder: group.folder.with_suffix(".progress.json") for group in groups}
@@ -267,7 +267,7 @@ def _lost(task: Prepared, root: Path, reason: str) -> Outcome:
 
 @contextlib.contextmanager
 def opened(opening: Opening, layout: Layout | None) -> Iterator[InThisProcess | InWorkers]:
-    """Who trains, inside the block."""
+    """Within the block: what trains."""
     if layout is None:
         yield InThisProcess(opening)
         return
@@ -294,7 +294,7 @@ def _train(trainer: Trainer, group: GroupPlan, root: Path, every: float, file: P
 
 @contextlib.contextmanager
 def _watched(files: Sequence[Path], tell: Tell | None) -> Iterator[None]:
-    """Tells what processes write of their progress, inside the block."""
+    """Within the block: reports the progress that other processes write."""
     if tell is None:
         yield
         return

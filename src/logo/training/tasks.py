@@ -27,7 +27,7 @@ USUAL_COLUMNS = ("context", "completion")
 
 @dataclass(frozen=True)
 class Pair:
-    """What is asked and what should be answered.
+    """A prompt and its completion.
 
     Attributes:
         prompt: a text, or the messages before the answer.
@@ -54,19 +54,19 @@ class Task:
 
     @property
     def sha256(self) -> str:
-        """Digest of its rows, whatever kind of file they lie in."""
+        """Digest of its rows, independent of the file format."""
         rows = [[pair.prompt, pair.completion] for pair in self.pairs]
         return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds.
+    """The tasks of a source.
 
     Attributes:
         tasks: those that can be trained.
-        refused: name -> why one that was asked for cannot.
-        names: of all, also of those that were not asked for.
+        refused: task name -> why a requested task cannot be trained.
+        names: names of all tasks, also of those that were not requested.
     """
 
     tasks: tuple[Task, ...]
@@ -150,7 +150,7 @@ def _pairs(path: Path, columns: Sequence[str]) -> Iterator[Pair]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Read as texts: `datasets` would guess kinds, and make 7 of 007."""
+    """Reads every cell as text; `datasets` would guess types and read 007 as 7."""
     csv.field_size_limit(2**31 - 1)  # a context may be a book
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:

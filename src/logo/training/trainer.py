@@ -1,4 +1,4 @@
-"""What one process trains with: a base model, loaded once, and groups of tasks one after the other."""
+"""The trainer of one process: loads a base model once and trains groups one after the other."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Opening:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task went.
+    """The outcome of a task.
 
     Attributes:
-        task: its name.
-        reason: why it is not as it should be; None if it is.
-        written: whether there is an adapter of it.
+        task: name of the task.
+        reason: why it failed or diverged; None if it did not.
+        written: whether its adapter was written.
     """
 
     task: str
@@ -59,14 +59,14 @@ class Outcome:
 
 
 class Trainer:
-    """A base model on which groups are learned.
+    """A base model for training groups.
 
     Attributes:
         base: the model, as groups use it.
         tokenizer: its tokenizer.
 
     Raises:
-        ModelError, HubError, UsageError: as `logo.models.load_base`.
+        ModelError, HubError, UsageError: as in `logo.models.load_base`.
     """
 
     def __init__(self, opening: Opening) -> None:
@@ -101,7 +101,7 @@ class Trainer:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of libraries that the last digits depend on."""
+        """Versions of the libraries that affect the last digits."""
         import peft
 
         return {**library_versions(), "peft": peft.__version__}
@@ -143,7 +143,7 @@ class Trainer:
         return [_outcome(learner) for learner in learners]
 
     def calibrate(self, root: Path) -> None:
-        """Runs the calibration of the pool, and writes each adapter's responses to neutral texts beside it.
+        """Runs the calibration of the pool and writes it beside each adapter.
 
         Raises:
             LoGoError: the pool cannot be calibrated.
@@ -159,7 +159,7 @@ class Trainer:
                 cache.keep_beside(logo.pool[name])
 
     def learners(self, tasks: Sequence[Prepared]) -> list[Learner]:
-        """A learner for each task, where it begins.
+        """A learner for each task, with initial factors.
 
         Raises:
             UsageError: a recipe's targets are not in the model.
@@ -213,6 +213,6 @@ def _outcome(learner: Learner) -> Outcome:
 
 
 def same_base(own: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """In what two processes' `facts` or `versions` differ, in words; None if in nothing."""
+    """The differences between two processes' `facts` or `versions`, in words; None if there are none."""
     names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
     return f"{', '.join(names)} of its base model or libraries differ" if names else None
