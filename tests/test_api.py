@@ -12,31 +12,34 @@ from logo.api.errors import ApiError
 from logo.api.names import AUTO, Models
 from logo.api.requests import ModelRequest, checked
 from logo.errors import UsageError
-from logo.protocol import Wish
+from logo.protocol import MixtureRequest
 from tolerances import PATIENCE
 
 MODELS = Models("tiny", ("french", "sums"), ("norm", "calibrated"))
 
 
-def asked(**body: Any) -> Wish:
+def asked(**body: Any) -> MixtureRequest:
     request = checked(ModelRequest, body)
-    return MODELS.wish(request.model, request.logo)
+    return MODELS.mixture_request(request.model, request.logo)
 
 
 @pytest.mark.parametrize(
-    ("body", "wish"),
+    ("body", "wanted"),
     [
-        ({"model": AUTO}, Wish(None)),
-        ({"model": AUTO, "logo": None, "temperature": 9, "tools": [{}]}, Wish(None)),  # what is the server's is its own
-        ({"model": AUTO, "logo": {"k": 2, "signal": "norm"}}, Wish(None, {"k": 2, "signal": "norm"})),
-        ({"model": AUTO, "logo": {"adapters": {"sums": 0.5}}}, Wish({"sums": 0.5})),
-        ({"model": "french", "logo": {"adapters": {"sums": 0.5}}}, Wish({"sums": 0.5})),
-        ({"model": "french"}, Wish({"french": 1.0})),
-        ({"model": "tiny", "logo": {}}, Wish({})),
+        ({"model": AUTO}, MixtureRequest(None)),
+        (
+            {"model": AUTO, "logo": None, "temperature": 9, "tools": [{}]},
+            MixtureRequest(None),
+        ),  # what is the server's is its own
+        ({"model": AUTO, "logo": {"k": 2, "signal": "norm"}}, MixtureRequest(None, {"k": 2, "signal": "norm"})),
+        ({"model": AUTO, "logo": {"adapters": {"sums": 0.5}}}, MixtureRequest({"sums": 0.5})),
+        ({"model": "french", "logo": {"adapters": {"sums": 0.5}}}, MixtureRequest({"sums": 0.5})),
+        ({"model": "french"}, MixtureRequest({"french": 1.0})),
+        ({"model": "tiny", "logo": {}}, MixtureRequest({})),
     ],
 )
-def test_what_a_request_asks_for(body: dict[str, Any], wish: Wish) -> None:
-    assert asked(**body) == wish
+def test_what_a_request_asks_for(body: dict[str, Any], wanted: MixtureRequest) -> None:
+    assert asked(**body) == wanted
 
 
 @pytest.mark.parametrize(

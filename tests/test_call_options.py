@@ -201,9 +201,9 @@ def test_each_row_may_ask_for_its_own(logo: LoGo) -> None:
         {"signal": "calibrated", "candidates": ["t2"]},
         {"signal": "entropy", "weighting": "softmax"},
     ]
-    together = logo.select_ids(rows, [logo.asked(**one) for one in options])
+    together = logo.select_ids(rows, [logo.call_settings(**one) for one in options])
     for row, one, found in zip(rows, options, together, strict=True):
-        [alone] = logo.select_ids([row], logo.asked(**one))
+        [alone] = logo.select_ids([row], logo.call_settings(**one))
         same_selection(found, alone)
 
 

@@ -26,7 +26,7 @@ from logo.evaluation.differences import differences
 from logo.evaluation.identity import engine_identity, environment, order_dependence, pool_digests
 from logo.evaluation.jobs import find_jobs
 from logo.evaluation.merging import find_shards, merge
-from logo.evaluation.resume import Plan, Wish, finish, journal_of, open_journal
+from logo.evaluation.resume import Plan, ResumePolicy, finish, journal_of, open_journal
 from logo.evaluation.session import Session
 from logo.evaluation.shards import Shard
 from test_engine import engine
@@ -288,7 +288,7 @@ def test_a_run_goes_on_under_other_versions_only_on_request(
     assert f"was begun under other versions or on another kind of device: {said}; go on there, or here with" in message
     assert journal_of(jobs[0].folder).read_bytes() == before
     with pytest.raises(KeyboardInterrupt):  # and stopped once more
-        session.run(session.plans(jobs, Wish(mix=True))[0], stop_after(4))
+        session.run(session.plans(jobs, ResumePolicy(mix=True))[0], stop_after(4))
     under(monkeypatch)
     session, jobs = opened(tiny_logo, tmp_path)
     [plan] = session.plans(jobs)  # where it was begun nobody needs to ask
@@ -338,7 +338,7 @@ def test_nobody_else_may_have_the_journal_while_it_is_removed(
 
 def test_a_result_that_appears_meanwhile_is_told_with_the_users_advice(tiny_logo: LoGo, tmp_path: Path) -> None:
     session, [job] = opened(tiny_logo, tmp_path)
-    [plan] = session.plans([job], Wish(keep_both="another --output keeps both"))
+    [plan] = session.plans([job], ResumePolicy(keep_both="another --output keeps both"))
 
     def meanwhile(done: int) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -359,7 +359,7 @@ def test_a_finished_result_stays_one_under_other_versions(
     session, jobs = opened(tiny_logo, tmp_path)
     [plan] = session.plans(jobs)
     assert plan.done and plan.note == "torch 2.13.0 (now 3.0.0), device cpu (now NVIDIA H100)"
-    assert not session.plans(jobs, Wish(overwrite=True))[0].done
+    assert not session.plans(jobs, ResumePolicy(overwrite=True))[0].done
 
 
 def test_shards_of_several_environments_are_merged_only_on_request(
@@ -373,7 +373,7 @@ def test_shards_of_several_environments_are_merged_only_on_request(
     with pytest.raises(DataError, match=r"several versions .* in .*shard-2-of-2' torch is \"3.0.0\", not \"2.13"):
         merge(find_shards([tmp_path]))
     assert not job.folder.exists()
-    [whole] = merge(find_shards([tmp_path]), Wish(mix=True))
+    [whole] = merge(find_shards([tmp_path]), ResumePolicy(mix=True))
     assert whole.files["run.json"]["environments"] == seen
     [plan] = session.plans([job])
     assert plan.done and plan.note == "torch 2.13.0 (now 3.0.0)"

@@ -227,7 +227,7 @@ def test_learnt_on_another_device(
 def test_learnt_on_another_device_meanwhile(
     rows: Path, tmp_path: Path, learning: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After this shard was planned, another one has learnt: the wish holds for that, too."""
+    """After this shard was planned, another one has learnt: the policy holds for that, too."""
     for mixed in (True, False):
         place = tmp_path / str(mixed)
         monkeypatch.setattr("logo.evaluation.session.environment", lambda logo: {"device": "NVIDIA H100"})

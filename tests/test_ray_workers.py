@@ -32,7 +32,7 @@ from logo.cli.run import run
 from logo.digests import library_versions
 from logo.errors import LoGoError, ModelError, UsageError
 from logo.evaluation.journal import written
-from logo.evaluation.runner import Instance, Piece
+from logo.evaluation.runner import AnsweredBatch, Instance
 from logo.evaluation.session import Facts
 from logo.evaluation.workers import Answerer, Trial, differs
 from logo.rows import Row
@@ -318,8 +318,8 @@ def test_rows_that_fail_are_no_reason_to_stop_once_another_process_has_answered_
     answerer = Answerer(lambda key: Session())  # type: ignore[arg-type,return-value]
     with pytest.raises(UsageError, match="too long"):
         answerer.answer(None, job, None, None, range(2), False)
-    [piece], _ = answerer.answer(None, job, None, None, range(2, 4), True)
-    assert piece.first == 2 and [one.error for one in piece.instances] == ["the prompt is too long"] * 2
+    [batch], _ = answerer.answer(None, job, None, None, range(2, 4), True)
+    assert batch.first == 2 and [one.error for one in batch.instances] == ["the prompt is too long"] * 2
 
 
 def test_every_session_is_compared_and_not_the_first_alone() -> None:
@@ -441,8 +441,8 @@ class Rows:
         return 0
 
 
-def piece(first: int, *errors: str | None) -> Piece:
-    return Piece(first, tuple(Instance(0, "", (), (), {}, {}, error) for error in errors), 0.1, 1)
+def batch(first: int, *errors: str | None) -> AnsweredBatch:
+    return AnsweredBatch(first, tuple(Instance(0, "", (), (), {}, {}, error) for error in errors), 0.1, 1)
 
 
 def test_a_run_that_cannot_work_ends_before_it_is_written_down() -> None:
@@ -450,19 +450,19 @@ def test_a_run_that_cannot_work_ends_before_it_is_written_down() -> None:
         return Trial(Rows(count, proven), batch_size)  # type: ignore[arg-type]
 
     made = trial(9, 1)
-    assert made.passed([piece(3, "no")]) == [] and made.held
+    assert made.passed([batch(3, "no")]) == [] and made.held
     with pytest.raises(LoGoError, match=r"^no$"):
-        made.passed([piece(0, "no")])
+        made.passed([batch(0, "no")])
     made = trial(9, 1)
-    assert made.passed([piece(3, "no")]) == []
-    assert [one.first for one in made.passed([piece(0, None)])] == [3, 0]  # a row has an answer: it was that row
-    assert [one.first for one in made.passed([piece(1, "no"), piece(2, "no")])] == [1, 2]
+    assert made.passed([batch(3, "no")]) == []
+    assert [one.first for one in made.passed([batch(0, None)])] == [3, 0]  # a row has an answer: it was that row
+    assert [one.first for one in made.passed([batch(1, "no"), batch(2, "no")])] == [1, 2]
     made = trial(9, 1)
-    assert made.passed([piece(3, "no")]) == []
-    assert len(made.passed([piece(0, "never")])) == 2  # two reasons are none of the run's
-    assert len(made.passed([piece(1, "no"), piece(2, "no")])) == 2
-    assert len(trial(1, 4).passed([piece(0, "no")])) == 1  # there are no more rows
-    assert len(trial(9, 1, proven=True).passed([piece(0, "no"), piece(1, "no")])) == 2
+    assert made.passed([batch(3, "no")]) == []
+    assert len(made.passed([batch(0, "never")])) == 2  # two reasons are none of the run's
+    assert len(made.passed([batch(1, "no"), batch(2, "no")])) == 2
+    assert len(trial(1, 4).passed([batch(0, "no")])) == 1  # there are no more rows
+    assert len(trial(9, 1, proven=True).passed([batch(0, "no"), batch(1, "no")])) == 2
     assert trial(0, 1).passed([]) == []
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tiny
-from logo.protocol import Sampling, Wish
+from logo.protocol import MixtureRequest, Sampling
 from logo.serving import batching
 from logo.serving.service import Service
 from make_adapters import edit_config
@@ -40,19 +40,19 @@ def test_answers_are_those_of_the_engine(
     else:
         logo = engine(model, folder)
     rows = [*invoked((20, 5, 80, 40, 70)), [*INVOKE, 9], [5, *INVOKE]]
-    wishes = [Wish(adapters=mixture) for mixture in MIXTURES] + [Wish()] * 3
+    requests = [MixtureRequest(adapters=mixture) for mixture in MIXTURES] + [MixtureRequest()] * 3
 
     async def use(service: Service) -> Any:
-        jobs = (answer(service, ids, wish, Sampling(9)) for ids, wish in zip(rows, wishes, strict=True))
+        jobs = (answer(service, ids, wanted, Sampling(9)) for ids, wanted in zip(rows, requests, strict=True))
         found = await asyncio.gather(*jobs)
-        again = [await answer(service, ids, Wish(), Sampling(9)) for ids in rows[4:]]
+        again = [await answer(service, ids, MixtureRequest(), Sampling(9)) for ids in rows[4:]]
         return found, again, service.figures
 
     found, again, figures = served(logo, use, concurrent=4)
-    for ids, wish, (tokens, _, chosen) in zip(
-        [*rows, *rows[4:]], [*wishes, *wishes[4:]], [*found, *again], strict=True
+    for ids, wanted, (tokens, _, chosen) in zip(
+        [*rows, *rows[4:]], [*requests, *requests[4:]], [*found, *again], strict=True
     ):
-        [want] = alone(logo, [ids], [wish], 9)
+        [want] = alone(logo, [ids], [wanted], 9)
         assert (tokens, chosen.selection.adapters) == (want[0], want[2])
     assert (figures.prefix_tokens["found"] > 0) == (kind != "mixed") and figures.not_invoked == 0
 
@@ -64,8 +64,8 @@ def test_a_prompt_is_read_once(tmp_path: Path) -> None:
 
     async def use(service: Service) -> list[int]:
         with read_tokens(model) as seen:
-            for wish in (Wish(), Wish(options={"k": 1})):
-                await answer(service, prompt, wish, Sampling(3))
+            for wanted in (MixtureRequest(), MixtureRequest(options={"k": 1})):
+                await answer(service, prompt, wanted, Sampling(3))
         return seen
 
     assert served(logo, use) == [100, 4, 1, 1, 4, 4, 1, 1]
@@ -78,9 +78,9 @@ def test_what_was_dropped_is_read_again_and_counted(tmp_path: Path) -> None:
 
     async def use(service: Service) -> Any:
         with read_tokens(model) as seen:
-            tokens, *_ = await answer(service, prompt, Wish(), Sampling(3))
+            tokens, *_ = await answer(service, prompt, MixtureRequest(), Sampling(3))
         return seen, tokens, service.figures
 
     seen, tokens, figures = served(logo, use)
     assert seen == [100, 100, 1, 1] and figures.prefix_tokens == {"found": 0, "missed": 96}
-    assert tokens == alone(logo, [prompt], [Wish()], 3)[0][0]
+    assert tokens == alone(logo, [prompt], [MixtureRequest()], 3)[0][0]

@@ -14,7 +14,7 @@ import httpx
 
 from logo.models import load_base
 from logo.prompts import Prompt
-from logo.protocol import Delta, Engine, Figures, Sampling, Wish
+from logo.protocol import Delta, Engine, Figures, MixtureRequest, Sampling
 from logo.selection import Selection
 from logo.selection.drift import Drift
 from logo.serving.app import AppSettings, create_app
@@ -69,8 +69,8 @@ class Scripted:
     def usable(self, patterns: Any) -> Mapping[str, Any]:
         return self.adapters
 
-    async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Choice:
-        forced = wish.adapters
+    async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> Choice:
+        forced = wanted.adapters
         return Choice(Selection.forced({"a": 1.0} if forced is None else dict(forced)), self.released)
 
     async def generate(
@@ -125,7 +125,7 @@ def test_confidence_and_shifts_are_told(tmp_path: Path) -> None:
     async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
         engine.signals = ("norm", "other")
 
-        async def choose(prompt: Any, wish: Wish) -> Choice:
+        async def choose(prompt: Any, wanted: MixtureRequest) -> Choice:
             selection = Selection(("a",), (1.0,), {"a": 5.0, "b": 0.25, "c": 0.0}, 0.55)
             return Choice(selection, engine.released)
 

@@ -20,10 +20,10 @@ from logo import AdapterPool, LoGo, SelectionSettings
 from logo.decoder import Decoding
 from logo.decoding import greedy_config
 from logo.errors import AdapterError, LoGoError, ModelError, PoolError, UsageError
-from logo.protocol import GenerationFailed, GenerationTimeout, NotReady, Overloaded, Sampling, Wish
+from logo.protocol import GenerationFailed, GenerationTimeout, MixtureRequest, NotReady, Overloaded, Sampling
 from logo.serving import batching, steps
 from logo.serving.memory import Memory
-from logo.serving.mixtures import Chosen
+from logo.serving.mixtures import HeldMixture
 from logo.serving.service import Service
 from make_adapters import load_peft, write_peft
 from test_engine import engine, tokenizer, write_adapter
@@ -51,9 +51,9 @@ def served(logo: LoGo, use: Callable[[Service], Awaitable[_T]], **options: Any) 
 
 
 async def answer(
-    service: Service, ids: list[int], wish: Wish, sampling: Sampling
-) -> tuple[tuple[int, ...], str, Chosen]:
-    chosen = await service.choose(ids, wish)
+    service: Service, ids: list[int], wanted: MixtureRequest, sampling: Sampling
+) -> tuple[tuple[int, ...], str, HeldMixture]:
+    chosen = await service.choose(ids, wanted)
     tokens: list[int] = []
     reason = None
     try:
@@ -74,11 +74,13 @@ def test_where_memory_is_short_sequences_wait_and_come_out_the_same(llama: nn.Mo
 
     async def use(service: Service) -> Any:
         assert service.batching.kv_blocks[1] <= 6
-        found = await asyncio.gather(*(answer(service, ids, Wish(), Sampling(60)) for ids in rows))
+        found = await asyncio.gather(*(answer(service, ids, MixtureRequest(), Sampling(60)) for ids in rows))
         return found, await settled(service)
 
     found, after = served(logo, use, memory=Memory(6, 160 * per_token / 1e9))
-    assert [entry[0] for entry in found] == [entry[0] for entry in alone(logo, rows, [Wish()] * len(rows), 60)]
+    assert [entry[0] for entry in found] == [
+        entry[0] for entry in alone(logo, rows, [MixtureRequest()] * len(rows), 60)
+    ]
     assert after == (0, 0, 0)
 
 
@@ -94,10 +96,10 @@ async def settled(service: Service) -> tuple[int, int, int]:
 
 
 WISHES = [
-    Wish(),
-    Wish(adapters={}),
-    Wish(adapters={"tasks/t0": 1.0}),
-    Wish(adapters={"tasks/t1": 0.3, "tasks/t4": -2.0}),
+    MixtureRequest(),
+    MixtureRequest(adapters={}),
+    MixtureRequest(adapters={"tasks/t0": 1.0}),
+    MixtureRequest(adapters={"tasks/t1": 0.3, "tasks/t4": -2.0}),
 ]
 
 
@@ -110,20 +112,20 @@ def test_answers_are_those_of_generating_alone(architecture: str, tmp_path: Path
         write_adapter(tmp_path / "tasks" / f"t{i}", model, (names, "down_proj"), rank=i + 1, seed=i)
     logo = engine(model, tmp_path)
     rows = tiny.prompts([1, 3, 40, 9, 2, 70, 5, 12, 30, 4, 6, 90], seed=4)
-    wishes = [WISHES[i % len(WISHES)] for i in range(len(rows))]
+    requests = [WISHES[i % len(WISHES)] for i in range(len(rows))]
     lengths = [1 + 7 * i % 23 for i in range(len(rows))]
 
     async def use(service: Service) -> list[Any]:
         jobs = (
-            answer(service, ids, wish, Sampling(length))
-            for ids, wish, length in zip(rows, wishes, lengths, strict=True)
+            answer(service, ids, wanted, Sampling(length))
+            for ids, wanted, length in zip(rows, requests, lengths, strict=True)
         )
         return [*await asyncio.gather(*jobs), await settled(service)]
 
     *found, after = served(logo, use, concurrent=5)
     assert after == (0, 0, 0)
-    for ids, wish, length, (tokens, reason, chosen) in zip(rows, wishes, lengths, found, strict=True):
-        [want] = alone(logo, [ids], [wish], length)
+    for ids, wanted, length, (tokens, reason, chosen) in zip(rows, requests, lengths, found, strict=True):
+        [want] = alone(logo, [ids], [wanted], length)
         assert (tokens, reason) == (want[0], want[1])
         assert chosen.selection.adapters == want[2]
 
@@ -144,17 +146,18 @@ def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
         write_peft(tmp_path / f"t{i}", base, save=save, seed=i, r=i + 1, lora_alpha=8, target_modules=targets)
     logo = engine(model, tmp_path)
     rows = tiny.prompts([1, 3, 40, 9, 2, 70, 5, 12], seed=4)
-    wishes = [Wish(adapters={f"t{i % 4}": 1.0, f"t{(i + 1) % 4}": 0.5 * (i % 2)}) for i in range(len(rows))]
+    requests = [MixtureRequest(adapters={f"t{i % 4}": 1.0, f"t{(i + 1) % 4}": 0.5 * (i % 2)}) for i in range(len(rows))]
 
     async def use(service: Service) -> list[Any]:
         jobs = (
-            answer(service, ids, wish, Sampling(9 + i)) for i, (ids, wish) in enumerate(zip(rows, wishes, strict=True))
+            answer(service, ids, wanted, Sampling(9 + i))
+            for i, (ids, wanted) in enumerate(zip(rows, requests, strict=True))
         )
         return await asyncio.gather(*jobs)
 
     found = served(logo, use, concurrent=5)
-    for i, (ids, wish, (tokens, *_)) in enumerate(zip(rows, wishes, found, strict=True)):
-        assert tokens == alone(logo, [ids], [wish], 9 + i)[0][0]
+    for i, (ids, wanted, (tokens, *_)) in enumerate(zip(rows, requests, found, strict=True)):
+        assert tokens == alone(logo, [ids], [wanted], 9 + i)[0][0]
     wrapped = load_peft(tmp_path / "t2", tiny.model(architecture, tie_word_embeddings=False)).eval()
     config = greedy_config(max_new_tokens=11, pad_token_id=2)
     ids = torch.tensor([rows[2]])
@@ -162,15 +165,15 @@ def test_adapters_on_the_output_head_answer_as_alone_and_as_in_peft(
     assert found[2][0] == tuple(want[0, len(rows[2]) :].tolist())
 
 
-def alone(logo: LoGo, rows: list[list[int]], wishes: list[Wish], length: int) -> list[tuple[Any, ...]]:
+def alone(logo: LoGo, rows: list[list[int]], requests: list[MixtureRequest], length: int) -> list[tuple[Any, ...]]:
     """One by one, by the engine's own decoder."""
     from logo.selection import Selection
 
     config = greedy_config(max_new_tokens=length, pad_token_id=2)
     results = []
-    for ids, wish in zip(rows, wishes, strict=True):
-        forced = wish.adapters is not None
-        selection = Selection.forced(wish.adapters or {}) if forced else logo.select_ids([ids])[0]
+    for ids, wanted in zip(rows, requests, strict=True):
+        forced = wanted.adapters is not None
+        selection = Selection.forced(wanted.adapters or {}) if forced else logo.select_ids([ids])[0]
         decoding = Decoding(config, logo.model.generation_config)
         [made] = logo._decoder(logo.fitted, decoding, 0.0, [ids], [selection])
         results.append((made.token_ids, made.finish_reason, selection.adapters))
@@ -183,9 +186,11 @@ def test_a_seed_gives_the_same_answer_in_any_company(llama: nn.Module, adapters:
     way = Sampling(12, temperature=1.5, top_p=0.9, seed=5)
 
     async def use(service: Service) -> Any:
-        single = await answer(service, rows[0], Wish(), way)
-        many = await asyncio.gather(*(answer(service, ids, Wish(), way) for ids in (rows[1], rows[0], rows[2])))
-        other = await answer(service, rows[0], Wish(), Sampling(12, temperature=1.5, top_p=0.9, seed=6))
+        single = await answer(service, rows[0], MixtureRequest(), way)
+        many = await asyncio.gather(
+            *(answer(service, ids, MixtureRequest(), way) for ids in (rows[1], rows[0], rows[2]))
+        )
+        other = await answer(service, rows[0], MixtureRequest(), Sampling(12, temperature=1.5, top_p=0.9, seed=6))
         return single[0], many[1][0], other[0]
 
     single, among, other = served(logo, use)
@@ -197,7 +202,7 @@ def test_who_leaves_early_frees_what_it_held(llama: nn.Module, adapters: Path) -
     rows = tiny.prompts([5, 8, 7, 30], seed=2)
 
     async def leave(service: Service, ids: list[int], after: int) -> None:
-        chosen = await service.choose(ids, Wish())
+        chosen = await service.choose(ids, MixtureRequest())
         async with aclosing(service.generate(ids, chosen, Sampling(90))) as deltas:
             seen = 0
             async for delta in deltas:
@@ -206,12 +211,12 @@ def test_who_leaves_early_frees_what_it_held(llama: nn.Module, adapters: Path) -
                     return
 
     async def use(service: Service) -> Any:
-        kept = answer(service, rows[3], Wish(), Sampling(40))
+        kept = answer(service, rows[3], MixtureRequest(), Sampling(40))
         results = await asyncio.gather(kept, *(leave(service, ids, n) for n, ids in enumerate(rows[:3], start=1)))
         return results[0][0], await settled(service), len(service.batching._manager.output_router.result_handlers)
 
     tokens, after, handlers = served(logo, use)
-    assert tokens == alone(logo, [rows[3]], [Wish()], 40)[0][0]
+    assert tokens == alone(logo, [rows[3]], [MixtureRequest()], 40)[0][0]
     assert (after, handlers) == ((0, 0, 0), 0)
 
 
@@ -220,7 +225,7 @@ def test_a_step_that_fails_ends_one_sequence_and_no_other(adapters: Path) -> Non
     logo = engine(model, adapters, unscorable="skip")
     good = tiny.prompts([6, 11, 3], seed=3)
     good = [[i if i != POISON else 5 for i in row] for row in good]
-    want = alone(logo, good, [Wish()] * 3, 25)
+    want = alone(logo, good, [MixtureRequest()] * 3, 25)
     bad = [4, POISON, 5]
 
     def refuse(module: nn.Module, inputs: Any, options: Any) -> None:
@@ -231,8 +236,8 @@ def test_a_step_that_fails_ends_one_sequence_and_no_other(adapters: Path) -> Non
     async def use(service: Service) -> Any:
         handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
         try:
-            jobs = [answer(service, ids, Wish(), Sampling(25)) for ids in good]
-            jobs.insert(1, answer(service, bad, Wish(), Sampling(25)))
+            jobs = [answer(service, ids, MixtureRequest(), Sampling(25)) for ids in good]
+            jobs.insert(1, answer(service, bad, MixtureRequest(), Sampling(25)))
             found = await asyncio.gather(*jobs, return_exceptions=True)
             return found, await settled(service), service.batching.alive
         finally:
@@ -256,7 +261,7 @@ def test_a_step_is_tried_again_without_the_memory_of_the_first_attempt(
 ) -> None:
     logo = engine(llama, adapters, unscorable="skip")
     rows = tiny.prompts([6, 11, 3], seed=3)
-    want = alone(logo, rows, [Wish()] * 3, 25)
+    want = alone(logo, rows, [MixtureRequest()] * 3, 25)
     made: list[weakref.ref[Scratch]] = []
     sizes: list[int] = []
     held: list[int] = []
@@ -274,7 +279,7 @@ def test_a_step_is_tried_again_without_the_memory_of_the_first_attempt(
     monkeypatch.setattr(batching.Batching, "before", before)
 
     async def use(service: Service) -> Any:
-        return await asyncio.gather(*[answer(service, ids, Wish(), Sampling(25)) for ids in rows])
+        return await asyncio.gather(*[answer(service, ids, MixtureRequest(), Sampling(25)) for ids in rows])
 
     found = served(logo, use)
     assert [entry[0] for entry in found] == [entry[0] for entry in want]
@@ -286,7 +291,7 @@ def test_a_sequence_that_is_late_is_ended(llama: nn.Module, adapters: Path) -> N
     ids = tiny.prompts([5], seed=2)[0]
 
     async def use(service: Service) -> Any:
-        chosen = await service.choose(ids, Wish())
+        chosen = await service.choose(ids, MixtureRequest())
         with pytest.raises(GenerationTimeout):
             async for _ in service.generate(ids, chosen, Sampling(90), asyncio.get_running_loop().time() - 1):
                 raise AssertionError("a token came")
@@ -300,28 +305,28 @@ def test_the_pool_changes_under_way_and_answers_keep_what_they_selected(llama: n
         write_adapter(tmp_path / "pool" / f"t{i}", llama, ("q_proj", "v_proj"), rank=2, seed=i)
     write_adapter(tmp_path / "other", llama, ("q_proj", "v_proj"), rank=3, seed=9)
     ids = tiny.prompts([6], seed=5)[0]
-    wish = Wish(adapters={"t1": 1.0})
-    before = alone(engine(llama, tmp_path / "pool"), [ids], [wish], 30)[0][0]
+    wanted = MixtureRequest(adapters={"t1": 1.0})
+    before = alone(engine(llama, tmp_path / "pool"), [ids], [wanted], 30)[0][0]
     shutil.copytree(tmp_path / "pool", tmp_path / "changed")
     shutil.rmtree(tmp_path / "changed" / "t1")
     shutil.copytree(tmp_path / "other", tmp_path / "changed" / "t1")
-    later = alone(engine(llama, tmp_path / "changed"), [ids], [wish], 30)[0][0]
+    later = alone(engine(llama, tmp_path / "changed"), [ids], [wanted], 30)[0][0]
     assert before != later
 
     async def use(service: Service) -> Any:
-        chosen = await service.choose(ids, wish)
+        chosen = await service.choose(ids, wanted)
         deltas = service.generate(ids, chosen, Sampling(30))
         first = (await anext(deltas)).tokens
-        waiting = await service.choose(ids, wish)  # selected, not begun
+        waiting = await service.choose(ids, wanted)  # selected, not begun
         await service.remove("t1")
         shutil.rmtree(tmp_path / "pool" / "t1")
         with pytest.raises(PoolError, match="t1"):
-            await service.choose(ids, wish)
+            await service.choose(ids, wanted)
         await service.add(tmp_path / "other", "t1")
-        new = await answer(service, ids, wish, Sampling(30))
+        new = await answer(service, ids, wanted, Sampling(30))
         rest = [token async for delta in deltas for token in delta.tokens]
         held = [token async for delta in service.generate(ids, waiting, Sampling(30)) for token in delta.tokens]
-        return (*first, *rest), tuple(held), new[0], (await service.choose(ids, Wish())).selection.scores
+        return (*first, *rest), tuple(held), new[0], (await service.choose(ids, MixtureRequest())).selection.scores
 
     begun, held, new, scores = served(engine(llama, tmp_path / "pool", k=2), use)
     assert begun == held == before
@@ -349,10 +354,10 @@ def test_an_adapter_that_cannot_be_used_changes_nothing(
     logo = LoGo(llama, tokenizer(), pool, settings=settings, on_bad_adapter=on_bad)
 
     async def use(service: Service) -> Any:
-        before = (await service.choose(ids, Wish())).selection
+        before = (await service.choose(ids, MixtureRequest())).selection
         with pytest.raises((AdapterError, PoolError)):
             await service.add(bad, "t1" if fault == "taken" else "new")
-        return before, (await service.choose(ids, Wish())).selection, tuple(service.adapters)
+        return before, (await service.choose(ids, MixtureRequest())).selection, tuple(service.adapters)
 
     before, after, names_after = served(logo, use)
     assert before == after
@@ -375,17 +380,21 @@ def test_wishes_are_heard(llama: nn.Module, adapters: Path) -> None:
 
     async def use(service: Service) -> Any:
         chosen = [
-            await service.choose(ids, wish)
-            for wish in (Wish(), Wish(options={"k": 1}), Wish(options={"signal": "entropy"}))
+            await service.choose(ids, wanted)
+            for wanted in (
+                MixtureRequest(),
+                MixtureRequest(options={"k": 1}),
+                MixtureRequest(options={"signal": "entropy"}),
+            )
         ]
-        for wish in (
-            Wish(options={"signal": "nrm"}),
-            Wish(options={"signal": "arrow"}),
-            Wish(adapters={"tasks/t9": 1.0}),
-            Wish(adapters={"tasks/t0": float("inf")}),
+        for wanted in (
+            MixtureRequest(options={"signal": "nrm"}),
+            MixtureRequest(options={"signal": "arrow"}),
+            MixtureRequest(adapters={"tasks/t9": 1.0}),
+            MixtureRequest(adapters={"tasks/t0": float("inf")}),
         ):
             with pytest.raises(LoGoError):
-                await service.choose(ids, wish)
+                await service.choose(ids, wanted)
         return chosen
 
     plain, one, entropy = served(logo, use, signals=["entropy"])
@@ -520,7 +529,7 @@ def test_another_signal_leaves_out_what_the_server_leaves_out(llama: nn.Module, 
     logo = LoGo(llama, tokenizer(), pool, settings=SelectionSettings("norm", k=2), on_bad_adapter="skip")
 
     async def use(service: Service) -> Any:
-        return (await service.choose([5, 6, 7], Wish(options={"signal": "entropy"}))).selection.scores
+        return (await service.choose([5, 6, 7], MixtureRequest(options={"signal": "entropy"}))).selection.scores
 
     assert set(served(logo, use, signals=["entropy"])) == {"t0", "t1", "t2"}
 
@@ -533,20 +542,20 @@ def test_what_another_signal_cannot_score_is_added_all_the_same(llama: nn.Module
     ids = tiny.prompts([6], seed=5)[0]
 
     async def use(service: Service) -> Any:
-        await service.choose(ids, Wish(options={"signal": "norm"}))
+        await service.choose(ids, MixtureRequest(options={"signal": "norm"}))
         await service.add(tmp_path / "values", "values")
         lengths = []
         for _ in range(3):
             with pytest.raises(PoolError, match="values") as refused:
-                await service.choose(ids, Wish(options={"signal": "norm"}))
+                await service.choose(ids, MixtureRequest(options={"signal": "norm"}))
             lengths.append(len(refused.traceback))
         assert len(set(lengths)) == 1  # an error that is raised again would have a longer traceback each time
         with pytest.raises(PoolError, match="signal 'norm': it cannot score the pool") as told:
-            await service.choose(ids, Wish(options={"signal": "norm"}, usable=("t*",)))
+            await service.choose(ids, MixtureRequest(options={"signal": "norm"}, usable=("t*",)))
         assert "values" not in str(told.value)
-        scores = (await service.choose(ids, Wish())).selection.scores
+        scores = (await service.choose(ids, MixtureRequest())).selection.scores
         await service.remove("values")
-        return scores, (await service.choose(ids, Wish(options={"signal": "norm"}))).selection.scores
+        return scores, (await service.choose(ids, MixtureRequest(options={"signal": "norm"}))).selection.scores
 
     calibrated, norm = served(logo, use, signals=["norm"])
     assert "values" in calibrated
@@ -577,7 +586,7 @@ def test_an_adapter_whose_file_is_gone_fails_its_own_request(llama: nn.Module, t
 
     async def use(service: Service) -> Any:
         shutil.rmtree(tmp_path / "t1")
-        gone, there = (answer(service, ids, Wish(adapters={name: 1.0}), Sampling(3)) for name in ("t1", "t2"))
+        gone, there = (answer(service, ids, MixtureRequest(adapters={name: 1.0}), Sampling(3)) for name in ("t1", "t2"))
         return await asyncio.gather(gone, there, return_exceptions=True), service.cards
 
     (gone, there), cards = served(logo, use)

@@ -13,14 +13,14 @@ import torch
 import tiny
 from logo import LoGo
 from logo.errors import AdapterError, NotFinite
-from logo.protocol import GenerationFailed, Sampling, Wish
+from logo.protocol import GenerationFailed, MixtureRequest, Sampling
 from logo.serving.service import Service
 from test_engine import engine, write_adapter
 from test_packed import failing
 from test_serving_engine import alone, answer, served, settled
 from test_store import consistent
 
-GOOD, BAD = Wish(adapters={"good": 1.0}), Wish(adapters={"bad": 1.0})
+GOOD, BAD = MixtureRequest(adapters={"good": 1.0}), MixtureRequest(adapters={"bad": 1.0})
 # Each of them is finite in its file; what they make of a prompt is not.
 FAULTS = {
     "B (A x)": (torch.float32, 1e20),
@@ -53,7 +53,7 @@ def test_a_mixture_that_overflows_is_an_error_of_its_own_request(
 
     async def use(service: Service) -> Any:
         single = [(await answer(service, ids, GOOD, way))[:2] for ids in rows]
-        jobs = [answer(service, ids, wish, way) for ids in rows for wish in (GOOD, BAD)]
+        jobs = [answer(service, ids, wanted, way) for ids in rows for wanted in (GOOD, BAD)]
         together = await asyncio.gather(*jobs, return_exceptions=True)
         after = await answer(service, rows[0], GOOD, way)  # the bad adapter's columns may still be there
         return single, together, after[:2], await settled(service), service.batching.alive
@@ -75,7 +75,7 @@ def test_out_of_memory_at_every_allocation_of_the_store_fails_one_request_and_no
     """One after the other, until an adapter becomes resident without meeting the one that fails."""
     logo = pool(tmp_path, *FAULTS["B (A x)"])
     rows = tiny.prompts([6, 11], seed=3)
-    new = Wish(adapters={"good": 0.5, "late": 1.0})
+    new = MixtureRequest(adapters={"good": 0.5, "late": 1.0})
     write_adapter(tmp_path / "late", logo.model, ("q_proj", "v_proj", "o_proj"), rank=3, seed=4)
     logo.pool.add(tmp_path / "late")
     want = alone(logo, rows, [GOOD, new], 6)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from logo.backends.cluster import Layout, Share
+from logo.backends.cluster import Layout, ProcessResources
 from logo.serving import driver
 from logo.serving.driver import serve_replicas
 from logo.serving.membership import Lost
@@ -108,7 +108,7 @@ def serving(ray: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
     for name in ("connect", "application"):
         monkeypatch.setattr(driver, name, lambda *parts: None)
     monkeypatch.setattr(driver, "imported", lambda: ray)
-    monkeypatch.setattr(driver, "share", lambda *parts: Share(1, 1, 1, 0.0))
+    monkeypatch.setattr(driver, "process_resources", lambda *parts: ProcessResources(1, 1, 1, 0.0))
     for name in ("_LOOK", "_FAREWELL"):
         monkeypatch.setattr(driver, name, 0.01)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -25,7 +25,7 @@ from logo.decoding import Prompts, check_batch_size, check_streamable
 from logo.mixing import Merge
 from logo.prompts import Prompt, several
 from logo.scoring import Scored, completion_ids
-from logo.selecting import Asked, CallOptions, Selecting, for_each, take_call_options
+from logo.selecting import CallOptions, CallSettings, Selecting, for_each, take_call_options
 from logo.selection.selector import Forced, Selection, forced
 from logo.selection.settings import SelectionSettings
 
@@ -145,38 +145,38 @@ class Calls(ABC):
             PoolError: a candidate that is not in the pool, or adapters that the call's signal cannot score.
         """
         given, alone = several(prompts)
-        asked = self.asked(**options)
+        call = self.call_settings(**options)
         rows = self.prompts.read(given, room=self.prompts.room(max_new_tokens))
-        selections = self.select_ids(rows, asked, batch_size=batch_size)
+        selections = self.select_ids(rows, call, batch_size=batch_size)
         return selections[0] if alone else selections
 
-    def asked(self, **options: Unpack[CallOptions]) -> Asked:
+    def call_settings(self, **options: Unpack[CallOptions]) -> CallSettings:
         """The options of one call, checked: errors as `select`."""
         self._sync()
-        return self._selecting.asked(options)
+        return self._selecting.call_settings(options)
 
     def select_ids(
         self,
         rows: Sequence[Prompt | Sequence[int]],
-        asked: Asked | Sequence[Asked] | None = None,
+        calls: CallSettings | Sequence[CallSettings] | None = None,
         *,
         batch_size: int = 8,
     ) -> list[Selection]:
         """`select` for prompts that have been read, or are token ids with special tokens included; none is cut.
 
         Args:
-            asked: of all of them, or of each.
+            calls: of all of them, or of each.
         """
         check_batch_size(batch_size)
         with self._lock:
             self._sync()
-            every = asked or Asked(self.settings)
-            each = [every] * len(rows) if isinstance(every, Asked) else every
+            every = calls or CallSettings(self.settings)
+            each = [every] * len(rows) if isinstance(every, CallSettings) else every
             return self._selecting([Prompt.of(row) for row in rows], each, batch_size)
 
     def reselect(self, scores: Mapping[str, float], **options: Unpack[CallOptions]) -> Selection:
         """The selection that scores from before give for other options; the scores are those of the options' signal."""
-        return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), self.asked(**options))
+        return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), self.call_settings(**options))
 
     def restart(self) -> None:
         """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""
@@ -228,7 +228,7 @@ class Calls(ABC):
         given, alone = several(prompts)
         check_batch_size(batch_size)
         stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
-        asked = self.asked(**take_call_options(options, adapters))
+        call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         check_forced(activation)
         decoding = Decoding(config, self.model.generation_config, stop_at_newline, stop, activation)
@@ -243,7 +243,7 @@ class Calls(ABC):
             for part in self._parts([len(row) for row in rows], batch_size):
                 with self._holding():
                     started, some = time.perf_counter(), [rows[i] for i in part]
-                    selections = self._selecting.mixtures(some, [wanted[i] for i in part], asked, batch_size)
+                    selections = self._selecting.mixtures(some, [wanted[i] for i in part], call, batch_size)
                     probed = (time.perf_counter() - started) / len(part)
                     ids = [row.ids for row in some]
                     made = self._answers(ids, selections, decoding, probed, batch_size, streamer)
@@ -264,13 +264,13 @@ class Calls(ABC):
 
         Leaving the loop early ends the generation. Arguments as `generate`.
         """
-        asked = self.asked(**take_call_options(options, adapters))
+        call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
         decoding = self._decoding(Decoding(config, self.model.generation_config, activation=check_forced(activation)))
         with self._lock:
             self._sync()
             [row] = self.prompts.read([prompt], room=config.max_new_tokens)
-            [selection] = self._selecting.mixtures([row], adapters, asked, 1)
+            [selection] = self._selecting.mixtures([row], adapters, call, 1)
         return self._pieces(row.ids, selection, decoding)
 
     def score(
@@ -287,7 +287,7 @@ class Calls(ABC):
             UsageError: no prompt, a completion without tokens or too long.
             PoolError: as `generate`.
         """
-        asked = self.asked(**options)
+        call = self.call_settings(**options)
         with self._lock:
             self._sync()
             [whole] = self.prompts.read([prompt], room=None)
@@ -295,7 +295,7 @@ class Calls(ABC):
             gold = completion_ids(self.tokenizer, text, completion, self.prompts.context)
             [row] = self.prompts.read([whole], room=len(gold))
             with self._holding():
-                chosen = self._selecting.mixtures([row] * len(mixtures), mixtures, asked, 1)
+                chosen = self._selecting.mixtures([row] * len(mixtures), mixtures, call, 1)
                 return self._score(row.ids, gold, [one.mixture for one in chosen])
 
     def score_pairs(

@@ -317,4 +317,4 @@ class Prepared:
 
     def calibrate(self, signal: str) -> None:
         """Makes ready to select by this signal. Errors as `LoGo.calibrate`."""
-        self.scorers.get(self.settings.asked(signal=signal))
+        self.scorers.get(self.settings.for_call(signal=signal))

@@ -1,9 +1,9 @@
 """What a server asks of an engine. Whatever does this can stand behind the same app.
 
-    wish -> choose -> Chosen -> generate -> Delta, Delta, ...
+    wanted -> choose -> SelectedMixture -> generate -> Delta, Delta, ...
 
 `logo.serving.service.Service` is the engine of one process. Gates, caches and places are an engine's own affair: the
-app sees a `Chosen` only from outside, and hands it back.
+app sees a `SelectedMixture` only from outside, and hands it back.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class GenerationTimeout(LoGoError, TimeoutError):
 
 
 @dataclass(frozen=True)
-class Wish:
+class MixtureRequest:
     """What a request asks of its mixture.
 
     Attributes:
@@ -174,7 +174,7 @@ class Figures:
     not_invoked: int = 0
 
 
-class Chosen(Protocol):
+class SelectedMixture(Protocol):
     """A mixture that is ready to be generated with."""
 
     @property
@@ -268,7 +268,7 @@ class Engine(Protocol):
     def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
         """The adapters that an API key may use now, by name; None: all of them."""
 
-    async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Chosen:
+    async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> SelectedMixture:
         """The mixture for a prompt.
 
         Raises:

@@ -1,6 +1,6 @@
 """`Selecting`: what one call asks of the selection, and a selection for each of its prompts.
 
-    options -> Asked          prompts -> (probed in batches) -> scores -> Selection
+    options -> CallSettings          prompts -> (probed in batches) -> scores -> Selection
 
 Knows nothing about answers.
 """
@@ -53,7 +53,7 @@ class CallOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Asked:
+class CallSettings:
     """What one call asks for, checked against the pool and ready to be used.
 
     Attributes:
@@ -79,7 +79,7 @@ class Choosing:
     def __init__(self, pool: AdapterPool, settings: SelectionSettings, described: Collection[str] = ()) -> None:
         self.pool, self._settings, self._described = pool, settings, frozenset(described)
 
-    def asked(self, options: CallOptions) -> Asked:
+    def call_settings(self, options: CallOptions) -> CallSettings:
         """What one call asks for, checked against the pool.
 
         Raises:
@@ -92,7 +92,7 @@ class Choosing:
         for name in given:
             if name not in allowed:
                 raise UsageError(f"unknown option {name!r}{closest(name, allowed)}; known: {', '.join(allowed)}")
-        settings = self._settings.asked(**given)
+        settings = self._settings.for_call(**given)
         if candidates is not None:
             names = (candidates,) if isinstance(candidates, str) else candidates
             among = frozenset(known(name, self.pool) for name in names)
@@ -100,26 +100,26 @@ class Choosing:
                 raise UsageError("candidates: expected one adapter or more, found none; `adapters={}` uses none")
         if given.get("k") is not None:
             check_k(given["k"], len(self.pool if among is None else among))
-        return Asked(settings, among)
+        return CallSettings(settings, among)
 
-    def wanted(self, asked: Asked) -> Best:
+    def wanted(self, call: CallSettings) -> Best:
         """What of the scores of one prompt decides what is chosen."""
-        k = self.pool.default_k if asked.settings.k is None else asked.settings.k
-        return Best(k, asked.candidates)
+        k = self.pool.default_k if call.settings.k is None else call.settings.k
+        return Best(k, call.candidates)
 
-    def choose(self, scores: Tensor, names: Sequence[str], asked: Asked) -> Selection:
+    def choose(self, scores: Tensor, names: Sequence[str], call: CallSettings) -> Selection:
         """The selection that scores (adapters,) give. Adapters that are `NOT_SCORED` are left out, and listed nowhere.
 
         Raises:
             NotFinite: the score of a candidate is NaN or infinite.
             PoolError: no candidate has a score.
         """
-        settings = asked.settings
-        if asked.candidates is not None:
-            left = [i for i, name in enumerate(names) if name in asked.candidates]
+        settings = call.settings
+        if call.candidates is not None:
+            left = [i for i, name in enumerate(names) if name in call.candidates]
             if not left:
                 raise PoolError(
-                    f"none of the {len(asked.candidates)} candidates touches what the signal {settings.signal!r} "
+                    f"none of the {len(call.candidates)} candidates touches what the signal {settings.signal!r} "
                     "reads: name others, or force one (`adapters`)"
                 )
             scores, names = scores[left], [names[i] for i in left]
@@ -145,7 +145,7 @@ class Selecting(Choosing, ABC):
     def __call__(
         self,
         rows: Sequence[Prompt],
-        asked: Sequence[Asked],
+        calls: Sequence[CallSettings],
         batch_size: int,
         *,
         answering: bool = False,
@@ -154,7 +154,7 @@ class Selecting(Choosing, ABC):
 
         Args:
             rows: prompts that were read.
-            asked: parallel to `rows`; those of one signal are probed together.
+            calls: parallel to `rows`; those of one signal are probed together.
             batch_size: prompts per probe at most.
             answering: the selections are going to answer at once.
         """
@@ -167,7 +167,7 @@ class Selecting(Choosing, ABC):
         self,
         rows: Sequence[Prompt],
         adapters: Forced | Sequence[Forced | None] | None,
-        asked: Asked,
+        call: CallSettings,
         batch_size: int,
     ) -> list[Selection]:
         """What answers each row: what is forced, and a selection where nothing is.
@@ -180,9 +180,9 @@ class Selecting(Choosing, ABC):
             PoolError: a forced adapter that is not in the pool, or not among the candidates.
         """
         wanted = for_each(adapters, len(rows))
-        done = {i: forced(entry, self.pool, asked.candidates) for i, entry in enumerate(wanted) if entry is not None}
+        done = {i: forced(entry, self.pool, call.candidates) for i, entry in enumerate(wanted) if entry is not None}
         open_rows = [i for i, entry in enumerate(wanted) if entry is None]
-        each = [asked] * len(open_rows)
+        each = [call] * len(open_rows)
         found = self([rows[i] for i in open_rows], each, batch_size, answering=True)
         done |= zip(open_rows, found, strict=True)
         return [done[i] for i in range(len(rows))]
@@ -237,12 +237,12 @@ class Probing(Selecting):
 
     def scorer(self, signal: str | None = None, tell: Tell | None = None) -> Scorer:
         """The scorer of a signal; None: the engine's own. The pool is calibrated for it, if it was not yet."""
-        return self.scorers.get(self._settings.asked(signal=signal), tell)
+        return self.scorers.get(self._settings.for_call(signal=signal), tell)
 
     def __call__(
         self,
         rows: Sequence[Prompt],
-        asked: Sequence[Asked],
+        calls: Sequence[CallSettings],
         batch_size: int,
         *,
         answering: bool = False,
@@ -258,14 +258,14 @@ class Probing(Selecting):
         once = self.scorers.read_once and self._settings.probe_text is None
         probed = [row.ids if once else row.probed for row in rows]
         if self._settings.probe_context == "carry":
-            return [self._select_carried(row, one) for row, one in zip(probed, asked, strict=True)]
+            return [self._select_carried(row, one) for row, one in zip(probed, calls, strict=True)]
         selections: dict[int, Selection] = {}
         active = self.pool.names if self._settings.probe_context == "pool" else ()
-        for signal in dict.fromkeys(one.settings.signal for one in asked):
-            members = [i for i, one in enumerate(asked) if one.settings.signal == signal]
+        for signal in dict.fromkeys(one.settings.signal for one in calls):
+            members = [i for i, one in enumerate(calls) if one.settings.signal == signal]
             for part in batches_by_length([len(probed[i]) for i in members], batch_size, tokens=MAX_TOKENS):
                 batch = [members[i] for i in part]
-                found = self._probe([probed[i] for i in batch], [asked[i] for i in batch], active)
+                found = self._probe([probed[i] for i in batch], [calls[i] for i in batch], active)
                 if answering:  # their tensors are read while the next batch is probed
                     self._mixer.prefetch(self.pool, [name for selection in found for name in selection.adapters])
                 selections |= zip(batch, found, strict=True)
@@ -280,25 +280,25 @@ class Probing(Selecting):
         self._carried = None
         self.scorers.restart()
 
-    def _select_carried(self, row: Sequence[int], asked: Asked) -> Selection:
+    def _select_carried(self, row: Sequence[int], call: CallSettings) -> Selection:
         """As the official code runs: what the last prompt selected is still active, at full scale, while probing."""
         pool, before = self.pool, self._carried
         active = pool.names if before is None else tuple(name for name in before if name in pool)
-        [selection] = self._probe([row], [asked], active)
+        [selection] = self._probe([row], [call], active)
         self._carried = selection.adapters
         return selection
 
     def _probe(
         self,
         rows: Sequence[Sequence[int]],
-        asked: Sequence[Asked],
+        calls: Sequence[CallSettings],
         active: tuple[str, ...],
     ) -> list[Selection]:
-        scorer = self.scorers.get(asked[0].settings)  # a calibration that this brings about reads the base model alone
+        scorer = self.scorers.get(calls[0].settings)  # a calibration that this brings about reads the base model alone
         ids, mask = self._prompts.pad(rows, "right", input_device(self._model))
         with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
-            scores = scorer.best(ids, mask, [self.wanted(one) for one in asked])
-        return [self.choose(row, scorer.names, one) for row, one in zip(scores, asked, strict=True)]
+            scores = scorer.best(ids, mask, [self.wanted(one) for one in calls])
+        return [self.choose(row, scorer.names, one) for row, one in zip(scores, calls, strict=True)]
 
 
 def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:

@@ -199,7 +199,7 @@ def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, prompts: list
             assert own == pytest.approx(list(expected.scores.values()), rel=1e-3, abs=1e-3)
     choosing = Choosing(local.fitted, local.settings)
     for rows in zip(*(one["scores"] for one in scores), strict=True):
-        first, cached = (choosing.choose(torch.tensor(row), local.names, choosing.asked({})) for row in rows)
+        first, cached = (choosing.choose(torch.tensor(row), local.names, choosing.call_settings({})) for row in rows)
         assert cached.adapters == first.adapters
         assert cached.weights == pytest.approx(first.weights, abs=WEIGHTS)
     answers = local.generate(texts, adapters=mixtures, max_new_tokens=6)

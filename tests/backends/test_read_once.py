@@ -180,7 +180,10 @@ def test_runner_v2_does_the_same(engines: Engines, tmp_path: Path, local: LoGo) 
     expected = local.generate(short, adapters=wanted, max_new_tokens=12, min_new_tokens=12)
     assert others["tokens"] == [list(one.token_ids) for one in expected] and not others["failed"]
     choosing = Choosing(local.fitted, local.settings)
-    both = [choosing.choose(torch.tensor(one["scores"][0]), local.names, choosing.asked({})) for one in (first, again)]
+    both = [
+        choosing.choose(torch.tensor(one["scores"][0]), local.names, choosing.call_settings({}))
+        for one in (first, again)
+    ]
     assert both[0].adapters == both[1].adapters == local.select(long[:1])[0].adapters
     assert both[1].weights == pytest.approx(both[0].weights, abs=WEIGHTS)
 

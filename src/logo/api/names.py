@@ -13,7 +13,7 @@ from logo.api.errors import bad_request, model_not_found, not_found
 from logo.api.problems import shown
 from logo.api.requests import LogoOptions
 from logo.errors import closest
-from logo.protocol import Patterns, Wish
+from logo.protocol import MixtureRequest, Patterns
 
 AUTO = "logo"
 """The model name that selects by itself."""
@@ -33,7 +33,9 @@ class Models:
     adapters: Collection[str]
     signals: Collection[str]
 
-    def wish(self, model: str, options: LogoOptions | None, patterns: Patterns | None = None) -> Wish:
+    def mixture_request(
+        self, model: str, options: LogoOptions | None, patterns: Patterns | None = None
+    ) -> MixtureRequest:
         """What a model's name and the field `logo` ask for.
 
         Args:
@@ -46,7 +48,7 @@ class Models:
             raise model_not_found(model, closest(model, (AUTO, self.base, *self.adapters)))
         options = options or LogoOptions()
         if options.adapters is not None:
-            return Wish(options.adapters, usable=patterns)
+            return MixtureRequest(options.adapters, usable=patterns)
         if options.signal is not None and options.signal not in self.signals:
             raise bad_request(
                 f"logo.signal: expected one of {', '.join(self.signals)}, which this server was started with, "
@@ -55,11 +57,11 @@ class Models:
             )
         if model == AUTO:
             given: Any = {name: getattr(options, name) for name in options.selecting}
-            return Wish(None, given, patterns)
+            return MixtureRequest(None, given, patterns)
         if options.selecting:
             said = ", ".join(map(repr, options.selecting))
             raise bad_request(f"logo: model {shown(model)} selects nothing; leave out {said}", "logo")
-        return Wish({} if model == self.base else {model: 1.0}, usable=patterns)
+        return MixtureRequest({} if model == self.base else {model: 1.0}, usable=patterns)
 
     def check_new(self, name: str, *, replace: bool) -> None:
         """Whether an adapter of this name may be added.

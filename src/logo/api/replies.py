@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from logo.protocol import Card, Chosen
+from logo.protocol import Card, SelectedMixture
 
 _CONFIDENCE = "The probability that the pool holds an adapter made for the prompt; null where nothing is known of it."
 
@@ -27,7 +27,7 @@ class Mixture(Reply):
     queue_ms: float = Field(description="How long the request waited for a place.")
 
     @classmethod
-    def of(cls, chosen: Chosen) -> Mixture:
+    def of(cls, chosen: SelectedMixture) -> Mixture:
         """What was chosen for a prompt."""
         return cls(
             adapters=list(chosen.selection.adapters),
@@ -55,7 +55,7 @@ class SelectionReply(Reply):
     tokens: int = Field(description="Of the prompt.")
 
     @classmethod
-    def of(cls, chosen: Chosen, tokens: int) -> SelectionReply:
+    def of(cls, chosen: SelectedMixture, tokens: int) -> SelectionReply:
         """What was chosen for a prompt of so many tokens."""
         return cls(
             adapters=list(chosen.selection.adapters),

@@ -76,7 +76,7 @@ def imported() -> Any:
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessResources:
     """What there is for each process.
 
     Attributes:
@@ -128,7 +128,7 @@ def _check_answers(address: str) -> None:
         ) from None
 
 
-def share(ray: Any, layout: Layout) -> Share:
+def process_resources(ray: Any, layout: Layout) -> ProcessResources:
     """What there is for each process.
 
     Raises:
@@ -146,7 +146,7 @@ def share(ray: Any, layout: Layout) -> Share:
         what = f"{max(count, 1)} workers of {cpus} CPUs and {gpus:g} GPUs each"
         where = "this machine" if local else "the cluster"
         raise WorkersError(f"no room for {what}: {where} has {cpus_there:g} CPUs and {gpus_there:g} GPUs")
-    return Share(count, room, cpus, gpus)
+    return ProcessResources(count, room, cpus, gpus)
 
 
 def _fit(node: dict[str, float], cpus: int, gpus: float) -> int:

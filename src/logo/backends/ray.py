@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from logo.backends.cluster import Layout, WorkersError, connect, imported, share
+from logo.backends.cluster import Layout, WorkersError, connect, imported, process_resources
 from logo.backends.host import Answer, Host, Refused, Shared
 from logo.backends.items import Elsewhere, I, Lost, Queue, Unlike
 from logo.backends.process import Process, how_ended
@@ -69,7 +69,7 @@ class Workers(Generic[H]):
         self._warned: set[str] = set()
         connect(self._ray, layout)
         try:
-            self._share = share(self._ray, layout)
+            self._share = process_resources(self._ray, layout)
             for _ in range(self._share.count):
                 self._start()
             self.description = self._first(min(self._share.count, self._share.room))

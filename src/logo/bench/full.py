@@ -17,7 +17,7 @@ from logo.adapters.pool import AdapterPool
 from logo.bench.curves import Curve, curves
 from logo.bench.large import LargePool, large_pool
 from logo.bench.once import once_end_to_end, once_prefill, reading_once
-from logo.bench.parts import Bench, Part, endless, mixtures_of, peft_opened, real_prompts
+from logo.bench.parts import Bench, MeasuredPart, endless, mixtures_of, peft_opened, real_prompts
 from logo.bench.peft_arm import PeftArm
 from logo.bench.synthetic import Sizes, base_model, memory_pool, write_adapters
 from logo.engine import LoGo
@@ -69,12 +69,12 @@ class Results:
     """The results of a run."""
 
     about: Mapping[str, object]
-    parts: tuple[Part, ...]
+    parts: tuple[MeasuredPart, ...]
     large: LargePool | None
     shown: tuple[Curve, ...]
     held_bytes: int
 
-    def part(self, name: str) -> Part | None:
+    def part(self, name: str) -> MeasuredPart | None:
         """The part of this name, if it was measured."""
         return next((part for part in self.parts if part.name == name), None)
 
@@ -200,7 +200,7 @@ def _base(plan: Plan, sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedTokenize
     return base_model(sizes, plan.seed, plan.device, plan.dtype)
 
 
-def _one_layer(plan: Plan, say: Callable[[str], None]) -> Part:
+def _one_layer(plan: Plan, say: Callable[[str], None]) -> MeasuredPart:
     """Random mixtures in one layer of Llama-3.1-8B's shapes, in which adapters are smaller relative to the base
     weights.
     """

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from logo.bench.parts import Bench, Part, answering
+from logo.bench.parts import Bench, MeasuredPart, answering
 from logo.bench.rounds import side_by_side
 from logo.bench.synthetic import related_mixtures
 from logo.engine import LoGo
@@ -27,7 +27,7 @@ def reading_once(bench: Bench) -> LoGo:
     return made
 
 
-def once_prefill(bench: Bench, once: LoGo, tokens: int, prefix: int, own: int) -> Part:
+def once_prefill(bench: Bench, once: LoGo, tokens: int, prefix: int, own: int) -> MeasuredPart:
     """From a prompt to its first token: by the base model alone, with selection and mixture, and for a prompt whose
     first `prefix` tokens are cached.
     """
@@ -41,10 +41,10 @@ def once_prefill(bench: Bench, once: LoGo, tokens: int, prefix: int, own: int) -
         "cached, once": lambda: answering(once, [f"{shared} {bench.prompts(1, own)[0]}"], 1),
     }
     counts = {"tokens": tokens, "prefix": prefix}
-    return Part("read once", side_by_side(arms, bench.rounds, device=bench.device), counts)
+    return MeasuredPart("read once", side_by_side(arms, bench.rounds, device=bench.device), counts)
 
 
-def once_end_to_end(bench: Bench, once: LoGo, batch: int, tokens: int, new: int) -> Part:
+def once_end_to_end(bench: Bench, once: LoGo, batch: int, tokens: int, new: int) -> MeasuredPart:
     """As `Bench.end_to_end`."""
     bench.say(f"read once, end to end, batch {batch}")
     arms: dict[str, Callable[[], object]] = {
@@ -60,4 +60,6 @@ def once_end_to_end(bench: Bench, once: LoGo, batch: int, tokens: int, new: int)
             return answering(once, texts, new, related_mixtures(once.names, batch, bench.k, seed=next(seeds)))
 
         arms["once, related"] = related
-    return Part(f"read once, batch {batch}", side_by_side(arms, bench.rounds, device=bench.device), {"new": new})
+    return MeasuredPart(
+        f"read once, batch {batch}", side_by_side(arms, bench.rounds, device=bench.device), {"new": new}
+    )

@@ -27,7 +27,7 @@ _BEFORE, _DECODED = 9, 32
 
 
 @dataclass(frozen=True)
-class Part:
+class MeasuredPart:
     """One measured part.
 
     Attributes:
@@ -73,7 +73,7 @@ class Bench:
         device: torch.device = self.logo.model.device
         return device
 
-    def opening(self) -> tuple[Part, int]:
+    def opening(self) -> tuple[MeasuredPart, int]:
         """From a pool to an engine that can select, without and with a cache; and the memory that this takes."""
         self.say("open pool")
         model, tokenizer = self.logo.model, self.logo.tokenizer
@@ -93,9 +93,9 @@ class Bench:
             kept = opened(cache)
             held = resident() - before
             del kept
-            return Part("open pool", side_by_side(arms, self.rounds, device=self.device)), held
+            return MeasuredPart("open pool", side_by_side(arms, self.rounds, device=self.device)), held
 
-    def selecting(self, tokens: int) -> Part:
+    def selecting(self, tokens: int) -> MeasuredPart:
         """Probe, score and select, by both signals, beside a plain prefill of the same prompt."""
         self.say("select")
         logo = self.logo
@@ -109,9 +109,9 @@ class Bench:
             arms[signal] = lambda signal=signal: logo.select(  # type: ignore[misc]
                 self.prompts(1, tokens)[0], signal=signal
             )
-        return Part("select", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
+        return MeasuredPart("select", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
 
-    def prefix(self, shared: int, own: int) -> Part:
+    def prefix(self, shared: int, own: int) -> MeasuredPart:
         """The second prompt with a prefix beside the first, for the calibrated and the official signal."""
         self.say("shared prefix")
         logo = self.logo
@@ -128,9 +128,11 @@ class Bench:
                 logo.select(f"{state['prefix']} {self.prompts(1, own)[0]}", signal=signal)
 
             arms |= {f"{signal}, first": first, f"{signal}, second": second}
-        return Part("shared prefix", side_by_side(arms, self.rounds, device=self.device), {"tokens": shared + own})
+        return MeasuredPart(
+            "shared prefix", side_by_side(arms, self.rounds, device=self.device), {"tokens": shared + own}
+        )
 
-    def decoding(self, batch: int, tokens: int, mixtures: Mapping[str, Sequence[Mapping[str, float]]]) -> Part:
+    def decoding(self, batch: int, tokens: int, mixtures: Mapping[str, Sequence[Mapping[str, float]]]) -> MeasuredPart:
         """Seconds per decoding step of a batch: the base model, and LoGo with these mixtures (a set of rows each)."""
         self.say(f"decode, batch {batch}")
         texts = self.prompts(batch, tokens)
@@ -145,17 +147,17 @@ class Bench:
             short, long = found[f"{name}, {_BEFORE}"], found[f"{name}, {_BEFORE + _DECODED}"]
             spent = [(b - a) / _DECODED for a, b in zip(short.rounds, long.rounds, strict=True)]
             steps[name] = Timed(statistics.median(spent), tuple(spent), long.peak_bytes)
-        return Part(f"decode, batch {batch}", steps, {"rows": batch})
+        return MeasuredPart(f"decode, batch {batch}", steps, {"rows": batch})
 
-    def prefilling(self, tokens: int) -> Part:
+    def prefilling(self, tokens: int) -> MeasuredPart:
         """One prompt and one token, with a mixture and without; the mixture's tensors are already loaded."""
         self.say("prefill")
         texts = self.prompts(1, tokens)
         mixture = random_mixtures(self.logo.names, 1, self.k)
         arms = {"base": self._generating(texts, [{}], 1), "mixture": self._generating(texts, mixture, 1)}
-        return Part("prefill", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
+        return MeasuredPart("prefill", side_by_side(arms, self.rounds, device=self.device), {"tokens": tokens})
 
-    def first_tokens(self, batch: int, tokens: int) -> Part:
+    def first_tokens(self, batch: int, tokens: int) -> MeasuredPart:
         """From the selection of a batch to its first tokens; the base arm is a plain prefill of the batch.
 
         The *new* arms have other mixtures in every round, the *again* arms those of the batch before.
@@ -171,9 +173,11 @@ class Bench:
                 return last[0]()
 
             arms |= {f"{name}, new": new, f"{name}, again": lambda last=last: last[0]()}  # type: ignore[misc]
-        return Part(f"first token, batch {batch}", side_by_side(arms, self.rounds, device=self.device), {"rows": batch})
+        return MeasuredPart(
+            f"first token, batch {batch}", side_by_side(arms, self.rounds, device=self.device), {"rows": batch}
+        )
 
-    def end_to_end(self, batch: int, tokens: int, new: int, peft: PeftArm | None) -> Part:
+    def end_to_end(self, batch: int, tokens: int, new: int, peft: PeftArm | None) -> MeasuredPart:
         """From prompts to answers of this many new tokens, per batch, with new prompts each time.
 
         The selections of a random model are arbitrary. For related rows, the prompts are selected for as usual, and
@@ -207,7 +211,9 @@ class Bench:
                 arms["PEFT, one batch"] = lambda: peft.answer_batch(self.prompts(batch, tokens), config)
             else:
                 arms["PEFT, all active"] = lambda: peft.answer_active(self.prompts(1, tokens)[0], config)
-        return Part(f"end to end, batch {batch}", side_by_side(arms, self.rounds, device=self.device), {"new": new})
+        return MeasuredPart(
+            f"end to end, batch {batch}", side_by_side(arms, self.rounds, device=self.device), {"new": new}
+        )
 
     def _generating(self, texts: list[str], mixtures: Sequence[Mapping[str, float]], new: int) -> Callable[[], object]:
         return lambda: answering(self.logo, texts, new, mixtures)

@@ -168,7 +168,7 @@ def evaluate(
     Example: `logo eval run --dataset bbh.boolean_expressions --base-model Llama-3.1-8B`
     """
     from logo.evaluation.identity import check_baseline
-    from logo.evaluation.resume import Wish
+    from logo.evaluation.resume import ResumePolicy
 
     check_baseline(engine.baseline.value)
     base_model = engine.base_model or OFFICIAL_BASE
@@ -203,7 +203,7 @@ def evaluate(
         else:
             session = _in_workers(layout, engine, runner, run, chosen, base_model)
             stack.enter_context(session.workers)
-        plans = session.plans(jobs, Wish(run.overwrite, run.mix_environments))
+        plans = session.plans(jobs, ResumePolicy(run.overwrite, run.mix_environments))
         scores, lost = _answered(session, plans, json=json)
     if lost is not None:
         err.print(f"logo: error: {lost}", markup=False)

@@ -34,10 +34,10 @@ def merge_results(
     Example: `logo eval merge results`
     """
     from logo.evaluation.merging import find_shards, merge
-    from logo.evaluation.resume import Wish
+    from logo.evaluation.resume import ResumePolicy
 
     scores = []
-    for merged in merge(find_shards(folders), Wish(overwrite, mix_environments)):
+    for merged in merge(find_shards(folders), ResumePolicy(overwrite, mix_environments)):
         score = Score(merged.files["run.json"]["dataset"]["name"], merged.folder, merged.files)
         scores.append(score)
     if not json:

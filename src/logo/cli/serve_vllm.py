@@ -57,7 +57,7 @@ class VllmMode(Choice):
 
 
 @dataclass(frozen=True)
-class Asked:
+class VllmServerOptions:
     """What the command line says to vLLM's server, and to our own as well.
 
     Attributes:
@@ -86,7 +86,7 @@ class Asked:
 def serve(
     options: EngineOptions,
     base_model: str,
-    asked: Asked,
+    server: VllmServerOptions,
     *,
     dry_run: bool,
     several: Callable[[VllmPlan], Any] | None = None,
@@ -100,15 +100,15 @@ def serve(
     from logo.serving.front import FrontSettings
     from logo.serving.guards import GuardSettings, is_loopback
 
-    _refuse(options, asked, alone=several is None)
+    _refuse(options, server, alone=several is None)
     check_environment(os.environ)
     if not dry_run:
         _check_installed()
-    GuardSettings(asked.host, asked.api_keys, cors_origins=asked.cors)  # refuses keys and origins that are none
-    if not asked.api_keys and not os.environ.get(API_KEY) and not is_loopback(asked.host):
-        note(OPEN.format(asked.host))
-    more = FrontSettings(asked.host, asked.allow_hosts, asked.open_metrics).environment()
-    launch = _launch(options, base_model, asked)
+    GuardSettings(server.host, server.api_keys, cors_origins=server.cors)  # refuses keys and origins that are none
+    if not server.api_keys and not os.environ.get(API_KEY) and not is_loopback(server.host):
+        note(OPEN.format(server.host))
+    more = FrontSettings(server.host, server.allow_hosts, server.open_metrics).environment()
+    launch = _launch(options, base_model, server)
     if dry_run:
         out.print(launch.shown(more), markup=False)
         if launch.api_key is not None:
@@ -120,7 +120,7 @@ def serve(
         if os.environ.get(UPDATING, "0").strip().lower() in ("1", "true"):  # as vLLM reads it
             launch = replace(launch, options={**launch.options, "adapter_changes": True})
         pool = functools.partial(open_pool, everywhere(options), absolute(base_model))
-        return several(VllmPlan(launch, more, pool, asked.max_concurrent))
+        return several(VllmPlan(launch, more, pool, server.max_concurrent))
     return _become(launch, more)
 
 
@@ -132,21 +132,21 @@ def _become(launch: Launch, more: Mapping[str, str]) -> None:
     os.execvpe(launch.command[0], launch.command, environment)
 
 
-def _refuse(options: EngineOptions, asked: Asked, *, alone: bool) -> None:
+def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -> None:
     """Raises UsageError for what vLLM's server cannot do."""
     usual = EngineOptions()
     names = ("allow_pickle", "adapter_memory_gb", "adapter_cache_gb", "fold", "gpu", "device_map")
     given = [
         *(f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(usual, name)),
-        *asked.refused,
+        *server.refused,
     ]
     for option in given:
         raise UsageError(f"{option} is not for --engine vllm: {INSTEAD[option]}")
-    if asked.port == 0 and alone:
+    if server.port == 0 and alone:
         raise UsageError("--port 0 is not for --engine vllm, which does not tell what port it took: name one")
-    if len(asked.api_keys) > 1:
-        raise UsageError(f"--engine vllm takes one --api-key, found {len(asked.api_keys)}: give one")
-    if any(flag.split("=")[0] in ("--api-server-count", "-asc") for flag in asked.arguments):
+    if len(server.api_keys) > 1:
+        raise UsageError(f"--engine vllm takes one --api-key, found {len(server.api_keys)}: give one")
+    if any(flag.split("=")[0] in ("--api-server-count", "-asc") for flag in server.arguments):
         raise UsageError(
             "--api-server-count is read by `vllm serve` alone: start that, with the flags and the environment that "
             "--dry-run prints"
@@ -162,7 +162,7 @@ def _check_installed() -> None:
         )
 
 
-def _launch(options: EngineOptions, base_model: str, asked: Asked) -> Launch:
+def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) -> Launch:
     from logo.backends.vllm.launch import Launch
     from logo.backends.vllm.options import Options
     from logo.models import check_access, resolve_base
@@ -175,40 +175,40 @@ def _launch(options: EngineOptions, base_model: str, asked: Asked) -> Launch:
     place = pool_place(options.adapters, base_model, options.model_dir).spec
     told = {
         **settings.said,
-        "signals": list(asked.signals),
+        "signals": list(server.signals),
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter.value == "skip" else {}),
-        **({} if asked.max_body_mb is None else {"max_body_mb": asked.max_body_mb}),
+        **({} if server.max_body_mb is None else {"max_body_mb": server.max_body_mb}),
     }
     Options.of({"logo": {**told, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     on_cpu = _on_cpu()
     dtype = options.dtype if options.dtype not in (None, "auto") else "float32" if on_cpu else "auto"
-    plan, k = _planned(options, base_model, asked, str(dtype))
+    plan, k = _planned(options, base_model, server, str(dtype))
     template = _chat_template(base_model, source)
-    cache = asked.kv_cache_gb if asked.kv_cache_gb is not None else _CPU_CACHE_GB if on_cpu else None
+    cache = server.kv_cache_gb if server.kv_cache_gb is not None else _CPU_CACHE_GB if on_cpu else None
     flags = [
         *("--dtype", str(dtype)),
-        *("--max-num-seqs", str(asked.max_concurrent)),
-        *(() if asked.max_model_len is None else ("--max-model-len", str(asked.max_model_len))),
+        *("--max-num-seqs", str(server.max_concurrent)),
+        *(() if server.max_model_len is None else ("--max-model-len", str(server.max_model_len))),
         *(() if cache is None else ("--kv-cache-memory-bytes", str(int(cache * 1e9)))),
-        *("--allowed-origins", json.dumps(asked.cors)),
+        *("--allowed-origins", json.dumps(server.cors)),
         *(() if template is None else ("--chat-template", template)),
     ]
     return Launch(
         model=str(Path(source).absolute()) if Path(source).is_dir() else source,
-        name=asked.name,
+        name=server.name,
         plan=plan,
         pool=place,
         options={**told, "k": k},
-        host=asked.host,
-        port=asked.port,
-        api_key=asked.api_keys[0] if asked.api_keys else None,
+        host=server.host,
+        port=server.port,
+        api_key=server.api_keys[0] if server.api_keys else None,
         flags=flags,
         middlewares=(FRONT,),
-        given=asked.arguments,
+        given=server.arguments,
     )
 
 
-def _planned(options: EngineOptions, base_model: str, asked: Asked, dtype: str) -> tuple[Plan, int]:
+def _planned(options: EngineOptions, base_model: str, server: VllmServerOptions, dtype: str) -> tuple[Plan, int]:
     """The slots for this pool, told with the reason; and adapters per mixture."""
     from logo.adapters.layout import BaseLayout
     from logo.backends.plan import UTILISATION, plan
@@ -222,16 +222,16 @@ def _planned(options: EngineOptions, base_model: str, asked: Asked, dtype: str) 
     fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter.value)
     fitted = fitted.acting(settings.activation, settings.when_not_invoked)
     pool = PoolShape.of(model, fitted, settings)
-    mode: Mode | None = None if asked.mode is VllmMode.AUTO else "gate" if asked.mode is VllmMode.GATE else "merge"
+    mode: Mode | None = None if server.mode is VllmMode.AUTO else "gate" if server.mode is VllmMode.GATE else "merge"
     found = plan(
         shape,
         pool,
-        concurrency=asked.max_concurrent,
-        context=asked.max_model_len or min(_USUAL_CONTEXT, shape.context or _USUAL_CONTEXT),
+        concurrency=server.max_concurrent,
+        context=server.max_model_len or min(_USUAL_CONTEXT, shape.context or _USUAL_CONTEXT),
         dtype_bytes=number_dtype(shape, dtype).itemsize,
         device_bytes=_device_bytes(),
-        tensor_parallel=int(number(asked.arguments, "--tensor-parallel-size", "-tp") or 1),
-        utilisation=number(asked.arguments, "--gpu-memory-utilization") or UTILISATION,
+        tensor_parallel=int(number(server.arguments, "--tensor-parallel-size", "-tp") or 1),
+        utilisation=number(server.arguments, "--gpu-memory-utilization") or UTILISATION,
         mode=mode,
     )
     note(f"{len(pool)} adapters, {found.mode} mode: {found.reason}; {size(found.slots.bytes)} of slots")

@@ -128,7 +128,7 @@ def _jobs(options: RowOptions, cells: Sequence[Cell], output: Path) -> list[Job]
 def _answered(
     opener: Callable[[Cell], Evaluation], cells: Sequence[Cell], jobs: Sequence[Job], output: Path, rows: RowOptions
 ) -> Swept:
-    from logo.evaluation.resume import Wish
+    from logo.evaluation.resume import ResumePolicy
     from logo.evaluation.sweep.running import runs
     from logo.evaluation.sweep.running import sweep as run_sweep
 
@@ -141,7 +141,7 @@ def _answered(
                 jobs,
                 output,
                 opener,
-                wish=Wish(rows.overwrite, rows.mix_environments, "another --output keeps both"),
+                policy=ResumePolicy(rows.overwrite, rows.mix_environments, "another --output keeps both"),
                 on_progress=lambda what, done: shown.update(bar, completed=done, description=_short(what)),
             )
         except KeyboardInterrupt:

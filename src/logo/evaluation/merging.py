@@ -18,7 +18,7 @@ from logo.errors import DataError, UsageError
 from logo.evaluation.differences import differences, told
 from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
-from logo.evaluation.resume import Wish
+from logo.evaluation.resume import ResumePolicy
 from logo.evaluation.runner import DatasetResult, common_columns, known_confidences
 from logo.evaluation.runs import Place, find_results
 from logo.evaluation.shards import Shard, positions
@@ -32,7 +32,7 @@ _CUT = {"count": "the number of shards", "block": "--batch_size", "rows": "the n
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardResult:
     """One shard on the disk; `files` by name."""
 
     place: Place
@@ -80,7 +80,7 @@ class Merged:
     shards: tuple[Path, ...]
 
 
-def find_shards(paths: Iterable[Path]) -> list[Part]:
+def find_shards(paths: Iterable[Path]) -> list[ShardResult]:
     """The shards of these paths. Each path is a shard's folder, or a folder of which all shards are taken.
 
     Raises:
@@ -102,33 +102,33 @@ def find_shards(paths: Iterable[Path]) -> list[Part]:
     return [_part(place) for place in places.values()]
 
 
-def merge(parts: Sequence[Part], wish: Wish | None = None) -> list[Merged]:
+def merge(parts: Sequence[ShardResult], policy: ResumePolicy | None = None) -> list[Merged]:
     """Merges shards and writes each result beside its first shard; all are checked before one is written.
 
     Args:
-        wish: `overwrite` a merged result of another run; `mix` shards of several versions or kinds of device.
+        policy: `overwrite` a merged result of another run; `mix` shards of several versions or kinds of device.
 
     Raises:
         DataError: a shard is missing, occurs twice, or differs from the others in settings, pool or data; names it.
         UsageError: there is a merged result of another run.
         StorageError: a result cannot be read or written.
     """
-    wish = wish or Wish()
-    groups: dict[tuple[str, str], list[Part]] = {}
+    policy = policy or ResumePolicy()
+    groups: dict[tuple[str, str], list[ShardResult]] = {}
     for part in parts:
         groups.setdefault((part.run_folder.resolve().name, part.dataset), []).append(part)
-    done = [_merged(_checked(group, wish.mix)) for group in groups.values()]
+    done = [_merged(_checked(group, policy.mix)) for group in groups.values()]
     for whole in done:
-        if not wish.overwrite:
+        if not policy.overwrite:
             _check_place(whole)
     for whole in done:
         write_results(whole.folder, whole.files)
     return done
 
 
-def _part(place: Place) -> Part:
+def _part(place: Place) -> ShardResult:
     folder, files = place.folder, read_results(place.folder)
-    part = Part(place, files)
+    part = ShardResult(place, files)
     try:
         expected = len(part.places)
     except (KeyError, TypeError):
@@ -174,11 +174,11 @@ def _check_place(merged: Merged) -> None:
         raise UsageError(f"dataset {run['dataset']['name']!r}: {other}; --overwrite replaces it")
 
 
-def _checked(parts: Sequence[Part], mix: bool) -> list[Part]:
+def _checked(parts: Sequence[ShardResult], mix: bool) -> list[ShardResult]:
     """All shards of one dataset, in order."""
     first = parts[0]
     named = f"dataset {first.dataset!r}"
-    held: dict[int, Part] = {}
+    held: dict[int, ShardResult] = {}
     for part in parts:
         found = _difference(first, part)
         if found:
@@ -202,7 +202,7 @@ def _checked(parts: Sequence[Part], mix: bool) -> list[Part]:
     return ordered
 
 
-def _check_environments(parts: Sequence[Part]) -> None:
+def _check_environments(parts: Sequence[ShardResult]) -> None:
     """Raises DataError unless all rows were answered under the same versions and on the same kind of device."""
     first, *others = _environments(parts) or [{}]
     if others:
@@ -214,7 +214,7 @@ def _check_environments(parts: Sequence[Part]) -> None:
         )
 
 
-def _difference(one: Part, other: Part) -> str:
+def _difference(one: ShardResult, other: ShardResult) -> str:
     """The difference between two shards' runs, in a few words; '' if there is none."""
     found = differences(_known_by(one.run), _known_by(other.run))
     if found or one.run["fingerprint"] == other.run["fingerprint"]:
@@ -228,13 +228,13 @@ def _known_by(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**cut, **run["identity"], "pool": run["pool"], "learnt_sha256": run.get("learnt_sha256")}
 
 
-def _environments(parts: Sequence[Part]) -> list[dict[str, Any]]:
+def _environments(parts: Sequence[ShardResult]) -> list[dict[str, Any]]:
     """The environments, each once."""
     found = [one for part in parts for one in part.run.get("environments", [])]
     return [one for at, one in enumerate(found) if one not in found[:at]]
 
 
-def _merged(parts: Sequence[Part]) -> Merged:
+def _merged(parts: Sequence[ShardResult]) -> Merged:
     rows = sum(len(part.places) for part in parts)
     # A shard without a single answer does not know what would have been scored.
     columns = common_columns([c for part in parts if (c := part.run["score_columns"])])
@@ -303,7 +303,7 @@ def _row(row: Mapping[str, Any]) -> Row:
     )
 
 
-def _run(parts: Sequence[Part], rows: int) -> dict[str, Any]:
+def _run(parts: Sequence[ShardResult], rows: int) -> dict[str, Any]:
     """`run.json` of the merged result: the first shard's, with the times of all and where each ran."""
     runs = [part.run for part in parts]
     shards = [

@@ -26,7 +26,7 @@ from logo.folders import make_folder
 
 
 @dataclass(frozen=True)
-class Wish:
+class ResumePolicy:
     """What the user allows if something is there already.
 
     Attributes:
@@ -47,13 +47,13 @@ class Learning:
     Attributes:
         file: the journal; `run`: its first line if this process learns.
         fresh: learn again, whatever is there.
-        wish: what is allowed with a state that another run has learnt, or the same run in another environment.
+        policy: what is allowed with a state that another run has learnt, or the same run in another environment.
     """
 
     file: Path
     run: Mapping[str, Any]
     fresh: bool = False
-    wish: Wish = field(default_factory=Wish)
+    policy: ResumePolicy = field(default_factory=ResumePolicy)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Plan:
         fresh: an interrupted run is not continued.
         learning: None if the method does not learn.
         note: what the user should know about an existing result of this run, in words.
-        keep_both: as in the wish.
+        keep_both: as in the policy.
     """
 
     job: Job
@@ -87,7 +87,7 @@ def plan(
     identity: Mapping[str, Any],
     environment: Mapping[str, Any],
     *,
-    wish: Wish | None = None,
+    policy: ResumePolicy | None = None,
     in_order: bool = False,
     learns: bool = False,
 ) -> Plan:
@@ -103,13 +103,13 @@ def plan(
         UsageError: what is there is another run's, was begun in another environment, or is damaged.
         StorageError: what is there cannot be read.
     """
-    wish = wish or Wish()
+    policy = policy or ResumePolicy()
     there = standing(job.folder)
     run = {**identity, "shard": part_of(job), "environment": dict(environment), "replaces": None}
-    if wish.overwrite:
-        learning = _learning(job, run, wish, begun=False) if learns else None
+    if policy.overwrite:
+        learning = _learning(job, run, policy, begun=False) if learns else None
         run = {**run, "replaces": there and there.digest}
-        return Plan(job, run, environment, learning=learning, keep_both=wish.keep_both)
+        return Plan(job, run, environment, learning=learning, keep_both=policy.keep_both)
     file = journal_of(job.folder)
     begun = _begun(file)
     found = [] if begun is None else differences(_asked(run), _asked(begun))
@@ -123,24 +123,24 @@ def plan(
         raise UsageError(
             f"dataset {job.dataset!r}: {file} was left by an unfinished run with other settings, pool or rows, or "
             f"written by an earlier version ({told(found)}); repeat that run to finish it, or begin again with "
-            f"--overwrite; {wish.keep_both}"
+            f"--overwrite; {policy.keep_both}"
         )
     resumed = begun is not None and not in_order
-    learning = _learning(job, run, wish, begun=resumed) if learns else None
+    learning = _learning(job, run, policy, begun=resumed) if learns else None
     if begun is not None:
         run = {**run, "replaces": begun["replaces"]}
         if resumed:
-            run = {**run, "environment": _accepted(job, file, begun, environment, wish, "begun")}
-    check_place(job, run, wish.keep_both)
+            run = {**run, "environment": _accepted(job, file, begun, environment, policy, "begun")}
+    check_place(job, run, policy.keep_both)
     note = "" if there is None or not there.missing else f"{job.folder} lacks {', '.join(there.missing)}"
-    return Plan(job, run, environment, fresh=not resumed, learning=learning, note=note, keep_both=wish.keep_both)
+    return Plan(job, run, environment, fresh=not resumed, learning=learning, note=note, keep_both=policy.keep_both)
 
 
 def check_place(job: Job, run: Mapping[str, Any], keep_both: str) -> None:
     """Checks that a result may be written: nothing is there, or only what may be replaced.
 
     Args:
-        run: as `Plan.run`; `keep_both`: as `Wish.keep_both`.
+        run: as `Plan.run`; `keep_both`: as `ResumePolicy.keep_both`.
 
     Raises:
         UsageError: something else is there; names the differences.
@@ -267,11 +267,11 @@ def _begun(file: Path) -> dict[str, Any] | None:
 
 
 def _accepted(
-    job: Job, file: Path, begun: Mapping[str, Any], environment: Mapping[str, Any], wish: Wish, what: str
+    job: Job, file: Path, begun: Mapping[str, Any], environment: Mapping[str, Any], policy: ResumePolicy, what: str
 ) -> dict[str, Any]:
     """The environment in which something was begun, where it may be gone on with."""
     found = differences(environment, begun["environment"])
-    if found and not wish.mix:
+    if found and not policy.mix:
         raise UsageError(
             f"dataset {job.dataset!r}: {file} was {what} under other versions or on another kind of device: "
             f"{told(found)}; go on there, or here with --mix-environments (answers may differ in their last digits, "
@@ -280,7 +280,7 @@ def _accepted(
     return dict(begun["environment"])
 
 
-def _learning(job: Job, run: Mapping[str, Any], wish: Wish, *, begun: bool) -> Learning:
+def _learning(job: Job, run: Mapping[str, Any], policy: ResumePolicy, *, begun: bool) -> Learning:
     """Where it is kept, looked at before anything is answered.
 
     Args:
@@ -290,8 +290,8 @@ def _learning(job: Job, run: Mapping[str, Any], wish: Wish, *, begun: bool) -> L
     file = learnt_of(job)
     own = {**_asked(run), "shard": None, "environment": run["environment"]}
     # With --overwrite a shard still takes what other shards may have taken, if it is of this run.
-    learning = Learning(file, own, fresh=wish.overwrite and job.shard is None, wish=wish)
-    if wish.overwrite:
+    learning = Learning(file, own, fresh=policy.overwrite and job.shard is None, policy=policy)
+    if policy.overwrite:
         return learning
     kept = _begun(file)
     if kept is None:
@@ -314,16 +314,16 @@ def _taken(job: Job, learning: Learning, kept: Mapping[str, Any]) -> bool:
     Raises:
         UsageError: neither is allowed.
     """
-    wish, own = learning.wish, learning.run
+    policy, own = learning.policy, learning.run
     found = differences(_asked(own), _asked(kept))
-    if wish.overwrite:
-        return not found and (wish.mix or not differences(own["environment"], kept["environment"]))
+    if policy.overwrite:
+        return not found and (policy.mix or not differences(own["environment"], kept["environment"]))
     if found:
         raise UsageError(
             f"dataset {job.dataset!r}: {learning.file} holds what another run learnt ({told(found)}); begin again with "
-            f"--overwrite; {wish.keep_both}"
+            f"--overwrite; {policy.keep_both}"
         )
-    _accepted(job, learning.file, kept, own["environment"], wish, "learnt")
+    _accepted(job, learning.file, kept, own["environment"], policy, "learnt")
     return True
 
 

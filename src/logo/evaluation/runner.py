@@ -22,16 +22,16 @@ from logo.rows import Row
 
 __all__ = [
     "Answered",
+    "AnsweredBatch",
     "DatasetResult",
     "Engine",
     "GenerationLike",
     "Instance",
-    "Piece",
     "SelectionLike",
+    "answered_batches",
     "answers",
     "collect",
     "evaluate",
-    "pieces",
 ]
 
 
@@ -94,7 +94,7 @@ class DatasetResult:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnsweredBatch:
     """Some consecutive rows with their answers.
 
     Attributes:
@@ -134,7 +134,9 @@ class Answered:
         self.size, self.seconds = batch_size, 0.0
         for record in [] if journal is None else journal.records:
             first = record.get("first", len(self._instances))
-            self._take(Piece(first, tuple(map(_recorded, record["instances"])), record["seconds"], record["size"]))
+            self._take(
+                AnsweredBatch(first, tuple(map(_recorded, record["instances"])), record["seconds"], record["size"])
+            )
             if record["batch_size"] != batch_size:
                 self.size = batch_size  # other batches are asked for: how many fit is found out again
 
@@ -159,26 +161,26 @@ class Answered:
                 stretches.append(range(row, row + 1))
         return stretches
 
-    def add(self, piece: Piece) -> None:
+    def add(self, batch: AnsweredBatch) -> None:
         """Records rows.
 
         Raises:
             StorageError: the journal cannot be written.
         """
         if self._journal is not None:
-            kept = {"first": piece.first, "instances": [asdict(instance) for instance in piece.instances]}
-            more = {"seconds": piece.seconds, "batch_size": self._batch_size, "size": piece.size}
+            kept = {"first": batch.first, "instances": [asdict(instance) for instance in batch.instances]}
+            more = {"seconds": batch.seconds, "batch_size": self._batch_size, "size": batch.size}
             self._journal.append({**kept, **more})
-        self._take(piece)
+        self._take(batch)
 
     def result(self) -> DatasetResult:
         """The result, when all rows are answered."""
         instances = [self._instances[row] for row in range(self._rows)]
         return collect(self._dataset, instances, inference=self.seconds, metric=self._metric)
 
-    def _take(self, piece: Piece) -> None:
-        self._instances.update(enumerate(piece.instances, start=piece.first))
-        self.size, self.seconds = piece.size, self.seconds + piece.seconds
+    def _take(self, batch: AnsweredBatch) -> None:
+        self._instances.update(enumerate(batch.instances, start=batch.first))
+        self.size, self.seconds = batch.size, self.seconds + batch.seconds
 
 
 def evaluate(
@@ -212,7 +214,7 @@ def evaluate(
     if len(answered):
         report(len(answered))
     for stretch in answered.missing:
-        for piece in pieces(
+        for batch in answered_batches(
             engine,
             rows,
             stretch,
@@ -222,12 +224,12 @@ def evaluate(
             size=answered.size,
             proven=answered.proven,
         ):
-            answered.add(piece)
+            answered.add(batch)
             report(len(answered))
     return answered.result()
 
 
-def pieces(
+def answered_batches(
     engine: Engine,
     rows: Sequence[Row],
     stretch: range,
@@ -237,7 +239,7 @@ def pieces(
     max_new_tokens: int,
     size: int | None = None,
     proven: bool = False,
-) -> Iterator[Piece]:
+) -> Iterator[AnsweredBatch]:
     """Answers a stretch of a dataset's rows, a batch at a time; arguments and errors as `answers`."""
     first, began = stretch.start, time.perf_counter()
     for instances, fits in answers(
@@ -250,7 +252,7 @@ def pieces(
         proven=proven,
     ):
         took, began = time.perf_counter() - began, time.perf_counter()
-        yield Piece(first, tuple(instances), took, fits)
+        yield AnsweredBatch(first, tuple(instances), took, fits)
         first += len(instances)
 
 

@@ -23,7 +23,7 @@ from logo.evaluation.jobs import Job, train_rows, trained_and_tested
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
 from logo.evaluation.resume import (
     Plan,
-    Wish,
+    ResumePolicy,
     check_place,
     environments,
     finish,
@@ -32,7 +32,7 @@ from logo.evaluation.resume import (
     part_of,
     plan,
 )
-from logo.evaluation.runner import Answered, pieces
+from logo.evaluation.runner import Answered, answered_batches
 from logo.rows import Row
 
 if TYPE_CHECKING:
@@ -106,11 +106,11 @@ class Evaluation(ABC):
     def learn(self, job: Job, train: Sequence[Row]) -> dict[str, Any]:
         """What the method learns about a dataset from these training rows."""
 
-    def plans(self, jobs: Sequence[Job], wish: Wish | None = None) -> list[Plan]:
+    def plans(self, jobs: Sequence[Job], policy: ResumePolicy | None = None) -> list[Plan]:
         """What has to be done for each job, determined before the first one begins.
 
         Args:
-            wish: what is allowed with existing results; None: results of other runs are not touched.
+            policy: what is allowed with existing results; None: results of other runs are not touched.
 
         Raises:
             UsageError: there is a result or a journal of another run, or one begun in another environment; or rows
@@ -128,7 +128,7 @@ class Evaluation(ABC):
                 job,
                 {**self.identity(job), "pool": dict(facts.pool)},
                 facts.environment,
-                wish=wish,
+                policy=policy,
                 in_order=facts.order is not None,
                 learns=self.learns,
             )
@@ -315,7 +315,7 @@ class Session(Evaluation):
                 engine = self.answering(one.job, None if dataset.learnt is None else dataset.learnt.content)
                 dataset.found_out = engine.record if isinstance(engine, Answering) else None
                 for stretch in dataset.answered.missing:
-                    for piece in pieces(
+                    for batch in answered_batches(
                         engine,
                         dataset.rows,
                         stretch,
@@ -325,7 +325,7 @@ class Session(Evaluation):
                         size=dataset.answered.size,
                         proven=dataset.answered.proven,
                     ):
-                        dataset.answered.add(piece)
+                        dataset.answered.add(batch)
                         report(one, len(dataset.answered))
                 files = dataset.write()
             yield one, files

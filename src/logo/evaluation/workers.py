@@ -1,7 +1,7 @@
 """Datasets answered by several processes (`logo.backends.ray`), with the plans, journals and results of a single
 process.
 
-    missing rows -> blocks of one batch each -> any process -> pieces -> the journal of their dataset
+    missing rows -> blocks of one batch each -> any process -> answered batches -> the journal of their dataset
 
 Blocks are cut where one process would cut its batches, so that a row is in the same batch and its result is bit-equal.
 Finished pieces are recorded at once, in any order.
@@ -24,8 +24,8 @@ from logo.evaluation.arms import Arms
 from logo.evaluation.batches import OUT_OF_MEMORY
 from logo.evaluation.contest import Lesson, Lessons
 from logo.evaluation.jobs import Job
-from logo.evaluation.resume import Plan, Wish
-from logo.evaluation.runner import Piece, pieces
+from logo.evaluation.resume import Plan, ResumePolicy
+from logo.evaluation.runner import AnsweredBatch, answered_batches
 from logo.evaluation.session import Evaluation, Facts, Session, Underway
 from logo.evaluation.study import Facts as StudyFacts
 from logo.evaluation.study import Task
@@ -81,7 +81,7 @@ class Answerer:
 
     def answer(
         self, key: Any, job: Job, learnt: Mapping[str, Any] | None, sha256: str | None, stretch: range, proven: bool
-    ) -> tuple[list[Piece], Mapping[str, Any] | None]:
+    ) -> tuple[list[AnsweredBatch], Mapping[str, Any] | None]:
         """Pieces of a stretch of a job's rows, and what the method found out about the dataset.
 
         Args:
@@ -95,7 +95,7 @@ class Answerer:
             self._engine, self._rows = session.answering(job, learnt), [job.rows[place] for place in job.places]
             self._of, self._size, self._proven = which, session.batch_size, False
         found = list(
-            pieces(
+            answered_batches(
                 self._engine,
                 self._rows,
                 stretch,
@@ -108,7 +108,7 @@ class Answerer:
         )
         if found:
             self._size = found[-1].size
-        self._proven = self._proven or any(one.error is None for piece in found for one in piece.instances)
+        self._proven = self._proven or any(one.error is None for batch in found for one in batch.instances)
         return found, self._engine.record if isinstance(self._engine, Answering) else None
 
     def learn(self, key: Any, job: Job, train: Sequence[Row]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _answer(
         return unlike
     known = None if learnt is None else learnt.get()
     found, record = answerer.answer(key, job.get(), known, sha256, stretch, proven)
-    lacking = any(instance.error == OUT_OF_MEMORY for piece in found for instance in piece.instances)
+    lacking = any(instance.error == OUT_OF_MEMORY for batch in found for instance in batch.instances)
     return Elsewhere((found, record)) if lacking else (found, record)
 
 
@@ -191,27 +191,27 @@ class _Block(Item):
 
 
 class Trial:
-    """Whether a dataset can be answered at all. Until a row has an answer, its pieces are held back: a run that cannot
+    """Whether a dataset can be answered at all. Until a row has an answer, its batches are held back: a run that cannot
     work fails in every row, and ends before anything is recorded, as in a single process.
 
     Attributes:
-        held: the pieces that are held back.
+        held: the batches that are held back.
     """
 
     def __init__(self, dataset: Underway, batch_size: int) -> None:
         self._dataset = dataset
         self._enough = max(2, min(batch_size, len(dataset.rows)))
         self._proven = dataset.answered.proven
-        self.held: list[Piece] = []
+        self.held: list[AnsweredBatch] = []
 
-    def passed(self, found: Sequence[Piece]) -> list[Piece]:
-        """The pieces that may be written down, now that these have come.
+    def passed(self, found: Sequence[AnsweredBatch]) -> list[AnsweredBatch]:
+        """The batches that may be written down, now that these have come.
 
         Raises:
             LoGoError: all rows so far fail for one and the same reason, and they are as many as a batch.
         """
         self.held += found
-        errors = [instance.error for piece in self.held for instance in piece.instances]
+        errors = [instance.error for batch in self.held for instance in batch.instances]
         every = len(errors) == len(self._dataset.rows) - len(self._dataset.answered)
         if not self._proven and errors and len(set(errors)) == 1 and errors[0] is not None:
             if len(errors) >= self._enough:
@@ -252,7 +252,7 @@ class InWorkers(Evaluation):
     def facts(self) -> Facts:
         return self._facts
 
-    def plans(self, jobs: Sequence[Job], wish: Wish | None = None) -> list[Plan]:
+    def plans(self, jobs: Sequence[Job], policy: ResumePolicy | None = None) -> list[Plan]:
         """As `Evaluation.plans`.
 
         Raises:
@@ -260,7 +260,7 @@ class InWorkers(Evaluation):
         """
         if self.facts.order is not None:
             raise UsageError(f"workers: a row's result must not depend on other rows, but {self.facts.order}")
-        return super().plans(jobs, wish)
+        return super().plans(jobs, policy)
 
     def learn(self, job: Job, train: Sequence[Row]) -> dict[str, Any]:
         learnt: dict[str, Any] = self.workers.ask(_learn, self._key, self._expected, job, train)
@@ -288,16 +288,16 @@ class InWorkers(Evaluation):
                     continue
                 found, dataset.found_out = outcome
                 trial = trials.setdefault(dataset, Trial(dataset, self.batch_size))
-                for piece in trial.passed(found):
-                    dataset.answered.add(piece)
+                for batch in trial.passed(found):
+                    dataset.answered.add(batch)
                 report(dataset.plan, len(dataset.answered))
                 if len(dataset.answered) == len(dataset.rows):
                     files = dataset.write()
                     dataset.close()
                     yield dataset.plan, files
             for dataset, trial in trials.items():  # of whose other rows some are lost
-                for piece in trial.held:
-                    dataset.answered.add(piece)
+                for batch in trial.held:
+                    dataset.answered.add(batch)
         if lost:
             raise Incomplete(
                 f"no answer to dataset {'; '.join(lost)}. Everything else is done; the same command tries them again"

@@ -187,7 +187,7 @@ class SelectionSettings:
             weighting=self.weighting or signal.weighting,
         )
 
-    def asked(
+    def for_call(
         self,
         *,
         k: int | None = None,

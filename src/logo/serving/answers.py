@@ -1,6 +1,6 @@
-"""`Answers`: a request's prompts made into pieces of text, whatever the endpoint and whether streamed or not.
+"""`Answers`: from the prompts of a request to chunks of text, the same for every endpoint, streamed or not.
 
-model, options -> Wish     prompts -> ids -> Chosen     ids, Chosen -> Piece, Piece, ...
+model, options -> MixtureRequest -> SelectedMixture per prompt -> AnswerChunk, AnswerChunk, ...
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from logo.decoding import MAX_NEW_TOKENS
 from logo.endings import FinishReason
 from logo.prompts import Prompt, read
 from logo.protocol import (
-    Chosen,
     Engine,
     GenerationFailed,
     GenerationTimeout,
+    MixtureRequest,
     Patterns,
     Sampling,
+    SelectedMixture,
     TokenLogprob,
-    Wish,
 )
 from logo.serving import logged
 from logo.serving.metrics import Metrics
@@ -39,7 +39,7 @@ _LONG = 10_000
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedRequest:
     """One request, ready to be answered.
 
     Attributes:
@@ -52,7 +52,7 @@ class Asked:
     """
 
     prompts: tuple[Prompt, ...]
-    chosen: tuple[Chosen, ...]
+    chosen: tuple[SelectedMixture, ...]
     n: int
     sampling: Sampling
     stops: tuple[str, ...]
@@ -60,7 +60,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerChunk:
     """What was added to one answer.
 
     Attributes:
@@ -105,7 +105,9 @@ class Answers:
 
     # -- what is asked ---------------------------------------------------------------------------------------------
 
-    def wish(self, model: str, options: LogoOptions | None, patterns: Patterns | None = None) -> Wish:
+    def mixture_request(
+        self, model: str, options: LogoOptions | None, patterns: Patterns | None = None
+    ) -> MixtureRequest:
         """What a model's name and the field `logo` ask for.
 
         Args:
@@ -115,7 +117,7 @@ class Answers:
             ApiError: there is no such model, or it does not go with the options.
         """
         models = Models(self.base_model, self.service.usable(patterns), self.service.signals)
-        return models.wish(model, options, patterns)
+        return models.mixture_request(model, options, patterns)
 
     async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
         """Prompts as they are read.
@@ -167,25 +169,27 @@ class Answers:
 
     # -- answering -------------------------------------------------------------------------------------------------
 
-    async def choose(self, prompts: Sequence[Prompt], wish: Wish, began: float) -> tuple[Chosen, ...]:
+    async def choose(
+        self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float
+    ) -> tuple[SelectedMixture, ...]:
         """A mixture for each prompt; they are probed together.
 
         Raises:
             ApiError: out of time.
             LoGoError: as `Engine.choose`.
         """
-        choosing = asyncio.gather(*(self.service.choose(prompt, wish) for prompt in prompts))
+        choosing = asyncio.gather(*(self.service.choose(prompt, wanted) for prompt in prompts))
         try:
             chosen = await asyncio.wait_for(choosing, self._left(began))
         except asyncio.TimeoutError:
             self.metrics.failures.labels("timeout").inc()
             raise timed_out(self.timeout or 0) from None
-        own = wish.options.get("signal") in (None, self.service.signal)
+        own = wanted.options.get("signal") in (None, self.service.signal)
         for one in chosen:
             self.metrics.chosen(one, own)
         return tuple(chosen)
 
-    def logged(self, prompts: Sequence[Prompt], chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
+    def logged(self, prompts: Sequence[Prompt], chosen: Sequence[SelectedMixture]) -> list[dict[str, Any]]:
         """What the log says of each prompt's selection."""
         return [logged.entry(one.selection, self._said(p)) for p, one in zip(prompts, chosen, strict=True)]
 
@@ -196,33 +200,35 @@ class Answers:
         text: str = self.tokenizer.decode(prompt.probed[: logged.TOKENS], skip_special_tokens=True)
         return text
 
-    async def pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+    async def chunks(self, request: PreparedRequest) -> AsyncGenerator[AnswerChunk, None]:
         """All answers of a request, piece by piece as they come. Leaving the loop ends them.
 
         Raises:
             ApiError, or what made an answer fail.
         """
         answers = [
-            self._answer(prompt * asked.n + choice, prompt, choice, asked)
-            for prompt in range(len(asked.prompts))
-            for choice in range(asked.n)
+            self._answer(prompt * request.n + choice, prompt, choice, request)
+            for prompt in range(len(request.prompts))
+            for choice in range(request.n)
         ]
-        async with aclosing(answers[0] if len(answers) == 1 else _merged(answers)) as pieces:
-            async for piece in pieces:
-                yield piece
+        async with aclosing(answers[0] if len(answers) == 1 else _merged(answers)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
-    async def _answer(self, index: int, prompt: int, choice: int, asked: Asked) -> AsyncGenerator[Piece, None]:
-        sampling, ids = asked.sampling, asked.prompts[prompt].ids
+    async def _answer(
+        self, index: int, prompt: int, choice: int, request: PreparedRequest
+    ) -> AsyncGenerator[AnswerChunk, None]:
+        sampling, ids = request.sampling, request.prompts[prompt].ids
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + choice)
-        text = Text(self.tokenizer, asked.stops)
-        count, before = 0, asked.began
-        left = self._left(asked.began)
+        text = Text(self.tokenizer, request.stops)
+        count, before = 0, request.began
+        left = self._left(request.began)
         deadline = None if left is None else asyncio.get_running_loop().time() + left
         self.metrics.prompt_tokens.inc(len(ids))
         self.metrics.prompt_length.observe(len(ids))
         try:
-            async with aclosing(self.service.generate(ids, asked.chosen[prompt], sampling, deadline)) as deltas:
+            async with aclosing(self.service.generate(ids, request.chosen[prompt], sampling, deadline)) as deltas:
                 async for delta in deltas:
                     before = self._count(len(delta.tokens), count, before)
                     count += len(delta.tokens)
@@ -232,8 +238,8 @@ class Answers:
                     if text.stopped:
                         reason = "stop"
                     if reason is not None:
-                        self._ended(reason, count, asked.began)
-                    yield Piece(index, shown, delta.tokens, delta.logprobs, reason)
+                        self._ended(reason, count, request.began)
+                    yield AnswerChunk(index, shown, delta.tokens, delta.logprobs, reason)
                     if reason is not None:
                         return
         except GenerationTimeout:
@@ -270,14 +276,14 @@ async def _beside(size: int, work: Callable[[], _T]) -> _T:
     return await asyncio.to_thread(work) if size > _LONG else work()
 
 
-async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+async def _merged(streams: Sequence[AsyncGenerator[AnswerChunk, None]]) -> AsyncGenerator[AnswerChunk, None]:
     """The pieces of several answers as they come."""
-    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[AnswerChunk | BaseException | None] = asyncio.Queue()
 
-    async def forward(stream: AsyncGenerator[Piece, None]) -> None:
+    async def forward(stream: AsyncGenerator[AnswerChunk, None]) -> None:
         try:
-            async for piece in stream:
-                queue.put_nowait(piece)
+            async for chunk in stream:
+                queue.put_nowait(chunk)
         except Exception as error:  # raised where the pieces are read
             queue.put_nowait(error)
         else:

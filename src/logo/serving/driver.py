@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from logo.backends.cluster import LOCAL, WorkersError, connect, imported, share
+from logo.backends.cluster import LOCAL, WorkersError, connect, imported, process_resources
 from logo.errors import LoGoError
 from logo.serving.replicas import APPLICATION, Plan, Scale, application, running
 
@@ -57,7 +57,7 @@ def serve_replicas(
     local = scale.layout.address == LOCAL
     mine = False
     try:
-        room = share(ray, widest)  # so that there is a share for those, too, that start later
+        room = process_resources(ray, widest)  # so that there is room for those, too, that start later
         first = scale.layout.count if scale.most is not None and scale.layout.count else room.count
         if APPLICATION in serve.status().applications:
             raise WorkersError(f"the cluster serves an application {APPLICATION!r} already; end that one first")

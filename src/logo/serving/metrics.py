@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from logo.selection.drift import Drift
 
 if TYPE_CHECKING:
-    from logo.protocol import Chosen, Engine
+    from logo.protocol import Engine, SelectedMixture
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -66,7 +66,7 @@ class Metrics:
         self.registry.register(_State(service, self.drift))
         ProcessCollector(registry=self.registry)
 
-    def chosen(self, chosen: Chosen, own: bool = True) -> None:
+    def chosen(self, chosen: SelectedMixture, own: bool = True) -> None:
         """Counts one selection; `own`: by the engine's own signal, whose scores alone are compared with one another."""
         self.queue.observe(chosen.queue_ms / 1e3)
         if chosen.probe_ms:

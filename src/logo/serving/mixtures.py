@@ -15,7 +15,7 @@ from logo.selection import Selection
 
 
 @dataclass(frozen=True)
-class Chosen:
+class HeldMixture:
     """A mixture that is ready to be generated with.
 
     Attributes:

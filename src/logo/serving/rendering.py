@@ -11,7 +11,7 @@ from logo.api.replies import Mixture, Reply
 from logo.endings import FinishReason
 from logo.protocol import TokenLogprob
 from logo.serving import replies
-from logo.serving.answers import Asked, Piece
+from logo.serving.answers import AnswerChunk, PreparedRequest
 
 Spelled = Callable[[int], str]  # a token as text
 
@@ -25,12 +25,12 @@ class Collected:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason = "length"
 
-    def add(self, piece: Piece) -> None:
-        """Appends a piece."""
-        self.text += piece.text
-        self.tokens += piece.tokens
-        self.logprobs += piece.logprobs
-        self.finish_reason = piece.finish_reason or self.finish_reason
+    def add(self, chunk: AnswerChunk) -> None:
+        """Appends a chunk."""
+        self.text += chunk.text
+        self.tokens += chunk.tokens
+        self.logprobs += chunk.logprobs
+        self.finish_reason = chunk.finish_reason or self.finish_reason
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,19 @@ class Rendering(ABC):
         self._head: dict[str, Any] = {"id": replies.new_id(prefix), "created": replies.now(), "model": options.model}
 
     @abstractmethod
-    def whole(self, answers: Sequence[Collected], asked: Asked) -> Reply:
+    def whole(self, answers: Sequence[Collected], request: PreparedRequest) -> Reply:
         """The answer of a request that is not streamed."""
 
     @abstractmethod
-    def first(self, asked: Asked) -> Reply:
+    def first(self, request: PreparedRequest) -> Reply:
         """The chunk that begins every answer, before any token."""
 
     @abstractmethod
-    def chunk(self, piece: Piece) -> Reply:
-        """A piece."""
+    def chunk(self, chunk: AnswerChunk) -> Reply:
+        """A chunk."""
 
     @abstractmethod
-    def last(self, asked: Asked, tokens: int) -> Reply:
+    def last(self, request: PreparedRequest, tokens: int) -> Reply:
         """The chunk with the counts."""
 
     def _ids(self, tokens: Sequence[int]) -> list[int] | None:
@@ -91,24 +91,24 @@ class CompletionRendering(Rendering):
         super().__init__(options, spelled, "cmpl")
         self._offsets: dict[int, int] = {}  # characters of each answer so far
 
-    def whole(self, answers: Sequence[Collected], asked: Asked) -> Reply:
+    def whole(self, answers: Sequence[Collected], request: PreparedRequest) -> Reply:
         """See `Rendering`."""
         choices = [self._choice(i, a.text, a.tokens, a.logprobs, a.finish_reason) for i, a in enumerate(answers)]
-        return replies.Completion(**self._head, choices=choices, usage=usage(asked, answers), logo=mixtures(asked))
+        return replies.Completion(**self._head, choices=choices, usage=usage(request, answers), logo=mixtures(request))
 
-    def first(self, asked: Asked) -> Reply:
+    def first(self, request: PreparedRequest) -> Reply:
         """See `Rendering`."""
-        choices = [replies.CompletionChoice(index=i, text="") for i in range(len(asked.prompts) * asked.n)]
-        return replies.CompletionChunk(**self._head, choices=choices, logo=mixtures(asked))
+        choices = [replies.CompletionChoice(index=i, text="") for i in range(len(request.prompts) * request.n)]
+        return replies.CompletionChunk(**self._head, choices=choices, logo=mixtures(request))
 
-    def chunk(self, piece: Piece) -> Reply:
+    def chunk(self, chunk: AnswerChunk) -> Reply:
         """See `Rendering`."""
-        choice = self._choice(piece.index, piece.text, piece.tokens, piece.logprobs, piece.finish_reason)
+        choice = self._choice(chunk.index, chunk.text, chunk.tokens, chunk.logprobs, chunk.finish_reason)
         return replies.CompletionChunk(**self._head, choices=[choice])
 
-    def last(self, asked: Asked, tokens: int) -> Reply:
+    def last(self, request: PreparedRequest, tokens: int) -> Reply:
         """See `Rendering`."""
-        return replies.CompletionChunk(**self._head, choices=[], usage=_usage(asked, tokens))
+        return replies.CompletionChunk(**self._head, choices=[], usage=_usage(request, tokens))
 
     def _choice(
         self,
@@ -147,7 +147,7 @@ class ChatRendering(Rendering):
     def __init__(self, options: Options, spelled: Spelled) -> None:
         super().__init__(options, spelled, "chatcmpl")
 
-    def whole(self, answers: Sequence[Collected], asked: Asked) -> Reply:
+    def whole(self, answers: Sequence[Collected], request: PreparedRequest) -> Reply:
         """See `Rendering`."""
         choices = [
             replies.ChatChoice(
@@ -159,28 +159,30 @@ class ChatRendering(Rendering):
             )
             for i, answer in enumerate(answers)
         ]
-        return replies.ChatCompletion(**self._head, choices=choices, usage=usage(asked, answers), logo=mixtures(asked))
+        return replies.ChatCompletion(
+            **self._head, choices=choices, usage=usage(request, answers), logo=mixtures(request)
+        )
 
-    def first(self, asked: Asked) -> Reply:
+    def first(self, request: PreparedRequest) -> Reply:
         """See `Rendering`."""
         begin = replies.Delta(role="assistant", content="")
-        choices = [replies.ChatChunkChoice(index=i, delta=begin) for i in range(asked.n)]
-        return replies.ChatCompletionChunk(**self._head, choices=choices, logo=mixtures(asked))
+        choices = [replies.ChatChunkChoice(index=i, delta=begin) for i in range(request.n)]
+        return replies.ChatCompletionChunk(**self._head, choices=choices, logo=mixtures(request))
 
-    def chunk(self, piece: Piece) -> Reply:
+    def chunk(self, chunk: AnswerChunk) -> Reply:
         """See `Rendering`."""
         choice = replies.ChatChunkChoice(
-            index=piece.index,
-            delta=replies.Delta(content=piece.text),
-            finish_reason=piece.finish_reason,
-            token_ids=self._ids(piece.tokens),
-            logprobs=self._logprobs(piece.logprobs),
+            index=chunk.index,
+            delta=replies.Delta(content=chunk.text),
+            finish_reason=chunk.finish_reason,
+            token_ids=self._ids(chunk.tokens),
+            logprobs=self._logprobs(chunk.logprobs),
         )
         return replies.ChatCompletionChunk(**self._head, choices=[choice])
 
-    def last(self, asked: Asked, tokens: int) -> Reply:
+    def last(self, request: PreparedRequest, tokens: int) -> Reply:
         """See `Rendering`."""
-        return replies.ChatCompletionChunk(**self._head, choices=[], usage=_usage(asked, tokens))
+        return replies.ChatCompletionChunk(**self._head, choices=[], usage=_usage(request, tokens))
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> replies.ChatLogprobs | None:
         if not self.options.logprobs:
@@ -200,16 +202,16 @@ class ChatRendering(Rendering):
         return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
 
 
-def mixtures(asked: Asked) -> Mixture | list[Mixture]:
+def mixtures(request: PreparedRequest) -> Mixture | list[Mixture]:
     """One for the only prompt, or a list."""
-    found = [Mixture.of(chosen) for chosen in asked.chosen]
+    found = [Mixture.of(chosen) for chosen in request.chosen]
     return found[0] if len(found) == 1 else found
 
 
-def usage(asked: Asked, answers: Sequence[Collected]) -> replies.Usage:
+def usage(request: PreparedRequest, answers: Sequence[Collected]) -> replies.Usage:
     """The counts of a whole answer."""
-    return _usage(asked, sum(len(answer.tokens) for answer in answers))
+    return _usage(request, sum(len(answer.tokens) for answer in answers))
 
 
-def _usage(asked: Asked, tokens: int) -> replies.Usage:
-    return replies.Usage.of(sum(map(len, asked.prompts)), tokens)
+def _usage(request: PreparedRequest, tokens: int) -> replies.Usage:
+    return replies.Usage.of(sum(map(len, request.prompts)), tokens)

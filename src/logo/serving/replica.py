@@ -21,7 +21,7 @@ from logo.api.visits import choosing, chosen
 from logo.engine import LoGo
 from logo.errors import LoGoError
 from logo.prompts import Prompt
-from logo.protocol import Wish
+from logo.protocol import MixtureRequest
 from logo.serving.app import AppSettings, create_app
 from logo.serving.coordinator import State
 from logo.serving.gate import Gate, Gated
@@ -29,7 +29,7 @@ from logo.serving.guards import GuardSettings, guard
 from logo.serving.membership import Link, Lost, Member, Own
 from logo.serving.memory import Memory
 from logo.serving.metrics import Metrics, labelled, selected
-from logo.serving.mixtures import Chosen
+from logo.serving.mixtures import HeldMixture
 from logo.serving.pool import Change, Staged
 from logo.serving.service import Service
 
@@ -98,11 +98,11 @@ class ReplicaService(Service):
         self._link = link
         self._staged: Staged | None = None
 
-    async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Chosen:
+    async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
         """As `Service.choose`; the request then depends on the pool no more."""
         choosing()
         try:
-            return await super().choose(prompt, wish)
+            return await super().choose(prompt, wanted)
         finally:
             chosen()
 

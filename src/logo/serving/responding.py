@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from logo.api.errors import client_left
-from logo.serving.answers import Answers, Asked
+from logo.serving.answers import Answers, PreparedRequest
 from logo.serving.errors import api_error
 from logo.serving.logs import request_id
 from logo.serving.rendering import Collected, Rendering
@@ -48,22 +48,24 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def whole(answers: Answers, asked: Asked, rendering: Rendering, state: State) -> Response:
+async def whole(answers: Answers, request: PreparedRequest, rendering: Rendering, state: State) -> Response:
     """The answer of a request that is not streamed; `state` is the request's, for the log."""
-    collected = [Collected() for _ in range(len(asked.prompts) * asked.n)]
-    async with aclosing(answers.pieces(asked)) as pieces:
-        async for piece in pieces:
-            collected[piece.index].add(piece)
+    collected = [Collected() for _ in range(len(request.prompts) * request.n)]
+    async with aclosing(answers.chunks(request)) as chunks:
+        async for chunk in chunks:
+            collected[chunk.index].add(chunk)
     state.completion_tokens = sum(len(answer.tokens) for answer in collected)
-    reply = rendering.whole(collected, asked)
+    reply = rendering.whole(collected, request)
     return Response(reply.model_dump_json(), media_type="application/json")
 
 
 class Streamed(StreamingResponse):
     """The answer as events; what the request holds is let go when it ends, however that happens."""
 
-    def __init__(self, answers: Answers, asked: Asked, rendering: Rendering, state: State, held: ExitStack) -> None:
-        self._events = _events(answers, asked, rendering, state)
+    def __init__(
+        self, answers: Answers, request: PreparedRequest, rendering: Rendering, state: State, held: ExitStack
+    ) -> None:
+        self._events = _events(answers, request, rendering, state)
         self._held = held
         super().__init__(self._events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -74,19 +76,21 @@ class Streamed(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-async def _events(answers: Answers, asked: Asked, rendering: Rendering, state: State) -> AsyncGenerator[bytes, None]:
+async def _events(
+    answers: Answers, request: PreparedRequest, rendering: Rendering, state: State
+) -> AsyncGenerator[bytes, None]:
     tokens, options = 0, rendering.options
-    yield event(rendering.first(asked))
+    yield event(rendering.first(request))
     try:
-        async with aclosing(answers.pieces(asked)) as pieces:
-            async for piece in pieces:
-                state.completion_tokens = tokens = tokens + len(piece.tokens)
-                if piece.text or piece.finish_reason or options.token_ids or options.logprobs:
-                    yield event(rendering.chunk(piece))
+        async with aclosing(answers.chunks(request)) as chunks:
+            async for chunk in chunks:
+                state.completion_tokens = tokens = tokens + len(chunk.tokens)
+                if chunk.text or chunk.finish_reason or options.token_ids or options.logprobs:
+                    yield event(rendering.chunk(chunk))
     except Exception as error:  # the status is sent already: the client learns of it in an event
         _log.warning("a stream failed: %s", error, exc_info=error)
         yield api_error(error, request_id.get()).event()
     else:
         if options.usage:
-            yield event(rendering.last(asked, tokens))
+            yield event(rendering.last(request, tokens))
     yield DONE

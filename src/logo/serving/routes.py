@@ -18,7 +18,7 @@ from logo.api.requests import SelectRequest
 from logo.prompts import Prompt
 from logo.protocol import NotReady, Overloaded, Patterns, Sampling
 from logo.serving import bodies, replies
-from logo.serving.answers import Answers, Asked
+from logo.serving.answers import Answers, PreparedRequest
 from logo.serving.metrics import CONTENT_TYPE
 from logo.serving.rendering import ChatRendering, CompletionRendering, Options, Rendering
 from logo.serving.responding import Streamed, unless_left, whole
@@ -106,20 +106,20 @@ async def _generate(
     """
     answers, began = _answers(request), time.perf_counter()
     request.state.model = body.model
-    wish = answers.wish(body.model, body.logo, _patterns(request))
+    wanted = answers.mixture_request(body.model, body.logo, _patterns(request))
     with ExitStack() as stack:
         stack.enter_context(_admitted(answers, count * body.n))
         prompts = await encoded()
         request.state.prompt_tokens = sum(map(len, prompts))
         sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed, logprobs)
-        chosen = await unless_left(request, answers.choose(prompts, wish, began))
+        chosen = await unless_left(request, answers.choose(prompts, wanted, began))
         for one in chosen:
             stack.callback(one.release)
         request.state.selections = answers.logged(prompts, chosen)
-        asked = Asked(tuple(prompts), chosen, body.n, sampling, body.stops, began)
+        prepared = PreparedRequest(tuple(prompts), chosen, body.n, sampling, body.stops, began)
         if body.stream:
-            return Streamed(answers, asked, rendering, request.state, stack.pop_all())
-        return await unless_left(request, whole(answers, asked, rendering, request.state))
+            return Streamed(answers, prepared, rendering, request.state, stack.pop_all())
+        return await unless_left(request, whole(answers, prepared, rendering, request.state))
 
 
 @contextmanager
@@ -141,14 +141,14 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
 async def select(body: SelectRequest, request: Request) -> SelectionReply:
     """Which adapters would answer, with the scores of all."""
     answers, began = _answers(request), time.perf_counter()
-    wish = answers.wish(AUTO, body.logo, _patterns(request))
+    wanted = answers.mixture_request(AUTO, body.logo, _patterns(request))
     with _admitted(answers):
         if body.prompt is not None:
             [prompt] = await answers.encoded([body.prompt])
         else:
             prompt = await answers.conversation(body.messages or [])
         answers.room([prompt], None, "prompt" if body.messages is None else "messages")
-        [chosen] = await unless_left(request, answers.choose([prompt], wish, began))
+        [chosen] = await unless_left(request, answers.choose([prompt], wanted, began))
         chosen.release()
         request.state.selections = answers.logged([prompt], [chosen])
     return SelectionReply.of(chosen, len(prompt))

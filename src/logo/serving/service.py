@@ -24,13 +24,13 @@ from logo.adapters.format import Adapter
 from logo.engine import LoGo
 from logo.errors import LoGoError, PoolError, UsageError
 from logo.prompts import ProbeText, Prompt
-from logo.protocol import Card, Delta, Figures, NotReady, Overloaded, Patterns, Sampling, Wish
-from logo.selecting import Asked
+from logo.protocol import Card, Delta, Figures, MixtureRequest, NotReady, Overloaded, Patterns, Sampling
+from logo.selecting import CallSettings
 from logo.selection import Selection
 from logo.selection.selector import forced, known
 from logo.serving.batching import Batching
 from logo.serving.memory import Memory
-from logo.serving.mixtures import Chosen, mixed
+from logo.serving.mixtures import HeldMixture, mixed
 from logo.serving.pool import Change, ServedPool
 
 _log = logging.getLogger("logo.serving")
@@ -41,9 +41,9 @@ T = TypeVar("T")
 @dataclass
 class _Waiting:
     prompt: Prompt | Sequence[int]
-    wish: Wish
+    wanted: MixtureRequest
     since: float
-    future: asyncio.Future[Chosen]
+    future: asyncio.Future[HeldMixture]
 
 
 class Service:
@@ -231,13 +231,13 @@ class Service:
 
     # -- selecting and generating ----------------------------------------------------------------------------------
 
-    async def choose(self, prompt: Prompt | Sequence[int], wish: Wish) -> Chosen:
+    async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
         """The mixture for a prompt.
 
         Raises:
             LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
         """
-        waiting = _Waiting(prompt, wish, time.perf_counter(), asyncio.get_running_loop().create_future())
+        waiting = _Waiting(prompt, wanted, time.perf_counter(), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._wake.set()
         try:
@@ -247,7 +247,7 @@ class Service:
                 self._waiting.remove(waiting)
 
     def generate(
-        self, ids: Sequence[int], chosen: Chosen, sampling: Sampling, deadline: float | None = None
+        self, ids: Sequence[int], chosen: HeldMixture, sampling: Sampling, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
         """See `Batching.generate`."""
         for name in chosen.selection.adapters:
@@ -266,11 +266,13 @@ class Service:
                 _hand_out(batch, await loop.run_in_executor(self._worker, self._choose, batch))
                 del batch
 
-    def _choose(self, batch: Sequence[_Waiting]) -> list[Chosen | Exception]:
+    def _choose(self, batch: Sequence[_Waiting]) -> list[HeldMixture | Exception]:
         """In the other thread: selects for all of the batch together."""
         began = time.perf_counter()
-        asked = [self._asked(waiting.wish) for waiting in batch]
-        to_probe = {i: one for i, one in enumerate(asked) if isinstance(one, Asked) and batch[i].wish.adapters is None}
+        asked = [self._asked(waiting.wanted) for waiting in batch]
+        to_probe = {
+            i: one for i, one in enumerate(asked) if isinstance(one, CallSettings) and batch[i].wanted.adapters is None
+        }
         found = self._probed([batch[i].prompt for i in to_probe], list(to_probe.values()))
         probed = dict(zip(to_probe, found, strict=True))
         took = 1e3 * (time.perf_counter() - began)
@@ -279,29 +281,29 @@ class Service:
             for i, waiting in enumerate(batch)
         ]
 
-    def _asked(self, wish: Wish) -> Asked | Exception:
+    def _asked(self, wanted: MixtureRequest) -> CallSettings | Exception:
         """A request's options, checked against the pool as it is now."""
         try:
-            options, pool = wish.options.copy(), self.logo.fitted
+            options, pool = wanted.options.copy(), self.logo.fitted
             signal = options.get("signal") or self.logo.settings.signal
             if signal in self.pool.refused:
-                if wish.usable is not None:  # the reason names adapters of others
+                if wanted.usable is not None:  # the reason names adapters of others
                     raise PoolError(f"signal {signal!r}: it cannot score the pool as it is now")
                 return copy(self.pool.refused[signal])  # one that is raised again would hold every traceback
             if signal not in self.signals:
                 raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
-            if wish.usable is not None and wish.adapters != {}:
-                names = self.usable(wish.usable)
+            if wanted.usable is not None and wanted.adapters != {}:
+                names = self.usable(wanted.usable)
                 if not names:
                     raise PoolError("none of the adapters that this API key may use is in the pool")
                 options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
             if options.get("k"):  # more than there are means all of them, and a client's number warns nobody here
                 options["k"] = min(options["k"] or 0, len(options.get("candidates") or pool))
-            return self.logo.asked(**options)
+            return self.logo.call_settings(**options)
         except Exception as error:  # handed to the one who waits for it
             return error
 
-    def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[Asked]) -> list[Selection | Exception]:
+    def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[CallSettings]) -> list[Selection | Exception]:
         if not rows:
             return []
         with self.batching.paused():
@@ -316,23 +318,23 @@ class Service:
     def _finished(
         self,
         waiting: _Waiting,
-        asked: Asked | Exception,
+        asked: CallSettings | Exception,
         found: Selection | Exception | None,
         queued: float,
         took: float,
-    ) -> Chosen | Exception:
+    ) -> HeldMixture | Exception:
         try:
             if isinstance(asked, Exception):
                 return asked
             if isinstance(found, Exception):
                 return found
             pool = self.logo.fitted
-            selection = forced(waiting.wish.adapters or {}, pool, asked.candidates) if found is None else found
+            selection = forced(waiting.wanted.adapters or {}, pool, asked.candidates) if found is None else found
             mixture, silent = mixed(self.logo.store, pool, selection, Prompt.of(waiting.prompt).ids)
             self.not_invoked += silent
             # Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes.
             release = weakref.finalize(mixture, self.logo.store.release_later, mixture.hold)
-            return Chosen(selection, mixture, queued, took, release)
+            return HeldMixture(selection, mixture, queued, took, release)
         except Exception as error:
             if not isinstance(error, LoGoError):
                 _log.exception("a request cannot be given its mixture")
@@ -372,7 +374,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
 
 
-def _hand_out(batch: Sequence[_Waiting], results: Sequence[Chosen | Exception]) -> None:
+def _hand_out(batch: Sequence[_Waiting], results: Sequence[HeldMixture | Exception]) -> None:
     """Gives each result to the request that still waits for it."""
     for waiting, result in zip(batch, results, strict=True):
         if waiting.future.done():

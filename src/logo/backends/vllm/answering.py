@@ -34,8 +34,8 @@ from logo.selection.selector import Selection
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What is chosen for one prompt, as `logo.protocol.Chosen` says.
+class RoutedMixture:
+    """What is chosen for one prompt, as `logo.protocol.SelectedMixture` says.
 
     Attributes:
         tokens: of the prompt; None where it was not read as it is: it was not probed, or a text of its own was.
@@ -91,7 +91,7 @@ class Answering:
         path: str,
         body: Body,
         model: str,
-        chosen: Chosen,
+        chosen: RoutedMixture,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -131,7 +131,7 @@ class Answering:
         path: str,
         parts: Sequence[Body],
         model: str,
-        chosen: Sequence[Chosen],
+        chosen: Sequence[RoutedMixture],
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -139,7 +139,7 @@ class Answering:
         """Sends the answers to several prompts of one request as one response."""
         told = [Mixture.of(one).model_dump() for one in chosen]
 
-        async def answered(part: Body, one: Chosen, sink: Send) -> None:
+        async def answered(part: Body, one: RoutedMixture, sink: Send) -> None:
             await self.one(path, part, model, one, scope, receive, sink)
 
         requests = [partial(answered, part, one) for part, one in zip(parts, chosen, strict=True)]

@@ -25,7 +25,7 @@ from logo.backends.vllm.recipe import Recipe
 from logo.backends.vllm.skeleton import skeleton
 from logo.backends.vllm.taps import CHANGED, UNKNOWN_PREFIX
 from logo.errors import LoGoError, ModelError, NotFinite, UsageError
-from logo.protocol import Wish
+from logo.protocol import MixtureRequest
 from logo.selecting import Choosing
 from logo.selection.selector import Selection, forced
 
@@ -130,13 +130,13 @@ class Core:
 
     # -- choosing ------------------------------------------------------------------------------------------------
 
-    def signal(self, wish: Wish) -> str | None:
+    def signal(self, wanted: MixtureRequest) -> str | None:
         """The signal that a prompt has to be probed with; None where its mixture is forced."""
-        if wish.adapters is not None:
+        if wanted.adapters is not None:
             return None
-        return self.choosing.asked(wish.options).settings.signal
+        return self.choosing.call_settings(wanted.options).settings.signal
 
-    def select(self, wish: Wish, scores: Sequence[float] | None) -> Selection:
+    def select(self, wanted: MixtureRequest, scores: Sequence[float] | None) -> Selection:
         """What is chosen, or forced.
 
         Args:
@@ -145,10 +145,10 @@ class Core:
         Raises:
             LoGoError: as `LoGo.select`.
         """
-        if wish.adapters is not None or scores is None:
-            return forced(wish.adapters or {}, self.pool.adapters)
-        asked = self.choosing.asked(wish.options)
-        return self.choosing.choose(torch.tensor(scores), self._scored[asked.settings.signal], asked)
+        if wanted.adapters is not None or scores is None:
+            return forced(wanted.adapters or {}, self.pool.adapters)
+        call = self.choosing.call_settings(wanted.options)
+        return self.choosing.choose(torch.tensor(scores), self._scored[call.settings.signal], call)
 
     @contextmanager
     def request(self, selection: Selection, forced: str | None = None) -> Iterator[Any]:

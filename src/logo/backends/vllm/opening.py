@@ -192,7 +192,7 @@ def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Seque
     usable = []
     for signal in SIGNALS:
         try:
-            reading_plan(model, pool, settings.asked(signal=signal))
+            reading_plan(model, pool, settings.for_call(signal=signal))
         except LoGoError:  # said again to whoever asks for it
             continue
         usable.append(signal)

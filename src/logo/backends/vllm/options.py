@@ -85,7 +85,7 @@ class Options:
             options["signals"] = tuple(options["signals"])
         made = cls(settings=settings, **options)
         for signal in made.all_signals:
-            settings.asked(signal=signal)  # refuses one that does not exist
+            settings.for_call(signal=signal)  # refuses one that does not exist
         if settings.probe_context != "base" or settings.baseline != "neutral":
             raise UsageError(
                 "inside vLLM prompts are probed by the base model alone and compared with neutral text: leave out "

@@ -150,7 +150,7 @@ def scoring_signals(options: Options, model: PreTrainedModel, pool: AdapterPool)
     usable = [own]
     for signal in others:
         try:
-            plan(model, pool, options.settings.asked(signal=signal))
+            plan(model, pool, options.settings.for_call(signal=signal))
         except LoGoError as error:
             log.warning("LoGo: requests cannot ask for the signal %r: %s", signal, error)
         else:

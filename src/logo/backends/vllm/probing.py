@@ -14,7 +14,7 @@ from logo.backends.vllm.marks import marking
 from logo.backends.vllm.requests import Requests
 from logo.errors import ModelError
 from logo.prompts import Prompt
-from logo.selecting import Asked, Selecting
+from logo.selecting import CallSettings, Selecting
 from logo.selection import Selection
 from logo.selection.confidence import EXAMPLES, Evidence
 from logo.selection.plan import plan
@@ -65,11 +65,11 @@ class InWorkers(Selecting):
         return self._opened[signal]
 
     def __call__(
-        self, rows: Sequence[Prompt], asked: Sequence[Asked], batch_size: int, *, answering: bool = False
+        self, rows: Sequence[Prompt], calls: Sequence[CallSettings], batch_size: int, *, answering: bool = False
     ) -> list[Selection]:
-        names = [self.open(one.settings)["names"] for one in asked]
-        found = self._scores([(row.probed, one.settings.signal) for row, one in zip(rows, asked, strict=True)])
-        return [self.choose(torch.tensor(row), who, one) for row, who, one in zip(found, names, asked, strict=True)]
+        names = [self.open(one.settings)["names"] for one in calls]
+        found = self._scores([(row.probed, one.settings.signal) for row, one in zip(rows, calls, strict=True)])
+        return [self.choose(torch.tensor(row), who, one) for row, who, one in zip(found, names, calls, strict=True)]
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """See `Choosing`; the workers know example prompts."""

@@ -25,7 +25,7 @@ from logo.api.requests import LoadAdapter, ModelRequest, SelectRequest, UnloadAd
 from logo.api.visits import choosing, indifferent
 from logo.backends.vllm import bodies
 from logo.backends.vllm.admission import Admission
-from logo.backends.vllm.answering import Answering, Chosen
+from logo.backends.vllm.answering import Answering, RoutedMixture
 from logo.backends.vllm.asgi import Answer, ask, body_of, sending
 from logo.backends.vllm.bodies import CHAT, COMPLETIONS, Body
 from logo.backends.vllm.core import Core, WorkerError, new_key, scores_of
@@ -37,7 +37,7 @@ from logo.backends.vllm.pool import Change
 from logo.backends.vllm.rewriting import Rewriting
 from logo.backends.vllm.workers import Workers
 from logo.errors import AdapterError, LoGoError, UsageError
-from logo.protocol import Wish
+from logo.protocol import MixtureRequest
 
 _B = TypeVar("_B", LoadAdapter, UnloadAdapter)
 _Handler = Callable[[str, Scope, Receive, Send], Awaitable[None]]
@@ -176,10 +176,10 @@ class Router:
                 "base model",
                 "background",
             )
-        wish = self._names.wish(model, asked.logo)
+        wanted = self._names.mixture_request(model, asked.logo)
         parts = bodies.split(path, body)
         choosing(len(parts))  # until each has its recipe: see `Answering`
-        found = await asyncio.gather(*(self._chosen(path, part, wish, scope, receive) for part in parts))
+        found = await asyncio.gather(*(self._chosen(path, part, wanted, scope, receive) for part in parts))
         for one in found:
             if isinstance(one, Answer):  # vLLM refused to read this prompt: its own words
                 await _relay(send, one)
@@ -195,11 +195,13 @@ class Router:
         """Whether a request is for a mixture, rather than for vLLM's own models alone."""
         return "logo" in body or model == AUTO or model in self.core.pool.keys
 
-    async def _chosen(self, path: str, body: Body, wish: Wish, scope: Scope, receive: Receive) -> Chosen | Answer:
+    async def _chosen(
+        self, path: str, body: Body, wanted: MixtureRequest, scope: Scope, receive: Receive
+    ) -> RoutedMixture | Answer:
         """What is chosen for one prompt; or what vLLM said instead of probing it."""
-        signal = self.core.signal(wish)
+        signal = self.core.signal(wanted)
         if signal is None:
-            return Chosen(self.core.select(wish, None))
+            return RoutedMixture(self.core.select(wanted, None))
         started, scores, tries = time.perf_counter(), None, 0
         while scores is None:  # once, or twice, unless the pool changes meanwhile
             tries += 1
@@ -217,12 +219,12 @@ class Router:
             if probed.status != 200:
                 return probed
             scores = scores_of(await self.workers.take(key), self.core.pool.digest)
-        selection = self.core.select(wish, scores)
+        selection = self.core.select(wanted, scores)
         spent = time.perf_counter() - started
         self._counts.selected(selection, spent)
         usage = (probed.json() or {}).get("usage") or {}
         # Of a chat, a text of its own is probed, which says nothing of the chat's length.
-        return Chosen(selection, 1000 * spent, usage.get("prompt_tokens") if where == path else None)
+        return RoutedMixture(selection, 1000 * spent, usage.get("prompt_tokens") if where == path else None)
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
@@ -233,14 +235,14 @@ class Router:
         asked = checked(SelectRequest, raw.decode("utf-8", "replace") if body is None else body)
         assert body is not None  # anything else has been refused
         where = COMPLETIONS if asked.prompt is not None else CHAT
-        found = await self._chosen(where, body, self._names.wish(AUTO, asked.logo), scope, receive)
+        found = await self._chosen(where, body, self._names.mixture_request(AUTO, asked.logo), scope, receive)
         tokens = found if isinstance(found, Answer) else await self._counted(body, found, scope)
         if isinstance(found, Answer) or isinstance(tokens, Answer):
             await _relay(send, found if isinstance(found, Answer) else tokens)  # type: ignore[arg-type]
             return
         await answer(send, 200, SelectionReply.of(found, tokens).model_dump_json().encode())
 
-    async def _counted(self, body: Body, chosen: Chosen, scope: Scope) -> int | Answer:
+    async def _counted(self, body: Body, chosen: RoutedMixture, scope: Scope) -> int | Answer:
         """The prompt's tokens: vLLM counts those that no probe has."""
         if chosen.tokens is not None:
             return chosen.tokens

@@ -129,7 +129,7 @@ class Scoring:
             self._taps.score(signal, scorer, self._settings(signal))
 
     def _settings(self, signal: str) -> SelectionSettings:
-        return told(self._options.settings.asked(signal=signal), self._pool)
+        return told(self._options.settings.for_call(signal=signal), self._pool)
 
     def _listening(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
         kept, keys = self._kept or (None, {})

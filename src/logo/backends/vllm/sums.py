@@ -105,7 +105,7 @@ class PromptSums:
             number: of the reading, or of what comes behind them.
             parts: (parts, n), the sums over the step's tokens in each block.
             blocks: how many of these blocks have ended.
-            late: `Part.late` of the parts, where these are sums with emphasis on the end.
+            late: `PromptRows.late` of the parts, where these are sums with emphasis on the end.
         """
         before = self.by_point.get(number)
         if late is None:
@@ -118,7 +118,7 @@ class PromptSums:
 
 
 @dataclass(frozen=True)
-class Part:
+class PromptRows:
     """The tokens of one prompt in a step.
 
     Attributes:
@@ -153,7 +153,7 @@ class Step:
         prompts: (n,) on the CPU: which of the prompts each row belongs to.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PromptRows, ...]
     rows: Tensor
     owners: Tensor
     weights: Tensor | None
@@ -182,7 +182,7 @@ class Step:
             device: where the model runs.
             late: sums with emphasis on the end are wanted, too.
         """
-        parts: list[Part] = []
+        parts: list[PromptRows] = []
         rows, owners, prompts = [], [], []
         before = row = 0
         for i, (span, sums) in enumerate(spans):
@@ -193,7 +193,7 @@ class Step:
             unread = max(0, sums.unread // cut - first)
             end, row = before + last - first + 1, row + len(positions)
             final = row - 1 if len(positions) and span.end == span.total else None
-            parts.append(Part(span.key, before, end, ended, span.end // cut - first, unread, final))
+            parts.append(PromptRows(span.key, before, end, ended, span.end // cut - first, unread, final))
             rows.append(positions + (span.row - span.start))
             owners.append(positions // cut - first + before)
             prompts.append(torch.full((len(positions),), i))

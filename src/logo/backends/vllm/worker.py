@@ -153,7 +153,7 @@ class Worker:
         """Where the signals that requests may ask for read the model: layers' residual streams, and modules."""
         found = set()
         for signal in scoring_signals(self.options, self.skeleton, pool):
-            settings = self.options.settings.asked(signal=signal)
+            settings = self.options.settings.for_call(signal=signal)
             how = settings.reading.input
             for point in plan(self.skeleton, pool, settings).points:
                 found.add((how, point.layer_path if how == "residual" else point.module))

@@ -24,7 +24,7 @@ from logo.evaluation.sweep.grid import Value, cell_name
 
 if TYPE_CHECKING:
     from logo.baselines import Method
-    from logo.evaluation.resume import Wish
+    from logo.evaluation.resume import ResumePolicy
     from logo.evaluation.session import Evaluation
     from logo.selection.settings import SelectionSettings
 
@@ -103,7 +103,7 @@ def sweep(
     out: Path,
     open_session: Callable[[Cell], Evaluation],
     *,
-    wish: Wish | None = None,
+    policy: ResumePolicy | None = None,
     on_progress: Callable[[str, int], None] | None = None,
 ) -> Swept:
     """Answers every dataset in every cell, as far as that is not done yet.
@@ -113,7 +113,7 @@ def sweep(
         out: the sweep's folder.
         open_session: makes the session of a cell. Cells of the same settings come one after the other, so that an
             engine can serve all of them, and none is needed again once others have come.
-        wish: what may become of what is there already; None: nothing of another run is touched.
+        policy: what may become of what is there already; None: nothing of another run is touched.
         on_progress: gets what is being answered, `cell · dataset`, and the number of rows done, of all runs.
     """
     done: set[tuple[str, str]] = set()
@@ -131,7 +131,7 @@ def sweep(
             what, before = f"{cell.name} · {job.dataset}", rows
             tell(what, rows)
             try:
-                [plan] = session.plans([job], wish)
+                [plan] = session.plans([job], policy)
                 if plan.done and plan.note:
                     warnings.warn(
                         f"{what} was answered under other versions or on another kind of device: {plan.note}",
