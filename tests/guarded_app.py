@@ -10,7 +10,7 @@ import httpx
 from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
-from logo.serving.errors import install
+from logo.serving.error_handlers import install
 
 KEYS = ("key-one", "key-two")
 LIMIT = 10_000

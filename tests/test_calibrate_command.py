@@ -29,7 +29,7 @@ def test_calibrating_shows_what_selecting_reads(tmp_path: Path, capsys: pytest.C
     assert list(chosen["scores"].values()) == pytest.approx(list(named["scores"].values()), abs=1e-3)
     assert run(["pool", "calibrate", *cache]) == 0
     shown = capsys.readouterr()
-    assert "contrast" in shown.out and "0 listened to, 16 known already" in shown.err
+    assert "contrast" in shown.out and "0 calibrated now, 16 known already" in shown.err
 
 
 def test_generate_and_select_are_calibrated_and_evaluate_is_official(capsys: pytest.CaptureFixture[str]) -> None:

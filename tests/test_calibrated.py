@@ -302,7 +302,7 @@ def test_changed_weights_are_listened_to_again(llama: nn.Module, tmp_path: Path)
     shutil.rmtree(tmp_path / "pool" / "t0")
     shutil.copytree(tmp_path / "other", tmp_path / "pool" / "t0")
     logo = engine(llama, tmp_path / "pool", **settings)
-    assert logo.scorer.calibration is not None and logo.scorer.calibration.listened == 1
+    assert logo.scorer.calibration is not None and logo.scorer.calibration.measured == 1
     kept, uncached = (e.select(PROMPTS[0]).scores for e in (logo, engine(llama, tmp_path / "pool", cache="")))
     assert list(kept.values()) == same_scores(list(uncached.values()))
 
@@ -348,7 +348,7 @@ def test_a_cache_that_may_only_be_read_is_read_and_nothing_is_said(llama: nn.Mod
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             again = cached(llama, root)
-            assert again.scorer.calibration is not None and again.scorer.calibration.listened == 0
+            assert again.scorer.calibration is not None and again.scorer.calibration.measured == 0
             assert again.select(PROMPTS[0]) == first.select(PROMPTS[0])
 
 

@@ -17,7 +17,7 @@ from http_server import eventually, serving
 from logo.api import errors
 from logo.errors import AdapterError, DataError, LoGoError, ModelError, NotFinite, PoolError, StorageError, UsageError
 from logo.serving.bodies import CompletionRequest
-from logo.serving.errors import install
+from logo.serving.error_handlers import install
 from logo.serving.guards import GuardSettings, guard
 
 JSON = {"Content-Type": "application/json"}

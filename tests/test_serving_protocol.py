@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from http_server import serving
-from logo.api.problems import problem
 from logo.api.requests import LoadAdapter, SelectRequest, UnloadAdapter
+from logo.api.validation import validation_message
 from logo.serving.bodies import UNSUPPORTED, ChatRequest, CompletionRequest
-from logo.serving.errors import install
+from logo.serving.error_handlers import install
 
 COMPLETION = {"model": "logo", "prompt": "hi"}
 CHAT = {"model": "logo", "messages": [{"role": "user", "content": "hi"}]}
@@ -28,7 +28,7 @@ LOAD = {"lora_name": "a/b", "lora_path": "there"}
 def refusal(model: type[BaseModel], body: Any) -> tuple[str, str | None]:
     with pytest.raises(ValidationError) as caught:
         model.model_validate(body)
-    return problem(caught.value.errors())
+    return validation_message(caught.value.errors())
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -307,7 +307,7 @@ def test_any_json_is_a_request_or_a_problem_in_one_line(model: type[BaseModel], 
         try:
             request = model.model_validate(body)
         except ValidationError as error:
-            message, param = problem(error.errors())
+            message, param = validation_message(error.errors())
             message.encode("utf-8")
             (param or "").encode("utf-8")
             assert "\n" not in message and 0 < len(message) < 600

@@ -6,7 +6,7 @@ import json
 import math
 
 from logo.api.replies import Mixture
-from logo.serving.replies import (
+from logo.serving.openai import (
     ChatChunkChoice,
     ChatCompletionChunk,
     Completion,

@@ -101,7 +101,7 @@ def test_calibrations_are_kept_where_the_library_keeps_them(
     model, tokenizer = load_base("demo", device="cpu", dtype="float32")
     own = LoGo(model, tokenizer, default_pool("demo"), settings=SelectionSettings(cache=cache))
     calibration = own.calibrate()
-    assert calibration is not None and calibration.listened == 0
+    assert calibration is not None and calibration.measured == 0
     assert found[0] == pytest.approx(list(own.select(rows[0]).scores.values()), rel=1e-4)
 
 

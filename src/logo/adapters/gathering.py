@@ -18,10 +18,10 @@ from pathlib import Path
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, own_name
 from logo.adapters.hub import adapter_patterns, download_files, require_adapters
-from logo.adapters.known import KnownDigests, KnownPool
 from logo.adapters.locking import as_locked
 from logo.adapters.manifest import Entry, entry_place, read_manifest
 from logo.adapters.places import Place, places_text
+from logo.adapters.pool_cache import DigestCache, PoolCache
 from logo.adapters.repos import Listing, fetch_each, keep_listing, list_repos
 from logo.adapters.survey import Spot, adapter_folders, check_folder, opened
 from logo.adapters.weights import SAFETENSORS
@@ -163,11 +163,11 @@ def gather(
             found.setdefault(one.spot.name, one)
             spots.append(one.spot)
     identity = f"{places_text(places)} {full}"
-    known = KnownPool.of(identity, cache)
+    known = PoolCache.of(identity, cache)
     adapters = opened(spots, refused, known, allow_pickle=how.allow_pickle, verify=verify)
     entries = {name: one.entry for name, one in found.items() if one.entry is not None}
     if entries:
-        adapters = as_locked(adapters, entries, refused, KnownDigests.of(identity, cache))
+        adapters = as_locked(adapters, entries, refused, DigestCache.of(identity, cache))
     names = {adapter.name for adapter in adapters}
     return Gathered(
         adapters,

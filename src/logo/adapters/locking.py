@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from logo.adapters.activation import Activation, acting
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter
-from logo.adapters.known import KnownDigests
 from logo.adapters.manifest import Entry, Manifest
+from logo.adapters.pool_cache import DigestCache
 from logo.adapters.weights import PickleFile, SafetensorsFile, file_sha256
 from logo.errors import AdapterError, StorageError, UsageError
 
@@ -23,7 +23,7 @@ _SHOWN = 12  # digits of a digest that a message shows
 
 
 def as_locked(
-    adapters: Sequence[Adapter], entries: Mapping[str, Entry], refused: list[AdapterError], digests: KnownDigests
+    adapters: Sequence[Adapter], entries: Mapping[str, Entry], refused: list[AdapterError], digests: DigestCache
 ) -> list[Adapter]:
     """The adapters that are as their entries say, acting where these say; why others are not is added to `refused`."""
     same = []
@@ -37,7 +37,7 @@ def as_locked(
     return same
 
 
-def _as_entry(adapter: Adapter, entry: Entry, digests: KnownDigests) -> Adapter:
+def _as_entry(adapter: Adapter, entry: Entry, digests: DigestCache) -> Adapter:
     for file, expected in ((adapter.file.path, entry.sha256), (adapter.folder / CONFIG, entry.config_sha256)):
         if expected is None:
             continue

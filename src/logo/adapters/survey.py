@@ -10,8 +10,8 @@ from pathlib import Path
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.initial import began
-from logo.adapters.known import KnownPool
 from logo.adapters.notes import noted, noted_alone
+from logo.adapters.pool_cache import PoolCache
 from logo.adapters.weights import PICKLE, SAFETENSORS
 from logo.errors import AdapterError, LeftOut, StorageError
 
@@ -31,7 +31,7 @@ def survey(
     """Every adapter below `root` that can be used, and why each other one cannot; see `from_directory`.
 
     Args:
-        cache: as `KnownPool.of`.
+        cache: as `PoolCache.of`.
         unconverted: as `parse_config`; without a cache only.
 
     Raises:
@@ -40,7 +40,7 @@ def survey(
     check_folder(root)
     refused: list[AdapterError] = []
     spots = (Spot(folder, path or own_name(root), root) for folder, path in adapter_folders(root, refused))
-    known = KnownPool.of(os.path.realpath(root), cache)
+    known = PoolCache.of(os.path.realpath(root), cache)
     return opened(spots, refused, known, allow_pickle=allow_pickle, verify=verify, unconverted=unconverted), refused
 
 
@@ -62,7 +62,7 @@ class Spot:
 def opened(
     spots: Iterable[Spot],
     refused: list[AdapterError],
-    known: KnownPool,
+    known: PoolCache,
     *,
     allow_pickle: bool = False,
     verify: bool | None = None,

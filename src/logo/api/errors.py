@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from logo.api.problems import shown
+from logo.api.validation import shown
 from logo.errors import AdapterError, NotFinite, PoolError, StorageError, StoreFull, UsageError
 from logo.protocol import NotReady
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from logo.api.errors import bad_request, model_not_found, not_found
-from logo.api.problems import shown
 from logo.api.requests import LogoOptions
+from logo.api.validation import shown
 from logo.errors import closest
 from logo.protocol import MixtureRequest, Patterns
 

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, Tag, ValidationError, model_validator
 
 from logo.api.errors import bad_request
 from logo.api.fields import Body, Count, Flag, Name, Number, OnePrompt, Path, Text, branches, refused
-from logo.api.problems import problem
+from logo.api.validation import validation_message
 from logo.selection.signals import Weighting
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -28,7 +28,7 @@ def checked(kind: type[_B], body: Any) -> _B:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        raise bad_request(*problem(error.errors())) from None
+        raise bad_request(*validation_message(error.errors())) from None
 
 
 class LogoOptions(Body):

@@ -42,10 +42,10 @@ def calibrate(
         return
     if calibration.ranking:
         out.print(_table(calibration))
-    known = len(logo.names) - calibration.listened
+    known = len(logo.names) - calibration.measured
     note(
         f"{len(logo.names)} adapters at {len(calibration.points)} points in {calibration.seconds:.1f} s "
-        f"({calibration.listened} listened to, {known} known already)"
+        f"({calibration.measured} calibrated now, {known} known already)"
     )
     if calibration.file is not None:
         note(f"written to {calibration.file}; read other points with --probe-points")
@@ -70,7 +70,7 @@ def _report(logo: LoGo, calibration: Calibration) -> dict[str, Any]:
         "adapters": list(logo.names),
         "points": [point.name for point in calibration.points],
         "ranking": [{"point": point.name, "contrast": value} for point, value in calibration.ranking],
-        "listened": calibration.listened,
+        "listened": calibration.measured,
         "seconds": calibration.seconds,
         "file": None if calibration.file is None else str(calibration.file),
     }

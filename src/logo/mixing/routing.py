@@ -182,7 +182,7 @@ class Router:
         """The same with moments; neutral text is read if one of the adapters has none yet."""
         wanted = {path: [(keys[i], path) for i in of.members.tolist()] for path, of in experts.items()}
         if any(name not in self._moments for names in wanted.values() for name in names):
-            for path, found in self._listened(experts).items():
+            for path, found in self._measured(experts).items():
                 pairs = zip(found.mean.tolist(), found.deviation.tolist(), strict=True)
                 self._moments |= zip(wanted[path], pairs, strict=True)
         made = {}
@@ -192,13 +192,13 @@ class Router:
         return made
 
     @torch.no_grad()
-    def _listened(self, experts: Mapping[str, Experts]) -> dict[str, Moments]:
+    def _measured(self, experts: Mapping[str, Experts]) -> dict[str, Moments]:
         if self._read is None:
             raise UsageError("routing by 'seqr' compares adapters on neutral text, and this engine reads none")
         counted: list[Tensor] = []
         sums = {path: torch.zeros(3, len(of), dtype=torch.float64) for path, of in experts.items()}
 
-        def listen(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def recorder(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 of = experts[path]
                 x = inputs[0].reshape(-1, inputs[0].shape[-1])[counted[-1].to(inputs[0].device)]
@@ -207,7 +207,7 @@ class Router:
 
             return add
 
-        handles = [self.modules[path].register_forward_pre_hook(listen(path)) for path in experts]
+        handles = [self.modules[path].register_forward_pre_hook(recorder(path)) for path in experts]
         try:
             self._read(counted.append)
         finally:

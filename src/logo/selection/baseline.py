@@ -26,8 +26,8 @@ from logo.selection.signals import Scale
 
 # Spreads below this share of the usual one are taken for accidents: nobody wins by having been lucky on neutral text.
 _LEAST_SPREAD = 0.25
-# Points at which every adapter is heard, if it touches so many.
-HEARD_AT = 4
+# Points that are read of every adapter, if it touches so many.
+LEAST_POINTS = 4
 # No single point may decide alone, however far out a response is.
 _LARGEST_Z = 20.0
 
@@ -58,14 +58,14 @@ class Baseline:
     Attributes:
         mean: (adapters, points).
         spread: (adapters, points), positive.
-        heard: (adapters, points), bool: the adapter touches the point and responds there at all.
+        responds: (adapters, points), bool: the adapter touches the point and responds there at all.
         trust: (adapters,): below 1 for adapters whose mean z swings more than others' from text to text, see `scores`.
         weights: (points,): what each counts in the mean.
     """
 
     mean: Tensor
     spread: Tensor
-    heard: Tensor
+    responds: Tensor
     trust: Tensor
     weights: Tensor
 
@@ -79,47 +79,47 @@ class Baseline:
             weights: (points,): what each counts in the mean; None: all alike.
         """
         every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
-        heard = every.isfinite().all(dim=2)
-        known = torch.where(heard[:, :, None], neutral, torch.zeros(()))
+        responds = every.isfinite().all(dim=2)
+        known = torch.where(responds[:, :, None], neutral, torch.zeros(()))
         spread = known.std(dim=2)
-        usual = torch.where(heard, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
+        usual = torch.where(responds, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
         spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
-        weights = torch.ones(heard.shape[1]) if weights is None else weights
-        baseline = cls(known.mean(dim=2), spread, heard, torch.ones(len(known)), weights)
-        return replace(baseline, trust=_trust(baseline._mean_z(every), heard))
+        weights = torch.ones(responds.shape[1]) if weights is None else weights
+        baseline = cls(known.mean(dim=2), spread, responds, torch.ones(len(known)), weights)
+        return replace(baseline, trust=_trust(baseline._mean_z(every), responds))
 
     def part(self, which: Tensor) -> Baseline:
         """That of some adapters: `which` (n,) positions."""
-        return Baseline(self.mean[which], self.spread[which], self.heard[which], self.trust[which], self.weights)
+        return Baseline(self.mean[which], self.spread[which], self.responds[which], self.trust[which], self.weights)
 
     def z(self, responses: Tensor) -> Tensor:
-        """`z` of `a` (adapters, points, rows); 0 where the adapter is not heard."""
+        """`z` of `a` (adapters, points, rows); 0 where the adapter does not respond."""
         z = ((responses - self.mean[:, :, None]) / self.spread[:, :, None]).clamp(-_LARGEST_Z, _LARGEST_Z)
-        return torch.where(self.heard[:, :, None], z, torch.zeros(()))
+        return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
     def scores(self, responses: Tensor) -> Tensor:
-        """(rows, adapters) of `a` (adapters, points, rows): the mean of z over the points where an adapter is heard.
+        """(rows, adapters) of `a` (adapters, points, rows): the mean of z over the points where an adapter responds.
 
         Some adapters respond to everything that is not neutral text, and a mean over fewer points swings more. An
-        adapter whose mean swings more than others' over all texts that it was heard on is scaled down by that, so that
-        it must stand out as clearly as they. One that is heard nowhere scores as the least of the others.
+        adapter whose mean swings more than others' over all texts is scaled down by that, so that
+        it must stand out as clearly as they. One that responds nowhere scores as the least of the others.
         """
         scores = (self._mean_z(responses) * self.trust[:, None]).T  # (rows, adapters)
-        silent = ~self.heard.any(dim=1)
+        silent = ~self.responds.any(dim=1)
         if silent.any() and not silent.all():
             scores[:, silent] = scores[:, ~silent].min(dim=1, keepdim=True).values
         return scores
 
     def _mean_z(self, responses: Tensor) -> Tensor:
         """(adapters, rows)."""
-        counted = (self.heard * self.weights).sum(dim=1)  # (adapters,)
+        counted = (self.responds * self.weights).sum(dim=1)  # (adapters,)
         return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted.clamp_min(1e-6)[:, None]
 
 
-def _trust(mean_z: Tensor, heard: Tensor) -> Tensor:
-    """(adapters,): of `mean_z` (adapters, texts), how steady it is beside the usual adapter heard at all points."""
+def _trust(mean_z: Tensor, responds: Tensor) -> Tensor:
+    """(adapters,): of `mean_z` (adapters, texts), how steady an adapter is beside the usual one."""
     swing = mean_z.std(dim=1)
-    points = heard.sum(dim=1)
+    points = responds.sum(dim=1)
     usual = swing[points == points.max()].median().clamp_min(_LEAST_SPREAD)
     return (usual / swing.clamp_min(1e-6)).clamp(max=1.0)
 
@@ -134,13 +134,13 @@ def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
         neutral, requests: `a` (adapters, points, texts).
 
     Returns:
-        (points,), 0 at points where fewer than two adapters are heard.
+        (points,), 0 at points where fewer than two adapters respond.
     """
     baseline = Baseline.of(neutral)
     z = baseline.z(requests)
     result = torch.zeros(z.shape[1])
     for point in range(z.shape[1]):
-        part = z[baseline.heard[:, point], point]  # (adapters heard, texts)
+        part = z[baseline.responds[:, point], point]  # (adapters that respond, texts)
         if len(part) > 1:
             part = part - part.mean(dim=1, keepdim=True)
             result[point] = (part - part.mean(dim=0)).std()
@@ -159,20 +159,20 @@ def agreement(neutral: Tensor, requests: Tensor, order: Sequence[int]) -> Tensor
     return torch.corrcoef(running)[-1] if len(order) > 1 else torch.ones(1)
 
 
-def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: int = HEARD_AT) -> list[int]:
+def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: int = LEAST_POINTS) -> list[int]:
     """The points to read, best first: those of most contrast, as few as agree with the `most` best ones.
 
     Args:
         neutral, requests: `a` (adapters, points, texts).
-        most: never more than these, unless an adapter would hardly be heard at them.
+        most: never more than these, unless too few of them would touch an adapter.
         enough: the agreement that is enough.
-        each: every adapter is heard at this many points, if it touches so many.
+        each: so many points of every adapter are read, if it touches so many.
     """
     order = torch.sort(contrast(neutral, requests), descending=True, stable=True).indices.tolist()
     best = order[:most]
     reached = (agreement(neutral, requests, best) >= enough).nonzero()
     chosen = best[: int(reached[0]) + 1] if len(reached) else best
-    for heard in neutral.isfinite().all(dim=2):  # (points,) of one adapter
-        missing = min(each, len(chosen)) - int(heard[chosen].sum())
-        chosen += [point for point in order if heard[point] and point not in chosen][: max(0, missing)]
+    for responds in neutral.isfinite().all(dim=2):  # (points,) of one adapter
+        missing = min(each, len(chosen)) - int(responds[chosen].sum())
+        chosen += [point for point in order if responds[point] and point not in chosen][: max(0, missing)]
     return chosen

@@ -44,7 +44,7 @@ class CalibrationCache:
     """Where the calibrations of one base model and one way of reading are kept.
 
     Args:
-        texts: what is listened to.
+        texts: those that the base model reads.
         key: digest of everything the stored values depend on but the adapter.
         folder: the cache folder; None keeps nothing.
 

@@ -1,6 +1,6 @@
 """Calibration: the base model runs on neutral texts and requests once, and notes what every adapter responds to them.
 
-    candidates -> listen (what the cache does not know yet) -> choose points -> Calibration -> whitenings
+    candidates -> measure (what the cache does not know yet) -> choose points -> Calibration -> whitenings
 
 One forward pass of the base model per group of layers serves every adapter. What is kept are responses, so that a
 calibration of any other pool of known adapters costs no pass at all.
@@ -39,7 +39,7 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class Heard:
+class HiddenVectors:
     """The hidden vectors of all texts at one point; points that read the same vectors are given one tensor.
 
     Attributes:
@@ -60,8 +60,8 @@ class Heard:
         return self.hidden[self.acted.to(self.hidden.device)], self.owners[self.acted]
 
 
-# Runs texts through the base model, and gives what it hears at each point.
-Listening = Callable[[Sequence[Point], Texts, Signal], Iterator[Heard]]
+# Runs texts through the base model and yields its hidden vectors at each point.
+TextRunner = Callable[[Sequence[Point], Texts, Signal], Iterator[HiddenVectors]]
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Calibration:
         ranking: every candidate with its contrast, best first; empty where the points were given.
         neutral: `a` (adapters, readings, neutral texts), of all points, and behind them those with emphasis on the end
             where the signal has such; NaN where an adapter does not touch a point.
-        requests: the same of the requests; none of them where the signal listens to neutral texts only.
+        requests: the same of the requests; none of them where the signal uses neutral texts only.
         file: where the choice was written down.
-        listened: how many adapters were not known yet.
+        measured: how many adapters were not known yet.
         seconds: how long the calibration took.
     """
 
@@ -84,7 +84,7 @@ class Calibration:
     neutral: Tensor
     requests: Tensor
     file: Path | None
-    listened: int
+    measured: int
     seconds: float
 
 
@@ -95,9 +95,9 @@ def calibrate(
     most: int,
     settings: SelectionSettings,
     cache: CalibrationCache,
-    listening: Listening | None = None,
+    run_texts: TextRunner | None = None,
 ) -> Calibration:
-    """The calibration of these adapters, from the cache or by listening, and the points to read.
+    """The calibration of these adapters, from the cache or measured now, and the points to read.
 
     Args:
         model: the base model, with no adapter active.
@@ -106,7 +106,7 @@ def calibrate(
         most: of the candidates, choose so many at most; 0: all of them are read.
         settings: for the signal.
         cache: the texts, what is known already, and where what is new is put.
-        listening: runs the base model; None: `model` itself runs.
+        run_texts: runs the base model; None: `model` itself runs.
     """
     started, texts = time.perf_counter(), cache.texts
     known = {adapter.name: cache.responses(adapter) for adapter in adapters}
@@ -114,10 +114,12 @@ def calibrate(
         point: [a for a in adapters if point.module in a.modules and point.module not in known[a.name]]
         for point in candidates
     }
-    heard = listen(model, {point: absent for point, absent in missing.items() if absent}, settings, cache, listening)
+    measured = measure(
+        model, {point: absent for point, absent in missing.items() if absent}, settings, cache, run_texts
+    )
     for adapter in adapters:
-        if adapter.name in heard:
-            known[adapter.name] |= heard[adapter.name]
+        if adapter.name in measured:
+            known[adapter.name] |= measured[adapter.name]
             cache.keep_responses(adapter, known[adapter.name])
     nothing = torch.full((settings.reading.readings, len(texts.rows)), torch.nan)
     responses = torch.stack(
@@ -130,7 +132,7 @@ def calibrate(
 
     if not most:
         every = of(range(len(candidates)))
-        return Calibration(tuple(candidates), (), *every, None, len(heard), time.perf_counter() - started)
+        return Calibration(tuple(candidates), (), *every, None, len(measured), time.perf_counter() - started)
     even = responses[:, 0]
     neutral, requests = even[:, :, : len(texts.neutral)], even[:, :, len(texts.neutral) :]
     chosen = choose(neutral, requests, most, ENOUGH)
@@ -147,7 +149,7 @@ def calibrate(
     }
     file = cache.keep_choice(adapters, written_down)
     seconds = time.perf_counter() - started
-    return Calibration(points, ranking, *of(chosen), file, len(heard), seconds)
+    return Calibration(points, ranking, *of(chosen), file, len(measured), seconds)
 
 
 def whitenings(
@@ -155,23 +157,23 @@ def whitenings(
     points: Sequence[Point],
     settings: SelectionSettings,
     cache: CalibrationCache,
-    listening: Listening | None = None,
+    run_texts: TextRunner | None = None,
 ) -> dict[str, Whitening]:
-    """Module path -> the whitening of its input, from the cache or by listening; empty where the signal uses none."""
+    """Module path -> the whitening of its input, from the cache or measured now; empty where the signal uses none."""
     if settings.reading.scale != "whitened":
         return {}
     found = {point.module: cache.whitening(point.module) for point in points}
-    listen(model, {point: [] for point in points if found[point.module] is None}, settings, cache, listening)
+    measure(model, {point: [] for point in points if found[point.module] is None}, settings, cache, run_texts)
     found = {module: known or cache.whitening(module) for module, known in found.items()}
     return {module: whitening for module, whitening in found.items() if whitening is not None}
 
 
-def listen(
+def measure(
     model: nn.Module,
     wanted: Mapping[Point, Sequence[Adapter]],
     settings: SelectionSettings,
     cache: CalibrationCache,
-    listening: Listening | None = None,
+    run_texts: TextRunner | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Runs the cache's texts through the base model and scores these adapters at these points.
 
@@ -180,42 +182,42 @@ def listen(
         wanted: point -> adapters to score there (none: only the whitening is wanted).
         settings: for the signal.
         cache: has the texts, and the whitenings that are known; those that the signal needs besides are put there.
-        listening: as in `calibrate`.
+        run_texts: as in `calibrate`.
 
     Returns:
         adapter name -> module path -> `a` (readings, texts), neutral ones first.
     """
-    heard: dict[str, dict[str, Tensor]] = {}
-    if listening is None:
-        listening = partial(read_texts, model)
+    measured: dict[str, dict[str, Tensor]] = {}
+    if run_texts is None:
+        run_texts = partial(read_texts, model)
     for points in _groups(model, list(wanted), sum(map(len, cache.texts.rows))):
         part = {point: wanted[point] for point in points}
-        for index, responses in _heard(listening, part, settings.reading, cache):
+        for index, responses in _measured(run_texts, part, settings.reading, cache):
             for adapter, response in zip(index.adapters, responses.permute(2, 0, 1), strict=True):
-                heard.setdefault(adapter.name, {})[index.point.module] = response.clone()
-    return heard
+                measured.setdefault(adapter.name, {})[index.point.module] = response.clone()
+    return measured
 
 
-def _heard(
-    listening: Listening, wanted: Mapping[Point, Sequence[Adapter]], signal: Signal, cache: CalibrationCache
+def _measured(
+    run_texts: TextRunner, wanted: Mapping[Point, Sequence[Adapter]], signal: Signal, cache: CalibrationCache
 ) -> Iterator[tuple[ScoringIndex, Tensor]]:
-    """`listen` at points whose hidden vectors are held at once: each index, and its `a` (readings, texts, adapters)."""
+    """`measure` at points that are held at once: each index, and its `a` (readings, texts, adapters)."""
     texts = cache.texts
-    read = dict(zip(wanted, listening(list(wanted), texts, signal), strict=True))
+    read = dict(zip(wanted, run_texts(list(wanted), texts, signal), strict=True))
     latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same vectors
     asked = []
-    for point, heard in read.items():
+    for point, vectors in read.items():
         whitening = None
         if signal.scale == "whitened":
             whitening = cache.whitening(point.module)
             if whitening is None:
-                if latest is None or latest[0] is not heard.hidden:
-                    latest = heard.hidden, _whitening(heard, len(texts.neutral)).to(torch.device("cpu"))
+                if latest is None or latest[0] is not vectors.hidden:
+                    latest = vectors.hidden, _whitening(vectors, len(texts.neutral)).to(torch.device("cpu"))
                 whitening = latest[1]
                 cache.keep_whitening(point.module, whitening)
-            latest = heard.hidden, whitening
+            latest = vectors.hidden, whitening
         if wanted[point]:
-            asked.append(Wanted(wanted[point], point, heard.hidden.device, whitening))
+            asked.append(Wanted(wanted[point], point, vectors.hidden.device, whitening))
     for index in _indices(asked):
         hidden, owners = read[index.point].responding
         values = signal(index, hidden)
@@ -223,12 +225,12 @@ def _heard(
         yield index, finished(torch.stack(means), signal.scale).cpu()
 
 
-def _whitening(heard: Heard, neutral: int) -> Whitening:
+def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
     """That of neutral texts; where adapters act on the last tokens only, that of these tokens of all texts."""
-    hidden = heard.hidden
-    if heard.acted is None:
-        return Whitening.of(hidden[(heard.owners < neutral).to(hidden.device)])
-    return Whitening.of_some(hidden, heard.acted.to(hidden.device))
+    hidden = vectors.hidden
+    if vectors.acted is None:
+        return Whitening.of(hidden[(vectors.owners < neutral).to(hidden.device)])
+    return Whitening.of_some(hidden, vectors.acted.to(hidden.device))
 
 
 def _indices(wanted: Sequence[Wanted]) -> Iterator[ScoringIndex]:
@@ -262,7 +264,7 @@ def _groups(model: nn.Module, points: Sequence[Point], tokens: int) -> Iterator[
         yield group
 
 
-def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[Heard]:
+def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
     """Runs texts through a model in this process."""
     tail = signal.token == "tail"
     probe = Probe(model, points, signal.input, "each" if tail else signal.token, texts.bos)
@@ -284,7 +286,7 @@ def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: 
     for i, first in enumerate(parts[0]):
         if id(first) not in joined:
             joined[id(first)] = torch.cat([part[i] for part in parts])
-        yield Heard(joined[id(first)], owner, some)
+        yield HiddenVectors(joined[id(first)], owner, some)
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from logo.adapters.examples import examples_of
 from logo.adapters.format import Adapter
 from logo.selection.cache import CalibrationCache
-from logo.selection.calibration import Listening
+from logo.selection.calibration import TextRunner
 from logo.selection.points import Point
 from logo.selection.signals import Signal
 from logo.selection.signature import Signatures, Space, described
@@ -30,7 +30,7 @@ def signatures_of(
     points: Sequence[Point],
     signal: Signal,
     cache: CalibrationCache,
-    listening: Listening,
+    run_texts: TextRunner,
     encode: Callable[[Sequence[str]], list[list[int]]],
     device_of: Callable[[Point], torch.device],
 ) -> Signatures | None:
@@ -40,7 +40,7 @@ def signatures_of(
         points: where prompts are read.
         signal: how they are read.
         cache: the texts of the calibration, and what is known already; means of examples are put there.
-        listening: runs the base model. Where it raises, what was read before is kept.
+        run_texts: runs the base model. Where it raises, what was read before is kept.
         encode: texts to token ids, as prompts are encoded.
         device_of: where the descriptions at a point are compared.
     """
@@ -56,7 +56,7 @@ def signatures_of(
 
     ordinary = cache.described(name(cache.texts.rows))
     if ordinary is None:
-        ordinary = read(points, signal, cache.texts, listening)
+        ordinary = read(points, signal, cache.texts, run_texts)
         cache.keep_described(name(cache.texts.rows), ordinary)
     width = sum(place.shape[-1] for place in ordinary.values())
     every = {name(rows): rows for rows in examples if rows}
@@ -64,7 +64,7 @@ def signatures_of(
         missing = {key: rows for key, rows in part.items() if cache.described(key) is None}
         if missing:
             together = Texts([row for rows in missing.values() for row in rows], [], cache.texts.bos)
-            found = read(points, signal, together, listening)
+            found = read(points, signal, together, run_texts)
             first = 0
             for key, rows in missing.items():
                 own = slice(first, first := first + len(rows))
@@ -81,14 +81,14 @@ def signatures_of(
     return Signatures(spaces, centres, known, tuple(ordinary))
 
 
-def read(points: Sequence[Point], signal: Signal, texts: Texts, listening: Listening) -> dict[int, Tensor]:
+def read(points: Sequence[Point], signal: Signal, texts: Texts, run_texts: TextRunner) -> dict[int, Tensor]:
     """The descriptions of texts, by the first point of each place: (rows, 2, d), float32 on the CPU."""
     found: dict[int, Tensor] = {}
     seen: list[Tensor] = []  # points of a layer may read the same tensor, which is one place
-    for at, heard in enumerate(listening(points, texts, signal)):
-        if not any(heard.hidden is other for other in seen):
-            seen.append(heard.hidden)
-            hidden, owners = heard.responding
+    for at, vectors in enumerate(run_texts(points, texts, signal)):
+        if not any(vectors.hidden is other for other in seen):
+            seen.append(vectors.hidden)
+            hidden, owners = vectors.responding
             order = owners.argsort(stable=True)
             found[at] = described(hidden[order.to(hidden.device)], owners[order], len(texts.rows)).cpu()
     return found

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from logo.adapters.config import CONFIG
 from logo.adapters.format import Adapter
-from logo.adapters.known import stamp
+from logo.adapters.pool_cache import stamp
 from logo.cache import read_cached, write_cached
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
@@ -80,8 +80,8 @@ def keep_index(
     tensors |= {f"offset.{i}": index.offset for i, index in enumerate(indices) if index.offset is not None}
     for i, index in enumerate(indices):
         tensors |= dict(zip(_sketch_names(i), index.sketch or (), strict=False))
-    heard, about = _about([(i.point, i.ranks) for i in indices], adapters, calibration, cache)
-    tensors |= heard
+    kept, about = _about([(i.point, i.ranks) for i in indices], adapters, calibration, cache)
+    tensors |= kept
 
     def write(part: str) -> None:
         try:
@@ -121,14 +121,14 @@ def build_index(
     Returns:
         Whether it is there: `load_index` reads it then. If not, that was said.
     """
-    heard, about = _about([(one.point, one.ranks) for one in wanted], adapters, calibration, cache)
+    kept, about = _about([(one.point, one.ranks) for one in wanted], adapters, calibration, cache)
     shapes: dict[str, tuple[int, ...]] = {f"{i}.stacked": one.shape for i, one in enumerate(wanted)}
     shapes |= {f"offset.{i}": (one.shape[0],) for i, one in enumerate(wanted) if one.whitening is not None}
     for i, one in enumerate(wanted):
         if one.whitening is not None:
             made = sketched(one.whitening, one.device)
-            heard |= dict(zip(_sketch_names(i), made, strict=True))
-    shapes |= {key: tuple(tensor.shape) for key, tensor in heard.items()}
+            kept |= dict(zip(_sketch_names(i), made, strict=True))
+    shapes |= {key: tuple(tensor.shape) for key, tensor in kept.items()}
 
     def write(part: str) -> None:
         tensors = mapped(part, shapes, {"about": json.dumps(about)})
@@ -136,7 +136,7 @@ def build_index(
         for i, index in enumerate(read_indices(roomy, tell)):
             if index.offset is not None:
                 tensors[f"offset.{i}"].copy_(index.offset)
-        for key, tensor in heard.items():
+        for key, tensor in kept.items():
             tensors[key].copy_(tensor)
 
     file = write_cached(folder, name, write)
@@ -208,8 +208,8 @@ def load_index(
             written_down = None if about["file"] is None else Path(about["file"])
             read_at = tuple(index.point for index in indices)
             spent = time.perf_counter() - started
-            heard = tensors["neutral"], tensors["requests"]
-            calibration = Calibration(read_at, ranking, *heard, written_down, 0, spent)
+            kept = tensors["neutral"], tensors["requests"]
+            calibration = Calibration(read_at, ranking, *kept, written_down, 0, spent)
         return tuple(indices), calibration
 
     found = read_cached(file, read)

@@ -16,7 +16,7 @@ from logo.selection.baseline import finished
 from logo.selection.beginnings import PAGE, Beginnings, Page, Reading
 from logo.selection.index import ScoringIndex
 from logo.selection.probe import Probe
-from logo.selection.reader import Probed
+from logo.selection.responses import Responses
 from logo.selection.signals import Signal
 from logo.selection.signature import described
 
@@ -24,7 +24,7 @@ _numbers = itertools.count()
 
 
 class OnceReader:
-    """Responses of a pool of adapters that act from a position on only; called as `Reader`.
+    """Responses of a pool of adapters that act from a position on only; called as `ResponseReader`.
 
     Args:
         probe: where hidden vectors are read; it runs the whole model.
@@ -47,7 +47,7 @@ class OnceReader:
         self._describing = describing
         self._name = f"{next(_numbers)}"  # of this pool's sums
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Probed:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Responses:
         """What right-padded prompts (rows, length) bring about."""
         lengths = attention_mask.sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
@@ -70,7 +70,7 @@ class OnceReader:
         reading = self._name if self._probe.token == "each" else None
         return [self._beginnings.find(row, end, reading) for row, end in zip(rows, ends, strict=True)]
 
-    def _means(self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]]) -> Probed:
+    def _means(self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]]) -> Responses:
         sums, counts, descriptions = self._read(rows, ends, known)
         if self._probe.token == "each":
             for i, pages in enumerate(known):
@@ -80,7 +80,7 @@ class OnceReader:
                     for total, part in zip(sums, parts, strict=True):
                         total[i] += part.to(total.device)
         means = [total / counts.clamp_min(1)[:, None].to(total.device) for total in sums]
-        return Probed([finished(mean, self._signal.scale) for mean in means], descriptions)
+        return Responses([finished(mean, self._signal.scale) for mean in means], descriptions)
 
     def _read(
         self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]]

@@ -13,7 +13,7 @@ from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
 from logo.adapters.pool import AdapterPool
 from logo.errors import PoolError, UsageError
-from logo.selection.baseline import HEARD_AT
+from logo.selection.baseline import LEAST_POINTS
 from logo.selection.points import Point, decoder_layers, find_points, named_points, points_of
 from logo.selection.settings import SelectionSettings
 
@@ -86,7 +86,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
 
 
 def later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tuple[Point, ...]:
-    """The points from layer `first` on, and every point of an adapter that touches fewer than `HEARD_AT` of those.
+    """The points from layer `first` on, and every point of an adapter that touches fewer than `LEAST_POINTS` of those.
 
     Hidden vectors of the first layers say little more than which words a prompt has: a prompt that is worded
     differently from an adapter's training prompts is missed there.
@@ -95,7 +95,7 @@ def later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tu
         pool: the modules that each adapter touches.
     """
     every, late = {point.module for point in points}, {point.module for point in points if point.layer >= first}
-    lacking = (every & modules for modules in pool if len(late & modules) < min(HEARD_AT, len(every & modules)))
+    lacking = (every & modules for modules in pool if len(late & modules) < min(LEAST_POINTS, len(every & modules)))
     chosen = late.union(*lacking)
     return tuple(point for point in points if point.module in chosen)
 

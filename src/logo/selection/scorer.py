@@ -16,7 +16,7 @@ from logo.selection.drift import Drift
 from logo.selection.emphasis import column_weights
 from logo.selection.index import ScoringIndex
 from logo.selection.once import OnceReader
-from logo.selection.reader import Reader
+from logo.selection.responses import ResponseReader
 from logo.selection.signature import GAIN, Signatures
 
 # What a score that was not computed is: below every score that a signal gives.
@@ -59,7 +59,7 @@ class Scorer:
         self,
         adapters: Sequence[Adapter],
         indices: Sequence[ScoringIndex],
-        reader: Reader | OnceReader,
+        reader: ResponseReader | OnceReader,
         calibration: Calibration | None = None,
         cache: CalibrationCache | None = None,
         drift: Drift | None = None,
@@ -124,12 +124,12 @@ class Scorer:
 
     def _drifted(self, scores: Tensor, drift: Drift, baseline: Baseline) -> Tensor:
         """Scores (rows, adapters) by the running baseline, which learns from each row before the next one is scored."""
-        heard = baseline.heard.any(dim=1)
-        names = [name for name, one in zip(self.names, heard.tolist(), strict=True) if one]
+        responds = baseline.responds.any(dim=1)
+        names = [name for name, one in zip(self.names, responds.tolist(), strict=True) if one]
         for row in scores if names else ():
-            before, taken = row[heard], drift.corrections
-            row[heard] = before - torch.tensor([taken.get(name, 0.0) for name in names])
-            row[~heard] = row[heard].min()  # as without: they are the least of the others
+            before, taken = row[responds], drift.corrections
+            row[responds] = before - torch.tensor([taken.get(name, 0.0) for name in names])
+            row[~responds] = row[responds].min()  # as without: they are the least of the others
             # A prompt that overflowed is an error of its own and must not move adapters for those to come.
             if bool(before.isfinite().all()):
                 drift.see(dict(zip(names, before.tolist(), strict=True)))

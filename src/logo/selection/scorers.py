@@ -18,7 +18,7 @@ from logo.errors import UsageError
 from logo.selection import index_file
 from logo.selection.beginnings import Beginnings
 from logo.selection.cache import CalibrationCache
-from logo.selection.calibration import Heard, Listening, calibrate, read_texts, whitenings
+from logo.selection.calibration import HiddenVectors, TextRunner, calibrate, read_texts, whitenings
 from logo.selection.drift import Drift
 from logo.selection.examples import signatures_of
 from logo.selection.first_stage_file import first_stage_name, keep_first_stages, load_first_stages
@@ -29,7 +29,7 @@ from logo.selection.plan import plan, told
 from logo.selection.points import Point
 from logo.selection.prefixes import Prefixes, reusable
 from logo.selection.probe import Probe
-from logo.selection.reader import Reader
+from logo.selection.responses import ResponseReader
 from logo.selection.scorer import Scorer
 from logo.selection.selector import check_k
 from logo.selection.settings import SelectionSettings
@@ -54,7 +54,7 @@ class Scorers:
         before: those of an earlier state of the pool, from which is taken over what is still true. A pool that changes
             once will change again: its indices are not kept on disk.
         device: where scores are computed; None: where the model computes what is read.
-        listening: runs the base model for a calibration; None: `model` itself runs. With it, `model` may be a skeleton
+        run_texts: runs the base model for a calibration; None: `model` itself runs. With it, `model` may be a skeleton
             on the meta device.
         beginnings: where what the base model reads is kept, if the adapters of the pool act from a position on only.
 
@@ -75,13 +75,13 @@ class Scorers:
         bos: int | None,
         before: Scorers | None = None,
         device: torch.device | None = None,
-        listening: Listening | None = None,
+        run_texts: TextRunner | None = None,
         beginnings: Beginnings | None = None,
     ) -> None:
         self._pool, settings = pool, told(settings, pool)
         self._activations = settings.activations
         self._beginnings = beginnings if self._activations else None
-        self._device, self._listening = device, listening
+        self._device, self._run_texts = device, run_texts
         self._plan = plan(model, pool, settings)
         count = len(self._plan.adapters)
         self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
@@ -124,9 +124,9 @@ class Scorers:
         if found is not None:
             calibration, points = found[1], tuple(index.point for index in found[0])
         elif cache is not None:
-            calibration = calibrate(model, adapters, points, planned.most, settings, cache, self._listening)
+            calibration = calibrate(model, adapters, points, planned.most, settings, cache, self._run_texts)
             points = calibration.points
-            whitened = whitenings(model, points, settings, cache, self._listening)
+            whitened = whitenings(model, points, settings, cache, self._run_texts)
         signatures = self._signatures(settings, adapters, points, cache)
         if found is not None:
             indices = list(found[0])
@@ -144,14 +144,14 @@ class Scorers:
         describing = () if signatures is None else signatures.points
         if settings.index == "two-stage":
             first = self._first_stages(settings, adapters, indices, cache, folder, name)
-            exact = Reader(probe, indices, signal, settings.signal, None, describing)
+            exact = ResponseReader(probe, indices, signal, settings.signal, None, describing)
             left, examples = settings.index_left, (signatures, alone)
             return TwoStageScorer(adapters, indices, exact, probe, signal, first, calibration, cache, left, *examples)
-        reader: Reader | OnceReader
+        reader: ResponseReader | OnceReader
         if self.read_once and self._beginnings is not None:
             reader = OnceReader(probe, indices, signal, self._beginnings, describing)
         else:
-            reader = Reader(probe, indices, signal, settings.signal, self._prefixes, describing)
+            reader = ResponseReader(probe, indices, signal, settings.signal, self._prefixes, describing)
         drift = None
         if settings.baseline == "running":
             drift = Drift()
@@ -172,7 +172,7 @@ class Scorers:
         if cache is None or signal.scale != "whitened" or settings.examples == "ignore":
             return None
         # A model that runs elsewhere has read such prompts once, too.
-        once = self.read_once or (self._listening is not None and bool(self._activations))
+        once = self.read_once or (self._run_texts is not None and bool(self._activations))
         if once and signal.token == "each":
             if settings.signal == "signature":
                 raise UsageError(
@@ -180,11 +180,11 @@ class Scorers:
                     "of this pool act; leave it out"
                 )
             return None
-        return signatures_of(adapters, points, signal, cache, self._listen, self._texts, self._device_at)
+        return signatures_of(adapters, points, signal, cache, self._run, self._texts, self._device_at)
 
-    def _listen(self, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[Heard]:
-        if self._listening is not None:
-            return self._listening(points, texts, signal)
+    def _run(self, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
+        if self._run_texts is not None:
+            return self._run_texts(points, texts, signal)
         return read_texts(self._model, points, texts, signal)
 
     def _first_stages(
@@ -205,7 +205,7 @@ class Scorers:
                 return found
         signal, points = settings.reading, [index.point for index in indices]
         texts = Texts(self._texts(NEUTRAL), [], self._bos) if cache is None else cache.texts
-        read = [heard.responding for heard in read_texts(self._model, points, texts, signal)]
+        read = [vectors.responding for vectors in read_texts(self._model, points, texts, signal)]
         known = [None if cache is None else cache.whitening(point.module) for point in points]
         means = [None if index.offset is None or w is None else w.mean for index, w in zip(indices, known, strict=True)]
         touched = torch.tensor([[point.module in a.modules for point in points] for a in adapters])

@@ -22,7 +22,7 @@ from logo.selection.emphasis import emphasised
 from logo.selection.first_stage import FirstStage
 from logo.selection.index import ScoringIndex
 from logo.selection.probe import Probe
-from logo.selection.reader import Reader
+from logo.selection.responses import ResponseReader
 from logo.selection.scorer import NOT_SCORED, Best, Scorer
 from logo.selection.signals import Signal
 from logo.selection.signature import Signatures, described
@@ -103,7 +103,7 @@ class TwoStageScorer(Scorer):
         self,
         adapters: Sequence[Adapter],
         indices: Sequence[ScoringIndex],
-        reader: Reader,
+        reader: ResponseReader,
         probe: Probe,
         signal: Signal,
         first: FirstStages,
@@ -166,12 +166,12 @@ class TwoStageScorer(Scorer):
         """What responses score these adapters (n,), ascending positions in the pool, as one stage computes it."""
         responses = torch.full((len(which), len(self.points) * self._signal.readings, 1), torch.nan)
         for at, (index, vectors) in enumerate(zip(self.indices, hidden, strict=True)):
-            heard = self._touched[which, at]
-            part = index.part(self._places[which[heard], at].tolist())
+            touched = self._touched[which, at]
+            part = index.part(self._places[which[touched], at].tolist())
             values = self._signal(part, vectors) if len(part) else torch.zeros(len(vectors), 0)
             for late in range(self._signal.readings):
                 means = emphasised(values, torch.zeros(len(vectors), dtype=torch.int64), 1, late)
-                responses[heard, at + late * len(self.points)] = finished(means, self._signal.scale).T.cpu()
+                responses[touched, at + late * len(self.points)] = finished(means, self._signal.scale).T.cpu()
         if self._baseline is None:
             return self._mean_over_points(responses, self._touched[which])[0]
         return self._baseline.part(which).scores(responses)[0]

@@ -11,11 +11,11 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from logo.protocol import Engine
-from logo.serving import changes, errors, front, routes
+from logo.serving import changes, error_handlers, front, routes
 from logo.serving.answers import Answers
 from logo.serving.logged import tell_pool
 from logo.serving.metrics import Metrics
-from logo.serving.replies import now
+from logo.serving.openai import now
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def create_app(service: Engine, settings: AppSettings) -> FastAPI:
     app.state.created = now()
     timeout, log_prompts = settings.request_timeout, settings.log_prompts
     app.state.answers = Answers(service, Metrics(service), settings.base_model, timeout, log_prompts)
-    errors.install(app)
+    error_handlers.install(app)
     app.include_router(routes.router)
     if settings.adapter_changes is not None:
         app.include_router(changes.router)

@@ -9,8 +9,8 @@ from fastapi.responses import PlainTextResponse, Response
 
 from logo.api.errors import ApiError, bad_request, not_found, shown_line
 from logo.api.names import Models
-from logo.api.problems import shown
 from logo.api.requests import LoadAdapter, UnloadAdapter
+from logo.api.validation import shown
 from logo.errors import AdapterError, PoolError
 from logo.serving.answers import Answers
 from logo.serving.logged import tell_pool

@@ -26,10 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.api.asgi import BodyLimit
 from logo.api.errors import forbidden, unauthorized
-from logo.api.problems import shown
+from logo.api.validation import shown
 from logo.errors import UsageError
 from logo.protocol import Patterns
-from logo.serving.errors import api_error, response
+from logo.serving.error_handlers import api_error, response
 from logo.serving.logs import AccessLog, request_id
 
 log = logging.getLogger("logo.serving")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from logo.api.problems import plain
+from logo.api.validation import plain
 
 Level = Literal["debug", "info", "warning", "error"]
 

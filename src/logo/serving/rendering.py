@@ -10,7 +10,7 @@ from typing import Any, Literal
 from logo.api.replies import Mixture, Reply
 from logo.endings import FinishReason
 from logo.protocol import TokenLogprob
-from logo.serving import replies
+from logo.serving import openai
 from logo.serving.answers import AnswerChunk, PreparedRequest
 
 Spelled = Callable[[int], str]  # a token as text
@@ -62,7 +62,7 @@ class Rendering(ABC):
     def __init__(self, options: Options, spelled: Spelled, prefix: Literal["cmpl", "chatcmpl"]) -> None:
         self.options = options
         self._spelled = spelled
-        self._head: dict[str, Any] = {"id": replies.new_id(prefix), "created": replies.now(), "model": options.model}
+        self._head: dict[str, Any] = {"id": openai.new_id(prefix), "created": openai.now(), "model": options.model}
 
     @abstractmethod
     def whole(self, answers: Sequence[Collected], request: PreparedRequest) -> Reply:
@@ -94,21 +94,21 @@ class CompletionRendering(Rendering):
     def whole(self, answers: Sequence[Collected], request: PreparedRequest) -> Reply:
         """See `Rendering`."""
         choices = [self._choice(i, a.text, a.tokens, a.logprobs, a.finish_reason) for i, a in enumerate(answers)]
-        return replies.Completion(**self._head, choices=choices, usage=usage(request, answers), logo=mixtures(request))
+        return openai.Completion(**self._head, choices=choices, usage=usage(request, answers), logo=mixtures(request))
 
     def first(self, request: PreparedRequest) -> Reply:
         """See `Rendering`."""
-        choices = [replies.CompletionChoice(index=i, text="") for i in range(len(request.prompts) * request.n)]
-        return replies.CompletionChunk(**self._head, choices=choices, logo=mixtures(request))
+        choices = [openai.CompletionChoice(index=i, text="") for i in range(len(request.prompts) * request.n)]
+        return openai.CompletionChunk(**self._head, choices=choices, logo=mixtures(request))
 
     def chunk(self, chunk: AnswerChunk) -> Reply:
         """See `Rendering`."""
         choice = self._choice(chunk.index, chunk.text, chunk.tokens, chunk.logprobs, chunk.finish_reason)
-        return replies.CompletionChunk(**self._head, choices=[choice])
+        return openai.CompletionChunk(**self._head, choices=[choice])
 
     def last(self, request: PreparedRequest, tokens: int) -> Reply:
         """See `Rendering`."""
-        return replies.CompletionChunk(**self._head, choices=[], usage=_usage(request, tokens))
+        return openai.CompletionChunk(**self._head, choices=[], usage=_usage(request, tokens))
 
     def _choice(
         self,
@@ -117,8 +117,8 @@ class CompletionRendering(Rendering):
         tokens: Sequence[int],
         logprobs: Sequence[TokenLogprob],
         reason: FinishReason | None,
-    ) -> replies.CompletionChoice:
-        return replies.CompletionChoice(
+    ) -> openai.CompletionChoice:
+        return openai.CompletionChoice(
             index=index,
             text=text,
             finish_reason=reason,
@@ -126,14 +126,14 @@ class CompletionRendering(Rendering):
             logprobs=self._logprobs(index, logprobs) if self.options.logprobs else None,
         )
 
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> replies.CompletionLogprobs:
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> openai.CompletionLogprobs:
         texts = [self._spelled(entry.token) for entry in logprobs]
         at, offsets = self._offsets.get(index, 0), []
         for text in texts:
             offsets.append(at)
             at += len(text)
         self._offsets[index] = at
-        return replies.CompletionLogprobs(
+        return openai.CompletionLogprobs(
             tokens=texts,
             token_logprobs=[entry.logprob for entry in logprobs],
             top_logprobs=[{self._spelled(token): value for token, value in entry.top} for entry in logprobs],
@@ -150,48 +150,48 @@ class ChatRendering(Rendering):
     def whole(self, answers: Sequence[Collected], request: PreparedRequest) -> Reply:
         """See `Rendering`."""
         choices = [
-            replies.ChatChoice(
+            openai.ChatChoice(
                 index=i,
-                message=replies.ReplyMessage(content=answer.text),
+                message=openai.ReplyMessage(content=answer.text),
                 finish_reason=answer.finish_reason,
                 token_ids=self._ids(answer.tokens),
                 logprobs=self._logprobs(answer.logprobs),
             )
             for i, answer in enumerate(answers)
         ]
-        return replies.ChatCompletion(
+        return openai.ChatCompletion(
             **self._head, choices=choices, usage=usage(request, answers), logo=mixtures(request)
         )
 
     def first(self, request: PreparedRequest) -> Reply:
         """See `Rendering`."""
-        begin = replies.Delta(role="assistant", content="")
-        choices = [replies.ChatChunkChoice(index=i, delta=begin) for i in range(request.n)]
-        return replies.ChatCompletionChunk(**self._head, choices=choices, logo=mixtures(request))
+        begin = openai.Delta(role="assistant", content="")
+        choices = [openai.ChatChunkChoice(index=i, delta=begin) for i in range(request.n)]
+        return openai.ChatCompletionChunk(**self._head, choices=choices, logo=mixtures(request))
 
     def chunk(self, chunk: AnswerChunk) -> Reply:
         """See `Rendering`."""
-        choice = replies.ChatChunkChoice(
+        choice = openai.ChatChunkChoice(
             index=chunk.index,
-            delta=replies.Delta(content=chunk.text),
+            delta=openai.Delta(content=chunk.text),
             finish_reason=chunk.finish_reason,
             token_ids=self._ids(chunk.tokens),
             logprobs=self._logprobs(chunk.logprobs),
         )
-        return replies.ChatCompletionChunk(**self._head, choices=[choice])
+        return openai.ChatCompletionChunk(**self._head, choices=[choice])
 
     def last(self, request: PreparedRequest, tokens: int) -> Reply:
         """See `Rendering`."""
-        return replies.ChatCompletionChunk(**self._head, choices=[], usage=_usage(request, tokens))
+        return openai.ChatCompletionChunk(**self._head, choices=[], usage=_usage(request, tokens))
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> replies.ChatLogprobs | None:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> openai.ChatLogprobs | None:
         if not self.options.logprobs:
             return None
-        return replies.ChatLogprobs(
+        return openai.ChatLogprobs(
             content=[
-                replies.TokenLogprob(
+                openai.TokenLogprob(
                     **self._token(entry.token, entry.logprob),
-                    top_logprobs=[replies.TopLogprob(**self._token(*other)) for other in entry.top],
+                    top_logprobs=[openai.TopLogprob(**self._token(*other)) for other in entry.top],
                 )
                 for entry in logprobs
             ]
@@ -208,10 +208,10 @@ def mixtures(request: PreparedRequest) -> Mixture | list[Mixture]:
     return found[0] if len(found) == 1 else found
 
 
-def usage(request: PreparedRequest, answers: Sequence[Collected]) -> replies.Usage:
+def usage(request: PreparedRequest, answers: Sequence[Collected]) -> openai.Usage:
     """The counts of a whole answer."""
     return _usage(request, sum(len(answer.tokens) for answer in answers))
 
 
-def _usage(request: PreparedRequest, tokens: int) -> replies.Usage:
-    return replies.Usage.of(sum(map(len, request.prompts)), tokens)
+def _usage(request: PreparedRequest, tokens: int) -> openai.Usage:
+    return openai.Usage.of(sum(map(len, request.prompts)), tokens)

@@ -17,11 +17,11 @@ from logo.api.replies import AdapterCard, AdapterList, ErrorReply, ModelRole, Se
 from logo.api.requests import SelectRequest
 from logo.prompts import Prompt
 from logo.protocol import NotReady, Overloaded, Patterns, Sampling
-from logo.serving import bodies, replies
+from logo.serving import bodies, openai
 from logo.serving.answers import Answers, PreparedRequest
 from logo.serving.metrics import CONTENT_TYPE
 from logo.serving.rendering import ChatRendering, CompletionRendering, Options, Rendering
-from logo.serving.responding import Streamed, unless_left, whole
+from logo.serving.sending import Streamed, unless_left, whole
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
@@ -52,7 +52,7 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("/v1/completions", response_model=replies.Completion, responses=_STREAM, tags=["OpenAI"])
+@router.post("/v1/completions", response_model=openai.Completion, responses=_STREAM, tags=["OpenAI"])
 async def completions(body: bodies.CompletionRequest, request: Request) -> Response:
     """Continues prompts, each with the mixture of adapters it selects."""
     answers = _answers(request)
@@ -68,7 +68,7 @@ async def completions(body: bodies.CompletionRequest, request: Request) -> Respo
     )
 
 
-@router.post("/v1/chat/completions", response_model=replies.ChatCompletion, responses=_STREAM, tags=["OpenAI"])
+@router.post("/v1/chat/completions", response_model=openai.ChatCompletion, responses=_STREAM, tags=["OpenAI"])
 async def chat_completions(body: bodies.ChatRequest, request: Request) -> Response:
     """Answers a conversation with the mixture of adapters it selects."""
     answers = _answers(request)
@@ -172,14 +172,14 @@ async def adapters(request: Request) -> AdapterList:
     )
 
 
-@router.get("/v1/models", response_model=replies.ModelList, tags=["OpenAI"])
-async def models(request: Request) -> replies.ModelList:
+@router.get("/v1/models", response_model=openai.ModelList, tags=["OpenAI"])
+async def models(request: Request) -> openai.ModelList:
     """What requests may give as their model."""
     answers = _answers(request)
     created, length = request.app.state.created, answers.service.context
 
-    def card(name: str, role: str, parent: str | None) -> replies.ModelCard:
-        return replies.ModelCard(
+    def card(name: str, role: str, parent: str | None) -> openai.ModelCard:
+        return openai.ModelCard(
             id=name,
             created=created,
             root=answers.base_model if parent is None else name,
@@ -189,7 +189,7 @@ async def models(request: Request) -> replies.ModelList:
         )
 
     names = answers.service.usable(_patterns(request))
-    return replies.ModelList(
+    return openai.ModelList(
         data=[
             card(AUTO, "auto", None),
             card(answers.base_model, "base", None),

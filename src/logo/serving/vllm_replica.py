@@ -30,7 +30,7 @@ from logo.backends.vllm.pool import KeyedPool
 from logo.backends.vllm.router import Router
 from logo.errors import LoGoError, UsageError
 from logo.serving.coordinator import State
-from logo.serving.errors import response
+from logo.serving.error_handlers import response
 from logo.serving.gate import Gate, Gated
 from logo.serving.lifespan import Begun
 from logo.serving.membership import Link, Member, Own

@@ -53,7 +53,7 @@ class Running:
     done: bool = False
     last: Any = None
 
-    def hear(self, output: Any) -> None:
+    def take(self, output: Any) -> None:
         """Takes what a step has added."""
         self.last, self.done = output, output.finished
         [made] = output.outputs
@@ -103,7 +103,7 @@ class Requests:
             for output in self._engine.step():
                 running = self._running.get(output.request_id)
                 if running is not None:
-                    running.hear(output)
+                    running.take(output)
                     if running.done:
                         del self._running[running.key]
                         if not output.finished:

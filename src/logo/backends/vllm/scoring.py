@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from logo.adapters.activation import earliest
 from logo.adapters.pool import AdapterPool
-from logo.backends.vllm.kept import Kept
+from logo.backends.vllm.kept_vectors import KeptVectors
 from logo.backends.vllm.options import Options
 from logo.backends.vllm.taps import Taps
 from logo.decoding import Prompts
@@ -70,7 +70,7 @@ class Scoring:
     ) -> None:
         self._skeleton, self._pool, self._options, self._taps = skeleton, pool, options, taps
         # Hidden vectors of the texts of the step at hand, and the keys of these texts.
-        self._kept: tuple[Kept, dict[tuple[int, ...], str]] | None = None
+        self._kept: tuple[KeptVectors, dict[tuple[int, ...], str]] | None = None
         self._ready: dict[str, Scorer] = {}
         self._scorers: Scorers = Scorers(
             skeleton,
@@ -80,7 +80,7 @@ class Scoring:
             prompts.tokenizer.bos_token_id,
             None if before is None else before._scorers,
             device=device,
-            listening=self._listening,
+            run_texts=self._kept_vectors,
         )
 
     def open(self, signal: str) -> dict[str, Any]:
@@ -94,10 +94,10 @@ class Scoring:
         try:
             scorer = self._scorers.get(settings)
         except _TextsNeeded as needed:
-            # A calibration asks for its candidates in groups, of which none is kept before the last one was heard.
+            # A calibration asks for its candidates in groups, of which none is kept before the last one was read.
             whole = needed.texts is self._scorers.texts(settings)
             points = plan(self._skeleton, self._pool, settings).points if whole else needed.points
-            self._taps.listen(points, settings.reading)
+            self._taps.start_calibration(points, settings.reading)
             return {"texts": [list(row) for row in needed.texts.rows], **_told(None)}
         finally:
             self._kept = None
@@ -114,7 +114,7 @@ class Scoring:
         failed = self._taps.failed(keys)
         if failed:
             raise ModelError(f"calibration text {next(iter(failed))}: {next(iter(failed.values()))}")
-        kept = self._taps.kept()
+        kept = self._taps.end_calibration()
         self._kept = None if kept is None else (kept, dict(zip(map(tuple, texts), keys, strict=True)))
         return self.open(signal)
 
@@ -131,13 +131,13 @@ class Scoring:
     def _settings(self, signal: str) -> SelectionSettings:
         return told(self._options.settings.for_call(signal=signal), self._pool)
 
-    def _listening(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
+    def _kept_vectors(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
         kept, keys = self._kept or (None, {})
         rows = [tuple(row) for row in texts.rows]
         if kept is None or not kept.has(points) or any(row not in keys for row in rows):
             raise _TextsNeeded(points, texts)
         acted = _acted(texts, signal) if signal.token == "tail" else None
-        return (replace(heard, acted=acted) for heard in kept.heard(points, [keys[row] for row in rows]))
+        return (replace(vectors, acted=acted) for vectors in kept.vectors(points, [keys[row] for row in rows]))
 
 
 def _told(scorer: Scorer | None) -> dict[str, Any]:

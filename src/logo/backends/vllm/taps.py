@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from logo.backends.vllm.kept import Kept
+from logo.backends.vllm.kept_vectors import KeptVectors
 from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.backends.vllm.sums import PromptSums, Span, Step
 from logo.errors import NotFinite
@@ -58,7 +58,7 @@ class Taps:
         self._block = block
         self._prefixes = Prefixes(budget)
         self._scorers: dict[str, tuple[Scorer, Signal]] = {}
-        self._listening: Kept | None = None
+        self._calibrating: KeptVectors | None = None
         # place -> signals, the points read there, and the descriptions made there, by their numbers
         self._wanted: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
         self._prompts: OrderedDict[str, PromptSums] = OrderedDict()
@@ -67,7 +67,7 @@ class Taps:
     @property
     def places(self) -> frozenset[str]:
         """Where the model has to call `tap`."""
-        return frozenset(self._wanted) | (frozenset() if self._listening is None else self._listening.places)
+        return frozenset(self._wanted) | (frozenset() if self._calibrating is None else self._calibrating.places)
 
     def score(self, name: str, scorer: Scorer, settings: SelectionSettings) -> None:
         """Scores prompts by this signal from now on."""
@@ -87,13 +87,13 @@ class Taps:
 
     # -- calibrating ---------------------------------------------------------------------------------------------
 
-    def listen(self, points: Sequence[Point], signal: Signal) -> None:
-        """Keeps the hidden vectors of prompts without a signal at these points, until `kept` is called."""
-        self._listening = Kept(signal, {point.module: self._place_of(point, signal.input) for point in points})
+    def start_calibration(self, points: Sequence[Point], signal: Signal) -> None:
+        """Keeps the hidden vectors of prompts without a signal at these points, until `end_calibration` is called."""
+        self._calibrating = KeptVectors(signal, {point.module: self._place_of(point, signal.input) for point in points})
 
-    def kept(self) -> Kept | None:
-        """Ends `listen`. Returns what was kept; None where nothing was listened for."""
-        kept, self._listening = self._listening, None
+    def end_calibration(self) -> KeptVectors | None:
+        """Ends `start_calibration`. Returns what was kept; None where no calibration was begun."""
+        kept, self._calibrating = self._calibrating, None
         return kept
 
     # -- while the model runs ------------------------------------------------------------------------------------
@@ -105,8 +105,8 @@ class Taps:
             sums = self._prompts.get(span.key)
             if sums is None or sums.seen != span.start:  # a new one, or one that was put back
                 sums = self._prompts[span.key] = self._begun(span)
-                if self._listening is not None:
-                    self._listening.forget(span.key)
+                if self._calibrating is not None:
+                    self._calibrating.forget(span.key)
             if span.signal and span.signal not in self._scorers:
                 sums.failure = f"nothing is scored by the signal {span.signal!r} here"
             elif span.signal and sums.scorer is not self._scorers[span.signal][0]:
@@ -130,8 +130,8 @@ class Taps:
 
     def _how(self, signal: str) -> Signal | None:
         """How a signal reads; without a name, how the texts of a calibration are read."""
-        if not signal and self._listening is not None:
-            return self._listening.signal
+        if not signal and self._calibrating is not None:
+            return self._calibrating.signal
         return self._scorers[signal][1] if signal in self._scorers else None
 
     def _begun(self, span: Span) -> PromptSums:
@@ -178,14 +178,14 @@ class Taps:
         if not self._steps:
             return False
         return any(signal in self._steps for signal, *_ in self._wanted.get(place, ())) or (
-            "" in self._steps and self._listening is not None and place in self._listening.places
+            "" in self._steps and self._calibrating is not None and place in self._calibrating.places
         )
 
     def tap(self, place: str, entering: Tensor, gather: Gather | None = None) -> None:
         """Called with what enters a place: (rows, d), or a part of it for each rank."""
         try:
-            if "" in self._steps and self._listening is not None and place in self._listening.places:
-                self._keep(self._listening, place, self._steps[""], entering, gather)
+            if "" in self._steps and self._calibrating is not None and place in self._calibrating.places:
+                self._keep(self._calibrating, place, self._steps[""], entering, gather)
             for signal, points, described in self._wanted.get(place, ()):
                 if signal in self._steps:
                     self._add(signal, points, described, self._steps[signal], entering, gather)
@@ -267,7 +267,7 @@ class Taps:
         for part in step.parts:
             self._prompts[part.key].add(number, sums[part.first : part.end], part.blocks, part.late if late else None)
 
-    def _keep(self, kept: Kept, place: str, step: Step, entering: Tensor, gather: Gather | None) -> None:
+    def _keep(self, kept: KeptVectors, place: str, step: Step, entering: Tensor, gather: Gather | None) -> None:
         hidden = _picked(entering, step.rows, gather).cpu()
         for prompt, key in enumerate(step.keys):
             kept.add(key, place, hidden[step.prompts == prompt])

@@ -184,7 +184,7 @@ class Tapped:
     Args:
         inner: the wrapper that all layers share.
         place: of the layer in the model.
-        taps: what listens.
+        taps: what reads the hidden vectors.
         gather: joins what the ranks hold of the layer's input; None: each rank holds all of it.
 
     Attributes:
@@ -219,7 +219,7 @@ class Residual:
 
     Args:
         place: of the layer in the model.
-        taps: what listens.
+        taps: what reads the hidden vectors.
         device: where the model runs.
     """
 

@@ -36,7 +36,7 @@ def stamp(path: str | Path) -> Stamp:
 
 
 @dataclass
-class KnownPool:
+class PoolCache:
     """The adapters that were found below one folder.
 
     Attributes:
@@ -52,7 +52,7 @@ class KnownPool:
     recipes: list[tuple[LoraConfig, dict[str, LoraModule]]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, place: str, cache: Path | None) -> KnownPool:
+    def of(cls, place: str, cache: Path | None) -> PoolCache:
         """What is known about the adapters of a place; nothing, if that cannot be read.
 
         Args:
@@ -133,7 +133,7 @@ class KnownPool:
         write_cached(self.cache, self.name, lambda part: Path(part).write_bytes(data))
 
 
-class KnownDigests:
+class DigestCache:
     """Digests of the files of a pool, each of which is read once as long as it does not change."""
 
     def __init__(self, cache: Path | None, name: str, digests: dict[str, tuple[Stamp, str]]) -> None:
@@ -141,8 +141,8 @@ class KnownDigests:
         self._new = False
 
     @classmethod
-    def of(cls, place: str, cache: Path | None) -> KnownDigests:
-        """What is known of the files of a place; `place` and `cache` as `KnownPool.of`."""
+    def of(cls, place: str, cache: Path | None) -> DigestCache:
+        """What is known of the files of a place; `place` and `cache` as `PoolCache.of`."""
         name = f"pools/{hashlib.sha256(place.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-digests.json"
         digests: dict[str, tuple[Stamp, str]] = {}
         with suppress(OSError, ValueError, TypeError, AttributeError):

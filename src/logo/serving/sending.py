@@ -15,10 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from logo.api.errors import client_left
 from logo.serving.answers import Answers, PreparedRequest
-from logo.serving.errors import api_error
+from logo.serving.error_handlers import api_error
 from logo.serving.logs import request_id
+from logo.serving.openai import DONE, event
 from logo.serving.rendering import Collected, Rendering
-from logo.serving.replies import DONE, event
 
 _T = TypeVar("_T")
 _log = logging.getLogger("logo.serving")

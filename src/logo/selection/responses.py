@@ -1,4 +1,4 @@
-"""`Reader`: prompts in, every adapter's response at every point out. Probe, indices and known prefixes put together."""
+"""`ResponseReader`: from prompts to the response of every adapter at every point: probe, indices and known prefixes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from logo.selection.signature import last
 
 
 @dataclass(frozen=True)
-class Probed:
+class Responses:
     """What one probe found out of some prompts.
 
     Attributes:
@@ -32,7 +32,7 @@ class Probed:
     descriptions: list[Tensor]
 
 
-class Reader:
+class ResponseReader:
     """Responses of the adapters of a pool to prompts.
 
     Args:
@@ -61,7 +61,7 @@ class Reader:
         # A mean of hidden vectors cannot be put together from responses.
         self._prefixes = None if probe.token == "mean" else prefixes
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Probed:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Responses:
         """What right-padded prompts (rows, length) bring about."""
         lengths: list[int] = attention_mask.sum(dim=1).tolist()
         if self._prefixes is None or max(lengths) <= BLOCK:
@@ -77,7 +77,7 @@ class Reader:
 
     def _read(
         self, input_ids: Tensor, attention_mask: Tensor, known: list[Block], rows: list[list[int]] | None
-    ) -> Probed:
+    ) -> Responses:
         """Reads what comes after the known blocks, and keeps the blocks that it read of these rows (None: nothing)."""
         cache = None if rows is None else cache_of(known, len(input_ids))
         start = len(known) * BLOCK
@@ -96,7 +96,7 @@ class Reader:
             self._keep(cache, rows, len(known), sums, counts)
         count = len(self._indices) * self._signal.readings
         ends = last(torch.bincount(self._probe.owners(input_ids[:, start:], attention_mask)))
-        return Probed(
+        return Responses(
             [finished(value, self._signal.scale) for value in values[:count]],
             [
                 torch.stack([mean, vectors[ends.to(vectors.device)]], dim=1)

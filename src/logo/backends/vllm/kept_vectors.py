@@ -1,4 +1,4 @@
-"""`Kept`: the hidden vectors of texts that vLLM runs for a calibration, as the taps hear them chunk by chunk."""
+"""`KeptVectors`: hidden vectors of the texts that vLLM runs for a calibration, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from logo.selection.calibration import Heard
+from logo.selection.calibration import HiddenVectors
 from logo.selection.points import Point
 from logo.selection.signals import Signal
 
 
-class Kept:
+class KeptVectors:
     """What is kept of some texts.
 
     Args:
         signal: how they are read.
-        places: module of each point that is listened at -> the place in vLLM's model where it is read.
+        places: module of each point that is read -> the place in vLLM's model where it is read.
     """
 
     def __init__(self, signal: Signal, places: Mapping[str, str]) -> None:
@@ -34,18 +34,18 @@ class Kept:
         self._vectors.pop(key, None)
 
     def has(self, points: Iterable[Point]) -> bool:
-        """Whether all of these points are listened at."""
+        """Whether all of these points are read."""
         return all(point.module in self._places for point in points)
 
-    def heard(self, points: Sequence[Point], keys: Sequence[str]) -> Iterator[Heard]:
-        """The hidden vectors of these texts at each point, in the form of `logo.selection.calibration.Listening`."""
-        joined: dict[str, Heard] = {}
+    def vectors(self, points: Sequence[Point], keys: Sequence[str]) -> Iterator[HiddenVectors]:
+        """The hidden vectors of these texts at each point, in the form of `logo.selection.calibration.TextRunner`."""
+        joined: dict[str, HiddenVectors] = {}
         for point in points:
             place = self._places[point.module]
             if place not in joined:
                 parts = [self._read(torch.cat(self._vectors[key][place])) for key in keys]
                 counts = torch.tensor([len(part) for part in parts])
-                joined[place] = Heard(torch.cat(parts), torch.arange(len(parts)).repeat_interleave(counts))
+                joined[place] = HiddenVectors(torch.cat(parts), torch.arange(len(parts)).repeat_interleave(counts))
             yield joined[place]
 
     def _read(self, hidden: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from logo.api.errors import INVALID, SERVER, ApiError, bad_request, shown_line
-from logo.api.problems import problem, shown, unreadable
+from logo.api.validation import shown, unreadable, validation_message
 from logo.errors import LoGoError
 
 
 def api_error(error: BaseException, request_id: str | None = None) -> ApiError:
     """The answer to any failure: `ApiError.of`, and what FastAPI and Starlette raise."""
     if isinstance(error, RequestValidationError):
-        message, param = problem(error.errors())
+        message, param = validation_message(error.errors())
         return bad_request(message, param)
     if isinstance(error, HTTPException):
         return _of_starlette(error)

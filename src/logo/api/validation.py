@@ -35,7 +35,7 @@ _EXPECTED: dict[str, Callable[[_Context], str]] = {
 }
 
 
-def problem(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+def validation_message(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     """The first of pydantic's problems as one line, and the field it is in (None: the body as a whole)."""
     first = errors[0]
     kind, context, value = str(first["type"]), first.get("ctx", {}), first.get("input")
