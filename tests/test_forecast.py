@@ -15,12 +15,12 @@ import torch
 import make_adapters
 import tiny
 from hub_server import HubServer
-from logo.adapters.needed import model_needed, pool_needed
 from logo.adapters.places import parse_places
+from logo.adapters.sizes import pool_sizes, weight_sizes
 from logo.cli.run import run
 from logo.demo import adapters_dir, heldout, model_dir
 from logo.evaluation.forecast import memory_of
-from logo.models import load_base
+from logo.models import load_base, model_sizes
 from test_engine import tokenizer
 from tolerances import PATIENCE
 
@@ -130,16 +130,16 @@ def test_an_adapter_in_both_formats_is_one(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name, bytes_ in (("adapter_config.json", 2), ("adapter_model.safetensors", 5), ("adapter_model.bin", 7)):
         (tmp_path / "a" / name).write_bytes(bytes(bytes_))
-    assert pool_needed(parse_places(tmp_path), allow_pickle=True).adapters == [5]
+    assert weight_sizes(pool_sizes(parse_places(tmp_path), allow_pickle=True)) == [5]
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
-    assert pool_needed(parse_places(tmp_path), allow_pickle=True).adapters == [7]
+    assert weight_sizes(pool_sizes(parse_places(tmp_path), allow_pickle=True)) == [7]
 
 
 def test_sizes_of_folders(tmp_path: Path) -> None:
-    found = pool_needed(parse_places(adapters_dir()))
-    assert found.missing == 0 and len(found.adapters) == 16
+    found = pool_sizes(parse_places(adapters_dir()))
+    assert found.missing == 0 and len(weight_sizes(found)) == 16
     assert found.total == size(adapters_dir(), "adapter_model.safetensors", "adapter_config.json", "examples.jsonl")
-    assert model_needed(str(model_dir())).total == size(model_dir(), "*.safetensors", "*.json")
+    assert model_sizes(str(model_dir())).total == size(model_dir(), "*.safetensors", "*.json")
 
 
 @pytest.mark.slow

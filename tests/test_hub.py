@@ -20,9 +20,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hub_server import FOREVER, GOOD_TOKEN, STRANGER_TOKEN, HubServer
-from logo.adapters.failures import hub_error
-from logo.adapters.hub import download_adapters, is_hub_id, split_hub_spec
+from logo.adapters.hub import download_adapters
 from logo.errors import HubError, UsageError
+from logo.hub.failures import hub_error
+from logo.hub.names import is_hub_id, split_hub_spec
 from tolerances import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -491,7 +492,7 @@ def test_the_errors_of_transformers_are_explained_too(pool: Path, tmp_path: Path
     script = """
 import json, sys, time
 from transformers.utils.hub import cached_file
-from logo.adapters.failures import hub_error
+from logo.hub.failures import hub_error
 for call in json.load(sys.stdin):
     try:
         cached_file(**call, filename="config.json")

@@ -16,7 +16,8 @@ from torch import nn
 
 import tiny
 from logo import LoGo, PoolError, UsageError
-from logo.adapters.examples import EXAMPLES, MOST, examples_of, write_examples
+from logo.adapters.examples import MOST, examples_of, write_examples
+from logo.adapters.files import EXAMPLES
 from logo.adapters.format import Adapter
 from logo.adapters.hub import adapter_patterns
 from logo.adapters.upkeep.conversion import DTYPES, converted, write_converted

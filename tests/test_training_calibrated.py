@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from learning import contents
-from logo.adapters.notes import RESPONSES
+from logo.adapters.files import RESPONSES
 from logo.cli.run import run
 from logo.models import demo_folder
 

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.failures import hub_error
-from logo.adapters.hub import download_model, is_hub_id
 from logo.adapters.layout import BaseLayout
 from logo.errors import LoGoError, ModelError, UsageError, closest
+from logo.hub.failures import hub_error
+from logo.hub.names import check_revision, is_hub_id
+from logo.hub.sizes import FileSizes, file_sizes
+from logo.hub.snapshots import snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,9 @@ OFFICIAL_MODELS = {
     "Qwen2.5-7B": "Qwen/Qwen2.5-7B",
     "deepseek-llm-7b-base": "deepseek-ai/deepseek-llm-7b-base",
 }
+# Of a repository: configuration, tokenizer and safetensors, but no pickles, no second format and no adapter.
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 
 
 def demo_folder() -> Path:
@@ -261,6 +266,39 @@ def cached_heads(config: Any) -> tuple[int, int]:
     text = config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return getattr(text, "num_key_value_heads", None) or text.num_attention_heads, width
+
+
+def download_model(
+    repo_id: str, *, revision: str | None = None, token: str | bool | None = None, config_only: bool = False
+) -> Path:
+    """Downloads a base model (configuration, tokenizer, safetensors), and returns its local folder.
+
+    Unlike transformers' own download it says within seconds that the Hub cannot be reached, and takes no pickles.
+
+    Args:
+        config_only: download the configuration alone, which shows that the model may be read.
+
+    Raises:
+        UsageError, HubError: as `logo.hub.snapshots.download_files`.
+    """
+    check_revision(repo_id, revision)
+    wanted = ["config.json"] if config_only else _FILES
+    try:
+        return snapshot(
+            repo_id,
+            revision=revision,
+            token=token,
+            progress=not config_only,
+            allow_patterns=wanted,
+            ignore_patterns=_LEFT_OUT,
+        )
+    except Exception as error:  # the boundary, as in `download_files`
+        raise hub_error(repo_id, error, revision=revision) from error
+
+
+def model_sizes(source: str) -> FileSizes:
+    """The files of a base model, in a folder or on the Hub; errors as `logo.hub.sizes.file_sizes`."""
+    return file_sizes(source, None, _FILES, _LEFT_OUT)
 
 
 def check_access(base_model: str, *, model_dir: str | Path | None = None) -> None:

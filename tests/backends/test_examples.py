@@ -15,7 +15,8 @@ from test_engine_steps import MODES
 from vllm_server import ASSETS
 
 from logo import LoGo, PoolError
-from logo.adapters.examples import EXAMPLES, write_examples
+from logo.adapters.examples import write_examples
+from logo.adapters.files import EXAMPLES
 from logo.backends.vllm import probing
 from logo.evaluation.identity import engine_identity
 from tolerances import WEIGHTS, same_scores, same_selection

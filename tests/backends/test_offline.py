@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from logo import AdapterPool, LoGo, UsageError
-from logo.adapters.examples import EXAMPLES
+from logo.adapters.files import EXAMPLES
 from logo.adapters.format import open_adapter
 from logo.backends.vllm.marks import marking
 from logo.errors import LoGoError, NotFinite, PoolError

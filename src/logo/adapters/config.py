@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-CONFIG = "adapter_config.json"
+from logo.adapters.files import CONFIG
 
 # Settings that turn a LoRA into something that is not a plain `s B A`, and what to tell the user about each.
 _NOT_PLAIN = {

@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.config import CONFIG
+from logo.adapters.files import CONFIG, EXAMPLES, MODEL_CARD
 from logo.errors import DataError
 from logo.folders import replace_file
 
-EXAMPLES = "examples.jsonl"
-MODEL_CARD = "README.md"
 # Examples that are read: more tell hardly more (docs/how-selection-works.md), and each is read by the base model once.
 MOST = 16
 

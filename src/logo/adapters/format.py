@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import EVERYWHERE, Activation
-from logo.adapters.config import CONFIG, LoraConfig, Refusal, changed_base, parse_config, read_config, read_raw
+from logo.adapters.config import LoraConfig, Refusal, changed_base, parse_config, read_config, read_raw
+from logo.adapters.files import CONFIG, PICKLE, SAFETENSORS
 from logo.adapters.initial import initial_folder, with_initial
 from logo.adapters.layout import BaseLayout
 from logo.adapters.notes import noted_alone
-from logo.adapters.weights import PICKLE, SAFETENSORS, PickleFile, SafetensorsFile, WeightFile
+from logo.adapters.weights import PickleFile, SafetensorsFile, WeightFile
 from logo.errors import AdapterError
 
 if TYPE_CHECKING:

@@ -15,17 +15,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from logo.adapters.config import CONFIG
+from logo.adapters.files import CONFIG, SAFETENSORS
 from logo.adapters.format import Adapter, own_name
-from logo.adapters.hub import adapter_patterns, download_files, require_adapters
+from logo.adapters.hub import adapter_patterns, require_adapters
 from logo.adapters.locking import as_locked
 from logo.adapters.manifest import Entry, entry_place, read_manifest
 from logo.adapters.places import Place, places_text
 from logo.adapters.pool_cache import DigestCache, PoolCache
 from logo.adapters.repos import Listing, fetch_each, keep_listing, list_repos
 from logo.adapters.survey import Spot, adapter_folders, check_folder, opened
-from logo.adapters.weights import SAFETENSORS
 from logo.errors import AdapterError, HubError, LeftOut, PoolError
+from logo.hub.snapshots import download_files
 
 _DEFAULT = "default"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")

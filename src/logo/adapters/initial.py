@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.config import CONFIG, LoraConfig, Refusal, changed_base, read_raw
+from logo.adapters.config import LoraConfig, Refusal, changed_base, read_raw
+from logo.adapters.files import CONFIG
 from logo.adapters.layout import core_path
 from logo.adapters.weights import WeightFile
 

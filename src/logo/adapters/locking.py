@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logo.adapters.activation import Activation, acting
-from logo.adapters.config import CONFIG
+from logo.adapters.files import CONFIG
 from logo.adapters.format import Adapter
 from logo.adapters.manifest import Entry, Manifest
 from logo.adapters.pool_cache import DigestCache

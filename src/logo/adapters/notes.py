@@ -15,17 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from logo.adapters.activation import Activation, of_notes
+from logo.adapters.files import NOTES
 from logo.errors import StorageError, UsageError
 
-NOTES = "pool.json"
 CHANGES = "changes"
 BEFORE = "before"  # what was known of adapters that do not do quite the same any more
 ACTIVATION = "activation"  # where adapters act that have no invocation tokens
 ADAPTERS = "adapters"  # what is known of each adapter, by name
-
-RECORD = "training.json"
-# Folder of what an adapter responds to neutral texts; the names of its files say for which weights they hold.
-RESPONSES = "calibration"
 
 
 def read_notes(root: Path) -> dict[str, Any]:

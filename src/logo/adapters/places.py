@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from logo.adapters.hub import clean_subfolder, is_hub_spec, split_hub_spec
 from logo.adapters.presets import PREFIX, preset
 from logo.errors import UsageError
+from logo.hub.names import clean_subfolder, is_hub_spec, split_hub_spec
 
 Kind = Literal["folder", "manifest", "repo", "repos"]
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from logo.adapters.activation import OFF, acting
-from logo.adapters.config import CONFIG
+from logo.adapters.files import CONFIG, SAFETENSORS
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.gathering import Fetching, gather
-from logo.adapters.hub import download_adapters, is_hub_spec, split_hub_spec
+from logo.adapters.hub import download_adapters
 from logo.adapters.layout import BaseLayout
 from logo.adapters.places import Place, parse_places, places_text
 from logo.adapters.survey import survey
-from logo.adapters.weights import SAFETENSORS
 from logo.cache import cache_folder
 from logo.errors import AdapterError, LeftOut, PoolError, UsageError, closest
+from logo.hub.names import is_hub_spec, split_hub_spec
 
 if TYPE_CHECKING:
     from torch import nn

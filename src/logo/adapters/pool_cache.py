@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from logo.adapters.activation import Activation
-from logo.adapters.config import CONFIG, LoraConfig
+from logo.adapters.config import LoraConfig
+from logo.adapters.files import CONFIG, SAFETENSORS
 from logo.adapters.format import Adapter, LoraModule
-from logo.adapters.weights import SAFETENSORS, SafetensorsFile, file_sha256
+from logo.adapters.weights import SafetensorsFile, file_sha256
 from logo.cache import write_cached
 
 # Changes when what is kept means something else.

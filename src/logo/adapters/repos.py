@@ -20,9 +20,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
-from logo.adapters.failures import hub_error, is_lasting
 from logo.cache import write_cached
 from logo.errors import HubError
+from logo.hub.failures import hub_error, is_lasting
 
 _K = TypeVar("_K")
 _T = TypeVar("_T")

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from logo.adapters.config import CONFIG
+from logo.adapters.files import CONFIG, PICKLE, SAFETENSORS
 from logo.adapters.format import Adapter, open_adapter, own_name
 from logo.adapters.initial import began
 from logo.adapters.notes import noted, noted_alone
 from logo.adapters.pool_cache import PoolCache
-from logo.adapters.weights import PICKLE, SAFETENSORS
 from logo.errors import AdapterError, LeftOut, StorageError
 
 # Reading every tensor once finds NaN before it can cost anyone a run. Up to this size that takes well under a second,

@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-SAFETENSORS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
-
 
 class WeightFile(Protocol):
     """Tensors by key, read on demand. Each object stands for one file as it was opened."""

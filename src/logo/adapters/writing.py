@@ -19,11 +19,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.config import CONFIG
-from logo.adapters.examples import EXAMPLES
+from logo.adapters.files import CONFIG, EXAMPLES, NOTES, RECORD, RESPONSES, SAFETENSORS
 from logo.adapters.initial import WithInitial, initial_folder
-from logo.adapters.notes import ACTIVATION, NOTES, RECORD, RESPONSES, changed, checked, homes, read_notes, write_notes
-from logo.adapters.weights import SAFETENSORS
+from logo.adapters.notes import ACTIVATION, changed, checked, homes, read_notes, write_notes
 from logo.errors import LoGoError, StorageError, UsageError
 from logo.folders import locked, make_folder, sync_folder
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logo.adapters.failures import hub_error
-from logo.adapters.hub import is_hub_id
 from logo.errors import ModelError, UsageError
+from logo.hub.failures import hub_error
+from logo.hub.names import is_hub_id
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _BATCH = 64

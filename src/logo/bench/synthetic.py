@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from logo.adapters.config import CONFIG, parse_config
+from logo.adapters.config import parse_config
+from logo.adapters.files import CONFIG, SAFETENSORS
 from logo.adapters.format import adapter_of
 from logo.adapters.pool import AdapterPool
-from logo.adapters.weights import SAFETENSORS
 from logo.errors import UsageError, closest
 
 if TYPE_CHECKING:

@@ -33,8 +33,8 @@ def tasks_of(rows: str, request: str, prompt_end: str, names: Callable[[], Seque
         DataError, HubError: they cannot be used, or not be fetched.
         UsageError: an end of prompts for a folder.
     """
-    from logo.adapters.hub import is_hub_id
     from logo.evaluation.study import find_tasks
+    from logo.hub.names import is_hub_id
 
     if Path(rows).exists() or not is_hub_id(rows.partition("@")[0]):
         if prompt_end:

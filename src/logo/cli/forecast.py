@@ -37,14 +37,13 @@ def forecast(
         picks: adapters that a method picks for a prompt, where it is no matter of k.
         opened: opens engine and session; called only if nothing has to be fetched for it.
     """
-    from logo.adapters.needed import model_needed
     from logo.evaluation.forecast import Download, Forecast, timed
-    from logo.models import resolve_base
+    from logo.models import model_sizes, resolve_base
 
     source = resolve_base(base_model, engine.model_dir)
     named = base_model if Path(source).is_dir() else source
     try:
-        base = Download.of(named, model_needed(source))
+        base = Download.of(named, model_sizes(source))
     except HubError as error:
         base = Download(named, reason=str(error))
     pool, sizes = _pool(engine, base_model)
@@ -64,7 +63,7 @@ def forecast(
 
 
 def _pool(engine: EngineOptions, base_model: str) -> tuple[Download, Sequence[int]]:
-    from logo.adapters.needed import pool_needed
+    from logo.adapters.sizes import pool_sizes, weight_sizes
     from logo.adapters.survey import check_folder
     from logo.evaluation.forecast import Download
     from logo.pools import pool_place
@@ -75,10 +74,10 @@ def _pool(engine: EngineOptions, base_model: str) -> tuple[Download, Sequence[in
             check_folder(Path(one.source))
     named = engine.adapters or (place.spec if place.on_hub else Path(place.spec).name)
     try:
-        needed = pool_needed(place.places, allow_pickle=engine.allow_pickle)
+        sizes = pool_sizes(place.places, allow_pickle=engine.allow_pickle)
     except HubError as error:
         return Download(named, reason=str(error)), ()
-    return Download.of(named, needed), needed.adapters
+    return Download.of(named, sizes), weight_sizes(sizes)
 
 
 def _memory(

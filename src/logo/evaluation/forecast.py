@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.needed import Needed
 from logo.evaluation.jobs import Job
+from logo.hub.sizes import FileSizes
 
 if TYPE_CHECKING:
     from logo.evaluation.session import Session
@@ -33,9 +33,9 @@ class Download:
     reason: str = ""
 
     @classmethod
-    def of(cls, source: str, needed: Needed) -> Download:
+    def of(cls, source: str, sizes: FileSizes) -> Download:
         """A download whose size is known."""
-        return cls(source, needed.total, needed.missing)
+        return cls(source, sizes.total, sizes.missing)
 
 
 @dataclass(frozen=True)

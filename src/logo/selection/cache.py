@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from logo.adapters.digests import adapter_key
+from logo.adapters.files import RESPONSES
 from logo.adapters.format import Adapter
-from logo.adapters.notes import RESPONSES
 from logo.adapters.weights import WeightFile
 from logo.cache import read_cached, write_cached
 from logo.folders import replace_file

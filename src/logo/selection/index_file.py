@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from logo.adapters.config import CONFIG
+from logo.adapters.files import CONFIG
 from logo.adapters.format import Adapter
 from logo.adapters.pool_cache import stamp
 from logo.cache import read_cached, write_cached

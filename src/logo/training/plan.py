@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.config import CONFIG
+from logo.adapters.files import CONFIG
 from logo.digests import fingerprint
 from logo.errors import DataError, StorageError, UsageError
 from logo.folders import recovered

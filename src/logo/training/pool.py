@@ -20,10 +20,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from logo.adapters.activation import Activation
-from logo.adapters.config import CONFIG, Refusal, read_config
+from logo.adapters.config import Refusal, read_config
+from logo.adapters.files import CONFIG, NOTES, RECORD, RESPONSES, SAFETENSORS
 from logo.adapters.format import LoraWeights
-from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, NOTES, RECORD, RESPONSES, noted, read_notes
-from logo.adapters.weights import SAFETENSORS
+from logo.adapters.notes import ADAPTERS, BEFORE, CHANGES, noted, read_notes
 from logo.adapters.writing import plain_tensors
 from logo.errors import StorageError, UsageError
 from logo.folders import replace_file, replace_folder

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from logo.adapters.activation import Activation
-from logo.adapters.examples import EXAMPLES, write_examples
-from logo.adapters.notes import RESPONSES, read_notes
+from logo.adapters.examples import write_examples
+from logo.adapters.files import EXAMPLES, RESPONSES
+from logo.adapters.notes import read_notes
 from logo.errors import DataError, LoGoError, StorageError, UsageError
 from logo.models import load_tokenizer
 from logo.prompts import asked_text

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.failures import hub_error
-from logo.adapters.hub import is_hub_id
 from logo.errors import DataError, StorageError, UsageError
+from logo.hub.failures import hub_error
+from logo.hub.names import is_hub_id
 from logo.rows import malformed, objects, row_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")

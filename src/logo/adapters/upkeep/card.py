@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from logo.adapters.format import Adapter
-from logo.adapters.hub import is_hub_id, is_repo_id
 from logo.adapters.notes import BEFORE, CHANGES
+from logo.hub.names import is_hub_id, is_repo_id
 
 PICTURE = "study.png"
 # Ranks that vLLM can be started for.

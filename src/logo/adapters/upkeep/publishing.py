@@ -12,15 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from logo.adapters.config import CONFIG
-from logo.adapters.failures import causes, hub_error
+from logo.adapters.files import CONFIG, NOTES, RECORD, RESPONSES, SAFETENSORS
 from logo.adapters.format import Adapter, own_name
-from logo.adapters.hub import clean_subfolder, is_repo_id
 from logo.adapters.initial import WithInitial, initial_folder
-from logo.adapters.notes import NOTES, RECORD, RESPONSES, checked, homes
+from logo.adapters.notes import checked, homes
 from logo.adapters.upkeep.card import PICTURE
-from logo.adapters.weights import SAFETENSORS
 from logo.errors import HubError, UsageError
+from logo.hub.failures import causes, hub_error
+from logo.hub.names import clean_subfolder, is_repo_id
 
 CARD = "README.md"
 # What training tools call folders of states in between.

@@ -41,12 +41,13 @@ def card(
 
     Example: `logo pool card adapters/ --repo org/my-loras --study study.json`
     """
+    from logo.adapters.files import NOTES
     from logo.adapters.format import own_name
-    from logo.adapters.hub import is_repo_id
-    from logo.adapters.notes import NOTES, checked, read_notes
+    from logo.adapters.notes import checked, read_notes
     from logo.adapters.upkeep.card import PICTURE, Card
     from logo.adapters.upkeep.publishing import CARD
     from logo.folders import replace_file
+    from logo.hub.names import is_repo_id
 
     # Leaving damaged adapters out means finding them first, as in `opened`.
     pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=on_bad_adapter is OnBad.SKIP)

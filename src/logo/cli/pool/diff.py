@@ -49,7 +49,7 @@ def diff(
 
 
 def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
-    from logo.adapters.hub import is_hub_spec
+    from logo.hub.names import is_hub_spec
     from logo.pools import open_pool
 
     how: dict[str, Any] = {} if is_hub_spec(place) else {"verify": on_bad is OnBad.SKIP, "cache": ""}

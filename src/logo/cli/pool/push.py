@@ -35,7 +35,8 @@ def push(
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """
-    from logo.adapters.notes import NOTES, checked
+    from logo.adapters.files import NOTES
+    from logo.adapters.notes import checked
     from logo.adapters.upkeep.publishing import CARD, Upload
     from logo.adapters.upkeep.publishing import push as send
 

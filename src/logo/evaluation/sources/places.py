@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logo.adapters.failures import hub_error
 from logo.errors import DataError, HubError
 from logo.evaluation.sources.declarations import Declaration, Hub, Layout
 from logo.evaluation.sources.readers import files_below, matching
+from logo.hub.failures import hub_error
 
 _OFFER = "mend that, or prepare from local files with --from DIR"
 

@@ -1,0 +1,19 @@
+"""The names of the files that adapters and pools are made of.
+
+<pool>/pool.json                          what is known of the pool (`logo.adapters.notes`)
+<pool>/<adapter>/adapter_config.json      PEFT's configuration
+                 adapter_model.safetensors    PEFT's weights, or adapter_model.bin
+                 examples.jsonl           example prompts (`logo.adapters.examples`)
+                 training.json            how it was trained (`logo.training`)
+                 calibration/             its responses to neutral texts (`logo.selection.cache`)
+"""
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+EXAMPLES = "examples.jsonl"
+MODEL_CARD = "README.md"
+NOTES = "pool.json"
+RECORD = "training.json"
+# A folder; the names of the files in it say for which weights they hold.
+RESPONSES = "calibration"
