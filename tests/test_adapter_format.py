@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import tiny
-from logo.adapters.format import Adapter, module_path, open_adapter
+from logo.adapters.format import Adapter, open_adapter
+from logo.adapters.header import module_path
 from logo.adapters.layout import BaseLayout
 from logo.adapters.weights import SafetensorsFile, _digest
 from logo.errors import AdapterError

@@ -20,7 +20,8 @@ from typing import Any
 from logo.adapters.activation import Activation
 from logo.adapters.config import LoraConfig
 from logo.adapters.files import CONFIG, SAFETENSORS
-from logo.adapters.format import Adapter, LoraModule
+from logo.adapters.format import Adapter
+from logo.adapters.header import LoraModule
 from logo.adapters.weights import SafetensorsFile, file_sha256
 from logo.cache import write_cached
 

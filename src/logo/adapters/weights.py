@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class WeightFile(Protocol):
@@ -90,6 +93,16 @@ class PickleFile:
 
     def sha256(self) -> str:
         return file_sha256(self.path)
+
+
+def unreadable(error: Exception, file: Path) -> str:
+    """Why a weight file cannot be read, in one line."""
+    with suppress(OSError), file.open("rb") as start:
+        if start.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return f"{file.name} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+    text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
+    doubt = " (truncated or damaged?)" if type(error).__name__ == "SafetensorError" else ""
+    return f"{file.name} cannot be read: {text}{doubt}"
 
 
 def file_sha256(path: Path) -> str:

@@ -1,0 +1,147 @@
+"""From the tensor keys of a weight file to the modules that an adapter adapts.
+
+The keys are the truth about what is adapted; the configuration gives ranks and scales only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from logo.adapters.config import LoraConfig, Refusal
+from logo.adapters.files import CONFIG
+
+_LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>.+))?\.weight$")
+_EMBEDDING_KEY = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>.+))?$")
+_MAGNITUDE_KEY = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\..+)?$")
+_PREFIX = re.compile(r"^(?:_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.|base_model\.)+")
+_INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """Where one adapted module's `A (r, in)` and `B (out, r)` lie in the file, and the scale `s` of `s B A`.
+
+    Of an `embedding`, `in` counts tokens, and the update is added to a token's vector: `s B A[:, token]`. With a
+    `magnitude` (DoRA, arXiv 2402.09353), whose key it is, the module's weight becomes `m (W + s B A) / ‖W + s B A‖`,
+    row by row.
+    """
+
+    key_a: str
+    key_b: str
+    rank: int
+    in_features: int
+    out_features: int
+    scaling: float
+    embedding: bool = False
+    magnitude: str | None = None
+
+
+def module_path(key_path: str) -> str:
+    """A tensor key's module path without the wrappers that training tools leave in it."""
+    return _INFIX.sub("", _PREFIX.sub("", key_path))
+
+
+@lru_cache(maxsize=256)
+def read_header(
+    shapes: tuple[tuple[str, tuple[int, ...]], ...], config: LoraConfig, order: tuple[str, ...]
+) -> tuple[LoraConfig, dict[str, LoraModule], dict[str, str]]:
+    """Configuration, modules and copies of base weights that the keys of a weight file name.
+
+    Equal arguments give the same objects: a pool may have thousands of adapters of one training recipe.
+
+    Args:
+        shapes: key and shape of every tensor.
+        order: the keys of the patterns in their order, which does not count when configurations are compared.
+
+    Returns:
+        the configuration; module path -> where its tensors are; key -> parameter of the base model that it is a copy
+        of, for tensors that are whole weights.
+
+    Raises:
+        Refusal: the tensors are no LoRA that can be mixed, or not of the ranks that the configuration gives.
+    """
+    copies = {key: f"{module_path(key.removesuffix('.weight'))}.weight" for key, _ in shapes if _is_whole(key)}
+    magnitudes = {module_path(m["module"]): m.string for key, _ in shapes if (m := _MAGNITUDE_KEY.match(key))}
+    left_out = {*copies, *(magnitudes.values() if config.dora else ())}
+    modules = _modules({key: shape for key, shape in shapes if key not in left_out}, config)
+    if config.dora:
+        modules = _decomposed(modules, magnitudes, dict(shapes))
+    return config, modules, copies
+
+
+def _decomposed(
+    modules: Mapping[str, LoraModule], magnitudes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, LoraModule]:
+    """The modules of a DoRA adapter with their magnitudes."""
+    for path, key in magnitudes.items():
+        if path not in modules:
+            raise Refusal(f"it holds a DoRA magnitude of a module that has no LoRA factors ({key})")
+    for path, module in modules.items():
+        if module.embedding:
+            raise Refusal(f"it adapts an embedding with DoRA ({path}), which is not read yet")
+        if path not in magnitudes or shapes[magnitudes[path]] != (module.out_features,):
+            found = list(shapes[magnitudes[path]]) if path in magnitudes else "none"
+            raise Refusal(f"DoRA (use_dora): expected a magnitude ({module.out_features},) of {path}, found {found}")
+    return {path: replace(module, magnitude=magnitudes[path]) for path, module in modules.items()}
+
+
+def _modules(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, LoraModule]:
+    """Pairs the A and B tensors by module and checks each pair against the configuration."""
+    matches = {key: _LORA_KEY.match(key) or _EMBEDDING_KEY.match(key) for key in shapes}
+    names = {match["adapter"] or "unnamed" for match in matches.values() if match}
+    if len(names) > 1:
+        raise Refusal(f"the file holds several adapters ({', '.join(sorted(names))}); save each in a folder of its own")
+    sides: dict[str, dict[str, str]] = {}
+    for key, match in matches.items():
+        if match is None:
+            raise Refusal(_explain(key))
+        pair = sides.setdefault(module_path(match["module"]), {})
+        if match["side"] in pair:
+            raise Refusal(f"two tensors for one module: {pair[match['side']]} and {key}")
+        pair[match["side"]] = key
+    if not sides:
+        raise Refusal("the file holds no LoRA tensors: it would do nothing")
+    return {path: _pair(path, pair, shapes, config) for path, pair in sides.items()}
+
+
+def _pair(path: str, pair: dict[str, str], shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> LoraModule:
+    if len(pair) != 2:
+        missing = "B" if "A" in pair else "A"
+        raise Refusal(f"module {path} has no lora_{missing} tensor")
+    shape_a, shape_b = shapes[pair["A"]], shapes[pair["B"]]
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
+        raise Refusal(
+            f"module {path} has lora_A {list(shape_a)} and lora_B {list(shape_b)}; expected (r, in) and (out, r)"
+        )
+    embedding = [_EMBEDDING_KEY.match(key) is not None for key in pair.values()]
+    if any(embedding) and not all(embedding):
+        raise Refusal(f"module {path} is adapted as an embedding and as a linear module: {', '.join(pair.values())}")
+    rank = shape_a[0]
+    if rank != config.rank(path):
+        raise Refusal(
+            f"{CONFIG} gives rank {config.rank(path)} to module {path}, but its tensors have rank {rank}; "
+            "the scale depends on it, so correct r or rank_pattern"
+        )
+    scaling = config.scaling(path, rank)
+    return LoraModule(pair["A"], pair["B"], rank, shape_a[1], shape_b[0], scaling, all(embedding))
+
+
+def _is_whole(key: str) -> bool:
+    """Whether a tensor is a weight of the base model itself."""
+    return key.endswith(".weight") and not re.search(r"\.(?:lora_|trainable_tokens_)", key)
+
+
+def _explain(key: str) -> str:
+    """Why a tensor that is no plain lora_A or lora_B makes the adapter unmixable."""
+    if "trainable_tokens_" in key:
+        return f"it trains token embeddings ({key}), which cannot be mixed"
+    if "lora_magnitude_vector" in key:
+        return f"it holds a DoRA magnitude ({key}), which cannot be mixed"
+    if re.search(r"\.lora_[AB](\..+)?\.bias$", key):
+        return f"it has a bias on a LoRA factor ({key}); only bias-free adapters can be mixed"
+    if key.endswith(".bias"):
+        return f"it holds biases of the base model ({key}), which cannot be mixed"
+    return f"tensor {key} is neither lora_A nor lora_B"
