@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import AdapterPool, OnBadAdapter
+from logo.adapters.options import OnBadAdapter
+from logo.adapters.pool import AdapterPool
 from logo.calls import Calls
 from logo.completions import CompletionScorer
 from logo.decoder import Decoder, Decoding, Generation

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from logo.adapters.pool import DEFAULT_K, AdapterPool, OnBadAdapter
+from logo.adapters.options import OnBadAdapter
+from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.decoding import Truncation
 from logo.errors import UsageError, closest
 from logo.mixing import EXACT, Merge

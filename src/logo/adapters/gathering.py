@@ -20,6 +20,7 @@ from logo.adapters.format import Adapter, own_name
 from logo.adapters.hub import adapter_patterns, require_adapters
 from logo.adapters.locking import as_locked
 from logo.adapters.manifest import Entry, entry_place, read_manifest
+from logo.adapters.options import Fetching
 from logo.adapters.places import Place, places_text
 from logo.adapters.pool_cache import DigestCache, PoolCache
 from logo.adapters.repos import Listing, fetch_each, keep_listing, list_repos
@@ -29,18 +30,6 @@ from logo.hub.snapshots import download_files
 
 _DEFAULT = "default"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-
-
-@dataclass(frozen=True)
-class Fetching:
-    """How files are fetched from the Hub; see `logo.adapters.hub.download_adapters`."""
-
-    token: str | bool | None = None
-    cache_dir: str | Path | None = None
-    local_files_only: bool = False
-    max_workers: int = 8
-    progress: bool = True
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)

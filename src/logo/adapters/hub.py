@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import glob
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from logo.adapters.files import CONFIG, EXAMPLES, NOTES, PICKLE, RESPONSES, SAFETENSORS
 from logo.errors import HubError
 from logo.hub.names import clean_subfolder
-from logo.hub.snapshots import download_files
+from logo.hub.snapshots import DownloadOptions, download_files
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def download_adapters(
@@ -17,19 +21,15 @@ def download_adapters(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    max_workers: int = 8,
-    progress: bool = True,
     allow_pickle: bool = False,
+    **options: Unpack[DownloadOptions],
 ) -> Path:
     """Downloads every adapter below a folder of a Hub repository, and returns the local folder that holds them.
 
     Args:
         subfolder: a folder of the repository; everything below counts. None: the whole repository.
         allow_pickle: also download pickled weights (`adapter_model.bin`), which may run code when they are read.
-        **others: as `logo.hub.snapshots.download_files`.
+        **options: see `logo.hub.snapshots.DownloadOptions`.
 
     Raises:
         UsageError: the repo id, the subfolder or the revision is not one that could exist.
@@ -41,11 +41,7 @@ def download_adapters(
         adapter_patterns(folder, allow_pickle),
         lambda files: require_adapters(repo_id, folder, files, allow_pickle=allow_pickle),
         revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        max_workers=max_workers,
-        progress=progress,
+        **options,
     )
     return snapshot / folder
 

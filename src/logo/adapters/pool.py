@@ -12,14 +12,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from logo.adapters.activation import OFF, acting
 from logo.adapters.files import CONFIG, SAFETENSORS
 from logo.adapters.format import Adapter, open_adapter, own_name
-from logo.adapters.gathering import Fetching, gather
+from logo.adapters.gathering import gather
 from logo.adapters.hub import download_adapters
 from logo.adapters.layout import BaseLayout
+from logo.adapters.options import OnBadAdapter, PoolOptions, split_options
 from logo.adapters.places import Place, parse_places, places_text
 from logo.adapters.survey import survey
 from logo.cache import cache_folder
@@ -28,8 +29,7 @@ from logo.hub.names import is_hub_spec, split_hub_spec
 
 if TYPE_CHECKING:
     from torch import nn
-
-OnBadAdapter = Literal["error", "skip"]
+    from typing_extensions import Unpack
 
 DEFAULT_K = 20  # adapters per prompt, of any pool that does not know better
 
@@ -116,37 +116,28 @@ class AdapterPool:
         *,
         subfolder: str | None = None,
         revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        max_workers: int = 8,
-        progress: bool = True,
-        on_bad_adapter: OnBadAdapter = "error",
-        allow_pickle: bool = False,
-        verify: bool | None = None,
-        cache: str | Path | None = None,
+        **options: Unpack[PoolOptions],
     ) -> AdapterPool:
         """Downloads (or finds in the cache) every adapter below `subfolder` of a Hub repository, and opens them.
 
         What exists is listed from the Hub. Downloads run in parallel; after an interruption only what is missing is
-        fetched. With `local_files_only` or `HF_HUB_OFFLINE=1` the cache is used as it is.
+        downloaded. With `local_files_only` or `HF_HUB_OFFLINE=1` the cache is used as it is.
 
         Args:
             repo_id: `namespace/name`, whose adapters are named relative to `subfolder`; or several places
                 `namespace/name[/folder][@revision]`, which stand in front of the names of their adapters. An adapter
                 that is a place itself is named after it.
+            **options: see `PoolOptions`.
 
         Raises:
             UsageError: no place, or one that could not exist.
             HubError: a repository is gated, missing or unreachable, or holds no adapters there.
             PoolError: as `from_directory`.
         """
-        how = Fetching(token, cache_dir, local_files_only, max_workers, progress, allow_pickle)
         if isinstance(repo_id, str):
+            how, opening = split_options(options)
             folder = download_adapters(repo_id, subfolder=subfolder, revision=revision, **vars(how))
-            pool = cls.from_directory(
-                folder, on_bad_adapter=on_bad_adapter, allow_pickle=allow_pickle, verify=verify, cache=cache
-            )
+            pool = cls.from_directory(folder, allow_pickle=how.allow_pickle, **opening)
             return pool if subfolder else pool._placed(folder, repo_id)
         if not repo_id or subfolder is not None or revision is not None:
             raise UsageError(
@@ -155,30 +146,17 @@ class AdapterPool:
             )
         split = map(split_hub_spec, dict.fromkeys(repo_id))
         places = tuple(Place("repo", repo, below or "", at) for repo, below, at in split)
-        return cls._gathered(places, how, on_bad_adapter, verify, cache, full_names=True)
+        return cls._gathered(places, options, full_names=True)
 
     @classmethod
-    def open(
-        cls,
-        places: str | Path | Sequence[str | Path],
-        *,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        max_workers: int = 8,
-        progress: bool = True,
-        on_bad_adapter: OnBadAdapter = "error",
-        allow_pickle: bool = False,
-        verify: bool | None = None,
-        cache: str | Path | None = None,
-    ) -> AdapterPool:
+    def open(cls, places: str | Path | Sequence[str | Path], **options: Unpack[PoolOptions]) -> AdapterPool:
         """Opens a pool by name, as `--adapters` does: docs/open-any-pool.md.
 
         Args:
             places: a folder, a Hub repository `org/name[/folder][@revision]`, every repository of an owner that is
                 called `org/prefix-*`, a manifest (`pool.yaml`), `preset:name`; or several of these, in a list or with
                 commas between.
-            **others: as `from_hub`.
+            **options: see `PoolOptions`.
 
         Raises:
             UsageError: a place that could not exist.
@@ -187,29 +165,20 @@ class AdapterPool:
         """
         found = parse_places(places)
         [only, *more] = found
-        opening: dict[str, Any] = {"on_bad_adapter": on_bad_adapter, "verify": verify, "cache": cache}
-        how = Fetching(token, cache_dir, local_files_only, max_workers, progress, allow_pickle)
         if not more and only.plain and only.kind == "folder":
-            return cls.from_directory(only.source, allow_pickle=allow_pickle, **opening)
+            how, opening = split_options(options)
+            return cls.from_directory(only.source, allow_pickle=how.allow_pickle, **opening)
         if not more and only.plain and only.kind == "repo":
-            return cls.from_hub(
-                only.source, subfolder=only.below or None, revision=only.revision, **opening, **vars(how)
-            )
-        return cls._gathered(found, how, **opening)
+            return cls.from_hub(only.source, subfolder=only.below or None, revision=only.revision, **options)
+        return cls._gathered(found, options)
 
     @classmethod
-    def _gathered(
-        cls,
-        places: Sequence[Place],
-        how: Fetching,
-        on_bad_adapter: OnBadAdapter,
-        verify: bool | None,
-        cache: str | Path | None,
-        full_names: bool | None = None,
-    ) -> AdapterPool:
-        skip = on_bad_adapter == "skip"
-        found = gather(places, how, skip=skip, full_names=full_names, verify=verify, cache=cache_folder(cache))
-        pool = cls.from_survey(places_text(places), found.adapters, found.refused, on_bad_adapter=on_bad_adapter)
+    def _gathered(cls, places: Sequence[Place], options: PoolOptions, *, full_names: bool | None = None) -> AdapterPool:
+        how, opening = split_options(options)
+        bad = opening.get("on_bad_adapter", "error")
+        cache, verify = cache_folder(opening.get("cache")), opening.get("verify")
+        found = gather(places, how, skip=bad == "skip", full_names=full_names, verify=verify, cache=cache)
+        pool = cls.from_survey(places_text(places), found.adapters, found.refused, on_bad_adapter=bad)
         pool._warn_about_unknown_keys()
         return pool
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from logo import __version__
-from logo.adapters.pool import OnBadAdapter
+from logo.adapters.options import OnBadAdapter
 from logo.decoding import MAX_NEW_TOKENS, batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from logo.errors import HubError, UsageError
 from logo.hub.failures import hub_error
@@ -16,17 +16,35 @@ from logo.hub.names import check_revision, is_repo_id
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
+class DownloadOptions(TypedDict, total=False):
+    """How files are downloaded from the Hub.
+
+    Attributes:
+        token: a Hub token; True for the stored one, False for none, None for `huggingface_hub`'s default.
+        cache_dir: where snapshots are kept. Default: `HF_HUB_CACHE`.
+        local_files_only: do not connect (`HF_HUB_OFFLINE=1` does the same for the whole process).
+        max_workers: files downloaded at the same time. Default: 8.
+        progress: show `huggingface_hub`'s progress bars. Default: True.
+    """
+
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    max_workers: int
+    progress: bool
+
+
 def download_files(
     repo_id: str,
     patterns: list[str],
     check: Callable[[list[str]], object],
     *,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-    max_workers: int,
-    progress: bool,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    max_workers: int = 8,
+    progress: bool = True,
 ) -> Path:
     """Downloads the files of a repository that match, and returns the folder of its snapshot.
 
@@ -38,11 +56,7 @@ def download_files(
         patterns: globs of the files, in which `*` also matches `/`.
         check: is given every path of the repository at that commit; raises HubError if that is not what was expected.
         revision: branch, tag or commit. None: the main branch.
-        token: a Hub token; True for the stored one, False for none, None for `huggingface_hub`'s default.
-        cache_dir: where snapshots are kept. None: `HF_HUB_CACHE`.
-        local_files_only: do not connect (`HF_HUB_OFFLINE=1` does the same for the whole process).
-        max_workers: files downloaded at the same time.
-        progress: show `huggingface_hub`'s progress bars.
+        **others: see `DownloadOptions`.
 
     Raises:
         UsageError: the repo id or the revision is not one that could exist.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import AdapterPool, OnBadAdapter
+from logo.adapters.options import OnBadAdapter
+from logo.adapters.pool import AdapterPool
 from logo.backends.plan import plan
 from logo.backends.shapes import ModelShape, PoolShape
 from logo.decoding import Prompts, Truncation

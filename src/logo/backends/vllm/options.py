@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from logo.adapters.pool import OnBadAdapter
+from logo.adapters.options import OnBadAdapter
 from logo.errors import UsageError, closest
 from logo.selection.settings import SelectionSettings
 

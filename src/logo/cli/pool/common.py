@@ -53,7 +53,8 @@ def opened(folder: Path, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
 
 def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters of a place, and why others there cannot be used. Of a folder, nothing is looked up in the cache."""
-    from logo.adapters.gathering import Fetching, gather
+    from logo.adapters.gathering import gather
+    from logo.adapters.options import Fetching
     from logo.adapters.places import parse_places
     from logo.adapters.survey import survey
 

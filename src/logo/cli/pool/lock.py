@@ -77,7 +77,8 @@ def lock(
 
 
 def _found(places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str | None, model_dir: str) -> Gathered:
-    from logo.adapters.gathering import Fetching, gather
+    from logo.adapters.gathering import gather
+    from logo.adapters.options import Fetching
     from logo.adapters.places import parse_places
     from logo.cache import default_cache
     from logo.errors import AdapterError
