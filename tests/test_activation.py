@@ -369,8 +369,8 @@ def test_merges_act_where_their_adapters_do(merge: str, tmp_path: Path) -> None:
 
 def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores follow from the last four tokens alone: whitened by those of all texts, at every point of every layer."""
-    from logo.selection.baseline import Baseline, finished, prompt_means
     from logo.selection.probe import Probe
+    from logo.selection.reference import Reference, finished, prompt_means
     from logo.selection.whitening import Whitening
 
     some = [words(8 + seed, seed) for seed in range(30)]
@@ -415,7 +415,7 @@ def test_adapters_are_compared_on_the_tokens_on_which_they_act(tmp_path: Path, m
     ]
     responses = torch.stack([torch.cat(point) for point in zip(*read, strict=True)], dim=0)  # (points, rows, adapters)
     assert torch.allclose(responses.permute(2, 0, 1), own, atol=1e-4)
-    want = Baseline.of(heard[:, :, :20], heard[:, :, 20:]).scores(responses.permute(2, 0, 1))
+    want = Reference.of(heard[:, :, :20], heard[:, :, 20:]).scores(responses.permute(2, 0, 1))
     for selection, row in zip(logo.select(prompts), want, strict=True):
         assert list(selection.scores.values()) == pytest.approx(row.tolist(), rel=1e-4, abs=1e-4)
 

@@ -395,7 +395,7 @@ def test_own_prompts_may_rank_the_points(llama: nn.Module, tmp_path: Path) -> No
     assert ours.ranking != theirs.ranking
 
 
-def test_a_running_baseline_follows_the_traffic(llama: nn.Module, tmp_path: Path) -> None:
+def test_a_running_reference_follows_the_traffic(llama: nn.Module, tmp_path: Path) -> None:
     """It begins as the neutral one; what an adapter responds to all prompts alike stops counting, up to a bound."""
     neutral = engine(llama, pool(llama, tmp_path))
     running = engine(llama, tmp_path, baseline="running")
@@ -416,7 +416,7 @@ def scores(logo: LoGo, prompts: list[str]) -> torch.Tensor:
     return torch.tensor([list(found.scores.values()) for found in logo.select(prompts)])
 
 
-def test_a_running_baseline_learns_from_each_prompt_before_the_next(llama: nn.Module, tmp_path: Path) -> None:
+def test_a_running_reference_learns_from_each_prompt_before_the_next(llama: nn.Module, tmp_path: Path) -> None:
     """So that it does not matter which prompts are probed together; all of these are equally long."""
     prompts = [f"the same begin{i}" for i in range(13, 40)]
     together, alone = (engine(llama, pool(llama, tmp_path / at), baseline="running") for at in ("a", "b"))
@@ -424,7 +424,7 @@ def test_a_running_baseline_learns_from_each_prompt_before_the_next(llama: nn.Mo
     assert torch.allclose(scores(together, prompts), found, atol=1e-3)
 
 
-def test_a_running_baseline_chooses_no_adapter_of_zeros(llama: nn.Module, tmp_path: Path) -> None:
+def test_a_running_reference_chooses_no_adapter_of_zeros(llama: nn.Module, tmp_path: Path) -> None:
     zeros(llama, pool(llama, tmp_path))
     running = engine(llama, tmp_path, baseline="running")
     for _ in range(4):
@@ -433,7 +433,7 @@ def test_a_running_baseline_chooses_no_adapter_of_zeros(llama: nn.Module, tmp_pa
         assert selection.scores["t1"] == min(selection.scores.values())
 
 
-def test_a_running_baseline_goes_on_where_the_pool_changes(llama: nn.Module, tmp_path: Path) -> None:
+def test_a_running_reference_goes_on_where_the_pool_changes(llama: nn.Module, tmp_path: Path) -> None:
     logo = engine(llama, pool(llama, tmp_path), baseline="running")
     logo.select([f"the same begin{i}" for i in range(3, 50)])
     drift = logo.scorer.drift
@@ -447,7 +447,7 @@ def test_a_running_baseline_goes_on_where_the_pool_changes(llama: nn.Module, tmp
 
 
 def test_an_overflow_is_not_remembered(llama: nn.Module, tmp_path: Path) -> None:
-    """A running baseline goes on as if the prompt that overflowed had never come."""
+    """A running reference goes on as if the prompt that overflowed had never come."""
     model = tiny.model("llama")
     running, other = (engine(model, pool(model, tmp_path / name), baseline="running") for name in ("a", "b"))
     embeddings = model.get_input_embeddings().weight

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logo.selection.baseline import Baseline, agreement, choose, contrast, prompt_means
+from logo.selection.reference import Reference, agreement, choose, contrast, prompt_means
 from tolerances import same_tensor
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(2, 12))
@@ -21,7 +21,7 @@ def responses(size: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 def test_a_neutral_text_scores_nothing_on_average(size: tuple[int, int, int], seed: int) -> None:
     neutral = responses(size, seed)
-    scores = Baseline.of(neutral).scores(neutral)  # (texts, adapters)
+    scores = Reference.of(neutral).scores(neutral)  # (texts, adapters)
     assert scores.shape == (size[2], size[0])
     torch.testing.assert_close(scores.mean(dim=0), torch.zeros(size[0]), atol=2e-4, rtol=0)
 
@@ -31,16 +31,16 @@ def test_a_neutral_text_scores_nothing_on_average(size: tuple[int, int, int], se
 def test_size_does_not_count(size: tuple[int, int, int], seed: int, shift: float, stretch: float) -> None:
     """An adapter's scores do not change when all its log responses are moved, as by scaling its weights."""
     neutral, prompts = responses(size, seed), responses((*size[:2], 4), seed + 100)
-    plain = Baseline.of(neutral).scores(prompts)
+    plain = Reference.of(neutral).scores(prompts)
     moved = torch.zeros(size[0], 1, 1)
     moved[0] = shift
-    torch.testing.assert_close(Baseline.of(neutral + moved).scores(prompts + moved), plain, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(Reference.of(neutral + moved).scores(prompts + moved), plain, atol=2e-3, rtol=1e-3)
 
 
 def test_scores_are_the_mean_z_over_points_by_what_it_can_be_trusted() -> None:
     neutral, prompts = responses((3, 4, 50)), responses((3, 4, 5), 1)
     z = (prompts - neutral.mean(2, keepdim=True)) / neutral.std(2, keepdim=True)
-    baseline = Baseline.of(neutral)
+    baseline = Reference.of(neutral)
     same_tensor(baseline.scores(prompts), z.mean(dim=1).T * baseline.trust)
 
 
@@ -48,7 +48,7 @@ def test_scores_are_the_mean_z_over_points_by_what_it_can_be_trusted() -> None:
 @settings(max_examples=60, deadline=None)
 def test_trust_only_takes_away(size: tuple[int, int, int], seed: int) -> None:
     """Nobody gains by having been quiet; at least half of the adapters keep their scores."""
-    trust = Baseline.of(responses(size, seed), responses((*size[:2], 9), seed + 100)).trust
+    trust = Reference.of(responses(size, seed), responses((*size[:2], 9), seed + 100)).trust
     assert ((trust > 0) & (trust <= 1)).all()
     assert 2 * int((trust == 1).sum()) >= size[0]
 
@@ -58,15 +58,15 @@ def test_an_adapter_that_every_request_excites_must_stand_out_further() -> None:
     common = 3 * responses((40,), 3)
     requests[0] += common  # not what it was trained for: whatever is not neutral text
     prompts[0] += 3 * responses((2000,), 4)
-    wins = Baseline.of(neutral, requests).scores(prompts).argmax(dim=1).bincount(minlength=8) / 2000
-    without = Baseline.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=8) / 2000
+    wins = Reference.of(neutral, requests).scores(prompts).argmax(dim=1).bincount(minlength=8) / 2000
+    without = Reference.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=8) / 2000
     assert wins[0] < 0.7 * without[0]
 
 
 def test_a_request_that_overflowed_silences_its_adapter_and_no_other() -> None:
     neutral, requests, prompts = responses((4, 2, 30)), responses((4, 2, 20), 1), responses((4, 2, 5), 2)
     requests[3, :, 7] = torch.nan
-    scores = Baseline.of(neutral, requests).scores(prompts)
+    scores = Reference.of(neutral, requests).scores(prompts)
     assert scores.isfinite().all()
     assert (scores[:, 3] <= scores[:, :3].min(dim=1).values).all()
 
@@ -74,9 +74,9 @@ def test_a_request_that_overflowed_silences_its_adapter_and_no_other() -> None:
 @pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])
 def test_an_adapter_scores_over_the_points_it_has(nothing: float) -> None:
     neutral, prompts = responses((4, 3, 60)), responses((4, 3, 8), 1)
-    whole = Baseline.of(neutral)
+    whole = Reference.of(neutral)
     neutral[1, 0], prompts[1, 0] = nothing, nothing
-    baseline = Baseline.of(neutral)
+    baseline = Reference.of(neutral)
     scores = baseline.scores(prompts)
     assert scores.isfinite().all()
     others = [0, 2, 3]
@@ -91,17 +91,17 @@ def test_an_adapter_of_one_point_does_not_win_by_noise() -> None:
     """With responses that say nothing, an adapter heard at one of twenty points wins about as often as any other."""
     neutral, prompts = responses((10, 20, 96)), responses((10, 20, 4000), 1)
     neutral[0, 1:] = prompts[0, 1:] = torch.nan
-    wins = Baseline.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=10) / 4000
+    wins = Reference.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=10) / 4000
     assert wins[0] < 0.2  # 0.1 would be its share; without scaling it is above 0.5
 
 
 def test_a_silent_adapter_never_wins() -> None:
     neutral, prompts = responses((3, 2, 30)), responses((3, 2, 40), 1) - 3  # all below their baselines
     neutral[2] = prompts[2] = -torch.inf
-    scores = Baseline.of(neutral).scores(prompts)
+    scores = Reference.of(neutral).scores(prompts)
     assert scores.isfinite().all()
     assert (scores[:, 2] <= scores[:, :2].min(dim=1).values).all()
-    alone = Baseline.of(neutral[2:]).scores(prompts[2:])
+    alone = Reference.of(neutral[2:]).scores(prompts[2:])
     assert (alone == 0).all()
 
 
@@ -109,14 +109,14 @@ def test_a_constant_adapter_does_not_win_everything() -> None:
     """Hardly any spread on neutral text is an accident, not a reason to multiply what comes later."""
     neutral, prompts = responses((5, 3, 40)), responses((5, 3, 200), 1)
     neutral[0] = 0.001 * neutral[0]
-    wins = Baseline.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=5)
+    wins = Reference.of(neutral).scores(prompts).argmax(dim=1).bincount(minlength=5)
     assert wins[0] < 150
 
 
 def test_an_overflow_is_seen() -> None:
     prompts = responses((3, 2, 4), 1)
     prompts[1, 0, 2] = torch.nan
-    assert Baseline.of(responses((3, 2, 30))).scores(prompts)[2].isnan().any()
+    assert Reference.of(responses((3, 2, 30))).scores(prompts)[2].isnan().any()
 
 
 def test_contrast_finds_the_point_where_adapters_differ() -> None:

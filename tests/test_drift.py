@@ -1,4 +1,4 @@
-"""Levels of adapters in the traffic: bounded, in order, and what a running baseline and a gauge make of them."""
+"""Levels of adapters in the traffic: bounded, in order, and what a running reference and a gauge make of them."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logo.selection.baseline import finished
 from logo.selection.calibration import Calibration
 from logo.selection.emphasis import emphasised
 from logo.selection.index import ScoringIndex, sketched
 from logo.selection.mapped import mapped
 from logo.selection.points import Point
+from logo.selection.reference import finished
 from logo.selection.scorer import NOT_SCORED, Best
 from logo.selection.signals import get_signal
 from logo.selection.two_stage import FirstStages, TwoStageScorer

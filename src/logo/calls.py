@@ -179,7 +179,7 @@ class Calls(ABC):
         return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), self.call_settings(**options))
 
     def restart(self) -> None:
-        """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""
+        """Forgets the prompts before, where the next one would depend on them: `carry`, and a running reference."""
         with self._lock:
             self._selecting.restart()
 

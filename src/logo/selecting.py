@@ -276,7 +276,7 @@ class Probing(Selecting):
         return super().evidence(settings) if self.scorers.get(settings).signatures is None else EXAMPLES
 
     def restart(self) -> None:
-        """Forgets the prompts before, where the next one would depend on them: `carry`, and a running baseline."""
+        """Forgets the prompts before, where the next one would depend on them: `carry`, and a running reference."""
         self._carried = None
         self.scorers.restart()
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
-from logo.selection.baseline import choose, contrast, finished
 from logo.selection.cache import CalibrationCache
 from logo.selection.emphasis import emphasised
 from logo.selection.index import ScoringIndex, Wanted, read_indices
 from logo.selection.points import Point
 from logo.selection.probe import Probe
+from logo.selection.reference import choose, contrast, finished
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 from logo.selection.texts import Texts

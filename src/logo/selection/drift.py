@@ -1,4 +1,4 @@
-"""Where the scores of adapters have moved in the prompts that came: a running baseline takes it out, a gauge shows it.
+"""Where the scores of adapters have moved in the prompts that came: a running reference takes it out, a gauge shows it.
 
     level_i  += RATE · clip(score_i - level_i, -1, 1)        after each prompt; 0 before the first
     shift_i   = level_i - median over adapters of level      what adapter i responds to everything, beside the others
@@ -16,7 +16,7 @@ from statistics import median
 
 # What one prompt may move a level by, in the score's unit: it takes 128 of them to move it by one.
 RATE = 1 / 128
-# What a running baseline takes from a score, or adds to it, at most.
+# What a running reference takes from a score, or adds to it, at most.
 MOST = 1.0
 
 
@@ -57,5 +57,5 @@ class Drift:
 
     @property
     def corrections(self) -> dict[str, float]:
-        """What a running baseline takes from each adapter's score."""
+        """What a running reference takes from each adapter's score."""
         return {name: max(-MOST, min(MOST, shift)) for name, shift in self.shifts.items()}

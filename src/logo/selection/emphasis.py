@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from logo.selection.baseline import prompt_means
+from logo.selection.reference import prompt_means
 
 # What a token counts beside the next one: 58 % of the weight is on the last three tokens, 94 % on the last ten.
 FADING = 0.75

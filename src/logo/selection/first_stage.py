@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logo.selection.baseline import prompt_means
 from logo.selection.emphasis import emphasised
 from logo.selection.index import ScoringIndex
+from logo.selection.reference import prompt_means
 
 # Directions of the space that all adapters share.
 SHARED = 8

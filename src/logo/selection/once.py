@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from logo.adapters.activation import earliest
-from logo.selection.baseline import finished
 from logo.selection.beginnings import PAGE, Beginnings, Page, Reading
 from logo.selection.index import ScoringIndex
 from logo.selection.probe import Probe
+from logo.selection.reference import finished
 from logo.selection.responses import Responses
 from logo.selection.signals import Signal
 from logo.selection.signature import described

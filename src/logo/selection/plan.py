@@ -13,8 +13,8 @@ from logo.adapters.format import Adapter
 from logo.adapters.layout import linear_shape
 from logo.adapters.pool import AdapterPool
 from logo.errors import PoolError, UsageError
-from logo.selection.baseline import LEAST_POINTS
 from logo.selection.points import Point, decoder_layers, find_points, named_points, points_of
+from logo.selection.reference import LEAST_POINTS
 from logo.selection.settings import SelectionSettings
 
 # Points that a signal may choose where the user names no number.

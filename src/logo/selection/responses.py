@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from logo.selection.baseline import finished
 from logo.selection.emphasis import fading, late_count, late_weights
 from logo.selection.index import ScoringIndex
 from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cache_of, cut
 from logo.selection.probe import Probe
+from logo.selection.reference import finished
 from logo.selection.signals import Signal
 from logo.selection.signature import last
 
@@ -23,7 +23,7 @@ class Responses:
     """What one probe found out of some prompts.
 
     Attributes:
-        responses: per point, `a` (rows, adapters that touch it); see `logo.selection.baseline`. Behind them, where the
+        responses: per point, `a` (rows, adapters that touch it); see `logo.selection.reference`. Behind them, where the
             signal has that, those with emphasis on the end.
         descriptions: per place, (rows, 2, d); see `logo.selection.signature`. Empty where they were not asked for.
     """

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from logo.adapters.format import Adapter
-from logo.selection.baseline import Baseline
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
 from logo.selection.drift import Drift
 from logo.selection.emphasis import column_weights
 from logo.selection.index import ScoringIndex
 from logo.selection.once import OnceReader
+from logo.selection.reference import Reference
 from logo.selection.responses import ResponseReader
 from logo.selection.signature import GAIN, Signatures
 
@@ -45,7 +45,7 @@ class Scorer:
         reader: responses to prompts at these points.
         calibration: what responses are compared with; None for signals without one.
         cache: of the calibration.
-        drift: what a running baseline has learnt so far, and goes on to learn; None: prompts change nothing.
+        drift: what a running reference has learnt so far, and goes on to learn; None: prompts change nothing.
         signatures: of the adapters that have example prompts; None: none has, or they are not used.
         alone: the signatures score, and not the responses.
 
@@ -74,15 +74,15 @@ class Scorer:
         self.cache = cache
         self.drift = drift
         self._reader = reader
-        self._baseline = None if calibration is None else self._baseline_of(calibration.neutral, calibration.requests)
+        self._reference = None if calibration is None else self._reference_of(calibration.neutral, calibration.requests)
         # (adapters, points)
         self._touched = torch.tensor([[point.module in a.modules for point in self.points] for a in adapters])
 
-    def _baseline_of(self, neutral: Tensor, requests: Tensor) -> Baseline:
-        return Baseline.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)))
+    def _reference_of(self, neutral: Tensor, requests: Tensor) -> Reference:
+        return Reference.of(neutral, requests, column_weights(neutral.shape[1], len(self.points)))
 
     def restart(self) -> None:
-        """Forgets what a running baseline has learnt."""
+        """Forgets what a running reference has learnt."""
         if self.drift is not None:
             self.drift.keep(())
 
@@ -117,14 +117,14 @@ class Scorer:
         responses = torch.full((len(self.names), len(per_point), len(per_point[0])), torch.nan)
         for at, response in enumerate(per_point):
             responses[self._touched[:, at % len(self.points)], at] = response.T.cpu()
-        if self._baseline is None:
+        if self._reference is None:
             return self._mean_over_points(responses, self._touched)
-        scores = self._baseline.scores(responses)
-        return scores if self.drift is None else self._drifted(scores, self.drift, self._baseline)
+        scores = self._reference.scores(responses)
+        return scores if self.drift is None else self._drifted(scores, self.drift, self._reference)
 
-    def _drifted(self, scores: Tensor, drift: Drift, baseline: Baseline) -> Tensor:
-        """Scores (rows, adapters) by the running baseline, which learns from each row before the next one is scored."""
-        responds = baseline.responds.any(dim=1)
+    def _drifted(self, scores: Tensor, drift: Drift, reference: Reference) -> Tensor:
+        """Scores (rows, adapters) by the running reference, which learns from each row before the next is scored."""
+        responds = reference.responds.any(dim=1)
         names = [name for name, one in zip(self.names, responds.tolist(), strict=True) if one]
         for row in scores if names else ():
             before, taken = row[responds], drift.corrections

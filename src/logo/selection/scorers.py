@@ -261,6 +261,6 @@ class Scorers:
         return self._device or device_of(self._model, point)
 
     def restart(self) -> None:
-        """Forgets what a running baseline has learnt from the prompts that came."""
+        """Forgets what a running reference has learnt from the prompts that came."""
         for scorer in self._known.values():
             scorer.restart()

@@ -149,7 +149,7 @@ class SelectionSettings:
                 "base model read alone; use 'base'"
             )
         if self.baseline == "running" and self.reading.scale == "raw":
-            raise UsageError(f"baseline 'running': the signal {self.signal!r} is not compared with a baseline")
+            raise UsageError(f"baseline 'running': the signal {self.signal!r} is not compared with a reference")
 
         self._check_index()
 
@@ -165,7 +165,7 @@ class SelectionSettings:
                 f"index 'two-stage': the signal {self.signal!r} is no norm; use one of {known}, or 'exact'"
             )
         if self.baseline == "running":
-            raise UsageError("index 'two-stage': a running baseline needs every adapter's score; use 'neutral'")
+            raise UsageError("index 'two-stage': a running reference needs every adapter's score; use 'neutral'")
 
     @property
     def depth(self) -> float:

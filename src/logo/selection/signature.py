@@ -7,7 +7,7 @@ and the mean `m_i` of the whitened descriptions of adapter i's examples,
     s_i(x) = mean over places of cos(W_mean x_mean, m_i,mean) + 1/2 cos(W_last x_last, m_i,last)
 
 Recipes of training do not matter to it, and one example is enough. Adapters without examples are compared by their
-responses alone (`logo.selection.baseline`); what their similarity would be is estimated, so that all are on one scale:
+responses alone (`logo.selection.reference`); what their similarity would be is estimated, so that all are on one scale:
 
     s_j = s̄ + β (r_j - r̄)        r: scores of the responses; s̄, r̄: means over adapters with examples, the best left out
 

@@ -20,7 +20,7 @@ class Texts:
     """Token ids of what every adapter is calibrated on.
 
     Attributes:
-        neutral: texts that give the baseline and the whitening.
+        neutral: texts that give the reference and the whitening.
         requests: unlabelled prompts on which points are ranked; none where all points are read.
         bos: the token that begins every text; None if there is none.
     """

@@ -2,7 +2,7 @@
 
 Signals whose score is a norm, or a mean of norms, are bounded: no adapter is left out that could be one of the k best,
 so the selection is that of one stage. Where scores are compared with neutral text, bounds are too wide to be of use.
-There the first stage estimates every adapter's score, against a baseline of such estimates, and a fixed number of the
+There the first stage estimates every adapter's score, against a reference of such estimates, and a fixed number of the
 best is left. Those are scored exactly, so that weights are as in one stage wherever the same adapters are chosen.
 """
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from logo.adapters.format import Adapter
-from logo.selection.baseline import Baseline, finished
 from logo.selection.cache import CalibrationCache
 from logo.selection.calibration import Calibration
 from logo.selection.emphasis import emphasised
 from logo.selection.first_stage import FirstStage
 from logo.selection.index import ScoringIndex
 from logo.selection.probe import Probe
+from logo.selection.reference import Reference, finished
 from logo.selection.responses import ResponseReader
 from logo.selection.scorer import NOT_SCORED, Best, Scorer
 from logo.selection.signals import Signal
@@ -45,7 +45,7 @@ class FirstStages:
     Attributes:
         parts: one per point.
         estimated: what they estimate for the texts of a calibration, `a` (adapters, readings, texts), neutral ones
-            first; None for signals without a baseline.
+            first; None for signals without a reference.
     """
 
     parts: tuple[FirstStage, ...]
@@ -116,10 +116,10 @@ class TwoStageScorer(Scorer):
         super().__init__(adapters, indices, reader, calibration, cache, signatures=signatures, alone=alone)
         self.first = first
         self._probe, self._signal, self._left = probe, signal, left
-        self._estimated: Baseline | None = None
+        self._estimated: Reference | None = None
         if first.estimated is not None and calibration is not None:
             neutral = calibration.neutral.shape[2]
-            self._estimated = self._baseline_of(first.estimated[:, :, :neutral], first.estimated[:, :, neutral:])
+            self._estimated = self._reference_of(first.estimated[:, :, :neutral], first.estimated[:, :, neutral:])
         # (adapters, points): the place of each adapter in the index of the point
         self._places = self._touched.cumsum(dim=0) - 1
         self._position = {name: i for i, name in enumerate(self.names)}
@@ -172,9 +172,9 @@ class TwoStageScorer(Scorer):
             for late in range(self._signal.readings):
                 means = emphasised(values, torch.zeros(len(vectors), dtype=torch.int64), 1, late)
                 responses[touched, at + late * len(self.points)] = finished(means, self._signal.scale).T.cpu()
-        if self._baseline is None:
+        if self._reference is None:
             return self._mean_over_points(responses, self._touched[which])[0]
-        return self._baseline.part(which).scores(responses)[0]
+        return self._reference.part(which).scores(responses)[0]
 
     def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
         """(adapters,): what responses seem to score."""

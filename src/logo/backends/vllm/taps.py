@@ -19,9 +19,9 @@ from logo.backends.vllm.kept_vectors import KeptVectors
 from logo.backends.vllm.prefixes import Prefixes, digests
 from logo.backends.vllm.sums import PromptSums, Span, Step
 from logo.errors import NotFinite
-from logo.selection.baseline import finished
 from logo.selection.emphasis import late_count
 from logo.selection.points import Point
+from logo.selection.reference import finished
 from logo.selection.scorer import Scorer
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal

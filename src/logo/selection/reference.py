@@ -52,7 +52,7 @@ def finished(means: Tensor, scale: Scale) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Baseline:
+class Reference:
     """What each adapter's responses are compared with, per point.
 
     Attributes:
@@ -70,8 +70,8 @@ class Baseline:
     weights: Tensor
 
     @classmethod
-    def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Baseline:
-        """The baseline that these texts give: `a` (adapters, points, texts); -inf or NaN where there is no response.
+    def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Reference:
+        """The reference that these texts give: `a` (adapters, points, texts); -inf or NaN where there is no response.
 
         Args:
             neutral: gives mean and spread.
@@ -85,12 +85,12 @@ class Baseline:
         usual = torch.where(responds, spread, torch.nan).nanmedian(dim=0).values.nan_to_num(1.0)
         spread = spread.maximum((_LEAST_SPREAD * usual).clamp_min(1e-6))
         weights = torch.ones(responds.shape[1]) if weights is None else weights
-        baseline = cls(known.mean(dim=2), spread, responds, torch.ones(len(known)), weights)
-        return replace(baseline, trust=_trust(baseline._mean_z(every), responds))
+        reference = cls(known.mean(dim=2), spread, responds, torch.ones(len(known)), weights)
+        return replace(reference, trust=_trust(reference._mean_z(every), responds))
 
-    def part(self, which: Tensor) -> Baseline:
+    def part(self, which: Tensor) -> Reference:
         """That of some adapters: `which` (n,) positions."""
-        return Baseline(self.mean[which], self.spread[which], self.responds[which], self.trust[which], self.weights)
+        return Reference(self.mean[which], self.spread[which], self.responds[which], self.trust[which], self.weights)
 
     def z(self, responses: Tensor) -> Tensor:
         """`z` of `a` (adapters, points, rows); 0 where the adapter does not respond."""
@@ -136,11 +136,11 @@ def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
     Returns:
         (points,), 0 at points where fewer than two adapters respond.
     """
-    baseline = Baseline.of(neutral)
-    z = baseline.z(requests)
+    reference = Reference.of(neutral)
+    z = reference.z(requests)
     result = torch.zeros(z.shape[1])
     for point in range(z.shape[1]):
-        part = z[baseline.responds[:, point], point]  # (adapters that respond, texts)
+        part = z[reference.responds[:, point], point]  # (adapters that respond, texts)
         if len(part) > 1:
             part = part - part.mean(dim=1, keepdim=True)
             result[point] = (part - part.mean(dim=0)).std()
@@ -154,7 +154,7 @@ def agreement(neutral: Tensor, requests: Tensor, order: Sequence[int]) -> Tensor
         neutral, requests: `a` (adapters, points, texts).
         order: points, best first.
     """
-    z = Baseline.of(neutral).z(requests)[:, list(order)]  # (adapters, points, texts)
+    z = Reference.of(neutral).z(requests)[:, list(order)]  # (adapters, points, texts)
     running = z.cumsum(dim=1).transpose(0, 1).flatten(1)  # (points, adapters * texts)
     return torch.corrcoef(running)[-1] if len(order) > 1 else torch.ones(1)
 
