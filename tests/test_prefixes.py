@@ -15,7 +15,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, SelectionSettings
-from logo.selection import reader
+from logo.selection import responses
 from logo.selection.prefixes import BLOCK, Block, Prefixes, block_bytes, cut
 from test_engine import tokenizer, write_adapter
 
@@ -176,8 +176,8 @@ def test_no_block_is_copied_in_vain(pools: Any, monkeypatch: pytest.MonkeyPatch)
         sizes.append(block_bytes(cache, sums))
         return sizes[-1]
 
-    monkeypatch.setattr(reader, "cut", counting)
-    monkeypatch.setattr(reader, "block_bytes", measured)
+    monkeypatch.setattr(responses, "cut", counting)
+    monkeypatch.setattr(responses, "block_bytes", measured)
     for signal in ("norm", "spectr"):
         engine = engines(model, folder, signal=signal, probe_depth=1)[0]
         engine.select(words(150, 0))

@@ -3,11 +3,11 @@
     lead        = best score - mean of the next five
     confidence  = 1 / (1 + exp(-steepness · (lead - even)))
 
-Not the best score alone: a prompt that excites every adapter says nothing. Not the distance to the second alone: a near
-relative of the right adapter is no reason to doubt it, a whole field close behind is. `steepness` and `even` belong to
-a kind of score. They were fitted once, on half of the tasks of one pool, to tell prompts with their own adapter in the
-pool from prompts without (tasks that no adapter was made for, and own tasks with their adapter left out); no label of
-the pool at hand is needed. docs/how-selection-works.md shows how well that holds elsewhere.
+The best score alone is no evidence, since some prompts make every adapter respond. Nor is its distance to the second,
+since a near relative of the right adapter may come second; several adapters close behind are a reason for doubt.
+`steepness` and `even` belong to a kind of score. They were fitted once, on half of the tasks of one pool, to tell
+prompts whose own adapter is in the pool from prompts without one; a pool at hand needs no labels.
+docs/how-selection-works.md shows how well that holds for other pools.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Adapters behind the best one whose mean score it must stand out from.
+# How many adapters behind the best one the mean is taken over.
 FIELD = 5
-# Temperatures, times the steepness of the evidence: one adapter nearly alone, and a broad mixture.
+# Temperatures, times the steepness: at the first one adapter has nearly all the weight, at the second many share it.
 _SHARPEST, _BROADEST = 1.7, 7.6
-# Confidence up to which a mixture is broad, and from which it is sharp.
+# A mixture is as broad as it gets up to the first confidence, and as sharp as it gets from the second on.
 _DOUBT, _TRUST = 0.25, 0.4
 
 
@@ -38,7 +38,7 @@ class Evidence:
     even: float
 
     def confidence(self, ranked: Tensor) -> float:
-        """The probability, of scores (adapters,) that are sorted, best first; 1/2 where there is nothing to compare."""
+        """The confidence that scores (adapters,), sorted with the best first, give; 1/2 for a single adapter."""
         if len(ranked) == 1:
             return 0.5
         if ranked[0] <= 0:  # nothing responds more than it does to neutral text
@@ -46,15 +46,15 @@ class Evidence:
         return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.steepness * (lead(ranked) - self.even)))))
 
     def temperature(self, confidence: float) -> float:
-        """The softmax temperature of a mixture that is as sharp as the selection is sure, in units of the score.
+        """The softmax temperature for a confidence, in units of the score: the surer the selection, the sharper.
 
-        Between broad and sharp, log T is in proportion.
+        Between the two ends, log T is linear in the confidence.
         """
         sureness = min(max((confidence - _DOUBT) / (_TRUST - _DOUBT), 0.0), 1.0)
         return float(_BROADEST * (_SHARPEST / _BROADEST) ** sureness) / self.steepness
 
 
-# Scores in standard deviations of neutral text, and scores with what example prompts say added.
+# For scores in standard deviations of neutral text, and for scores to which example prompts contribute.
 RESPONSES = Evidence(3.8, 0.8)
 EXAMPLES = Evidence(1.2, 3.5)
 

@@ -1,12 +1,12 @@
-"""Where the scores of adapters have moved in the prompts that came: a running reference takes it out, a gauge shows it.
+"""How far the scores of each adapter have moved over the prompts so far; a running reference corrects them for it.
 
     level_i  += RATE · clip(score_i - level_i, -1, 1)        after each prompt; 0 before the first
-    shift_i   = level_i - median over adapters of level      what adapter i responds to everything, beside the others
+    shift_i   = level_i - median over adapters of level      how much more than others i responds to any prompt
     score_i' = score_i - clip(shift_i, -MOST, MOST)          `baseline="running"`
 
-Scores are in standard deviations of neutral text. No prompt moves a level by more than `RATE`, however far out a
-response is, so an adapter is not pulled down by the prompts that are its own unless most of all prompts are; and then
-by `MOST` at most. What all adapters have in common is left out: it tells none of them apart.
+Scores are in standard deviations of neutral text. No prompt moves a level by more than `RATE`, however large its score
+is, so the prompts that an adapter was made for lower its score only if most prompts are such, and by `MOST` at most.
+The median is subtracted because a shift that all adapters share does not change their order.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from statistics import median
 
-# What one prompt may move a level by, in the score's unit: it takes 128 of them to move it by one.
+# The most by which one prompt moves a level, in units of the score.
 RATE = 1 / 128
-# What a running reference takes from a score, or adds to it, at most.
+# The most that a running reference subtracts from a score or adds to it.
 MOST = 1.0
 
 
 class Drift:
-    """The levels of adapters, by name, in the order of what came.
+    """The levels of adapters by name; they depend on the order of the prompts.
 
     Args:
-        levels: from which to go on.
+        levels: those to begin with.
 
     Attributes:
-        levels: of those adapters that have been scored.
+        levels: of the adapters that have been scored.
     """
 
     def __init__(self, levels: Mapping[str, float] | None = None) -> None:
         self.levels = dict(levels or {})
 
     def see(self, scores: Mapping[str, float]) -> None:
-        """Takes in the scores of one prompt; adapters that are not in it stay where they are."""
+        """Moves the levels by the scores of one prompt; adapters without a score keep theirs."""
         levels = self.levels
         for name, score in scores.items():
             level = levels.get(name, 0.0)
@@ -51,11 +51,11 @@ class Drift:
 
     @property
     def shifts(self) -> dict[str, float]:
-        """How far each is from the middle."""
+        """The level of each adapter minus the median."""
         middle = self.middle
         return {name: level - middle for name, level in self.levels.items()}
 
     @property
     def corrections(self) -> dict[str, float]:
-        """What a running reference takes from each adapter's score."""
+        """What a running reference subtracts from the score of each adapter."""
         return {name: max(-MOST, min(MOST, shift)) for name, shift in self.shifts.items()}

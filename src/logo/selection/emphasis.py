@@ -1,10 +1,10 @@
-"""How much each token of a prompt counts: all alike, or the last ones most.
+"""The weights of a prompt's tokens in a mean: equal ones (even), or weights that grow towards the end (late).
 
     even   mean_t x_t
     late   Σ_t f^(T - t) x_t / Σ_t f^(T - t)        f = `FADING`, T: the last token
 
-What a prompt is about is in all of its tokens; what is asked of it is often said in the last ones, and near relatives
-of an adapter differ there alone ("German:", "French:"). Sums with either weight can be put together from sums of parts:
+The topic of a prompt shows in all of its tokens; the task is often named by the last ones, and prompts of related
+adapters may differ there alone ("German:", "French:"). Both kinds of sums follow from sums over parts of a prompt:
 
     late = f^(tokens of the second part) · late of the first part + late of the second part
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from logo.selection.reference import prompt_means
 
-# What a token counts beside the next one: 58 % of the weight is on the last three tokens, 94 % on the last ten.
+# A token's weight divided by the next one's: the last three tokens have 58 % of the weight, the last ten 94 %.
 FADING = 0.75
-# What the late reading of a point counts beside the even one.
+# The weight of the late reading of a point; the even one has weight 1.
 LATE = 0.5
 
 
 def behind(cells: Tensor) -> Tensor:
-    """How many later vectors belong to the same cell: (vectors,); `cells` (vectors,) int64, each cell's in order."""
+    """How many later vectors are in the same cell, (vectors,); `cells` (vectors,) int64 is the cell of each vector."""
     order = cells.argsort(stable=True)
     counts = torch.bincount(cells)
     ends = counts.cumsum(0)[cells[order]]  # behind the last vector of each cell, in sorted order
@@ -38,12 +38,12 @@ def late_weights(cells: Tensor) -> Tensor:
 
 
 def fading(tokens: Tensor) -> Tensor:
-    """The factor by which a late sum has shrunk once so many tokens have followed it, float32."""
+    """The factor by which so many further tokens shrink a late sum, float32."""
     return torch.full((), FADING) ** tokens
 
 
 def late_count(counts: Tensor) -> Tensor:
-    """The sum of the late weights of so many tokens, as `counts` is of even ones; float32."""
+    """The sum of the late weights of so many tokens, float32; the sum of even weights is the count itself."""
     return (1 - fading(counts)) / (1 - FADING)
 
 
@@ -62,7 +62,7 @@ def late_along(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_weights(columns: int, points: int) -> Tensor:
-    """What each reading counts, (columns,): the even ones of all points, and the late ones behind them, if any."""
+    """The weight of each reading, (columns,): the even ones of all points come first, then the late ones, if any."""
     weights = torch.ones(columns)
     weights[points:] = LATE
     return weights

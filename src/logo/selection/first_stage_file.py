@@ -1,4 +1,4 @@
-"""First stages on disk, beside the index that they belong to.
+"""Files of first stages in the cache folder, one for each index.
 
 <cache>/first-stage/<digest of the index>-<rank>.safetensors
 """
@@ -18,18 +18,18 @@ from logo.selection.first_stage import FirstStage
 from logo.selection.index import ScoringIndex
 from logo.selection.two_stage import FirstStages
 
-# Changes when what is kept means something else.
+# To be raised when the content of the files changes its meaning.
 _FORMAT = 1
 _MOST_FILES = 16
 
 
 def first_stage_name(index: str, rank: int) -> str:
-    """The file of a first stage in the cache folder, by the name of its index."""
+    """The name of the file of a first stage, from the name of its index."""
     return f"first-stage/{PurePosixPath(index).stem}-{rank}-{_FORMAT}.safetensors"
 
 
 def keep_first_stages(folder: Path, name: str, stages: FirstStages) -> None:
-    """Keeps them in a cache folder."""
+    """Writes first stages to the cache folder, and removes the least recently used files of others."""
     tensors = {f"{at}.{key}": value for at, part in enumerate(stages.parts) for key, value in part.tensors.items()}
     if stages.estimated is not None:
         tensors["estimated"] = stages.estimated
@@ -50,7 +50,7 @@ def keep_first_stages(folder: Path, name: str, stages: FirstStages) -> None:
 
 
 def load_first_stages(file: Path, indices: Sequence[ScoringIndex]) -> FirstStages | None:
-    """What is kept there for these indices; None where there is nothing, or nothing usable."""
+    """The first stages that a file holds for these indices; None if there is no file or it cannot be used."""
 
     def read(file: Path) -> FirstStages:
         tensors = load_file(file)
@@ -64,6 +64,6 @@ def load_first_stages(file: Path, indices: Sequence[ScoringIndex]) -> FirstStage
 
     found = read_cached(file, read)
     if found is not None:
-        with suppress(OSError):  # the time of its last use decides which are removed; a folder may be read-only
+        with suppress(OSError):  # the least recently used files are removed first; the folder may be read-only
             file.touch()
     return found

@@ -1,7 +1,7 @@
 """Safetensors files that are written and read through mapped memory, so that they may be larger than memory.
 
-The library maps a file so that its tensors could be written to without changing it, which Linux refuses for files that
-are larger than memory. Here the file is mapped to be read, and writing to what `read_mapped` returns ends the process.
+The library maps a file copy-on-write, which Linux refuses for files that are larger than memory. Here the file is
+mapped read-only: writing to a tensor that `read_mapped` returns ends the process.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Bytes. In memory tensors begin at multiples of it, so in the file they do too: libraries sum in another order where
-# they do not, and the last digit of a score would tell whether the index was new.
+# Bytes. Tensors in memory begin at multiples of it, so tensors in the file do too: otherwise libraries sum in another
+# order, and the last digit of a score would depend on whether the index was read from a file.
 ALIGNMENT = 64
 
 
 def mapped(file: str | Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """Makes a file of float32 zeros, and returns its tensors, by name: what is written to them is written to the file.
+    """Makes a file of float32 zeros and returns its tensors by name; what is written to them is written to the file.
 
     Args:
-        file: is made anew.
+        file: replaced if it exists.
         shapes: of the tensors, in the order in which they lie in the file.
 
     Raises:
@@ -50,7 +50,7 @@ def mapped(file: str | Path, shapes: Mapping[str, tuple[int, ...]], metadata: Ma
         stream.write(len(text).to_bytes(8, "little") + text)
         total = stream.tell() + end
         stream.truncate(total)
-        # Room is taken now: a disk that is full is an error here, and a killed process where mapped memory is written.
+        # The room is allocated now, since a full disk raises an error here but kills the process that writes to a map.
         if sys.platform == "linux":
             os.posix_fallocate(stream.fileno(), 0, total)
     start = len(text) // 4 + 2
@@ -86,9 +86,9 @@ def read_mapped(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def will_need(tensors: Iterable[Tensor]) -> None:
-    """Has these pieces of a mapped file read, at once and nothing around them: scattered pieces are going to be used.
+    """Tells the kernel to read these scattered pieces of a mapped file now, all at once and nothing around them.
 
-    Touching them would do, but one after the other, each with the megabytes after it that a disk reads ahead.
+    Without it they are read when they are touched: one after the other, each with megabytes of read-ahead.
     """
     if sys.platform != "linux":
         return
@@ -96,7 +96,7 @@ def will_need(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         start = tensor.data_ptr() // page * page
         length = tensor.data_ptr() + tensor.nbytes - start
-        # It is a hint: what a kernel says against it does not matter.
+        # It is only a hint, so a failure does not matter.
         _c().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 

@@ -1,6 +1,6 @@
-"""`OnceReader`: one pass of the base model over whole prompts, which gives all responses and keeps what it has read.
+"""`OnceReader`: one pass of the base model over whole prompts is the probe and the prefill in one.
 
-rows -> what is known of their beginnings -> one pass over the rest -> responses, and pages up to where adapters act
+rows -> cached pages of their beginnings -> one pass over the rest -> responses, and pages up to where adapters act
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _numbers = itertools.count()
 
 
 class OnceReader:
-    """Responses of a pool of adapters that act from a position on only; called as `ResponseReader`.
+    """Responses of a pool whose adapters act only from a position on; called like `ResponseReader`.
 
     Args:
         probe: where hidden vectors are read; it runs the whole model.
         indices: one per point of the probe.
         signal: scores hidden vectors.
-        beginnings: what is known of prompts, and where it is kept.
-        describing: the points at which prompts are described, too, by their numbers; by tokens that are never kept:
-            those on which adapters act.
+        beginnings: the cache of keys, values and summed responses.
+        describing: numbers of the points at which prompts are described, too. Descriptions are of the tokens on which
+            adapters act, and these are never cached.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class OnceReader:
         self._name = f"{next(_numbers)}"  # of this pool's sums
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Responses:
-        """What right-padded prompts (rows, length) bring about."""
+        """The responses to right-padded prompts (rows, length)."""
         lengths = attention_mask.sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         ends = [earliest(self._signal.activations, row) for row in rows]
         known = self._known(rows, ends)
         shared = self._beginnings.shared(rows, ends)
         if len(rows) > 1 and shared > min(sum(page.tokens for page in pages) for pages in known):
-            with self._beginnings.held():  # read once what all of them begin with
+            with self._beginnings.held():  # the beginning that all rows share is read once
                 beginning, pages = rows[0][:shared], self._known([rows[0][:shared]], [shared])
                 if self._probe.token == "each":
                     self._read([beginning], [shared], pages)
@@ -65,7 +65,7 @@ class OnceReader:
         return self._means(rows, ends, known)
 
     def _known(self, rows: Sequence[Sequence[int]], ends: Sequence[int]) -> list[list[Page]]:
-        if self._probe.token == "mean":  # a mean of hidden vectors cannot be put together from responses
+        if self._probe.token == "mean":  # the response to a mean of vectors does not follow from responses
             return [[] for _ in rows]
         reading = self._name if self._probe.token == "each" else None
         return [self._beginnings.find(row, end, reading) for row, end in zip(rows, ends, strict=True)]
@@ -85,8 +85,7 @@ class OnceReader:
     def _read(
         self, rows: Sequence[Sequence[int]], ends: Sequence[int], known: Sequence[Sequence[Page]]
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """Reads what is not known: per point, the summed responses (rows, adapters), how many they are (rows,), and
-        the descriptions."""
+        """Reads what is not cached: per point summed responses (rows, adapters), their number (rows,), descriptions."""
         reading = self._beginnings.extend(rows, ends, known, self._probe)
         values = [self._signal(index, hidden) for index, hidden in zip(self._indices, reading.hidden, strict=True)]
         counts = torch.bincount(reading.owners, minlength=len(rows))
@@ -104,7 +103,7 @@ class OnceReader:
         reading: Reading,
         values: Sequence[Tensor],
     ) -> None:
-        """Keeps what each new page adds to the sums."""
+        """Stores the summed responses of each new page."""
         most = -(-max(ends) // PAGE) + 1  # cells of a row: one per page, and one for what comes behind them
         limit = torch.tensor(ends)[reading.owners]
         pages = torch.where(reading.positions < limit, reading.positions // PAGE, most - 1)

@@ -1,4 +1,4 @@
-"""`plan`: where a model is read for one signal, and which adapters of a pool can be scored there. Runs nothing."""
+"""`plan`: the points at which a signal reads a model, and the adapters that can be scored there. No model is run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from logo.selection.points import Point, decoder_layers, find_points, named_poin
 from logo.selection.reference import LEAST_POINTS
 from logo.selection.settings import SelectionSettings
 
-# Points that a signal may choose where the user names no number.
+# The most points that a signal chooses if the user gives no number.
 MOST_POINTS = 12
 
 
@@ -26,8 +26,8 @@ class Plan:
     """What is read, and what is scored.
 
     Attributes:
-        points: candidates, or the points themselves.
-        most: how many of them may be chosen; 0: all of them are read.
+        points: the points that are read, or candidates for them.
+        most: how many of the candidates are chosen at most; 0: all points are read.
         adapters: those that are scored, in pool order.
     """
 
@@ -37,20 +37,20 @@ class Plan:
 
 
 def told(settings: SelectionSettings, pool: AdapterPool) -> SelectionSettings:
-    """Settings with where the adapters of a pool act, if none of them acts everywhere."""
+    """The settings with `activations` filled in, if no adapter of the pool acts everywhere."""
     return replace(settings, activations=pool.activations if pool.read_once else ())
 
 
 def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Plan:
-    """What settings and signal ask for.
+    """The plan that settings ask for.
 
     Args:
         pool: adapters fitted to the model.
 
     Raises:
         UsageError, ModelError: a point that does not exist, or that cannot be read as asked.
-        PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`; or no examples,
-            where the signal looks at nothing else.
+        PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`; or no adapter
+            has examples and the signal uses nothing else.
     """
     settings = told(settings, pool)
     signal, wanted = settings.reading, settings.probe_points
@@ -69,7 +69,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
                 f"no adapter touches a module in the first {depth} of {layers} layers, which is how far the probe "
                 "goes; let it go deeper (--probe-depth)"
             )
-        # Where the whole model runs anyway, every point is read (docs/read-once.md has what choosing costs there).
+        # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
         usual = 0 if settings.activations else MOST_POINTS
         all_points, most = False, (wanted or usual) if signal.chosen else 0
         if most:
@@ -88,8 +88,8 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
 def later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tuple[Point, ...]:
     """The points from layer `first` on, and every point of an adapter that touches fewer than `LEAST_POINTS` of those.
 
-    Hidden vectors of the first layers say little more than which words a prompt has: a prompt that is worded
-    differently from an adapter's training prompts is missed there.
+    Hidden vectors of the first layers say little more than which words a prompt has, so they miss prompts that are
+    worded differently from an adapter's training prompts.
 
     Args:
         pool: the modules that each adapter touches.
@@ -103,7 +103,7 @@ def later(points: tuple[Point, ...], first: int, pool: Iterable[Set[str]]) -> tu
 def _scorable(
     pool: AdapterPool, points: Sequence[Point], settings: SelectionSettings, *, all_points: bool
 ) -> tuple[Adapter, ...]:
-    """Adapters that touch the points: all of them, or any where a signal scores over the points an adapter has."""
+    """The adapters that touch all points (`all_points`), or at least one of them."""
     modules = {point.module for point in points}
     lacking = [a.name for a in pool if not (modules <= set(a.modules) if all_points else modules & set(a.modules))]
     if lacking and (settings.unscorable == "error" or len(lacking) == len(pool)):

@@ -1,7 +1,7 @@
-"""Prompt prefixes that were probed before: their keys and values per layer, and what the adapters answered to them.
+"""Prompt prefixes that were probed before: keys and values of every layer, and the summed responses of the adapters.
 
-Prefixes are kept in blocks of tokens, each under a digest of all tokens up to its end, so that prompts that begin alike
-share what they have in common and no more. The least recently used blocks go when the budget is spent.
+Prefixes are cached in blocks of tokens, each under a digest of all tokens up to its end, so that prompts share the
+blocks of their common beginning. The least recently used blocks are dropped when the budget is exceeded.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Prefixes:
         return shared // BLOCK
 
     def find(self, row: Sequence[int], most: int, reading: str = "") -> list[Block]:
-        """The blocks that are known of the first `most` blocks of a row, as this reading kept them."""
+        """The cached blocks among the first `most` blocks of a row, of the same reading."""
         found = []
         keys = self._keys(row, most, reading)
         for key in keys:
@@ -84,12 +84,12 @@ class Prefixes:
         make: Callable[[int, int], Block],
         reading: str = "",
     ) -> None:
-        """Keeps the whole blocks of rows from block number `first` on: if not all fit, the first ones of the last rows.
+        """Caches the whole blocks of rows from number `first` on; if not all fit, the first ones of the last rows.
 
         Args:
             rows: token ids.
             size: bytes of a block.
-            make: makes the block of a row and a number; called for those that are kept and not held yet.
+            make: makes the block of a row and a number; called for blocks that are not cached yet.
             reading: names the signal whose responses the blocks hold.
         """
         places: dict[bytes, tuple[int, int]] = {}
@@ -107,7 +107,7 @@ class Prefixes:
         self._use(wanted)
 
     def _use(self, keys: Sequence[bytes]) -> None:
-        """Blocks that were used go last; the first of these is the one that most prompts share."""
+        """Marks blocks as used; the first of them was used last, since most prompts share it."""
         for key in reversed(keys):
             if key in self._blocks:
                 self._blocks.move_to_end(key)
@@ -123,12 +123,12 @@ class Prefixes:
 
 
 def reusable(model: nn.Module) -> bool:
-    """Whether keys and values are all that a model keeps of the tokens before: not so where it carries a state on."""
+    """Whether a model keeps nothing but keys and values of earlier tokens; recurrent models also carry a state."""
     return cache_argument(model) is not None and not getattr(model, "_is_stateful", False)
 
 
 def cache_of(blocks: Sequence[Block], rows: int) -> DynamicCache:
-    """The key-value cache that these blocks make, for a batch of rows that all begin with them."""
+    """The key-value cache of these blocks, for a batch of rows that all begin with them."""
     cache = DynamicCache()
     for layer, pairs in enumerate(zip(*(block.keys_values for block in blocks), strict=True)):
         keys, values = (torch.cat(part, dim=2).expand(rows, -1, -1, -1) for part in zip(*pairs, strict=True))

@@ -1,4 +1,4 @@
-"""Signatures: what an adapter's example prompts look like to the base model, whatever the adapter's weights are.
+"""Signatures: descriptions of an adapter's example prompts by the base model; the adapter's weights do not matter.
 
 A prompt is described at some places of the base model by two hidden vectors: the mean over the tokens that are read,
 and the last of them. With the whitenings `W` of both (`logo.selection.whitening`, of ordinary texts described likewise)
@@ -6,8 +6,8 @@ and the mean `m_i` of the whitened descriptions of adapter i's examples,
 
     s_i(x) = mean over places of cos(W_mean x_mean, m_i,mean) + 1/2 cos(W_last x_last, m_i,last)
 
-Recipes of training do not matter to it, and one example is enough. Adapters without examples are compared by their
-responses alone (`logo.selection.reference`); what their similarity would be is estimated, so that all are on one scale:
+It does not depend on how adapters were trained, and one example is enough. For an adapter j without examples, the
+similarity is estimated from its response (`logo.selection.reference`), so that all scores are on one scale:
 
     s_j = s̄ + β (r_j - r̄)        r: scores of the responses; s̄, r̄: means over adapters with examples, the best left out
 
@@ -26,13 +26,13 @@ from torch.nn.functional import normalize
 
 from logo.selection.whitening import Whitening
 
-# How much of the last token's similarity is added to that of the mean.
+# The weight of the last token's similarity; that of the mean has weight 1.
 _LAST = 0.5
-# A unit of similarity, in units of the responses' scores.
+# The weight of a similarity beside the score of a response.
 GAIN = 8.0
-# How much more similar an adapter's own prompts are, per unit by which its response to them stands out.
+# β: similarity per unit of a response's score.
 _SLOPE = 0.35
-# What the similarity of prompts of unrelated adapters is taken for, with the weight of so many adapters.
+# The usual similarity to the prompts of unrelated adapters; in s̄ it counts like so many adapters.
 _USUAL, _USUAL_WEIGHT = 0.35, 4
 
 MEAN, LAST = 0, 1
@@ -46,27 +46,27 @@ def described(hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
 
 
 def last(counts: Tensor) -> Tensor:
-    """The place of each row's last vector: (rows,), of how many each row has, all in order."""
+    """The index of each row's last vector, (rows,), if rows have so many vectors, one row after the other."""
     return counts.cumsum(0) - 1
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where descriptions are compared at one place.
+    """The whitened space in which descriptions of one place are compared.
 
     Attributes:
-        whitenings: of means, and of last tokens.
+        whitenings: of the means, and of the last tokens.
     """
 
     whitenings: tuple[Whitening, Whitening]
 
     @classmethod
     def of(cls, descriptions: Tensor) -> Space:
-        """That of ordinary texts: (texts, 2, d)."""
+        """The space that descriptions (texts, 2, d) of ordinary texts give."""
         return cls((Whitening.of(descriptions[:, MEAN]), Whitening.of(descriptions[:, LAST])))
 
     def __call__(self, descriptions: Tensor) -> Tensor:
-        """Whitened: (rows, 2, d) float32, where the whitenings are."""
+        """The whitened descriptions, (rows, 2, d) float32, on the device of the whitenings."""
         given = descriptions.to(self.whitenings[MEAN].mean.device, torch.float32)
         return torch.stack([w.fold(given[:, i] - w.mean) for i, w in enumerate(self.whitenings)], dim=1)
 
@@ -82,7 +82,7 @@ class Signatures:
         spaces: one per place.
         centres: per place, the mean whitened description of each adapter's examples: (adapters with examples, 2, d),
             where the place's space is.
-        known: (adapters,) bool: those that have examples, in pool order.
+        known: (adapters,) bool: which adapters have examples, in pool order.
         points: per place, the number of the first point that is read there; None: every point is a place.
 
     Attributes:
@@ -109,10 +109,10 @@ class Signatures:
         return total.cpu() / len(self._spaces)
 
     def similarities(self, descriptions: Sequence[Tensor], responses: Tensor) -> Tensor:
-        """(rows, adapters): `s` of all, of which those without examples are estimated from the responses' scores.
+        """`s` of all adapters, (rows, adapters); of those without examples it is estimated from their responses.
 
         Args:
-            responses: (rows, adapters).
+            responses: (rows, adapters), their scores.
         """
         found = self(descriptions)
         if bool(self.known.all()):

@@ -1,13 +1,13 @@
-"""Whitening: takes out of a hidden vector what all text has in common.
+"""Whitening: removes from a hidden vector what all text has in common.
 
 Hidden vectors of a language model vary mostly along a few directions that say little about the prompt, and they have a
 large mean. An adapter's response `ΔW h` is dominated by both. With mean `μ` and covariance `C` of neutral tokens,
 
     W = (C / m + λ) ^ -1/2, up to a constant        m = mean eigenvalue of C
 
-makes `W (h - μ)` what is particular about `h`: every direction in which neutral text varies much is shrunk, the others
-pass. It is a property of the base model and a point, shared by all adapters, and it costs nothing per prompt because
-`T W` is computed once for every adapter's factor `T`.
+shrinks every direction in which neutral text varies much, so that `W (h - μ)` is what is particular about `h`. A
+whitening belongs to the base model and a point and is shared by all adapters. It costs nothing per prompt, because
+`T W` is computed once for the factor `T` of every adapter.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 # λ: between 0.1 and 1 little changes (docs/how-selection-works.md).
 SHRINKAGE = 0.3
 
-# Rows that stand for all dimensions where the length of a whitened vector is wanted.
+# Rows of the random projection that estimates the length of a whitened vector.
 SKETCHED = 64
 
-# Directions that are shrunk by less than this share are left as they are: bounds what has to be kept.
+# Directions that would shrink by less than this share are left as they are, which bounds the memory of a whitening.
 _NEGLIGIBLE = 0.02
 
 
@@ -34,7 +34,7 @@ class Whitening:
     Attributes:
         mean: `μ` (d,).
         basis: `V` (d, n), orthonormal.
-        gain: (n,) in (0, 1): what remains of each of these directions.
+        gain: (n,) in (0, 1): the factor by which each of these directions is multiplied.
     """
 
     mean: Tensor
@@ -66,10 +66,10 @@ class Whitening:
 
     @classmethod
     def of_some(cls, hidden: Tensor, some: Tensor) -> Whitening:
-        """The whitening of some of these hidden vectors (tokens, d): those of which `some` (tokens,) is true.
+        """The whitening of those hidden vectors (tokens, d) for which `some` (tokens,) is true.
 
-        Where they are fewer than dimensions, their own directions are known too badly: they are compared with their own
-        mean, and what varies much is learnt from all tokens.
+        If they are fewer than dimensions, they do not say in which directions they vary: then the mean is theirs, and
+        the directions are those of all tokens.
         """
         own = hidden[some].float()
         if len(own) >= hidden.shape[1]:
@@ -78,13 +78,13 @@ class Whitening:
         return cls(own.mean(dim=0), every.basis, every.gain)
 
     def fold(self, factor: Tensor) -> Tensor:
-        """`T W` for a factor `T` (r, d): `‖T W (h - μ)‖` is then one product and one offset away."""
+        """`T W` for a factor `T` (r, d), so that `‖T W (h - μ)‖` takes one product and one offset."""
         return factor - (factor @ self.basis) * (1 - self.gain) @ self.basis.T
 
     def sketch(self) -> Tensor:
         """(`SKETCHED`, d): `S W` with fixed random rows `S`, so that `‖S W (h - μ)‖` is nearly `‖W (h - μ)‖`.
 
-        It is off by 9 % (one standard deviation), for all adapters alike, and costs as little as an adapter does.
+        The error has a standard deviation of 9 % and is the same for all adapters; the cost is that of one adapter.
         """
         rows = torch.randn(SKETCHED, len(self.mean), generator=torch.Generator().manual_seed(0)) / SKETCHED**0.5
         return self.fold(rows.to(self.mean.device))
