@@ -198,16 +198,16 @@ def test_every_architecture_is_calibrated(tmp_path: Path) -> None:
         assert all(abs(score) < 100 for score in selection.scores.values())
 
 
-def test_only_new_adapters_are_listened_to(llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_new_adapters_are_calibrated(llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Across engines through the disk, and when the pool of a running engine grows."""
     measured: list[list[str]] = []
-    original = calibration.listen
+    original = calibration.measure
 
-    def listen(model: Any, wanted: Any, *rest: Any) -> Any:
+    def measure(model: Any, wanted: Any, *rest: Any) -> Any:
         measured.append(sorted({adapter.name for adapters in wanted.values() for adapter in adapters}))
         return original(model, wanted, *rest)
 
-    monkeypatch.setattr(calibration, "listen", listen)
+    monkeypatch.setattr(calibration, "measure", measure)
     settings = {"cache": str(tmp_path / "cache")}
     first = engine(llama, pool(llama, tmp_path / "pool"), **settings)
     assert measured[0] == ["t0", "t1", "t2", "t3"]
