@@ -33,13 +33,21 @@ def cache_folder(cache: str | Path | None) -> Path | None:
     return Path(cache) if cache != "" else None
 
 
-def read_cached(file: Path, read: Callable[[Path], _T]) -> _T | None:
-    """What `read` makes of a file of the cache; None where there is none, or, with a warning, none that can be used."""
+def read_cached(file: Path, read: Callable[[Path], _T], *, used: bool = False) -> _T | None:
+    """What `read` makes of a file of the cache; None if there is no file, or, with a warning, if it cannot be used.
+
+    Args:
+        used: give the file the time of this use, for `most` of `write_cached`.
+    """
     from safetensors import SafetensorError
 
     try:
         file.open("rb").close()  # safetensors calls a file that may not be read a missing one
-        return read(file)
+        found = read(file)
+        if used:
+            with suppress(OSError):  # the folder may be read-only
+                file.touch()
+        return found
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -49,14 +57,15 @@ def read_cached(file: Path, read: Callable[[Path], _T]) -> _T | None:
     return None
 
 
-def write_cached(cache: Path, name: str, write: Callable[[str], object]) -> Path | None:
+def write_cached(cache: Path, name: str, write: Callable[[str], object], most: int | None = None) -> Path | None:
     """Writes `cache/name` under another name and renames it, so that readers see all of it or nothing.
 
     Args:
-        write: given the path to write to.
+        write: is given the path to write to.
+        most: of the files in its folder with the same suffix, only so many stay: those that were used last.
 
     Returns:
-        The file, or None: a folder that refuses is a warning, once.
+        The file; None if it cannot be written, of which a warning tells once per folder.
     """
     file = cache / name
     part = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
@@ -76,4 +85,9 @@ def write_cached(cache: Path, name: str, write: Callable[[str], object]) -> Path
                 stacklevel=3,
             )
         return None
+    if most is not None:
+        with suppress(OSError):  # files that other processes removed or own are left alone
+            known = sorted(file.parent.glob(f"*{file.suffix}"), key=lambda path: path.stat().st_mtime_ns)
+            for old in known[:-most]:
+                old.unlink(missing_ok=True)
     return file

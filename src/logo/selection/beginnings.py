@@ -1,9 +1,9 @@
-"""What prompts begin with, as the base model alone reads it: keys and values in pages of tokens.
+"""A cache of the beginnings of prompts: keys and values that the base model alone computed, in pages of tokens.
 
-Where adapters act only from a position on, everything before it is the base model's, whatever mixture answers. So one
-pass of the base model is the probe and the prefill in one, and what it has read serves every mixture and every prompt
-that begins alike. Pages go by a digest of all tokens up to their end. A prompt's last page ends where adapters begin to
-act; all others are whole.
+If adapters act only from a position on, keys and values before it do not depend on the mixture. One pass of the base
+model is then the probe and the prefill, and its pages serve every mixture and every prompt with the same beginning. The
+key of a page is a digest of all tokens up to its end. The last page of a prompt ends where adapters begin to act; all
+others are whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from logo.selection.probe import Probe
 
-# Tokens of a whole page: of a beginning that prompts share, up to so many are read again for each of them.
+# Tokens of a whole page. Prompts share whole pages, so up to so many tokens of a common beginning are read again.
 PAGE = 16
 
 KeyValues = list[tuple[Tensor, Tensor]]
@@ -31,12 +31,12 @@ KeyValues = list[tuple[Tensor, Tensor]]
 
 @dataclass
 class Page:
-    """Some tokens of one beginning.
+    """Consecutive tokens of one beginning.
 
     Attributes:
         keys_values: per layer, (heads, tokens, size) each.
-        sums: by reading: per point, the summed responses to the page's tokens that are read, (adapters,), and how many
-            these tokens are.
+        sums: reading -> the summed responses (adapters,) to the page's tokens that are read, per point, and the number
+            of these tokens.
     """
 
     keys_values: KeyValues
@@ -44,7 +44,7 @@ class Page:
 
     @property
     def tokens(self) -> int:
-        """How many."""
+        """The number of tokens."""
         return self.keys_values[0][0].shape[1]
 
     @property
@@ -93,7 +93,7 @@ class Beginnings:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside the block nothing is dropped, so that what was read for a batch is there when it is answered."""
+        """Inside the block no page is dropped, so that the pages of a batch are there when it is answered."""
         self._holding += 1
         try:
             yield
@@ -102,10 +102,10 @@ class Beginnings:
             self._drop()
 
     def find(self, row: Sequence[int], end: int, reading: str | None = None) -> list[Page]:
-        """The pages that are known of the first `end` tokens of a row, from its first one on.
+        """The cached pages of the first `end` tokens of a row, without a gap from the first token on.
 
         Args:
-            reading: pages without sums of this reading do not count; None: sums are not asked for.
+            reading: pages without sums of this reading do not count; None: sums are not needed.
         """
         found = []
         for key, _, _ in _keys(row, end):
@@ -117,7 +117,7 @@ class Beginnings:
         return found
 
     def shared(self, rows: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
-        """How many tokens all rows begin with, in whole pages."""
+        """The number of tokens in whole pages that all rows begin with."""
         shortest, count = min(ends), 0
         while count < shortest and all(row[count] == rows[0][count] for row in rows):
             count += 1
@@ -145,7 +145,7 @@ class Beginnings:
         cache = DynamicCache() if not length else laid_out(known, counts)
         places: dict[str, Any] = {}
         if self._positions:
-            # Behind a row's end there is padding, whose positions must not be beyond those that the model knows.
+            # The padding behind a row must not have positions beyond those that the model knows.
             last = torch.tensor([len(row) - 1 for row in rows])[:, None]
             places["position_ids"] = (torch.tensor(counts)[:, None] + torch.arange(width)).minimum(last).to(device)
         ids, mask = ids.to(device), mask.to(device)
@@ -192,7 +192,7 @@ class Beginnings:
             return laid_out(pages, counts)
 
     def _read(self, rows: Sequence[Sequence[int]]) -> None:
-        """Reads whole rows that nothing is asked about; equal ones, and what all begin with, once."""
+        """Reads rows for their keys and values alone; equal rows and a common beginning are read once."""
         distinct = [list(row) for row in dict.fromkeys(map(tuple, rows))]
         shared = self.shared(distinct, [len(row) for row in distinct])
         if len(distinct) > 1 and shared > sum(page.tokens for page in self.find(distinct[0], shared)):

@@ -4,11 +4,11 @@
     <cache>/calibration/<base model, texts and reading>/whitening/<module>.safetensors
     <cache>/calibration/<base model, texts and reading>/points-<pool>.json        what was chosen, for people to read
     <cache>/calibration/<base model, texts and reading>/described/<texts>.safetensors     descriptions, or their mean
-    <adapter's folder>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a`, where it came with `a`
+    <adapter's folder>/calibration/<base model, texts and reading>/<adapter>.safetensors     `a`, if published with it
 
-Nothing in it is needed: what is missing or damaged is computed anew. Files are written under another name and renamed.
-What belongs to a pool that is open is held in memory besides, so that an adapter can join it although others' files are
-gone, and so that nothing is computed twice where nothing can be kept.
+What is missing or damaged is computed again. Files are written under another name and renamed. The entries of an open
+pool are held in memory, too, so that adapters can be added after files of others are gone, and so that nothing is
+computed twice if the folder cannot be written.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import SHRINKAGE, SKETCHED, Whitening
 
-# Changes when what is stored means something else.
+# To be raised when the content of the files changes its meaning.
 _FORMAT = 2
 _SAMPLED = 64
 
 
 class CalibrationCache:
-    """Where the calibrations of one base model and one way of reading are kept.
+    """The calibrations of one base model and one way of reading.
 
     Args:
         texts: those that the base model reads.
-        key: digest of everything the stored values depend on but the adapter.
+        key: digest of everything but the adapter that the stored values depend on.
         folder: the cache folder; None keeps nothing.
 
     Attributes:
@@ -55,10 +55,10 @@ class CalibrationCache:
     def __init__(self, texts: Texts, key: str, folder: Path | None) -> None:
         self.texts, self.key = texts, key
         self._folder, self._name = folder, f"calibration/{key}"
-        # The file object is what stays the same when a pool is fitted again.
+        # Keyed by the file object, which stays the same when a pool is fitted again.
         self._adapter_keys: WeakKeyDictionary[WeightFile, str] = WeakKeyDictionary()
         self._responses: WeakKeyDictionary[WeightFile, dict[str, Tensor]] = WeakKeyDictionary()
-        self._whitenings: dict[str, Whitening] = {}  # those that could not be written: they are large
+        self._whitenings: dict[str, Whitening] = {}  # only those that could not be written, since they are large
         self._described: dict[str, dict[int, Tensor]] = {}
 
     @classmethod
@@ -67,16 +67,16 @@ class CalibrationCache:
         return cls(texts, _key_of(model, texts, signal), folder)
 
     def keys(self, adapters: Sequence[Adapter]) -> list[str]:
-        """What the responses of each adapter are kept under."""
+        """The key of each adapter's responses."""
         return [self._key(adapter) for adapter in adapters]
 
     def know(self, adapters: Sequence[Adapter], keys: Sequence[str]) -> None:
-        """Takes over what `keys` returned for these adapters, so that their files are not read again."""
+        """Remembers the keys of these adapters, so that their files are not read to compute them."""
         for adapter, key in zip(adapters, keys, strict=True):
             self._adapter_keys[adapter.file] = key
 
     def responses(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Module path -> `a` (readings, texts) of this adapter, as far as known.
+        """Module path -> `a` (readings, texts) of this adapter, for the modules that have been measured.
 
         Raises:
             AdapterError: nothing is known yet, and its file is gone.
@@ -87,13 +87,12 @@ class CalibrationCache:
         return dict(self._responses[adapter.file])
 
     def keep_responses(self, adapter: Adapter, responses: Mapping[str, Tensor]) -> None:
-        """Keeps all responses of an adapter."""
+        """Stores all responses of an adapter."""
         self._responses[adapter.file] = dict(responses)
         self._save(f"{self._key(adapter)}.safetensors", save({k: v.contiguous() for k, v in responses.items()}))
 
     def keep_beside(self, adapter: Adapter) -> None:
-        """Writes what is known of an adapter into its own folder, if it is not there yet, so that it goes where the
-        adapter goes.
+        """Writes the responses of an adapter into its own folder if they are not there yet, to be published with it.
 
         Raises:
             StorageError: it cannot be written.
@@ -104,24 +103,24 @@ class CalibrationCache:
         replace_file(self._beside(adapter), save(responses))
 
     def _beside(self, adapter: Adapter) -> Path:
-        # By the adapter's key, too: an adapter that was replaced does not find the responses of the one before.
+        # The adapter's key is part of the name, so that an adapter does not find the responses of one that it replaced.
         return adapter.folder / RESPONSES / self.key / f"{self._key(adapter)}.safetensors"
 
     def whitening(self, module: str) -> Whitening | None:
-        """The whitening of a module's input, if known."""
+        """The whitening of a module's input; None if there is none yet."""
         if module in self._whitenings:
             return self._whitenings[module]
         tensors = self._load(f"whitening/{module}.safetensors")
         return Whitening(**tensors) if set(tensors) == {"mean", "basis", "gain"} else None
 
     def keep_whitening(self, module: str, whitening: Whitening) -> None:
-        """Keeps the whitening of a module's input."""
+        """Stores the whitening of a module's input."""
         tensors = {name: tensor.contiguous() for name, tensor in vars(whitening).items()}
         if self._save(f"whitening/{module}.safetensors", save(tensors)) is None:
             self._whitenings[module] = whitening
 
     def described(self, name: str) -> Mapping[int, Tensor] | None:
-        """Descriptions of texts, by the first point of each place, as they were kept under this name."""
+        """Descriptions of texts by the first point of each place, as stored under this name; None if there are none."""
         if name not in self._described:
             tensors = self._load(f"described/{name}.safetensors")
             if not tensors:
@@ -130,7 +129,7 @@ class CalibrationCache:
         return self._described[name]
 
     def keep_described(self, name: str, descriptions: Mapping[int, Tensor]) -> None:
-        """Keeps descriptions of texts, or their mean; the texts themselves are never kept."""
+        """Stores descriptions of texts, or their mean; the texts themselves are never stored."""
         self._described[name] = dict(descriptions)
         tensors = {str(point): tensor.contiguous() for point, tensor in descriptions.items()}
         self._save(f"described/{name}.safetensors", save(tensors))
@@ -178,6 +177,6 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """Some numbers of a parameter, float32 on the CPU: reading all of a large model takes longer than calibrating."""
+    """A sample of a parameter, float32 on the CPU: reading a large model whole takes longer than calibrating."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.float32)

@@ -1,9 +1,9 @@
-"""Calibration: the base model runs on neutral texts and requests once, and notes what every adapter responds to them.
+"""Calibration: the responses of every adapter to neutral texts and requests, which the base model reads once.
 
-    candidates -> measure (what the cache does not know yet) -> choose points -> Calibration -> whitenings
+    candidates -> measure (what is not cached) -> choose points -> Calibration -> whitenings
 
-One forward pass of the base model per group of layers serves every adapter. What is kept are responses, so that a
-calibration of any other pool of known adapters costs no pass at all.
+One forward pass of the base model per group of layers serves every adapter. The responses of each adapter are cached,
+so that the calibration of another pool of known adapters takes no pass at all.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from logo.selection.signals import Signal
 from logo.selection.texts import Texts
 from logo.selection.whitening import Whitening
 
-# The agreement with the most points that may be read at which fewer are enough.
+# Fewer points than allowed are read if they agree with all that are allowed at least this well.
 ENOUGH = 0.97
-# Hidden vectors that are held at once: what does not fit is read in further passes, each up to its own last layer.
+# Bytes of hidden vectors that are held at once; the rest is read in further passes, each up to its own last layer.
 _HELD_BYTES = 2**30
 _BATCH = 16
 
@@ -43,9 +43,9 @@ class HiddenVectors:
     """The hidden vectors of all texts at one point; points that read the same vectors are given one tensor.
 
     Attributes:
-        hidden: (vectors, d), of all tokens that are read, those before adapters act included.
+        hidden: (vectors, d) of all tokens that are read, including those before adapters act.
         owners: (vectors,) int64 on the CPU: the text that each belongs to.
-        acted: (vectors,) bool on the CPU: those to which adapters respond; None: all of them.
+        acted: (vectors,) bool on the CPU: the vectors to which adapters respond; None: all of them.
     """
 
     hidden: Tensor
@@ -66,17 +66,17 @@ TextRunner = Callable[[Sequence[Point], Texts, Signal], Iterator[HiddenVectors]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the adapters of a pool respond to neutral texts and requests, at the points that are read.
+    """The responses of a pool's adapters to neutral texts and requests at the points that are read.
 
     Attributes:
         points: where prompts are read, best first.
-        ranking: every candidate with its contrast, best first; empty where the points were given.
-        neutral: `a` (adapters, readings, neutral texts), of all points, and behind them those with emphasis on the end
-            where the signal has such; NaN where an adapter does not touch a point.
-        requests: the same of the requests; none of them where the signal uses neutral texts only.
-        file: where the choice was written down.
-        measured: how many adapters were not known yet.
-        seconds: how long the calibration took.
+        ranking: every candidate with its contrast, best first; empty if the points were given.
+        neutral: `a` (adapters, readings, neutral texts): the even readings of all points, then the late ones if the
+            signal has them; NaN if an adapter does not touch a point.
+        requests: `a` of the requests likewise; of no requests if the signal uses neutral texts only.
+        file: the file that says which points were chosen.
+        measured: the number of adapters whose responses were not cached.
+        seconds: duration of the calibration.
     """
 
     points: tuple[Point, ...]
@@ -97,15 +97,15 @@ def calibrate(
     cache: CalibrationCache,
     run_texts: TextRunner | None = None,
 ) -> Calibration:
-    """The calibration of these adapters, from the cache or measured now, and the points to read.
+    """Calibrates adapters, with cached responses where there are any, and chooses the points to read.
 
     Args:
         model: the base model, with no adapter active.
         adapters: those that are scored, in pool order.
-        candidates: where the model may be read.
-        most: of the candidates, choose so many at most; 0: all of them are read.
-        settings: for the signal.
-        cache: the texts, what is known already, and where what is new is put.
+        candidates: the points that may be read.
+        most: how many of them are chosen at most; 0: all of them are read.
+        settings: name the signal.
+        cache: holds the texts and the responses; new ones are stored there.
         run_texts: runs the base model; None: `model` itself runs.
     """
     started, texts = time.perf_counter(), cache.texts
@@ -159,7 +159,7 @@ def whitenings(
     cache: CalibrationCache,
     run_texts: TextRunner | None = None,
 ) -> dict[str, Whitening]:
-    """Module path -> the whitening of its input, from the cache or measured now; empty where the signal uses none."""
+    """Module path -> the whitening of its input, cached or computed now; empty if the signal does not whiten."""
     if settings.reading.scale != "whitened":
         return {}
     found = {point.module: cache.whitening(point.module) for point in points}
@@ -179,9 +179,9 @@ def measure(
 
     Args:
         model: the base model, with no adapter active.
-        wanted: point -> adapters to score there (none: only the whitening is wanted).
-        settings: for the signal.
-        cache: has the texts, and the whitenings that are known; those that the signal needs besides are put there.
+        wanted: point -> adapters to score there; none: only the whitening is needed.
+        settings: name the signal.
+        cache: holds the texts and the whitenings; new whitenings are stored there.
         run_texts: as in `calibrate`.
 
     Returns:
@@ -201,10 +201,10 @@ def measure(
 def _measured(
     run_texts: TextRunner, wanted: Mapping[Point, Sequence[Adapter]], signal: Signal, cache: CalibrationCache
 ) -> Iterator[tuple[ScoringIndex, Tensor]]:
-    """`measure` at points that are held at once: each index, and its `a` (readings, texts, adapters)."""
+    """Yields each index at these points and its `a` (readings, texts, adapters); vectors of all points are held."""
     texts = cache.texts
     read = dict(zip(wanted, run_texts(list(wanted), texts, signal), strict=True))
-    latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same vectors
+    latest: tuple[Tensor, Whitening] | None = None  # points of one layer may read the same tensor
     asked = []
     for point, vectors in read.items():
         whitening = None
@@ -226,7 +226,7 @@ def _measured(
 
 
 def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
-    """That of neutral texts; where adapters act on the last tokens only, that of these tokens of all texts."""
+    """The whitening of neutral texts; if adapters act on the last tokens only, that of these tokens in all texts."""
     hidden = vectors.hidden
     if vectors.acted is None:
         return Whitening.of(hidden[(vectors.owners < neutral).to(hidden.device)])
@@ -234,7 +234,7 @@ def _whitening(vectors: HiddenVectors, neutral: int) -> Whitening:
 
 
 def _indices(wanted: Sequence[Wanted]) -> Iterator[ScoringIndex]:
-    """Indices one after the other, read in as few passes over the adapters as memory for them allows."""
+    """Yields the indices, read in as few passes over the adapters as memory allows."""
     part: list[Wanted] = []
     size = 0
     for one in wanted:
@@ -248,7 +248,7 @@ def _indices(wanted: Sequence[Wanted]) -> Iterator[ScoringIndex]:
 
 
 def _groups(model: nn.Module, points: Sequence[Point], tokens: int) -> Iterator[list[Point]]:
-    """Points by layer, in groups of whole layers whose hidden vectors fit in memory together."""
+    """Yields points by layer, in groups of whole layers whose hidden vectors fit into memory together."""
     group: list[Point] = []
     size = 0
     for _, layer in groupby(sorted(points, key=lambda point: point.layer), key=lambda point: point.layer):
@@ -265,7 +265,7 @@ def _groups(model: nn.Module, points: Sequence[Point], tokens: int) -> Iterator[
 
 
 def read_texts(model: nn.Module, points: Sequence[Point], texts: Texts, signal: Signal) -> Iterator[HiddenVectors]:
-    """Runs texts through a model in this process."""
+    """The `TextRunner` of a model in this process."""
     tail = signal.token == "tail"
     probe = Probe(model, points, signal.input, "each" if tail else signal.token, texts.bos)
     acting = Probe(model, (), signal.input, "tail", texts.bos, signal.activations) if tail else None

@@ -1,4 +1,4 @@
-"""Signatures of a pool: the base model reads the example prompts of its adapters, and ordinary texts beside them."""
+"""Makes the signatures of a pool: the base model reads the example prompts of its adapters, and ordinary texts."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def signatures_of(
     encode: Callable[[Sequence[str]], list[list[int]]],
     device_of: Callable[[Point], torch.device],
 ) -> Signatures | None:
-    """The signatures of the adapters that have example prompts; None where none has.
+    """The signatures of the adapters that have example prompts; None if no adapter has any.
 
     Args:
         points: where prompts are read.
         signal: how they are read.
-        cache: the texts of the calibration, and what is known already; means of examples are put there.
-        run_texts: runs the base model. Where it raises, what was read before is kept.
+        cache: holds the texts of the calibration; descriptions are stored there.
+        run_texts: runs the base model. If it raises, what was read before stays in the cache.
         encode: texts to token ids, as prompts are encoded.
-        device_of: where the descriptions at a point are compared.
+        device_of: the device on which descriptions at a point are compared.
     """
     examples = [encode(prompts) if (prompts := examples_of(adapter.folder)) else [] for adapter in adapters]
     known = torch.tensor([bool(rows) for rows in examples])
@@ -82,7 +82,7 @@ def signatures_of(
 
 
 def read(points: Sequence[Point], signal: Signal, texts: Texts, run_texts: TextRunner) -> dict[int, Tensor]:
-    """The descriptions of texts, by the first point of each place: (rows, 2, d), float32 on the CPU."""
+    """The descriptions of texts by the first point of each place: (rows, 2, d), float32 on the CPU."""
     found: dict[int, Tensor] = {}
     seen: list[Tensor] = []  # points of a layer may read the same tensor, which is one place
     for at, vectors in enumerate(run_texts(points, texts, signal)):
@@ -95,8 +95,10 @@ def read(points: Sequence[Point], signal: Signal, texts: Texts, run_texts: TextR
 
 
 def _portions(every: Mapping[str, Rows], tokens: int) -> Iterator[dict[str, Rows]]:
-    """Examples in portions of so many tokens at most, or of one adapter. They do not depend on what is known already:
-    processes that read the same examples beside each other ask for the same texts."""
+    """Examples in portions of so many tokens at most, or of one adapter.
+
+    Portions do not depend on what is cached, so that processes side by side read the same texts together.
+    """
     part: dict[str, Rows] = {}
     held = count = 0
     for key, rows in every.items():

@@ -1,18 +1,18 @@
-"""The first stage of a two-stage index: a few numbers per adapter that bound, or estimate, its response to a vector.
+"""The first stage of a two-stage index: a few numbers per adapter that bound or estimate its response to a vector.
 
-The response of adapter i is `‖T_i x‖` with a factor `T_i (r, d)`, and rotating its rows changes nothing. So they are
-rotated until the first q of them hold as much as q rows can, and of the others is kept only what they are worth:
+The response of adapter i is `‖T_i x‖` with a factor `T_i (r, d)`, which a rotation of its rows does not change. The
+rows are rotated so that the first q hold as much as q rows can, and the others are summarised:
 
     L = ‖lead x‖          the first q rows, whole, in half precision
-    K = ‖known Qᵀ x‖      the others within a small space Q that all adapters share: where hidden vectors are largest
-    e = ‖x - Q Qᵀ x‖      what is left of the vector outside Q
-    σ                     the largest singular value of the others outside Q
-    ρ                     what was rounded away, and what float32 may lose
+    K = ‖known Qᵀ x‖      the other rows within a small space Q that all adapters share: where vectors are largest
+    e = ‖x - Q Qᵀ x‖      the part of the vector outside Q
+    σ                     the largest singular value of the other rows outside Q
+    ρ                     rounding: of half precision, and the most that float32 may lose
 
     (L - ρ‖x‖)² + (K - σ e - ρ‖x‖)²  <=  ‖T x‖²  <=  (L + ρ‖x‖)² + (K + σ e + ρ‖x‖)²       (differences below 0 are 0)
 
-The bounds hold for every vector. They are tight where the singular values of adapters fall quickly, and useless where
-they do not (docs/many-adapters.md). `√(L² + K²)` is an estimate between them.
+The bounds hold for every vector. They are tight if the singular values of adapters fall quickly, and useless otherwise
+(docs/many-adapters.md). `√(L² + K²)` is an estimate between them.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from logo.selection.emphasis import emphasised
 from logo.selection.index import ScoringIndex
 from logo.selection.reference import prompt_means
 
-# Directions of the space that all adapters share.
+# Dimensions of the space that all adapters share.
 SHARED = 8
-# Floats of the rows that are worked on at once: they stay in the processor's cache.
+# Floats of the rows that are processed at once, so that they stay in the processor's cache.
 _PIECE = 2**20
 
 
 @dataclass(frozen=True)
 class FirstStage:
-    """What is kept of N adapters at one point. Adapters of smaller rank have rows of zeros.
+    """The summaries of N adapters at one point. Adapters of smaller rank have rows of zeros.
 
     Attributes:
         lead: (N, q, d) float16, in units of `unit`.
-        unit: (N,): the largest number of each adapter's leading rows, so that half precision is enough.
+        unit: (N,): the largest entry of each adapter's leading rows, so that half precision suffices.
         known: (N, r - q, m).
         rest: (N,): σ.
         lost: (N,): ρ.
         basis: Q (d, m), orthonormal.
-        mean: (d,): taken from every vector before anything else.
+        mean: (d,): subtracted from every vector first.
     """
 
     lead: Tensor
@@ -87,12 +87,12 @@ class FirstStage:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def bounds(self, hidden: Tensor, owners: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Bounds of every adapter's mean response per prompt: lowest and highest (rows, N).
+        """Lower and upper bounds of every adapter's mean response per prompt, (rows, N) each.
 
         Args:
             hidden: (vectors, d).
             owners: (vectors,): the prompt each vector belongs to.
-            rows: how many prompts there are.
+            rows: the number of prompts.
         """
         x = hidden.cpu().float() - self.mean
         inside = x @ self.basis
@@ -110,11 +110,11 @@ class FirstStage:
     def estimates(
         self, hidden: Tensor, owners: Tensor, rows: int, units: Tensor | None = None, late: int = 0
     ) -> Tensor:
-        """The estimate of every adapter's mean response per prompt, (rows, N); arguments as those of `bounds`.
+        """Estimates of every adapter's mean response per prompt, (rows, N); arguments as those of `bounds`.
 
         Args:
-            units: (vectors,): what responses are divided by; None: nothing.
-            late: with emphasis on the end of each prompt; see `logo.selection.emphasis`.
+            units: (vectors,): what responses are divided by; None: 1.
+            late: 1 weighs the last tokens of each prompt most; see `logo.selection.emphasis`.
         """
         x = hidden.cpu().float() - self.mean
         unit = torch.ones(len(x)) if units is None else units.cpu()
@@ -123,7 +123,7 @@ class FirstStage:
         return torch.cat(list(means), dim=1)
 
     def _parts(self, x: Tensor, inside: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """`L` and `K` (adapters, vectors) of some adapters after the other, and which ones these are."""
+        """Yields `L` and `K` (adapters, vectors) of a few adapters at a time, and which adapters these are."""
         count, rank, width = self.lead.shape
         size = max(1, _PIECE // max(1, rank * max(width, len(x))))
         for start in range(0, count, size):
@@ -131,7 +131,7 @@ class FirstStage:
             lead, known = self.lead[part].float(), self.known[part]
             responses = (lead.view(-1, width) @ x.T).view(len(lead), rank, len(x))
             within = (known.reshape(-1, known.shape[2]) @ inside.T).view(*known.shape[:2], len(x))
-            # Squares first: a norm over the middle dimension is many times slower.
+            # Sums of squares, since a norm over the middle dimension is many times slower.
             sizes = [values.square_().sum(dim=1).sqrt_() for values in (responses, within)]
             yield sizes[0].mul_(self.unit[part, None]), sizes[1], part
 
@@ -146,7 +146,7 @@ def shared_space(vectors: Tensor, most: int) -> Tensor:
 
 
 def _pieces(index: ScoringIndex) -> Iterator[Tensor]:
-    """Factors (n, r, d) of some adapters after the other, in order; those of smaller rank are filled up with zeros."""
+    """Yields factors (n, r, d) of a few adapters at a time, in order; smaller ranks are padded with zeros."""
     width, ranks, rows = index.stacked.shape[1], index.ranks, index.rows
     rank = max(ranks, default=1)
     size = max(1, _PIECE // (rank * width))
@@ -165,7 +165,7 @@ def _reduced(factors: Tensor, rank: int, basis: Tensor) -> tuple[Tensor, Tensor,
     """`lead`, `unit`, `known`, `rest` and `lost` of factors (n, r, d)."""
     inside = factors @ basis  # (n, r, m)
     outside = factors - inside @ basis.T
-    # The rotation that puts what is largest outside the shared space first, from an (r, r) matrix per adapter.
+    # The rotation puts the rows that are largest outside the shared space first; it follows from an (r, r) matrix.
     double = outside.double()
     values, rotation = torch.linalg.eigh(double @ double.transpose(1, 2))
     rotation = rotation.flip(2).transpose(1, 2).float()  # (n, r, r), rows in falling order
@@ -178,6 +178,6 @@ def _reduced(factors: Tensor, rank: int, basis: Tensor) -> tuple[Tensor, Tensor,
     others = rotation[:, rank:]
     size = factors.flatten(1).norm(dim=1)
     rest = values.flip(1)[:, rank].clamp_min(0).sqrt().float() if others.shape[1] else torch.zeros(len(factors))
-    # What products of float32 may lose, here and where the same response is computed in one stage.
+    # The most that products of float32 may lose, here and in one stage.
     lost = rounded + (factors.shape[2] ** 0.5 + 8) * 2**-22 * size
     return half, unit, others @ inside, rest, lost

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
 
@@ -40,13 +39,7 @@ def keep_first_stages(folder: Path, name: str, stages: FirstStages) -> None:
         except SafetensorError as error:  # also a full disk
             raise OSError(str(error)) from error
 
-    file = write_cached(folder, name, write)
-    if file is None:
-        return
-    with suppress(OSError):  # files that other processes removed or own are left alone
-        known = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        for old in known[:-_MOST_FILES]:
-            old.unlink(missing_ok=True)
+    write_cached(folder, name, write, _MOST_FILES)
 
 
 def load_first_stages(file: Path, indices: Sequence[ScoringIndex]) -> FirstStages | None:
@@ -62,8 +55,4 @@ def load_first_stages(file: Path, indices: Sequence[ScoringIndex]) -> FirstStage
             parts.append(part)
         return FirstStages(tuple(parts), tensors.get("estimated"))
 
-    found = read_cached(file, read)
-    if found is not None:
-        with suppress(OSError):  # the least recently used files are removed first; the folder may be read-only
-            file.touch()
-    return found
+    return read_cached(file, read, used=True)

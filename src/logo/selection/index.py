@@ -1,8 +1,8 @@
-"""The scoring index of one point: every adapter's response to a hidden vector, in a few stacked products.
+"""`ScoringIndex`: every adapter's response to a hidden vector at one point, in a few stacked products.
 
-With `s_i B_i = Q_i R_i` (QR), `‖ΔW_i h‖ = ‖R_i A_i h‖`: norms need an (r, d) factor per adapter and no output-sized
-vector. The factors of all adapters lie in one matrix, so that a pool of any size costs one product. Whole responses
-`ΔW_i h`, which need `B_i`, are computed in bounded chunks for the signals that ask for them.
+With `s_i B_i = Q_i R_i` (QR), `‖ΔW_i h‖ = ‖R_i A_i h‖`, so norms need an (r, d) factor per adapter and no vector of the
+output's size. The factors of all adapters lie in one matrix, so that a pool of any size takes one product. Whole
+responses `ΔW_i h`, which need `B_i`, are computed in bounded chunks for the signals that use them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from logo.selection.mapped import will_need
 from logo.selection.points import Point
 from logo.selection.whitening import Whitening
 
-# Floats of one chunk of whole responses (64 MiB): bounds memory whatever the pool's size.
+# Floats of one chunk of whole responses (64 MiB), which bounds memory for pools of any size.
 _CHUNK = 16 * 2**20
-# Floats of the factors that meet all vectors before the next ones are touched (256 MiB): an index that is larger than
+# Floats of the factors that meet all vectors before the next ones are touched (256 MiB), so that an index larger than
 # memory is read from the disk once, however many vectors there are.
 _PASS = 64 * 2**20
-# Hidden vectors are never taken to be shorter than this.
+# The least length of a hidden vector, to divide by.
 _SHORTEST = 1e-6
-# Adapters after which is told how far reading is.
+# Progress is reported after so many adapters.
 _TOLD = 1000
 
 Tell = Callable[[int, int], None]  # (done, of how many)
@@ -38,8 +38,8 @@ class ScoringIndex:
     Args:
         stacked: (R, d) float32, the rows `R_i A_i` of all adapters, whitened where there is a whitening.
         ranks: rows per adapter.
-        offset: (R,): the stacked response to the mean hidden vector, taken from every response; None: nothing.
-        sketch: where there is a whitening, its `Whitening.sketch` (m, d) and what that makes of the mean (m,).
+        offset: (R,): the stacked response to the mean hidden vector, which is subtracted from every response; None: 0.
+        sketch: of a whitening, its `Whitening.sketch` (m, d) and the sketch of the mean (m,).
         adapters: in pool order; they all touch the point.
         point: where.
     """
@@ -86,7 +86,7 @@ class ScoringIndex:
 
     @property
     def device(self) -> torch.device:
-        """Where scores are computed."""
+        """The device on which scores are computed."""
         return self.stacked.device
 
     @cached_property
@@ -96,7 +96,7 @@ class ScoringIndex:
 
     @property
     def bytes(self) -> int:
-        """Memory of the stacked factors and of what was made or read besides so far."""
+        """Memory of the stacked factors and of everything that was computed from the adapters so far."""
         tensors = [self.stacked, *(() if self.offset is None else (self.offset,)), *(self.sketch or ())]
         tensors += [tensor for pair in self.__dict__.get("_pairs", ()) for tensor in pair]
         tensors += [self.__dict__["_directions"]] if "_directions" in self.__dict__ else []
@@ -111,11 +111,11 @@ class ScoringIndex:
         return torch.cat([self._norms(part) for part in torch.split(hidden, size)])
 
     def relative(self, hidden: Tensor) -> Tensor:
-        """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, of an index that has a whitening; arguments as `norms`."""
+        """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂`, for an index with a whitening; arguments as `norms`."""
         return self.norms(hidden) / self.units(hidden)[:, None]
 
     def units(self, hidden: Tensor) -> Tensor:
-        """`√‖W (h - μ)‖₂`, nearly, for hidden (rows, d); (rows,), float32 on the index's device."""
+        """An estimate of `√‖W (h - μ)‖₂` for hidden (rows, d); (rows,), float32 on the index's device."""
         if self.sketch is None:
             raise RuntimeError(f"the index at {self.point.name} has no whitening")
         rows, offset = self.sketch
@@ -123,7 +123,7 @@ class ScoringIndex:
         return squares.sqrt().clamp_min(_SHORTEST).sqrt()
 
     def _passes(self) -> Iterator[ScoringIndex]:
-        """The index in parts, without a copy, none of which is large unless one adapter is."""
+        """The index in parts of bounded size (or of one adapter), without a copy."""
         each = max(1, _PASS * len(self) // self.stacked.numel())
         for start in range(0, len(self), each):
             ranks = self.ranks[start : start + each]
@@ -159,13 +159,13 @@ class ScoringIndex:
 
     @cached_property
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """`A (r, d)` and `s B (out, r)` per adapter: only some signals ask for them, so they are read when one does."""
+        """`A (r, d)` and `s B (out, r)` per adapter; they are read when a signal needs them."""
         module = self.point.module
         return [_factors(adapter.read([module])[module], self.point, self.device) for adapter in self.adapters]
 
     @cached_property
     def _directions(self) -> Tensor:
-        """(adapters, d): unit vectors; zeros for an adapter of zeros, which has no direction."""
+        """(adapters, d): unit vectors, and zeros for an adapter of zeros, which has no direction."""
         directions = []
         for rows in self.rows:
             _, values, right = torch.linalg.svd(self.stacked[rows], full_matrices=False)
@@ -180,15 +180,15 @@ class ScoringIndex:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An index to be read.
+    """An index that is to be read.
 
     Attributes:
         adapters: in pool order; they all touch the point.
         point: where.
         device: where scores are computed.
         whitening: on the CPU; applied to hidden vectors before they are scored by their norm.
-        before: an index of the same point and whitening, whose rows are taken over for adapters it has.
-        room: where the stacked factors are put, on the CPU; None: in memory that is taken for them.
+        before: an index of the same point and whitening, whose rows are reused for the adapters that it has.
+        room: a tensor on the CPU for the stacked factors; None: a new one.
     """
 
     adapters: Sequence[Adapter]
@@ -211,10 +211,10 @@ class Wanted:
 
 
 def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[ScoringIndex]:
-    """Reads of every adapter the tensors at these points, and makes an index of each point; all files are opened once.
+    """Reads the tensors of every adapter at these points, and makes an index of each point; files are opened once.
 
     Args:
-        tell: told now and then how many adapters are done, and of how many, where there are a thousand or more.
+        tell: called with the number of adapters that are done and of all, after every thousand.
 
     Raises:
         AdapterError: an adapter that cannot be read.
@@ -233,7 +233,7 @@ def read_indices(wanted: Sequence[Wanted], tell: Tell | None = None) -> list[Sco
 
 
 class _Building:
-    """An index whose rows come one adapter after the other."""
+    """An index under construction, whose rows come one adapter at a time."""
 
     def __init__(self, wanted: Wanted) -> None:
         self.point, self._wanted, before = wanted.point, wanted, wanted.before
@@ -257,7 +257,7 @@ class _Building:
     def add(self, name: str, weights: LoraWeights) -> None:
         a, b = _factors(weights, self.point, self._stacked.device)
         product = torch.linalg.qr(b, mode="r").R @ a
-        # One adapter at a time: a product of several would make an adapter's last digits depend on the others.
+        # A product of several adapters would make the last digits of one depend on the others.
         self._stacked[self.missing[name]] = product if self._whitening is None else self._whitening.fold(product)
 
     def index(self) -> ScoringIndex:
@@ -276,18 +276,18 @@ def sketched(whitening: Whitening, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def device_of(model: nn.Module, point: Point) -> torch.device:
-    """Where hidden vectors of a point are, and so the index of it."""
+    """The device of the hidden vectors of a point, and so of its index."""
     device = next(model.get_submodule(point.layer_path).parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def built_on(device: torch.device) -> torch.device:
-    """Where an index for a device is made: there, if that can be. Not every accelerator decomposes matrices."""
+    """Where an index for a device is made: on the CPU unless it is CUDA, as not every accelerator has QR."""
     return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _file(adapter: Adapter) -> int:
-    """What stays the same when a pool is fitted again."""
+    """An id that stays the same when a pool is fitted again."""
     return id(adapter.file)
 
 

@@ -1,8 +1,8 @@
-"""Scoring indices on disk, together with the calibration of the pool they belong to.
+"""Files of scoring indices in the cache folder, each with the calibration of its pool.
 
     <cache>/index/<digest of the adapters' files, the points and the reading>.safetensors
 
-One file per pool, memory-mapped, so that opening a known pool costs neither a pass over the adapters nor a copy.
+There is one memory-mapped file per pool, so that a pool opens again without reading its adapters or copying.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,11 @@ from logo.selection.index import ScoringIndex, Tell, Wanted, built_on, device_of
 from logo.selection.mapped import ALIGNMENT, mapped, read_mapped
 from logo.selection.points import Point
 
-# Changes when what is kept means something else.
+# To be raised when the content of the files changes its meaning.
 _FORMAT = 5
 # Pools change, and the indices of those that are gone are of no use to anyone.
 _MOST_FILES = 16
-# Bytes from which on an index is made within its file, piece by piece: it may be larger than memory.
+# Larger indices (in bytes) are built within their files, adapter by adapter, since they may not fit into memory.
 MAPPED = 2**30
 
 
@@ -46,18 +45,18 @@ def index_name(
     cache: CalibrationCache | None,
     model: nn.Module,
 ) -> str | None:
-    """The file of a pool's index in the cache folder; None where it can have none.
+    """The name of the file of a pool's index; None if a file of an adapter cannot be found.
 
     Args:
         adapters: those that are scored.
         candidates: where the model may be read.
-        most: of the candidates, so many are chosen at most; 0: all are read.
+        most: how many of the candidates are chosen at most; 0: all are read.
         cache: of the calibration; None for signals without one.
-        model: the base model. Indices made on another kind of device are other ones in their last digits.
+        model: the base model; its device counts, since another kind of device gives other last digits.
     """
     try:
         files = [(a.name, stamp(a.file.path), stamp(a.folder / CONFIG)) for a in adapters]
-    except OSError:  # changed under our hands: reading will say what is wrong
+    except OSError:  # changed meanwhile: reading it will raise the error
         return None
     base = "" if cache is None else cache.key
     read_at = [(p.name, p.rows, built_on(device_of(model, p)).type) for p in candidates]
@@ -74,9 +73,9 @@ def keep_index(
     calibration: Calibration | None,
     cache: CalibrationCache | None,
 ) -> None:
-    """Keeps the index of these adapters, one part per point, in a cache folder."""
+    """Writes the index of these adapters to the cache folder."""
     tensors = {f"{i}.stacked": index.stacked for i, index in enumerate(indices)}
-    # By their names they come after the large ones, which stay aligned.
+    # Tensors are written in the order of their names, so the large ones come first and stay aligned.
     tensors |= {f"offset.{i}": index.offset for i, index in enumerate(indices) if index.offset is not None}
     for i, index in enumerate(indices):
         tensors |= dict(zip(_sketch_names(i), index.sketch or (), strict=False))
@@ -93,11 +92,11 @@ def keep_index(
         except SafetensorError as error:  # also a full disk
             raise OSError(str(error)) from error
 
-    _remove_old(write_cached(folder, name, write))
+    write_cached(folder, name, write, _MOST_FILES)
 
 
 def bytes_of(wanted: Sequence[Wanted]) -> int:
-    """What the stacked factors of these indices take; 0 where they are not to lie in memory of the host."""
+    """Bytes of the stacked factors of these indices in the memory of the host; 0 if they go to another device."""
     if any(one.device.type != "cpu" for one in wanted):
         return 0
     return sum(4 * math.prod(one.shape) for one in wanted)
@@ -112,14 +111,14 @@ def build_index(
     cache: CalibrationCache | None,
     tell: Tell | None = None,
 ) -> bool:
-    """Makes an index within its file, one adapter after the other, so that it never has to fit into memory.
+    """Builds an index within its file, adapter by adapter, so that it need not fit into memory.
 
     Args:
         wanted: one per point, on the CPU.
         tell: see `read_indices`.
 
     Returns:
-        Whether it is there: `load_index` reads it then. If not, that was said.
+        Whether the file was written; if not, a warning has said why.
     """
     kept, about = _about([(one.point, one.ranks) for one in wanted], adapters, calibration, cache)
     shapes: dict[str, tuple[int, ...]] = {f"{i}.stacked": one.shape for i, one in enumerate(wanted)}
@@ -139,9 +138,7 @@ def build_index(
         for key, tensor in kept.items():
             tensors[key].copy_(tensor)
 
-    file = write_cached(folder, name, write)
-    _remove_old(file)
-    return file is not None
+    return write_cached(folder, name, write, _MOST_FILES) is not None
 
 
 def _about(
@@ -150,7 +147,7 @@ def _about(
     calibration: Calibration | None,
     cache: CalibrationCache | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What is kept beside the factors: the responses of a calibration, and what is no tensor."""
+    """What a file holds beside the factors: the responses of a calibration, and metadata."""
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {"points": [p.module for p, _ in points], "ranks": [list(ranks) for _, ranks in points]}
     if cache is not None:
@@ -167,16 +164,6 @@ def _sketch_names(i: int) -> tuple[str, str]:
     return f"sketch.{i}", f"sketch_of_mean.{i}"
 
 
-def _remove_old(file: Path | None) -> None:
-    """Leaves the files beside this one that were used last."""
-    if file is None:
-        return
-    with suppress(OSError):  # files that other processes removed or own are left alone
-        known = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        for old in known[:-_MOST_FILES]:
-            old.unlink(missing_ok=True)
-
-
 def load_index(
     file: Path,
     adapters: Sequence[Adapter],
@@ -184,7 +171,7 @@ def load_index(
     model: nn.Module,
     cache: CalibrationCache | None,
 ) -> tuple[tuple[ScoringIndex, ...], Calibration | None] | None:
-    """What is kept there, one index per point that is read; None where there is nothing, or nothing usable."""
+    """The indices of a file, one per point that is read, and the calibration; None if the file cannot be used."""
     started = time.perf_counter()
     points = {point.module: point for point in candidates}
 
@@ -212,11 +199,7 @@ def load_index(
             calibration = Calibration(read_at, ranking, *kept, written_down, 0, spent)
         return tuple(indices), calibration
 
-    found = read_cached(file, read)
-    if found is not None:
-        with suppress(OSError):  # the time of its last use decides which are removed; a folder may be read-only
-            file.touch()
-    return found
+    return read_cached(file, read, used=True)
 
 
 def _read_small(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

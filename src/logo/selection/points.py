@@ -1,6 +1,6 @@
-"""Where a model is read: the decoder layers of any causal LM, and the query projection in one of them.
+"""`Point`: where a model is read. Finds the decoder layers of any causal LM, and a linear module in one of them.
 
-Finds modules by what they are called and how many there are; anything it gets wrong can be named by the user.
+Modules are found by their names and their number; if that goes wrong, the user can name them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import nn
 from logo.adapters.layout import linear_modules, linear_shape
 from logo.errors import ModelError, UsageError, closest
 
-# Leaf names of query projections, the ones that hold nothing but the query first.
+# Last parts of the paths of query projections; fused projections come last.
 QUERY_NAMES = ("q_proj", "query_proj", "wq", "query", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One place where a prompt is read and adapters are scored.
+    """A place where a prompt is read and adapters are scored.
 
     Attributes:
         layer: index of the decoder layer.
         layer_path: dotted path of that layer.
         module: dotted path of the linear module whose adapters are scored.
-        rows: output rows of the module that count, where it computes more than the query (fused projections).
+        rows: the output rows that are the query, if the module is a fused projection; None: all rows.
     """
 
     layer: int
@@ -37,7 +37,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Short: the layer's index and the module within it, such as `4.self_attn.v_proj`."""
+        """The layer's index and the module within it, such as `4.self_attn.v_proj`."""
         return f"{self.layer}.{self.module.removeprefix(f'{self.layer_path}.')}"
 
 
@@ -85,9 +85,9 @@ def named_points(model: nn.Module, names: Sequence[str]) -> tuple[Point, ...]:
 
 
 def points_of(model: nn.Module, modules: Collection[str], depth: int) -> tuple[Point, ...]:
-    """Those of these modules that lie in the first `depth` layers, in the model's order.
+    """The points of those modules that lie in the first `depth` layers, in the model's order.
 
-    Modules of single experts are left out: they see some tokens only.
+    Modules of single experts are left out, since they see some of the tokens only.
     """
     path, _ = decoder_layers(model)
     linears = [module for module, _ in linear_modules(model) if module in modules and ".experts." not in module]
@@ -160,7 +160,7 @@ def _point(model: nn.Module, layer_path: str, index: int, block: nn.Module, modu
 
 
 def _query_rows(name: str, config: Any, module: nn.Module) -> tuple[int, ...] | None:
-    """Output rows of a fused projection that make up the query; None where all of them do."""
+    """The output rows of a fused projection that make up the query; None if all of them do."""
     if name in ("q_proj", "query_proj", "wq", "query"):
         return None
     shape = linear_shape(module)

@@ -1,6 +1,6 @@
-"""One short forward pass: runs the base model on prompts up to the last point that is asked for, and stops there.
+"""`Probe`: one short forward pass, which runs the base model on prompts up to the last point and stops there.
 
-Knows where to read and which token; knows nothing about adapters. To probe with adapters active, call it inside
+A probe knows where to read and which tokens, and nothing about adapters. To probe with adapters active, call it inside
 `GatedLoRA.active`.
 """
 
@@ -22,7 +22,7 @@ from logo.selection.signals import ProbeInput, ProbeToken
 
 
 class _Stop(Exception):
-    """Everything asked for has been read; unwinds the forward pass."""
+    """Ends the forward pass once everything has been read."""
 
 
 def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -37,12 +37,12 @@ class Probe:
         points: where to read.
         read: `"residual"`, the residual stream that enters the layer, before its input norm (the official choice:
             `hidden_states[layer]`), or `"projection"`, what the point's own module receives.
-        token: `"last"`, the last prompt token's vector, `"mean"`, the mean over all prompt tokens, or `"each"`, the
-            vectors of all prompt tokens but the one that begins every text, or `"tail"`, those of the tokens on which
-            adapters act.
+        token: `"last"`, the vector of the last prompt token; `"mean"`, the mean over all prompt tokens; `"each"`, the
+            vectors of all prompt tokens but the one that begins every text; or `"tail"`, the vectors of the tokens on
+            which adapters act.
         bos: the token that begins every text; None if there is none.
         activations: of the adapters; for `"tail"`.
-        whole: run all layers, so that all keys and values are there afterwards, instead of stopping at the last point.
+        whole: run all layers instead of stopping at the last point, so that the cache holds their keys and values.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Probe:
         self.activations = tuple(activations)
         self._head = model.get_output_embeddings() if whole else None  # type: ignore[operator]
         self._whole = whole
-        # Several modules of one layer may share what they read: one hook for each distinct place.
+        # Several modules of one layer may read the same vectors: there is one hook for each distinct place.
         self._places = {
             point: point.layer_path if read == "residual" else point.module for point in self.points
         }  # fmt: skip
@@ -77,8 +77,8 @@ class Probe:
         Args:
             input_ids: (rows, length), padded on the right, so that positions count from each row's first token.
             attention_mask: (rows, length), 1 on prompt tokens; with a cache, (rows, its length + length).
-            cache: keys and values of what the rows begin with; those of the rows are added to it.
-            options: more of what the model's forward pass takes.
+            cache: keys and values of the beginning of the rows; those of the rest are added to it.
+            options: further arguments of the model's forward pass.
 
         Returns:
             One float32 tensor (rows, d) per point, on the device of the point's layer; with `token="each"` or `"tail"`,
@@ -86,7 +86,7 @@ class Probe:
         """
         hidden: dict[str, Tensor] = {}
         mask = self._read_tokens(input_ids, attention_mask)[:, -input_ids.shape[1] :]
-        latest: list[Tensor] = []  # what was read last and what became of it: q, k and v receive the same tensor
+        latest: list[Tensor] = []  # the last tensor and its vectors, since q, k and v receive the same one
 
         def reader(place: str) -> Any:
             def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Probe:
         handles = [
             module.register_forward_pre_hook(reader(place), with_kwargs=True) for place, module in self._modules.items()
         ]
-        if self._head is not None:  # whose logits nobody reads
+        if self._head is not None:  # its logits are not needed
             handles.append(self._head.register_forward_pre_hook(_stop))
         try:
             kept: dict[str, Any] = {"use_cache": cache is not None, **options}
@@ -119,7 +119,7 @@ class Probe:
         return [hidden[self._places[point]] for point in self.points]
 
     def owners(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(vectors,) int64 on the CPU: which row each hidden vector belongs to."""
+        """The row that each hidden vector belongs to: (vectors,) int64 on the CPU."""
         if self.token not in ("each", "tail"):
             return torch.arange(len(input_ids))
         return self.places(input_ids, attention_mask)[0]
@@ -133,17 +133,17 @@ class Probe:
         return torch.arange(len(input_ids)), mask.sum(dim=1).cpu() - 1
 
     def among(self, other: Probe, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Which of the vectors that another probe reads are read by this one, too: (vectors,) bool, on the CPU."""
+        """Which of the vectors that another probe reads this one reads, too: (vectors,) bool on the CPU."""
         mine = self._read_tokens(input_ids, attention_mask).bool()
         return mine[other._read_tokens(input_ids, attention_mask).bool()].cpu()
 
     def _read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Like `attention_mask`: 1 on the tokens that are read."""
+        """A mask like `attention_mask` with 1 on the tokens that are read."""
         width = input_ids.shape[1]
         mask = self._tail(input_ids, attention_mask) if self.token == "tail" else attention_mask
         if self.token not in ("each", "tail") or self.bos is None:
             return mask
-        # After a cached beginning, no text begins; and a prompt of nothing but that token is still a prompt.
+        # Behind a cached beginning no text begins, and a prompt of that token alone keeps it.
         begins = attention_mask[:, :-width].sum(dim=1) == 0
         left_out = (input_ids[:, 0] == self.bos) & (attention_mask.sum(dim=1) > 1) & begins
         mask = mask.clone()
@@ -151,7 +151,7 @@ class Probe:
         return mask
 
     def _tail(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """1 on the tokens from the first one on at which any adapter acts, which is never before what is cached."""
+        """1 from the first token on at which an adapter acts; cached tokens are never among these."""
         read, width = mask.cpu().clone(), input_ids.shape[1]
         lengths = mask[:, -width:].sum(dim=1).tolist()
         for row, ids, length in zip(read, input_ids.tolist(), lengths, strict=True):
@@ -159,7 +159,7 @@ class Probe:
         return read.to(mask.device)
 
     def _reduce(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """(rows, length, d) to float32 vectors: one per row, or all that are read."""
+        """From (rows, length, d) to the float32 vectors that are read: one per row, or several."""
         mask = mask.to(hidden.device)
         if hidden.dim() == 2:  # flattened tokens, as OPT's MLP receives them
             hidden = hidden.view(*mask.shape, -1)
@@ -173,6 +173,6 @@ class Probe:
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """What a model's forward pass calls the cache of keys and values; None where it takes none."""
+    """The argument of a model's forward pass that takes the cache of keys and values; None if there is none."""
     known = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in known), None)

@@ -1,4 +1,4 @@
-"""What every adapter's responses are compared with, and where a pool is best told apart.
+"""`Reference`: what the responses of each adapter are compared with; and the points at which adapters differ most.
 
 For adapter i, point p and text x with tokens t:
 
@@ -6,12 +6,12 @@ For adapter i, point p and text x with tokens t:
     z_ip(x) = (a_ip(x) - mean over neutral texts) / spread over neutral texts
     score_i(x) = trust_i · mean over points of z_ip(x)
 
-Where the end of a prompt is read with more emphasis, too (`logo.selection.emphasis`), each point counts twice: there
-are as many *readings* more, behind those of all points, which weigh less in the mean.
+A signal may read the end of a prompt with more emphasis, too (`logo.selection.emphasis`). Each point then has two
+*readings*: the even ones of all points come first, and the late ones after them have a smaller weight in the mean.
 
-Raw norms say how large an adapter is; z says how much more than usual it responds; trust says how much that means, for
-an adapter that every kind of request excites. What is kept per adapter are the `a_ip` of the neutral texts and of some
-unlabelled requests: everything else follows from them, for any pool.
+A raw norm says how large an adapter is, and z how much more than usual it responds. Trust lowers the z of adapters that
+respond strongly to any kind of request. The cache holds the `a_ip` of each adapter for the neutral texts and some
+unlabelled requests, from which everything else follows, for any pool.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from logo.selection.signals import Scale
 
-# Spreads below this share of the usual one are taken for accidents: nobody wins by having been lucky on neutral text.
+# The least spread, as a share of the usual one: a small spread on a few neutral texts may be an accident.
 _LEAST_SPREAD = 0.25
 # Points that are read of every adapter, if it touches so many.
 LEAST_POINTS = 4
-# No single point may decide alone, however far out a response is.
+# Larger z are clipped, so that no point decides alone.
 _LARGEST_Z = 20.0
 
 
@@ -36,7 +36,7 @@ def prompt_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | No
     """Means over the vectors of each prompt: `values` (vectors, n), `owners` (vectors,) -> (rows, n); 0 without any.
 
     Args:
-        weights: (vectors,): what each counts, 1 for the last one of a prompt; None: all alike.
+        weights: (vectors,), 1 for the last one of a prompt; None: equal weights.
     """
     owners = owners.to(values.device)
     if weights is not None:
@@ -47,20 +47,20 @@ def prompt_means(values: Tensor, owners: Tensor, rows: int, weights: Tensor | No
 
 
 def finished(means: Tensor, scale: Scale) -> Tensor:
-    """`a` of mean responses; whitened ones are compared by their logarithm, -inf where there is no response at all."""
+    """`a` of mean responses: the logarithm if they are whitened (-inf if there is no response), else the mean."""
     return means.log() if scale == "whitened" else means
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What each adapter's responses are compared with, per point.
+    """The usual responses of each adapter, per point.
 
     Attributes:
         mean: (adapters, points).
         spread: (adapters, points), positive.
-        responds: (adapters, points), bool: the adapter touches the point and responds there at all.
-        trust: (adapters,): below 1 for adapters whose mean z swings more than others' from text to text, see `scores`.
-        weights: (points,): what each counts in the mean.
+        responds: (adapters, points), bool: the adapter touches the point, and its response there is not zero.
+        trust: (adapters,): below 1 if the mean z varies more from text to text than that of others; see `scores`.
+        weights: (points,) of the mean.
     """
 
     mean: Tensor
@@ -71,12 +71,12 @@ class Reference:
 
     @classmethod
     def of(cls, neutral: Tensor, requests: Tensor | None = None, weights: Tensor | None = None) -> Reference:
-        """The reference that these texts give: `a` (adapters, points, texts); -inf or NaN where there is no response.
+        """The reference that `a` (adapters, points, texts) gives; -inf or NaN means that there is no response.
 
         Args:
-            neutral: gives mean and spread.
-            requests: other texts on which swings are measured too.
-            weights: (points,): what each counts in the mean; None: all alike.
+            neutral: `a` of neutral texts, which gives mean and spread.
+            requests: `a` of other texts, which count for trust, too.
+            weights: (points,) of the mean; None: equal weights.
         """
         every = neutral if requests is None else torch.cat([neutral, requests], dim=2)
         responds = every.isfinite().all(dim=2)
@@ -89,7 +89,7 @@ class Reference:
         return replace(reference, trust=_trust(reference._mean_z(every), responds))
 
     def part(self, which: Tensor) -> Reference:
-        """That of some adapters: `which` (n,) positions."""
+        """The reference of the adapters at some positions (n,)."""
         return Reference(self.mean[which], self.spread[which], self.responds[which], self.trust[which], self.weights)
 
     def z(self, responses: Tensor) -> Tensor:
@@ -98,11 +98,11 @@ class Reference:
         return torch.where(self.responds[:, :, None], z, torch.zeros(()))
 
     def scores(self, responses: Tensor) -> Tensor:
-        """(rows, adapters) of `a` (adapters, points, rows): the mean of z over the points where an adapter responds.
+        """Scores (rows, adapters) of `a` (adapters, points, rows): trust times the mean z where the adapter responds.
 
-        Some adapters respond to everything that is not neutral text, and a mean over fewer points swings more. An
-        adapter whose mean swings more than others' over all texts is scaled down by that, so that
-        it must stand out as clearly as they. One that responds nowhere scores as the least of the others.
+        Some adapters respond to everything that is not neutral text, and a mean over fewer points varies more. The
+        score of an adapter whose mean z varies more than usual is scaled down accordingly. An adapter that responds
+        nowhere gets the lowest score of the others.
         """
         scores = (self._mean_z(responses) * self.trust[:, None]).T  # (rows, adapters)
         silent = ~self.responds.any(dim=1)
@@ -111,13 +111,13 @@ class Reference:
         return scores
 
     def _mean_z(self, responses: Tensor) -> Tensor:
-        """(adapters, rows)."""
+        """The mean z, (adapters, rows)."""
         counted = (self.responds * self.weights).sum(dim=1)  # (adapters,)
         return (self.z(responses) * self.weights[:, None]).sum(dim=1) / counted.clamp_min(1e-6)[:, None]
 
 
 def _trust(mean_z: Tensor, responds: Tensor) -> Tensor:
-    """(adapters,): of `mean_z` (adapters, texts), how steady an adapter is beside the usual one."""
+    """The usual deviation of the mean z over texts, divided by that of each adapter, at most 1: (adapters,)."""
     swing = mean_z.std(dim=1)
     points = responds.sum(dim=1)
     usual = swing[points == points.max()].median().clamp_min(_LEAST_SPREAD)
@@ -125,16 +125,16 @@ def _trust(mean_z: Tensor, responds: Tensor) -> Tensor:
 
 
 def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
-    """How differently the adapters of a pool respond to different requests, per point; no labels are needed.
+    """How differently adapters respond to different requests, per point; no labels are needed.
 
-    The standard deviation of z over requests and adapters, after what an adapter does on every request and what a
-    request does to every adapter are taken out: 1 means requests tell adapters apart no better than neutral texts do.
+    It is the standard deviation of z over requests and adapters, after the mean of each adapter and of each request is
+    subtracted; 1 means that adapters differ on requests no more than on neutral texts.
 
     Args:
         neutral, requests: `a` (adapters, points, texts).
 
     Returns:
-        (points,), 0 at points where fewer than two adapters respond.
+        (points,); 0 at points where fewer than two adapters respond.
     """
     reference = Reference.of(neutral)
     z = reference.z(requests)
@@ -148,7 +148,7 @@ def contrast(neutral: Tensor, requests: Tensor) -> Tensor:
 
 
 def agreement(neutral: Tensor, requests: Tensor, order: Sequence[int]) -> Tensor:
-    """How well the first n points of `order` agree with all of them, for n = 1, 2, ...: a correlation over requests.
+    """The correlation of scores by the first n points of `order` with scores by all of them, for n = 1, 2, ...
 
     Args:
         neutral, requests: `a` (adapters, points, texts).
@@ -160,13 +160,13 @@ def agreement(neutral: Tensor, requests: Tensor, order: Sequence[int]) -> Tensor
 
 
 def choose(neutral: Tensor, requests: Tensor, most: int, enough: float, each: int = LEAST_POINTS) -> list[int]:
-    """The points to read, best first: those of most contrast, as few as agree with the `most` best ones.
+    """The points to read, best first: as few of those with the most contrast as agree with the `most` best ones.
 
     Args:
         neutral, requests: `a` (adapters, points, texts).
         most: never more than these, unless too few of them would touch an adapter.
-        enough: the agreement that is enough.
-        each: so many points of every adapter are read, if it touches so many.
+        enough: the agreement that suffices.
+        each: at least so many points of every adapter are read, if it touches so many.
     """
     order = torch.sort(contrast(neutral, requests), descending=True, stable=True).indices.tolist()
     best = order[:most]

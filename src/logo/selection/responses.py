@@ -20,12 +20,12 @@ from logo.selection.signature import last
 
 @dataclass(frozen=True)
 class Responses:
-    """What one probe found out of some prompts.
+    """What one probe yields for a batch of prompts.
 
     Attributes:
-        responses: per point, `a` (rows, adapters that touch it); see `logo.selection.reference`. Behind them, where the
-            signal has that, those with emphasis on the end.
-        descriptions: per place, (rows, 2, d); see `logo.selection.signature`. Empty where they were not asked for.
+        responses: `a` (rows, adapters that touch the point) of each point (`logo.selection.reference`); first the even
+            readings of all points, then the late ones if the signal has them.
+        descriptions: (rows, 2, d) of each place (`logo.selection.signature`); empty if none are needed.
     """
 
     responses: list[Tensor]
@@ -33,15 +33,15 @@ class Responses:
 
 
 class ResponseReader:
-    """Responses of the adapters of a pool to prompts.
+    """Computes the responses of a pool's adapters to prompts.
 
     Args:
         probe: where hidden vectors are read.
         indices: one per point of the probe.
         signal: scores hidden vectors.
         name: of the signal.
-        prefixes: what is known of prompts that begin alike; None: every prompt is read whole.
-        describing: the points at which prompts are described, too, by their numbers.
+        prefixes: the cache of prompt prefixes; None: every prompt is read whole.
+        describing: numbers of the points at which prompts are described, too.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class ResponseReader:
         self._signal = signal
         self._describing = describing
         self._name = f"{name}, described" if describing else name
-        # A mean of hidden vectors cannot be put together from responses.
+        # The response to a mean of hidden vectors does not follow from responses to blocks.
         self._prefixes = None if probe.token == "mean" else prefixes
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Responses:
-        """What right-padded prompts (rows, length) bring about."""
+        """The responses to right-padded prompts (rows, length)."""
         lengths: list[int] = attention_mask.sum(dim=1).tolist()
         if self._prefixes is None or max(lengths) <= BLOCK:
             return self._read(input_ids, attention_mask, [], None)
         rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         shared = self._prefixes.common(rows)
         known = self._prefixes.find(rows[0], shared, self._name)
-        if len(rows) > 1 and len(known) < shared:  # read once what all of them begin with
+        if len(rows) > 1 and len(known) < shared:  # the beginning that all rows share is read once
             beginning = input_ids[:1, : shared * BLOCK]
             self._read(beginning, torch.ones_like(beginning), known, [rows[0][: shared * BLOCK]])
             known = self._prefixes.find(rows[0], shared, self._name)
@@ -78,7 +78,7 @@ class ResponseReader:
     def _read(
         self, input_ids: Tensor, attention_mask: Tensor, known: list[Block], rows: list[list[int]] | None
     ) -> Responses:
-        """Reads what comes after the known blocks, and keeps the blocks that it read of these rows (None: nothing)."""
+        """Reads what follows the known blocks, and caches the new blocks of `rows` (None: no blocks)."""
         cache = None if rows is None else cache_of(known, len(input_ids))
         start = len(known) * BLOCK
         hidden = self._probe(input_ids[:, start:], attention_mask, cache)
@@ -87,12 +87,12 @@ class ResponseReader:
         sums: list[Tensor] = []
         counts = torch.zeros(len(input_ids), 0, dtype=torch.int64)
         if self._probe.token == "each":
-            # Means of what is described are taken likewise.
+            # Descriptions need means over blocks, too.
             sums, counts = self._block_sums(values, described, input_ids[:, start:], attention_mask)
             values = self._means(sums, counts, known)
         else:
             values += described
-        if rows is not None and cache is not None and cache.layers:  # before the first layer there is nothing to reuse
+        if rows is not None and cache is not None and cache.layers:  # a probe before the first layer caches nothing
             self._keep(cache, rows, len(known), sums, counts)
         count = len(self._indices) * self._signal.readings
         ends = last(torch.bincount(self._probe.owners(input_ids[:, start:], attention_mask)))
@@ -105,14 +105,14 @@ class ResponseReader:
         )
 
     def _late(self, i: int) -> bool:
-        """Whether the i-th sums are late ones, which stand behind the even sums of all points."""
+        """Whether the i-th sums are late ones, which follow the even sums of all points."""
         return len(self._indices) <= i < len(self._indices) * self._signal.readings
 
     def _means(self, sums: list[Tensor], counts: Tensor, known: list[Block]) -> list[Tensor]:
-        """Per reading (rows, adapters), of sums (rows, blocks, adapters) and of the known blocks before them.
+        """Means (rows, adapters) of each reading, from sums (rows, blocks, adapters) and the known blocks before them.
 
         Args:
-            counts: (rows, blocks): vectors of each block.
+            counts: (rows, blocks), the number of vectors in each block.
         """
         later = counts.flip(1).cumsum(1).flip(1) - counts  # (rows, blocks): vectors behind each
         every = counts.sum(dim=1)
@@ -132,7 +132,7 @@ class ResponseReader:
     def _block_sums(
         self, values: list[Tensor], described: list[Tensor], input_ids: Tensor, mask: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        """Per reading (rows, blocks, adapters), of values (vectors, adapters); and vectors per block (rows, blocks)."""
+        """Sums (rows, blocks, adapters) of each reading from values (vectors, adapters); counts (rows, blocks)."""
         owners, positions = self._probe.places(input_ids, mask)
         rows, blocks = len(input_ids), -(-input_ids.shape[1] // BLOCK)
         cells = owners * blocks + positions // BLOCK

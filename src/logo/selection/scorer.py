@@ -1,4 +1,4 @@
-"""`Scorer`: token ids in, a score of every adapter out, by one signal. `logo.selection.scorers` makes it."""
+"""`Scorer`: from token ids to a score of every adapter, by one signal. `logo.selection.scorers` makes it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from logo.selection.reference import Reference
 from logo.selection.responses import ResponseReader
 from logo.selection.signature import GAIN, Signatures
 
-# What a score that was not computed is: below every score that a signal gives.
+# Stands for a score that was not computed; it is below every score that a signal gives.
 NOT_SCORED = -torch.inf
 
 
 @dataclass(frozen=True)
 class Best:
-    """What is asked about the scores of one prompt.
+    """Which scores of one prompt are needed.
 
     Attributes:
-        k: so many of the best adapters.
-        among: of these; None: of all.
+        k: those of the k best adapters.
+        among: the adapters that may be selected; None: all.
     """
 
     k: int
@@ -43,11 +43,11 @@ class Scorer:
         adapters: those that are scored, in pool order.
         indices: one per point that is read, of the adapters that touch it.
         reader: responses to prompts at these points.
-        calibration: what responses are compared with; None for signals without one.
+        calibration: the responses to compare with; None for signals without one.
         cache: of the calibration.
-        drift: what a running reference has learnt so far, and goes on to learn; None: prompts change nothing.
-        signatures: of the adapters that have example prompts; None: none has, or they are not used.
-        alone: the signatures score, and not the responses.
+        drift: the levels that a running reference has learnt and goes on to learn; None: prompts change nothing.
+        signatures: of the adapters that have example prompts; None: no adapter has, or they are not used.
+        alone: the scores are those of the signatures, without the responses.
 
     Attributes:
         points: where prompts are read.
@@ -87,26 +87,26 @@ class Scorer:
             self.drift.keep(())
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(rows, adapters) float32 on the CPU, of right-padded prompts (rows, length)."""
+        """Scores (rows, adapters), float32 on the CPU, of right-padded prompts (rows, length)."""
         probed = self._reader(input_ids, attention_mask)
         return self.scores(probed.responses, probed.descriptions)
 
     def best(self, input_ids: Tensor, attention_mask: Tensor, asked: Sequence[Best]) -> Tensor:
-        """The same, where only what is asked of each row has to be scored: others may be `NOT_SCORED`."""
+        """Scores (rows, adapters) that are right for the adapters `asked` of each row; others may be `NOT_SCORED`."""
         return self(input_ids, attention_mask)
 
     def scores(self, per_point: Sequence[Tensor], descriptions: Sequence[Tensor] = ()) -> Tensor:
-        """(rows, adapters) float32 on the CPU of responses `a` (rows, adapters that touch the point) per point.
+        """Scores (rows, adapters), float32 on the CPU, from responses `a` per point: (rows, adapters that touch it).
 
         Args:
-            per_point: where the signal reads with emphasis on the end, too, these readings of all points come behind.
-            descriptions: of the prompts, where the pool has signatures; see `logo.selection.signature`. Without them,
-                responses alone score.
+            per_point: the even readings of all points, then the late ones if the signal has them.
+            descriptions: of the prompts, for a pool with signatures (`logo.selection.signature`); without them, the
+                scores are those of the responses.
         """
         return self.with_examples(self._of_responses(per_point), descriptions)
 
     def with_examples(self, scores: Tensor, descriptions: Sequence[Tensor]) -> Tensor:
-        """Scores of responses (rows, adapters), with what example prompts say of descriptions; see `scores`."""
+        """The scores of responses (rows, adapters), with the similarity to example prompts; see `scores`."""
         if self.signatures is None or not descriptions:
             return scores
         similar = GAIN * self.signatures.similarities(descriptions, scores)

@@ -51,16 +51,16 @@ class Scorers:
         settings: what to read and how to score; other signals may be asked for besides.
         encode: texts to token ids, as prompts are encoded; for the texts of a calibration.
         bos: the token that begins every text, if there is one.
-        before: those of an earlier state of the pool, from which is taken over what is still true. A pool that changes
-            once will change again: its indices are not kept on disk.
-        device: where scores are computed; None: where the model computes what is read.
+        before: the scorers of an earlier state of the pool, whose indices and levels are reused. Indices of a pool that
+            has changed are not written to disk, since it will change again.
+        device: where scores are computed; None: on the device of the hidden vectors.
         run_texts: runs the base model for a calibration; None: `model` itself runs. With it, `model` may be a skeleton
             on the meta device.
-        beginnings: where what the base model reads is kept, if the adapters of the pool act from a position on only.
+        beginnings: the cache of prompt beginnings, for a pool whose adapters act from a position on only.
 
     Attributes:
         k: adapters per prompt.
-        read_once: a probe reads whole prompts, and keeps what it has read.
+        read_once: the probe is the prefill, too: it reads whole prompts and caches their keys and values.
 
     Raises:
         PoolError, UsageError, ModelError: the pool cannot be scored as the settings ask.
@@ -86,8 +86,8 @@ class Scorers:
         count = len(self._plan.adapters)
         self.k = min(pool.default_k, count) if settings.k is None else check_k(settings.k, count)
         self._model, self._settings, self._encode, self._bos = model, settings, encode, bos
-        self._known: dict[str, Scorer] = {}  # by signal
-        self._caches: dict[str, CalibrationCache] = {}  # likewise; what is known before an opening can end stays known
+        self._known: dict[str, Scorer] = {}  # scorers by signal
+        self._caches: dict[str, CalibrationCache] = {}  # by signal; they stay if opening a scorer fails
         self._earlier: dict[str, Scorer] = {} if before is None else before._earlier | before._known
         self._keep = before is None
         self._prefixes, budget = None, int(settings.prefix_cache_gb * 1e9)
@@ -96,7 +96,7 @@ class Scorers:
             self._prefixes = Prefixes(budget)
 
     def get(self, settings: SelectionSettings, tell: Tell | None = None) -> Scorer:
-        """The scorer of a signal. A calibration runs the base model, which has no adapter active then.
+        """The scorer of a signal. If it has to be calibrated, the base model runs, and no adapter may be active.
 
         Args:
             tell: see `logo.selection.index.read_indices`.
@@ -108,11 +108,11 @@ class Scorers:
         return self._known[settings.signal]
 
     def reading(self, settings: SelectionSettings) -> Signal:
-        """How a signal is read of this pool."""
+        """The signal of these settings, adjusted to where the adapters of this pool act."""
         return told(settings, self._pool).reading
 
     def _open(self, settings: SelectionSettings, tell: Tell | None) -> Scorer:
-        """Plans, calibrates and indexes, as far as that is not known."""
+        """Makes the scorer of a signal from a plan, a calibration and indices, cached or new."""
         model, earlier = self._model, self._earlier.get(settings.signal)
         planned = self._plan if settings.signal == self._settings.signal else plan(model, self._pool, settings)
         adapters, points = planned.adapters, planned.points
@@ -167,11 +167,11 @@ class Scorers:
         points: Sequence[Point],
         cache: CalibrationCache | None,
     ) -> Signatures | None:
-        """Those of the adapters with example prompts; None where there are none, or where they are not used."""
+        """The signatures of the adapters with example prompts; None if there are none or they are not used."""
         signal = settings.reading
         if cache is None or signal.scale != "whitened" or settings.examples == "ignore":
             return None
-        # A model that runs elsewhere has read such prompts once, too.
+        # So does a model that runs elsewhere, if adapters act from a position on.
         once = self.read_once or (self._run_texts is not None and bool(self._activations))
         if once and signal.token == "each":
             if settings.signal == "signature":
@@ -196,7 +196,7 @@ class Scorers:
         folder: Path | None,
         name: str | None,
     ) -> FirstStages:
-        """What the cache has, or what the base model's hidden vectors of ordinary texts give."""
+        """The first stages, from the cache folder or made from hidden vectors of ordinary texts."""
         rank = settings.index_rank
         kept = None if name is None else first_stage_name(name, rank)
         if folder is not None and kept is not None:
@@ -215,12 +215,12 @@ class Scorers:
         return made
 
     def texts(self, settings: SelectionSettings) -> Texts | None:
-        """What the adapters are calibrated on for a signal; None for signals without a calibration."""
+        """The texts on which adapters are calibrated for a signal; None for signals without a calibration."""
         cache = self._cache(settings)
         return None if cache is None else cache.texts
 
     def _cache(self, settings: SelectionSettings) -> CalibrationCache | None:
-        """Where calibrations of this signal are kept; None for signals without one."""
+        """The calibration cache of a signal; None for signals without a calibration."""
         signal = settings.reading
         if signal.scale == "raw":
             return None
@@ -234,7 +234,7 @@ class Scorers:
         return self._caches[settings.signal]
 
     def _texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Texts as prompts that invoke the adapters, where these wait for that."""
+        """Token ids of texts, each followed by the invocation tokens of the adapters if they have any."""
         invoking = next((one.tokens for one in self._activations if one.tokens), ())
         return [[*row, *invoking] for row in self._encode(texts)]
 
@@ -245,7 +245,7 @@ class Scorers:
         whitened: Mapping[str, Whitening],
         earlier: Sequence[ScoringIndex],
     ) -> list[Wanted]:
-        """One index per point, with rows taken over from earlier ones of this signal and from what others read."""
+        """One index per point, which reuses rows of earlier indices and of those of other signals."""
         others = (index for scorer in self._known.values() for index in scorer.indices if index.offset is None)
         held = {(index.point, index.offset is None): index for index in (*others, *earlier)}
         wanted = []
@@ -257,10 +257,10 @@ class Scorers:
         return wanted
 
     def _device_at(self, point: Point) -> torch.device:
-        """Where scores at a point are computed."""
+        """The device on which scores at a point are computed."""
         return self._device or device_of(self._model, point)
 
     def restart(self) -> None:
-        """Forgets what a running reference has learnt from the prompts that came."""
+        """Forgets what a running reference has learnt from earlier prompts."""
         for scorer in self._known.values():
             scorer.restart()

@@ -1,9 +1,9 @@
-"""Scores to a `Selection`: the best adapters, with weights that follow their scores.
+"""From scores to a `Selection`: the best adapters, and weights that follow from their scores.
 
 linear     w_i = score_i / Σ score                                    the paper (equation 4) and the authors' code
 softmax    w_i ∝ exp(score_i / T)
-adaptive   softmax whose temperature follows how sure the selection is, see `logo.selection.confidence`; adapters
-           with a weight below `LEAST` of the best one's are left out
+adaptive   softmax whose temperature follows the confidence of the selection (`logo.selection.confidence`);
+           adapters with less than `LEAST` of the best one's weight are left out
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from logo.selection.signals import Weighting, WhenUnsure
 
 # Below this confidence a selection counts as unsure.
 UNSURE = 0.25
-# Where weights follow confidence, adapters with less than this share of the best one's weight are left out: each costs
-# as much as one with more.
+# Adapters with less than this share of the best one's weight are left out, since each costs as much as one with more.
 LEAST = 0.01
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which adapters answer one input, and how strongly.
+    """The adapters that answer one prompt, with their weights and scores.
 
     Attributes:
         adapters: names, best first. Empty: the base model alone.
         weights: parallel to `adapters`. They sum to 1 unless the user forced others.
         scores: the score of every scored adapter, in pool order. Empty for a forced selection.
-        confidence: the probability that the pool holds an adapter that was made for this input; None where nothing is
-            known of it: forced selections, and signals whose scores have no scale of their own.
+        confidence: the probability that the pool holds an adapter that was made for this prompt; None for a forced
+            selection, and for signals whose scores have no scale of their own.
     """
 
     adapters: tuple[str, ...]
@@ -46,7 +45,7 @@ class Selection:
 
     @classmethod
     def forced(cls, weights: Mapping[str, float]) -> Selection:
-        """What the user asked for instead of what the model would choose."""
+        """The selection that a user forces."""
         return cls(tuple(weights), tuple(float(w) for w in weights.values()), {})
 
     @property
@@ -64,12 +63,12 @@ class Selection:
         }
 
 
-# What the user may ask for instead of what the model would choose.
+# What a user may force: weights by name, or a selection from before.
 Forced = Mapping[str, float] | Selection
 
 
 def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None = None) -> Selection:
-    """The selection that a user names: adapter -> weight, or a selection from before.
+    """Checks what a user forces, and returns it as a selection.
 
     Raises:
         PoolError: an adapter is not in the pool, or not among the candidates.
@@ -84,10 +83,10 @@ def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None 
 
 
 def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = None) -> str:
-    """The name, if it is one of the pool's, and of the candidates where there are any.
+    """Returns the name if it is in the pool, and among the candidates if there are any.
 
     Raises:
-        PoolError: it is not. Where there are candidates, the message names no others.
+        PoolError: it is not. If there are candidates, the message names no other adapters.
     """
     if candidates is not None and name not in candidates:
         raise PoolError(f"no adapter {name!r} among the {len(candidates)} candidates{closest(name, candidates)}")
@@ -96,15 +95,15 @@ def known(name: str, pool: AdapterPool, candidates: Collection[str] | None = Non
 
 @dataclass(frozen=True)
 class Selector:
-    """How many adapters answer, and how scores become weights.
+    """How many adapters answer a prompt, and how scores become weights.
 
     Attributes:
         k: adapters at most.
         weighting: see the module's docstring.
         temperature: of `"softmax"`.
         keep_mass: keep the best adapters that together hold this share of the weight; None: all k.
-        evidence: what a lead of these scores is worth; None: they have no scale of their own.
-        when_unsure: what answers where the confidence is below `UNSURE`: the mixture (`"mix"`), the `"base"` model
+        evidence: turns a lead of these scores into a confidence; None: they have no scale of their own.
+        when_unsure: what answers if the confidence is below `UNSURE`: the mixture (`"mix"`), the `"base"` model
             alone, the `"best"` adapter alone, or nothing (`"refuse"`).
     """
 
@@ -116,7 +115,7 @@ class Selector:
     when_unsure: WhenUnsure = "mix"
 
     def __call__(self, scores: Tensor, names: Sequence[str]) -> Selection:
-        """The highest of these scores (adapters,), ties to the earlier name.
+        """The selection of the highest of these scores (adapters,); of equal ones, the earlier name comes first.
 
         Raises:
             NotFinite: a score is NaN or infinite.
@@ -129,7 +128,7 @@ class Selector:
         confidence = None if self.evidence is None else self.evidence.confidence(top)
         weights = self._weights(top, confidence)
         if self.keep_mass is not None:
-            # The first adapter always stays; one is dropped when those before it already hold the mass.
+            # The first adapter always stays; another one is dropped if those before it hold the mass already.
             kept = int((weights.cumsum(0) - weights < self.keep_mass * (1 - 1e-6)).sum())
             weights = weights[:kept] / weights[:kept].sum()
         order = order[: len(weights)]
@@ -141,7 +140,7 @@ class Selector:
         )
 
     def _weights(self, ranked: Tensor, confidence: float | None) -> Tensor:
-        """(k,) of all scores, best first: (adapters,); fewer where the selection is unsure."""
+        """Weights (k,) from all scores (adapters,), best first; fewer where the selection is unsure."""
         top = ranked[: self.k]
         if confidence is not None and confidence < UNSURE and self.when_unsure != "mix":
             if self.when_unsure == "refuse":
@@ -160,7 +159,7 @@ class Selector:
 
 
 def linear(top: Tensor) -> Tensor:
-    """`score / Σ score` (k,); scores below zero, which only signals beside the official ones have, weigh nothing.
+    """`score / Σ score` (k,); scores below zero, which the official signals do not have, get weight 0.
 
     All-zero scores give uniform weights (paper, equation 4; the authors' code divides by zero there).
     """

@@ -1,12 +1,12 @@
 """The texts of a calibration: neutral ones, and unlabelled requests of many kinds.
 
-A calibrated signal compares each adapter's response to a prompt with its own response to the neutral texts. They are
-short, were written for this purpose, and spread over prose, questions, instructions, dialogue, code, lists, numbers and
-languages, so that no kind of adapter is at home in many of them. On the requests the points of a pool are ranked: they
-say how much its adapters respond *differently* to different things. No request carries a label, a gold answer or the
-name of an adapter; users with prompts of their own give those instead (`--calibration-prompts`).
+A calibrated signal compares each adapter's response to a prompt with its responses to the neutral texts. These were
+written for this purpose. They are short and spread over prose, questions, instructions, dialogue, code, lists, numbers
+and languages, so that no adapter was trained for many of them. The requests rank the points of a pool by how
+differently its adapters respond to different requests. They carry no label, answer or adapter name; users with prompts
+of their own give those instead (`--calibration-prompts`).
 
-All of them are part of every stored calibration's name: changing one makes all calibrations be computed anew.
+The key of a stored calibration depends on all texts: if one changes, calibrations are computed again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids of what every adapter is calibrated on.
+    """Token ids of the texts on which adapters are calibrated.
 
     Attributes:
         neutral: texts that give the reference and the whitening.
-        requests: unlabelled prompts on which points are ranked; none where all points are read.
+        requests: unlabelled prompts by which points are ranked; none if all points are read.
         bos: the token that begins every text; None if there is none.
     """
 

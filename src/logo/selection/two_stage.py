@@ -1,9 +1,9 @@
-"""`TwoStageScorer`: a first stage says which adapters can be among the best, and only those are scored exactly.
+"""`TwoStageScorer`: a first stage finds the adapters that can be among the best, and only these are scored exactly.
 
-Signals whose score is a norm, or a mean of norms, are bounded: no adapter is left out that could be one of the k best,
-so the selection is that of one stage. Where scores are compared with neutral text, bounds are too wide to be of use.
-There the first stage estimates every adapter's score, against a reference of such estimates, and a fixed number of the
-best is left. Those are scored exactly, so that weights are as in one stage wherever the same adapters are chosen.
+If a score is a norm, or a mean of norms, the first stage bounds it: no adapter is left out that could be one of the k
+best, so the selection is that of one stage. If scores are compared with neutral text, such bounds are too wide. Then
+the first stage estimates every score, compares it with a reference of such estimates, and keeps a fixed number of the
+best. These are scored exactly, so that weights equal those of one stage wherever the same adapters are selected.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from logo.selection.scorer import NOT_SCORED, Best, Scorer
 from logo.selection.signals import Signal
 from logo.selection.signature import Signatures, described
 
-# Scores that confidence looks at, however few adapters are wanted: the best one and `FIELD` behind it.
+# Scores that the confidence needs, however small k is: the best one and the `FIELD` behind it.
 _LOOKED_AT = 6
-# Tokens of a prompt that an estimate reads at most, evenly spread over it.
+# The most tokens of a prompt that an estimate reads; they are spread evenly over it.
 _TOKENS = 64
-# Tokens that have nearly all the weight where the end of a prompt has most of it.
+# Last tokens of a prompt, which have nearly all the weight of a late reading.
 _LAST_TOKENS = 16
-# Adapters that estimates leave for the second stage where the user names no number: so many, and so many for each that
-# is wanted (docs/many-adapters.md has the recall).
+# Adapters that estimates leave for the second stage if the user gives no number: at least the first, and the second for
+# each adapter that is selected (docs/many-adapters.md has the recall).
 _FEWEST_LEFT, _LEFT_EACH = 256, 16
 
 
@@ -44,7 +44,7 @@ class FirstStages:
 
     Attributes:
         parts: one per point.
-        estimated: what they estimate for the texts of a calibration, `a` (adapters, readings, texts), neutral ones
+        estimated: their estimates of `a` (adapters, readings, texts) for the texts of the calibration, neutral ones
             first; None for signals without a reference.
     """
 
@@ -62,14 +62,14 @@ class FirstStages:
         signal: Signal,
         rank: int,
     ) -> FirstStages:
-        """Those of the indices of a signal.
+        """Makes the first stages of a signal's indices.
 
         Args:
             touched: (adapters, points), bool.
-            read: of ordinary texts, the hidden vectors (vectors, d) at each point, and the text that each belongs to.
-            texts: how many there are.
+            read: hidden vectors (vectors, d) of ordinary texts at each point, and the text that each vector belongs to.
+            texts: the number of texts.
             means: μ of the whitening of each point, where there is one.
-            rank: of what is kept of each adapter.
+            rank: rows that are kept of each adapter.
         """
         parts = []
         responses = torch.full((len(touched), len(indices) * signal.readings, texts), torch.nan)
@@ -87,16 +87,16 @@ class FirstStages:
 
 
 class TwoStageScorer(Scorer):
-    """Scores the best adapters of a pool exactly, and the others not at all. Called, it scores all as `Scorer` does.
+    """Scores only the best adapters of a pool, exactly; calling it scores all of them, as `Scorer` does.
 
     Args:
         adapters, indices, reader, calibration, cache: as those of `Scorer`.
         probe: the reader's.
         signal: of norms.
         first: parallel to `indices`.
-        left: adapters that estimates leave; None: as many as suit k.
-        signatures, alone: as those of `Scorer`. They are added to estimates as to scores, so that no adapter is left
-            out whose examples speak for it; adapters without examples are compared with the estimates of all.
+        left: adapters that estimates leave for the second stage; None: as many as suit k.
+        signatures, alone: as those of `Scorer`. They are added to estimates as they are to scores, so that no adapter
+            is left out whose examples resemble the prompt.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class TwoStageScorer(Scorer):
         return torch.stack([self.of_vectors(vectors, one) for vectors, one in zip(per_row, asked, strict=True)])
 
     def of_vectors(self, hidden: Sequence[Tensor], asked: Best) -> Tensor:
-        """The same of one prompt (adapters,), from its hidden vectors (vectors, d) at each point."""
+        """Scores (adapters,) of one prompt, from its hidden vectors (vectors, d) at each point; see `best`."""
         eligible = torch.ones(len(self.names), dtype=torch.bool)
         if asked.among is not None:
             eligible = torch.zeros(len(self.names), dtype=torch.bool)
@@ -150,20 +150,20 @@ class TwoStageScorer(Scorer):
             scores[chosen] = self.with_examples(estimates[None], descriptions)[0, chosen]
             return scores
         low, high = self._bounds(hidden)
-        # The best by their upper bounds first: the k-th best of them is a threshold that only those can pass whose
-        # upper bound does.
+        # Those with the highest upper bounds are scored first. The k-th best score among them is a threshold, and only
+        # adapters whose upper bound reaches it can still be among the k best.
         chosen = _highest(high, eligible, 2 * k)
         scores[chosen] = self.exact(hidden, chosen)
         threshold = scores[chosen].nan_to_num(torch.inf).topk(k).values[-1]
         threshold = threshold.maximum(low.masked_fill(~eligible, NOT_SCORED).topk(k).values[-1].nan_to_num(NOT_SCORED))
-        more = ~(high < threshold) & eligible  # what is not a number is no reason to leave an adapter out
+        more = ~(high < threshold) & eligible  # NaN does not leave an adapter out
         more[chosen] = False
         rest = more.nonzero()[:, 0]
         scores[rest] = self.exact(hidden, rest)
         return scores
 
     def exact(self, hidden: Sequence[Tensor], which: Tensor) -> Tensor:
-        """What responses score these adapters (n,), ascending positions in the pool, as one stage computes it."""
+        """The scores that one stage gives adapters at these ascending positions in the pool, (n,), without examples."""
         responses = torch.full((len(which), len(self.points) * self._signal.readings, 1), torch.nan)
         for at, (index, vectors) in enumerate(zip(self.indices, hidden, strict=True)):
             touched = self._touched[which, at]
@@ -177,7 +177,7 @@ class TwoStageScorer(Scorer):
         return self._reference.part(which).scores(responses)[0]
 
     def _estimate(self, hidden: Sequence[Tensor]) -> Tensor:
-        """(adapters,): what responses seem to score."""
+        """(adapters,): estimated scores, without examples."""
         assert self._estimated is not None
         responses = torch.full((len(self.names), len(self.points) * self._signal.readings, 1), torch.nan)
         for at, (index, first, vectors) in enumerate(zip(self.indices, self.first.parts, hidden, strict=True)):
@@ -189,14 +189,14 @@ class TwoStageScorer(Scorer):
         return self._estimated.scores(responses)[0]
 
     def _descriptions(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """The prompt's description at each place, where the pool has signatures."""
+        """The prompt's description at each place; empty if the pool has no signatures."""
         if self.signatures is None:
             return []
         read = [hidden[point] for point in self.signatures.points]
         return [described(vectors, torch.zeros(len(vectors), dtype=torch.int64), 1) for vectors in read]
 
     def _bounds(self, hidden: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(adapters,) each: the lowest and the highest that the scores can be."""
+        """Lower and upper bounds of the scores, (adapters,) each."""
         ends = torch.full((2, *self._touched.shape, 1), torch.nan)
         for at, (first, vectors) in enumerate(zip(self.first.parts, hidden, strict=True)):
             pair = first.bounds(vectors, torch.zeros(len(vectors), dtype=torch.int64), 1)
@@ -207,11 +207,11 @@ class TwoStageScorer(Scorer):
 
 
 def _units(index: ScoringIndex, signal: Signal, hidden: Tensor) -> Tensor | None:
-    """What a signal divides norms by; None: nothing."""
+    """What a signal divides norms by; None if it does not."""
     return index.units(hidden) if signal.relative else None
 
 
 def _highest(values: Tensor, eligible: Tensor, count: int) -> Tensor:
-    """Positions of the highest of the eligible values, ascending; what is not a number counts as the highest."""
+    """Ascending positions of the highest eligible values; NaN counts as the highest."""
     values = values.nan_to_num(torch.inf).masked_fill(~eligible, NOT_SCORED)
     return values.topk(min(count, int(eligible.sum()))).indices.sort().values
