@@ -1,5 +1,4 @@
-"""The gated LoRA: adapters in a store, one low-rank product per module, a weight per adapter and row; folded where that
-pays."""
+"""The gated LoRA: a store of adapters, one low-rank product per module with a gate per row, or a mixture folded in."""
 
 from logo.mixing.activated import NEVER, begins
 from logo.mixing.costs import Work

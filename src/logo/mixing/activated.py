@@ -1,9 +1,9 @@
-"""Gates that open at a position of the prompt: where adapters act only from there on (`logo.adapters.activation`).
+"""Gates that open at a position of the prompt, for adapters that act only from there on (`logo.adapters.activation`).
 
     g(row, column) = w  if column >= begin(row, adapter)  else 0
 
-Columns are those of the batch, padding included, counted over the cached ones. Once all gates of a batch are open they
-are those of `Gates`, one per row.
+A column is a position in the batch, counted with padding and cached tokens. Once all gates of a batch are open, they
+are ordinary `Gates`, one per row.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from logo.errors import UsageError
 from logo.mixing.gated import Gates
 from logo.mixing.stacks import Stack
 
-# Later than any column: an adapter that never acts in a row.
+# Larger than any column, for an adapter that never acts in a row.
 NEVER = 2**62
 
-# What models call the keys and values of the columns before.
+# The arguments by which models take the cache of earlier columns.
 _CACHES = ("past_key_values", "cache", "cache_params")
 
 
 class OpeningGates:
-    """The gates of a batch that open column by column. Inside `following`, a hook on the model tells them which columns
-    each forward pass reads.
+    """The gates of a batch that open column by column; a hook on the model tells them which columns each pass reads.
 
     Args:
         weights: (rows, adapters).
@@ -43,12 +42,12 @@ class OpeningGates:
         self._open = Gates(self._weights)
         self._last = int(self._begins.max())
         self._batch, self._width = len(weights), 0
-        self._columns: tuple[int, int] | None = None  # those of the forward pass at hand; None: all gates are open
+        self._columns: tuple[int, int] | None = None  # of the current forward pass; None: all gates are open
         self._made: dict[tuple[int, int, int], Gates] = {}
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
-        """Looks which columns each forward pass of the model reads, inside the block."""
+        """Follows the forward passes of the model inside the block, to know which columns they read."""
         handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
         try:
             yield
@@ -74,7 +73,7 @@ class OpeningGates:
         return self._now(lead.numel()).applied_turned(stack, lead, response)
 
     def _now(self, tokens: int) -> Gates:
-        """The gates of so many tokens: all of the pass, or those of each row's last columns, as an output head has."""
+        """The gates of so many tokens: all of the pass, or the last columns of each row, which an output head gets."""
         if self._columns is None:
             return self._open
         rows, batch = len(self._weights), self._batch
@@ -90,7 +89,7 @@ class OpeningGates:
 
 
 def begins(pool: AdapterPool, names: Iterable[str], prompt: Sequence[int]) -> dict[str, int]:
-    """The first position of a prompt at which each of these adapters acts; `NEVER` for one that does not.
+    """The first position of a prompt at which each of these adapters acts; `NEVER` if it does not act.
 
     Raises:
         UsageError: see `Activation.begin`; the message names the adapter.

@@ -1,10 +1,9 @@
-"""Columns of factors on some modules of one model: who has which, and the matrices they are columns of.
+"""`Columns`: the factor matrices of some modules of one model, and which adapter has which columns.
 
     A (C, d_in)   B (C, d_out)      row c of both is column c; the scale is folded into B
 
-All modules of a `Columns` are adapted by the same adapters, which have the same columns in each of them. Column 0
-belongs to nobody and is zero, so that an index may be padded with it. Knows tensors; knows nothing about budgets,
-threads or what an adapter is.
+All modules of a `Columns` are adapted by the same adapters, which have the same columns in each of them. Column 0 is
+zero and belongs to no adapter, so that an index may be padded with it. Budgets and threads are not known here.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Columns:
         placed: key -> its columns.
 
     Attributes:
-        capacity: columns that every module has memory for; 0, or column 0 and those that can be taken.
+        capacity: columns that every module has memory for, column 0 included; 0 if there is none.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class Columns:
 
     @classmethod
     def on(cls, weights: Mapping[str, LoraWeights], devices: Mapping[str, torch.device], dtype: torch.dtype) -> Columns:
-        """No columns yet, on the modules that these factors are for."""
+        """An empty `Columns` on the modules of these factors."""
         return cls(
             {
                 path: (
@@ -68,15 +67,15 @@ class Columns:
 
     @property
     def width(self) -> int:
-        """Columns up to the last one that is taken, column 0 included."""
+        """The number of columns up to the last one that is taken, column 0 included."""
         return 1 + max((max(columns) for columns in self.placed.values() if columns), default=0)
 
     def missing(self, rank: int) -> int:
-        """How many columns have to be added before so many can be taken."""
+        """The number of columns to add before so many can be taken."""
         return max(0, rank - len(self._free)) + (rank > 0 and not self.capacity)
 
     def grow(self, more: int) -> None:
-        """Adds columns of zeros; where memory runs out half-way, there are as many columns as before."""
+        """Adds columns of zeros. If memory runs out half-way, the capacity stays as it was."""
         capacity = self.capacity + more
         for path, (A, B) in self.factors.items():
             if len(A) < capacity:
@@ -86,21 +85,21 @@ class Columns:
         self.capacity = capacity
 
     def trim(self) -> None:
-        """Gives back the memory of columns behind the last one that is taken."""
+        """Frees the memory of columns behind the last one that is taken."""
         self.capacity = capacity = self.width if self.placed else 0
         self._free = [column for column in self._free if column < capacity]
         heapq.heapify(self._free)
-        for path, (A, B) in self.factors.items():  # one that stays longer, where memory runs out, does no harm
+        for path, (A, B) in self.factors.items():  # if memory runs out, a longer tensor does no harm
             if len(A) > capacity:
                 self.factors[path] = A[:capacity].clone(), B[:capacity].clone()
 
     def take(self, key: Hashable, rank: int) -> tuple[int, ...]:
-        """Gives so many columns to a key: the first ones that are free, so that those in use lie together."""
+        """Gives a key the first free columns, so that the columns in use lie together."""
         self.placed[key] = columns = tuple(heapq.heappop(self._free) for _ in range(rank))
         return columns
 
     def leave(self, key: Hashable) -> None:
-        """Takes the columns of a key back; nothing happens where it has none."""
+        """Frees the columns of a key, if it has any."""
         for column in self.placed.pop(key, ()):
             heapq.heappush(self._free, column)
 
@@ -109,8 +108,9 @@ class Columns:
         """Writes factors into columns that are taken; zeros where a module's rank is lower than their number.
 
         Raises:
-            NotFinite: a factor that is not finite in the dtype of the columns. Where all columns are multiplied,
-                it would turn everybody's term into NaN.
+            NotFinite: a factor that is not finite in the dtype of the columns. As all columns may be multiplied
+            together, it
+                would make the term of every row NaN.
         """
         for path, (A, B) in self.factors.items():
             place = torch.tensor(columns, dtype=torch.int64, device=A.device)

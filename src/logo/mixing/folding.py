@@ -1,8 +1,8 @@
-"""Folding: one mixture added into the weights it acts on, so that decoding costs what the base model costs.
+"""Folding: a mixture is added to the weights that it acts on, so that decoding costs what the base model costs.
 
-`W' = W + Σ_i w_i s_i B_i A_i` takes the place of `W` while a block lasts. `W` itself is never written to and is back
-when the block is left, however that happens. One copy is held at most, and none where it does not fit in memory. Only
-plain floating-point weights that are in place can be folded into: quantised and offloaded modules keep their gates.
+`W' = W + Σ_i w_i s_i B_i A_i` replaces `W` inside a block. `W` itself is never written to, and is restored when the
+block is left for whatever reason. There is at most one copy, and none if it does not fit into memory. Quantised and
+offloaded modules cannot be folded, so they keep their gates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHARE = 0.9
 
 
 def foldable(module: nn.Module) -> bool:
-    """Whether a module's weight is a plain floating-point matrix that lies where it computes."""
+    """Whether a module's weight is a plain floating-point matrix on the device where it computes."""
     weight = module._parameters.get("weight")
     return (
         (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
@@ -35,7 +35,7 @@ def foldable(module: nn.Module) -> bool:
 
 
 class Folder:
-    """Folds mixtures into the modules of one base model; keeps the memory it folds into.
+    """Folds mixtures into the modules of one base model, and keeps the folded copy for the next call.
 
     Args:
         modules: base module path -> linear module.
@@ -57,10 +57,9 @@ class Folder:
         """Adds one mixture to every adapted module inside the block.
 
         Args:
-            key: tells these stacks from others.
-            stacks: makes them, unless the mixture is the one that was folded last; their modules are all `foldable`.
-            weights: (n,), one per adapter of the stacks.
-            magnitudes: makes those of a DoRA adapter, by module; see `rescaled`.
+            key: identifies the adapters of these stacks. stacks: makes the stacks; it is not called for the mixture
+            that was folded last. Their modules are `foldable`. weights: (n,), one per adapter of the stacks.
+            magnitudes: makes the magnitudes of a DoRA adapter, by module; see `rescaled`.
         """
         self._fold(key, stacks, weights, magnitudes)
         originals = {path: self.modules[path].weight for path in self._folded}
@@ -73,7 +72,7 @@ class Folder:
                 self.modules[path]._parameters["weight"] = weight  # type: ignore[assignment]
 
     def fits(self, paths: Collection[str]) -> bool:
-        """Whether there is memory for a copy of these modules' weights, beside what the copy held now gives back."""
+        """Whether a copy of these modules' weights fits into memory, once the present copy is freed."""
         needed: dict[torch.device, int] = {}
         for copy in self._folded.values():
             needed[copy.device] = needed.get(copy.device, 0) - copy.nbytes
@@ -83,7 +82,7 @@ class Folder:
         return all(size <= _SHARE * free_bytes([device]) for device, size in needed.items() if size > 0)
 
     def forget(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory of the copy."""
         self._folded.clear()
         self._holds = None
 
@@ -97,7 +96,7 @@ class Folder:
         held = self._holds
         if held is not None and held[0] == key and torch.equal(held[1], weights):
             return
-        self._holds = None  # until all of it is there
+        self._holds = None  # until the copy is complete
         made = stacks()
         for path, stack in made.items():
             self._folded[path] = nn.Parameter(
@@ -134,7 +133,7 @@ def fold(module: nn.Module, stack: Stack, weights: Tensor, out: Tensor | None = 
 
 @torch.no_grad()
 def rescaled(module: nn.Module, folded: Tensor, magnitude: Tensor) -> None:
-    """Gives every output of a folded weight, in place, the length that a DoRA adapter has trained for it.
+    """Scales every output row of a folded weight, in place, to the magnitude of a DoRA adapter (arXiv 2402.09353).
 
     Args:
         folded: `W + s B A` in the layout of the module's weight.

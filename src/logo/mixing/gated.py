@@ -1,8 +1,7 @@
 """The gated LoRA on any linear module: `y = W x + B (g ⊙ (A x))`, with another gate `g` in every row or token.
 
-The base module is only called, never looked into or changed: the low-rank term is added to its output by a forward
-hook that exists while a mixture is active. With no mixture active there is no hook, so outputs are bit-equal to the
-base model's.
+The base module is called as it is: a forward hook adds the low-rank term to its output while a mixture is active.
+Without an active mixture there is no hook, so outputs equal the base model's bit by bit.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from logo.mixing.groups import GroupedMixture
 from logo.mixing.placement import unwaited
 from logo.mixing.stacks import GroupedStack, Stack
 
-# A gate, and where it is closed; None: it is known to be closed nowhere.
+# A gate, and a mask of where it is 0; None: it is 0 nowhere.
 _Gate = tuple[Tensor, Tensor | None]
 
 
 class Gating(Protocol):
-    """What multiplies the responses of adapters: `Gates`, or what opens them at positions."""
+    """Multiplies the responses of adapters: `Gates`, or gates that open at positions (`OpeningGates`)."""
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """`g ⊙ (A x)` of one module, for `A x` (..., R)."""
@@ -34,18 +33,18 @@ class Gating(Protocol):
 
 
 class Gates:
-    """How strongly each of n adapters acts, per row of the batch or per token.
+    """The weight of each of n adapters, per row of the batch or per token.
 
     Args:
-        weights: (rows, n); with `per_token`, (tokens, n). Columns of nobody have a gate of 0.
+        weights: (rows, n); with `per_token`, (tokens, n). Columns without an adapter have a gate of 0.
         per_token: the rows of `weights` are tokens, in the order in which a packed or (rows, length) batch is laid
             out in memory, instead of rows of the batch.
-        placed: the weights where they are multiplied, with a column of zeros behind the last one; they are copied to
-            other places when they are first used there.
+        placed: copies of the weights by device and dtype, with a column of zeros at the end; others are made when they
+            are first used.
 
     A batch dimension that is a multiple of `rows` (beam search, several return sequences, flattened tokens) repeats
-    every row that many times. One row of weights serves any batch. What is decided from weights is decided where they
-    come from, on the host: a device that computes is not waited for.
+    every row that many times. One row of weights serves any batch. Decisions read the weights on the host, so that they
+    do not wait for a device.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Gates:
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
         """`g ⊙ (A x)` of one module, for `A x` (..., R).
 
-        A closed gate gives 0, also where `A x` is not finite: an adapter that overflows spoils no row but its own.
+        A gate of 0 gives 0 even if `A x` is not finite, so an adapter that overflows affects only the rows that use it.
         """
         return _product(response, self._gate(stack, response.shape[:-1], response, turned=False))
 
@@ -125,7 +124,7 @@ class GatedLoRA:
 
     @contextmanager
     def grouped(self, stacks: Mapping[str, GroupedStack], mixture: GroupedMixture) -> Iterator[None]:
-        """The same for rows in groups, each with its own adapters' factors."""
+        """The same for groups of rows, each multiplied by the factors of its own adapters."""
         with hooked(self.modules, {path: adding(mixture.low_rank, stack) for path, stack in stacks.items()}):
             yield
 
@@ -142,18 +141,18 @@ def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, Any]) -> Iterat
 
 
 def adding(term: Callable[..., Tensor], *factors: Any) -> Any:
-    """A forward hook that adds a low-rank term to what one module gives."""
+    """A forward hook that adds a low-rank term to the output of a module."""
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         more = scaled(module, term(inputs[0], *factors)).to(output.dtype)
-        # What a linear module gives is its own; without gradients nobody reads it before the hook has returned.
+        # The output may be changed in place: it is new, and without gradients nobody else reads it.
         return output + more if output.requires_grad else output.add_(more)
 
     return add
 
 
 def scaled(module: nn.Module, term: Tensor) -> Tensor:
-    """A module's term, times what the module multiplies its own by: Gemma's embeddings do, and PEFT does so, too."""
+    """A term times the scale by which a module multiplies its output, as Gemma's embeddings do; PEFT does the same."""
     scale = getattr(module, "embed_scale", None)
     return term if scale is None else term * scale
 

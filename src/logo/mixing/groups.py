@@ -1,11 +1,11 @@
-"""Rows of a batch that use the same adapters, computed together with those adapters only.
+"""Rows of a batch in groups that use the same adapters, so that each row is multiplied by fewer factors.
 
-Multiplying all rows by the factors of every adapter in the batch reads each factor once, but multiplies rows by
-adapters that they do not use. With rows in `n` groups of one size, a group is multiplied by its own adapters' factors:
+Multiplying all rows by the factors of all adapters reads each factor once, but multiplies rows by adapters that they do
+not use. In `n` groups of one size, the rows of a group are multiplied by the factors of its own adapters:
 
-    A (n, R, d_in)   B (n, R, d_out)   gates (n, rows, R)      R: the ranks of the group that has most, others padded
+    A (n, R, d_in)   B (n, R, d_out)   gates (n, rows, R)      R: the largest sum of ranks; others are padded
 
-so that one product of batched matrices serves all groups. Which grouping is cheapest follows from what the rows share.
+so that one batched matrix product serves all groups. The adapters that rows share decide which grouping is cheapest.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Groups:
     """Rows in groups of one size.
 
     Attributes:
-        rows: (n, m) rows of each group; the last ones of a group may be -1, nothing.
-        adapters: per group, which adapters its rows use: columns of the weights, ascending.
+        rows: (n, m) the rows of each group; -1 at the end of a group stands for no row.
+        adapters: per group, the adapters that its rows use, as ascending columns of the weights.
     """
 
     rows: Tensor
@@ -39,11 +39,11 @@ def cheapest(
     """The grouping of least cost.
 
     Args:
-        weights: (rows, adapters), 0 where a row does not use an adapter.
-        sizes: how many numbers each adapter has, in any unit.
+        weights: (rows, adapters), 0 if a row does not use an adapter.
+        sizes: the number of parameters of each adapter, in any unit.
         work: what the mixtures will be used for.
-        read: what reading a number takes, in multiplications (`Kind.group_read`); None: all rows are one group.
-        room: how many numbers more than one group may hold, in the same unit.
+        read: cost of reading one weight, in multiplications (`Kind.group_read`); None: all rows are one group.
+        room: the most parameters that several groups may hold together, in the same unit.
     """
     used, size = weights != 0, torch.tensor(sizes, dtype=torch.float64)
     count = len(weights)
@@ -52,7 +52,7 @@ def cheapest(
         groups = _grouped(used, size, -(-count // number))
         largest = max(float(size[list(adapters)].sum()) for adapters in groups.adapters)
         tokens = work.prompt + work.rows * work.steps
-        # Every group is as large as the largest. Each pass reads the factors of all, and multiplies every token.
+        # Every group is padded to the largest. Each pass reads the factors of all groups, and multiplies every token.
         cost = largest * ((read or 0.0) * len(groups.adapters) * (1 + work.steps) + tokens)
         if number == 1 or largest * len(groups.adapters) <= room:
             found.append((cost, len(groups.adapters), groups))
@@ -60,7 +60,7 @@ def cheapest(
 
 
 def _grouped(used: Tensor, size: Tensor, m: int) -> Groups:
-    """Groups of m rows, each begun with the first row that is left and filled with those that add least to it."""
+    """Groups of m rows: each begins with the first row that is left, and takes the rows that add least to it."""
     left = torch.ones(len(used), dtype=torch.bool)
     rows, adapters = [], []
     while left.any():
@@ -79,10 +79,10 @@ def _grouped(used: Tensor, size: Tensor, m: int) -> Groups:
 
 
 class GroupedMixture:
-    """The mixtures of a batch in groups, as forward hooks add them.
+    """The mixtures of a batch in groups, which forward hooks add.
 
     Args:
-        groups: which rows belong together.
+        groups: the rows of each group.
         weights: (rows, adapters).
 
     A batch dimension that is a multiple of `rows` (beam search, several return sequences) repeats every row that many
@@ -102,11 +102,11 @@ class GroupedMixture:
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def low_rank(self, x: Tensor, stack: GroupedStack) -> Tensor:
-        """`B (g ⊙ (A x))` for `x` (batch, ..., d_in) -> (batch, ..., d_out), in the stack's dtype. Of an embedding,
+        """`B (g ⊙ (A x))` for `x` (batch, ..., d_in) -> (batch, ..., d_out), in the stack's dtype. For an embedding,
         `x` is tokens (batch, ...).
 
         Raises:
-            ValueError: the batch is no multiple of the rows that there are weights for.
+            ValueError: the batch size is no multiple of the number of rows.
         """
         rows, (n, m) = len(self.weights), self._shape
         if len(x) % rows:
@@ -118,7 +118,7 @@ class GroupedMixture:
         if not self._in_order:
             x = x[self._indices(x.device)[0]]
         x = x.view(n, m * each, -1)
-        keep = each == 1  # a prompt is read in one pass, and is followed by many that read one token of each row
+        keep = each == 1  # decoding reads the same factors in many passes, a prompt in one
         A = stack.A(keep)
         if tokens:
             picked = x.transpose(1, 2).expand(-1, A.shape[1], -1)
@@ -134,7 +134,7 @@ class GroupedMixture:
         return result.view(*lead, -1)
 
     def _gate(self, stack: GroupedStack, like: Tensor) -> Tensor:
-        """(n, m, R); modules that the same adapters touch share one owner tensor, which lives as long as the stacks."""
+        """(n, m, R), cached by the owner tensor, which modules with the same adapters share."""
         key = (id(stack.owner), like.device, like.dtype)
         if key not in self._gates:
             owner = stack.owner.cpu()

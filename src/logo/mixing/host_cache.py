@@ -1,6 +1,6 @@
-"""Adapter files in host memory, beside an accelerator: what gave way in the store comes back without a file read.
+"""`HostCache`: adapters in host memory, so that an accelerator's store can load an evicted one without reading a file.
 
-Where the model computes on the CPU there is no such cache: the operating system keeps the files' pages.
+A model on the CPU has no such cache, since the operating system caches the pages of the files.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Weights = Mapping[str, LoraWeights]
 
 
 class HostCache:
-    """Tensors of the adapters that were read last, in the dtype of their files.
+    """The tensors of the adapters that were read last, in the dtype of their files.
 
     Args:
-        budget: bytes to keep. An adapter that is larger is read and not kept.
-        pinned: in memory from which an accelerator copies by itself.
+        budget: bytes. An adapter that is larger is read but not cached.
+        pinned: whether memory is pinned, so that an accelerator copies from it asynchronously.
     """
 
     def __init__(self, budget: int, *, pinned: bool = False) -> None:

@@ -1,7 +1,7 @@
-"""`Mixer`: names and weights per row, made into an active mixture on the model, folded or gated.
+"""`Mixer`: makes names and weights per row into an active mixture on the model, folded or gated.
 
-Where adapters are to be combined in another way than the exact mixture, every distinct row of a batch becomes one
-source of the store first, and that is folded or gated; or each token is routed.
+For a merge that is not the exact mixture, the adapters of every distinct row are merged into one source of the store,
+which is then folded or gated; or each token is routed.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from logo.mixing.routing import Router
 from logo.mixing.stacks import Copies, GroupedStack, Stack, grouped, ranks, stacked
 from logo.mixing.store import AdapterStore, Hold, Source
 
-# How a mixture acts: not at all, added into the weights, beside them with gates, or routed token by token.
+# The form of a mixture: none, added to the weights, gated beside them, or routed token by token.
 Form = Literal["base", "folded", "gated", "routed"]
 
 # For each row: adapter name -> the first column in which it acts.
 Begins = Sequence[Mapping[str, int]]
 
-# How far from 1 a weight may be by rounding.
+# A weight this close to 1 counts as 1.
 _ONE = 1e-6
 
-# Tokens of a row where nothing is known about the work: one pass over some text.
+# Assumed tokens of a row if the work is not known: one pass over a short prompt.
 _A_PROMPT = 64
 
 
@@ -49,11 +49,11 @@ class Mixer:
     Args:
         model: the base model.
         store: its adapters.
-        fold: whether one mixture for all rows is folded into the weights where it can be; None: when that pays and
+        fold: whether one mixture for all rows is folded into the weights if that is possible; None: if it pays and
             the weights are not of half precision (`logo.mixing.costs`).
-        merge: how the adapters of a row are combined where `active` is not told; may be changed.
-        neutral: token ids of neutral texts, and the token that begins each of them, if there is one; for routing that
-            compares adapters on such text.
+        merge: how the adapters of a row are combined if `active` is not told; may be changed.
+        neutral: makes token ids of neutral texts and the token that begins each of them, if there is one; for routing
+            by `seqr`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Mixer:
 
     @property
     def folding(self) -> dict[str, Any]:
-        """What decides whether a mixture is folded, for JSON; see `logo.mixing.costs`."""
+        """The settings by which a mixture is folded, for JSON; see `logo.mixing.costs`."""
         return {
             "asked": self._fold,
             "expected": EXPECTED,
@@ -95,19 +95,19 @@ class Mixer:
         merge: Merge | None = None,
         begins: Begins | None = None,
     ) -> Iterator[Form]:
-        """Activates one mixture per row of the batch, or one for all rows; nothing at all if no row has an adapter.
+        """Activates one mixture per row of the batch, or one for all rows; no hook is set if no row has an adapter.
 
         Args:
             pool: fitted to the model.
             rows: adapter name -> weight. The union of the names is the working set, the weights are the gates.
-            work: what the mixture will be used for, if that is known: the ground on which folding is chosen.
-            merge: how the adapters of a row are combined; None: as `Mixer.merge` says. Adapters of weight 0 are no
-                part of a row that is merged or routed.
-            begins: for each row, the first column in which an adapter acts, where that is not column 0; columns are
-                counted with padding and with what is cached. None: all act everywhere.
+            work: what the mixture will be used for, by which its form is chosen; None: not known.
+            merge: how the adapters of a row are combined; None: as `Mixer.merge` says. Adapters of weight 0 do not
+                belong to a row that is merged or routed.
+            begins: for each row, adapter name -> the first column in which it acts (default 0), counted with padding
+                and cached tokens. None: all act everywhere.
 
         Yields:
-            The form that was chosen. It depends on the arguments, the sizes, the dtype and the kind of device alone.
+            The form, which depends on the arguments, the sizes, the dtype and the kind of device alone.
 
         Raises:
             UsageError: adapters of one row that cannot be merged in this way.
@@ -188,11 +188,11 @@ class Mixer:
         return "gated", self._gated.grouped(self._grouped(hold, groups), GroupedMixture(groups, weights))
 
     def prefetch(self, pool: AdapterPool, names: Sequence[str]) -> None:
-        """Begins to make these adapters resident."""
+        """Begins to load these adapters into the store."""
         self.store.prefetch([self.store.source(pool[name]) for name in names])
 
     def forget(self, pool: AdapterPool) -> None:
-        """Drops what is not of this pool: it has changed."""
+        """Drops everything that does not belong to this pool, after it has changed."""
         self._last = self._groups = None
         self._copies.clear()
         self._folder.forget()
@@ -209,8 +209,8 @@ class Mixer:
         return wanted and self._folder.fits(touched)
 
     def _stacked(self, hold: Hold) -> dict[str, Stack]:
-        """The stacks of what is held; those made last are kept, so that a batch like the one before copies nothing."""
-        # A resident has its columns in one place for as long as it is one.
+        """The stacks of what is held; the last ones are cached, so that the same adapters are not copied again."""
+        # They stay valid, since the columns of a resident do not move.
         if self._last is None or self._last[0] != hold:
             self._last = None
             self._last = hold, stacked(self.store, hold)
@@ -219,19 +219,19 @@ class Mixer:
     def _grouped(self, hold: Hold, groups: Groups) -> dict[str, GroupedStack]:
         """The same by groups."""
         if self._groups is None or self._groups[:2] != (hold, groups.adapters):
-            self._groups = None  # nobody else uses the memory of their copies
+            self._groups = None  # so that the memory of their copies is free
             self._groups = hold, groups.adapters, grouped(self.store, hold, groups.adapters, self._copies)
         return self._groups[2]
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a batch needs of the store.
+    """What a batch needs from the store.
 
     Attributes:
-        sources: the adapters, or those that mixtures are merged into.
+        sources: the adapters, or the merged mixtures.
         weights: (rows, sources).
-        sizes: how many numbers each source has, in some unit.
+        sizes: the number of parameters of each source, in some unit.
     """
 
     sources: tuple[Source, ...]
@@ -242,7 +242,7 @@ class _Parts:
     def of(
         cls, store: AdapterStore, pool: AdapterPool, names: tuple[str, ...], rows: Sequence[Mapping[str, float]]
     ) -> _Parts:
-        """Adapters as they are."""
+        """Sources of the adapters themselves."""
         adapters = [pool[name] for name in names]
         return cls(
             tuple(store.source(adapter) for adapter in adapters),
@@ -254,7 +254,7 @@ class _Parts:
     def merged(
         cls, pool: AdapterPool, names: tuple[str, ...], rows: Sequence[Mapping[str, float]], merge: Merge
     ) -> _Parts:
-        """One merged adapter per distinct mixture: weight 1 in the rows that have it, else 0."""
+        """One merged source per distinct mixture, with weight 1 in the rows that have it and 0 in others."""
         mixtures = [tuple((name, row[name]) for name in names if row.get(name)) for row in rows]
         distinct = tuple(mixture for mixture in dict.fromkeys(mixtures) if mixture)
 
@@ -281,7 +281,7 @@ def _lengths(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 def _columns(names: Sequence[str], rows: Sequence[Mapping[str, float]], begins: Begins, merge: Merge) -> torch.Tensor:
-    """(rows, sources) int64: where each source of a batch begins to act.
+    """(rows, sources) int64: the column from which each source acts.
 
     Raises:
         UsageError: adapters that are merged into one source begin at different positions.
@@ -305,10 +305,12 @@ def _read(
     neutral: Callable[[], tuple[Sequence[Sequence[int]], int | None]],
     counts: Callable[[torch.Tensor], None],
 ) -> None:
-    """Runs the base model over neutral texts, one at a time. The token that begins a text counts nowhere: whatever the
-    text, it is the same, and its hidden vectors are far longer than others."""
+    """Runs the base model over neutral texts, one at a time.
+
+    The token that begins every text does not count: it is always the same, and its hidden vectors are very long.
+    """
     texts, bos = neutral()
-    body = getattr(model, "base_model", model)  # the vocabulary is not asked
+    body = getattr(model, "base_model", model)  # logits are not needed
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     for text in texts:
         ids = torch.tensor([list(text)], device=device)

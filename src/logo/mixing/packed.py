@@ -1,9 +1,9 @@
-"""Gates for sequences that are packed in one row of tokens, each with its own mixture, while they come and go.
+"""Gates for sequences that are packed in one row of tokens, each with its own mixture, and that may change every step.
 
     gate (tokens, adapters)      every token is gated by the mixture of its own sequence
 
-Adapters are multiplied as they lie in the store. The output head may be given one token per sequence only; it then has
-gates of its own. Not safe for threads: everything is called by the one that runs the model.
+Factors are multiplied in place in the store, without a copy. The output head may get one token per sequence only, and
+then has gates of its own. Not thread-safe: everything is called by the thread that runs the model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from logo.mixing.store import AdapterStore, Hold, Resident
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """One sequence's mixture. Its adapters have to be held for as long as it is used.
+    """The mixture of one sequence. Its adapters have to be held while it is used.
 
     Attributes:
         hold: the adapters.
         weights: one for each.
         begins: for each, the first token of the sequence on which it acts; empty: all act everywhere.
-        end: tokens before any adapter of the pool acts, which the base model alone reads; 0: there are none.
+        end: the number of tokens before any adapter of the pool acts, which the base model alone reads.
     """
 
     hold: Hold
@@ -40,18 +40,18 @@ class Mixture:
 
     @property
     def last(self) -> int:
-        """The token from which on all adapters act."""
+        """The token from which all adapters act."""
         return max(self.begins, default=0)
 
 
 class Packed:
-    """The mixtures of the step at hand.
+    """The mixtures of the current step.
 
     Args:
         modules: base module path -> linear module.
         store: of the same model.
-        head: path of the module that is given one row per sequence instead of all tokens: first the last tokens of
-            those whose next token is drawn, in order, and then anything for the others. None: there is no such module.
+        head: path of the module that gets one row per sequence instead of all tokens: first, in order, the last tokens
+            of sequences whose next token is drawn, then anything for the others. None: there is no such module.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], store: AdapterStore, head: str | None = None) -> None:
@@ -60,18 +60,18 @@ class Packed:
         self._head = head
         self._residents: tuple[Resident, ...] = ()
         self._stacks: dict[str, Stack] = {}
-        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # what gates are copied into, step for step
+        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # reused for the gates of every step
         self._gates: Gates | None = None
         self._head_gates: Gates | None = None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Adds the gated term to every module inside the block; nothing where no gate is set."""
+        """Adds the gated term to every module inside the block; adds nothing while no gates are set."""
         with hooked(self._modules, {path: self._hook(path) for path in self._modules}):
             yield
 
     def gate(self, step: Sequence[tuple[Mixture | None, int, bool, int]]) -> bool:
-        """Sets whose tokens the next forward pass holds; the one before has to be through.
+        """Sets the sequences of the next forward pass; the one before must have finished.
 
         Args:
             step: for each sequence, in the order of the packed row: its mixture, its number of tokens, whether its
@@ -87,7 +87,7 @@ class Packed:
         if residents != self._residents:
             self._residents, self._stacks = residents, as_they_lie(self._store, Hold(residents))
         place = {resident: column for column, resident in enumerate(residents)}
-        rows = torch.zeros(len(step), len(residents) + 1)  # the last column is nobody's
+        rows = torch.zeros(len(step), len(residents) + 1)  # the last column belongs to no adapter
         begins = torch.zeros(rows.shape, dtype=torch.int64)
         for row, (mixture, *_) in enumerate(step):
             if mixture is not None:
@@ -112,7 +112,7 @@ class Packed:
         return True
 
     def _copied(self, gates: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Gates on a device, where those of the step before were."""
+        """Gates on a device, in the memory of the gates of the step before."""
         key = (device, dtype)
         if key not in self._memory or self._memory[key].numel() < gates.numel():
             self._memory[key] = torch.empty(2 * gates.numel(), dtype=dtype, device=device)  # steps vary in size

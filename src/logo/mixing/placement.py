@@ -1,4 +1,4 @@
-"""Where a base model's modules compute, and in which dtype mixtures on it do."""
+"""The devices on which a base model's modules compute, and the dtype of mixtures on it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import psutil
 import torch
 from torch import nn
 
-# The share of the memory that is free beside the model which adapters may have where nobody says how much.
+# The share of the free memory that adapters may have by default.
 ADAPTER_SHARE = 0.3
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """What mixtures on a model compute in: its own floating point type."""
+    """The dtype of mixtures on a model: its own floating-point type."""
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
     return dtype if dtype.is_floating_point else torch.float32
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes; under accelerate's offloading that is not where its weights rest."""
+    """The device on which a module computes; under accelerate's offloading its weights lie elsewhere."""
     hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if hook_device is not None:
         return torch.device(hook_device)
@@ -31,13 +31,13 @@ def device_of(module: nn.Module) -> torch.device:
 def unwaited(device: torch.device) -> bool:
     """Whether a copy from host memory that is not pinned may be left to the device (`non_blocking`).
 
-    CUDA has taken the numbers out of such memory when the call returns, and waits for no kernel.
+    CUDA has copied such memory when the call returns, and waits for no kernel.
     """
     return device.type == "cuda"
 
 
 def free_bytes(devices: Iterable[torch.device]) -> int:
-    """Memory that is free on these devices together; host memory for all that are no GPUs."""
+    """Free memory on these devices together; host memory for devices that are no GPUs."""
     found = 0
     for device in set(devices):
         found += torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)

@@ -1,16 +1,15 @@
-"""Routing: every token finds its own adapters on every module, by how it lies to them, without any training.
+"""Routing: every token chooses adapters on every module by a similarity to them, without training.
 
     arrow      |x·v_i|                     v_i the first right singular vector of ΔW_i = s_i B_i A_i (arXiv 2405.11157)
     spectr     ‖ΔW_i x‖ = ‖Σ_i V_iᵀ x‖     the whole spectrum instead of its first direction (arXiv 2504.03454)
-    seqr       (‖ΔW_i x‖ - μ_i) / σ_i      the same against what this adapter does to neutral text (arXiv 2509.18093)
+    seqr       (‖ΔW_i x‖ - μ_i) / σ_i      the same, standardised on neutral text (arXiv 2509.18093)
 
     c          softmax(similarity / τ) over the top k adapters of this token, 0 for the others; seqr: the first alone
     y          W x + Σ_i c_i s_i B_i A_i x
 
-Norms come from `‖ΔW_i x‖ = ‖R_i A_i x‖` with the QR decomposition `s_i B_i = Q_i R_i`: as many numbers per adapter as
-its rank, and none of the size of the output. Needs every adapter that it may choose from in memory. Weights of a
-selection say which adapters a row may use and nothing else. Routes are found in the forward pass, so nothing is ever
-folded.
+Norms are `‖ΔW_i x‖ = ‖R_i A_i x‖` with the QR decomposition `s_i B_i = Q_i R_i`, so that no vector of the output's size
+is needed. All adapters that tokens may choose from have to be in memory. The weights of a selection only say which
+adapters a row may use. Routes are chosen in the forward pass, so nothing is folded.
 """
 
 from __future__ import annotations
@@ -40,16 +39,17 @@ class Moments:
 
 @dataclass(frozen=True)
 class Experts:
-    """The adapters on one module, as a router sees them.
+    """The adapters on one module, as a router compares them.
 
     Attributes:
-        factors: (F, d_in). Of `arrow` the directions, unit vectors and one of each adapter, zeros for an adapter of
-            zeros; else the rows of all `R_i A_i`.
+        factors: (F, d_in). For `arrow` one unit vector per adapter (zeros for an adapter of zeros), else the rows of
+        all
+            `R_i A_i`.
         of: (F,) index into `members` for each factor.
-        members: (n,) which of the adapters they are, ascending.
+        members: (n,) the adapters that touch the module, ascending.
         owner: (R,) index into `members` for each rank column.
-        kind: what they are compared by.
-        moments: of `seqr`.
+        kind: the similarity.
+        moments: of the norms, for `seqr`.
     """
 
     factors: Tensor
@@ -62,7 +62,7 @@ class Experts:
     @classmethod
     @torch.no_grad()
     def made(cls, stack: Stack, kind: Kind = "arrow") -> Experts:
-        """Of the adapters that one stack holds; without moments."""
+        """The experts of one stack, without moments."""
         members = torch.unique(stack.owner)
         factors: list[Tensor] = []
         for member in members:
@@ -83,7 +83,7 @@ class Experts:
         return sums.index_add_(-1, self.of, squares).sqrt_()
 
     def similarity(self, x: Tensor) -> Tensor:
-        """How near tokens x (..., d_in) are to each adapter: (..., n)."""
+        """The similarity (..., n) of tokens x (..., d_in) to each adapter."""
         if self.kind == "arrow":
             return torch.nn.functional.linear(x, self.factors).abs()
         norms = self.norms(x)
@@ -92,13 +92,13 @@ class Experts:
         if self.moments is None:
             raise ValueError("the norms of seqr are compared with what neutral text has: expected moments, found none")
         scores = (norms - self.moments.mean) / self.moments.deviation
-        # What never differs (an adapter of zeros) is no answer to anything.
+        # An adapter of zeros has no deviation, and is never chosen.
         return scores.masked_fill(self.moments.deviation == 0, -torch.inf)
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How many adapters a token gets, and how sharply.
+    """How many adapters a token gets, and how sharp their coefficients are.
 
     Attributes:
         top_k: adapters per token, fewer where a module has fewer.
@@ -120,7 +120,7 @@ class Routing:
             similarity = similarity.masked_fill(~allowed, -torch.inf)
         top, indices = similarity.topk(min(self.top_k, similarity.shape[-1]), dim=-1)
         shares = (top.float() / self.temperature).softmax(dim=-1)
-        shares = shares.masked_fill(top == -torch.inf, 0.0)  # without any adapter, the softmax is no number
+        shares = shares.masked_fill(top == -torch.inf, 0.0)  # without an allowed adapter, the softmax is NaN
         return torch.zeros_like(similarity).scatter(-1, indices, shares.to(similarity.dtype))
 
 
@@ -129,8 +129,8 @@ class Router:
 
     Args:
         modules: base module path -> linear module.
-        read: runs the base model over neutral text, while no adapter acts, and tells before each pass which of its
-            positions count; for `seqr`. None: nobody can.
+        read: runs the base model over neutral text without adapters, and reports before each pass which positions
+            count; for `seqr`. None: there is no neutral text.
     """
 
     def __init__(
@@ -147,12 +147,12 @@ class Router:
         """Adds `Σ_i c_i s_i B_i A_i x` to every adapted module inside the block.
 
         Args:
-            keys: tell the adapters of these stacks from others.
+            keys: identify the adapters of these stacks.
             allowed: (rows, adapters of the stacks), whether a row of the batch may use an adapter; one row
                 serves any batch. A batch that is a multiple of the rows (beams) repeats each of them.
 
         Raises:
-            UsageError: a routing that compares with neutral text, and nobody can read some.
+            UsageError: the routing compares with neutral text, and there is none.
         """
         experts = self.experts(keys, stacks, routing.kind)
         free = len(allowed) == 1 and bool(allowed.all())
@@ -167,19 +167,19 @@ class Router:
                 handle.remove()
 
     def forget(self) -> None:
-        """Drops what is known of adapters: the pool has changed."""
+        """Drops everything about adapters, after the pool has changed."""
         self._held = None
         self._moments.clear()
 
     def experts(self, keys: tuple[Hashable, ...], stacks: Mapping[str, Stack], kind: Kind) -> dict[str, Experts]:
-        """Module path -> the adapters there; those made last are kept."""
+        """Module path -> the experts there; the last ones are cached."""
         if self._held is None or self._held[:2] != (kind, keys):
             found = {path: Experts.made(stack, kind) for path, stack in stacks.items()}
             self._held = kind, keys, self._calibrated(keys, found) if kind == "seqr" else found
         return self._held[2]
 
     def _calibrated(self, keys: Sequence[Hashable], experts: Mapping[str, Experts]) -> dict[str, Experts]:
-        """The same with moments; neutral text is read if one of the adapters has none yet."""
+        """The experts with moments; neutral text is read if an adapter has none yet."""
         wanted = {path: [(keys[i], path) for i in of.members.tolist()] for path, of in experts.items()}
         if any(name not in self._moments for names in wanted.values() for name in names):
             for path, found in self._measured(experts).items():

@@ -1,11 +1,11 @@
-"""From columns of the store to the factors that one batch is multiplied by.
+"""From columns of the store to the factors by which a batch is multiplied.
 
     Stack          A (R, d_in)      B (R, d_out)         all rows of the batch are multiplied by all of it
-    GroupedStack   A (n, R, d_in)   B (n, R, d_out)      the rows of a group are multiplied by their group's part
+    GroupedStack   A (n, R, d_in)   B (n, R, d_out)      the rows of a group are multiplied by its part of it
 
-`stacked` and `grouped` take columns in the order of the adapters that are held, wherever the store has put them, so
-that a result does not depend on what ran before. `as_they_lie` takes all columns up to the last one that is used. That
-copies nothing, but its sums run in the order in which adapters have come.
+`stacked` and `grouped` take columns in the order of the held adapters, so that a result does not depend on where the
+store has put them. `as_they_lie` takes all columns up to the last one in use: it copies nothing, but the order of its
+sums depends on the order in which adapters were loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from logo.mixing.columns import Columns
 from logo.mixing.store import AdapterStore, Hold
 
-# The share of columns that have to be used for all of them to be multiplied instead of copying those that are.
+# If at least this share of the columns is in use, all are multiplied; else those in use are copied.
 _MOST = 0.5
 
 
@@ -31,15 +31,15 @@ class Stack:
 
     A: Tensor  # (R, d_in)
     B: Tensor  # (R, d_out), scale folded in
-    owner: Tensor  # (R,) int64: which of the adapters each column belongs to; their number for columns of nobody
-    gaps: bool = False  # whether there are columns of nobody; they may hold anything
+    owner: Tensor  # (R,) int64: the adapter of each column; the number of adapters for columns that belong to none
+    gaps: bool = False  # whether there are columns that belong to no adapter; they may hold anything
 
 
 class Copies:
-    """Memory that factors are copied into, used again by the next batch.
+    """Memory for copies of factors, which the next batch uses again.
 
-    Copies that several passes read have memory of their own for each module. All others share one piece of memory,
-    which the processor's caches hold, so that a copy is hardly more than reading.
+    Copies that several passes read have their own memory for each module. All others share one piece of memory, which
+    stays in the processor's caches, so that copying costs hardly more than reading.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Copies:
         return self._copied(self._shared, (factors.device, factors.dtype), factors, index)
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         self._own.clear()
         self._shared.clear()
 
@@ -69,14 +69,14 @@ class Copies:
 
 
 class GroupedStack:
-    """The adapters of each of n groups on one module, padded to the ranks of the group that has most.
+    """The adapters of each of n groups on one module, padded to the largest sum of ranks.
 
     Args:
         path: of the module.
         factors: A (C, d_in) and B (C, d_out) of the store.
         index: (n * R,) int64: the columns of all groups.
         owner: (n, R) int64: as in `Stack`.
-        copies: where they are copied. A batch's stacks may be used until the next batch's are.
+        copies: the memory for copies. The stacks of a batch are valid until those of the next batch are used.
     """
 
     def __init__(self, path: str, factors: tuple[Tensor, Tensor], index: Tensor, owner: Tensor, copies: Copies) -> None:
@@ -93,7 +93,7 @@ class GroupedStack:
         return self._factors[0].dtype
 
     def A(self, keep: bool) -> Tensor:
-        """(n, R, d_in). Unless it is to be kept, it holds until the next factor of any module is asked for."""
+        """(n, R, d_in). Without `keep`, it is valid until the next factor of any module is taken."""
         return self._copied("A", self._factors[0], keep)
 
     def B(self, keep: bool) -> Tensor:
@@ -121,7 +121,7 @@ def stacked(store: AdapterStore, hold: Hold) -> dict[str, Stack]:
 
 
 def as_they_lie(store: AdapterStore, hold: Hold) -> dict[str, Stack]:
-    """As `stacked`, but where half of the columns are used, all columns as they lie, without a copy."""
+    """As `stacked`, but all columns without a copy if at least half of them are in use."""
     stacks: dict[str, Stack] = {}
     with store.still():
         for part in store.parts:
@@ -140,11 +140,11 @@ def as_they_lie(store: AdapterStore, hold: Hold) -> dict[str, Stack]:
 def grouped(
     store: AdapterStore, hold: Hold, groups: Sequence[Sequence[int]], copies: Copies
 ) -> dict[str, GroupedStack]:
-    """Module path -> the factors of every group, zeros where a group has fewer ranks than another.
+    """Module path -> the factors of every group, padded with zeros.
 
     Args:
         groups: per group, which of the held adapters its rows use.
-        copies: memory for them, which no other stacks use any more.
+        copies: the memory for them, which no other stacks may use any more.
     """
     stacks: dict[str, GroupedStack] = {}
     for part in store.parts:
@@ -207,7 +207,7 @@ def _columns(part: Columns, hold: Hold, members: Sequence[int]) -> tuple[list[in
 
 
 def _rows(factors: Tensor, columns: Sequence[int], index: Tensor) -> Tensor:
-    """These rows; where they lie one behind the other, without a copy."""
+    """These rows, without a copy if they are consecutive."""
     first, last = columns[0], columns[-1]
     if last - first + 1 == len(columns) and all(b == a + 1 for a, b in pairwise(columns)):
         return factors[first : last + 1]

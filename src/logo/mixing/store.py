@@ -1,10 +1,10 @@
-"""The adapter store: the factors of adapters where the model computes, one store per model.
+"""`AdapterStore`: the factors of adapters on the devices of a model, one store per model.
 
-An adapter gets columns (`logo.mixing.columns`) when it is first used, and keeps them until the budget needs them for
-another one. Then the adapter that was used longest ago gives way, never one that is held.
+An adapter gets columns (`logo.mixing.columns`) when it is first used. When the budget is spent, the adapter that was
+used longest ago is evicted, but never one that is held.
 
-Adapters are read and written by one thread of the store's own, so whoever holds adapters waits only for those that are
-not there yet. Growing, writing and evicting happen as a whole, or they leave everything as it was.
+A thread of the store reads and writes adapters, so a caller waits only for those that are not there yet. If growing,
+writing or evicting fails, everything stays as it was.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from logo.mixing.columns import Columns
 from logo.mixing.host_cache import HostCache
 from logo.mixing.placement import ADAPTER_SHARE, device_of, dtype_of, free_bytes
 
-# Columns that the first adapter makes room for: those of a few adapters of usual rank.
+# Columns that are allocated for the first adapter: room for a few adapters of usual rank.
 _FIRST_COLUMNS = 64
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the store may hold: an adapter, or several adapters merged into one.
+    """An adapter that the store may hold, or several adapters merged into one.
 
     Attributes:
-        key: tells its tensors from those of any other source.
+        key: identifies its tensors.
         name: for messages.
-        read: module path -> factors, fitted to the base; called once for every time that it is made resident.
+        read: module path -> factors, fitted to the base; called each time that it is loaded.
     """
 
     key: Hashable
@@ -50,12 +50,12 @@ class Source:
 
 @dataclass(eq=False)
 class Resident:
-    """A source that has columns in the store, or will have them once the writing thread has come to it.
+    """A source that has columns in the store, or will have them once the store's thread has written it.
 
     Attributes:
-        users: how many hold it now.
-        retired: its columns are given back as soon as nobody holds it.
-        ready: done when its columns are written; holds what went wrong.
+        users: the number of holds on it.
+        retired: its columns are freed as soon as nobody holds it.
+        ready: done when its columns are written, or failed with the error.
     """
 
     source: Source
@@ -66,13 +66,13 @@ class Resident:
 
 @dataclass(frozen=True)
 class Hold:
-    """Adapters that stay where they are until `AdapterStore.release`, in the order in which they were asked for."""
+    """Adapters whose columns stay in place until `AdapterStore.release`, in the order of the call."""
 
     residents: tuple[Resident, ...]
 
     @property
     def keys(self) -> tuple[Hashable, ...]:
-        """What tells these tensors from others."""
+        """The keys of the sources."""
         return tuple(resident.source.key for resident in self.residents)
 
 
@@ -81,9 +81,9 @@ class AdapterStore:
 
     Args:
         modules: base module path -> linear module.
-        dtype: what mixtures compute in; scales are applied in float32 before the cast.
+        dtype: of mixtures; scales are applied in float32 before the cast.
         budget: bytes for the columns of all modules.
-        host: what was read of files and may be wanted again; None: files are read each time.
+        host: caches files in host memory; None: files are read each time.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class AdapterStore:
         self._parts: tuple[Columns, ...] = ()  # replaced as a whole, so that it may be read without the lock
         self._residents: OrderedDict[Hashable, Resident] = OrderedDict()  # the one used longest ago first
         self._leaving: deque[Hold] = deque()
-        self._lock = threading.RLock()  # of residents and of who has which columns; tensors are the writer's
+        self._lock = threading.RLock()  # for residents and their columns; tensors belong to the writer
         self._writer: ThreadPoolExecutor | None = None
 
     def source(self, adapter: Adapter) -> Source:
-        """An adapter as it is. Fitting a pool again makes new adapters of the same file, which are the same source."""
+        """The source of an adapter; fitting a pool again makes other adapters of the same file with the same key."""
         read = adapter.read if self.host is None else functools.partial(self.host.read, adapter)
         return Source(adapter.file, adapter.name, read)
 
@@ -116,10 +116,10 @@ class AdapterStore:
             self.release(hold)
 
     def hold(self, sources: Sequence[Source]) -> Hold:
-        """Waits until all of these are resident, and keeps them so until `release`. All of them are held, or none.
+        """Waits until all of these are loaded, and keeps them so until `release`. All of them are held, or none.
 
         Raises:
-            StoreFull: they do not fit beside what others hold.
+            StoreFull: they do not fit beside the adapters that others hold.
             AdapterError: one cannot be read.
             NotFinite: one overflows the dtype.
         """
@@ -129,7 +129,7 @@ class AdapterStore:
             for resident in hold.residents:
                 resident.users += 1
         try:
-            # All of them are waited for, so that what one failure leaves behind does not depend on how fast it came.
+            # All are waited for, so that the state after a failure does not depend on timing.
             failures = [resident.ready.exception() for resident in hold.residents]
             for failure in failures:
                 if failure is not None:
@@ -140,20 +140,20 @@ class AdapterStore:
         return hold
 
     def release(self, hold: Hold) -> None:
-        """Lets the budget have the columns of what nobody holds any more."""
+        """Ends a hold; adapters that nobody holds may be evicted."""
         self.release_later(hold)
         with self._lock:
             self._release_all()
 
     def release_later(self, hold: Hold) -> None:
-        """As `release`, without waiting for the lock: whoever takes it next gives the columns back.
+        """As `release`, but without the lock: whoever takes the lock next does the work.
 
         Finalizers call this, and they may run at any point of any thread.
         """
         self._leaving.append(hold)
 
     def _release_all(self) -> None:
-        """Gives back what `release_later` was called for. The lock is held."""
+        """Does the releases that `release_later` has queued. The lock is held."""
         while self._leaving:
             for resident in self._leaving.popleft().residents:
                 resident.users -= 1
@@ -161,7 +161,7 @@ class AdapterStore:
                     self._forget(resident)
 
     def retain(self, keys: Collection[Hashable]) -> None:
-        """Gives back the columns of everything else, of what is held as soon as it is released."""
+        """Frees the columns of all other keys; those of held adapters as soon as they are released."""
         with self._lock:
             self._release_all()
             for resident in list(self._residents.values()):
@@ -171,7 +171,7 @@ class AdapterStore:
                         self._forget(resident)
 
     def prefetch(self, sources: Sequence[Source]) -> None:
-        """Begins to make these resident. What goes wrong is told to whoever asks to hold them."""
+        """Begins to load these. An error is raised where they are held."""
         with self._lock:
             for source in sources:
                 self._wanted(source)
@@ -180,18 +180,18 @@ class AdapterStore:
 
     @property
     def parts(self) -> tuple[Columns, ...]:
-        """The columns by modules that the same adapters have."""
+        """The columns, grouped by modules that have the same adapters."""
         return self._parts
 
     @contextmanager
     def still(self) -> Iterator[None]:
-        """Nobody gets or gives back columns inside the block."""
+        """Inside the block, columns are neither taken nor freed."""
         with self._lock:
             yield
 
     @property
     def keys(self) -> tuple[Hashable, ...]:
-        """What is resident, the one used longest ago first."""
+        """The keys of loaded adapters, the one used longest ago first."""
         with self._lock:
             self._release_all()
             return tuple(key for key, resident in self._residents.items() if resident.ready.done())
@@ -225,20 +225,20 @@ class AdapterStore:
                 resident.ready.set_result(None)
                 if resident.retired and not resident.users:
                     self._forget(resident)
-        except BaseException as error:  # told to whoever waits for it; asked for again, it is tried again
-            traceback.clear_frames(error.__traceback__)  # the error stays for as long as somebody looks at it
+        except BaseException as error:  # raised where it is waited for; the next hold tries again
+            traceback.clear_frames(error.__traceback__)  # so that the error does not keep tensors alive
             with self._lock:
                 self._forget(resident)
             resident.ready.set_exception(error)
 
     def _place(self, source: Source, weights: Mapping[str, LoraWeights]) -> dict[Columns, tuple[int, ...]]:
-        """Columns in every part that the factors touch: free ones, new ones within the budget, those of idle adapters.
+        """Takes columns in every part that the factors touch: free ones, new ones, or those of evicted adapters.
 
         Raises:
             StoreFull: the budget does not allow it.
         """
         while True:
-            with self._lock:  # nobody may give columns back while parts are cut
+            with self._lock:  # columns must not be freed while parts are split
                 self._release_all()
                 touched = self._touched(weights)
                 missing = {part: part.missing(rank) for part, rank in touched.items()}
@@ -251,11 +251,11 @@ class AdapterStore:
                     continue
             spare = (room - needed) // max(1, sum(part.column_bytes for part in missing))
             for part, more in missing.items():
-                if more:  # twice as many, so that a pool that is used one by one does not grow one by one
+                if more:  # doubling, so that adapters loaded one by one do not grow it each time
                     part.grow(more + max(0, min(max(part.capacity, _FIRST_COLUMNS) - more, spare)))
 
     def _touched(self, weights: Mapping[str, LoraWeights]) -> dict[Columns, int]:
-        """The parts that these modules make up, with the highest rank in each; parts that they cut are split.
+        """The parts of these modules, with the highest rank in each; parts with other modules are split.
 
         The lock is held.
         """
@@ -282,7 +282,7 @@ class AdapterStore:
         return touched
 
     def _make_room(self, source: Source, needed: int) -> None:
-        """Evicts the adapter used longest ago; where all are in use, gives back memory that nobody has columns in."""
+        """Evicts the adapter used longest ago; if all are in use, frees memory behind the columns in use."""
         idle = next((r for r in self._residents.values() if r.ready.done() and not r.users), None)
         if idle is not None:
             self._forget(idle)
@@ -299,7 +299,7 @@ class AdapterStore:
             )
 
     def _forget(self, resident: Resident) -> None:
-        """Takes the columns of a resident back, once."""
+        """Frees the columns of a resident, once."""
         if self._residents.get(resident.source.key) is resident:
             del self._residents[resident.source.key]
             for part in self._parts:
@@ -310,12 +310,12 @@ def adapter_store(model: nn.Module, memory_gb: float | None, cache_gb: float | N
     """The store of a model, for the adapters of any pool.
 
     Args:
-        memory_gb: for its columns, in 10⁹ bytes; None: a share of what is free (`ADAPTER_SHARE`).
-        cache_gb: for files on the host, where the model computes elsewhere; None: as much as the columns may have, but
-            no more than the same share of what is free on the host.
+        memory_gb: for its columns, in 10⁹ bytes; None: a share of the free memory (`ADAPTER_SHARE`).
+        cache_gb: for files in host memory, if the model computes elsewhere; None: as much as the columns may have, but
+            no more than the same share of the free host memory.
 
     Warns:
-        UserWarning: less than the columns may have, so that files are read again.
+        UserWarning: `cache_gb` is less than the columns may have, so that files are read again.
     """
     modules = adaptable_modules(model)
     devices = {device_of(module) for module in modules.values()}
