@@ -1,10 +1,10 @@
-"""Where an adapter acts: on every token, or only from a position of the prompt on (activated LoRA, arXiv 2504.12397).
+"""`Activation`: where an adapter acts, on every token or from a position of the prompt on (aLoRA, arXiv 2504.12397).
 
     everywhere      plain adapters
     invocation      from the beginning of the last occurrence of its invocation tokens (`alora_invocation_tokens`)
     last:N          from the last N tokens of the prompt on (`activation` in `pool.json`)
 
-What comes before that position is the base model's, whatever adapter answers.
+Tokens before that position are read by the base model alone, so they do not depend on the adapter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from logo.errors import UsageError
 
-# What the settings may say about a prompt that lacks an adapter's invocation tokens.
+# What an adapter may do in a prompt that lacks its invocation tokens.
 OFF, ERROR = "off", "error"
 
 
@@ -27,8 +27,8 @@ class Activation:
     """Where one adapter acts.
 
     Attributes:
-        tokens: its invocation tokens; empty: it has none.
-        last: it acts from the last so many tokens of a prompt on; None: it does not count from the end.
+        tokens: its invocation tokens; empty if it has none.
+        last: it acts on the last so many tokens of a prompt and on the answer; None: it is not of this kind.
         without: what an adapter does in a prompt that lacks its invocation tokens: `"off"`, nothing, as in PEFT;
             `"error"`; or `"last:N"`.
     """
@@ -58,7 +58,7 @@ class Activation:
 
     @property
     def everywhere(self) -> bool:
-        """Whether it is a plain adapter's."""
+        """Whether the adapter acts on every token."""
         return not self.tokens and self.last is None
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Activation:
         """The first position of a prompt at which the adapter acts; None: it acts neither there nor on the answer.
 
         Raises:
-            UsageError: the prompt lacks the invocation tokens, and that is an error.
+            UsageError: the prompt lacks the invocation tokens, and `without` is `"error"`.
         """
         if self.tokens:
             found = last_occurrence(prompt, self.tokens)
@@ -88,15 +88,15 @@ EVERYWHERE = Activation()
 
 
 class NotInvoked(Counter[str]):
-    """Adapter -> how often it was to answer a prompt that lacks its invocation tokens, and did nothing."""
+    """Adapter -> how many prompts lacked its invocation tokens, so that it did nothing there."""
 
     def note(self, names: Iterable[str]) -> None:
-        """Counts these, and warns of those that are new."""
+        """Counts a prompt for these adapters, and warns once for each adapter."""
         for text in self.new(names):
             warnings.warn(text, UserWarning, stacklevel=2)
 
     def new(self, names: Iterable[str]) -> list[str]:
-        """Counts these, and returns what there is to say of those that are new."""
+        """Counts a prompt for these adapters, and returns a message for each that is counted for the first time."""
         found = []
         for name in names:
             if name not in self:
@@ -109,7 +109,7 @@ class NotInvoked(Counter[str]):
 
 
 def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Where these tokens stand last in a prompt; None: nowhere. PEFT counts from there (`calculate_alora_offsets`)."""
+    """The position of the last occurrence of these tokens in a prompt, as PEFT's `calculate_alora_offsets`; or None."""
     wanted = list(tokens)
     for start in range(len(prompt) - len(wanted), -1, -1):
         if prompt[start] == wanted[0] and list(prompt[start : start + len(wanted)]) == wanted:
@@ -118,7 +118,7 @@ def last_occurrence(prompt: Sequence[int], tokens: Sequence[int]) -> int | None:
 
 
 def check_without(value: str) -> str:
-    """Raises UsageError unless it says what an adapter does that is not invoked."""
+    """Raises UsageError unless `value` is `"off"`, `"error"` or `"last:N"`."""
     if value not in (OFF, ERROR):
         try:
             if Activation.parse(value).everywhere:
@@ -129,15 +129,15 @@ def check_without(value: str) -> str:
 
 
 def acting(activation: Activation, forced: str | None, without: str | None = None) -> Activation:
-    """An adapter's activation with what a user says about all of a pool's.
+    """An adapter's activation, changed as a user wants it for all adapters of a pool.
 
     Args:
-        forced: `"everywhere"` or `"last:N"` for every adapter, or `"invocation"`: as each adapter says itself, which
-            has to have invocation tokens. None: as each adapter says itself.
-        without: see `Activation.without`; None: as it is.
+        forced: `"everywhere"` or `"last:N"` for every adapter; `"invocation"`: unchanged, but invocation tokens are
+            required. None: unchanged.
+        without: see `Activation.without`; None: unchanged.
 
     Raises:
-        UsageError: an adapter without invocation tokens is to wait for them.
+        UsageError: `"invocation"` for an adapter without invocation tokens.
     """
     if forced == "invocation":
         if not activation.tokens:
@@ -151,24 +151,25 @@ def acting(activation: Activation, forced: str | None, without: str | None = Non
 
 
 def check_forced(forced: str | None) -> str | None:
-    """Raises UsageError unless it is an activation that a user may ask for."""
+    """Raises UsageError unless it is an activation that a user may force."""
     if forced is not None and forced != "invocation":
         Activation.parse(forced)
     return forced
 
 
 def of_notes(said: Any) -> Activation:
-    """What `pool.json` says about all adapters of a pool that have no invocation tokens of their own; None: nothing.
+    """The activation that `pool.json` gives adapters without invocation tokens; None there means everywhere.
 
     Raises:
-        UsageError: something that is no activation.
+        UsageError: it is no activation.
     """
     return EVERYWHERE if said is None or said == "invocation" else Activation.parse(said)
 
 
 def earliest(activations: Iterable[Activation], prompt: Sequence[int]) -> int:
-    """The first position of a prompt at which any adapter acts; where none does, its last token. So it is the number of
-    tokens that the base model reads for all adapters alike, and never all of them.
+    """The first position of a prompt at which any adapter acts; the last position if none acts.
+
+    It is the number of tokens that the base model alone reads, which is never the whole prompt.
 
     Args:
         activations: of the adapters of a pool.

@@ -1,8 +1,7 @@
-"""Copies of base weights in an adapter's file: left out where they equal the base model's own, refused otherwise.
+"""Copies of base weights in an adapter's file: ignored if they equal the base model's own, else refused.
 
 PEFT saves whole weights of `modules_to_save`, and of embeddings and heads that it takes for changed (an adapted
-`lm_head`, a vocabulary that it believes resized). Often nothing in them was trained. Only the loaded base model can
-tell.
+`lm_head`, a resized vocabulary). Often they were not trained, which only a comparison with the base model shows.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def different(file: WeightFile, copies: Mapping[str, str], model: nn.Module) -> str | None:
-    """Which of these weights is not the base model's own, and how; None: all of them are.
+    """The first of these weights that differs from the base model's, and how; None if all are equal.
 
     Args:
         copies: key in the file -> path of the parameter that it would replace.
@@ -37,7 +36,7 @@ def different(file: WeightFile, copies: Mapping[str, str], model: nn.Module) -> 
         [copy] = file.read([key]).values()
         if copy.shape != base.shape:
             return f"{path} of shape {list(copy.shape)} instead of {list(base.shape)}"
-        # In the dtype in which the base model holds it, since that is what it would be replaced in.
+        # Compared in the dtype of the base model, in which the copy would replace the weight.
         if not torch.equal(copy.to(base.device, base.dtype), base.detach()):
             return f"{path} with other values"
     return None

@@ -1,4 +1,4 @@
-"""Digests by which an adapter or a whole pool is known by its content, whatever it is called and wherever it lies."""
+"""Digests of the content of adapters and pools, which do not depend on names or folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEY_DIGITS = 16
 
 
 def adapter_key(adapter: Adapter) -> str:
-    """Digest of an adapter's weights and scales, and of where it acts. Reads its whole file."""
+    """The digest of an adapter's weights, scales and activation. Reads its whole file."""
     one = adapter.activation
     where = "" if one.everywhere else f" {list(one.tokens)} {one.last}"
     return hashlib.sha256(f"{adapter.sha256} {list(adapter.scales)}{where}".encode()).hexdigest()[:32]
@@ -24,7 +24,7 @@ def key_of(adapter: Adapter) -> str:
 
 
 def pool_digest(keys: Mapping[str, str]) -> str:
-    """A digest of names and contents; equal pools have equal ones. `keys`: adapter name -> key, in pool order."""
+    """The digest of a pool's names and contents. `keys`: adapter name -> key, in pool order."""
     digest = hashlib.sha256()
     for name, key in keys.items():
         digest.update(f"{len(name)} {name} {key}\n".encode())

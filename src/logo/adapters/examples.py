@@ -1,10 +1,10 @@
-"""Example prompts that come with an adapter: a few of its own, without answers.
+"""Example prompts of an adapter: a few prompts of its task, without answers.
 
     <adapter>/examples.jsonl        one JSON object per line: `{"prompt": "..."}`
     <adapter>/README.md             else the texts of the model card's widget
 
-What the base model makes of them says what an adapter's prompts look like, however the adapter was trained
-(`logo.selection.signature`). Examples are read where the adapter lies and are never sent anywhere.
+The base model describes an adapter's prompts by them (`logo.selection.signature`). Examples are read from the folder of
+the adapter, and are never sent anywhere.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from logo.adapters.files import CONFIG, EXAMPLES, MODEL_CARD
 from logo.errors import DataError
 from logo.folders import replace_file
 
-# Examples that are read: more tell hardly more (docs/how-selection-works.md), and each is read by the base model once.
+# The most examples that are read; more hardly help (docs/how-selection-works.md), and the base model reads each once.
 MOST = 16
 
 
 def examples_of(folder: Path) -> tuple[str, ...]:
-    """The example prompts of the adapter in a folder, `MOST` at most; none where it has none.
+    """The example prompts of the adapter in a folder, `MOST` at most; empty if it has none.
 
-    A file that makes no sense is a warning and counts as none: the adapter can be used without it.
+    A file that cannot be read gives a warning and no examples, since the adapter can be used without.
     """
     if not (folder / CONFIG).is_file():  # an adapter that is in memory only
         return ()
@@ -41,7 +41,7 @@ def examples_of(folder: Path) -> tuple[str, ...]:
 
 
 def read_examples(file: Path) -> list[str]:
-    """The prompts in a file of JSON objects with `prompt` (or `context`, as in rows of data sets), one per line.
+    """The prompts in a file of JSON objects, one per line, with `prompt` (or `context`, as in evaluation rows).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -69,7 +69,7 @@ def read_examples(file: Path) -> list[str]:
 
 
 def write_examples(folder: Path, prompts: Sequence[str]) -> Path:
-    """Writes the examples of the adapter in a folder, in the place of those that it had; returns the file.
+    """Replaces the examples of the adapter in a folder, and returns the file.
 
     Raises:
         StorageError: it cannot be written.
@@ -80,12 +80,12 @@ def write_examples(folder: Path, prompts: Sequence[str]) -> Path:
 
 
 def _of_card(card: Path) -> list[str]:
-    """The texts of a model card's widget. Cards are written for people: one that cannot be read has none."""
+    """The texts of a model card's widget; empty, with a warning, if the card cannot be read."""
     from huggingface_hub.repocard import metadata_load
 
     try:
         widget = (metadata_load(card) or {}).get("widget") if card.is_file() else None
-    except Exception as error:  # whatever a YAML parser makes of a text that anybody wrote
+    except Exception as error:  # a YAML parser raises many kinds
         warnings.warn(f"{card}: its metadata cannot be read ({error}); it gives no examples", UserWarning, stacklevel=3)
         return []
     entries = widget if isinstance(widget, list) else []

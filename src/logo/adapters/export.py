@@ -1,9 +1,9 @@
-"""A mixture written down as one plain PEFT adapter, which any tool that reads LoRA adapters answers with.
+"""Writes a mixture as one plain PEFT adapter, which any tool that reads LoRA adapters can use.
 
     A = [A_1; A_2; ...]   (R, d_in)        B = [w_1 s_1 B_1, w_2 s_2 B_2, ...]   (d_out, R)        alpha = r = R
 
-so that `B A = Σ w_i s_i B_i A_i`, exactly, whatever ranks and targets the adapters have. It acts where they act, so
-all of them have to act on the same tokens.
+so that `B A = Σ w_i s_i B_i A_i` exactly, for any ranks and targets. All adapters have to act on the same tokens, since
+one adapter cannot act on different ones.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def write_mixture(
         config["alora_invocation_tokens"] = list(activation.tokens)
     with new_folder(folder, "the mixture") as part:
         save_adapter(part, plain_tensors(stacked), config)
-        # PEFT's configuration cannot say it of the last tokens, and a pool that the folder lies in may say it of all.
+        # PEFT's configuration has no `last:N`, and a `pool.json` above the folder would apply to it.
         if not activation.tokens and (activation.last is not None or _said_around(folder)):
             write_notes(part, {ACTIVATION: str(activation)})
     return folder
 
 
 def _said_around(folder: Path) -> bool:
-    """Whether an adapter in this folder that says nothing would not act everywhere."""
+    """Whether a `pool.json` above this folder would make a plain adapter in it not act everywhere."""
     place = folder.absolute()
     return noted(place, Path(place.anchor), EVERYWHERE) != EVERYWHERE
 
@@ -90,7 +90,7 @@ def _stacked(parts: Sequence[tuple[Adapter, float]]) -> dict[str, LoraWeights]:
 
 
 def _targets(paths: Collection[str], linear: Collection[str]) -> list[str]:
-    """Names where every module of that name is adapted, as people write them; else full paths."""
+    """Module names if every module of these names is adapted, else full paths."""
     names = {path.rsplit(".", 1)[-1] for path in paths}
     named = {path for path in linear if path.rsplit(".", 1)[-1] in names}
     return sorted(names if named == set(paths) else paths)

@@ -1,8 +1,8 @@
-"""Adapters that began as a part of the base weights (PiSSA, OLoRA, CorDA, LoRA-GA), read with what they began as.
+"""Adapters that were initialised with a part of the base weights (PiSSA, OLoRA, CorDA, LoRA-GA), read as plain LoRA.
 
 They train `W - s B_0 A_0 + s B A`, so on the untouched base their update is `s [B, -B_0] [A; A_0]`, a plain LoRA of
-twice the rank. Where `A_0, B_0` were saved before training into a folder below the adapter's own, as PEFT's examples
-do, the adapter is read so; `logo pool convert --initial` writes it so.
+twice the rank. If the initial `A_0, B_0` lie in a folder below the adapter's own, as PEFT's examples save them, the
+adapter is read in this form; `logo pool convert --initial` writes it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
     from logo.adapters.format import Adapter
 
-# Folders below an adapter's own that hold it as it was before training.
+# Names of folders below an adapter's own that hold its initial state.
 FOLDERS = ("pissa_init", "olora_init", "corda_init", "lora_ga_init", "initial")
 
 
 def initial_folder(folder: Path) -> Path | None:
-    """Where an adapter lies as it was before training; None where it is not known."""
+    """The folder with the initial state of an adapter; None if there is none."""
     return next((folder / name for name in FOLDERS if (folder / name / CONFIG).is_file()), None)
 
 
 def began(folder: str) -> bool:
-    """Whether what lies in a folder is only what the adapter above it began as."""
+    """Whether a folder only holds the initial state of the adapter above it."""
     above, name = os.path.split(folder)
     if name not in FOLDERS:
         return False
@@ -49,7 +49,7 @@ def with_initial(trained: Adapter, initial: Adapter) -> Adapter:
     """The trained adapter as a plain one of twice the rank, read from both.
 
     Raises:
-        Refusal: the initial adapter is another one's: its modules, shapes or scales differ.
+        Refusal: the initial state is that of another adapter, since its modules, shapes or scales differ.
     """
     if trained.alone or initial.alone:
         raise Refusal("it is a DoRA adapter that began as a part of the base weights, which is not read yet")
@@ -69,12 +69,12 @@ def with_initial(trained: Adapter, initial: Adapter) -> Adapter:
 
 
 class WithInitial:
-    """The weights of a trained adapter beside those that it began with, `[A; A_0]` and `[B, -B_0]`.
+    """The weights of a trained adapter and its initial state side by side, `[A; A_0]` and `[B, -B_0]`.
 
     Args:
         trained, initial: the two files.
         keys: key in the first -> the same factor's key in the second.
-        columns: the keys of B factors, which get more columns; the others get more rows.
+        columns: the keys of B factors, which are joined along columns; others are joined along rows.
     """
 
     def __init__(
@@ -96,17 +96,17 @@ class WithInitial:
         made = {}
         for key, tensor in now.items():
             other = start[self._keys[key]]
-            # Two dtypes meet in the wider one.
+            # Different dtypes are promoted to the wider one.
             made[key] = torch.cat([tensor, -other], dim=1) if key in self._columns else torch.cat([tensor, other])
         return made
 
     def sha256(self) -> str:
-        """Of the digests of both files."""
+        """The digest of the digests of both files."""
         return hashlib.sha256(f"{self._trained.sha256()} {self._initial.sha256()}".encode()).hexdigest()
 
 
 def doubled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of twice the rank and the same scale: alpha doubles with `alpha / r`, grows by √2 with `alpha / √r`."""
+    """Settings for twice the rank and the same scale: alpha grows by 2 with `alpha / r`, by √2 with `alpha / √r`."""
     grown = math.sqrt(2) if config.get("use_rslora") else 2
     return {
         "init_lora_weights": True,

@@ -1,6 +1,6 @@
-"""Which linear modules a base model has, and which of them a path in an adapter file means.
+"""`BaseLayout`: the linear modules of a base model, and which of them a path in an adapter file means.
 
-Knows paths and shapes only, so that a pool can be checked against a model without running it.
+Paths and shapes are enough to check a pool against a model, so no model has to be run.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-# Segments that libraries wrap around the same model; a path may have more or fewer of them in front.
+# Path segments that libraries put in front of the same model's modules.
 _WRAPPERS = frozenset({"base_model", "model", "language_model", "text_model", "transformer", "module", "llm"})
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Sizes of a linear module, whatever class it is and however it stores its weight."""
+    """The sizes of a linear module of any class."""
 
     in_features: int
     out_features: int
@@ -41,7 +41,7 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def token_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
-    """The embedding of a model's tokens, with its path; None where it has no plain one."""
+    """Path and module of the embedding of a model's tokens; None if it has no plain one."""
     from torch import nn
 
     find = getattr(model, "get_input_embeddings", None)
@@ -55,7 +55,7 @@ def token_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that an adapter may act on: the linear ones, and the embedding of the tokens."""
+    """Every module that an adapter may adapt: the linear ones, and the embedding of the tokens."""
     embedding = token_embedding(model)
     return {**dict(linear_modules(model)), **(dict([embedding]) if embedding else {})}
 
@@ -66,7 +66,7 @@ class BaseLayout:
 
     Attributes:
         shapes: module path -> shape.
-        embeddings: the same of the embedding of its tokens.
+        embeddings: path -> shape of the embedding of its tokens.
         wrappers: path segments that may be missing or extra at the front of an adapter's path.
     """
 
@@ -94,14 +94,14 @@ class BaseLayout:
         return cls(shapes, _WRAPPERS | ({prefix} if prefix else set()), embeddings=embeddings)
 
     def embedding(self, path: str) -> list[str]:
-        """The embedding that `path` may mean."""
+        """The embeddings that `path` may mean."""
         return [own for own in self.embeddings if self._core(own) == self._core(path)]
 
     def matches(self, path: str) -> list[str]:
         """The linear modules that `path` may mean: the longest dotted suffix, up to wrapper segments in front.
 
-        Everything below the wrappers has to agree, so layer 30 of one model never matches layer 3 of another.
-        One is an answer; none or several are not.
+        Everything below the wrappers has to agree, so layer 30 of one model never matches layer 3 of another. A path
+        fits only if exactly one module is returned.
         """
         if path in self.shapes:
             return [path]
@@ -117,7 +117,7 @@ class BaseLayout:
 
 
 def core_path(path: str, wrappers: frozenset[str] = _WRAPPERS) -> str:
-    """A module path without the wrappers in front, so that two adapters' names of one module can be compared."""
+    """A module path without the wrappers in front, by which paths from different adapters are compared."""
     segments = path.split(".")
     start = 0
     while start < len(segments) - 1 and segments[start] in wrappers:

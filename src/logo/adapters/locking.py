@@ -1,4 +1,4 @@
-"""Whether adapters are those that a manifest names, and a manifest of those that were found."""
+"""Checks adapters against a manifest, and makes the manifest of adapters that were found."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOWN = 12  # digits of a digest that a message shows
 def as_locked(
     adapters: Sequence[Adapter], entries: Mapping[str, Entry], refused: list[AdapterError], digests: DigestCache
 ) -> list[Adapter]:
-    """The adapters that are as their entries say, acting where these say; why others are not is added to `refused`."""
+    """The adapters that match their entries, with the entries' activations; the others are added to `refused`."""
     same = []
     for adapter in adapters:
         entry = entries.get(adapter.name)
@@ -67,10 +67,11 @@ def _as_entry(adapter: Adapter, entry: Entry, digests: DigestCache) -> Adapter:
 
 
 def locked(found: Gathered, places: Sequence[str], base_model: str | None, file: Path) -> Manifest:
-    """A manifest of what was found, to be written to `file`: revisions, digests, and what was said of each before.
+    """The manifest of a pool with revisions and digests; notes and tags of an earlier manifest are kept.
 
     Args:
-        places: what it was found at, as a user writes it.
+        places: the places of the pool, as a user writes them.
+        file: the manifest is going to be written there.
 
     Raises:
         StorageError: a file became unreadable.
@@ -100,7 +101,7 @@ def locked(found: Gathered, places: Sequence[str], base_model: str | None, file:
 
 
 def changes(before: Manifest, now: Manifest) -> list[str]:
-    """What is different in a manifest that replaces another one, a line for each adapter."""
+    """The differences between two manifests, a line for each adapter that has changed."""
     old, new = ({entry.name: entry for entry in one.entries} for one in (before, now))
     told = [f"- {name}: gone" for name in old if name is not None and name not in new]
     for name, entry in new.items():
@@ -118,7 +119,7 @@ def changes(before: Manifest, now: Manifest) -> list[str]:
 
 
 def _source(origin: Origin, file: Path) -> str:
-    """Where an adapter lies, as a manifest in `file` says it: a folder beside the manifest moves with it."""
+    """The place of an adapter as a manifest writes it; folders are relative to the manifest, to move with it."""
     if origin.commit is not None:
         return "/".join(filter(None, (origin.source, origin.below)))
     path = os.path.relpath(Path(origin.source, origin.below).absolute(), file.absolute().parent)

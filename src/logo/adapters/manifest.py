@@ -1,20 +1,20 @@
-"""A pool as a list in a file: what each adapter is called, where it lies, and the digests of its bytes.
+"""`Manifest`: a pool as a list in a file, with the name, the place and the digests of each adapter.
 
     version: 1
     adapters:
     - name: french                        default: as `gathering` names it
-      source: org/repo/folder             a Hub repository and the folder in it; or a folder, from the manifest's own
+      source: org/repo/folder             a Hub repository and a folder in it; or a folder, relative to the manifest
       revision: <commit>                  default: the main branch
       sha256: <of the weight file>        default: not checked
       config_sha256: <of adapter_config.json>
       activation: last:4                  default: as the adapter, or the `pool.json` beside it, says
       notes: whatever somebody wrote
       tags: [translation]
-    left_out:                             what a pool had that is not in the list, and why
+    left_out:                             adapters of the pool that are not in the list, and why
     - {name: broken, reason: ...}
 
-`logo pool lock` writes it with revisions and digests, so that opening it gives the same bytes everywhere or says what
-changed. By hand, `- org/repo` is enough for an adapter.
+`logo pool lock` writes revisions and digests, so that opening the manifest gives the same bytes everywhere, or an error
+that says what has changed. In a manifest written by hand, `- org/repo` is enough for an adapter.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Entry:
     """One adapter of a manifest.
 
     Attributes:
-        source: a folder or a place on the Hub without its revision, as it is written.
-        name: what it is called; None: as its place says.
+        source: a folder or a place on the Hub without its revision, as written.
+        name: of the adapter; None: the name that its place gives.
         revision, sha256, config_sha256, activation, notes, tags: see above.
     """
 
@@ -55,7 +55,7 @@ class Entry:
 
     @property
     def written(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """The entry as the file holds it."""
         said = {"name": self.name, **{key: value for key, value in vars(self).items() if key != "name"}}
         return {key: list(value) if key == "tags" else value for key, value in said.items() if value}
 
@@ -65,9 +65,9 @@ class Manifest:
     """A list of adapters.
 
     Attributes:
-        places: what it was made of; tells readers only.
-        base_model: that it was made for; likewise.
-        left_out: name -> why it is not in the list; likewise.
+        places: the places of the pool, for readers only.
+        base_model: its base model, for readers only.
+        left_out: name -> why an adapter is not in the list, for readers only.
     """
 
     entries: Sequence[Entry]

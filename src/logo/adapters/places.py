@@ -1,13 +1,13 @@
-"""Where adapters lie, in words: what `--adapters` takes, read as places.
+"""`Place`: where adapters lie; parses what `--adapters` takes.
 
     adapters/                      a folder, with adapters at any depth
     pool.yaml                      a manifest (`manifest.py`)
     org/repo[/folder][@revision]   a Hub repository, or a folder in it
-    org/prefix-*[/folder][@...]    every repository of this owner that is called so
-    library/*/base/lora            of a folder or a repository, what lies so; `*` stands for a part of one name
+    org/prefix-*[/folder][@...]    every repository of this owner with such a name
+    library/*/base/lora            matching folders below a folder or in a repository; `*` stands for part of one name
     preset:lots-of-loras           a public pool by a short name (`presets.py`)
 
-Several of them are written with commas between. Knows words only: nothing is fetched or opened here.
+Several are separated by commas. Nothing is downloaded or opened here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from logo.hub.names import clean_subfolder, is_hub_spec, split_hub_spec
 
 Kind = Literal["folder", "manifest", "repo", "repos"]
 
-# A repository's name with `*` in it. It has to begin with the owner's name, which is looked up.
+# A repository's name with `*` in it. The owner's name has no `*`, since it is looked up.
 _REPOS = re.compile(r"(?P<owner>[A-Za-z0-9_][A-Za-z0-9_.-]*)/(?P<name>[A-Za-z0-9_.*-]+)")
 SUFFIXES = (".yaml", ".yml")  # of manifests
 
@@ -35,9 +35,9 @@ class Place:
     """One place where adapters lie.
 
     Attributes:
-        kind: what it is; `"repos"`: all repositories whose id matches `source`.
-        source: a path, or a repository's id; `*` in an id of `"repos"` only.
-        below: a folder in it; may have `*`.
+        kind: `"repos"` stands for all repositories whose id matches `source`.
+        source: a path, or the id of a repository, which has a `*` for `"repos"` only.
+        below: a folder in it, which may have a `*`.
         revision: of a repository; None: its main branch.
     """
 
@@ -48,24 +48,24 @@ class Place:
 
     @property
     def on_hub(self) -> bool:
-        """Whether it is not on this disk."""
+        """Whether the place is on the Hub."""
         return self.kind in ("repo", "repos")
 
     @property
     def fixed(self) -> str:
-        """The part of `below` in front of the first folder with a `*`."""
+        """The part of `below` before the first folder with a `*`."""
         parts = self.below.split("/")
         count = next((i for i, part in enumerate(parts) if "*" in part), len(parts))
         return "/".join(parts[:count])
 
     @property
     def plain(self) -> bool:
-        """Whether there is no `*` in it."""
+        """Whether the place has no `*`."""
         return "*" not in self.below and self.kind != "repos"
 
     @property
     def spec(self) -> str:
-        """What `parse_places` reads as this place, whatever the working directory is."""
+        """The text that `parse_places` reads as this place in any working directory."""
         source = self.source if self.on_hub else str(Path(self.source).absolute())
         below = f"/{self.below}" if self.below else ""
         return f"{source}{below}{f'@{self.revision}' if self.revision else ''}"
@@ -75,12 +75,12 @@ class Place:
         return replace(self, kind="repo", source=repo)
 
     def name(self, repo: str, path: str) -> str | None:
-        """What an adapter is called that was found here: the parts of its path for which a `*` stands, and what is
-        below the place; empty if that is nothing; None if it lies elsewhere.
+        """The name of an adapter that was found here: the parts of its path for which a `*` stands, and the path below
+        the place. It may be empty; None if the adapter is not in this place.
 
         Args:
-            repo: the repository in which it was found; for a folder, `source`.
-            path: its folder below `repo`.
+            repo: the repository of the adapter; for a folder, `source`.
+            path: the adapter's folder below `repo`.
         """
         asked, found = [self.below], [path]
         if self.on_hub:
@@ -93,10 +93,10 @@ class Place:
 
 
 def parse_places(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> tuple[Place, ...]:
-    """The places that a text means, or several texts.
+    """Parses one text, which may name several places, or several texts.
 
     Raises:
-        UsageError: a text means no place, or there is none.
+        UsageError: a text names no place, or there is no text.
     """
     if isinstance(texts, (str, os.PathLike)):
         text = os.fspath(texts)
@@ -111,7 +111,7 @@ def parse_places(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 
 
 def places_text(places: Sequence[Place]) -> str:
-    """What `parse_places` reads as these, whatever the working directory is."""
+    """The text that `parse_places` reads as these places in any working directory."""
     return ",".join(place.spec for place in places)
 
 
@@ -131,7 +131,7 @@ def _places(text: str) -> Sequence[Place]:
 
 
 def _pattern(text: str) -> Place:
-    """A place with `*`: in a folder, if what is in front of it is one here or is written as a path; else on the Hub."""
+    """A place with a `*`: below a folder, if the part before it is one or is written as a path; else on the Hub."""
     parts = text.split("/")
     count = next(i for i, part in enumerate(parts) if "*" in part)
     front = "/".join(parts[:count]) or ("/" if text.startswith("/") else ".")

@@ -1,7 +1,7 @@
 """Public pools by a short name: `--adapters preset:lots-of-loras`.
 
-Each is written as `--adapters` would take it. Nothing in it is fetched from anywhere but the Hub, and whatever of it
-does not fit the base model is left out or refused as everywhere.
+A preset stands for places on the Hub as `--adapters` takes them. Adapters that do not fit the base model are refused or
+left out as those of any other pool.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Preset:
     """A public pool.
 
     Attributes:
-        places: where its adapters lie, as `--adapters` takes it.
-        base_model: what they were trained on.
-        note: what it is.
-        refused: why it cannot be used at all; empty: it can.
+        places: of its adapters, as `--adapters` takes them.
+        base_model: the model on which they were trained.
+        note: one line about the pool.
+        refused: why it cannot be used; empty if it can.
     """
 
     places: tuple[str, ...]
@@ -78,7 +78,7 @@ def preset(name: str) -> Preset:
     """The preset of this name.
 
     Raises:
-        UsageError: there is none, or it is one that cannot be used.
+        UsageError: there is none, or it cannot be used.
     """
     found = PRESETS.get(name)
     if found is None:

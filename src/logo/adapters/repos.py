@@ -1,11 +1,11 @@
-"""Many repositories of the Hub: which there are, and fetching all of them, a few at a time.
+"""Pools of many Hub repositories: lists the repositories of an owner, and downloads them, a few at a time.
 
-What was listed is kept in the cache folder, so that the same pool can be opened without a connection:
+Lists are cached, so that the same pool can be opened without a connection:
 
     <cache>/repos/<digest of the pattern>.json     {"repos": {"org/one": "<commit>"}, "refused": {"org/two": "<why>"}}
 
-A repository that is refused for reasons of its own (gated, gone, no adapter in it) does not lose the others. Whatever
-else goes wrong ends the whole, since a pool must not be smaller because a connection broke.
+A repository that is refused for a reason of its own (gated, gone, without adapters) does not affect the others. Any
+other failure raises, since a pool must not be smaller because a connection broke.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Listing:
-    """The repositories of an owner that are called so.
+    """The repositories of an owner that match a pattern.
 
     Attributes:
-        repos: id -> the commit that its main branch was at.
-        refused: why some of them cannot be used, as was found out when they were opened.
+        repos: id -> the commit of its main branch.
+        refused: id -> why the repository cannot be used, as found when it was opened.
     """
 
     repos: Mapping[str, str]
@@ -44,10 +44,10 @@ class Listing:
 def list_repos(
     pattern: str, *, token: str | bool | None = None, local_files_only: bool = False, cache: Path | None = None
 ) -> Listing:
-    """Asks the Hub which repositories match `org/prefix-*`; without a connection, what it said the last time counts.
+    """Asks the Hub which repositories match `org/prefix-*`; without a connection, the cached list is used.
 
     Raises:
-        HubError: no repository matches, or the Hub cannot be asked and was not before.
+        HubError: no repository matches, or the Hub cannot be reached and there is no cached list.
     """
     from huggingface_hub import HfApi, constants
 
@@ -66,7 +66,7 @@ def list_repos(
             author=owner, search=longest or None, expand=["sha"]
         )
         found = {one.id: one.sha or "" for one in models if fnmatchcase(one.id, pattern)}
-    except Exception as error:  # the boundary, as in hub.download_files
+    except Exception as error:  # the boundary, as in `download_files`
         failure = hub_error(pattern, error)
         if kept is None or not _is_unreachable(error):
             raise failure from error
@@ -83,7 +83,7 @@ def list_repos(
 
 
 def keep_listing(pattern: str, listing: Listing, cache: Path | None) -> None:
-    """Writes down what matches, for whoever has no connection later."""
+    """Caches a list for use without a connection."""
     if cache is not None:
         data = json.dumps({"pattern": pattern, "repos": listing.repos, "refused": listing.refused})
         write_cached(cache, _file(pattern), lambda part: Path(part).write_text(data, encoding="utf-8"))
@@ -92,14 +92,14 @@ def keep_listing(pattern: str, listing: Listing, cache: Path | None) -> None:
 def fetch_each(
     jobs: Mapping[_K, Callable[[], _T]], *, skip: bool, workers: int, progress: bool
 ) -> dict[_K, _T | HubError]:
-    """Does all of these, some at a time, and says for each what it made or why its repository cannot be used.
+    """Runs downloads, some at a time, and returns the result of each, or why its repository cannot be used.
 
     Args:
-        jobs: by repository, each something that fetches.
-        skip: False: the first repository that cannot be used is the last that is looked at.
+        jobs: repository -> its download.
+        skip: False: stop at the first repository that cannot be used.
 
     Raises:
-        HubError: something went wrong that says nothing about a repository.
+        HubError: a failure that is not the repository's own, such as a broken connection.
     """
     from huggingface_hub.utils.tqdm import tqdm
 
@@ -122,12 +122,12 @@ def fetch_each(
 
 
 def _in_threads(task: Callable[[_K], None], repos: Sequence[_K], workers: int) -> None:
-    """Does it for every repository, until one fails; raised is what says nothing about its repository."""
+    """Runs a task for every repository until one fails; a failure that is not the repository's own is raised."""
     pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="hub")
     try:
         futures: list[Future[None]] = [pool.submit(task, repo) for repo in repos]
         wait(futures, return_when=FIRST_EXCEPTION)
-    finally:  # also where somebody presses Ctrl-C: what is under way ends, and nothing else begins
+    finally:  # also after Ctrl-C: running downloads end, and no other begins
         pool.shutdown(wait=True, cancel_futures=True)
     ended = [future for future in futures if not future.cancelled()]
     failures = [error for future in ended if (error := future.exception()) is not None]

@@ -1,4 +1,4 @@
-"""What lies in a folder of adapters: which can be used, and why each other one cannot."""
+"""Finds the adapters in a folder: those that can be used, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from logo.adapters.notes import noted, noted_alone
 from logo.adapters.pool_cache import PoolCache
 from logo.errors import AdapterError, LeftOut, StorageError
 
-# Reading every tensor once finds NaN before it can cost anyone a run. Up to this size that takes well under a second,
-# so it is done at opening; a larger pool has its tensors checked when each is first read.
+# Pools up to this size are checked for NaN when they are opened, which takes well under a second. The tensors of larger
+# pools are checked when they are first read.
 VERIFY_UP_TO_BYTES = 256 * 2**20
 
 
@@ -27,9 +27,10 @@ def survey(
     cache: Path | None = None,
     unconverted: bool = False,
 ) -> tuple[list[Adapter], list[AdapterError]]:
-    """Every adapter below `root` that can be used, and why each other one cannot; see `from_directory`.
+    """The adapters below `root` that can be used, and the reasons why others cannot.
 
     Args:
+        allow_pickle, verify: as `AdapterPool.from_directory`.
         cache: as `PoolCache.of`.
         unconverted: as `parse_config`; without a cache only.
 
@@ -49,8 +50,8 @@ class Spot:
 
     Attributes:
         folder: its path.
-        name: what the adapter is called.
-        top: the folder of its pool, up to which a `pool.json` speaks for it.
+        name: of the adapter.
+        top: the folder of its pool; a `pool.json` above it does not apply.
     """
 
     folder: str
@@ -67,7 +68,7 @@ def opened(
     verify: bool | None = None,
     unconverted: bool = False,
 ) -> list[Adapter]:
-    """The adapters in these folders that can be used; why others cannot is added to `refused`."""
+    """Opens the adapters in these folders; those that cannot be used are added to `refused`."""
     adapters: dict[str, Adapter] = {}
     tops: dict[str, Path] = {}
     unchanged = set()
@@ -89,7 +90,7 @@ def opened(
             adapters[name], tops[name] = adapter, spot.top
         except AdapterError as error:
             refused.append(error)
-    # Those that somebody names one by one have folders of their own to be looked for in.
+    # Adapters that a user names one by one have a folder of their own as `top`, and none is left out.
     for name in [name for name in adapters if tops.get(_twin(name)) == tops[name]]:
         if adapters[name].config.invocation and not adapters[_twin(name)].config.invocation:
             del adapters[name]
@@ -106,20 +107,20 @@ def opened(
 
 
 def _acting(adapter: Adapter, top: Path) -> Adapter:
-    """The adapter with what the pool's notes say about where it acts."""
+    """The adapter with the activation that the pool's notes give it."""
     if adapter.folder == top:  # nothing of the folder above is in the cache
         return replace(adapter, activation=noted_alone(top, adapter.activation))
     return replace(adapter, activation=noted(adapter.folder, top, adapter.activation))
 
 
 def _twin(name: str) -> str:
-    """In a library of `NAME/BASE/lora` and `NAME/BASE/alora`, the plain adapter beside an activated one."""
+    """The name of the plain adapter beside an activated one, in a library of `NAME/BASE/lora` and `NAME/BASE/alora`."""
     front, slash, last = name.rpartition("/")
     return f"{front}{slash}lora" if last == "alora" else ""
 
 
 def check_folder(root: Path) -> None:
-    """Raises StorageError unless a pool can be looked for there."""
+    """Raises StorageError unless `root` is a readable folder."""
     try:
         found = "a folder" if root.is_dir() else "a file" if root.exists() else "nothing"
         if found == "a folder":
@@ -131,9 +132,9 @@ def check_folder(root: Path) -> None:
 
 
 def adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[str, str]]:
-    """Folders below `root` that hold an adapter, with their paths in it; hidden folders are left alone.
+    """Yields folders below `root` that hold an adapter, and their relative paths; hidden folders are skipped.
 
-    What lies in a folder that cannot be listed nobody knows, so it is `refused` instead of passed over.
+    A folder that cannot be listed may hold adapters, so it is added to `refused`.
     """
 
     def unreadable(error: OSError) -> None:
@@ -159,7 +160,7 @@ def adapter_folders(root: Path, refused: list[AdapterError]) -> Iterator[tuple[s
 
 
 def _damaged(adapters: Iterable[Adapter]) -> dict[str, AdapterError]:
-    """Reads all tensors of these adapters; name -> what is wrong."""
+    """Reads all tensors of these adapters; returns name -> error."""
     damaged = {}
     for adapter in adapters:
         try:
