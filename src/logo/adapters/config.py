@@ -1,7 +1,7 @@
-"""What `adapter_config.json` says, and which of it can be mixed.
+"""Reads `adapter_config.json`, and refuses adapters that cannot be mixed.
 
-A mixture is a weighted sum of plain low-rank products. Whatever makes an adapter more than that (extra trained
-weights, biases, ...) is refused here by name: leaving it out silently would change answers.
+A mixture is a weighted sum of plain low-rank products. An adapter with more than that (further trained weights, biases,
+...) is refused with the name of the setting, since ignoring it would change answers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from logo.adapters.files import CONFIG
 
-# Settings that turn a LoRA into something that is not a plain `s B A`, and what to tell the user about each.
+# Settings of adapters that are not a plain `s B A`, each with the message for the user.
 _NOT_PLAIN = {
     "target_parameters": "it adapts raw parameters (target_parameters: {value}); only linear modules are supported",
     "trainable_token_indices": "it trains token embeddings (trainable_token_indices), which cannot be mixed",
@@ -30,7 +30,7 @@ _NOT_PLAIN = {
     "megatron_config": "it was trained on Megatron layers (megatron_config), which are not read yet",
 }
 
-# Initialisations that also change the base weights; the adapter alone then means something else.
+# Initialisations that also change the base weights, so that the adapter alone is not the trained update.
 _CHANGED_BASE = re.compile(r"(pissa|olora|corda|lora_ga)", re.IGNORECASE)
 
 _INFORMATIONAL = {
@@ -43,21 +43,22 @@ _INFORMATIONAL = {
 
 
 class Refusal(ValueError):
-    """Why something in an adapter folder cannot be used; the caller adds the adapter's name."""
+    """Why an adapter folder cannot be used; the caller adds the adapter's name."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The part of an adapter's configuration that decides what it computes.
+    """The part of an adapter's configuration that its computation depends on.
 
     Attributes:
         r: rank of modules that no `rank_pattern` key matches.
         alpha: alpha of modules that no `alpha_pattern` key matches.
         rslora: scale by `alpha / sqrt(r)` instead of `alpha / r`.
-        base_model: the base model it says it was trained on (information only, never compared).
-        invocation: tokens from which on it acts (activated LoRA); empty: it acts everywhere.
-        dora: its weights are decomposed (`use_dora`): not linear in its scale, so that it answers alone.
-        unknown: keys this version does not know; they are ignored, and the pool warns once.
+        base_model: the base model that it names (information only, never compared).
+        invocation: its invocation tokens (activated LoRA); empty: it acts everywhere.
+        dora: whether weights are decomposed (`use_dora`); the update is then not linear in its scale, so that the
+            adapter can only answer alone.
+        unknown: keys that this version does not know; they are ignored with a warning.
     """
 
     r: int = 8
@@ -95,7 +96,7 @@ def read_config(folder: Path, *, unconverted: bool = False) -> LoraConfig:
 
 
 def read_raw(folder: Path) -> dict[str, Any]:
-    """Every setting in `adapter_config.json`, those that this version does not know included.
+    """All settings in `adapter_config.json`, including those that this version does not know.
 
     Raises:
         Refusal: the file is missing or malformed.
@@ -124,7 +125,7 @@ def parse_config(raw: dict[str, Any], *, unconverted: bool = False) -> LoraConfi
     """Checks a configuration that was read from JSON; see `read_config`.
 
     Args:
-        unconverted: also take an adapter whose initialisation changed the base weights, for somebody who converts it.
+        unconverted: accept an adapter whose initialisation changed the base weights, in order to convert it.
     """
     kind = raw.get("peft_type")
     if kind != "LORA":

@@ -54,8 +54,8 @@ class Adapter:
             removed) until `fit` maps them to the base model's own.
         file: the weight file.
         activation: on which tokens it acts.
-        copies: key in the file -> parameter of the base model, of whole weights in it. They were not compared with the
-            base model's yet: `fit` does that, and nothing is read before.
+        copies: key in the file -> parameter of the base model that it copies. `fit` compares copies with the base
+            model; before that no tensor is read.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter holds."""
+        """The number of its parameters."""
         return sum(m.rank * (m.in_features + m.out_features) for m in self.modules.values())
 
     @property
@@ -78,7 +78,7 @@ class Adapter:
 
     @property
     def alone(self) -> bool:
-        """Whether it answers alone only, with weight 1 (DoRA)."""
+        """Whether it can only answer alone, with weight 1 (DoRA)."""
         return self.config.dora
 
     @property
@@ -88,7 +88,7 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the weight file, equal to what `sha256sum` prints. Reads the whole file, once.
+        """The digest of the weight file, as `sha256sum` prints it. Reads the whole file, once.
 
         Raises:
             AdapterError: the file became unreadable.
@@ -100,19 +100,18 @@ class Adapter:
 
     @property
     def scales(self) -> tuple[tuple[str, float], ...]:
-        """Module path and the factor of its product, sorted: what `config` adds to the weights."""
+        """Module path and scale of every module, sorted."""
         return tuple(sorted((path, module.scaling) for path, module in self.modules.items()))
 
     def fit(self, layout: BaseLayout, model: nn.Module | None = None) -> Adapter:
         """The same adapter with its modules under the base model's own paths.
 
         Args:
-            model: the base model itself, for adapters that hold copies of its weights or adapt its embedding; without
-                it, they do not fit.
+            model: the base model. Adapters that hold copies of its weights or adapt its embedding do not fit without.
 
         Raises:
-            AdapterError: a tensor matches no module of the base, or one of another shape (up to five are named); or it
-                holds whole weights that are not the base model's.
+            AdapterError: a tensor matches no module of the base, or one of another shape (up to five are named); or a
+                copy differs from the base model's weight.
         """
         if self.alone and model is None:
             raise AdapterError(self.name, "it is a DoRA adapter (use_dora), which cannot be mixed")
@@ -148,7 +147,7 @@ class Adapter:
         return replace(self, modules=fitted, copies=self._compared(model))
 
     def _compared(self, model: nn.Module | None) -> Mapping[str, str]:
-        """Its copies of weights that are not known to be the base model's: none, or it is an error."""
+        """Compares the copies with the base model, and returns none; raises AdapterError if one differs."""
         if not self.copies:
             return self.copies
         from logo.adapters.copies import different
@@ -175,15 +174,15 @@ class Adapter:
         """Reads the tensors of `modules` (default: all of them).
 
         Raises:
-            AdapterError: the file became unreadable, or a tensor is not of a float type, or holds NaN or Inf; or there
-                are whole weights in it that were not compared with the base model's.
+            AdapterError: the file became unreadable; a tensor is not of a float type, or holds NaN or Inf; or there are
+                copies that were not compared with the base model.
         """
         if self.copies:
             raise AdapterError(self.name, self._holds_weights())
         return self._read(modules)
 
     def check_linear(self) -> None:
-        """Raises AdapterError unless it is `s B A` on linear modules: what is made of it could not be written."""
+        """Raises AdapterError unless it is `s B A` on linear modules, since no other kind can be written."""
         if self.alone:
             raise AdapterError(self.name, "it is a DoRA adapter (use_dora), which cannot be written anew yet")
         for path, module in self.modules.items():
@@ -194,7 +193,7 @@ class Adapter:
         """Reads all tensors of its modules.
 
         Raises:
-            AdapterError: something is wrong with one.
+            AdapterError: a tensor cannot be used.
         """
         self._read(None)
 
@@ -230,11 +229,11 @@ def open_adapter(
     Args:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         name: its name in the pool; default: the folder's own name.
-        allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) where there is no safetensors file.
+        allow_pickle: also read `adapter_model.bin` (with `weights_only=True`) if there is no safetensors file.
         unconverted: as `parse_config`.
 
     Raises:
-        AdapterError: anything in the folder that cannot be read or cannot be mixed; the reason says which.
+        AdapterError: the folder cannot be read, or the adapter cannot be mixed; the reason says why.
         StorageError: as `logo.adapters.notes.noted`.
     """
     folder = Path(folder)
@@ -253,23 +252,23 @@ def open_adapter(
 
 
 def adapter_of(name: str, folder: Path, config: LoraConfig, file: WeightFile) -> Adapter:
-    """The adapter that a configuration and a file of weights make; the file's header is read.
+    """Makes an adapter from its configuration and the header of its weight file.
 
     Raises:
-        Refusal: the header cannot be read, or what it says cannot be mixed.
+        Refusal: the header cannot be read, or the adapter cannot be mixed.
     """
     try:
         shapes = file.shapes()
     except Exception as error:  # safetensors raises its own Rust error type
         raise Refusal(unreadable(error, file.path)) from error
-    # Patterns are looked up in their order, which does not count when configurations are compared.
+    # The order of patterns matters, but equality of configurations ignores it.
     order = (*config.rank_pattern, "", *config.alpha_pattern)
     config, modules, copies = read_header(tuple(shapes.items()), config, order)
     return Adapter(name, folder, config, modules, file, Activation(config.invocation), copies)
 
 
 def own_name(folder: Path) -> str:
-    """The last part of the path to a folder, also when it is written as `.`; of a link, the link's name."""
+    """The name of a folder, also of `.`; of a link, the link's own name."""
     return os.path.basename(os.path.abspath(folder))
 
 

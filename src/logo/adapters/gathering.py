@@ -1,9 +1,9 @@
-"""The adapters of several places, under names that say where they are from.
+"""Gathers the adapters of several places, and names them.
 
-Of one place, an adapter is called as its path below it, or, where the place has a `*` in it, as what the `*` stands
-for: `Lots-of-LoRAs/...-task*` has adapters `1`, `2`, ... Of several places, those on the Hub stand in front of the
-names of their adapters, so that no name depends on what the other places hold. An adapter that is a place itself is
-named after it, also where it lies in a subfolder `default`.
+The name of an adapter is its path below its place. If the place has a `*`, the name is what the `*` stands for:
+`Lots-of-LoRAs/...-task*` has adapters `1`, `2`, ... If there are several places, those on the Hub are put in front of
+the names of their adapters, so that no name depends on what other places hold. An adapter that is a place itself is
+named after it, even if it lies in a subfolder `default`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an adapter was found.
+    """The place where an adapter was found.
 
     Attributes:
         source: a repository, or the folder of a pool.
         below: the adapter's folder in it; empty: all of it.
-        commit: of the repository; None: it is a folder.
+        commit: of the repository; None for a folder.
     """
 
     source: str
@@ -49,13 +49,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What was found.
+    """The adapters that were found.
 
     Attributes:
         adapters: those that can be used.
         refused: why others cannot.
-        origins: where each lies, by name.
-        entries: what a manifest says of it, by name.
+        origins: name -> where the adapter lies.
+        entries: name -> its entry in a manifest.
     """
 
     adapters: Sequence[Adapter]
@@ -65,12 +65,12 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A place, or an entry of a manifest.
+class _Wanted:
+    """A place to look in, or an entry of a manifest.
 
     Attributes:
-        entry, manifest: what a manifest says of it, and its file.
-        listing: the repositories of a place of several.
+        entry, manifest: the entry of a manifest, and the manifest's file.
+        listing: the repositories of a place of kind `"repos"`.
     """
 
     place: Place
@@ -80,7 +80,7 @@ class _Asked:
 
     @property
     def repos(self) -> Mapping[str, str | None]:
-        """The repositories to fetch, each with a revision."""
+        """Repository to download -> revision."""
         if self.listing is not None:
             return {repo: self.place.revision or commit or None for repo, commit in self.listing.repos.items()}
         return {self.place.source: self.place.revision} if self.place.on_hub else {}
@@ -88,9 +88,9 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Source:
-    """A folder that is here: a place's own, or the snapshot of a repository."""
+    """A local folder: that of a place, or the snapshot of a repository."""
 
-    asked: _Asked
+    asked: _Wanted
     root: Path
     repo: str | None = None
 
@@ -102,7 +102,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Found:
-    """An adapter's folder, and what is known of it so far."""
+    """The folder of an adapter, with its origin and its entry in a manifest."""
 
     spot: Spot
     origin: Origin
@@ -118,16 +118,16 @@ def gather(
     verify: bool | None = None,
     cache: Path | None = None,
 ) -> Gathered:
-    """Fetches and opens every adapter of these places.
+    """Downloads and opens every adapter of these places.
 
     Args:
-        skip: a repository that cannot be used is told in `refused`; otherwise, nothing is looked at beyond the first.
-        full_names: whether places stand in front of the names; None: if there are several.
+        skip: repositories that cannot be used are added to `refused`; otherwise the first one ends the search.
+        full_names: whether places are put in front of the names; None: if there are several.
         verify: as `AdapterPool.from_directory`.
         cache: the cache folder; None: none.
 
     Raises:
-        HubError: the Hub cannot be asked, or a repository that is named in full cannot be used.
+        HubError: the Hub cannot be reached, or a repository that is named in full cannot be used.
         StorageError: a folder cannot be read.
         PoolError: a place holds no adapter.
     """
@@ -166,20 +166,20 @@ def gather(
     )
 
 
-def _asked(place: Place, how: Fetching, cache: Path | None) -> Iterator[_Asked]:
+def _asked(place: Place, how: Fetching, cache: Path | None) -> Iterator[_Wanted]:
     if place.kind == "repos":
         listing = list_repos(place.source, token=how.token, local_files_only=how.local_files_only, cache=cache)
-        yield _Asked(place, listing=listing)
+        yield _Wanted(place, listing=listing)
     elif place.kind == "manifest":
         file = Path(place.source)
         for entry in read_manifest(file).entries:
-            yield _Asked(entry_place(entry, file), entry, file)
+            yield _Wanted(entry_place(entry, file), entry, file)
     else:
-        yield _Asked(place)
+        yield _Wanted(place)
 
 
 def _fetched(
-    asked: Sequence[_Asked],
+    asked: Sequence[_Wanted],
     how: Fetching,
     refused: list[AdapterError],
     full: bool,
@@ -187,8 +187,8 @@ def _fetched(
     skip: bool,
     cache: Path | None,
 ) -> list[_Source]:
-    """The folders behind the places, in their order. A repository is fetched once, whatever is asked of it."""
-    wanted: dict[tuple[str, str | None], list[_Asked]] = {}
+    """The folders of the places, in their order. A repository is downloaded once, even if several places name it."""
+    wanted: dict[tuple[str, str | None], list[_Wanted]] = {}
     for one in asked:
         for repo in one.repos.items():
             wanted.setdefault(repo, []).append(one)
@@ -214,10 +214,10 @@ def _fetched(
     return sources
 
 
-def _fetch(repo: str, revision: str | None, asked: Sequence[_Asked], how: Fetching, *, alone: bool) -> Path:
-    """The snapshot of a repository with what is asked of it."""
+def _fetch(repo: str, revision: str | None, asked: Sequence[_Wanted], how: Fetching, *, alone: bool) -> Path:
+    """Downloads the snapshot of a repository with the files that all its places want."""
     for one in asked:
-        if one.listing is not None and repo in one.listing.refused:  # offline: as it was found when there was a Hub
+        if one.listing is not None and repo in one.listing.refused:  # offline: refused when it was last opened
             raise HubError(one.listing.refused[repo])
     below = dict.fromkeys(one.place.below for one in asked)
     patterns = [pattern for one in below for pattern in adapter_patterns(one, how.allow_pickle, pattern=True)]
@@ -235,13 +235,13 @@ def _fetch(repo: str, revision: str | None, asked: Sequence[_Asked], how: Fetchi
         token=how.token,
         cache_dir=how.cache_dir,
         local_files_only=how.local_files_only,
-        max_workers=how.max_workers if alone else 2,  # so many repositories are fetched at one time
+        max_workers=how.max_workers if alone else 2,  # many repositories are downloaded at the same time
         progress=how.progress and alone,
     )
 
 
 def _adapters_in(source: _Source, full: bool, refused: list[AdapterError]) -> Iterator[_Found]:
-    """The adapters in a folder that are asked for, with their names."""
+    """Yields the adapters in a folder that its place names."""
     asked, top = source.asked, source.top
     entry, repo = asked.entry, source.repo or asked.place.source
     bad: list[AdapterError] = []
@@ -276,8 +276,8 @@ def _origin(source: _Source, path: str) -> Origin:
     return Origin(source.repo or str(source.root), path, source.root.name if source.repo else None)
 
 
-def _name(asked: _Asked, repo: str, path: str, full: bool) -> str | None:
-    """What an adapter in this folder of a place is called; None: the place does not ask for it."""
+def _name(asked: _Wanted, repo: str, path: str, full: bool) -> str | None:
+    """The name of an adapter in this folder of a place; None if the place does not name it."""
     place, entry = asked.place, asked.entry
     if entry is not None and entry.name is not None:
         return entry.name

@@ -22,11 +22,10 @@ _INFIX = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 
 @dataclass(frozen=True)
 class LoraModule:
-    """Where one adapted module's `A (r, in)` and `B (out, r)` lie in the file, and the scale `s` of `s B A`.
+    """The keys and shapes of one module's `A (r, in)` and `B (out, r)`, and the scale `s` of `s B A`.
 
-    Of an `embedding`, `in` counts tokens, and the update is added to a token's vector: `s B A[:, token]`. With a
-    `magnitude` (DoRA, arXiv 2402.09353), whose key it is, the module's weight becomes `m (W + s B A) / ‖W + s B A‖`,
-    row by row.
+    For an `embedding`, `in` counts tokens, and `s B A[:, token]` is added to a token's vector. With a `magnitude` (the
+    key of DoRA's `m`, arXiv 2402.09353), each row of the weight becomes `m (W + s B A) / ‖W + s B A‖`.
     """
 
     key_a: str
@@ -40,7 +39,7 @@ class LoraModule:
 
 
 def module_path(key_path: str) -> str:
-    """A tensor key's module path without the wrappers that training tools leave in it."""
+    """The module path of a tensor key, without the wrappers of training tools."""
     return _INFIX.sub("", _PREFIX.sub("", key_path))
 
 
@@ -135,7 +134,7 @@ def _is_whole(key: str) -> bool:
 
 
 def _explain(key: str) -> str:
-    """Why a tensor that is no plain lora_A or lora_B makes the adapter unmixable."""
+    """Why an adapter with this tensor, which is neither lora_A nor lora_B, cannot be mixed."""
     if "trainable_tokens_" in key:
         return f"it trains token embeddings ({key}), which cannot be mixed"
     if "lora_magnitude_vector" in key:

@@ -1,7 +1,7 @@
-"""What lies beside adapters: `pool.json` about a pool; in an adapter's folder what it was made from and responds to.
+"""The notes of a pool: `pool.json`, with its recipe, activation, losses and the changes that were made to it.
 
-Everything in `pool.json` is optional (recipe, activation, losses, what was done to the pool). Only `activation` decides
-how adapters act (`logo.adapters.activation`). A file that makes no sense is a warning and counts as none.
+All entries are optional. Only `activation` has an effect on answers (`logo.adapters.activation`). A file that cannot be
+read gives a warning and counts as empty.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from logo.adapters.files import NOTES
 from logo.errors import StorageError, UsageError
 
 CHANGES = "changes"
-BEFORE = "before"  # what was known of adapters that do not do quite the same any more
-ACTIVATION = "activation"  # where adapters act that have no invocation tokens
-ADAPTERS = "adapters"  # what is known of each adapter, by name
+BEFORE = "before"  # notes about adapters as they were before a change
+ACTIVATION = "activation"  # of adapters without invocation tokens
+ADAPTERS = "adapters"  # notes about each adapter, by name
 
 
 def read_notes(root: Path) -> dict[str, Any]:
-    """The notes of a pool; empty where there are none."""
+    """The notes of a pool; empty if there are none."""
     file = root / NOTES
     try:
         notes = json.loads(file.read_text(encoding="utf-8"))
@@ -41,15 +41,14 @@ def read_notes(root: Path) -> dict[str, Any]:
 
 
 def noted(folder: Path, top: Path, own: Activation) -> Activation:
-    """Where the adapter in a folder acts: as it says itself, or as the nearest `pool.json` says, from its folder up to
-    the pool's.
+    """The activation of an adapter: its own, or that of the nearest `pool.json` between its folder and the pool's.
 
     Args:
         top: the pool's folder.
-        own: what its configuration says.
+        own: the activation that its configuration gives.
 
     Raises:
-        StorageError: a `pool.json` that names no activation that there is.
+        StorageError: a `pool.json` names an activation that does not exist.
     """
     if not own.everywhere:
         return own
@@ -65,7 +64,7 @@ def noted(folder: Path, top: Path, own: Activation) -> Activation:
 
 
 def noted_alone(folder: Path, own: Activation) -> Activation:
-    """The same of an adapter that is opened by its own folder, which may be one of a pool's.
+    """The activation of an adapter that is opened by its own folder; a `pool.json` in the folder above counts.
 
     Raises:
         StorageError: as `noted`.
@@ -85,7 +84,7 @@ def homes(folder: Path, top: Path) -> list[Path]:
     return [place for place in inside if (place / NOTES).exists()]
 
 
-@lru_cache(maxsize=64)  # one file speaks for all adapters of a pool
+@lru_cache(maxsize=64)  # one file holds for all adapters of a pool
 def _activation(root: Path, *stamp: int) -> Activation:
     try:
         return of_notes(read_notes(root).get(ACTIVATION))
@@ -94,13 +93,13 @@ def _activation(root: Path, *stamp: int) -> Activation:
 
 
 def checked(file: Path, *homes: Path) -> Path:
-    """The same file, which lies beside adapters, once it is sure that it may be passed on with them.
+    """Checks that a file beside adapters may be published or copied with them, and returns it.
 
     Args:
-        homes: folders whose content it may be. What is linked to from the Hub's cache may lie in the cache's `blobs`.
+        homes: folders in which it may lie. Links of the Hub's cache may lead to the cache's `blobs`.
 
     Raises:
-        UsageError: it is a link that leads out of these folders, or a `.json` that holds no object.
+        UsageError: it is a link that leads out of these folders, or a `.json` without an object.
         StorageError: it cannot be read.
     """
     real = file.resolve()
@@ -123,12 +122,12 @@ def checked(file: Path, *homes: Path) -> Path:
 def changed(
     notes: Mapping[str, Any], change: Mapping[str, Any], same: Collection[str], other: Collection[str]
 ) -> dict[str, Any]:
-    """The notes of a pool that was made of another one: all that the other's say of it and of the adapters that it
-    still has, and what was done, last.
+    """The notes of a pool that was made of another one: notes about adapters that it still has, and the new change.
 
     Args:
-        same: adapters that do what they did.
-        other: those that do something else by now. What the notes say of each, losses above all, goes under `before`.
+        change: the change, which is appended to the others.
+        same: adapters that have not changed.
+        other: adapters that have changed; notes about them, such as losses, move to `before`.
     """
     done, past = notes.get(CHANGES), notes.get(BEFORE)
     before = dict(past) if isinstance(past, Mapping) else {}
@@ -149,5 +148,5 @@ def changed(
 
 
 def write_notes(root: Path, notes: Mapping[str, Any]) -> None:
-    """Writes `pool.json`, in place; for use within `new_folder`."""
+    """Writes `pool.json` in place; for use inside `new_folder`."""
     (root / NOTES).write_text(json.dumps(notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -31,23 +31,23 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
-DEFAULT_K = 20  # adapters per prompt, of any pool that does not know better
+DEFAULT_K = 20  # adapters per prompt of a pool that gives no number
 
-# One change at a time, in whatever pool: none takes long, and a pool without a lock of its own can be pickled.
+# One lock for the changes of all pools: changes are short, and a pool with a lock of its own could not be pickled.
 _CHANGING = threading.Lock()
 
 
 class AdapterPool:
-    """Adapters by name, sorted; the pool a base model chooses from.
+    """Adapters by name, in the sorted order of names, from which a base model selects.
 
-    May be changed by one thread while others read it: a change puts another dictionary in the place of the old one, so
-    that whoever goes through the adapters sees all of those that were there when it began.
+    One thread may change a pool while others read it: a change replaces the dictionary of adapters, so that an
+    iteration sees the adapters that were there when it began.
 
     Attributes:
-        default_k: adapters per prompt where nobody asks for a number.
-        activations: where its adapters act, each place once.
-        refused: what was left out under `on_bad_adapter="skip"`, as the errors that say why.
-        version: grows with every change, so that what was computed from the pool knows when it is stale.
+        default_k: adapters per prompt if the user gives no number.
+        activations: the distinct activations of its adapters.
+        refused: the errors of adapters that were left out under `on_bad_adapter="skip"`.
+        version: grows with every change, so that what was computed from the pool is known to be outdated.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class AdapterPool:
                 named by its relative path. `path` may itself be one adapter.
             on_bad_adapter: `"error"` refuses the pool at the first sight of a bad adapter; `"skip"` leaves bad
                 adapters out and keeps the reasons in `refused`.
-            allow_pickle: read `adapter_model.bin` where there is no safetensors file.
+            allow_pickle: read `adapter_model.bin` if there is no safetensors file.
             verify: read all tensors now and check them for NaN and Inf. Default: if the pool is small (256 MiB).
-            cache: folder in which is kept what opening finds out, so that the pool opens at once the next time; `""`
-                keeps nothing; None: the user's cache.
+            cache: folder for configurations and headers, so that the pool opens faster the next time; `""`: no cache;
+                None: the user's cache.
 
         Raises:
             StorageError: `path` is not a readable folder.
@@ -99,7 +99,7 @@ class AdapterPool:
     def from_survey(
         cls, root: str | Path, adapters: Sequence[Adapter], refused: list[AdapterError], *, on_bad_adapter: OnBadAdapter
     ) -> AdapterPool:
-        """What a survey of `root` found, as a pool.
+        """Makes a pool of the adapters that a survey of `root` found.
 
         Raises:
             PoolError: there is no usable adapter, or one is bad and `on_bad_adapter` is `"error"`.
@@ -125,7 +125,7 @@ class AdapterPool:
 
         Args:
             repo_id: `namespace/name`, whose adapters are named relative to `subfolder`; or several places
-                `namespace/name[/folder][@revision]`, which stand in front of the names of their adapters. An adapter
+                `namespace/name[/folder][@revision]`, which are put in front of the names of their adapters. An adapter
                 that is a place itself is named after it.
             **options: see `PoolOptions`.
 
@@ -154,8 +154,8 @@ class AdapterPool:
 
         Args:
             places: a folder, a Hub repository `org/name[/folder][@revision]`, every repository of an owner that is
-                called `org/prefix-*`, a manifest (`pool.yaml`), `preset:name`; or several of these, in a list or with
-                commas between.
+                called `org/prefix-*`, a manifest (`pool.yaml`), `preset:name`; or several of these, in a list or
+                separated by commas.
             **options: see `PoolOptions`.
 
         Raises:
@@ -183,7 +183,7 @@ class AdapterPool:
         return pool
 
     def _placed(self, folder: Path, place: str) -> AdapterPool:
-        """The same adapters; one that is the whole folder is called after the place."""
+        """The same adapters, but one that is the whole folder is named after the place."""
         own = own_name(folder)
         renamed = [replace(adapter, name=place) if Path(adapter.folder) == folder else adapter for adapter in self]
         refused = [AdapterError(place, error.reason) if error.name == own else error for error in self.refused]
@@ -217,13 +217,13 @@ class AdapterPool:
         """Adds an opened adapter, or opens the PEFT folder given.
 
         Args:
-            adapter: an adapter, a folder, or the place of one on the Hub, `namespace/name[/folder][@revision]`, where
-                no folder is called so.
-            name: default: its own, the folder's, or the place's.
+            adapter: an adapter, a folder, or, if there is no such folder, a place on the Hub
+                (`namespace/name[/folder][@revision]`).
+            name: default: that of the adapter, the folder or the place.
 
         Raises:
             AdapterError: the folder cannot be used.
-            HubError: it cannot be fetched.
+            HubError: it cannot be downloaded.
             PoolError: the pool has an adapter of that name already.
         """
         if isinstance(adapter, str) and is_hub_spec(adapter):
@@ -273,7 +273,7 @@ class AdapterPool:
         return AdapterPool(chosen.values(), default_k=self.default_k)
 
     def below(self, folder: str) -> AdapterPool:
-        """The same adapters under names that begin with a folder's: `{folder}/{name}`."""
+        """A new pool of the same adapters under the names `{folder}/{name}`."""
         renamed = (replace(adapter, name=f"{folder}/{adapter.name}") for adapter in self)
         return AdapterPool(renamed, self.refused, default_k=self.default_k)
 
@@ -283,7 +283,7 @@ class AdapterPool:
         """A new pool whose adapters are matched to a base model's modules.
 
         Args:
-            model: the base model itself, without which adapters that hold copies of its weights do not fit.
+            model: the base model. Adapters that hold copies of its weights do not fit without.
 
         Raises:
             PoolError: an adapter does not fit and `on_bad_adapter` is `"error"`, none fits at all, or there is none.
@@ -318,7 +318,7 @@ class AdapterPool:
         return AdapterPool(fitted, self.refused + tuple(refused), default_k=self.default_k)
 
     def acting(self, forced: str | None, without: str | None = None) -> AdapterPool:
-        """A new pool whose adapters act where a user says; see `logo.adapters.activation.acting`."""
+        """A new pool with the activation that a user wants; see `logo.adapters.activation.acting`."""
         if forced is None and without in (None, OFF):
             return self
         made = []
@@ -331,11 +331,11 @@ class AdapterPool:
 
     @property
     def read_once(self) -> bool:
-        """Whether the base model's own reading of a prompt is enough: no adapter acts everywhere."""
+        """Whether prompts are read once, by the base model: no adapter acts everywhere."""
         return bool(self.activations) and not any(activation.everywhere for activation in self.activations)
 
     def sha256(self) -> dict[str, str]:
-        """Digest of every adapter's weight file, in pool order. Reads all files once."""
+        """Name -> digest of the weight file, in pool order. Reads all files once."""
         return {adapter.name: adapter.sha256 for adapter in self}
 
     def _warn_about_unknown_keys(self) -> None:

@@ -1,9 +1,9 @@
-"""Known pools: what opening a folder of adapters found out, kept so that opening it again reads one file.
+"""`PoolCache`: configurations and headers of a pool in one file, from which it opens again.
 
     <cache>/pools/<digest of the folder's path>.json
 
-An adapter is taken from there while its configuration and its weight file have the size, the time and the inode that
-they had. Adapters of one training recipe have the same modules, which are written, and held in memory, once.
+The entry of an adapter is used while its configuration and its weight file have the same size, time and inode. Adapters
+of one training recipe have the same modules, which are written and held in memory once.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from logo.adapters.header import LoraModule
 from logo.adapters.weights import SafetensorsFile, file_sha256
 from logo.cache import write_cached
 
-# Changes when what is kept means something else.
+# To be raised when the content of the files changes its meaning.
 _FORMAT = 3
 
 Stamp = tuple[int, int, int]
 
 
 def stamp(path: str | Path) -> Stamp:
-    """Size, modification time and inode: a file that was written to has another one."""
+    """Size, modification time and inode of a file, by which a change is noticed."""
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 @dataclass
 class PoolCache:
-    """The adapters that were found below one folder.
+    """The cached adapters of one pool.
 
     Attributes:
-        cache: the cache folder; None keeps nothing.
+        cache: the cache folder; None: no cache.
         name: of the file in it.
-        entries: name -> stamps of configuration and weights, number of the recipe, whether all tensors were checked.
-        recipes: configuration and modules, as often as they differ.
+        entries: name -> stamps of configuration and weights, index of the recipe, whether all tensors were checked.
+        recipes: the distinct pairs of configuration and modules.
     """
 
     cache: Path | None = None
@@ -55,10 +55,10 @@ class PoolCache:
 
     @classmethod
     def of(cls, place: str, cache: Path | None) -> PoolCache:
-        """What is known about the adapters of a place; nothing, if that cannot be read.
+        """Reads the cache of a place; it is empty if the file is missing or cannot be read.
 
         Args:
-            place: the folder's real path, or whatever else stands for these adapters and no others.
+            place: the folder's real path, or another text that identifies these adapters.
         """
         if cache is None:
             return cls()
@@ -79,7 +79,7 @@ class PoolCache:
         return cls(cache, name, entries, recipes)
 
     def get(self, folder: str, name: str) -> Adapter | None:
-        """The adapter of this name, if nothing about its files has changed."""
+        """The adapter of this name; None if it is not cached or its files have changed."""
         entry = self.entries.get(name)
         if entry is None:
             return None
@@ -98,10 +98,10 @@ class PoolCache:
         return name in self.entries and self.entries[name][3]
 
     def keep(self, adapters: Iterable[Adapter], verified: Collection[str]) -> None:
-        """Writes down these adapters instead of what was known, if that differs.
+        """Replaces the cached adapters by these, if they differ.
 
         Args:
-            verified: names of those whose tensors were all read and checked.
+            verified: names of adapters whose tensors were all read and checked.
         """
         if self.cache is None:
             return
@@ -136,7 +136,7 @@ class PoolCache:
 
 
 class DigestCache:
-    """Digests of the files of a pool, each of which is read once as long as it does not change."""
+    """The cached digests of a pool's files; a file is read again only when it has changed."""
 
     def __init__(self, cache: Path | None, name: str, digests: dict[str, tuple[Stamp, str]]) -> None:
         self._cache, self._name, self._digests = cache, name, digests
@@ -144,7 +144,7 @@ class DigestCache:
 
     @classmethod
     def of(cls, place: str, cache: Path | None) -> DigestCache:
-        """What is known of the files of a place; `place` and `cache` as `PoolCache.of`."""
+        """Reads the cached digests of a place; `place` and `cache` as `PoolCache.of`."""
         name = f"pools/{hashlib.sha256(place.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-digests.json"
         digests: dict[str, tuple[Stamp, str]] = {}
         with suppress(OSError, ValueError, TypeError, AttributeError):
@@ -167,7 +167,7 @@ class DigestCache:
         return self._digests[key][1]
 
     def keep(self) -> None:
-        """Writes down what is new."""
+        """Writes the digests, if there are new ones."""
         if self._new and self._cache is not None:
             data = json.dumps(self._digests, separators=(",", ":")).encode("utf-8", "surrogateescape")
             write_cached(self._cache, self._name, lambda part: Path(part).write_bytes(data))

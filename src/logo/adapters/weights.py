@@ -1,6 +1,6 @@
-"""The file an adapter's tensors live in: names and shapes at once, tensors when they are asked for.
+"""`WeightFile`: the file of an adapter's tensors, whose shapes are known at once and whose tensors are read on demand.
 
-Knows about files and tensors; knows nothing about LoRA.
+Nothing here is about LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class WeightFile(Protocol):
-    """Tensors by key, read on demand. Each object stands for one file as it was opened."""
+    """Tensors by key, read on demand. An object stands for one file as it was when it was opened."""
 
     def __hash__(self) -> int: ...
 
@@ -28,7 +28,7 @@ class WeightFile(Protocol):
     def path(self) -> Path: ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, without reading the tensors where the format allows it."""
+        """The shape of every tensor; tensors are not read if the format allows that."""
         ...
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -36,12 +36,12 @@ class WeightFile(Protocol):
         ...
 
     def sha256(self) -> str:
-        """Digest of everything in it, equal to what `sha256sum` prints of a file on disk."""
+        """The digest of its content, as `sha256sum` prints it for a file on disk."""
         ...
 
 
 class SafetensorsFile:
-    """A `.safetensors` file; memory-mapped, so only what is asked for is read from disk."""
+    """A memory-mapped `.safetensors` file, of which only the tensors that are used are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,7 +65,7 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A pickled `.bin` file, opened only when the user allows it, and then with `weights_only=True`."""
+    """A pickled `.bin` file; opened only if the user allows it, with `weights_only=True`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

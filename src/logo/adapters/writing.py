@@ -1,9 +1,8 @@
-"""Writing adapters and pools: plain PEFT folders, all of one or nothing.
+"""Writes adapters and pools as plain PEFT folders; a folder appears complete or not at all.
 
-What is written goes into a hidden folder beside the place where it belongs (`.{name}.part-*`) and takes its name at
-the end, once it is synced, so that nobody ever finds half of it. Whoever writes holds a lock on the hidden folder: one
-that nobody holds was left by a process that died, and goes when the same place is written next. Settings that this
-version does not know are carried through unchanged.
+Files are written to a hidden folder beside the target (`.{name}.part-*`), synced, and renamed at the end. The writer
+holds a lock on the hidden folder. A hidden folder without a lock was left by a process that died, and is removed when
+the same target is written next. Settings that this version does not know are copied unchanged.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
 
     from logo.adapters.format import Adapter, LoraWeights
 
-Write = Callable[["Adapter", Path], bool]  # makes the folder of one adapter; whether it does what the adapter did
+Write = Callable[["Adapter", Path], bool]  # makes the folder of one adapter; returns whether its update is unchanged
 Tell = Callable[[], None]
 
 
 def check_new(folder: Path) -> None:
-    """Raises UsageError if something is in the way of a folder that is to be written."""
+    """Raises UsageError if a folder cannot be written because something is there."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UsageError(f"{folder} exists already and is not an empty folder; name another one, or remove it")
     if folder.exists() and folder.samefile(os.curdir):
@@ -44,7 +43,7 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path, what: str) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when the block ends well and goes when it does not.
+    """A folder to write into; it becomes `folder` at the end of the block, and is removed if the block fails.
 
     Args:
         what: for messages, such as `the mixture`.
@@ -57,7 +56,7 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
 
     try:
         check_new(folder)
-        target = folder.resolve()  # a link keeps its target's place, and its target's disk
+        target = folder.resolve()  # the target of a link is replaced, on its own disk
         make_folder(target.parent)
         with _part(target) as part:
             yield part
@@ -72,9 +71,9 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
 
 @contextmanager
 def _part(target: Path) -> Iterator[Path]:
-    """A hidden folder beside another one, of a name that nobody else has, locked and there as long as the block runs.
+    """A hidden folder with a new name beside another one, which is locked, and exists while the block runs.
 
-    Writing takes minutes, so that the lock on the parent, which all who write there share, is held only at first.
+    The lock on the parent, which all writers share, is only held at first, since writing may take minutes.
     """
     front = f".{target.name}.part-"
     with ExitStack() as held:
@@ -85,18 +84,18 @@ def _part(target: Path) -> Iterator[Path]:
                         shutil.rmtree(left, ignore_errors=True)
             part = target.with_name(front + secrets.token_hex(8))
             part.mkdir()
-            held.callback(shutil.rmtree, part, ignore_errors=True)  # nothing is there any more if all went well
+            held.callback(shutil.rmtree, part, ignore_errors=True)  # it was renamed if all went well
             held.enter_context(locked(part))
         yield part
 
 
 def _deserted(part: Path) -> bool:
-    """Whether nobody holds the lock on a folder. Only where there are such locks."""
+    """Whether no process holds the lock on a folder; False where there are no such locks."""
     import fcntl
 
     try:
         descriptor = os.open(part, os.O_RDONLY)
-    except FileNotFoundError:  # it took its name, or went, meanwhile
+    except FileNotFoundError:  # renamed or removed meanwhile
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +107,7 @@ def _deserted(part: Path) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Makes everything in a folder durable."""
+    """Syncs everything in a folder to disk."""
     for current, _, files in os.walk(folder, topdown=False):
         for name in files:
             with open(Path(current, name), "rb+") as stream:
@@ -124,20 +123,20 @@ def write_pool(
     change: Callable[[], Mapping[str, Any]],
     tell: Tell | None = None,
 ) -> None:
-    """Makes a pool of another one, which is not touched: all of it or nothing.
+    """Makes a new pool from another one, which stays as it is; the new pool is complete or not written.
 
     Args:
-        root: the folder of the pool that there is; every `pool.json` in it that speaks for one of the adapters is
-            carried through, and so are examples, and each `training.json` of an adapter that does what it did.
-        adapters: those of it that the new pool has; each keeps its place below the folder.
+        root: the folder of the old pool. Each `pool.json` in it that applies to one of the adapters is copied, and so
+            are examples, and each `training.json` of an adapter that has not changed.
+        adapters: the adapters of the new pool; each keeps its relative path.
         out: must not exist yet, or be empty.
         write: is given an adapter and the folder to make.
-        change: what was done, for `pool.json`; asked at the end.
-        tell: called after each adapter that is written.
+        change: makes the entry for `pool.json` that says what was done; called at the end.
+        tell: called after each adapter.
 
     Raises:
-        UsageError: `out` is in use, or lies in the pool that is read; what would be carried through is a link out of
-            that pool or not what it is called.
+        UsageError: `out` is in use, or lies in the old pool; or a file to copy is a link out of that pool, or no JSON
+            object.
         StorageError: it cannot be written.
     """
     if out.resolve().is_relative_to(root.resolve()):
@@ -150,7 +149,7 @@ def write_pool(
         for adapter in adapters:
             place = part / adapter.folder.relative_to(root)
             as_before = write(adapter, place)
-            # To `logo train` the record says that this is what training made, and to a card that its losses hold.
+            # The record tells `logo train` that training made these weights, and a card that the losses are theirs.
             for name in (RECORD, EXAMPLES) if as_before else (EXAMPLES,):
                 if (adapter.folder / name).is_file():
                     shutil.copyfile(checked(adapter.folder / name, root, adapter.folder), place / name)
@@ -164,7 +163,7 @@ def write_pool(
 
 
 def _notes(root: Path, adapters: Sequence[Adapter]) -> dict[Path, dict[str, Any]]:
-    """What is said in a pool about these adapters, by the folder that says it; the pool's own in any case.
+    """The notes that apply to these adapters, by folder, and those of the pool itself.
 
     Raises:
         UsageError: a `pool.json` is a link out of the pool.
@@ -175,7 +174,7 @@ def _notes(root: Path, adapters: Sequence[Adapter]) -> dict[Path, dict[str, Any]
             checked(place / NOTES, root)
     found = {place: read_notes(place) for place in places}
     if not (root / NOTES).exists():
-        # An adapter by itself may act where the folder that it lies in says.
+        # A `pool.json` above a pool of one adapter may apply to it.
         for adapter in adapters:
             if adapter.folder == root and adapter.activation.last is not None:
                 found[root] = {ACTIVATION: str(adapter.activation)}
@@ -183,7 +182,7 @@ def _notes(root: Path, adapters: Sequence[Adapter]) -> dict[Path, dict[str, Any]
 
 
 def _names(place: Path, adapters: Iterable[Adapter]) -> set[str]:
-    """What the notes of a folder of the pool call these adapters.
+    """The names of these adapters in the notes of a folder of the pool.
 
     Args:
         place: relative to the pool.
@@ -195,7 +194,7 @@ def _names(place: Path, adapters: Iterable[Adapter]) -> set[str]:
 
 
 def copy_adapter(adapter: Adapter, folder: Path) -> bool:
-    """Copies configuration, weights and what the adapter responds to neutral texts; for use within `new_folder`."""
+    """Copies configuration, weights and calibration of an adapter; for use inside `new_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     start = initial_folder(adapter.folder) if isinstance(adapter.file, WithInitial) else None
     for file in (adapter.folder / CONFIG, adapter.file.path):
@@ -212,7 +211,7 @@ def copy_adapter(adapter: Adapter, folder: Path) -> bool:
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
-    """Writes one PEFT folder, which may be there already, in place; for use within `new_folder`."""
+    """Writes one PEFT folder in place, which may exist; for use inside `new_folder`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +220,7 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[st
 
 
 def plain_tensors(weights: Mapping[str, LoraWeights]) -> dict[str, Tensor]:
-    """Factors under the keys that PEFT gives them. Their scales are the configuration's affair."""
+    """Factors under PEFT's keys; scales are left to the configuration."""
     return {
         f"base_model.model.{path}.lora_{side}.weight": tensor
         for path, one in weights.items()
@@ -230,7 +229,7 @@ def plain_tensors(weights: Mapping[str, LoraWeights]) -> dict[str, Tensor]:
 
 
 def unscaled(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Settings under which every module's scale is 1, whatever ranks (by module path) there are."""
+    """Settings that give every module the scale 1, for ranks by module path."""
     [(rank, _)] = Counter(ranks.values()).most_common(1)
     others = {re.escape(path): found for path, found in ranks.items() if found != rank}
     return {

@@ -1,9 +1,9 @@
-"""Looking after a pool: what its adapters do, and pools that are made of it.
+"""Maintenance of pools: analyses of their adapters, and pools that are made from them.
 
-    spectra -> anatomy -> outliers, duplicates       what the updates are, how they compare, what stands out
+    spectra -> anatomy -> outliers, duplicates       singular values, comparisons, unusual adapters, near-duplicates
     pruning, conversion                              the same adapters smaller, in another dtype, as plain LoRA
     differences                                      two pools side by side
-    card, publishing                                 a description of a pool, and its way to the Hub
+    card, publishing                                 a description of a pool, and its upload to the Hub
 
 Nothing here is needed to answer a prompt. `logo pool` has a command for each.
 """

@@ -1,15 +1,15 @@
-"""What the adapters of a pool do to each module, and which of them do nearly the same.
+"""`Anatomy`: the updates of a pool's adapters on each module, and how alike they are.
 
-Every module's tensors of all adapters are read once, one module after the other, and only factors are ever decomposed.
-Two adapters are compared on the modules that both adapt:
+Tensors are read once, module by module, and only factors are decomposed. Two adapters are compared on the modules that
+both adapt:
 
-    overlap   ‖U_iᵀ U_j‖_F² / min(k_i, k_j)   the mean over these modules: 1 where the column space of one holds that of
-                                              the other, about k / d_out for updates that have nothing to do with each
-                                              other. U_i are the left singular vectors that hold `ENERGY` of ‖ΔW_i‖²:
-                                              the smallest ones of a trained adapter are noise.
-    cosine    ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖)   over all modules: 1 only for the same update, up to its size.
+    overlap   ‖U_iᵀ U_j‖_F² / min(k_i, k_j)   the mean over these modules: 1 if the column space of one holds that of
+                                              the other, about k / d_out for unrelated updates. U_i are the left
+                                              singular vectors that hold `ENERGY` of ‖ΔW_i‖², since the smallest ones
+                                              of a trained adapter are noise.
+    cosine    ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖)   over all modules: 1 only for equal updates, up to their size.
 
-Near-duplicates are alike in size too: `min(‖ΔW_i‖, ‖ΔW_j‖) / max(‖ΔW_i‖, ‖ΔW_j‖)`.
+Near-duplicates have similar norms, too: `min(‖ΔW_i‖, ‖ΔW_j‖) / max(‖ΔW_i‖, ‖ΔW_j‖)`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from logo.adapters.upkeep.spectra import Spectrum, effective_rank, rank_for, spe
 
 ENERGY = 0.99
 _ROUNDING = 1e-6
-# Floats of one block of inner products (64 MiB): bounds memory whatever the pool's size.
+# Floats of one block of inner products (64 MiB), which bounds memory for pools of any size.
 _BLOCK = 16 * 2**20
 
 Tell = Callable[[], None]
@@ -36,7 +36,7 @@ Tell = Callable[[], None]
 
 @dataclass(frozen=True)
 class Update:
-    """One adapter on one module: `‖s B A‖_F`, and how many directions it spreads over."""
+    """One adapter on one module: `‖s B A‖_F`, and the effective rank."""
 
     norm: float
     effective_rank: float
@@ -44,13 +44,13 @@ class Update:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A pool taken apart.
+    """The updates of a pool's adapters, compared.
 
     Attributes:
         names: of the adapters, in pool order.
         updates: adapter -> module path, without wrappers in front -> update.
-        overlap: (n, n) float64; NaN where two adapters share no module (of one shape) on which both do something.
-        cosine: (n, n) float64; NaN where one adapter does nothing at all.
+        overlap: (n, n) float64; NaN if two adapters share no module (of one shape) on which both are not zero.
+        cosine: (n, n) float64; NaN if one adapter is zero.
     """
 
     names: tuple[str, ...]
@@ -63,12 +63,12 @@ class Anatomy:
         return math.hypot(*(update.norm for update in self.updates[name].values()))
 
     def effective_rank(self, name: str) -> float:
-        """The mean over the modules on which it does something; 0 where there is none."""
+        """The mean over modules on which the adapter is not zero; 0 if there is none."""
         found = [update.effective_rank for update in self.updates[name].values() if update.norm > 0]
         return fmean(found) if found else 0.0
 
     def nearest(self, name: str) -> tuple[str, float, float] | None:
-        """The adapter of the highest overlap, with overlap and cosine; None where there is none to compare with."""
+        """The adapter with the highest overlap, the overlap and the cosine; None if there is none to compare with."""
         row = self.names.index(name)
         others = [i for i in range(len(self.names)) if i != row and not math.isnan(float(self.overlap[row, i]))]
         if not others:
@@ -77,11 +77,13 @@ class Anatomy:
         return self.names[best], float(self.overlap[row, best]), float(self.cosine[row, best])
 
     def near_duplicates(self, threshold: float) -> list[tuple[str, str, float, float]]:
-        """Pairs whose overlap, cosine and ratio of norms all reach the threshold, with the first two, the most alike
-        first. Without the norms, an adapter could go for one that does the same a hundred times weaker."""
+        """Pairs whose overlap, cosine and ratio of norms all reach the threshold, with overlap and cosine, best first.
+
+        Without the norms, an adapter could be a duplicate of one with the same update at a hundredth of the size.
+        """
         norms = torch.tensor([self.norm(name) for name in self.names], dtype=torch.float64)
         ratio = torch.minimum(norms[:, None], norms) / torch.maximum(norms[:, None], norms)
-        # NaN reaches nothing. Two norms that differ by rounding are one.
+        # NaN reaches no threshold. Norms that differ by rounding count as equal.
         alike = (self.overlap >= threshold) & (self.cosine >= threshold) & (ratio >= threshold - _ROUNDING)
         pairs = [(i, j) for i, j in alike.nonzero().tolist() if i < j]
         found = [(self.names[i], self.names[j], float(self.overlap[i, j]), float(self.cosine[i, j])) for i, j in pairs]
@@ -89,10 +91,10 @@ class Anatomy:
 
 
 def anatomy(adapters: Sequence[Adapter], tell: Tell | None = None) -> Anatomy:
-    """Takes a pool apart. The time grows with the square of the pool's stacked rank, module by module.
+    """Compares the adapters of a pool. The time grows with the square of the sum of ranks.
 
     Args:
-        tell: called after each module; there are as many as `module_paths` has.
+        tell: called after each module of `module_paths`.
 
     Raises:
         AdapterError: an adapter cannot be read.
@@ -104,7 +106,7 @@ def anatomy(adapters: Sequence[Adapter], tell: Tell | None = None) -> Anatomy:
     for path, holders in module_paths(adapters).items():
         alike: dict[
             tuple[int, int], dict[int, Spectrum]
-        ] = {}  # by shape: adapters of other models have nothing to share
+        ] = {}  # by shape: adapters of different base models are not compared
         for place, own in holders.items():
             found = spectrum(adapters[place].read([own])[own])
             updates[adapters[place].name][path] = Update(found.norm, effective_rank(found.values))
@@ -125,7 +127,7 @@ def anatomy(adapters: Sequence[Adapter], tell: Tell | None = None) -> Anatomy:
 
 
 def module_paths(adapters: Sequence[Adapter]) -> dict[str, dict[int, str]]:
-    """Module path without wrappers in front -> place of an adapter -> the path in its file, in the model's order."""
+    """Module path without wrappers -> index of an adapter -> the path in its file, in the model's order."""
     found: dict[str, dict[int, str]] = {}
     for place, adapter in enumerate(adapters):
         for path in adapter.modules:
@@ -134,12 +136,12 @@ def module_paths(adapters: Sequence[Adapter]) -> dict[str, dict[int, str]]:
 
 
 def layer_of(path: str) -> int | None:
-    """The first number in a module path: the layer, in every model that has layers."""
+    """The first number in a module path, which is the layer."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 def kind_of(path: str) -> str:
-    """A module's name without its layer."""
+    """The module path without the layer."""
     return path.rsplit(".", 1)[-1]
 
 
@@ -148,14 +150,14 @@ def _in_order(path: str) -> list[tuple[int, str]]:
 
 
 def _compared(spectra: Mapping[int, Spectrum]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """On one module, some adapters against all: their places, inner products of updates, overlaps of column spaces."""
+    """Yields, for some adapters against all on one module: indices, inner products, overlaps of column spaces."""
     owner = torch.cat([torch.full((len(one.values),), i) for i, one in enumerate(spectra.values())])
     counts = torch.tensor([rank_for(one.values, ENERGY) for one in spectra.values()])
     place = torch.cat([torch.arange(len(one.values)) for one in spectra.values()])
     main = place < counts[owner]  # (R,): the directions that count for the overlap
     norms = torch.tensor([one.norm for one in spectra.values()], dtype=torch.float64)
     left = torch.cat([one.left for one in spectra.values()], dim=1).float()  # (out, R)
-    # Of norm 1 while they are float32, so that no product of small updates is lost.
+    # Scaled to norm 1, so that products of small updates do not underflow in float32.
     right = torch.cat([one.values[:, None] / one.norm * one.right for one in spectra.values()]).float()  # (R, in)
     ends = torch.bincount(owner).cumsum(0)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])

@@ -1,6 +1,6 @@
-"""A model card for a pool: what is in it, how it is used, where it comes from; Markdown with the Hub's front matter.
+"""The model card of a pool (content, use, origin) in Markdown with the Hub's front matter.
 
-Knows nothing about a pool but what its adapters and its `pool.json` say, of which every part may be missing.
+It is made from the adapters and from `pool.json`, in which any entry may be missing.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from logo.adapters.notes import BEFORE, CHANGES
 from logo.hub.names import is_hub_id, is_repo_id
 
 PICTURE = "study.png"
-# Ranks that vLLM can be started for.
+# Values of vLLM's --max-lora-rank.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Where base models lie unless somebody says otherwise: `hf_models/Qwen2.5-7B` only looks like a Hub id.
+# The default folder of base models; `hf_models/Qwen2.5-7B` looks like a Hub id but is none.
 _MODELS = "hf_models"
 _NAMES = ("base", "base_model", "base_model_name_or_path")
-# What a study says of a signal, as the card's heads call it.
+# Keys of a study, and the headings of their columns.
 _MEASURES = {"top1": "top-1", "top3": "top-3", "mrr": "MRR", "exact_match": "exact match", "nll": "NLL"}
-_LONGEST = 400  # characters of an entry of `pool.json` that is shown as it is
+_LONGEST = 400  # longer entries of `pool.json` are summarised
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is made of.
+    """A card.
 
     Attributes:
         title: the pool's name.
         adapters: in pool order.
         root: the pool's folder, in which the adapters lie.
         notes: `pool.json`.
-        base_model: a Hub id or a name; None: what the adapters agree on, or the notes say.
-        place: how the pool is named on a command line: a Hub repository with a folder in it, or a folder.
+        base_model: a Hub id or a name; None: the one that all adapters or the notes name.
+        place: the pool on a command line: a Hub repository with a folder in it, or a folder.
         licence: the front matter's `license`.
         study: the JSON of `logo eval study`.
         picture: whether `study.png` lies beside the card.
@@ -71,8 +71,7 @@ class Card:
 
     @property
     def base(self) -> str | None:
-        """The base model, as far as it is known; of one that lies in a folder, the folder's own name. None where there
-        are several."""
+        """The base model; of a folder, its name. None if it is not known or there are several."""
         if self.base_model is not None:
             return _public(self.base_model, given=True)
         if len(self.bases) > 1:
@@ -83,7 +82,7 @@ class Card:
 
     @property
     def bases(self) -> list[str]:
-        """What the adapters name as their base models, each once, whether by its Hub id or by a folder."""
+        """The distinct base models that the adapters name, by Hub id or folder."""
         found: dict[str, str] = {}
         for name in sorted({adapter.config.base_model for adapter in self.adapters} - {None, ""}, key=str):
             shown = _public(str(name))
@@ -122,7 +121,7 @@ class Card:
         rank = max(adapter.ranks[-1] for adapter in self.adapters)
         served = next((known for known in _VLLM_RANKS if known >= rank), rank)
         repo, folder = self._split()
-        below = first.folder.relative_to(self.root).as_posix()  # `.`: the pool is this one adapter
+        below = first.folder.relative_to(self.root).as_posix()  # `.` if the pool is this one adapter
         inside = _joined(folder, below)
         here = _joined(self.place, below) or "."
         where = f'"{here}"'
@@ -161,13 +160,13 @@ class Card:
         return "\n".join(lines)
 
     def _split(self) -> tuple[str, str]:
-        """Repository and folder in it; a local folder and nothing."""
+        """Repository and folder in it, or a local folder and an empty text."""
         parts = self.place.split("/")
         repo = "/".join(parts[:2])
         return (repo, "/".join(parts[2:])) if is_repo_id(repo) else (self.place, "")
 
     def _found(self) -> str:
-        """What a study measured."""
+        """The section with the results of a study."""
         if self.study is None and not self.picture:
             return ""
         parts = ["## Which adapters answer which prompts"]
@@ -188,14 +187,14 @@ class Card:
         return "\n\n".join(parts)
 
     def _origin(self) -> str:
-        """What `pool.json` says, entry by entry; what is too long to read is counted."""
+        """The section with the entries of `pool.json`; long ones are counted."""
         notes = {key: value for key, value in self.notes.items() if value not in (None, "", [], {})}
         lines = [f"- {key}: {_steps(value) if key == CHANGES else _told(value)}" for key, value in notes.items()]
         return "\n".join(["## Where they come from", "", *lines]) if lines else ""
 
 
 def short_ranks(ranks: Sequence[int]) -> str:
-    """Ranks, ascending, as `8` or `4/8/16`, and where there are many as `1–16`."""
+    """Ascending ranks as `8` or `4/8/16`, or `1–16` if there are many."""
     return "/".join(map(str, ranks)) if len(ranks) <= 3 else f"{ranks[0]}–{ranks[-1]}"
 
 
@@ -204,8 +203,11 @@ def _joined(*parts: str) -> str:
 
 
 def _public(name: str, given: bool = False) -> str:
-    """A base model by a name that means something elsewhere: its Hub id, or of a folder here the last part. One that
-    is `given` as a Hub id is one, though there may be a folder of that name."""
+    """A base model's name for others: its Hub id, or the last part of a local folder.
+
+    Args:
+        given: the user gave the name, so that it is a Hub id even if there is a folder of that name.
+    """
     folder = name.rstrip("/")
     on_hub = (is_repo_id if given else is_hub_id)(folder) and not folder.startswith(f"{_MODELS}/")
     return folder if on_hub else folder.rsplit("/", 1)[-1]
@@ -216,7 +218,7 @@ def _module(adapter: Adapter, local: str) -> str:
 
 
 def _losses(notes: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Every number called a loss that the notes hold for adapters by name: what it is called -> adapter -> number."""
+    """The losses in the notes: name of the loss -> adapter -> number."""
     found: dict[str, dict[str, str]] = {}
     for entries in (value for key, value in notes.items() if key != BEFORE):
         if not isinstance(entries, Mapping) or not set(names) & set(entries):
@@ -229,7 +231,7 @@ def _losses(notes: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[st
 
 
 def _numbers(entry: Any, deep: bool = False) -> Iterator[tuple[str, float]]:
-    """Numbers by name; with `deep` also those one level further down, where `logo train` has them."""
+    """Numbers by name; with `deep` also those one level down, where `logo train` writes them."""
     if isinstance(entry, Mapping):
         for key in entry:
             value = _number(entry, key)
@@ -245,7 +247,7 @@ def _number(entry: Any, key: str) -> float | None:
 
 
 def _steps(changes: Any) -> str:
-    """What was done to the pool: `prune (energy 0.9), convert (dtype bf16)`."""
+    """The changes of a pool as text: `prune (energy 0.9), convert (dtype bf16)`."""
     steps = []
     for change in changes if isinstance(changes, list) else ():
         if isinstance(change, Mapping) and isinstance(change.get("command"), str):

@@ -1,6 +1,6 @@
-"""Converting adapters: another dtype, safetensors instead of a pickle, PiSSA and the like to plain LoRA.
+"""Converts adapters: to another dtype, from pickles to safetensors, from PiSSA and the like to plain LoRA.
 
-PiSSA, OLoRA, CorDA and LoRA-GA begin with factors `A_0, B_0` that are taken out of the base weights: they train
+PiSSA, OLoRA, CorDA and LoRA-GA subtract initial factors `A_0, B_0` from the base weights and train
 `W - s B_0 A_0 + s B A`. On the untouched base the update is therefore
 
     s B A - s B_0 A_0 = s [B, -B_0] [A; A_0]
@@ -28,9 +28,9 @@ from logo.adapters.upkeep.spectra import norm, relative_error
 from logo.adapters.writing import plain_tensors, save_adapter
 from logo.errors import AdapterError, StorageError
 
-# Largest relative error that another dtype may cost: bfloat16 costs 0.3 %.
+# The largest relative error of another dtype; bfloat16 has 0.3 %.
 _TOLERATED = 0.01
-# Share of an update that may be left of it by rounding alone, once the very same update is taken away.
+# A relative difference up to which two updates are equal but for rounding.
 _NOTHING = 1e-6
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,7 +38,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Initial:
-    """The adapters as they were before training: one for all, or one for each by name."""
+    """The initial states of adapters: one for all, or one for each by name."""
 
     folder: Path
     alone: Adapter | None
@@ -46,7 +46,7 @@ class Initial:
 
     @classmethod
     def open(cls, folder: Path, *, allow_pickle: bool = False) -> Initial:
-        """Reads one adapter, or a pool of them under the names that the trained ones have.
+        """Opens one initial adapter, or a pool of them under the names of the trained ones.
 
         Raises:
             StorageError: the folder cannot be read, or holds no adapter.
@@ -59,7 +59,7 @@ class Initial:
         return cls(folder, alone, {adapter.name: adapter for adapter in found})
 
     def of(self, adapter: Adapter) -> Adapter:
-        """The one that an adapter was trained from.
+        """The initial state of an adapter.
 
         Raises:
             AdapterError: there is none of its name.
@@ -72,14 +72,14 @@ class Initial:
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of an adapter.
+    """A converted adapter.
 
     Attributes:
-        adapter: as it was.
+        adapter: the original.
         weights: by module path, in the new dtype; scales as before.
         config: its settings.
-        before: the dtypes that it was stored in.
-        init: the initialisation that it was freed from; None for a plain adapter.
+        before: the dtypes of the original.
+        init: the initialisation that was removed; None for a plain adapter.
         error: `‖ΔW - ΔW'‖ / ‖ΔW‖` of rounding to the new dtype.
     """
 
@@ -96,13 +96,13 @@ def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initi
 
     Args:
         adapter: may be opened `unconverted`.
-        dtype: None: as it is stored.
-        initial: for adapters whose initialisation changed the base weights, and for no others.
+        dtype: of the result; None: unchanged.
+        initial: required for adapters whose initialisation changed the base weights, and only for these.
 
     Raises:
-        AdapterError: it cannot be read, does not say that it began as something else though `initial` is given, its
-            initial adapter is missing, another one's or the trained one itself, or it does not fit in the dtype: a
-            value is too large, or too much is lost.
+        AdapterError: it cannot be read; `initial` is given but the configuration names no such initialisation; the
+            initial state is missing, of another adapter, or equal to the trained one; or the dtype overflows or loses
+            too much.
     """
     config = read_raw(adapter.folder)
     init = changed_base(config)
@@ -143,7 +143,7 @@ def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initi
 
 
 def write_converted(result: Converted, folder: Path) -> None:
-    """Writes it as a PEFT folder."""
+    """Writes a converted adapter as a PEFT folder."""
     save_adapter(folder, plain_tensors(result.weights), result.config)
 
 
@@ -167,7 +167,7 @@ def _freed(adapter: Adapter, weights: Mapping[str, LoraWeights], initial: Adapte
                 f"its initial adapter {initial.folder} has another scale at {path}: {start.scaling:g}, expected "
                 f"{one.scaling:g}",
             )
-        # Two dtypes meet in the wider one.
+        # Different dtypes are promoted to the wider one.
         doubled[path] = LoraWeights(torch.cat([one.A, start.A]), torch.cat([one.B, -start.B], dim=1), one.scaling)
     if _size(doubled) <= _NOTHING * _size(weights):
         raise AdapterError(

@@ -1,4 +1,4 @@
-"""How two pools differ: which adapters only one has, which are the same, and how far apart the others' updates are."""
+"""Compares two pools: adapters that only one has, equal ones, and how far apart the updates of others are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from logo.adapters.upkeep.spectra import difference, inner, norm
 
 Kind = Literal["same bytes", "same update", "other update", "other shapes"]
 
-# Relative difference up to which two updates are one: what float32 factors of the same product leave.
+# A relative difference up to which two updates are equal but for the rounding of float32 factors.
 SAME = 1e-6
 
 
@@ -25,11 +25,11 @@ class Difference:
 
     Attributes:
         name: in both pools.
-        kind: `same bytes`: the same weight file and scales; `same update`: other factors or another dtype of the same
-            product; `other shapes`: they were made for different base models.
-        relative: `‖ΔA - ΔB‖ / ‖ΔA‖` over all modules; infinite where only ΔA is zero, NaN with other shapes.
-        cosine: `⟨ΔA, ΔB⟩ / (‖ΔA‖ ‖ΔB‖)`; 1 for the same bytes, NaN where one is zero, and with other shapes.
-        modules: how many both adapt; `only`: how many only the first, and only the second.
+        kind: `same bytes`: equal weight files and scales; `same update`: other factors or another dtype of the same
+            product; `other shapes`: adapters of different base models.
+        relative: `‖ΔA - ΔB‖ / ‖ΔA‖` over all modules; infinite if only ΔA is zero, NaN with other shapes.
+        cosine: `⟨ΔA, ΔB⟩ / (‖ΔA‖ ‖ΔB‖)`; 1 for the same bytes, NaN if one is zero or with other shapes.
+        modules: the number of modules that both adapt; `only`: that only the first, and only the second adapts.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether they add the same to the base model."""
+        """Whether both are the same update."""
         return self.kind in ("same bytes", "same update")
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Two pools.
+    """The differences of two pools.
 
     Attributes:
         shared: the adapters of both, by name.
@@ -66,7 +66,7 @@ class Differences:
 
 
 def compared(one: AdapterPool, other: AdapterPool, tell: Callable[[], None] | None = None) -> Differences:
-    """Every adapter of two pools; `tell` is called after each that both have.
+    """Compares two pools; `tell` is called after each adapter that both have.
 
     Raises:
         AdapterError: one cannot be read.
@@ -83,7 +83,7 @@ def compared(one: AdapterPool, other: AdapterPool, tell: Callable[[], None] | No
 
 
 def difference_of(name: str, one: Adapter, other: Adapter) -> Difference:
-    """How two adapters differ.
+    """Compares two adapters.
 
     Raises:
         AdapterError: one cannot be read.

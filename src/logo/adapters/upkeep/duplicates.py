@@ -1,4 +1,4 @@
-"""Which adapters of a pool may go, because another one that stays does nearly the same."""
+"""Finds the adapters of a pool that can be removed, because one that stays is nearly the same update."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from logo.adapters.upkeep.anatomy import Anatomy
 
 @dataclass(frozen=True)
 class Gone:
-    """An adapter that goes, and the one that stays for it; with the norm of each."""
+    """An adapter to remove and the one that stays instead, each with its norm."""
 
     name: str
     kept: str
@@ -22,12 +22,11 @@ class Gone:
 
 
 def duplicates(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> list[Gone]:
-    """The adapters to leave out, in pool order.
+    """The adapters to remove, in pool order.
 
-    Adapters are gone through from the one with most parameters on, in the order of names where these are equal. Each
-    stays, unless it is a near-duplicate of one that stays: so nobody goes for the sake of somebody who goes, and what
-    goes is as near as the threshold says to what stays for it. Adapters that act on different tokens are never
-    duplicates, unless they do nothing: two of those are.
+    Adapters are visited by falling number of parameters, then by name. Each stays, unless it is a near-duplicate of one
+    that stays, so that every removed adapter is as close to one that stays as the threshold says. Adapters that act on
+    different tokens are never duplicates, unless both are zero.
     """
     alike: dict[str, dict[str, tuple[float, float]]] = {adapter.name: {} for adapter in adapters}
     where = {adapter.name: adapter.activation for adapter in adapters}

@@ -1,4 +1,4 @@
-"""What stands out in a pool: adapters that do nothing, or far more than the others, or were made by another recipe."""
+"""Finds unusual adapters of a pool: those that are zero, far larger than others, or of another training recipe."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from logo.adapters.format import Adapter
 from logo.adapters.layout import core_path
 from logo.adapters.upkeep.anatomy import Anatomy, kind_of
 
-# A norm so many times the pool's median, or less than one over it, stands out.
+# A norm is unusual if it is so many times the pool's median, or the median so many times the norm.
 FAR = 5.0
-# What so large a share of a pool has in common is its habit; without a habit nothing deviates from it.
+# A property is usual if at least this share of the pool has it; only then are the others unusual.
 HABIT = 2 / 3
 
 
 @dataclass(frozen=True)
 class Outlier:
-    """Something that stands out: a key, the same in words, and the adapters of which it is true."""
+    """Something unusual: a key, the same in words, and the adapters concerned."""
 
     kind: str
     text: str
@@ -27,7 +27,7 @@ class Outlier:
 
 
 def outliers(adapters: Sequence[Adapter], found: Anatomy) -> list[Outlier]:
-    """All that stands out, what matters most first."""
+    """Everything unusual, the most important first."""
     listed = [*_untrained(found), *_other_base(adapters), *_far(found)]
     for kind, of, words in _HABITS:
         listed += _unlike(kind, adapters, of, words)
@@ -49,7 +49,7 @@ def _untrained(found: Anatomy) -> Iterator[Outlier]:
 
 
 def _other_base(adapters: Sequence[Adapter]) -> Iterator[Outlier]:
-    """Adapters that have a module in another shape than most: they belong to another base model."""
+    """Adapters with a module of another shape than most, which belong to another base model."""
     shapes: dict[str, Counter[tuple[int, int]]] = {}
     of = {adapter.name: {core_path(path): module for path, module in adapter.modules.items()} for adapter in adapters}
     for modules in of.values():
@@ -69,7 +69,7 @@ def _other_base(adapters: Sequence[Adapter]) -> Iterator[Outlier]:
 
 def _far(found: Anatomy) -> Iterator[Outlier]:
     norms = {name: norm for name in found.names if (norm := found.norm(name)) > 0}
-    if len(norms) < 3:  # two have no middle
+    if len(norms) < 3:  # the median of two says nothing
         return
     middle = median(norms.values())
     for name, norm in norms.items():
@@ -82,7 +82,7 @@ def _far(found: Anatomy) -> Iterator[Outlier]:
 def _unlike(
     kind: str, adapters: Sequence[Adapter], of: Callable[[Adapter], Hashable], words: Callable[[Adapter], str]
 ) -> Iterator[Outlier]:
-    """Adapters without the property that most have; those that deviate alike stand together."""
+    """Adapters without the property that most have, grouped by the one that they have."""
     habits = Counter(map(of, adapters))
     [(habit, count)] = habits.most_common(1) or [(None, 0)]
     if len(adapters) < 3 or count < HABIT * len(adapters):

@@ -1,7 +1,7 @@
-"""Pruning: every update replaced by the best one of a smaller rank.
+"""Prunes adapters: replaces every update by its best approximation of a smaller rank.
 
 The truncated singular value decomposition of `s B A` is the closest matrix of its rank (Eckart and Young, 1936). It is
-made from the factors, and its own factors are `B' = U √σ` and `A' = √σ Vᵀ`, with a scale of 1.
+computed from the factors; the new factors are `B' = U √σ` and `A' = √σ Vᵀ`, with a scale of 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from logo.errors import AdapterError, UsageError
 
 @dataclass(frozen=True)
 class Budget:
-    """How small an update becomes: a share of its squared norm to keep, or a rank.
+    """The size of pruned updates: a share of the squared norm to keep, or a rank.
 
     Raises:
         UsageError: both or neither is given, or one is out of range.
@@ -41,12 +41,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Pruned:
-    """An adapter of smaller rank.
+    """A pruned adapter.
 
     Attributes:
-        weights: by module path, in the dtype that the adapter had; of scale 1, unless they are its own.
-        error: `‖ΔW - ΔW'‖ / ‖ΔW‖` over all modules, rounding to that dtype included.
-        kept: no module's rank is smaller, so these are the adapter's own factors.
+        weights: by module path, in the adapter's dtype, with scale 1 unless `kept`.
+        error: `‖ΔW - ΔW'‖ / ‖ΔW‖` over all modules, including rounding to the dtype.
+        kept: whether no module's rank became smaller, so that these are the original factors.
     """
 
     adapter: Adapter
@@ -61,14 +61,14 @@ class Pruned:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds."""
+        """The number of its parameters."""
         return sum(one.A.numel() + one.B.numel() for one in self.weights.values())
 
 
 def pruned(adapter: Adapter, budget: Budget) -> Pruned:
-    """The adapter within the budget. No module's rank grows, and none is left out: an update of zeros keeps rank 1.
+    """Prunes an adapter. No rank grows, and no module is left out: an update of zeros keeps rank 1.
 
-    An adapter that is within it already keeps its factors: other ones would only be rounded once more.
+    An adapter that is within the budget keeps its factors, since new ones would be rounded again.
 
     Raises:
         AdapterError: it cannot be read, or the new factors do not fit in its dtype.
@@ -96,7 +96,7 @@ def rounded(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
 
 
 def write_pruned(result: Pruned, folder: Path) -> None:
-    """Writes it as a PEFT folder with the settings that the adapter had, but for ranks and scales."""
+    """Writes a pruned adapter as a PEFT folder with its old settings but for ranks and scales."""
     config = read_raw(result.adapter.folder)
     if isinstance(result.adapter.file, WithInitial):
         config |= doubled(config)

@@ -1,8 +1,8 @@
-"""A pool on its way to the Hub: which of its files go, where they go, and what a refusal means.
+"""Uploads a pool to the Hub.
 
-Only safetensors adapters, their configurations, what `logo train` writes beside them, the card with its picture and
-`pool.json` ever leave: no pickles, no checkpoints, nothing else that happens to lie in the folder. Uploading, retries
-and tokens are `huggingface_hub`'s.
+Only safetensors adapters, their configurations, the files of `logo train`, the card with its picture and `pool.json`
+are uploaded: no pickles, no checkpoints, and no other files of the folder. Uploading, retries and tokens are
+`huggingface_hub`'s.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from logo.hub.failures import causes, hub_error
 from logo.hub.names import clean_subfolder, is_repo_id
 
 CARD = "README.md"
-# What training tools call folders of states in between.
+# Folders of checkpoints, as training tools name them.
 _CHECKPOINT = re.compile(r"checkpoints?([-_.]?\d+)?", re.IGNORECASE)
 _LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What is sent.
+    """The files to upload, and where.
 
     Attributes:
         root: the pool's folder.
@@ -49,12 +49,12 @@ class Upload:
 
         Args:
             adapters: read from safetensors files.
-            folder: None: as the official collection calls it, `{base}-loras-{name of the pool}`.
+            folder: None: `{base}-loras-{name of the pool}`, as in the official collection.
 
         Raises:
-            UsageError: the repository or the folder cannot be one, no base model is known to call the folder by, what
-                lies beside adapters is a link out of the pool or not what it is called, or what says where an adapter
-                acts lies outside.
+            UsageError: the repository or the folder is not valid; no base model is known for the folder's name; a
+                file beside adapters is a link out of the pool or no JSON object; or a `pool.json` that applies to an
+                adapter lies outside of the pool.
         """
         if not is_repo_id(repo):
             raise UsageError(f"{repo!r} is not a Hub repo id; expected namespace/name")
@@ -70,7 +70,7 @@ class Upload:
                     "would not be sent: push that folder, or copy this one with `logo pool convert`, which writes it "
                     "down there"
                 )
-            # These two were read as what they are. Anything may hide behind a link that is only called like the others.
+            # These two were read as adapters. The other files may be links to anything, and are checked.
             sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
             beside = [file for file in (adapter.folder / RECORD,) if file.is_file()]
             beside += (adapter.folder / RESPONSES).rglob("*.safetensors")
@@ -88,17 +88,17 @@ class Upload:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether an adapter's name says that it is a state in the middle of training."""
+    """Whether an adapter's name is that of a checkpoint."""
     return any(_CHECKPOINT.fullmatch(part) for part in name.split("/"))
 
 
 def push(upload: Upload, *, private: bool = False, message: str | None = None) -> str:
-    """Makes the repository if there is none, sends what has changed, and returns the address.
+    """Creates the repository if there is none, uploads what has changed, and returns the address.
 
-    A card goes to the top of the repository too, where the Hub shows it, unless there is one.
+    The card is also uploaded to the top of the repository, where the Hub shows it, unless there is one.
 
     Args:
-        private: of a new repository; one that exists has to be private already.
+        private: a new repository is private, and an existing one has to be.
 
     Raises:
         HubError: the Hub refuses, or cannot be reached.
@@ -112,7 +112,7 @@ def push(upload: Upload, *, private: bool = False, message: str | None = None) -
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo).private:
             raise HubError(f"Hub repo {repo}: it exists and is public, but --private was given; nothing was sent")
-        # Not `upload_folder`, which goes through the folder by itself and follows no links.
+        # Not `upload_folder`, which lists the folder itself and does not follow links.
         files = zip(upload.targets, upload.files, strict=True)
         added = [CommitOperationAdd(path, upload.root / file) for (path, _), file in files]
         api.create_commit(repo, added, commit_message=message)
@@ -127,7 +127,7 @@ def push(upload: Upload, *, private: bool = False, message: str | None = None) -
 
 
 def push_error(repo: str, error: BaseException) -> HubError:
-    """Says in one line what a failed upload means. As `hub_error`, it repeats nothing of requests or answers."""
+    """What a failed upload means, in one line, which quotes no request and no response; see `hub_error`."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for link in causes(error):

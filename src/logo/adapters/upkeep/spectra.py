@@ -1,9 +1,9 @@
-"""Spectra of LoRA updates: the singular values of `ΔW = s B A` and what follows from them, from the factors alone.
+"""`Spectrum`: the singular value decomposition of an update `ΔW = s B A`, from its factors alone.
 
     B = Q_B R_B        Aᵀ = Q_A R_A        ΔW = Q_B (s R_B R_Aᵀ) Q_Aᵀ
 
-The middle is at most r x r, and it has the singular values of ΔW, so that no matrix of ΔW's size is ever made. All of
-it is computed in float64: what an update and its rounded copy differ by is far below float32's own rounding of a sum.
+The matrix in the middle is at most r x r and has the singular values of ΔW, so no matrix of ΔW's size is made. Float64
+is necessary, since an update and its rounded copy differ by less than the rounding of sums in float32.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from logo.adapters.format import LoraWeights
 
-# Share of `‖ΔW‖_F²` below which directions are rounding errors of float64 and not of the update.
+# Directions below this share of `‖ΔW‖_F²` are rounding errors of float64.
 _ROUNDING = 1e-28
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """`ΔW = U diag(σ) Vᵀ`, without the directions that no factor has.
+    """`ΔW = U diag(σ) Vᵀ`, restricted to the directions of the factors.
 
     Attributes:
         left: U (out, k), float64.
-        values: σ (k,), descending; zeros for directions that the factors have and the product has not.
+        values: σ (k,), descending; zeros for directions that the product does not have.
         right: Vᵀ (k, in).
     """
 
@@ -41,10 +41,10 @@ class Spectrum:
         return float(self.values.norm())
 
     def truncated(self, rank: int) -> LoraWeights:
-        """The best approximation of this rank (Eckart and Young), as factors of equal size, in float64 and of scale 1.
+        """The best approximation of this rank (Eckart and Young), as factors of equal norm, in float64 with scale 1.
 
         Args:
-            rank: 1 or more; more than there are directions keeps all of them.
+            rank: 1 or more; all directions are kept if there are fewer.
         """
         roots = self.values[:rank].sqrt()
         return LoraWeights(roots[:, None] * self.right[:rank], self.left[:, :rank] * roots, 1.0)
@@ -66,7 +66,7 @@ def norm(weights: LoraWeights) -> float:
 
 
 def difference(one: LoraWeights, other: LoraWeights) -> LoraWeights:
-    """Factors of `ΔW - ΔW'`, of the sum of their ranks. Shapes of A's rows and of B's columns have to agree."""
+    """Factors of `ΔW - ΔW'`, whose rank is the sum of both; ΔW and ΔW' have to have the same shape."""
     return LoraWeights(
         torch.cat([one.A.double(), other.A.double()]),
         torch.cat([one.scaling * one.B.double(), -other.scaling * other.B.double()], dim=1),
@@ -75,7 +75,7 @@ def difference(one: LoraWeights, other: LoraWeights) -> LoraWeights:
 
 
 def relative_error(exact: Mapping[str, LoraWeights], other: Mapping[str, LoraWeights]) -> float:
-    """`‖ΔW - ΔW'‖ / ‖ΔW‖` over all modules; exactly 0 where no factor differs."""
+    """`‖ΔW - ΔW'‖ / ‖ΔW‖` over all modules; exactly 0 if no factor differs."""
     lost = [
         norm(difference(one, other[path]))
         for path, one in exact.items()
@@ -97,9 +97,9 @@ def inner(one: LoraWeights, other: LoraWeights) -> float:
 
 
 def effective_rank(values: Tensor) -> float:
-    """`exp(H)` with `H = -Σ q ln q` and `q = σ² / Σ σ²`: as many equal directions would be as spread out.
+    """`exp(H)` with `H = -Σ q ln q` and `q = σ² / Σ σ²` (Roy and Vetterli, EUSIPCO 2007, use σ instead of σ²).
 
-    Between 1 and the rank; 0 for an update of zeros. (Roy and Vetterli, EUSIPCO 2007, who take σ instead of σ².)
+    It is between 1 and the rank; 0 for an update of zeros.
     """
     energy = values.double() ** 2
     total = energy.sum()
@@ -110,7 +110,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def rank_for(values: Tensor, energy: float) -> int:
-    """The smallest rank whose truncation holds this share of `‖ΔW‖_F²`; 1 at least.
+    """The smallest rank whose truncation keeps this share of `‖ΔW‖_F²`; at least 1.
 
     Args:
         values: singular values, descending.
@@ -120,6 +120,6 @@ def rank_for(values: Tensor, energy: float) -> int:
     total = float(squares.sum())
     if not total > 0:
         return 1
-    # The sum of what is left is compared, not that of what is kept: near a share of 1 only the former has the digits.
-    left = squares.flip(0).cumsum(0).flip(0)  # left[k]: squares from k on, that is what rank k gives up
+    # The discarded sum is compared, not the kept one, which has too few digits near a share of 1.
+    left = squares.flip(0).cumsum(0).flip(0)  # left[k]: squares from k on, which rank k discards
     return max(1, int((left > max(1.0 - energy, _ROUNDING) * total).sum()))
