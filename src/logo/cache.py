@@ -1,7 +1,7 @@
-"""The cache folder: what LoGo keeps on disk so that it need not be computed twice.
+"""The cache folder, for what would otherwise be computed again.
 
-Nothing in it is needed. What is missing, damaged or out of date is computed anew, and a folder that cannot be written
-costs time only.
+Nothing in it is needed: missing, damaged or outdated files are computed again, and a folder that cannot be written only
+costs time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-# Folders that could not be written to, which has been said.
+# Folders that cannot be written to, of which a warning has told.
 _refusing: set[Path] = set()
 
 
@@ -27,7 +27,7 @@ def default_cache() -> Path:
 
 
 def cache_folder(cache: str | Path | None) -> Path | None:
-    """The folder that a `cache` argument means: None the user's, `""` none at all."""
+    """The folder that a `cache` argument means: None is the user's, `""` is none."""
     if cache is None:
         return default_cache()
     return Path(cache) if cache != "" else None

@@ -1,8 +1,6 @@
-"""`Calls`: the methods that every engine offers its callers. A subclass runs the model, in this process or inside vLLM.
+"""`Calls`: the methods of every engine. A subclass runs the model, in this process or inside vLLM.
 
-    prompts -> (read, options checked) -> selections -> answers, pieces or scores
-
-Knows how prompts are read and what calls may say; knows nothing about how a model is run.
+prompts -> (read, options checked) -> selections -> answers, pieces or scores
 """
 
 from __future__ import annotations
@@ -38,10 +36,10 @@ if TYPE_CHECKING:
 
 
 class Calls(ABC):
-    """An engine, as its callers see it.
+    """An engine that selects, generates and scores.
 
     Attributes:
-        model: the base model; perhaps without its weights, where another process has them.
+        model: the base model; without weights if another process has them.
         tokenizer: its tokenizer.
         pool: the adapters.
         settings: how prompts are read, scored and selected.
@@ -60,7 +58,7 @@ class Calls(ABC):
     @property
     @abstractmethod
     def fitted(self) -> AdapterPool:
-        """The pool, matched to the base model, less what does not fit it (`on_bad_adapter="skip"`)."""
+        """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,27 +68,27 @@ class Calls(ABC):
     @property
     @abstractmethod
     def k(self) -> int:
-        """Adapters per prompt: as asked for, else as many as suit the pool as it is now."""
+        """Adapters per prompt: the setting, or the default of the pool as it is now."""
 
     @property
     @abstractmethod
     def points(self) -> tuple[str, ...]:
-        """Where prompts are read, such as `"4.v_proj"`. The pool is calibrated, if it was not yet."""
+        """The points where prompts are read, such as `"4.v_proj"`. The pool is calibrated first if necessary."""
 
     @property
     @abstractmethod
     def folding(self) -> dict[str, Any]:
-        """What decides in which form mixtures act, for JSON."""
+        """The settings by which the form of a mixture is chosen, for JSON."""
 
     @property
     @abstractmethod
     def devices(self) -> tuple[torch.device, ...]:
-        """Those that compute."""
+        """The devices that compute."""
 
     @property
     @abstractmethod
     def versions(self) -> dict[str, str]:
-        """Of what runs the model beside PyTorch and transformers, by name."""
+        """Versions of libraries that run the model, beside PyTorch and transformers."""
 
     @property
     @abstractmethod
@@ -129,14 +127,13 @@ class Calls(ABC):
         batch_size: int = 8,
         **options: Unpack[CallOptions],
     ) -> Selection | list[Selection]:
-        """Which adapters would answer, with their weights and the scores of all.
+        """Selects the adapters that would answer, with their weights and the scores of all.
 
         Args:
             prompts: one prompt, or several (list in, list out): a string, a conversation (a list of messages with
                 `role` and `content`), token ids or a BatchEncoding; see `logo.prompts`.
-            max_new_tokens: as in `generate`: a prompt that leaves no room for them is cut in the same place.
-            batch_size: prompts per probe, fewer where they are long. `probe_context="carry"` always takes them one by
-                one, in order.
+            max_new_tokens: as in `generate`, so that a long prompt is cut in the same place.
+            batch_size: prompts per probe; fewer if they are long, and one with `probe_context="carry"`.
             **options: `k`, `signal`, `weighting`, `keep_mass` and `candidates` for this call; see `CallOptions`.
 
         Raises:
@@ -151,7 +148,7 @@ class Calls(ABC):
         return selections[0] if alone else selections
 
     def call_settings(self, **options: Unpack[CallOptions]) -> CallSettings:
-        """The options of one call, checked: errors as `select`."""
+        """Checks the options of one call; errors as `select`."""
         self._sync()
         return self._selecting.call_settings(options)
 
@@ -162,10 +159,10 @@ class Calls(ABC):
         *,
         batch_size: int = 8,
     ) -> list[Selection]:
-        """`select` for prompts that have been read, or are token ids with special tokens included; none is cut.
+        """`select` for prompts that were read, or token ids with special tokens included, which are not cut.
 
         Args:
-            calls: of all of them, or of each.
+            calls: the settings of all rows, or of each.
         """
         check_batch_size(batch_size)
         with self._lock:
@@ -175,11 +172,11 @@ class Calls(ABC):
             return self._selecting([Prompt.of(row) for row in rows], each, batch_size)
 
     def reselect(self, scores: Mapping[str, float], **options: Unpack[CallOptions]) -> Selection:
-        """The selection that scores from before give for other options; the scores are those of the options' signal."""
+        """The selection that the scores of an earlier one give with other options, which may not change the signal."""
         return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), self.call_settings(**options))
 
     def restart(self) -> None:
-        """Forgets the prompts before, where the next one would depend on them: `carry`, and a running reference."""
+        """Forgets earlier prompts, on which `probe_context="carry"` and a running reference depend."""
         with self._lock:
             self._selecting.restart()
 
@@ -209,17 +206,16 @@ class Calls(ABC):
             prompts: one prompt, or several (list in, list out, same order); of the kinds that `select` takes.
             adapters: instead of selecting: `{"name": weight, ...}`, or a `Selection`; `{}` is the base model alone.
                 A list gives each prompt its own (None: select).
-            max_new_tokens: default: the generation config's, else 256 or half of the context, whichever is less.
+            max_new_tokens: default: that of the generation config, else the smaller of 256 and half of the context.
             batch_size: prompts per forward pass.
             generation_config: any transformers config; default: the engine's own, which is greedy unless it was given
-                another, whatever the checkpoint's asks for.
-            stop_at_newline: end each answer at its first line; `"official"`: by the official code's rule.
+                another. The checkpoint's config is not used.
+            stop_at_newline: end each answer after its first line; `"official"`: by the rule of the official code.
             stop: end each answer before the first of these texts.
-            streamer: one of transformers' (`TextStreamer`, ...), of a single prompt; it is told each token.
+            streamer: a streamer of transformers (`TextStreamer`, ...) that gets each token, for a single prompt.
             activation: where all adapters act in this call: `"everywhere"`, `"last:N"` or `"invocation"`; None: as the
-                engine's settings say, and if they say nothing, each where it was trained to act.
-            **options: of the selection, as `select`, and of `GenerationConfig`, such as `do_sample=True,
-                temperature=0.7`; no others.
+                engine's settings say, else where each was trained to act.
+            **options: options of `select`, and of `GenerationConfig`, such as `do_sample=True, temperature=0.7`.
 
         Raises:
             UsageError: a prompt that is empty or cannot be read, an option that does not exist or cannot be used.
@@ -260,9 +256,9 @@ class Calls(ABC):
         activation: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Answers one prompt piece by piece; the pieces joined are `generate(prompt).text`.
+        """Yields the answer to one prompt in pieces, which together are `generate(prompt).text`.
 
-        Leaving the loop early ends the generation. Arguments as `generate`.
+        Leaving the loop ends the generation. Arguments as `generate`.
         """
         call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
@@ -276,15 +272,16 @@ class Calls(ABC):
     def score(
         self, prompt: OnePrompt, completion: str, mixtures: Sequence[Forced | None], **options: Unpack[CallOptions]
     ) -> list[Scored]:
-        """What a gold completion is worth under each of several mixtures, teacher-forced; see `logo.scoring`.
+        """Scores a gold completion under each of several mixtures, teacher-forced; see `logo.scoring`.
 
         Args:
-            mixtures: as `adapters` of `generate`: `{}` is the base model alone, None is what the prompt selects. Equal
+            mixtures: as `adapters` of `generate`: `{}` is the base model alone, None is the prompt's own selection.
+            Equal
                 ones are computed once.
-            **options: of the selection, as `select`.
+            **options: options of `select`.
 
         Raises:
-            UsageError: no prompt, a completion without tokens or too long.
+            UsageError: an empty prompt, or a completion without tokens or too long.
             PoolError: as `generate`.
         """
         call = self.call_settings(**options)
@@ -301,10 +298,10 @@ class Calls(ABC):
     def score_pairs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], adapters: Sequence[Forced], *, batch_size: int = 8
     ) -> list[Scored]:
-        """What completions are worth, each after its own prompt and under its own mixture; rows share batches.
+        """Scores completions, each after its own prompt and under its own mixture; rows share batches.
 
         Args:
-            pairs: token ids of a prompt, special tokens included, and of what continues it.
+            pairs: token ids of a prompt, special tokens included, and of its completion.
             adapters: one entry for each pair, as `adapters` of `generate`.
             batch_size: rows per forward pass.
 
@@ -318,14 +315,14 @@ class Calls(ABC):
             return self._score_pairs(pairs, mixtures, batch_size)
 
     def save_mixture(self, mixture: Forced, folder: str | Path) -> Path:
-        """Writes a mixture as one plain PEFT adapter that answers with the same tokens; see `logo.adapters.export`.
+        """Writes a mixture as one plain PEFT adapter; see `logo.adapters.export`.
 
         Args:
-            mixture: a `Selection`, or `{"name": weight, ...}`. Weights are the exact mixture's, whatever `merge` is.
+            mixture: a `Selection`, or `{"name": weight, ...}`. The sum is exact; `merge` is not used.
             folder: must not exist yet, or be empty.
 
         Raises:
-            PoolError, UsageError: an adapter that is not in the pool, a mixture of nothing, a folder that is in use.
+            PoolError, UsageError: an adapter that is not in the pool, an empty mixture, or a folder that is in use.
             StorageError: the folder cannot be written.
         """
         pool = self.fitted
@@ -335,24 +332,24 @@ class Calls(ABC):
     # -- what an engine does ------------------------------------------------------------------------------------
 
     def close(self) -> None:  # noqa: B027
-        """Ends what the engine has started outside of this object. Nothing can be asked afterwards."""
+        """Ends processes and threads of the engine, which cannot be used afterwards."""
 
     def _sync(self) -> None:  # noqa: B027
-        """Takes note of adapters that were added to or removed from the pool."""
+        """Follows changes of the pool."""
 
     def _parts(self, lengths: Sequence[int], batch_size: int) -> Iterable[Sequence[int]]:
-        """Prompts, by number, in parts that are selected for and answered one after the other."""
+        """The indices of prompts in parts, which are selected for and answered one after the other."""
         return [range(len(lengths))]
 
     def _holding(self) -> AbstractContextManager[Any]:
-        """Inside, what was read to select is kept to answer."""
+        """Inside the block, what selecting has read stays cached for answering."""
         return nullcontext()
 
     def _decoding(self, decoding: Decoding) -> Decoding:
-        """How a call is decoded, unless the engine cannot do that.
+        """Checks how a call is decoded, and returns it.
 
         Raises:
-            UsageError: an option that another engine has.
+            UsageError: this engine does not have an option.
         """
         return decoding
 
@@ -369,7 +366,7 @@ class Calls(ABC):
         """One answer for each row of token ids, in order; see `generate`.
 
         Args:
-            probed: seconds that selecting took, per row.
+            probed: seconds per row that selecting took.
         """
 
     @abstractmethod

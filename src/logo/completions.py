@@ -26,7 +26,7 @@ class CompletionScorer:
         model: a Hugging Face causal LM.
         prompts: for padding, the tokenizer and the context.
         mixer: of the same model.
-        beginnings: what the base model has read of prompts.
+        beginnings: the cache of prompt beginnings.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class CompletionScorer:
     def mixtures(
         self, pool: AdapterPool, row: Sequence[int], gold: Sequence[int], mixtures: Sequence[Mapping[str, float]]
     ) -> list[Scored]:
-        """One completion of one prompt under each mixture."""
+        """Scores one completion of one prompt under each mixture."""
         vocabulary, device = len(self._prompts.tokenizer), input_device(self._model)
         places = begins(pool, sorted({name for mixture in mixtures for name in mixture}), row)
         start = earliest(pool.activations, row) if self._beginnings is not None else 0
@@ -59,7 +59,7 @@ class CompletionScorer:
         mixtures: Sequence[Mapping[str, float]],
         batch_size: int,
     ) -> list[Scored]:
-        """Many completions, each after its own prompt and under its own mixture; errors as `continued_rows`."""
+        """Scores completions, each after its own prompt and under its own mixture; errors as `continued_rows`."""
         plain = all(activation.everywhere for activation in pool.activations)
         rows = continued_rows(pairs, mixtures, self._prompts.context, apart=not plain)
         pad = functools.partial(self._prompts.pad, side="right", device=input_device(self._model))
@@ -70,14 +70,14 @@ class CompletionScorer:
         return [scored[number] for number in range(len(pairs))]
 
     def _read(self, beginning: Sequence[int], rows: int) -> dict[str, Any]:
-        """Keys and values of a beginning, for so many rows."""
+        """The cache of a beginning for so many rows."""
         assert self._beginnings is not None
         cache = self._beginnings.cache([beginning], [len(beginning)], [len(beginning)])
         cache.batch_repeat_interleave(rows)
         return {cache_argument(self._model) or "": cache}
 
     def _active(self, pool: AdapterPool, rows: Sequence[Continued]) -> AbstractContextManager[Any]:
-        """The mixtures of rows that are read whole, each adapter from where it acts in the row's prompt."""
+        """Activates the mixtures of rows that are read whole, each adapter from where it acts in the row's prompt."""
         places = None
         if not all(activation.everywhere for activation in pool.activations):
             places = [begins(pool, row.mixture, row.prompt) for row in rows]

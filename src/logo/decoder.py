@@ -1,4 +1,4 @@
-"""`Decoder`: prompts and a mixture for each, continued by `model.generate`."""
+"""`Decoder`: continues prompts with `model.generate`, each under its own mixture."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 
-# Kinds of cache by transformers' names that hold what a plain one holds; Gemma's checkpoints ask for the last.
+# Transformers' names of caches that hold what a plain one holds; Gemma's checkpoints use the last.
 _PLAIN_CACHES = (None, "dynamic", "dynamic_full", "hybrid")
 
 
@@ -50,12 +50,12 @@ class Generation:
 
     Attributes:
         text: the decoded continuation, special tokens removed, cut before a `stop` text.
-        selection: which adapters gave it.
-        token_ids: the continuation's tokens, its end token included.
+        selection: the adapters that gave it.
+        token_ids: the tokens of the continuation, with the end token.
         finish_reason: `"stop"` (the model or a stop rule ended it) or `"length"`.
         seconds: this prompt's share of the wall time: `{"probe", "generate"}`.
-        form: how mixtures acted in its batch: `"folded"` into the weights, `"gated"` beside them, `"routed"` token by
-            token, or not at all (`"base"`).
+        form: the form of the mixtures in its batch: `"folded"` into the weights, `"gated"` beside them, `"routed"` by
+            token, or `"base"` without adapters.
     """
 
     text: str
@@ -71,11 +71,11 @@ class Decoding:
     """How one call continues its prompts.
 
     Attributes:
-        config: the call's, complete.
-        checkpoint: the base model's own, whose end tokens count where the config names none.
+        config: the complete config of the call.
+        checkpoint: the base model's own config, whose end tokens count if `config` has none.
         stop_at_newline: see `at_newline`.
         stop: see `at_texts`; answers are cut before them.
-        activation: where all adapters act, in this call; None: as the pool says.
+        activation: where all adapters act in this call; None: as in the pool.
     """
 
     config: GenerationConfig
@@ -90,7 +90,7 @@ class Decoding:
         return end_tokens(self.config, self.checkpoint)
 
     def rules(self, tokenizer: PreTrainedTokenizerBase) -> list[EndRule]:
-        """What else ends an answer: transformers would look for the config's texts in the prompt too."""
+        """Further rules that end an answer. They replace transformers' own, which also search the prompt for texts."""
         config = self.config
         texts = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
         rules = [at_texts(tokenizer, some) for some in (texts, self.stop) if some]
@@ -105,10 +105,10 @@ class Decoding:
         selections: Sequence[Selection],
         seconds: Mapping[str, float],
     ) -> list[Generation]:
-        """The answers that rows of new tokens are, each up to where it ends.
+        """Makes answers of rows of new tokens, each up to its end.
 
         Args:
-            continued: new tokens, with whatever stands behind the end, and how the mixture acted.
+            continued: new tokens, also those behind the end, and the form of the mixture.
             selections: the mixtures.
             seconds: of each row.
         """
@@ -128,10 +128,10 @@ class Decoder:
         model: a Hugging Face causal LM.
         prompts: for padding and the tokenizer.
         mixer: of the same model.
-        beginnings: what the base model has read of prompts.
+        beginnings: the cache of prompt beginnings.
 
     Attributes:
-        not_invoked: adapter -> how often it was to answer a prompt that lacks its invocation tokens.
+        not_invoked: adapter -> how many prompts lacked its invocation tokens.
     """
 
     def __init__(
@@ -152,20 +152,20 @@ class Decoder:
         selections: Sequence[Selection],
         streamer: BaseStreamer | None = None,
     ) -> list[Generation]:
-        """One answer per row of a batch. What an answer holds follows from its own row alone, to rounding.
+        """One answer per row of a batch. A row's answer does not depend on the other rows, up to rounding.
 
-        A batch whose adapters need more memory than adapters may have is answered in halves.
+        A batch whose adapters do not fit into their memory together is answered in halves.
 
         Args:
             pool: fitted to the model.
-            decoding: how.
-            probed: seconds that selecting took, per row.
+            decoding: how to decode.
+            probed: seconds per row that selecting took.
             rows: token ids of the prompts.
             selections: their mixtures.
-            streamer: of a single row; ended whatever happens, since somebody may wait for it in another thread.
+            streamer: for a single row; it is also ended after an error, since another thread may wait for it.
 
         Raises:
-            StoreFull: the adapters of one row need more memory than adapters may have.
+            StoreFull: the adapters of one row do not fit into the memory for adapters.
         """
         started = time.perf_counter()
         rules = decoding.rules(self.prompts.tokenizer)
@@ -184,7 +184,7 @@ class Decoder:
     def stream(
         self, pool: AdapterPool, row: Sequence[int], mixture: Mapping[str, float], decoding: Decoding, lock: Any
     ) -> Iterator[str]:
-        """The text of one continuation piece by piece; `lock` is held while it is generated."""
+        """Yields the text of one continuation in pieces; `lock` is held while it is generated."""
         rules, acting = decoding.rules(self.prompts.tokenizer), pool.acting(decoding.activation)
 
         def generate(streamer: Any, cancelled: Cancelled) -> None:
@@ -202,7 +202,7 @@ class Decoder:
         rules: Sequence[EndRule],
         streamer: BaseStreamer | None,
     ) -> list[tuple[list[int], Form]]:
-        """Each row's new tokens and form: of all rows at once, or of halves where their adapters do not fit."""
+        """The new tokens and the form of each row; in halves if the adapters of all rows do not fit together."""
         try:
             tokens, form = self._continue(pool, rows, mixtures, config, rules, streamer=streamer)
         except StoreFull:
@@ -228,7 +228,7 @@ class Decoder:
     ) -> tuple[list[list[int]], Form]:
         ids, mask = self.prompts.pad(rows, "left", input_device(self.model))
         config = copy.copy(config)
-        config.stop_strings = None  # they are among the rules
+        config.stop_strings = None  # the rules contain them
         if rules:
             criteria = (*criteria, EndRows(rules, ids.shape[1], growing=only_grows(config)))
         finite = Finite(stop=options.get("streamer") is not None)
@@ -237,7 +237,7 @@ class Decoder:
         if start > 0 and self._beginnings is not None:
             cache = self._beginnings.cache(rows, onset.ends, [max(0, start - pad) for pad in onset.pads])
             cache.batch_repeat_interleave(_copies(config))
-            config.cache_implementation = None  # transformers takes a cache, or the name of one
+            config.cache_implementation = None  # transformers takes either a cache or the name of one
             options[cache_argument(self.model) or ""] = cache
         work = self._work(ids[:, start:], config)
         with (
@@ -259,14 +259,14 @@ class Decoder:
         return sequences[:, ids.shape[1] :].tolist(), form
 
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
-        """Whether what comes before all adapters act is read by the base model alone."""
+        """Whether the base model alone reads the tokens before adapters act."""
         cached = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
         return self._beginnings is not None and pool.read_once and cached
 
     def _onset(
         self, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int
     ) -> Onset:
-        """Where the adapters of a batch begin to act; says so, once for each adapter, where one does not."""
+        """Where the adapters of a batch begin to act; warns once of each adapter that does not."""
         made = Onset.of(pool, rows, mixtures, width)
         self.not_invoked.note(made.silent)
         return made
@@ -284,8 +284,8 @@ class Onset:
         pads: columns before each row's first token.
         ends: tokens of each row before any adapter of the pool acts; less than all of them.
         columns: per row, adapter -> the first column in which it acts.
-        mixtures: of those that act.
-        silent: adapters that do not act in their row, one entry for each row.
+        mixtures: per row, the adapters that act.
+        silent: the adapters that do not act, one entry for each row.
     """
 
     pads: tuple[int, ...]
@@ -298,7 +298,7 @@ class Onset:
     def of(
         cls, pool: AdapterPool, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], width: int
     ) -> Onset:
-        """For rows that are padded on the left to `width` columns.
+        """The onset of rows that are padded on the left to `width` columns.
 
         Raises:
             UsageError: see `begins`.
@@ -316,11 +316,11 @@ class Onset:
 
     @property
     def read(self) -> int:
-        """The first column that the base model does not read alone."""
+        """The first column in which an adapter may act."""
         return min(pad + end for pad, end in zip(self.pads, self.ends, strict=True))
 
     def begins(self, start: int) -> Begins | None:
-        """What a mixture has to know that acts from column `start` on; None: nothing."""
+        """The columns in which adapters begin to act, for `Mixer.active`; None if all act from column `start` on."""
         return self.columns if any(begin > start for one in self.columns for begin in one.values()) else None
 
 
@@ -330,7 +330,7 @@ def _copies(config: GenerationConfig) -> int:
 
 @contextmanager
 def _without_stop_strings(checkpoint: GenerationConfig) -> Iterator[None]:
-    """Transformers would take the checkpoint's own where a call has none, and ask for a tokenizer."""
+    """Without the checkpoint's stop strings, which transformers would use and need a tokenizer for."""
     own = checkpoint.stop_strings
     checkpoint.stop_strings = None
     try:
@@ -340,7 +340,7 @@ def _without_stop_strings(checkpoint: GenerationConfig) -> Iterator[None]:
 
 
 def overflow(mixture: Mapping[str, float]) -> NotFinite:
-    """What is raised where a mixture overflows; names the adapters that weigh most."""
+    """The error for a mixture that overflows; it names the adapters with the largest weights."""
     names = sorted(mixture, key=lambda name: -abs(mixture[name]))
     listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     under = f"with the adapters {listed}" if names else "with no adapter"

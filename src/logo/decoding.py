@@ -1,6 +1,6 @@
-"""Token ids in, token ids out: tokenizing and truncating prompts, padding batches, stopping, cutting the answers.
+"""Prompts to padded batches of token ids, generation configs and streaming, by transformers' means.
 
-Knows tokenizers and transformers' generate; knows nothing about adapters.
+Nothing here is about adapters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OVERFLOW = (
     "is damaged, or too large for the model's dtype; leave that adapter out, or use float32"
 )
 
-# Names from other libraries, options of transformers that count a prompt with its padding, and one of `generate` alone.
+# Names of other libraries, options that would count a prompt's padding, and an option of `generate` alone.
 _INSTEAD = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), "max_new_tokens"),
     **dict.fromkeys(("min_tokens", "min_length"), "min_new_tokens"),
@@ -40,10 +40,10 @@ _KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startsw
 
 @dataclass(frozen=True)
 class Truncation:
-    """How prompts longer than the limit are cut.
+    """How long prompts are cut.
 
     Attributes:
-        limit: most prompt tokens, or None for as many as the model's context leaves.
+        limit: the most tokens of a prompt; None: as many as the model's context leaves.
         side: `"left"` keeps the end of the prompt, `"right"` its beginning (the official code, at 2048).
     """
 
@@ -56,12 +56,12 @@ class Prompts:
 
     Args:
         tokenizer: the base model's.
-        context: the model's context length in tokens, or None if unknown.
-        truncation: what to do with long prompts.
-        checkpoint: the model's own generation config, which says what a call's config leaves open.
-        default: what is decoded with where a call names no config; None: greedy.
+        context: the model's context length in tokens; None if unknown.
+        truncation: how long prompts are cut.
+        checkpoint: the model's own generation config, for options that a call's config leaves open.
+        default: the config of calls that give none; None: greedy.
         probe_text: what of a conversation is probed; see `logo.prompts.chat`.
-        vocabulary: how many tokens the model knows, or None if unknown.
+        vocabulary: the number of tokens that the model knows; None if unknown.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Prompts:
         return [list(prompt.ids) for prompt in self.read(prompts, room)]
 
     def read(self, prompts: Sequence[Any], room: int | None = 0) -> list[Prompt]:
-        """Token ids of each prompt and which of them are probed; too long ones are cut, with a warning.
+        """Reads prompts into token ids and those that are probed; long prompts are cut with a warning.
 
         Args:
             prompts: strings, conversations or token ids; see `logo.prompts.read`.
@@ -117,7 +117,7 @@ class Prompts:
         return Prompt(self._cut(prompt.ids, limit), probe, prompt.text)
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that nobody asked about: cut where they are too long, left out where nothing remains."""
+        """Token ids of texts for calibration: long ones are cut, and empty ones left out."""
         rows = [text_ids(self.tokenizer, text) for text in texts]
         return [row[: self.context] for row in rows if row]
 
@@ -125,8 +125,7 @@ class Prompts:
         """Tokens of the context that belong to the answer.
 
         Args:
-            max_new_tokens: as the caller asks; None: 256, or half of a short context, which leaves the rest to the
-                prompt.
+            max_new_tokens: given by the caller; None: the smaller of 256 and half of the context.
 
         Raises:
             UsageError: no new tokens.
@@ -140,7 +139,7 @@ class Prompts:
     def generation_config(
         self, config: GenerationConfig | None, max_new_tokens: int | None, options: dict[str, Any]
     ) -> GenerationConfig:
-        """What one call generates with: the config given, or the default, or a greedy one, with the options on top.
+        """The config of one call: the given one, the default or a greedy one, with the options applied.
 
         Raises:
             UsageError: no new tokens, several answers per prompt, or an option that transformers does not know.
@@ -162,7 +161,7 @@ class Prompts:
         limit = self.room(config.max_new_tokens if max_new_tokens is None else max_new_tokens)
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
-        if self._checkpoint is not None:  # as transformers does, but before anything here is decided from the config
+        if self._checkpoint is not None:  # as transformers does later, but decisions here depend on it
             for name, value in self._checkpoint.to_dict().items():
                 if value is not None and hasattr(config, name) and getattr(config, name) is None:
                     setattr(config, name, copy.deepcopy(value))
@@ -205,8 +204,8 @@ def batches_by_length(
     """Indices in batches of at most `size`, longest first, so that rows of one batch need little padding.
 
     Args:
-        padded: whether rows of a batch may need padding; otherwise all rows of a batch have one length.
-        tokens: the most that a batch of several rows may hold, padding included; None: any number.
+        padded: False: all rows of a batch have the same length.
+        tokens: the most tokens of a batch of several rows, with padding; None: any number.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     alike = [order] if padded else [list(rows) for _, rows in itertools.groupby(order, key=lambda i: lengths[i])]
@@ -219,9 +218,9 @@ def batches_by_length(
 
 
 def reads_prompts(config: GenerationConfig) -> bool:
-    """Whether decoding looks at the tokens of prompts.
+    """Whether decoding depends on the tokens of prompts, as some logits processors do.
 
-    Transformers looks at their padding too, so that a row's answer would depend on the other rows of its batch.
+    Transformers gives them the padding, too, so that a row's answer would depend on the other rows of its batch.
     """
     penalties = (config.repetition_penalty, config.encoder_repetition_penalty)
     counts = (config.no_repeat_ngram_size, config.encoder_no_repeat_ngram_size, config.min_length)
@@ -229,7 +228,7 @@ def reads_prompts(config: GenerationConfig) -> bool:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes its input."""
+    """The device of a model's input."""
     weight: Tensor = model.get_input_embeddings().weight
     return weight.device
 
@@ -241,7 +240,7 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def check_streamable(rows: int, config: GenerationConfig) -> None:
-    """Raises UsageError unless transformers' streamers can be told the tokens: of one row, one by one."""
+    """Raises UsageError unless transformers' streamers support the call: one row, without beams."""
     if rows != 1:
         raise UsageError(f"streamer: expected a single prompt, found {rows}; ask for them one by one")
     if (config.num_beams or 1) != 1:
@@ -249,7 +248,7 @@ def check_streamable(rows: int, config: GenerationConfig) -> None:
 
 
 def greedy_config(**options: Any) -> GenerationConfig:
-    """Plain greedy decoding, whatever sampling the checkpoint's own generation config asks for.
+    """Plain greedy decoding, without the sampling of the checkpoint's own generation config.
 
     Any `GenerationConfig` option may be overridden; asking for sampling (`do_sample=True`) drops the greedy defaults.
     """
@@ -260,13 +259,12 @@ def greedy_config(**options: Any) -> GenerationConfig:
 
 
 class Finite(LogitsProcessor):  # type: ignore[misc]
-    """Notes rows that have a step whose largest logit is not finite: argmax would silently return token 0 there.
+    """Finds rows with a step whose largest logit is not finite, where argmax would silently return token 0.
 
-    What it finds stays on the device until `rows` is asked for. Such logits become zeros, since sampling from NaN is an
-    error that a GPU does not survive.
+    Findings stay on the device until `rows` is called. Such logits become zeros, since sampling from NaN crashes a GPU.
 
     Args:
-        stop: raise at the first such step, as a reader wants it who sees each token.
+        stop: raise at the first such step, for streams.
     """
 
     def __init__(self, *, stop: bool = False) -> None:
@@ -282,17 +280,17 @@ class Finite(LogitsProcessor):  # type: ignore[misc]
 
     @property
     def count(self) -> int:
-        """Rows in all."""
+        """The number of rows."""
         return 0 if self._finite is None else len(self._finite)
 
     @property
     def rows(self) -> list[int]:
-        """Those rows; where a row is decoded in several beams, its beams."""
+        """The rows, or beams of rows, with such a step."""
         return [] if self._finite is None else (~self._finite).nonzero()[:, 0].tolist()
 
 
 class Cancelled(StoppingCriteria):  # type: ignore[misc]
-    """Ends generation as soon as nobody listens any more."""
+    """Ends a generation once its reader has left."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -302,10 +300,10 @@ class Cancelled(StoppingCriteria):  # type: ignore[misc]
 
 
 def streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, Cancelled], None]) -> Iterator[str]:
-    """The text of a generation piece by piece, while it runs in another thread.
+    """Yields the text of a generation in pieces, while it runs in another thread.
 
     Args:
-        generate: generates, given a streamer and a stopping criterion that is met when the reader has left.
+        generate: generates with a streamer and a stopping criterion that ends it when the reader has left.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cancelled = Cancelled()
@@ -314,7 +312,7 @@ def streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, Cancel
     def work() -> None:
         try:
             generate(streamer, cancelled)
-        except BaseException as error:  # handed to the reader, who is waiting in another thread
+        except BaseException as error:  # raised in the reader's thread
             failure.append(error)
             streamer.end()
 

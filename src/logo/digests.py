@@ -1,6 +1,6 @@
-"""Digests by which a base model and its tokenizer are known, wherever they were found, and versions of libraries.
+"""Digests that identify a base model and its tokenizer, and versions of libraries.
 
-What is recorded of a base model is a digest of a sample of its weights: enough to tell two models apart, at no cost.
+The digest of a base model is that of a sample of its weights, which is enough to tell two models apart at no cost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ELSEWHERE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})  # of a configuration
 _SAMPLE = 16  # weights of each parameter
-_TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600"  # of what tokenizers read differently
+_TEXT = "  It's 1,234 km  to Zürich\n\tand\u00a0back: e\u0301 \U0001f600"  # a text that tokenizers split differently
 
 
 def fingerprint(content: Mapping[str, object]) -> str:
@@ -30,7 +30,7 @@ def fingerprint(content: Mapping[str, object]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that results depend on, in this process."""
+    """The versions of libraries in this process on which results depend."""
     import torch
     import transformers
 
@@ -38,11 +38,11 @@ def library_versions() -> dict[str, str]:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what a tokenizer makes of texts: vocabulary, merges, normaliser, added and special tokens; SHA-256 in hex."""
+    """The SHA-256 of a tokenizer (vocabulary, merges, normaliser, added and special tokens), in hex."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         whole = json.loads(backend.to_str())
-        # How the last call padded and cut, if it did.
+        # Padding and truncation of the last call do not count.
         whole = {key: value for key, value in whole.items() if key not in ("padding", "truncation")}
     else:
         reads = tokenizer(_TEXT)["input_ids"]
@@ -51,19 +51,19 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def config_digest(config: PretrainedConfig) -> str:
-    """Of a base model's configuration, without where it lies and what is recorded elsewhere; SHA-256 in hex."""
+    """The SHA-256 of a base model's configuration, without its path and what is recorded elsewhere, in hex."""
     return fingerprint({"config": _said(config.to_dict())})
 
 
 def _said(content: Any) -> Any:
-    """Configurations of parts, such as a multimodal model's, are cleaned too."""
+    """The content without such keys, also in the configurations of parts of a multimodal model."""
     if not isinstance(content, Mapping):
         return content
     return {str(key): _said(value) for key, value in content.items() if key not in _ELSEWHERE}
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Of a few weights of every parameter, wherever they are kept: enough to tell two models apart, at no cost.
+    """The digest of a few weights of every parameter, also of offloaded ones.
 
     Raises:
         ModelError: a parameter is neither in memory nor where accelerate keeps what is offloaded.
@@ -79,9 +79,11 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter by name, shared ones under each of their names; those that accelerate keeps on the host or on the
-    disk until they are used are read there, as every forward pass does, and those that another process has, in the
-    checkpoint."""
+    """Yields every parameter by name, shared ones under each of their names.
+
+    Parameters that accelerate has offloaded are read from the host or the disk, and those of another process from the
+    checkpoint.
+    """
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.device.type != "meta":
@@ -92,7 +94,7 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _offloaded(modules: Mapping[str, torch.nn.Module], name: str) -> torch.Tensor:
     parts = name.split(".")
-    for cut in range(len(parts) - 1, -1, -1):  # the hook of the module itself, or of one that it is part of
+    for cut in range(len(parts) - 1, -1, -1):  # the hook of the module or of one that contains it
         for hook in hooks(modules[".".join(parts[:cut])]):
             kept = getattr(hook, "weights_map", None)
             if kept is not None:

@@ -1,7 +1,6 @@
-"""Rules that end an answer before it has the most new tokens. A rule reads the answer's own tokens alone, so that an
-answer ends in the same place whatever other rows are in its batch.
+"""Rules that end an answer before it has the most new tokens.
 
-Knows tokenizers and transformers' stopping criteria; knows nothing about prompts, models or adapters.
+A rule reads the answer's own tokens alone, so that the end does not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 FinishReason = Literal["stop", "length"]
-# Whether an answer, all its new tokens so far, ends with the last of them.
+# Whether an answer of these tokens ends with the last one.
 EndRule = Callable[[Sequence[int]], bool]
 
 
 def end_tokens(config: GenerationConfig, model_config: GenerationConfig) -> set[int]:
-    """Token ids that end a row: the call's, else the checkpoint's."""
+    """The token ids that end a row: those of the call, else those of the checkpoint."""
     ends = config.eos_token_id if config.eos_token_id is not None else model_config.eos_token_id
     if ends is None:
         return set()
@@ -34,7 +33,7 @@ def at_newline(tokenizer: PreTrainedTokenizerBase, *, official: bool = False) ->
     """Ends an answer once its first line that is not blank is complete.
 
     Args:
-        tokenizer: to see newlines inside merged tokens.
+        tokenizer: decodes tokens, to find newlines inside them.
         official: end on the single token of "\\n" as the official code does, wherever it stands; merged tokens such
             as "\\n\\n" then do not end an answer, and a leading newline gives an empty one.
     """
@@ -51,12 +50,12 @@ def at_newline(tokenizer: PreTrainedTokenizerBase, *, official: bool = False) ->
 
 
 def at_texts(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> EndRule:
-    """Ends an answer once it holds one of these texts, none of them empty, wherever tokens begin and end."""
-    # A token is a byte or more, special ones apart; a few more, because some decoders drop a blank in front.
+    """Ends an answer once it contains one of these texts, which need not be whole tokens and must not be empty."""
+    # A token has at least one byte; a few more are read, because some decoders drop a leading blank.
     tail = max(len(stop.encode()) for stop in stops) + 4
 
     def holds(ids: Sequence[int]) -> bool:
-        text = tokenizer.decode(ids[-tail:])  # special tokens may be asked for too
+        text = tokenizer.decode(ids[-tail:])  # a stop text may be a special token
         return any(stop in text for stop in stops)
 
     return holds
@@ -68,8 +67,8 @@ class EndRows(StoppingCriteria):  # type: ignore[misc]
     Args:
         rules: on new tokens only, so that nothing in a prompt ends its answer.
         prompt_length: padded length of the prompts, where new tokens start.
-        growing: every call shows the rows of the call before with one more token each, so that no other is copied from
-            the device; see `only_grows`. Otherwise every call copies all new tokens.
+        growing: each call adds one token to each row, so that only this one is copied from the device; see
+            `only_grows`. Otherwise every call copies all new tokens.
     """
 
     def __init__(self, rules: Sequence[EndRule], prompt_length: int, *, growing: bool = False) -> None:
@@ -80,7 +79,7 @@ class EndRows(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
         done = [any(rule(row) for rule in self.rules) for row in self._read(input_ids[:, self.prompt_length :])]
-        if not any(done):  # made on the device: there is nothing to copy there
+        if not any(done):  # made on the device, without a copy
             return torch.zeros(len(done), dtype=torch.bool, device=input_ids.device)
         return torch.tensor(done, device=input_ids.device)
 
@@ -94,12 +93,12 @@ class EndRows(StoppingCriteria):  # type: ignore[misc]
 
 
 def only_grows(config: GenerationConfig) -> bool:
-    """Whether decoding adds one token to each row in every step. Beams change places, and drafts are taken back."""
+    """Whether decoding adds one token to each row in every step, unlike beam search and drafts."""
     return config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
-    """What stands before the first of the texts, whichever that is; all of it if there is none."""
+    """The text before the first occurrence of any stop text; all of it if there is none."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
 
 
@@ -108,14 +107,13 @@ def cut_after_end(
 ) -> tuple[list[int], FinishReason]:
     """A row's continuation up to and including the token that ends it, and why it ended.
 
-    Follows from the row's own tokens alone: what `generate` puts behind the end while other rows of the batch go on,
-    pad tokens or more of an answer, is not looked at.
+    Tokens behind the end, which `generate` adds while other rows of the batch go on, are ignored.
 
     Args:
-        ids: new tokens, with whatever stands behind the end.
+        ids: new tokens, also those behind the end.
         end: token ids that end a row.
         limit: the most new tokens that were allowed.
-        rules: what else ends a row.
+        rules: further rules that end a row.
     """
     for i, token in enumerate(ids):
         if token in end or any(rule(ids[: i + 1]) for rule in rules):

@@ -1,7 +1,7 @@
-"""`LoGo`: a base model in this process, a pool of adapters, and for every prompt the mixture that answers it.
+"""`LoGo`: selects and mixes adapters for every prompt, on a base model in this process.
 
-What callers may ask is in `logo.calls`; here is what runs the model, the only place that knows adapters, mixing and
-selection together. A prompt walks straight through:
+The methods for callers are in `logo.calls`. This module runs the model, and is the only one that combines adapters,
+mixing and selection:
 
     text, chat, ids -> probe -> signal -> selector -> Selection -> store -> gates -> model.generate -> Generation
 """
@@ -52,18 +52,17 @@ class LoGo(Calls, FromPretrained):
     Args:
         model: a Hugging Face causal LM, in eval mode. Its weights are never changed.
         tokenizer: the model's, with a pad token.
-        pool: the adapters. May change later (`pool.add`, `pool.remove`); the engine notices before the next call.
+        pool: the adapters. It may be changed later (`pool.add`, `pool.remove`) and is read again before the next call.
         settings: how prompts are read, scored and selected.
-        generation_config: what a call decodes with that names none; None: greedily.
-        truncation: what to do with prompts that are too long.
-        adapter_memory_gb: memory (10⁹ bytes) for adapters where the model computes; None: a share of what is free
-            there, see `logo.mixing.placement`.
+        generation_config: how calls decode that give no config; None: greedily.
+        truncation: how prompts are cut that are too long.
+        adapter_memory_gb: memory (10⁹ bytes) for adapters on the devices of the model; None: a share of the free
+            memory, see `logo.mixing.placement`.
         adapter_cache_gb: host memory for adapter files, beside an accelerator; None: as much as `adapter_memory_gb`.
-        fold: add the mixture into a copy of the weights it acts on where all rows of a batch share it, so that
-            decoding costs what the base model costs. None: when that pays and would not round it to half precision;
-            see `logo.mixing.costs`.
-        merge: how selected adapters are combined, a kind by name or a `Merge` with its options; see
-            `logo.mixing.merges`. May be changed later (`logo.merge = "ties"`).
+        fold: add a mixture that all rows of a batch share to a copy of the weights, so that decoding costs what the
+            base model costs. None: if that pays and does not round to half precision; see `logo.mixing.costs`.
+        merge: how selected adapters are combined, the name of a kind or a `Merge` with options; see
+            `logo.mixing.merges`. It may be changed later (`logo.merge = "ties"`).
         on_bad_adapter: what to do with adapters that do not fit the base model.
 
     Raises:
@@ -71,8 +70,8 @@ class LoGo(Calls, FromPretrained):
         UsageError: a merge that does not exist.
 
     Attributes:
-        beginnings: what the base model has read of prompts, where adapters act from a position on only; None: the model
-            keeps something else than keys and values, so that every prompt is read again under its mixture.
+        beginnings: the cache of prompt beginnings, for adapters that act only from a position on; None: the model keeps
+            more than keys and values, so that prompts are read again under their mixtures.
     """
 
     def __init__(
@@ -118,32 +117,32 @@ class LoGo(Calls, FromPretrained):
 
     @property
     def fitted(self) -> AdapterPool:
-        """The pool, matched to the base model, less what does not fit it (`on_bad_adapter="skip"`)."""
+        """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
         self._sync()
         return self._fitted
 
     @property
     def k(self) -> int:
-        """Adapters per prompt: as asked for, else as many as suit the pool as it is now."""
+        """Adapters per prompt: the setting, or the default of the pool as it is now."""
         self._sync()
         return self._selecting.scorers.k if self.settings.k is None else self.settings.k
 
     @property
     def scorer(self) -> Scorer:
-        """How prompts are read and adapters scored, for the pool as it is now; calibrated, if it was not yet."""
+        """The scorer of the pool as it is now, which is calibrated first if necessary."""
         with self._lock:
             self._sync()
             return self._selecting.scorer()
 
     def calibrate(self, signal: str | None = None, tell: Tell | None = None) -> Calibration | None:
-        """Makes ready to select: calibrates adapters that are not known yet, and indexes all. The first call does too.
+        """Calibrates adapters that are not cached, and indexes all, which the first selection would do otherwise.
 
         Args:
-            signal: another one than the engine's own.
-            tell: told now and then how many adapters are in the index, and how many there will be.
+            signal: another signal than the engine's own.
+            tell: called now and then with the numbers of adapters in the index so far and in all.
 
         Returns:
-            Where prompts are read, and how that was chosen; None for signals without calibration.
+            The calibration, which says where prompts are read; None for signals without one.
 
         Raises:
             AdapterError: an adapter that cannot be read.
@@ -167,7 +166,7 @@ class LoGo(Calls, FromPretrained):
 
     @property
     def folding(self) -> dict[str, Any]:
-        """What decides whether a mixture is folded into the weights, for JSON; see `logo.mixing.costs`."""
+        """The settings by which a mixture is folded, for JSON; see `logo.mixing.costs`."""
         return self._mixer.folding
 
     @property
@@ -182,7 +181,7 @@ class LoGo(Calls, FromPretrained):
 
     @property
     def reads(self) -> str:
-        """What of a prompt is read to score adapters, in words."""
+        """In words, what is read of a prompt to score adapters."""
         self._sync()
         scorers = self._selecting.scorers
         token = scorers.reading(self.settings).token
@@ -197,7 +196,7 @@ class LoGo(Calls, FromPretrained):
 
     @property
     def not_invoked(self) -> Mapping[str, int]:
-        """Adapter -> how often it was to answer a prompt that lacks its invocation tokens, and did nothing."""
+        """Adapter -> how many prompts lacked its invocation tokens, so that it did nothing there."""
         return dict(self._decoder.not_invoked)
 
     def _parts(self, lengths: Sequence[int], batch_size: int) -> Iterable[Sequence[int]]:
@@ -241,11 +240,11 @@ class LoGo(Calls, FromPretrained):
         return self._completions.pairs(self._fitted, pairs, mixtures, self._together(batch_size))
 
     def _together(self, batch_size: int) -> int:
-        """Rows per forward pass: one, where an adapter of the pool answers alone."""
+        """Rows per forward pass: one if the pool has an adapter that can only answer alone."""
         return 1 if any(adapter.alone for adapter in self._fitted) else batch_size
 
     def prepared(self, pool: AdapterPool) -> Prepared:
-        """The engine on another pool, made ready while this one goes on: nothing changes before `take`.
+        """Prepares another pool while this one is in use: nothing changes before `take`.
 
         Raises:
             PoolError: an adapter does not fit, or cannot be scored.
@@ -259,19 +258,19 @@ class LoGo(Calls, FromPretrained):
             return Prepared(pool, version, fitted, self._selecting.prepared(fitted), self.settings)
 
     def take(self, prepared: Prepared) -> None:
-        """Answers from another pool from now on."""
+        """Replaces the pool by a prepared one."""
         with self._lock:
             self._selecting.take(prepared.fitted, prepared.scorers)
             self._fitted, self._seen, self.pool = prepared.fitted, prepared.version, prepared.pool
             self._mixer.forget(self._fitted)
 
     def _sync(self) -> None:
-        """Takes note of adapters that were added to or removed from the pool."""
+        """Follows changes of the pool."""
         if self.pool.version == self._seen:
             return
         with self._lock:
             if self.pool.version != self._seen:
-                # All or nothing: a pool that cannot be used is refused again at the next call, never half taken over.
+                # A pool that cannot be used changes nothing, and is refused again at the next call.
                 self.take(self.prepared(self.pool))
 
 
@@ -301,10 +300,10 @@ def _tell_of_kinds(pool: AdapterPool, k: int | None) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pool that an engine can answer from at once.
+    """A pool that an engine can take at once.
 
     Attributes:
-        pool: as it was given, and its `version` then.
+        pool: as it was given, with its `version`.
         fitted: matched to the base model.
         scorers: of it.
         settings: the engine's.
@@ -317,5 +316,5 @@ class Prepared:
     settings: SelectionSettings
 
     def calibrate(self, signal: str) -> None:
-        """Makes ready to select by this signal. Errors as `LoGo.calibrate`."""
+        """Calibrates and indexes for a signal; errors as `LoGo.calibrate`."""
         self.scorers.get(self.settings.for_call(signal=signal))

@@ -1,10 +1,10 @@
-"""A folder of files, or one file, that changes as one: complete and new, or as it was.
+"""Replaces a folder of files, or one file, as a whole: it is either complete and new, or as it was.
 
-The files are written and synced in a hidden sibling (`.{name}.new-*`), which then takes the folder's place by rename.
-The old folder steps aside first (`.{name}.old-*`), because a folder cannot be renamed onto one that is not empty; if
-the process dies between the two renames, the next writer puts the old one back before it does anything else. Writers
-below one parent folder wait for each other (an advisory lock on the parent), so whatever hidden sibling a writer meets
-is left from a dead one and is removed. Where there is no such lock (Windows, some network drives) nothing is removed.
+Files are written and synced in a hidden sibling (`.{name}.new-*`), which is then renamed to the folder. The old folder
+is renamed first (`.{name}.old-*`), since a folder cannot be renamed onto one that is not empty; if the process dies
+between the two, the next writer restores the old one first. Writers below one parent hold a lock on the parent, so a
+hidden sibling that a writer finds was left by a dead process and is removed. Without such a lock (Windows, some network
+drives) nothing is removed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pathlib import Path
 
 from logo.errors import StorageError
 
-_PROBE_BYTES = 1 << 20  # a disk without room for this much has no room for results
+_PROBE_BYTES = 1 << 20  # a disk with less room than this is full
 
 
 def replace_folder(
     folder: Path, files: Mapping[str, str | bytes], *, owned: Collection[str] = (), option: str = "--result_dir"
 ) -> None:
-    """Make `folder` hold `files` (content by name). Of its earlier entries those in `owned` or `files` go, others stay.
+    """Writes `files` (content by name) to `folder`. Earlier entries in `owned` or `files` are replaced, others stay.
 
     Args:
-        option: how the user names another folder.
+        option: the option by which the user names another folder.
 
     Raises:
         StorageError: it cannot be written; the folder and its files are as before.
@@ -50,17 +50,17 @@ def replace_folder(
                 sync_folder(new)
                 _swap(new, target, replaced)
             finally:
-                shutil.rmtree(new, ignore_errors=True)  # nothing is there any more if all went well
+                shutil.rmtree(new, ignore_errors=True)  # it was renamed if all went well
             sync_folder(target.parent)
     except OSError as error:
         raise _unwritable(folder, error, option) from error
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Make `file` hold `content`: written and synced beside it, then renamed onto it.
+    """Replaces the content of `file`, which is written and synced beside it and then renamed.
 
     Raises:
-        StorageError: it cannot be written; what was there is as before.
+        StorageError: it cannot be written; the old file stays.
     """
     target = file.resolve()  # a link keeps its target's place, and its target's disk
     new = _beside(target, "new", secrets.token_hex(4))
@@ -73,14 +73,14 @@ def replace_file(file: Path, content: bytes) -> None:
                 os.fsync(stream.fileno())
             os.replace(new, target)
         finally:
-            new.unlink(missing_ok=True)  # not there any more if all went well
+            new.unlink(missing_ok=True)  # it was renamed if all went well
         sync_folder(target.parent)
     except OSError as error:
         raise StorageError(f"file {str(file)!r}: cannot be written ({error.strerror or error})") from error
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder and those above it, durably, as far as they are missing."""
+    """Creates a folder and its missing parents, and syncs them to disk."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -88,10 +88,10 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(folder: str | os.PathLike[str], option: str = "--result_dir") -> None:
-    """Make the folder if it is missing, and see that a file can be written there: before hours of work, not after.
+    """Creates a folder if it is missing, and checks that files can be written there, before hours of work.
 
     Args:
-        option: how the user names another one.
+        option: the option by which the user names another folder.
 
     Raises:
         StorageError: it cannot be made or written, or its disk is full.
@@ -100,7 +100,7 @@ def check_writable(folder: str | os.PathLike[str], option: str = "--result_dir")
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
             rest = memoryview(bytes(_PROBE_BYTES))
-            while rest:  # a disk may take a part before it says what is wrong
+            while rest:  # a disk may accept a part before it fails
                 rest = rest[probe.write(rest) :]
             os.fsync(probe.fileno())
     except OSError as error:
@@ -121,7 +121,7 @@ def _beside(folder: Path, state: str, unique: str) -> Path:
 
 
 def _swap(new: Path, folder: Path, replaced: Collection[str]) -> None:
-    """Put `new` in the place of `folder`."""
+    """Renames `new` to `folder`."""
     if not folder.exists():
         os.rename(new, folder)
         return
@@ -138,7 +138,7 @@ def _swap(new: Path, folder: Path, replaced: Collection[str]) -> None:
 
 
 def _retire(old: Path, folder: Path, replaced: Collection[str]) -> None:
-    """Delete a replaced folder, after moving what is not ours into its successor. Can be done again if it was cut."""
+    """Deletes a replaced folder after moving other entries to its successor. It can be repeated after a crash."""
     for entry in old.iterdir():
         if entry.name not in replaced and not (folder / entry.name).exists():
             os.rename(entry, folder / entry.name)
@@ -146,7 +146,7 @@ def _retire(old: Path, folder: Path, replaced: Collection[str]) -> None:
 
 
 def _clean(folder: Path, replaced: Collection[str]) -> None:
-    """Finish or undo what a writer that died left beside the folder. Only for one who holds the parent's lock."""
+    """Finishes or undoes the work of a writer that died. The caller holds the parent's lock."""
     siblings = sorted(folder.parent.iterdir())
     for old in (path for path in siblings if path.name.startswith(_beside(folder, "old", "").name)):
         if folder.exists():
@@ -160,7 +160,7 @@ def _clean(folder: Path, replaced: Collection[str]) -> None:
 def recovered(parent: Path) -> list[Path]:
     """The folders in `parent`, hidden ones left out.
 
-    One that a writer that died had put aside is back in its place, and what it had begun to write is gone.
+    Folders that a dead writer had renamed are restored first, and those that it had begun to write are removed.
 
     Raises:
         StorageError: they cannot be listed or put back.
@@ -188,14 +188,14 @@ def _write(file: Path, content: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable, where the system can (Windows cannot open a folder)."""
+    """Syncs a folder's entries to disk, if the system can (Windows cannot open a folder)."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives have no such call
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives do not support it
             raise
     finally:
         os.close(descriptor)
@@ -203,7 +203,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder's advisory lock; yields whether there is one. The system frees it if the process dies."""
+    """Holds a folder's lock, and yields whether there is one. The system frees it if the process dies."""
     if sys.platform == "win32":
         yield False
         return

@@ -1,7 +1,4 @@
-"""`LoGo.from_pretrained`: a base model by name and a pool, loaded and put together.
-
-Knows names, presets and loading; the class that is put on them is the caller's.
-"""
+"""`LoGo.from_pretrained`: loads a base model by name and a pool, and makes an engine of them."""
 
 from __future__ import annotations
 
@@ -27,13 +24,13 @@ if TYPE_CHECKING:
 Preset = Literal["official"]
 OFFICIAL_TRUNCATION = Truncation(2048, "right")
 LOCAL = "local"
-# Engines besides the one of this process: name -> the module whose `open_engine` makes one. What they are made of is
-# above this module and large, so it is imported when somebody asks for it.
+# Engines beside the one of this process: name -> the module with `open_engine`. These modules are above this one and
+# large, so they are imported on demand.
 ENGINES = {"vllm": "logo.backends.vllm.opening"}
 
 
 class FromPretrained:
-    """What `LoGo` is made with where there is no model in memory yet."""
+    """Makes a `LoGo` for a model that is not in memory yet."""
 
     @classmethod
     def from_pretrained(
@@ -61,23 +58,22 @@ class FromPretrained:
         on_bad_adapter: OnBadAdapter = "error",
         **settings: Any,
     ) -> Self:
-        """Loads a base model and puts the pool on it.
+        """Loads a base model, and opens a pool for it.
 
         Args:
             base_model: a Hub id, a folder, a short name (`"Llama-3.1-8B"`) or `"demo"`.
-            pool: an `AdapterPool`, or what `AdapterPool.open` takes: a folder, a Hub repository, a manifest, several of
-                these. Default: the base model's own, where it has one (the demo's, or the authors' published adapters
-                for the three official models).
-            engine: what runs the model: `"local"`, this process; or `"vllm"`, vLLM's offline engine, of which more is
-                in docs/vllm.md. What is made then is no `LoGo`, but answers the same calls (`logo.calls.Calls`).
-            preset: `"official"`: whatever nobody asks for otherwise is as in the authors' script, and as with
-                `logo evaluate --preset official`: signal `norm`, k 20, `probe_context="carry"`, prompts cut at their
-                end to 2048 tokens, float32, and the checkpoint's own generation config.
-            device: `"auto"`, `"cpu"`, `"cuda:0"`, ...; `device_map="auto"` instead spreads over several devices.
+            pool: an `AdapterPool`, or what `AdapterPool.open` takes: a folder, a Hub repository, a manifest, or several
+                of these. Default: the pool of the base model, for the demo and the three official models.
+            engine: `"local"` runs the model in this process; `"vllm"` runs vLLM's offline engine (docs/vllm.md), and
+                returns an engine with the same methods (`logo.calls.Calls`).
+            preset: `"official"` changes defaults to those of the authors' script, as `logo evaluate --preset official`
+                does: signal `norm`, k 20, `probe_context="carry"`, prompts cut at their end to 2048 tokens, float32,
+                and the checkpoint's own generation config.
+            device: `"auto"`, `"cpu"`, `"cuda:0"`, ...; `device_map="auto"` instead uses several devices.
             dtype: a torch dtype or its name; `"auto"`: the checkpoint's own on an accelerator, float32 on the CPU.
             attn_implementation, quantization_config, model_kwargs: for `AutoModelForCausalLM.from_pretrained`; the last
-                are its other options by name, or those of `vllm.LLM`.
-            trust_remote_code: never.
+                has its other options, or those of `vllm.LLM`.
+            trust_remote_code: not supported; True is an error.
             **settings: the fields of `SelectionSettings`: `signal`, `k`, `probe_context`, ...
 
         Raises:
@@ -158,7 +154,7 @@ class FromPretrained:
 
 
 def _opener(engine: str) -> Callable[..., Any]:
-    """What makes an engine of this name.
+    """The function that makes an engine of this name.
 
     Raises:
         UsageError: there is none.

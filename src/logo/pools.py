@@ -1,4 +1,4 @@
-"""Pools by name: whatever `--adapters` takes (`logo.adapters.places`), or the one that belongs to a base model."""
+"""Opens pools by name: what `--adapters` takes (`logo.adapters.places`), or the pool of a base model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.errors import UsageError
 from logo.models import DEMO, OFFICIAL_MODELS, demo_folder
 
-DEMO_K = 3  # adapters per prompt of the embedded pool, of which twenty would be all
+DEMO_K = 3  # adapters per prompt of the embedded pool, which has fewer than 20
 OFFICIAL_ADAPTERS = "archon159/LoGo-loras-collection"
 
 
 def default_pool(base_model: str, model_dir: str | Path | None = None, **options: Any) -> AdapterPool:
-    """The pool that belongs to a base model by name: the demo's own, or the authors' published one.
+    """The pool of a base model: that of the demo, or the authors' published one.
 
     Args:
-        model_dir: looked in for the published adapters before the Hub.
+        model_dir: searched for the published adapters before the Hub.
         **options: as `AdapterPool.open`.
 
     Raises:
-        UsageError: the base model has none, and the user has to say.
+        UsageError: the base model has no pool, so the user has to name one.
         PoolError, HubError: the pool cannot be opened.
     """
     if base_model == DEMO:
@@ -35,18 +35,18 @@ def default_pool(base_model: str, model_dir: str | Path | None = None, **options
 
 
 def official_folder(base_model: str) -> str | None:
-    """The folder that holds the published adapters of a base model, on the Hub and in the official script's
-    `--model_dir`; None for any base model but the official ones."""
+    """The folder of a base model's published adapters, on the Hub and in `--model_dir`; None if it is not official."""
     short = {full: name for name, full in OFFICIAL_MODELS.items()}.get(base_model, base_model)
     return f"{short}-loras-flanv2" if short in OFFICIAL_MODELS else None
 
 
 def officially_named(pool: AdapterPool, base_model: str, adapters: str | None = None) -> AdapterPool:
-    """The pool with its adapters called as in the official script, whose names keep the folder
-    (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`); the pool itself where it is not the published one.
+    """The published pool with the official script's names (`Llama-3.1-8B-loras-flanv2/flanv2.aeslc`).
+
+    Any other pool is returned as it is.
 
     Args:
-        adapters: what `open_pool` was given.
+        adapters: the argument of `open_pool`.
     """
     folder = official_folder(base_model)
     if folder is None:
@@ -67,15 +67,15 @@ def open_pool(
     model_dir: str | Path | None = None,
     **options: Any,
 ) -> AdapterPool:
-    """The pool that is called so, as `AdapterPool.open`.
+    """Opens a pool by name, as `AdapterPool.open`.
 
     Args:
-        adapters: None: the base model's own, see `default_pool`.
-        model_dir: looked in for published adapters before the Hub.
+        adapters: None: the pool of the base model, see `default_pool`.
+        model_dir: searched for published adapters before the Hub.
         **options: as `AdapterPool.open`.
 
     Raises:
-        UsageError: nothing is named, and the base model has no pool of its own.
+        UsageError: no pool is named, and the base model has none.
         PoolError, HubError: the pool cannot be opened.
     """
     if adapters is None:
@@ -85,25 +85,25 @@ def open_pool(
 
 @dataclass(frozen=True)
 class PoolPlace:
-    """Where a pool is: one place, or several."""
+    """The places of a pool."""
 
     places: tuple[Place, ...]
 
     @property
     def spec(self) -> str:
-        """What `pool_place` reads as this place, whatever the working directory is."""
+        """The text that `pool_place` reads as these places in any working directory."""
         return places_text(self.places)
 
     @property
     def on_hub(self) -> bool:
-        """Whether some of it is not on this disk."""
+        """Whether a place is on the Hub."""
         return any(place.on_hub for place in self.places)
 
 
 def pool_place(
     adapters: str | Path | Sequence[str | Path] | None, base_model: str, model_dir: str | Path | None = None
 ) -> PoolPlace:
-    """Where the pool is that `open_pool` opens.
+    """The places of the pool that `open_pool` opens.
 
     Raises:
         UsageError: as `open_pool`.

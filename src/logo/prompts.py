@@ -1,7 +1,6 @@
-"""The way in: a string, a conversation or token ids become what the model reads and what is probed of it.
+"""`Prompt`: from a string, a conversation or token ids to the tokens that are read and those that are probed.
 
-The one reading of prompts for Python, the command line and the server. Knows tokenizers and their chat templates; knows
-nothing about models, adapters or batches.
+Python, the command line and the server all read prompts here.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    # A BatchEncoding is a mapping; messages are a sequence of mappings.
+    # A BatchEncoding is a mapping, and messages are a sequence of mappings.
     OnePrompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor | Mapping[str, Any]
 
 ProbeText = Literal["all", "last_user", "conversation"]
@@ -29,12 +28,12 @@ _EXPECTED = "a string, a list of messages, token ids or a BatchEncoding"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads, and what of it says which adapters should answer.
+    """The tokens that the model reads, and those that are probed.
 
     Attributes:
         ids: token ids, special tokens included.
-        probe: token ids of what was asked, likewise. None: all that is read.
-        text: what the tokens say; None for token ids, of which it is not known.
+        probe: the token ids that are probed, special tokens included. None: `ids`.
+        text: the text of the tokens; None if token ids were given.
     """
 
     ids: tuple[int, ...]
@@ -43,12 +42,12 @@ class Prompt:
 
     @classmethod
     def of(cls, row: Prompt | Sequence[int]) -> Prompt:
-        """A prompt that may be token ids alone."""
+        """A prompt as it is, or one of token ids."""
         return row if isinstance(row, Prompt) else cls(tuple(row))
 
     @property
     def probed(self) -> tuple[int, ...]:
-        """What says which adapters should answer."""
+        """The token ids that are probed."""
         return self.ids if self.probe is None else self.probe
 
     def __len__(self) -> int:
@@ -56,7 +55,7 @@ class Prompt:
 
 
 def several(prompts: Any) -> tuple[list[Any], bool]:
-    """The prompts one by one, and whether it is a single one that was given rather than a list.
+    """A list of prompts, and whether a single prompt was given instead of a list.
 
     Raises:
         UsageError: it is neither a prompt nor a list of prompts, or an empty list.
@@ -77,12 +76,12 @@ def several(prompts: Any) -> tuple[list[Any], bool]:
 def read(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, probe_text: ProbeText | None = None, vocabulary: int | None = None
 ) -> Prompt:
-    """One prompt, whatever it is given as.
+    """Reads one prompt of any kind.
 
     Args:
         prompt: a string, which gets the tokenizer's special tokens; messages, see `chat`; or token ids as they are.
         probe_text: what of a conversation is probed; see `chat`. Strings and token ids are probed whole.
-        vocabulary: how many tokens the model knows; None: token ids are not checked.
+        vocabulary: the number of tokens that the model knows; None: token ids are not checked.
 
     Raises:
         UsageError: it is none of these, or cannot be used.
@@ -108,7 +107,7 @@ def read(
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text with the tokenizer's special tokens, but never with a second beginning-of-sequence token.
 
-    A text that begins with that token already (what a chat template has written, say) is taken as it is.
+    A text that begins with that token already, such as that of a chat template, is not changed.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     bos = tokenizer.bos_token
@@ -118,7 +117,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def cut_left(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int) -> Sequence[int]:
-    """The last `limit` tokens, but what the tokenizer puts in front of every text (a bos token) stays in front."""
+    """The last `limit` tokens; a token that the tokenizer puts in front of every text stays there."""
     if len(ids) <= limit:
         return ids
     kept = 1 if ids[0] in set(tokenizer.all_special_ids) and limit > 1 else 0
@@ -129,26 +128,26 @@ def cut_left(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int)
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation, probe_text: ProbeText | None = None) -> Prompt:
-    """A conversation up to where the assistant's next answer begins, by the tokenizer's chat template.
+    """Reads a conversation up to where the assistant's next answer begins, by the tokenizer's chat template.
 
-    Base models have no template, since they were never taught roles: there the texts follow each other, one per line,
-    and a single message is the prompt that its text would be.
+    Base models have no template. For them the contents are joined, one per line, so that a single message is the same
+    prompt as its text.
 
-    What is probed is a text of its own, the prompt that it would be alone. Probed in its place it would select other
-    adapters: its tokens attend to a system prompt, the template and earlier answers; see docs/chats.md.
+    The probed text is read as a prompt of its own. Within the conversation its tokens would attend to a system prompt,
+    the template and earlier answers, and would select other adapters; see docs/chats.md.
 
     Args:
         messages: `{"role", "content"}`, oldest first; further fields are the template's. A content is a text or a list
             of text parts, or None in an assistant's turn.
         probe_text: what is probed: `"last_user"`, the last message of the user (the default); `"conversation"`, all
-            messages of the user; `"all"`, everything that is read. Where the user has said nothing, everything is.
+            messages of the user; `"all"`, everything. Without a message of the user, everything is probed.
 
     Raises:
         UsageError: a message without content or with an unknown role, or the template refuses the conversation.
     """
     turns = [_turn(number, message) for number, message in enumerate(messages)]
     text = _rendered(tokenizer, turns) if tokenizer.chat_template else plain(turns)
-    # A template writes the special tokens itself.
+    # A template adds the special tokens itself.
     ids = (
         tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer.chat_template else text_ids(tokenizer, text)
     )
@@ -168,7 +167,7 @@ def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Conversation
 
 
 def asked_text(messages: Conversation, probe_text: ProbeText | None = None) -> str | None:
-    """The text of a conversation that is probed, see `chat`; None where it is everything that is read.
+    """The text of a conversation that is probed (see `chat`); None if everything is.
 
     Raises:
         UsageError: a message without content or with an unknown role.
@@ -184,7 +183,7 @@ def _asked(turns: Conversation, probe_text: ProbeText | None) -> str | None:
 
 
 def plain(messages: Sequence[Mapping[str, Any]]) -> str:
-    """For base models, which were never taught roles: what was said, one after the other."""
+    """The contents of messages, one per line, for base models without a template."""
     return "\n".join(message["content"] or "" for message in messages)
 
 
@@ -196,7 +195,7 @@ def check_probe_text(probe_text: ProbeText | None) -> ProbeText | None:
 
 
 def _turn(number: int, message: Any) -> dict[str, Any]:
-    """A message as templates expect it: the content one text."""
+    """A message with its content as one text, as templates expect it."""
     where = f"messages[{number}]"
     if not isinstance(message, Mapping):
         raise UsageError(f"{where}: expected {{'role', 'content'}}, found {type(message).__name__}")
@@ -214,10 +213,10 @@ def _turn(number: int, message: Any) -> dict[str, Any]:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer: bool = True) -> str:
-    """As text; with `answer`, up to where the assistant's next one begins."""
+    """The text of a conversation; with `answer`, up to where the assistant's next turn begins."""
     try:
         return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=answer, tokenize=False))
-    except Exception as error:  # a template is somebody's program and may raise anything
+    except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(str(error).split())
         raise UsageError(f"messages: the model's chat template refuses them: {reason}") from error
 
@@ -226,7 +225,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer: b
 
 
 def _rows(encoding: Mapping[str, Any]) -> tuple[list[Any], bool]:
-    """The prompts of a BatchEncoding without their padding, and whether it is one of a single text."""
+    """The prompts of a BatchEncoding without padding, and whether it holds a single text."""
     if "input_ids" not in encoding:
         hint = "; put a message into a list" if "role" in encoding else ""
         found = ", ".join(map(str, encoding))
@@ -245,7 +244,7 @@ def _kept(ids: Sequence[Any], mask: Sequence[int] | None) -> list[Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Lists for tensors and arrays; anything else as it is."""
+    """Turns tensors and arrays into lists; anything else stays as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 

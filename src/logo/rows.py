@@ -1,9 +1,9 @@
-"""Rows of data: a prompt and its gold completion, and how files of them are read.
+"""`Row`: a prompt and its gold completion; reads files of rows.
 
 Every line of a JSONL file is an object with a `context` (the prompt) and a `completion` (the gold text, or a list of
-texts that are all right); it may have `references` (all gold texts, where the official metric reads only one) and an
-`adapter` (the one made for such rows). A file is checked whole before its first row is used, so that a typing error on
-the last line is not met after hours of work.
+texts that all count as right). It may have `references` (all gold texts, if the official metric reads only one) and an
+`adapter` (the one made for such rows). A file is checked whole before its first row is used, so that an error on the
+last line is not found after hours of work.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 
 from logo.errors import DataError, StorageError, UsageError
 
-_SHOWN = 60  # characters of a wrong value that are worth showing in a message
+_SHOWN = 60  # characters of a wrong value that a message shows
 _EXPECTED = '{"context": text, "completion": text or list of texts}'
 _OPTIONAL = '"references", if there are any, to be a list of texts and "adapter" a name'
 
 
 @dataclass(frozen=True)
 class Row:
-    """One instance.
+    """One labelled example.
 
     Attributes:
         context: the prompt.
         completion: its gold text, or all gold texts that count as right.
-        references: all gold texts, where the data has more than the official metric reads.
-        adapter: the adapter made for such rows, where the data names it.
+        references: all gold texts, if the data has more than the official metric reads.
+        adapter: the adapter made for such rows, if the data names it.
     """
 
     context: str
@@ -46,7 +46,7 @@ class Row:
         return tuple(dict.fromkeys((*texts, *self.references)))
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON, as a data file has it: what the row does not have is left out."""
+        """The row as an object of a data file, without empty fields."""
         row: dict[str, object] = {"context": self.context, "completion": self.completion}
         return row | {key: value for key in ("references", "adapter") if (value := getattr(self, key))}
 
@@ -66,13 +66,13 @@ def read_rows(file: Path, limit: int | None = None) -> list[Row]:
 
 
 def objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file with the numbers of their lines; there is at least one.
+    """The line numbers and objects of a JSONL file, which has at least one.
 
     Raises:
         DataError: no such file, an empty one, or a line that is no object (the message starts with `file:line`).
         StorageError: the file cannot be read.
     """
-    blank = 0  # the first of the blank lines just before this one, 0 if none: blank lines may only end the file
+    blank = 0  # the first of the blank lines before this one, which may only stand at the end of the file
     empty = True
     for number, line in enumerate(_read(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
@@ -87,7 +87,7 @@ def objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def file_sha256(file: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hex: says later which rows a result stands on.
+    """The SHA-256 of a file's bytes, in hex, which a result records.
 
     Raises:
         DataError: no such file.
@@ -112,7 +112,7 @@ def _object(where: str, line: bytes) -> dict[str, Any]:
         raise malformed(where, f"bytes that are not UTF-8 at column {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise malformed(where, f"invalid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested without end
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, or very deep nesting
         raise malformed(where, f"unreadable JSON: {error}") from None
     if not isinstance(value, dict):
         raise malformed(where, _shown(value))
@@ -120,13 +120,13 @@ def _object(where: str, line: bytes) -> dict[str, Any]:
 
 
 def row_of(value: Mapping[str, Any], where: str) -> Row:
-    """The row that an object is.
+    """Makes a row of an object.
 
     Args:
         where: the file and the line, for errors.
 
     Raises:
-        DataError: something is missing, empty or of another kind.
+        DataError: a field is missing, empty or of another kind.
     """
     for key in ("context", "completion"):
         if key not in value:
@@ -138,12 +138,12 @@ def row_of(value: Mapping[str, Any], where: str) -> Row:
 
 
 def malformed(where: str, found: str, expected: str = _EXPECTED) -> DataError:
-    """What is raised for a line that is not as it should be; `where`: the file and the line."""
+    """The error for a malformed line; `where`: the file and the line."""
     return DataError(f"{where}: expected {expected}, found {found}; mend or delete the line")
 
 
 class _Wrong(Exception):
-    """A value of a row that is not as it should be."""
+    """A malformed value of a row."""
 
     def __init__(self, found: str, expected: str = _EXPECTED) -> None:
         super().__init__(found)
@@ -154,7 +154,7 @@ def _checked(row: Mapping[str, object]) -> Row:
     context = _text("'context'", row["context"])
     found = row["completion"]
     completion = _texts("'completion'", found) if isinstance(found, list) else _text("'completion'", found)
-    try:  # null is what table formats write where a row has no value
+    try:  # table formats write null for a missing value
         references = () if row.get("references") is None else _references(row["references"])
         adapter = None if row.get("adapter") is None else _text("'adapter'", row["adapter"])
     except _Wrong as wrong:
@@ -163,7 +163,7 @@ def _checked(row: Mapping[str, object]) -> Row:
 
 
 def _references(value: object) -> tuple[str, ...]:
-    """Real sets hold blank references here and there; they say nothing, and are passed over."""
+    """References without blank ones, which real datasets have."""
     if isinstance(value, list) and value:
         value = [text for text in value if not isinstance(text, str) or text.strip()]
         if not value:
@@ -190,7 +190,7 @@ def _text(name: str, value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """A wrong JSON value as it stands in the file, short; a container only by its kind."""
+    """A wrong JSON value as the file has it, shortened; of a container only its kind."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value)

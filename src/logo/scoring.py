@@ -1,7 +1,7 @@
-"""What a gold completion is worth to a model: exact match and likelihood, teacher-forced in one forward pass.
+"""Scores gold completions: exact match and likelihood, teacher-forced in one forward pass.
 
-Either one prompt and completion under several mixtures, or many, each under its own. Pure functions on texts, tokens
-and tensors. Knows mixtures only as something that the caller can make active.
+Either one prompt and completion is scored under several mixtures, or many, each under its own. The caller activates the
+mixtures.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from logo.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What one forward pass may hold: hidden states of this many tokens, and this many logits (2 GB in float32). A single
-# row is always taken whole.
+# The most tokens and the most logits (2 GB in float32) of one forward pass. A single row may have more.
 MAX_TOKENS = 16_384
 MAX_LOGITS = 2**29
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What one completion is worth under one mixture.
+    """The score of one completion under one mixture.
 
     Attributes:
-        exact_match: every token is the most likely one, so greedy decoding would write exactly this.
+        exact_match: whether every token is the most likely one, so that greedy decoding would give the completion.
         nll: mean negative log likelihood per token, in nats.
-        tokens: how many tokens were scored; an end token is not among them.
+        tokens: the number of tokens that were scored, without an end token.
     """
 
     exact_match: bool
@@ -42,17 +41,17 @@ class Scored:
 
     @property
     def log_likelihood(self) -> float:
-        """Of the whole completion, in nats."""
+        """The log likelihood of the whole completion, in nats."""
         return -self.nll * self.tokens
 
 
 @dataclass(frozen=True)
 class Read:
-    """The first tokens of a prompt, which no mixture acts on.
+    """The first tokens of a prompt, on which no mixture acts.
 
     Attributes:
-        tokens: how many.
-        options: for a number of rows, what the model's forward pass is told of their keys and values.
+        tokens: their number.
+        options: makes, for a number of rows, the arguments of the forward pass with their keys and values.
     """
 
     tokens: int
@@ -61,13 +60,13 @@ class Read:
 
 @dataclass
 class Continued:
-    """A row to compute: a prompt with all but the last token of what continues it, under a mixture.
+    """A row to compute: a prompt and all but the last token of its completion, under a mixture.
 
     Attributes:
         ids: its tokens.
         mixture: adapter name -> weight.
-        golds: what is asked of it: pair number -> (tokens of the prompt, tokens of the completion). Completions of one
-            token to one prompt share a row.
+        golds: pair number -> (number of tokens of the prompt, tokens of the completion), which this row scores. Several
+            completions of one token to one prompt share a row.
     """
 
     ids: tuple[int, ...]
@@ -76,7 +75,7 @@ class Continued:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Its tokens without what continues it."""
+        """The tokens of the prompt."""
         return self.ids[: next(start for start, _ in self.golds.values())]
 
     @property
@@ -86,7 +85,7 @@ class Continued:
 
 
 def joined(prompt: str, completion: str) -> str:
-    """The completion as it continues the prompt: after a space, unless there is white space at the seam already."""
+    """The completion with a space in front, unless prompt or completion have white space there already."""
     apart = prompt[-1:].isspace() or completion[:1].isspace() or not prompt
     return completion if apart else f" {completion}"
 
@@ -96,13 +95,13 @@ def completion_ids(
 ) -> list[int]:
     """The tokens of a completion after its prompt: `joined`, encoded on its own and without special tokens.
 
-    Encoded on its own, because the prompt keeps the tokens it has when it is answered: no token spans the seam.
+    It is encoded on its own, so that the prompt has the same tokens as when it is answered.
 
     Args:
-        context: the model's context length in tokens, or None if unknown.
+        context: the model's context length in tokens; None if unknown.
 
     Raises:
-        UsageError: the completion has no tokens, or more than the context holds besides a prompt.
+        UsageError: the completion has no tokens, or fills the context.
     """
     if not isinstance(completion, str):
         raise UsageError(f"completion: expected a string, found {type(completion).__name__}")
@@ -118,7 +117,7 @@ def completion_ids(
 
 
 def rows_per_pass(tokens: int, gold: int, vocabulary: int) -> int:
-    """How many rows of `tokens` tokens, `gold` of them with logits, one forward pass may take; at least 1."""
+    """The most rows of `tokens` tokens, `gold` of them with logits, in one forward pass; at least 1."""
     return max(1, min(MAX_TOKENS // tokens, MAX_LOGITS // (gold * vocabulary)))
 
 
@@ -133,7 +132,7 @@ def score_mixtures(
     device: torch.device | str,
     read: Read | None = None,
 ) -> list[Scored]:
-    """Scores one completion under each mixture: equal rows of one batch (or a few), with another mixture in each.
+    """Scores one completion under each mixture, in batches of equal rows with different mixtures.
 
     Args:
         model: a Hugging Face causal LM.
@@ -141,9 +140,9 @@ def score_mixtures(
         gold: the completion's token ids.
         mixtures: adapter name -> weight. Equal ones are computed once.
         active: activates one mixture per row of a batch on the model.
-        vocabulary: its size, to know how much logits take.
-        device: where the model takes its input.
-        read: what the base model has read of the prompt; None: it is read under each mixture.
+        vocabulary: its size, for the memory of logits.
+        device: of the model's input.
+        read: the part of the prompt that the base model has read; None: all is read under each mixture.
     """
     # The last gold token is only predicted, never read.
     ids = torch.tensor([*prompt, *gold[:-1]], device=device)
@@ -166,13 +165,12 @@ def continued_rows(
     context: int | None = None,
     apart: bool = False,
 ) -> list[Continued]:
-    """The rows that have to be computed to score each (prompt, completion) under its own mixture.
+    """The rows to compute in order to score each (prompt, completion) under its own mixture.
 
     Args:
-        pairs: token ids; the prompt's with special tokens.
-        mixtures: one for each pair.
-        context: the model's context length in tokens, or None if unknown.
-        apart: pairs whose prompts end at different tokens never share a row: adapters may act from there on only.
+        pairs: token ids; the prompt's with special tokens. mixtures: one for each pair. context: the model's context
+        length in tokens, or None if unknown. apart: pairs whose prompts end at different tokens do not share a row,
+        since adapters may act only from there on.
 
     Raises:
         UsageError: unequal numbers of pairs and mixtures, or a pair with an empty side or too long for the context.
@@ -203,14 +201,14 @@ def score_continued(
     pad: Callable[[Sequence[Sequence[int]]], tuple[Tensor, Tensor]],
     vocabulary: int,
 ) -> dict[int, Scored]:
-    """Scores a batch of rows, each under its own mixture: pair number -> what its completion is worth.
+    """Scores a batch of rows, each under its own mixture: pair number -> score of its completion.
 
     Args:
         model: a Hugging Face causal LM.
         rows: of `continued_rows`.
         active: activates the mixtures of the rows of a batch on the model.
-        pad: pads rows on the right and says where tokens are; both (rows, length).
-        vocabulary: its size; a batch whose logits would take too much is halved.
+        pad: pads rows on the right; returns ids and mask (rows, length).
+        vocabulary: its size; a batch with too many logits is halved.
     """
     first = min(row.first for row in rows)
     kept = max(len(row.ids) for row in rows) - first
@@ -238,12 +236,12 @@ def tail_logits(
 ) -> Tensor:
     """Logits (rows, count, vocabulary) at the last `count` positions of rows (rows, length), padding included.
 
-    Where the model can, it computes no others: with 262,000 words in the vocabulary those of a whole prompt would be
+    If the model can, it computes no others: with 262,000 tokens in a vocabulary, the logits of a whole prompt would be
     the largest tensor by far.
 
     Args:
-        mask: (rows, length), 0 where rows are padded; None: nowhere.
-        known: what the model is told of the keys and values of all tokens before; rows are not padded then.
+        mask: (rows, length), 0 on padding; None: there is none.
+        known: arguments with the keys and values of all earlier tokens; then rows are not padded.
     """
     able = "logits_to_keep" in inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"logits_to_keep": count} if able else {}
@@ -263,7 +261,7 @@ def score_logits(logits: Tensor, gold: Tensor) -> list[Scored]:
         ModelError: a likelihood is NaN or infinite.
     """
     scored = []
-    for row in logits:  # one at a time: the float32 copy of a row of half precision is twice its size
+    for row in logits:  # one at a time, since float32 copies of half precision take twice the memory
         row = row.float()
         nll = checked_nll(float(torch.nn.functional.cross_entropy(row, gold)))
         scored.append(Scored(bool((row.argmax(dim=-1) == gold).all()), nll, len(gold)))
@@ -271,7 +269,7 @@ def score_logits(logits: Tensor, gold: Tensor) -> list[Scored]:
 
 
 def checked_nll(nll: float) -> float:
-    """The likelihood itself; raises ModelError where it is NaN or infinite."""
+    """Returns the likelihood; raises ModelError if it is NaN or infinite."""
     if not -float("inf") < nll < float("inf"):
         raise ModelError(f"the likelihood of the completion is {nll}: the model or a mixture overflows; try float32")
     return nll

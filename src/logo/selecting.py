@@ -1,8 +1,6 @@
-"""`Selecting`: what one call asks of the selection, and a selection for each of its prompts.
+"""`Selecting`: checks the options of a call, and makes a selection for each of its prompts.
 
-    options -> CallSettings          prompts -> (probed in batches) -> scores -> Selection
-
-Knows nothing about answers.
+options -> CallSettings          prompts -> (probed in batches) -> scores -> Selection
 """
 
 from __future__ import annotations
@@ -34,15 +32,15 @@ if TYPE_CHECKING:
 
 
 class CallOptions(TypedDict, total=False):
-    """What one call may ask for instead of what the engine's settings say. None is the same as leaving an option out.
+    """Options of one call, in place of the engine's settings. None is the same as leaving an option out.
 
     Attributes:
         k: adapters per prompt.
-        signal: any registered signal; what it reads beyond the engine's own is read when it is first asked for.
-        weighting: how scores become weights; default: as the engine's settings say, but where the call names another
+        signal: any registered signal; it is calibrated when it is first used.
+        weighting: how scores become weights; default: as in the engine's settings, or, if the call names another
             signal, that signal's own.
         keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
-        candidates: choose among these adapters only; forced ones have to be among them, too.
+        candidates: the adapters that may be selected; forced ones have to be among them, too.
     """
 
     k: int | None
@@ -54,11 +52,11 @@ class CallOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class CallSettings:
-    """What one call asks for, checked against the pool and ready to be used.
+    """The checked options of one call.
 
     Attributes:
-        settings: the engine's, with what the call asks for.
-        candidates: choose among these only; None: among all that are scored.
+        settings: the engine's settings with the options of the call.
+        candidates: the adapters that may be selected; None: all that are scored.
     """
 
     settings: SelectionSettings
@@ -66,12 +64,12 @@ class CallSettings:
 
 
 class Choosing:
-    """What calls may ask of one pool, and what scores of its adapters give.
+    """Checks the options of calls, and makes selections from scores.
 
     Args:
         pool: fitted to the model.
-        settings: how to select, where a call asks for nothing else.
-        described: signals in whose scores example prompts count, too.
+        settings: the engine's.
+        described: signals to whose scores example prompts contribute.
     """
 
     _described: frozenset[str] = frozenset()
@@ -80,7 +78,7 @@ class Choosing:
         self.pool, self._settings, self._described = pool, settings, frozenset(described)
 
     def call_settings(self, options: CallOptions) -> CallSettings:
-        """What one call asks for, checked against the pool.
+        """Checks the options of one call against the pool.
 
         Raises:
             UsageError: an option that does not exist or cannot be used, or no candidate at all.
@@ -103,12 +101,12 @@ class Choosing:
         return CallSettings(settings, among)
 
     def wanted(self, call: CallSettings) -> Best:
-        """What of the scores of one prompt decides what is chosen."""
+        """Which scores of one prompt the selection needs."""
         k = self.pool.default_k if call.settings.k is None else call.settings.k
         return Best(k, call.candidates)
 
     def choose(self, scores: Tensor, names: Sequence[str], call: CallSettings) -> Selection:
-        """The selection that scores (adapters,) give. Adapters that are `NOT_SCORED` are left out, and listed nowhere.
+        """The selection that scores (adapters,) give; adapters that are `NOT_SCORED` do not appear in it.
 
         Raises:
             NotFinite: the score of a candidate is NaN or infinite.
@@ -132,14 +130,14 @@ class Choosing:
         return Selector(k, weighting, temperature, mass, evidence, settings.when_unsure)(scores, names)
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
-        """What a lead of these settings' scores is worth; None where scores have no scale of their own."""
+        """Turns a lead of these settings' scores into a confidence; None if scores have no scale of their own."""
         if settings.reading.scale == "raw":
             return None
         return EXAMPLES if settings.signal in self._described else RESPONSES
 
 
 class Selecting(Choosing, ABC):
-    """Selects for prompts that were read. Where prompts are probed is a subclass's affair."""
+    """Selects for prompts that were read; a subclass probes them."""
 
     @abstractmethod
     def __call__(
@@ -154,14 +152,14 @@ class Selecting(Choosing, ABC):
 
         Args:
             rows: prompts that were read.
-            calls: parallel to `rows`; those of one signal are probed together.
-            batch_size: prompts per probe at most.
-            answering: the selections are going to answer at once.
+            calls: parallel to `rows`; rows of one signal are probed together.
+            batch_size: the most prompts per probe.
+            answering: whether the selections are used to answer right away.
         """
 
     @abstractmethod
     def restart(self) -> None:
-        """Forgets the prompts before, where the next one would depend on them."""
+        """Forgets earlier prompts on which the next selection would depend."""
 
     def mixtures(
         self,
@@ -170,13 +168,13 @@ class Selecting(Choosing, ABC):
         call: CallSettings,
         batch_size: int,
     ) -> list[Selection]:
-        """What answers each row: what is forced, and a selection where nothing is.
+        """The mixture of each row: the forced one, or a selection.
 
         Args:
             adapters: for all rows, or a list with an entry for each.
 
         Raises:
-            UsageError: a list of another length.
+            UsageError: the list has another length.
             PoolError: a forced adapter that is not in the pool, or not among the candidates.
         """
         wanted = for_each(adapters, len(rows))
@@ -193,13 +191,13 @@ class Probing(Selecting):
 
     Args:
         model: the base model.
-        prompts: pads them, and reads the texts of a calibration.
-        mixer: makes adapters active while probing.
-        settings: how to read, score and select, where a call asks for nothing else.
-        beginnings: where what the base model reads is kept; see `Scorers`.
+        prompts: pads prompts, and encodes the texts of a calibration.
+        mixer: activates adapters while probing.
+        settings: how to read, score and select.
+        beginnings: the cache of prompt beginnings; see `Scorers`.
 
     Attributes:
-        pool: fitted to the model; there is none before `take`.
+        pool: fitted to the model; set by `take`.
         scorers: of that pool.
     """
 
@@ -215,13 +213,13 @@ class Probing(Selecting):
     ) -> None:
         self._model, self._prompts, self._mixer, self._settings = model, prompts, mixer, settings
         self._beginnings = beginnings
-        self._carried: tuple[str, ...] | None = None  # what the last prompt selected
+        self._carried: tuple[str, ...] | None = None  # the adapters that the last prompt selected
 
     def prepared(self, pool: AdapterPool) -> Scorers:
-        """Of another pool; where there was one before, what is new is calibrated now. Nothing that selects changes.
+        """The scorers of another pool. If there was a pool before, new adapters are calibrated now.
 
         Raises:
-            LoGoError: it cannot be scored.
+            LoGoError: the pool cannot be scored.
         """
         before, bos = getattr(self, "scorers", None), self._prompts.tokenizer.bos_token_id
         scorers = Scorers(
@@ -232,11 +230,11 @@ class Probing(Selecting):
         return scorers
 
     def take(self, pool: AdapterPool, scorers: Scorers) -> None:
-        """Selects from this pool from now on, with what `prepared` has made of it."""
+        """Replaces the pool, by one for which `prepared` made the scorers."""
         self.pool, self.scorers = pool, scorers
 
     def scorer(self, signal: str | None = None, tell: Tell | None = None) -> Scorer:
-        """The scorer of a signal; None: the engine's own. The pool is calibrated for it, if it was not yet."""
+        """The scorer of a signal (None: the engine's own), which is calibrated first if necessary."""
         return self.scorers.get(self._settings.for_call(signal=signal), tell)
 
     def __call__(
@@ -247,14 +245,13 @@ class Probing(Selecting):
         *,
         answering: bool = False,
     ) -> list[Selection]:
-        """One selection per row, see `Selecting`.
+        """One selection per row; see `Selecting`.
 
         Args:
-            batch_size: prompts per probe, fewer where they are long (`MAX_TOKENS`); with the context `carry` they are
-                taken one by one, in order.
-            answering: start to read the tensors of what is selected.
+            batch_size: prompts per probe; fewer if they are long (`MAX_TOKENS`), and one with the context `carry`.
+            answering: start to load the adapters that are selected.
         """
-        # Where the probe is the prefill, it is the whole prompt that is read.
+        # If the probe is the prefill, the whole prompt is read.
         once = self.scorers.read_once and self._settings.probe_text is None
         probed = [row.ids if once else row.probed for row in rows]
         if self._settings.probe_context == "carry":
@@ -266,22 +263,22 @@ class Probing(Selecting):
             for part in batches_by_length([len(probed[i]) for i in members], batch_size, tokens=MAX_TOKENS):
                 batch = [members[i] for i in part]
                 found = self._probe([probed[i] for i in batch], [calls[i] for i in batch], active)
-                if answering:  # their tensors are read while the next batch is probed
+                if answering:  # loaded while the next batch is probed
                     self._mixer.prefetch(self.pool, [name for selection in found for name in selection.adapters])
                 selections |= zip(batch, found, strict=True)
         return [selections[i] for i in range(len(rows))]
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
-        """See `Choosing`; example prompts are known here."""
+        """See `Choosing`; the scorers say whether there are example prompts."""
         return super().evidence(settings) if self.scorers.get(settings).signatures is None else EXAMPLES
 
     def restart(self) -> None:
-        """Forgets the prompts before, where the next one would depend on them: `carry`, and a running reference."""
+        """Forgets earlier prompts, on which `probe_context="carry"` and a running reference depend."""
         self._carried = None
         self.scorers.restart()
 
     def _select_carried(self, row: Sequence[int], call: CallSettings) -> Selection:
-        """As the official code runs: what the last prompt selected is still active, at full scale, while probing."""
+        """Selects as the official code: adapters of the last selection are active at full scale while probing."""
         pool, before = self.pool, self._carried
         active = pool.names if before is None else tuple(name for name in before if name in pool)
         [selection] = self._probe([row], [call], active)
@@ -294,7 +291,7 @@ class Probing(Selecting):
         calls: Sequence[CallSettings],
         active: tuple[str, ...],
     ) -> list[Selection]:
-        scorer = self.scorers.get(calls[0].settings)  # a calibration that this brings about reads the base model alone
+        scorer = self.scorers.get(calls[0].settings)  # if it calibrates, no adapter may be active yet
         ids, mask = self._prompts.pad(rows, "right", input_device(self._model))
         with self._mixer.active(self.pool, [dict.fromkeys(active, 1.0)], merge=EXACT):
             scores = scorer.best(ids, mask, [self.wanted(one) for one in calls])
@@ -302,10 +299,10 @@ class Probing(Selecting):
 
 
 def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> list[Forced | None]:
-    """What is forced on each of so many prompts.
+    """The mixtures that are forced on so many prompts.
 
     Raises:
-        UsageError: a list of another length.
+        UsageError: the list has another length.
     """
     if adapters is None or isinstance(adapters, (Mapping, Selection)):
         return [adapters] * count
@@ -315,10 +312,10 @@ def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> l
 
 
 def take_call_options(options: dict[str, Any], adapters: Forced | Sequence[Forced | None] | None) -> CallOptions:
-    """Takes the options of the selection out of all those of a call.
+    """Removes the options of the selection from those of a call, and returns them.
 
     Raises:
-        UsageError: one that selects, beside a mixture that is forced on every prompt.
+        UsageError: an option of the selection, although a mixture is forced on every prompt.
     """
     taken: Any = {name: options.pop(name) for name in CallOptions.__annotations__ if name in options}
     for name, value in taken.items():

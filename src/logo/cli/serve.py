@@ -173,7 +173,7 @@ def serve(
             "--log-prompts": log_prompts,
         }
         engine, base_model = or_demo(engine)
-        server = serve_vllm.VllmServerOptions(
+        vllm_server = serve_vllm.VllmServerOptions(
             name=_name(served_model_name, base_model),
             host=host,
             port=port,
@@ -191,12 +191,12 @@ def serve(
             refused=tuple(option for option, is_given in given.items() if is_given),
         )
         if layout is None:
-            return serve_vllm.serve(engine, base_model, server, dry_run=dry_run)
+            return serve_vllm.serve(engine, base_model, vllm_server, dry_run=dry_run)
         from logo.serving.running import listening, released
 
         address = released(listening(host, port))
         several = functools.partial(serve_ray.serve, engine, base_model, replicas, layout, address)
-        return serve_vllm.serve(engine, base_model, server, dry_run=dry_run, several=several)
+        return serve_vllm.serve(engine, base_model, vllm_server, dry_run=dry_run, several=several)
     for option, is_given in (
         ("--vllm-mode", vllm_mode is not VllmMode.AUTO),
         ("--max-model-len", max_model_len is not None),
