@@ -1,4 +1,4 @@
-"""Base models: the names people use for them, and loading one with its tokenizer. Their pools are in `logo.pools`."""
+"""Loads base models and their tokenizers by name. Their pools are in `logo.pools`."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ OFFICIAL_MODELS = {
     "Qwen2.5-7B": "Qwen/Qwen2.5-7B",
     "deepseek-llm-7b-base": "deepseek-ai/deepseek-llm-7b-base",
 }
-# Of a repository: configuration, tokenizer and safetensors, but no pickles, no second format and no adapter.
+# Files of a base model: configuration, tokenizer and safetensors, but no pickles, other formats or adapters.
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 
 
 def demo_folder() -> Path:
-    """The embedded model and its pool, inside the package."""
+    """The folder of the embedded model and its pool, inside the package."""
     return Path(__file__).parent / "demo" / "assets"
 
 
 def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
-    """The folder or Hub id behind a base model's name.
+    """The folder or Hub id of a base model's name.
 
-    `"demo"` is the embedded model; `model_dir/name` is used where it exists; the official short names stand for their
-    Hub ids; anything else is a folder or a Hub id already.
+    `"demo"` is the embedded model; `model_dir/name` is used if it exists; the official short names stand for their Hub
+    ids; anything else is a folder or a Hub id.
 
     Raises:
         ModelError: it is none of these.
@@ -105,12 +105,12 @@ def load_base(
         base_model: a name that `resolve_base` knows.
         device: see `pick_device`; ignored with `device_map`.
         dtype: `"auto"` (the checkpoint's own on an accelerator, float32 on the CPU), a torch dtype or its name.
-        device_map: `"auto"` spreads a model that is larger than one device (accelerate).
+        device_map: `"auto"` distributes a model over several devices (accelerate).
         attn_implementation, quantization_config, model_kwargs: for `AutoModelForCausalLM.from_pretrained`; the last
-            are its other options by name.
+            has its other options by name.
 
     Raises:
-        UsageError: an option that cannot be used, or would run code that comes with the model.
+        UsageError: an option that cannot be used, or that would run the model's own code.
         ModelError: the model cannot be found or loaded.
         HubError: the Hub refused or could not be reached.
     """
@@ -126,7 +126,7 @@ def load_base(
     if device_map is None:
         target = pick_device(device)
         on_cpu = target.type == "cpu"
-        # Straight to the device: half the host memory, and the only way for quantised weights.
+        # Loaded to the device at once, which takes half the host memory; quantised weights allow no other way.
         device_map = None if on_cpu else {"": target}
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
     with loading(base_model, source):
@@ -164,7 +164,7 @@ def checked_dtype(asked: str | torch.dtype, default: Any) -> Any:
 
 
 def checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Options for transformers, but for those that `load_base` has itself and those that run a stranger's code."""
+    """Checks options for transformers; those of `load_base` itself and those that run the model's code are refused."""
     for name in options:
         if name in ("trust_remote_code", "use_safetensors", "weights_only"):
             raise UsageError(f"{name} cannot be set: no code and no pickles that come with a model are ever run")
@@ -174,7 +174,7 @@ def checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def context_length(model: Any) -> int | None:
-    """The longest sequence the model can read, in tokens; None where its configuration does not say."""
+    """The longest sequence that the model can read, in tokens; None if its configuration does not say."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, key, None)
@@ -184,7 +184,7 @@ def context_length(model: Any) -> int | None:
 
 
 def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
-    """Those that compute: where weights are, and where accelerate brings offloaded ones to."""
+    """The devices that compute: those of the weights, and those to which accelerate moves offloaded ones."""
     import torch
 
     found = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
@@ -193,13 +193,13 @@ def devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
 
 
 def hooks(module: Any) -> Sequence[object]:
-    """What accelerate has put around a module."""
+    """The hooks of accelerate on a module."""
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", (hook,))
 
 
 def load_config(base_model: str, *, model_dir: str | Path | None = None) -> Any:
-    """The configuration of a base model; of the Hub's only that one small file is fetched.
+    """The configuration of a base model; from the Hub only this small file is downloaded.
 
     Raises:
         ModelError, HubError: as `load_base`.
@@ -213,7 +213,7 @@ def load_config(base_model: str, *, model_dir: str | Path | None = None) -> Any:
 
 
 def load_tokenizer(base_model: str, *, model_dir: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model that is here.
+    """The tokenizer of a base model.
 
     Raises:
         ModelError, HubError: as `load_base`.
@@ -236,7 +236,7 @@ def load_layout(base_model: str, *, model_dir: str | Path | None = None) -> Base
 
 
 def load_skeleton(base_model: str, *, model_dir: str | Path | None = None) -> PreTrainedModel:
-    """A base model without its weights, on the meta device: its configuration is enough.
+    """A base model without weights, on the meta device, from its configuration alone.
 
     Raises:
         ModelError, HubError: as `load_base`.
@@ -250,7 +250,7 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal LM of this configuration on the meta device, where it takes no memory.
 
     Args:
-        dtype: of its parameters; None: as the configuration says.
+        dtype: of its parameters; None: that of the configuration.
     """
     import torch
     import transformers
@@ -262,7 +262,7 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
 
 def cached_heads(config: Any) -> tuple[int, int]:
-    """How many heads of keys a layer caches for a token, and how wide each is; of values as many."""
+    """Number and width of the heads of keys that a layer caches for a token; values have as many."""
     text = config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return getattr(text, "num_key_value_heads", None) or text.num_attention_heads, width
@@ -302,7 +302,7 @@ def model_sizes(source: str) -> FileSizes:
 
 
 def check_access(base_model: str, *, model_dir: str | Path | None = None) -> None:
-    """Fails early if a base model does not exist or may not be read, before anything large is fetched.
+    """Raises an error if a base model does not exist or may not be read, before anything large is downloaded.
 
     Raises:
         ModelError, HubError: as `load_base`.
@@ -313,7 +313,7 @@ def check_access(base_model: str, *, model_dir: str | Path | None = None) -> Non
 
 
 def fetch(source: str, *, revision: str | None = None, token: str | bool | None = None) -> str:
-    """The local folder of a base model: `source` itself, or where its Hub repository was downloaded to.
+    """The local folder of a base model: `source` itself, or the snapshot of its Hub repository.
 
     Raises:
         HubError: the Hub refused or could not be reached.
@@ -323,7 +323,7 @@ def fetch(source: str, *, revision: str | None = None, token: str | bool | None 
 
 @contextmanager
 def loading(base_model: str, source: str) -> Iterator[None]:
-    """Turns what transformers raises into one line about the base model."""
+    """Turns errors of transformers into one line about the base model."""
     try:
         yield
     except LoGoError:

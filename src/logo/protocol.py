@@ -1,9 +1,9 @@
-"""What a server asks of an engine. Whatever does this can stand behind the same app.
+"""`Engine`: the interface between a server's app and whatever generates.
 
-    wanted -> choose -> SelectedMixture -> generate -> Delta, Delta, ...
+    MixtureRequest -> choose -> SelectedMixture -> generate -> Delta, Delta, ...
 
-`logo.serving.service.Service` is the engine of one process. Gates, caches and places are an engine's own affair: the
-app sees a `SelectedMixture` only from outside, and hands it back.
+`logo.serving.service.Service` is the engine of one process. How a mixture is held is the engine's own affair: the app
+only passes the `SelectedMixture` back.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 Patterns = tuple[str, ...]
 """Names of adapters, or patterns of them such as `team-a/*`."""
 
-# Below this a temperature is greedy decoding, as in vLLM: dividing by it would overflow.
+# A lower temperature is greedy decoding, as in vLLM, since dividing by it would overflow.
 _GREEDY = 1e-5
 
 
 class Overloaded(LoGoError, RuntimeError):
-    """As many requests wait as may."""
+    """The queue of requests is full."""
 
 
 class NotReady(LoGoError, RuntimeError):
-    """No requests are taken: the server is going down, or cannot generate any more."""
+    """No requests are accepted: the server is shutting down, or cannot generate any more."""
 
 
 class GenerationFailed(LoGoError, RuntimeError):
@@ -48,12 +48,12 @@ class GenerationTimeout(LoGoError, TimeoutError):
 
 @dataclass(frozen=True)
 class MixtureRequest:
-    """What a request asks of its mixture.
+    """The mixture that a request wants: forced, or to be selected.
 
     Attributes:
-        adapters: instead of selecting: name -> weight; `{}` is the base model alone.
-        options: how to select, where not as the server was told.
-        usable: what the request's API key is bound to; None: the whole pool.
+        adapters: forced: name -> weight, `{}` is the base model alone; None: select.
+        options: options of the selection in place of the server's.
+        usable: the adapters to which the request's API key is bound; None: the whole pool.
     """
 
     adapters: Mapping[str, float] | None = None
@@ -66,11 +66,12 @@ class Sampling:
     """How one answer is decoded.
 
     Attributes:
-        max_tokens: new tokens at most.
+        max_tokens: the most new tokens.
         temperature: 0 is greedy.
-        top_p: of the probability mass, the share that is sampled from.
-        seed: of this answer's draws; None: anything.
-        logprobs: None, or how many alternatives are reported beside each token's own log probability.
+        top_p: the share of the probability mass that is sampled from.
+        seed: of this answer's draws; None: random.
+        logprobs: how many alternatives are reported beside each token's own log probability; None: no log
+            probabilities.
     """
 
     max_tokens: int
@@ -87,12 +88,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """What the model thought of one token, before temperature and top-p.
+    """The log probability of one token, before temperature and top-p.
 
     Attributes:
         token: its id.
         logprob: natural logarithm of its probability.
-        top: the most likely tokens with theirs, best first.
+        top: the most likely tokens with their log probabilities, best first.
     """
 
     token: int
@@ -102,11 +103,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one or more steps added to an answer.
+    """The tokens that one or more steps have added to an answer.
 
     Attributes:
         tokens: new token ids.
-        logprobs: one for each, where asked for.
+        logprobs: one for each token, if requested.
         finish_reason: None while the answer goes on.
     """
 
@@ -117,7 +118,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Card:
-    """What is shown of an adapter.
+    """What users see of an adapter.
 
     Attributes:
         rank: the largest of its modules.
@@ -134,7 +135,7 @@ class Card:
 
     @classmethod
     def of(cls, adapter: Adapter) -> Card:
-        """The card of an adapter; looks at its file."""
+        """The card of an adapter; reads the size of its file."""
         return cls(
             adapter.name,
             max(adapter.ranks),
@@ -147,18 +148,18 @@ class Card:
 
 @dataclass(frozen=True)
 class Figures:
-    """What an engine is doing, and what it holds.
+    """The state of an engine in numbers, for metrics.
 
     Attributes:
-        running, waiting: answers that are being generated; requests that have not begun to be.
+        running, waiting: answers that are being generated; requests that are not yet.
         kv_used, kv_total: blocks of keys and values.
-        adapters: those whose tensors are ready to be mixed.
-        adapter_bytes, adapter_budget: memory of their columns, and how much there may be.
-        steps: forward passes with a mixture and without: `{"gate", "base"}`.
-        prefix_tokens: where prompts are read once: tokens of prompts that were `"found"` as the base model had read
-            them, and those that were `"missed"`, since they had been dropped.
-        prefix_bytes: memory of what is kept of them.
-        not_invoked: how often an adapter was to answer a prompt that lacks its invocation tokens.
+        adapters: loaded adapters.
+        adapter_bytes, adapter_budget: memory of their columns, and the most that they may have.
+        steps: forward passes with and without a mixture: `{"gate", "base"}`.
+        prefix_tokens: if prompts are read once: tokens of prompts whose cached keys and values were `"found"` when the
+            answer began, or `"missed"` because they had been dropped.
+        prefix_bytes: memory of cached prompts.
+        not_invoked: how many prompts lacked the invocation tokens of an adapter.
     """
 
     running: int
@@ -175,7 +176,7 @@ class Figures:
 
 
 class SelectedMixture(Protocol):
-    """A mixture that is ready to be generated with."""
+    """The mixture of one prompt, ready for generation."""
 
     @property
     def selection(self) -> Selection:
@@ -187,10 +188,10 @@ class SelectedMixture(Protocol):
 
     @property
     def probe_ms(self) -> float:
-        """How long probing took, together with others; 0 where nothing was selected."""
+        """How long the probe took, which prompts may share; 0 if nothing was selected."""
 
     def release(self) -> object:
-        """The mixture is no longer needed."""
+        """Says that the mixture is no longer needed."""
 
 
 class Engine(Protocol):
@@ -199,13 +200,13 @@ class Engine(Protocol):
     Attributes:
         tokenizer: the base model's.
         vocabulary: token ids below this are known.
-        context: tokens of a prompt and its answer at most.
-        k, signal, probe_text: how prompts are selected for where a request does not say.
-        signals: those that requests may ask for, the engine's own first.
-        adapters: those that requests may use now, by name.
-        cards: what is shown of each.
-        selected: how many answers each has had a part in.
-        draining: takes no new requests.
+        context: the most tokens of a prompt and its answer.
+        k, signal, probe_text: defaults of the selection.
+        signals: the signals that requests may use, the engine's own first.
+        adapters: the adapters that requests may use now, by name.
+        cards: the card of each adapter.
+        selected: the number of answers to which each adapter has contributed.
+        draining: whether new requests are refused.
     """
 
     draining: bool
@@ -235,41 +236,41 @@ class Engine(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
 
     @property
     def figures(self) -> Figures:
-        """As they are now."""
+        """The present figures."""
 
     def prepare(self) -> None:
-        """Before anything else: what fails slowly fails here. `stop` has to follow.
+        """Loads and checks everything before the server starts; `stop` has to follow.
 
         Raises:
             ModelError: the model cannot be served.
         """
 
     def stop(self) -> None:
-        """Ends what is still being generated."""
+        """Ends all generation."""
 
     async def start(self) -> None:
-        """Begins to serve; inside a running event loop."""
+        """Begins to serve, inside a running event loop."""
 
     async def close(self) -> None:
         """Ends everything; requests in flight fail."""
 
     def admitted(self, count: int = 1) -> AbstractContextManager[None]:
-        """Room for so many answers, inside the block.
+        """Reserves places for so many answers inside the block.
 
         Raises:
-            Overloaded, NotReady: there is none.
-            UsageError: there can never be.
+            Overloaded, NotReady: there are none now.
+            UsageError: there can never be so many.
         """
 
     def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
-        """The adapters that an API key may use now, by name; None: all of them."""
+        """The adapters that match an API key's patterns, by name; None: all."""
 
     async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> SelectedMixture:
-        """The mixture for a prompt.
+        """Selects the mixture of a prompt.
 
         Raises:
             LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
@@ -278,17 +279,17 @@ class Engine(Protocol):
     def generate(
         self, ids: Sequence[int], chosen: Any, sampling: Sampling, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """The tokens that continue a prompt under what `choose` gave. Leaving the loop ends the answer.
+        """Generates the answer to a prompt under its mixture. Leaving the loop ends the generation.
 
         Args:
-            deadline: by the event loop's clock; None: as long as it takes.
+            deadline: on the event loop's clock; None: no deadline.
 
         Raises:
             GenerationFailed, GenerationTimeout: see there.
         """
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> Any:
-        """Puts an adapter into the pool; one that fails a check changes nothing."""
+        """Adds an adapter to the pool; if a check fails, nothing changes."""
 
     async def remove(self, name: str) -> None:
-        """Takes an adapter out of the pool; requests that have selected it are still answered with it."""
+        """Removes an adapter from the pool; requests that have selected it are still answered with it."""

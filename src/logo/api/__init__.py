@@ -1,1 +1,1 @@
-"""What requests and answers say, whoever serves the model: our own server, or vLLM with LoGo inside."""
+"""Request and answer bodies that our own server and vLLM with LoGo share."""

@@ -1,4 +1,4 @@
-"""Pieces of ASGI for whoever answers HTTP: its types, a whole answer, and a limit on bodies."""
+"""ASGI types, whole answers, and a limit on the size of bodies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 async def answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-    """Sends a whole response of JSON."""
+    """Sends a complete JSON response."""
     own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     others = [(k, v) for k, v in headers if k.lower() not in (b"content-type", b"content-length")]
     await send({"type": "http.response.start", "status": status, "headers": [*own, *others]})
@@ -31,16 +31,16 @@ async def answer_error(send: Send, error: ApiError) -> None:
 
 
 class BodyLimit:
-    """413 for bodies above a limit: at once if the length is announced, else as soon as the limit is passed.
+    """Answers 413 to bodies above a limit: at once if the length is announced, else when the limit is passed.
 
-    The app sees the latter as an `ApiError` while it reads. The answer goes out before anything else is read; then the
-    connection stays open for a little while, though what comes is thrown away: to close it under a client that still
-    sends would reset it, and take the answer from the client before it has read it.
+    In the latter case the app gets an `ApiError` while it reads. After the answer the connection stays open for a short
+    while, and further data is discarded: closing it under a client that still sends would reset it, and the client
+    would lose the answer.
     """
 
-    LINGER = 30.0  # seconds at most, and
-    QUIET = 2.0  # seconds in which nothing comes
-    THROWN_AWAY = 64 * 2**20  # bytes at most
+    LINGER = 30.0  # the most seconds that it stays open
+    QUIET = 2.0  # it closes after so many seconds without data
+    THROWN_AWAY = 64 * 2**20  # the most bytes that are discarded
 
     def __init__(self, app: App, limit: int) -> None:
         self.app = app

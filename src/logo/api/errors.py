@@ -1,7 +1,6 @@
-"""Every failure as one answer in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+"""`ApiError`: every failure as an answer in OpenAI's form, `{"error": {"message", "type", "param", "code"}}`.
 
-Values of a request are shown cut; what went wrong inside is told to the log alone. Knows nothing of web frameworks:
-who answers turns an `ApiError` into a response.
+Messages show values of a request shortened, and internal errors only go to the log. Web frameworks are not known here.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ SERVER = "server_error"
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error answer.
 
     Args:
-        status: of HTTP.
+        status: the HTTP status.
         message: one line for people.
-        type: OpenAI's kind of error: `invalid_request_error`, `rate_limit_error` or `server_error`.
-        param: the field that is wrong.
+        type: OpenAI's type: `invalid_request_error`, `rate_limit_error` or `server_error`.
+        param: the wrong field.
         code: a word for programs.
-        headers: go with the answer.
+        headers: of the answer.
     """
 
     def __init__(
@@ -50,12 +49,12 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: BaseException, request_id: str | None = None) -> ApiError:
-        """The answer to any failure, whether before a response has begun or in the middle of a stream."""
+        """The answer to any exception, before a response has begun or in the middle of a stream."""
         if isinstance(error, ApiError):
             return error
         if isinstance(error, (UsageError, PoolError)):
             return bad_request(shown_line(str(error)))
-        if isinstance(error, AdapterError):  # one of the pool: the client only named it, or not even that
+        if isinstance(error, AdapterError):  # an adapter of the pool: the request is not to blame
             return failed(str(error), "adapter_unusable")
         if isinstance(error, StorageError):
             missing = isinstance(error.__cause__, FileNotFoundError)
@@ -64,7 +63,7 @@ class ApiError(Exception):
             return failed(str(error), "not_finite")
         if isinstance(error, NotReady):
             return unavailable(shown_line(str(error)), retry_after=1)
-        if isinstance(error, StoreFull):  # beside what other requests hold: later there may be room
+        if isinstance(error, StoreFull):  # there may be room once other requests are done
             return unavailable(shown_line(str(error)), retry_after=1)
         if out_of_memory(error):
             return unavailable("out of memory for this request; send a shorter prompt or ask for fewer tokens")
@@ -75,11 +74,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def content(self) -> bytes:
-        """The same as it is sent: in ASCII, so that no text can fail to encode."""
+        """The JSON as bytes, in ASCII, so that any text can be encoded."""
         return json.dumps(self.body()).encode("ascii")
 
     def event(self) -> bytes:
-        """The server-sent event with which a stream breaks off."""
+        """The server-sent event that ends a failed stream."""
         return b"data: " + self.content() + b"\n\n"
 
 
@@ -94,12 +93,12 @@ def unauthorized(message: str = "expected a valid API key as 'Authorization: Bea
 
 
 def forbidden(message: str) -> ApiError:
-    """403: not from there."""
+    """403: this origin or host is not allowed."""
     return ApiError(403, message, INVALID, code="forbidden")
 
 
 def not_found(message: str, param: str | None = None, code: str | None = "not_found") -> ApiError:
-    """404: there is no such thing."""
+    """404: it does not exist."""
     return ApiError(404, message, INVALID, param, code)
 
 
@@ -109,20 +108,20 @@ def model_not_found(model: str, hint: str = "") -> ApiError:
 
 
 def too_large(limit: int) -> ApiError:
-    """413: a body of more than `limit` bytes. The connection ends, for the rest of the body may still be coming."""
+    """413: a body of more than `limit` bytes. The connection is closed, since more of the body may follow."""
     message = f"expected a body of at most {limit} bytes, found more"
     return ApiError(413, message, INVALID, code="request_too_large", headers={"Connection": "close"})
 
 
 def too_many(retry_after: float) -> ApiError:
-    """429: the queue is full; worth another try after so many seconds."""
+    """429: the queue is full; the client may try again after so many seconds."""
     seconds = _seconds(retry_after)
     message = f"too many requests are waiting; try again in {seconds} s"
     return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(seconds)})
 
 
 def unavailable(message: str, retry_after: float | None = None, *, closing: bool = False) -> ApiError:
-    """503: not now: draining (`closing` ends the connection with it) or out of memory."""
+    """503: the server is draining (`closing` closes the connection), busy or out of memory."""
     headers = {} if retry_after is None else {"Retry-After": str(_seconds(retry_after))}
     if closing:
         headers["Connection"] = "close"
@@ -130,7 +129,7 @@ def unavailable(message: str, retry_after: float | None = None, *, closing: bool
 
 
 def client_left() -> ApiError:
-    """499, as nginx logs it: nobody waits for the answer any more."""
+    """499, as in nginx's logs: the client has closed the connection."""
     return ApiError(499, "the client has left", INVALID, code="client_left")
 
 
@@ -140,29 +139,29 @@ def timed_out(seconds: float) -> ApiError:
 
 
 def failed(message: str, code: str) -> ApiError:
-    """500 with a reason: what the server has cannot answer this request, though nothing is wrong with the request."""
+    """500 with a reason: the server cannot answer a request that is correct."""
     return ApiError(500, shown_line(message), SERVER, code=code)
 
 
 def internal(request_id: str | None = None) -> ApiError:
-    """500: our fault. The text says nothing of the cause; the request id finds it in the log."""
+    """500: an internal error. The message only has the request id, by which the log has the cause."""
     where = f" (request id {request_id})" if request_id else ""
     return ApiError(500, f"the server failed to answer{where}", SERVER, code="internal_error")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """True for every way in which Python and torch say so; torch is not imported for it."""
+    """Whether an error of Python or torch means that memory is exhausted; torch is not imported."""
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def shown_line(text: str, limit: int = 500) -> str:
-    """A message of ours as one line of bounded length; names in it came from the client."""
+    """A message as one line of bounded length, since it may hold names from the client."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _seconds(retry_after: float) -> int:
-    """`Retry-After` knows whole seconds only."""
+    """Whole seconds, for `Retry-After`."""
     return max(1, math.ceil(retry_after))

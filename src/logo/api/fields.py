@@ -1,7 +1,7 @@
-"""The types of request fields: strict about what a value is, and nothing about what it means.
+"""The types of request fields, which check the type of a value but not its meaning.
 
-JSON's whole numbers fit where a fraction is expected and 16.0 is a whole number, as JSON Schema has it; `true` is no
-number, `"1"` neither, and a field that is null counts as left out (`Body`), as OpenAI's clients expect.
+As in JSON Schema, whole numbers are valid fractions and 16.0 is a whole number; `true` and `"1"` are no numbers. A
+field that is null counts as missing (`Body`), as OpenAI's clients expect.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ MAX_STOPS = 4  # OpenAI's
 MAX_STOP_LENGTH = 1000
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
-MAX_TOKEN = 2**31 - 1  # of ids and of counts: more than any vocabulary and any context
+MAX_TOKEN = 2**31 - 1  # the largest token id or count, above any vocabulary and context
 
 TAGS = ("<text>", "<texts>", "<tokens>", "<token lists>", "<parts>")
 """Names of union branches; pydantic puts them into an error's place, where no client would know them."""
 
 
 def refused(message: str, field: str | None = None) -> PydanticCustomError:
-    """A problem in our own words, of the object that is checked or of one `field` of it."""
+    """A validation error with our own message, about the checked object or one `field` of it."""
     context = {"message": message} if field is None else {"message": message, "field": field}
     return PydanticCustomError("logo", "{message}", context)
 
 
 def _encodable(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no character and which no tokenizer takes."""
+    """Refuses half a surrogate pair, which JSON can write but no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -57,7 +57,7 @@ def _whole(value: Any) -> Any:
 Text = Annotated[str, Strict(), AfterValidator(_encodable)]
 Flag = Annotated[bool, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-# The bound stands before the reading of 16.0: pydantic then writes it into the OpenAPI document.
+# The bound comes before the validator of 16.0, so that pydantic writes it into the OpenAPI document.
 Seed = Annotated[int, Strict(), Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 Count = Annotated[int, Strict(), Field(ge=1, le=MAX_TOKEN), BeforeValidator(_whole)]
 Choices = Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES), BeforeValidator(_whole)]
@@ -72,7 +72,7 @@ Path = Annotated[str, Strict(), StringConstraints(min_length=1, max_length=4096)
 
 
 def _kind_of_prompt(value: Any) -> str | None:
-    """Which branch of a prompt a value is meant to be, so that a problem in it is told about that branch alone."""
+    """The branch of the union that a prompt belongs to, so that errors are about this branch alone."""
     if isinstance(value, str):
         return "<text>"
     if not isinstance(value, list):
@@ -92,7 +92,7 @@ def _kind_of_stop(value: Any) -> str | None:
 
 
 def branches(kind: Callable[[Any], str | None], expected: str) -> Discriminator:
-    """Tells the branches of a union apart; `expected` is said of a value that fits none."""
+    """Discriminates the branches of a union; `expected` is the message for a value that fits none."""
     return Discriminator(kind, custom_error_type="logo_kind", custom_error_message=expected)
 
 
@@ -114,7 +114,7 @@ Stop = Annotated[
 
 
 def _nullable(schema: dict[str, Any]) -> None:
-    """Tells readers of the OpenAPI document that null is the same as leaving a field out."""
+    """Documents in OpenAPI that null is the same as leaving a field out."""
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
         if name not in required and {"type": "null"} not in field.get("anyOf", ()):
@@ -123,7 +123,7 @@ def _nullable(schema: dict[str, Any]) -> None:
 
 
 class Body(BaseModel):
-    """What every object in a request shares: null is left out; unknown fields are kept, as vLLM does."""
+    """Base of all objects in requests: null counts as missing, and unknown fields are kept, as in vLLM."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_nullable)
 
@@ -143,7 +143,7 @@ class Body(BaseModel):
 
 
 def is_json(value: Any) -> bool:
-    """False if there is a NaN or an infinite number somewhere in a value; Python's parser lets them pass."""
+    """Whether a value has no NaN or infinite number, which Python's parser accepts."""
     waiting = [value]
     while waiting:
         value = waiting.pop()

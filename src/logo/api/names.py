@@ -1,6 +1,6 @@
-"""What the name of a model means: `logo` selects, the base model's name is that model alone, an adapter's that adapter.
+"""`Models`: the names that requests may give as `model`, in our own server and in vLLM.
 
-The same names, the same refusals and the same texts for our own server and for vLLM.
+`logo` selects; the base model's name is the base model alone; an adapter's name is that adapter.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ AUTO = "logo"
 
 @dataclass(frozen=True)
 class Models:
-    """What a request may give as its model.
+    """The models of a request.
 
     Attributes:
-        base: the name under which the base model alone answers.
-        adapters: names of those that the request may use.
-        signals: those that it may ask for.
+        base: the name of the base model alone.
+        adapters: names of the adapters that the request may use.
+        signals: the signals that it may use.
     """
 
     base: str
@@ -36,13 +36,13 @@ class Models:
     def mixture_request(
         self, model: str, options: LogoOptions | None, patterns: Patterns | None = None
     ) -> MixtureRequest:
-        """What a model's name and the field `logo` ask for.
+        """The mixture that a model's name and the field `logo` request.
 
         Args:
-            patterns: what the request's API key is bound to; None: the whole pool.
+            patterns: the adapters to which the request's API key is bound; None: the whole pool.
 
         Raises:
-            ApiError: there is no such model, or it does not go with the options.
+            ApiError: there is no such model, or the options do not fit it.
         """
         if model not in (AUTO, self.base) and model not in self.adapters:
             raise model_not_found(model, closest(model, (AUTO, self.base, *self.adapters)))
@@ -64,13 +64,13 @@ class Models:
         return MixtureRequest({} if model == self.base else {model: 1.0}, usable=patterns)
 
     def check_new(self, name: str, *, replace: bool) -> None:
-        """Whether an adapter of this name may be added.
+        """Checks that an adapter of this name may be added.
 
         Args:
-            replace: one that there is already.
+            replace: it may replace an adapter of the same name.
 
         Raises:
-            ApiError: the name means something else, or there is such an adapter.
+            ApiError: the name is reserved, or there is such an adapter.
         """
         if name in (AUTO, self.base):
             raise bad_request(f"lora_name: {shown(name)} already means another model", "lora_name")
@@ -78,7 +78,7 @@ class Models:
             raise bad_request(f"The lora adapter {shown(name)} has already been loaded.", "lora_name")
 
     def check_there(self, name: str) -> None:
-        """Whether there is an adapter of this name to be removed.
+        """Checks that an adapter of this name can be removed.
 
         Raises:
             ApiError: there is none.

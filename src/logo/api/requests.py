@@ -1,6 +1,6 @@
-"""What clients may ask of LoGo, whoever serves the model: the field `logo`, and the bodies of LoGo's own routes.
+"""Request bodies of LoGo: the field `logo`, and the bodies of LoGo's own routes.
 
-Checked here: what a value is. What it means for a pool is said in `logo.api.names`.
+Types of values are checked here; `logo.api.names` checks them against the pool.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _B = TypeVar("_B", bound=Body)
 
 
 def checked(kind: type[_B], body: Any) -> _B:
-    """A request's JSON as an object of this kind.
+    """Parses a request's JSON.
 
     Raises:
-        ApiError: it is none.
+        ApiError: it is not valid.
     """
     try:
         return kind.model_validate(body)

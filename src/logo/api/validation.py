@@ -1,4 +1,4 @@
-"""What is wrong with a request, in one line: `max_tokens: expected 1 or more, found -3`."""
+"""Messages about invalid requests, one line each: `max_tokens: expected 1 or more, found -3`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from logo.api.fields import TAGS
 
-_SHOWN = 80  # characters of a value
+_SHOWN = 80  # characters of a value that a message shows
 
 _Context = Mapping[str, Any]
 
-# Pydantic's error type -> what was expected.
+# Pydantic's error type -> the expected value.
 _EXPECTED: dict[str, Callable[[_Context], str]] = {
     "string_type": lambda c: "a string",
     "int_type": lambda c: "a whole number",
@@ -36,7 +36,7 @@ _EXPECTED: dict[str, Callable[[_Context], str]] = {
 
 
 def validation_message(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """The first of pydantic's problems as one line, and the field it is in (None: the body as a whole)."""
+    """The first of pydantic's errors as one line, and its field (None: the whole body)."""
     first = errors[0]
     kind, context, value = str(first["type"]), first.get("ctx", {}), first.get("input")
     place = list(first["loc"])
@@ -52,7 +52,7 @@ def validation_message(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | 
 
 
 def path(place: Sequence[str | int]) -> str:
-    """Where in the body: `messages[0].content[1].text`."""
+    """The path of a field in the body, such as `messages[0].content[1].text`."""
     written = ""
     for step in place:
         if isinstance(step, int):
@@ -63,7 +63,7 @@ def path(place: Sequence[str | int]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: cut to 80 characters, of ASCII alone, on one line; lists and objects only by kind."""
+    """A value for a message: one line of at most 80 printable characters; of lists and objects only the kind."""
     if isinstance(value, str):
         return "'" + plain(value) + "'"
     if isinstance(value, (dict, list)):
@@ -76,13 +76,13 @@ def shown(value: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """A text without line breaks, control characters and halves of characters, cut to 80 characters."""
+    """A text cut to 80 characters, with line breaks, control characters and surrogates escaped."""
     cut = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
 
 
 def unreadable(cause: BaseException) -> str:
-    """Why a body could not be read at all."""
+    """Why a body could not be read."""
     if isinstance(cause, UnicodeDecodeError):
         return f"the body is not UTF-8: byte {cause.start} belongs to no character"
     if isinstance(cause, RecursionError):

@@ -1,5 +1,6 @@
-"""`Visit`: a request while it depends on the pool. A pool that several servers have in common changes when none is at
-that point (`logo.serving.gate`), so every request says when it has chosen what answers it."""
+"""`Visit`: marks the time in which a request depends on the pool, until its mixtures are selected.
+
+A pool that several servers share only changes while no request is in that time (`logo.serving.gate`)."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from contextvars import ContextVar
 
 
 class Visit:
-    """A request that looks at the pool, until it has chosen what answers it.
+    """A request that depends on the pool until its mixtures are selected.
 
-    A request with several prompts chooses several times, at once: it stays inside until the last one is done.
+    The prompts of a request are selected for at the same time; the visit lasts until the last one is done.
     """
 
     def __init__(self, leave: Callable[[], None]) -> None:
@@ -18,17 +19,17 @@ class Visit:
         self._choosing = 0
 
     def choosing(self) -> None:
-        """Begins to choose."""
+        """Begins a selection."""
         self._choosing += 1
 
     def chosen(self) -> None:
-        """Has chosen, once."""
+        """Ends a selection."""
         self._choosing -= 1
         if not self._choosing:
             self.leave()
 
     def leave(self) -> None:
-        """What the pool becomes is of no concern from here on."""
+        """Ends the visit: changes of the pool no longer matter."""
         leave, self._leave = self._leave, None
         if leave is not None:
             leave()
@@ -39,7 +40,7 @@ visit: ContextVar[Visit | None] = ContextVar("visit", default=None)
 
 
 def choosing(times: int = 1) -> None:
-    """The request that is being answered begins to choose, for so many prompts."""
+    """The current request begins to select for so many prompts."""
     inside = visit.get()
     if inside is not None:
         for _ in range(times):
@@ -47,14 +48,14 @@ def choosing(times: int = 1) -> None:
 
 
 def chosen() -> None:
-    """It has chosen for one of them."""
+    """The current request has selected for one prompt."""
     inside = visit.get()
     if inside is not None:
         inside.chosen()
 
 
 def indifferent() -> None:
-    """Its answer does not depend on the pool."""
+    """The current request does not depend on the pool."""
     inside = visit.get()
     if inside is not None:
         inside.leave()
