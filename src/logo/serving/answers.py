@@ -40,11 +40,11 @@ _LONG = 10_000
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """One request, ready to be answered.
+    """A request whose prompts are read and whose mixtures are selected.
 
     Attributes:
-        prompts: what is read.
-        chosen: a mixture for each.
+        prompts: its prompts.
+        chosen: the mixture of each.
         n: answers per prompt.
         sampling: of the first answer; the seeds of the others follow it.
         stops: texts that end an answer.
@@ -61,13 +61,13 @@ class PreparedRequest:
 
 @dataclass(frozen=True)
 class AnswerChunk:
-    """What was added to one answer.
+    """New text and tokens of one answer.
 
     Attributes:
-        index: which answer: those of the first prompt come first.
-        text: whole characters that are new.
-        tokens: new token ids; their text may follow later.
-        logprobs: one for each token, where asked for.
+        index: of the answer; those of the first prompt come first.
+        text: new whole characters.
+        tokens: new token ids, whose text may follow later.
+        logprobs: one for each token, if requested.
         finish_reason: None while the answer goes on.
     """
 
@@ -83,10 +83,10 @@ class Answers:
 
     Args:
         service: selects and generates.
-        metrics: where it is counted.
+        metrics: the counters.
         base_model: the name under which the base model alone answers.
-        timeout: seconds that a request may take, its waiting included; None: as long as it takes.
-        log_prompts: prompts may be logged.
+        timeout: the most seconds for a request, including its waiting; None: no limit.
+        log_prompts: whether prompts may be logged.
     """
 
     def __init__(
@@ -103,24 +103,24 @@ class Answers:
         """The base model's."""
         return self.service.tokenizer
 
-    # -- what is asked ---------------------------------------------------------------------------------------------
+    # -- reading requests -----------------------------------------------------------------------------------------
 
     def mixture_request(
         self, model: str, options: LogoOptions | None, patterns: Patterns | None = None
     ) -> MixtureRequest:
-        """What a model's name and the field `logo` ask for.
+        """The mixture that a model's name and the field `logo` request; see `Models.mixture_request`.
 
         Args:
-            patterns: what the request's API key is bound to; None: the whole pool.
+            patterns: the adapters to which the request's API key is bound; None: the whole pool.
 
         Raises:
-            ApiError: there is no such model, or it does not go with the options.
+            ApiError: there is no such model, or the options do not fit it.
         """
         models = Models(self.base_model, self.service.usable(patterns), self.service.signals)
         return models.mixture_request(model, options, patterns)
 
     async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
-        """Prompts as they are read.
+        """Reads prompts.
 
         Raises:
             ApiError: a prompt without tokens, or an id that the model does not know.
@@ -136,7 +136,7 @@ class Answers:
         return rows
 
     async def conversation(self, messages: Sequence[Message]) -> Prompt:
-        """A conversation as it is read.
+        """Reads a conversation.
 
         Raises:
             ApiError: it has no tokens.
@@ -150,7 +150,7 @@ class Answers:
         return prompt
 
     def room(self, prompts: Sequence[Prompt], max_tokens: int | None, param: str) -> int:
-        """How many new tokens the answers may have; None asks for a usual number, or as many as there is room for.
+        """The most new tokens of the answers; None: the usual number, or as many as there is room for.
 
         Raises:
             ApiError: they do not fit behind the longest prompt.
@@ -172,10 +172,10 @@ class Answers:
     async def choose(
         self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float
     ) -> tuple[SelectedMixture, ...]:
-        """A mixture for each prompt; they are probed together.
+        """Selects the mixture of each prompt; they are probed together.
 
         Raises:
-            ApiError: out of time.
+            ApiError: the request has timed out.
             LoGoError: as `Engine.choose`.
         """
         choosing = asyncio.gather(*(self.service.choose(prompt, wanted) for prompt in prompts))
@@ -190,21 +190,21 @@ class Answers:
         return tuple(chosen)
 
     def logged(self, prompts: Sequence[Prompt], chosen: Sequence[SelectedMixture]) -> list[dict[str, Any]]:
-        """What the log says of each prompt's selection."""
+        """The entry of each prompt's selection in the log."""
         return [logged.entry(one.selection, self._said(p)) for p, one in zip(prompts, chosen, strict=True)]
 
     def _said(self, prompt: Prompt) -> str | None:
-        """The beginning of what was probed of a prompt, if it may be logged."""
+        """The beginning of the probed tokens of a prompt, if they may be logged."""
         if not self._log_prompts:
             return None
         text: str = self.tokenizer.decode(prompt.probed[: logged.TOKENS], skip_special_tokens=True)
         return text
 
     async def chunks(self, request: PreparedRequest) -> AsyncGenerator[AnswerChunk, None]:
-        """All answers of a request, piece by piece as they come. Leaving the loop ends them.
+        """Yields the answers of a request in chunks as they come. Leaving the loop ends them.
 
         Raises:
-            ApiError, or what made an answer fail.
+            ApiError, or the error of an answer that failed.
         """
         answers = [
             self._answer(prompt * request.n + choice, prompt, choice, request)
@@ -272,19 +272,19 @@ class Answers:
 
 
 async def _beside(size: int, work: Callable[[], _T]) -> _T:
-    """What `work` returns; long texts are tokenized in a thread, so that others are answered meanwhile."""
+    """Runs `work`, in a thread for long texts, so that other requests are answered meanwhile."""
     return await asyncio.to_thread(work) if size > _LONG else work()
 
 
 async def _merged(streams: Sequence[AsyncGenerator[AnswerChunk, None]]) -> AsyncGenerator[AnswerChunk, None]:
-    """The pieces of several answers as they come."""
+    """The chunks of several answers as they come."""
     queue: asyncio.Queue[AnswerChunk | BaseException | None] = asyncio.Queue()
 
     async def forward(stream: AsyncGenerator[AnswerChunk, None]) -> None:
         try:
             async for chunk in stream:
                 queue.put_nowait(chunk)
-        except Exception as error:  # raised where the pieces are read
+        except Exception as error:  # raised where the chunks are read
             queue.put_nowait(error)
         else:
             queue.put_nowait(None)

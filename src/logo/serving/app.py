@@ -20,13 +20,13 @@ from logo.serving.openai import now
 
 @dataclass(frozen=True)
 class AppSettings:
-    """What the person who starts a server decides.
+    """The settings of a server's app.
 
     Attributes:
         base_model: the name under which the base model alone answers.
-        request_timeout: seconds that a request may take, its waiting included; None: as long as it takes.
-        adapter_changes: a folder from which adapters may be added under way; None: the pool stays as it is.
-        log_prompts: the log says what was asked, too.
+        request_timeout: the most seconds for a request, including its waiting; None: no limit.
+        adapter_changes: a folder from which adapters may be added while it runs; None: the pool cannot be changed.
+        log_prompts: whether prompts are logged.
     """
 
     base_model: str
@@ -36,7 +36,7 @@ class AppSettings:
 
 
 def create_app(service: Engine, settings: AppSettings) -> FastAPI:
-    """The app; `logo.serving.guards.guard` goes around it. The service begins and ends with it."""
+    """The app, which starts and ends the service; `logo.serving.guards.guard` is to be put around it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -1,8 +1,8 @@
-"""Sequences that are generated together: transformers' continuous batching with a mixture and a sampling for each.
+"""`Batching`: transformers' continuous batching with a mixture and a sampling for each sequence.
 
-Sequences join and leave at any step. Cached blocks are never shared between sequences, since what they hold depends on
-the mixture that wrote it. Where adapters act from a position on only, what the base model has read before it when it
-was probed is copied into a sequence's own blocks.
+Sequences join and leave at any step. Cached blocks are never shared between sequences, since their content depends on
+the mixture. If adapters act only from a position on, keys and values before it are copied from the probe's cache into
+the blocks of a sequence.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PAGE = 32
-# Tokens of context that a sequence is taken to need where memory for all of it would be too much.
+# Assumed tokens of a sequence, if memory for the whole context of each would be too much.
 _USUAL_LENGTH = 512
-# Tokens of one step: long prompts are read in parts of this, so that other sequences need not wait for all of it.
+# The most tokens of one step. Long prompts are read in such parts, so that other sequences need not wait.
 _STEP_TOKENS = 512
 
 
@@ -66,19 +66,19 @@ class Batching(Steps):
         model: a causal LM whose attention transformers can batch (sdpa or flash).
         store: its adapters.
         memory: see `Memory`.
-        beginnings: what the base model has read of prompts, for adapters that act from a position on only.
-        context: tokens of a prompt and its answer at most, or None if the model knows no limit.
+        beginnings: the cache of prompt beginnings, for adapters that act from a position on only.
+        context: the most tokens of a prompt and its answer; None if the model has no limit.
 
     Attributes:
-        context: the same, as far as the memory for keys and values reaches.
-        plan: where memory goes.
-        steps: how many forward passes were made with some mixture, and with none: `{"gate", "base"}`.
-        found, missed: tokens of prompts that the base model had read and that were there when an answer began, and
-            those that had been dropped by then.
+        context: the same, within the memory for keys and values.
+        plan: of the memory.
+        steps: the number of forward passes with and without a mixture: `{"gate", "base"}`.
+        found, missed: tokens of prompts whose cached keys and values were there when an answer began, and of those
+            that had been dropped.
 
     Raises:
         ModelError: the model, or this version of transformers, cannot be batched.
-        UsageError: more memory is asked for than there is.
+        UsageError: the requested memory is more than there is.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class Batching(Steps):
         self.context = reach if context is None else min(context, reach)
 
     def start(self) -> None:
-        """Begins to generate, in a thread of its own; nothing if it has begun already.
+        """Starts the thread that generates, unless it runs already.
 
         Raises:
-            ModelError: the logits of a sequence are not those of the model by itself.
+            ModelError: the logits of a sequence differ from those of the model alone.
         """
         if self._hooked is not None:
             return
@@ -128,7 +128,7 @@ class Batching(Steps):
             raise
 
     def stop(self) -> None:
-        """Ends what is still being generated, and the thread."""
+        """Ends all generation, and the thread."""
         if self._hooked is None:
             return
         if self._manager.is_running():
@@ -138,12 +138,12 @@ class Batching(Steps):
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that generates is there."""
+        """Whether the thread that generates is running."""
         return bool(self._manager.is_running()) and self._manager.background_thread_status.fatal_error is None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The model is the caller's inside the block: sequences in flight wait, no mixture is active."""
+        """Inside the block the caller may use the model: sequences wait, and no mixture is active."""
         with self._manager.pause():
             self._packed.gate([])
             self._standing = None
@@ -151,32 +151,32 @@ class Batching(Steps):
 
     @property
     def running(self) -> int:
-        """Sequences that have begun."""
+        """The number of sequences that are being generated."""
         return len(self._manager.batch_processor.scheduler.active_requests)
 
     @property
     def waiting(self) -> int:
-        """Sequences that have not."""
+        """The number of sequences that wait."""
         return len(self._jobs) - self.running
 
     @property
     def adapters(self) -> int:
-        """Adapters that are resident where the model computes."""
+        """The number of loaded adapters."""
         return len(self._store.keys)
 
     @property
     def kv_blocks(self) -> tuple[int, int]:
-        """Blocks of keys and values in use, and in all."""
+        """The numbers of used and of all blocks of keys and values."""
         total = self._cache.num_blocks
         return round(total * (1 - self._cache.compute_free_capacity())), total
 
     async def generate(
         self, prompt: Sequence[int], mixture: Mixture, sampling: Sampling, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """The tokens that continue a prompt, as they come. Leaving the loop ends the sequence.
+        """Yields the tokens of an answer as they come. Leaving the loop ends the sequence.
 
         Args:
-            deadline: by the event loop's clock; None: as long as it takes.
+            deadline: on the event loop's clock; None: no deadline.
 
         Raises:
             GenerationFailed, GenerationTimeout: see there.
@@ -190,7 +190,7 @@ class Batching(Steps):
         manager, ended, sent = self._manager, False, 0
         try:
             manager.register_result_handler(sequence, job.outputs.put_nowait)
-            # Always streaming: of a sequence that is cancelled nothing would be heard.
+            # Always streaming, since a cancelled sequence reports nothing otherwise.
             added = manager.add_request(
                 list(prompt), sequence, sampling.max_tokens, streaming=True, eos_token_id=self._ends
             )
@@ -198,7 +198,7 @@ class Batching(Steps):
                 raise GenerationFailed("generation has stopped; the server has to be started again")
             while not ended:
                 output = await job.outputs.get()
-                while output is not None and not job.outputs.empty():  # the last one holds all before
+                while output is not None and not job.outputs.empty():  # the last output holds all earlier ones
                     output = job.outputs.get_nowait()
                 if output is None:
                     raise GenerationTimeout("the answer took longer than a request may")
@@ -224,7 +224,7 @@ class Batching(Steps):
     # -- called by the thread that generates ------------------------------------------------------------------------
 
     def beginning(self, sequence: str) -> list[tuple[Tensor, Tensor]]:
-        """What the base model has read of a prompt, up to where adapters begin to act."""
+        """The cached keys and values of a prompt, up to where adapters begin to act."""
         job = self._jobs.get(sequence)
         if job is None or not job.mixture.end or self._beginnings is None:
             return []
@@ -234,12 +234,12 @@ class Batching(Steps):
         return joined(pages)
 
     def before(self, step: Sequence[tuple[str, int, bool, int]]) -> None:
-        """Gates the tokens of the next forward pass."""
-        unheard = self._manager.output_router.output_queue  # what came for callers that had left
+        """Sets the gates of the next forward pass."""
+        unheard = self._manager.output_router.output_queue  # outputs for callers that have left
         while not unheard.empty():
             unheard.get_nowait()
         told = [(self._mixture(name), tokens, drawn, first) for name, tokens, drawn, first in step]
-        # Once all gates of a sequence are open, they stay as they are however far it has come.
+        # Gates that are all open do not depend on the position any more.
         standing = tuple(
             (name, tokens, drawn, first if mixture is not None and first < mixture.last else None)
             for (name, *_), (mixture, tokens, drawn, first) in zip(step, told, strict=True)
@@ -248,24 +248,24 @@ class Batching(Steps):
             self._standing = None
             self._mixed = self._packed.gate(told)
             self._standing = standing
-            if self._model.device.type == "cuda":  # the forward pass runs in a stream of its own
+            if self._model.device.type == "cuda":  # the forward pass runs in its own stream
                 torch.cuda.current_stream(self._model.device).synchronize()
         self.steps["gate" if self._mixed else "base"] += 1
 
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
-        """Draws for each sequence in its own way."""
+        """Draws the next token of each sequence by its own sampling."""
         jobs = [self._jobs.get(sequence) for sequence in ids]
         self._drawn = next_tokens(scores, [_GREEDY if job is None else job.drawing for job in jobs])
         return self._drawn.tokens
 
     def accepted(self, tokens: Sequence[int]) -> None:
-        """Writes down what was drawn."""
+        """Records the drawn tokens."""
         if self._drawn is not None:
             self._drawn.accept(tokens)
             self._drawn = None
 
     def failed(self, sequence: str, error: Exception) -> None:
-        """Remembers why a sequence was ended."""
+        """Records why a sequence was ended."""
         self._standing = None
         job = self._jobs.get(sequence)
         if job is not None:
@@ -273,14 +273,14 @@ class Batching(Steps):
 
     def _mixture(self, sequence: str) -> Mixture | None:
         job = self._jobs.get(sequence)
-        return None if job is None else job.mixture  # None: its caller has left, and this is its last step
+        return None if job is None else job.mixture  # None: the caller has left, and this is the sequence's last step
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Reads a prompt and one token more, batched and by the model itself, and compares the logits.
+        """Reads a prompt and one more token, batched and by the model alone, and compares the logits.
 
-        Tokens may differ where two are nearly as likely; logits differ by rounding only. What is compared is the
-        distance of the logits, root mean square over the vocabulary, as a share of their standard deviation.
+        Logits differ by rounding only, while tokens may differ if two are nearly equally likely. The distance is the
+        root mean square over the vocabulary, divided by the standard deviation of the logits.
         """
         model, name = self._model, type(self._model).__name__
         prompt = [1 + i % (model.config.get_text_config().vocab_size - 1) for i in range(2, 10)]
@@ -320,8 +320,8 @@ class Batching(Steps):
         model = self._model
         attention = model.config._attn_implementation
         if attention != "sdpa" and "flash" not in attention:
-            # Transformers would exchange it for an attention of its own that leaves out what some models need
-            # (Gemma 2's soft cap): answers would be wrong, and nothing would say so.
+            # Transformers would replace it by an attention without features that some models need (Gemma 2's soft
+            # cap), and answers would be silently wrong.
             raise ModelError(
                 f"{type(model).__name__} cannot be served: expected attention of kind sdpa or flash, found "
                 f"{attention!r}, which transformers' continuous batching does not compute exactly"
@@ -344,7 +344,7 @@ class Batching(Steps):
             raise ModelError(f"this base model cannot be served in batches: {error}") from error
 
     def _blocks(self, memory: Memory, context: int | None) -> int:
-        """Whole-model blocks: a usual length for every sequence, one sequence of full length, within the memory."""
+        """The number of blocks: room for the usual length of every sequence and one full context, within the memory."""
         config = self._model.config.get_text_config()
         heads, size = cached_heads(config)
         per_token: int = 2 * config.num_hidden_layers * heads * size * self._store.dtype.itemsize
@@ -361,7 +361,7 @@ class Batching(Steps):
 
 
 def _head(model: PreTrainedModel) -> str | None:
-    """Path of the output head, where continuous batching gives it one token per sequence only."""
+    """The path of the output head, if continuous batching gives it one token per sequence only."""
     if not model._supports_logits_to_keep():
         return None
     head = model.get_output_embeddings()

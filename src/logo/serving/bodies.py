@@ -1,8 +1,7 @@
-"""What clients may ask for text: the bodies of these requests, checked; nothing here knows of models or of the pool.
+"""The bodies of requests for text, checked without knowledge of models or the pool.
 
-OpenAI's fields, vLLM's `return_token_ids`, and `logo` of ours (`logo.api.requests`). A field that would change the
-answer but that this server does not have is refused by name (`UNSUPPORTED`), never ignored; any other unknown field is
-kept in `model_extra`.
+They have OpenAI's fields, vLLM's `return_token_ids`, and our `logo` (`logo.api.requests`). A field that would change
+the answer but is not supported is refused by name (`UNSUPPORTED`); any other unknown field is kept in `model_extra`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pydantic import Field, model_validator
 from logo.api.fields import Body, Choices, Count, Flag, Logprobs, Number, Prompt, Seed, Stop, Text, refused
 from logo.api.requests import Messages, ModelRequest
 
-# Field -> whether its value asks for nothing that this server lacks.
+# Field -> whether its value has no effect, so that it is accepted.
 UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     # OpenAI's
     "frequency_penalty": lambda v: _is(v, 0),
@@ -69,7 +68,7 @@ class StreamOptions(Body):
 
 
 class _Generation(ModelRequest):
-    """What both ways of asking for text share."""
+    """The fields that both endpoints share."""
 
     temperature: Annotated[Number, Field(ge=0, le=2)] = Field(1.0, description="0 decodes greedily.")
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
@@ -97,7 +96,7 @@ class _Generation(ModelRequest):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk of counts."""
+        """Whether a stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -114,7 +113,7 @@ class CompletionRequest(_Generation):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """Always a list: of texts or of token ids."""
+        """The prompts as a list of texts or token ids."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -145,5 +144,5 @@ class ChatRequest(_Generation):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """The limit under either name."""
+        """The most new tokens, under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

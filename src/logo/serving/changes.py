@@ -1,4 +1,4 @@
-"""Adding and removing adapters under way: vLLM's routes and bodies, paths only inside one folder."""
+"""Routes that add and remove adapters while the server runs, as vLLM's; folders have to lie inside one folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def load(body: LoadAdapter, request: Request) -> Response:
     try:
         await answers.service.add(folder, body.lora_name, replace=body.load_inplace)
     except AdapterError as error:
-        if error.name != body.lora_name:  # one that was there before
+        if error.name != body.lora_name:  # another adapter of the pool
             raise
         raise bad_request(shown_line(str(error)), "lora_path") from error
     tell_pool(answers.service.adapters)
@@ -42,7 +42,7 @@ async def unload(body: UnloadAdapter, request: Request) -> Response:
     _models(answers).check_there(body.lora_name)
     try:
         await answers.service.remove(body.lora_name)
-    except PoolError as error:  # another request was faster
+    except PoolError as error:  # another request removed it meanwhile
         raise not_found(str(error), "lora_name") from error
     tell_pool(answers.service.adapters)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
@@ -53,7 +53,7 @@ def _models(answers: Answers) -> Models:
 
 
 def inside(root: Path, path: str) -> Path:
-    """The folder that a client names, absolute or relative to `root`, links followed.
+    """Resolves the folder that a client names, absolute or relative to `root`.
 
     Raises:
         ApiError: it lies outside of `root`, or is no folder.
@@ -61,7 +61,7 @@ def inside(root: Path, path: str) -> Path:
     try:
         found = (root / path).resolve()
         is_folder = found.is_dir()
-    except (OSError, RuntimeError, ValueError):  # too long for a file system, or links in a circle
+    except (OSError, RuntimeError, ValueError):  # too long a path, or links in a circle
         raise bad_request(
             f"lora_path: expected a path, found {shown(path)}, which leads nowhere", "lora_path"
         ) from None

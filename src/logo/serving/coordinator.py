@@ -1,14 +1,14 @@
 """`Coordinator`: one pool in many replicas, changed in all of them or in none.
 
-    stage (each makes the new pool ready) -> close (newcomers wait) -> take (each answers from it) -> open
+    stage (each prepares the new pool) -> close (new requests wait) -> take (each answers from it) -> open
 
-A replica that is closed gives no answer that depends on its pool, and none is opened before all have taken the new one:
-whoever has seen an answer from the new pool gets none from the old one afterwards. What fails before `take` changes
-nothing anywhere. A replica that does not do what comes after is ended, since it may neither answer nor stay behind; one
-that starts later is told what has changed before it may answer. One that has not heard of a coordinator for a while
-answers no more, so that a coordinator that is started again knows when there is none beside those that have joined it.
+A closed replica gives no answer that depends on its pool, and no replica opens before all have taken the new pool, so a
+client that has seen an answer from the new pool never gets one from the old pool later. A failure before `take` changes
+nothing. A replica that fails later is ended, since its pool is outdated. A replica that starts later gets all changes
+before it may answer. A replica without contact to a coordinator stops answering after a while, so that a restarted
+coordinator knows when only its own members answer.
 
-Knows neither Ray nor engines: replicas fetch commands (`next`) and report what came of them (`reply`).
+Neither Ray nor engines are known here: replicas fetch commands (`next`) and report results (`reply`).
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _log = logging.getLogger("logo.serving")
 
 Kind = Literal["stage", "forget", "close", "take", "open", "metrics", "drain"]
 
-# Seconds: that a new pool may take to be made ready, and that anything else may take.
+# The most seconds for preparing a new pool, and for any other command.
 STAGING, PATIENCE = 900.0, 60.0
 
-# Seconds for which a replica answers that hears nothing of a coordinator; and for which a coordinator that is started
-# again changes nothing, so that by then no replica answers that it does not know.
+# Seconds for which a replica answers without contact to a coordinator. A restarted coordinator changes nothing for so
+# long, after which only replicas that it knows answer.
 LEASE = 120.0
 REFUSED = LEASE + 10.0
 
-# Seconds between two looks at whether a replica that does not answer is there.
+# Seconds between two checks whether a silent replica still exists.
 _LOOK = 1.0
 
-# Seconds for which a replica's question stays open.
+# Seconds for which a replica waits for a command.
 _POLL = 10.0
 
-# Seconds that metrics wait for a replica: less than whoever scrapes them has patience for.
+# Seconds that metrics wait for a replica, less than the timeout of scrapers.
 _SCRAPE = 2.0
 
 
@@ -53,9 +53,9 @@ class State:
 
     Attributes:
         digest: of names and contents, see `pool_digest`.
-        changes: what makes it of the pool that the replicas open; no more than one of each name, so that the folder of
-            an adapter that has gone need not stay.
-        version: how often it has changed.
+        changes: the changes since replicas opened it; at most one per name, so that the folder of a removed adapter
+            may be deleted.
+        version: the number of changes.
     """
 
     digest: str
@@ -63,19 +63,19 @@ class State:
     version: int = 0
 
     def after(self, change: Change, digest: str) -> State:
-        """The state that a change leads to."""
+        """The state after a change."""
         net = {one.name: one for one in self.changes}
         before = net.pop(change.name, None)
         if before is None:
             net[change.name] = change
-        elif change.folder is not None:  # the pool that is opened has one of that name, unless it was added
+        elif change.folder is not None:  # the opened pool has an adapter of that name, unless it was added later
             net[change.name] = Change(change.name, change.folder, before.folder is None or before.replace)
         elif before.folder is None or before.replace:
             net[change.name] = change
         return State(digest, tuple(net.values()), self.version + 1)
 
     def towards(self, later: State) -> tuple[Change, ...]:
-        """What makes a later state's pool of this one's."""
+        """The changes from this state to a later one."""
         own = {one.name: one for one in self.changes}
         wanted = {one.name: one for one in later.changes}
         gone = tuple(Change(name) for name in own if name not in wanted)
@@ -88,12 +88,12 @@ class State:
 
 @dataclass(frozen=True)
 class Command:
-    """What one replica is told.
+    """A command for one replica.
 
     Attributes:
-        number: for its reply.
-        change: to be staged.
-        state: after `take`.
+        number: of the command, for its reply.
+        change: the change to stage.
+        state: the state after `take`.
     """
 
     number: int
@@ -104,12 +104,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Joined:
-    """The answer to a replica that wants to take requests. Without `behind` and `refused`, it may.
+    """The answer to a replica that wants to serve; it may, unless `behind` or `refused` is set.
 
     Attributes:
-        state: what the others have.
-        behind: changes of the pool that it has to make first.
-        refused: why it must not.
+        state: the state of the others.
+        behind: changes that it has to make first.
+        refused: why it may not serve.
     """
 
     state: State
@@ -118,10 +118,10 @@ class Joined:
 
 
 class Peers(Protocol):
-    """What is known of replicas from outside, by their handles."""
+    """Checks and ends replicas from outside, by their handles."""
 
     async def answering(self) -> bool:
-        """Whether any replica takes requests."""
+        """Whether any replica accepts requests."""
 
     async def gone(self, handle: Any) -> bool:
         """Whether a replica has certainly ended."""
@@ -132,12 +132,12 @@ class Peers(Protocol):
 
 @dataclass
 class _Member:
-    """A replica that answers.
+    """A replica that serves.
 
     Attributes:
         waiting: commands that it has not fetched, by number.
-        asked: what is to come of those that somebody still waits for.
-        more: there may be a command.
+        asked: futures of the results that are still awaited.
+        more: set when there may be a command.
     """
 
     handle: Any
@@ -146,14 +146,14 @@ class _Member:
     more: asyncio.Event = field(default_factory=asyncio.Event)
 
     def ask(self, command: Command) -> asyncio.Future[Any]:
-        """What will come of a command."""
+        """Queues a command, and returns the future of its result."""
         found = self.asked[command.number] = asyncio.get_running_loop().create_future()
         self.waiting[command.number] = command
         self.more.set()
         return found
 
     def drop(self, number: int) -> None:
-        """Nobody waits for this any more: what has not been fetched by now is not to be done."""
+        """Drops a command whose result is not awaited any more, unless it was fetched."""
         self.waiting.pop(number, None)
         self.asked.pop(number, None)
 
@@ -166,42 +166,42 @@ class _Member:
 
 
 class Coordinator:
-    """Knows the replicas and the pool they have.
+    """Keeps the pools of all replicas equal.
 
     Args:
-        peers: tells whether replicas are there.
-        digest: of the pool that replicas have to open; None: of the first one's.
-        settle: seconds in which a replica that has just started waits for others that may have been there before. They
-            know what has changed: a coordinator that is started again learns it from them.
+        peers: checks and ends replicas.
+        digest: of the pool that replicas have to open; None: that of the first one.
+        settle: seconds for which a new replica waits for older ones, from which a restarted coordinator learns the
+            changes.
     """
 
     def __init__(self, peers: Peers, digest: str | None = None, settle: float = 5.0) -> None:
         self._peers, self._digest = peers, digest
         self._began = time.monotonic()
         self._settled = self._began + settle
-        self._again = False  # others have had a coordinator before this one
+        self._again = False  # this coordinator was restarted
         self._state: State | None = None
         self._members: dict[str, _Member] = {}
         self._lock = asyncio.Lock()
         self._changing: set[asyncio.Task[LoGoError | None]] = set()
         self._numbers = itertools.count(1)
 
-    # -- asked by replicas -----------------------------------------------------------------------------------------
+    # -- called by replicas ----------------------------------------------------------------------------------------
 
     async def join(self, name: str, handle: Any, state: State, *, fresh: bool) -> Joined:
-        """Makes a replica one of those that answer, if its pool is theirs.
+        """Lets a replica serve if its pool equals that of the others.
 
         Args:
-            fresh: it has not answered yet.
+            fresh: whether it has not served yet.
         """
         while fresh and self._state is None and (left := self._settled - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.1))
-        async with self._lock:  # not in the middle of a change
+        async with self._lock:  # not during a change
             known = self._state
             if known is None:
                 if fresh and self._digest not in (None, state.digest):
                     return Joined(state, refused=f"expected the pool {self._digest}, opened {state.digest}")
-                # A replica that joins first takes no requests yet: who does, has joined another coordinator.
+                # A replica that serves already has joined an earlier coordinator.
                 self._again = not fresh or await self._peers.answering()
                 known = self._state = state
             if state.digest != known.digest:
@@ -213,7 +213,7 @@ class Coordinator:
             return Joined(known)
 
     async def next(self, name: str) -> Command | bool:
-        """The next command for a replica; True: there is none for now; False: it is none of those that answer."""
+        """The next command for a replica; True: there is none now; False: the replica is not a member."""
         member = self._members.get(name)
         if member is None:
             return False
@@ -223,16 +223,16 @@ class Coordinator:
             return True
 
     async def reply(self, name: str, number: int, result: Any) -> None:
-        """What came of a command."""
+        """Takes the result of a command."""
         member = self._members.get(name)
         future = None if member is None else member.asked.pop(number, None)
         if future is not None and not future.done():
             future.set_result(result)
 
     async def change(self, change: Change) -> LoGoError | None:
-        """Changes the pool everywhere; what is returned says why it is as it was.
+        """Changes the pool of all replicas; returns the reason if nothing was changed.
 
-        What has been begun is ended, though whoever has asked for it may be gone.
+        A change that has begun is completed even if the client has left.
         """
         task = asyncio.create_task(self._change(change))
         self._changing.add(task)
@@ -249,7 +249,7 @@ class Coordinator:
             try:
                 staged = await self._ask("stage", STAGING, change=change)
                 error = _disagreement(staged) or await self._close()
-            except Exception:  # what went wrong here leaves nobody closed
+            except Exception:  # after an error no replica may stay closed
                 await self._undo()
                 raise
             if error is not None:
@@ -261,18 +261,18 @@ class Coordinator:
             return None
 
     async def metrics(self) -> dict[str, str | None]:
-        """Those of each replica; None: it does not answer."""
+        """The metrics of each replica; None if it does not answer."""
         found = await self._ask("metrics", _SCRAPE)
         return {name: text if isinstance(text, str) else None for name, text in found.items()}
 
     async def drain(self) -> None:
-        """No replica takes requests any more."""
+        """Makes all replicas refuse new requests."""
         await self._ask("drain", _POLL)
 
-    # -- asking them -----------------------------------------------------------------------------------------------
+    # -- commands --------------------------------------------------------------------------------------------------
 
     async def _close(self) -> LoGoError | None:
-        """Makes newcomers wait, and returns when nobody is choosing from the old pool."""
+        """Makes new requests wait, and returns when no request selects from the old pool."""
         for name, result in (await self._ask("close", PATIENCE)).items():
             if result is not None:
                 return NotReady(f"replica {name} did not pause within {PATIENCE:.0f} s; nothing was changed")
@@ -283,14 +283,14 @@ class Coordinator:
         await self._insist("open")
 
     async def _insist(self, kind: Kind, **more: Any) -> None:
-        """All do it, or are ended."""
+        """Gives all replicas a command; those that fail are ended."""
         for name, result in (await self._ask(kind, PATIENCE, **more)).items():
             if result is not None and name in self._members:
                 self._peers.end(self._members.pop(name).handle)
 
     async def _ask(self, kind: Kind, limit: float, **more: Any) -> dict[str, Any]:
-        """What each replica replies, or an error where it does not. Those that have ended are forgotten."""
-        members = dict(self._members)  # another question may find out meanwhile that one of them has ended
+        """The reply of each replica, or an error if there is none. Replicas that have ended are removed."""
+        members = dict(self._members)  # another command may find that one of them has ended
         commands = {name: replace(Command(next(self._numbers), kind), **more) for name in members}
         asked = {name: member.ask(commands[name]) for name, member in members.items()}
         end = time.monotonic() + limit
@@ -312,7 +312,7 @@ class Coordinator:
         return {name: future.result() if future.done() else late for name, future in asked.items()}
 
     async def _ended(self, members: Mapping[str, _Member], end: float) -> list[str]:
-        """Those that have certainly ended, as far as that can be known soon."""
+        """The members that have certainly ended, as far as that is known soon."""
         looks = {name: asyncio.ensure_future(self._peers.gone(member.handle)) for name, member in members.items()}
         left = end - time.monotonic()
         if looks and left > 0:
@@ -321,7 +321,7 @@ class Coordinator:
         for name, look in looks.items():
             if not look.done():
                 look.cancel()
-            elif (error := look.exception()) is not None:  # which says nothing of the replica
+            elif (error := look.exception()) is not None:  # says nothing about the replica
                 _log.warning("cannot tell whether the replica %s is there: %r", name, error)
             elif look.result():
                 found.append(name)
@@ -329,7 +329,7 @@ class Coordinator:
 
 
 def _disagreement(staged: Mapping[str, Any]) -> LoGoError | None:
-    """Why replicas cannot all have a new pool; None if they can."""
+    """Why replicas do not all have the same new pool; None if they do."""
     errors = {name: result for name, result in staged.items() if isinstance(result, LoGoError)}
     if errors:
         name, error = next(iter(errors.items()))

@@ -1,4 +1,4 @@
-"""The command that starts replicas through Ray Serve (`logo.serving.replicas`), says how they stand, and ends them."""
+"""Starts replicas through Ray Serve (`logo.serving.replicas`), reports their number, and ends them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from logo.serving.replicas import APPLICATION, Plan, Scale, application, running
 
 _log = logging.getLogger("logo.serving")
 
-# Seconds between two looks at how the application stands; and that replicas have after the first one.
+# Seconds between two checks of the application; and seconds that further replicas have after the first one.
 _LOOK, _GRACE = 0.5, 120.0
 
-# Seconds between the signal and the end of the address: a connection that is kept hears 503 first.
+# Seconds between the signal and the end of the address, in which kept connections get 503.
 _FAREWELL = 1.0
 
 
@@ -33,15 +33,15 @@ def serve_replicas(
     started: Callable[[str], None],
     told: Callable[[str], None],
 ) -> None:
-    """Serves until a signal comes, and then until what was accepted has ended.
+    """Serves until a signal comes, and then until accepted requests have ended.
 
     Args:
         address: host and port.
-        started: called with the address when requests are taken.
+        started: called with the address when requests are accepted.
         told: called with a line when the number of replicas changes.
 
     Raises:
-        UsageError: Ray is not installed, or the cluster's address is none.
+        UsageError: Ray is not installed, or the cluster's address is not valid.
         WorkersError: no cluster answers, it has no room, or an application of this name runs there already.
         LoGoError: no replica can be opened.
         KeyboardInterrupt: the signal was SIGINT.
@@ -50,14 +50,14 @@ def serve_replicas(
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process: what it waits for is said below
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process; its state is reported below
     widest = scale.layout if scale.most is None else replace(scale.layout, count=scale.most)
     connect(ray, widest)
-    stop = _stopped()  # Ray has handlers of its own, which do not wait
+    stop = _stopped()  # Ray's own handlers do not wait
     local = scale.layout.address == LOCAL
     mine = False
     try:
-        room = process_resources(ray, widest)  # so that there is room for those, too, that start later
+        room = process_resources(ray, widest)  # with room for replicas that start later
         first = scale.layout.count if scale.most is not None and scale.layout.count else room.count
         if APPLICATION in serve.status().applications:
             raise WorkersError(f"the cluster serves an application {APPLICATION!r} already; end that one first")
@@ -84,13 +84,13 @@ def serve_replicas(
             if mine:
                 _remove(serve, scale.drain, stop)
         finally:
-            ray.shutdown()  # with everything that was started for this alone
+            ray.shutdown()  # also ends a cluster that was started for this
     if stop.by == signal.SIGINT:
-        raise KeyboardInterrupt  # as a server of one process ends
+        raise KeyboardInterrupt  # like a server of one process
 
 
 def _there(serve: Any, address: tuple[str, int]) -> tuple[str, int]:
-    """Where a cluster listens that serves something already: its address is one for all, and stays as it is."""
+    """The address of a cluster that serves something already, which all applications share."""
     if not serve.status().proxies:
         return address
     from ray.serve.context import _get_global_client
@@ -100,7 +100,7 @@ def _there(serve: Any, address: tuple[str, int]) -> tuple[str, int]:
 
 
 def _until_running(serve: Any, expected: int, stop: threading.Event) -> bool:
-    """Waits for as many replicas as there is room for; False: it was told to stop meanwhile."""
+    """Waits for as many replicas as there is room for; False if a signal came."""
     limit = float("inf")
     while not stop.wait(_LOOK):
         count, status, said = running(serve)
@@ -114,13 +114,13 @@ def _until_running(serve: Any, expected: int, stop: threading.Event) -> bool:
 
 
 def _reason(said: str) -> str:
-    """The error in what Ray Serve says, which has a traceback in it."""
+    """The error in a message of Ray Serve, without its traceback."""
     found = re.findall(r"logo\.[\w.]*Error: ([^\n]+)", said) or re.findall(r"\w+Error: ([^\n]+)", said)
     return str(found[-1]).strip() if found else " ".join(said.split())[-300:]
 
 
 def _watch(serve: Any, told: Callable[[str], None], stop: threading.Event) -> None:
-    """Until told to stop, says when there are more replicas or fewer."""
+    """Reports changes of the number of replicas until a signal comes."""
     before, _, _ = running(serve)
     while not stop.wait(2.0):
         count, status, _ = running(serve)
@@ -132,7 +132,7 @@ def _watch(serve: Any, told: Callable[[str], None], stop: threading.Event) -> No
 
 
 def _drain(ray: Any, serve: Any) -> None:
-    """Every replica refuses what is new; what was accepted goes on."""
+    """Makes every replica refuse new requests."""
     try:
         serve.get_app_handle(APPLICATION).drain.remote().result(timeout_s=30)
     except (ray.exceptions.RayError, serve.exceptions.RayServeException, TimeoutError) as error:
@@ -141,10 +141,10 @@ def _drain(ray: Any, serve: Any) -> None:
 
 
 def _remove(serve: Any, limit: float, stop: _Stop) -> None:
-    """Takes the application from the cluster, when what was accepted has ended or after `limit` seconds."""
-    serve.delete(APPLICATION, _blocking=False)  # else it waits for a minute, whatever the replicas may take
+    """Removes the application from the cluster, when accepted requests have ended or after `limit` seconds."""
+    serve.delete(APPLICATION, _blocking=False)  # blocking waits for a minute at most
     end = time.monotonic() + limit
-    while APPLICATION in serve.status().applications and not stop.hurry:  # an answer: the controller has heard of it
+    while APPLICATION in serve.status().applications and not stop.hurry:  # the controller has received it
         if time.monotonic() > end:
             _log.warning("replicas have not ended within %.0f s", limit)
             break
@@ -152,14 +152,14 @@ def _remove(serve: Any, limit: float, stop: _Stop) -> None:
 
 
 class _Stop(threading.Event):
-    """Set by a signal. `by`: which. `hurry`: there was another one."""
+    """A signal: `by` is the first one, `hurry` whether there was a second one."""
 
     by: int | None = None
     hurry = False
 
 
 def _stopped() -> _Stop:
-    """Set by the first SIGTERM or Ctrl-C; the second one does not wait."""
+    """Installs handlers: the first SIGTERM or Ctrl-C stops, the second one does not wait."""
     stop = _Stop()
 
     def leave(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,6 @@
-"""Every failure of the app becomes one answer in OpenAI's shape; see `logo.api.errors`.
+"""Turns every exception of the app into an answer in OpenAI's form; see `logo.api.errors`.
 
-Routes raise `ApiError` or let `logo.errors` pass; `install` turns these, and all that FastAPI and Starlette raise,
-into JSON.
+`install` handles `ApiError`, the errors of `logo.errors`, and those of FastAPI and Starlette.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from logo.errors import LoGoError
 
 
 def api_error(error: BaseException, request_id: str | None = None) -> ApiError:
-    """The answer to any failure: `ApiError.of`, and what FastAPI and Starlette raise."""
+    """The answer to any exception: `ApiError.of`, and those of FastAPI and Starlette."""
     if isinstance(error, RequestValidationError):
         message, param = validation_message(error.errors())
         return bad_request(message, param)
@@ -30,7 +29,7 @@ def api_error(error: BaseException, request_id: str | None = None) -> ApiError:
 
 
 def response(error: ApiError) -> Response:
-    """The answer."""
+    """The HTTP response of an error."""
     return Response(error.content(), error.status, error.headers, "application/json")
 
 
@@ -54,10 +53,10 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Makes every failure of an app an answer in OpenAI's shape.
+    """Installs the handlers in an app.
 
-    What nobody foresaw is answered with 500 and raised again, as Starlette does, so that whoever is outside logs it
-    (`logo.serving.guards`, or uvicorn).
+    An unexpected exception is answered with 500 and raised again, as Starlette does, so that `logo.serving.guards` or
+    uvicorn logs it.
     """
     for kind in (ApiError, HTTPException, RequestValidationError, LoGoError, MemoryError, Exception):
         app.add_exception_handler(kind, _answer)

@@ -37,12 +37,12 @@ ROUTES = (Route("/", _page), Mount(PAGE.rstrip("/"), StaticFiles(directory=FOLDE
 
 @dataclass(frozen=True)
 class FrontSettings:
-    """What `Front` is told.
+    """The settings of `Front`.
 
     Attributes:
-        host: what the server is bound to. On loopback, requests for other host names are refused.
+        host: the server's address. On loopback, requests for other host names are refused.
         allow_hosts: further host names.
-        open_metrics: `/metrics` needs no key.
+        open_metrics: whether `/metrics` needs no key.
     """
 
     host: str = ""
@@ -50,24 +50,24 @@ class FrontSettings:
     open_metrics: bool = True
 
     def environment(self) -> dict[str, str]:
-        """What says so to a server that is started with it."""
+        """The environment variables that hold these settings."""
         return {FRONT: json.dumps(asdict(self))}
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> FrontSettings:
-        """What the environment says; nothing said is a server that guards itself."""
+        """Reads the settings from the environment."""
         told = json.loads(environment.get(FRONT) or "{}")
         return cls(**{**told, "allow_hosts": tuple(told.get("allow_hosts", ()))})
 
 
 class Front:
-    """Answers `GET /` with the page; whatever else comes goes on, if it has the key and a name of this server.
+    """Answers `GET /` with the page, and checks host and key of other requests before it passes them on.
 
-    Where `VLLM_API_KEY` is set, vLLM asks for it under `/v1` and a few other paths alone; here it is asked for
-    everywhere but at the paths that our own server leaves open.
+    vLLM checks `VLLM_API_KEY` only under `/v1` and a few other paths. Here it is checked everywhere but at the paths
+    that our own server leaves open.
 
     Args:
-        app: the other server's, with everything that it puts around it.
+        app: vLLM's app with its middleware.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -87,7 +87,7 @@ class Front:
         path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
         if method in ("GET", "HEAD") and (path == "/" or path.startswith(PAGE)):
             await self._page(scope, receive, send)
-        elif method == "OPTIONS":  # a browser asks without a key whether it may ask with one
+        elif method == "OPTIONS":  # a browser's preflight request has no key
             await self.app(scope, receive, send)
         else:
             await self._keyed(scope, receive, send)

@@ -1,4 +1,4 @@
-"""`Gate`: lets requests wait while the pool changes; `Gated` is the app behind it. Pure ASGI: streams stay streams."""
+"""`Gate`: makes requests wait while the pool changes; `Gated` is the app behind it, in pure ASGI."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.api.visits import Visit, visit
 
-# What says nothing of the pool, or waits for the gate itself.
+# Paths that do not depend on the pool, or wait for the gate themselves.
 FREE = ("/health", "/ready", "/version", "/metrics", "/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class Gate:
-    """Whether requests may look at the pool."""
+    """Lets requests use the pool, or makes them wait."""
 
     def __init__(self) -> None:
         self._open, self._empty = asyncio.Event(), asyncio.Event()
@@ -26,26 +26,26 @@ class Gate:
 
     @property
     def closed_for(self) -> float:
-        """Seconds since it was closed; 0: it is open."""
+        """Seconds since it was closed; 0 if it is open."""
         return 0.0 if self._closed_since is None else time.monotonic() - self._closed_since
 
     def open(self) -> None:
-        """Lets everybody in."""
+        """Opens the gate."""
         self._closed_since = None
         self._open.set()
 
     def shut(self) -> None:
-        """Lets nobody in."""
+        """Closes the gate for new requests."""
         self._open.clear()
         self._closed_since = self._closed_since or time.monotonic()
 
     async def close(self) -> None:
-        """Lets nobody in, and waits until all who are inside have decided what answers them."""
+        """Closes the gate, and waits until the requests inside have selected their mixtures."""
         self.shut()
         await self._empty.wait()
 
     async def enter(self) -> Visit:
-        """Waits until it is open."""
+        """Waits until the gate is open, and enters."""
         while not self._open.is_set():
             await self._open.wait()
         self._inside += 1
@@ -59,13 +59,13 @@ class Gate:
 
 
 class Gated:
-    """An app whose requests pass a gate when their bodies are there, so that no slow client holds it open.
+    """An app whose requests pass a gate once their bodies have arrived, so that slow clients do not block it.
 
     Args:
-        app: behind it.
-        gate: passed by all but `FREE` and the page's files.
+        app: the app behind the gate.
+        gate: for all paths but `FREE` and the page's files.
         told: headers of `/health`.
-        only: the paths that pass it, where no other depends on the pool; None: as `gate` says.
+        only: the paths that pass the gate, if no others depend on the pool; None: see `gate`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Gated:
             return message
 
         async def watched(message: Message) -> None:
-            if inside is not None:  # an answer that begins is decided
+            if inside is not None:  # its mixtures are selected
                 inside.leave()
             await send(message)
 

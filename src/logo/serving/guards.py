@@ -1,10 +1,10 @@
-"""What every request passes before a route sees it: id, log, host, CORS, key, size. Pure ASGI: streams stay streams.
+"""The layers around an app (id, log, host, CORS, key, size), in pure ASGI so that streams are not buffered.
 
-`guard` puts the layers around an app, outermost first:
+`guard` adds them, outermost first:
 
     RequestId -> AccessLog -> SecurityHeaders -> Failures -> Hosts -> CORS -> ApiKeys -> BodyLimit -> app
 
-An error of any layer has OpenAI's shape, the request's id, the security headers and a line in the log.
+An error of any layer has OpenAI's form, the request's id, the security headers and a line in the log.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ CONTENT_SECURITY_POLICY = (
 )
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # without a path, or no browser's would ever equal it
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # without a path, as browsers send it
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """What the guards of a server let pass.
+    """The settings of the layers.
 
     Attributes:
-        host: what the server is bound to. On loopback, requests for other host names are refused (`Hosts`).
-        api_keys: any of these opens the API. None given, here or below: it is open.
-        key_adapters: API keys that open what these adapters are concerned only: key -> names or patterns.
-        max_body_bytes: of a request's body.
-        allow_hosts: further host names for a server on loopback (behind a proxy, say). On any other address they
-            are, when given, the only names besides loopback's.
-        cors_origins: web pages from these origins may use the API; `*` means all.
-        open_metrics: `/metrics` needs no key.
+        host: the server's address. On loopback, requests for other host names are refused (`Hosts`).
+        api_keys: keys of the API. Without keys, here or below, the API is open.
+        key_adapters: keys that may only use some adapters: key -> names or patterns.
+        max_body_bytes: the most bytes of a body.
+        allow_hosts: further host names of a server on loopback, such as those of a proxy. On any other address they
+            are, if given, the only names besides loopback's.
+        cors_origins: web pages of these origins may use the API; `*` means all.
+        open_metrics: whether `/metrics` needs no key.
 
     Raises:
-        UsageError: an empty key or one that no header can hold; an origin that is none.
+        UsageError: an empty key or one that no header can hold, or an invalid origin.
     """
 
     host: str = "127.0.0.1"
@@ -86,7 +86,7 @@ class GuardSettings:
 
 
 def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
-    """The app behind all guards, for uvicorn. Websockets, which no route has, are turned away."""
+    """The app with all layers, for uvicorn. Websockets are refused, since no route has them."""
     app = BodyLimit(app, settings.max_body_bytes)
     if settings.api_keys or settings.key_adapters:
         opened = (*OPEN_PATHS, *(("/metrics",) if settings.open_metrics else ()))
@@ -105,7 +105,7 @@ def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
 
 
 def is_loopback(host: str) -> bool:
-    """True if a server bound to this name or address is reached from its own machine only."""
+    """Whether a server at this address can only be reached from its own machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -113,9 +113,9 @@ def is_loopback(host: str) -> bool:
 
 
 class RequestId:
-    """Gives every request an id: the client's own `X-Request-Id` if it is sane, else a new one.
+    """Gives every request an id: the client's `X-Request-Id` if it is valid, else a new one.
 
-    It stands in the response, in `request.state.request_id` and, for the log, in a context variable.
+    The id is in the response, in `request.state.request_id`, and in a context variable for the log.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -143,7 +143,7 @@ class RequestId:
 
 
 class SecurityHeaders:
-    """Headers that keep browsers from guessing types, leaking addresses and running what is not ours."""
+    """Adds headers that keep browsers from guessing types, leaking addresses and running foreign scripts."""
 
     HEADERS: ClassVar = {
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
@@ -164,17 +164,16 @@ class SecurityHeaders:
 
 
 class Failures:
-    """The last place where an exception can go: logged once with its traceback, answered if nothing was yet.
+    """Logs an exception that nothing else has handled, once with its traceback, and answers if no answer has begun.
 
-    What breaks after its response has begun is left incomplete: the server then cuts the connection, and the client
-    sees that something is missing.
+    An answer that has begun stays incomplete: the server closes the connection, so that the client notices.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # what breaks while the server starts is for the server
+        if scope["type"] != "http":  # an error at the start is the server's
             return await self.app(scope, receive, send)
         begun = False
 
@@ -194,10 +193,10 @@ class Failures:
 
 
 class Hosts:
-    """Answers only to host names that are known to mean this server: a guard against DNS rebinding.
+    """Refuses host names that are not this server's, against DNS rebinding.
 
-    A web page can make its own name point to 127.0.0.1 and would then be of the same origin as a server there; but
-    the browser still sends the page's name as `Host`. Others get 403 (not 421, after which clients try again).
+    A web page can make its own name point to 127.0.0.1, and then has the same origin as a server there, but the browser
+    sends the page's name as `Host`. Such requests get 403 (not 421, after which clients try again).
     """
 
     LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -217,14 +216,14 @@ class Hosts:
 
 
 class ApiKeys:
-    """Lets a request pass if it names one of the keys, in `Authorization: Bearer KEY`, or asks for an open path.
+    """Requires one of the keys in `Authorization: Bearer KEY`, but for open paths.
 
     Args:
-        app: what is guarded.
-        keys: any of them will do.
-        open_paths: need none; nor do the page's files.
-        bound: further keys, that may use some adapters only: key -> names or patterns, which routes find in
-            `request.state.adapters`. What concerns the pool as a whole (`WHOLE`) is not for them.
+        app: the app behind it.
+        keys: valid keys.
+        open_paths: paths that need no key, like the page's files.
+        bound: further keys, which may only use some adapters: key -> names or patterns, which routes find in
+            `request.state.adapters`. They may not use the routes in `WHOLE`.
     """
 
     WHOLE = ("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
@@ -237,7 +236,7 @@ class ApiKeys:
         bound: Mapping[str, Patterns] | None = None,
     ) -> None:
         self.app = app
-        # A key that stands in both is bound: whoever lists adapters for it means them.
+        # A key in both is bound.
         every = {**dict.fromkeys(keys, None), **(bound or {})}
         self._keys = [(_digest(key.encode("utf-8")), patterns) for key, patterns in every.items()]
         self._open = frozenset(open_paths)
@@ -263,14 +262,14 @@ class ApiKeys:
         return path in self._open or (path.startswith(PAGE) and ".." not in path.split("/"))
 
     def _bound_to(self, key: bytes) -> tuple[bool, Patterns | None]:
-        """Whether a key is known, and what it is bound to; takes the same time however much of it is right."""
+        """Whether a key is valid, and its bound adapters; the time does not depend on how much of it is right."""
         digest = _digest(key)
         found = [(True, patterns) for known, patterns in self._keys if hmac.compare_digest(digest, known)]
         return found[0] if found else (False, None)
 
 
 def _digest(key: bytes) -> bytes:
-    """Of equal length for all keys, so that comparing tells nothing of their lengths either."""
+    """A digest of equal length for all keys, so that comparing does not reveal their lengths."""
     return hashlib.sha256(key).digest()
 
 

@@ -1,4 +1,4 @@
-"""API keys that are bound to adapters: which ones a key may use, read from a file and matched against the pool."""
+"""API keys that may only use some adapters: reads them from a file, and matches them against the pool."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from logo.protocol import Patterns
 
 
 def read_key_adapters(file: Path) -> dict[str, Patterns]:
-    """API key -> names of adapters, or patterns such as `"team-a/*"`, of a JSON file.
+    """Reads a JSON file: API key -> names of adapters, or patterns such as `"team-a/*"`.
 
     Raises:
         StorageError: it cannot be read.
-        UsageError: it holds something else. The message never shows a key.
+        UsageError: it is malformed. The message never shows a key.
     """
     expected = f'--key-adapters {file}: expected JSON such as {{"KEY": ["team-a/*", "translate"]}}'
     try:
@@ -34,14 +34,14 @@ def read_key_adapters(file: Path) -> dict[str, Patterns]:
 
 
 def usable(names: Iterable[str], patterns: Patterns | None) -> list[str]:
-    """Those of these names that a key may use; None: all of them."""
+    """The names that match the patterns; None: all."""
     if patterns is None:
         return list(names)
     return [name for name in names if any(name == p or fnmatchcase(name, p) for p in patterns)]
 
 
 def unmatched(names: Iterable[str], keys: Mapping[str, Patterns]) -> list[str]:
-    """Patterns that no adapter matches, each once, in order."""
+    """The distinct patterns that no adapter matches, in order."""
     listed = list(names)
     patterns = dict.fromkeys(pattern for own in keys.values() for pattern in own)
     return [pattern for pattern in patterns if not usable(listed, (pattern,))]

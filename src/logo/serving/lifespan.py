@@ -1,4 +1,4 @@
-"""`Begun`: an app that is started before its server starts it, since what it opens is needed first."""
+"""`Begun`: starts an app before its server does, for servers that need what it opens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from logo.errors import LoGoError
 
 
 class Begun:
-    """An app around one that has started: the server's own start does nothing, and its end is the app's.
+    """An app that was started already: the server's start has no effect, and its end ends the app.
 
     Args:
-        app: to be started.
+        app: the app to start.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -24,13 +24,13 @@ class Begun:
         """Starts the app.
 
         Raises:
-            LoGoError: it says that it cannot start.
+            LoGoError: the app cannot start.
         """
         scope: Scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": {}}
         self._running = asyncio.create_task(self._run(scope))
         found = await self._asked("lifespan.startup")
         if found["type"] != "lifespan.startup.complete":
-            self._running.cancel()  # it may wait to be told to end
+            self._running.cancel()  # it may wait for the end
             lines = str(found.get("message", "")).strip().splitlines()  # Starlette's is a traceback
             raise LoGoError(lines[-1] if lines else "the app did not start")
 
@@ -50,5 +50,5 @@ class Begun:
     async def _run(self, scope: Scope) -> None:
         try:
             await self.app(scope, self._told.get, self._said.put)
-        except Exception as error:  # apps mostly say so themselves before, and that is what is heard
+        except Exception as error:  # usually the app has reported the error already
             await self._said.put({"type": f"{self._asking}.failed", "message": f"{type(error).__name__}: {error}"})

@@ -1,6 +1,6 @@
-"""What the log of a server says of adapters: a line with the pool, and an entry for each prompt that was selected for.
+"""Adapters in the log of a server: a line with the pool, and an entry for the selection of each prompt.
 
-`logo.serving.traffic` reads it again (`logo pool health`). Prompts are in it only where the operator asks for that.
+`logo.serving.traffic` reads them (`logo pool health`). Prompts are only logged if the operator wants that.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from logo.selection import Selection
 from logo.selection.selector import UNSURE
 
-# Of a selection, so many adapters are listed: the heaviest ones, and those with the best scores.
+# The most adapters of a selection that are logged, by weight and by score.
 LEADING = 5
-# Tokens of a prompt that are logged.
+# The most tokens of a prompt that are logged.
 TOKENS = 200
 
 _log = logging.getLogger("logo.serving")
@@ -25,7 +25,7 @@ def entry(selection: Selection, prompt: str | None = None) -> dict[str, Any]:
     """One selection as JSON.
 
     Args:
-        prompt: what was probed, if it may be logged.
+        prompt: the probed text, if it may be logged.
     """
     found: dict[str, Any] = {
         "adapters": list(selection.adapters[:LEADING]),
@@ -42,7 +42,7 @@ def _score(item: tuple[str, float]) -> float:
 
 
 def tell_pool(names: Iterable[str]) -> None:
-    """Logs which adapters there are from now on."""
+    """Logs the adapters of the pool."""
     pool = list(names)
     text = f"{len(pool)} adapters in the pool"
     _log.info(text, extra={"fields": {"message": text, "pool": pool}})

@@ -1,7 +1,7 @@
-"""One line per request, as text or JSON: what was asked of which route, and how it went. Never what was said.
+"""The log: one line per request, as text or JSON, with its route and its result.
 
-No line holds a header, a body, a query string or a key; a prompt only where the operator asks for that. Every record
-written while a request is answered carries its id.
+No line holds a header, a body, a query string or a key, and prompts only if the operator wants that. Every record that
+is written during a request has its id.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 access = logging.getLogger("logo.access")
 
-# What a route may leave in `request.state` for the log.
+# Fields of `request.state` that are logged.
 _STATE = ("model", "prompt_tokens", "completion_tokens", "selections")
 
-# What is for programs alone: text lines are read by people.
+# Fields for programs, which text lines leave out.
 _JSON_ONLY = ("selections",)
 
-# Asked every few seconds by machines; lines of successes only at level debug.
+# Routes that machines request every few seconds; successes are logged at level debug.
 _PROBES = ("/health", "/ready", "/metrics")
 
 
 class AccessLog:
-    """Writes a line when a request has been answered, or its client has gone.
+    """Writes a line when a request has been answered or its client has left.
 
     Routes may set `request.state.model`, `.prompt_tokens`, `.completion_tokens` and `.selections` (`logged.entry` of
     each prompt) at any time before the answer ends.
@@ -86,7 +86,7 @@ class AccessLog:
 
 
 class RequestIds(logging.Filter):
-    """Adds the id of the request that is being answered to records."""
+    """Adds the id of the current request to records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = request_id.get() or "-"
@@ -116,14 +116,14 @@ def configure(log_json: bool = False, level: Level = "info") -> None:
 
     Args:
         log_json: one JSON object per line.
-        level: of this package. uvicorn says only what went wrong, unless it is `debug`.
+        level: of this package. uvicorn logs warnings only, unless it is `debug`.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RequestIds())
     text = logging.Formatter("%(asctime)s %(levelname)s %(request_id)s %(message)s")
     handler.setFormatter(JsonLines() if log_json else text)
     server = level if level in ("debug", "error") else "warning"
-    # By hand: logging's dictConfig closes the handlers of everybody, and some close the stream that they were given.
+    # Not `dictConfig`, which closes all handlers, and some of these close their stream.
     for name, own, number in (
         ("logo", [handler], level),
         ("uvicorn", [handler], server),
@@ -140,7 +140,7 @@ def _safe(value: Any) -> Any:
 
 
 class _Line:
-    """A request as text; written only if some handler wants text."""
+    """A request as text, which is only formatted if a handler needs it."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.fields = fields
