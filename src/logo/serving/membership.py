@@ -1,4 +1,4 @@
-"""`Member`: a replica's side of `Coordinator`: it asks what to do, does it, and says what came of it."""
+"""`Member`: a replica's side of `Coordinator`: fetches commands, executes them, and reports results."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _log = logging.getLogger("logo.serving")
 # Seconds between two attempts to reach a coordinator that does not answer.
 _AGAIN = 0.5
 
-# Seconds that a replica may be closed before it is to be replaced.
+# A replica that is closed for more seconds than this is replaced.
 _CLOSED = 300.0
 
 
 class Lost(NotReady):
-    """The coordinator does not answer: it has ended, and another one will take its place."""
+    """The coordinator has ended, and will be replaced."""
 
 
 class Link(Protocol):
-    """The way to the coordinator: its methods, without the replica's own name and handle. Each raises `Lost`."""
+    """The coordinator's methods without the replica's own name and handle. Each raises `Lost`."""
 
     async def join(self, state: State, *, fresh: bool) -> Joined: ...
     async def next(self) -> Command | bool: ...
@@ -41,14 +41,14 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class Own:
-    """What a replica does when it is told to.
+    """The commands that a replica executes.
 
     Attributes:
-        stage: makes the pool ready that a change leads to, and returns its digest.
-        take: answers from what was staged.
-        forget: drops what was staged.
-        metrics: in Prometheus' text format.
-        drain: takes no more requests.
+        stage: prepares the pool after a change, and returns its digest.
+        take: replaces the pool by the staged one.
+        forget: drops the staged pool.
+        metrics: returns metrics in Prometheus' text format.
+        drain: refuses new requests.
     """
 
     stage: Callable[[Change], Awaitable[str]]
@@ -59,47 +59,47 @@ class Own:
 
 
 class Member:
-    """One replica among others.
+    """A replica as a member of the group.
 
     Args:
         link: to the coordinator.
-        own: what it does.
+        own: its commands.
         gate: of its requests.
-        state: the pool it has opened.
+        state: the pool that it has opened.
 
     Attributes:
-        trouble: why it has to be replaced; None: it has not.
+        trouble: why it has to be replaced; None if it has not.
     """
 
     def __init__(self, link: Link, own: Own, gate: Gate, state: State) -> None:
         self._link, self._own, self._gate = link, own, gate
         self.state = state
         self.trouble: str | None = None
-        self._paused = True  # by the coordinator, or before it has joined
-        self._until = 0.0  # when it will have heard nothing of a coordinator for too long
+        self._paused = True  # closed by the coordinator, or not joined yet
+        self._until = 0.0  # the time until which it answers without contact to a coordinator
         self._following: asyncio.Task[None] | None = None
         self._lapsing: asyncio.Task[None] | None = None
         self._doing: set[asyncio.Task[None]] = set()
 
     async def join(self) -> None:
-        """Has the pool that the others have, and follows the coordinator from here on.
+        """Gets the pool of the others, and executes the coordinator's commands from now on.
 
         Raises:
-            PoolError: it cannot have it.
+            PoolError: it cannot have this pool.
         """
         await self._joined(fresh=True)
         self._following = asyncio.create_task(self._follow())
         self._lapsing = asyncio.create_task(self._lapse())
 
     async def leave(self) -> None:
-        """Follows no more."""
+        """Stops executing commands."""
         tasks = [*self._doing, *(task for task in (self._following, self._lapsing) if task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def check(self) -> None:
-        """Raises where the replica has to be replaced."""
+        """Raises an error if the replica has to be replaced."""
         if self.trouble is None and self._gate.closed_for > _CLOSED:
             self.trouble = f"its requests have waited for {_CLOSED:.0f} s"
         if self.trouble is not None:
@@ -115,13 +115,13 @@ class Member:
         await self._gate.close()
 
     def _heard(self, asked: float) -> None:
-        """A coordinator that knows this replica has answered what it was asked at this time."""
+        """Notes contact: the coordinator has answered a question of this time."""
         self._until = asked + LEASE
         if not self._paused:
             self._open()
 
     async def _lapse(self) -> None:
-        """Answers no more when it has heard nothing for too long: another coordinator may change what others answer."""
+        """Closes the replica after too long without contact, since others may have another pool by then."""
         while True:
             left = self._until - time.monotonic()
             if left <= 0 and not self._gate.closed_for:
@@ -148,9 +148,9 @@ class Member:
             self.state = replace(found.state, digest=digest)
 
     async def _caught_up(self, behind: Sequence[Change]) -> str:
-        """The digest after changes, which are made in an order that is possible.
+        """Makes changes, and returns the digest of the pool.
 
-        No pool is without adapters, and one may have to go before there is room for another.
+        The order matters: a pool may not be empty, and an adapter may need the room of another one.
         """
         digest = self.state.digest
         while behind:

@@ -1,4 +1,4 @@
-"""Where a server's memory goes: the model, the adapters, keys and values. Checked before anything is taken."""
+"""Plans a server's memory for the model, the adapters, and keys and values, before any is allocated."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import nn
 from logo.errors import UsageError
 from logo.mixing.placement import free_bytes
 
-# What keys and values get where nobody says: this much on a CPU, where other programs want memory too, ...
+# The default for keys and values: this much on a CPU, where other programs need memory, too, ...
 _USUAL = 2e9
-# ... and never more than these shares of what is free beside the model; adapters have 0.3 of it.
+# ... and never more than these shares of the memory that is free beside the model; adapters get 0.3 of it.
 _CPU_SHARE, _SHARE = 0.3, 0.5
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How much is kept for sequences in flight.
+    """The limits of sequences.
 
     Attributes:
-        concurrent: sequences of one step at most.
-        kv_cache_gb: memory (10⁹ bytes) for keys and values, on whatever device. None: a share of what is free there.
+        concurrent: the most sequences of one step.
+        kv_cache_gb: memory (10⁹ bytes) for keys and values on the model's device. None: a share of the free memory.
     """
 
     concurrent: int = 64
@@ -34,9 +34,9 @@ class Plan:
     """Bytes on a model's devices.
 
     Attributes:
-        model: what its weights take.
-        adapters, kv: what the adapters' columns, and keys and values, may take.
-        free: what is free beside the model.
+        model: of the weights.
+        adapters, kv: the most for the columns of adapters, and for keys and values.
+        free: free memory beside the model.
     """
 
     model: int
@@ -46,10 +46,10 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module, adapters: int, memory: Memory) -> Plan:
-        """Reckons what a server will take, before it takes anything.
+        """Plans the memory of a server.
 
         Raises:
-            UsageError: it is more than there is.
+            UsageError: it needs more than there is.
         """
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         free = free_bytes(devices)
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def line(self) -> str:
-        """One line for the person who starts the server."""
+        """The plan in one line."""
         return (
             f"Memory: model {self.model / 1e9:.2f} GB · up to {self.adapters / 1e9:.2f} GB of adapters · up to "
             f"{self.kv / 1e9:.2f} GB of keys and values · {self.free / 1e9:.2f} GB free beside the model"

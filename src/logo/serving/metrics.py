@@ -1,6 +1,6 @@
-"""What the server counts, for Prometheus: vLLM's names under `logo:`, and what only this server has.
+"""`Metrics` for Prometheus: vLLM's metrics under `logo:`, and further ones of this server.
 
-Labels are bounded: reasons, forms, and adapters of the pool. Nothing a client writes becomes a label.
+Labels are reasons, forms, and adapters of the pool. Texts of clients never become labels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Metrics:
     """Counters and histograms of one server, in a registry of their own.
 
     Args:
-        service: whose state the gauges show.
+        service: the engine whose state the gauges show.
     """
 
     def __init__(self, service: Engine) -> None:
@@ -67,7 +67,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def chosen(self, chosen: SelectedMixture, own: bool = True) -> None:
-        """Counts one selection; `own`: by the engine's own signal, whose scores alone are compared with one another."""
+        """Counts one selection; `own`: by the engine's own signal, since scores of other signals are not comparable."""
         self.queue.observe(chosen.queue_ms / 1e3)
         if chosen.probe_ms:
             self.probe.observe(chosen.probe_ms / 1e3)
@@ -83,7 +83,7 @@ class Metrics:
 
 
 class _State(Collector):
-    """What the service is doing now, read when it is asked for."""
+    """The state of the service, read when metrics are collected."""
 
     def __init__(self, service: Engine, drift: Drift) -> None:
         self._service, self._drift = service, drift
@@ -126,7 +126,7 @@ class _State(Collector):
         yield CounterMetricFamily("logo:not_invoked", silent, value=now.not_invoked)
 
     def _drifted(self) -> Iterator[Metric]:
-        """See `logo.selection.drift`; adapters that are no longer in the pool are forgotten."""
+        """The shifts of scores (`logo.selection.drift`), without adapters that have left the pool."""
         self._drift.keep(set(self._service.adapters))
         middle = "The usual score of the usual adapter in recent prompts, in standard deviations of neutral text."
         yield GaugeMetricFamily("logo:pool_baseline_shift", middle, value=self._drift.middle)
@@ -138,12 +138,12 @@ class _State(Collector):
 
 
 def labelled(texts: Mapping[str, str]) -> bytes:
-    """One exposition of several servers' ones: a label on every sample says whose it is.
+    """Joins the expositions of several servers, with the replica as a label of every sample.
 
-    Nothing is added up, so that a replica that starts again from 0 looks to Prometheus like what it is.
+    Samples are not added up, so that Prometheus sees the restart of a replica.
 
     Args:
-        texts: by name of the replica.
+        texts: replica -> exposition.
     """
     families: dict[str, Metric] = {}
     for name, text in texts.items():
@@ -158,7 +158,7 @@ def labelled(texts: Mapping[str, str]) -> bytes:
 
 
 def selected(texts: Iterable[str]) -> dict[str, int]:
-    """How often each adapter was selected, by the expositions of several servers together."""
+    """The number of selections of each adapter, over the expositions of several servers."""
     found: dict[str, int] = {}
     for family in (family for text in texts for family in text_string_to_metric_families(text)):
         if family.name == _SELECTED:
@@ -169,7 +169,7 @@ def selected(texts: Iterable[str]) -> dict[str, int]:
 
 
 class _Families(Collector):
-    """Metrics that are there already."""
+    """A collector of given metrics."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = tuple(families)

@@ -1,4 +1,4 @@
-"""From a selection to the mixture that one sequence is generated with."""
+"""`HeldMixture`: the mixture of one sequence, whose adapters are held in the store."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from logo.selection import Selection
 
 @dataclass(frozen=True)
 class HeldMixture:
-    """A mixture that is ready to be generated with.
+    """A `logo.protocol.SelectedMixture` whose adapters are loaded and held.
 
     Attributes:
         selection: names, weights, scores.
-        mixture: where they are.
+        mixture: the held adapters.
         queue_ms: how long the prompt waited to be probed.
-        probe_ms: how long probing took, together with others; 0 where nothing was selected.
-        release: to be called when the mixture is no longer needed. Until then its adapters stay where they are. What is
-            forgotten is released by the garbage collector.
+        probe_ms: how long the probe took, which prompts may share; 0 if nothing was selected.
+        release: to be called when the mixture is no longer needed, so that its adapters may be evicted. The garbage
+            collector does so otherwise.
     """
 
     selection: Selection
@@ -35,16 +35,16 @@ class HeldMixture:
 
 
 def mixed(store: AdapterStore, pool: AdapterPool, selection: Selection, prompt: Sequence[int]) -> tuple[Mixture, int]:
-    """The mixture, and how many adapters of the selection do nothing, since the prompt does not invoke them.
+    """Loads and holds the adapters of a selection; also returns how many of them the prompt does not invoke.
 
-    The adapters are held; who asked has to release `Mixture.hold`.
+    The caller has to release `Mixture.hold`.
 
     Args:
         pool: fitted to the model.
         prompt: token ids.
 
     Raises:
-        UsageError: see `logo.mixing.activated.begins`; or an adapter that answers alone only.
+        UsageError: see `logo.mixing.activated.begins`; or an adapter that can only answer alone.
         LoGoError: an adapter that cannot be read, or no room for it.
     """
     weights = {name: weight for name, weight in selection.mixture.items() if weight}

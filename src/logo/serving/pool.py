@@ -1,6 +1,6 @@
-"""The pool of a server: what requests may use of it now, and how it changes under way.
+"""`ServedPool`: the pool of a server, which may change while it runs.
 
-Everything but reading is called by the one thread that selects, so that no prompt is scored by half of a change.
+Changes are made by the thread that selects, so that no prompt is scored in the middle of a change.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from logo.serving.keys import usable
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to a pool.
+    """A change of a pool.
 
     Attributes:
         name: of the adapter.
-        folder: where it is; None: it is taken out.
-        replace: one that has this name.
+        folder: of the adapter; None: it is removed.
+        replace: whether it may replace an adapter of this name.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Staged:
-    """What a change makes of a pool.
+    """The pool after a change, ready to be taken.
 
     Attributes:
         prepared: for the engine.
-        refused, adapters, cards: as `ServedPool` has them.
-        adapter: that is new; None where one is taken out.
+        refused, adapters, cards: as in `ServedPool`.
+        adapter: the new one; None if one is removed.
     """
 
     change: Change
@@ -54,20 +54,20 @@ class Staged:
 
 
 class ServedPool:
-    """An engine's pool, calibrated for every signal that requests may ask for.
+    """An engine's pool, calibrated for every signal that requests may use.
 
     Args:
         logo: the engine.
-        signals: the engine's own, and those that requests may ask for besides.
-        paused: inside its block nothing is generated, so that a calibration may run the model.
+        signals: the engine's own, and others that requests may use.
+        paused: generation pauses inside its block, so that a calibration may run the model.
 
     Attributes:
-        adapters: those that requests may use now, by name; replaced as a whole.
-        cards: what is shown of each.
-        refused: signals that cannot score the pool as it is now, with the reason.
+        adapters: the adapters that requests may use now, by name; replaced as a whole.
+        cards: the card of each adapter.
+        refused: signal -> why it cannot score the present pool.
 
     Raises:
-        PoolError: adapters that one of the signals cannot score.
+        PoolError: a signal cannot score some adapters.
     """
 
     def __init__(self, logo: LoGo, signals: Sequence[str], paused: Callable[[], AbstractContextManager[None]]) -> None:
@@ -83,16 +83,16 @@ class ServedPool:
         self._show(*self._listed(logo.fitted))
 
     def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
-        """The adapters that an API key may use now, by name; None: all of them."""
+        """The adapters that match an API key's patterns, by name; None: all."""
         if patterns is None:
             return self.adapters
-        known_names = self._usable  # another one takes its place when the pool changes
+        known_names = self._usable  # replaced when the pool changes
         if patterns not in known_names:
             known_names[patterns] = dict.fromkeys(usable(self.adapters, patterns))
         return known_names[patterns]
 
     def staged(self, change: Change) -> Staged:
-        """What a change makes of the pool: opened, checked, indexed, and seen by nobody before `take`.
+        """Prepares the pool after a change (opened, checked, indexed), which is not used before `take`.
 
         Raises:
             LoGoError: the adapter cannot be used or the pool has one of that name; there is none of that name, or it is
@@ -119,21 +119,21 @@ class ServedPool:
                 except LoGoError as error:
                     if signal == self._logo.settings.signal:
                         raise
-                    refused[signal] = copy(error)  # for whoever asks for this signal
+                    refused[signal] = copy(error)  # raised for requests with this signal
         if adapter is not None and change.name not in prepared.fitted:
-            # An engine that leaves out what does not fit says nothing by itself.
+            # An engine that skips adapters that do not fit raises no error.
             raise next(error for error in prepared.fitted.refused if error.name == change.name)
         return Staged(change, prepared, refused, *self._listed(prepared.fitted), adapter)
 
     def take(self, staged: Staged) -> None:
-        """Requests select from this pool from now on."""
+        """Replaces the pool by the staged one."""
         with self._paused():
             self._logo.take(staged.prepared)
         self.refused = dict(staged.refused)
         self._show(staged.adapters, staged.cards)
 
     def _listed(self, fitted: AdapterPool) -> tuple[dict[str, Adapter], dict[str, Card]]:
-        """Adapters and their cards. Each file is looked at once: it may be gone when the list is asked for."""
+        """Adapters and their cards, which are made once, since files may be removed later."""
         before, adapters = self.adapters, {adapter.name: adapter for adapter in fitted}
         known = {name for name, one in adapters.items() if name in before and before[name].file is one.file}
         cards = {name: self.cards[name] if name in known else Card.of(adapter) for name, adapter in adapters.items()}

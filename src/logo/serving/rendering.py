@@ -1,4 +1,4 @@
-"""Pieces of answers as OpenAI's objects, whole or chunk by chunk, of both endpoints."""
+"""`Rendering`: makes OpenAI's objects of answers, whole or in chunks, for both endpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Spelled = Callable[[int], str]  # a token as text
 
 @dataclass
 class Collected:
-    """One answer as far as it has come."""
+    """One answer so far."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -35,13 +35,13 @@ class Collected:
 
 @dataclass(frozen=True)
 class Options:
-    """How a request wants its answer to look.
+    """What a request wants in its answer.
 
     Attributes:
-        model: the name it used.
-        token_ids: whether choices carry them.
-        logprobs: whether they carry log probabilities.
-        usage: whether a stream ends with counts.
+        model: the name that it used.
+        token_ids: whether choices have token ids.
+        logprobs: whether choices have log probabilities.
+        usage: whether a stream ends with token counts.
     """
 
     model: str
@@ -51,10 +51,10 @@ class Options:
 
 
 class Rendering(ABC):
-    """How the answers of one request look; what differs between the endpoints is theirs.
+    """Makes the objects of one request's answers; subclasses are for the endpoints.
 
     Args:
-        options: what the request wants to see.
+        options: what the request wants.
         spelled: a token as text.
         prefix: of the answer's id.
     """
@@ -74,11 +74,11 @@ class Rendering(ABC):
 
     @abstractmethod
     def chunk(self, chunk: AnswerChunk) -> Reply:
-        """A chunk."""
+        """The object of a chunk."""
 
     @abstractmethod
     def last(self, request: PreparedRequest, tokens: int) -> Reply:
-        """The chunk with the counts."""
+        """The chunk with the token counts."""
 
     def _ids(self, tokens: Sequence[int]) -> list[int] | None:
         return list(tokens) if self.options.token_ids else None
@@ -203,13 +203,13 @@ class ChatRendering(Rendering):
 
 
 def mixtures(request: PreparedRequest) -> Mixture | list[Mixture]:
-    """One for the only prompt, or a list."""
+    """The mixture of a single prompt, or a list for several."""
     found = [Mixture.of(chosen) for chosen in request.chosen]
     return found[0] if len(found) == 1 else found
 
 
 def usage(request: PreparedRequest, answers: Sequence[Collected]) -> openai.Usage:
-    """The counts of a whole answer."""
+    """The token counts of a whole answer."""
     return _usage(request, sum(len(answer.tokens) for answer in answers))
 
 

@@ -1,6 +1,6 @@
-"""A replica: `Service` as one of several that have the same pool, and the app in front of it.
+"""`Replica`: a service and its app, as one of several with the same pool.
 
-Knows nothing of Ray: see `logo.serving.replicas`.
+Ray is not known here; see `logo.serving.replicas`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from logo.serving.mixtures import HeldMixture
 from logo.serving.pool import Change, Staged
 from logo.serving.service import Service
 
-# Requests beside those that are answered or wait: what is refused, pages, probes.
+# Room for requests that are refused, pages and health checks.
 _BESIDE = 64
 
 POOL, REPLICA = "X-LoGo-Pool", "X-LoGo-Replica"
@@ -44,10 +44,10 @@ ADAPTERS = "/v1/logo/adapters"
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """What each replica opens and how it serves.
+    """The settings of each replica.
 
     Attributes:
-        open: the engine.
+        open: opens the engine.
         settings, guards: of the app.
         max_concurrent, kv_cache_gb, signals, max_queue: of the service.
     """
@@ -63,12 +63,12 @@ class ServerPlan:
 
     @property
     def room(self) -> int:
-        """Requests that a replica may have at one time, those included that it refuses at once."""
+        """The most requests of a replica at one time, including those that it refuses."""
         return self.max_concurrent + self.max_queue + _BESIDE
 
     @property
     def concurrent(self) -> int:
-        """Requests that keep one replica busy."""
+        """The number of requests that keep one replica busy."""
         return self.max_concurrent
 
     async def replica(self, name: str, link: Link) -> Replica:
@@ -77,20 +77,20 @@ class ServerPlan:
 
 
 def keys_of(pool: AdapterPool) -> dict[str, str]:
-    """Name -> key of its adapters. Reads each file once."""
+    """Name -> key of every adapter. Reads each file once."""
     return {adapter.name: key_of(adapter) for adapter in pool}
 
 
 def digest(pool: AdapterPool) -> str:
-    """Equal where names and contents of all adapters are. Reads each file once."""
+    """The digest of names and contents of all adapters. Reads each file once."""
     return pool_digest(keys_of(pool))
 
 
 class ReplicaService(Service):
-    """A service whose pool changes together with those of others.
+    """A service whose pool changes together with those of other replicas.
 
     Args:
-        link: to the coordinator of all.
+        link: to the coordinator.
     """
 
     def __init__(self, logo: LoGo, memory: Memory, link: Link, **options: Any) -> None:
@@ -99,7 +99,7 @@ class ReplicaService(Service):
         self._staged: Staged | None = None
 
     async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
-        """As `Service.choose`; the request then depends on the pool no more."""
+        """As `Service.choose`; afterwards the request does not depend on the pool any more."""
         choosing()
         try:
             return await super().choose(prompt, wanted)
@@ -108,7 +108,7 @@ class ReplicaService(Service):
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> Any:
         """As `Service.add`, in all replicas or in none."""
-        there = name in self.logo.pool  # what takes no place is an addition, which leaves nothing behind when it goes
+        there = name in self.logo.pool  # without one to replace, it is an addition, which can be undone
         await self._everywhere(Change(name, folder, replace and there))
 
     async def remove(self, name: str) -> None:
@@ -120,10 +120,10 @@ class ReplicaService(Service):
         if error is not None:
             raise error
 
-    # -- what the coordinator asks for -----------------------------------------------------------------------------
+    # -- commands of the coordinator -------------------------------------------------------------------------------
 
     async def stage(self, change: Change) -> str:
-        """Makes the pool ready that a change leads to, and returns its digest."""
+        """Prepares the pool after a change, and returns its digest."""
         staged, found = await self._in_thread(self._stage, change)
         self._staged = staged
         return found
@@ -133,27 +133,27 @@ class ReplicaService(Service):
         return staged, digest(staged.prepared.pool)
 
     async def take(self) -> None:
-        """Answers from what was staged."""
+        """Replaces the pool by the staged one."""
         if self._staged is None:
             raise LoGoError("nothing was staged")
         staged, self._staged = self._staged, None
         await self._in_thread(self.pool.take, staged)
 
     async def forget(self) -> None:
-        """Drops what was staged."""
+        """Drops the staged pool."""
         self._staged = None
 
     def drain(self) -> None:
-        """Takes no more requests."""
+        """Refuses new requests."""
         self.draining = True
 
 
 class Replica:
-    """A service, its app, and what makes them one of several.
+    """A service and its app as a member of the group.
 
     Args:
         name: of the replica.
-        plan: what it opens.
+        plan: its settings.
         link: to the coordinator.
 
     Raises:
@@ -180,7 +180,7 @@ class Replica:
         self.member = Member(link, own, self.gate, State(digest(logo.pool)))
 
     def check(self) -> None:
-        """Raises where the replica has to be replaced."""
+        """Raises an error if the replica has to be replaced."""
         self.member.check()
         if not self.service.alive:
             raise LoGoError("generation has stopped")
@@ -193,10 +193,10 @@ class Replica:
 
 
 class Together:
-    """Answers for all replicas what one of them alone cannot know: `/metrics`, and how often adapters were selected.
+    """Adds the numbers of all replicas to answers: `/metrics`, and how often adapters were selected.
 
     Args:
-        app: answers with its own.
+        app: answers with its own numbers.
         name: of this replica.
         link: to the others.
     """
@@ -235,14 +235,14 @@ class Together:
     async def _adapters(self, own: bytes) -> bytes:
         texts = await self._of_all()
         answered = {name: text for name, text in texts.items() if text is not None}
-        if self._name not in answered:  # the coordinator is away
+        if self._name not in answered:  # the coordinator does not answer
             return own
         counts = selected(answered.values())
         found = json.loads(own)
         for card in found["data"]:
             card["selected"] = counts.get(card["id"], 0)
         if missing := [name for name in texts if name not in answered]:
-            found["missing_replicas"] = missing  # whose selections are not in these sums
+            found["missing_replicas"] = missing  # replicas whose selections are not counted
         return json.dumps(found, ensure_ascii=False).encode()
 
     async def _of_all(self) -> dict[str, str | None]:
@@ -253,7 +253,7 @@ class Together:
 
 
 class Nameless:
-    """Leaves the request's id to what stands in front, which sets the same one on every answer."""
+    """Removes the request id from answers, since Ray's proxy sets the same one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

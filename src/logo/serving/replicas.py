@@ -1,7 +1,7 @@
-"""Replicas through Ray Serve: one address, several processes with one model each, and a coordinator beside them.
+"""Replicas through Ray Serve: one address, several processes with one model each, and a coordinator.
 
-Ray Serve starts replicas, replaces those that fail `check_health`, and gives each request to one that has few. Ours is
-what all of them have in common, their pool (`logo.serving.coordinator`), which lives in an actor of the deployment.
+Ray Serve starts replicas, replaces those that fail `check_health`, and balances requests. The coordinator, which keeps
+their pools equal (`logo.serving.coordinator`), is an actor of the deployment.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _ATTEMPTS = 3
 
 
 class Opened(Protocol):
-    """A replica that is ready to join others."""
+    """A replica that is ready to join the group."""
 
     member: Member
 
     @property
     def app(self) -> ASGIApp:
-        """What answers requests."""
+        """The app of the replica."""
 
     def check(self) -> None:
-        """Raises where it has to be replaced."""
+        """Raises an error if it has to be replaced."""
 
 
 class Plan(Protocol):
-    """What each replica is."""
+    """The settings of each replica."""
 
     @property
     def log_json(self) -> bool:
@@ -50,25 +50,25 @@ class Plan(Protocol):
 
     @property
     def room(self) -> int:
-        """Requests that it may have at one time."""
+        """The most requests of a replica at one time."""
 
     @property
     def concurrent(self) -> int:
-        """Requests that keep it busy: for scaling."""
+        """The number of requests that keep a replica busy, for scaling."""
 
     async def replica(self, name: str, link: Link) -> Opened:
-        """Opens it in this process."""
+        """Opens the replica in this process."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas.
+    """The number of replicas.
 
     Attributes:
-        layout: how many at first, where, and what each of them gets.
-        most: with `layout.count` the bounds between which there are as many as requests ask for; None: always as many.
-        rise, fall: seconds for which requests have to ask for more, or for fewer, before there are.
-        drain: seconds in which a replica that is to end may finish what it has accepted.
+        layout: their number at first, their place, and their resources.
+        most: the number grows with requests from `layout.count` up to this; None: it is constant.
+        rise, fall: seconds of higher, or lower, load before the number changes.
+        drain: seconds in which a replica that is to end may finish accepted requests.
     """
 
     layout: Layout
@@ -79,7 +79,7 @@ class Scale:
 
     @property
     def window(self) -> float:
-        """Seconds whose requests are averaged; Ray counts every ten seconds, so no fewer can be."""
+        """Seconds over which load is averaged; at least ten, since Ray counts every ten seconds."""
         return max(11.0, min(self.rise, self.fall, 30.0))
 
 
@@ -87,7 +87,7 @@ class Scale:
 
 
 class Deployed:
-    """What Ray Serve starts: opens an engine, and has the pool of the others before it is given requests."""
+    """The class that Ray Serve starts: opens an engine, and joins the group before it gets requests."""
 
     async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]
         from ray import serve
@@ -102,16 +102,16 @@ class Deployed:
         return self._replica.app
 
     async def check_health(self) -> None:
-        """Raises where this replica has to be replaced."""
+        """Raises an error if this replica has to be replaced."""
         self._replica.check()
 
     async def drain(self) -> None:
-        """No replica takes requests any more."""
+        """Makes all replicas refuse new requests."""
         await self._link.drain()
 
 
 class ActorLink:
-    """To the coordinator that runs as an actor; when another one takes its place, to that one."""
+    """A link to the coordinator's actor, or to the one that replaces it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -157,7 +157,7 @@ class ActorLink:
             if self._actor is None:
                 self._actor = serve.get_deployment_actor(_COORDINATOR)
             return await getattr(self._actor, method).remote(*args, **options)
-        except RayTaskError as error:  # its own fault, of which its traceback says more than any answer
+        except RayTaskError as error:  # an error of the coordinator itself, with its traceback
             _log.error("the replicas' coordinator failed at %r: %s", method, error)
             raise Lost("the replicas' coordinator failed; its log says why") from None
         except (RayActorError, ValueError) as error:
@@ -169,7 +169,7 @@ class ActorPeers:
     """Replicas as Ray's actors."""
 
     async def answering(self) -> bool:
-        """Whether Ray Serve gives requests to any replica of the coordinator's application."""
+        """Whether Ray Serve sends requests to any replica of the coordinator's application."""
         from ray import serve
 
         name = serve.get_deployment_actor_context().app_name
@@ -177,7 +177,7 @@ class ActorPeers:
         return count > 0
 
     async def gone(self, handle: Any) -> bool:
-        """Whether Ray says that it has ended; one that only does not answer may come back."""
+        """Whether Ray knows that the replica has ended; a silent one may come back."""
         from ray.exceptions import RayActorError
 
         try:
@@ -189,7 +189,7 @@ class ActorPeers:
         return False
 
     def end(self, handle: Any) -> None:
-        """Ends it; Ray Serve starts another one."""
+        """Ends a replica; Ray Serve starts another one."""
         import ray
 
         ray.kill(handle)
@@ -206,11 +206,11 @@ class ActorCoordinator(Coordinator):
 
 
 def application(plan: Plan, scale: Scale, cpus: int, gpus: float, digest: str | None = None) -> Any:
-    """What Ray Serve runs.
+    """The application for Ray Serve.
 
     Args:
         cpus, gpus: of each replica.
-        digest: of the pool that replicas have to open; None: of the first one's.
+        digest: of the pool that replicas have to open; None: that of the first one.
     """
     ray = imported()
     from ray import serve
@@ -230,7 +230,7 @@ def application(plan: Plan, scale: Scale, cpus: int, gpus: float, digest: str | 
         graceful_shutdown_timeout_s=scale.drain,
         health_check_period_s=5,
         max_constructor_retry_count=_ATTEMPTS,
-        logging_config={"enable_access_log": False},  # ours says more, and nothing twice
+        logging_config={"enable_access_log": False},  # our own log has a line per request
         ray_actor_options={
             "num_cpus": cpus,
             "num_gpus": gpus,
@@ -249,7 +249,7 @@ def application(plan: Plan, scale: Scale, cpus: int, gpus: float, digest: str | 
 
 
 def running(serve: Any, name: str = APPLICATION) -> tuple[int, str, str]:
-    """How many replicas take requests, the application's status, and what there is to say about it."""
+    """The number of replicas that accept requests, the application's status, and a message."""
     found = serve.status().applications.get(name)
     if found is None:
         return 0, "NOT_STARTED", ""

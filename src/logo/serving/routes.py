@@ -1,4 +1,4 @@
-"""The routes of the API: parse, ask, answer. What they mean is elsewhere."""
+"""The routes of the API, which parse requests and send answers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _answers(request: Request) -> Answers:
 
 
 def _patterns(request: Request) -> Patterns | None:
-    """What the request's API key is bound to; see `logo.serving.guards.ApiKeys`."""
+    """The adapters to which the request's API key is bound; see `logo.serving.guards.ApiKeys`."""
     return getattr(request.state, "adapters", None)
 
 
@@ -100,9 +100,9 @@ async def _generate(
     """Answers a body of either endpoint.
 
     Args:
-        limit: new tokens at most, and the field that says so.
+        limit: the most new tokens, and the field that says so.
         encoded: tokenizes the prompts.
-        count: how many there are.
+        count: the number of prompts.
     """
     answers, began = _answers(request), time.perf_counter()
     request.state.model = body.model
@@ -124,7 +124,7 @@ async def _generate(
 
 @contextmanager
 def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
-    """Room for so many answers, or the error that says why there is none."""
+    """Reserves places for so many answers, or raises an `ApiError`."""
     try:
         with answers.service.admitted(count):
             yield

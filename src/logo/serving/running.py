@@ -1,4 +1,4 @@
-"""A server as a process: the port first, then the model, then requests; SIGTERM lets what was accepted end."""
+"""Runs a server: binds the port, loads the model, serves; SIGTERM lets accepted requests end."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _FAREWELL = 1.0
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket of this address, taken before anything slow happens; 0 is any port that is free.
+    """A socket bound to this address, before anything slow happens; port 0 is any free port.
 
     Raises:
-        UsageError: it cannot be had.
+        UsageError: the address cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -46,14 +46,14 @@ def address_of(taken: socket.socket) -> str:
 
 
 def released(taken: socket.socket) -> tuple[str, int]:
-    """Host and port of a socket, which is closed: another process is going to listen there."""
+    """Host and port of a socket, which is closed, so that another process can listen there."""
     host, port = taken.getsockname()[:2]
     taken.close()
     return host, port
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which tells the service first that it is going down."""
+    """uvicorn's server, which drains the service before it ends."""
 
     def __init__(self, config: uvicorn.Config, service: Engine, started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -61,22 +61,22 @@ class Server(uvicorn.Server):
         self._started = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
+        """Starts to listen."""
         await super().startup(sockets)
         if self.started:
             self._started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes no new requests: a moment in which they get 503 and a closed connection, and then none at all.
+        """Refuses new requests with 503 and a closed connection for a moment, then stops listening.
 
-        Closed without that, a connection that is kept for the next request would be reset under it.
+        Without that moment, a kept connection could be reset while the client sends its next request.
         """
         if not self.force_exit:
             await asyncio.sleep(_FAREWELL)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A second signal does not wait."""
+        """A second signal ends the server at once."""
         self._service.draining = True
         super().handle_exit(sig, frame)
 
@@ -89,11 +89,11 @@ def serve(
     started: Callable[[], None] = lambda: None,
     **uvicorn_options: Any,
 ) -> None:
-    """Serves until a signal comes, and then until what was accepted has ended.
+    """Serves until a signal comes, and then until accepted requests have ended.
 
     Args:
-        taken: where to listen.
-        started: called when requests are taken.
+        taken: the socket.
+        started: called when requests are accepted.
 
     Raises:
         ModelError: the model cannot be served.
@@ -107,9 +107,9 @@ def serve(
         timeout_keep_alive=30,
         **uvicorn_options,
     )
-    # uvicorn raises the signal again when it is done; ending as one was asked to is no failure.
+    # uvicorn raises the signal again at the end, although ending on a signal is no failure.
     signal.signal(signal.SIGTERM, _leave)
-    service.prepare()  # a model that cannot be served is one line, not a traceback of uvicorn's
+    service.prepare()  # so that an error here is one line, not a traceback of uvicorn
     try:
         Server(config, service, started).run(sockets=[taken])
     finally:

@@ -1,8 +1,8 @@
-"""The next token of every sequence of a step, drawn for all of them in the same few calls.
+"""Draws the next token of every sequence of a step, for all of them in the same few calls.
 
-A sequence's tokens depend on its own seed only, never on who shares its steps: the noise of its n-th draw comes from a
-generator that is seeded with the sequence's seed and n. Nothing is written down before `Drawn.accept`, so that a step
-which has to be computed again draws the same tokens again.
+A sequence's tokens depend on its own seed and not on the other sequences of its steps: the noise of its n-th draw comes
+from a generator that is seeded with the sequence's seed and n. The state changes in `Drawn.accept` only, so that a step
+that is computed again draws the same tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from logo.serving.steps import NO_TOKEN
 
 @dataclass
 class Drawing:
-    """One sequence's draws.
+    """The draws of one sequence.
 
     Attributes:
-        sampling: how.
-        logprobs: one entry per token that was drawn, where asked for.
-        count: how many tokens were drawn.
+        sampling: how tokens are drawn.
+        logprobs: one entry per drawn token, if requested.
+        count: the number of drawn tokens.
     """
 
     sampling: Sampling
@@ -45,14 +45,14 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step drew, on the device.
+    """The draws of a step, on the device.
 
     Attributes:
         drawings: one per row.
         tokens: (rows,) token ids; `NO_TOKEN` for a row that holds NaN or an infinite largest logit.
-        told: rows that log probabilities are asked for.
-        logprobs: (told, 1 + n): of the row's own token, and of its n most likely ones, best first.
-        likely: (told, n) their ids.
+        told: the rows with log probabilities.
+        logprobs: (told, 1 + n): of the drawn token, and of the n most likely ones, best first.
+        likely: (told, n): ids of the most likely tokens.
     """
 
     drawings: Sequence[Drawing]
@@ -62,7 +62,7 @@ class Drawn:
     likely: Tensor
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """The step holds; `tokens` are those of the rows, on the host."""
+        """Records the draws of a step; `tokens` are those of the rows, on the host."""
         for drawing in self.drawings:
             drawing.count += 1
         if not self.told:
@@ -80,7 +80,7 @@ def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> Drawn:
         scores: (rows, vocabulary) float32 logits.
         drawings: one per row.
     """
-    best = scores.max(dim=-1)  # NaN is the largest of all
+    best = scores.max(dim=-1)  # NaN counts as the largest
     tokens = best.indices
     sampled = [row for row, drawing in enumerate(drawings) if not drawing.sampling.greedy]
     if sampled:
@@ -101,16 +101,16 @@ def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> Drawn:
 
 
 def _sampled(scores: Tensor, drawings: Sequence[Drawing]) -> Tensor:
-    """(rows,) tokens, one drawn from each row's distribution.
+    """Draws a token from the distribution of each row: (rows,).
 
-    The token with the largest quotient of its probability and exponential noise is such a draw, and all rows take the
-    same few calls. Only the noise is filled row by row.
+    The token with the largest quotient of probability and exponential noise is such a draw. All rows take the same few
+    calls; only the noise is filled row by row.
     """
     ways = torch.tensor([[drawing.sampling.temperature, drawing.sampling.top_p] for drawing in drawings])
     temperature, top_p = ways.to(scores.device, non_blocking=True).T[:, :, None]  # (rows, 1) each
     scores = scores / temperature
     if any(drawing.sampling.top_p < 1 for drawing in drawings):
-        ordered = scores.sort(dim=-1)  # ascending: what goes is what holds no more than 1 - top_p together
+        ordered = scores.sort(dim=-1)  # ascending: the tokens with at most 1 - top_p together are dropped
         gone = ordered.values.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
         gone[:, -1] = False
         scores = scores.masked_fill(gone.scatter(1, ordered.indices, gone), -torch.inf)

@@ -1,4 +1,4 @@
-"""Answers onto the wire: whole or as server-sent events, and ended at once when the client hangs up."""
+"""Sends answers, whole or as server-sent events, and ends them when the client disconnects."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _log = logging.getLogger("logo.serving")
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """What `work` returns; it is cancelled if the client hangs up meanwhile.
+    """Runs `work`, and cancels it if the client disconnects meanwhile.
 
     Raises:
-        ApiError: that is what happened.
+        ApiError: the client has disconnected.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
@@ -49,7 +49,7 @@ async def _left(request: Request) -> None:
 
 
 async def whole(answers: Answers, request: PreparedRequest, rendering: Rendering, state: State) -> Response:
-    """The answer of a request that is not streamed; `state` is the request's, for the log."""
+    """Sends the answer of a request that is not streamed; `state` is the request's, for the log."""
     collected = [Collected() for _ in range(len(request.prompts) * request.n)]
     async with aclosing(answers.chunks(request)) as chunks:
         async for chunk in chunks:
@@ -60,7 +60,7 @@ async def whole(answers: Answers, request: PreparedRequest, rendering: Rendering
 
 
 class Streamed(StreamingResponse):
-    """The answer as events; what the request holds is let go when it ends, however that happens."""
+    """Sends the answer as events; everything that the request holds is released when it ends in any way."""
 
     def __init__(
         self, answers: Answers, request: PreparedRequest, rendering: Rendering, state: State, held: ExitStack
@@ -87,7 +87,7 @@ async def _events(
                 state.completion_tokens = tokens = tokens + len(chunk.tokens)
                 if chunk.text or chunk.finish_reason or options.token_ids or options.logprobs:
                     yield event(rendering.chunk(chunk))
-    except Exception as error:  # the status is sent already: the client learns of it in an event
+    except Exception as error:  # the status was sent already, so the error is an event
         _log.warning("a stream failed: %s", error, exc_info=error)
         yield api_error(error, request_id.get()).event()
     else:

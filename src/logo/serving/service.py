@@ -1,9 +1,9 @@
-"""`Service`: selecting for requests that wait, and generating with what was selected, while the pool may change.
+"""`Service`: selects for waiting requests in batches, and generates with the mixtures, while the pool may change.
 
-    ids -> (probed with others that wait) -> Selection -> tensors -> generated with others -> tokens
+    ids -> (probed with other requests) -> Selection -> tensors -> generated with other requests -> tokens
 
-The model belongs to the thread that generates. Selecting and changing the pool happen in one other thread, which
-pauses generation for as long as it needs the model.
+The model belongs to the thread that generates. A second thread selects and changes the pool; it pauses generation while
+it needs the model.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ class Service:
 
     Args:
         logo: the engine; its own `generate` must not be used while the service runs.
-        memory: for sequences in flight.
-        signals: names of those that requests may ask for beside the engine's own; the pool is calibrated for each now.
-        max_queue: requests that may wait beside those in flight.
+        memory: for sequences.
+        signals: further signals that requests may use; the pool is calibrated for each now.
+        max_queue: the most requests that may wait.
         probe_batch: prompts per probe.
 
     Attributes:
-        pool: what requests may use now.
-        selected: how many answers each has had a part in.
-        not_invoked: how often an adapter was to answer a prompt that lacks its invocation tokens.
-        draining: takes no new requests.
-        signals: those that requests may ask for, the engine's own first.
+        pool: the pool that requests use.
+        selected: the number of answers to which each adapter has contributed.
+        not_invoked: how many prompts lacked the invocation tokens of an adapter.
+        draining: whether new requests are refused.
+        signals: the signals that requests may use, the engine's own first.
 
     Raises:
-        UsageError: an engine that selects in a way that depends on the order of prompts.
-        PoolError: adapters that one of the signals cannot score.
+        UsageError: the engine's selections depend on the order of prompts.
+        PoolError: a signal cannot score some adapters.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Service:
     # -- life ------------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Begins to generate.
+        """Starts generation.
 
         Raises:
             ModelError: the model cannot be served.
@@ -112,11 +112,11 @@ class Service:
         self.batching.start()
 
     def stop(self) -> None:
-        """Ends what is still being generated."""
+        """Ends all generation."""
         self.batching.stop()
 
     async def start(self) -> None:
-        """Begins to serve; inside a running event loop."""
+        """Begins to serve, inside a running event loop."""
         self.batching.start()
         self._selecting = asyncio.create_task(self._select_forever())
 
@@ -130,17 +130,17 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self.batching.alive and not self._selecting.done() and not self.draining
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """Those that requests may use now, by name."""
+        """The adapters that requests may use now, by name."""
         return self.pool.adapters
 
     @property
     def cards(self) -> Mapping[str, Card]:
-        """What is shown of each, but for how often it was selected."""
+        """The card of each adapter."""
         return self.pool.cards
 
     @property
@@ -150,7 +150,7 @@ class Service:
 
     @property
     def figures(self) -> Figures:
-        """What is going on now."""
+        """The present figures."""
         batching, store = self.batching, self.logo.store
         used, total = batching.kv_blocks
         waiting = len(self._waiting) + batching.waiting
@@ -180,32 +180,32 @@ class Service:
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt and its answer at most."""
+        """The most tokens of a prompt and its answer."""
         context: int = self.batching.context
         return context
 
     @property
     def k(self) -> int:
-        """Adapters per prompt where a request does not say."""
+        """The default number of adapters per prompt."""
         return self.logo.k
 
     @property
     def signal(self) -> str:
-        """What scores adapters where a request does not say."""
+        """The default signal."""
         return self.logo.settings.signal
 
     @property
     def probe_text(self) -> ProbeText | None:
-        """What is probed of a conversation."""
+        """The part of a conversation that is probed."""
         return self.logo.settings.probe_text
 
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:
-        """Room for so many answers, inside the block.
+        """Reserves places for so many answers inside the block.
 
         Raises:
-            Overloaded, NotReady: there is none.
-            UsageError: there can never be.
+            Overloaded, NotReady: there are none now.
+            UsageError: there can never be so many.
         """
         if self.draining:
             raise NotReady("the server is shutting down")
@@ -226,13 +226,13 @@ class Service:
             self._open -= count
 
     def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
-        """The adapters that an API key may use now, by name; None: all of them."""
+        """The adapters that match an API key's patterns, by name; None: all."""
         return self.pool.usable(patterns)
 
     # -- selecting and generating ----------------------------------------------------------------------------------
 
     async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
-        """The mixture for a prompt.
+        """Selects the mixture of a prompt.
 
         Raises:
             LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
@@ -262,12 +262,12 @@ class Service:
             while self._waiting:
                 batch = self._waiting[: self._probe_batch]
                 del self._waiting[: self._probe_batch]
-                # Nothing of it stays here until the next batch comes: what was chosen holds adapters.
+                # No reference may stay until the next batch, since mixtures hold adapters.
                 _hand_out(batch, await loop.run_in_executor(self._worker, self._choose, batch))
                 del batch
 
     def _choose(self, batch: Sequence[_Waiting]) -> list[HeldMixture | Exception]:
-        """In the other thread: selects for all of the batch together."""
+        """Selects for a batch together; called in the second thread."""
         began = time.perf_counter()
         asked = [self._asked(waiting.wanted) for waiting in batch]
         to_probe = {
@@ -282,14 +282,14 @@ class Service:
         ]
 
     def _asked(self, wanted: MixtureRequest) -> CallSettings | Exception:
-        """A request's options, checked against the pool as it is now."""
+        """A request's options, checked against the present pool."""
         try:
             options, pool = wanted.options.copy(), self.logo.fitted
             signal = options.get("signal") or self.logo.settings.signal
             if signal in self.pool.refused:
-                if wanted.usable is not None:  # the reason names adapters of others
+                if wanted.usable is not None:  # the message names other clients' adapters
                     raise PoolError(f"signal {signal!r}: it cannot score the pool as it is now")
-                return copy(self.pool.refused[signal])  # one that is raised again would hold every traceback
+                return copy(self.pool.refused[signal])  # an error that is raised again collects tracebacks
             if signal not in self.signals:
                 raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
             if wanted.usable is not None and wanted.adapters != {}:
@@ -297,10 +297,10 @@ class Service:
                 if not names:
                     raise PoolError("none of the adapters that this API key may use is in the pool")
                 options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
-            if options.get("k"):  # more than there are means all of them, and a client's number warns nobody here
+            if options.get("k"):  # cut to the number of adapters, without a warning
                 options["k"] = min(options["k"] or 0, len(options.get("candidates") or pool))
             return self.logo.call_settings(**options)
-        except Exception as error:  # handed to the one who waits for it
+        except Exception as error:  # raised where it is awaited
             return error
 
     def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[CallSettings]) -> list[Selection | Exception]:
@@ -312,7 +312,7 @@ class Service:
             except Exception as error:
                 if len(rows) == 1:
                     return [error]
-        # One prompt that cannot be scored is no reason for the others to fail.
+        # A prompt that cannot be scored must not fail the others.
         return [found for row, one in zip(rows, asked, strict=True) for found in self._probed([row], [one])]
 
     def _finished(
@@ -332,22 +332,22 @@ class Service:
             selection = forced(waiting.wanted.adapters or {}, pool, asked.candidates) if found is None else found
             mixture, silent = mixed(self.logo.store, pool, selection, Prompt.of(waiting.prompt).ids)
             self.not_invoked += silent
-            # Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes.
+            # Held from here on, so that the request is answered with these adapters even if the pool changes.
             release = weakref.finalize(mixture, self.logo.store.release_later, mixture.hold)
             return HeldMixture(selection, mixture, queued, took, release)
         except Exception as error:
             if not isinstance(error, LoGoError):
                 _log.exception("a request cannot be given its mixture")
-            # Its frames lead to what the others of the batch hold, which would wait for the garbage collector.
+            # The frames of its traceback refer to mixtures of other requests, and would keep them held.
             return error.with_traceback(None)
 
     # -- the pool --------------------------------------------------------------------------------------------------
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> Adapter:
-        """Opens an adapter folder and adds it to the pool; all of it or nothing.
+        """Opens an adapter folder and adds it to the pool; after an error nothing has changed.
 
         Args:
-            replace: an adapter that has this name.
+            replace: whether it may replace an adapter of this name.
 
         Raises:
             LoGoError: the adapter cannot be used, or the pool has one of that name.
@@ -357,7 +357,7 @@ class Service:
         return adapter
 
     async def remove(self, name: str) -> None:
-        """Takes an adapter out of the pool; what has selected it is still answered with it.
+        """Removes an adapter from the pool; requests that have selected it are still answered with it.
 
         Raises:
             LoGoError: there is none of that name, or it is the last one.
@@ -370,12 +370,12 @@ class Service:
         return staged.adapter
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        """Calls in the thread that selects: no prompt is scored meanwhile."""
+        """Runs a call in the thread that selects, so that no prompt is scored meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
 
 
 def _hand_out(batch: Sequence[_Waiting], results: Sequence[HeldMixture | Exception]) -> None:
-    """Gives each result to the request that still waits for it."""
+    """Gives each result to its request, if that still waits."""
     for waiting, result in zip(batch, results, strict=True):
         if waiting.future.done():
             continue

@@ -1,19 +1,18 @@
-"""The seams in transformers' continuous batching where gates and sampling of our own go in.
+"""Puts our gates and sampling into transformers' continuous batching.
 
-The only file that knows transformers' internals. Five methods of objects that a manager owns are wrapped:
+This is the only file that depends on transformers' internals. It wraps five methods of objects of a manager:
 
-    ContinuousBatchingIOs.prepare_batch_tensors   tells which sequences make up the step, and how it may be taken back
+    ContinuousBatchingIOs.prepare_batch_tensors   says which sequences are in the step, and how to undo it
     ContinuousBatchProcessor._generation_step     gates before the forward pass; a failure ends one sequence, not all
-    ModelRunner._sample                           draws by sequence instead of one way for all
-    ContinuousBatchingIOs.prepare_batch_update    hands on the tokens, which have come to the host by then
-    Scheduler._infer_request_tokens               writes what the base model has read of a prompt into its cache
+    ModelRunner._sample                           draws for each sequence by its own sampling
+    ContinuousBatchingIOs.prepare_batch_update    passes on the tokens, which are on the host by then
+    Scheduler._infer_request_tokens               writes cached keys and values of a prompt into its blocks
 
-A sequence whose logits are not finite may have spoilt those of the others in the same step, because attention computes
-all of them in one product and only then masks what is not their own. Such a step fails as a whole: it is computed again
-in halves, until what is not finite is alone. Whether a row is finite is written where its token would stand, so that it
-comes to the host in the one transfer that every step has.
+A sequence whose logits are not finite may spoil those of others in the same step, because attention computes all of
+them in one product before it masks. Such a step is computed again in halves, until the sequence is alone. A marker in
+place of its token reports it, so that no further transfer to the host is needed.
 
-Written for transformers 5.24 (`VERSIONS`); `attach` refuses a version whose internals look different.
+Written for transformers 5.24 (`VERSIONS`); `attach` refuses a version with other internals.
 """
 
 from __future__ import annotations
@@ -57,45 +56,47 @@ _EXPECTED = {
 
 
 class Steps(ABC):
-    """Who decides what a step computes; called by the thread that generates."""
+    """Decides what a step computes; called by the thread that generates."""
 
     @abstractmethod
     def before(self, step: Sequence[tuple[str, int, bool, int]]) -> None:
-        """What the next forward pass holds.
+        """Called before each forward pass.
 
         Args:
-            step: the sequences in order: id, number of tokens, whether its next token is drawn after them, and which
-                token of the sequence is the first of them.
+            step: the sequences in order: id, number of tokens, whether the next token is drawn, and the position of
+                the first token in the sequence.
         """
 
     @abstractmethod
     def beginning(self, sequence: str) -> list[tuple[Tensor, Tensor]]:
-        """What is known of how a sequence begins, which is about to be read: per layer, keys and values
-        (heads, tokens, size). Empty: nothing. At least one token of the sequence is not among them."""
+        """Cached keys and values (heads, tokens, size) of a new sequence's beginning, per layer; empty without any.
+
+        They do not cover all of the sequence's tokens.
+        """
 
     @abstractmethod
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
-        """(rows,) next tokens from (rows, vocabulary) float32 logits, one row per sequence.
+        """Next tokens (rows,) from float32 logits (rows, vocabulary), one row per sequence.
 
-        Where a row is not finite, `NO_TOKEN` stands in its place, and the step will be computed again.
+        The token of a row that is not finite is `NO_TOKEN`, and the step will be computed again.
         """
 
     @abstractmethod
     def accepted(self, tokens: Sequence[int]) -> None:
-        """The step holds: these are the tokens that `sample` returned last."""
+        """The step is done, with these tokens, which `sample` has returned last."""
 
     @abstractmethod
     def failed(self, sequence: str, error: Exception) -> None:
-        """A step failed, and this sequence is ended so that the others can go on."""
+        """A step has failed, and this sequence is ended so that the others can continue."""
 
 
 def attach(manager: Any, steps: Steps) -> None:
-    """Lets `steps` decide what every step of a manager computes; before the manager is started.
+    """Attaches `steps` to a manager that was not started yet.
 
     Raises:
-        ModelError: another version of transformers, whose internals are different.
+        ModelError: this version of transformers has other internals.
     """
-    manager.warmup()  # makes the processor
+    manager.warmup()  # creates the processor
     processor = manager.batch_processor
     _check(processor)
     io, runner = processor.inputs_and_outputs, processor.model_runner
@@ -103,7 +104,7 @@ def attach(manager: Any, steps: Steps) -> None:
     prepared: dict[str, Any] = {}
     tokens: list[list[int]] = []
     drawn: list[int] = []
-    sampled: list[str] = []  # not the sequences whose prompts are read in part only
+    sampled: list[str] = []  # without sequences whose prompts are not read to the end
 
     def prepare_batch_tensors(**options: Any) -> None:
         prepared.update(options)
@@ -111,7 +112,7 @@ def attach(manager: Any, steps: Steps) -> None:
         prepare(**options)
 
     def take_back() -> list[Any]:
-        """The sequences of the step, as they were before it was prepared."""
+        """Undoes the preparation of the step."""
         requests = list(prepared["requests_in_batch"])
         for request, own in zip(requests, tokens, strict=True):
             request.state.position_offset -= request.query_length
@@ -134,16 +135,16 @@ def attach(manager: Any, steps: Steps) -> None:
             if NO_TOKEN in drawn:
                 raise NotFinite(OVERFLOW)
             steps.accepted(drawn)
-        except Exception as error:  # whatever it is, the server has to go on
+        except Exception as error:  # the server has to go on after any error
             failure = error
         if failure is not None:
-            traceback.clear_frames(failure.__traceback__)  # what they hold is memory that the next attempt may need
+            traceback.clear_frames(failure.__traceback__)  # they hold memory that the next attempt may need
             requests = take_back()
             if len(requests) == 1:
                 _end(processor, steps, requests[0].state, failure)
                 return
             del failure
-            half = len(requests) // 2  # whichever it was, it fails again, and in the end alone
+            half = len(requests) // 2  # the failing sequence fails again, and in the end alone
             for part in (requests[:half], requests[half:]):
                 size = sum(request.query_length for request in part)
                 prepare_batch_tensors(**{**prepared, "requests_in_batch": part, "num_q_tokens": size})
@@ -174,7 +175,7 @@ def attach(manager: Any, steps: Steps) -> None:
 
 
 def _write(scheduler: Any, cache: Any, state: Any, removed: set[str], known: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Writes keys and values of a beginning into the blocks of a request, which then is one that was read in part."""
+    """Writes keys and values of a beginning into the blocks of a request, which then counts as partly read."""
     count = known[0][0].shape[1] if known else 0
     if not count or not cache.can_store_request_tokens(state, count):
         return
@@ -185,7 +186,7 @@ def _write(scheduler: Any, cache: Any, state: Any, removed: set[str], known: Seq
         nothing = written[:0]
         rows = (part.transpose(0, 1).to(allocator.cache_dtype) for part in (keys, values))  # (tokens, heads, size)
         allocator.update(*rows, layer, nothing, written)
-    # As the scheduler does where it finds a beginning among its own blocks.
+    # As the scheduler does for a beginning in its own blocks.
     scheduler.active_requests[state.request_id] = state
     scheduler.waiting_requests.pop(state.request_id, None)
     removed.add(state.request_id)
@@ -195,7 +196,7 @@ def _write(scheduler: Any, cache: Any, state: Any, removed: set[str], known: Seq
 
 
 def _end(processor: Any, steps: Steps, state: Any, error: Exception) -> None:
-    """Ends the sequence that a step cannot be computed for."""
+    """Ends a sequence for which a step cannot be computed."""
     _log.warning("request %s cannot be generated: %s", state.request_id, type(error).__name__, exc_info=error)
     steps.failed(state.request_id, error)
     processor._handle_request_error(error, state)
@@ -205,7 +206,7 @@ def _end(processor: Any, steps: Steps, state: Any, error: Exception) -> None:
 
 
 def _check(processor: Any) -> None:
-    """Raises ModelError unless the internals are those this file was written for."""
+    """Raises ModelError unless the internals are those for which this file was written."""
     import transformers
 
     for (owner, name), parameters in _EXPECTED.items():

@@ -1,4 +1,4 @@
-"""Token ids to text while they come: whole characters only, and nothing of a stop text or behind it."""
+"""`Text`: decodes tokens as they come, without incomplete characters and without stop texts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_INCOMPLETE = "�"  # how bytes decode that are no whole character yet
+_INCOMPLETE = "�"  # bytes of an incomplete character decode to it
 
 
 class Text:
-    """The text of one answer, piece by piece; the pieces joined are what the whole decodes to, cut at a stop text.
+    """The text of one answer in pieces, which together are the decoded answer, cut at a stop text.
 
     Args:
         tokenizer: special tokens are left out.
@@ -24,17 +24,17 @@ class Text:
         self._tokenizer = tokenizer
         self._stops = [_Match(stop) for stop in stops]
         self._ids: list[int] = []
-        self._start, self._read = 0, 0  # tokens from which on is decoded, and those whose text is known
+        self._start, self._read = 0, 0  # the first token to decode, and the number of tokens whose text is known
         self._known = ""
         self._sent = 0
         self.stopped = False
 
     def push(self, ids: Sequence[int]) -> str:
-        """What these tokens add to the text that may be shown."""
+        """The new text that these tokens give."""
         if self.stopped:
             return ""
         self._ids.extend(ids)
-        # As vLLM does it: a few tokens before are decoded along, since what a token looks like depends on them.
+        # As in vLLM, a few earlier tokens are decoded, too, since the text of a token depends on them.
         before = self._decode(self._ids[self._start : self._read])
         both = self._decode(self._ids[self._start :])
         if len(both) > len(before) and not both.endswith(_INCOMPLETE):
@@ -43,7 +43,7 @@ class Text:
         return self._show(max((match.begun for match in self._stops), default=0))
 
     def finish(self) -> str:
-        """What is left when no token comes any more."""
+        """The rest of the text, when there are no more tokens."""
         if self.stopped:
             return ""
         whole = self._decode(self._ids)
@@ -57,7 +57,7 @@ class Text:
             match.read(more)
 
     def _show(self, held_back: int) -> str:
-        """What may be shown, but for so many characters at the end, with which a stop text may have begun."""
+        """The new text without so many characters at the end, with which a stop text may begin."""
         first = min((match.place for match in self._stops if match.place is not None), default=None)
         self.stopped = first is not None
         end = len(self._known) - held_back if first is None else first
@@ -71,13 +71,13 @@ class Text:
 
 
 class _Match:
-    """Looks for a text in another that comes piece by piece, in a time proportional to what comes.
+    """Searches for a text in another that comes in pieces, in linear time.
 
     The algorithm of Knuth, Morris and Pratt (SIAM J. Comput. 6, 1977).
 
     Attributes:
-        begun: how much of the text stands at the end of what has come.
-        place: where the text first stands in it; None: nowhere yet.
+        begun: how many characters of the text the input ends with.
+        place: the position of its first occurrence; None: none yet.
     """
 
     def __init__(self, text: str) -> None:
@@ -87,7 +87,7 @@ class _Match:
         self.place: int | None = None
 
     def read(self, piece: str) -> None:
-        """What comes next."""
+        """Reads the next piece."""
         if self.place is not None:
             return
         text, borders, begun = self._text, self._borders, self.begun
@@ -101,7 +101,7 @@ class _Match:
         self.begun, self._count = begun, self._count + len(piece)
 
 
-@lru_cache(maxsize=256)  # every answer of a request looks for the same texts
+@lru_cache(maxsize=256)  # all answers of a request search for the same texts
 def _borders(text: str) -> tuple[int, ...]:
     """For every beginning of the text: the longest shorter one that it ends with."""
     borders, length = [0], 0

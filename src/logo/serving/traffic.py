@@ -1,8 +1,8 @@
-"""What a day of requests says about a pool: who wins, who never does, who always ties, what has changed on the way.
+"""`Traffic`: what the logs of a server say about a pool: which adapters win, never win, always tie, or have changed.
 
-    lines of logs (logo serve --log-json) -> Reading, one pass, prompts are not kept but a sample -> Traffic
+    lines of logs (logo serve --log-json) -> Reading (one pass, a sample of prompts) -> Traffic
 
-Knows the lines that `logo.serving.logged` writes, and nothing of servers or models.
+It reads the lines that `logo.serving.logged` writes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 
 from logo.errors import DataError, StorageError
 
-# Two adapters tie where both lead and the second has at least this share of the first one's weight.
+# The two first adapters tie if the second has at least this share of the first one's weight.
 NEARLY = 2 / 3
-# A pair of adapters ties always where it does in more than this share of what either wins, and in so many prompts.
+# A pair always ties if it does in more than this share of the prompts that either wins, and in at least so many.
 MOST, OFTEN = 0.5, 5
-# Wins have moved between two halves where their shares differ by so many standard errors.
+# Wins have changed between the halves if their shares differ by so many standard errors.
 CLEAR = 3.0
-# Prompts that no adapter serves, of which so many are kept at most: any subset of them is as likely as any other.
+# The most prompts in the uniform sample of prompts that no adapter serves.
 KEPT = 1000
-# Characters of them that are kept.
+# The most characters that are kept of a prompt.
 _LONGEST = 2000
 _NOBODY = -1
 
@@ -41,15 +41,15 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the traffic says of one adapter.
+    """The traffic of one adapter.
 
     Attributes:
-        wins: prompts of which it was the first.
+        wins: the number of prompts in which it was the first.
         halves: the share of the first and of the second half of all prompts that it won.
-        moved: these shares differ by more than chance explains.
-        parts: prompts in whose mixture it was listed.
+        moved: whether these shares differ by more than chance.
+        parts: the number of prompts in whose mixture it was.
         weight: its mean weight in those.
-        confidence: mean over what it won; None: it won nothing, or scores said nothing of it.
+        confidence: the mean over the prompts that it won; None without such prompts, or without confidences.
     """
 
     name: str
@@ -72,23 +72,23 @@ class Tie:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What logs say.
+    """The content of logs.
 
     Attributes:
-        prompts: those that adapters were selected for.
-        forced: others, whose requests named their adapters.
-        known: prompts whose selection says how sure it is.
-        unsure: of these, those for which no adapter seems to be made.
-        unsure_halves: the share of them among the known prompts of either half.
-        unsure_moved: these differ by more than chance explains.
-        confidence: how many of the known prompts have a confidence in each tenth.
-        hours: from the first of all to the last.
-        adapters: by wins: all of the pool, and those that won before they left it.
-        pool_known: the logs say which adapters are in the pool; if not, `adapters` are those that they name.
-        ties: by how many prompts.
-        unserved: a sample of the unsure prompts that were logged, in the order in which they came.
-        logged: how many unsure prompts were logged in all.
-        bad: lines that are not JSON objects, or hold something else than this server's.
+        prompts: the number of prompts with a selection.
+        forced: the number of prompts whose requests named adapters.
+        known: the number of prompts with a confidence.
+        unsure: of these, the number for which no adapter seems to be made.
+        unsure_halves: their share of the known prompts in either half.
+        unsure_moved: whether these shares differ by more than chance.
+        confidence: the number of known prompts with a confidence in each tenth.
+        hours: from the first prompt to the last.
+        adapters: by wins: all of the pool, and those that won before they were removed.
+        pool_known: whether the logs name the pool; if not, `adapters` are those of the selections.
+        ties: by number of prompts.
+        unserved: a sample of the unsure prompts in the logs, in their order.
+        logged: the number of unsure prompts in the logs.
+        bad: the number of lines that are no JSON objects or not this server's.
         first_bad: the first of them, as `FILE:LINE`.
     """
 
@@ -110,7 +110,7 @@ class Traffic:
 
 
 def read_traffic(files: Sequence[Path]) -> Traffic:
-    """What the logs in these files say together, whatever their order.
+    """Reads the logs in these files, in any order.
 
     Raises:
         StorageError: a file cannot be read.
@@ -148,10 +148,10 @@ class _Entry:
 
     @classmethod
     def of(cls, value: Any) -> _Entry:
-        """Of JSON.
+        """Parses a JSON value.
 
         Raises:
-            ValueError, TypeError, KeyError: it is not one.
+            ValueError, TypeError, KeyError: it is no entry.
         """
         adapters, weights, confidence = value["adapters"], value["weights"], value.get("confidence")
         prompt = value.get("prompt")
@@ -168,17 +168,17 @@ class _Entry:
 
 
 def _whole(text: str) -> str:
-    """Without halves of characters, which JSON can hold and nobody can print."""
+    """The text without halves of surrogate pairs, which cannot be printed."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass
 class Reading:
-    """Goes through lines once. Of each prompt it keeps who won, how sure that was, and when: 21 bytes.
+    """Reads lines once. Of each prompt the winner, the confidence and the time are kept, in 21 bytes.
 
     Attributes:
-        entries: selections so far.
-        ours: lines that a server of ours has written.
+        entries: the number of selections so far.
+        ours: the number of lines of this server.
     """
 
     entries: int = 0
@@ -200,7 +200,7 @@ class Reading:
     _random: Random = field(default_factory=lambda: Random(0))
 
     def take(self, line: str, place: str) -> None:
-        """Takes in a line; one that cannot be used is counted."""
+        """Reads a line; malformed ones are counted."""
         if not line.strip():
             return
         try:
@@ -211,7 +211,7 @@ class Reading:
             if (pool := found.get("pool")) is not None:
                 self._pool = frozenset(_whole(str(name)) for name in pool)
             if (selections := found.get("selections")) is None:
-                return  # of another route, or no request at all
+                return  # another route, or no request
             time = datetime.fromisoformat(found["time"]).timestamp()
             entries = [_Entry.of(one) for one in selections]
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError):
@@ -242,7 +242,7 @@ class Reading:
             self._keep(entry.prompt)
 
     def _keep(self, prompt: str) -> None:
-        """A sample of a stream whose length is not known (Vitter's algorithm R)."""
+        """Adds a prompt to the sample (Vitter's algorithm R)."""
         self._logged += 1
         if len(self._unserved) < KEPT:
             self._unserved.append((self._logged, prompt))
@@ -250,7 +250,7 @@ class Reading:
             self._unserved[place] = (self._logged, prompt)
 
     def traffic(self) -> Traffic:
-        """What the lines say."""
+        """The traffic of the lines so far."""
         times, sure, unsure = np.array(self._times), np.array(self._sure), np.array(self._unsure, dtype=bool)
         order, prompts = np.argsort(times, kind="stable"), len(times)
         halves = order[: prompts // 2], order[prompts // 2 :]
@@ -284,7 +284,7 @@ class Reading:
         )
 
     def _adapter(self, name: str, won: Places, sure: Numbers, late: Places) -> Adapter:
-        """Of the places that it won, the confidences of all places, and which of these are in the second half."""
+        """The traffic of an adapter, from its wins, all confidences, and which prompts are in the second half."""
         second = int(late.sum())
         wins = (len(won) - int(late[won].sum()), int(late[won].sum()))
         found = sure[won][np.isfinite(sure[won])]
@@ -310,7 +310,7 @@ class Reading:
 
 
 def _differ(counts: tuple[int, int], of: tuple[int, int]) -> bool:
-    """Whether two shares differ by more than chance explains."""
+    """Whether two shares differ by more than chance."""
     if not min(of):
         return False
     share = sum(counts) / sum(of)

@@ -1,4 +1,4 @@
-"""The picture of `logo.serving.traffic`: who wins in either half, and how sure selections are."""
+"""Draws `logo.serving.traffic`: wins of adapters in either half, and a histogram of confidence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 from logo.serving.traffic import Traffic
 
-# Adapters that are drawn, those that win most.
+# The most adapters that are drawn, by wins.
 DRAWN = 30
 
 
@@ -17,7 +17,7 @@ def picture(found: Traffic) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has to say where it keeps fonts; nobody asked
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no messages about its font cache
     drawn = found.adapters[:DRAWN]
     figure = Figure(figsize=(9.0, 1.6 + 0.24 * max(8, len(drawn))), layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -27,7 +27,7 @@ def picture(found: Traffic) -> bytes:
         wins.barh(places, [adapter.halves[half] for adapter in drawn], height=0.36, label=label)
     wins.set_yticks(range(len(drawn)), [adapter.name for adapter in drawn])
     for label in wins.get_yticklabels():
-        label.set_parse_math(False)  # names are names
+        label.set_parse_math(False)  # names may hold $
     wins.invert_yaxis()
     more = len(found.adapters) - len(drawn)
     wins.set(xlabel="share of prompts won" + (f" ({more} more adapters)" if more else ""))
@@ -37,6 +37,6 @@ def picture(found: Traffic) -> bytes:
     sure.set(xlabel="confidence", ylabel="prompts")
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name with characters that the font lacks is drawn with boxes
+        warnings.simplefilter("ignore")  # characters that the font lacks are drawn as boxes
         canvas.print_figure(file, format="png", dpi=120, metadata={"Software": None})
     return file.getvalue()

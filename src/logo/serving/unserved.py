@@ -1,9 +1,9 @@
-"""Prompts that no adapter serves, put together by what they look like.
+"""Groups prompts that no adapter serves by their wording.
 
     text -> words and runs of three characters -> hashed counts, weighted by how rare they are (TF-IDF) -> cosine
     distances -> average linkage, cut at `FAR`
 
-Nothing is downloaded and no model is run: prompts are alike that share words and spellings, not meanings.
+No model is run, so prompts are similar if they share words and spellings, not meanings.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Groups of prompts are one where their mean cosine distance is below this.
+# Groups are merged if their mean cosine distance is below this.
 FAR = 0.85
-# Prompts that are shown of a group.
+# The most prompts that are shown of a group.
 EXAMPLES = 2
 _COLUMNS = 4096
 _WORD = re.compile(r"\w+")
@@ -27,11 +27,11 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts that look alike.
+    """Similar prompts.
 
     Attributes:
-        size: how many.
-        examples: those that look most like the others.
+        size: their number.
+        examples: those that are most similar to the others.
     """
 
     size: int
@@ -59,7 +59,7 @@ def _group(prompts: Sequence[str], members: NDArray[np.intp], alike: NDArray[np.
 
 
 def _vectors(prompts: Sequence[str]) -> NDArray[np.float64]:
-    """(prompts, columns), each of length 1; zeros where a prompt has no word."""
+    """Vectors (prompts, columns) of length 1; zeros for a prompt without words."""
     counts = np.zeros((len(prompts), _COLUMNS))
     for row, prompt in enumerate(prompts):
         for feature, count in Counter(_features(prompt)).items():

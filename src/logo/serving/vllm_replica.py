@@ -1,7 +1,7 @@
-"""A replica that is vLLM's own server, with LoGo's router in it: vLLM's app, without the part of it that listens.
+"""`VllmReplica`: vLLM's app with LoGo's router as a replica, without vLLM's own listener.
 
-The pool changes in the replicas' four steps (`logo.serving.coordinator`), and within each of them in the workers of its
-engine, which know a stage and a commit of their own (`logo.backends.vllm.workers`).
+The pool changes in the four steps of replicas (`logo.serving.coordinator`); in each replica the workers of its engine
+stage and commit the change (`logo.backends.vllm.workers`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from logo.serving.membership import Link, Member, Own
 from logo.serving.pool import Change
 from logo.serving.replica import POOL, REPLICA, Nameless, Together, keys_of
 
-# vLLM lets any number of requests wait.
+# vLLM has no limit of waiting requests.
 _ROOM = 4096
 
 UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -45,11 +45,11 @@ UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 @dataclass(frozen=True)
 class VllmPlan:
-    """What each replica starts.
+    """The settings of each replica.
 
     Attributes:
-        launch: vLLM's flags, and what LoGo is told. Host and port are not used.
-        front: further variables of the environment.
+        launch: vLLM's flags and LoGo's options. Host and port are not used.
+        front: further environment variables.
         pool: opens the pool, for its digest.
     """
 
@@ -61,7 +61,7 @@ class VllmPlan:
 
     @property
     def room(self) -> int:
-        """Requests that a replica may have at one time."""
+        """The most requests of a replica at one time."""
         return _ROOM
 
     async def replica(self, name: str, link: Link) -> VllmReplica:
@@ -69,7 +69,7 @@ class VllmPlan:
         launch = self.launch
         own = {**launch.variables, **self.front, **({} if launch.api_key is None else {API_KEY: launch.api_key})}
         os.environ.update(own)  # before vLLM is imported
-        os.environ.pop(UPDATING, None)  # vLLM's own routes would change this replica alone
+        os.environ.pop(UPDATING, None)  # vLLM's own routes would only change this replica
         opened = await asyncio.to_thread(lambda: keys_of(self.pool()))
         server = _Server(_parsed(launch.command[3:]))
         app = Begun(await server.start())
@@ -83,10 +83,10 @@ class VllmReplica:
     Args:
         name: of the replica.
         link: to the coordinator.
-        server: that runs the engine.
-        app: vLLM's, started.
-        router: in it.
-        opened: name -> key of the adapters that the replica opens, those included that do not fit the base model.
+        server: runs the engine.
+        app: vLLM's app, started.
+        router: LoGo's router in it.
+        opened: name -> key of the adapters of the pool, including those that do not fit the base model.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class VllmReplica:
         self._name = name
 
     def check(self) -> None:
-        """Raises where the replica has to be replaced."""
+        """Raises an error if the replica has to be replaced."""
         self.member.check()
         if self._server.client.errored:
             raise LoGoError("vLLM's engine has ended")
@@ -112,12 +112,12 @@ class VllmReplica:
         return {POOL: self.member.state.digest, REPLICA: self._name}
 
     def _digest(self, pool: KeyedPool) -> str:
-        return pool_digest(dict(sorted({**self._left_out, **pool.keys}.items())))  # in the order of any pool
+        return pool_digest(dict(sorted({**self._left_out, **pool.keys}.items())))  # in pool order
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
     async def _everywhere(self, change: KeyedChange) -> None:
-        """What a client of this replica asks for, in all of them or in none."""
+        """Makes a change that a client of this replica wants, in all replicas or in none."""
         kind, name, folder = change
         there = name in self._router.core.pool.keys
         path = Path(folder).absolute()
@@ -131,7 +131,7 @@ class VllmReplica:
         asked = kind, change.name, str(change.folder or "")
         try:
             return self._digest(await self._router.workers.stage(self._router.core, asked))
-        except WorkerError as error:  # a class that only vLLM's replicas know
+        except WorkerError as error:  # other replicas do not know this class
             raise UsageError(str(error)) from None
 
     async def _take(self) -> None:
@@ -139,13 +139,13 @@ class VllmReplica:
 
 
 class Drainable:
-    """An app that answers with 503 what comes when the server is to end, and says at `/ready` whether it is."""
+    """An app that answers new requests with 503 while the server ends, and reports this at `/ready`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self._draining = app, False
 
     def drain(self) -> None:
-        """From here on."""
+        """Refuses new requests from now on."""
         self._draining = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,7 +162,7 @@ class _Server:
     """vLLM's engine and app in this process.
 
     Args:
-        args: as vLLM's server parses them.
+        args: the parsed arguments of vLLM's server.
     """
 
     client: Any
@@ -180,19 +180,19 @@ class _Server:
         tasks = await self.client.get_supported_tasks()
         app = build_app(self._args, tasks, self.client.model_config)
         await init_app_state(self.client, app.state, self._args, tasks)
-        app.state.server = SimpleNamespace()  # vLLM tells it to exit when the engine dies; here `check` sees that
+        app.state.server = SimpleNamespace()  # vLLM makes it exit when the engine dies; here `check` notices that
         self._app = app
         ready: ASGIApp = app
         return ready
 
     @property
     def router(self) -> Router:
-        """In the app; there is one when that has started."""
+        """LoGo's router in the app, once that has started."""
         found: Router = self._app.state.logo_router
         return found
 
     def metrics(self) -> str:
-        """vLLM's, and the router's."""
+        """The metrics of vLLM and of the router."""
         from prometheus_client import generate_latest
         from vllm.v1.metrics.prometheus import get_prometheus_registry
 
