@@ -1,4 +1,4 @@
-"""`Answers`: a request's prompts made into pieces of text, whatever the endpoint and whether streamed or not.
+"""`Answers`: turns the prompts of a request into pieces of text, for all endpoints, streamed or not.
 
 model, options -> Wish     prompts -> ids -> Chosen     ids, Chosen -> Piece, Piece, ...
 """
@@ -43,12 +43,12 @@ class Asked:
     """One request, ready to be answered.
 
     Attributes:
-        prompts: what is read.
+        prompts: the prompts.
         chosen: a mixture for each.
         n: answers per prompt.
         sampling: of the first answer; the seeds of the others follow it.
         stops: texts that end an answer.
-        began: when the request came, by `time.perf_counter`.
+        began: arrival time of the request, by `time.perf_counter`.
     """
 
     prompts: tuple[Prompt, ...]
@@ -61,14 +61,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Piece:
-    """What was added to one answer.
+    """The next part of one answer.
 
     Attributes:
-        index: which answer: those of the first prompt come first.
-        text: whole characters that are new.
+        index: number of the answer; those of the first prompt come first.
+        text: new complete characters.
         tokens: new token ids; their text may follow later.
-        logprobs: one for each token, where asked for.
-        finish_reason: None while the answer goes on.
+        logprobs: one for each token, if requested.
+        finish_reason: None while the answer continues.
     """
 
     index: int
@@ -83,10 +83,10 @@ class Answers:
 
     Args:
         service: selects and generates.
-        metrics: where it is counted.
+        metrics: counts requests and tokens.
         base_model: the name under which the base model alone answers.
-        timeout: seconds that a request may take, its waiting included; None: as long as it takes.
-        log_prompts: prompts may be logged.
+        timeout: seconds that a request may take, waiting included; None: no limit.
+        log_prompts: whether prompts may be logged.
     """
 
     def __init__(
@@ -100,19 +100,19 @@ class Answers:
 
     @property
     def tokenizer(self) -> Any:
-        """The base model's."""
+        """The base model's tokenizer."""
         return self.service.tokenizer
 
     # -- what is asked ---------------------------------------------------------------------------------------------
 
     def wish(self, model: str, options: LogoOptions | None, patterns: Patterns | None = None) -> Wish:
-        """What a model's name and the field `logo` ask for.
+        """The mixture or selection that a model's name and the field `logo` ask for.
 
         Args:
-            patterns: what the request's API key is bound to; None: the whole pool.
+            patterns: adapters to which the request's API key is bound; None: the whole pool.
 
         Raises:
-            ApiError: there is no such model, or it does not go with the options.
+            ApiError: there is no such model, or it cannot be combined with the options.
         """
         models = Models(self.base_model, self.service.usable(patterns), self.service.signals)
         return models.wish(model, options, patterns)
@@ -148,10 +148,10 @@ class Answers:
         return prompt
 
     def room(self, prompts: Sequence[Prompt], max_tokens: int | None, param: str) -> int:
-        """How many new tokens the answers may have; None asks for a usual number, or as many as there is room for.
+        """Number of new tokens that the answers may have; None asks for the default, or for as many as fit.
 
         Raises:
-            ApiError: they do not fit behind the longest prompt.
+            ApiError: they do not fit after the longest prompt.
         """
         context, longest = self.service.context, max(map(len, prompts))
         left = context - longest
@@ -186,7 +186,7 @@ class Answers:
         return tuple(chosen)
 
     def logged(self, prompts: Sequence[Prompt], chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
-        """What the log says of each prompt's selection."""
+        """The log entry of each prompt's selection."""
         return [logged.entry(one.selection, self._said(p)) for p, one in zip(prompts, chosen, strict=True)]
 
     def _said(self, prompt: Prompt) -> str | None:

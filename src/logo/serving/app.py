@@ -1,4 +1,4 @@
-"""The server's app: routes over one service, and the page."""
+"""The server's app: the routes of one service, and the page."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from logo.serving.replies import now
 
 @dataclass(frozen=True)
 class AppSettings:
-    """What the person who starts a server decides.
+    """Settings of the operator.
 
     Attributes:
         base_model: the name under which the base model alone answers.
-        request_timeout: seconds that a request may take, its waiting included; None: as long as it takes.
-        adapter_changes: a folder from which adapters may be added under way; None: the pool stays as it is.
-        log_prompts: the log says what was asked, too.
+        request_timeout: seconds that a request may take, waiting included; None: no limit.
+        adapter_changes: folder from which requests may add adapters; None: the pool does not change.
+        log_prompts: whether prompts are logged.
     """
 
     base_model: str
@@ -36,7 +36,7 @@ class AppSettings:
 
 
 def create_app(service: Engine, settings: AppSettings) -> FastAPI:
-    """The app; `logo.serving.guards.guard` goes around it. The service begins and ends with it."""
+    """The app, without its guards (`logo.serving.guards.guard`). It starts and stops the service."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -1,8 +1,9 @@
-"""Sequences that are generated together: transformers' continuous batching with a mixture and a sampling for each.
+"""Sequences that are generated together: transformers' continuous batching with a mixture and sampling settings for
+each.
 
-Sequences join and leave at any step. Cached blocks are never shared between sequences, since what they hold depends on
-the mixture that wrote it. Where adapters act from a position on only, what the base model has read before it when it
-was probed is copied into a sequence's own blocks.
+Sequences join and leave at any step. Cached blocks are never shared between sequences, because their content depends on
+the mixture. If adapters act from a position on, the keys and values before it, which the probe computed with the base
+model, are copied into a sequence's own blocks.
 """
 
 from __future__ import annotations
@@ -66,19 +67,19 @@ class Batching(Steps):
         model: a causal LM whose attention transformers can batch (sdpa or flash).
         store: its adapters.
         memory: see `Memory`.
-        beginnings: what the base model has read of prompts, for adapters that act from a position on only.
-        context: tokens of a prompt and its answer at most, or None if the model knows no limit.
+        beginnings: keys and values of prompts by the base model, for adapters that act from a position on.
+        context: most tokens of a prompt and its answer, or None if the model has no limit.
 
     Attributes:
-        context: the same, as far as the memory for keys and values reaches.
-        plan: where memory goes.
-        steps: how many forward passes were made with some mixture, and with none: `{"gate", "base"}`.
-        found, missed: tokens of prompts that the base model had read and that were there when an answer began, and
-            those that had been dropped by then.
+        context: the same, limited by the memory for keys and values.
+        plan: the division of memory.
+        steps: number of forward passes with and without a mixture: `{"gate", "base"}`.
+        found, missed: prompt tokens whose keys and values by the base model were cached when the answer began, and
+            those that had been evicted.
 
     Raises:
         ModelError: the model, or this version of transformers, cannot be batched.
-        UsageError: more memory is asked for than there is.
+        UsageError: more memory is requested than there is.
     """
 
     def __init__(
@@ -111,10 +112,10 @@ class Batching(Steps):
         self.context = reach if context is None else min(context, reach)
 
     def start(self) -> None:
-        """Begins to generate, in a thread of its own; nothing if it has begun already.
+        """Starts generating in its own thread, if it has not been started.
 
         Raises:
-            ModelError: the logits of a sequence are not those of the model by itself.
+            ModelError: the logits of a batched sequence differ from those of the model alone.
         """
         if self._hooked is not None:
             return
@@ -128,7 +129,7 @@ class Batching(Steps):
             raise
 
     def stop(self) -> None:
-        """Ends what is still being generated, and the thread."""
+        """Ends running sequences and the thread."""
         if self._hooked is None:
             return
         if self._manager.is_running():
@@ -138,12 +139,12 @@ class Batching(Steps):
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that generates is there."""
+        """Whether the generation thread is running."""
         return bool(self._manager.is_running()) and self._manager.background_thread_status.fatal_error is None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The model is the caller's inside the block: sequences in flight wait, no mixture is active."""
+        """Within the block the caller may use the model: running sequences wait, and no mixture is active."""
         with self._manager.pause():
             self._packed.gate([])
             self._standing = None
@@ -151,22 +152,22 @@ class Batching(Steps):
 
     @property
     def running(self) -> int:
-        """Sequences that have begun."""
+        """Number of running sequences."""
         return len(self._manager.batch_processor.scheduler.active_requests)
 
     @property
     def waiting(self) -> int:
-        """Sequences that have not."""
+        """Number of waiting sequences."""
         return len(self._jobs) - self.running
 
     @property
     def adapters(self) -> int:
-        """Adapters that are resident where the model computes."""
+        """Number of adapters on the model's device."""
         return len(self._store.keys)
 
     @property
     def kv_blocks(self) -> tuple[int, int]:
-        """Blocks of keys and values in use, and in all."""
+        """Used and total blocks of keys and values."""
         total = self._cache.num_blocks
         return round(total * (1 - self._cache.compute_free_capacity())), total
 
@@ -224,7 +225,7 @@ class Batching(Steps):
     # -- called by the thread that generates ------------------------------------------------------------------------
 
     def beginning(self, sequence: str) -> list[tuple[Tensor, Tensor]]:
-        """What the base model has read of a prompt, up to where adapters begin to act."""
+        """The base model's keys and values of a prompt, up to where adapters begin to act."""
         job = self._jobs.get(sequence)
         if job is None or not job.mixture.end or self._beginnings is None:
             return []
@@ -253,19 +254,19 @@ class Batching(Steps):
         self.steps["gate" if self._mixed else "base"] += 1
 
     def sample(self, scores: Tensor, ids: Sequence[str]) -> Tensor:
-        """Draws for each sequence in its own way."""
+        """Samples for each sequence with its own settings."""
         jobs = [self._jobs.get(sequence) for sequence in ids]
         self._drawn = next_tokens(scores, [_GREEDY if job is None else job.drawing for job in jobs])
         return self._drawn.tokens
 
     def accepted(self, tokens: Sequence[int]) -> None:
-        """Writes down what was drawn."""
+        """Records the sampled tokens."""
         if self._drawn is not None:
             self._drawn.accept(tokens)
             self._drawn = None
 
     def failed(self, sequence: str, error: Exception) -> None:
-        """Remembers why a sequence was ended."""
+        """Records why a sequence was ended."""
         self._standing = None
         job = self._jobs.get(sequence)
         if job is not None:

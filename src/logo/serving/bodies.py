@@ -1,8 +1,7 @@
-"""What clients may ask for text: the bodies of these requests, checked; nothing here knows of models or of the pool.
+"""Request bodies for text generation, validated; nothing here knows models or the pool.
 
-OpenAI's fields, vLLM's `return_token_ids`, and `logo` of ours (`logo.api.requests`). A field that would change the
-answer but that this server does not have is refused by name (`UNSUPPORTED`), never ignored; any other unknown field is
-kept in `model_extra`.
+They have OpenAI's fields, vLLM's `return_token_ids`, and our `logo` (`logo.api.requests`). A field that would change
+the answer but is not supported is refused by name (`UNSUPPORTED`); any other unknown field is kept in `model_extra`.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class StreamOptions(Body):
 
 
 class _Generation(ModelRequest):
-    """What both ways of asking for text share."""
+    """The common fields of both endpoints."""
 
     temperature: Annotated[Number, Field(ge=0, le=2)] = Field(1.0, description="0 decodes greedily.")
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0

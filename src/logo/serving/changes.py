@@ -1,4 +1,4 @@
-"""Adding and removing adapters under way: vLLM's routes and bodies, paths only inside one folder."""
+"""Adding and removing adapters while the server runs: vLLM's routes and bodies, with paths only inside one folder."""
 
 from __future__ import annotations
 

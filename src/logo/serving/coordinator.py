@@ -1,14 +1,14 @@
 """`Coordinator`: one pool in many replicas, changed in all of them or in none.
 
-    stage (each makes the new pool ready) -> close (newcomers wait) -> take (each answers from it) -> open
+    stage (each prepares the new pool) -> close (new requests wait) -> take (each uses it) -> open
 
-A replica that is closed gives no answer that depends on its pool, and none is opened before all have taken the new one:
-whoever has seen an answer from the new pool gets none from the old one afterwards. What fails before `take` changes
-nothing anywhere. A replica that does not do what comes after is ended, since it may neither answer nor stay behind; one
-that starts later is told what has changed before it may answer. One that has not heard of a coordinator for a while
-answers no more, so that a coordinator that is started again knows when there is none beside those that have joined it.
+A closed replica gives no answer that depends on its pool, and no replica is opened before all have taken the new pool.
+A client that has seen an answer from the new pool therefore gets none from the old one afterwards. A failure before
+`take` changes nothing anywhere. A replica that fails after it is ended, since it may neither answer nor keep the old
+pool. A replica that starts later gets the changes before it may answer. A replica without contact to a coordinator
+stops answering after a while, so that a restarted coordinator knows all replicas that answer.
 
-Knows neither Ray nor engines: replicas fetch commands (`next`) and report what came of them (`reply`).
+This module knows neither Ray nor engines: replicas fetch commands (`next`) and report results (`reply`).
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class State:
 
     Attributes:
         digest: of names and contents, see `pool_digest`.
-        changes: what makes it of the pool that the replicas open; no more than one of each name, so that the folder of
-            an adapter that has gone need not stay.
-        version: how often it has changed.
+        changes: the changes since the replicas opened the pool, at most one for each name, so that the folder of a
+            removed adapter is no longer needed.
+        version: number of changes.
     """
 
     digest: str
@@ -75,7 +75,7 @@ class State:
         return State(digest, tuple(net.values()), self.version + 1)
 
     def towards(self, later: State) -> tuple[Change, ...]:
-        """What makes a later state's pool of this one's."""
+        """The changes that lead from this state's pool to a later state's."""
         own = {one.name: one for one in self.changes}
         wanted = {one.name: one for one in later.changes}
         gone = tuple(Change(name) for name in own if name not in wanted)
@@ -88,7 +88,7 @@ class State:
 
 @dataclass(frozen=True)
 class Command:
-    """What one replica is told.
+    """A command to one replica.
 
     Attributes:
         number: for its reply.
@@ -104,12 +104,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Joined:
-    """The answer to a replica that wants to take requests. Without `behind` and `refused`, it may.
+    """The answer to a replica that wants to take requests. It may, if `behind` and `refused` are empty.
 
     Attributes:
-        state: what the others have.
+        state: the state of the others.
         behind: changes of the pool that it has to make first.
-        refused: why it must not.
+        refused: why it must not join.
     """
 
     state: State
@@ -118,7 +118,7 @@ class Joined:
 
 
 class Peers(Protocol):
-    """What is known of replicas from outside, by their handles."""
+    """Access to replicas by their handles."""
 
     async def answering(self) -> bool:
         """Whether any replica takes requests."""
@@ -136,8 +136,8 @@ class _Member:
 
     Attributes:
         waiting: commands that it has not fetched, by number.
-        asked: what is to come of those that somebody still waits for.
-        more: there may be a command.
+        asked: replies that somebody still waits for.
+        more: set when there may be a command.
     """
 
     handle: Any
@@ -146,14 +146,14 @@ class _Member:
     more: asyncio.Event = field(default_factory=asyncio.Event)
 
     def ask(self, command: Command) -> asyncio.Future[Any]:
-        """What will come of a command."""
+        """The future reply to a command."""
         found = self.asked[command.number] = asyncio.get_running_loop().create_future()
         self.waiting[command.number] = command
         self.more.set()
         return found
 
     def drop(self, number: int) -> None:
-        """Nobody waits for this any more: what has not been fetched by now is not to be done."""
+        """Cancels a command that nobody waits for, if it has not been fetched."""
         self.waiting.pop(number, None)
         self.asked.pop(number, None)
 
@@ -166,13 +166,13 @@ class _Member:
 
 
 class Coordinator:
-    """Knows the replicas and the pool they have.
+    """Knows the replicas and their pool.
 
     Args:
-        peers: tells whether replicas are there.
+        peers: tells whether replicas exist.
         digest: of the pool that replicas have to open; None: of the first one's.
-        settle: seconds in which a replica that has just started waits for others that may have been there before. They
-            know what has changed: a coordinator that is started again learns it from them.
+        settle: seconds for which a new replica waits for others that may have existed before. They know the changes of
+            the pool, from which a restarted coordinator learns.
     """
 
     def __init__(self, peers: Peers, digest: str | None = None, settle: float = 5.0) -> None:
@@ -329,7 +329,7 @@ class Coordinator:
 
 
 def _disagreement(staged: Mapping[str, Any]) -> LoGoError | None:
-    """Why replicas cannot all have a new pool; None if they can."""
+    """Why the replicas cannot all have a new pool; None if they can."""
     errors = {name: result for name, result in staged.items() if isinstance(result, LoGoError)}
     if errors:
         name, error = next(iter(errors.items()))

@@ -1,4 +1,4 @@
-"""The command that starts replicas through Ray Serve (`logo.serving.replicas`), says how they stand, and ends them."""
+"""The command that starts replicas through Ray Serve (`logo.serving.replicas`), reports their state, and ends them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def serve_replicas(
     started: Callable[[str], None],
     told: Callable[[str], None],
 ) -> None:
-    """Serves until a signal comes, and then until what was accepted has ended.
+    """Serves until a signal comes, and then finishes accepted requests.
 
     Args:
         address: host and port.
-        started: called with the address when requests are taken.
+        started: called with the address when requests are accepted.
         told: called with a line when the number of replicas changes.
 
     Raises:
-        UsageError: Ray is not installed, or the cluster's address is none.
-        WorkersError: no cluster answers, it has no room, or an application of this name runs there already.
+        UsageError: Ray is not installed, or the cluster's address is invalid.
+        WorkersError: no cluster answers, it has no room, or an application of this name runs there.
         LoGoError: no replica can be opened.
         KeyboardInterrupt: the signal was SIGINT.
     """
@@ -90,7 +90,7 @@ def serve_replicas(
 
 
 def _there(serve: Any, address: tuple[str, int]) -> tuple[str, int]:
-    """Where a cluster listens that serves something already: its address is one for all, and stays as it is."""
+    """The address of a cluster that already serves something: all applications share it, so it stays."""
     if not serve.status().proxies:
         return address
     from ray.serve.context import _get_global_client
@@ -100,7 +100,7 @@ def _there(serve: Any, address: tuple[str, int]) -> tuple[str, int]:
 
 
 def _until_running(serve: Any, expected: int, stop: threading.Event) -> bool:
-    """Waits for as many replicas as there is room for; False: it was told to stop meanwhile."""
+    """Waits for as many replicas as there is room for; False if it was told to stop meanwhile."""
     limit = float("inf")
     while not stop.wait(_LOOK):
         count, status, said = running(serve)
@@ -114,13 +114,13 @@ def _until_running(serve: Any, expected: int, stop: threading.Event) -> bool:
 
 
 def _reason(said: str) -> str:
-    """The error in what Ray Serve says, which has a traceback in it."""
+    """The error in a status of Ray Serve, which contains a traceback."""
     found = re.findall(r"logo\.[\w.]*Error: ([^\n]+)", said) or re.findall(r"\w+Error: ([^\n]+)", said)
     return str(found[-1]).strip() if found else " ".join(said.split())[-300:]
 
 
 def _watch(serve: Any, told: Callable[[str], None], stop: threading.Event) -> None:
-    """Until told to stop, says when there are more replicas or fewer."""
+    """Reports changes of the number of replicas until told to stop."""
     before, _, _ = running(serve)
     while not stop.wait(2.0):
         count, status, _ = running(serve)
@@ -132,7 +132,7 @@ def _watch(serve: Any, told: Callable[[str], None], stop: threading.Event) -> No
 
 
 def _drain(ray: Any, serve: Any) -> None:
-    """Every replica refuses what is new; what was accepted goes on."""
+    """Every replica refuses new requests and finishes accepted ones."""
     try:
         serve.get_app_handle(APPLICATION).drain.remote().result(timeout_s=30)
     except (ray.exceptions.RayError, serve.exceptions.RayServeException, TimeoutError) as error:
@@ -141,7 +141,7 @@ def _drain(ray: Any, serve: Any) -> None:
 
 
 def _remove(serve: Any, limit: float, stop: _Stop) -> None:
-    """Takes the application from the cluster, when what was accepted has ended or after `limit` seconds."""
+    """Removes the application when accepted requests are finished, or after `limit` seconds."""
     serve.delete(APPLICATION, _blocking=False)  # else it waits for a minute, whatever the replicas may take
     end = time.monotonic() + limit
     while APPLICATION in serve.status().applications and not stop.hurry:  # an answer: the controller has heard of it
@@ -152,7 +152,7 @@ def _remove(serve: Any, limit: float, stop: _Stop) -> None:
 
 
 class _Stop(threading.Event):
-    """Set by a signal. `by`: which. `hurry`: there was another one."""
+    """Set by a signal: `by` which one; `hurry`: whether there was a second one."""
 
     by: int | None = None
     hurry = False

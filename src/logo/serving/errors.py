@@ -1,7 +1,7 @@
-"""Every failure of the app becomes one answer in OpenAI's shape; see `logo.api.errors`.
+"""Turns every failure of the app into one answer in OpenAI's format; see `logo.api.errors`.
 
-Routes raise `ApiError` or let `logo.errors` pass; `install` turns these, and all that FastAPI and Starlette raise,
-into JSON.
+Routes raise `ApiError` or let `logo.errors` pass; `install` converts these, and all exceptions of FastAPI and
+Starlette, to JSON.
 """
 
 from __future__ import annotations

@@ -37,10 +37,10 @@ ROUTES = (Route("/", _page), Mount(PAGE.rstrip("/"), StaticFiles(directory=FOLDE
 
 @dataclass(frozen=True)
 class FrontSettings:
-    """What `Front` is told.
+    """Settings of `Front`.
 
     Attributes:
-        host: what the server is bound to. On loopback, requests for other host names are refused.
+        host: the address that the server is bound to. On loopback, requests for other host names are refused.
         allow_hosts: further host names.
         open_metrics: `/metrics` needs no key.
     """
@@ -61,13 +61,13 @@ class FrontSettings:
 
 
 class Front:
-    """Answers `GET /` with the page; whatever else comes goes on, if it has the key and a name of this server.
+    """Answers `GET /` with the page, and passes on other requests that have the key and a host name of this server.
 
-    Where `VLLM_API_KEY` is set, vLLM asks for it under `/v1` and a few other paths alone; here it is asked for
-    everywhere but at the paths that our own server leaves open.
+    With `VLLM_API_KEY`, vLLM requires the key under `/v1` and a few other paths only. `Front` requires it everywhere
+    except for the paths that our own server leaves open.
 
     Args:
-        app: the other server's, with everything that it puts around it.
+        app: the other server's app, with its own middlewares.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,4 +1,4 @@
-"""`Gate`: lets requests wait while the pool changes; `Gated` is the app behind it. Pure ASGI: streams stay streams."""
+"""`Gate`: makes requests wait while the pool changes; `Gated`: an app behind it. Pure ASGI, so streams stay streams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FREE = ("/health", "/ready", "/version", "/metrics", "/", "/v1/load_lora_adapter
 
 
 class Gate:
-    """Whether requests may look at the pool."""
+    """Whether requests may use the pool."""
 
     def __init__(self) -> None:
         self._open, self._empty = asyncio.Event(), asyncio.Event()
@@ -26,16 +26,16 @@ class Gate:
 
     @property
     def closed_for(self) -> float:
-        """Seconds since it was closed; 0: it is open."""
+        """Seconds since it was closed; 0 if it is open."""
         return 0.0 if self._closed_since is None else time.monotonic() - self._closed_since
 
     def open(self) -> None:
-        """Lets everybody in."""
+        """Lets all requests pass."""
         self._closed_since = None
         self._open.set()
 
     def shut(self) -> None:
-        """Lets nobody in."""
+        """Makes all requests wait."""
         self._open.clear()
         self._closed_since = self._closed_since or time.monotonic()
 
@@ -59,13 +59,13 @@ class Gate:
 
 
 class Gated:
-    """An app whose requests pass a gate when their bodies are there, so that no slow client holds it open.
+    """An app whose requests pass a gate after their bodies have arrived, so that a slow client does not keep it busy.
 
     Args:
-        app: behind it.
-        gate: passed by all but `FREE` and the page's files.
+        app: the app behind the gate.
+        gate: passed by all requests except `FREE` and the page's files.
         told: headers of `/health`.
-        only: the paths that pass it, where no other depends on the pool; None: as `gate` says.
+        only: the paths that pass the gate, if no others depend on the pool; None: as `gate` says.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""What every request passes before a route sees it: id, log, host, CORS, key, size. Pure ASGI: streams stay streams.
+"""The checks before every route: id, log, host, CORS, key, size. Pure ASGI, so streams stay streams.
 
 `guard` puts the layers around an app, outermost first:
 
     RequestId -> AccessLog -> SecurityHeaders -> Failures -> Hosts -> CORS -> ApiKeys -> BodyLimit -> app
 
-An error of any layer has OpenAI's shape, the request's id, the security headers and a line in the log.
+An error of any layer has OpenAI's format, the request's id, the security headers and a line in the log.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # without a path, or no br
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """What the guards of a server let pass.
+    """Settings of the guards.
 
     Attributes:
-        host: what the server is bound to. On loopback, requests for other host names are refused (`Hosts`).
-        api_keys: any of these opens the API. None given, here or below: it is open.
-        key_adapters: API keys that open what these adapters are concerned only: key -> names or patterns.
-        max_body_bytes: of a request's body.
-        allow_hosts: further host names for a server on loopback (behind a proxy, say). On any other address they
-            are, when given, the only names besides loopback's.
-        cors_origins: web pages from these origins may use the API; `*` means all.
+        host: the address that the server is bound to. On loopback, requests for other host names are refused (`Hosts`).
+        api_keys: keys for the whole API. Without any, here or below, it is open.
+        key_adapters: keys for some adapters only: key -> names or patterns.
+        max_body_bytes: largest body of a request.
+        allow_hosts: further host names for a server on loopback (behind a proxy, for example). On any other address, if
+            given, they are the only names besides loopback's.
+        cors_origins: origins whose web pages may use the API; `*` means all.
         open_metrics: `/metrics` needs no key.
 
     Raises:
-        UsageError: an empty key or one that no header can hold; an origin that is none.
+        UsageError: an empty key or one that no header can hold; an invalid origin.
     """
 
     host: str = "127.0.0.1"
@@ -113,9 +113,9 @@ def is_loopback(host: str) -> bool:
 
 
 class RequestId:
-    """Gives every request an id: the client's own `X-Request-Id` if it is sane, else a new one.
+    """Gives every request an id: the client's own `X-Request-Id` if it is valid, else a new one.
 
-    It stands in the response, in `request.state.request_id` and, for the log, in a context variable.
+    The id is in the response, in `request.state.request_id` and, for the log, in a context variable.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -143,7 +143,7 @@ class RequestId:
 
 
 class SecurityHeaders:
-    """Headers that keep browsers from guessing types, leaking addresses and running what is not ours."""
+    """Headers that keep browsers from guessing types, leaking addresses and running foreign code."""
 
     HEADERS: ClassVar = {
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
@@ -164,10 +164,10 @@ class SecurityHeaders:
 
 
 class Failures:
-    """The last place where an exception can go: logged once with its traceback, answered if nothing was yet.
+    """Handles all remaining exceptions: logs each once with its traceback, and answers it if no answer has begun.
 
-    What breaks after its response has begun is left incomplete: the server then cuts the connection, and the client
-    sees that something is missing.
+    A response that fails after it has begun is left incomplete: the server closes the connection, so the client
+    notices.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,4 +1,4 @@
-"""`Begun`: an app that is started before its server starts it, since what it opens is needed first."""
+"""`Begun`: an app that is started before its server, because what it opens is needed first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from logo.errors import LoGoError
 
 
 class Begun:
-    """An app around one that has started: the server's own start does nothing, and its end is the app's.
+    """An app around one that has been started: the server's start does nothing, and its end ends the app.
 
     Args:
         app: to be started.

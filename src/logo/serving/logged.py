@@ -1,6 +1,6 @@
-"""What the log of a server says of adapters: a line with the pool, and an entry for each prompt that was selected for.
+"""Log entries about adapters: a line with the pool, and an entry for each selection.
 
-`logo.serving.traffic` reads it again (`logo pool health`). Prompts are in it only where the operator asks for that.
+`logo.serving.traffic` reads them again (`logo pool health`). They contain prompts only if the operator asks for that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def entry(selection: Selection, prompt: str | None = None) -> dict[str, Any]:
     """One selection as JSON.
 
     Args:
-        prompt: what was probed, if it may be logged.
+        prompt: the probed text, if it may be logged.
     """
     found: dict[str, Any] = {
         "adapters": list(selection.adapters[:LEADING]),
@@ -42,7 +42,7 @@ def _score(item: tuple[str, float]) -> float:
 
 
 def tell_pool(names: Iterable[str]) -> None:
-    """Logs which adapters there are from now on."""
+    """Logs the adapters of the present pool."""
     pool = list(names)
     text = f"{len(pool)} adapters in the pool"
     _log.info(text, extra={"fields": {"message": text, "pool": pool}})

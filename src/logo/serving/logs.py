@@ -1,7 +1,7 @@
-"""One line per request, as text or JSON: what was asked of which route, and how it went. Never what was said.
+"""One line per request, as text or JSON: route, status and times, never content.
 
-No line holds a header, a body, a query string or a key; a prompt only where the operator asks for that. Every record
-written while a request is answered carries its id.
+No line holds a header, a body, a query string or a key, and a prompt only if the operator asks for that. Every record
+that is written while a request is answered carries its id.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ _PROBES = ("/health", "/ready", "/metrics")
 
 
 class AccessLog:
-    """Writes a line when a request has been answered, or its client has gone.
+    """Writes a line when a request has been answered, or its client has disconnected.
 
     Routes may set `request.state.model`, `.prompt_tokens`, `.completion_tokens` and `.selections` (`logged.entry` of
-    each prompt) at any time before the answer ends.
-    A client that hung up before the answer was complete is told by `disconnected`, an answer that broke off otherwise
-    by `incomplete`.
+    each prompt) at any time before the answer ends. `disconnected` marks a client that disconnected before the answer
+    was complete, and `incomplete` an answer that broke off otherwise.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,4 +1,4 @@
-"""`Member`: a replica's side of `Coordinator`: it asks what to do, does it, and says what came of it."""
+"""`Member`: a replica's side of `Coordinator`: it fetches commands, executes them, and reports the results."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _CLOSED = 300.0
 
 
 class Lost(NotReady):
-    """The coordinator does not answer: it has ended, and another one will take its place."""
+    """The coordinator does not answer: it has ended, and another one will replace it."""
 
 
 class Link(Protocol):
-    """The way to the coordinator: its methods, without the replica's own name and handle. Each raises `Lost`."""
+    """The connection to the coordinator: its methods, without the replica's own name and handle. Each raises `Lost`."""
 
     async def join(self, state: State, *, fresh: bool) -> Joined: ...
     async def next(self) -> Command | bool: ...
@@ -41,14 +41,14 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class Own:
-    """What a replica does when it is told to.
+    """The actions of a replica.
 
     Attributes:
-        stage: makes the pool ready that a change leads to, and returns its digest.
-        take: answers from what was staged.
-        forget: drops what was staged.
+        stage: prepares the pool after a change, and returns its digest.
+        take: uses the staged pool.
+        forget: drops the staged pool.
         metrics: in Prometheus' text format.
-        drain: takes no more requests.
+        drain: stops accepting requests.
     """
 
     stage: Callable[[Change], Awaitable[str]]
@@ -63,12 +63,12 @@ class Member:
 
     Args:
         link: to the coordinator.
-        own: what it does.
+        own: the replica's actions.
         gate: of its requests.
-        state: the pool it has opened.
+        state: the pool that it has opened.
 
     Attributes:
-        trouble: why it has to be replaced; None: it has not.
+        trouble: why it has to be replaced; None if it has not.
     """
 
     def __init__(self, link: Link, own: Own, gate: Gate, state: State) -> None:
@@ -99,7 +99,7 @@ class Member:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def check(self) -> None:
-        """Raises where the replica has to be replaced."""
+        """Raises an error if the replica has to be replaced."""
         if self.trouble is None and self._gate.closed_for > _CLOSED:
             self.trouble = f"its requests have waited for {_CLOSED:.0f} s"
         if self.trouble is not None:

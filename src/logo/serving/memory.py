@@ -1,4 +1,6 @@
-"""Where a server's memory goes: the model, the adapters, keys and values. Checked before anything is taken."""
+"""The division of a server's memory: the model, the adapters, keys and values. It is checked before anything is
+allocated.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ _CPU_SHARE, _SHARE = 0.3, 0.5
 
 @dataclass(frozen=True)
 class Memory:
-    """How much is kept for sequences in flight.
+    """Memory for running sequences.
 
     Attributes:
-        concurrent: sequences of one step at most.
-        kv_cache_gb: memory (10⁹ bytes) for keys and values, on whatever device. None: a share of what is free there.
+        concurrent: most sequences of one step.
+        kv_cache_gb: memory (10⁹ bytes) for keys and values, on any device. None: a share of what is free there.
     """
 
     concurrent: int = 64
@@ -34,9 +36,9 @@ class Plan:
     """Bytes on a model's devices.
 
     Attributes:
-        model: what its weights take.
-        adapters, kv: what the adapters' columns, and keys and values, may take.
-        free: what is free beside the model.
+        model: size of its weights.
+        adapters, kv: limits of the adapters' columns and of keys and values.
+        free: free memory beside the model.
     """
 
     model: int
@@ -46,7 +48,7 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module, adapters: int, memory: Memory) -> Plan:
-        """Reckons what a server will take, before it takes anything.
+        """Computes the memory that a server will need, before it is allocated.
 
         Raises:
             UsageError: it is more than there is.
@@ -67,7 +69,7 @@ class Plan:
 
     @property
     def line(self) -> str:
-        """One line for the person who starts the server."""
+        """One line for the operator."""
         return (
             f"Memory: model {self.model / 1e9:.2f} GB · up to {self.adapters / 1e9:.2f} GB of adapters · up to "
             f"{self.kv / 1e9:.2f} GB of keys and values · {self.free / 1e9:.2f} GB free beside the model"

@@ -1,6 +1,6 @@
-"""What the server counts, for Prometheus: vLLM's names under `logo:`, and what only this server has.
+"""The server's metrics for Prometheus: vLLM's names under `logo:`, and metrics that only this server has.
 
-Labels are bounded: reasons, forms, and adapters of the pool. Nothing a client writes becomes a label.
+Labels are bounded: reasons, forms, and adapters of the pool. Text of clients never becomes a label.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 class Metrics:
-    """Counters and histograms of one server, in a registry of their own.
+    """Counters and histograms of one server, in their own registry.
 
     Args:
-        service: whose state the gauges show.
+        service: the gauges show its state.
     """
 
     def __init__(self, service: Engine) -> None:
@@ -83,7 +83,7 @@ class Metrics:
 
 
 class _State(Collector):
-    """What the service is doing now, read when it is asked for."""
+    """The present state of the service, read on request."""
 
     def __init__(self, service: Engine, drift: Drift) -> None:
         self._service, self._drift = service, drift
@@ -138,9 +138,9 @@ class _State(Collector):
 
 
 def labelled(texts: Mapping[str, str]) -> bytes:
-    """One exposition of several servers' ones: a label on every sample says whose it is.
+    """The metrics of several servers in one text, with a label on every sample that names its server.
 
-    Nothing is added up, so that a replica that starts again from 0 looks to Prometheus like what it is.
+    Nothing is added up, so that Prometheus recognises a replica that starts again from 0.
 
     Args:
         texts: by name of the replica.
@@ -158,7 +158,7 @@ def labelled(texts: Mapping[str, str]) -> bytes:
 
 
 def selected(texts: Iterable[str]) -> dict[str, int]:
-    """How often each adapter was selected, by the expositions of several servers together."""
+    """The number of selections of each adapter, summed over the metrics of several servers."""
     found: dict[str, int] = {}
     for family in (family for text in texts for family in text_string_to_metric_families(text)):
         if family.name == _SELECTED:

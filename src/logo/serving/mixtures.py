@@ -1,4 +1,4 @@
-"""From a selection to the mixture that one sequence is generated with."""
+"""From a selection to the mixture of one sequence."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from logo.selection import Selection
 
 @dataclass(frozen=True)
 class Chosen:
-    """A mixture that is ready to be generated with.
+    """A mixture that is ready for generation.
 
     Attributes:
         selection: names, weights, scores.
-        mixture: where they are.
-        queue_ms: how long the prompt waited to be probed.
-        probe_ms: how long probing took, together with others; 0 where nothing was selected.
-        release: to be called when the mixture is no longer needed. Until then its adapters stay where they are. What is
-            forgotten is released by the garbage collector.
+        mixture: the columns of its adapters in the store.
+        queue_ms: time that the prompt waited for its probe.
+        probe_ms: duration of the probe, together with others; 0 without a selection.
+        release: to be called when the mixture is no longer needed. Until then its adapters stay in the store. The
+            garbage collector releases forgotten ones.
     """
 
     selection: Selection

@@ -1,6 +1,6 @@
-"""The pool of a server: what requests may use of it now, and how it changes under way.
+"""The pool of a server: what requests may use now, and how it changes while the server runs.
 
-Everything but reading is called by the one thread that selects, so that no prompt is scored by half of a change.
+All methods except reading are called by the selection thread, so that no prompt is scored during a change.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from logo.serving.keys import usable
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to a pool.
+    """A change of a pool.
 
     Attributes:
         name: of the adapter.
-        folder: where it is; None: it is taken out.
-        replace: one that has this name.
+        folder: its folder; None: it is removed.
+        replace: replace an existing adapter of this name.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Staged:
-    """What a change makes of a pool.
+    """The result of a change, before it is used.
 
     Attributes:
         prepared: for the engine.
-        refused, adapters, cards: as `ServedPool` has them.
-        adapter: that is new; None where one is taken out.
+        refused, adapters, cards: as in `ServedPool`.
+        adapter: the new one; None if one is removed.
     """
 
     change: Change
@@ -58,13 +58,13 @@ class ServedPool:
 
     Args:
         logo: the engine.
-        signals: the engine's own, and those that requests may ask for besides.
-        paused: inside its block nothing is generated, so that a calibration may run the model.
+        signals: the engine's own, and further ones that requests may ask for.
+        paused: within its block nothing is generated, so that a calibration may run the model.
 
     Attributes:
         adapters: those that requests may use now, by name; replaced as a whole.
-        cards: what is shown of each.
-        refused: signals that cannot score the pool as it is now, with the reason.
+        cards: the displayed description of each.
+        refused: signals that cannot score the present pool, with the reason.
 
     Raises:
         PoolError: adapters that one of the signals cannot score.
@@ -92,11 +92,11 @@ class ServedPool:
         return known_names[patterns]
 
     def staged(self, change: Change) -> Staged:
-        """What a change makes of the pool: opened, checked, indexed, and seen by nobody before `take`.
+        """Prepares a change: the pool after it is opened, checked and indexed, and not used before `take`.
 
         Raises:
-            LoGoError: the adapter cannot be used or the pool has one of that name; there is none of that name, or it is
-                the last one.
+            LoGoError: the adapter cannot be used, or the pool has one of that name; there is none of that name, or it
+                is the last one.
         """
         later, adapter = copy(self._logo.pool), None
         if change.folder is None:

@@ -1,4 +1,4 @@
-"""Pieces of answers as OpenAI's objects, whole or chunk by chunk, of both endpoints."""
+"""Pieces of answers as OpenAI's objects, whole or in chunks, for both endpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Spelled = Callable[[int], str]  # a token as text
 
 @dataclass
 class Collected:
-    """One answer as far as it has come."""
+    """One answer, as far as it is generated."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -35,13 +35,13 @@ class Collected:
 
 @dataclass(frozen=True)
 class Options:
-    """How a request wants its answer to look.
+    """The format that a request asks for.
 
     Attributes:
-        model: the name it used.
+        model: the model's name in the request.
         token_ids: whether choices carry them.
         logprobs: whether they carry log probabilities.
-        usage: whether a stream ends with counts.
+        usage: whether a stream ends with the token counts.
     """
 
     model: str
@@ -51,10 +51,10 @@ class Options:
 
 
 class Rendering(ABC):
-    """How the answers of one request look; what differs between the endpoints is theirs.
+    """The format of the answers of one request; subclasses add the differences of the endpoints.
 
     Args:
-        options: what the request wants to see.
+        options: the requested format.
         spelled: a token as text.
         prefix: of the answer's id.
     """

@@ -1,6 +1,6 @@
-"""A replica: `Service` as one of several that have the same pool, and the app in front of it.
+"""A replica: `Service` as one of several with the same pool, and the app in front of it.
 
-Knows nothing of Ray: see `logo.serving.replicas`.
+This module does not know Ray: see `logo.serving.replicas`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ServerPlan:
     """What each replica opens and how it serves.
 
     Attributes:
-        open: the engine.
+        open: opens the engine.
         settings, guards: of the app.
         max_concurrent, kv_cache_gb, signals, max_queue: of the service.
     """
@@ -63,12 +63,12 @@ class ServerPlan:
 
     @property
     def room(self) -> int:
-        """Requests that a replica may have at one time, those included that it refuses at once."""
+        """Most simultaneous requests of a replica, those included that it refuses at once."""
         return self.max_concurrent + self.max_queue + _BESIDE
 
     @property
     def concurrent(self) -> int:
-        """Requests that keep one replica busy."""
+        """Number of requests that keep one replica busy."""
         return self.max_concurrent
 
     async def replica(self, name: str, link: Link) -> Replica:
@@ -82,7 +82,7 @@ def keys_of(pool: AdapterPool) -> dict[str, str]:
 
 
 def digest(pool: AdapterPool) -> str:
-    """Equal where names and contents of all adapters are. Reads each file once."""
+    """Equal for equal names and contents of all adapters. Reads each file once."""
     return pool_digest(keys_of(pool))
 
 
@@ -90,7 +90,7 @@ class ReplicaService(Service):
     """A service whose pool changes together with those of others.
 
     Args:
-        link: to the coordinator of all.
+        link: to the coordinator.
     """
 
     def __init__(self, logo: LoGo, memory: Memory, link: Link, **options: Any) -> None:
@@ -149,7 +149,7 @@ class ReplicaService(Service):
 
 
 class Replica:
-    """A service, its app, and what makes them one of several.
+    """A service, its app, and its membership.
 
     Args:
         name: of the replica.
@@ -180,7 +180,7 @@ class Replica:
         self.member = Member(link, own, self.gate, State(digest(logo.pool)))
 
     def check(self) -> None:
-        """Raises where the replica has to be replaced."""
+        """Raises an error if the replica has to be replaced."""
         self.member.check()
         if not self.service.alive:
             raise LoGoError("generation has stopped")
@@ -193,10 +193,10 @@ class Replica:
 
 
 class Together:
-    """Answers for all replicas what one of them alone cannot know: `/metrics`, and how often adapters were selected.
+    """Answers requests about all replicas: `/metrics`, and the number of selections of each adapter.
 
     Args:
-        app: answers with its own.
+        app: answers with this replica's own numbers.
         name: of this replica.
         link: to the others.
     """

@@ -1,7 +1,7 @@
 """Replicas through Ray Serve: one address, several processes with one model each, and a coordinator beside them.
 
-Ray Serve starts replicas, replaces those that fail `check_health`, and gives each request to one that has few. Ours is
-what all of them have in common, their pool (`logo.serving.coordinator`), which lives in an actor of the deployment.
+Ray Serve starts replicas, replaces those that fail `check_health`, and gives each request to one that has few. Our part
+is the common pool of all (`logo.serving.coordinator`), which runs in an actor of the deployment.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas.
+    """The number of replicas.
 
     Attributes:
-        layout: how many at first, where, and what each of them gets.
-        most: with `layout.count` the bounds between which there are as many as requests ask for; None: always as many.
-        rise, fall: seconds for which requests have to ask for more, or for fewer, before there are.
-        drain: seconds in which a replica that is to end may finish what it has accepted.
+        layout: the initial number, the place, and the resources of each.
+        most: with `layout.count` the bounds of autoscaling; None: a fixed number.
+        rise, fall: seconds for which the load has to ask for more, or for fewer, before the number changes.
+        drain: seconds in which a replica that is to end may finish accepted requests.
     """
 
     layout: Layout
@@ -87,7 +87,7 @@ class Scale:
 
 
 class Deployed:
-    """What Ray Serve starts: opens an engine, and has the pool of the others before it is given requests."""
+    """What Ray Serve starts: opens an engine, and makes the pool's changes before it gets requests."""
 
     async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]
         from ray import serve
@@ -111,7 +111,7 @@ class Deployed:
 
 
 class ActorLink:
-    """To the coordinator that runs as an actor; when another one takes its place, to that one."""
+    """The connection to the coordinator that runs as an actor; if another one replaces it, to that one."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -249,7 +249,7 @@ def application(plan: Plan, scale: Scale, cpus: int, gpus: float, digest: str | 
 
 
 def running(serve: Any, name: str = APPLICATION) -> tuple[int, str, str]:
-    """How many replicas take requests, the application's status, and what there is to say about it."""
+    """The number of replicas that accept requests, the application's status, and its message."""
     found = serve.status().applications.get(name)
     if found is None:
         return 0, "NOT_STARTED", ""

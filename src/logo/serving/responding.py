@@ -1,4 +1,4 @@
-"""Answers onto the wire: whole or as server-sent events, and ended at once when the client hangs up."""
+"""Sends answers, whole or as server-sent events, and ends them at once when the client disconnects."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def whole(answers: Answers, asked: Asked, rendering: Rendering, state: Sta
 
 
 class Streamed(StreamingResponse):
-    """The answer as events; what the request holds is let go when it ends, however that happens."""
+    """The answer as events. The resources of the request are released when it ends, in every case."""
 
     def __init__(self, answers: Answers, asked: Asked, rendering: Rendering, state: State, held: ExitStack) -> None:
         self._events = _events(answers, asked, rendering, state)

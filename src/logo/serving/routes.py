@@ -1,4 +1,4 @@
-"""The routes of the API: parse, ask, answer. What they mean is elsewhere."""
+"""The routes of the API: they parse requests, call the service and send answers."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ async def _generate(
 
 @contextmanager
 def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
-    """Room for so many answers, or the error that says why there is none."""
+    """Reserves room for this many answers, or raises the error that says why there is none."""
     try:
         with answers.service.admitted(count):
             yield

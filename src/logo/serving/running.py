@@ -1,4 +1,6 @@
-"""A server as a process: the port first, then the model, then requests; SIGTERM lets what was accepted end."""
+"""A server as a process: opens the port first, then the model, then accepts requests; SIGTERM lets accepted requests
+finish.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,10 @@ _FAREWELL = 1.0
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket of this address, taken before anything slow happens; 0 is any port that is free.
+    """A socket of this address, opened before anything slow happens; port 0 is any free port.
 
     Raises:
-        UsageError: it cannot be had.
+        UsageError: it cannot be opened.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -46,14 +48,14 @@ def address_of(taken: socket.socket) -> str:
 
 
 def released(taken: socket.socket) -> tuple[str, int]:
-    """Host and port of a socket, which is closed: another process is going to listen there."""
+    """Host and port of a socket, which is closed so that another process can listen there."""
     host, port = taken.getsockname()[:2]
     taken.close()
     return host, port
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which tells the service first that it is going down."""
+    """uvicorn's server, which tells the service first that it is shutting down."""
 
     def __init__(self, config: uvicorn.Config, service: Engine, started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -89,11 +91,11 @@ def serve(
     started: Callable[[], None] = lambda: None,
     **uvicorn_options: Any,
 ) -> None:
-    """Serves until a signal comes, and then until what was accepted has ended.
+    """Serves until a signal comes, and then finishes accepted requests.
 
     Args:
-        taken: where to listen.
-        started: called when requests are taken.
+        taken: the socket.
+        started: called when requests are accepted.
 
     Raises:
         ModelError: the model cannot be served.

@@ -1,8 +1,8 @@
-"""The next token of every sequence of a step, drawn for all of them in the same few calls.
+"""The next token of every sequence of a step, sampled for all of them in the same few calls.
 
-A sequence's tokens depend on its own seed only, never on who shares its steps: the noise of its n-th draw comes from a
-generator that is seeded with the sequence's seed and n. Nothing is written down before `Drawn.accept`, so that a step
-which has to be computed again draws the same tokens again.
+A sequence's tokens depend only on its own seed and not on the other sequences of a step: the noise of its n-th draw
+comes from a generator that is seeded with the sequence's seed and n. No state changes before `Drawn.accept`, so a
+repeated step samples the same tokens again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from logo.serving.steps import NO_TOKEN
 
 @dataclass
 class Drawing:
-    """One sequence's draws.
+    """The draws of one sequence.
 
     Attributes:
-        sampling: how.
-        logprobs: one entry per token that was drawn, where asked for.
-        count: how many tokens were drawn.
+        sampling: its settings.
+        logprobs: one entry per sampled token, if requested.
+        count: number of sampled tokens.
     """
 
     sampling: Sampling
@@ -45,12 +45,12 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step drew, on the device.
+    """The result of a step, on the device.
 
     Attributes:
         drawings: one per row.
         tokens: (rows,) token ids; `NO_TOKEN` for a row that holds NaN or an infinite largest logit.
-        told: rows that log probabilities are asked for.
+        told: rows whose log probabilities are requested.
         logprobs: (told, 1 + n): of the row's own token, and of its n most likely ones, best first.
         likely: (told, n) their ids.
     """
@@ -62,7 +62,7 @@ class Drawn:
     likely: Tensor
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """The step holds; `tokens` are those of the rows, on the host."""
+        """Accepts the step; `tokens` are those of the rows, on the host."""
         for drawing in self.drawings:
             drawing.count += 1
         if not self.told:

@@ -1,9 +1,9 @@
-"""`Service`: selecting for requests that wait, and generating with what was selected, while the pool may change.
+"""`Service`: selects for waiting requests and generates with the selections, while the pool may change.
 
-    ids -> (probed with others that wait) -> Selection -> tensors -> generated with others -> tokens
+    ids -> (probed together with others) -> Selection -> tensors -> generated together with others -> tokens
 
-The model belongs to the thread that generates. Selecting and changing the pool happen in one other thread, which
-pauses generation for as long as it needs the model.
+The model belongs to the generation thread. Selecting and changing the pool happen in one other thread, which pauses
+generation while it needs the model.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ class Service:
 
     Args:
         logo: the engine; its own `generate` must not be used while the service runs.
-        memory: for sequences in flight.
-        signals: names of those that requests may ask for beside the engine's own; the pool is calibrated for each now.
-        max_queue: requests that may wait beside those in flight.
+        memory: for running sequences.
+        signals: further signals that requests may ask for; the pool is calibrated for each now.
+        max_queue: requests that may wait beside the running ones.
         probe_batch: prompts per probe.
 
     Attributes:
         pool: what requests may use now.
-        selected: how many answers each has had a part in.
-        not_invoked: how often an adapter was to answer a prompt that lacks its invocation tokens.
-        draining: takes no new requests.
+        selected: number of answers in which each adapter took part.
+        not_invoked: number of prompts that lacked the invocation tokens of a selected adapter.
+        draining: whether new requests are refused.
         signals: those that requests may ask for, the engine's own first.
 
     Raises:
-        UsageError: an engine that selects in a way that depends on the order of prompts.
+        UsageError: the engine's selections depend on the order of prompts.
         PoolError: adapters that one of the signals cannot score.
     """
 
@@ -104,7 +104,7 @@ class Service:
     # -- life ------------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Begins to generate.
+        """Starts generation.
 
         Raises:
             ModelError: the model cannot be served.
@@ -112,7 +112,7 @@ class Service:
         self.batching.start()
 
     def stop(self) -> None:
-        """Ends what is still being generated."""
+        """Ends running sequences."""
         self.batching.stop()
 
     async def start(self) -> None:
@@ -130,7 +130,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self.batching.alive and not self._selecting.done() and not self.draining
 
     @property
@@ -140,7 +140,7 @@ class Service:
 
     @property
     def cards(self) -> Mapping[str, Card]:
-        """What is shown of each, but for how often it was selected."""
+        """The displayed description of each adapter, without the number of its selections."""
         return self.pool.cards
 
     @property
@@ -150,7 +150,7 @@ class Service:
 
     @property
     def figures(self) -> Figures:
-        """What is going on now."""
+        """The present state in numbers."""
         batching, store = self.batching, self.logo.store
         used, total = batching.kv_blocks
         waiting = len(self._waiting) + batching.waiting
@@ -175,23 +175,23 @@ class Service:
 
     @property
     def vocabulary(self) -> int:
-        """Token ids below this are known."""
+        """Number of known token ids."""
         return int(self.logo.model.get_input_embeddings().weight.shape[0])
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt and its answer at most."""
+        """Most tokens of a prompt and its answer."""
         context: int = self.batching.context
         return context
 
     @property
     def k(self) -> int:
-        """Adapters per prompt where a request does not say."""
+        """Default number of adapters per prompt."""
         return self.logo.k
 
     @property
     def signal(self) -> str:
-        """What scores adapters where a request does not say."""
+        """Default signal."""
         return self.logo.settings.signal
 
     @property
@@ -201,7 +201,7 @@ class Service:
 
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:
-        """Room for so many answers, inside the block.
+        """Within the block, room for this many answers is reserved.
 
         Raises:
             Overloaded, NotReady: there is none.

@@ -1,6 +1,6 @@
-"""The seams in transformers' continuous batching where gates and sampling of our own go in.
+"""The places in transformers' continuous batching where our gates and sampling are inserted.
 
-The only file that knows transformers' internals. Five methods of objects that a manager owns are wrapped:
+This is the only file that uses transformers' internals. Five methods of objects that a manager owns are wrapped:
 
     ContinuousBatchingIOs.prepare_batch_tensors   tells which sequences make up the step, and how it may be taken back
     ContinuousBatchProcessor._generation_step     gates before the forward pass; a failure ends one sequence, not all
@@ -8,10 +8,10 @@ The only file that knows transformers' internals. Five methods of objects that a
     ContinuousBatchingIOs.prepare_batch_update    hands on the tokens, which have come to the host by then
     Scheduler._infer_request_tokens               writes what the base model has read of a prompt into its cache
 
-A sequence whose logits are not finite may have spoilt those of the others in the same step, because attention computes
-all of them in one product and only then masks what is not their own. Such a step fails as a whole: it is computed again
-in halves, until what is not finite is alone. Whether a row is finite is written where its token would stand, so that it
-comes to the host in the one transfer that every step has.
+A sequence with non-finite logits may have affected others in the same step, because attention computes all of them in
+one product and masks the other sequences only afterwards. Such a step fails as a whole and is repeated in halves, until
+the non-finite sequence is alone. Whether a row is finite is encoded in its token, so that it reaches the host in the
+one transfer of every step.
 
 Written for transformers 5.24 (`VERSIONS`); `attach` refuses a version whose internals look different.
 """
@@ -57,7 +57,7 @@ _EXPECTED = {
 
 
 class Steps(ABC):
-    """Who decides what a step computes; called by the thread that generates."""
+    """What decides about a step; called by the generation thread."""
 
     @abstractmethod
     def before(self, step: Sequence[tuple[str, int, bool, int]]) -> None:
@@ -82,15 +82,15 @@ class Steps(ABC):
 
     @abstractmethod
     def accepted(self, tokens: Sequence[int]) -> None:
-        """The step holds: these are the tokens that `sample` returned last."""
+        """The step is valid: these are the tokens that `sample` returned last."""
 
     @abstractmethod
     def failed(self, sequence: str, error: Exception) -> None:
-        """A step failed, and this sequence is ended so that the others can go on."""
+        """A step failed, and this sequence is ended so that the others can continue."""
 
 
 def attach(manager: Any, steps: Steps) -> None:
-    """Lets `steps` decide what every step of a manager computes; before the manager is started.
+    """Lets `steps` decide about every step of a manager; called before the manager is started.
 
     Raises:
         ModelError: another version of transformers, whose internals are different.

@@ -1,4 +1,4 @@
-"""Token ids to text while they come: whole characters only, and nothing of a stop text or behind it."""
+"""Streaming text from token ids: complete characters only, and nothing from a stop text on."""
 
 from __future__ import annotations
 

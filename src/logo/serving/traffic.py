@@ -1,8 +1,8 @@
-"""What a day of requests says about a pool: who wins, who never does, who always ties, what has changed on the way.
+"""Statistics of logged requests about a pool: which adapters win, never win or always tie, and what has changed.
 
-    lines of logs (logo serve --log-json) -> Reading, one pass, prompts are not kept but a sample -> Traffic
+    lines of logs (logo serve --log-json) -> Reading, one pass, which keeps only a sample of prompts -> Traffic
 
-Knows the lines that `logo.serving.logged` writes, and nothing of servers or models.
+This module knows the lines that `logo.serving.logged` writes, and nothing of servers or models.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the traffic says of one adapter.
+    """The traffic of one adapter.
 
     Attributes:
-        wins: prompts of which it was the first.
-        halves: the share of the first and of the second half of all prompts that it won.
-        moved: these shares differ by more than chance explains.
-        parts: prompts in whose mixture it was listed.
+        wins: number of prompts for which it had the highest weight.
+        halves: its share of the first and of the second half of all prompts.
+        moved: whether these shares differ by more than chance explains.
+        parts: number of prompts whose mixture contains it.
         weight: its mean weight in those.
-        confidence: mean over what it won; None: it won nothing, or scores said nothing of it.
+        confidence: mean over its wins; None without wins, or if the signal has no confidence.
     """
 
     name: str
@@ -72,23 +72,23 @@ class Tie:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What logs say.
+    """The statistics.
 
     Attributes:
-        prompts: those that adapters were selected for.
-        forced: others, whose requests named their adapters.
-        known: prompts whose selection says how sure it is.
-        unsure: of these, those for which no adapter seems to be made.
-        unsure_halves: the share of them among the known prompts of either half.
-        unsure_moved: these differ by more than chance explains.
-        confidence: how many of the known prompts have a confidence in each tenth.
-        hours: from the first of all to the last.
-        adapters: by wins: all of the pool, and those that won before they left it.
-        pool_known: the logs say which adapters are in the pool; if not, `adapters` are those that they name.
-        ties: by how many prompts.
-        unserved: a sample of the unsure prompts that were logged, in the order in which they came.
-        logged: how many unsure prompts were logged in all.
-        bad: lines that are not JSON objects, or hold something else than this server's.
+        prompts: number of prompts with a selection.
+        forced: number of other prompts, whose requests named their adapters.
+        known: number of prompts whose selection has a confidence.
+        unsure: number of those with a low confidence.
+        unsure_halves: their share of the known prompts of either half.
+        unsure_moved: whether these differ by more than chance explains.
+        confidence: number of known prompts in each tenth of confidence.
+        hours: from the first entry to the last.
+        adapters: by wins: all adapters of the pool, and removed ones that had won.
+        pool_known: whether the logs list the pool; if not, `adapters` are those that occur.
+        ties: by number of prompts.
+        unserved: a sample of the logged unsure prompts, in order of time.
+        logged: number of logged unsure prompts.
+        bad: number of lines that are not JSON objects, or not of this server.
         first_bad: the first of them, as `FILE:LINE`.
     """
 
@@ -110,7 +110,7 @@ class Traffic:
 
 
 def read_traffic(files: Sequence[Path]) -> Traffic:
-    """What the logs in these files say together, whatever their order.
+    """The statistics of the logs in these files together, in any order.
 
     Raises:
         StorageError: a file cannot be read.
@@ -174,11 +174,11 @@ def _whole(text: str) -> str:
 
 @dataclass
 class Reading:
-    """Goes through lines once. Of each prompt it keeps who won, how sure that was, and when: 21 bytes.
+    """Reads lines once. Of each prompt it keeps the winner, the confidence and the time: 21 bytes.
 
     Attributes:
         entries: selections so far.
-        ours: lines that a server of ours has written.
+        ours: lines written by a server of ours.
     """
 
     entries: int = 0
@@ -200,7 +200,7 @@ class Reading:
     _random: Random = field(default_factory=lambda: Random(0))
 
     def take(self, line: str, place: str) -> None:
-        """Takes in a line; one that cannot be used is counted."""
+        """Adds a line; an invalid one is counted."""
         if not line.strip():
             return
         try:

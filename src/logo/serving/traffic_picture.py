@@ -1,4 +1,4 @@
-"""The picture of `logo.serving.traffic`: who wins in either half, and how sure selections are."""
+"""The picture of `logo.serving.traffic`: wins in either half, and the confidence of selections."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Prompts that no adapter serves, put together by what they look like.
+"""Groups prompts that no adapter serves by their words and spelling.
 
     text -> words and runs of three characters -> hashed counts, weighted by how rare they are (TF-IDF) -> cosine
     distances -> average linkage, cut at `FAR`
 
-Nothing is downloaded and no model is run: prompts are alike that share words and spellings, not meanings.
+Nothing is downloaded and no model is run, so prompts are similar if they share words and spellings, not meanings.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts that look alike.
+    """Similar prompts.
 
     Attributes:
-        size: how many.
-        examples: those that look most like the others.
+        size: number of prompts.
+        examples: those that are most similar to the others.
     """
 
     size: int

@@ -1,7 +1,7 @@
-"""A replica that is vLLM's own server, with LoGo's router in it: vLLM's app, without the part of it that listens.
+"""A replica that is vLLM's own server with LoGo's router: vLLM's app, without listening.
 
-The pool changes in the replicas' four steps (`logo.serving.coordinator`), and within each of them in the workers of its
-engine, which know a stage and a commit of their own (`logo.backends.vllm.workers`).
+The pool changes in the replicas' four steps (`logo.serving.coordinator`), and within each replica in the workers of its
+engine, which have their own stage and commit (`logo.backends.vllm.workers`).
 """
 
 from __future__ import annotations
