@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -94,7 +95,7 @@ class Service:
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
         self.pool = ServedPool(logo, self.signals, self.batching.paused)
         self._worker = ThreadPoolExecutor(1, "logo-select")
-        self._waiting: list[_Waiting] = []
+        self._waiting: deque[_Waiting] = deque()  # taken from by the thread that selects
         self._wake = asyncio.Event()
         self._open = 0
         self.draining = False
@@ -240,11 +241,7 @@ class Service:
         waiting = _Waiting(prompt, wish, time.perf_counter(), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._wake.set()
-        try:
-            return await waiting.future
-        finally:
-            if waiting in self._waiting:  # cancelled before its turn
-                self._waiting.remove(waiting)
+        return await waiting.future
 
     def generate(
         self, ids: Sequence[int], chosen: Chosen, sampling: Sampling, deadline: float | None = None
@@ -260,24 +257,39 @@ class Service:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                batch = self._waiting[: self._probe_batch]
-                del self._waiting[: self._probe_batch]
                 # Nothing of it stays here until the next batch comes: what was chosen holds adapters.
-                _hand_out(batch, await loop.run_in_executor(self._worker, self._choose, batch))
-                del batch
+                _hand_out(*await loop.run_in_executor(self._worker, self._choose))
 
-    def _choose(self, batch: Sequence[_Waiting]) -> list[Chosen | Exception]:
-        """In the other thread: selects for all of the batch together."""
-        began = time.perf_counter()
+    def _choose(self) -> tuple[list[_Waiting], list[Chosen | Exception]]:
+        """In the other thread: takes requests that wait, and selects for all of them together."""
+        batch = self._taken(self._probe_batch)
         asked = [self._asked(waiting.wish) for waiting in batch]
-        to_probe = {i: one for i, one in enumerate(asked) if isinstance(one, Asked) and batch[i].wish.adapters is None}
-        found = self._probed([batch[i].prompt for i in to_probe], list(to_probe.values()))
-        probed = dict(zip(to_probe, found, strict=True))
+        probed: dict[int, Selection | Exception] = {}
+        began = time.perf_counter()
+        if _to_probe(batch, asked):
+            with self.batching.paused():
+                # Requests that came while the step before this pause was computed share its probe.
+                late = self._taken(self._probe_batch - len(batch))
+                batch += late
+                asked += [self._asked(waiting.wish) for waiting in late]
+                began = time.perf_counter()
+                rows = _to_probe(batch, asked)
+                found = self._probed([batch[i].prompt for i in rows], list(rows.values()))
+                probed = dict(zip(rows, found, strict=True))
         took = 1e3 * (time.perf_counter() - began)
-        return [
+        return batch, [
             self._finished(waiting, asked[i], probed.get(i), 1e3 * (began - waiting.since), took if i in probed else 0)
             for i, waiting in enumerate(batch)
         ]
+
+    def _taken(self, count: int) -> list[_Waiting]:
+        """At most so many of the requests that wait, without those that were cancelled."""
+        taken: list[_Waiting] = []
+        while self._waiting and len(taken) < count:
+            waiting = self._waiting.popleft()
+            if not waiting.future.done():
+                taken.append(waiting)
+        return taken
 
     def _asked(self, wish: Wish) -> Asked | Exception:
         """A request's options, checked against the pool as it is now."""
@@ -302,14 +314,12 @@ class Service:
             return error
 
     def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[Asked]) -> list[Selection | Exception]:
-        if not rows:
-            return []
-        with self.batching.paused():
-            try:
-                return [*self.logo.select_ids(rows, asked, batch_size=self._probe_batch)]
-            except Exception as error:
-                if len(rows) == 1:
-                    return [error]
+        """While generation is paused."""
+        try:
+            return [*self.logo.select_ids(rows, asked, batch_size=self._probe_batch)]
+        except Exception as error:
+            if len(rows) == 1:
+                return [error]
         # One prompt that cannot be scored is no reason for the others to fail.
         return [found for row, one in zip(rows, asked, strict=True) for found in self._probed([row], [one])]
 
@@ -370,6 +380,11 @@ class Service:
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
         """Calls in the thread that selects: no prompt is scored meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
+
+
+def _to_probe(batch: Sequence[_Waiting], asked: Sequence[Asked | Exception]) -> dict[int, Asked]:
+    """What is asked for by those of a batch whose adapters are not forced, by their place in it."""
+    return {i: one for i, one in enumerate(asked) if isinstance(one, Asked) and batch[i].wish.adapters is None}
 
 
 def _hand_out(batch: Sequence[_Waiting], results: Sequence[Chosen | Exception]) -> None:
