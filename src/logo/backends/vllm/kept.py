@@ -1,4 +1,4 @@
-"""`Kept`: the hidden vectors of texts that vLLM runs for a calibration, as the taps hear them chunk by chunk."""
+"""`Kept`: the hidden vectors of a calibration's texts, which taps record chunk by chunk while vLLM runs them."""
 
 from __future__ import annotations
 

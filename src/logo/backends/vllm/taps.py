@@ -2,9 +2,9 @@
 
     spans of the step -> (the model calls `tap` at every place that is read) -> sums per prompt -> scores
 
-A place is a linear module of vLLM's model, or a decoder layer where the residual stream is read. Nothing here knows how
+A place is a linear module of vLLM's model, or a decoder layer whose residual stream is read. Nothing here knows how
 requests are scheduled: a runner says which rows of the next step belong to which prompt. Nothing here may raise while
-the model runs, since that would end the engine: what fails is kept as the answer to the prompt.
+the model runs, since that would end the engine; an error becomes the answer to its prompt.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Taps:
     # -- calibrating ---------------------------------------------------------------------------------------------
 
     def listen(self, points: Sequence[Point], signal: Signal) -> None:
-        """Keeps the hidden vectors of prompts without a signal at these points, until `kept` is called."""
+        """Records the hidden vectors of prompts without a signal at these points, until `kept` is called."""
         self._listening = Kept(signal, {point.module: self._place_of(point, signal.input) for point in points})
 
     def kept(self) -> Kept | None:
-        """Ends `listen`. Returns what was kept; None where nothing was listened for."""
+        """Ends `listen` and returns the recorded vectors; None without `listen`."""
         kept, self._listening = self._listening, None
         return kept
 
