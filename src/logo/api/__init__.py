@@ -1,1 +1,1 @@
-"""What requests and answers say, whoever serves the model: our own server, or vLLM with LoGo inside."""
+"""Requests and replies of LoGo's HTTP API, for our own server and for vLLM with LoGo inside."""

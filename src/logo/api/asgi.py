@@ -1,4 +1,4 @@
-"""Pieces of ASGI for whoever answers HTTP: its types, a whole answer, and a limit on bodies."""
+"""ASGI helpers for servers: types, complete answers, and a limit on bodies."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ async def answer_error(send: Send, error: ApiError) -> None:
 
 
 class BodyLimit:
-    """413 for bodies above a limit: at once if the length is announced, else as soon as the limit is passed.
+    """Answers 413 to bodies above a limit: at once if the length is announced, else as soon as the limit is passed.
 
-    The app sees the latter as an `ApiError` while it reads. The answer goes out before anything else is read; then the
-    connection stays open for a little while, though what comes is thrown away: to close it under a client that still
-    sends would reset it, and take the answer from the client before it has read it.
+    In the latter case the app gets an `ApiError` while it reads. The answer is sent before anything else is read. The
+    connection then stays open for a short time and further data is discarded: closing it under a client that still
+    sends would reset it, and the client would lose the answer.
     """
 
     LINGER = 30.0  # seconds at most, and

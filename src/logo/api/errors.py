@@ -1,7 +1,7 @@
-"""Every failure as one answer in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+"""Every failure as one answer in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`.
 
-Values of a request are shown cut; what went wrong inside is told to the log alone. Knows nothing of web frameworks:
-who answers turns an `ApiError` into a response.
+Values of a request are truncated, and internal causes are only logged. This module knows no web framework: the server
+turns an `ApiError` into a response.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request can never be answered as it is."""
+    """400: the request is invalid."""
     return ApiError(400, message, INVALID, param, code)
 
 
@@ -94,7 +94,7 @@ def unauthorized(message: str = "expected a valid API key as 'Authorization: Bea
 
 
 def forbidden(message: str) -> ApiError:
-    """403: not from there."""
+    """403: not allowed from this origin or host, or with this key."""
     return ApiError(403, message, INVALID, code="forbidden")
 
 
@@ -115,14 +115,14 @@ def too_large(limit: int) -> ApiError:
 
 
 def too_many(retry_after: float) -> ApiError:
-    """429: the queue is full; worth another try after so many seconds."""
+    """429: the queue is full; the client may try again after this many seconds."""
     seconds = _seconds(retry_after)
     message = f"too many requests are waiting; try again in {seconds} s"
     return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": str(seconds)})
 
 
 def unavailable(message: str, retry_after: float | None = None, *, closing: bool = False) -> ApiError:
-    """503: not now: draining (`closing` ends the connection with it) or out of memory."""
+    """503: shutting down (`closing` also ends the connection) or out of memory."""
     headers = {} if retry_after is None else {"Retry-After": str(_seconds(retry_after))}
     if closing:
         headers["Connection"] = "close"
@@ -130,28 +130,28 @@ def unavailable(message: str, retry_after: float | None = None, *, closing: bool
 
 
 def client_left() -> ApiError:
-    """499, as nginx logs it: nobody waits for the answer any more."""
+    """499, as nginx logs it: the client has disconnected."""
     return ApiError(499, "the client has left", INVALID, code="client_left")
 
 
 def timed_out(seconds: float) -> ApiError:
-    """504: not answered within the server's limit."""
+    """504: not answered within the server's time limit."""
     return ApiError(504, f"not answered within {seconds:g} s, the limit of this server", SERVER, code="timeout")
 
 
 def failed(message: str, code: str) -> ApiError:
-    """500 with a reason: what the server has cannot answer this request, though nothing is wrong with the request."""
+    """500 with a reason: the server cannot answer this request, though the request is valid."""
     return ApiError(500, shown_line(message), SERVER, code=code)
 
 
 def internal(request_id: str | None = None) -> ApiError:
-    """500: our fault. The text says nothing of the cause; the request id finds it in the log."""
+    """500: an internal error. The text does not name the cause; the request id finds it in the log."""
     where = f" (request id {request_id})" if request_id else ""
     return ApiError(500, f"the server failed to answer{where}", SERVER, code="internal_error")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """True for every way in which Python and torch say so; torch is not imported for it."""
+    """True for all exceptions by which Python and torch report it; torch is not imported."""
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)

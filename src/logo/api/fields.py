@@ -1,7 +1,7 @@
-"""The types of request fields: strict about what a value is, and nothing about what it means.
+"""The types of request fields: strict about types, without a meaning.
 
-JSON's whole numbers fit where a fraction is expected and 16.0 is a whole number, as JSON Schema has it; `true` is no
-number, `"1"` neither, and a field that is null counts as left out (`Body`), as OpenAI's clients expect.
+As in JSON Schema, a whole number may stand for a fraction and 16.0 is a whole number; `true` is no number, and neither
+is `"1"`. A field that is null counts as missing (`Body`), as OpenAI's clients expect.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _nullable(schema: dict[str, Any]) -> None:
 
 
 class Body(BaseModel):
-    """What every object in a request shares: null is left out; unknown fields are kept, as vLLM does."""
+    """Base of every object in a request: null counts as missing; unknown fields are kept, as vLLM does."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_nullable)
 
@@ -143,7 +143,7 @@ class Body(BaseModel):
 
 
 def is_json(value: Any) -> bool:
-    """False if there is a NaN or an infinite number somewhere in a value; Python's parser lets them pass."""
+    """False if a value contains NaN or an infinite number, which Python's parser accepts."""
     waiting = [value]
     while waiting:
         value = waiting.pop()

@@ -1,6 +1,6 @@
-"""What the name of a model means: `logo` selects, the base model's name is that model alone, an adapter's that adapter.
+"""Names of models: `logo` selects, the base model's name is that model alone, an adapter's name is that adapter.
 
-The same names, the same refusals and the same texts for our own server and for vLLM.
+Our own server and vLLM share the names, the refusals and their texts.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ AUTO = "logo"
 
 @dataclass(frozen=True)
 class Models:
-    """What a request may give as its model.
+    """The models that a request may name.
 
     Attributes:
         base: the name under which the base model alone answers.
-        adapters: names of those that the request may use.
-        signals: those that it may ask for.
+        adapters: names of the adapters that the request may use.
+        signals: the signals that it may ask for.
     """
 
     base: str

@@ -1,4 +1,4 @@
-"""What is wrong with a request, in one line: `max_tokens: expected 1 or more, found -3`."""
+"""Validation errors of a request in one line: `max_tokens: expected 1 or more, found -3`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What clients may ask of LoGo, whoever serves the model: the field `logo`, and the bodies of LoGo's own routes.
+"""LoGo's part of requests, for our own server and for vLLM: the field `logo`, and the bodies of LoGo's own routes.
 
-Checked here: what a value is. What it means for a pool is said in `logo.api.names`.
+Types are checked here; `logo.api.names` checks them against a pool.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def checked(kind: type[_B], body: Any) -> _B:
     """A request's JSON as an object of this kind.
 
     Raises:
-        ApiError: it is none.
+        ApiError: it is not valid.
     """
     try:
         return kind.model_validate(body)
@@ -34,7 +34,7 @@ def checked(kind: type[_B], body: Any) -> _B:
 class LogoOptions(Body):
     """Field `logo` of a request: a mixture of the client's own, or other settings of the selection.
 
-    Unknown fields are refused here: they can only be slips, and would mean another mixture than the one wanted.
+    Unknown fields are refused, because a misspelt one would silently give another mixture.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,7 +65,7 @@ class LogoOptions(Body):
 
 
 class ModelRequest(Body):
-    """What LoGo reads of any request for text."""
+    """The fields that LoGo reads of any request for text."""
 
     model: Text = Field(
         description="'logo' selects adapters by itself; an adapter's name; or the base model's.", examples=["logo"]

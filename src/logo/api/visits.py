@@ -1,5 +1,6 @@
-"""`Visit`: a request while it depends on the pool. A pool that several servers have in common changes when none is at
-that point (`logo.serving.gate`), so every request says when it has chosen what answers it."""
+"""`Visit`: a request while it depends on the pool. A pool that several servers share changes only when no request is in
+that state (`logo.serving.gate`), so every request reports when it has selected its adapters.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from contextvars import ContextVar
 
 
 class Visit:
-    """A request that looks at the pool, until it has chosen what answers it.
+    """A request that uses the pool, until it has selected its adapters.
 
-    A request with several prompts chooses several times, at once: it stays inside until the last one is done.
+    A request with several prompts selects several times concurrently; it counts until the last selection is done.
     """
 
     def __init__(self, leave: Callable[[], None]) -> None:
