@@ -1,4 +1,5 @@
-"""Which text of a chat says who should answer it: system prompts and follow-ups, made from rows of single tasks.
+"""Measures which part of a chat should select adapters, with system prompts and follow-ups made from rows of single
+tasks.
 
     python examples/chats.py BASE_MODEL ADAPTERS ROWS [ROWS_PER_TASK]
 

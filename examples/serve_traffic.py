@@ -1,4 +1,4 @@
-"""Sends a running server of the demo what a day might bring: test prompts of most tasks, and some of no task.
+"""Sends the traffic of a day to a running server of the demo: test prompts of most tasks, and some of no task.
 
 logo serve --base-model demo --log-json --log-prompts 2> day.log
 python examples/serve_traffic.py [http://127.0.0.1:8000]

@@ -1,4 +1,4 @@
-"""Writes little tasks as CSV files, one per task: words that are asked for in four ways each.
+"""Writes small tasks as CSV files, one per task, with four wordings for each word.
 
 python examples/word_tasks.py tasks capital opposite plural
 """

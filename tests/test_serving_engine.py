@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,6 +196,48 @@ def test_a_seed_gives_the_same_answer_in_any_company(llama: nn.Module, adapters:
 
     single, among, other = served(logo, use)
     assert single == among != other
+
+
+def test_requests_that_come_while_a_step_ends_share_one_probe(
+    llama: nn.Module, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the one that was cancelled before the step ended."""
+    logo = engine(llama, adapters, unscorable="skip")
+    rows = tiny.prompts([20, 25, 30, 22], seed=8)
+    alone = logo.select(rows)
+    probed: list[int] = []
+    select = logo.select_ids
+
+    def counted(some: list[Any], *arguments: Any, **options: Any) -> Any:
+        probed.append(len(some))
+        return select(some, *arguments, **options)
+
+    async def use(service: Service) -> list[HeldMixture]:
+        paused, waits, ended = service.batching.paused, threading.Event(), threading.Event()
+
+        @contextmanager
+        def slowly() -> Iterator[None]:
+            waits.set()
+            assert ended.wait(PATIENCE)
+            with paused():
+                yield
+
+        monkeypatch.setattr(service.batching, "paused", slowly)
+        monkeypatch.setattr(logo, "select_ids", counted)
+        asked = [asyncio.create_task(service.choose(rows[0], MixtureRequest()))]
+        await asyncio.to_thread(waits.wait, PATIENCE)
+        asked += [asyncio.create_task(service.choose(ids, MixtureRequest())) for ids in rows[1:]]
+        await asyncio.sleep(0)
+        asked.pop().cancel()
+        await asyncio.sleep(0)
+        ended.set()
+        return await asyncio.gather(*asked)
+
+    found = served(logo, use)
+    assert probed == [3]
+    for chosen, want in zip(found, alone, strict=False):
+        assert chosen.selection.adapters == want.adapters
+        chosen.release()
 
 
 def test_who_leaves_early_frees_what_it_held(llama: nn.Module, adapters: Path) -> None:

@@ -1,12 +1,12 @@
-"""One and two stages over very many adapters: what they cost, what they find, and what a million would take.
+"""One and two stages over very many adapters: cost, recall, and an extrapolation to a million.
 
     python tools/many_adapters.py measure --adapters 100000 --points 12 --scratch DIR --json measured.json
     python tools/many_adapters.py recall --base-model M --adapters DIR --rows DIR --json recall.json
     python tools/many_adapters.py model --measured measured.json --png many.png
 
 `measure` makes adapters of random directions with the spectra of a real pool (docs/many-adapters.md), on disk, and
-answers prompts of random vectors with both. `recall` does so with a real pool and real prompts. `model` extrapolates
-what was measured.
+scores random vectors with both. `recall` does so with a real pool and real prompts. `model` extrapolates the
+measurements.
 """
 
 from __future__ import annotations

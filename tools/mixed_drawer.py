@@ -1,10 +1,11 @@
-"""A pool in which recipes are mixed on purpose, as in the drawers that people have.
+"""Trains a pool with adapters of different recipes, as people's collections have them.
 
     python tools/mixed_drawer.py --base-model GEMMA_270M --tasks DIR --out POOL
 
-Twenty tasks, four recipes (mixed_drawer.yaml): other ranks, targets, learning rates and numbers of steps, one of them
-with rsLoRA. Near relatives got different ones, so that a strongly trained neighbour stands beside a weakly trained
-right one. It is `logo train` with that file, so that a run that was interrupted goes on with the same command.
+It has twenty tasks and four recipes (mixed_drawer.yaml) with different ranks, targets, learning rates and numbers of
+steps, one of them with rsLoRA. Closely related tasks have different recipes, so that a strongly trained neighbour
+stands beside a weakly trained right adapter. This is `logo train` with that file, so the same command continues an
+interrupted run.
 """
 
 from __future__ import annotations

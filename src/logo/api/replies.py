@@ -1,4 +1,6 @@
-"""What LoGo adds to answers, whoever serves the model: which adapters, how strongly; and its own routes' answers."""
+"""LoGo's part of replies, for our own server and for vLLM: the adapters and their weights; and the replies of LoGo's
+own routes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ class Reply(BaseModel):
 
 
 class Mixture(Reply):
-    """Top-level `logo` of an answer: what the prompt was answered with."""
+    """Top-level `logo` of a reply: the mixture that answered the prompt."""
 
     adapters: list[str] = Field(description="Best first; empty: the base model alone.")
     weights: list[float] = Field(description="Parallel to 'adapters'.")
@@ -39,7 +41,7 @@ class Mixture(Reply):
 
 
 class ModelRole(Reply):
-    """What a model id means: selects by itself, the base model alone, or one adapter."""
+    """The meaning of a model id: the prompt selects, the base model alone, or one adapter."""
 
     role: Literal["auto", "base", "adapter"]
 
@@ -68,7 +70,7 @@ class SelectionReply(Reply):
 
 
 class AdapterCard(Reply):
-    """What the pool page shows of an adapter."""
+    """The description of an adapter on the page."""
 
     id: str
     rank: int = Field(description="The largest of its modules.")
@@ -104,7 +106,7 @@ class AdapterList(Reply):
 
 
 class ErrorBody(Reply):
-    """What went wrong: for people, for programs (`type`, `code`), and in which field (`param`)."""
+    """The error: for people (`message`), for programs (`type`, `code`), and its field (`param`)."""
 
     message: str
     type: str

@@ -1,1 +1,1 @@
-"""Other engines that LoGo runs inside."""
+"""Other engines inside which LoGo runs, and processes."""

@@ -1,6 +1,6 @@
-"""Where processes run: on this machine or on a Ray cluster, how many there is room for, and what each of them gets.
+"""Where processes run: this machine or a Ray cluster, the number of processes, and the resources of each.
 
-Ray is imported by `imported` alone.
+Only `imported` imports Ray.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _CONNECT = 5.0
 
 
 class WorkersError(LoGoError, RuntimeError):
-    """Processes that cannot be started, that have gone, or that are not alike."""
+    """Processes cannot be started, have died, or differ from each other."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many processes there are, where, and what each of them gets.
+    """The number of processes, their place and their resources.
 
     Attributes:
-        count: processes; None: as many as there is room for.
-        address: `"local"`: this machine alone; `"auto"`: the cluster that this machine is part of; else a cluster's
+        count: number of processes; None: as many as there is room for.
+        address: `"local"`: this machine alone; `"auto"`: the cluster that this machine belongs to; else a cluster's
             address.
-        gpus: of each process; None: one where there are GPUs, else none.
+        gpus: of each process; None: one if there are GPUs, else none.
         cpus: of each process; None: on this machine its share of the cores, in a cluster one.
         deadline: seconds that an item may take.
-        grace: seconds that processes for which there is room are waited for, once the first one is ready.
+        grace: seconds to wait for further processes after the first one is ready.
     """
 
     count: int | None = None
@@ -77,10 +77,10 @@ def imported() -> Any:
 
 @dataclass(frozen=True)
 class ProcessResources:
-    """What there is for each process.
+    """The resources of each process.
 
     Attributes:
-        count: of processes; `room`: for so many there is room now.
+        count: number of processes; `room`: number for which there is room now.
         cpus, gpus: of each.
     """
 
@@ -91,7 +91,7 @@ class ProcessResources:
 
 
 def connect(ray: Any, layout: Layout) -> None:
-    """Makes this process a driver."""
+    """Connects this process to Ray as a driver."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if ray.is_initialized():
         raise WorkersError("this process uses Ray already")
@@ -113,7 +113,7 @@ def connect(ray: Any, layout: Layout) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself tries for minutes."""
+    """Checks that the cluster answers, because Ray itself tries for minutes."""
     if address == AUTO:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -129,10 +129,10 @@ def _check_answers(address: str) -> None:
 
 
 def process_resources(ray: Any, layout: Layout) -> ProcessResources:
-    """What there is for each process.
+    """The resources of each process.
 
     Raises:
-        WorkersError: there is room for none; or on this machine, for fewer than are asked for.
+        WorkersError: there is no room for any; or on this machine, not for the requested number.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus_there, cpus_there = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("GPU", "CPU"))

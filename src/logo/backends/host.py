@@ -1,4 +1,4 @@
-"""What runs in a process of `logo.backends.ray`, and what goes to it and comes back."""
+"""The code in a process of `logo.backends.ray`, and the values sent to it and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from logo.errors import LoGoError
 
 @dataclass(frozen=True)
 class Shared:
-    """A value that many items have as an argument. Each node is sent it once, and each process reads it once."""
+    """A value that is an argument of many items. It is sent to each node once, and each process reads it once."""
 
     reference: Any
 
@@ -35,21 +35,21 @@ _KEPT = 8
 
 @dataclass(frozen=True)
 class Refused:
-    """An error that a user can mend, as a result: it is no reason to try again elsewhere."""
+    """An error that the user has to fix, as a result, so that the item is not tried elsewhere."""
 
     error: LoGoError
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a process answers, and what it has warned of meanwhile, each once."""
+    """The answer of a process, and its warnings since the last one, each once."""
 
     value: Any
     warnings: tuple[str, ...]
 
 
 class Host:
-    """What runs in a process."""
+    """The actor in a process."""
 
     def __init__(self, open_: Callable[[], Any]) -> None:
         self._open = open_

@@ -1,5 +1,6 @@
-"""Items of work for several processes (`logo.backends.ray`): what a process is given, what comes back in place of a
-result, and which process gets which item next. Knows nothing of Ray."""
+"""Items of work for several processes (`logo.backends.ray`): calls, the replacements of results, and the queue. Knows
+nothing of Ray.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ class Item:
     """One piece of work.
 
     Attributes:
-        args: the arguments of the call that does the work. Large ones that many items have should be `Shared`.
-        size: how much it is, for the speeds that are shown.
+        args: arguments of the call. Large ones that many items have should be `Shared`.
+        size: amount of work, for the displayed speeds.
     """
 
     args: tuple[Any, ...]
@@ -26,28 +27,28 @@ class Item:
 
 @dataclass(frozen=True)
 class Lost:
-    """An item without a result: every process that was given it has gone. `reason` says how, in words."""
+    """An item without a result, because every process that got it has died. `reason` says how, in words."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A result that another process might do better, as where memory did not suffice; the third one is taken."""
+    """A result that another process might improve, for example because memory was too small; the third one is used."""
 
     result: Any
 
 
 @dataclass(frozen=True)
 class Unlike:
-    """In place of a result: the process is not like the others, and gets no more work. `reason` says what differs."""
+    """Instead of a result: the process differs from the others and gets no more work. `reason` names the difference."""
 
     reason: str
 
 
 @dataclass
 class Queue(Generic[I]):
-    """Items that wait: those that come back go first."""
+    """Waiting items; returned ones come first."""
 
     source: Iterator[I]
     back: deque[tuple[I, int, object]] = field(default_factory=deque)

@@ -1,9 +1,9 @@
-"""What fits: a base model, a pool and so many requests at a time on GPUs of one size, inside vLLM.
+"""Whether a base model, a pool and a number of simultaneous requests fit on GPUs of one size, inside vLLM.
 
     ModelShape, PoolShape, requests, memory -> Plan: how mixtures are made, with which slots, and bytes of each part
 
-All bytes are those of one GPU. vLLM's slots are counted as its wheel of 0.32 makes them: a pair of tensors for every
-slice of every layer that `--lora-target-modules` lets pass, and a packed layer (`qkv_proj`) has all of its slices.
+All bytes are those of one GPU. vLLM's slots are computed as vLLM 0.32 makes them: a pair of tensors for every slice of
+every layer that `--lora-target-modules` selects; a packed layer (`qkv_proj`) has all of its slices.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ class Slots:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one GPU holds.
+    """The content of one GPU.
 
     Attributes:
-        slots: those of the mode that is taken.
-        reason: why it is.
+        slots: those of the chosen mode.
+        reason: why it was chosen.
         other: those of the other mode; None: it is not possible.
         targets: `--lora-target-modules`.
-        weights, index, cache, working: bytes of the base model, of what scores prompts, of the keys and values of all
-            requests, and what is set aside for computing.
-        pool: bytes of the adapters as they are in their files, in the dtype of the base model. Not on the GPU: what
-            gates need of it is in the slots, and mixtures are merged from host memory.
-        usable: bytes that vLLM may take; None: nobody said on what GPU.
-        most: requests of this length that fit at a time; None: likewise.
-        tensor_parallel: GPUs among which the model is divided.
+        weights, index, cache, working: bytes of the base model, of the scoring index, of the keys and values of all
+            requests, and of the allowance for computing.
+        pool: bytes of the adapters' files in the dtype of the base model. They are not on the GPU: gates use the slots,
+            and mixtures are merged from host memory.
+        usable: bytes that vLLM may use; None without a GPU.
+        most: number of requests of this length that fit; None without a GPU.
+        tensor_parallel: GPUs that share the model.
     """
 
     slots: Slots
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it does; None: nobody said on what GPU."""
+        """Whether it fits; None without a GPU."""
         return None if self.usable is None else self.total <= self.usable
 
     @property
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What vLLM is started with for it."""
+        """The flags to start vLLM with."""
         parallel = ("--tensor-parallel-size", str(self.tensor_parallel)) if self.tensor_parallel > 1 else ()
         return (*self.slot_flags, *parallel)
 
@@ -145,19 +145,19 @@ def plan(
     utilisation: float = UTILISATION,
     mode: Mode | None = None,
 ) -> Plan:
-    """How mixtures are best made, and what it takes.
+    """The better way to make mixtures, and its memory.
 
     Args:
-        concurrency: requests at a time, each with a mixture of its own.
+        concurrency: simultaneous requests, each with its own mixture.
         context: tokens of each, prompt and answer.
-        dtype_bytes: of a number of the base model, the slots, and the keys and values.
+        dtype_bytes: bytes per number of the base model, the slots, and the keys and values.
         device_bytes: memory of one GPU.
-        tensor_parallel: GPUs among which the model is divided.
-        utilisation: share of a GPU's memory that vLLM may take, `--gpu-memory-utilization`.
-        mode: None: the one whose slots are smaller.
+        tensor_parallel: GPUs that share the model.
+        utilisation: share of a GPU's memory that vLLM may use, `--gpu-memory-utilization`.
+        mode: None: the one with smaller slots.
 
     Raises:
-        UsageError: a number that cannot be, or ranks for which vLLM has no slots.
+        UsageError: an impossible number, or ranks for which vLLM has no slots.
     """
     _check(shape, concurrency, context, tensor_parallel, utilisation)
     each = _per_rank(shape, pool.targets, tensor_parallel) * dtype_bytes
@@ -189,7 +189,7 @@ def plan(
 
 
 def slot_rank(rank: int) -> int | None:
-    """The smallest rank of vLLM's slots into which one of this rank goes; None: there is none."""
+    """The smallest rank of vLLM's slots that holds this rank; None if there is none."""
     return next((allowed for allowed in RANKS if allowed >= rank), None)
 
 
@@ -243,7 +243,7 @@ def _chosen(
 
 
 def _most(slots: Slots, rest: int, sequence: int) -> int:
-    """Requests that fit into what is left beside the model."""
+    """Number of requests that fit into the memory left beside the model."""
     if slots.mode == "gate":
         return max(0, (rest - slots.bytes) // max(1, sequence))
     return max(0, rest // (sequence + slots.bytes // slots.count))

@@ -1,4 +1,4 @@
-"""A process of `logo.backends.ray`, as the driver sees it, and what is said of one that has ended."""
+"""A process of `logo.backends.ray` from the driver's side, and the description of one that has ended."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(eq=False)
 class Process:
-    """A process, as the driver sees it.
+    """A process from the driver's side.
 
     Attributes:
-        name: for people.
+        name: for display.
         actor: Ray's handle.
         opening: the reference of its description, until it is open.
-        item, tries, running: what it is doing, how many processes that item has had before, and the reference of its
-            result. Without an item it still does what a `map` that ended early had given it.
-        since: when it began that.
-        done: size of the items it has finished; `busy`: seconds they took.
+        item, tries, running: its present item, the number of processes that had the item before, and the reference of
+            the result. Without an item it still works on one of a `map` that ended early.
+        since: start time of that work.
+        done: size of its finished items; `busy`: seconds that they took.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Process:
 
 
 def how_ended(error: Exception) -> str:
-    """Says in a few words how a process has ended."""
+    """How a process has ended, in a few words."""
     if isinstance(error, TimeoutError):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":

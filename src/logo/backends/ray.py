@@ -1,12 +1,12 @@
-"""Work on several processes, on one machine or on many, through Ray: each process opens once what takes long to open
-(an engine), and is then given one item of work after another.
+"""Work divided among several processes, on one machine or on many, through Ray: each process opens an engine (or
+anything that takes long to open) once, and then gets one item of work after another.
 
-    open -> describe, compared with what the driver expects -> items out, results in as they are done
+    open -> describe, compared with the driver's expectation -> items out, results in as they are done
 
-Ray starts the processes, finds them a place with the CPUs and GPUs they need, and says when one has died. What is ours
-is what Ray leaves to its users: an item whose process has died, or that takes too long, goes to another process, three
-times at most; a process that has gone is replaced; one that is started later (because a node has joined) gets work.
-Knows nothing of evaluation or training. Ray is imported when a `Workers` is made.
+Ray starts the processes, places them on CPUs and GPUs, and reports dead ones. This module adds the rest: an item whose
+process has died, or that takes too long, goes to another process, at most three times; a dead process is replaced; a
+process that starts later (because a node has joined) gets work. It knows nothing of evaluation or training. Ray is
+imported when a `Workers` is made.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _LOOK = 0.5
 
 
 class Workers(Generic[H]):
-    """Processes that have the same thing open.
+    """Processes that have opened the same thing.
 
     Args:
-        layout: how many, where.
-        open_: opens it, in each process once.
-        describe: what a process says of what it has opened.
-        differs: why a description is not what is expected, in words; None if it is. It is given those of processes
-            before any work is, and the first one as the second argument.
+        layout: number and place.
+        open_: opens it, once in each process.
+        describe: describes what a process has opened.
+        differs: why a description is not the expected one, in words; None if it is. It gets each description, and the
+            first one as the second argument, before any work begins.
 
     Attributes:
         description: of the first process.
 
     Raises:
         UsageError: Ray is not installed.
-        WorkersError: the cluster does not answer, has no room, or its processes are not alike.
-        LoGoError: what opening raised in a process.
+        WorkersError: the cluster does not answer, has no room, or its processes differ.
+        LoGoError: an error of `open_` in a process.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class Workers(Generic[H]):
         self._ray.shutdown()
 
     def shared(self, value: object) -> Shared:
-        """A value for the arguments of many items."""
+        """A value that is an argument of many items."""
         return Shared(self._ray.put(value))
 
     @property
     def count(self) -> int:
-        """How many processes there are to be."""
+        """The requested number of processes."""
         return self._share.count
 
     @property
     def speeds(self) -> dict[str, float]:
-        """By name of the processes that have finished something: size of items per second."""
+        """Size of items per second, by name of the processes that have finished something."""
         return {worker.name: worker.done / worker.busy for worker in self._workers if worker.busy}
 
     def ask(self, what: Callable[..., Any], *args: Any) -> Any:

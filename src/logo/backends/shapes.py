@@ -34,15 +34,15 @@ class ModelShape:
     """Sizes of a base model.
 
     Attributes:
-        parameters: all numbers of its weights.
+        parameters: number of parameters.
         quantised: how many of them are stored in `bits` bits rather than in the model's dtype.
-        bits: of these.
+        bits: bits of a quantised parameter.
         linears: path -> sizes of the linear modules in its decoder layers.
-        cached: numbers of keys and values of one token, in all layers.
-        heads: of attention; tensor parallelism divides them.
-        cached_heads: of keys and values; a GPU holds one at least.
-        context: tokens that it reads at most; None: it does not say.
-        dtype: in which its checkpoint is.
+        cached: number of values in the keys and values of one token, over all layers.
+        heads: attention heads, which tensor parallelism divides.
+        cached_heads: heads of keys and values; a GPU holds at least one.
+        context: most tokens; None if the configuration has no limit.
+        dtype: dtype of its checkpoint.
     """
 
     parameters: int
@@ -106,12 +106,12 @@ class PoolShape:
     """Sizes of a pool.
 
     Attributes:
-        ranks: the largest of each adapter.
-        targets: last parts of the names of the modules that adapters touch, sorted.
-        numbers: in all adapters' tensors.
+        ranks: the largest rank of each adapter.
+        targets: last parts of the names of the adapted modules, sorted.
+        numbers: number of values in all adapters' tensors.
         k: adapters of a mixture.
-        points: that are scored.
-        width: features that the widest of these takes.
+        points: number of scored points.
+        width: features of the widest point.
     """
 
     ranks: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What LoGo is compared with: other ways to say which adapters answer a prompt, behind one interface."""
+"""Methods that LoGo is compared with: other ways to select adapters, behind one interface."""
 
 from logo.baselines.method import Answering, Learned, Method, Prepared, Task
 from logo.baselines.registry import get_method, methods

@@ -1,9 +1,8 @@
-"""Texts as vectors, by any sentence-transformers model: what retrieval compares prompts and adapters with.
+"""Text embeddings by any sentence-transformers model, for the retrieval methods.
 
-INSTRUCTOR models (arXiv 2212.09741) read an instruction before every text and leave its tokens out of the mean that is
-the text's vector. sentence-transformers does so only for the three models that it knows by their Hub ids. A model
-counts as INSTRUCTOR here if its name says so, if it is LoraRetriever's own, or if its pooling was saved with
-`include_prompt: false`.
+INSTRUCTOR models (arXiv 2212.09741) read an instruction before every text and leave its tokens out of the mean.
+sentence-transformers does so only for three models that it knows by their Hub ids. Here a model counts as INSTRUCTOR if
+its name says so, if it is LoraRetriever's own, or if its pooling was saved with `include_prompt: false`.
 """
 
 from __future__ import annotations

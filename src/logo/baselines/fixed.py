@@ -1,4 +1,4 @@
-"""Methods that look at no prompt: the bounds that any way of selecting lies between, and routing, which looks later."""
+"""Methods that do not look at the prompt: bounds for every selection, and token-wise routing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from logo.selection import Selection
 
 @dataclass(frozen=True, kw_only=True)
 class OwnSelector(Method):
-    """LoGo: what the engine's own signal selects for each prompt."""
+    """LoGo: the selection of the engine's own signal for each prompt."""
 
     name: ClassVar[str] = "logo"
 
@@ -41,7 +41,7 @@ class Base(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Method):
-    """The whole pool, all adapters with the same weight."""
+    """The whole pool with equal weights."""
 
     name: ClassVar[str] = "uniform"
 
@@ -52,9 +52,9 @@ class Uniform(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Method):
-    """k adapters drawn for each prompt, with the same weight.
+    """k adapters drawn for each prompt, with equal weights.
 
-    The draw depends on the seed and the prompt's text alone, not on what was asked before.
+    The draw depends only on the seed and the prompt's text, not on earlier prompts.
     """
 
     name: ClassVar[str] = "random"
@@ -82,7 +82,7 @@ class Random(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Oracle(Method):
-    """The right adapter alone: the one that a row names, else the one that is called like the dataset."""
+    """The right adapter alone: the one that a row names, else the one that is named like the dataset."""
 
     name: ClassVar[str] = "oracle"
     needs: ClassVar[frozenset[Need]] = frozenset({"prompts"})
@@ -111,7 +111,7 @@ class Oracle(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Routed(Method):
-    """What the methods share that route every token on every module among the whole pool; see `logo.mixing.routing`."""
+    """Base of the methods that route every token on every module among the whole pool; see `logo.mixing.routing`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,9 +141,10 @@ class SpectR(Routed):
 
 @dataclass(frozen=True, kw_only=True)
 class Seqr(Routed):
-    """SEQR (arXiv 2509.18093): every token is routed to the adapter that responds most beyond its own usual response.
+    """SEQR (arXiv 2509.18093): every token is routed to the adapter whose response is furthest above its usual
+    response.
 
-    What is usual, the mean and deviation of an adapter's norms on each module, is measured on neutral text.
+    The usual response is the mean and the standard deviation of an adapter's norms on each module, over neutral text.
     """
 
     name: ClassVar[str] = "seqr"

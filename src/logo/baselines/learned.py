@@ -25,10 +25,10 @@ _ROWS_PER_PASS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class BestSingle(Learned):
-    """The adapter that does best on train rows of the dataset: most exact matches, then the least surprise.
+    """The adapter that does best on training rows of the dataset: most exact matches, then the lower loss.
 
     Attributes:
-        rows: labelled rows to try on, drawn from the train rows with the seed; all, where there are fewer.
+        rows: number of labelled rows, drawn from the training rows with the seed; all, if there are fewer.
     """
 
     name: ClassVar[str] = "best-single"
@@ -54,15 +54,15 @@ class BestSingle(Learned):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraHub(Learned):
-    """LoraHub (arXiv 2307.13269): random adapters, weights for the dataset found on a few rows without gradients.
+    """LoraHub (arXiv 2307.13269): random adapters, with weights for the dataset found on a few rows without gradients.
 
-    Minimises `objective` by nevergrad's NGOpt from all zeros. A and B are summed apart from each other, as the state
-    dicts are there.
+    Minimises `objective` by nevergrad's NGOpt from all zeros. A and B are summed separately, as LoraHub does with state
+    dicts.
 
     Attributes:
         k: adapters drawn from the pool with the seed.
-        rows: labelled rows, drawn from the train rows with the seed.
-        budget: mixtures that are tried.
+        rows: labelled rows, drawn from the training rows with the seed.
+        budget: number of mixtures to try.
         penalty: see `objective`.
         bound: weights lie between `-bound` and `bound`.
     """
@@ -121,7 +121,7 @@ def each_alone(logo: Calls, task: Task, rows: Sequence[Example], names: Sequence
 
 
 def best_of(table: Mapping[str, Mapping[str, float]]) -> str:
-    """The adapter with most exact matches; of equal ones that with the least surprise."""
+    """The adapter with most exact matches; among equal ones that with the lower loss."""
     return min(table, key=lambda name: (-table[name]["exact_match"], table[name]["nll"]))
 
 

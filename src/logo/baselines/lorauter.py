@@ -3,8 +3,8 @@
     validation rows of a task -> the mean of their embeddings, and every adapter tried on them -> the best one
     prompt -> its k nearest tasks -> their adapters, mixed by how near the tasks are
 
-Knows tasks by a few labelled rows and nothing of what adapters were made for. Every adapter is tried on every task, so
-the best one among any part of a pool follows from the same table.
+Tasks are known by a few labelled rows, and nothing is known of the adapters' training. Every adapter is evaluated on
+every task, so the best adapter of any part of a pool follows from the same table.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _TRIED: WeakKeyDictionary[Calls, dict[tuple[str, str], Table]] = WeakKeyDictiona
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAuter(Method):
-    """LoRAuter (arXiv 2601.21795): the adapters that do best on the tasks that a prompt is most like.
+    """LoRAuter (arXiv 2601.21795): the adapters that do best on the tasks most similar to the prompt.
 
     Attributes:
         validation: task -> its labelled rows.
-        rows: the first so many of each are used, to know the task by and to try adapters on.
-        embedding_model, instruction: as of retrieval.
+        rows: number of rows of each task, for its embedding and for evaluating adapters.
+        embedding_model, instruction: as in retrieval.
         k: tasks whose adapters are mixed.
-        temperature: of the softmax of the tasks' cosine similarities, which are their weights.
-        tables: what is known already of how adapters do; the rest is tried.
+        temperature: of the softmax over the tasks' cosine similarities, which gives their weights.
+        tables: known results of adapters; the rest is evaluated.
     """
 
     name: ClassVar[str] = "lorauter"
@@ -77,7 +77,7 @@ class LoRAuter(Method):
         return {**plain, "validation": {"tasks": list(self.validation), "sha256": self._digest(list(self.validation))}}
 
     def tried(self, logo: Calls, task: str) -> Table:
-        """What every adapter of the pool does alone on a task's validation rows; the long part of the work.
+        """The results of every adapter of the pool alone on a task's validation rows; the long part of the work.
 
         Raises:
             DataError: a row that cannot be scored.
@@ -89,7 +89,7 @@ class LoRAuter(Method):
         return known[key]
 
     def knowing(self, tables: Mapping[str, Table]) -> LoRAuter:
-        """The same method, which need not try what these tables say."""
+        """The same method with these tables, whose adapters need no evaluation."""
         return replace(self, tables=tables)
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:

@@ -1,4 +1,4 @@
-"""Methods that compare texts: the prompt with samples of what each adapter was made for."""
+"""Methods that compare the text of prompts with samples of each adapter's training task."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Variant = Literal["mixture", "fusion", "selection"]
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(Method):
-    """What both methods share.
+    """Base of both methods.
 
     Attributes:
-        samples: adapter name -> inputs of the kind it was made for.
+        samples: adapter name -> inputs of its training task.
         embedding_model: a Hub id or a folder of sentence-transformers.
-        instruction: put before every text, prompts and samples alike.
+        instruction: before every text, prompts and samples alike.
         k: adapters that are mixed.
     """
 
@@ -86,7 +86,7 @@ class Retrieval(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRetriever(Retrieval):
-    """LoraRetriever (arXiv 2402.09997): for each prompt, the adapters whose samples are most like it.
+    """LoraRetriever (arXiv 2402.09997): for each prompt, the adapters whose samples are most similar to it.
 
     Attributes:
         variant: `mixture` of the k outputs, `fusion` of the k adapters' factors, or `selection` of the best one.
@@ -122,8 +122,8 @@ class LoraRetriever(Retrieval):
 class AdapterSoup(Retrieval):
     """AdapterSoup (arXiv 2302.07027), by similarity of text: one set of adapters for all prompts of a dataset.
 
-    The mean embedding of the test prompts is compared with each adapter's, by the angle between them. The parameters
-    of the closest adapters are averaged, as in the paper; `merge="mixture"` averages what the adapters do instead.
+    The mean embedding of the test prompts is compared with each adapter's by cosine. The parameters of the most similar
+    adapters are averaged, as in the paper; `merge="mixture"` averages their outputs instead.
     """
 
     name: ClassVar[str] = "adaptersoup"

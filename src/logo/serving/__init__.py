@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server: HTTP outside, one engine inside."""
+"""The OpenAI-compatible server around one engine."""

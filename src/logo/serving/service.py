@@ -1,9 +1,9 @@
-"""`Service`: selects for waiting requests in batches, and generates with the mixtures, while the pool may change.
+"""`Service`: selects for waiting requests and generates with the selections, while the pool may change.
 
-    ids -> (probed with other requests) -> Selection -> tensors -> generated with other requests -> tokens
+    ids -> (probed together with others) -> Selection -> tensors -> generated together with others -> tokens
 
-The model belongs to the thread that generates. A second thread selects and changes the pool; it pauses generation while
-it needs the model.
+The model belongs to the generation thread. Selecting and changing the pool happen in one other thread, which pauses
+generation while it needs the model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -51,21 +52,21 @@ class Service:
 
     Args:
         logo: the engine; its own `generate` must not be used while the service runs.
-        memory: for sequences.
-        signals: further signals that requests may use; the pool is calibrated for each now.
-        max_queue: the most requests that may wait.
+        memory: for running sequences.
+        signals: further signals that requests may ask for; the pool is calibrated for each now.
+        max_queue: requests that may wait beside the running ones.
         probe_batch: prompts per probe.
 
     Attributes:
-        pool: the pool that requests use.
-        selected: the number of answers to which each adapter has contributed.
-        not_invoked: how many prompts lacked the invocation tokens of an adapter.
+        pool: what requests may use now.
+        selected: number of answers in which each adapter took part.
+        not_invoked: number of prompts that lacked the invocation tokens of a selected adapter.
         draining: whether new requests are refused.
-        signals: the signals that requests may use, the engine's own first.
+        signals: those that requests may ask for, the engine's own first.
 
     Raises:
         UsageError: the engine's selections depend on the order of prompts.
-        PoolError: a signal cannot score some adapters.
+        PoolError: adapters that one of the signals cannot score.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Service:
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
         self.pool = ServedPool(logo, self.signals, self.batching.paused)
         self._worker = ThreadPoolExecutor(1, "logo-select")
-        self._waiting: list[_Waiting] = []
+        self._waiting: deque[_Waiting] = deque()  # taken from by the thread that selects
         self._wake = asyncio.Event()
         self._open = 0
         self.draining = False
@@ -112,11 +113,11 @@ class Service:
         self.batching.start()
 
     def stop(self) -> None:
-        """Ends all generation."""
+        """Ends running sequences."""
         self.batching.stop()
 
     async def start(self) -> None:
-        """Begins to serve, inside a running event loop."""
+        """Begins to serve; inside a running event loop."""
         self.batching.start()
         self._selecting = asyncio.create_task(self._select_forever())
 
@@ -135,12 +136,12 @@ class Service:
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The adapters that requests may use now, by name."""
+        """Those that requests may use now, by name."""
         return self.pool.adapters
 
     @property
     def cards(self) -> Mapping[str, Card]:
-        """The card of each adapter."""
+        """The displayed description of each adapter, without the number of its selections."""
         return self.pool.cards
 
     @property
@@ -150,7 +151,7 @@ class Service:
 
     @property
     def figures(self) -> Figures:
-        """The present figures."""
+        """The present state in numbers."""
         batching, store = self.batching, self.logo.store
         used, total = batching.kv_blocks
         waiting = len(self._waiting) + batching.waiting
@@ -175,37 +176,37 @@ class Service:
 
     @property
     def vocabulary(self) -> int:
-        """Token ids below this are known."""
+        """Number of known token ids."""
         return int(self.logo.model.get_input_embeddings().weight.shape[0])
 
     @property
     def context(self) -> int:
-        """The most tokens of a prompt and its answer."""
+        """Most tokens of a prompt and its answer."""
         context: int = self.batching.context
         return context
 
     @property
     def k(self) -> int:
-        """The default number of adapters per prompt."""
+        """Default number of adapters per prompt."""
         return self.logo.k
 
     @property
     def signal(self) -> str:
-        """The default signal."""
+        """Default signal."""
         return self.logo.settings.signal
 
     @property
     def probe_text(self) -> ProbeText | None:
-        """The part of a conversation that is probed."""
+        """What is probed of a conversation."""
         return self.logo.settings.probe_text
 
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:
-        """Reserves places for so many answers inside the block.
+        """Within the block, room for this many answers is reserved.
 
         Raises:
-            Overloaded, NotReady: there are none now.
-            UsageError: there can never be so many.
+            Overloaded, NotReady: there is none.
+            UsageError: there can never be.
         """
         if self.draining:
             raise NotReady("the server is shutting down")
@@ -226,13 +227,13 @@ class Service:
             self._open -= count
 
     def usable(self, patterns: Patterns | None) -> Mapping[str, Any]:
-        """The adapters that match an API key's patterns, by name; None: all."""
+        """The adapters that an API key may use now, by name; None: all of them."""
         return self.pool.usable(patterns)
 
     # -- selecting and generating ----------------------------------------------------------------------------------
 
     async def choose(self, prompt: Prompt | Sequence[int], wanted: MixtureRequest) -> HeldMixture:
-        """Selects the mixture of a prompt.
+        """The mixture for a prompt.
 
         Raises:
             LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
@@ -240,11 +241,7 @@ class Service:
         waiting = _Waiting(prompt, wanted, time.perf_counter(), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._wake.set()
-        try:
-            return await waiting.future
-        finally:
-            if waiting in self._waiting:  # cancelled before its turn
-                self._waiting.remove(waiting)
+        return await waiting.future
 
     def generate(
         self, ids: Sequence[int], chosen: HeldMixture, sampling: Sampling, deadline: float | None = None
@@ -260,36 +257,49 @@ class Service:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                batch = self._waiting[: self._probe_batch]
-                del self._waiting[: self._probe_batch]
-                # No reference may stay until the next batch, since mixtures hold adapters.
-                _hand_out(batch, await loop.run_in_executor(self._worker, self._choose, batch))
-                del batch
+                # Nothing of it stays here until the next batch comes: what was chosen holds adapters.
+                _hand_out(*await loop.run_in_executor(self._worker, self._choose))
 
-    def _choose(self, batch: Sequence[_Waiting]) -> list[HeldMixture | Exception]:
-        """Selects for a batch together; called in the second thread."""
-        began = time.perf_counter()
+    def _choose(self) -> tuple[list[_Waiting], list[HeldMixture | Exception]]:
+        """In the other thread: takes requests that wait, and selects for all of them together."""
+        batch = self._taken(self._probe_batch)
         asked = [self._asked(waiting.wanted) for waiting in batch]
-        to_probe = {
-            i: one for i, one in enumerate(asked) if isinstance(one, CallSettings) and batch[i].wanted.adapters is None
-        }
-        found = self._probed([batch[i].prompt for i in to_probe], list(to_probe.values()))
-        probed = dict(zip(to_probe, found, strict=True))
+        probed: dict[int, Selection | Exception] = {}
+        began = time.perf_counter()
+        if _to_probe(batch, asked):
+            with self.batching.paused():
+                # Requests that came while the step before this pause was computed share its probe.
+                late = self._taken(self._probe_batch - len(batch))
+                batch += late
+                asked += [self._asked(waiting.wanted) for waiting in late]
+                began = time.perf_counter()
+                rows = _to_probe(batch, asked)
+                found = self._probed([batch[i].prompt for i in rows], list(rows.values()))
+                probed = dict(zip(rows, found, strict=True))
         took = 1e3 * (time.perf_counter() - began)
-        return [
+        return batch, [
             self._finished(waiting, asked[i], probed.get(i), 1e3 * (began - waiting.since), took if i in probed else 0)
             for i, waiting in enumerate(batch)
         ]
 
+    def _taken(self, count: int) -> list[_Waiting]:
+        """At most so many of the requests that wait, without those that were cancelled."""
+        taken: list[_Waiting] = []
+        while self._waiting and len(taken) < count:
+            waiting = self._waiting.popleft()
+            if not waiting.future.done():
+                taken.append(waiting)
+        return taken
+
     def _asked(self, wanted: MixtureRequest) -> CallSettings | Exception:
-        """A request's options, checked against the present pool."""
+        """A request's options, checked against the pool as it is now."""
         try:
             options, pool = wanted.options.copy(), self.logo.fitted
             signal = options.get("signal") or self.logo.settings.signal
             if signal in self.pool.refused:
-                if wanted.usable is not None:  # the message names other clients' adapters
+                if wanted.usable is not None:  # the reason names adapters of others
                     raise PoolError(f"signal {signal!r}: it cannot score the pool as it is now")
-                return copy(self.pool.refused[signal])  # an error that is raised again collects tracebacks
+                return copy(self.pool.refused[signal])  # one that is raised again would hold every traceback
             if signal not in self.signals:
                 raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
             if wanted.usable is not None and wanted.adapters != {}:
@@ -297,22 +307,20 @@ class Service:
                 if not names:
                     raise PoolError("none of the adapters that this API key may use is in the pool")
                 options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
-            if options.get("k"):  # cut to the number of adapters, without a warning
+            if options.get("k"):  # more than there are means all of them, and a client's number warns nobody here
                 options["k"] = min(options["k"] or 0, len(options.get("candidates") or pool))
             return self.logo.call_settings(**options)
-        except Exception as error:  # raised where it is awaited
+        except Exception as error:  # handed to the one who waits for it
             return error
 
     def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[CallSettings]) -> list[Selection | Exception]:
-        if not rows:
-            return []
-        with self.batching.paused():
-            try:
-                return [*self.logo.select_ids(rows, asked, batch_size=self._probe_batch)]
-            except Exception as error:
-                if len(rows) == 1:
-                    return [error]
-        # A prompt that cannot be scored must not fail the others.
+        """While generation is paused."""
+        try:
+            return [*self.logo.select_ids(rows, asked, batch_size=self._probe_batch)]
+        except Exception as error:
+            if len(rows) == 1:
+                return [error]
+        # One prompt that cannot be scored is no reason for the others to fail.
         return [found for row, one in zip(rows, asked, strict=True) for found in self._probed([row], [one])]
 
     def _finished(
@@ -332,22 +340,22 @@ class Service:
             selection = forced(waiting.wanted.adapters or {}, pool, asked.candidates) if found is None else found
             mixture, silent = mixed(self.logo.store, pool, selection, Prompt.of(waiting.prompt).ids)
             self.not_invoked += silent
-            # Held from here on, so that the request is answered with these adapters even if the pool changes.
+            # Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes.
             release = weakref.finalize(mixture, self.logo.store.release_later, mixture.hold)
             return HeldMixture(selection, mixture, queued, took, release)
         except Exception as error:
             if not isinstance(error, LoGoError):
                 _log.exception("a request cannot be given its mixture")
-            # The frames of its traceback refer to mixtures of other requests, and would keep them held.
+            # Its frames lead to what the others of the batch hold, which would wait for the garbage collector.
             return error.with_traceback(None)
 
     # -- the pool --------------------------------------------------------------------------------------------------
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> Adapter:
-        """Opens an adapter folder and adds it to the pool; after an error nothing has changed.
+        """Opens an adapter folder and adds it to the pool; all of it or nothing.
 
         Args:
-            replace: whether it may replace an adapter of this name.
+            replace: an adapter that has this name.
 
         Raises:
             LoGoError: the adapter cannot be used, or the pool has one of that name.
@@ -357,7 +365,7 @@ class Service:
         return adapter
 
     async def remove(self, name: str) -> None:
-        """Removes an adapter from the pool; requests that have selected it are still answered with it.
+        """Takes an adapter out of the pool; what has selected it is still answered with it.
 
         Raises:
             LoGoError: there is none of that name, or it is the last one.
@@ -370,12 +378,17 @@ class Service:
         return staged.adapter
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        """Runs a call in the thread that selects, so that no prompt is scored meanwhile."""
+        """Calls in the thread that selects: no prompt is scored meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
 
 
+def _to_probe(batch: Sequence[_Waiting], asked: Sequence[CallSettings | Exception]) -> dict[int, CallSettings]:
+    """What is asked for by those of a batch whose adapters are not forced, by their place in it."""
+    return {i: one for i, one in enumerate(asked) if isinstance(one, CallSettings) and batch[i].wanted.adapters is None}
+
+
 def _hand_out(batch: Sequence[_Waiting], results: Sequence[HeldMixture | Exception]) -> None:
-    """Gives each result to its request, if that still waits."""
+    """Gives each result to the request that still waits for it."""
     for waiting, result in zip(batch, results, strict=True):
         if waiting.future.done():
             continue

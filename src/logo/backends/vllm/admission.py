@@ -1,5 +1,6 @@
-"""Asks vLLM's app whether a client may use this server, before its request is read: only the app, with the middlewares
-around it, knows."""
+"""Asks vLLM's app whether a client may use this server, before its request is read, because only the app with its
+middlewares can decide this.
+"""
 
 from __future__ import annotations
 

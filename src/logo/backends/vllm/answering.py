@@ -1,6 +1,7 @@
-"""Answers with mixtures: a request goes to vLLM's app with its recipe, and what comes back says which mixture it was.
+"""Answers with mixtures: sends a request to vLLM's app with its recipe, and adds the mixture to the response.
 
-An answer that is no answer (its mixture was not made, or overflows) is an error, also in the middle of a stream.
+If the mixture could not be made, or its output overflows, the response becomes an error, also in the middle of a
+stream.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from logo.selection.selector import Selection
 
 @dataclass(frozen=True)
 class RoutedMixture:
-    """What is chosen for one prompt, as `logo.protocol.SelectedMixture` says.
+    """The selection for one prompt, see `logo.protocol.SelectedMixture`.
 
     Attributes:
-        tokens: of the prompt; None where it was not read as it is: it was not probed, or a text of its own was.
+        tokens: of the prompt; None if the probe has not read it: it was not probed, or a separate text was.
     """
 
     selection: Selection
@@ -52,11 +53,11 @@ class RoutedMixture:
 
 @dataclass(frozen=True)
 class _Told:
-    """Counts what becomes of a prompt.
+    """Counts the outcome of a prompt.
 
     Attributes:
-        pool: which the mixture was chosen from.
-        counts: what is counted.
+        pool: the pool of the mixture.
+        counts: the counters.
     """
 
     pool: KeyedPool
@@ -73,14 +74,14 @@ class _Told:
 
 
 class Answering:
-    """Answers requests whose mixtures are chosen.
+    """Answers requests with selected mixtures.
 
     Args:
         app: vLLM's.
         core: the pool.
         workers: of the engine.
         base: the base model's name.
-        counts: what is counted.
+        counts: the counters.
     """
 
     def __init__(self, app: App, core: Core, workers: Workers, base: str, counts: Counts) -> None:

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's requests: which prompts one has, and the body that has each of them probed."""
+"""Bodies of OpenAI's requests: their prompts, and the body of the probe of each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`Core`: the pool of one vLLM engine, as the process that talks to the engine's workers sees it.
+"""`Core`: the pool of one vLLM engine in the process that talks to the engine's workers.
 
-It checks what a call asks for, turns the scores that workers return into a selection, and a selection into the request
-for an adapter that vLLM understands. The HTTP router and the offline engine share it.
+It checks the options of a call, turns the workers' scores into a selection, and a selection into a `LoRARequest`. The
+HTTP router and the offline engine share it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _FAILED = 4096
 
 
 class WorkerError(LoGoError, RuntimeError):
-    """What a worker of vLLM answered instead of what was asked of it."""
+    """An error reply of one of vLLM's workers."""
 
 
 class Core:
-    """One engine's pool, seen from outside of its workers.
+    """One engine's pool, outside of its workers.
 
     Args:
         vllm_config: of the engine.
@@ -121,7 +121,7 @@ class Core:
 
     @property
     def block(self) -> int:
-        """The tokens of which vLLM's cache hands on all or none."""
+        """Number of tokens of a block of vLLM's cache."""
         return block_of(self._cache)
 
     def models(self, base: str) -> Models:
@@ -185,7 +185,7 @@ class Core:
                 del self._live[number], self._texts[number]
 
     def failed(self, text: str) -> None:
-        """A recipe was not mixed: the next request for it gets another text, and so other keys and values."""
+        """A recipe was not mixed: the next request for it gets another text, and so other cached keys and values."""
         self._salts[text.partition("#")[0]] += 1
         while len(self._salts) > _FAILED:  # one that is forgotten and fails again is noticed again
             del self._salts[next(iter(self._salts))]

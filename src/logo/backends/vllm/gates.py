@@ -1,10 +1,10 @@
-"""Gated products over vLLM's adapter slots, with buffers that stay where they are so that a graph may capture them.
+"""Gated products over vLLM's adapter slots, with fixed buffers so that a CUDA graph can capture them.
 
     y += ((x Aᵀ) ⊙ gate) B        A (slots, rank, d_in)   B (slots, rank, d_out)   gate (tokens, slots)
 
-One token's gate is its request's mixture: a weight at the slot of each adapter, or a single 1. Pure PyTorch: knows
-nothing of vLLM. What decides in a step is written into the buffers before the model runs; the products themselves have
-no branch on data, so that they run alike eagerly, compiled and in a captured graph.
+One token's gate is its request's mixture: a weight at the slot of each adapter, or a single 1. This is pure PyTorch and
+knows nothing of vLLM. The inputs of a step are written into the buffers before the model runs. The products do not
+branch on data, so they run alike eagerly, compiled and in a captured graph.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class StepGates:
 def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
     """`((x Aᵀ) ⊙ gate) B`, (tokens, d_out) in the type of the adapters.
 
-    A closed gate gives 0, also where `x Aᵀ` is not finite: an adapter that overflows spoils no row but its own.
+    A closed gate gives 0, even if `x Aᵀ` is not finite, so an adapter that overflows affects only its own rows.
 
     Args:
         x: (tokens, d_in).

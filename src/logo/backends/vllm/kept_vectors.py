@@ -1,4 +1,4 @@
-"""`KeptVectors`: hidden vectors of the texts that vLLM runs for a calibration, chunk by chunk."""
+"""`KeptVectors`: the hidden vectors of a calibration's texts, which taps record chunk by chunk while vLLM runs them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class KeptVectors:
 
     Args:
         signal: how they are read.
-        places: module of each point that is read -> the place in vLLM's model where it is read.
+        places: module of each point that is listened at -> the place in vLLM's model where it is read.
     """
 
     def __init__(self, signal: Signal, places: Mapping[str, str]) -> None:
@@ -34,7 +34,7 @@ class KeptVectors:
         self._vectors.pop(key, None)
 
     def has(self, points: Iterable[Point]) -> bool:
-        """Whether all of these points are read."""
+        """Whether all of these points are listened at."""
         return all(point.module in self._places for point in points)
 
     def vectors(self, points: Sequence[Point], keys: Sequence[str]) -> Iterator[HiddenVectors]:

@@ -1,4 +1,4 @@
-"""vLLM's own server as a command: which flags a pool takes, and what LoGo is told through the environment."""
+"""vLLM's own server as a command: the flags for a pool, and LoGo's options in the environment."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Launch:
 
     Attributes:
         model: a folder or a Hub id.
-        name: what the base model alone is called.
+        name: name of the base model alone.
         plan: how mixtures are made, and in which slots.
         pool: for `LOGO_POOL`.
         options: for `LOGO_OPTIONS`.
-        host, port: where to listen.
-        api_key: what clients have to send; None: vLLM's own variable, if that is set.
-        flags: further flags, which are ours.
-        middlewares: put around vLLM's app after the router, so outside of it.
-        given: further flags, which are the user's and go before all others.
+        host, port: address to listen on.
+        api_key: required of clients; None: vLLM's own variable, if it is set.
+        flags: further flags of ours.
+        middlewares: around vLLM's app, outside of the router.
+        given: the user's flags, which override all others.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""What completions are worth, by what vLLM says of the tokens of a prompt and of the one behind it."""
+"""Likelihoods of completions, from vLLM's log probabilities of a prompt's tokens and of the token after it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scoring(gold: Sequence[int]) -> Any:
 
 
 def scored(output: Any, gold: Sequence[int]) -> Scored:
-    """What a completion is worth by what vLLM has said of its tokens.
+    """The score of a completion from vLLM's log probabilities of its tokens.
 
     Raises:
         ModelError: a likelihood is NaN or infinite.

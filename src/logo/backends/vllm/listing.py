@@ -1,4 +1,4 @@
-"""What is shown of the pool over HTTP."""
+"""The pool in replies over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the router counts, in the registry that vLLM shows under `/metrics`."""
+"""The router's metrics, in the registry that vLLM shows under `/metrics`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What vLLM's handlers look `model` up in: the adapters that it was told of, and this request's own mixture.
+"""The mapping in which vLLM's handlers look up `model`: vLLM's adapters, and this request's own mixture.
 
-Nothing is registered for a mixture. Its name means something in the task that answers its request and nowhere else, so
-that there is nothing to guess, to list or to clean up.
+A mixture is not registered. Its name has a meaning only in the task that answers its request, so there is nothing to
+guess, to list or to clean up.
 """
 
 from __future__ import annotations

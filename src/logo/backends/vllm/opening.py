@@ -1,4 +1,4 @@
-"""A base model by name and a pool, opened in vLLM's offline engine: what vLLM has to be told is worked out here."""
+"""Opens a base model and a pool in vLLM's offline engine, and computes vLLM's options."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def open_engine(
     """Starts vLLM with a pool; see `logo.opening.FromPretrained.from_pretrained`.
 
     Args:
-        model_kwargs: of `vllm.LLM`. What it says of slots, ranks and modules goes before what the pool needs.
+        model_kwargs: of `vllm.LLM`. Its slots, ranks and modules override those computed from the pool.
         others: options that only the local engine has, by name.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Notices answers that overflow, in the process that sends them to clients.
+"""Detects answers that overflow, in the process that sends them to clients.
 
-vLLM counts, for every token that it draws, the logits that are not numbers, and sends the count along with the token.
+vLLM counts the non-finite logits of every sampled token, and sends the count with the token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def watched(recipe: str | None) -> Iterator[asyncio.Event]:
 
 
 def notice(states: Any, outputs: Sequence[Any]) -> None:
-    """Looks at the tokens of a step.
+    """Checks the tokens of a step.
 
     Args:
         states: vLLM's `RequestState` of each request, by its id.

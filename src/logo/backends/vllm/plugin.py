@@ -1,4 +1,4 @@
-"""vLLM loads this by itself in every process (entry point `vllm.general_plugins`)."""
+"""The plugin that vLLM loads in every process (entry point `vllm.general_plugins`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ refused: str | None = None
 
 
 def register() -> None:
-    """Puts LoGo's hooks into vLLM; engines without a pool do not notice, not even in a vLLM that LoGo does not know."""
+    """Installs LoGo's hooks in vLLM. Engines without a pool are not affected, in any version of vLLM."""
     from logo.backends.vllm.hooks import install
 
     global refused

@@ -1,4 +1,4 @@
-"""The pool as vLLM's processes see it: fitted to the base model, each adapter under the key of its content."""
+"""The pool in vLLM's processes: fitted to the base model, with each adapter under the key of its content."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class KeyedPool:
     Attributes:
         adapters: the pool.
         keys: name -> key, in pool order.
-        forced, without: what a user says about where adapters act, see `logo.adapters.activation.acting`.
+        forced, without: the user's settings of where adapters act, see `logo.adapters.activation.acting`.
     """
 
     adapters: AdapterPool
@@ -65,7 +65,7 @@ class KeyedPool:
 
     @property
     def digest(self) -> str:
-        """Equal in all processes that have the same pool."""
+        """Equal in all processes with the same pool."""
         return pool_digest(self.keys)
 
     @property
@@ -139,8 +139,8 @@ def opened_pool(options: Options, base_model: str) -> AdapterPool:
 
 
 def scoring_signals(options: Options, model: PreTrainedModel, pool: AdapterPool) -> tuple[str, ...]:
-    """The signals of the options that can score a pool, the settings' own first; what others cannot is no reason to
-    refuse the pool.
+    """The signals of the options that can score a pool, the settings' own first. Other signals are dropped without
+    refusing the pool.
 
     Raises:
         LoGoError: the settings' own signal cannot score it.
@@ -179,7 +179,7 @@ def choose_mode(asked: Mode, pool: AdapterPool, k: int, max_loras: int, max_rank
     """How mixtures are made, and why.
 
     Args:
-        asked: what the user says.
+        asked: the user's choice.
         k: adapters per mixture.
         max_loras, max_rank: vLLM's `--max-loras` and `--max-lora-rank`.
 
@@ -213,7 +213,7 @@ def choose_mode(asked: Mode, pool: AdapterPool, k: int, max_loras: int, max_rank
 
 
 def described(pool: KeyedPool, mode: Mode, reason: str) -> dict[str, Any]:
-    """For the other processes, as vLLM can send it."""
+    """The pool in a form that vLLM can send to other processes."""
     return {"digest": pool.digest, "names": list(pool.keys), "mode": mode, "reason": reason}
 
 

@@ -1,10 +1,10 @@
-"""`Prefixes`: sums of adapter responses, and of hidden vectors, over prefixes of prompts, so that a prefix whose keys
-and values are in vLLM's cache need not be read again to be scored.
+"""`Prefixes`: sums of adapter responses and of hidden vectors over prefixes of prompts, so that a prompt whose prefix
+is in vLLM's cache can be scored without computing the prefix again.
 
-The model never sees the tokens of a cached prefix, so their responses have to come from the prompt that was first read
-with them. A prefix is known here by the digest of its tokens rather than by the blocks that hold it: the same tokens
-under the base model have the same hidden vectors, whichever prompt they were computed for, and nothing has to be undone
-when vLLM gives a block to another prompt.
+The model does not compute the tokens of a cached prefix, so their responses have to come from the prompt that was first
+computed with them. A prefix is identified by the digest of its tokens rather than by its cache blocks: the same tokens
+under the base model have the same hidden vectors in every prompt, and nothing has to be undone when vLLM reuses a
+block.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Entry:
 
 
 def block_of(cache: Any) -> int:
-    """The tokens of which vLLM's cache hands on all or none; 0 where it is not known yet.
+    """Number of tokens of a block of vLLM's cache; 0 if it is not known yet.
 
     Args:
         cache: vLLM's `CacheConfig`.
@@ -63,10 +63,10 @@ def digests(tokens: Sequence[int], block: int, of: str) -> tuple[bytes, ...]:
 
 
 class Prefixes:
-    """Sums over prefixes of prompts. Where they take more than the budget, the least recently used ones are dropped.
+    """Sums over prefixes of prompts. If they exceed the budget, the least recently used ones are dropped.
 
     Args:
-        budget: bytes that all of them together may take.
+        budget: bytes for all of them together.
     """
 
     def __init__(self, budget: int) -> None:
@@ -83,7 +83,7 @@ class Prefixes:
         return [part[row] for part in entry.sums]
 
     def put(self, keys: Sequence[bytes], sums: Sequence[Tensor]) -> None:
-        """Keeps what is not known yet.
+        """Stores prefixes that are not stored yet.
 
         Args:
             keys: of prefixes.

@@ -1,7 +1,7 @@
-"""The processes of one server that answer HTTP, as each worker knows them: one changes the pool at a time, all of them
-follow, and an adapter that has left stays until none of them has an answer with it on its way.
+"""The processes of one server that answer HTTP, as each worker knows them: one process changes the pool at a time, all
+others follow, and a removed adapter stays until no process has an answer that uses it.
 
-Calls of all processes reach every worker in the same order, so that all workers agree.
+Calls of all processes reach every worker in the same order, so all workers agree.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class Processes:
-    """What one worker knows of the processes that answer HTTP; each process is named by a key of its own."""
+    """One worker's record of the processes that answer HTTP; each process has a key."""
 
     def __init__(self) -> None:
         self._changing: str | None = None

@@ -1,4 +1,4 @@
-"""What becomes of the prompts of answers, noted in the process that asks vLLM for them.
+"""Observes the prompts of answers, in the process that sends requests to vLLM.
 
     vLLM takes a request     -> the adapters of its mixture that the prompt does not invoke
     its first token comes    -> how much of what the probe has read was still in the cache

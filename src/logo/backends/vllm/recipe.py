@@ -1,12 +1,12 @@
-"""Recipes: a mixture as a string, which any worker can rebuild from its own pool.
+"""Recipes: a mixture as a string, from which any worker can rebuild it with its own pool.
 
     logo://d1f0a3…:0.25,77b2c9…:0.75            key of the adapter's content : weight, highest weight first
     logo://d1f0a3…:0.25@last:4,77b2c9…:0.75@7.8 where it acts: from the last 4 tokens of a prompt, the tokens 7 8, on
 
-A recipe travels as name and path of a `LoRARequest`. vLLM keys cached keys and values by these two, and recipes name
-what adapters contain rather than what they are called. So an adapter that is replaced under its own name never meets
-keys and values of the one before. Where adapters act is said by rule, so that a recipe is the same for every prompt;
-`logo.backends.vllm.onsets` has the positions.
+A recipe is the name and the path of a `LoRARequest`. vLLM keys cached keys and values by these, and recipes contain
+digests of adapters instead of their names. An adapter that is replaced under its name therefore never uses keys and
+values of the old one. Recipes say by rule where adapters act, so they are the same for every prompt;
+`logo.backends.vllm.onsets` computes the positions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Recipe:
 
     Attributes:
         parts: key of an adapter and its weight; every key once.
-        activations: where those act that do not act everywhere, by key.
+        activations: activation by key, of adapters that do not act everywhere.
     """
 
     parts: tuple[tuple[str, float], ...]
@@ -39,10 +39,10 @@ class Recipe:
 
     @classmethod
     def of(cls, mixture: Iterable[tuple[str, float]], activations: Mapping[str, Activation] | None = None) -> Recipe:
-        """A recipe of keys and weights. The weights of adapters that contain the same are added up.
+        """A recipe of keys and weights. Weights of adapters with equal content are added.
 
         Args:
-            activations: where adapters act, by key; those that are not there act everywhere.
+            activations: activation by key; other adapters act everywhere.
         """
         weights: dict[str, float] = {}
         for key, weight in mixture:
@@ -54,10 +54,10 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """Reads what `str` wrote.
+        """The inverse of `str`.
 
         Raises:
-            UsageError: it is no recipe.
+            UsageError: the text is no recipe.
         """
         head, _, rest = text.partition("#")[0].partition(SCHEME)
         entries = [entry.partition(":") for entry in rest.split(",")] if rest else []
@@ -98,7 +98,9 @@ class Recipe:
         return tuple(key for key, _ in self.parts)
 
     def salted(self, salt: int) -> str:
-        """The recipe as text, and as another one after each failure: what a failure has left in a cache is not met."""
+        """The recipe as text, with a different text after each failure, so that cached values of a failure are not
+        used.
+        """
         return f"{self}#{salt}" if salt else str(self)
 
     def number(self, taken: Mapping[int, str] | None = None, text: str | None = None) -> int:

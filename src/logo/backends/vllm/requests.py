@@ -1,9 +1,9 @@
 """vLLM's offline engine, stepped by whoever waits for an answer.
 
-    start -> (step, step, ...: what is waited for and whatever else runs) -> Running.tokens
+    start -> (step, step, ...: the awaited requests and all others that run) -> Running.tokens
 
-Requests of several callers share steps, also those of a stream whose reader is doing something else. Token ids in,
-token ids out: where an answer ends besides its end tokens is a rule of the caller's, as in the local engine.
+Requests of several callers share steps, also those of a stream whose reader is busy. Token ids in, token ids out: stop
+rules other than end tokens are the caller's, as in the local engine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from logo.errors import UsageError
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Turns what vLLM says of a request that it does not take into a UsageError."""
+    """Converts vLLM's refusal of a request into a UsageError."""
     import vllm.exceptions
 
     # Errors of the client's, of which older versions have one that is a ValueError.
@@ -35,15 +35,15 @@ def refused(what: str) -> Iterator[None]:
 
 @dataclass
 class Running:
-    """A request on its way.
+    """A running request.
 
     Attributes:
         key: vLLM's id of it.
-        rules: what ends it besides its end tokens.
+        rules: stop rules besides its end tokens.
         tokens: the new ones so far.
-        finite: whether the model's output was a number at every one of them; where log probabilities were asked for.
-        done: whether no more will come.
-        last: what vLLM has said last.
+        finite: whether the logits of every token were finite, if log probabilities were requested.
+        done: whether it has ended.
+        last: vLLM's last output.
     """
 
     key: str

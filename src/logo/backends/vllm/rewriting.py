@@ -1,4 +1,4 @@
-"""What vLLM's app answers, changed on its way out; and ended before the app has ended it."""
+"""Changes the responses of vLLM's app on their way to the client, or ends them early."""
 
 from __future__ import annotations
 

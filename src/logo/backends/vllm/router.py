@@ -1,10 +1,10 @@
-"""The middleware in front of vLLM's app. A request for `model: "logo"` is scored first, and then answered with the
+"""The middleware in front of vLLM's app. A request for `model: "logo"` is probed first, and then answered with the
 mixture that its scores select.
 
     body -> probe, the same app once more with one token -> scores from the workers -> recipe -> the app, as asked
 
-Everything that a client can see but the mixture is vLLM's own: templates, limits, streams, tools, errors. Middlewares
-stand outside of authentication, so nothing here reaches the engine on behalf of a client but through the app.
+Everything else is vLLM's own: templates, limits, streams, tools, errors. Middlewares are outside of authentication, so
+everything that reaches the engine on behalf of a client goes through the app.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a call is decoded, said to vLLM: transformers' `GenerationConfig` as `SamplingParams`."""
+"""Decoding options for vLLM: transformers' `GenerationConfig` as `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ _DEFAULTS = {
 
 
 def check_config(config: GenerationConfig) -> None:
-    """Raises UsageError where a config asks for something that vLLM cannot do."""
+    """Raises UsageError if a config asks for something that vLLM cannot do."""
     for name, value in vars(config).items():
         if name.startswith("_") or name in _KNOWN or name in _IDLE:
             continue

@@ -1,8 +1,8 @@
 """`Scoring`: the scorers of one state of a pool, in a worker that cannot run its model by itself.
 
-A calibration needs texts to be run, and only the router can have them run. So a signal is opened in steps: each says
-which texts are needed next, and the one after it finds what the taps have kept of them. First come the texts of the
-calibration, then example prompts of adapters, if they have some.
+A calibration needs the hidden vectors of texts, and only the router can run texts. A signal is therefore opened in
+steps: each step returns the texts that are needed next, and the following step uses what the taps have recorded. The
+first texts are those of the calibration, then the example prompts of adapters, if there are any.
 
     open(signal) -> texts, often none -> (the router has them run) -> calibrate(signal, texts, keys) -> texts, or ready
 """
@@ -51,11 +51,11 @@ class Scoring:
     Args:
         skeleton: the base model without its weights.
         pool: fitted to it.
-        options: what LoGo was told.
-        taps: keep the hidden vectors of texts, and score by what is ready once `install` was called.
+        options: LoGo's options.
+        taps: record the hidden vectors of texts, and score with the installed scorers.
         prompts: read the texts.
         device: where scores are computed.
-        before: of an earlier state of the pool; what is still true is taken over.
+        before: of an earlier state of the pool, whose valid parts are reused.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
-"""One request with several prompts. Each prompt is sent to vLLM as a request of its own, since each has its own
-mixture, and the answers or streams are joined into one response."""
+"""One request with several prompts. Each prompt is sent to vLLM as its own request, because each has its own mixture,
+and the answers or streams are joined into one response.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Adapter responses summed over the tokens of probed prompts, while vLLM runs them chunk by chunk.
+"""Adapter responses summed over the tokens of probed prompts, while vLLM computes them chunk by chunk.
 
-A runner says by `Span` which rows of a step are tokens of which prompt; `Step` cuts them into blocks; `PromptSums` adds
-up, so that the sums over every prefix of whole blocks are known, too.
+A runner describes by `Span` which rows of a step are tokens of which prompt; `Step` cuts them into blocks; `PromptSums`
+adds them up, and keeps the sums over every prefix of whole blocks.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     spans of the step -> (the model calls `tap` at every place that is read) -> sums per prompt -> scores
 
-A place is a linear module of vLLM's model, or a decoder layer where the residual stream is read. Nothing here knows how
+A place is a linear module of vLLM's model, or a decoder layer whose residual stream is read. Nothing here knows how
 requests are scheduled: a runner says which rows of the next step belong to which prompt. Nothing here may raise while
-the model runs, since that would end the engine: what fails is kept as the answer to the prompt.
+the model runs, since that would end the engine; an error becomes the answer to its prompt.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Taps:
     # -- calibrating ---------------------------------------------------------------------------------------------
 
     def start_calibration(self, points: Sequence[Point], signal: Signal) -> None:
-        """Keeps the hidden vectors of prompts without a signal at these points, until `end_calibration` is called."""
+        """Records the hidden vectors of prompts without a signal at these points, until `end_calibration` is called."""
         self._calibrating = KeptVectors(signal, {point.module: self._place_of(point, signal.input) for point in points})
 
     def end_calibration(self) -> KeptVectors | None:
-        """Ends `start_calibration`. Returns what was kept; None where no calibration was begun."""
+        """Ends `start_calibration` and returns the recorded vectors; None without `start_calibration`."""
         kept, self._calibrating = self._calibrating, None
         return kept
 

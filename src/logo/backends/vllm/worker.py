@@ -1,6 +1,6 @@
-"""LoGo in one worker of vLLM: scores of probed prompts, and mixtures by recipe.
+"""LoGo in one worker of vLLM: scores of probed prompts, and mixtures from recipes.
 
-vLLM calls it through the hooks of `logo.backends.vllm.hooks`; the router and the offline engine call it through
+vLLM calls it through the hooks of `logo.backends.vllm.hooks`. The router and the offline engine call it through
 `collective_rpc`, which runs the functions of `logo.backends.vllm.calls` on every worker.
 """
 
@@ -49,7 +49,7 @@ class Worker:
     Args:
         manager: vLLM's manager of the adapters of one worker, before its model is wrapped.
         vllm_config: of the engine.
-        options: what LoGo was told.
+        options: LoGo's options.
     """
 
     def __init__(self, manager: Any, vllm_config: Any, options: Options) -> None:
@@ -188,7 +188,7 @@ class Worker:
     # -- every step ----------------------------------------------------------------------------------------------
 
     def begin_step(self, requests: Iterable[Any]) -> None:
-        """Before a step: which prompts are probed in it, and which recipes are mixed.
+        """Before a step: the prompts that are probed in it, and the recipes that are mixed.
 
         Args:
             requests: vLLM's `LoRARequest` of every adapter in the step.
@@ -221,7 +221,7 @@ class Worker:
         return mapped(mapping, late) if late else mapping
 
     def recipe(self, text: str) -> Recipe:
-        """The recipe that a text says. One of adapters that are not here is the base model's, and noted as failed."""
+        """The recipe of a text. A recipe of unknown adapters becomes the base model's, and is noted as failed."""
         recipe = Recipe.parse(text)
         lacking = set(recipe.keys) - self._by_key.keys()
         if lacking:
@@ -230,18 +230,18 @@ class Worker:
         return recipe
 
     def fail(self, text: str, reason: str) -> None:
-        """Notes that a recipe was not mixed, so that its answer is not given. Raising would end all answers."""
+        """Notes that a recipe was not mixed, so that its answer becomes an error. Raising would end all answers."""
         self._failures[text] = reason
         while len(self._failures) > _REMEMBERED:
             self._failures.pop(next(iter(self._failures)))
         log.error("LoGo: a mixture failed: %s", reason)
 
     def take(self, keys: Sequence[str]) -> dict[str, Any]:
-        """What became of probes and mixtures.
+        """The outcome of probes and mixtures.
 
         Returns:
-            of probes: the digest of the pool and the scores of its adapters, or why there are none; of recipes: why
-            they were not mixed, or None.
+            for probes: the digest of the pool and the scores of its adapters, or why there are none; for recipes: why
+                they were not mixed, or None.
         """
         probes = self.taps.take([key for key in keys if not is_recipe(key)])
         scored = {key: found if isinstance(found, str) else [self.pool.digest, found] for key, found in probes.items()}
@@ -281,7 +281,7 @@ class Worker:
     # -- adapters ------------------------------------------------------------------------------------------------
 
     def make_resident(self) -> None:
-        """Puts the pool into vLLM's slots, where it stays; does nothing where it is there."""
+        """Loads the pool into vLLM's slots, where it stays; does nothing if it is there."""
         manager = self._adapters
         held = set(manager.lora_index_to_id)
         for key, adapter in self._by_key.items():
@@ -307,13 +307,13 @@ class Worker:
     # -- the pool ------------------------------------------------------------------------------------------------
 
     def stage(self, change: Change | None) -> dict[str, Any]:
-        """Begins to open the pool, or to change it; nothing is different until `commit`.
+        """Begins to open or to change the pool; nothing changes before `commit`.
 
         Args:
             change: None: open the pool that the options name.
 
         Returns:
-            `described` of the pool that will be.
+            `described` of the new pool.
 
         Raises:
             LoGoError: the change cannot be made.
@@ -348,10 +348,10 @@ class Worker:
         return opened
 
     def commit(self) -> None:
-        """Makes true what `stage` has begun. Adapters that are no longer in the pool stay until `forget`.
+        """Makes the staged pool the current one. Removed adapters stay until `forget`.
 
         Raises:
-            ModelError: nothing was begun.
+            ModelError: nothing was staged.
         """
         if self._staged is None:
             raise ModelError("no change of the pool has begun")
@@ -365,11 +365,11 @@ class Worker:
         scoring.install()
 
     def abandon(self) -> None:
-        """Leaves what `stage` has begun."""
+        """Drops the staged pool."""
         self._staged = None
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Adapters that have left the pool, and with which no answer is on its way any more."""
+        """Removes adapters that have left the pool and that no answer uses any more."""
         for key in set(keys) & self._by_key.keys() - set(self.pool.keys.values()):
             self._adapters.remove_adapter(self._ids[key])
             del self._by_key[key], self._ids[key]

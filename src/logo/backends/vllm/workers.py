@@ -1,4 +1,4 @@
-"""What the HTTP router asks of vLLM's workers."""
+"""The router's calls to vLLM's workers."""
 
 from __future__ import annotations
 

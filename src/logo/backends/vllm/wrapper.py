@@ -1,7 +1,7 @@
-"""What vLLM's linear layers call instead of its own LoRA kernels: the tap of the layer, then the gated product.
+"""Called by vLLM's linear layers instead of its own LoRA kernels: the tap of the layer, then the gated product.
 
-Gate mode needs it everywhere. On a CPU it also serves merged mixtures and single adapters, since vLLM's own CPU kernels
-give base rows the last adapter where all slots are in use.
+Gate mode needs it everywhere. On a CPU it also serves merged mixtures and single adapters, because vLLM's own CPU
+kernels apply the last adapter to base rows if all slots are in use.
 """
 
 from __future__ import annotations
@@ -154,10 +154,10 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
 
 
 def with_kernels(products: Products, device: torch.device) -> bool:
-    """Whether Triton's kernels multiply. Registers them where they do.
+    """Whether Triton's kernels multiply; registers them if so.
 
     Raises:
-        ModelError: they are asked for, and Triton is not here.
+        ModelError: they are requested, and Triton is not installed.
     """
     if products == "plain" or (products == "auto" and device.type != "cuda"):
         return False
