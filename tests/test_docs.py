@@ -103,6 +103,22 @@ def test_the_python_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str
     assert "add_numbers" in capsys.readouterr().out
 
 
+def test_the_numbers_of_the_readme_are_those_of_the_pages() -> None:
+    readme, study, demo = (
+        (ROOT / name).read_text() for name in ("README.md", "docs/how-selection-works.md", "docs/demo-world.md")
+    )
+    top1, own = (
+        re.search(rf"^ +calibrated +{column}", study, re.MULTILINE)[1] for column in (r"(\S+)", r"(?:\S+ +){3}(\S+)")
+    )
+    oracle, uniform = (
+        re.search(rf"^ +{name}(?: +-)+ +(\S+)", study, re.MULTILINE)[1] for name in ("oracle", "uniform")
+    )
+    assert f"**{float(top1) * 100:.0f} of 100**" in readme
+    assert all(f" {number}" in readme.partition("```")[0] for number in (own, oracle, uniform))
+    averages = re.findall(r"\d\.\d\d", re.search(r"│ average .*", demo)[0])
+    assert [f"{number}" for number in averages if f" {number}" in readme.partition("## Two commands")[2]] == averages
+
+
 # --- transcripts: the rules are in transcripts.py
 
 TRANSCRIPTS = {page: transcripts(page) for page in PAGES}

@@ -1,4 +1,4 @@
-"""The site of all pages builds without a warning and loads nothing from elsewhere; its notebooks print what they show."""
+"""The site builds without a warning and loads nothing from elsewhere, and its notebooks print what they show."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ needs_docs = pytest.mark.skipif(
 
 def test_links_that_leave_the_docs_lead_to_places_in_the_site() -> None:
     added: list[str] = []
-    text = "[a](../README.md#limits) [b](../examples/chats.py) [c](b.md) [d](https://x.org/y.md) [e](#f) ![g](images/h.png)"
+    text = "[a](../README.md#limits) [b](../examples/chats.py) [c](b.md) [d](https://x.org/y.md) [e](#f) ![g](i/h.png)"
     assert site_pages.with_links_of_the_site(text, "page.md", added.append) == (
-        "[a](index.md#limits) [b](examples/chats.py) [c](b.md) [d](https://x.org/y.md) [e](#f) ![g](images/h.png)"
+        "[a](index.md#limits) [b](examples/chats.py) [c](b.md) [d](https://x.org/y.md) [e](#f) ![g](i/h.png)"
     )
     assert added == ["examples/chats.py"]
     assert site_pages.with_links_of_the_site("[a](../page.md)", "concepts/b.md", added.append) == "[a](../page.md)"
@@ -97,6 +97,7 @@ def outputs(notebook: Path) -> list[str]:
         "".join(
             "<picture>\n" if "image/png" in output.get("data", {}) else "".join(output.get("text", ()))
             for output in cell["outputs"]
+            if output.get("name") != "stderr"  # warnings and progress
         )
         for cell in cells
         if cell["cell_type"] == "code"
