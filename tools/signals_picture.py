@@ -43,6 +43,7 @@ def main() -> None:
     order = ("oracle", "calibrated", "uniform", "norm", "entropy", "base")
     plt.rcParams |= {"svg.fonttype": "path", "svg.hashsalt": "logo", "font.size": 13}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
     bars(left, found, "finds the prompt's own adapter", limit=1.0)
     bars(right, {name: worth[name] for name in order}, "answers exactly", limit=None)
     figure.savefig(args.picture, metadata={"Date": None}, facecolor="white")
