@@ -20,11 +20,11 @@ import matplotlib.pyplot as plt
 
 OURS, PAPER, OTHER, EDGE = "#3f6fd1", "#d98a3d", "#b9c2d0", "#1c2536"
 LABELS = {
-    "calibrated": "LoGo (calibrated)",
-    "norm": "the paper's norm",
-    "entropy": "the paper's entropy",
-    "oracle": "the right adapter",
-    "uniform": "all adapters alike",
+    "calibrated": "LoGo",
+    "norm": "paper: norm",
+    "entropy": "paper: entropy",
+    "oracle": "right adapter",
+    "uniform": "all alike",
     "base": "no adapter",
     "chance": "chance",
 }
@@ -42,9 +42,9 @@ def main() -> None:
     worth = {name: arm["exact_match"] for name, arm in arms(study).items()}
     order = ("oracle", "calibrated", "uniform", "norm", "entropy", "base")
     plt.rcParams |= {"svg.fonttype": "path", "svg.hashsalt": "logo", "font.size": 13}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
-    bars(left, found, "finds the prompt's own adapter", limit=1.0)
+    bars(left, found, "finds the right adapter", limit=1.0)
     bars(right, {name: worth[name] for name in order}, "answers exactly", limit=None)
     figure.savefig(args.picture, metadata={"Date": None}, facecolor="white")
 
