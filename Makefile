@@ -3,7 +3,7 @@
 #   make test   sets up what tests need and runs them all
 # and one is for every day:
 #   make check  the same, but for the slow tests
-.PHONY: help demo check test test-vllm check-vllm-versions lint demo-assets clean
+.PHONY: help demo check test docs test-vllm check-vllm-versions lint demo-assets clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,6 +25,7 @@ help:
 	@echo "make check        linters, type checker and the fast tests"
 	@echo "make test         linters, type checker and the whole test suite"
 	@echo "make test-vllm    set up .venv-vllm and run the tests that start vLLM, on the CPU"
+	@echo "make docs         build the site of all pages into build/site"
 	@echo "make check-vllm-versions  download the known versions of vLLM and look for what LoGo relies on in them"
 	@echo "make demo-assets  rebuild the embedded model and its adapters from a seed (up to an hour on two cores)"
 	@echo "make clean        remove .venv and caches"
@@ -71,6 +72,9 @@ test: lint
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest $(SPREAD) tests/backends tests/test_vllm_kernels.py
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Not part of CI: it downloads some 800 MB.
 check-vllm-versions: $(VENV)/.installed-dev
