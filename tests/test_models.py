@@ -15,7 +15,7 @@ import torch
 from hub_server import GOOD_TOKEN, HubServer
 from logo import LoGo, ModelError, UsageError
 from logo.adapters.layout import BaseLayout
-from logo.models import load_base, load_layout, pick_device, resolve_base
+from logo.models import load_base, load_skeleton, pick_device, resolve_base
 from logo.pools import default_pool
 from tolerances import PATIENCE
 
@@ -64,7 +64,7 @@ def test_device_and_dtype() -> None:
 def test_a_layout_needs_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((F1 / "model" / "config.json").read_text())
     model, _ = load_base(str(F1 / "model"), device="cpu")
-    assert load_layout(str(tmp_path)) == BaseLayout.of(model)
+    assert BaseLayout.of(load_skeleton(str(tmp_path))) == BaseLayout.of(model)
 
 
 @pytest.mark.parametrize("damage", ["weights", "config", "pickled"])

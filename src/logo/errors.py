@@ -1,7 +1,7 @@
-"""The errors a user can meet.
+"""The errors of this package.
 
-Every message is one line that names the thing, what was expected, what was found and what to do. Each class is
-also the built-in error a caller would expect, so `except ValueError` and `except OSError` keep working.
+Every message is one line that names the thing, what was expected, what was found and what to do. Each class is also a
+built-in error, so that `except ValueError` and `except OSError` work.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class LoGoError(Exception):
-    """Base of everything this package raises on purpose; shown to the user as one line."""
+    """Base of all errors that this package raises; the command line shows them as one line."""
 
 
 class UsageError(LoGoError, ValueError):
@@ -36,7 +36,7 @@ class AdapterError(LoGoError, ValueError):
 
 
 class LeftOut(AdapterError):
-    """An adapter that is not taken though nothing is wrong with it: no reason to refuse its pool."""
+    """An adapter that is left out although nothing is wrong with it, so that its pool is not refused."""
 
 
 class PoolError(LoGoError, ValueError):
@@ -48,19 +48,15 @@ class ModelError(LoGoError, ValueError):
 
 
 class StoreFull(LoGoError, RuntimeError):
-    """The adapters that are in use at one time need more memory than adapters may have."""
+    """The adapters in use at one time do not fit into the memory for adapters."""
 
 
 class NotFinite(ModelError, ArithmeticError):
-    """What was computed is NaN or infinite, so that nothing can be made of it."""
-
-
-class TrainingError(LoGoError, RuntimeError):
-    """Adapters that could not be trained, or not all of them."""
+    """A result is NaN or infinite."""
 
 
 class Unsure(PoolError):
-    """No adapter of the pool seems to be made for a prompt, and the user wants no answer then."""
+    """No adapter of the pool seems to be made for a prompt, and `when_unsure` is `"refuse"`."""
 
 
 class DataError(LoGoError, ValueError):
@@ -72,10 +68,10 @@ class StorageError(LoGoError, OSError):
 
 
 class HubError(LoGoError, OSError):
-    """The Hugging Face Hub refused, could not be reached, or does not have what was asked for."""
+    """The Hugging Face Hub refused a request, could not be reached, or lacks a repository or file."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for a name that resembles a known one, else nothing."""
+    """` (did you mean 'x'?)` for a name that resembles a known one, else an empty text."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

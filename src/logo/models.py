@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.layout import BaseLayout
 from logo.errors import LoGoError, ModelError, UsageError, closest
 from logo.hub.failures import hub_error
 from logo.hub.names import check_revision, is_hub_id
@@ -224,15 +223,6 @@ def load_tokenizer(base_model: str, *, model_dir: str | Path | None = None) -> P
     with loading(base_model, source):
         folder = fetch(source)
         return _padded(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), base_model)
-
-
-def load_layout(base_model: str, *, model_dir: str | Path | None = None) -> BaseLayout:
-    """The linear modules of a base model from its configuration alone: no weights are read or downloaded.
-
-    Raises:
-        ModelError, HubError: as `load_base`.
-    """
-    return BaseLayout.of(load_skeleton(base_model, model_dir=model_dir))
 
 
 def load_skeleton(base_model: str, *, model_dir: str | Path | None = None) -> PreTrainedModel:
