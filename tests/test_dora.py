@@ -128,5 +128,5 @@ def test_where_it_would_be_mixed_or_written_it_is_refused_by_name(
     assert capsys.readouterr().err.count("it is a DoRA adapter") == 2
     edit_config(tmp_path / "pool" / "a", init_lora_weights="pissa")
     write_peft(tmp_path / "pool" / "a" / "pissa_init")
-    with pytest.raises(PoolError, match="DoRA adapter that began as a part of the base"):
+    with pytest.raises(PoolError, match="DoRA adapter whose initialisation changed the base"):
         AdapterPool.from_directory(tmp_path / "pool")

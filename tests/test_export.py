@@ -77,7 +77,7 @@ def test_names_of_modules_are_short_where_all_of_that_name_are_adapted(llama: nn
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:
     logo = engine(llama, adapters, unscorable="skip", k=1)
     for nothing in ({}, {"tasks/t1": 0.0}):
-        with pytest.raises(UsageError, match="holds no adapter: there is nothing to write"):
+        with pytest.raises(UsageError, match="has no adapter, so there is nothing to write"):
             logo.save_mixture(nothing, tmp_path / "new")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")

@@ -230,7 +230,7 @@ def test_several_places_stand_in_front_of_names(hub: HubServer, tmp_path: Path) 
     assert listed.names == ["french", "org/base_lora-nested", f"{front}-2b/lora", f"{front}-8b/lora"]
     assert text == listed
     assert gone.error == "HubError" and "org/none" in gone.message  # named in full: no adapter to leave out
-    assert clash.error == "PoolError" and "have one name" in clash.message
+    assert clash.error == "PoolError" and "have the same name" in clash.message
 
 
 def test_a_manifest_gives_the_same_bytes_or_says_what_changed(hub: HubServer, tmp_path: Path) -> None:

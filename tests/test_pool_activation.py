@@ -127,7 +127,7 @@ def test_what_is_sent_says_it(pool: Path) -> None:
         "two/pool.json",
     ]
     [alone] = AdapterPool.from_directory(pool / "a", cache="")
-    with pytest.raises(UsageError, match="acts on last:4, which the folder that it lies in says"):
+    with pytest.raises(UsageError, match=r"acts on last:4 because of a pool\.json in the folder above"):
         Upload.of(pool / "a", [alone], "org/loras", "a")
     [spoken] = AdapterPool.from_directory(pool / "two" / "g", cache="")  # says it itself
     assert "adapter_config.json" in Upload.of(pool / "two" / "g", [spoken], "org/loras", "g").files

@@ -174,7 +174,7 @@ def test_a_run_is_another_one_with_other_examples(llama: nn.Module, folder: Path
 def test_the_signal_alone_needs_examples(llama: nn.Module, folder: Path) -> None:
     with pytest.raises(PoolError, match="needs example prompts, and none of the 4 adapters has any"):
         engine(llama, folder, signal="signature")
-    with pytest.raises(UsageError, match="'signature' knows nothing else"):
+    with pytest.raises(UsageError, match="'signature' uses nothing else"):
         engine(llama, folder, signal="signature", examples="ignore")
 
 

@@ -38,7 +38,7 @@ def write_mixture(
     """
     parts = [(adapter, weight) for adapter, weight in parts if weight]
     if not parts:
-        raise UsageError("the mixture holds no adapter: there is nothing to write, the base model alone answers so")
+        raise UsageError("the mixture has no adapter, so there is nothing to write")
     places = {adapter.activation for adapter, _ in parts}
     if len(places) > 1:
         raise UsageError(

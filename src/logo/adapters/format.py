@@ -184,10 +184,10 @@ class Adapter:
     def check_linear(self) -> None:
         """Raises AdapterError unless it is `s B A` on linear modules, since no other kind can be written."""
         if self.alone:
-            raise AdapterError(self.name, "it is a DoRA adapter (use_dora), which cannot be written anew yet")
+            raise AdapterError(self.name, "it is a DoRA adapter (use_dora), which cannot be rewritten yet")
         for path, module in self.modules.items():
             if module.embedding:
-                raise AdapterError(self.name, f"it adapts an embedding ({path}), which cannot be written anew yet")
+                raise AdapterError(self.name, f"it adapts an embedding ({path}), which cannot be rewritten yet")
 
     def verify(self) -> None:
         """Reads all tensors of its modules.

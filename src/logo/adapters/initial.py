@@ -52,7 +52,7 @@ def with_initial(trained: Adapter, initial: Adapter) -> Adapter:
         Refusal: the initial state is that of another adapter, since its modules, shapes or scales differ.
     """
     if trained.alone or initial.alone:
-        raise Refusal("it is a DoRA adapter that began as a part of the base weights, which is not read yet")
+        raise Refusal("it is a DoRA adapter whose initialisation changed the base weights, which is not supported yet")
     first = {core_path(path): (path, module) for path, module in initial.modules.items()}
     if first.keys() != {core_path(path) for path in trained.modules}:
         raise Refusal(f"its initial adapter {initial.folder} adapts other modules")

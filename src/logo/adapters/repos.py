@@ -74,8 +74,8 @@ def list_repos(
         return kept
     if not found:
         raise HubError(
-            f"Hub repos {pattern}: {constants.ENDPOINT} lists none that are called so; check the names, and HF_TOKEN "
-            "if they are private"
+            f"Hub repos {pattern}: {constants.ENDPOINT} has none of this name; check it, and HF_TOKEN if they are "
+            "private"
         )
     listing = Listing(dict(sorted(found.items())))
     keep_listing(pattern, listing, cache)

@@ -76,7 +76,7 @@ def opened(
         name = spot.name
         if spot.folder != str(spot.top) and began(spot.folder):
             refused.append(
-                LeftOut(name, "it is what the adapter in the folder above it began as, and is read with that")
+                LeftOut(name, "it is the initial state of the adapter in the folder above it, and is read with that")
             )
             continue
         try:
@@ -86,7 +86,9 @@ def opened(
             elif known.verified(name):
                 unchanged.add(name)
             if name in adapters:
-                raise AdapterError(name, f"{adapters[name].folder} and {spot.folder} have one name; rename one of them")
+                raise AdapterError(
+                    name, f"{adapters[name].folder} and {spot.folder} have the same name; rename one of them"
+                )
             adapters[name], tops[name] = adapter, spot.top
         except AdapterError as error:
             refused.append(error)

@@ -142,7 +142,7 @@ class SelectionSettings:
                 f"when_unsure {self.when_unsure!r}: the signal {self.signal!r} does not say how sure it is"
             )
         if self.signal == "signature" and self.examples == "ignore":
-            raise UsageError("examples 'ignore': the signal 'signature' knows nothing else; use 'calibrated'")
+            raise UsageError("examples 'ignore': the signal 'signature' uses nothing else; use 'calibrated'")
         if self.probe_context != "base" and self.reading.scale != "raw":
             raise UsageError(
                 f"probe_context {self.probe_context!r}: the signal {self.signal!r} compares with neutral text that the "

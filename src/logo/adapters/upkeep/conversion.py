@@ -118,17 +118,17 @@ def converted(adapter: Adapter, dtype: torch.dtype | None = None, initial: Initi
             raise AdapterError(
                 adapter.name,
                 f"init_lora_weights is {init!r}, which also changed the base weights; give the adapter as it was "
-                "before training with --initial; without it, only training again helps",
+                "before training with --initial, or train it again",
             )
         weights = _freed(adapter, weights, initial.of(adapter))
         config = config | doubled(config)
     elif initial is not None:
         raise AdapterError(
             adapter.name,
-            f"init_lora_weights is {config.get('init_lora_weights', True)!r}, which does not say that it began as "
-            "PiSSA or the like, so there is nothing to take away with --initial (PEFT writes true when it has "
-            "converted an adapter); convert it without --initial, or, if it began so and was never converted, set "
-            "init_lora_weights to what it was, such as 'pissa'",
+            f"init_lora_weights is {config.get('init_lora_weights', True)!r}, which names no initialisation that "
+            "changed the base weights, so --initial does not apply (PEFT writes true after a conversion); convert it "
+            "without --initial, or, if it was never converted, set init_lora_weights to its initialisation, such as "
+            "'pissa'",
         )
     exact = weights
     if dtype is not None:
@@ -172,8 +172,8 @@ def _freed(adapter: Adapter, weights: Mapping[str, LoraWeights], initial: Adapte
     if _size(doubled) <= _NOTHING * _size(weights):
         raise AdapterError(
             adapter.name,
-            f"nothing is left of it without its initial adapter {initial.folder}, which has the same update: give "
-            "the adapter as it was before training",
+            f"its initial adapter {initial.folder} has the same update, so their difference is zero: give the adapter "
+            "as it was before training",
         )
     return doubled
 

@@ -66,9 +66,9 @@ class Upload:
         for adapter in adapters:
             if adapter.activation.last is not None and not homes(adapter.folder, root):
                 raise UsageError(
-                    f"{adapter.folder} acts on {adapter.activation}, which the folder that it lies in says and which "
-                    "would not be sent: push that folder, or copy this one with `logo pool convert`, which writes it "
-                    "down there"
+                    f"{adapter.folder} acts on {adapter.activation} because of a {NOTES} in the folder above it, which "
+                    "would not be uploaded: push that folder, or copy this one with `logo pool convert`, which adds "
+                    f"a {NOTES}"
                 )
             # These two were read as adapters. The other files may be links to anything, and are checked.
             sent += [adapter.folder / CONFIG, adapter.folder / SAFETENSORS]
