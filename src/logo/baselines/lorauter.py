@@ -18,10 +18,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from logo.baselines.embedding import DEFAULT_MODEL, embed, fetch
+from logo.baselines.embedding import DEFAULT_MODEL
 from logo.baselines.learned import best_of, each_alone
 from logo.baselines.method import Example, Method, Need, Prepared, Task, check_count, ranked
-from logo.baselines.retrieval import means
+from logo.baselines.retrieval import Embedding
 from logo.calls import Calls
 from logo.errors import DataError, UsageError
 from logo.selection import Selection
@@ -34,7 +34,7 @@ _TRIED: WeakKeyDictionary[Calls, dict[tuple[str, str], Table]] = WeakKeyDictiona
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAuter(Method):
+class LoRAuter(Embedding):
     """LoRAuter (arXiv 2601.21795): the adapters that do best on the tasks most similar to the prompt.
 
     Attributes:
@@ -59,17 +59,9 @@ class LoRAuter(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("k", self.k)
         check_count("validation rows", self.rows)
         if not 0 < self.temperature < float("inf"):
             raise UsageError(f"lorauter temperature: expected a number above 0, found {self.temperature}")
-
-    @property
-    def picks(self) -> int:
-        return self.k
-
-    def check(self) -> None:
-        fetch(self.embedding_model)
 
     def as_dict(self) -> dict[str, Any]:
         plain = Method.as_dict(replace(self, validation={}, tables={}))
@@ -105,13 +97,11 @@ class LoRAuter(Method):
             adapter = best_of({one: table[one] for one in among})
             best[name] = {"adapter": adapter, "rows": len(self.validation[name][: self.rows]), **table[adapter]}
         groups = [tuple(row.context for row in rows[: self.rows]) for rows in self.validation.values()]
-        device = str(logo.devices[0])
-        tasks = torch.nn.functional.normalize(means(groups, self.embedding_model, self.instruction, device), dim=-1)
+        tasks = torch.nn.functional.normalize(self.means(logo, groups), dim=-1)
         adapters = [found["adapter"] for found in best.values()]
 
         def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
-            texts = embed(prompts, self.embedding_model, self.instruction, device)
-            return [self._mixed(adapters, similarities) for similarities in texts @ tasks.T]
+            return [self._mixed(adapters, similarities) for similarities in self.embedded(logo, prompts) @ tasks.T]
 
         return Prepared(select, {"embedding_model": self.embedding_model, "tasks": best})
 

@@ -21,9 +21,43 @@ from logo.selection import Selection
 Variant = Literal["mixture", "fusion", "selection"]
 
 
+class Embedding(Method):
+    """Base of methods that compare embeddings of texts; subclasses are dataclasses that declare its fields.
+
+    Attributes:
+        embedding_model: a Hub id or a folder of sentence-transformers.
+        instruction: put before every text.
+        k: adapters, or tasks, that are mixed.
+    """
+
+    embedding_model: str
+    instruction: str
+    k: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("k", self.k)
+
+    @property
+    def picks(self) -> int:
+        return self.k
+
+    def check(self) -> None:
+        fetch(self.embedding_model)
+
+    def embedded(self, logo: Calls, texts: Sequence[str]) -> Tensor:
+        """Embeddings (texts, d)."""
+        return embed(texts, self.embedding_model, self.instruction, str(logo.devices[0]))
+
+    def means(self, logo: Calls, groups: Sequence[tuple[str, ...]]) -> Tensor:
+        """The mean embedding of every group of texts, (groups, d); equal groups are embedded once."""
+        device = str(logo.devices[0])
+        return torch.stack([_mean(group, self.embedding_model, self.instruction, device) for group in groups])
+
+
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Method):
-    """Base of both methods.
+class Retrieval(Embedding):
+    """Base of methods that know adapters by samples of their inputs.
 
     Attributes:
         samples: adapter name -> inputs of its training task.
@@ -38,17 +72,6 @@ class Retrieval(Method):
     embedding_model: str = DEFAULT_MODEL
     instruction: str = ""
     k: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("k", self.k)
-
-    @property
-    def picks(self) -> int:
-        return self.k
-
-    def check(self) -> None:
-        fetch(self.embedding_model)
 
     def as_dict(self) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(self.samples, sort_keys=True).encode()).hexdigest()
@@ -70,12 +93,7 @@ class Retrieval(Method):
             DataError: an adapter has no samples.
         """
         self.check_pool(names)
-        groups = [tuple(self.samples[name]) for name in names]
-        return means(groups, self.embedding_model, self.instruction, str(logo.devices[0]))
-
-    def embedded(self, logo: Calls, prompts: Sequence[str]) -> Tensor:
-        """(prompts, d)."""
-        return embed(prompts, self.embedding_model, self.instruction, str(logo.devices[0]))
+        return self.means(logo, [tuple(self.samples[name]) for name in names])
 
     def closest(self, names: Sequence[str], similarities: Tensor) -> Selection:
         """The k adapters of the highest similarities (pool,), alike in weight; ties to the earlier name."""
@@ -144,12 +162,7 @@ class AdapterSoup(Retrieval):
         return Prepared(same_for_all(selection.mixture, selection.scores), record)
 
 
-def means(groups: Sequence[tuple[str, ...]], model: str, instruction: str, device: str) -> Tensor:
-    """(groups, d): the mean embedding of every group of texts, each of which is read once."""
-    return torch.stack([_mean(group, model, instruction, device) for group in groups])
-
-
 @functools.lru_cache(maxsize=2048)
 def _mean(texts: tuple[str, ...], model: str, instruction: str, device: str) -> Tensor:
-    """Kept, because all datasets of a run ask for those of one pool."""
+    """Cached, since all datasets of a run use the same groups."""
     return embed(texts, model, instruction, device).mean(dim=0)
