@@ -27,19 +27,16 @@ class Models:
         base: the name of the base model alone.
         adapters: names of the adapters that the request may use.
         signals: the signals that it may use.
+        patterns: the adapters to which its API key is bound; None: the whole pool.
     """
 
     base: str
     adapters: Collection[str]
     signals: Collection[str]
+    patterns: Patterns | None = None
 
-    def mixture_request(
-        self, model: str, options: LogoOptions | None, patterns: Patterns | None = None
-    ) -> MixtureRequest:
+    def mixture_request(self, model: str, options: LogoOptions | None) -> MixtureRequest:
         """The mixture that a model's name and the field `logo` request.
-
-        Args:
-            patterns: the adapters to which the request's API key is bound; None: the whole pool.
 
         Raises:
             ApiError: there is no such model, or the options do not fit it.
@@ -48,7 +45,7 @@ class Models:
             raise model_not_found(model, closest(model, (AUTO, self.base, *self.adapters)))
         options = options or LogoOptions()
         if options.adapters is not None:
-            return MixtureRequest(options.adapters, usable=patterns)
+            return MixtureRequest(options.adapters, usable=self.patterns)
         if options.signal is not None and options.signal not in self.signals:
             raise bad_request(
                 f"logo.signal: expected one of {', '.join(self.signals)}, which this server was started with, "
@@ -57,11 +54,11 @@ class Models:
             )
         if model == AUTO:
             given: Any = {name: getattr(options, name) for name in options.selecting}
-            return MixtureRequest(None, given, patterns)
+            return MixtureRequest(None, given, self.patterns)
         if options.selecting:
             said = ", ".join(map(repr, options.selecting))
             raise bad_request(f"logo: model {shown(model)} selects nothing; leave out {said}", "logo")
-        return MixtureRequest({} if model == self.base else {model: 1.0}, usable=patterns)
+        return MixtureRequest({} if model == self.base else {model: 1.0}, usable=self.patterns)
 
     def check_new(self, name: str, *, replace: bool) -> None:
         """Checks that an adapter of this name may be added.

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from logo.api.errors import bad_request, timed_out
 from logo.api.names import Models
-from logo.api.requests import LogoOptions, Message
+from logo.api.requests import Message
 from logo.decoding import MAX_NEW_TOKENS
 from logo.endings import FinishReason
 from logo.prompts import Prompt, read
@@ -105,19 +105,9 @@ class Answers:
 
     # -- reading requests -----------------------------------------------------------------------------------------
 
-    def mixture_request(
-        self, model: str, options: LogoOptions | None, patterns: Patterns | None = None
-    ) -> MixtureRequest:
-        """The mixture that a model's name and the field `logo` request; see `Models.mixture_request`.
-
-        Args:
-            patterns: the adapters to which the request's API key is bound; None: the whole pool.
-
-        Raises:
-            ApiError: there is no such model, or the options do not fit it.
-        """
-        models = Models(self.base_model, self.service.usable(patterns), self.service.signals)
-        return models.mixture_request(model, options, patterns)
+    def models(self, patterns: Patterns | None = None) -> Models:
+        """The models of a request whose API key is bound to these adapters; None: the whole pool."""
+        return Models(self.base_model, self.service.usable(patterns), self.service.signals, patterns)
 
     async def encoded(self, prompts: Sequence[str | Sequence[int]]) -> list[Prompt]:
         """Reads prompts.

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from logo.api.errors import ApiError, bad_request, not_found, shown_line
-from logo.api.names import Models
 from logo.api.requests import LoadAdapter, UnloadAdapter
 from logo.api.validation import shown
 from logo.errors import AdapterError, PoolError
@@ -24,7 +23,7 @@ async def load(body: LoadAdapter, request: Request) -> Response:
     """Adds an adapter to the pool; one that fails a check changes nothing."""
     answers: Answers = request.app.state.answers
     folder = inside(request.app.state.settings.adapter_changes, body.lora_path)
-    _models(answers).check_new(body.lora_name, replace=body.load_inplace)
+    answers.models().check_new(body.lora_name, replace=body.load_inplace)
     try:
         await answers.service.add(folder, body.lora_name, replace=body.load_inplace)
     except AdapterError as error:
@@ -39,17 +38,13 @@ async def load(body: LoadAdapter, request: Request) -> Response:
 async def unload(body: UnloadAdapter, request: Request) -> Response:
     """Takes an adapter out of the pool; requests that have selected it are still answered with it."""
     answers: Answers = request.app.state.answers
-    _models(answers).check_there(body.lora_name)
+    answers.models().check_there(body.lora_name)
     try:
         await answers.service.remove(body.lora_name)
     except PoolError as error:  # another request removed it meanwhile
         raise not_found(str(error), "lora_name") from error
     tell_pool(answers.service.adapters)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-
-def _models(answers: Answers) -> Models:
-    return Models(answers.base_model, answers.service.adapters, answers.service.signals)
 
 
 def inside(root: Path, path: str) -> Path:

@@ -106,7 +106,7 @@ async def _generate(
     """
     answers, began = _answers(request), time.perf_counter()
     request.state.model = body.model
-    wanted = answers.mixture_request(body.model, body.logo, _patterns(request))
+    wanted = answers.models(_patterns(request)).mixture_request(body.model, body.logo)
     with ExitStack() as stack:
         stack.enter_context(_admitted(answers, count * body.n))
         prompts = await encoded()
@@ -141,7 +141,7 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
 async def select(body: SelectRequest, request: Request) -> SelectionReply:
     """Which adapters would answer, with the scores of all."""
     answers, began = _answers(request), time.perf_counter()
-    wanted = answers.mixture_request(AUTO, body.logo, _patterns(request))
+    wanted = answers.models(_patterns(request)).mixture_request(AUTO, body.logo)
     with _admitted(answers):
         if body.prompt is not None:
             [prompt] = await answers.encoded([body.prompt])
