@@ -259,7 +259,7 @@ class Decoder:
         return sequences[:, ids.shape[1] :].tolist(), form
 
     def _reads_ahead(self, pool: AdapterPool, config: GenerationConfig) -> bool:
-        """Whether the base model alone reads the tokens before adapters act."""
+        """Whether the base model alone reads the tokens before adapters act, from the cache of beginnings."""
         cached = config.use_cache is not False and config.cache_implementation in _PLAIN_CACHES
         return self._beginnings is not None and pool.read_once and cached
 

@@ -11,7 +11,7 @@ from logo.errors import UsageError, closest
 from logo.prompts import ProbeText, check_probe_text
 from logo.selection.signals import SIGNALS, ProbeInput, ProbeToken, Signal, Weighting, WhenUnsure, get_signal
 
-# How far a probe goes that is read again under the mixture.
+# The depth of a probe, as a share of the layers, if the prompt is read again under its mixture.
 DEPTH = 0.5
 
 ProbeContext = Literal["base", "pool", "carry"]
@@ -23,51 +23,50 @@ ExamplesUse = Literal["use", "ignore"]
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """How prompts are read, scored and selected. None: what the signal does by itself (`logo.selection.signals`).
+    """How prompts are read, scored and selected. None means the default of the signal (`logo.selection.signals`).
 
     Attributes:
         signal: `"calibrated"`, the official `"norm"` or `"entropy"`, or any other registered signal.
-        k: adapters per prompt; None: the pool's own number (`AdapterPool.default_k`), or all of a smaller pool.
-        weighting: how scores become weights: `"linear"` (official), `"softmax"`, or `"adaptive"`, as sharp as the
-            selection is sure. See `logo.selection.selector`.
+        k: adapters per prompt; None: `AdapterPool.default_k`, or all of a smaller pool.
+        weighting: how scores become weights: `"linear"` (official), `"softmax"`, or `"adaptive"`, a softmax that is
+            sharper the surer the selection is. See `logo.selection.selector`.
         weight_temperature: of `"softmax"`, in units of the score.
         keep_mass: of the k adapters, keep the best ones that together hold this share of the weight.
-        when_unsure: what answers a prompt for which no adapter of the pool seems to be made: `"mix"`, the broad mixture
-            that the weighting gives; `"base"`, the base model alone; `"best"`, the best adapter alone; or nothing
-            (`"refuse"`). See `logo.selection.confidence`.
-        examples: whether the example prompts of adapters that have some are used (`logo.selection.signature`): `"use"`
-            or `"ignore"`.
-        probe_context: which adapters are active while probing: `"base"` none · `"pool"` all, unscaled · `"carry"` as
-            the official code really runs: all for the first prompt, then those the prompt before selected.
+        when_unsure: what answers a prompt for which no adapter seems to be made (`logo.selection.confidence`): `"mix"`,
+            the mixture of the weighting; `"base"`, the base model alone; `"best"`, the best adapter alone; `"refuse"`,
+            an error.
+        examples: whether example prompts of adapters are used (`logo.selection.signature`): `"use"` or `"ignore"`.
+        probe_context: the adapters that are active while probing: `"base"`, none; `"pool"`, all, unscaled; `"carry"`,
+        as
+            the official code runs: all for the first prompt, then those that the last prompt selected.
         probe_input: `"residual"` (entering the layer, before its norm) or `"projection"` (what the module receives).
-        probe_token: `"last"` prompt token, the `"mean"` over all of them, or `"each"`, averaging scores; `"tail"`: each
-            of those on which the adapters act, for a pool of activated adapters, where it takes the place of `"each"`.
-        probe_text: what of a conversation is probed: the `"last_user"` message (None), all messages of the user in the
-            `"conversation"`, or `"all"` that is read. See `logo.prompts.chat`.
-        probe_layer: `"last"`, an index, or several (scores are averaged over them).
+        probe_token: the `"last"` prompt token; the `"mean"` over all; or `"each"`, whose scores are averaged. `"tail"`:
+            each token on which adapters act, which replaces `"each"` for a pool of activated adapters.
+        probe_text: the part of a conversation that is probed: the `"last_user"` message (default), all messages of
+            the user (`"conversation"`), or `"all"`. See `logo.prompts.chat`.
+        probe_layer: `"last"`, an index, or several, over which scores are averaged.
         probe_module: the module to read, by name; default: the query projection.
-        probe_depth: how far the probe may go, as a share of the layers, where the signal reads several points; None:
-            through all of them where the probe is the prefill as well (activated adapters), else through half.
-        probe_points: how many points a signal that chooses its points may choose; or the points themselves, as
-            `"4.v_proj"` or full module paths.
-        baseline: what calibrated signals compare with: `"neutral"` text, or `"running"`: the same, corrected by how
-            much more or less each adapter has responded to all prompts that came than the others have, by one standard
-            deviation at most (`logo.selection.drift`). Scores then depend on what came before.
-        calibration_prompts: unlabelled prompts, like those to come, on which points are ranked; None: some of ours.
-        cache: folder in which calibrations and scoring indices are kept; `""` keeps nothing; None: the user's cache.
-        prefix_cache_gb: memory (10⁹ bytes) for what prompts begin with, so that what several share is probed once.
-        index: `"exact"` scores every adapter; `"two-stage"` first finds those that can be among the best, and scores
-            these alone: for very many adapters (docs/many-adapters.md).
-        index_rank: of what the first of two stages keeps of each adapter.
-        index_left: adapters that the first stage leaves where it only estimates (calibrated signals); None: 16 for each
-            one that is wanted, and 256 at least.
-        activation: where all adapters act, whatever they were trained for: `"everywhere"`, `"last:N"`, or
-            `"invocation"`; None: each where it was trained to act. See `logo.adapters.activation`.
+        probe_depth: the share of the layers that the probe may run, if the signal reads several points; None: all
+            layers if the probe is the prefill, too (activated adapters), else half of them.
+        probe_points: the most points that a signal may choose; or the points, as `"4.v_proj"` or full module paths.
+        baseline: the reference of calibrated signals: `"neutral"` text; or `"running"`, which also subtracts how much
+            more than others each adapter has responded to earlier prompts, by at most one standard deviation
+            (`logo.selection.drift`). Scores then depend on earlier prompts.
+        calibration_prompts: unlabelled prompts, like those to come, by which points are ranked; None: our own. cache:
+        folder for calibrations and scoring indices; `""`: no cache; None: the user's cache. prefix_cache_gb: memory
+        (10⁹ bytes) for prefixes of prompts, so that a common prefix is probed once. index: `"exact"` scores every
+        adapter; `"two-stage"` finds those that can be among the best first, and scores only
+            these, for very many adapters (docs/many-adapters.md).
+        index_rank: rows that the first of two stages keeps of each adapter.
+        index_left: adapters that the first stage leaves if it only estimates (calibrated signals); None: 16 for each
+            selected one, and at least 256.
+        activation: where all adapters act: `"everywhere"`, `"last:N"`, or `"invocation"`; None: each where it was
+            trained to act. See `logo.adapters.activation`.
         when_not_invoked: what an adapter does in a prompt without its invocation tokens: `"off"`, nothing, as in PEFT;
             `"last:N"`; or `"error"`.
-        activations: where the adapters of the pool act, if none acts everywhere. The engine fills it in, never a user.
-        unscorable: adapters that do not touch what is probed: `"error"` refuses the pool, `"skip"` never selects them
-            (they can still be forced).
+        activations: the activations of the pool, if no adapter acts everywhere. The engine sets it, not the user.
+        unscorable: `"error"` refuses a pool with adapters that do not touch what is probed; `"skip"` never selects
+            such adapters, which can still be forced.
     """
 
     signal: str = "calibrated"
@@ -176,7 +175,7 @@ class SelectionSettings:
 
     @property
     def reading(self) -> Signal:
-        """The signal with what these settings ask of it."""
+        """The signal with these settings applied."""
         signal = get_signal(self.signal)
         token: ProbeToken = "tail" if self.activations and signal.token == "each" else signal.token
         return replace(
@@ -195,15 +194,15 @@ class SelectionSettings:
         weighting: Weighting | None = None,
         keep_mass: float | None = None,
     ) -> SelectionSettings:
-        """These settings with what one call asks for; see `logo.selecting.CallOptions`.
+        """These settings with the options of one call; see `logo.selecting.CallOptions`.
 
         Raises:
-            UsageError: an option that cannot be used, also beside what is fixed here.
+            UsageError: an option that cannot be used, or not with these settings.
         """
         options: dict[str, Any] = {"k": k, "signal": signal, "weighting": weighting, "keep_mass": keep_mass}
         given = {name: value for name, value in options.items() if value is not None}
         if signal is not None and signal != self.signal:
-            # What is said of one signal's scores means nothing for another's.
+            # Settings for the scores of one signal do not apply to those of another.
             raw = get_signal(signal).scale == "raw"
             unsure = "mix" if raw else self.when_unsure
             given = {"weighting": None, "baseline": "neutral" if raw else self.baseline, "when_unsure": unsure, **given}
@@ -211,7 +210,7 @@ class SelectionSettings:
 
     @property
     def said(self) -> dict[str, Any]:
-        """What is not as it is by default, for another process: `SelectionSettings.of(**said)`."""
+        """The settings that differ from the defaults, for another process: `SelectionSettings.of(**said)`."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @classmethod
