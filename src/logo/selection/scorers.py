@@ -171,7 +171,7 @@ class Scorers:
         signal = settings.reading
         if cache is None or signal.scale != "whitened" or settings.examples == "ignore":
             return None
-        # So does a model that runs elsewhere, if adapters act from a position on.
+        # A model in another process, such as vLLM, also reads the prompts of activated adapters once.
         once = self.read_once or (self._run_texts is not None and bool(self._activations))
         if once and signal.token == "each":
             if settings.signal == "signature":
