@@ -55,9 +55,7 @@ def placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def put(found: list[dict[str, Any]]) -> None:
         root = write_dataset(tmp_path / "dataset", found)
         name = "data/test-00000-of-00001.parquet"
-        monkeypatch.setattr(
-            many, "fetch", lambda declaration, splits: Place(declaration.layouts[0], root, {"test": [name]})
-        )
+        monkeypatch.setattr(many, "fetch", lambda hub, layout, splits: Place(layout, root, {"test": [name]}))
 
     return put
 
