@@ -126,13 +126,10 @@ def _text(where: str, value: Any) -> str:
     return value.strip()
 
 
-def _like(pattern: str, expected: str) -> _Check:
-    def check(where: str, value: Any) -> str:
-        if not re.fullmatch(pattern, text := _text(where, value), re.ASCII):
-            raise _Wrong(where, expected, value)
-        return text
-
-    return check
+def _metric(where: str, value: Any) -> str:
+    if value not in KINDS:
+        raise _Wrong(where, f"one of {', '.join(KINDS)}", value)
+    return str(value)
 
 
 def _name(where: str, value: Any) -> str:
@@ -174,13 +171,11 @@ def _layouts(where: str, value: Any) -> list[Any]:
 _FILES = {"test!": _places, "train": _places}
 _SHAPE: dict[str, Any] = {
     "name!": _name,
-    "metric": _like("|".join(KINDS), f"one of {', '.join(KINDS)}"),
+    "metric": _metric,
     "licence!": _text,
     **dict.fromkeys(("group", "homepage", "citation", "notes"), _text),
     "source": {
-        "repo!": _like(r"[\w.-]+(/[\w.-]+)?", "a repository on the Hub like 'org/name'"),
-        "revision": _like(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", "a branch, tag or commit"),
-        **dict.fromkeys(("config", *SPLITS, "rows"), _text),
+        **dict.fromkeys(("repo!", "revision", "config", *SPLITS, "rows"), _text),
         "files": dict.fromkeys(SPLITS, _places),
     },
     "raw": _layouts,
