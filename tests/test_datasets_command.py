@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub_server import GOOD_TOKEN, HubServer
+from hub_server import GOOD_TOKEN, Commit, HubServer, Repo
 from logo.cli.run import run
 from logo.evaluation.datasets import OFFICIAL, dataset_file, load_rows
 from logo.evaluation.sources.loading import packaged
@@ -161,10 +162,12 @@ def test_a_data_folder_that_cannot_be_is_said_first(capsys: pytest.CaptureFixtur
 # --- the Hub
 
 
-def pinned(name: str) -> str:
-    """The commit that a declaration names."""
+def serve(hub: HubServer, name: str, folder: Path) -> str:
+    """Let the repository have the folder as the commit that the declaration names, which is returned."""
     source = packaged()[name].hub
     assert source is not None and re.fullmatch("[0-9a-f]{40}", source.revision)
+    repo = hub.repos.setdefault(f"datasets/{source.repo}", Repo())
+    repo.commits[source.revision] = replace(Commit.of(folder), sha=source.revision)
     return source.revision
 
 
@@ -186,9 +189,9 @@ def test_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
     (folders["anli.r1"] / "plain_text/train_r2-00000-of-00001.parquet").write_bytes(b"not asked for")
     command = ("prepare", "anli.r1", "gem.e2e_nlg", "bbh.navigate", "--rows", "5", "--train-rows", "4")
     with HubServer({}) as hub:
-        hub.add("datasets/facebook/anli", folders["anli.r1"], pinned("anli.r1"))
+        serve(hub, "anli.r1", folders["anli.r1"])
         commit = hub.add("datasets/GEM/e2e_nlg", folders["gem.e2e_nlg"], "refs/convert/parquet")
-        hub.add("datasets/lukaemon/bbh", folders["bbh.navigate"], pinned("bbh.navigate"))
+        serve(hub, "bbh.navigate", folders["bbh.navigate"])
         hub.repos["datasets/lukaemon/bbh"].gated = True
         refused = client(hub, tmp_path / "home", *command)
         assert refused.returncode == 1
@@ -229,10 +232,10 @@ def test_a_hub_without_the_files_or_without_the_repository(tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "old.csv").write_text("a\n")
     with HubServer({}) as hub:
-        hub.add("datasets/facebook/anli", tmp_path / "empty", pinned("anli.r1"))
+        commit = serve(hub, "anli.r1", tmp_path / "empty")
         found = client(hub, tmp_path / "home", "prepare", "anli.r1", "tqa")
     none, absent, _ = found.stderr.splitlines()
-    expected = f"revision {pinned('anli.r1')!r} has no file plain_text/test_r1-*.parquet or "
+    expected = f"revision {commit!r} has no file plain_text/test_r1-*.parquet or "
     assert expected in none and "it has old.csv; mend" in none
     assert "tqa.rc: Hub repo datasets/mandarjoshi/trivia_qa: not found at" in absent
     assert found.returncode == 1

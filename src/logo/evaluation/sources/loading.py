@@ -202,4 +202,6 @@ def _parsed(content: bytes) -> Any:
     try:
         return yaml.load(content.decode("utf-8"), Loader)
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise _Wrong("", "YAML in UTF-8", " ".join(str(error).split())) from None
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise _Wrong("", "YAML in UTF-8", problem + (f" (line {mark.line + 1})" if mark else "")) from None

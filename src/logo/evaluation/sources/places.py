@@ -7,6 +7,7 @@ data is looked at. Downloads, cache, offline use, tokens and the `HF_*` variable
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +120,17 @@ def _snapshot(hub: Hub, patterns: list[str]) -> Path:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
-    folder = snapshot_download(
-        hub.repo,
-        repo_type="dataset",
-        revision=hub.revision,
-        allow_patterns=patterns,
-        library_name="logo",
-        tqdm_class=Silent,
-    )
+    logger = logging.getLogger(snapshot_download.__module__)
+    logger.disabled = True  # a warning where no file matches, of which `fetch` says more
+    try:
+        folder = snapshot_download(
+            hub.repo,
+            repo_type="dataset",
+            revision=hub.revision,
+            allow_patterns=patterns,
+            library_name="logo",
+            tqdm_class=Silent,
+        )
+    finally:
+        logger.disabled = False
     return Path(folder)

@@ -98,22 +98,23 @@ def _parquet(root: Path, names: Sequence[str]) -> Iterator[RawRow]:
             raise ValueError(f"cannot be read as Parquet ({error.__cause__ or error!r:.200})") from error
 
 
-def _text_rows(ending: str, text: str, rows: str) -> Iterable[Any]:
+def _text_rows(ending: str, text: str, rows: str) -> Iterator[Any]:
     match ending:
         case ".json":
-            return _document(text, rows)
+            yield from _document(text, rows)
         case ".jsonl" | ".ndjson":
-            return _json_lines(text)
+            yield from _json_lines(text)
         case ".csv":
-            return _table(text)
+            yield from _table(text)
         case ".tsv":  # quotes in the tables of GLUE and its kind are part of the text
-            return _table(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+            yield from _table(text, delimiter="\t", quoting=csv.QUOTE_NONE)
         case ".xml":
-            return _xml(text, rows)
-    raise ValueError(
-        f"expected a file that ends in .parquet, .json, .jsonl, .ndjson, .csv, .tsv or .xml, found {ending or 'none'}; "
-        "for plain text give a file for each column"
-    )
+            yield from _xml(text, rows)
+        case _:
+            raise ValueError(
+                f"expected a file that ends in .parquet, .json, .jsonl, .ndjson, .csv, .tsv or .xml, found "
+                f"{ending or 'none'}; for plain text give a file for each column"
+            )
 
 
 def _document(text: str, path: str) -> Iterable[Any]:
@@ -171,7 +172,8 @@ def _parallel(columns: Mapping[str, list[str]], names: Sequence[str]) -> Iterato
     if len(set(counts)) > 1:
         shown = ", ".join(f"{name} has {count}" for name, count in zip(names, counts, strict=True))
         raise ValueError(f"{shown} lines; expected the same number, line by line")
-    return (dict(zip(columns, texts, strict=True)) for texts in zip(*columns.values(), strict=True))
+    for texts in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, texts, strict=True))
 
 
 def _lines(root: Path, name: str) -> list[str]:
