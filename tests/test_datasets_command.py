@@ -115,7 +115,7 @@ def test_one_that_fails_does_not_lose_the_others(capsys: pytest.CaptureFixture[s
     assert out.splitlines() == ["bbh.word_sorting: 5 test + 7 train rows (all that the source has)"]
     lines = err.splitlines()
     assert len(lines) == len(BBH) and all(line.startswith("logo: error: ") for line in lines[:-1])
-    assert any("navigate.json:1: invalid JSON" in line and "bbh.navigate" in line for line in lines)
+    assert any("navigate.json: row 1: Expecting ',' delimiter" in line and "bbh.navigate" in line for line in lines)
     assert lines[-1] == "logo: 7 of 8 datasets could not be prepared"
     assert list(read_manifest(Path("data"))) == ["bbh.word_sorting"]
     assert not dataset_file("data", "bbh.navigate").parent.exists()
