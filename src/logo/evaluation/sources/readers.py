@@ -77,6 +77,8 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, RawRow]]:
                 raise ValueError(f"expected an object, found {json.dumps(row)[:60]}")
             yield place, row
             place = f"{name}: row {number + 1}"
+    except UsageError:
+        raise
     except (ValueError, csv.Error, ElementTree.ParseError, RecursionError) as error:
         raise DataError(f"{place}: {str(error).strip()[:300]}; mend the file or the declaration") from None
 
