@@ -116,7 +116,7 @@ def test_held_out_rows_are_the_last_ones() -> None:
 
 
 def command_of_the_page() -> list[str]:
-    [line] = re.findall(r"^    logo (study .*LoraRetriever_EvalSet.*)$", PAGE.read_text(), flags=re.MULTILINE)
+    [line] = re.findall(r"^    logo (eval study .*LoraRetriever_EvalSet.*)$", PAGE.read_text(), flags=re.MULTILINE)
     return shlex.split(line)
 
 
