@@ -7,14 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub_server import GOOD_TOKEN, HubServer
+from hub_server import GOOD_TOKEN, Commit, HubServer, Repo
 from logo.cli.run import run
 from logo.evaluation.datasets import OFFICIAL, dataset_file, load_rows
+from logo.evaluation.sources.loading import packaged
 from logo.evaluation.sources.manifest import NAME, read_manifest
 from raw_sources import write_hub, write_raw
 from tolerances import PATIENCE
@@ -113,7 +115,7 @@ def test_one_that_fails_does_not_lose_the_others(capsys: pytest.CaptureFixture[s
     assert out.splitlines() == ["bbh.word_sorting: 5 test + 7 train rows (all that the source has)"]
     lines = err.splitlines()
     assert len(lines) == len(BBH) and all(line.startswith("logo: error: ") for line in lines[:-1])
-    assert any("navigate.json:1: invalid JSON" in line and "bbh.navigate" in line for line in lines)
+    assert any("navigate.json: row 1: Expecting ',' delimiter" in line and "bbh.navigate" in line for line in lines)
     assert lines[-1] == "logo: 7 of 8 datasets could not be prepared"
     assert list(read_manifest(Path("data"))) == ["bbh.word_sorting"]
     assert not dataset_file("data", "bbh.navigate").parent.exists()
@@ -160,6 +162,15 @@ def test_a_data_folder_that_cannot_be_is_said_first(capsys: pytest.CaptureFixtur
 # --- the Hub
 
 
+def serve(hub: HubServer, name: str, folder: Path) -> str:
+    """Let the repository have the folder as the commit that the declaration names, which is returned."""
+    source = packaged()[name].hub
+    assert source is not None and re.fullmatch("[0-9a-f]{40}", source.revision)
+    repo = hub.repos.setdefault(f"datasets/{source.repo}", Repo())
+    repo.commits[source.revision] = replace(Commit.of(folder), sha=source.revision)
+    return source.revision
+
+
 def client(hub: HubServer, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))}
     return subprocess.run(
@@ -177,9 +188,10 @@ def test_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
     (folders["anli.r1"] / "anli.py").write_text("raise SystemExit('a loading script was run')")
     (folders["anli.r1"] / "plain_text/train_r2-00000-of-00001.parquet").write_bytes(b"not asked for")
     command = ("prepare", "anli.r1", "gem.e2e_nlg", "bbh.navigate", "--rows", "5", "--train-rows", "4")
-    with HubServer({"datasets/facebook/anli": folders["anli.r1"]}) as hub:
+    with HubServer({}) as hub:
+        serve(hub, "anli.r1", folders["anli.r1"])
         commit = hub.add("datasets/GEM/e2e_nlg", folders["gem.e2e_nlg"], "refs/convert/parquet")
-        hub.add("datasets/lukaemon/bbh", folders["bbh.navigate"])
+        serve(hub, "bbh.navigate", folders["bbh.navigate"])
         hub.repos["datasets/lukaemon/bbh"].gated = True
         refused = client(hub, tmp_path / "home", *command)
         assert refused.returncode == 1
@@ -207,7 +219,7 @@ def test_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
         offline = client(hub, tmp_path / "home", *again, HF_HUB_OFFLINE="1")
         assert offline.returncode == 1 and hub.requests == []
         [error, _] = offline.stderr.splitlines()
-        assert "wmt14.fr-en: Hub repo datasets/wmt/wmt14: HF_HUB_OFFLINE=1 is set, and its files are not in" in error
+        assert "wmt14.fr-en: Hub repo datasets/wmt/wmt14: not in the cache, and HF_HUB_OFFLINE=1 forbids" in error
     for split in ("test", "train"):
         made = dataset_file("again", "gem.e2e_nlg", split).read_bytes()
         assert made == dataset_file("data", "gem.e2e_nlg", split).read_bytes()
@@ -219,10 +231,12 @@ def test_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
 def test_a_hub_without_the_files_or_without_the_repository(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "old.csv").write_text("a\n")
-    with HubServer({"datasets/facebook/anli": tmp_path / "empty"}) as hub:
+    with HubServer({}) as hub:
+        commit = serve(hub, "anli.r1", tmp_path / "empty")
         found = client(hub, tmp_path / "home", "prepare", "anli.r1", "tqa")
     none, absent, _ = found.stderr.splitlines()
-    assert "revision 'main' has no file plain_text/test_r1-*.parquet or " in none and "it has old.csv; mend" in none
+    expected = f"revision {commit!r} has no file plain_text/test_r1-*.parquet or "
+    assert expected in none and "it has old.csv; mend" in none
     assert "tqa.rc: Hub repo datasets/mandarjoshi/trivia_qa: not found at" in absent
     assert found.returncode == 1
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from logo.errors import DataError, StorageError
+from logo.errors import DataError, StorageError, UsageError
 from logo.evaluation.datasets import OFFICIAL, dataset_file, load_rows
 from logo.evaluation.jobs import declared_metric
 from logo.evaluation.metrics import metric_kind
@@ -72,7 +74,7 @@ def test_a_declaration_says_where_its_rows_are_from_and_agrees_with_the_metrics(
     assert declaration.homepage.startswith("https://") and declaration.citation and declaration.licence
     assert len(declaration.layouts) >= 2  # the Hub's and the source's own
     assert all({"test", "train"} == set(layout.files) for layout in declaration.layouts)
-    assert (declaration.references is not None) == (declaration.metric == "rouge")
+    assert ("references" in declaration.templates) == (declaration.metric == "rouge")
     assert "from memory" in (Path(__file__).parents[1] / f"src/logo/evaluation/sources/files/{name}.yaml").read_text()
 
 
@@ -178,6 +180,16 @@ def test_missing_files_are_named(hub: Path, tmp_path: Path) -> None:
     assert find_local(declaration, tmp_path, ["test"]).names == {"test": ["anli_v1.0/R1/test.jsonl"]}
 
 
+def test_a_library_that_is_missing_is_named(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match=r"the library `datasets`, which is not installed; pip install '.*\[eval\]'"):
+        prepared(tmp_path, "anli.r1", hub)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "logo.evaluation.sources.templates")
+    with pytest.raises(UsageError, match=r"`jinja2`, which is not installed; pip install '.*\[eval\]'"):
+        importlib.import_module("logo.evaluation.sources.templates")
+
+
 def test_without_train_rows_there_is_no_train_file(tmp_path: Path) -> None:
     write_raw(tmp_path, "bbh.navigate")
     prepared(tmp_path, "bbh.navigate", tmp_path)
@@ -200,9 +212,7 @@ def test_a_column_that_is_not_there_is_named_and_nothing_is_changed(tmp_path: Pa
     file = tmp_path / "anli_v1.0/R1/test.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:3], lines[3].replace('"context"', '"premise"')]))
-    expected = (
-        r"anli.r1.*test\.jsonl: row 4: the row has no 'context', only 'uid', 'premise', 'hypothesis', 'label'; mend"
-    )
+    expected = r"anli.r1.*test\.jsonl: row 4: 'premise': 'context' is undefined; the row has 'uid', 'premise', .*; mend"
     with pytest.raises(DataError, match=expected):
         prepared(tmp_path, "anli.r1", tmp_path)
     assert (dataset_file(tmp_path, "anli.r1").read_bytes(), verify(tmp_path, *only(tmp_path))) == (before[0], [])
@@ -217,7 +227,9 @@ def test_a_label_without_a_word_is_named(tmp_path: Path) -> None:
     write_raw(tmp_path, "anli.r1")
     file = tmp_path / "anli_v1.0/R1/test.jsonl"
     file.write_text(file.read_text().replace('"label": "e"', '"label": "x"'))
-    with pytest.raises(DataError, match="'label' is 'x', which 'map' does not have; it has 'e', 'n', 'c'"):
+    with pytest.raises(
+        DataError, match="row 1: 'answer': 'dict object' has no attribute 'x'; the row has 'uid', 'context'"
+    ):
         prepared(tmp_path, "anli.r1", tmp_path)
 
 

@@ -55,9 +55,7 @@ def placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def put(found: list[dict[str, Any]]) -> None:
         root = write_dataset(tmp_path / "dataset", found)
         name = "data/test-00000-of-00001.parquet"
-        monkeypatch.setattr(
-            many, "fetch", lambda declaration, splits: Place(declaration.layouts[0], root, {"test": [name]})
-        )
+        monkeypatch.setattr(many, "fetch", lambda hub, layout, splits: Place(layout, root, {"test": [name]}))
 
     return put
 
@@ -118,7 +116,7 @@ def test_held_out_rows_are_the_last_ones() -> None:
 
 
 def command_of_the_page() -> list[str]:
-    [line] = re.findall(r"^    logo (study .*LoraRetriever_EvalSet.*)$", PAGE.read_text(), flags=re.MULTILINE)
+    [line] = re.findall(r"^    logo (eval study .*LoraRetriever_EvalSet.*)$", PAGE.read_text(), flags=re.MULTILINE)
     return shlex.split(line)
 
 

@@ -276,8 +276,7 @@ class Calls(ABC):
 
         Args:
             mixtures: as `adapters` of `generate`: `{}` is the base model alone, None is the prompt's own selection.
-            Equal
-                ones are computed once.
+                Equal ones are computed once.
             **options: options of `select`.
 
         Raises:

@@ -72,6 +72,7 @@ class HubError(LoGoError, OSError):
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for a name that resembles a known one, else an empty text."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text."""
+    lowered = {other.lower(): other for other in known}
+    matches = difflib.get_close_matches(name.lower(), list(lowered), n=1)
+    return f" (did you mean {lowered[matches[0]]!r}?)" if matches else ""

@@ -206,11 +206,7 @@ def _bleu(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
     tokenizer = tokenizer_for(golds)
     whole = BLEU(tokenize=tokenizer, force=True)  # `force`: nothing is said about texts that look tokenized
     value = whole.corpus_score(list(predictions), _streams(golds)).score
-    # The same counts, one instance at a time; with an effective order only the sentences' own scores would differ.
-    single = BLEU(tokenize=tokenizer, force=True, effective_order=True)
-    scores = [single.sentence_score(answer, list(texts)) for answer, texts in zip(predictions, golds, strict=True)]
-    rows = np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores], dtype=np.float64)
-    return Corpus(rows, bleu_worth, float(value), str(whole.get_signature()))
+    return Corpus(_counts(whole, predictions, golds), bleu_worth, float(value), str(whole.get_signature()))
 
 
 def bleu_worth(sums: Values) -> Values:
@@ -231,29 +227,14 @@ def _chrf(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
 
     whole = CHRF()
     value = whole.corpus_score(list(predictions), _streams(golds)).score
-    rows = np.stack([chrf_counts(answer, texts) for answer, texts in zip(predictions, golds, strict=True)])
+    # For each order sacrebleu's three counts, which stand here as three rows of orders.
+    rows = _counts(whole, predictions, golds).reshape(-1, CHRF_ORDER, 3).transpose(0, 2, 1).reshape(-1, 3 * CHRF_ORDER)
     return Corpus(rows, chrf_worth, float(value), str(whole.get_signature()))
 
 
-def chrf_counts(prediction: str, golds: Sequence[str]) -> Values:
-    """(18,): for each order the answer's character n-grams, the gold text's, and those in both; of the gold text that
-    is best for the answer."""
-    answer = _character_ngrams(prediction)
-    counts = []
-    for gold in golds:
-        pairs = list(zip(answer, _character_ngrams(gold), strict=True))
-        # An order that a gold text is too short for does not count against the answer.
-        ours = [own.total() if theirs else 0 for own, theirs in pairs]
-        counts.append(
-            [*ours, *(theirs.total() for _, theirs in pairs), *((own & theirs).total() for own, theirs in pairs)]
-        )
-    each = np.array(counts, dtype=np.float64)
-    best: Values = each[int(chrf_worth(each).argmax())]
-    return best
-
-
 def chrf_worth(sums: Values) -> Values:
-    """chrF2, 0 to 100 (...), of sums (..., 18) as `chrf_counts` has them."""
+    """chrF2, 0 to 100 (...), of sums (..., 18): for each order the answer's character n-grams, then those of the gold
+    text that is best for the answer, then those in both."""
     ours, theirs, both = (sums[..., start : start + CHRF_ORDER] for start in (0, CHRF_ORDER, 2 * CHRF_ORDER))
     counts = (ours > 0) & (theirs > 0)
     orders = np.maximum(counts.sum(axis=-1), 1)
@@ -264,10 +245,9 @@ def chrf_worth(sums: Values) -> Values:
     return np.asarray(100 * ((1 + weight) * precision * recall / np.where(apart > 0, apart, 1.0)))
 
 
-def _character_ngrams(text: str) -> list[Counter[str]]:
-    """Those of each order from 1, without blanks."""
-    line = "".join(text.split())
-    return [Counter(line[i : i + n] for i in range(len(line) - n + 1)) for n in range(1, CHRF_ORDER + 1)]
+def _counts(metric: Any, predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Values:
+    """What each instance adds up to sacrebleu's corpus score; only its sum has a public name there."""
+    return np.array(metric._extract_corpus_statistics(list(predictions), _streams(golds)), dtype=np.float64)
 
 
 def _streams(golds: Sequence[Sequence[str]]) -> list[list[Any]]:

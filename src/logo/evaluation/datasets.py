@@ -6,14 +6,13 @@ hold more of them. What a line holds is told in `logo.rows`; what a prediction i
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from logo.errors import DataError, UsageError
+from logo.errors import DataError, UsageError, closest
 from logo.rows import Row, read_rows
 
 OFFICIAL: tuple[str, ...] = (
@@ -153,9 +152,5 @@ def _absent(root: Path, name: str, split: str) -> DataError:
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
     if any(other.startswith(f"{name}.") for other in known):
-        return f"; did you mean '{name}.*'?"
-    lowered = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), list(lowered), n=3)
-    if not close:
-        return "; `logo data` lists what is there"
-    return f"; did you mean {' or '.join(repr(lowered[other]) for other in close)}?"
+        return f" (did you mean '{name}.*'?)"
+    return closest(name, known) or "; `logo data` lists what is there"

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from logo.evaluation.metrics import Kind
-from logo.evaluation.sources.fields import Field
-from logo.evaluation.sources.templates import Template
 
 SPLITS = ("test", "train")
 
-
-@dataclass(frozen=True)
-class Files:
-    """Where the rows of one split lie below a root: the first of some patterns that matches, or a file per column."""
-
-    patterns: tuple[str, ...] = ()
-    columns: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " or ".join(self.patterns) or ", ".join(self.columns.values())
+Files = tuple[str, ...] | Mapping[str, str]
+"""Where a split's rows lie below a root: patterns of which the first that matches counts, or a file per column."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +19,13 @@ class Layout:
 
     Attributes:
         files: by split, "test" and perhaps "train".
-        fields: by the name that templates use; a name that is not here is a column of the row.
-        rows: the member of a JSON document that holds the list of rows, as a path.
-        element: the XML element that is a row.
+        fields: Jinja2 expressions by the name that templates use; a name that is not here is a column of the row.
+        rows: the member of a JSON document that holds the list of rows, or the XML element that is a row.
     """
 
     files: Mapping[str, Files]
-    fields: Mapping[str, Field]
-    rows: tuple[str, ...] = ()
-    element: str | None = None
+    fields: Mapping[str, str]
+    rows: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,6 @@ class Hub:
     repo: str
     revision: str = "main"
     config: str = "default"
-    splits: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,7 +43,8 @@ class Declaration:
 
     Attributes:
         layouts: how its rows are shipped, that of the Hub first.
-        draw_by: what the seeded draw looks at; sets that share it draw the same instances.
+        templates: Jinja2 templates: "context", "completion", "draw_by" (what the seeded draw looks at; datasets that
+            share it draw the same instances) and perhaps "references".
         sha256: of the file it was read from.
     """
 
@@ -69,10 +57,7 @@ class Declaration:
     notes: str
     hub: Hub | None
     layouts: tuple[Layout, ...]
-    context: Template
-    completion: Template
-    references: Template | None
-    draw_by: Template
+    templates: Mapping[str, str]
     sha256: str
 
     @property
@@ -83,5 +68,5 @@ class Declaration:
 
 def usual_places(config: str, split: str) -> tuple[str, ...]:
     """Where Parquet files of a split lie in a repository: as `push_to_hub` writes them, or as the Hub converts them."""
-    places = [f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet", f"{config}/*-{split}.parquet"]
-    return (*places, f"data/{split}-*.parquet", f"{split}-*.parquet") if config == "default" else tuple(places)
+    places = (f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet", f"{config}/*-{split}.parquet")
+    return (*places, f"data/{split}-*.parquet", f"{split}-*.parquet") if config == "default" else places

@@ -14,9 +14,8 @@ from typing import Any
 
 from logo.errors import DataError
 from logo.evaluation.sources.declarations import Declaration, Layout
-from logo.evaluation.sources.fields import Field
 from logo.evaluation.sources.readers import RawRow
-from logo.evaluation.sources.templates import RowError, Template, as_text
+from logo.evaluation.sources.templates import Blank, RowError, Wording
 
 
 @dataclass(frozen=True)
@@ -43,27 +42,19 @@ class Instances:
     unusable: int
 
 
-def columns_of(declaration: Declaration, layout: Layout) -> tuple[str, ...]:
-    """The columns of a raw row that the templates need."""
-    names = dict.fromkeys(name for template in _templates(declaration) for name in template.fields)
-    columns = (layout.fields[name].columns if name in layout.fields else (name,) for name in names)
-    return tuple(dict.fromkeys(column for group in columns for column in group))
-
-
 def make_instances(declaration: Declaration, layout: Layout, rows: Iterable[tuple[str, RawRow]]) -> Instances:
     """Fill the templates from every row. Rows with the same prompt are one instance, with the references of all.
 
     Raises:
         DataError: a row that does not fit the declaration (names the file and the row), or no usable row at all.
     """
-    names = tuple(dict.fromkeys(name for template in _templates(declaration) for name in template.fields))
-    fields = {name: layout.fields.get(name, Field(((name,),))) for name in names}
+    wording = Wording(declaration, layout)
     found: dict[str, Instance] = {}
     unusable = 0
     where = "no file"
     for where, row in rows:
         try:
-            instance = _instance(declaration, {name: field.value(row) for name, field in fields.items()})
+            instance = _instance(wording, row)
         except RowError as error:
             raise DataError(f"dataset {declaration.name!r}: {where}: {error}; mend the declaration") from None
         if instance is None:
@@ -71,8 +62,7 @@ def make_instances(declaration: Declaration, layout: Layout, rows: Iterable[tupl
         elif (known := found.get(instance.context)) is None:
             found[instance.context] = instance
         elif instance.references:
-            merged = tuple(dict.fromkeys((*known.references, *instance.references)))
-            found[instance.context] = replace(known, references=merged)
+            found[instance.context] = replace(known, references=_merged(known.references, instance.references))
     if not found:
         raise DataError(
             f"dataset {declaration.name!r}: {where}: none of {unusable} rows has a prompt and a gold text; is this the "
@@ -94,37 +84,21 @@ def _place(instance: Instance, seed: int) -> tuple[bytes, str]:
     return hashlib.sha256(f"{seed}\n{instance.key}".encode()).digest(), instance.context
 
 
-def _templates(declaration: Declaration) -> list[Template]:
-    references = [] if declaration.references is None else [declaration.references]
-    return [declaration.context, declaration.completion, *references, declaration.draw_by]
-
-
-def _instance(declaration: Declaration, values: dict[str, Any]) -> Instance | None:
+def _instance(wording: Wording, row: RawRow) -> Instance | None:
     """None: no prompt, no gold text, or text that no tokenizer accepts."""
-    blank = [name for name in declaration.context.fields if values[name] in (None, "", [])]
-    context = declaration.context.render(values)
-    golds = _texts(declaration.completion, values)
-    if blank or not golds or not context.strip():
+    values = wording.values(row)
+    golds, more = wording.texts("completion", values), wording.texts("references", values)
+    try:
+        context, key = wording.text("context", values), wording.text("draw_by", values)
+        "".join((context, key, *(golds or ()), *(more or ()))).encode()
+    except (Blank, UnicodeEncodeError):  # half of a surrogate pair
         return None
-    listing = declaration.completion.sole is not None and isinstance(values[declaration.completion.sole], list)
-    references = [] if declaration.references is None else [*golds, *_texts(declaration.references, values)]
-    key = declaration.draw_by.render(values)
-    if not all(map(_encodable, (context, *golds, *references, key))):
+    if not golds or not context.strip():
         return None
-    return Instance(context, tuple(golds) if listing else golds[0], tuple(dict.fromkeys(references)), key)
+    completion = golds if isinstance(golds, str) else tuple(golds)
+    return Instance(context, completion, () if more is None else _merged(completion, more or []), key)
 
 
-def _texts(template: Template, values: dict[str, Any]) -> list[str]:
-    """The text of a template; the texts of the list, where it is one field that is a list. Empty ones are left out."""
-    value = values[template.sole] if template.sole is not None else None
-    if isinstance(value, list):
-        texts = [as_text(item, str(template.sole)) for item in value]
-    elif any(values[name] in (None, "") for name in template.fields):
-        return []
-    else:
-        texts = [template.render(values)]
-    return list(dict.fromkeys(text for text in texts if text.strip()))
-
-
-def _encodable(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _merged(*texts: str | Iterable[str]) -> tuple[str, ...]:
+    """All texts, each once."""
+    return tuple(dict.fromkeys(text for part in texts for text in ([part] if isinstance(part, str) else part)))

@@ -17,10 +17,9 @@ from typing import Any
 
 from logo.errors import DataError, closest
 from logo.evaluation.metrics import checked_kind
-from logo.evaluation.sources.declarations import Declaration, Files, Hub, Layout, usual_places
+from logo.evaluation.sources.declarations import Hub, Layout, usual_places
 from logo.evaluation.sources.places import fetch
 from logo.evaluation.sources.readers import read_raw
-from logo.evaluation.sources.templates import Template
 from logo.evaluation.study import Task
 from logo.rows import Row, row_of
 
@@ -43,32 +42,12 @@ def hub_tasks(spec: str, request: str = "", *, prompt_end: str = "") -> list[Tas
         DataError: a row that is not as it should be, or no such task.
     """
     repo, _, revision = spec.partition("@")
-    layout = Layout({_SPLIT: Files(_PLACES)}, {})
-    nothing = Template(())
-    place = fetch(
-        Declaration(
-            name=repo,
-            group="",
-            metric="em",
-            licence="",
-            homepage="",
-            citation="",
-            notes="",
-            hub=Hub(repo, revision or "main"),
-            layouts=(layout,),
-            context=nothing,
-            completion=nothing,
-            references=None,
-            draw_by=nothing,
-            sha256="",
-        ),
-        [_SPLIT],
-    )
+    layout = Layout({_SPLIT: _PLACES}, {})
+    place = fetch(Hub(repo, revision or "main"), layout, [_SPLIT])
     names = place.names[_SPLIT]
     rows: dict[str, list[Row]] = {}
     metrics: dict[str, Any] = {}
-    columns = [*(name for pair in _COLUMNS for name in pair), "task", "metric"]
-    for where, raw in read_raw(layout, _SPLIT, place.root, names, columns):
+    for where, raw in read_raw(layout, _SPLIT, place.root, names):
         task, row = _read(f"{repo}: {where}", raw, prompt_end)
         rows.setdefault(task, []).append(row)
         metrics.setdefault(task, raw.get("metric"))

@@ -1,24 +1,22 @@
 """Finding a source's files: in its repository on the Hub, or in a local copy.
 
-Only the files that hold the declared splits are fetched, whatever else the repository has; loading scripts are never
-run, since nothing but data is looked at. Downloads, cache, tokens and the `HF_*` variables are `huggingface_hub`'s.
+Only the files that hold the declared splits are fetched, whatever else the repository has (`load_dataset` of a
+repository would fetch every split: the training rows of WMT, too); loading scripts are never run, since nothing but
+data is looked at. Downloads, cache, offline use, tokens and the `HF_*` variables are `huggingface_hub`'s.
 """
 
 from __future__ import annotations
 
-import glob
-import os
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logo.errors import DataError, HubError
-from logo.evaluation.sources.declarations import Declaration, Hub, Layout
-from logo.evaluation.sources.readers import files_below, matching
+from logo.evaluation.sources.declarations import Declaration, Files, Hub, Layout
+from logo.evaluation.sources.readers import matching
 from logo.hub.failures import hub_error
-
-_OFFER = "mend that, or prepare from local files with --from DIR"
 
 
 @dataclass(frozen=True)
@@ -31,44 +29,34 @@ class Place:
     commit: str | None = None
 
 
-def fetch(declaration: Declaration, splits: Sequence[str]) -> Place:
+def fetch(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place:
     """Download the files of some splits (those that are not in the cache) and say where they are.
 
     Without a connection the cached copy is used, if the files asked for are in it.
 
     Raises:
-        DataError: the dataset has no source on the Hub.
         HubError: it cannot be fetched, or the repository does not hold such files.
     """
-    hub = declaration.hub
-    if hub is None:
-        raise DataError(
-            f"dataset {declaration.name!r}: it has no source on the Hub; name its raw files with --from DIR"
-        )
-    layout = declaration.layouts[0]
     repo = f"datasets/{hub.repo}"  # as its page is called
+    wanted = {split: layout.files[split] for split in splits if split in layout.files}
+    patterns = [pattern for files in wanted.values() for pattern in _patterns(files)]
     try:
-        listed = _listing(hub)
+        root = _snapshot(hub, [*patterns, *(pattern.replace("**/", "") for pattern in patterns)])
+        names = {split: matching(files, root) for split, files in wanted.items()}
+        listed = [] if all(names.values()) else _listing(hub, root.name)
+    except DataError:
+        raise
     except Exception as error:  # the boundary: httpx and the file system each raise their own kinds
-        if not _is_offline(error):
-            raise HubError(f"{hub_error(repo, error, revision=hub.revision)}; {_OFFER}") from error
-        if (cached := _cached(hub, layout, splits)) is None:
-            raise HubError(
-                f"Hub repo {repo}: {_no_connection()}, and its files are not in the cache; {_OFFER}"
-            ) from error
-        return cached
-    names = _names(layout, splits, listed)
+        raise HubError(
+            f"{hub_error(repo, error, revision=hub.revision)}; mend that, or prepare from local files with --from DIR"
+        ) from error
     for split, found in names.items():
         if not found:
+            has = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
             raise HubError(
-                f"Hub repo {repo}: revision {hub.revision!r} has no file {layout.files[split]} for {split} rows; "
-                f"it has {_some(listed)}; mend the declaration"
+                f"Hub repo {repo}: revision {hub.revision!r} has no file {_shown(wanted[split])} for {split} rows; "
+                f"it has {has or 'no files'}; mend the declaration"
             )
-    try:
-        wanted = sorted({name for found in names.values() for name in found})
-        root = _snapshot(hub, [glob.escape(name) for name in wanted])
-    except Exception as error:  # the boundary, as above
-        raise HubError(f"{hub_error(repo, error, revision=hub.revision)}; {_OFFER}") from error
     return Place(layout, root, names, root.name)
 
 
@@ -83,26 +71,22 @@ def find_local(declaration: Declaration, folder: Path, splits: Sequence[str]) ->
     """
     if not folder.is_dir():
         raise DataError(f"--from {folder}: expected a folder, found {'a file' if folder.exists() else 'nothing'}")
-    roots = dict.fromkeys(path for path in (folder / below for below in _folders(declaration)) if path.is_dir())
-    partial: DataError | None = None
-    for root in roots:
-        listed = files_below(root)
+    problem = None
+    for root in dict.fromkeys(folder / below for below in _folders(declaration) if (folder / below).is_dir()):
         for layout in declaration.layouts:
-            names = _names(layout, splits, listed)
+            names = {split: matching(layout.files[split], root) for split in splits if split in layout.files}
             if all(names.values()):
                 return Place(layout, root, names)
-            if any(names.values()):
+            if any(names.values()) and problem is None:
                 there = next(split for split, found in names.items() if found)
                 lacking = next(split for split, found in names.items() if not found)
-                hint = "; --train-rows 0 does without" if lacking == "train" else ""
-                partial = partial or DataError(
-                    f"dataset {declaration.name!r}: {root} has {names[there][0]} ({there}), but no file "
-                    f"{layout.files[lacking]} ({lacking}){hint}"
+                problem = (
+                    f"{root} has {names[there][0]} ({there}), but no file {_shown(layout.files[lacking])} ({lacking})"
+                    + ("; --train-rows 0 does without" if lacking == "train" else "")
                 )
-    if partial is not None:
-        raise partial
-    shapes = ", nor ".join(str(layout.files["test"]) for layout in declaration.layouts)
-    raise DataError(f"dataset {declaration.name!r}: {folder} has no file {shapes}; expected one of these in it")
+    shapes = ", nor ".join(_shown(layout.files["test"]) for layout in declaration.layouts)
+    problem = problem or f"{folder} has no file {shapes}; expected one of these in it"
+    raise DataError(f"dataset {declaration.name!r}: {problem}")
 
 
 def _folders(declaration: Declaration) -> list[str]:
@@ -110,16 +94,19 @@ def _folders(declaration: Declaration) -> list[str]:
     return [*repo, declaration.name, declaration.name.partition(".")[0], ""]
 
 
-def _names(layout: Layout, splits: Sequence[str], listed: Sequence[str]) -> dict[str, list[str]]:
-    return {split: matching(layout.files[split], listed) for split in splits if split in layout.files}
+def _patterns(files: Files) -> tuple[str, ...]:
+    return files if isinstance(files, tuple) else tuple(files.values())
 
 
-def _listing(hub: Hub) -> list[str]:
-    """Every file of the repository at the revision."""
+def _shown(files: Files) -> str:
+    return (" or " if isinstance(files, tuple) else ", ").join(_patterns(files))
+
+
+def _listing(hub: Hub, commit: str) -> list[str]:
     from huggingface_hub import HfApi
 
-    info = HfApi(library_name="logo").dataset_info(hub.repo, revision=hub.revision)
-    return sorted(file.rfilename for file in info.siblings or [])
+    listed = HfApi(library_name="logo").list_repo_files(hub.repo, revision=commit, repo_type="dataset")
+    return sorted(name for name in listed if "." in name.rpartition("/")[2] and not name.startswith("."))
 
 
 def _snapshot(hub: Hub, patterns: list[str]) -> Path:
@@ -133,48 +120,17 @@ def _snapshot(hub: Hub, patterns: list[str]) -> Path:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
-    folder = snapshot_download(
-        hub.repo,
-        repo_type="dataset",
-        revision=hub.revision,
-        allow_patterns=patterns,
-        library_name="logo",
-        tqdm_class=Silent,
-    )
-    return Path(folder)
-
-
-def _cached(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place | None:
-    """The copy in the cache, if it holds whole files for all splits."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{hub.repo.replace('/', '--')}"
+    logger = logging.getLogger(snapshot_download.__module__)
+    logger.disabled = True  # a warning where no file matches, of which `fetch` says more
     try:
-        commit = (folder / "refs" / hub.revision).read_text(encoding="utf-8").strip()
-    except OSError:
-        commit = hub.revision
-    root = folder / "snapshots" / commit
-    if os.sep in commit or not root.is_dir():
-        return None
-    names = _names(layout, splits, files_below(root))
-    return Place(layout, root, names, commit) if all(names.values()) else None
-
-
-def _no_connection() -> str:
-    from huggingface_hub import constants
-
-    return "HF_HUB_OFFLINE=1 is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-
-
-def _is_offline(error: BaseException | None) -> bool:
-    while error is not None:
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        if kinds & {"OfflineModeIsEnabled", "TransportError", "ConnectionError"}:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _some(names: Sequence[str]) -> str:
-    data = [name for name in names if "." in name.rpartition("/")[2] and not name.startswith(".")]
-    return (", ".join(data[:5]) + (f" and {len(data) - 5} more" if len(data) > 5 else "")) or "no files"
+        folder = snapshot_download(
+            hub.repo,
+            repo_type="dataset",
+            revision=hub.revision,
+            allow_patterns=patterns,
+            library_name="logo",
+            tqdm_class=Silent,
+        )
+    finally:
+        logger.disabled = False
+    return Path(folder)

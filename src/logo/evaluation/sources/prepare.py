@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from logo.errors import DataError
 from logo.evaluation.datasets import dataset_file
 from logo.evaluation.metrics import metric_kind
 from logo.evaluation.sources.declarations import SPLITS, Declaration
-from logo.evaluation.sources.instances import Instance, Instances, columns_of, draw, make_instances
+from logo.evaluation.sources.instances import Instance, Instances, draw, make_instances
 from logo.evaluation.sources.manifest import Entry, add_to_manifest
 from logo.evaluation.sources.places import Place, fetch, find_local
 from logo.evaluation.sources.readers import read_raw
@@ -55,7 +56,7 @@ def prepare(
     """
     wanted = [split for split in SPLITS if split == "test" or request.train_rows > 0]
     on_stage("finding files" if request.raw is not None else "fetching")
-    place = fetch(declaration, wanted) if request.raw is None else find_local(declaration, request.raw, wanted)
+    place = _place(declaration, request, wanted)
     drawn, unusable = _drawn(declaration, place, request, on_stage)
     texts = {f"{split}.jsonl": "".join(map(_line, items)) for split, items in drawn.items()}
     folder = dataset_file(data_dir, declaration.name).parent
@@ -65,6 +66,16 @@ def prepare(
     entry = _entry(declaration, data_dir, request, place, drawn, unusable)
     add_to_manifest(data_dir, declaration.name, entry)
     return entry
+
+
+def _place(declaration: Declaration, request: Request, splits: Sequence[str]) -> Place:
+    if request.raw is not None:
+        return find_local(declaration, request.raw, splits)
+    if declaration.hub is None:
+        raise DataError(
+            f"dataset {declaration.name!r}: it has no source on the Hub; name its raw files with --from DIR"
+        )
+    return fetch(declaration.hub, declaration.layouts[0], splits)
 
 
 def _drawn(
@@ -78,10 +89,8 @@ def _drawn(
             found[split] = found[same]
             continue
         on_stage(f"reading {split}")
-        columns = columns_of(declaration, place.layout)
-        found[split] = make_instances(
-            declaration, place.layout, read_raw(place.layout, split, place.root, names, columns)
-        )
+        rows = read_raw(place.layout, split, place.root, names)
+        found[split] = make_instances(declaration, place.layout, rows)
     drawn = {"test": draw(found["test"].items, request.rows, request.seed)}
     if "train" in found:
         train = draw(found["train"].items, request.train_rows, request.seed, without=drawn["test"])
