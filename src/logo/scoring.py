@@ -168,9 +168,11 @@ def continued_rows(
     """The rows to compute in order to score each (prompt, completion) under its own mixture.
 
     Args:
-        pairs: token ids; the prompt's with special tokens. mixtures: one for each pair. context: the model's context
-        length in tokens, or None if unknown. apart: pairs whose prompts end at different tokens do not share a row,
-        since adapters may act only from there on.
+        pairs: token ids; the prompt's with special tokens.
+        mixtures: one for each pair.
+        context: the model's context length in tokens; None if unknown.
+        apart: whether pairs whose prompts end at different tokens need rows of their own, since adapters may act only
+            from there on.
 
     Raises:
         UsageError: unequal numbers of pairs and mixtures, or a pair with an empty side or too long for the context.

@@ -109,8 +109,7 @@ class Columns:
 
         Raises:
             NotFinite: a factor that is not finite in the dtype of the columns. As all columns may be multiplied
-            together, it
-                would make the term of every row NaN.
+                together, it would make the term of every row NaN.
         """
         for path, (A, B) in self.factors.items():
             place = torch.tensor(columns, dtype=torch.int64, device=A.device)

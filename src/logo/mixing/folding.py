@@ -57,8 +57,9 @@ class Folder:
         """Adds one mixture to every adapted module inside the block.
 
         Args:
-            key: identifies the adapters of these stacks. stacks: makes the stacks; it is not called for the mixture
-            that was folded last. Their modules are `foldable`. weights: (n,), one per adapter of the stacks.
+            key: identifies the adapters of these stacks.
+            stacks: makes the stacks, whose modules are `foldable`; not called for the mixture that was folded last.
+            weights: (n,), one per adapter of the stacks.
             magnitudes: makes the magnitudes of a DoRA adapter, by module; see `rescaled`.
         """
         self._fold(key, stacks, weights, magnitudes)

@@ -43,8 +43,7 @@ class Experts:
 
     Attributes:
         factors: (F, d_in). For `arrow` one unit vector per adapter (zeros for an adapter of zeros), else the rows of
-        all
-            `R_i A_i`.
+            all `R_i A_i`.
         of: (F,) index into `members` for each factor.
         members: (n,) the adapters that touch the module, ascending.
         owner: (R,) index into `members` for each rank column.

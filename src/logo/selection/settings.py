@@ -37,8 +37,7 @@ class SelectionSettings:
             an error.
         examples: whether example prompts of adapters are used (`logo.selection.signature`): `"use"` or `"ignore"`.
         probe_context: the adapters that are active while probing: `"base"`, none; `"pool"`, all, unscaled; `"carry"`,
-        as
-            the official code runs: all for the first prompt, then those that the last prompt selected.
+            as the official code runs: all for the first prompt, then those that the last prompt selected.
         probe_input: `"residual"` (entering the layer, before its norm) or `"projection"` (what the module receives).
         probe_token: the `"last"` prompt token; the `"mean"` over all; or `"each"`, whose scores are averaged. `"tail"`:
             each token on which adapters act, which replaces `"each"` for a pool of activated adapters.
@@ -52,11 +51,11 @@ class SelectionSettings:
         baseline: the reference of calibrated signals: `"neutral"` text; or `"running"`, which also subtracts how much
             more than others each adapter has responded to earlier prompts, by at most one standard deviation
             (`logo.selection.drift`). Scores then depend on earlier prompts.
-        calibration_prompts: unlabelled prompts, like those to come, by which points are ranked; None: our own. cache:
-        folder for calibrations and scoring indices; `""`: no cache; None: the user's cache. prefix_cache_gb: memory
-        (10⁹ bytes) for prefixes of prompts, so that a common prefix is probed once. index: `"exact"` scores every
-        adapter; `"two-stage"` finds those that can be among the best first, and scores only
-            these, for very many adapters (docs/many-adapters.md).
+        calibration_prompts: unlabelled prompts, like those to come, by which points are ranked; None: our own.
+        cache: folder for calibrations and scoring indices; `""`: no cache; None: the user's cache.
+        prefix_cache_gb: memory (10⁹ bytes) for prefixes of prompts, so that a common prefix is probed once.
+        index: `"exact"` scores every adapter; `"two-stage"` finds those that can be among the best first, and scores
+            only these, for very many adapters (docs/many-adapters.md).
         index_rank: rows that the first of two stages keeps of each adapter.
         index_left: adapters that the first stage leaves if it only estimates (calibrated signals); None: 16 for each
             selected one, and at least 256.
