@@ -100,7 +100,7 @@ def test_inspect_draws(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert run(["pool", "inspect", str(pool), "--spectra", "--png", str(file)]) == 0
     assert file.read_bytes().startswith(b"\x89PNG") and str(file) in capsys.readouterr().err
     assert run(["pool", "inspect", str(pool), "--png", str(file)]) == 2
-    assert "--png draws what --spectra finds" in capsys.readouterr().err
+    assert "--png draws the results of --spectra" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     file = tmp_path / "none.png"
     assert run(["pool", "inspect", str(tmp_path / "empty"), "--spectra", "--png", str(file)]) == 0

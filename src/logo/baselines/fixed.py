@@ -141,8 +141,7 @@ class SpectR(Routed):
 
 @dataclass(frozen=True, kw_only=True)
 class Seqr(Routed):
-    """SEQR (arXiv 2509.18093): every token is routed to the adapter whose response is furthest above its usual
-    response.
+    """SEQR (arXiv 2509.18093): every token is routed to the adapter whose response is most above its usual one.
 
     The usual response is the mean and the standard deviation of an adapter's norms on each module, over neutral text.
     """
