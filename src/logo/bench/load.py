@@ -18,7 +18,7 @@ from typing import cast
 
 import httpx
 
-from logo.bench.wire import Answer, Ask, Heard, Outcome, Refused, parsed, said
+from logo.bench.wire import Answer, Ask, Outcome, Received, Refused, parsed, said
 
 _AFTER_FAILURE = 0.1  # seconds
 
@@ -95,13 +95,13 @@ def _numbers(count: int, seconds: float | None) -> Iterator[int]:
 
 async def send(client: httpx.AsyncClient, model: str, number: int, ask: Ask, timeout: float = 300.0) -> Answer:
     """One request and what came of it; never raises for what a server or a connection does."""
-    heard = Heard(time.perf_counter())
+    received = Received(time.perf_counter())
     kind = message = ""
     leaves = ask.hang_up is not None and not ask.stream
     patience = ask.hang_up if leaves else timeout
     try:
         receive = _stream if ask.stream else _whole
-        complete = await asyncio.wait_for(receive(client, model, ask, heard), patience)
+        complete = await asyncio.wait_for(receive(client, model, ask, received), patience)
         outcome: Outcome = "ok" if complete else "hung up"
     except asyncio.TimeoutError:
         outcome = "hung up" if leaves else "error"
@@ -110,20 +110,20 @@ async def send(client: httpx.AsyncClient, model: str, number: int, ask: Ask, tim
         outcome, kind, message = "error", refused.kind, str(refused)
     except httpx.HTTPError as error:
         outcome, kind, message = "error", "connection", f"{type(error).__name__}: {error}"
-    return heard.answer(number, outcome, kind, message)
+    return received.answer(number, outcome, kind, message)
 
 
-async def _whole(client: httpx.AsyncClient, model: str, ask: Ask, heard: Heard) -> bool:
+async def _whole(client: httpx.AsyncClient, model: str, ask: Ask, received: Received) -> bool:
     response = await client.post("/v1/completions", json=ask.body(model))
     if response.status_code != 200:
         raise Refused(str(response.status_code), said(response.text))
-    heard.take(parsed(response.text))
-    heard.check()
+    received.take(parsed(response.text))
+    received.check()
     return True
 
 
-async def _stream(client: httpx.AsyncClient, model: str, ask: Ask, heard: Heard) -> bool:
-    """Whether the stream was heard to its end; False where the client left on purpose."""
+async def _stream(client: httpx.AsyncClient, model: str, ask: Ask, received: Received) -> bool:
+    """Whether the stream was received to its end; False if the client left on purpose."""
     enough = None if ask.hang_up is None else max(1, int(ask.hang_up * ask.max_tokens))
     async with client.stream("POST", "/v1/completions", json=ask.body(model)) as response:
         if response.status_code != 200:
@@ -134,12 +134,12 @@ async def _stream(client: httpx.AsyncClient, model: str, ask: Ask, heard: Heard)
                 done = done or data == "[DONE]"
                 if data == "[DONE]":
                     continue  # to the end of the body, so that the connection can be used again
-                heard.take_piece(parsed(data))
-                if enough is not None and heard.tokens >= enough:
+                received.take_chunk(parsed(data))
+                if enough is not None and received.tokens >= enough:
                     return False
         if not done:
-            raise Refused("broken stream", f"it ended after {heard.tokens} tokens without [DONE]")
-    heard.check()
+            raise Refused("broken stream", f"it ended after {received.tokens} tokens without [DONE]")
+    received.check()
     return True
 
 

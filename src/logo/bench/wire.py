@@ -106,7 +106,7 @@ def said(text: str) -> str:
 
 
 @dataclass
-class Heard:
+class Received:
     """The received part of one answer."""
 
     started: float
@@ -119,11 +119,11 @@ class Heard:
     usage: Mapping[str, Any] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
 
-    def take_piece(self, piece: Mapping[str, Any]) -> None:
+    def take_chunk(self, chunk: Mapping[str, Any]) -> None:
         """A chunk of a stream, with the time."""
-        if "error" in piece:
-            raise Refused("error in stream", said(json.dumps(piece)))
-        new = self.take(piece)
+        if "error" in chunk:
+            raise Refused("error in stream", said(json.dumps(chunk)))
+        new = self.take(chunk)
         if not new:
             return
         now = time.perf_counter()
@@ -133,22 +133,22 @@ class Heard:
             self.gaps += [(now - self.last) / new] * new
         self.last = now
 
-    def take(self, piece: Mapping[str, Any]) -> int:
+    def take(self, chunk: Mapping[str, Any]) -> int:
         """A whole answer, or a chunk of one; how many tokens it brings."""
         try:
-            self.usage = piece.get("usage") or self.usage
-            if "logo" in piece:
-                self.adapters = tuple(piece["logo"]["adapters"])
-            if not piece["choices"]:
+            self.usage = chunk.get("usage") or self.usage
+            if "logo" in chunk:
+                self.adapters = tuple(chunk["logo"]["adapters"])
+            if not chunk["choices"]:
                 return 0
-            choice = piece["choices"][0]
+            choice = chunk["choices"][0]
             self.finished = choice.get("finish_reason") or self.finished
             ids = choice.get("token_ids")
             if ids is not None:
                 self.token_ids = [*(self.token_ids or ()), *map(int, ids)]
             new = len(ids) if ids is not None else int(bool(choice.get("text")))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise Refused("bad answer", f"{type(error).__name__} {error} in {str(piece)[:_SHOWN]}") from None
+            raise Refused("bad answer", f"{type(error).__name__} {error} in {str(chunk)[:_SHOWN]}") from None
         self.tokens += new
         return new
 
