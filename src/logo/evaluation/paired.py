@@ -9,7 +9,7 @@ imported at the first use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,8 @@ TESTS: Mapping[TestName, str] = {
     "randomisation": "approximate randomisation with 10,000 swaps",
 }
 """What the tests are called where people read of them."""
+COLUMN: Mapping[TestName, str] = {"mcnemar": "McNemar", "randomisation": "randomised"}
+"""The same in a column of a table."""
 
 
 class Pair(NamedTuple):
@@ -158,6 +160,12 @@ def holm(p: Sequence[float]) -> list[float]:
     found = np.empty(len(p))
     found[order] = np.minimum(steps, 1.0)
     return [float(value) for value in found]
+
+
+def told_tests(used: Iterable[Significance]) -> str:
+    """The tests that some p-values come from, in words."""
+    names = {one.test for one in used}
+    return " or ".join(text for name, text in TESTS.items() if name in names)
 
 
 def record(pair: Pair) -> Record:
