@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from logo.evaluation import tables
     from logo.evaluation.jobs import Job
+    from logo.evaluation.paired import Paired
     from logo.evaluation.session import Evaluation
     from logo.evaluation.sweep.grid import Axis, Value
-    from logo.evaluation.sweep.means import Behind, Standing
+    from logo.evaluation.sweep.means import Standing
     from logo.evaluation.sweep.running import Cell, Swept
 
 MOOT = "·"  # in place of a value that makes no difference
@@ -274,7 +275,7 @@ def _captions(best: Sequence[Standing]) -> Iterator[str]:
         )
 
 
-def _behind(behind: Behind | None) -> tuple[tables.Cell | None, str | None]:
+def _behind(behind: Paired | None) -> tuple[tables.Cell | None, str | None]:
     """How far a cell is from the best one, and the p-value of that."""
     from logo.evaluation.paired import ALPHA
     from logo.evaluation.tables import number, p_value

@@ -80,6 +80,41 @@ class Significance:
     p: float
 
 
+@dataclass(frozen=True)
+class Paired:
+    """Two runs compared on the same instances.
+
+    Attributes:
+        difference: B less A, each the mean over datasets.
+        record: on how many instances B's answer is worth more, less, the same.
+        significance: the test of the difference and its p-value.
+        p_holm: the p-value corrected by Holm's method for all comparisons that were made together.
+    """
+
+    difference: Difference
+    record: Record
+    significance: Significance
+    p_holm: float
+
+
+def paired(
+    comparisons: Sequence[Sequence[Pair]], *, seed: int = 0, known: Sequence[Significance] | None = None
+) -> list[Paired]:
+    """Several comparisons that are shown together.
+
+    Args:
+        comparisons: the datasets of each.
+        seed: of what is drawn.
+        known: their tests, where they were computed before.
+    """
+    tests = known or [significance(pairs, seed=seed) for pairs in comparisons]
+    corrected = holm([test.p for test in tests])
+    return [
+        Paired(difference(pairs, seed=seed), sum(map(record, pairs), Record(0, 0, 0)), test, p)
+        for pairs, test, p in zip(comparisons, tests, corrected, strict=True)
+    ]
+
+
 def difference(pairs: Sequence[Pair], *, seed: int = 0) -> Difference:
     """The mean over datasets of B's value less A's.
 

@@ -79,6 +79,7 @@ class Column:
         numeric: numbers stand to the right.
         interval: the heading of a column of its own for the intervals, where there is room for one.
         wraps: a text that is too long for the screen goes on in the next line.
+        run: the place of the run that it is about; a page shows its colour and shape.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Column:
     numeric: bool = True
     interval: str = ""
     wraps: bool = False
+    run: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,15 @@ class Table:
         return list(found.items())
 
     @property
-    def above(self) -> list[tuple[str, int]]:
-        """The headings above those of the columns, with the number of columns that share each; none without them."""
-        found: list[tuple[str, int]] = []
+    def above(self) -> list[tuple[Column, int]]:
+        """The first of the columns that share a heading above theirs, with their number; columns without one stand
+        alone. Nothing where no column has one."""
+        found: list[tuple[Column, int]] = []
         for column in self.columns if any(column.above for column in self.columns) else ():
-            if found and found[-1][0] == column.above != "":
-                found[-1] = (column.above, found[-1][1] + 1)
+            if found and column.above and found[-1][0].above == column.above:
+                found[-1] = (found[-1][0], found[-1][1] + 1)
             else:
-                found.append((column.above, 1))
+                found.append((column, 1))
         return found
 
 
@@ -151,8 +154,14 @@ def number(
     notes: Sequence[str] = (),
 ) -> Cell:
     """A number, multiplied by `scale`, with its interval, both in one format."""
-    ends = None if interval is None else (f"{scale * interval[0]:{form}}", f"{scale * interval[1]:{form}}")
-    return Cell(f"{scale * value:{form}}", ends, emphasis, tuple(notes))
+    ends = None if interval is None else (_shown(scale * interval[0], form), _shown(scale * interval[1], form))
+    return Cell(_shown(scale * value, form), ends, emphasis, tuple(notes))
+
+
+def _shown(value: float, form: str) -> str:
+    """A number in a format; what is rounded to nothing is not below nothing."""
+    text = f"{value:{form}}"
+    return f"{0.0:{form}}" if float(text) == 0 else text
 
 
 def p_value(p: float) -> str:
@@ -195,7 +204,7 @@ def latex(table: Table, label: str) -> str:
     if table.above:
         heads.insert(0, [latex_text(column.above) for column in table.columns])
     kinds = "".join("r" if column.numeric else "l" for column in table.columns)
-    caption = " ".join(filter(None, [latex_text(table.title), latex_text(table.note)]))
+    caption = latex_text(". ".join(filter(None, [table.title, table.note])))
     lines = [
         "\\begin{table}",
         "  \\centering",
