@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from logo.evaluation.corpus import mean_of
+from logo.evaluation.corpus import Corpus, mean_of, mean_over
 from logo.evaluation.groups import grouped
-from logo.evaluation.intervals import Interval, of_mean
+from logo.evaluation.intervals import Interval
 from logo.evaluation.paired import Pair, Paired, paired
 from logo.evaluation.sweep.running import Cell, Outcome
 
@@ -82,7 +80,7 @@ def standings(outcomes: Sequence[Outcome], *, seed: int = 0) -> list[Standing]:
     for cell, by_name in _by_cell(outcomes):
         mine = list(by_name.values())
         own = {group: by_cell[cell.key] for group, by_cell in groups.items() if cell.key in by_cell}
-        seconds = sum(outcome.seconds["inference"] for outcome in mine)
+        seconds = sum(outcome.result.seconds["inference"] for outcome in mine)
         found.append(Standing(cell, _mean(mine, seed), len(mine) == len(everything), seconds, own))
     found.sort(key=lambda standing: (not standing.complete, -standing.mean.value))
     return _beside_the_best(found, dict((cell.key, by_name) for cell, by_name in _by_cell(outcomes)), seed)
@@ -93,10 +91,7 @@ def _beside_the_best(
 ) -> list[Standing]:
     others = [standing for standing in found[1:] if standing.complete]
     best = answers[found[0].cell.key] if found else {}
-    pairs = [
-        [Pair(mean_of(best[name].values[:, 0]), mean_of(answers[other.cell.key][name].values[:, 0])) for name in best]
-        for other in others
-    ]
+    pairs = [[Pair(_worth(best[name]), _worth(answers[other.cell.key][name])) for name in best] for other in others]
     compared = [replace(other, behind=one) for other, one in zip(others, paired(pairs, seed=seed), strict=True)]
     return [*found[:1], *compared, *(standing for standing in found[1:] if not standing.complete)]
 
@@ -110,7 +105,9 @@ def _by_cell(outcomes: Sequence[Outcome]) -> list[tuple[Cell, dict[str, Outcome]
 
 
 def _mean(outcomes: Sequence[Outcome], seed: int) -> Mean:
-    found = [mean_of(outcome.values[:, 0]) for outcome in outcomes]
-    values = [corpus.value for corpus in found]
-    interval = of_mean(values, [corpus.interval(seed=[seed]) for corpus in found])
-    return Mean(float(np.mean(values)), interval, len(found))
+    return Mean(*mean_over([_worth(outcome) for outcome in outcomes], seed=seed), len(outcomes))
+
+
+def _worth(outcome: Outcome) -> Corpus:
+    """The primary measure of each row."""
+    return mean_of(outcome.result.measures[outcome.result.primary])

@@ -98,7 +98,7 @@ def _panels(
 
 def _measure(outcomes: Sequence[Outcome]) -> str:
     """What the panel's y axis says: the primary measure that they share."""
-    names = {LABELS[list(outcome.metrics["official"])[-1]] for outcome in outcomes}
+    names = {LABELS[outcome.result.primary] for outcome in outcomes}
     return f"{names.pop()}, %" if len(names) == 1 else "primary measure, %"
 
 

@@ -26,7 +26,7 @@ COLUMNS = (*_TEXTS, *_NUMBERS, *_COUNTS, *_SECONDS, "folder")
 
 
 @dataclass(frozen=True)
-class Table:
+class TidyTable:
     """Names of columns, their types (int, float or str), and rows of as many fields; None: there is no such number."""
 
     columns: tuple[str, ...]
@@ -34,7 +34,7 @@ class Table:
     rows: tuple[tuple[Field, ...], ...]
 
 
-def table(axes: Sequence[Axis], outcomes: Sequence[Outcome]) -> Table:
+def table(axes: Sequence[Axis], outcomes: Sequence[Outcome]) -> TidyTable:
     """The table of these outcomes, in their order.
 
     A column for each axis, named like it with underscores, numbers where all of its values are; then `dataset`,
@@ -53,15 +53,15 @@ def table(axes: Sequence[Axis], outcomes: Sequence[Outcome]) -> Table:
     for outcome in outcomes:
         values = [known[outcome.cell.values[axis.name]] for axis, known in zip(axes, shown, strict=True)]
         begin = [*values, outcome.dataset, group_of(outcome.dataset)]
-        end: list[Field] = [len(outcome.values), len(outcome.metrics["errors"])]
-        end += [outcome.seconds.get(stage) for stage in ("probe", "generate")]
+        end: list[Field] = [len(outcome.result), len(outcome.result.errors)]
+        end += [outcome.result.seconds.get(stage) for stage in ("probe", "generate")]
         rows += [(*begin, *measure, *end, outcome.folder) for measure in _measures(outcome)]
     columns = (*(axis.name.replace("-", "_") for axis in axes), *COLUMNS)
     types += [str] * len(_TEXTS) + [float] * len(_NUMBERS) + [int] * len(_COUNTS) + [float] * len(_SECONDS) + [str]
-    return Table(columns, tuple(types), tuple(rows))
+    return TidyTable(columns, tuple(types), tuple(rows))
 
 
-def as_csv(found: Table) -> bytes:
+def as_csv(found: TidyTable) -> bytes:
     """UTF-8 with a line of names; numbers with as many digits as they have, so that nothing is lost."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -70,7 +70,7 @@ def as_csv(found: Table) -> bytes:
     return text.getvalue().encode("utf-8")
 
 
-def as_parquet(found: Table) -> bytes:
+def as_parquet(found: TidyTable) -> bytes:
     """The same as Parquet: int64, double and string columns.
 
     Raises:
@@ -96,8 +96,11 @@ def has_parquet() -> bool:
 
 def _measures(outcome: Outcome) -> Iterator[tuple[Field, ...]]:
     """Kind, metric, value, low and high."""
-    for kind, key in (("official", "official"), ("corpus", "extra")):
-        ends = outcome.metrics[f"{key}_intervals"]
-        for metric, value in outcome.metrics[key].items():
-            low, high = ends.get(metric, (None, None))
-            yield kind, metric, float(value), low, high
+    result = outcome.result
+    for kind, values, intervals in (
+        ("official", result.official, result.official_intervals),
+        ("corpus", result.extra, result.extra_intervals),
+    ):
+        for metric, value in values.items():
+            low, high = intervals.get(metric, (None, None))
+            yield kind, metric, value, low, high
