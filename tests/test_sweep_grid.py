@@ -27,7 +27,8 @@ from logo.evaluation.sweep.grid import Axis, Value, cell_name, numbers, product,
 from logo.evaluation.sweep.means import means, standings
 from logo.evaluation.sweep.plots import plots
 from logo.evaluation.sweep.running import Cell, Outcome, runs
-from logo.evaluation.sweep.table import as_csv, as_parquet, table
+from logo.evaluation.sweep.table import table
+from logo.evaluation.tables import as_csv, as_parquet
 from logo.selection.settings import SelectionSettings
 
 NAMES = st.sampled_from(["k", "signal", "probe-layer", "probe-points", "weighting"])
@@ -268,7 +269,7 @@ def test_both_formats_hold_the_same_whatever_is_in_them() -> None:
     made = table(axes, outcomes(axes, {"x": 3, "gem.é": 2}))
     read = parquet.read_table(io.BytesIO(as_parquet(made)))
     lines = list(csv.reader(io.StringIO(as_csv(made).decode(), newline="")))
-    assert read.column_names == lines[0] == list(made.columns) and len(lines) == 1 + 16 * 2 * 2
+    assert read.column_names == lines[0] == [column.name for column in made.columns] and len(lines) == 1 + 16 * 2 * 2
     kinds = {name: str(kind) for name, kind in zip(read.schema.names, read.schema.types, strict=True)}
     assert (kinds["k"], kinds["probe_layer"], kinds["keep_mass"], kinds["value"]) == (
         "int64",

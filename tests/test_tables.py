@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 
 from hypothesis import given
@@ -11,7 +13,20 @@ from rich.console import Console
 from logo.cli.output import rich_table
 from logo.evaluation.intervals import Interval
 from logo.evaluation.report.page import environment
-from logo.evaluation.tables import Cell, Column, Table, latex, latex_text, markdown, number, numbers, row, words
+from logo.evaluation.tables import (
+    Cell,
+    Column,
+    Table,
+    as_csv,
+    latex,
+    latex_text,
+    markdown,
+    number,
+    numbers,
+    records,
+    row,
+    words,
+)
 
 TEXT = st.text(max_size=20) | st.sampled_from(
     ["\\end{tabular} % $x_1^2$ ~#&", "a|b", "</td><script>", "*x* [y](z) `c`"]
@@ -43,6 +58,19 @@ def test_every_display_shows_the_same_numbers(values: list[tuple[float, float, f
     assert [re.findall(r"\d+\.\d\d", line) for line in printed(beside)[1:]] == expected
     without = [re.findall(r"\d+\.\d\d", line) for line in printed(below, intervals=False)[1:]]
     assert without == [three[:1] for three in expected]
+
+
+@given(st.lists(st.tuples(st.text(max_size=8), st.integers(0, 9), SHARE, st.none() | SHARE), max_size=4))
+def test_machines_get_all_digits(values: list[tuple[str, int, float, float | None]]) -> None:
+    columns = (*words("name"), *numbers("rows"), Column("score", interval="95 %"))
+    rows = [row(name, n, number(a, interval=None if b is None else (b, 1.0))) for name, n, a, b in values]
+    table = Table(columns, (*rows, row(None, None, None)))
+    names = ["name", "rows", "score", "score low", "score high"]
+    expected = [[name, n, a, b, None if b is None else 1.0] for name, n, a, b in values] + [[None] * 5]
+    assert [list(record.values()) for record in records(table)] == expected
+    assert all(list(record) == names for record in records(table))
+    lines = list(csv.reader(io.StringIO(as_csv(table).decode(), newline="")))
+    assert lines == [names, *(["" if v is None else str(v) for v in line] for line in expected)]
 
 
 def test_headings_sections_marks_and_what_is_not_known() -> None:

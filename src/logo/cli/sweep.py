@@ -152,7 +152,8 @@ def _answered(
 def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> list[Path]:
     """The files of the whole sweep, in the order they are written."""
     from logo.evaluation.sweep.plots import plots
-    from logo.evaluation.sweep.table import as_csv, as_parquet, has_parquet, table
+    from logo.evaluation.sweep.table import table
+    from logo.evaluation.tables import as_csv, as_parquet, has_parquet
     from logo.folders import replace_file
 
     found = table(axes, swept.outcomes)

@@ -7,13 +7,19 @@ own where the column names one.
 
 from __future__ import annotations
 
+import csv
+import importlib
+import importlib.util
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from logo.errors import UsageError
 from logo.evaluation.intervals import Interval
 
+Value = int | float | str | None
 Emphasis = Literal["", "bold", "dotted", "faint"]
 
 _LATEX = {
@@ -52,6 +58,7 @@ class Cell:
         run: the place of the run that this is the name of; a page shows its colour and shape.
         dataset: this is the name of a dataset, whose instances a page leads to.
         title: what a page shows when one points at it.
+        value: what it says as a number or text for machines, with all digits; `bounds`: likewise of the interval.
     """
 
     text: str
@@ -62,6 +69,8 @@ class Cell:
     run: int | None = None
     dataset: bool = False
     title: str = ""
+    value: Value = None
+    bounds: tuple[float, float] | None = None
 
     @property
     def interval(self) -> str:
@@ -140,8 +149,7 @@ def numbers(*names: str) -> tuple[Column, ...]:
 
 def row(*cells: object, section: str = "") -> Row:
     """A row of cells; anything that is none is shown as its text, and None as nothing known."""
-    shown = (cell if cell is None or isinstance(cell, Cell) else Cell(str(cell)) for cell in cells)
-    return Row(tuple(shown), section)
+    return Row(tuple(cell if cell is None or isinstance(cell, Cell) else _plain_cell(cell) for cell in cells), section)
 
 
 def number(
@@ -154,8 +162,13 @@ def number(
     notes: Sequence[str] = (),
 ) -> Cell:
     """A number, multiplied by `scale`, with its interval, both in one format."""
-    ends = None if interval is None else (_shown(scale * interval[0], form), _shown(scale * interval[1], form))
-    return Cell(_shown(scale * value, form), ends, emphasis, tuple(notes))
+    bounds = None if interval is None else (interval[0], interval[1])
+    ends = None if bounds is None else (_shown(scale * bounds[0], form), _shown(scale * bounds[1], form))
+    return Cell(_shown(scale * value, form), ends, emphasis, tuple(notes), value=value, bounds=bounds)
+
+
+def _plain_cell(value: object) -> Cell:
+    return Cell(str(value), value=value if isinstance(value, (int, float)) else str(value))
 
 
 def _shown(value: float, form: str) -> str:
@@ -172,6 +185,69 @@ def p_value(p: float) -> str:
 def counted(count: int, what: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+# -- for machines -----------------------------------------------------------------------------------------------
+
+
+def records(table: Table) -> list[dict[str, Value]]:
+    """The rows by column, with all digits; beside a column with a column of intervals `... low` and `... high`."""
+    found = []
+    for row in table.rows:
+        record: dict[str, Value] = {}
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            record[column.name] = cell and cell.value
+            if column.interval:
+                low, high = (cell and cell.bounds) or (None, None)
+                record |= {f"{column.name} low": low, f"{column.name} high": high}
+        found.append(record)
+    return found
+
+
+def as_csv(table: Table) -> bytes:
+    """UTF-8 with a line of names; numbers with as many digits as they have, so that nothing is lost."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_names(table))
+    writer.writerows(["" if value is None else value for value in record.values()] for record in records(table))
+    return text.getvalue().encode("utf-8")
+
+
+def as_parquet(table: Table) -> bytes:
+    """The same as Parquet: int64, double and string columns.
+
+    Raises:
+        UsageError: pyarrow is not installed.
+    """
+    if not has_parquet():
+        raise UsageError("Parquet needs pyarrow: install lora-on-the-go[eval]")
+    arrow: Any = importlib.import_module("pyarrow")
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    rows = records(table)
+    columns = {name: [record[name] for record in rows] for name in _names(table)}
+    numeric = {column.name: column.numeric for column in table.columns}
+    kinds = {
+        name: arrow.string()
+        if not numeric.get(name, True)
+        else arrow.int64()
+        if values and all(isinstance(value, int) for value in values)
+        else arrow.float64()
+        for name, values in columns.items()
+    }
+    sink = io.BytesIO()
+    parquet.write_table(arrow.table(columns, schema=arrow.schema(kinds)), sink)
+    return sink.getvalue()
+
+
+def has_parquet() -> bool:
+    """Whether Parquet can be written."""
+    return importlib.util.find_spec("pyarrow") is not None
+
+
+def _names(table: Table) -> list[str]:
+    """Of what `records` holds."""
+    more = {column.name: [f"{column.name} low", f"{column.name} high"] for column in table.columns if column.interval}
+    return [name for column in table.columns for name in (column.name, *more.get(column.name, ()))]
 
 
 # -- as text ----------------------------------------------------------------------------------------------------
