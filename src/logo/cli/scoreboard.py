@@ -126,8 +126,8 @@ def table(scores: Sequence[Score]) -> Table:
         intervals = score.files["metrics.json"]["official_intervals"]
         begin: list[object] = [score.dataset, score.rows]
         end: list[object] = [f"{score.seconds:.1f}", *([len(score.errors) or ""] if failed else [])]
-        shown = [(_label(key), number(value, interval=intervals.get(key))) for key, value in official.items()]
-        for label, cell in shown or [("", "")]:
+        shown = {_label(key): number(value, interval=intervals.get(key)) for key, value in official.items()}
+        for label, cell in (shown or {"": ""}).items():
             rows.append(row(*begin, label, cell, *end))
             begin, end = ["", ""], [""] * len(end)
     return Table(columns, tuple(rows))

@@ -196,7 +196,7 @@ def records(table: Table) -> list[dict[str, Value]]:
     for row in table.rows:
         record: dict[str, Value] = {}
         for column, cell in zip(table.columns, row.cells, strict=True):
-            record[column.name] = cell and cell.value
+            record[column.name] = None if cell is None else cell.value
             if column.interval:
                 low, high = (cell and cell.bounds) or (None, None)
                 record |= {f"{column.name} low": low, f"{column.name} high": high}
