@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 
 from logo.evaluation.report import analyse, as_latex, as_markdown, page, pictures, png, summary
 from logo.evaluation.report.page import environment
-from logo.evaluation.report.payload import packed, unpacked
+from logo.evaluation.report.payload import packed
 from logo.evaluation.report.scene import coloured, png_uri
 from logo.evaluation.runs import read_runs
 from report_runs import ROWS, SIGNALS, TASKS, demo_results, write_result
@@ -73,6 +75,11 @@ class Parsed(HTMLParser):
 
     def block(self, name: str) -> object:
         return unpacked(self.blocks[f"b-{name}"])
+
+
+def unpacked(block: str) -> Any:
+    """What `packed` was given, as the page's script reads it."""
+    return json.loads(gzip.decompress(base64.b64decode(block)))
 
 
 @pytest.fixture(scope="session")
