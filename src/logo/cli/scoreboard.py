@@ -110,7 +110,7 @@ def say_intervals(score: Score) -> None:
 
 def table(scores: Sequence[Score]) -> Table:
     """A line for each dataset and official metric, in percent."""
-    from logo.evaluation.tables import Column, Table, number, numbers, row, words
+    from logo.evaluation.tables import Cell, Column, Table, number, numbers, row, words
 
     failed = any(score.errors for score in scores)
     columns = (
@@ -126,8 +126,8 @@ def table(scores: Sequence[Score]) -> Table:
         intervals = score.files["metrics.json"]["official_intervals"]
         begin: list[object] = [score.dataset, score.rows]
         end: list[object] = [f"{score.seconds:.1f}", *([len(score.errors) or ""] if failed else [])]
-        shown = {_label(key): number(value, interval=intervals.get(key)) for key, value in official.items()}
-        for label, cell in (shown or {"": ""}).items():
+        shown = [(_label(key), number(value, interval=intervals.get(key))) for key, value in official.items()]
+        for label, cell in shown or [("", Cell(""))]:
             rows.append(row(*begin, label, cell, *end))
             begin, end = ["", ""], [""] * len(end)
     return Table(columns, tuple(rows))
