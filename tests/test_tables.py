@@ -60,7 +60,11 @@ def test_every_display_shows_the_same_numbers(values: list[tuple[float, float, f
     assert without == [three[:1] for three in expected]
 
 
-@given(st.lists(st.tuples(st.text(max_size=8), st.integers(0, 9), SHARE, st.none() | SHARE), max_size=4))
+# The csv module does not quote a carriage return that stands alone, and UTF-8 has no half of a surrogate pair.
+NAME = st.text(st.characters(exclude_characters="\r", codec="utf-8"), max_size=8)
+
+
+@given(st.lists(st.tuples(NAME, st.integers(0, 9), SHARE, st.none() | SHARE), max_size=4))
 def test_machines_get_all_digits(values: list[tuple[str, int, float, float | None]]) -> None:
     columns = (*words("name"), *numbers("rows"), Column("score", interval="95 %"))
     rows = [row(name, n, number(a, interval=None if b is None else (b, 1.0))) for name, n, a, b in values]
