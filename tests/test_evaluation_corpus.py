@@ -74,7 +74,8 @@ def test_many_sums_at_once_are_worth_what_they_are_worth_alone() -> None:
         float
     )
     ours, theirs = random.integers(0, 5, (2, 200, 6))
-    chrf = np.concatenate([ours, theirs, random.integers(0, np.minimum(ours, theirs) + 1)], axis=1).astype(float)
+    both = random.integers(0, np.minimum(ours, theirs) + 1)
+    chrf = np.stack([ours, theirs, both], axis=2).reshape(200, 18).astype(float)
     for worth, sums in ((bleu_worth, bleu), (chrf_worth, chrf)):
         values = worth(sums)
         assert ((values >= 0) & (values <= 100 + 1e-9)).all() and (values > 0).any()

@@ -17,7 +17,7 @@ from logo.evaluation.results import (
     metrics_record,
     read_results,
     result_files,
-    result_folder,
+    run_folder,
     run_record,
     write_results,
 )
@@ -73,20 +73,19 @@ def read(folder: Path) -> dict[str, object]:
     ],
 )
 def test_the_folder_is_named_as_the_official_one(base_model: str | Path, name: str) -> None:
-    folder = result_folder("results", base_model, "norm", 20, 0, "bbh.boolean_expressions")
-    assert folder == Path(f"results/{name}_selection_norm_n_20_seed_0/bbh.boolean_expressions")
+    assert run_folder("results", base_model, "norm", 20, 0) == Path(f"results/{name}_selection_norm_n_20_seed_0")
 
 
 def test_another_method_has_a_folder_of_its_own() -> None:
-    folder = result_folder("results", "org/M", "norm", 20, 1, "bbh.x", method="lorahub")
-    assert folder == Path("results/M_method_lorahub_n_20_seed_1/bbh.x")
+    folder = run_folder("results", "org/M", "norm", 20, 1, method="lorahub")
+    assert folder == Path("results/M_method_lorahub_n_20_seed_1")
 
 
 def test_a_model_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "F1" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "F1")
     for base_model in (".", "./", "deep/.."):
-        assert result_folder("r", base_model, "entropy", 3, 7, "d.x") == Path("r/F1_selection_entropy_n_3_seed_7/d.x")
+        assert run_folder("r", base_model, "entropy", 3, 7) == Path("r/F1_selection_entropy_n_3_seed_7")
 
 
 def test_the_files(tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_content_that_json_cannot_hold_touches_nothing(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file")
-    folder = result_folder(tmp_path / "results", "m", "norm", 1, 0, "bbh.navigate")
+    folder = run_folder(tmp_path / "results", "m", "norm", 1, 0) / "bbh.navigate"
     with pytest.raises(StorageError) as caught:
         write_results(folder, {"eval_results.json": [1]})
     assert str(caught.value).startswith(f"result folder {str(folder)!r}: cannot be written (")

@@ -169,11 +169,11 @@ def test_a_heat_map_tells_its_numbers(window: Browser, report: Path) -> None:
     name, _, value = text.partition(": ")
     dataset, adapter = name.split(" × ")
     row = window.run(
-        "return [...document.querySelectorAll('#figure-weights-0 tbody tr')].map(row => row.textContent)"
+        "return [...document.querySelectorAll('#figure-weights-0 tbody tr')].map(row => row.textContent.trim())"
         ".find(text => text.startsWith(arguments[0]))",
         dataset,
     )
-    assert f"{adapter} {float(value):.2f}" in row
+    assert f"\u2068{adapter}\u2069 {float(value):.2f}" in row
 
 
 def test_without_script_the_tables_are_there(window: Browser, report: Path) -> None:

@@ -20,12 +20,12 @@ from logo.evaluation.comparison import compare
 from logo.evaluation.datasets import OFFICIAL
 from logo.evaluation.intervals import Interval, proportion
 from logo.evaluation.paired import ALPHA, TESTS
-from logo.evaluation.report import adapters, analyse, latex, page, summary
+from logo.evaluation.report import adapters, analyse, as_latex, page, summary
 from logo.evaluation.report.numbers import Cell, dataset_lines, group_lines, marked, overall
 from logo.evaluation.report.published import CAVEAT, read_published, shipped
-from logo.evaluation.report.tables import p_value
 from logo.evaluation.report.versus import Mark, Pairing, shared_rows
 from logo.evaluation.runs import Run, read_run, read_runs
+from logo.evaluation.tables import p_value
 from report_runs import write_result
 
 ROUGE = ("rouge-1", "rouge-2", "rouge-L")
@@ -150,7 +150,7 @@ def test_published_numbers_stand_beside_the_same_experiment(
     [line] = analysis.lines
     [cell] = line.cells
     assert cell is not None and (cell.published is not None) == shown
-    for text in (page(analysis), latex(analysis)):
+    for text in (page(analysis), as_latex(analysis)):
         assert ("published 71.33" in text) == ("README of the authors" in text) == shown
     [written] = summary(analysis)["datasets"]
     [told] = written["runs"].values()
@@ -182,7 +182,7 @@ def test_published_numbers_need_a_run_that_does_what_the_authors_did(
     analysis = analyse(read_runs([tmp_path]))
     [line] = analysis.lines
     assert [cell.published is not None for cell in line.cells if cell] == [shown, False]
-    assert (CAVEAT in page(analysis)) == (CAVEAT in latex(analysis)) == shown
+    assert (CAVEAT in page(analysis)) == (CAVEAT in as_latex(analysis)) == shown
 
 
 def test_datasets_that_are_judged_by_different_measures(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_datasets_that_are_judged_by_different_measures(tmp_path: Path) -> None:
     assert [(cell.value, cell.datasets) for cell in analysis.overall.cells if cell] == [(1.0, 1)] * 2
     [pair] = analysis.versus
     assert sum(asdict(pair.datasets).values()) == 1
-    for text in (page(analysis), latex(analysis)):
+    for text in (page(analysis), as_latex(analysis)):
         assert "left out of the mean over all datasets" in text and "accuracy (first gold text)" in text
 
 
@@ -247,7 +247,7 @@ def test_one_run_against_another(pairs: list[tuple[int, int]], tmp_path_factory:
     a, b = ([pair[run] for pair in pairs] for run in (0, 1))
     [found] = Pairing(tuple(two_runs(tmp_path_factory.mktemp("versus"), a, b))).versus()
     wins, losses = sum(y > x for x, y in pairs), sum(y < x for x, y in pairs)
-    assert (found.instances.wins, found.instances.losses, found.instances.ties) == (
+    assert (found.record.wins, found.record.losses, found.record.ties) == (
         wins,
         losses,
         len(a) - wins - losses,
@@ -298,7 +298,7 @@ def test_only_shared_instances_are_compared(tmp_path: Path) -> None:
     first, second = (run.results["d.x"] for run in runs)
     assert shared_rows(first, second) == ([0, 2], [1, 0])
     [found] = Pairing(tuple(runs)).versus()
-    assert (found.instances.wins, found.instances.losses, found.instances.ties) == (0, 0, 2)
+    assert (found.record.wins, found.record.losses, found.record.ties) == (0, 0, 2)
     twice = two_runs(tmp_path / "twice", [1, 0], [0, 1], ["prompt 0", "prompt 0"])
     assert shared_rows(*(run.results["d.x"] for run in twice)) == ([0], [0])
 

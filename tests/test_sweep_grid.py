@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,15 @@ from logo.cli.methods import MethodOptions
 from logo.cli.options import EngineOptions
 from logo.errors import UsageError
 from logo.evaluation.corpus import mean_of
-from logo.evaluation.intervals import of_mean
+from logo.evaluation.intervals import Interval, of_mean
 from logo.evaluation.paired import Pair, difference, holm, significance
+from logo.evaluation.stored import Result
 from logo.evaluation.sweep.grid import Axis, Value, cell_name, numbers, product, split
 from logo.evaluation.sweep.means import means, standings
 from logo.evaluation.sweep.plots import plots
 from logo.evaluation.sweep.running import Cell, Outcome, runs
-from logo.evaluation.sweep.table import as_csv, as_parquet, table
+from logo.evaluation.sweep.table import table
+from logo.evaluation.tables import as_csv, as_parquet
 from logo.selection.settings import SelectionSettings
 
 NAMES = st.sampled_from(["k", "signal", "probe-layer", "probe-points", "weighting"])
@@ -198,13 +201,27 @@ def outcomes(axes: list[Axis], datasets: dict[str, int], lacking: frozenset[tupl
     for number, values in enumerate(product(axes)):
         cell = Cell(values, SelectionSettings())
         for name, rows in datasets.items():
-            column = (random.random((rows, 1)) < 0.3 + 0.1 * number).astype(np.float64)
-            ends = {"em": [0.0, 1.0]}
-            metrics = {"official": {"em": float(column.mean())}, "official_intervals": ends, "extra": {"f1": 1 / 3}}
-            metrics |= {"extra_intervals": {}, "errors": []}
-            if (number, name) not in lacking:
-                folder = f"runs/{cell.name}/{name}"
-                found.append(Outcome(cell, name, column, metrics, {"inference": 2.0, "generate": 1.5}, folder))
+            right = random.random(rows) < 0.3 + 0.1 * number
+            if (number, name) in lacking:
+                continue
+            folder = f"runs/{cell.name}/{name}"
+            result = Result(
+                dataset=name,
+                folder=Path(folder),
+                values=tuple(map(int, right)),
+                predictions=("",) * rows,
+                selected=((),) * rows,
+                weights=((),) * rows,
+                columns=(),
+                scores=np.empty((rows, 0)),
+                seconds={"inference": 2.0, "generate": 1.5},
+                prompts=None,
+                official={"em": float(right.mean())},
+                official_intervals={"em": Interval(0.0, 1.0)},
+                extra={"f1": 1 / 3},
+                run={"metric": "em"},
+            )
+            found.append(Outcome(cell, result, folder))
     return found
 
 
@@ -216,8 +233,8 @@ def test_means_are_those_of_each_cell_alone() -> None:
     together = means(found, ["bbh.a", "bbh.b"], seed=3)
     assert [cell.values for cell, _ in together] == [values for i, values in enumerate(product(TWO)) if i != 2]
     for cell, mean in together:
-        columns = [one.values for one in found if one.cell.key == cell.key and one.dataset.startswith("bbh")]
-        alone = [mean_of(column[:, 0]) for column in columns]
+        columns = [one.result.values for one in found if one.cell.key == cell.key and one.dataset.startswith("bbh")]
+        alone = [mean_of(column) for column in columns]
         assert mean.value == pytest.approx(np.mean([one.value for one in alone]))
         assert mean.interval == of_mean([one.value for one in alone], [one.interval() for one in alone])
         assert mean.datasets == 2
@@ -233,7 +250,7 @@ def test_cells_are_compared_with_the_best_row_by_row() -> None:
     found = outcomes(TWO, {"bbh.a": 40, "bbh.b": 30})
     best, *others = standings(found, seed=3)
     assert best.behind is None and all(other.behind for other in others)
-    columns = {one.cell.key + (one.dataset,): mean_of(one.values[:, 0]) for one in found}
+    columns = {one.cell.key + (one.dataset,): mean_of(one.result.values) for one in found}
     ps = []
     for other in others:
         names = ("bbh.a", "bbh.b")
@@ -252,7 +269,7 @@ def test_both_formats_hold_the_same_whatever_is_in_them() -> None:
     made = table(axes, outcomes(axes, {"x": 3, "gem.é": 2}))
     read = parquet.read_table(io.BytesIO(as_parquet(made)))
     lines = list(csv.reader(io.StringIO(as_csv(made).decode(), newline="")))
-    assert read.column_names == lines[0] == list(made.columns) and len(lines) == 1 + 16 * 2 * 2
+    assert read.column_names == lines[0] == [column.name for column in made.columns] and len(lines) == 1 + 16 * 2 * 2
     kinds = {name: str(kind) for name, kind in zip(read.schema.names, read.schema.types, strict=True)}
     assert (kinds["k"], kinds["probe_layer"], kinds["keep_mass"], kinds["value"]) == (
         "int64",

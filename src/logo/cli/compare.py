@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from logo.cli.output import err, natural_width, note, out, print_json, screen
+from logo.cli.output import err, natural_width, note, out, print_json, rich_table, screen
 
 if TYPE_CHECKING:
     from logo.evaluation.comparison import Compared, Comparison
+    from logo.evaluation.tables import Emphasis, Table
 
 WIDTH = 100  # a pipe gets this much, or what the table needs
 _HUNDREDS = frozenset({"extra.bleu", "extra.chrf"})  # what comes in hundreds already
-TEST_NAMES = {"mcnemar": "McNemar", "randomisation": "randomised"}  # in a column
 
 
 def compare(
@@ -54,77 +53,47 @@ def compare(
         print_json({"a": str(run_a), "b": str(run_b), **found.as_json()})
         return
     out.print(Text.assemble(("A ", "bold"), str(run_a), "\n", ("B ", "bold"), str(run_b), "\n"))
-    table = _table(found)
-    screen(max(WIDTH, natural_width(table))).print(table)
+    shown = rich_table(_table(found))
+    screen(max(WIDTH, natural_width(shown))).print(shown)
 
 
 def _table(found: Comparison) -> Table:
+    """A line for each dataset and measure, then for each group."""
+    from logo.evaluation.paired import ALPHA, told_tests
+    from logo.evaluation.tables import Column, Table, numbers, row, words
+
     everything = [*found.datasets, *found.groups]
     several = len(everything) > 1
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("", overflow="fold")
-    table.add_column("metric", no_wrap=True)
-    for heading in (
-        "rows",
-        "A",
-        "B",
-        "B − A",
-        "95 %",
-        "better",
-        "worse",
-        "same",
-        "p",
-        *(["p Holm"] if several else []),
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("test", no_wrap=True)
-    for compared in found.datasets:
-        table.add_row(*_cells(compared, several))
-    if found.groups:
-        table.add_row()
-        table.add_row(Text("means of datasets", style="dim"))
-        for compared in found.groups:
-            table.add_row(*_cells(compared, several))
-    table.caption = _caption(everything)
-    table.caption_justify = "left"
-    return table
-
-
-def _caption(shown: Sequence[Compared]) -> str:
-    from logo.evaluation.paired import ALPHA, TESTS
-
-    used = {one.significance.test for one in shown}
-    tests = " or ".join(text for name, text in TESTS.items() if name in used)
-    holm = f" p Holm: the same, corrected for the {len(shown)} lines by Holm's method." if len(shown) > 1 else ""
-    return (
-        "All in percent, BLEU and chrF of 100. better, worse, same: rows on which B's answer is worth more than A's, "
-        f"less, as much. p: two-sided, by {tests}.{holm} Bold: {'p Holm' if holm else 'p'} below {ALPHA}."
+    columns = (
+        Column("", numeric=False, wraps=True),
+        *words("metric"),
+        *numbers("rows", "A", "B"),
+        Column("B − A", interval="95 %"),
+        *numbers("better", "worse", "same", "p", *(["p Holm"] if several else [])),
+        *words("test"),
     )
+    rows = [row(*_cells(one, several)) for one in found.datasets]
+    rows += [row(*_cells(one, several), section="means of datasets") for one in found.groups]
+    holm = f" p Holm: the same, corrected for the {len(everything)} lines by Holm's method." if several else ""
+    note = (
+        "All in percent, BLEU and chrF of 100. better, worse, same: rows on which B's answer is worth more than A's, "
+        f"less, as much. p: two-sided, by {told_tests(one.significance for one in everything)}.{holm} "
+        f"Bold: {'p Holm' if several else 'p'} below {ALPHA}."
+    )
+    return Table(columns, tuple(rows), note=note)
 
 
-def _cells(compared: Compared, several: bool) -> list[Any]:
-    from logo.evaluation.paired import ALPHA
+def _cells(compared: Compared, several: bool) -> Iterator[object]:
+    from logo.evaluation.paired import ALPHA, COLUMN
+    from logo.evaluation.tables import number, p_value
 
     scale = 1 if compared.metric in _HUNDREDS else 100
     difference, record = compared.difference, compared.record
-    name = compared.name if compared.datasets == 1 else f"{compared.name} ({compared.datasets})"
-    ends = difference.interval
-    return [
-        Text(name),
-        compared.metric,
-        str(compared.rows),
-        f"{scale * difference.a:.2f}",
-        f"{scale * difference.b:.2f}",
-        Text(f"{scale * difference.value:+.2f}", style="bold" if compared.p_holm < ALPHA else ""),
-        Text(f"{scale * ends.low:+.2f} to {scale * ends.high:+.2f}" if ends else "-", style="dim"),
-        str(record.wins),
-        str(record.losses),
-        str(record.ties),
-        _p(compared.significance.p),
-        *([_p(compared.p_holm)] if several else []),
-        TEST_NAMES[compared.significance.test],
-    ]
-
-
-def _p(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    yield compared.name if compared.datasets == 1 else f"{compared.name} ({compared.datasets})"
+    yield from (compared.metric, compared.rows, number(difference.a, scale=scale), number(difference.b, scale=scale))
+    emphasis: Emphasis = "bold" if compared.p_holm < ALPHA else ""
+    yield number(difference.value, "+.2f", difference.interval, scale=scale, emphasis=emphasis)
+    yield from (record.wins, record.losses, record.ties, p_value(compared.significance.p))
+    if several:
+        yield p_value(compared.p_holm)
+    yield COLUMN[compared.significance.test]

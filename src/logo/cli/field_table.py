@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from logo.evaluation.tables import Cell, Table
 
 WIDTH = 118
 # Heading, part of the table, key, digits.
@@ -25,21 +25,19 @@ _ENCODER = "Styxxxx/lora_retriever"  # LoraRetriever's own
 def field_table(report: Mapping[str, Any]) -> Table:
     """Signals, methods and fixed mixtures as rows, by what they are worth with the own adapter there: method / oracle,
     as the mean of the tasks' ratios and as the ratio of their means."""
+    from logo.evaluation.tables import Cell, Column, Table, numbers, row, words
+
     found = report["relative"]
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    for heading, _, _, _ in COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("looks at", overflow="fold", style="dim")
     methods = report["settings"].get("methods", {})
+    rows = []
     for kind, name in _rows(found):
-        said = methods.get(name, {}) if kind == "methods" else {}
         entries = {part: (found[part] or {}).get(kind, {}).get(name, {}) for _, part, _, _ in COLUMNS}
         cells = [_cell(entries[part], key, digits) for _, part, key, digits in COLUMNS]
-        table.add_row(Text(name), *cells, Text(looks_at(kind, name, said)))
-    table.caption = _caption(found, report)
-    table.caption_justify = "left"
-    return table
+        said = methods.get(name, {}) if kind == "methods" else {}
+        rows.append(row(name, *cells, Cell(looks_at(kind, name, said), emphasis="faint")))
+    columns = (*words(""), *numbers(*(heading for heading, _, _, _ in COLUMNS)))
+    columns += (Column("looks at", numeric=False, wraps=True),)
+    return Table(columns, tuple(rows), note=_caption(found, report))
 
 
 def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
@@ -84,16 +82,12 @@ def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return sorted(every, key=worth)
 
 
-def _cell(entry: Mapping[str, Any], key: str, digits: int) -> Text:
-    value = entry.get(key)
-    if value is None:
-        return Text("-", style="dim")
-    unit = 1 if key == "nll" else 100
-    number = f"{unit * value:.{digits}f}"
-    ends = entry["intervals"].get(key)
-    if ends is None:
-        return Text(number)
-    return Text.assemble(f"{number}\n", ("–".join(f"{unit * end:.{digits}f}" for end in ends), "dim"))
+def _cell(entry: Mapping[str, Any], key: str, digits: int) -> Cell | None:
+    from logo.evaluation.tables import number
+
+    if entry.get(key) is None:
+        return None
+    return number(entry[key], f".{digits}f", entry["intervals"].get(key), scale=1 if key == "nll" else 100)
 
 
 def _caption(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:

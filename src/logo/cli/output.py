@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -23,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from logo.evaluation import tables
     from logo.selection.selector import Selection
 
 out = Console(highlight=False, soft_wrap=True)
@@ -40,6 +42,46 @@ def screen(width: int, *, stderr: bool = False) -> Console:
 def natural_width(table: Table) -> int:
     """Columns that a table takes where nothing is wrapped."""
     return Measurement.get(out, out.options.update(width=10_000), table).maximum
+
+
+def rich_table(found: tables.Table, *, intervals: bool = True) -> Table:
+    """A table of results for a terminal, with intervals in the columns that are theirs, or else below their numbers.
+
+    Args:
+        intervals: False leaves out those below their numbers.
+    """
+    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for column in found.columns:
+        justify: Literal["left", "right"] = "right" if column.numeric else "left"
+        shown.add_column(column.name, justify=justify, no_wrap=not column.wraps, overflow="fold")
+        if column.interval:
+            shown.add_column(column.interval, justify="right", no_wrap=True)
+    for section, rows in found.sections:
+        if section:
+            shown.add_row()
+            shown.add_row(Text(section, style="dim"))
+        for row in rows:
+            cells = zip(found.columns, row.cells, strict=True)
+            shown.add_row(*(text for column, cell in cells for text in _fields(column, cell, intervals)))
+    shown.caption = found.note or None
+    shown.caption_justify = "left"
+    return shown
+
+
+def _fields(column: tables.Column, cell: tables.Cell | None, intervals: bool) -> Iterator[Text]:
+    """What stands in a column, and in that of its intervals where it has one."""
+    nothing = Text("-", style="dim")
+    if cell is None:
+        yield from [nothing, nothing] if column.interval else [nothing]
+        return
+    text = Text("" if cell.repeats else cell.text, {"bold": "bold", "faint": "dim"}.get(cell.emphasis, ""))
+    if column.interval:
+        yield text
+        yield Text(" to ".join(cell.ends), style="dim") if cell.ends else nothing if cell.text else Text("")
+    elif cell.ends and intervals:
+        yield Text.assemble(text, "\n", (cell.interval, "dim"))
+    else:
+        yield text
 
 
 def note(message: str) -> None:

@@ -36,6 +36,10 @@ def report(
     latex: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the tables as LaTeX.", show_default="no LaTeX")
     ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the tables as Markdown.", show_default="no Markdown"),
+    ] = None,
     title: Annotated[str | None, typer.Option(help="The page's heading.", show_default="base model and runs")] = None,
     data_dir: Annotated[
         Path | None,
@@ -59,14 +63,14 @@ def report(
 
     Example: `logo eval report results -o report.html --png pictures --latex tables.tex`
     """
-    from logo.evaluation.report import analyse, page, pictures, summary
-    from logo.evaluation.report import latex as tables
+    from logo.evaluation.report import analyse, as_latex, as_markdown, page, pictures, summary
     from logo.evaluation.report import png as drawn
     from logo.evaluation.report.published import read_published
     from logo.evaluation.runs import read_runs
+    from logo.evaluation.tables import counted
     from logo.folders import check_writable, replace_file
 
-    for option, file in (("--output", output), ("--latex", latex)):
+    for option, file in (("--output", output), ("--latex", latex), ("--markdown", markdown)):
         if file is not None and file.is_dir():
             raise UsageError(f"{option} {file}: expected a file to write, found a folder")
         if file is not None:
@@ -78,7 +82,9 @@ def report(
     analysis = analyse(read_runs(results, data_dir), seed=seed, published=others)
     written = {output: page(analysis, title).encode("utf-8")}
     if latex is not None:
-        written[latex] = tables(analysis).encode("utf-8")
+        written[latex] = as_latex(analysis).encode("utf-8")
+    if markdown is not None:
+        written[markdown] = as_markdown(analysis).encode("utf-8")
     if png is not None:
         written |= {png / f"{scene.name}.png": drawn(scene) for scene in pictures(analysis)}
     for file, content in written.items():
@@ -90,14 +96,10 @@ def report(
     print(output)
     seconds = time.perf_counter() - started
     note(
-        f"{_counted(len(analysis.runs), 'run')} · {_counted(len(analysis.datasets), 'dataset')} · "
-        f"{_counted(analysis.instances, 'answer')} · "
+        f"{counted(len(analysis.runs), 'run')} · {counted(len(analysis.datasets), 'dataset')} · "
+        f"{counted(analysis.instances, 'answer')} · "
         f"page {len(written[output]) / 1e6:.2f} MB · {seconds:.1f} s"
     )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _warn(analysis: Analysis) -> None:

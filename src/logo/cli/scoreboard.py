@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from logo.cli.output import err, note, print_json, screen
+from logo.cli.output import err, note, print_json, rich_table, screen
 
 if TYPE_CHECKING:
     from logo.evaluation.resume import Plan
+    from logo.evaluation.tables import Table
 
 SHOWN = 20  # rows without an answer that are named; metrics.json has all
 WIDTH = 100  # of the table, where there is no terminal to say
@@ -93,7 +92,7 @@ def show(scores: Sequence[Score], *, json: bool) -> None:
     if json:
         print_json([score.as_dict() for score in scores])
     elif len(scores) > 1:
-        screen(WIDTH, stderr=True).print(table(scores))
+        screen(WIDTH, stderr=True).print(rich_table(table(scores)))
     else:
         say_intervals(scores[0])
     if say_errors(scores):
@@ -104,32 +103,34 @@ def say_intervals(score: Score) -> None:
     """One line beside the official ones, on stderr."""
     intervals = score.files["metrics.json"]["official_intervals"]
     if intervals:
-        ends = ", ".join(f"{_label(key)} {_ends(pair)}" for key, pair in intervals.items())
-        note(f"95 % interval: {ends if len(intervals) > 1 else _ends(*intervals.values())} · {score.rows} rows")
+        ends = {_label(key): f"{100 * low:.2f} to {100 * high:.2f}" for key, (low, high) in intervals.items()}
+        told = ", ".join(f"{label} {text}" if len(ends) > 1 else text for label, text in ends.items())
+        note(f"95 % interval: {told} · {score.rows} rows")
 
 
 def table(scores: Sequence[Score]) -> Table:
     """A line for each dataset and official metric, in percent."""
-    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    shown.add_column("dataset", overflow="fold")
-    shown.add_column("rows", justify="right")
-    shown.add_column("metric")
-    for heading in ("score", "95 % interval", "seconds"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+    from logo.evaluation.tables import Cell, Column, Table, number, numbers, row, words
+
     failed = any(score.errors for score in scores)
-    if failed:
-        shown.add_column("no answer", justify="right")
+    columns = (
+        Column("dataset", numeric=False, wraps=True),
+        *numbers("rows"),
+        *words("metric"),
+        Column("score", interval="95 % interval"),
+        *numbers("seconds", *(["no answer"] if failed else [])),
+    )
+    rows = []
     for score in scores:
-        metrics = score.files["metrics.json"]
-        begin: tuple[Any, ...] = (Text(score.dataset), str(score.rows))
-        end: tuple[Any, ...] = (f"{score.seconds:.1f}", *([str(len(score.errors) or "")] if failed else []))
-        if not metrics["official"]:
-            shown.add_row(*begin, "", "", "", *end)
-        for key, value in metrics["official"].items():
-            interval = Text(_ends(metrics["official_intervals"].get(key)), style="dim")
-            shown.add_row(*begin, _label(key), f"{100 * value:.2f}", interval, *end)
-            begin, end = ("", ""), ("", "") if failed else ("",)
-    return shown
+        official = score.files["metrics.json"]["official"]
+        intervals = score.files["metrics.json"]["official_intervals"]
+        begin: list[object] = [score.dataset, score.rows]
+        end: list[object] = [f"{score.seconds:.1f}", *([len(score.errors) or ""] if failed else [])]
+        shown = [(_label(key), number(value, interval=intervals.get(key))) for key, value in official.items()]
+        for label, cell in shown or [("", Cell(""))]:
+            rows.append(row(*begin, label, cell, *end))
+            begin, end = ["", ""], [""] * len(end)
+    return Table(columns, tuple(rows))
 
 
 def say_errors(scores: Sequence[Score]) -> bool:
@@ -146,7 +147,3 @@ def _label(key: str) -> str:
     from logo.evaluation.metrics import LABELS
 
     return LABELS[key]
-
-
-def _ends(pair: Sequence[float] | None) -> str:
-    return "-" if pair is None else f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f}"

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from logo.cli.contests import contest_of, methods_of, tasks_of
 from logo.cli.evaluate import Metric
@@ -21,7 +19,7 @@ from logo.cli.field_table import field_table
 from logo.cli.methods import MethodOptions
 from logo.cli.opening import open_engine, open_pool
 from logo.cli.options import EngineOptions, IndexKind, expanded
-from logo.cli.output import err, natural_width, note, progress, screen
+from logo.cli.output import err, natural_width, note, progress, rich_table, screen
 from logo.cli.pace import Told
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from logo.evaluation.arms import Arms
     from logo.evaluation.contest import Contest
     from logo.evaluation.study import Measuring, Study, Task
+    from logo.evaluation.tables import Cell, Table
     from logo.evaluation.workers import MeasuredInWorkers
 
 SIGNALS = "calibrated,norm,entropy"
@@ -191,13 +190,13 @@ def study(
 
 def _show(report: Mapping[str, Any]) -> None:
     # Where there is no terminal, a long name of a method is no reason to break a line.
-    whole = _table(report, intervals=True)
+    whole = rich_table(_table(report, intervals=True))
     shown = screen(max(WIDTH, natural_width(whole)))
-    shown.print(whole if shown.width >= WIDTH else _table(report, intervals=False))
+    shown.print(whole if shown.width >= WIDTH else rich_table(_table(report, intervals=False), intervals=False))
     for signal, found in report.get("confidence", {}).items():
         note(_confidence(signal, found))
     if "relative" in report:
-        screen(FIELD_WIDTH).print("", field_table(report), sep="\n")
+        screen(FIELD_WIDTH).print("", rich_table(field_table(report)), sep="\n")
 
 
 def _confidence(signal: str, found: Mapping[str, Any]) -> str:
@@ -351,27 +350,23 @@ def _picture(result: Study, signal: str) -> bytes:
 
 
 def _table(report: Mapping[str, Any], *, intervals: bool) -> Table:
-    """Signals, methods and fixed mixtures as rows; under each number its interval."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("", overflow="fold")
-    for heading, _, _ in COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
+    """Signals, methods and fixed mixtures as rows, with the intervals of their numbers."""
+    from logo.evaluation.tables import Column, Table, numbers, row
+
     parts: dict[str | None, Mapping[str, Any]] = {None: report}
     parts |= {name: report[name] or {} for name in ("left_out", "unseen")}
+    rows = []
     for kind in ("signals", "methods", "mixtures"):
         for name in dict.fromkeys(name for part in parts.values() for name in part.get(kind) or {}):
             entries = {part: (values.get(kind) or {}).get(name) for part, values in parts.items()}
-            table.add_row(Text(name), *(_cell(entries[part], metric, intervals) for _, part, metric in COLUMNS))
-    table.caption = "Means of the tasks' means" + (", 95 % intervals below." if intervals else ".")
-    table.caption_justify = "left"
-    return table
+            rows.append(row(name, *(_cell(entries[part], metric) for _, part, metric in COLUMNS)))
+    columns = (Column("", numeric=False, wraps=True), *numbers(*(heading for heading, _, _ in COLUMNS)))
+    return Table(
+        columns, tuple(rows), note="Means of the tasks' means" + (", 95 % intervals below." if intervals else ".")
+    )
 
 
-def _cell(entry: Mapping[str, Any] | None, metric: str, intervals: bool) -> Text:
-    if entry is None or metric not in entry:
-        return Text("-", style="dim")
-    number = f"{entry[metric]:.2f}"
-    if not intervals or entry["intervals"][metric] is None:
-        return Text(number)
-    low, high = entry["intervals"][metric]
-    return Text.assemble(f"{number}\n", (f"{low:.2f}–{high:.2f}", "dim"))
+def _cell(entry: Mapping[str, Any] | None, metric: str) -> Cell | None:
+    from logo.evaluation.tables import number
+
+    return number(entry[metric], interval=entry["intervals"][metric], scale=1) if entry and metric in entry else None

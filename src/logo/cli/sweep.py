@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from logo.cli.axes import Common, Skipped, make_cells, read_grid
 from logo.cli.evaluate import RowOptions, metric_of
 from logo.cli.methods import MethodOptions
 from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, expanded
-from logo.cli.output import err, natural_width, note, out, print_json, progress
+from logo.cli.output import err, natural_width, note, out, print_json, progress, rich_table, screen
 from logo.cli.prompts import or_demo
 from logo.cli.sweep_sessions import CellSessions, CellsInWorkers
 from logo.cli.workers import WorkerOptions, layout_of
 
 if TYPE_CHECKING:
-    from logo.evaluation.intervals import Interval
+    from rich.table import Table as RichTable
+
+    from logo.evaluation import tables
     from logo.evaluation.jobs import Job
+    from logo.evaluation.paired import Paired
     from logo.evaluation.session import Evaluation
     from logo.evaluation.sweep.grid import Axis, Value
-    from logo.evaluation.sweep.means import Behind, Mean, Standing
+    from logo.evaluation.sweep.means import Standing
     from logo.evaluation.sweep.running import Cell, Swept
 
 MOOT = "·"  # in place of a value that makes no difference
@@ -152,7 +152,8 @@ def _answered(
 def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> list[Path]:
     """The files of the whole sweep, in the order they are written."""
     from logo.evaluation.sweep.plots import plots
-    from logo.evaluation.sweep.table import as_csv, as_parquet, has_parquet, table
+    from logo.evaluation.sweep.table import table
+    from logo.evaluation.tables import as_csv, as_parquet, has_parquet
     from logo.folders import replace_file
 
     found = table(axes, swept.outcomes)
@@ -169,6 +170,8 @@ def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> lis
 
 def _list(axes: Sequence[Axis], cells: Sequence[Cell], skipped: Sequence[Skipped], *, json: bool) -> None:
     from logo.evaluation.sweep.running import runs
+    from logo.evaluation.tables import Cell as TableCell
+    from logo.evaluation.tables import Table, row, words
 
     chosen = runs(cells)
     if json:
@@ -180,11 +183,9 @@ def _list(axes: Sequence[Axis], cells: Sequence[Cell], skipped: Sequence[Skipped
             }
         )
         return
-    shown = _plain_table(axes)
-    shown.add_column("folder", no_wrap=True)
-    for cell in chosen:
-        shown.add_row(*_values(axes, cell), Text(cell.name, style="dim"))
-    _print(shown)
+    columns = (*_axis_columns(axes), *words("folder"))
+    rows = [row(*_values(axes, cell), TableCell(cell.name, emphasis="faint")) for cell in chosen]
+    _print(rich_table(Table(columns, tuple(rows))))
     shared = f", {len(cells)} cells" if len(cells) > len(chosen) else ""
     note(f"{_counted(len(chosen), 'run')} of every dataset{shared}")
     if len(cells) > len(chosen):
@@ -217,9 +218,9 @@ def _show(
         )
     elif best:
         count = len(datasets_of(swept.outcomes))
-        shown = _table(axes, best, count)
+        shown = rich_table(_table(axes, best, count))
         if out.is_terminal and natural_width(shown) > out.width:  # the table of the files has the groups too
-            shown = _table(axes, best, count, groups=False)
+            shown = rich_table(_table(axes, best, count, groups=False))
         _print(shown)
         note(" · ".join(str(file) for file in written))
     for failure in swept.failures[:SHOWN]:
@@ -229,82 +230,76 @@ def _show(
         err.print(f"logo: error: and {len(swept.failures) - SHOWN} more")
 
 
-def _print(table: Table) -> None:
+def _print(shown: RichTable) -> None:
     """On a terminal as wide as that is; elsewhere nothing is cut."""
-    screen = out if out.is_terminal else Console(width=natural_width(table), highlight=False)
-    screen.print(table)
+    screen(natural_width(shown)).print(shown)
 
 
-def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int, *, groups: bool = True) -> Table:
+def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int, *, groups: bool = True) -> tables.Table:
     """A line for each run, best first, in percent; a column for each group of datasets where they are few."""
+    from logo.evaluation.tables import Column, Table, number, numbers, row
+
     names = list(dict.fromkeys(group for standing in best for group in standing.groups))
     names = names if groups and 1 < len(names) <= MOST_GROUPS else []
     lacking = not all(standing.complete for standing in best)
-    shown = _plain_table(axes)
+    columns = [*_axis_columns(axes), Column("mean", interval="95 % interval")]
     compared = any(standing.behind for standing in best)
-    behind = ("to the best", "95 % interval", "p Holm") if compared else ()
-    for heading in ("mean", "95 % interval", *behind, *names, *(["datasets"] if lacking else []), "seconds"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+    if compared:
+        columns += [Column("to the best", interval="95 % interval"), Column("p Holm")]
+    columns += numbers(*names, *(["datasets"] if lacking else []), "seconds")
+    rows = []
     for standing in best:
-        shown.add_row(
-            *_values(axes, standing.cell),
-            f"{100 * standing.mean.value:.2f}",
-            Text(_ends(standing.mean.interval), style="dim"),
-            *(_behind(standing.behind) if compared else ()),
-            *(_percent(standing.groups.get(group)) for group in names),
-            *([f"{standing.mean.datasets} of {datasets}"] if lacking else []),
-            f"{standing.seconds:.1f}",
+        means = [standing.groups.get(group) for group in names]
+        rows.append(
+            row(
+                *_values(axes, standing.cell),
+                number(standing.mean.value, interval=standing.mean.interval),
+                *(_behind(standing.behind) if compared else ()),
+                *(mean and number(mean.value) for mean in means),
+                *([f"{standing.mean.datasets} of {datasets}"] if lacking else []),
+                f"{standing.seconds:.1f}",
+            )
         )
-    shown.caption = " ".join(_captions(best))
-    shown.caption_justify = "left"
-    return shown
+    return Table(tuple(columns), tuple(rows), note=" ".join(_captions(best)))
 
 
 def _captions(best: Sequence[Standing]) -> Iterator[str]:
-    from logo.evaluation.paired import ALPHA, TESTS
+    from logo.evaluation.paired import ALPHA, told_tests
 
     if any(standing.cell.moot for standing in best):
         yield f"{MOOT} makes no difference."
-    tests = {standing.behind.significance.test for standing in best if standing.behind}
-    if tests:
-        named = " or ".join(text for name, text in TESTS.items() if name in tests)
+    used = [standing.behind.significance for standing in best if standing.behind]
+    if used:
         yield (
             "to the best: the mean less the first line's, paired row by row. "
-            f"p Holm: by {named}, corrected for all lines by Holm's method; bold below {ALPHA}."
+            f"p Holm: by {told_tests(used)}, corrected for all lines by Holm's method; bold below {ALPHA}."
         )
 
 
-def _behind(behind: Behind | None) -> list[Text]:
-    """How far a cell is from the best one."""
+def _behind(behind: Paired | None) -> tuple[tables.Cell | None, str | None]:
+    """How far a cell is from the best one, and the p-value of that."""
     from logo.evaluation.paired import ALPHA
+    from logo.evaluation.tables import number, p_value
 
     if behind is None:
-        return [Text("-", style="dim")] * 3
+        return None, None
     found = behind.difference
-    p = "<0.001" if behind.p_holm < 0.001 else f"{behind.p_holm:.3f}"
-    style = "bold" if behind.p_holm < ALPHA else ""
-    return [Text(f"{100 * found.value:+.2f}", style=style), Text(_ends(found.interval, "+"), style="dim"), Text(p)]
+    emphasis: tables.Emphasis = "bold" if behind.p_holm < ALPHA else ""
+    return number(found.value, "+.2f", found.interval, emphasis=emphasis), p_value(behind.p_holm)
 
 
-def _ends(interval: Interval | None, sign: str = "") -> str:
-    return "-" if interval is None else " to ".join(f"{100 * end:{sign}.2f}" for end in interval)
-
-
-def _plain_table(axes: Sequence[Axis]) -> Table:
+def _axis_columns(axes: Sequence[Axis]) -> list[tables.Column]:
+    from logo.evaluation import tables
     from logo.evaluation.sweep.grid import numbers
 
-    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for axis in axes:
-        shown.add_column(axis.name, justify="left" if numbers(axis.values) is None else "right", no_wrap=True)
-    return shown
+    return [tables.Column(axis.name, numeric=numbers(axis.values) is not None) for axis in axes]
 
 
-def _values(axes: Sequence[Axis], cell: Cell) -> list[Text]:
-    return [Text(MOOT, style="dim") if axis.name in cell.moot else Text(str(cell.values[axis.name])) for axis in axes]
+def _values(axes: Sequence[Axis], cell: Cell) -> list[tables.Cell]:
+    from logo.evaluation import tables
 
-
-def _percent(mean: Mean | None) -> str:
-    return "-" if mean is None else f"{100 * mean.value:.2f}"
+    moot = tables.Cell(MOOT, emphasis="faint")
+    return [moot if axis.name in cell.moot else tables.Cell(str(cell.values[axis.name])) for axis in axes]
 
 
 def _as_dict(standing: Standing) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from logo.errors import DataError, UsageError, closest
 from logo.evaluation.corpus import Corpus, corpora, mean_of
 from logo.evaluation.groups import grouped
-from logo.evaluation.paired import Difference, Pair, Record, Significance, difference, holm, record, significance
+from logo.evaluation.paired import Pair, Paired, paired
 from logo.evaluation.prompts import Prompt
 from logo.evaluation.runs import Run
 from logo.evaluation.stored import Result
@@ -22,32 +22,24 @@ EXTRA = "extra."  # before the names of measures beside the official ones, some 
 
 
 @dataclass(frozen=True)
-class Compared:
+class Compared(Paired):
     """One measure of two runs, on a dataset or over the datasets of a group.
 
     Attributes:
         name: the dataset's or the group's.
         metric: `em`, `bleu`, `rouge-1`, ..., or with `extra.` before it one of `logo.evaluation.corpus`.
         datasets: how many; `rows`: how many instances they have together.
-        difference: B less A, each the mean over datasets.
-        record: on how many instances B's answer is worth more, less, the same.
-        significance: the test and its p-value.
-        p_holm: the p-value corrected by Holm's method for all that are in the comparison.
     """
 
     name: str
     metric: str
     datasets: int
     rows: int
-    difference: Difference
-    record: Record
-    significance: Significance
-    p_holm: float = 1.0
 
     def as_json(self) -> dict[str, Any]:
         """For machines: `test` and `p` stand beside the rest."""
-        found = asdict(self)
-        return {**found, **found.pop("significance")}
+        first = {name: getattr(self, name) for name in ("name", "metric", "datasets", "rows")}
+        return first | asdict(self) | asdict(self.significance)
 
 
 @dataclass(frozen=True)
@@ -102,37 +94,21 @@ def compare(a: Run, b: Run, metrics: str = "", *, seed: int = 0) -> Comparison:
             f"metric {metrics!r}: expected names or patterns of {', '.join(known)}, found no such"
             f"{closest(metrics, known)}{'' if rows else f'; {EXTRA}* need rows.json in a run'}"
         )
-    datasets = [_compared(name, metric, [pair], seed) for name in names for metric, pair in measures[name].items()]
-    groups = [
-        _compared(group, metric, [measures[name][metric] for name in members], seed)
-        for group, metric, members in _groups(measures)
+    datasets = [(name, metric, [name]) for name in names for metric in measures[name]]
+    groups = _groups(measures)
+    lines = [*datasets, *groups]
+    pairs = [[measures[name][metric] for name in members] for _, metric, members in lines]
+    compared = [
+        Compared(**vars(one), name=name, metric=metric, datasets=len(some), rows=sum(len(pair.a.rows) for pair in some))
+        for (name, metric, _), some, one in zip(lines, pairs, paired(pairs, seed=seed), strict=True)
     ]
-    corrected = _corrected([*datasets, *groups])
     return Comparison(
-        datasets=tuple(corrected[: len(datasets)]),
-        groups=tuple(corrected[len(datasets) :]),
+        datasets=tuple(compared[: len(datasets)]),
+        groups=tuple(compared[len(datasets) :]),
         only_a=tuple(name for name in ours if name not in theirs),
         only_b=tuple(name for name in theirs if name not in ours),
         unchecked=tuple(unchecked),
     )
-
-
-def _compared(name: str, metric: str, pairs: Sequence[Pair], seed: int) -> Compared:
-    records = [record(pair) for pair in pairs]
-    return Compared(
-        name=name,
-        metric=metric,
-        datasets=len(pairs),
-        rows=sum(len(pair.a.rows) for pair in pairs),
-        difference=difference(pairs, seed=seed),
-        record=sum(records[1:], records[0]),
-        significance=significance(pairs, seed=seed),
-    )
-
-
-def _corrected(found: Sequence[Compared]) -> list[Compared]:
-    corrected = holm([one.significance.p for one in found])
-    return [replace(one, p_holm=p) for one, p in zip(found, corrected, strict=True)]
 
 
 def _pairs(a: Result, b: Result, *, extra: bool) -> dict[str, Pair]:

@@ -4,9 +4,9 @@ The kind of the dataset decides: corpus BLEU and chrF (sacrebleu), mean ROUGE of
 exact match and token F1 by the rules of SQuAD v1.1. All gold texts of an instance count as references.
 
 Every measure is a function of sums over instances. One bootstrap therefore serves all measures: it draws instances and
-adds up their statistics, without reading texts again. sacrebleu computes the values, and tests check that our
-statistics give the same. Values are fractions of one; BLEU and chrF are 0 to 100, as in that library. sacrebleu,
-rouge_score and nltk are imported at the first use.
+adds up their statistics, without reading texts again. sacrebleu computes the values and counts the statistics. Values
+are fractions of one; BLEU and chrF are 0 to 100, as in that library. sacrebleu, rouge_score and nltk are imported at
+the first use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from logo.evaluation.intervals import Interval, Values, bootstrap, proportion
+from logo.evaluation.intervals import Interval, Values, bootstrap, of_mean, proportion
 from logo.evaluation.metrics import Kind, metric_kind, rouge
 
 CHRF_ORDER = 6  # longest character n-gram
@@ -149,6 +149,16 @@ def mean_of(values: Sequence[float] | Values) -> Corpus:
     return Corpus(np.stack([rows, np.ones_like(rows)], axis=1), mean_worth, float(rows.mean()))
 
 
+def mean_over(datasets: Sequence[Corpus], *, seed: int = 0) -> tuple[float, Interval | None]:
+    """The mean of one or more datasets' values, and its 95 % interval if it has one.
+
+    Args:
+        seed: of intervals that are drawn.
+    """
+    values = [dataset.value for dataset in datasets]
+    return float(np.mean(values)), of_mean(values, [dataset.interval(seed=[seed]) for dataset in datasets])
+
+
 def mean_worth(sums: Values) -> Values:
     """Means (...) of sums (..., 2): of the numbers, and how many there are."""
     return np.asarray(sums[..., 0] / sums[..., 1])
@@ -203,10 +213,25 @@ def tokenizer_for(golds: Sequence[Sequence[str]]) -> str:
 def _bleu(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
     from sacrebleu import BLEU
 
-    tokenizer = tokenizer_for(golds)
-    whole = BLEU(tokenize=tokenizer, force=True)  # `force`: nothing is said about texts that look tokenized
-    value = whole.corpus_score(list(predictions), _streams(golds)).score
-    return Corpus(_counts(whole, predictions, golds), bleu_worth, float(value), str(whole.get_signature()))
+    # `force`: nothing is said about texts that look tokenized.
+    return _by_sacrebleu(BLEU(tokenize=tokenizer_for(golds), force=True), bleu_worth, predictions, golds)
+
+
+def _chrf(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
+    from sacrebleu import CHRF
+
+    return _by_sacrebleu(CHRF(char_order=CHRF_ORDER, beta=CHRF_BETA), chrf_worth, predictions, golds)
+
+
+def _by_sacrebleu(
+    metric: Any, worth: Callable[[Values], Values], predictions: Sequence[str], golds: Sequence[Sequence[str]]
+) -> Corpus:
+    """A measure of sacrebleu, with the counts that it draws from in its own tests of significance. These have no public
+    name; tests hold that their sums are worth what the library says."""
+    texts, streams = list(predictions), _streams(golds)
+    value = metric.corpus_score(texts, streams).score
+    rows = np.array(metric._extract_corpus_statistics(texts, streams), dtype=np.float64)
+    return Corpus(rows, worth, float(value), str(metric.get_signature()))
 
 
 def bleu_worth(sums: Values) -> Values:
@@ -222,20 +247,10 @@ def bleu_worth(sums: Values) -> Values:
     return np.asarray(np.where(missed.all(axis=-1) | (total == 0).any(axis=-1), 0.0, score))
 
 
-def _chrf(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
-    from sacrebleu import CHRF
-
-    whole = CHRF()
-    value = whole.corpus_score(list(predictions), _streams(golds)).score
-    # For each order sacrebleu's three counts, which stand here as three rows of orders.
-    rows = _counts(whole, predictions, golds).reshape(-1, CHRF_ORDER, 3).transpose(0, 2, 1).reshape(-1, 3 * CHRF_ORDER)
-    return Corpus(rows, chrf_worth, float(value), str(whole.get_signature()))
-
-
 def chrf_worth(sums: Values) -> Values:
-    """chrF2, 0 to 100 (...), of sums (..., 18): for each order the answer's character n-grams, then those of the gold
-    text that is best for the answer, then those in both."""
-    ours, theirs, both = (sums[..., start : start + CHRF_ORDER] for start in (0, CHRF_ORDER, 2 * CHRF_ORDER))
+    """chrF2, 0 to 100 (...), of sums (..., 18): for each order the answers' character n-grams, the gold texts', and
+    those in both."""
+    ours, theirs, both = (sums[..., start::3] for start in range(3))
     counts = (ours > 0) & (theirs > 0)
     orders = np.maximum(counts.sum(axis=-1), 1)
     precision = (both / np.where(counts, ours, np.inf)).sum(axis=-1) / orders
@@ -243,11 +258,6 @@ def chrf_worth(sums: Values) -> Values:
     weight = CHRF_BETA**2
     apart = weight * precision + recall
     return np.asarray(100 * ((1 + weight) * precision * recall / np.where(apart > 0, apart, 1.0)))
-
-
-def _counts(metric: Any, predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Values:
-    """What each instance adds up to sacrebleu's corpus score; only its sum has a public name there."""
-    return np.array(metric._extract_corpus_statistics(list(predictions), _streams(golds)), dtype=np.float64)
 
 
 def _streams(golds: Sequence[Sequence[str]]) -> list[list[Any]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from logo.evaluation.drawing import as_png, new_figure
 
 CELL = 0.19  # inches: names in small print still fit beside every row at 50 x 50
 SIDE = 8.0  # inches: fewer names get larger cells, up to
@@ -32,21 +31,15 @@ def heatmap(weights: Mapping[str, Mapping[str, float]], adapters: Sequence[str],
         adapters: all of the pool.
         title: above the picture, such as the signal's name.
     """
-    # The classes behind pyplot: no global state, no window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    # It has to say where it keeps fonts; nobody asked.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     rows, columns = ordered(list(weights), adapters)
     values = np.array([[weights[task].get(name, 0.0) for name in columns] for task in rows])
     longest = max(values.shape)
     cell = min(max(CELL, min(LARGEST_CELL, SIDE / longest)), LARGEST_SIDE / longest)
     small = FONT * min(1.0, cell / CELL)
     width = cell * len(columns)
-    figure = Figure(figsize=(width, cell * len(rows)), dpi=DPI)
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(width, cell * len(rows), dpi=DPI)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))  # all of the figure: names and legend are added around it
     image = axes.imshow(values, cmap="Blues", vmin=0.0, vmax=max(float(values.max()), 1e-9))
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=small, parse_math=False)
@@ -66,8 +59,4 @@ def heatmap(weights: Mapping[str, Mapping[str, float]], adapters: Sequence[str],
     bar.ax.tick_params(labelsize=FONT)
     own = Patch(fill=False, edgecolor=OWN, label="the task's own adapter")
     axes.legend(handles=[own], loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=FONT, frameon=False, borderpad=0)
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name with characters that the font lacks is drawn with boxes
-        canvas.print_figure(picture, format="png", bbox_inches="tight", pad_inches=0.15)
-    return picture.getvalue()
+    return as_png(figure, bbox_inches="tight", pad_inches=0.15)

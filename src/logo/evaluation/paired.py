@@ -9,7 +9,7 @@ imported at the first use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,8 @@ TESTS: Mapping[TestName, str] = {
     "randomisation": "approximate randomisation with 10,000 swaps",
 }
 """What the tests are called where people read of them."""
+COLUMN: Mapping[TestName, str] = {"mcnemar": "McNemar", "randomisation": "randomised"}
+"""The same in a column of a table."""
 
 
 class Pair(NamedTuple):
@@ -76,6 +78,41 @@ class Significance:
 
     test: TestName
     p: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two runs compared on the same instances.
+
+    Attributes:
+        difference: B less A, each the mean over datasets.
+        record: on how many instances B's answer is worth more, less, the same.
+        significance: the test of the difference and its p-value.
+        p_holm: the p-value corrected by Holm's method for all comparisons that were made together.
+    """
+
+    difference: Difference
+    record: Record
+    significance: Significance
+    p_holm: float
+
+
+def paired(
+    comparisons: Sequence[Sequence[Pair]], *, seed: int = 0, known: Sequence[Significance] | None = None
+) -> list[Paired]:
+    """Several comparisons that are shown together.
+
+    Args:
+        comparisons: the datasets of each.
+        seed: of what is drawn.
+        known: their tests, where they were computed before.
+    """
+    tests = known or [significance(pairs, seed=seed) for pairs in comparisons]
+    corrected = holm([test.p for test in tests])
+    return [
+        Paired(difference(pairs, seed=seed), sum(map(record, pairs), Record(0, 0, 0)), test, p)
+        for pairs, test, p in zip(comparisons, tests, corrected, strict=True)
+    ]
 
 
 def difference(pairs: Sequence[Pair], *, seed: int = 0) -> Difference:
@@ -158,6 +195,12 @@ def holm(p: Sequence[float]) -> list[float]:
     found = np.empty(len(p))
     found[order] = np.minimum(steps, 1.0)
     return [float(value) for value in found]
+
+
+def told_tests(used: Iterable[Significance]) -> str:
+    """The tests that some p-values come from, in words."""
+    names = {one.test for one in used}
+    return " or ".join(text for name, text in TESTS.items() if name in names)
 
 
 def record(pair: Pair) -> Record:

@@ -9,13 +9,12 @@ al. 2015).
 
 from __future__ import annotations
 
-import io
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from logo.evaluation.drawing import as_png, new_figure
 from logo.evaluation.summary import Measured
 
 BINS = 10
@@ -70,13 +69,7 @@ def auroc(own: Sequence[float], others: Sequence[float]) -> float:
 
 def picture(found: Mapping[str, Mapping[str, Any]]) -> bytes:
     """A PNG: for each signal, the share of prompts with an adapter of their own by confidence."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # It has to say where it keeps fonts; nobody asked.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(4.2, 4.2, layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for signal, one in found.items():
@@ -88,6 +81,4 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> bytes:
     axes.set(xlabel="confidence", ylabel="share with an adapter of their own", xlim=(0, 1), ylim=(-0.03, 1.03))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    file = io.BytesIO()
-    canvas.print_figure(file, format="png", dpi=120)
-    return file.getvalue()
+    return as_png(figure, dpi=120)

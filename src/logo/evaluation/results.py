@@ -32,7 +32,6 @@ __all__ = [
     "metrics_record",
     "read_results",
     "result_files",
-    "result_folder",
     "run_folder",
     "run_record",
     "versions",
@@ -94,19 +93,6 @@ def run_folder(
     chosen = f"selection_{strategy}" if method == LOGO else f"method_{method}"
     own = "" if run_name is None else f"_{run_name}"
     return Path(result_dir) / f"{base}_{chosen}_n_{k}_seed_{seed}{own}"
-
-
-def result_folder(
-    result_dir: str | PurePath,
-    base_model: str | PurePath,
-    strategy: str,
-    k: int,
-    seed: int,
-    dataset: str,
-    method: str = LOGO,
-) -> Path:
-    """The folder of one dataset: `run_folder(...) / dataset`."""
-    return run_folder(result_dir, base_model, strategy, k, seed, method) / dataset
 
 
 def result_files(

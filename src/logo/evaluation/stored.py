@@ -40,7 +40,8 @@ class Result:
         seconds: by stage.
         prompts: what was asked, or None; then `no_prompts` says why.
         errors: what went wrong, by instance.
-        extra: the measures beside the official ones, with `extra_intervals` and sacrebleu's `signatures`.
+        official: the means of the official measures, with `official_intervals`, as far as the run wrote them.
+        extra: the measures beside them, with `extra_intervals` and sacrebleu's `signatures`.
         run: `run.json`, or nothing.
     """
 
@@ -56,6 +57,8 @@ class Result:
     prompts: tuple[Prompt, ...] | None
     no_prompts: str = ""
     errors: Mapping[int, str] = field(default_factory=dict)
+    official: Mapping[str, float] = field(default_factory=dict)
+    official_intervals: Mapping[str, Interval] = field(default_factory=dict)
     extra: Mapping[str, float] = field(default_factory=dict)
     extra_intervals: Mapping[str, Interval] = field(default_factory=dict)
     signatures: Mapping[str, str] = field(default_factory=dict)
@@ -145,6 +148,8 @@ def read_result(folder: Path, dataset: str, data_dir: Path | None = None) -> Res
         prompts=prompts,
         no_prompts=reason,
         errors=_errors(metrics),
+        official=_numbers(_part(metrics, "official")),
+        official_intervals=_intervals(_part(metrics, "official_intervals")),
         extra=_numbers(_part(metrics, "extra")),
         extra_intervals=_intervals(_part(metrics, "extra_intervals")),
         signatures={str(name): str(text) for name, text in _part(metrics, "signatures").items()},

@@ -120,7 +120,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
                 "interval": pair.difference.interval,
                 **asdict(pair.significance),
                 "p_holm": pair.p_holm,
-                "instances": asdict(pair.instances),
+                "instances": asdict(pair.record),
                 "datasets": asdict(pair.datasets),
             }
             for pair in analysis.versus

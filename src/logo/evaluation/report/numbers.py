@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from logo.evaluation.corpus import mean_of
+from logo.evaluation.corpus import mean_of, mean_over
 from logo.evaluation.groups import group_of, grouped
-from logo.evaluation.intervals import Interval, Values, of_mean
+from logo.evaluation.intervals import Interval, Values
 from logo.evaluation.report.published import Published, published
 from logo.evaluation.report.versus import Mark, Pairing
 from logo.evaluation.stored import Result
@@ -168,9 +168,7 @@ def _mean(columns: Sequence[Values], seed: int) -> Cell | None:
     found = [mean_of(column) for column in columns if len(column)]
     if not found:
         return None
-    values = [corpus.value for corpus in found]
-    interval = of_mean(values, [corpus.interval(seed=[seed]) for corpus in found])
-    return Cell(float(np.mean(values)), interval, sum(len(corpus.rows) for corpus in found), len(found))
+    return Cell(*mean_over(found, seed=seed), sum(len(corpus.rows) for corpus in found), len(found))
 
 
 def _extra_cell(result: Result | None, metric: str) -> Cell | None:

@@ -79,11 +79,6 @@ def packed(content: object) -> str:
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
-def unpacked(block: str) -> Any:
-    """What `packed` was given."""
-    return json.loads(gzip.decompress(base64.b64decode(block)))
-
-
 def _rows(results: Sequence[Result | None]) -> _Rows:
     """The same instance of several runs becomes one row; see `versus.shared_rows` for what is the same."""
     rows = _Rows()

@@ -34,9 +34,14 @@ NAMED = 14.0  # a field at least as large has its name beside it
 
 def pictures(analysis: Analysis) -> list[Scene]:
     """All of them, those of one run after those of all."""
-    found: list[Scene | None] = [scores(analysis), differences(analysis), time(analysis)]
-    for number in range(len(analysis.runs)):
-        found += [weights(analysis, number), similarity(analysis, number), spread(analysis, number)]
+    every = [scores(analysis), differences(analysis), time(analysis)]
+    found = [scene for scene in every if scene is not None]
+    return found + [scene for number in range(len(analysis.runs)) for scene in of_run(analysis, number)]
+
+
+def of_run(analysis: Analysis, number: int) -> list[Scene]:
+    """The pictures of one run, as far as it selected adapters and scored them."""
+    found = (weights(analysis, number), similarity(analysis, number), spread(analysis, number))
     return [scene for scene in found if scene is not None]
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
 from typing import Any
 
-from logo.evaluation.report.scene import Dot, Label, Raster, Rect, Scene, SceneMark, Stroke
-from logo.evaluation.report.svg import coloured
+from logo.evaluation.drawing import as_png, new_figure
+from logo.evaluation.report.scene import Dot, Label, Raster, Rect, Scene, SceneMark, Stroke, coloured
 
 DPI = 72.0  # one figure unit per CSS pixel
 LARGEST = 20_000  # pixels of a side
@@ -38,25 +35,15 @@ _SHAPES = ("o", "D", "s", "^")
 
 def png(scene: Scene, *, scale: float = 2.0) -> bytes:
     """The picture with `scale` pixels per CSS pixel, fewer where a side would be longer than `LARGEST`."""
-    # The classes behind pyplot: no global state, no window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has to say where it keeps fonts; nobody asked
     scale = min(scale, LARGEST / max(scene.width, scene.height))
-    figure = Figure(figsize=(scene.width / DPI, scene.height / DPI), dpi=DPI * scale, facecolor=COLOURS["paper"])
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(scene.width / DPI, scene.height / DPI, dpi=DPI * scale, facecolor=COLOURS["paper"])
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_xlim(0, scene.width)
     axes.set_ylim(scene.height, 0)
     axes.axis("off")
     for order, mark in enumerate(scene.marks):
         _draw(axes, mark, order)
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name with characters that the font lacks is drawn with boxes
-        canvas.print_figure(picture, format="png", metadata={"Software": None})
-    return picture.getvalue()
+    return as_png(figure, metadata={"Software": None})
 
 
 def _draw(axes: Any, mark: SceneMark, order: int) -> None:

@@ -1,11 +1,16 @@
 """A picture as a list of marks with roles instead of colours, so that one description is drawn twice: as SVG that
-follows the page's light or dark colours (`svg`), and as PNG (`png`). Lengths are CSS pixels, y grows downwards."""
+follows the page's light or dark colours (`templates/picture.html`), and as PNG (`png`). Lengths are CSS pixels, y grows
+downwards."""
 
 from __future__ import annotations
 
+import base64
+import io
 import unicodedata
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+import numpy as np
 
 from logo.evaluation.intervals import Values
 
@@ -14,6 +19,14 @@ Anchor = Literal["start", "middle", "end"]
 SERIES = 8  # colours; more runs begin again, with the next shape
 SHAPES = 4  # circle, diamond, square, triangle
 SMALL = 12.0  # font size of ticks and names
+_CORNERS: tuple[tuple[tuple[float, float], ...], ...] = (
+    (),
+    ((0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)),
+    ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    ((0, -1.2), (1.15, 0.85), (-1.15, 0.85)),
+)
+POSITIVE = (46, 120, 210)  # of the fields of a raster
+NEGATIVE = (214, 90, 60)
 _WIDTH = 0.55  # of a character of proportional print, in font sizes, on average
 
 
@@ -21,6 +34,7 @@ _WIDTH = 0.55  # of a character of proportional print, in font sizes, on average
 class Rect:
     """A filled (or, with `outline`, framed) rectangle."""
 
+    kind: ClassVar = "rect"
     x: float
     y: float
     width: float
@@ -34,6 +48,7 @@ class Rect:
 class Stroke:
     """A straight line."""
 
+    kind: ClassVar = "stroke"
     x1: float
     y1: float
     x2: float
@@ -47,6 +62,7 @@ class Stroke:
 class Dot:
     """A point of radius `r`; `shape` is the number of one of `SHAPES`."""
 
+    kind: ClassVar = "dot"
     x: float
     y: float
     r: float
@@ -54,11 +70,17 @@ class Dot:
     shape: int = 0
     title: str = ""
 
+    @property
+    def corners(self) -> list[tuple[float, float]]:
+        """Those of the shape; a circle has none."""
+        return [(self.x + self.r * dx, self.y + self.r * dy) for dx, dy in _CORNERS[self.shape]]
+
 
 @dataclass(frozen=True)
 class Label:
     """A line of text whose baseline's `anchor` lies at (x, y); `up`: it reads from bottom to top."""
 
+    kind: ClassVar = "label"
     x: float
     y: float
     text: str
@@ -74,6 +96,7 @@ class Label:
 class Raster:
     """A matrix (rows, columns) of numbers in [-1, 1], one field each: the stronger, the further from 0."""
 
+    kind: ClassVar = "raster"
     x: float
     y: float
     width: float
@@ -131,3 +154,20 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     step *= next((factor for factor in (1, 2, 5) if factor * step * about >= span), 10)
     first, last = int(low // step), int(-(-high // step))
     return [number * step for number in range(first, last + 1)]
+
+
+def coloured(values: Values) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """RGBA (rows, columns, 4) of numbers in [-1, 1]: two hues, opacity for strength, so that they suit any ground."""
+    pixels = np.empty((*values.shape, 4), dtype=np.uint8)
+    pixels[..., :3] = np.where(values[..., None] >= 0, np.array(POSITIVE), np.array(NEGATIVE))
+    pixels[..., 3] = np.round(255 * np.clip(np.abs(values), 0.0, 1.0))
+    return pixels
+
+
+def png_uri(values: Values) -> str:
+    """A `data:` URI of a PNG with one pixel per number of a matrix in [-1, 1]."""
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.fromarray(coloured(values), "RGBA").save(picture, "png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()

@@ -1,311 +1,247 @@
-"""The tables of the page. Headers are headers, a column is a run or a measure, and marks are told in words as well."""
+"""The tables of a report as values, which the page, the Markdown and the LaTeX show alike."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
-from logo.evaluation.paired import ALPHA, TestName
+from logo.evaluation.paired import ALPHA, COLUMN, TESTS, told_tests
 from logo.evaluation.report.adapters import Similarity, Weights
 from logo.evaluation.report.analysis import Analysis
-from logo.evaluation.report.markup import Html, element, join
-from logo.evaluation.report.numbers import NAMES, Cell, Line
-from logo.evaluation.report.scene import Dot, Scene, series
-from logo.evaluation.report.svg import svg_mark
+from logo.evaluation.report.numbers import NAMES, Line
+from logo.evaluation.report.numbers import Cell as Number
+from logo.evaluation.report.published import CAVEAT
 from logo.evaluation.runs import Run
+from logo.evaluation.tables import (
+    Cell,
+    Column,
+    Emphasis,
+    Row,
+    Table,
+    counted,
+    latex,
+    markdown,
+    number,
+    numbers,
+    p_value,
+    row,
+    words,
+)
 
-TEST_NAMES: Mapping[TestName, str] = {"mcnemar": "McNemar", "randomisation": "randomised"}  # in a column
 MOST = 5  # adapters per dataset, and pairs, that are told in words below a heat map
-HALF = 500.0  # a picture that is no wider may stand beside another
-_NOTHING = Html('<td class="none">–</td>')
+MARKS = (
+    "Bold: the highest, and significantly better than every other run of that line. {weak}: where no run is, the "
+    f"highest and all that are not significantly worse. Significant: p below {ALPHA} by {TESTS['mcnemar']} where the "
+    f"answers to one dataset are right or wrong, else by {TESTS['randomisation']}; corrected by Holm’s method for the "
+    "runs of the line."
+)
+INTERVALS = (
+    "Intervals are Wilson’s where answers are right or wrong, else bootstrap percentiles over instances, of ten "
+    "instances or more. A mean’s interval comes from its datasets’, squared and added: it is about other instances of "
+    "the same datasets."
+)
+ALL = "All: the mean over datasets of accuracy, BLEU or ROUGE-L, whichever a dataset has."
+TIMES = (
+    "Wall time, summed over datasets. Loading counts once for each process. Times compare only between runs on the "
+    "same device with nothing else on it."
+)
+_EMPHASIS: dict[str, Emphasis] = {"": "", "best": "bold", "tied": "dotted"}
 
 
-def table(caption: str, head: Iterable[Html], rows: Iterable[Html], *, kind: str = "") -> Html:
-    """A table in a box of its own that scrolls sideways where it is too wide, by keyboard as well.
+def as_latex(analysis: Analysis) -> str:
+    """The tables by group and by dataset, for a paper."""
+    head = "% needs \\usepackage{booktabs}; T1 or Unicode fonts for names that are not plain ASCII\n"
+    by_group, by_dataset = groups(analysis, "Underlined"), datasets(analysis)
+    by_dataset = replace(by_dataset, note=f"{_legend(analysis, 'Underlined')} {by_dataset.note}".strip())
+    return head + latex(by_group, "tab:logo-groups") + "\n" + latex(by_dataset, "tab:logo-datasets")
+
+
+def as_markdown(analysis: Analysis) -> str:
+    """The same tables for a README."""
+    return markdown(groups(analysis, "In italics")) + "\n" + markdown(datasets(analysis))
+
+
+def groups(analysis: Analysis, weak: str = "Dotted") -> Table:
+    """Runs by groups, with the mean over all datasets where there are several groups.
 
     Args:
-        head: cells of the header, or its rows.
-        rows: rows of the body; of `kind` "bodies" whole bodies.
+        weak: how those look of which none is the best.
     """
-    cells = list(head)
-    heads = cells if cells and cells[0].startswith("<tr") else [element("tr", *cells)]
-    return element(
-        "div",
-        element(
-            "table",
-            element("caption", element("span", caption)),
-            element("thead", *heads),
-            join(*rows) if kind == "bodies" else element("tbody", *rows),
-            class_=kind or None,
-        ),
-        class_="scroll",
-        role="region",
-        tabindex=0,
-        aria_label=caption,
-    )
+    lines, several = list(analysis.groups), len({line.group for line in analysis.groups}) > 1
+    lines += [analysis.overall] if several else []
+    columns = [Column(NAMES.get(line.metric, "mean"), above=line.group or "All") for line in lines]
+    rows = [row(name, *(_cell(line, line.cells[n]) for line in lines)) for n, name in enumerate(_names(analysis))]
+    title = "Mean of the datasets' means, in percent, with 95 % intervals"
+    note = _legend(analysis, weak) + (f" {ALL}" if several else "")
+    return Table((*words("run"), *columns), tuple(rows), title, note)
 
 
-def column(text: object, *, numeric: bool = False) -> Html:
-    """A column's header."""
-    return element("th", text, scope="col", class_="num" if numeric else None)
+def datasets(analysis: Analysis) -> Table:
+    """Datasets and official measures by runs, a section per group."""
+    cells = [cell for line in analysis.lines for cell in line.cells if cell is not None]
+    sources = {cell.published.source: cell.published.url for cell in cells if cell.published is not None}
+    said = f"{CAVEAT} From: {'; '.join(f'{source}, {url}' for source, url in sources.items())}." if sources else ""
+    note = " ".join(filter(None, [said, analysis.left_out]))
+    return _by_dataset(analysis, analysis.lines, "Official measures, in percent, with 95 % intervals", note)
 
 
-def row(name: object, *cells: object, title: str | None = None) -> Html:
-    """A row with its header; cells that are not `<td>` elements yet become some."""
-    told = (c if isinstance(c, Html) and c.startswith("<td") else element("td", c) for c in cells)
-    return element("tr", element("th", name, scope="row", title=title), *told)
+def extra(analysis: Analysis) -> Table | None:
+    """Measures beside the official ones, with sacrebleu's signatures; None where no run has any."""
+    results = [result for run in analysis.runs for result in run.results.values()]
+    signatures = sorted({f"{name}: {text}" for result in results for name, text in result.signatures.items()})
+    title = "Further measures, with 95 % intervals"
+    return _by_dataset(analysis, analysis.extra, title, "; ".join(signatures)) if analysis.extra else None
 
 
-def run_name(analysis: Analysis, number: int) -> Html:
-    """A run's label beside its point in the pictures."""
-    role, shape = series(number)
-    point = element(
-        "svg", svg_mark(Dot(6, 6, 4, role, shape)), width=12, height=12, viewBox="0 0 12 12", aria_hidden="true"
-    )
-    return element("span", point, " ", element("bdi", analysis.labels[number]), class_="run")
-
-
-def runs_table(analysis: Analysis) -> Html:
+def runs(analysis: Analysis) -> Table:
     """What was run."""
-    heads = ["run", "base model", "method", "k", "seed", "adapters", "datasets", "answers", "failed", "device", "date"]
-    numeric = {"k", "seed", "adapters", "datasets", "answers", "failed"}
     rows = []
-    for number, run in enumerate(analysis.runs):
+    for name, run in zip(_names(analysis), analysis.runs, strict=True):
         first = next(iter(run.results.values()))
+        answers = sum(map(len, run.results.values()))
+        pool = len(first.run.get("pool") or first.columns) or None
         failed = sum(len(result.errors) for result in run.results.values())
-        cells = [
-            run.k,
-            run.seed,
-            len(first.run.get("pool") or first.columns) or None,
-            len(run.results),
-            f"{sum(map(len, run.results.values())):,}".replace(",", " "),
-            failed,
-        ]
-        rows.append(
-            row(
-                run_name(analysis, number),
-                *(_text(text) for text in (run.base, run.method)),
-                *(_plain(cell) for cell in cells),
-                _text(first.run.get("device")),
-                _text(_minute(first.run.get("date"))),
-                title=run.folder.resolve().name,
-            )
-        )
-    return table("Runs", (column(name, numeric=name in numeric) for name in heads), rows, kind="told")
+        date = first.run.get("date")
+        minute = None if date is None else str(date).replace("T", " ")[:16]
+        counts = (run.k, run.seed, pool, len(run.results), spaced(answers), failed)
+        rows.append(row(name, run.base, run.method, *counts, first.run.get("device"), minute))
+    counted_ = numbers("k", "seed", "adapters", "datasets", "answers", "failed")
+    return Table((*words("run", "base model", "method"), *counted_, *words("device", "date")), tuple(rows), "Runs")
 
 
-def groups_table(analysis: Analysis) -> Html:
-    """Runs by groups, with the mean over all datasets where there are several groups."""
-    lines = list(analysis.groups)
-    if len({line.group for line in lines}) > 1:
-        lines.append(analysis.overall)
-    groups = [line.group for line in lines]
-    above = [element("th", "run", scope="col", rowspan=2)]
-    for group in dict.fromkeys(groups):
-        span = groups.count(group)
-        above.append(element("th", group or "All", scope="colgroup", colspan=span if span > 1 else None, class_="num"))
-    below = [column(NAMES.get(line.metric, "mean"), numeric=True) for line in lines]
-    heads = [element("tr", *above), element("tr", *below)]
-    rows = [
-        row(run_name(analysis, number), *(_cell(line, line.cells[number]) for line in lines))
-        for number in range(len(analysis.runs))
-    ]
-    return table("Mean of the datasets' means, in percent, with 95 % intervals", heads, rows, kind="stacked")
-
-
-def datasets_table(analysis: Analysis, lines: Sequence[Line], caption: str) -> Html:
-    """Datasets and measures by runs, a body per group."""
-    heads = [
-        column("dataset"),
-        column("measure"),
-        *(column(run_name(analysis, n), numeric=True) for n in _all(analysis)),
-    ]
-    bodies = []
-    for group in dict.fromkeys(line.group for line in lines):
-        title = element("th", group, scope="rowgroup", colspan=len(heads))
-        rows = [element("tr", title, class_="group")]
-        previous = None
-        for line in lines:
-            if line.group == group:
-                name = str(line.dataset)
-                told = element("span", name, class_="unseen") if name == previous else _dataset(name)
-                cells = [_cell(line, cell) for cell in line.cells]
-                rows.append(row(told, NAMES.get(line.metric, line.metric), *cells))
-                previous = name
-        bodies.append(element("tbody", *rows))
-    return table(caption, heads, bodies, kind="bodies")
-
-
-def versus_table(analysis: Analysis) -> Html:
+def versus(analysis: Analysis) -> Table:
     """Pairs of runs."""
     several = len(analysis.versus) > 1
-    heads = ["run", "against", "difference", "p", *(["p Holm"] if several else []), "test"]
-    heads += ["better", "worse", "same", "datasets won", "lost", "even"]
-    rows = []
+    names, rows = _names(analysis), []
     for pair in analysis.versus:
-        found = pair.difference
-        value = element("strong" if pair.p_holm < ALPHA else "span", signed(100 * found.value))
-        ends = found.interval and " to ".join(signed(100 * end) for end in found.interval)
-        interval = element("small", ends, class_="ci") if ends else None
-        counts = [
-            getattr(record, name) for record in (pair.instances, pair.datasets) for name in ("wins", "losses", "ties")
-        ]
-        rows.append(
-            row(
-                run_name(analysis, pair.b),
-                run_name(analysis, pair.a),
-                element("td", value, " ", interval, class_="num"),
-                *(_plain(p_value(p)) for p in (pair.significance.p, *([pair.p_holm] if several else []))),
-                element("td", TEST_NAMES[pair.significance.test]),
-                *(_plain(count) for count in counts),
-            )
-        )
-    caption = "Paired difference in points over shared instances, with 95 % intervals; then instances, then datasets"
-    words = {"run", "against", "test"}
-    return table(caption, (column(name, numeric=name not in words) for name in heads), rows)
+        found, p = pair.difference, [pair.significance.p, *([pair.p_holm] if several else [])]
+        gap = number(found.value, "+.1f", found.interval, emphasis="bold" if pair.p_holm < ALPHA else "")
+        counts = [n for one in (pair.record, pair.datasets) for n in (one.wins, one.losses, one.ties)]
+        rows.append(row(names[pair.b], names[pair.a], gap, *map(p_value, p), COLUMN[pair.significance.test], *counts))
+    columns = (
+        *words("run", "against"),
+        *numbers("difference", "p", *(["p Holm"] if several else [])),
+        *words("test"),
+        *numbers("better", "worse", "same", "datasets won", "lost", "even"),
+    )
+    title = "Paired difference in points over shared instances, with 95 % intervals; then instances, then datasets"
+    holm = f"p Holm: corrected for the {len(analysis.versus)} pairs. " if several else ""
+    note = (
+        "The same instances are compared in both runs; every dataset counts alike. p: two-sided, by "
+        f"{told_tests(pair.significance for pair in analysis.versus)}. {holm}"
+        f"Bold: {'p Holm' if several else 'p'} below {ALPHA}."
+    )
+    return Table(columns, tuple(rows), title, note)
 
 
-def selected_table(analysis: Analysis) -> Html | None:
-    """How selections looked, and how often they found the right adapter where it is known."""
+def selected(analysis: Analysis) -> Table | None:
+    """How selections looked, and how often they found the right adapter where it is known; None without selections."""
     if not any(analysis.selected):
         return None
     known = any(found is not None and found.known for found in analysis.selected)
-    heads = ["run", "weight of the first", "effective number"]
+    heads = ["weight of the first", "effective number"]
     heads += ["right adapter first", "among three", "mean reciprocal rank", "of instances"] if known else []
     rows = []
-    for number, found in enumerate(analysis.selected):
-        cells: list[object] = [None] * (len(heads) - 1)
+    for name, found in zip(_names(analysis), analysis.selected, strict=True):
+        cells: list[object] = []
         if found is not None:
             cells = [f"{found.heaviest:.2f}", f"{found.effective:.1f}"]
-            told = [
-                f"{100 * found.first:.1f} %",
-                f"{100 * found.in_three:.1f} %",
-                f"{found.reciprocal:.2f}",
-                found.known,
-            ]
-            cells += (told if found.known else [None] * 4) if known else []
-        rows.append(row(run_name(analysis, number), *(_plain(cell) for cell in cells)))
-    return table("Selections", (column(name, numeric=n > 0) for n, name in enumerate(heads)), rows)
+            if found.known:
+                shares = [f"{100 * share:.1f} %" for share in (found.first, found.in_three)]
+                cells += [*shares, f"{found.reciprocal:.2f}", found.known]
+        rows.append(row(name, *cells, *[None] * (len(heads) - len(cells))))
+    note = "Effective number: as many adapters of equal weight would spread the weight as far."
+    if known:
+        note += " The right adapter is named by the data, or has the dataset’s name; ties count against it."
+    return Table((*words("run"), *numbers(*heads)), tuple(rows), "Selections", note)
 
 
-def weights_table(found: Weights) -> Html:
+def weights(found: Weights) -> Table:
     """Each dataset's heaviest adapters, in words."""
     rows = []
     for name, values in zip(found.datasets, found.values, strict=True):
         order = sorted(range(len(values)), key=lambda n: (-float(values[n]), found.adapters[n]))[:MOST]
-        told = [f"{found.adapters[n]} {values[n]:.2f}" for n in order if values[n] > 0]
-        rows.append(row(name, join(*_separated(told))))
-    return table(f"The {MOST} heaviest adapters of each dataset", [column("dataset"), column("mean weight")], rows)
+        # Isolated, so that a name that is written from right to left moves no number.
+        told = [f"\u2068{found.adapters[n]}\u2069 {values[n]:.2f}" for n in order if values[n] > 0]
+        rows.append(row(name, " · ".join(told)))
+    return Table(words("dataset", "mean weight"), tuple(rows), f"The {MOST} heaviest adapters of each dataset")
 
 
-def similarity_table(found: Similarity) -> Html:
+def similarity(found: Similarity) -> Table:
     """The most alike pairs, in words."""
     count = len(found.adapters)
     pairs = [(float(found.values[a, b]), a, b) for a in range(count) for b in range(a + 1, count)]
     pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
-    rows = [row(found.adapters[a], found.adapters[b], _plain(f"{value:.2f}")) for value, a, b in pairs[: 2 * MOST]]
-    heads = [column("adapter"), column("and"), column("correlation", numeric=True)]
-    return table("The most alike adapters", heads, rows)
+    rows = [row(found.adapters[a], found.adapters[b], f"{value:.2f}") for value, a, b in pairs[: 2 * MOST]]
+    return Table((*words("adapter", "and"), *numbers("correlation")), tuple(rows), "The most alike adapters")
 
 
-def time_table(analysis: Analysis) -> Html:
+def time(analysis: Analysis) -> Table:
     """Seconds by run and stage."""
     stages = list(dict.fromkeys(name for spent in analysis.seconds for name in spent.stages))
     rows = []
-    for number, spent in enumerate(analysis.seconds):
+    for name, spent in zip(_names(analysis), analysis.seconds, strict=True):
         each = 1000 * sum(spent.stages.values()) / spent.instances
         shown = [spent.loading, *(spent.stages.get(stage, 0.0) for stage in stages), spent.total]
-        rows.append(row(run_name(analysis, number), *(_plain(f"{s:.1f}") for s in shown), _plain(f"{each:.0f}")))
-    heads = ["run", "loading", *stages, "together", "ms per answer"]
-    return table("Seconds by stage", (column(name, numeric=n > 0) for n, name in enumerate(heads)), rows)
+        rows.append(row(name, *(f"{seconds:.1f}" for seconds in shown), f"{each:.0f}"))
+    columns = (*words("run"), *numbers("loading", *stages, "together", "ms per answer"))
+    return Table(columns, tuple(rows), "Seconds by stage", TIMES)
 
 
-def options_table(analysis: Analysis) -> Html | None:
+def options(analysis: Analysis) -> Table | None:
     """Options in which runs differ; None where they do not."""
-    if not analysis.differing:
-        return None
-    heads = [column("option"), *(column(run_name(analysis, n)) for n in _all(analysis))]
-    rows = [row(element("code", name), *values) for name, values in analysis.differing.items()]
-    return table("Other options that differ", heads, rows)
+    rows = [row(name, *values) for name, values in analysis.differing.items()]
+    columns = (*words("option"), *_by_run(analysis, numeric=False))
+    return Table(columns, tuple(rows), "Other options that differ") if rows else None
 
 
-def versions_table(run: Run) -> Html | None:
+def versions(run: Run) -> Table | None:
     """What the first dataset of a run stood on."""
-    versions = next(iter(run.results.values())).run.get("versions")
-    if not isinstance(versions, dict):
+    found = next(iter(run.results.values())).run.get("versions")
+    if not isinstance(found, dict):
         return None
-    rows = [row(name, _text(version)) for name, version in versions.items()]
-    return table("Versions", [column("of"), column("version")], rows)
+    return Table(words("of", "version"), tuple(row(*item) for item in found.items()), "Versions")
 
 
-def figure(scene: Scene, drawing: Html, *more: object) -> Html:
-    """A picture with its title and what it shows in words."""
-    caption = element("figcaption", element("b", scene.title), element("span", scene.text))
-    box = element("div", drawing, class_="scroll picture", role="region", tabindex=0, aria_label=scene.title)
-    half = "half" if scene.width <= HALF else None
-    return element("figure", caption, box, *more, id=f"figure-{scene.name}", class_=half)
+def spaced(count: int) -> str:
+    """`12 345`."""
+    return f"{count:,}".replace(",", " ")
 
 
-def p_value(p: float) -> str:
-    """With three digits after the point."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def _names(analysis: Analysis) -> list[Cell]:
+    """The runs' labels, beside which a page shows their points in the pictures."""
+    folders = [run.folder.resolve().name for run in analysis.runs]
+    both = zip(analysis.labels, folders, strict=True)
+    return [Cell(label, run=place, title=folder) for place, (label, folder) in enumerate(both)]
 
 
-def signed(value: float) -> str:
-    """One digit after the point, always with a sign, unless nothing is left of it."""
-    text = f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
-    return "0.0" if text == "+0.0" else text
+def _legend(analysis: Analysis, weak: str) -> str:
+    """What marks and intervals mean."""
+    return f"{MARKS.format(weak=weak)} {INTERVALS}" if len(analysis.runs) > 1 else INTERVALS
 
 
-def _all(analysis: Analysis) -> range:
-    return range(len(analysis.runs))
+def _by_run(analysis: Analysis, *, numeric: bool = True) -> list[Column]:
+    return [Column(label, numeric=numeric, run=place) for place, label in enumerate(analysis.labels)]
 
 
-def _cell(line: Line, cell: Cell | None) -> Html:
+def _by_dataset(analysis: Analysis, lines: Sequence[Line], title: str, note: str) -> Table:
+    rows: list[Row] = []
+    for line in lines:
+        name, measure = str(line.dataset), NAMES.get(line.metric, line.metric)
+        repeats = bool(rows) and rows[-1].cells[0] is not None and rows[-1].cells[0].text == name
+        first = Cell(name, dataset=True, repeats=repeats)
+        rows.append(row(first, measure, *(_cell(line, cell) for cell in line.cells), section=line.group))
+    return Table((*words("dataset", "measure"), *_by_run(analysis)), tuple(rows), title, note)
+
+
+def _cell(line: Line, cell: Number | None) -> Cell | None:
     if cell is None:
-        return _NOTHING
-    value = line.scale * cell.value
-    rest: list[object] = []
-    if cell.interval is not None:
-        ends = "–".join(f"{line.scale * end:.1f}" for end in cell.interval)
-        rest += [" ", element("small", ends, class_="ci")]
-    if cell.mark == "tied":
-        rest.append(element("span", " (not shown to be worse than any other)", class_="unseen"))
+        return None
+    notes = []
     if cell.published is not None:
-        told = f"{line.scale * cell.published.value:.2f}"
-        rest += [" ", element("small", f"published {told}", class_="published", title=cell.published.source)]
+        notes.append(f"published {line.scale * cell.published.value:.2f}")
     if not cell.complete:
-        what = f"{cell.datasets} datasets, {cell.rows} rows" if line.dataset is None else f"{cell.rows} rows"
-        rest += [" ", element("small", f"only {what}", class_="part")]
-    shown = (
-        element("strong", f"{value:.1f}") if cell.mark == "best" else element("span", f"{value:.1f}", class_="value")
-    )
-    return element(
-        "td", shown, *rest, class_=" ".join(filter(None, ["num", cell.mark, "" if cell.complete else "part"]))
-    )
-
-
-def _dataset(name: str) -> Html:
-    """A link to a dataset's instances, whose name may be broken where its parts meet."""
-    parts = re.split(r"(?<=\.)", name)
-    told = join(*(join(element("wbr") if number else None, part) for number, part in enumerate(parts)))
-    return element("a", told, href="#instances", data_dataset=name)
-
-
-def _plain(value: object) -> Html:
-    return _NOTHING if value is None else element("td", value, class_="num")
-
-
-def _text(value: object) -> Html:
-    return _NOTHING if value is None else element("td", value)
-
-
-def _minute(date: object) -> str | None:
-    """`2026-01-02 03:04` of a date in UTC as `run.json` has it."""
-    return None if date is None else str(date).replace("T", " ")[:16]
-
-
-def _separated(texts: Sequence[str]) -> Iterable[object]:
-    for number, text in enumerate(texts):
-        yield " · " if number else None
-        yield element("bdi", text)
+        of = [counted(cell.datasets, "dataset")] if line.dataset is None else []
+        notes.append(f"only {', '.join([*of, counted(cell.rows, 'row')])}")
+    emphasis = _EMPHASIS[cell.mark] if cell.complete else "faint"
+    return number(cell.value, ".1f", cell.interval, scale=line.scale, emphasis=emphasis, notes=notes)

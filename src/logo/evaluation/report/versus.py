@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from logo.evaluation.corpus import mean_of
 from logo.evaluation.groups import grouped
-from logo.evaluation.paired import ALPHA, Difference, Pair, Record, Significance, difference, holm, record, significance
+from logo.evaluation.paired import ALPHA, Pair, Paired, Record, Significance, holm, paired, significance
 from logo.evaluation.runs import Run
 from logo.evaluation.stored import Result
 
@@ -22,23 +22,13 @@ Mark = Literal["", "best", "tied"]
 
 
 @dataclass(frozen=True)
-class Versus:
-    """Run `b` against run `a` (their places) on the instances that both have answered, primary measures.
-
-    Attributes:
-        difference: b less a, the mean over datasets, as a fraction.
-        instances, datasets: on how many b is better, worse, the same.
-        significance: the test of the difference and its p-value.
-        p_holm: the p-value corrected by Holm's method for all pairs of runs.
-    """
+class Versus(Paired):
+    """Run `b` against run `a` (their places) on the instances that both have answered, primary measures. `datasets`: on
+    how many of them b is better, worse, the same."""
 
     a: int
     b: int
-    difference: Difference
-    instances: Record
     datasets: Record
-    significance: Significance
-    p_holm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,18 +94,14 @@ class Pairing:
 
     def versus(self) -> list[Versus]:
         """Every later run against every earlier one, where they share instances."""
-        found = []
-        for a, b in itertools.combinations(range(len(self.runs)), 2):
-            pairs, tested = self.pairs(a, b, self.datasets), self.significance(a, b, self.datasets)
-            if not pairs or tested is None:
-                continue
-            gaps = [pair.b.value - pair.a.value for pair in pairs]
-            wins, losses = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
-            instances = sum((record(pair) for pair in pairs), Record(0, 0, 0))
-            datasets = Record(wins, losses, len(gaps) - wins - losses)
-            found.append(Versus(a, b, difference(pairs, seed=self.seed), instances, datasets, tested))
-        corrected = holm([one.significance.p for one in found])
-        return [replace(one, p_holm=p) for one, p in zip(found, corrected, strict=True)]
+        every = itertools.combinations(range(len(self.runs)), 2)
+        tests = {(a, b): test for a, b in every if (test := self.significance(a, b, self.datasets)) is not None}
+        pairs = [self.pairs(a, b, self.datasets) for a, b in tests]
+        found = paired(pairs, seed=self.seed, known=list(tests.values()))
+        return [
+            Versus(**vars(one), a=a, b=b, datasets=_datasets_won(some))
+            for (a, b), some, one in zip(tests, pairs, found, strict=True)
+        ]
 
     def _p(self, a: int, b: int, names: Sequence[str], metric: str | None) -> float:
         """1 where two runs were not asked the same: a test of what they share says nothing of the rest."""
@@ -149,6 +135,12 @@ def keys(result: Result) -> list[tuple[object, ...]]:
         found.append((*key, seen[key]))
         seen[key] += 1
     return found
+
+
+def _datasets_won(pairs: Sequence[Pair]) -> Record:
+    gaps = [pair.b.value - pair.a.value for pair in pairs]
+    wins, losses = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
+    return Record(wins, losses, len(gaps) - wins - losses)
 
 
 def _pair(a: Result, b: Result, metric: str | None) -> Pair | None:

@@ -15,7 +15,7 @@ from typing import Any
 from logo.errors import DataError
 from logo.evaluation.sources.declarations import Declaration, Layout
 from logo.evaluation.sources.readers import RawRow
-from logo.evaluation.sources.templates import Blank, RowError, Wording
+from logo.evaluation.sources.templates import RowError, Wording
 
 
 @dataclass(frozen=True)
@@ -74,31 +74,34 @@ def make_instances(declaration: Declaration, layout: Layout, rows: Iterable[tupl
 def draw(instances: Sequence[Instance], count: int, seed: int, without: Iterable[Instance] = ()) -> list[Instance]:
     """The first `count` instances in the order of the seed, or all if there are fewer; none whose prompt or whose
     key is one of `without`."""
-    contexts = {instance.context for instance in without}
-    keys = {instance.key for instance in without}
+    taken = [(instance.context, instance.key) for instance in without]
+    contexts, keys = {context for context, _ in taken}, {key for _, key in taken}
     rest = [instance for instance in instances if instance.context not in contexts and instance.key not in keys]
-    return sorted(rest, key=lambda instance: _place(instance, seed))[:count]
 
+    def place(instance: Instance) -> tuple[bytes, str]:
+        return hashlib.sha256(f"{seed}\n{instance.key}".encode()).digest(), instance.context
 
-def _place(instance: Instance, seed: int) -> tuple[bytes, str]:
-    return hashlib.sha256(f"{seed}\n{instance.key}".encode()).digest(), instance.context
+    return sorted(rest, key=place)[:count]
 
 
 def _instance(wording: Wording, row: RawRow) -> Instance | None:
     """None: no prompt, no gold text, or text that no tokenizer accepts."""
-    values = wording.values(row)
-    golds, more = wording.texts("completion", values), wording.texts("references", values)
+    texts = wording.of(row)
+    if texts is None:
+        return None
+    context, key, completion = str(texts["context"]), str(texts["draw_by"]), texts["completion"]
+    golds, more = _merged(completion), _merged(texts.get("references", ()))
     try:
-        context, key = wording.text("context", values), wording.text("draw_by", values)
-        "".join((context, key, *(golds or ()), *(more or ()))).encode()
-    except (Blank, UnicodeEncodeError):  # half of a surrogate pair
+        "".join((context, key, *golds, *more)).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
         return None
     if not golds or not context.strip():
         return None
-    completion = golds if isinstance(golds, str) else tuple(golds)
-    return Instance(context, completion, () if more is None else _merged(completion, more or []), key)
+    references = _merged(golds, more) if "references" in texts else ()
+    return Instance(context, golds[0] if isinstance(completion, str) else golds, references, key)
 
 
 def _merged(*texts: str | Iterable[str]) -> tuple[str, ...]:
-    """All texts, each once."""
-    return tuple(dict.fromkeys(text for part in texts for text in ([part] if isinstance(part, str) else part)))
+    """All texts that are not blank, each once."""
+    flat = (text for part in texts for text in ([part] if isinstance(part, str) else part))
+    return tuple(dict.fromkeys(text for text in flat if text.strip()))

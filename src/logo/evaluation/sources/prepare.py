@@ -57,7 +57,12 @@ def prepare(
     wanted = [split for split in SPLITS if split == "test" or request.train_rows > 0]
     on_stage("finding files" if request.raw is not None else "fetching")
     place = _place(declaration, request, wanted)
-    drawn, unusable = _drawn(declaration, place, request, on_stage)
+    try:
+        drawn, unusable = _drawn(declaration, place, request, on_stage)
+    except DataError as error:
+        if place.commit is None:
+            raise
+        raise DataError(f"{error} (in {declaration.source} at commit {place.commit})") from error
     texts = {f"{split}.jsonl": "".join(map(_line, items)) for split, items in drawn.items()}
     folder = dataset_file(data_dir, declaration.name).parent
     if declaration.metric != metric_kind(declaration.name):

@@ -28,41 +28,55 @@ _SOLE = re.compile(r"\s*\{\{(.*?)\}\}\s*", re.DOTALL)
 _Made = Callable[[Mapping[str, Any]], Any]
 
 
-class Blank(Exception):
-    """A value that says nothing; its row is left out."""
-
-
 class RowError(ValueError):
     """A row that does not fit its declaration; the message says how. Whoever knows the file and the row adds both."""
 
 
-def as_text(value: object) -> str:
-    """A value as it stands in a text: without the blanks around it, null as ''.
+class _Blank(Exception):
+    """A value that says nothing."""
+
+
+class Wording:
+    """The fields and templates of a declaration for one layout, compiled.
 
     Raises:
-        RowError: a list or an object, which no rule turns into text.
+        DataError: one of them is not Jinja2; the message shows it.
     """
-    if isinstance(value, (str, bool, int, float, StrictUndefined)):
-        return str(value).strip()  # of a name without a value, Jinja2's error
-    if value is None:
-        return ""
-    raise RowError(f"expected text, found {value!r:.60}; `join` makes text of a list")
 
+    def __init__(self, declaration: Declaration, layout: Layout) -> None:
+        environment = _Environment(undefined=StrictUndefined, finalize=_shown, keep_trailing_newline=True)
+        environment.filters |= {"join": _join, "lettered": _lettered}
+        environment.globals["letters"] = _LETTERS
+        try:
+            self._fields = {key: _expression(environment, text) for key, text in layout.fields.items()}
+            self._templates = {
+                key: (_texts if key in ("completion", "references") else _text)(environment, text)
+                for key, text in declaration.templates.items()
+            }
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"dataset {declaration.name!r}: expected Jinja2, found {error.source!r:.60} ({error.message}); "
+                "mend the declaration"
+            ) from None
 
-def _shown(value: object) -> str:
-    if value is None or value == "" or value == []:
-        raise Blank
-    return as_text(value)
+    def of(self, row: Mapping[str, Any]) -> dict[str, str | list[str]] | None:
+        """The text of each template, or the texts of a list where one expression is all of `completion` or
+        `references`; None: a value in a template is null or empty.
 
-
-def _join(values: Iterable[object] | None, separator: str = "") -> str:
-    """Jinja2's own filter takes no null, and leaves the blanks around items."""
-    return separator.join(map(as_text, values or ()))
-
-
-def _lettered(values: Iterable[object] | None) -> list[str]:
-    """Options as FLAN writes them."""
-    return [f"({_LETTERS[i % len(_LETTERS)]}) {as_text(value)}" for i, value in enumerate(values or ())]
+        Raises:
+            RowError: a field or a template cannot be made of the row.
+        """
+        columns = {"row": row, **row}
+        values = columns | {name: _called(name, field, columns) for name, field in self._fields.items()}
+        found: dict[str, str | list[str]] = {}
+        for key, template in self._templates.items():
+            try:
+                found[key] = _called(key, template, values)
+            except _Blank:
+                if key != "references":
+                    return None
+                found[key] = []
+        return found
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -75,87 +89,57 @@ class _Environment(ImmutableSandboxedEnvironment):
         return None if obj is None else super().getitem(obj, argument)
 
 
-class Wording:
-    """The fields and templates of a declaration for one layout, compiled.
+def _as_text(value: object) -> str:
+    if isinstance(value, (str, bool, int, float, StrictUndefined)):
+        return str(value).strip()  # of a name without a value, Jinja2's error
+    if value is None:
+        return ""
+    raise RowError(f"expected text, found {value!r:.60}; `join` makes text of a list")
 
-    Raises:
-        DataError: one of them is not Jinja2; the message names it.
-    """
 
-    def __init__(self, declaration: Declaration, layout: Layout) -> None:
-        self._environment = _Environment(undefined=StrictUndefined, finalize=_shown, keep_trailing_newline=True)
-        self._environment.filters |= {"join": _join, "lettered": _lettered}
-        self._environment.globals["letters"] = _LETTERS
-        try:
-            self._fields = {key: self._expression(text) for key, text in layout.fields.items()}
-            self._templates = {
-                key: self._texts(text) if key in ("completion", "references") else self._template(text)
-                for key, text in declaration.templates.items()
-            }
-        except TemplateSyntaxError as error:
-            raise DataError(
-                f"dataset {declaration.name!r}: expected Jinja2, found {error.source!r:.60} ({error.message}); "
-                "mend the declaration"
-            ) from None
+def _shown(value: object) -> str:
+    if value is None or value == "" or value == []:
+        raise _Blank
+    return _as_text(value)
 
-    def values(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What templates may name: the columns of a row, `row` itself, and the fields.
 
-        Raises:
-            RowError: a field that cannot be made of the row.
-        """
-        columns = {"row": row, **row}
-        return columns | {name: _called(name, field, columns) for name, field in self._fields.items()}
+def _join(values: Iterable[object] | None, separator: str = "") -> str:
+    """Jinja2's own filter takes no null, and leaves the blanks around items."""
+    return separator.join(map(_as_text, values or ()))
 
-    def text(self, key: str, values: Mapping[str, Any]) -> str:
-        """The text of the template that is called so in the declaration.
 
-        Raises:
-            Blank: a value in it is null or empty.
-            RowError: it cannot be made of these values.
-        """
-        return str(_called(key, self._templates[key], values))
+def _lettered(values: Iterable[object] | None) -> list[str]:
+    """Options as FLAN writes them."""
+    return [f"({_LETTERS[i % len(_LETTERS)]}) {_as_text(value)}" for i, value in enumerate(values or ())]
 
-    def texts(self, key: str, values: Mapping[str, Any]) -> str | list[str] | None:
-        """As `text`, or the texts of a list, each once, where the template is one expression that is a list. Blank
-        texts are left out; None: there is no such template.
 
-        Raises:
-            RowError: as `text`.
-        """
-        try:
-            found = _called(key, self._templates[key], values) if key in self._templates else None
-        except Blank:
-            return ""
-        if isinstance(found, list):
-            return list(dict.fromkeys(filter(None, found)))
-        return found if found is None or found.strip() else ""
+def _text(environment: _Environment, text: str) -> _Made:
+    return environment.from_string(text).render
 
-    def _template(self, text: str) -> _Made:
-        return self._environment.from_string(text).render
 
-    def _expression(self, text: str) -> _Made:
-        compiled = self._environment.compile_expression(text, undefined_to_none=False)
+def _expression(environment: _Environment, text: str) -> _Made:
+    compiled = environment.compile_expression(text, undefined_to_none=False)
 
-        def value(values: Mapping[str, Any]) -> Any:
-            found = compiled(values)
-            if isinstance(found, StrictUndefined):
-                return str(found)  # raises, with the name that is missing
-            return list(found) if isinstance(found, Iterator) else found  # filters are lazy
+    def value(values: Mapping[str, Any]) -> Any:
+        found = compiled(values)
+        if isinstance(found, StrictUndefined):
+            return str(found)  # raises, with the name that is missing
+        return list(found) if isinstance(found, Iterator) else found  # filters are lazy
 
-        return value
+    return value
 
-    def _texts(self, text: str) -> _Made:
-        sole, body = _SOLE.fullmatch(text), self._environment.parse(text).body
-        if sole is None or len(body) != 1 or len(getattr(body[0], "nodes", ())) != 1:
-            return self._template(text)
-        value = self._expression(sole[1])
 
-        def texts(values: Mapping[str, Any]) -> str | list[str]:
-            found = value(values)
-            return [as_text(item) for item in found] if isinstance(found, (list, tuple)) else _shown(found)
+def _texts(environment: _Environment, text: str) -> _Made:
+    sole, body = _SOLE.fullmatch(text), environment.parse(text).body
+    if sole is None or len(body) != 1 or len(getattr(body[0], "nodes", ())) != 1:
+        return _text(environment, text)
+    value = _expression(environment, sole[1])
 
-        return texts
+    def texts(values: Mapping[str, Any]) -> str | list[str]:
+        found = value(values)
+        return [_as_text(item) for item in found] if isinstance(found, (list, tuple)) else _shown(found)
+
+    return texts
 
 
 def _called(key: str, made: _Made, values: Mapping[str, Any]) -> Any:

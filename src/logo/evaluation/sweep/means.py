@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from logo.evaluation.corpus import mean_of
+from logo.evaluation.corpus import Corpus, mean_of, mean_over
 from logo.evaluation.groups import grouped
-from logo.evaluation.intervals import Interval, of_mean
-from logo.evaluation.paired import Difference, Pair, Significance, difference, holm, significance
+from logo.evaluation.intervals import Interval
+from logo.evaluation.paired import Pair, Paired, paired
 from logo.evaluation.sweep.running import Cell, Outcome
 
 
@@ -29,20 +27,6 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Behind:
-    """A cell beside the best one.
-
-    Attributes:
-        difference: this cell's mean less the best one's.
-        significance: the test of it; `p_holm`: corrected by Holm's method for all cells beside the best.
-    """
-
-    difference: Difference
-    significance: Significance
-    p_holm: float = 1.0
-
-
-@dataclass(frozen=True)
 class Standing:
     """A cell among the others.
 
@@ -51,7 +35,8 @@ class Standing:
         complete: no dataset is missing that another cell has.
         seconds: of wall time that its answers took.
         groups: over those of each group; a group of which a dataset is missing is not there.
-        behind: how far it is from the best cell; None for that cell, and where a dataset is missing.
+        behind: this cell less the best one, tested together with all others; None for that cell, and where a dataset is
+            missing.
     """
 
     cell: Cell
@@ -59,7 +44,7 @@ class Standing:
     complete: bool
     seconds: float
     groups: dict[str, Mean] = field(default_factory=dict)
-    behind: Behind | None = None
+    behind: Paired | None = None
 
 
 def datasets_of(outcomes: Sequence[Outcome]) -> list[str]:
@@ -95,7 +80,7 @@ def standings(outcomes: Sequence[Outcome], *, seed: int = 0) -> list[Standing]:
     for cell, by_name in _by_cell(outcomes):
         mine = list(by_name.values())
         own = {group: by_cell[cell.key] for group, by_cell in groups.items() if cell.key in by_cell}
-        seconds = sum(outcome.seconds["inference"] for outcome in mine)
+        seconds = sum(outcome.result.seconds["inference"] for outcome in mine)
         found.append(Standing(cell, _mean(mine, seed), len(mine) == len(everything), seconds, own))
     found.sort(key=lambda standing: (not standing.complete, -standing.mean.value))
     return _beside_the_best(found, dict((cell.key, by_name) for cell, by_name in _by_cell(outcomes)), seed)
@@ -105,14 +90,9 @@ def _beside_the_best(
     found: Sequence[Standing], answers: dict[tuple[object, ...], dict[str, Outcome]], seed: int
 ) -> list[Standing]:
     others = [standing for standing in found[1:] if standing.complete]
-    behind = []
-    for other in others:
-        best, mine = answers[found[0].cell.key], answers[other.cell.key]
-        pairs = [Pair(mean_of(best[name].values[:, 0]), mean_of(mine[name].values[:, 0])) for name in best]
-        behind.append(Behind(difference(pairs, seed=seed), significance(pairs, seed=seed)))
-    corrected = holm([one.significance.p for one in behind])
-    told = [replace(one, p_holm=p) for one, p in zip(behind, corrected, strict=True)]
-    compared = [replace(other, behind=one) for other, one in zip(others, told, strict=True)]
+    best = answers[found[0].cell.key] if found else {}
+    pairs = [[Pair(_worth(best[name]), _worth(answers[other.cell.key][name])) for name in best] for other in others]
+    compared = [replace(other, behind=one) for other, one in zip(others, paired(pairs, seed=seed), strict=True)]
     return [*found[:1], *compared, *(standing for standing in found[1:] if not standing.complete)]
 
 
@@ -125,7 +105,9 @@ def _by_cell(outcomes: Sequence[Outcome]) -> list[tuple[Cell, dict[str, Outcome]
 
 
 def _mean(outcomes: Sequence[Outcome], seed: int) -> Mean:
-    found = [mean_of(outcome.values[:, 0]) for outcome in outcomes]
-    values = [corpus.value for corpus in found]
-    interval = of_mean(values, [corpus.interval(seed=[seed]) for corpus in found])
-    return Mean(float(np.mean(values)), interval, len(found))
+    return Mean(*mean_over([_worth(outcome) for outcome in outcomes], seed=seed), len(outcomes))
+
+
+def _worth(outcome: Outcome) -> Corpus:
+    """The primary measure of each row."""
+    return mean_of(outcome.result.measures[outcome.result.primary])

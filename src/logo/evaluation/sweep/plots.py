@@ -6,18 +6,15 @@ value of a second axis. Where there are more than two axes, each combination of 
 
 from __future__ import annotations
 
-import io
-import itertools
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from logo.evaluation.drawing import as_png, new_figure
 from logo.evaluation.groups import grouped
 from logo.evaluation.metrics import LABELS
-from logo.evaluation.sweep.grid import Axis, Value, label, numbers
+from logo.evaluation.sweep.grid import Axis, Value, label, numbers, product
 from logo.evaluation.sweep.means import Mean, datasets_of, means
 from logo.evaluation.sweep.running import Cell, Outcome
 
@@ -69,7 +66,7 @@ def plots(axes: Sequence[Axis], outcomes: Sequence[Outcome], *, seed: int = 0) -
         second = others[0] if others else None
         across = math.ceil(len(groups) / math.ceil(len(groups) / ACROSS)) if groups else 1
         panels: list[Panel | None] = []
-        for fixed in _combinations(others[1:]):
+        for fixed in product(others[1:]):
             some = list(_panels(axis, second, fixed, groups, found, measures))
             panels += [*some, *[None] * (-len(some) % across)]
         size = across * DOWN
@@ -77,11 +74,6 @@ def plots(axes: Sequence[Axis], outcomes: Sequence[Outcome], *, seed: int = 0) -
             name = f"{axis.name}.png" if number == 1 else f"{axis.name}-{number}.png"
             pictures[name] = _drawn(axis, second, panels[start : start + size], across)
     return pictures
-
-
-def _combinations(axes: Sequence[Axis]) -> Iterator[dict[str, Value]]:
-    for values in itertools.product(*(axis.values for axis in axes)):
-        yield dict(zip((axis.name for axis in axes), values, strict=True))
 
 
 def _panels(
@@ -106,21 +98,16 @@ def _panels(
 
 def _measure(outcomes: Sequence[Outcome]) -> str:
     """What the panel's y axis says: the primary measure that they share."""
-    names = {LABELS[list(outcome.metrics["official"])[-1]] for outcome in outcomes}
+    names = {LABELS[outcome.result.primary] for outcome in outcomes}
     return f"{names.pop()}, %" if len(names) == 1 else "primary measure, %"
 
 
 def _drawn(axis: Axis, second: Axis | None, panels: Sequence[Panel | None], across: int) -> bytes:
-    # The classes behind pyplot: no global state, no window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has to say where it keeps fonts; nobody asked
     down = math.ceil(len(panels) / across)
     beside = 0.0 if second is None else LEGEND
-    figure = Figure(figsize=(PANEL[0] * across + beside, PANEL[1] * down), dpi=DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(PANEL[0] * across + beside, PANEL[1] * down, dpi=DPI, layout="constrained")
     lines: tuple[Value | None, ...] = (None,) if second is None else second.values
     colours = _colours(second)
     ordered = numbers(axis.values) is not None
@@ -146,11 +133,7 @@ def _drawn(axis: Axis, second: Axis | None, panels: Sequence[Panel | None], acro
         _legend(figure, second, colours, ordered)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name with characters that the font lacks is drawn with boxes
-        canvas.print_figure(picture, format="png")
-    return picture.getvalue()
+    return as_png(figure)
 
 
 def _lines(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], colours: Sequence[Any]) -> None:

@@ -14,12 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from logo.errors import LoGoError
-from logo.evaluation.intervals import Values
 from logo.evaluation.jobs import Job
-from logo.evaluation.results import read_results
+from logo.evaluation.stored import Result, read_result
 from logo.evaluation.sweep.grid import Value, cell_name
 
 if TYPE_CHECKING:
@@ -64,20 +61,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell is worth on one dataset.
-
-    Attributes:
-        values: (rows, 1), the primary official measure of each row: ROUGE-L where there are three.
-        metrics: what `metrics.json` holds; `seconds`: what `time_dict.json` does.
-        folder: of the result, relative to the sweep's.
-    """
+    """What a cell answered on one dataset, and the result's folder relative to the sweep's."""
 
     cell: Cell
-    dataset: str
-    values: Values
-    metrics: Mapping[str, Any]
-    seconds: Mapping[str, float]
+    result: Result
     folder: str
+
+    @property
+    def dataset(self) -> str:
+        """Its name."""
+        return self.result.dataset
 
 
 @dataclass(frozen=True)
@@ -200,16 +193,14 @@ def _outcomes(
 
 
 def _read(cell: Cell, dataset: str, out: Path, folder: str) -> Outcome:
-    files = read_results(out / folder)
-    values = [value["rouge-L"] if isinstance(value, dict) else value for value in files["eval_results.json"]]
-    column = np.array(values, dtype=np.float64)[:, None]
-    return Outcome(cell, dataset, column, files["metrics.json"], files["time_dict.json"], folder)
+    return Outcome(cell, read_result(out / folder, dataset), folder)
 
 
 def _unanswered(outcomes: Sequence[Outcome]) -> Iterable[Failure]:
     for outcome in {outcome.folder: outcome for outcome in outcomes}.values():
-        errors = outcome.metrics["errors"]
+        errors = outcome.result.errors
         if errors:
             some = "1 row has" if len(errors) == 1 else f"{len(errors)} rows have"
-            first = f"row {errors[0]['index'] + 1}: {errors[0]['message']}"
+            index, message = next(iter(errors.items()))
+            first = f"row {index + 1}: {message}"
             yield Failure(outcome.cell.name, outcome.dataset, f"{some} no answer; {first}")

@@ -1,37 +1,15 @@
-"""One tidy table of a sweep: a row for each cell, dataset and measure, as CSV and as Parquet with the same content."""
+"""One tidy table of a sweep: a row for each cell, dataset and measure."""
 
 from __future__ import annotations
 
-import csv
-import importlib
-import importlib.util
-import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from logo.errors import UsageError
 from logo.evaluation.groups import group_of
+from logo.evaluation.stored import Result
 from logo.evaluation.sweep.grid import Axis, numbers
 from logo.evaluation.sweep.running import Outcome
-
-Field = int | float | str | None
-
-# Columns after those of the axes.
-_TEXTS = ("dataset", "group", "kind", "metric")
-_NUMBERS = ("value", "low", "high")
-_COUNTS = ("rows", "errors")
-_SECONDS = ("seconds_probe", "seconds_generate")
-COLUMNS = (*_TEXTS, *_NUMBERS, *_COUNTS, *_SECONDS, "folder")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Names of columns, their types (int, float or str), and rows of as many fields; None: there is no such number."""
-
-    columns: tuple[str, ...]
-    types: tuple[type, ...]
-    rows: tuple[tuple[Field, ...], ...]
+from logo.evaluation.tables import Column, Table, Value, row, words
+from logo.evaluation.tables import numbers as number_columns
 
 
 def table(axes: Sequence[Axis], outcomes: Sequence[Outcome]) -> Table:
@@ -43,61 +21,29 @@ def table(axes: Sequence[Axis], outcomes: Sequence[Outcome]) -> Table:
     100), `rows`, `errors` (rows without an answer, which count as wrong), the seconds that all rows took, and
     `folder`, relative to the sweep's.
     """
-    shown: list[dict[Any, Field]] = []
-    types: list[type] = []
-    for axis in axes:
-        found = numbers(axis.values)
-        shown.append(dict(zip(axis.values, map(str, axis.values) if found is None else found, strict=True)))
-        types.append(str if found is None else type(found[0]))
+    found = {axis.name: numbers(axis.values) for axis in axes}
+    shown = {axis.name: dict(zip(axis.values, found[axis.name] or map(str, axis.values), strict=True)) for axis in axes}
     rows = []
     for outcome in outcomes:
-        values = [known[outcome.cell.values[axis.name]] for axis, known in zip(axes, shown, strict=True)]
-        begin = [*values, outcome.dataset, group_of(outcome.dataset)]
-        end: list[Field] = [len(outcome.values), len(outcome.metrics["errors"])]
-        end += [outcome.seconds.get(stage) for stage in ("probe", "generate")]
-        rows += [(*begin, *measure, *end, outcome.folder) for measure in _measures(outcome)]
-    columns = (*(axis.name.replace("-", "_") for axis in axes), *COLUMNS)
-    types += [str] * len(_TEXTS) + [float] * len(_NUMBERS) + [int] * len(_COUNTS) + [float] * len(_SECONDS) + [str]
-    return Table(columns, tuple(types), tuple(rows))
+        values = [shown[axis.name][outcome.cell.values[axis.name]] for axis in axes]
+        begin = (*values, outcome.dataset, group_of(outcome.dataset))
+        result = outcome.result
+        end = (len(result), len(result.errors), *(result.seconds.get(stage) for stage in ("probe", "generate")))
+        rows += [row(*begin, *measure, *end, outcome.folder) for measure in _measures(result)]
+    columns = (
+        *(Column(axis.name.replace("-", "_"), numeric=found[axis.name] is not None) for axis in axes),
+        *words("dataset", "group", "kind", "metric"),
+        *number_columns("value", "low", "high", "rows", "errors", "seconds_probe", "seconds_generate"),
+        *words("folder"),
+    )
+    return Table(columns, tuple(rows))
 
 
-def as_csv(found: Table) -> bytes:
-    """UTF-8 with a line of names; numbers with as many digits as they have, so that nothing is lost."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(found.columns)
-    writer.writerows(["" if field is None else field for field in row] for row in found.rows)
-    return text.getvalue().encode("utf-8")
-
-
-def as_parquet(found: Table) -> bytes:
-    """The same as Parquet: int64, double and string columns.
-
-    Raises:
-        UsageError: pyarrow is not installed.
-    """
-    if not has_parquet():
-        raise UsageError("Parquet needs pyarrow: install lora-on-the-go[eval]")
-    arrow: Any = importlib.import_module("pyarrow")
-    parquet: Any = importlib.import_module("pyarrow.parquet")
-    kinds = {int: arrow.int64(), float: arrow.float64(), str: arrow.string()}
-    arrays = [
-        arrow.array([row[at] for row in found.rows], type=kinds[found.types[at]]) for at in range(len(found.columns))
-    ]
-    sink = io.BytesIO()
-    parquet.write_table(arrow.table(arrays, names=list(found.columns)), sink)
-    return sink.getvalue()
-
-
-def has_parquet() -> bool:
-    """Whether Parquet can be written."""
-    return importlib.util.find_spec("pyarrow") is not None
-
-
-def _measures(outcome: Outcome) -> Iterator[tuple[Field, ...]]:
+def _measures(result: Result) -> Iterator[tuple[Value, ...]]:
     """Kind, metric, value, low and high."""
-    for kind, key in (("official", "official"), ("corpus", "extra")):
-        ends = outcome.metrics[f"{key}_intervals"]
-        for metric, value in outcome.metrics[key].items():
-            low, high = ends.get(metric, (None, None))
-            yield kind, metric, float(value), low, high
+    for kind, values, intervals in (
+        ("official", result.official, result.official_intervals),
+        ("corpus", result.extra, result.extra_intervals),
+    ):
+        for metric, value in values.items():
+            yield kind, metric, value, *intervals.get(metric, (None, None))

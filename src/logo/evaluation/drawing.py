@@ -1,0 +1,33 @@
+"""Figures of matplotlib as PNGs, without its global state and without a window system."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from typing import Any
+
+
+def new_figure(width: float, height: float, **options: Any) -> Any:
+    """A `matplotlib.figure.Figure` of so many inches.
+
+    Args:
+        options: of that class.
+    """
+    from matplotlib.figure import Figure  # the class behind pyplot
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # otherwise it reports where it keeps its fonts
+    return Figure(figsize=(width, height), **options)
+
+
+def as_png(figure: Any, **options: Any) -> bytes:
+    """The figure as a PNG file.
+
+    Args:
+        options: of `Figure.savefig`.
+    """
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name with characters that the font lacks is drawn with boxes
+        figure.savefig(picture, format="png", **options)
+    return picture.getvalue()

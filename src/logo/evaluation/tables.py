@@ -1,0 +1,317 @@
+"""Tables as values: what every display of results makes, and how it is written for terminals, pages, papers, machines.
+
+A table holds numbers as they are shown. `logo.cli.output.rich_table` prints it, the report's templates make HTML of it,
+and here are Markdown, LaTeX and records. A number's interval follows it in small print, or stands in a column of its
+own where the column names one.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import importlib.util
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from logo.errors import UsageError
+from logo.evaluation.intervals import Interval
+
+Value = int | float | str | None
+Emphasis = Literal["", "bold", "dotted", "faint"]
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "·": r"\textperiodcentered{}",
+    "−": "$-$",
+}
+_COMMANDS: dict[str, str] = {"bold": "\\textbf", "dotted": "\\underline"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]+")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$&])")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One field.
+
+    Attributes:
+        text: what is shown; '' leaves the field empty.
+        ends: of the number's 95 % interval, as they are shown.
+        emphasis: bold, dotted (underlined in LaTeX), or faint.
+        notes: small print after the number.
+        repeats: the row above says the same, so that only machines and screen readers need to be told again.
+        run: the place of the run that this is the name of; a page shows its colour and shape.
+        dataset: this is the name of a dataset, whose instances a page leads to.
+        title: what a page shows when one points at it.
+        value: what it says as a number or text for machines, with all digits; `bounds`: likewise of the interval.
+    """
+
+    text: str
+    ends: tuple[str, str] | None = None
+    emphasis: Emphasis = ""
+    notes: tuple[str, ...] = ()
+    repeats: bool = False
+    run: int | None = None
+    dataset: bool = False
+    title: str = ""
+    value: Value = None
+    bounds: tuple[float, float] | None = None
+
+    @property
+    def interval(self) -> str:
+        """`71.3–78.0`; `-1.0 to +2.0` where the ends have signs; '' without an interval."""
+        if self.ends is None:
+            return ""
+        return (" to " if any(end.startswith(("+", "-", "−")) for end in self.ends) else "–").join(self.ends)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, and one `above` that neighbours may share.
+
+    Attributes:
+        numeric: numbers stand to the right.
+        interval: the heading of a column of its own for the intervals, where there is room for one.
+        wraps: a text that is too long for the screen goes on in the next line.
+        run: the place of the run that it is about; a page shows its colour and shape.
+    """
+
+    name: str
+    above: str = ""
+    numeric: bool = True
+    interval: str = ""
+    wraps: bool = False
+    run: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; rows of the same `section` stand below its name."""
+
+    cells: tuple[Cell | None, ...]
+    section: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows of as many cells (None: nothing is known), what the `title` above and the `note` below say."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    title: str = ""
+    note: str = ""
+
+    @property
+    def sections(self) -> list[tuple[str, list[Row]]]:
+        """The rows by section, in their order."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.section, []).append(row)
+        return list(found.items())
+
+    @property
+    def above(self) -> list[tuple[Column, int]]:
+        """The first of the columns that share a heading above theirs, with their number; columns without one stand
+        alone. Nothing where no column has one."""
+        found: list[tuple[Column, int]] = []
+        for column in self.columns if any(column.above for column in self.columns) else ():
+            if found and column.above and found[-1][0].above == column.above:
+                found[-1] = (found[-1][0], found[-1][1] + 1)
+            else:
+                found.append((column, 1))
+        return found
+
+
+def words(*names: str) -> tuple[Column, ...]:
+    """Columns of text."""
+    return tuple(Column(name, numeric=False) for name in names)
+
+
+def numbers(*names: str) -> tuple[Column, ...]:
+    """Columns of numbers."""
+    return tuple(Column(name) for name in names)
+
+
+def row(*cells: object, section: str = "") -> Row:
+    """A row of cells; anything that is none is shown as its text, and None as nothing known."""
+    return Row(tuple(cell if cell is None or isinstance(cell, Cell) else _plain_cell(cell) for cell in cells), section)
+
+
+def number(
+    value: float,
+    form: str = ".2f",
+    interval: Interval | Sequence[float] | None = None,
+    *,
+    scale: float = 100.0,
+    emphasis: Emphasis = "",
+    notes: Sequence[str] = (),
+) -> Cell:
+    """A number, multiplied by `scale`, with its interval, both in one format."""
+    bounds = None if interval is None else (interval[0], interval[1])
+    ends = None if bounds is None else (_shown(scale * bounds[0], form), _shown(scale * bounds[1], form))
+    return Cell(_shown(scale * value, form), ends, emphasis, tuple(notes), value=value, bounds=bounds)
+
+
+def _plain_cell(value: object) -> Cell:
+    return Cell(str(value), value=value if isinstance(value, (int, float)) else str(value))
+
+
+def _shown(value: float, form: str) -> str:
+    """A number in a format; what is rounded to nothing is not below nothing."""
+    text = f"{value:{form}}"
+    return f"{0.0:{form}}" if float(text) == 0 else text
+
+
+def p_value(p: float) -> str:
+    """With three digits after the point."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+# -- for machines -----------------------------------------------------------------------------------------------
+
+
+def records(table: Table) -> list[dict[str, Value]]:
+    """The rows by column, with all digits; beside a column with a column of intervals `... low` and `... high`."""
+    found = []
+    for row in table.rows:
+        record: dict[str, Value] = {}
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            record[column.name] = None if cell is None else cell.value
+            if column.interval:
+                low, high = (cell and cell.bounds) or (None, None)
+                record |= {f"{column.name} low": low, f"{column.name} high": high}
+        found.append(record)
+    return found
+
+
+def as_csv(table: Table) -> bytes:
+    """UTF-8 with a line of names; numbers with as many digits as they have, so that nothing is lost."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_names(table))
+    writer.writerows(["" if value is None else value for value in record.values()] for record in records(table))
+    return text.getvalue().encode("utf-8")
+
+
+def as_parquet(table: Table) -> bytes:
+    """The same as Parquet: int64, double and string columns.
+
+    Raises:
+        UsageError: pyarrow is not installed.
+    """
+    if not has_parquet():
+        raise UsageError("Parquet needs pyarrow: install lora-on-the-go[eval]")
+    arrow: Any = importlib.import_module("pyarrow")
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    rows = records(table)
+    columns = {name: [record[name] for record in rows] for name in _names(table)}
+    numeric = {column.name: column.numeric for column in table.columns}
+    kinds = {
+        name: arrow.string()
+        if not numeric.get(name, True)
+        else arrow.int64()
+        if values and all(isinstance(value, int) for value in values)
+        else arrow.float64()
+        for name, values in columns.items()
+    }
+    sink = io.BytesIO()
+    parquet.write_table(arrow.table(columns, schema=arrow.schema(kinds)), sink)
+    return sink.getvalue()
+
+
+def has_parquet() -> bool:
+    """Whether Parquet can be written."""
+    return importlib.util.find_spec("pyarrow") is not None
+
+
+def _names(table: Table) -> list[str]:
+    """Of what `records` holds."""
+    more = {column.name: [f"{column.name} low", f"{column.name} high"] for column in table.columns if column.interval}
+    return [name for column in table.columns for name in (column.name, *more.get(column.name, ()))]
+
+
+# -- as text ----------------------------------------------------------------------------------------------------
+
+
+def markdown(table: Table) -> str:
+    """A table of GitHub's kind, with its title above and its note below."""
+
+    def field(cell: Cell | None) -> str:
+        if cell is None:
+            return "–"
+        text = _plain(cell.text)
+        text = f"**{text}**" if cell.emphasis == "bold" else f"*{text}*" if cell.emphasis == "dotted" else text
+        return " ".join(filter(None, [text, cell.interval and f"[{cell.interval}]", *map(_plain, cell.notes)]))
+
+    heads = [_plain(f"{column.above} {column.name}".strip()) for column in table.columns]
+    lines = [heads, ["---:" if column.numeric else "---" for column in table.columns]]
+    lines += [[field(cell) for cell in row.cells] for row in table.rows]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join(filter(None, [_plain(table.title), body, _plain(table.note)])) + "\n"
+
+
+def latex(table: Table, label: str) -> str:
+    """A `table` environment with booktabs' lines; the note is part of its caption.
+
+    Args:
+        label: by which a text refers to it.
+    """
+    heads = [[latex_text(column.name) for column in table.columns]]
+    if table.above:
+        heads.insert(0, [latex_text(column.above) for column in table.columns])
+    kinds = "".join("r" if column.numeric else "l" for column in table.columns)
+    caption = latex_text(". ".join(filter(None, [table.title, table.note])))
+    lines = [
+        "\\begin{table}",
+        "  \\centering",
+        f"  \\caption{{{caption}}}",
+        f"  \\label{{{label}}}",
+        f"  \\begin{{tabular}}{{{kinds}}}",
+        "    \\toprule",
+        *(f"    {' & '.join(head)} \\\\" for head in heads),
+        "    \\midrule",
+        *(f"    {' & '.join(map(_latex_cell, row.cells))} \\\\" for row in table.rows),
+        "    \\bottomrule",
+        "  \\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def latex_text(text: str) -> str:
+    """Text as LaTeX shows it, on one line."""
+    return "".join(_LATEX.get(character, character) for character in _CONTROL.sub(" ", text))
+
+
+def _latex_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "--"
+    text = latex_text(cell.text)
+    if cell.emphasis in _COMMANDS:
+        text = f"{_COMMANDS[cell.emphasis]}{{{text}}}"
+    small = [f"[{', '.join(map(latex_text, cell.ends))}]"] if cell.ends else []
+    return " ".join([text, *(f"{{\\scriptsize {one}}}" for one in [*small, *map(latex_text, cell.notes)])])
+
+
+def _plain(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", " ".join(_CONTROL.sub(" ", text).split()))
