@@ -174,7 +174,7 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
     settings = selection_settings(options)
     place = pool_place(options.adapters, base_model, options.model_dir).spec
     told = {
-        **settings.said,
+        **settings.changed,
         "signals": list(server.signals),
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter.value == "skip" else {}),
         **({} if server.max_body_mb is None else {"max_body_mb": server.max_body_mb}),

@@ -36,7 +36,7 @@ class Plan:
     adapters: tuple[Adapter, ...]
 
 
-def told(settings: SelectionSettings, pool: AdapterPool) -> SelectionSettings:
+def with_activations(settings: SelectionSettings, pool: AdapterPool) -> SelectionSettings:
     """The settings with `activations` filled in, if no adapter of the pool acts everywhere."""
     return replace(settings, activations=pool.activations if pool.read_once else ())
 
@@ -52,7 +52,7 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
         PoolError: adapters that do not touch what is probed, unless `settings.unscorable` is `"skip"`; or no adapter
             has examples and the signal uses nothing else.
     """
-    settings = told(settings, pool)
+    settings = with_activations(settings, pool)
     signal, wanted = settings.reading, settings.probe_points
     all_points, most = signal.scale == "raw", 0
     if wanted is not None and not isinstance(wanted, int):

@@ -25,7 +25,7 @@ from logo.selection.first_stage_file import first_stage_name, keep_first_stages,
 from logo.selection.index import ScoringIndex, Tell, Wanted, device_of, read_indices
 from logo.selection.index_file import build_index, bytes_of, index_name, keep_index, load_index
 from logo.selection.once import OnceReader
-from logo.selection.plan import plan, told
+from logo.selection.plan import plan, with_activations
 from logo.selection.points import Point
 from logo.selection.prefixes import Prefixes, reusable
 from logo.selection.probe import Probe
@@ -78,7 +78,7 @@ class Scorers:
         run_texts: TextRunner | None = None,
         beginnings: Beginnings | None = None,
     ) -> None:
-        self._pool, settings = pool, told(settings, pool)
+        self._pool, settings = pool, with_activations(settings, pool)
         self._activations = settings.activations
         self._beginnings = beginnings if self._activations else None
         self._device, self._run_texts = device, run_texts
@@ -101,7 +101,7 @@ class Scorers:
         Args:
             tell: see `logo.selection.index.read_indices`.
         """
-        settings = told(settings, self._pool)
+        settings = with_activations(settings, self._pool)
         if settings.signal not in self._known:
             self._known[settings.signal] = self._open(settings, tell)
             self._earlier.pop(settings.signal, None)
@@ -109,7 +109,7 @@ class Scorers:
 
     def reading(self, settings: SelectionSettings) -> Signal:
         """The signal of these settings, adjusted to where the adapters of this pool act."""
-        return told(settings, self._pool).reading
+        return with_activations(settings, self._pool).reading
 
     def _open(self, settings: SelectionSettings, tell: Tell | None) -> Scorer:
         """Makes the scorer of a signal from a plan, a calibration and indices, cached or new."""

@@ -208,8 +208,8 @@ class SelectionSettings:
         return replace(self, **given) if given else self
 
     @property
-    def said(self) -> dict[str, Any]:
-        """The settings that differ from the defaults, for another process: `SelectionSettings.of(**said)`."""
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, for another process: `SelectionSettings.of(**changed)`."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @classmethod

@@ -93,7 +93,7 @@ def open_engine(
     )
     # Where the user says what slots there are, they decide how mixtures are made.
     mode = "auto" if {"max_loras", "max_lora_rank"} & given.keys() else slots.mode
-    told = {"k": shape.k, "mode": mode, **settings.said, **own}
+    told = {"k": shape.k, "mode": mode, **settings.changed, **own}
     told |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
     Options.of({"logo": told}, {})  # refuses what vLLM's processes would refuse
     tokenizer, checkpoint = load_tokenizer(source), _generation_config(source)

@@ -23,7 +23,7 @@ from logo.backends.vllm.options import Options
 from logo.backends.vllm.taps import Taps
 from logo.decoding import Prompts
 from logo.errors import ModelError
-from logo.selection.plan import plan, told
+from logo.selection.plan import plan, with_activations
 from logo.selection.points import Point
 from logo.selection.scorer import Scorer
 from logo.selection.scorers import Scorers
@@ -129,7 +129,7 @@ class Scoring:
             self._taps.score(signal, scorer, self._settings(signal))
 
     def _settings(self, signal: str) -> SelectionSettings:
-        return told(self._options.settings.for_call(signal=signal), self._pool)
+        return with_activations(self._options.settings.for_call(signal=signal), self._pool)
 
     def _kept_vectors(self, points: Sequence[Point], texts: Texts, signal: Any) -> Any:
         kept, keys = self._kept or (None, {})
