@@ -358,8 +358,8 @@ def test_the_command(demo_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(study_command(demo_rows, out)) == 0
     said = capsys.readouterr()
     for words in (
-        "own there",
-        "own gone",
+        "own in pool",
+        "own removed",
         "mean of",
         "2 labelled rows",
         "weights, token",

@@ -91,6 +91,10 @@ $ curl -s localhost:8000 \\
 # tasks/one.yaml
 task: one
 ```
+
+```csv title="tasks/two.csv"
+a,b
+```
 """
 
 
@@ -103,7 +107,7 @@ def test_a_page_is_read(tmp_path: Path) -> None:
         (3, "for task in a b; do\n  echo $task\ndone", "a\nb"),
         (14, "curl -s localhost:8000 \\\n    -d x", "[]"),
     ]
-    assert files(page) == {"tasks/one.yaml": "# tasks/one.yaml\ntask: one\n"}
+    assert files(page) == {"tasks/one.yaml": "# tasks/one.yaml\ntask: one\n", "tasks/two.csv": "a,b\n"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ The rules, all of them:
   on after a backslash and on lines that begin with `> `. Commands without `$` are only parsed.
 - The commands of one page run one after the other in one folder, which begins with links to the repository's own.
 - A server whose lines go to a file (`logo serve ... 2> FILE`) ends before the first command that names the file.
-- A fenced block that begins with `# folder/name.ext` is that file.
+- A fenced block that begins with `# folder/name.ext`, or whose fence says `title="folder/name.ext"`, is that file.
 - A line that begins with `...` stands for any number of lines. A command with nothing below it only has to succeed.
 - A command that names a base model other than `demo` is not run, and neither is one that measures times (`logo bench`,
   but for `logo bench merges`): `why_not_run` says so.
@@ -72,9 +72,11 @@ def transcripts(page: Path) -> list[Transcript]:
 
 
 def files(page: Path) -> dict[str, str]:
-    """The files that a page shows, by the path in their first line."""
-    blocks = re.findall(r"^```\w+\n(# (\S+/\S+\.\w+)\n.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    return {path: text for text, path in blocks}
+    """The files that a page shows, by their paths."""
+    text = page.read_text()
+    titled = re.findall(r'^```\w+ title="(\S+)"\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE)
+    headed = re.findall(r"^```\w+\n(# (\S+/\S+\.\w+)\n.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return dict(titled) | {path: content for content, path in headed}
 
 
 def difference(shown: str, said: str) -> str | None:

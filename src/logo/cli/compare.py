@@ -76,8 +76,8 @@ def _table(found: Comparison) -> Table:
     rows += [row(*_cells(one, several), section="means of datasets") for one in found.groups]
     holm = f" p Holm: the same, corrected for the {len(everything)} lines by Holm's method." if several else ""
     note = (
-        "All in percent, BLEU and chrF of 100. better, worse, same: rows on which B's answer is worth more than A's, "
-        f"less, as much. p: two-sided, by {told_tests(one.significance for one in everything)}.{holm} "
+        "All in percent, BLEU and chrF of 100. better, worse, same: rows on which B's score is higher than A's, lower, "
+        f"or equal. p: two-sided, by {told_tests(one.significance for one in everything)}.{holm} "
         f"Bold: {'p Holm' if several else 'p'} below {ALPHA}."
     )
     return Table(columns, tuple(rows), note=note)

@@ -1,4 +1,4 @@
-"""The field's own table of a study, as the literature prints it: what each way to choose is worth beside the oracle."""
+"""The table of a study in the literature's form: each signal, method and mixture relative to the oracle."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 WIDTH = 118
 # Heading, part of the table, key, digits.
 COLUMNS: tuple[tuple[str, str, str, int], ...] = (
-    ("own there\nmean of\nratios", "own", "of_oracle", 1),
-    ("own there\nratio of\nmeans", "own", "of_oracle_pooled", 1),
-    ("own gone\nmean of\nratios", "left_out", "of_oracle", 1),
-    ("own gone\nratio of\nmeans", "left_out", "of_oracle_pooled", 1),
+    ("own in pool\nmean of\nratios", "own", "of_oracle", 1),
+    ("own in pool\nratio of\nmeans", "own", "of_oracle_pooled", 1),
+    ("own removed\nmean of\nratios", "left_out", "of_oracle", 1),
+    ("own removed\nratio of\nmeans", "left_out", "of_oracle_pooled", 1),
     ("unseen\nscore", "unseen", "value", 1),
     ("unseen\nNLL", "unseen", "nll", 2),
 )
@@ -23,8 +23,8 @@ _ENCODER = "Styxxxx/lora_retriever"  # LoraRetriever's own
 
 
 def field_table(report: Mapping[str, Any]) -> Table:
-    """Signals, methods and fixed mixtures as rows, by what they are worth with the own adapter there: method / oracle,
-    as the mean of the tasks' ratios and as the ratio of their means."""
+    """Signals, methods and fixed mixtures as rows, the best with the own adapter in the pool first: method / oracle, as
+    the mean of the tasks' ratios and as the ratio of their means."""
     from logo.evaluation.tables import Cell, Column, Table, numbers, row, words
 
     found = report["relative"]
@@ -36,15 +36,15 @@ def field_table(report: Mapping[str, Any]) -> Table:
         said = methods.get(name, {}) if kind == "methods" else {}
         rows.append(row(name, *cells, Cell(looks_at(kind, name, said), emphasis="faint")))
     columns = (*words(""), *numbers(*(heading for heading, _, _, _ in COLUMNS)))
-    columns += (Column("looks at", numeric=False, wraps=True),)
+    columns += (Column("input", numeric=False, wraps=True),)
     return Table(columns, tuple(rows), note=_caption(found, report))
 
 
 def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
-    """What one way to choose adapters is given, in a few words.
+    """The input of a signal, a mixture or a method, in a few words.
 
     Args:
-        method: its options, where it is a method.
+        method: the options of a method.
     """
     if kind == "signals":
         return "prompt, weights"
@@ -67,7 +67,7 @@ def looks_at(kind: str, name: str, method: Mapping[str, Any]) -> str:
 
 
 def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Kinds and names of all that was compared; the best with its own adapter there first."""
+    """Kinds and names of all that was compared, the best with the own adapter in the pool first."""
     parts = [part for part in (found["own"], found["left_out"], found["unseen"]) if part]
     every = dict.fromkeys((kind, name) for part in parts for kind in ("signals", "methods", "mixtures")
                           for name in part.get(kind, {}))  # fmt: skip
@@ -93,12 +93,10 @@ def _cell(entry: Mapping[str, Any], key: str, digits: int) -> Cell | None:
 def _caption(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     settings = report["settings"]
     judged = f"answers of up to {settings['generate']} tokens" if "generate" in settings else "gold answers, forced"
-    said = [f"In percent, {judged}; 95 % intervals, which draw tasks, below."]
+    said = [f"In percent, {judged}; 95 % intervals over tasks below."]
     own = found["own"] or found["left_out"]
     if own and own["without_oracle"]:
-        said.append(
-            f"{len(own['without_oracle'])} of {own['tasks']} tasks have no ratio: their oracle is worth nothing."
-        )
+        said.append(f"{len(own['without_oracle'])} of {own['tasks']} tasks have no ratio: their oracle scores 0.")
     if "so_far" in settings:
         said.append(f"So far: {settings['so_far']} rows.")
     return " ".join(said)

@@ -200,15 +200,15 @@ def _show(report: Mapping[str, Any]) -> None:
 
 
 def _confidence(signal: str, found: Mapping[str, Any]) -> str:
-    """How well one signal knows when it is right, in a line."""
+    """How well the confidence of a signal separates prompts with an adapter from others, in a line."""
     told = [
-        f"from those of {what} {found['auroc'][name]:.2f}"
-        for name, what in (("unseen", "unseen tasks"), ("left_out", "tasks whose adapter is left out"))
+        f"{found['auroc'][name]:.2f} against {what}"
+        for name, what in (("unseen", "unseen tasks"), ("left_out", "left-out adapters"))
         if found["auroc"][name] is not None
     ]
     error = "" if found["error"] is None else f", reliability error {found['error']:.2f}"
-    told = told or ["nothing to compare with"]
-    return f"{signal}: its confidence tells prompts with an adapter {' and '.join(told)} (AUROC){error}"
+    told = told or ["unknown, nothing to compare with"]
+    return f"{signal}: AUROC of the confidence {', '.join(told)}{error}"
 
 
 def _signals(text: str) -> dict[str, dict[str, Any]]:

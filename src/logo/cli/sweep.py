@@ -271,7 +271,7 @@ def _captions(best: Sequence[Standing]) -> Iterator[str]:
     used = [standing.behind.significance for standing in best if standing.behind]
     if used:
         yield (
-            "to the best: the mean less the first line's, paired row by row. "
+            "to the best: the difference from the first line, paired row by row. "
             f"p Holm: by {told_tests(used)}, corrected for all lines by Holm's method; bold below {ALPHA}."
         )
 

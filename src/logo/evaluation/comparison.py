@@ -69,12 +69,12 @@ def compare(a: Run, b: Run, metrics: str = "", *, seed: int = 0) -> Comparison:
     """Compares two runs on the datasets that both have.
 
     Args:
-        a, b: what `logo.evaluation.runs.read_run` returned.
+        a, b: as `logo.evaluation.runs.read_run` returns them.
         metrics: names or patterns (`rouge-*`, `extra.chrf`), separated by commas; empty: the official ones.
         seed: of the draws.
 
     Raises:
-        DataError: no dataset in common, or other rows in one run than in the other.
+        DataError: no dataset in common, or different rows in the two runs.
         UsageError: a metric that none of the datasets has.
     """
     ours, theirs = a.results, b.results

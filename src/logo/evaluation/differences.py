@@ -1,4 +1,4 @@
-"""What tells two runs apart, in words: the entries of what they depend on that are not the same, with both values."""
+"""The differences between two runs in words: the entries of their identities that differ, with both values."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ Difference = tuple[str, object, object]  # name, value on the one side and on th
 
 
 def differences(one: Mapping[str, object], other: Mapping[str, object]) -> list[Difference]:
-    """The entries that differ, by dotted name; None stands for one that is not there. Of data whose number differs, the
-    digest says nothing more."""
+    """The entries that differ, by dotted name; None stands for a missing one. If the number of rows differs, their
+    digest is left out.
+    """
     found = [pair for pair in _pairs("", one, other) if pair[1] != pair[2]]
     names = {name for name, _, _ in found}
     return [pair for pair in found if not (pair[0].endswith("_sha256") and pair[0].removesuffix("_sha256") in names)]
 
 
 def told(found: Sequence[Difference]) -> str:
-    """In a few words, from the other side: `settings.k is 5, not 2`."""
+    """The differences in a few words, from the other side: `settings.k is 5, not 2`."""
     named = [
         f"{name} is {_short(theirs)}{' instead of' if ours is None else ', not'} {_short(ours)}"
         for name, ours, theirs in found[:_SHOWN]

@@ -1,4 +1,4 @@
-"""Which datasets the paper reports together."""
+"""The paper's groups of datasets."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""How far a number can be trusted: 95 % intervals of what some rows are worth, and of means over datasets.
+"""95 % intervals of measures over rows, and of means over datasets.
 
-Where every row is right or wrong it is Wilson's interval, which stays within [0, 1] and always has a width. Elsewhere
-it is percentiles of a bootstrap that draws the rows again. Of fewer than `FEWEST` rows, and where every draw gives the
-same number, a bootstrap knows nothing, and there is no interval. The interval of a mean over datasets comes from
-theirs, squared and added (MOVER; Zou and Donner 2008). Datasets are kept as they are: an interval says how much a
-number would move with other rows of the same datasets. scipy is imported at the first use.
+If every row is right or wrong, it is Wilson's interval, which stays within [0, 1] and always has a width. Otherwise it
+is percentiles of a bootstrap over rows. With fewer than `FEWEST` rows, or if every draw gives the same number, a
+bootstrap is meaningless and there is no interval. The interval of a mean over datasets comes from the datasets' squared
+distances (MOVER; Zou and Donner 2008). Datasets are fixed: an interval says how much a number would vary with other
+rows of the same datasets. scipy is imported at the first use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Values = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """Its ends, in the unit of the number that it belongs to."""
+    """The two ends, in the unit of their number."""
 
     low: float
     high: float
@@ -44,15 +44,15 @@ def proportion(right: int, rows: int) -> Interval:
 
 
 def bootstrap(rows: Values, worth: Callable[[Values], Values], *, seed: Sequence[int]) -> Interval | None:
-    """The percentile interval of what the sums of rows are worth, under rows drawn again with replacement.
+    """The percentile interval of a measure under rows drawn again with replacement.
 
     Args:
-        rows: (rows, parts), what each row adds.
+        rows: (rows, parts), the statistics of each row.
         worth: sums (..., parts) -> values (...).
-        seed: of the draws, any number of integers; with as many rows the draws are the same.
+        seed: of the draws, any number of integers; the draws are equal for equal numbers of rows.
 
     Returns:
-        None where there are fewer than `FEWEST` rows, or where every draw is worth the same.
+        None if there are fewer than `FEWEST` rows, or if every draw has the same value.
     """
     from scipy.stats import bootstrap as draw
 

@@ -1,10 +1,10 @@
-"""Whether one run is better than another on the same instances: pure functions on arrays.
+"""Comparison of two runs on the same instances, as pure functions on arrays.
 
 A measure is a function of sums over instances (see `logo.evaluation.corpus`), so exact match, ROUGE and corpus BLEU are
-compared alike. Over several datasets the difference is the mean of the datasets' differences. Two questions are
-answered: how large is the difference (`difference`), and could it be chance (`significance`). Each pair of runs has one
-test: McNemar's where the answers to one dataset are right or wrong, approximate randomisation everywhere else. scipy is
-imported at the first use.
+compared alike. Over several datasets the difference is the mean of the datasets' differences. There are two questions:
+how large is the difference (`difference`), and could it be chance (`significance`). Each pair of runs has one test:
+McNemar's if the answers to one dataset are right or wrong, approximate randomisation otherwise. scipy is imported at
+the first use.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Difference:
     """How much better run B is than run A.
 
     Attributes:
-        a, b: the runs' values; means over datasets where there are several.
+        a, b: the runs' values; means over datasets if there are several.
         value: b - a.
-        interval: its 95 % interval; None where too few instances differ to say.
+        interval: its 95 % interval; None if too few instances differ.
     """
 
     a: float
@@ -61,7 +61,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Record:
-    """On how many instances B's answer is worth more than A's, less, and the same."""
+    """The number of instances on which B's score is higher than A's, lower, or equal."""
 
     wins: int
     losses: int
@@ -74,7 +74,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Significance:
-    """Which test it was, and its two-sided p-value."""
+    """The test and its two-sided p-value."""
 
     test: TestName
     p: float
@@ -85,10 +85,10 @@ class Paired:
     """Two runs compared on the same instances.
 
     Attributes:
-        difference: B less A, each the mean over datasets.
-        record: on how many instances B's answer is worth more, less, the same.
+        difference: B minus A, each the mean over datasets.
+        record: the number of instances on which B's score is higher, lower, or equal.
         significance: the test of the difference and its p-value.
-        p_holm: the p-value corrected by Holm's method for all comparisons that were made together.
+        p_holm: the p-value corrected by Holm's method for all comparisons made together.
     """
 
     difference: Difference
@@ -116,10 +116,11 @@ def paired(
 
 
 def difference(pairs: Sequence[Pair], *, seed: int = 0) -> Difference:
-    """The mean over datasets of B's value less A's.
+    """The mean over datasets of B's value minus A's.
 
-    Its interval comes from the datasets' (`intervals.of_mean`). Where instances are right or wrong, a dataset's is that
-    of Bonett and Price (2012), else a bootstrap that draws the same instances for both runs.
+    Its interval comes from the datasets' intervals (`intervals.of_mean`). If instances are right or wrong, a dataset's
+    interval is that of Bonett and Price (2012), otherwise that of a bootstrap that draws the same instances for both
+    runs.
 
     Args:
         pairs: one per dataset.
@@ -188,8 +189,9 @@ def significance(pairs: Sequence[Pair], *, seed: int = 0) -> Significance:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """P-values corrected for their number by Holm's method: the chance that any of those below a limit is an accident
-    is no larger than that limit."""
+    """P-values corrected by Holm's method, which bounds the chance that any of those below a limit is a false positive
+    by that limit.
+    """
     order = np.argsort(p, kind="stable")
     steps = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1))
     found = np.empty(len(p))
@@ -204,10 +206,10 @@ def told_tests(used: Iterable[Significance]) -> str:
 
 
 def record(pair: Pair) -> Record:
-    """On how many instances B's answer is worth more than A's, each instance taken alone.
+    """The number of instances on which B's score is higher than A's, lower, or equal.
 
     Raises:
-        ValueError: as `difference`.
+        ValueError: as in `difference`.
     """
     _check([pair])
     a, b = pair.a.worth(pair.a.rows), pair.b.worth(pair.b.rows)

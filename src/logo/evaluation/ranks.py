@@ -1,4 +1,4 @@
-"""The processes among which lm-evaluation-harness cuts its documents: `accelerate launch` or `torchrun` starts them."""
+"""Processes that share the documents of lm-evaluation-harness, started by `accelerate launch` or `torchrun`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _PATIENCE = timedelta(weeks=52)
 
 
 class Ranks:
-    """This process among those that were started together; alone where nobody started several.
+    """This process among those that were started together, or alone.
 
     Attributes:
-        rank: which it is, from 0.
-        world_size: how many there are.
-        device: the one that is this process's own; None: it is alone and may take any.
+        rank: its number, from 0.
+        world_size: number of processes.
+        device: this process's own device; None: it is alone and may use any.
     """
 
     def __init__(self) -> None:

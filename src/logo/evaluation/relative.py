@@ -1,13 +1,13 @@
-"""The field's own table: what every method is worth relative to the oracle, as work on routing adapters reports it.
+"""The table of work on routing adapters: every method relative to the oracle.
 
     own         mean over tasks of method / oracle, the row's own adapter in the pool
     left_out    the same with that adapter removed; the oracle still has it
-    unseen      tasks that never had an adapter, so that there is no oracle: how far each is from the uniform mixture
+    unseen      tasks that never had an adapter and so have no oracle: the difference from the uniform mixture
 
-Tasks whose oracle is worth nothing say nothing about a ratio; they are left out of its mean and named. A mean of ratios
-is what the literature prints (LoRAuter, arXiv 2601.21795); with few rows a task it moves a lot, so the ratio of the
-means stands beside it. Intervals draw the tasks again: they say how much a number would move with other tasks.
-Numerators and denominators are drawn together, so a comparison is paired.
+Tasks whose oracle scores 0 have no ratio; they are left out of the mean and named. The literature prints the mean of
+ratios (LoRAuter, arXiv 2601.21795), which varies a lot with few rows per task, so the ratio of the means stands beside
+it. Intervals draw tasks and say how much a number would vary with other tasks. Numerators and denominators are drawn
+together, so a comparison is paired.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def relative(rows: Iterable[Measured], pool: Sequence[str], *, generated: bool, 
 
 
 def _of_oracle(tasks: Tasks, oracle: Mapping[str, float], seed: int) -> dict[str, Any] | None:
-    """Each arm against the oracle."""
+    """Each arm relative to the oracle."""
     if not tasks:
         return None
     known = [task for task in tasks if oracle[task] > 0]
@@ -77,7 +77,7 @@ def _of_oracle(tasks: Tasks, oracle: Mapping[str, float], seed: int) -> dict[str
 
 
 def _of_uniform(rows: Sequence[tuple[str, Section]], metric: str, seed: int) -> dict[str, Any] | None:
-    """Each arm against the uniform mixture: value, and differences of value and of likelihood, task by task."""
+    """Each arm beside the uniform mixture: value, and paired differences of value and of likelihood over tasks."""
     if not rows:
         return None
     values, nll = _tasks(rows, metric), _tasks(rows, "nll")
@@ -118,7 +118,7 @@ def _mean_interval(values: Values, seed: int) -> Interval | None:
 
 
 def _ratio(sums: Values) -> Values:
-    """Of sums (..., 2); draws in which the oracle is worth nothing count as nothing."""
+    """The ratio of sums (..., 2); draws in which the oracle scores 0 are ignored."""
     return np.asarray(np.divide(sums[..., 0], sums[..., 1], out=np.zeros_like(sums[..., 0]), where=sums[..., 1] > 0))
 
 

@@ -1,6 +1,6 @@
-"""What stands in the folder in which a result is to appear: nothing, the result of this run, or somebody else's.
+"""The content of a future result's folder: nothing, the result of this run, or another result.
 
-A result is known by its `run.json`, which says what its rows depend on. Whatever else stands there is not replaced
+A result is identified by its `run.json`, which holds everything that its rows depend on. Other content is not replaced
 unless the user asks for it.
 """
 
@@ -20,12 +20,12 @@ from logo.evaluation.results import RESULT_FILES
 
 @dataclass(frozen=True)
 class Standing:
-    """Result files as they stand in a folder.
+    """Result files in a folder.
 
     Attributes:
-        folder: where; `names`: of the result files that are there.
-        run: what `run.json` says; empty where it is missing or cannot be understood.
-        problem: why it says nothing, in words; None where it does.
+        folder: the folder; `names`: names of the result files that are there.
+        run: the content of `run.json`; empty if it is missing or invalid.
+        problem: why it is empty, in words; None if it is not.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class Standing:
 
 
 def standing(folder: Path) -> Standing | None:
-    """What stands in a folder; None if no result file does.
+    """The result files in a folder; None if there are none.
 
     Raises:
         StorageError: it cannot be read.

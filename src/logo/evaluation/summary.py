@@ -1,4 +1,4 @@
-"""From the measured rows of a study to its numbers: means over tasks with intervals, and mean weights."""
+"""The numbers of a study from its measured rows: means over tasks with intervals, and mean weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Section = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of one row.
+    """The measurements of one row.
 
     Attributes:
-        task: the task's name; `index`: the row's place in it.
+        task: the task's name; `index`: the row's index in it.
         answers: every signal, method and fixed mixture; ranks (`top1`, `top3`, `mrr`) only of signals on own tasks.
         left_out: the same without the row's own adapter; None on unseen tasks.
         weights: signal -> its mixture.
-        seconds: `select` by signal and method, `score`, and `generate` where answers were generated.
-        predictions: part (`answers`, `left_out`) -> kind -> name -> what was generated.
+        seconds: `select` by signal and method, `score`, and `generate` if answers were generated.
+        predictions: part (`answers`, `left_out`) -> kind -> name -> the generated answer.
     """
 
     task: str

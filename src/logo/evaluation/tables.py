@@ -1,8 +1,8 @@
-"""Tables as values: what every display of results makes, and how it is written for terminals, pages, papers, machines.
+"""Tables as values: every display of results makes them, for terminals, pages, papers and machines.
 
 A table holds numbers as they are shown. `logo.cli.output.rich_table` prints it, the report's templates make HTML of it,
-and here are Markdown, LaTeX and records. A number's interval follows it in small print, or stands in a column of its
-own where the column names one.
+and this module makes Markdown, LaTeX and records. A number's interval follows it in small print, or has a column of its
+own if the column names one.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Cell:
     """One field.
 
     Attributes:
-        text: what is shown; '' leaves the field empty.
-        ends: of the number's 95 % interval, as they are shown.
+        text: the shown text; '' leaves the field empty.
+        ends: the ends of the number's 95 % interval, as they are shown.
         emphasis: bold, dotted (underlined in LaTeX), or faint.
         notes: small print after the number.
-        repeats: the row above says the same, so that only machines and screen readers need to be told again.
-        run: the place of the run that this is the name of; a page shows its colour and shape.
-        dataset: this is the name of a dataset, whose instances a page leads to.
-        title: what a page shows when one points at it.
-        value: what it says as a number or text for machines, with all digits; `bounds`: likewise of the interval.
+        repeats: the row above has the same text, so it is shown only to machines and screen readers.
+        run: the index of the run that this names; a page shows its colour and shape.
+        dataset: this names a dataset, and a page links to its instances.
+        title: tooltip on a page.
+        value: the number or text for machines, with all digits; `bounds`: likewise of the interval.
     """
 
     text: str
@@ -85,10 +85,10 @@ class Column:
     """One column: its heading, and one `above` that neighbours may share.
 
     Attributes:
-        numeric: numbers stand to the right.
-        interval: the heading of a column of its own for the intervals, where there is room for one.
-        wraps: a text that is too long for the screen goes on in the next line.
-        run: the place of the run that it is about; a page shows its colour and shape.
+        numeric: aligned to the right.
+        interval: heading of a separate column for the intervals, if there is room for one.
+        wraps: long texts are wrapped.
+        run: the index of the run of this column; a page shows its colour and shape.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, rows of as many cells (None: nothing is known), what the `title` above and the `note` below say."""
+    """Columns, rows with as many cells (None: unknown), the `title` above and the `note` below."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]

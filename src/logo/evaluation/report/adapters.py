@@ -1,6 +1,6 @@
-"""Who answered what: weights by dataset, which adapters respond alike, how scores are spread, how sure selection was.
+"""Adapters in a report: weights by dataset, similarity of scores, spread of scores, and statistics of selections.
 
-A picture cannot show ten thousand adapters; everything here is about those that got most weight, at most `LARGEST`.
+A picture cannot show ten thousand adapters; everything here is about the adapters with most weight, at most `LARGEST`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ _FEWEST = 3  # instances that a correlation needs to say anything
 
 @dataclass(frozen=True)
 class Weights:
-    """Mean weights (datasets, adapters); adapters in the order of the dataset that uses them most. `left_out`: how many
-    adapters were never selected, or too little to be shown."""
+    """Mean weights (datasets, adapters); adapters in the order of the dataset that uses them most. `left_out`: number
+    of adapters that were selected too little to be shown.
+    """
 
     datasets: tuple[str, ...]
     adapters: tuple[str, ...]
@@ -32,7 +33,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Spearman's correlation (adapters, adapters) of scores over `instances`, alike adapters side by side."""
+    """Spearman's correlation (adapters, adapters) of scores over `instances`, with similar adapters side by side."""
 
     adapters: tuple[str, ...]
     values: Values
@@ -49,11 +50,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Selected:
-    """What selections looked like.
+    """Statistics of selections.
 
     Attributes:
         heaviest: mean weight of the first adapter.
-        effective: mean of 1 / sum of squared weights: as many adapters of equal weight would be as spread out.
+        effective: mean of 1 / sum of squared weights, the effective number of adapters.
         known: instances whose right adapter is known and scored; `first`, `in_three`: the share of them in which it has
             the highest score, or one of the three highest; `reciprocal`: the mean of 1 / its rank.
     """
@@ -67,7 +68,7 @@ class Selected:
 
 
 def pool(run: Run) -> list[str]:
-    """Every adapter of a run: its pool as far as it is written, and what was selected."""
+    """Every adapter of a run: its pool as far as it is recorded, and selected adapters."""
     names: dict[str, None] = {}
     for result in run.results.values():
         names |= dict.fromkeys(result.run.get("pool") or ())
@@ -124,7 +125,7 @@ def spread(run: Run) -> Spread | None:
 
 
 def selected(run: Run) -> Selected | None:
-    """A run's selections in a few numbers; None where nothing was selected."""
+    """Statistics of a run's selections; None if nothing was selected."""
     results = list(run.results.values())
     shares = [np.array(row) for result in results for row in result.weights if row]
     if not shares:
@@ -142,20 +143,20 @@ def selected(run: Run) -> Selected | None:
 
 
 def right_adapter(result: Result, index: int) -> str | None:
-    """The adapter that an instance is said to belong to, by its row or else by the dataset's name; None if neither
-    says."""
+    """The adapter of an instance, by its row or else by the dataset's name; None if it is unknown."""
     named = result.prompts[index].adapter if result.prompts is not None else None
     return named if named is not None else own_adapter(result.dataset, result.columns)
 
 
 def own_adapter(dataset: str, adapters: Sequence[str]) -> str | None:
-    """The adapter that is called like a dataset, or like its part after the dot; None if there is none."""
+    """The adapter that is named like a dataset, or like the part after the dot; None if there is none."""
     return next((name for name in (dataset, dataset.partition(".")[2]) if name and name in adapters), None)
 
 
 def right_ranks(result: Result) -> list[int | None]:
-    """The place of each instance's right adapter among all scores, from 1; ties count against it. None where it is not
-    known or was not scored."""
+    """The rank of each instance's right adapter among all scores, from 1; ties count against it. None if it is unknown
+    or was not scored.
+    """
     place = {name: column for column, name in enumerate(result.columns)}
     ranks: list[int | None] = []
     for index in range(len(result)):
@@ -167,7 +168,7 @@ def right_ranks(result: Result) -> list[int | None]:
 
 
 def leaf_order(distance: Values) -> list[int]:
-    """The leaves of a clustering by average linkage, ordered so that neighbours are as alike as they can be.
+    """The leaves of a clustering by average linkage, ordered so that neighbours are as similar as possible.
 
     Args:
         distance: (n, n), symmetric.

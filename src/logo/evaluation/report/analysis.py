@@ -1,4 +1,4 @@
-"""Everything a report says, computed once: what page, pictures, table and JSON summary are made from."""
+"""The analysis of a report, computed once for page, pictures, tables and JSON summary."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from logo.evaluation.runs import Run
 
 @dataclass(frozen=True)
 class Analysis:
-    """The numbers of some runs; what is per run is parallel to `runs`.
+    """The numbers of some runs; values per run are parallel to `runs`.
 
     Attributes:
-        runs: as they were read; `labels`: their short names, all different.
-        differing: the options that set them apart.
-        datasets: every dataset of any run, grouped as the paper does.
-        unlike: those of them that the runs judge by different measures.
+        runs: the runs; `labels`: their short names, all different.
+        differing: the options in which they differ.
+        datasets: every dataset of any run, grouped as in the paper.
+        unlike: the datasets that runs judge by different measures.
         groups, lines, extra: official measures by group and by dataset, and the measures beside them.
-        overall: the mean over all datasets but those.
+        overall: the mean over all datasets without `unlike`.
         versus: every run against every earlier one.
-        weights, similarity, spread, selected: of each run, None where it has none.
-        seconds: where each run's time went.
+        weights, similarity, spread, selected: of each run, None if it has none.
+        seconds: times of each run by stage.
     """
 
     runs: tuple[Run, ...]
@@ -49,7 +49,7 @@ class Analysis:
 
     @property
     def left_out(self) -> str:
-        """What is said of the datasets that the runs judge by different measures; '' where there are none."""
+        """A sentence about the datasets that runs judge by different measures; '' if there are none."""
         if not self.unlike:
             return ""
         return (
@@ -59,7 +59,7 @@ class Analysis:
 
     @property
     def instances(self) -> int:
-        """Answers of all runs together."""
+        """Number of answers of all runs together."""
         return sum(len(result) for run in self.runs for result in run.results.values())
 
 

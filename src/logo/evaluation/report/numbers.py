@@ -1,7 +1,7 @@
-"""From results to the numbers of a report: means with intervals, who is best, and what was published.
+"""The numbers of a report from results: means with intervals, marks of the best, and published numbers.
 
-A line is one measure of one dataset or group, with a cell per run. Runs are only called best where they answered
-equally much, and where a test says so: see `versus`.
+A line is one measure of one dataset or group, with a cell per run. A run is called best only among runs with equally
+many answers, and only if a test says so: see `versus`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Cell:
     Attributes:
         value: the mean.
         interval: its 95 % interval, if it has one.
-        rows: instances it stands on; `datasets`: how many datasets.
-        complete: no other run of the line has answered more.
-        mark: of the complete ones, the best, or those of which none is.
-        published: what others have published of the same experiment.
+        rows: number of instances; `datasets`: number of datasets.
+        complete: no other run of the line has more answers.
+        mark: of the complete ones, the best, or those that are not significantly worse if there is no best one.
+        published: published numbers of the same experiment.
     """
 
     value: float
@@ -70,12 +70,12 @@ class Line:
 
 
 def primary(result: Result) -> Values:
-    """What each answer is worth in one number (instances,): ROUGE-L where there are three."""
+    """The score of each answer as one number (instances,): ROUGE-L if there are three."""
     return result.measures[result.primary]
 
 
 def right(result: Result) -> NDArray[np.bool_]:
-    """Which answers count as right (instances,): worth at least one half."""
+    """Which answers count as right (instances,): a score of at least one half."""
     return np.asarray(primary(result) >= _RIGHT)
 
 

@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs nothing else: no network, no folder beside it, and no script for its tables.
+"""The report as one self-contained HTML page: no network, no other files, and no script for its tables.
 
-What it looks like is in `templates`, which escape all text. What the page may do is written in it: its own style and
-script by their hashes, pictures from `data:` URIs, nothing else. All data for the script goes through `payload`.
+The layout is in `templates`, which escape all text. The page's content security policy allows its own style and script
+by their hashes, and pictures from `data:` URIs. All data for the script goes through `payload`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def page(analysis: Analysis, title: str | None = None) -> str:
     """The whole page.
 
     Args:
-        title: its heading; the base models and what was run if None.
+        title: its heading; None: the base models and the runs.
     """
     templates = environment()
     from markupsafe import Markup  # which comes with Jinja2

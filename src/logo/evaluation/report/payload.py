@@ -1,7 +1,7 @@
-"""What the page's script reads: instances by dataset, answers by dataset and run, and the numbers of heat maps.
+"""The data of the page's script: instances by dataset, answers by dataset and run, and the numbers of heat maps.
 
-Everything is in blocks that are unpacked one by one when somebody looks at them. A block is JSON, gzipped, in base64:
-no text in it can end the element that holds it.
+The data is divided into blocks that are decompressed one by one when they are opened. A block is JSON, gzipped, in
+base64, so no text in it can end its element.
 """
 
 from __future__ import annotations

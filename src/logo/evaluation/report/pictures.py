@@ -90,7 +90,7 @@ def scores(analysis: Analysis) -> Scene:
 
 
 def differences(analysis: Analysis) -> Scene | None:
-    """Each pair of runs: mean difference with its interval, beside a line at nothing; None without pairs."""
+    """Each pair of runs: mean difference with its interval, beside a line at zero; None without pairs."""
     if not analysis.versus:
         return None
     names = [f"{analysis.labels[v.b]} − {analysis.labels[v.a]}" for v in analysis.versus]
@@ -127,7 +127,7 @@ def differences(analysis: Analysis) -> Scene | None:
 
 
 def time(analysis: Analysis) -> Scene:
-    """Where each run's time went: a bar per run, a part per stage."""
+    """Times of each run: a bar per run, a part per stage."""
     stages = list(dict.fromkeys(["loading", *(name for s in analysis.seconds for name in s.stages)]))
     left = _margin(analysis.labels) + 8
     longest = max((s.total for s in analysis.seconds), default=0.0) or 1.0

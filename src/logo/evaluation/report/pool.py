@@ -1,4 +1,4 @@
-"""The picture of a pool: whose updates use the same column spaces, and how large and how spread out they are."""
+"""The picture of a pool: overlaps of column spaces, norms and effective ranks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Numbers that others have published, to stand beside ours where the experiment is the same.
+"""Published numbers, shown beside ours for the same experiment.
 
-`assets/published.json` holds only what was read in a source, and names that source. A number belongs to a base model, a
-dataset, a measure, a selection and a number of adapters; all of them have to be the same, and the run has to do what
-the authors did. It comes without the answers it was made from, so there is neither an interval nor a test.
+`assets/published.json` holds only numbers that were read in a source, and names that source. A number belongs to a base
+model, a dataset, a measure, a selection and a number of adapters. All of them have to be equal, and the run has to do
+what the authors did. The answers behind it are not available, so there is neither an interval nor a test.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Published:
 
 
 def published(run: Run, dataset: str, metric: str, numbers: Iterable[Published]) -> Published | None:
-    """What was published of the experiment that a run has done, or None."""
+    """The published number of a run's experiment, or None."""
     if not _as_the_authors(run.results.get(dataset)):
         return None
     wanted = (run.base, dataset, metric, run.method, run.k)

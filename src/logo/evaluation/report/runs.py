@@ -1,4 +1,4 @@
-"""What tells runs apart: short labels, the options in which they differ, and what their time went to."""
+"""The differences between runs: short labels, differing options, and times by stage."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _VARIES = "differs between its datasets"
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where a run's time went.
+    """The times of a run.
 
     Attributes:
         loading: model and pool; datasets of one process share it.
-        stages: of answering, by name; what is left of the wall time is `other`.
-        instances: how many were answered.
+        stages: of answering, by name; `other` is the rest of the wall time.
+        instances: number of answered instances.
     """
 
     loading: float
@@ -74,7 +74,7 @@ def differing(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
 
 
 def seconds(run: Run) -> Seconds:
-    """Where a run's time went."""
+    """The times of a run."""
     results = run.results.values()
     stages: dict[str, float] = {}
     inference = 0.0

@@ -1,7 +1,7 @@
 """One run against another on the instances that both have answered, and the marks of the best in a table.
 
-Runs that were not given the same prompts can be in one report, so instances are matched by what was asked. Every number
-of this kind is computed once and shown wherever it is needed, so a pair of runs has one p-value.
+A report may hold runs with different prompts, so instances are matched by their prompts. Every number is computed once,
+so a pair of runs has one p-value everywhere.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ class Pairing:
 
 
 def shared_rows(a: Result, b: Result) -> tuple[list[int], list[int]]:
-    """The places of the instances that two results share, parallel.
+    """The indices of the instances that two results share, parallel.
 
-    The same prompt and gold texts make the same instance. Where prompts are not at hand, places do, if both results are
+    Instances are equal if prompt and gold texts are equal. Without prompts, the index decides, if both results are
     equally long and not known to come from different files.
     """
     if a.prompts is not None and b.prompts is not None:
@@ -127,7 +127,7 @@ def shared_rows(a: Result, b: Result) -> tuple[list[int], list[int]]:
 
 
 def keys(result: Result) -> list[tuple[object, ...]]:
-    """What tells a result's instances apart, in order; a row that comes again is numbered."""
+    """The identity of each of a result's instances, in order; repeated rows are numbered."""
     seen: Counter[tuple[object, ...]] = Counter()
     found: list[tuple[object, ...]] = []
     for prompt in result.prompts or ():
