@@ -30,8 +30,8 @@ def demo_results(factory: pytest.TempPathFactory) -> Path:
             file.write_text("".join(rows))
         for signal in SIGNALS:
             where = ["--data_dir", str(root / "data"), "--result_dir", str(root / "results")]
-            how = ["--base-model", "demo", "-k", "3", "--selection-strategy", signal, "--batch-size", "6"]
-            assert run(["evaluate", *how, *where, "--max_new_tokens", "8", "--gpu", "-1"]) == 0
+            how = ["--base-model", "demo", "-k", "3", "--signal", signal, "--batch-size", "6"]
+            assert run(["evaluate", *how, *where, "--max_new_tokens", "8", "--device", "cpu"]) == 0
         _made.append(root)
     return _made[0]
 

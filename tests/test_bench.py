@@ -58,10 +58,10 @@ def test_every_arm_is_timed_against_the_prefill(tmp_path: Path) -> None:
 def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What is 7 plus 5?\nSpell cat backwards.\n")
-    assert run(["bench", "probe", "--file", str(prompts), "--rounds", "1", "--json"]) == 0
+    assert run(["bench", "probe", "--prompts", str(prompts), "--rounds", "1", "--json"]) == 0
     arms = json.loads(capsys.readouterr().out)["arms"]
     assert set(arms) == {"prefill", "norm", "calibrated"}
-    assert run(["bench", "probe", "--file", str(tmp_path / "none")]) == 1
+    assert run(["bench", "probe", "--prompts", str(tmp_path / "none")]) == 1
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -84,7 +84,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_whole_bench(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--hidden", "64", "--layers", "3", "--heads", "4", "--vocabulary", "256", "--rank", "2"]
     found = tmp_path / "bench.json"
-    options = ["--count", "6", "-k", "2", "--rounds", "1", "--large", "24", "--json", str(found)]
+    options = ["--count", "6", "-k", "2", "--rounds", "1", "--large", "24", "--save", str(found)]
     assert run(["bench", *size, *options]) == 0
     shown = capsys.readouterr()
     report = json.loads(found.read_text())
@@ -118,7 +118,7 @@ def test_a_real_model_and_pool(small: None, tmp_path: Path) -> None:
         write_adapter(tmp_path / "pool" / f"t{i}", model, ("q_proj", "v_proj"), rank=2, seed=i)
     real = ["--base-model", str(tmp_path / "model"), "--adapters", str(tmp_path / "pool")]
     found = tmp_path / "bench.json"
-    assert run(["bench", *real, "--rounds", "1", "--large", "0", "--no-peft", "--no-curves", "--json", str(found)]) == 0
+    assert run(["bench", *real, "--rounds", "1", "--large", "0", "--no-peft", "--no-curves", "--save", str(found)]) == 0
     report = json.loads(found.read_text())
     assert report["about"]["adapters"] == 3 and report["about"]["k"] == 3
     assert "open_vs_peft" not in report["ratios"] and report["large_pool"] is None
@@ -153,7 +153,7 @@ def test_adapters_in_memory_are_those_on_disk(tmp_path: Path) -> None:
 def test_a_bench_without_files_in_half_precision(small: None, tmp_path: Path, capsys: Any) -> None:
     found = tmp_path / "bench.json"
     size = ["--hidden", "64", "--layers", "3", "--heads", "4", "--vocabulary", "256", "--rank", "2", "--count", "4"]
-    options = ["-k", "2", "--rounds", "1", "--large", "0", "--no-curves", "--json", str(found)]
+    options = ["-k", "2", "--rounds", "1", "--large", "0", "--no-curves", "--save", str(found)]
     chosen = ["--in-memory", "--dtype", "bfloat16", "--targets", "q_proj,down_proj"]
     assert run(["bench", *size, *options, *chosen]) == 0
     assert "bfloat16 · 4 adapters, k 2" in capsys.readouterr().err

@@ -27,7 +27,9 @@ from logo.bench.traffic import make_asks, mixed_prompts, read_asked
 from logo.bench.watch import Sample, Watched
 from logo.bench.wire import Answer, Ask
 from logo.cli.bench_serve import as_arguments
-from logo.cli.options import BaselineKind, Context, EngineOptions, OnBad, Token, expanded
+from logo.cli.choices import Context, OnBad, Token
+from logo.cli.expanded import expanded
+from logo.cli.options import EngineOptions, Reference
 from logo.cli.run import run
 from logo.demo import adapters_dir
 from logo.errors import DataError, LoGoError, StorageError
@@ -230,11 +232,11 @@ def test_differences_name_the_first_token() -> None:
             probe_context=Context.POOL,
             probe_token=Token.EACH,
             probe_layer="0,-1",
-            baseline=BaselineKind.RUNNING,
+            reference=Reference.RUNNING,
             calibration_prompts=Path("some file"),
             cache="",
             keep_mass=0.5,
-            gpu=-1,
+            device="cpu",
             dtype="float32",
         ),
     ],
@@ -324,7 +326,7 @@ def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     found = tmp_path / "bench.json"
     load = ["--requests", "30", "--concurrency", "8", "--hang-up", "0.3", "--max-new-tokens", "4..12"]
     changes = ["--churn", "1000", "--churn-adapter", str(tmp_path / "changes" / "extra")]
-    assert run(["bench", "serve", *load, *changes, "--verify", "all", "--json", str(found)]) == 0
+    assert run(["bench", "serve", *load, *changes, "--verify", "all", "--save", str(found)]) == 0
     shown = capsys.readouterr()
     report = json.loads(found.read_text())
     assert report["problems"] == [] and report["differences"] == []
@@ -371,7 +373,7 @@ def test_a_server_that_dies() -> None:
 @pytest.fixture(scope="module")
 def norm_server() -> Iterator[LocalServer]:
     """Selects one adapter by its norm, and wants a key."""
-    options = ["--base-model=demo", "--selection-strategy=norm", "-k", "1"]
+    options = ["--base-model=demo", "--signal=norm", "-k", "1"]
     with LocalServer(options, {"LOGO_API_KEY": "k"}) as server:
         yield server
     assert server.exit_code == 0
@@ -381,7 +383,7 @@ def norm_server() -> Iterator[LocalServer]:
 def test_a_server_that_is_there(norm_server: LocalServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = tmp_path / "bench.json"
     there = ["--url", norm_server.url + "/", "--api-key", "k", "--rounds", "2"]
-    same = ["--selection-strategy", "norm", "-k", "1", "--requests", "6", "--verify", "4", "--json", str(found)]
+    same = ["--signal", "norm", "-k", "1", "--requests", "6", "--verify", "4", "--save", str(found)]
     assert run(["bench", "serve", *there, *same]) == 0
     assert "one-by-one: through the server, one request at a time" in capsys.readouterr().err
     report = json.loads(found.read_text())

@@ -35,23 +35,21 @@ def test_calibrating_shows_what_selecting_reads(tmp_path: Path, capsys: pytest.C
 def test_generate_and_select_are_calibrated_and_evaluate_is_official(capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "Please spell the word fence in reverse."
     ours = answer(capsys, "select", prompt)
-    assert ours["scores"] == same_scores(
-        answer(capsys, "select", prompt, "--selection-strategy", "calibrated")["scores"]
-    )
-    assert ours["scores"] != answer(capsys, "select", prompt, "--selection-strategy", "norm")["scores"]
+    assert ours["scores"] == same_scores(answer(capsys, "select", prompt, "--signal", "calibrated")["scores"])
+    assert ours["scores"] != answer(capsys, "select", prompt, "--signal", "norm")["scores"]
     assert answer(capsys, "generate", prompt)["adapters"] == ours["adapters"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--selection-strategy", "norm"], "needs no calibration"),
+        (["--signal", "norm"], "needs no calibration"),
         (["--probe-points", "v_proj"], "such as '4.v_proj'"),
         (["--probe-points", "0"], "probe_points: expected 1 or more"),
         (["--probe-depth", "2"], "probe_depth: expected a share"),
         (["--calibration-prompts", "nowhere.txt"], "--calibration-prompts nowhere.txt: cannot be read"),
         (["--keep-mass", "0"], "keep_mass: expected a share"),
-        (["--weighting", "adaptive", "--selection-strategy", "arrow"], "has no scale of its own"),
+        (["--weighting", "adaptive", "--signal", "arrow"], "has no scale of its own"),
     ],
 )
 def test_bad_options_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

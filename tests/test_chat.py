@@ -230,7 +230,7 @@ def test_a_chat_is_one_prompt_through_python_the_command_line_and_the_server(
     shutil.copytree(model_dir(), folder)
     with_template(tokenizer, MARKED).save_pretrained(folder)
     pool = str(adapters_dir())
-    place = ["--base-model", str(folder), "--adapters", pool, "-k", "3", "--gpu", "-1"]
+    place = ["--base-model", str(folder), "--adapters", pool, "-k", "3", "--device", "cpu"]
     messages = [SYSTEM, TALK[0]]
     logo = LoGo.from_pretrained(str(folder), pool, device="cpu", signal="calibrated", k=3)
     answer = logo.generate(messages, max_new_tokens=20)
@@ -256,7 +256,7 @@ def test_chat_options_of_the_command_line(capsys: pytest.CaptureFixture[str]) ->
     """The demo has no template: a message alone is its text, and one after a system message stands on a line."""
 
     def ask(*options: str) -> dict[str, Any]:
-        assert run(["select", *options, "--base-model", "demo", "--gpu", "-1", "--json"]) == 0
+        assert run(["select", *options, "--base-model", "demo", "--device", "cpu", "--json"]) == 0
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 

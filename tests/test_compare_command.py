@@ -229,4 +229,4 @@ def test_groups_are_the_papers() -> None:
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", "compare", "--help"]) == 0
-    assert "Example: logo eval compare" in " ".join(capsys.readouterr().out.split())
+    assert "Example: logo eval compare" in " ".join(capsys.readouterr().out.replace("`", "").split())

@@ -64,7 +64,7 @@ def test_the_list_knows_what_is_prepared_and_what_is_there_besides(
     own = dataset_file("data", "mine.rows")
     own.parent.mkdir(parents=True)
     own.write_text('{"context": "a", "completion": "b"}\n')
-    assert logo(capsys, "prepare", "anli.r1", "--from", str(raw), "--rows", "3", "--train-rows", "2")[0] == 0
+    assert logo(capsys, "prepare", "anli.r1", "--from", str(raw), "--limit", "3", "--train-limit", "2")[0] == 0
     code, out, _ = logo(capsys, "list", "anli.r1", "mine.*", "--json")
     rows = {row["name"]: row for row in json.loads(out)}
     assert code == 0 and list(rows) == ["anli.r1", "mine.rows"]
@@ -89,14 +89,14 @@ def test_listing_imports_no_library_of_models_or_data() -> None:
 
 
 def test_prepare_keeps_what_is_there_until_forced(capsys: pytest.CaptureFixture[str], raw: Path) -> None:
-    command = ["prepare", "bbh.navigate", "--from", str(raw), "--rows", "5", "--train-rows", "4"]
+    command = ["prepare", "bbh.navigate", "--from", str(raw), "--limit", "5", "--train-limit", "4"]
     assert logo(capsys, *command) == (0, "bbh.navigate: 5 test + 4 train rows\n", "")
     file = dataset_file("data", "bbh.navigate")
     first, manifest = file.read_bytes(), Path("data", NAME).read_bytes()
     assert logo(capsys, *command)[1] == "bbh.navigate: kept, 5 test + 4 train rows\n"
     kept = logo(capsys, *command, "--seed", "1")
     assert kept[1].startswith(
-        "bbh.navigate: kept, 5 test + 4 train rows of --rows 5, --train-rows 4, --seed 0 (--force"
+        "bbh.navigate: kept, 5 test + 4 train rows of --limit 5, --train-limit 4, --seed 0 (--force"
     )
     assert (file.read_bytes(), Path("data", NAME).read_bytes()) == (first, manifest)
     assert logo(capsys, *command, "--seed", "1", "--force")[0] == 0
@@ -110,7 +110,7 @@ def test_prepare_keeps_what_is_there_until_forced(capsys: pytest.CaptureFixture[
 
 def test_one_that_fails_does_not_lose_the_others(capsys: pytest.CaptureFixture[str], raw: Path) -> None:
     (raw / "bbh/navigate.json").write_text("[1, 2")
-    code, out, err = logo(capsys, "prepare", "bbh", "--from", str(raw), "--rows", "5")
+    code, out, err = logo(capsys, "prepare", "bbh", "--from", str(raw), "--limit", "5")
     assert code == 1
     assert out.splitlines() == ["bbh.word_sorting: 5 test + 7 train rows (all that the source has)"]
     lines = err.splitlines()
@@ -122,7 +122,7 @@ def test_one_that_fails_does_not_lose_the_others(capsys: pytest.CaptureFixture[s
 
 
 def test_verify_says_what_changed(capsys: pytest.CaptureFixture[str], raw: Path) -> None:
-    logo(capsys, "prepare", "bbh.navigate", "anli.r1", "--from", str(raw), "--rows", "5", "--train-rows", "4")
+    logo(capsys, "prepare", "bbh.navigate", "anli.r1", "--from", str(raw), "--limit", "5", "--train-limit", "4")
     assert logo(capsys, "verify") == (0, "", "2 datasets checked, 0 problems\n")
     file = dataset_file("data", "anli.r1", "train")
     file.write_bytes(file.read_bytes().splitlines(keepends=True)[0] + b"{}\n")
@@ -138,7 +138,7 @@ def test_verify_says_what_changed(capsys: pytest.CaptureFixture[str], raw: Path)
     [
         (["prepare", "bbh.navigat"], 2, "dataset 'bbh.navigat': not declared (did you mean 'bbh.navigate'?)"),
         (["prepare", "--from", "nowhere"], 2, "--from nowhere: expected a folder, found nothing"),
-        (["prepare", "--rows", "0"], 2, "Invalid value for '--rows': "),
+        (["prepare", "--limit", "0"], 2, "Invalid value for '--limit': "),
         (["prepare", "--source", "no.yaml"], 1, "no.yaml: expected a dataset's YAML file, found none"),
         (["prepare", "--source", "."], 1, "cannot be read"),
         (["verify"], 1, "expected a manifest, found none; `logo data prepare` writes it"),
@@ -187,7 +187,7 @@ def test_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
     folders = {name: write_hub(tmp_path / "hub", name) for name in ("anli.r1", "gem.e2e_nlg", "bbh.navigate")}
     (folders["anli.r1"] / "anli.py").write_text("raise SystemExit('a loading script was run')")
     (folders["anli.r1"] / "plain_text/train_r2-00000-of-00001.parquet").write_bytes(b"not asked for")
-    command = ("prepare", "anli.r1", "gem.e2e_nlg", "bbh.navigate", "--rows", "5", "--train-rows", "4")
+    command = ("prepare", "anli.r1", "gem.e2e_nlg", "bbh.navigate", "--limit", "5", "--train-limit", "4")
     with HubServer({}) as hub:
         serve(hub, "anli.r1", folders["anli.r1"])
         commit = hub.add("datasets/GEM/e2e_nlg", folders["gem.e2e_nlg"], "refs/convert/parquet")
@@ -215,7 +215,7 @@ def test_from_the_hub_through_its_own_client(tmp_path: Path) -> None:
             "bbh.navigate: 5 test + 4 train rows",
         ]
         hub.clear()
-        again = ("prepare", "gem.e2e_nlg", "wmt14.fr-en", "--rows", "5", "--train-rows", "4", "--data-dir", "again")
+        again = ("prepare", "gem.e2e_nlg", "wmt14.fr-en", "--limit", "5", "--train-limit", "4", "--data-dir", "again")
         offline = client(hub, tmp_path / "home", *again, HF_HUB_OFFLINE="1")
         assert offline.returncode == 1 and hub.requests == []
         [error, _] = offline.stderr.splitlines()
@@ -278,7 +278,7 @@ def test_the_other_example_of_the_page_reads_a_repository(capsys: pytest.Capture
     for split in ("validation", "train"):
         table = {"text": [f"{split} {i}" for i in range(4)], "label": [0, 1, 0, 1]}
         pyarrow.parquet.write_table(pyarrow.table(table), folder / f"{split}-00000-of-00001.parquet")
-    code, out, err = logo(capsys, "prepare", "--source", "reviews.yaml", "--from", "mirror", "--rows", "4")
+    code, out, err = logo(capsys, "prepare", "--source", "reviews.yaml", "--from", "mirror", "--limit", "4")
     assert (code, out) == (0, "mine.reviews: 4 test + 4 train rows (all that the source has)\n"), err
     assert {row.completion for row in load_rows("data", "mine.reviews")} == {"good", "bad"}
 
@@ -286,6 +286,6 @@ def test_the_other_example_of_the_page_reads_a_repository(capsys: pytest.Capture
 def test_an_own_declaration_takes_the_place_of_ours(capsys: pytest.CaptureFixture[str], raw: Path) -> None:
     ours = (ROOT / "src/logo/evaluation/sources/files/anli.r1.yaml").read_text()
     Path("mended.yaml").write_text(ours.replace("Does this paragraph let us", "Can we"))
-    command = ["prepare", "--source", "mended.yaml", "--from", str(raw), "--rows", "2", "--train-rows", "0"]
+    command = ["prepare", "--source", "mended.yaml", "--from", str(raw), "--limit", "2", "--train-limit", "0"]
     assert logo(capsys, *command) == (0, "anli.r1: 2 test rows\n", "")
     assert all("Can we conclude" in row.context for row in load_rows("data", "anli.r1"))

@@ -25,7 +25,7 @@ from logo.evaluation.runs import read_run
 from logo.pools import officially_named
 from test_engine import engine, tokenizer
 
-DEMO = ("--base-model", "demo", "--gpu", "-1")
+DEMO = ("--base-model", "demo", "--device", "cpu")
 
 
 def write_rows(folder: Path, **tasks: list[dict[str, Any]]) -> Path:
@@ -43,7 +43,7 @@ def record(folder: Path, name: str = "run.json") -> Any:
     "command",
     [
         ["evaluate", "--dataset", "antonym"],
-        ["eval", "study", "--json", "study.json"],
+        ["eval", "study", "--save", "study.json"],
         ["eval", "sweep", "--dataset", "antonym", "--grid", "k=1,2", "-o", "sweep"],
     ],
     ids=lambda command: command[0],
@@ -54,7 +54,7 @@ def test_results_must_not_depend_on_the_order_of_rows(
     """A baseline that learns from rows is refused before anything is opened."""
     monkeypatch.chdir(tmp_path)
     rows = write_rows(tmp_path / "rows", antonym=heldout()["antonym"][:2])
-    asked = [*command, *DEMO, "--rows", str(rows), "--selection-strategy", "calibrated", "--baseline", "running"]
+    asked = [*command, *DEMO, "--rows", str(rows), "--signal", "calibrated", "--reference", "running"]
     assert run(asked) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("logo: error: baseline 'running' learns from each row") and "use 'neutral'" in line
@@ -277,7 +277,7 @@ def test_adapters_are_called_as_in_the_official_script(
     monkeypatch.chdir(official_layout)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     command = ["evaluate", "--preset", "official", "--base_model", "Llama-3.1-8B", "--dataset", "bbh.navigate"]
-    options = ["--gpu", "-1", "--n_selected_modules", "3", "--max-new-tokens", "2", "--result_dir", str(tmp_path)]
+    options = ["--device", "cpu", "--n_selected_modules", "3", "--max-new-tokens", "2", "--result_dir", str(tmp_path)]
     assert run([*command, *options, *adapters]) == 0
     folder = tmp_path / "Llama-3.1-8B_selection_norm_n_3_seed_0" / "bbh.navigate"
     expected = [f"Llama-3.1-8B-loras-flanv2/flanv2.{task}" for task in TASKS]
@@ -295,7 +295,7 @@ def test_without_the_preset_names_are_those_below_the_pools_folder(
 ) -> None:
     monkeypatch.chdir(official_layout)
     command = ["evaluate", "--base_model", "Llama-3.1-8B", "--dataset", "bbh.navigate", "--limit", "1"]
-    assert run([*command, "--gpu", "-1", "--max-new-tokens", "1", "--result_dir", str(tmp_path)]) == 0
+    assert run([*command, "--device", "cpu", "--max-new-tokens", "1", "--result_dir", str(tmp_path)]) == 0
     [file] = tmp_path.glob("*/bbh.navigate/run.json")
     assert list(json.loads(file.read_text())["pool"]) == sorted(f"flanv2.{task}" for task in TASKS)
 

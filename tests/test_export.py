@@ -92,7 +92,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(llama: nn.Module, 
 
 
 def test_the_command_writes_what_a_prompt_selects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompt, place = "What is 7 plus 5?", ["--base-model", "demo", "--gpu", "-1"]
+    prompt, place = "What is 7 plus 5?", ["--base-model", "demo", "--device", "cpu"]
     assert run(["pool", "export", prompt, *place, "-o", str(tmp_path / "pool" / "sums")]) == 0
     assert "add_numbers" in capsys.readouterr().err
     demo = LoGo.from_pretrained("demo", device="cpu", signal="calibrated")

@@ -302,7 +302,7 @@ STEPS = """
 
 
 def study_command(root: Path, out: Path) -> list[str]:
-    engine = ["--base-model", "demo", "-k", "3", "--gpu", "-1", "--signals", "norm,calibrated", "--generate", "8"]
+    engine = ["--base-model", "demo", "-k", "3", "--device", "cpu", "--signals", "norm,calibrated", "--generate", "8"]
     method = ["--method", "logo,lorahub,arrow,uniform", "--lorahub-budget", "5", "--shots", "2"]
     return [
         "eval",
@@ -313,7 +313,7 @@ def study_command(root: Path, out: Path) -> list[str]:
         str(root / "rows"),
         "--train-rows",
         str(root / "train"),
-        "--json",
+        "--save",
         str(out),
     ]
 
@@ -425,10 +425,10 @@ def test_what_goes_wrong_is_one_line(
         str(demo_rows / "rows"),
         "--signals",
         "norm",
-        "--gpu",
-        "-1",
+        "--device",
+        "cpu",
     ]
-    assert run([*command, "--json", str(tmp_path / "study.json"), *change]) == code
+    assert run([*command, "--save", str(tmp_path / "study.json"), *change]) == code
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("logo: error:")]
     assert len(errors) == 1 and message in errors[0]
 

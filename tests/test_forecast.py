@@ -46,7 +46,17 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logo(home: Path, *arguments: str, env: dict[str, str]) -> Any:
     """The JSON that a command prints, in a process of its own."""
-    command = ["evaluate", "--base_model", "Llama-3.1-8B", "--gpu", "-1", "--max-new-tokens", "4", "--json", *arguments]
+    command = [
+        "evaluate",
+        "--base_model",
+        "Llama-3.1-8B",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "4",
+        "--json",
+        *arguments,
+    ]
     code = "from logo.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *command], cwd=home, env=env, capture_output=True, text=True, timeout=PATIENCE
@@ -116,7 +126,7 @@ def test_memory_is_what_a_loaded_model_takes(dtype: str) -> None:
 
 def test_a_shard_without_rows_is_no_trouble(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "antonym.jsonl").write_text(json.dumps(heldout()["antonym"][0]))
-    command = ["evaluate", "--estimate", "--base-model", "demo", "--gpu", "-1", "--rows", str(tmp_path)]
+    command = ["evaluate", "--estimate", "--base-model", "demo", "--device", "cpu", "--rows", str(tmp_path)]
     assert run([*command, "--shard", "2/2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == {"antonym": 0} and found["hours"]["timed"] == 0
@@ -149,7 +159,7 @@ def test_lines_on_the_demo(method: list[str], tmp_path: Path, capsys: pytest.Cap
     for part, rows in (("rows", heldout()["antonym"][:20]), ("train", heldout()["antonym"][20:24])):
         (tmp_path / part).mkdir()
         (tmp_path / part / "antonym.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = ["evaluate", "--estimate", "--base-model", "demo", "--gpu", "-1", "--rows", str(tmp_path / "rows")]
+    command = ["evaluate", "--estimate", "--base-model", "demo", "--device", "cpu", "--rows", str(tmp_path / "rows")]
     options = ["--train-rows", str(tmp_path / "train"), "--max-new-tokens", "2", "--batch-size", "4", *method]
     results = ["--result-dir", str(tmp_path / "results")]
     assert run([*command, *options, *results]) == 0

@@ -317,7 +317,7 @@ def test_arguments_are_handed_over(given: list[str], expected: list[str]) -> Non
 
 def test_help_is_ours_until_a_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", "lm-eval", "--help"]) == 0
-    assert "Example: logo eval lm-eval" in " ".join(capsys.readouterr().out.split())
+    assert "Example: logo eval lm-eval" in " ".join(capsys.readouterr().out.replace("`", "").split())
     assert run(["eval", "lm-eval", "run", "--help"]) == 0
     assert "--include_path" in capsys.readouterr().out
 
@@ -411,8 +411,8 @@ def test_the_harness_and_logo_evaluate_agree(
     blanks = [{"start": f"Say {w} and ", "one": "yes", "two": "no", "rest": "again.", "answer": 0} for w in "abc"]
     (tmp_path / "data" / "blank.jsonl").write_text("\n".join(map(json.dumps, blanks)))
     monkeypatch.chdir(tmp_path)
-    ours = ["evaluate", "--dataset", "demo.mixed", "--base_model", "demo", "--selection_strategy", "calibrated"]
-    assert run([*ours, "--max_new_tokens", "12", "--batch_size", "8", "--gpu", "-1", "--json"]) == 0
+    ours = ["evaluate", "--dataset", "demo.mixed", "--base_model", "demo", "--signal", "calibrated"]
+    assert run([*ours, "--max_new_tokens", "12", "--batch_size", "8", "--device", "cpu", "--json"]) == 0
     [summary] = json.loads(capsys.readouterr().out)
     asked = ("eval", "lm-eval", "--model_args", "base_model=demo,signal=calibrated", "--include_path", "tasks")
     asked += ("--tasks", "demo_generated,demo_chosen,demo_blank", "--batch_size", "8", "--log_samples")

@@ -385,7 +385,7 @@ def test_the_command_says_under_what_a_result_was_answered(
     rows = tmp_path / "rows"
     rows.mkdir()
     (rows / "x.jsonl").write_text('{"context": "What is 7 plus 5?", "completion": "12"}')
-    command = ["evaluate", "--base-model", "demo", "-k", "3", "--gpu", "-1", "--max-new-tokens", "2"]
+    command = ["evaluate", "--base-model", "demo", "-k", "3", "--device", "cpu", "--max-new-tokens", "2"]
     command += ["--rows", str(rows), "--result-dir", str(tmp_path / "r")]
     under(monkeypatch)
     assert run(command) == 0

@@ -44,7 +44,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(rows: Path, results: Path, *more: str) -> list[str]:
     where = ["--rows", str(rows / "rows"), "--train-rows", str(rows / "train"), "--result-dir", str(results)]
-    engine = ["--base-model", "demo", "--gpu", "-1", "--no-fold", "--max-new-tokens", "3", "--method", "lorahub"]
+    engine = ["--base-model", "demo", "--device", "cpu", "--no-fold", "--max-new-tokens", "3", "--method", "lorahub"]
     return ["evaluate", *engine, *where, *more]
 
 

@@ -54,7 +54,7 @@ def test_device_and_dtype() -> None:
     with pytest.raises(UsageError, match="expected 'auto', 'cpu'"):
         pick_device("gpu0")
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="this machine has no GPU; use --gpu -1"):
+        with pytest.raises(UsageError, match="this machine has no GPU; use device 'cpu'"):
             pick_device("cuda:0")
     model, _ = load_base(str(F1 / "model"), device="cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and not model.training

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from hub_server import FOREVER, GOOD_TOKEN, HubServer
 from logo import AdapterPool
-from logo.cli.options import EngineOptions, expanded
+from logo.cli.expanded import expanded
+from logo.cli.options import EngineOptions
 from logo.errors import UsageError
 from test_hub import SOURCE, write_adapter
 from tolerances import PATIENCE

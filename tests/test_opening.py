@@ -115,7 +115,7 @@ def test_the_official_preset_is_that_of_the_command_line(tmp_path: Path) -> None
     data.parent.mkdir(parents=True)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     place = ["--base_model", "demo", "--data_dir", str(tmp_path / "data"), "--result_dir", str(tmp_path / "results")]
-    command = ["evaluate", "--dataset", "demo.rows", "--preset", "official", *place, "--gpu", "-1"]
+    command = ["evaluate", "--dataset", "demo.rows", "--preset", "official", *place, "--device", "cpu"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert run([*command, "--metric", "em"]) == 0

@@ -135,7 +135,7 @@ def test_the_command_of_the_page(tmp_path: Path, sentences: str) -> None:  # noq
     }
     for option, value in swaps.items():
         command[command.index(option) + 1] = value
-    command += ["--gpu", "-1", "--lorahub-budget", "3", "-k", "3", "--cache", str(tmp_path / "cache")]
+    command += ["--device", "cpu", "--lorahub-budget", "3", "-k", "3", "--cache", str(tmp_path / "cache")]
     with HubServer({**repos, "datasets/Styxxxx/LoraRetriever_EvalSet": data}) as hub:
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "http"))

@@ -480,8 +480,9 @@ def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None
     for name, more in (("one", []), ("two", ["--workers", "2", "--cpus-per-worker", "1"])):
         out = tmp_path / f"{name}.json"
         methods = ["--method", "best-single,arrow", "--shots", "2", "--hold-out", "2", "--generate", "3"]
-        assert run(["eval", "study", *asked, "--signals", "norm,calibrated", *methods, "--json", str(out), *more]) == 0
-        reports.append({key: value for key, value in json.loads(out.read_text()).items() if key != "seconds"})
+        assert run(["eval", "study", *asked, "--signals", "norm,calibrated", *methods, "--save", str(out), *more]) == 0
+        report = json.loads(out.read_text())
+        reports.append({key: value for key, value in report.items() if key not in ("seconds", "command")})
         grid = ["--grid", "k=1,2", "--max-new-tokens", "4", "-o", str(tmp_path / f"sweep-{name}")]
         assert run(["eval", "sweep", *asked, *grid, *more]) == 0
     assert reports[0] == reports[1]
@@ -493,8 +494,8 @@ def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None
     ("more", "expected"),
     [
         (["--probe-context", "carry"], "with --probe-context carry a row depends on the row before"),
-        (["--baseline", "running", "--selection-strategy", "calibrated"], "baseline 'running' learns from each row"),
-        (["--gpu", "1"], "--gpu: workers get their devices from Ray"),
+        (["--reference", "running", "--signal", "calibrated"], "baseline 'running' learns from each row"),
+        (["--device", "cuda:1"], "--device: workers get their devices from Ray"),
     ],
 )
 def test_what_workers_cannot_do(

@@ -282,7 +282,7 @@ def test_a_signal_ends_the_server_and_leaves_nothing_behind(number: signal.Signa
         (["--autoscale", "1", "2", "--autoscale-after", "inf", "1"], "expected 0 seconds or more, found inf 1"),
         (["--autoscale", "3", "2"], "expected 1 or more and not less, found 3 2"),
         (["--autoscale", "1", "2", "--replicas", "2"], "give one of the two"),
-        (["--replicas", "2", "--gpu", "1"], "use --gpus-per-replica"),
+        (["--replicas", "2", "--device", "cuda:1"], "use --gpus-per-replica"),
         (["--replicas", "2", "--adapters", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
 )

@@ -24,7 +24,7 @@ SAME = [name for name in RESULT_FILES if name not in ("run.json", "time_dict.jso
 RUN = "demo_selection_norm_n_3_seed_0"
 COUNT = 24
 # Long answers, so that there is time to be killed in.
-ENGINE = ["--base-model", "demo", "-k", "3", "--gpu", "-1", "--no-fold"]
+ENGINE = ["--base-model", "demo", "-k", "3", "--device", "cpu", "--no-fold"]
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str],
     prompts.write_text("".join(f"prompt 'number' {i}\n" for i in range(9)))
     variables, _, _ = dry(
         capsys,
-        *("-k", "5", "--selection-strategy", "norm", "--probe-layer", "0,-1", "--weighting", "softmax"),
+        *("-k", "5", "--signal", "norm", "--probe-layer", "0,-1", "--weighting", "softmax"),
         *("--unscorable", "skip", "--on-bad-adapter", "skip", "--signals", "entropy,norm"),
     )
     read = Options.of(None, variables)
@@ -162,7 +162,7 @@ def test_a_key_is_never_on_the_command_line(
 @pytest.mark.parametrize(
     ("options", "instead"),
     [
-        (["--gpu", "1"], "CUDA_VISIBLE_DEVICES"),
+        (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
         (["--device-map", "auto"], "--tensor-parallel-size"),
         (["--fold"], "--vllm-mode"),
         (["--adapter-memory-gb", "1"], "--max-loras"),

@@ -44,7 +44,7 @@ def strange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     for name in EVIL:
         shutil.copytree(folders[0], root / "pool" / name)
     limits = ("--max-concurrent", "3", "--max-queue", "0")
-    engine = ("--selection-strategy", "norm", "--n-selected-modules", "10")
+    engine = ("--signal", "norm", "--n-selected-modules", "10")
     with served("--base-model", str(base), "--adapters", str(root / "pool"), *limits, *engine, key=KEY) as server:
         yield server
 

@@ -18,11 +18,12 @@ from PIL import Image
 
 import tiny
 from logo import AdapterPool, DataError, LoGo, SelectionSettings, StorageError, UsageError
+from logo.cli.output import write_json
 from logo.cli.run import run
 from logo.evaluation.arms import Arms, rank_metrics
 from logo.evaluation.heatmap import heatmap, ordered
 from logo.evaluation.intervals import FEWEST
-from logo.evaluation.study import find_tasks, journal_of, study, write_report
+from logo.evaluation.study import find_tasks, journal_of, study
 from logo.evaluation.summary import mean_weights, section
 from logo.folders import replace_file
 from test_engine import tokenizer, write_adapter
@@ -258,8 +259,8 @@ def test_where_order_matters_nothing_is_resumed(engines: Engines, rows: Path, tm
 
 def test_a_report_is_written_whole(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "study.json"
-    write_report(file, {"ä": 1})
-    write_report(file, {"ä": 2})
+    write_json(file, {"ä": 1})
+    write_json(file, {"ä": 2})
     assert json.loads(file.read_text()) == {"ä": 2} and [p.name for p in file.parent.iterdir()] == ["study.json"]
     with pytest.raises(StorageError, match="cannot be written"):
         replace_file(file.parent, b"")
@@ -366,7 +367,7 @@ def test_mean_weights(engines: Engines, rows: Path, tmp_path: Path) -> None:
 
 # -- the command ------------------------------------------------------------------------------------------------
 
-ENGINE = ["--base-model", str(F1 / "model"), "--adapters", str(F1 / "adapters"), "--gpu", "-1"]
+ENGINE = ["--base-model", str(F1 / "model"), "--adapters", str(F1 / "adapters"), "--device", "cpu"]
 
 
 @pytest.fixture
@@ -403,7 +404,7 @@ def test_the_command(some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{report['signals']['norm']['nll']:.2f}" in captured.out
     Image.open(out.with_suffix(".png")).load()
     assert sorted(path.name for path in out.parent.iterdir()) == ["study.json", "study.png"]
-    assert run([*command, "--tasks", "ad0[35]", "--heatmap", str(tmp_path / "map.png"), "--seed", "3"]) == 0
+    assert run([*command, "--tasks", "ad0[35]", "--png", str(tmp_path / "map.png"), "--seed", "3"]) == 0
     again = json.loads(out.read_text())
     assert again["unseen"] is None and list(again["tasks"]) == ["ad03", "ad05"] and again["settings"]["seed"] == 3
     Image.open(tmp_path / "map.png").load()
@@ -414,7 +415,7 @@ def test_the_command_after_an_interruption(
     some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "study.json"
-    command = ["eval", "study", *ENGINE, "--rows", str(some_rows), "--signals", "norm", "-k", "3", "--json", str(out)]
+    command = ["eval", "study", *ENGINE, "--rows", str(some_rows), "--signals", "norm", "-k", "3", "--save", str(out)]
     assert run(command) == 0
     whole = json.loads(out.read_text())
     out.unlink()
@@ -448,9 +449,9 @@ def test_the_command_after_an_interruption(
         (["--signals", "nrom"], 2, "unknown signal 'nrom' (did you mean 'norm'?)"),
         (["--signals", ","], 2, "signals ',': expected names separated by commas, found none"),
         (["--limit", "0"], 2, "limit 0: expected at least 1 row"),
-        (["--json", "rows"], 2, "--json rows: expected a file to write, found a folder"),
-        (["--json", "rows/ad03.jsonl/x.json"], 1, "a file is where a folder should be"),
-        (["--heatmap", "study.json"], 2, "--json and --heatmap are both study.json"),
+        (["--save", "rows"], 2, "--save rows: expected a file to write, found a folder"),
+        (["--save", "rows/ad03.jsonl/x.json"], 1, "a file is where a folder should be"),
+        (["--png", "study.json"], 2, "--save and --png are both study.json"),
         (["--adapters", "nowhere"], 1, "nowhere"),
     ],
 )
@@ -489,7 +490,7 @@ def test_what_goes_wrong_is_one_line(
 
 def test_no_own_tasks_is_a_warning(some_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["eval", "study", *ENGINE, "--rows", str(some_rows), "--signals", "norm", "-k", "3", "--tasks", "unknown"]
-    assert run([*command, "--json", str(tmp_path / "study.json")]) == 0
+    assert run([*command, "--save", str(tmp_path / "study.json")]) == 0
     captured = capsys.readouterr()
     assert "logo: warning: no file of rows is named like an adapter" in captured.err and "oracle" not in captured.out
     assert json.loads((tmp_path / "study.json").read_text())["signals"] is None
@@ -503,7 +504,7 @@ def test_a_row_that_cannot_be_scored_is_named(engines: Engines, tmp_path: Path) 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", "study", "--help"]) == 0
-    assert "Example: logo eval study" in " ".join(capsys.readouterr().out.split())
+    assert "Example: logo eval study" in " ".join(capsys.readouterr().out.replace("`", "").split())
 
 
 def test_a_signal_may_be_given_a_temperature(tmp_path: Path) -> None:

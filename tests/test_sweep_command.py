@@ -104,7 +104,19 @@ def test_kill_9_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Killed in the third of four cells: the second command ends with the table of a whole sweep."""
     some = ["--rows", str(HELDOUT), "--dataset", "antonym,capital", "--limit", "8", "--batch-size", "1"]
     # Long answers, so that there is time to be killed in.
-    slow = ["eval", "sweep", "--base-model", "demo", "--gpu", "-1", *some, *GRID, "--max-new-tokens", "48", "--no-fold"]
+    slow = [
+        "eval",
+        "sweep",
+        "--base-model",
+        "demo",
+        "--device",
+        "cpu",
+        *some,
+        *GRID,
+        "--max-new-tokens",
+        "48",
+        "--no-fold",
+    ]
     folder = tmp_path / "killed" / "runs" / "k=1_signal=calibrated" / "capital"
     done = kill_in_the_middle([*slow, "-o", str(tmp_path / "killed")], journal_of(folder), after=2)
     assert 2 <= done < 8 and not folder.exists() and (folder.parent / "antonym").exists()

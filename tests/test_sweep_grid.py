@@ -38,7 +38,7 @@ TEXTS = st.one_of(
     st.integers(-5, 300).map(str),
 )
 VALUES = st.dictionaries(NAMES, TEXTS, max_size=4)
-COMMON = Common(EngineOptions(selection_strategy="norm"), MethodOptions(), 0)
+COMMON = Common(EngineOptions(signal="norm"), MethodOptions(), 0)
 
 
 @given(VALUES, VALUES)

@@ -327,8 +327,8 @@ def test_options_and_recipes_that_contradict_each_other(
         "TEXT for all, or train them into two pools"
     )
     file.write_text("activation: 'last:3'\ntasks: {a: {invocation: w88 w89}}\n")
-    assert "task 'a' has invocation 'w88 w89', and 'c' has last:3" in told("--recipe", str(file), "--only", "a,c")
-    base = ["--base-model", str(world / "base"), "--tasks", str(world / "texts"), "--last", "3"]
+    assert "task 'a' has invocation 'w88 w89', and 'c' has last:3" in told("--recipe", str(file), "--tasks", "a,c")
+    base = ["--base-model", str(world / "base"), "--rows", str(world / "texts"), "--last", "3"]
     assert run(["bench", "train", *base]) == 2
     assert "leave out --activated, --invocation and --last" in capsys.readouterr().err
 
@@ -338,11 +338,11 @@ def test_a_folder_of_adapters_of_another_activation(
 ) -> None:
     """Whoever made them, and whatever task is asked for; the folder stays as it is."""
     pool = tmp_path / "pool"
-    assert trained(world, pool, "--last", "3", "--only", "a") == 0
+    assert trained(world, pool, "--last", "3", "--tasks", "a") == 0
 
     def told(*more: str) -> str:
         before = contents(pool)
-        assert trained(world, pool, "--only", "c", *more) == 2
+        assert trained(world, pool, "--tasks", "c", *more) == 2
         assert contents(pool) == before
         return capsys.readouterr().err.splitlines()[-1].removeprefix("logo: error: ")
 
@@ -354,7 +354,7 @@ def test_a_folder_of_adapters_of_another_activation(
     write(pool / "z", alora_invocation_tokens=[5])
     assert f"{pool / 'z'}: has activation invocation (tokens [5]), and last:3 is asked for" in told("--last", "3")
     (pool / "z" / "adapter_config.json").write_text("{")  # which no pool opens
-    assert trained(world, pool, "--last", "3", "--only", "c") == 0
+    assert trained(world, pool, "--last", "3", "--tasks", "c") == 0
     assert json.loads((pool / "pool.json").read_text())["activation"] == "last:3"
     write_rows(tmp_path / "none" / "bad.jsonl", [{"context": "w3"}])
     assert run(command(world / "base", tmp_path / "none", pool)) == 1  # nothing to train: it says what it said

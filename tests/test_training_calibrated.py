@@ -26,13 +26,14 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(root: Path) -> list[str]:
-    return ["train", "--tasks", str(root / "tasks"), "--out", str(root / "pool"), "--steps", "2", "--gpu", "-1"]
+    return ["train", "--rows", str(root / "tasks"), "--out", str(root / "pool"), "--steps", "2", "--device", "cpu"]
 
 
 def listened(pool: Path, cache: Path, capsys: pytest.CaptureFixture[str], *more: str) -> int:
     capsys.readouterr()
     assert (
-        run(["pool", "calibrate", "--adapters", str(pool), "--cache", str(cache), "--gpu", "-1", "--json", *more]) == 0
+        run(["pool", "calibrate", "--adapters", str(pool), "--cache", str(cache), "--device", "cpu", "--json", *more])
+        == 0
     )
     found: int = json.loads(capsys.readouterr().out)["listened"]
     return found

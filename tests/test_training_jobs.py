@@ -44,7 +44,7 @@ def test_two_processes_make_the_adapters_of_one_also_when_one_is_killed(acting: 
     assert run(command(tmp_path / "base", tmp_path / "tasks", tmp_path / "one", *more)) == 0
     pool = tmp_path / "two"
     asked = command(tmp_path / "base", tmp_path / "tasks", pool, *more, "--jobs", "2", "--cpus-per-worker", "1")
-    asked = [part for part in asked if part not in ("--gpu", "-1")]  # a matter of the workers
+    asked = [part for part in asked if part not in ("--device", "cpu")]  # a matter of the workers
     with subprocess.Popen(
         [sys.executable, "-m", "logo.cli", *asked], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as driver:

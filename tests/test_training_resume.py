@@ -196,7 +196,7 @@ def copied(whole: tuple[Path, int], tmp_path: Path) -> Path:
 
 def times(pool: Path) -> dict[str, tuple[int, int]]:
     """When files of adapters were written, and which ones they are."""
-    found = (file for file in pool.rglob("*") if file.is_file() and file.name != "pool.json")
+    found = (file for file in pool.rglob("*") if file.is_file() and file.name not in ("pool.json", "train.json"))
     return {str(file.relative_to(pool)): (file.stat().st_mtime_ns, file.stat().st_ino) for file in found}
 
 
@@ -233,7 +233,7 @@ def test_another_recipe_other_rows_and_foreign_adapters_are_refused_by_name(
     end = "; name another --out, or replace it with --retrain"
     line = refused("--lr", "0.001")
     assert line == f"logo: error: {copied / 'a'}: was trained with lr 0.005, and 0.001 is asked for{end}"
-    assert f"{copied / 'c'}: was trained with r 2, and 3 is asked for" in refused("--r", "3", "--only", "c")
+    assert f"{copied / 'c'}: was trained with r 2, and 3 is asked for" in refused("--r", "3", "--tasks", "c")
     assert "another base model, or in another dtype" in refused("--dtype", "bfloat16")
     other = tmp_path / "tasks"
     shutil.copytree(tasks, other)
@@ -255,7 +255,7 @@ def test_what_was_begun_with_another_recipe_is_refused_until_it_is_begun_anew(
 ) -> None:
     pool = begun.parents[1]
     members = sorted(json.loads((begun / STATE).read_text())["members"])
-    left = ["--only", members[0], "--steps", "2"]
+    left = ["--tasks", members[0], "--steps", "2"]
     for name in members:
         shutil.rmtree(pool / name, ignore_errors=True)
     assert run([*asked(base_model, tasks, pool), *left]) == 2

@@ -221,7 +221,7 @@ def test_a_recipe_may_name_tasks_that_are_not_asked_for_and_none_that_are_not_th
     base_model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = with_recipe(tmp_path, tasks={"c": {"r": 4}})
-    assert run(command(base_model, tasks, tmp_path / "pool", "--only", "a", *more)) == 0
+    assert run(command(base_model, tasks, tmp_path / "pool", "--tasks", "a", *more)) == 0
     more = with_recipe(tmp_path, tasks={"d": {"r": 4}})
     assert run(command(base_model, tasks, tmp_path / "pool", *more)) == 2
     assert "recipe: no task is called 'd'" in capsys.readouterr().err

@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder of the pool")
     options, more = parser.parse_known_args()
     names = ",".join(yaml.safe_load(RECIPES.read_text(encoding="utf-8"))["tasks"])
-    given = ["--base-model", options.base_model, "--tasks", options.tasks, "--out", options.out]
-    logo(["train", *given, "--only", names, "--recipe", str(RECIPES), *more])
+    given = ["--base-model", options.base_model, "--rows", options.tasks, "--out", options.out]
+    logo(["train", *given, "--tasks", names, "--recipe", str(RECIPES), *more])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python tools/signals_picture.py study.json docs/images/signals.svg
 
-Reads what `logo eval study --signals calibrated,norm,entropy --json study.json` wrote. Text becomes paths, so that it
+Reads what `logo eval study --signals calibrated,norm,entropy --save study.json` wrote. Text becomes paths, so that it
 looks the same everywhere.
 """
 

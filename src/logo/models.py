@@ -81,7 +81,7 @@ def pick_device(device: str = "auto") -> torch.device:
     count = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= count:
         found = f"{count} GPU(s)" if count else "no GPU"
-        raise UsageError(f"device {device!r}: this machine has {found}; use --gpu -1 or device 'cpu'")
+        raise UsageError(f"device {device!r}: this machine has {found}; use device 'cpu' (--device cpu)")
     return chosen
 
 

@@ -19,7 +19,7 @@ from tolerances import PATIENCE, same_scores, same_weights
 pytest.importorskip("vllm.lora", reason="needs vLLM: make test-vllm")
 
 # Inside vLLM examples are not used yet.
-DEMO = ("--base-model", "demo", "--gpu", "-1")
+DEMO = ("--base-model", "demo", "--device", "cpu")
 INSIDE = ("--engine", "vllm", "--vllm-options", json.dumps({"enforce_eager": True}))
 FILES = ("eval_results", "predictions", "selected_loras")
 
@@ -82,7 +82,7 @@ def same_results(found: Path, expected: Path, datasets: Sequence[str] = ("antony
 
 
 def test_results_are_those_of_the_local_engine(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--selection-strategy", "calibrated", "--generation-early-stop")
+    asked = ("--signal", "calibrated", "--generation-early-stop")
     expected = evaluated(tmp_path / "local", rows, *asked)
     same_results(evaluated(tmp_path / "vllm", rows, *asked, *INSIDE), expected)
     capsys.readouterr()
@@ -116,7 +116,7 @@ def test_methods_answer_through_vllm_too(rows: Path, tmp_path: Path, method: str
         (("--probe-context", "carry"), "inside vLLM prompts are probed by the base model alone"),
         (("--preset", "official"), "preset 'official' probes as the authors' script does"),
         (("--estimate",), "--estimate: what the engine 'vllm' takes is said by `logo plan`"),
-        (("--gpu", "1"), "--gpu: the engine 'vllm' has no such option; set CUDA_VISIBLE_DEVICES"),
+        (("--device", "cuda:1"), "--device: the engine 'vllm' has no such option; set CUDA_VISIBLE_DEVICES"),
         (("--allow-pickle",), "--allow-pickle: the engine 'vllm' has no such option"),
         (("--fold",), "fold: the engine 'vllm' has no such option"),
         (("--vllm-options", "[1]"), "--vllm-options: expected a JSON object, found '[1]'"),

@@ -39,7 +39,7 @@ def test_plain_vllm_answers_with_pools_that_were_trained_or_pruned_and_converted
     tmp_path: Path, rows: list[str]
 ) -> None:
     made = tmp_path / "made"
-    tasks = ["--tasks", str(demo_folder() / "heldout"), "--only", "antonym,plural"]
+    tasks = ["--rows", str(demo_folder() / "heldout"), "--tasks", "antonym,plural"]
     assert run(["train", *tasks, "--out", str(made), "--lr", "4e-3", "--epochs", "2", "--no-calibrate"]) == 0
     small, half = tmp_path / "small", tmp_path / "half"
     assert run(["pool", "prune", str(demo_folder() / "adapters"), "--out", str(small), "--energy", "0.9"]) == 0

@@ -8,7 +8,8 @@ import typer
 
 from logo import __version__
 from logo.cli import bench, datasets, demo, evaluate, evaluations, generate, plan, pool, select, serve, train
-from logo.cli.renamed import Renaming
+from logo.cli.commands import Commands, Root
+from logo.cli.expanded import expanded
 
 EPILOG = (
     "Errors are one line; add --debug anywhere for the traceback. Options may be written --like-this or --like_this."
@@ -19,9 +20,9 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-app = typer.Typer(
+app = Commands(
     name="logo",
-    cls=Renaming,
+    cls=Root,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -41,11 +42,7 @@ def root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version",
-            help="Print the version and exit.",
-            callback=_print_version,
-            is_eager=True,
-            show_default=False,
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True, show_default=False
         ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)] = False,
@@ -68,4 +65,4 @@ app.add_typer(pool.app, name="pool", rich_help_panel=ADAPTERS)
 app.add_typer(evaluations.app, name="eval", rich_help_panel=MEASURE)
 app.add_typer(datasets.app, name="data", rich_help_panel=MEASURE)
 app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
-app.command("evaluate", help=evaluate.OFFICIAL, rich_help_panel=MEASURE)(evaluate.evaluate)
+app.command("evaluate", help=evaluate.OFFICIAL, rich_help_panel=MEASURE)(expanded(evaluate.evaluate, official=True))

@@ -11,9 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from logo.cli.belonging import OF_MERGES, OF_METHODS, check_method_options, check_selection_options
+from logo.cli.choices import Choice
+from logo.cli.expanded import given
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import selection_settings
-from logo.cli.options import Choice, EngineOptions
+from logo.cli.options import EngineOptions
 from logo.errors import LoGoError, UsageError, closest
 
 if TYPE_CHECKING:
@@ -24,51 +27,29 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"  # a value: as where the option is not given
 
-SELECTION = {  # axis: field of EngineOptions
+
+def _fields(names: str) -> dict[str, str]:
+    """Axes by name: the field of the options."""
+    return {name.replace("_", "-"): name for name in names.split()}
+
+
+# Fields of EngineOptions and of MethodOptions.
+SELECTION = {
     "k": "n_selected_modules",
-    "signal": "selection_strategy",
-    "weighting": "weighting",
-    "weight-temperature": "weight_temperature",
-    "keep-mass": "keep_mass",
-    "when-unsure": "when_unsure",
-    "examples": "examples",
-    "probe-context": "probe_context",
-    "probe-input": "probe_input",
-    "probe-token": "probe_token",
-    "probe-layer": "probe_layer",
-    "probe-module": "probe_module",
-    "probe-depth": "probe_depth",
-    "probe-points": "probe_points",
+    **_fields(
+        "signal weighting weight_temperature keep_mass when_unsure examples probe_context probe_input probe_token"
+    ),
+    **_fields("probe_layer probe_module probe_depth probe_points"),
 }
-METHODS = {  # axis: field of MethodOptions
-    "method": "method",
-    "merge": "merge",
-    "merge-density": "merge_density",
-    "merge-sign": "merge_sign",
-    "arrow-top-k": "arrow_top_k",
-    "arrow-temperature": "arrow_temperature",
-    "shots": "shots",
-    "lorahub-budget": "lorahub_budget",
-    "retriever-variant": "retriever_variant",
-    "samples-per-adapter": "samples_per_adapter",
-}
+METHODS = _fields(
+    "method merge merge_density merge_sign arrow_top_k arrow_temperature shots lorahub_budget retriever_variant "
+    "samples_per_adapter"
+)
 SEED = "seed"
 AXES = (*SELECTION, *METHODS, SEED)
 
 _ALIASES = {"n-selected-modules": "k", "selection-strategy": "signal"}
 _LISTS = ("probe-layer", "probe-points")  # their options separate by commas, as the values of an axis are
-_MERGE_AXES = {  # axis: the merges that look at it
-    "merge-density": ("ties", "dare_linear", "dare_ties"),
-    "merge-sign": ("ties", "dare_ties"),
-    "arrow-top-k": ("arrow", "spectr"),
-    "arrow-temperature": ("arrow", "spectr"),
-}
-_METHOD_FIELDS = {  # axis: the method's own option
-    "shots": "rows",
-    "lorahub-budget": "budget",
-    "retriever-variant": "variant",
-    "samples-per-adapter": "samples",
-}
 
 
 @dataclass(frozen=True)
@@ -136,7 +117,7 @@ def make_cells(axes: Sequence[Axis], common: Common) -> tuple[list[Cell], list[S
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.sweep.grid import product
 
-    check_baseline(common.engine.baseline.value)
+    check_baseline(common.engine.reference.value)
     for axis in axes:
         for value in axis.values:
             _check_alone(axis.name, value, common)
@@ -148,6 +129,9 @@ def make_cells(axes: Sequence[Axis], common: Common) -> tuple[list[Cell], list[S
             skipped.append(Skipped(values, str(error)))
     if not cells:
         raise UsageError(f"grid: none of {len(skipped)} combinations can be: {skipped[0].reason}")
+    check_selection_options(given(), [cell.settings for cell in cells])
+    methods = [_method(common.at(cell.values).method, None, cell.seed) for cell in cells]
+    check_method_options(given(), methods)
     return cells, skipped
 
 
@@ -181,10 +165,11 @@ def _is_moot(axis: str, here: Common, method: Method) -> bool:
     from logo.evaluation.results import LOGO
 
     own = {field.name for field in fields(method)}
-    if axis in _MERGE_AXES:
-        return method.merging.kind not in _MERGE_AXES[axis]
-    if axis in _METHOD_FIELDS:
-        return _METHOD_FIELDS[axis] not in own
+    option = METHODS.get(axis, "")
+    if option in OF_MERGES:
+        return method.merging.kind not in OF_MERGES[option]
+    if option in OF_METHODS:
+        return not own & set(OF_METHODS[option])
     if axis == "k":
         return method.name != LOGO and "k" not in own
     if axis not in SELECTION:
@@ -209,7 +194,7 @@ def _check_alone(axis: str, value: Value, common: Common) -> None:
     plain = Common(EngineOptions(), MethodOptions(), 0)
     if axis in SELECTION:
         attempts: list[Callable[[], object]] = [
-            functools.partial(selection_settings, replace(plain.at({axis: value}).engine, selection_strategy=signal))
+            functools.partial(selection_settings, replace(plain.at({axis: value}).engine, signal=signal))
             for signal in SIGNALS
         ]
         _one_of(attempts, axis, value)

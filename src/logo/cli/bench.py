@@ -9,85 +9,60 @@ import typer
 from rich.table import Table
 
 from logo.cli import bench_serve, bench_train
+from logo.cli.commands import Commands, Group
+from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, expanded
-from logo.cli.output import err, note, out, print_json, progress
+from logo.cli.options import EngineOptions, rare, usual
+from logo.cli.output import err, note, out, plain_table, print_json, progress, write_json
 from logo.cli.prompts import or_demo, read_prompts
 
 if TYPE_CHECKING:
     from logo.bench.full import Results
     from logo.bench.probe import ProbeBench
 
-app = typer.Typer(invoke_without_command=True)
+app = Commands(cls=Group, invoke_without_command=True)
 app.command("serve")(bench_serve.serve)
 app.command("train")(bench_train.train)
 
-SIZES = "Sizes of the synthetic model and pool"
-PARTS = "What is measured"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @app.callback()
+@expanded
 def bench(
     context: typer.Context,
-    base_model: Annotated[
-        str | None, typer.Option(help="Measure with a real base model (with --adapters).", show_default="synthetic")
-    ] = None,
-    adapters: Annotated[Path | None, typer.Option(metavar="DIR", help="Its pool.", show_default="synthetic")] = None,
-    count: Annotated[int, typer.Option(help="Adapters in the pool.", min=2, rich_help_panel=SIZES)] = 260,
-    k: Annotated[int, typer.Option("-k", help="Adapters per prompt.", min=1, rich_help_panel=SIZES)] = 20,
-    rank: Annotated[int, typer.Option(help="Of the adapters.", min=1, rich_help_panel=SIZES)] = 16,
+    base_model: Annotated[str | None, usual("A real base model (with --adapters).", "synthetic")] = None,
+    adapters: Annotated[Path | None, usual("Its pool.", "synthetic", metavar="DIR")] = None,
+    count: Annotated[int, usual("Adapters in the pool.", min=2)] = 260,
+    k: Annotated[int, usual("Adapters per prompt.", True, "-k", min=1)] = 20,
+    rank: Annotated[int, usual("Of the adapters.", min=1)] = 16,
     targets: Annotated[
-        str,
-        typer.Option(
-            help="Projections they adapt: q_, k_, v_, o_, gate_, up_ or down_proj, or all-linear.",
-            rich_help_panel=SIZES,
-        ),
+        str, rare("Projections they adapt: q_, k_, v_, o_, gate_, up_ or down_proj, or all-linear.")
     ] = "q_proj,v_proj",
-    hidden: Annotated[int, typer.Option(help="Width of the model.", min=64, rich_help_panel=SIZES)] = 1024,
-    layers: Annotated[int, typer.Option(help="Layers of the model.", min=1, rich_help_panel=SIZES)] = 12,
-    heads: Annotated[int, typer.Option(help="Attention heads.", min=1, rich_help_panel=SIZES)] = 16,
-    vocabulary: Annotated[int, typer.Option(help="Tokens it knows.", min=256, rich_help_panel=SIZES)] = 32000,
-    seed: Annotated[int, typer.Option(help="Of weights and prompts.", rich_help_panel=SIZES)] = 0,
-    rounds: Annotated[
-        int, typer.Option(help="Rounds that count, after one that does not.", min=1, rich_help_panel=PARTS)
-    ] = 5,
-    device: Annotated[str, typer.Option(help="Where to measure.", rich_help_panel=PARTS)] = "cpu",
-    dtype: Annotated[
-        str, typer.Option(help="Of the base model: float32, bfloat16 or float16.", rich_help_panel=PARTS)
-    ] = "float32",
+    hidden: Annotated[int, rare("Width of the model.", min=64)] = 1024,
+    layers: Annotated[int, rare("Layers of the model.", min=1)] = 12,
+    heads: Annotated[int, rare("Attention heads.", min=1)] = 16,
+    vocabulary: Annotated[int, rare("Tokens it knows.", min=256)] = 32000,
+    seed: Annotated[int, usual("Of weights and prompts.")] = 0,
+    rounds: Annotated[int, usual("Rounds that count, after one that does not.", min=1)] = 5,
+    device: Annotated[str, usual("Where to measure.")] = "cpu",
+    dtype: Annotated[str, usual("Of the base model: float32, bfloat16 or float16.")] = "float32",
     in_memory: Annotated[
-        bool | None,
-        typer.Option(
-            "--in-memory/--on-disk",
-            help="Make the synthetic adapters in memory, or write them to files.",
-            show_default="in memory with --device cuda",
-            rich_help_panel=PARTS,
-        ),
+        bool | None, rare("Where the synthetic adapters are.", "in memory with --device cuda", "--in-memory/--on-disk")
     ] = None,
     peft: Annotated[
-        bool | None,
-        typer.Option(
-            "--peft/--no-peft",
-            help="Measure PEFT too (loads every adapter from its file: minutes).",
-            show_default="peft with adapters on disk",
-            rich_help_panel=PARTS,
-        ),
+        bool | None, rare("Measure PEFT too, for minutes.", "peft with adapters on disk", "--peft/--no-peft")
     ] = None,
-    large: Annotated[
-        int, typer.Option(help="Small adapters in a pool of thousands; 0: none.", min=0, rich_help_panel=PARTS)
-    ] = 10000,
-    curves: Annotated[bool, typer.Option(help="Measure how cost grows.", rich_help_panel=PARTS)] = True,
-    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write everything measured as JSON.")] = None,
-    png: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Draw the curves.", show_default="beside the JSON")
-    ] = None,
+    large: Annotated[int, rare("Small adapters in a pool of thousands; 0: none.", min=0)] = 10000,
+    curves: Annotated[bool, rare("Measure how cost grows.")] = True,
+    save: Annotated[Path | None, usual("Write everything measured as JSON.", False, metavar="FILE")] = None,
+    png: Annotated[Path | None, usual("Draw the curves.", "beside the JSON", metavar="FILE")] = None,
 ) -> None:
     """What every part of LoGo costs beside the base model alone and beside PEFT, in one run: a table, JSON, pictures.
 
     The model and the adapters are synthetic unless named; what counts is their sizes.
 
-    Example: `logo bench --json bench.json`
+    Example: `logo bench --save bench.json`
     """
     if context.invoked_subcommand is not None:
         return
@@ -95,7 +70,6 @@ def bench(
     from logo.bench.full import Plan, run_bench
     from logo.bench.synthetic import Sizes, parse_targets
     from logo.errors import UsageError, closest
-    from logo.evaluation.study import write_report
 
     if (base_model is None) != (adapters is None):
         raise UsageError("a real base model and its pool go together: --base-model M --adapters DIR")
@@ -129,19 +103,17 @@ def bench(
         f"medians of {about['rounds']} rounds after a warm-up · {about['hardware']}, {about['threads']} threads · "
         f"{about['dtype']} · {about['adapters']} adapters, k {about['k']}"
     )
-    if json is not None:
-        write_report(json, results.as_dict())
-        note(f"written: {json}")
-    picture = png if png is not None or json is None else json.with_suffix(".png")
+    if save is not None:
+        write_json(save, results.as_dict())
+        note(f"written: {save}")
+    picture = png if png is not None or save is None else save.with_suffix(".png")
     if picture is not None and results.shown:
         draw(list(results.shown), picture)
         note(f"drawn: {picture}")
 
 
 def _parts(results: Results) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("part", "arm", "ms", "peak MB"):
-        table.add_column(heading, justify="right" if heading in ("ms", "peak MB") else "left")
+    table = plain_table("part", "arm", ">ms", ">peak MB")
     for part in results.parts:
         for i, (name, arm) in enumerate(part.arms.items()):
             peak = "-" if arm.peak_bytes is None else f"{arm.peak_bytes / 1e6:.0f}"
@@ -156,9 +128,7 @@ def _parts(results: Results) -> Table:
 
 
 def _ratios(results: Results) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("ratio")
-    table.add_column("", justify="right")
+    table = plain_table("ratio", ">")
     for name, value in results.ratios.items():
         table.add_row(name, f"{value:.4f}" if value < 0.1 else f"{value:.2f}")
     return table
@@ -168,13 +138,13 @@ def _ratios(results: Results) -> Table:
 @expanded
 def probe(
     engine: EngineOptions,
-    file: Annotated[Path, typer.Option(metavar="FILE", help="Prompts, one per line.")],
-    rounds: Annotated[int, typer.Option(help="Rounds that count, after one that does not.", min=1)] = 5,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    prompts: Annotated[Path, usual("Prompts, one per line.", True, "--prompts", metavar="FILE")],
+    rounds: Annotated[int, usual("Rounds that count, after one that does not.", min=1)] = 5,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Time and memory of selecting, by the chosen and by the official signal, against a plain prefill.
 
-    Example: `logo bench probe --base-model M --adapters DIR --file prompts.txt`
+    Example: `logo bench probe --base-model M --adapters DIR --prompts prompts.txt`
     """
     from dataclasses import replace
 
@@ -182,7 +152,7 @@ def probe(
     from logo.cli.options import OFFICIAL_SIGNAL
     from logo.engine import LoGo
 
-    prompts = read_prompts(None, file)
+    texts = read_prompts(None, prompts)
     engine, base_model = or_demo(engine)
     chosen = open_engine(engine, base_model)
     official = LoGo(
@@ -194,7 +164,7 @@ def probe(
     engines = {OFFICIAL_SIGNAL: official, chosen.settings.signal: chosen}
     with progress(disable=not err.is_terminal) as shown:
         bar = shown.add_task("rounds", total=rounds + 1)
-        result = probe_bench(engines, prompts, rounds, lambda: shown.advance(bar))
+        result = probe_bench(engines, texts, rounds, lambda: shown.advance(bar))
     if json:
         print_json(result.as_dict())
         return
@@ -206,9 +176,7 @@ def probe(
 
 
 def _table(result: ProbeBench) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("", "s per pass", "to prefill", "peak MB", "points", "index MB"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = plain_table("", ">s per pass", ">to prefill", ">peak MB", ">points", ">index MB")
     for name, arm in result.arms.items():
         peak = "-" if arm.peak_bytes is None else f"{arm.peak_bytes / 1e6:.1f}"
         index = f"{arm.index_bytes / 1e6:.1f}" if arm.points else "-"
@@ -218,8 +186,8 @@ def _table(result: ProbeBench) -> Table:
 
 @app.command("merges")
 def merges(
-    seed: Annotated[int, typer.Option(help="Of the model, the adapters and what is dropped.", min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: Annotated[int, usual("Of the model, the adapters and what is dropped.", min=0)] = 0,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Every way of combining adapters beside PEFT's own, on a small random model: the largest difference of a logit.
 
@@ -231,9 +199,7 @@ def merges(
     if json:
         print_json([row.as_dict() for row in compared])
         return
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("merge", "in PEFT", "max difference", "largest logit", "from Σ w s B A"):
-        table.add_column(heading, justify="left" if heading in ("merge", "in PEFT") else "right")
+    table = plain_table("merge", "in PEFT", ">max difference", ">largest logit", ">from Σ w s B A")
     for row in compared:
         exact = "-" if row.from_exact is None else f"{row.from_exact:.2g}"
         table.add_row(row.kind, row.peft, f"{row.difference:.1e}", f"{row.logit:.2f}", exact)

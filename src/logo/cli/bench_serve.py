@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,10 +11,11 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress, TaskID
 
+from logo.cli.expanded import expanded
 from logo.cli.load_table import described, show
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, expanded
-from logo.cli.output import err, note, progress
+from logo.cli.options import EngineOptions, rare, usual
+from logo.cli.output import err, note, progress, write_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
 
@@ -38,79 +38,51 @@ def serve(
         list[str] | None,
         typer.Argument(metavar="[-- OPTIONS...]", help="More options for `logo serve`.", show_default=False),
     ] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(
-            help="A server that is there already.", show_default="starts `logo serve` itself", rich_help_panel=SERVER
-        ),
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="That it wants.", envvar="LOGO_API_KEY", rich_help_panel=SERVER)
-    ] = None,
-    arms: Annotated[
-        str, typer.Option(help="What is measured, of logo, base and one-by-one.", rich_help_panel=SERVER)
-    ] = "logo,base,one-by-one",
-    rounds: Annotated[int, typer.Option(help="Of all arms in turn.", min=1, rich_help_panel=SERVER)] = 1,
-    requests: Annotated[int, typer.Option(help="Different requests.", min=1, rich_help_panel=LOAD)] = 500,
+    url: Annotated[str | None, usual("A server that is there already.", "starts `logo serve` itself")] = None,
+    api_key: Annotated[str | None, rare("That it wants.", envvar="LOGO_API_KEY", panel=SERVER)] = None,
+    arms: Annotated[str, usual("What is measured.")] = "logo,base,one-by-one",
+    rounds: Annotated[int, usual("Of all arms in turn.", min=1)] = 1,
+    requests: Annotated[int, usual("Different requests.", min=1)] = 500,
     duration: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="Send them again and again for so long.",
-            min=1.0,
-            show_default="each once",
-            rich_help_panel=LOAD,
-        ),
+        float | None, usual("Send them again and again for so long.", "each once", metavar="SECONDS", min=1.0)
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests at a time.", min=1, rich_help_panel=LOAD)] = 64,
-    stream_share: Annotated[
-        float, typer.Option(help="Of the requests, streamed.", min=0.0, max=1.0, rich_help_panel=LOAD)
-    ] = 0.5,
+    concurrency: Annotated[int, usual("Requests at a time.", min=1)] = 64,
+    stream_share: Annotated[float, rare("Of the requests, streamed.", min=0.0, max=1.0, panel=LOAD)] = 0.5,
     prompts: Annotated[
         Path | None,
-        typer.Option(
+        usual(
+            "One per line, as text or as a JSON object with `prompt`.",
+            "the demo's held-out rows; other models: requests of many kinds",
             metavar="FILE",
-            help="One per line, as text or as a JSON object with `prompt`.",
-            show_default="the demo's held-out rows; other models: requests of many kinds",
-            rich_help_panel=LOAD,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        str, typer.Option(metavar="N|N..M", help="Longest answers, drawn from this range.", rich_help_panel=LOAD)
-    ] = "8..64",
-    seed: Annotated[int, typer.Option(help="Of order, lengths and what else is drawn.", rich_help_panel=LOAD)] = 0,
-    timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Of one request.", min=0.1, rich_help_panel=LOAD)
-    ] = 300.0,
+    max_new_tokens: Annotated[str, usual("Longest answers, drawn from this range.", metavar="N|N..M")] = "8..64",
+    seed: Annotated[int, rare("Of order, lengths and what else is drawn.", panel=LOAD)] = 0,
+    timeout: Annotated[float, rare("Of one request.", metavar="SECONDS", min=0.1, panel=LOAD)] = 300.0,
     churn: Annotated[
         float | None,
-        typer.Option(
+        rare(
+            "Add an adapter and remove it again, once every so many seconds.",
             metavar="SECONDS",
-            help="Add an adapter and remove it again, once every so many seconds.",
             min=0.01,
-            rich_help_panel=TROUBLE,
+            panel=TROUBLE,
         ),
     ] = None,
-    churn_adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="That adapter.", rich_help_panel=TROUBLE)
-    ] = None,
+    churn_adapter: Annotated[Path | None, rare("That adapter.", metavar="DIR", panel=TROUBLE)] = None,
     hang_up: Annotated[
         float,
-        typer.Option(
+        rare(
+            "Of the clients, close the connection at the first token or later.",
             metavar="SHARE",
-            help="Of the clients, close the connection at the first token or later.",
             min=0.0,
             max=1.0,
-            rich_help_panel=TROUBLE,
+            panel=TROUBLE,
         ),
     ] = 0.0,
     verify: Annotated[
-        str,
-        typer.Option(
-            metavar="N|all", help="Compare so many answers with `LoGo.generate`, token for token, in float32."
-        ),
+        str, usual("Compare so many answers with `LoGo.generate`, token for token.", metavar="N|all")
     ] = "0",
-    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write everything measured as JSON.")] = None,
+    save: Annotated[Path | None, usual("Write everything measured as JSON.", False, metavar="FILE")] = None,
 ) -> None:
     """Put a server under load by many HTTP clients: throughput, time to first token, time between tokens, errors.
 
@@ -142,13 +114,10 @@ def serve(
             plan, place, lambda: open_engine(engine, base_model), api_key=api_key, begin=_Steps(shown).begin
         )
     show(results, plan, url is None)
-    if json is not None:
-        from logo.folders import replace_file
-
+    if save is not None:
         about = {"url": url, "base_model": base_model, "seed": seed, **described(plan, url is None)}
-        content = jsonlib.dumps({"about": about, **results.as_dict()}, indent=2, ensure_ascii=False)
-        replace_file(json, (content + "\n").encode("utf-8"))
-        note(f"written: {json}")
+        write_json(save, {"about": about, **results.as_dict()})
+        note(f"written: {save}")
     for problem in results.problems:
         err.print(f"[red]logo: problem:[/red] {escape(problem)}")
     for difference in results.differences[:SHOWN]:

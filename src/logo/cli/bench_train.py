@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
 
+from logo.cli.expanded import expanded
 from logo.cli.opening import device_of
-from logo.cli.options import expanded
-from logo.cli.output import err, note, out, size
+from logo.cli.options import usual
+from logo.cli.output import err, note, out, plain_table, size, write_json
 from logo.cli.train_options import DeviceOptions, RecipeOptions
 from logo.errors import UsageError
 
@@ -27,20 +26,19 @@ SHOWN = {"trainer": "PEFT with Trainer", "one": "one by one", "many": "many at o
 def train(
     recipe: RecipeOptions,
     device: DeviceOptions,
-    tasks: Annotated[str, typer.Option(metavar="DIR", help="Folder of TASK.jsonl, as of `logo train`.")],
-    base_model: Annotated[str, typer.Option(help="Hub id, folder, short name or `demo`.")] = "demo",
-    only: Annotated[str, typer.Option(help="Names or patterns of tasks, `a,b*`; empty: all.")] = "",
-    arms: Annotated[str, typer.Option(help="What is measured, in this order.")] = "trainer,one,many",
-    pass_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass of ours.", min=1)] = 2048,
-    threads: Annotated[int | None, typer.Option(help="Of each arm.", show_default="as PyTorch has it", min=1)] = None,
-    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write everything measured as JSON.")] = None,
+    rows: Annotated[str, usual("Folder of TASK.jsonl, as of `logo train`.", metavar="DIR")],
+    base_model: Annotated[str, usual("Hub id, folder, short name or `demo`.")] = "demo",
+    tasks: Annotated[str, usual("Names or patterns of tasks, `a,b*`; empty: all.")] = "",
+    arms: Annotated[str, usual("What is measured, in this order.")] = "trainer,one,many",
+    pass_tokens: Annotated[int, usual("Tokens of one forward pass of ours.", min=1)] = 2048,
+    threads: Annotated[int | None, usual("Of each arm.", "as PyTorch has it", min=1)] = None,
+    save: Annotated[Path | None, usual("Write everything measured as JSON.", metavar="FILE")] = None,
 ) -> None:
     """Train the same tasks in three ways, each in a process of its own: speed, memory, and how good the adapters are.
 
-    Example: `logo bench train --base-model M --tasks examples/ --steps 16 --lr 1e-3`
+    Example: `logo bench train --base-model M --rows examples/ --steps 16 --lr 1e-3`
     """
     from logo.bench.training import ARMS, Wanted, bench_training
-    from logo.folders import replace_file
     from logo.training.tasks import find_tasks
     from logo.training.trainer import Opening
 
@@ -55,7 +53,7 @@ def train(
         raise UsageError("--recipe: the arms have one recipe for all tasks; leave out `tasks:`")
     if recipes.usual.activation != "everywhere":
         raise UsageError("the arms train plain adapters: leave out --activated, --invocation and --last")
-    found = find_tasks(tasks, only=only)
+    found = find_tasks(rows, only=tasks)
     for name, reason in found.refused.items():
         raise UsageError(f"task {name!r}: {reason}")
     for task in found.tasks:
@@ -64,12 +62,7 @@ def train(
                 f"task {task.name!r}: no row is held out to measure on; give it 10 rows, and --held-out 0.1"
             )
     opening = Opening(
-        base_model,
-        device.model_dir,
-        device_of(device.gpu),
-        device.dtype,
-        device.device_map,
-        pass_tokens,
+        base_model, device.model_dir, device_of(device.device), device.dtype, device.device_map, pass_tokens
     )
     wanted = Wanted(opening, found.tasks, recipes.usual, threads)
     with err.status("") as status:
@@ -77,17 +70,14 @@ def train(
     out.print(_table(measured))
     for line in _ratios(measured):
         out.print(line, markup=False)
-    if json is not None:
+    if save is not None:
         content = {"recipe": recipes.usual.as_dict(), "arms": [arm.as_dict() for arm in measured]}
-        replace_file(json, (jsonlib.dumps(content, indent=2) + "\n").encode())
-        note(f"written to {json}")
+        write_json(save, content)
+        note(f"written to {save}")
 
 
 def _table(arms: Sequence[Arm]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("arm")
-    for name in ("tokens", "seconds", "tokens/s", "peak memory", "held-out loss"):
-        table.add_column(name, justify="right")
+    table = plain_table("arm", ">tokens", ">seconds", ">tokens/s", ">peak memory", ">held-out loss")
     for arm in arms:
         loss = statistics.fmean(arm.losses.values())
         row = (f"{arm.tokens:,}", f"{arm.seconds:.1f}", f"{arm.speed:.0f}", size(arm.peak), f"{loss:.4f}")

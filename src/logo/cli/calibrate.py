@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, expanded
-from logo.cli.output import bar, err, note, out, print_json
+from logo.cli.belonging import check_selection_options
+from logo.cli.expanded import expanded, given
+from logo.cli.opening import open_engine, selection_settings
+from logo.cli.options import EngineOptions, usual
+from logo.cli.output import bar, err, note, out, plain_table, print_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
 
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 
 
 @expanded
-def calibrate(
-    engine: EngineOptions,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def calibrate(engine: EngineOptions, json: Annotated[bool, usual("Print JSON.", True, "--json")] = False) -> None:
     """Let every adapter of a pool hear neutral text once, and choose the points where prompts are read.
 
     Other commands do this by themselves when they meet a pool for the first time; here it can be done ahead, looked at,
@@ -31,6 +29,7 @@ def calibrate(
 
     Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters --probe-depth 0.5`
     """
+    check_selection_options(given(), [selection_settings(engine)])
     engine, base_model = or_demo(engine)
     with err.status("Loading and calibrating ..."):
         logo = open_engine(engine, base_model)
@@ -52,11 +51,7 @@ def calibrate(
 
 
 def _table(calibration: Calibration) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("point")
-    table.add_column("contrast", justify="right")
-    table.add_column("")
-    table.add_column("read")
+    table = plain_table("point", ">contrast", "", "read")
     most = max((value for _, value in calibration.ranking), default=0.0) or 1.0
     for point, value in calibration.ranking:
         read = "✓" if point in calibration.points else ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from logo.cli.options import usual
 from logo.cli.output import err, natural_width, note, out, print_json, rich_table, screen
 
 if TYPE_CHECKING:
@@ -24,13 +25,13 @@ def compare(
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Result folder of another run on the same rows.")],
     metric: Annotated[
         str,
-        typer.Option(
-            help="Names or patterns, `rouge-L,extra.*`; `extra.` are the measures beside the official ones.",
-            show_default="the official ones",
+        usual(
+            "Names or patterns, `rouge-L,extra.*`; `extra.` are the measures beside the official ones.",
+            "the official ones",
         ),
     ] = "",
-    seed: Annotated[int, typer.Option(help="Random seed of the intervals and tests.", min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    seed: Annotated[int, usual("Random seed of the intervals and tests.", min=0)] = 0,
+    json: Annotated[bool, usual("Print JSON instead of the table.", True, "--json")] = False,
 ) -> None:
     """Compare two runs row by row: the difference B − A, its interval, and a test whether it could be chance.
 

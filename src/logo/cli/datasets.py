@@ -10,6 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from logo.cli.commands import Commands
+from logo.cli.options import usual
 from logo.cli.output import err, note, print_json, progress, screen
 from logo.errors import DataError, LoGoError, UsageError
 
@@ -20,14 +22,13 @@ if TYPE_CHECKING:
     from logo.evaluation.sources.manifest import Entry
     from logo.evaluation.sources.prepare import Request
 
-app = typer.Typer(invoke_without_command=True)
+app = Commands(invoke_without_command=True)
 
 WIDTH = 160  # of the table where there is no terminal to fit
 
-DataDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of {main}/{sub}/{test,train}.jsonl.")]
+DataDir = Annotated[Path, usual("Folder of {main}/{sub}/{test,train}.jsonl.", metavar="DIR")]
 Source = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="FILE.yaml", help="Your own dataset's declaration; may be given several times."),
+    list[Path] | None, usual("Your own dataset's declaration; may be given several times.", metavar="FILE.yaml")
 ]
 Names = Annotated[
     list[str] | None,
@@ -50,7 +51,7 @@ def list_datasets(
     names: Names = None,
     data_dir: DataDir = Path("./data"),
     source: Source = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, with homepages, citations and notes.")] = False,
+    json: Annotated[bool, usual("Print JSON, with homepages, citations and notes.", True, "--json")] = False,
 ) -> None:
     """List the datasets, and how many rows of each are prepared.
 
@@ -76,21 +77,20 @@ def list_datasets(
 def prepare(
     names: Names = None,
     data_dir: DataDir = Path("./data"),
-    rows: Annotated[int, typer.Option(help="Test rows of each dataset.", min=1)] = 150,
-    train_rows: Annotated[int, typer.Option(help="Train rows, none of them a test row; 0: no file.", min=0)] = 300,
-    seed: Annotated[int, typer.Option(help="Of the draw: the same seed draws the same rows everywhere.")] = 0,
+    limit: Annotated[int, usual("Test rows of each dataset.", min=1)] = 150,
+    train_limit: Annotated[int, usual("Train rows, none of them a test row; 0: no file.", min=0)] = 300,
+    seed: Annotated[int, usual("Of the draw: the same seed draws the same rows everywhere.")] = 0,
     raw: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="DIR", help="Local copies of the sources' files.", show_default="the Hub"),
+        Path | None, usual("Local copies of the sources' files.", "the Hub", "--from", metavar="DIR")
     ] = None,
     source: Source = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    force: Annotated[bool, usual("Replace files that are there.", True, "--force")] = False,
 ) -> None:
     """Fetch datasets from their sources and draw test and train rows, as prompts with gold answers.
 
     With --source and no NAME, only those files' datasets. One that fails does not stop the others (exit code 1).
 
-    Example: `logo data prepare "bbh.*" anli --data-dir ./data --rows 150`
+    Example: `logo data prepare "bbh.*" anli --data-dir ./data --limit 150`
     """
     from logo.evaluation.sources.loading import chosen
     from logo.evaluation.sources.manifest import read_manifest
@@ -103,7 +103,7 @@ def prepare(
         raise UsageError(f"--from {raw}: expected a folder, found {'a file' if raw.exists() else 'nothing'}")
     check_writable(data_dir, "--data-dir")
     manifest = read_manifest(data_dir)
-    request = Request(rows, train_rows, seed, raw)
+    request = Request(limit, train_limit, seed, raw)
     failed = 0
     with progress(disable=not err.is_terminal) as bar:
         task = bar.add_task("datasets", total=len(found))
@@ -246,7 +246,8 @@ def _kept(data_dir: Path, name: str, entry: Entry | None, request: Request) -> s
 
 def _asked(entry: Entry) -> str:
     asked = entry.get("asked", {})
-    return ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in asked.items())
+    names = {"rows": "limit", "train_rows": "train-limit"}
+    return ", ".join(f"--{names.get(key, key)} {value}" for key, value in asked.items())
 
 
 def _rows(counts: Mapping[str, int]) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine
-from logo.cli.options import DEFAULT_SIGNAL, EngineOptions
+from logo.cli.options import DEFAULT_SIGNAL, EngineOptions, usual
 from logo.cli.output import bar, err, out, print_json, progress, weighty
 from logo.models import DEMO
 from logo.pools import DEMO_K
@@ -19,28 +18,28 @@ if TYPE_CHECKING:
 
 
 def demo(
-    selection_strategy: Annotated[
-        str, typer.Option(help="Signal that answers: `calibrated`, `norm`, `entropy`, `norm_z`, `arrow`, `spectr`.")
+    signal: Annotated[
+        str, usual("Signal that answers: `calibrated`, `norm`, `entropy`, `norm_z`, `arrow`, `spectr`.")
     ] = DEFAULT_SIGNAL,
     n_selected_modules: Annotated[
-        int, typer.Option("--n-selected-modules", "-k", help="Adapters selected per prompt.")
+        int, usual("Adapters selected per prompt.", True, "--n-selected-modules", "-k")
     ] = DEMO_K,
-    rows: Annotated[int | None, typer.Option(help="Held-out rows per task.", show_default="all", min=1)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the same numbers as JSON.")] = False,
+    limit: Annotated[int | None, usual("Held-out rows per task.", "all", min=1)] = None,
+    json: Annotated[bool, usual("Print the same numbers as JSON.", True, "--json")] = False,
 ) -> None:
     """Show the main job on the embedded model: base model | LoGo | which adapters, then exact match per task.
 
-    Example: `logo demo --rows 10`
+    Example: `logo demo --limit 10`
     """
     from logo.demo import show
 
-    options = EngineOptions(selection_strategy=selection_strategy, n_selected_modules=n_selected_modules, gpu=-1)
+    options = EngineOptions(signal=signal, n_selected_modules=n_selected_modules, device="cpu")
     logo = open_engine(options, DEMO)
     if not json:
         out.print(
             f"The embedded base model knows {len(logo.names)} skills but not which one you ask for; each adapter "
             f"unlocks one.\nFor every prompt LoGo mixes the {n_selected_modules} adapters that respond most "
-            f"(signal: {selection_strategy}).\n"
+            f"(signal: {signal}).\n"
         )
     answers = show.answers(logo)
     if not json:
@@ -48,7 +47,7 @@ def demo(
     results: list[TaskScore] = []
     with progress(disable=json or not err.is_terminal) as shown:
         task = shown.add_task("held-out rows", total=len(logo.names))
-        for result in show.scores(logo, rows, lambda name: shown.update(task, description=name)):
+        for result in show.scores(logo, limit, lambda name: shown.update(task, description=name)):
             results.append(result)
             shown.advance(task)
     average = show.average(results)
@@ -72,10 +71,7 @@ def _side_by_side(answers: list[Answer]) -> Table:
     table.add_column("adapters selected", ratio=4, no_wrap=True)
     for answer in answers:
         table.add_row(
-            Text(answer.prompt),
-            _judged(answer.base, answer.gold),
-            _judged(answer.logo, answer.gold),
-            _bars(answer),
+            Text(answer.prompt), _judged(answer.base, answer.gold), _judged(answer.logo, answer.gold), _bars(answer)
         )
     return table
 
@@ -116,7 +112,7 @@ def _table(results: list[TaskScore], average: dict[str, float]) -> Table:
 def _report(
     answers: list[Answer], results: list[TaskScore], average: dict[str, float], options: EngineOptions
 ) -> dict[str, object]:
-    signal = str(options.selection_strategy)
+    signal = str(options.signal)
     return {
         "signal": signal,
         "k": options.n_selected_modules,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,26 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from logo.cli.belonging import check_method_options
+from logo.cli.choices import Choice, Context, Engine, Preset
+from logo.cli.expanded import command_line, given
 from logo.cli.forecast import forecast
 from logo.cli.forecast import show as show_forecast
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import asked_k, open_any
-from logo.cli.options import (
-    OFFICIAL_SIGNAL,
-    Choice,
-    Context,
-    Engine,
-    EngineOptions,
-    Preset,
-    RunnerOptions,
-    expanded,
-)
+from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Json, RunnerOptions, rare, usual
 from logo.cli.output import err, note, progress
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.scoreboard import Score, show
 from logo.cli.workers import WorkerOptions, layout_of, opened, progress_of
 from logo.errors import UsageError
-from logo.evaluation.metrics import Kind, checked_kind
+from logo.evaluation.metrics import checked_kind
 
 if TYPE_CHECKING:
     from logo.backends.cluster import Layout
@@ -65,56 +59,36 @@ class Metric(Choice):
 class RowOptions:
     """What is evaluated, and how it is answered."""
 
-    dataset: Annotated[
-        str, typer.Option(help="Name, list `a,b` or pattern `bbh.*`; empty: all in the data folder.")
-    ] = ""
-    data_dir: Annotated[str, typer.Option(help="Rows are read from DATA_DIR/main/sub/test.jsonl.")] = "./data"
-    rows: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Instead of a data folder: a folder of NAME.jsonl, one dataset each.",
-            show_default="none",
-        ),
-    ] = None
+    dataset: Annotated[str, usual("Name, list `a,b` or pattern `bbh.*`; empty: all in the data folder.")] = ""
+    data_dir: Annotated[str, usual("Rows are read from DIR/main/sub/test.jsonl.", metavar="DIR")] = "./data"
+    rows: Annotated[str | None, usual("Or a folder of NAME.jsonl, one dataset each.", "none", metavar="DIR")] = None
     train_rows: Annotated[
         str | None,
-        typer.Option(
+        rare(
+            "Folder of NAME.jsonl with training rows, for methods that need some.",
+            "train.jsonl beside test.jsonl",
             metavar="DIR",
-            help="Folder of NAME.jsonl with training rows, for methods that need some.",
-            show_default="train.jsonl beside test.jsonl",
         ),
     ] = None
     metric: Annotated[
         Metric | None,
-        typer.Option(
-            help="What answers are worth, for all datasets: `em_first` is exact match with the first gold text, `em` "
-            "and `em_multi` with any of them.",
-            show_default="what NAME.yaml says beside NAME.jsonl, else by the dataset's name",
+        rare(
+            "How answers are judged, for all datasets: `em_first` is exact match with the first gold text, `em` and "
+            "`em_multi` with any of them.",
+            "what NAME.yaml says beside NAME.jsonl, else by the dataset's name",
         ),
     ] = None
-    limit: Annotated[int | None, typer.Option(help="Only the first rows of each dataset.", show_default="all")] = None
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            help="Prompts per forward pass, halved if memory does not suffice; `--probe-context carry` still probes "
-            "one by one, and `--engine vllm` is given 256 at once.",
-            min=1,
-        ),
-    ] = 1
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256
+    limit: Annotated[int | None, usual("Only the first rows of each dataset.", "all")] = None
+    batch_size: Annotated[int, usual("Prompts per forward pass.", min=1)] = 1
+    max_new_tokens: Annotated[int, usual("Longest answer, in tokens.", min=1)] = 256
     generation_early_stop: Annotated[
-        bool, typer.Option("--generation-early-stop", help="Stop generating at the first newline.")
+        bool, rare("Stop generating at the first newline.", True, "--generation-early-stop")
     ] = False
     overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Begin again, whatever is done or half done already, even if it is another run's."
-        ),
+        bool, usual("Begin again, whatever is done already, even by another run.", True, "--overwrite")
     ] = False
     mix_environments: Annotated[
-        bool,
-        typer.Option("--mix-environments", help="Go on with what other versions or another kind of device have begun."),
+        bool, rare("Go on with what other versions or another kind of device have begun.", True, "--mix-environments")
     ] = False
 
 
@@ -122,32 +96,32 @@ class RowOptions:
 class RunOptions(RowOptions):
     """The same, and where results go."""
 
-    result_dir: Annotated[str, typer.Option(help="Where result folders are made.")] = "results"
-    seed: Annotated[int, typer.Option(help="Random seed; part of the result folder's name.", min=0)] = 0
+    result_dir: Annotated[str, usual("Where result folders are made.", metavar="DIR")] = "results"
+    seed: Annotated[int, usual("Random seed; part of the result folder's name.", min=0)] = 0
     shard: Annotated[
         str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Answer only part I of N; `logo eval merge` puts the parts together.",
-            show_default="all rows",
-        ),
+        rare("Answer only part I of N; `logo eval merge` puts the parts together.", "all rows", metavar="I/N"),
     ] = None
     run_name: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Added to the result folder's name, to keep several runs beside each other.",
-            show_default="none",
-        ),
+        rare("Added to the result folder's name, to keep several runs beside each other.", "none", metavar="NAME"),
     ] = None
-    save_dir: Annotated[str, typer.Option(help="Accepted for the official command line; not used.", hidden=True)] = ""
-    preset: Annotated[
-        Preset | None,
-        typer.Option(help="`official`: all as the authors' script does (see docs), so that numbers can be compared."),
-    ] = None
+    save_dir: Annotated[str, rare("Accepted for the official command line; not used.")] = ""
+    preset: Annotated[Preset | None, usual("All as the authors' script does, for its published numbers.")] = None
 
 
-@expanded
+@dataclass(frozen=True)
+class Asked:
+    """What one evaluation is asked for; `command` as the command line said it."""
+
+    engine: EngineOptions
+    runner: RunnerOptions
+    run: RunOptions
+    method: Method | None
+    base_model: str
+    command: Mapping[str, Any]
+
+
 def evaluate(
     engine: EngineOptions,
     runner: RunnerOptions,
@@ -155,26 +129,24 @@ def evaluate(
     method: MethodOptions,
     cluster: WorkerOptions,
     estimate: Annotated[
-        bool,
-        typer.Option("--estimate", help="Say what it takes (downloads, memory, rows, hours), and write no results."),
+        bool, usual("Say what it takes (memory, hours, ...), and write no results.", True, "--estimate")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the lines.")] = False,
+    json: Json = False,
 ) -> None:
     """Evaluate on datasets; writes one result folder for each.
 
-    A run that was interrupted goes on where it stopped when the same command is given again; datasets that are done are
-    not answered again.
+    The same command goes on where a run was interrupted; datasets that are done are not answered again.
 
     Example: `logo eval run --dataset bbh.boolean_expressions --base-model Llama-3.1-8B`
     """
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.resume import ResumePolicy
 
-    check_baseline(engine.baseline.value)
+    check_baseline(engine.reference.value)
     base_model = engine.base_model or OFFICIAL_BASE
     engine = replace(
         engine,
-        selection_strategy=engine.selection_strategy or OFFICIAL_SIGNAL,
+        signal=engine.signal or OFFICIAL_SIGNAL,
         # What is remembered of other prompts would show in the last digits of scores, and in an interrupted run other
         # prompts came before.
         prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
@@ -184,24 +156,24 @@ def evaluate(
             raise UsageError("--estimate: what the engine 'vllm' takes is said by `logo plan`")
         # Rows run together as vLLM schedules them: it is given many at once.
         run = replace(run, batch_size=max(run.batch_size, VLLM_BATCH))
-    chosen = _method(method, engine, run)
+    asked = Asked(engine, runner, run, _method(method, engine, run), base_model, command_line())
     layout = layout_of(cluster, engine)
     if layout is not None and _carries(engine, run):
         raise UsageError("workers: with --probe-context carry a row depends on the row before; answer rows in one go")
-    jobs = _jobs(engine, run, chosen, base_model, writes=not estimate)
+    jobs = _jobs(asked, writes=not estimate)
     if estimate:
-        opened = functools.partial(_open, engine, runner, run, chosen, base_model)
-        picks = None if chosen is None else chosen.picks
+        opened = functools.partial(_open, asked)
+        picks = None if asked.method is None else asked.method.picks
         found = forecast(engine, base_model, run.preset, jobs, run.batch_size, run.max_new_tokens, opened, picks)
         show_forecast(found, json=json)
         return
     with ExitStack() as stack:
         session: Evaluation
         if layout is None:
-            session = _open(engine, runner, run, chosen, base_model)
+            session = _open(asked)
             stack.enter_context(closing(session.logo))
         else:
-            session = _in_workers(layout, engine, runner, run, chosen, base_model)
+            session = _in_workers(layout, asked)
             stack.enter_context(session.workers)
         plans = session.plans(jobs, ResumePolicy(run.overwrite, run.mix_environments))
         scores, lost = _answered(session, plans, json=json)
@@ -247,36 +219,26 @@ def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> M
     from logo.evaluation.results import LOGO
 
     method = make_method(options, k=engine.n_selected_modules, seed=run.seed)
+    check_method_options(given(), [method])
     return None if method.label == LOGO else method
 
 
-def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_model: str, *, writes: bool) -> list[Job]:
+def _jobs(asked: Asked, *, writes: bool) -> list[Job]:
     """Everything that can be wrong with data and results, looked at before hours are spent."""
-    from logo.evaluation.jobs import find_jobs
     from logo.evaluation.results import LOGO, run_folder
     from logo.evaluation.shards import Shard
     from logo.folders import check_writable
     from logo.pools import default_k
 
+    engine, run, method, base_model = asked.engine, asked.run, asked.method, asked.base_model
     shard = None if run.shard is None else Shard.parse(run.shard)
     if shard is not None and _carries(engine, run):
         raise UsageError("shard: with --probe-context carry a row depends on the row before; answer all rows in one go")
     k = asked_k(engine, run.preset) or default_k(base_model, engine.adapters)
     k = k if method is None or method.picks is None else method.picks
     label = LOGO if method is None else method.label
-    folder = run_folder(run.result_dir, base_model, str(engine.selection_strategy), k, run.seed, label, run.run_name)
-    jobs, missing = find_jobs(
-        folder,
-        run.dataset,
-        data_dir=run.data_dir,
-        rows=run.rows,
-        train_rows=run.train_rows,
-        limit=run.limit,
-        metric=metric_of(run),
-        official=run.preset is Preset.OFFICIAL,
-    )
-    if missing:
-        err.print(f"logo: warning: not in {run.data_dir}, left out: {', '.join(missing)}", markup=False)
+    folder = run_folder(run.result_dir, base_model, str(engine.signal), k, run.seed, label, run.run_name)
+    jobs = jobs_of(run, folder, official=run.preset is Preset.OFFICIAL)
     first = [job.dataset for job in jobs if job.metric == "em_first"]
     if first:
         err.print(
@@ -290,9 +252,23 @@ def _jobs(engine: EngineOptions, run: RunOptions, method: Method | None, base_mo
     return jobs if shard is None else [job.cut(shard, run.batch_size) for job in jobs]
 
 
-def metric_of(rows: RowOptions) -> Kind | None:
-    """The metric that the user asked for."""
-    return None if rows.metric is None else checked_kind(rows.metric.value, "--metric")
+def jobs_of(rows: RowOptions, folder: Path, *, official: bool = False) -> list[Job]:
+    """The datasets that the options name, with their rows; says which of them are not there."""
+    from logo.evaluation.jobs import find_jobs
+
+    jobs, missing = find_jobs(
+        folder,
+        rows.dataset,
+        data_dir=rows.data_dir,
+        rows=rows.rows,
+        train_rows=rows.train_rows,
+        limit=rows.limit,
+        metric=None if rows.metric is None else checked_kind(rows.metric.value, "--metric"),
+        official=official,
+    )
+    if missing:
+        err.print(f"logo: warning: not in {rows.data_dir}, left out: {', '.join(missing)}", markup=False)
+    return jobs
 
 
 def _carries(engine: EngineOptions, run: RunOptions) -> bool:
@@ -301,23 +277,22 @@ def _carries(engine: EngineOptions, run: RunOptions) -> bool:
     return engine.probe_context is Context.CARRY
 
 
-def _open(
-    engine: EngineOptions, runner: RunnerOptions, run: RunOptions, method: Method | None, base_model: str
-) -> Session:
+def _open(asked: Asked) -> Session:
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
     from logo.evaluation.session import Session
     from logo.mixing import EXACT
     from logo.opening import OFFICIAL_TRUNCATION
 
+    run, method, base_model = asked.run, asked.method, asked.base_model
     official = run.preset is Preset.OFFICIAL
     started = time.perf_counter()
     truncation = OFFICIAL_TRUNCATION if official else None
     merge = EXACT if method is None else method.merging
-    logo = open_any(engine, runner, base_model, preset=run.preset, truncation=truncation, merge=merge)
+    logo = open_any(asked.engine, asked.runner, base_model, preset=run.preset, truncation=truncation, merge=merge)
     pool = pool_digests(logo)
     loading = time.perf_counter() - started
-    asked = {"base_model": base_model, **asdict(engine), **asdict(runner), **asdict(run)}
+    options = {"base_model": base_model, **asdict(asked.engine), **asdict(asked.runner), **asdict(run)}
     named = {"method": LOGO if method is None else method.label, "merge": logo.merge.kind}
     return Session(
         logo,
@@ -327,41 +302,36 @@ def _open(
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
         generation=_generation_options(logo, official, run.generation_early_stop),
-        options={**asked, **resolved(logo), **named},
+        options={**options, **resolved(logo), **named, "command": asked.command},
         loading=loading,
         method=method,
     )
 
 
-def _in_workers(
-    layout: Layout,
-    engine: EngineOptions,
-    runner: RunnerOptions,
-    run: RunOptions,
-    method: Method | None,
-    base_model: str,
-) -> InWorkers:
+def _in_workers(layout: Layout, asked: Asked) -> InWorkers:
     from logo.evaluation.workers import InWorkers, facts_of
 
-    open_ = functools.partial(_answerer, everywhere(engine), runner, run, anywhere(method), absolute(base_model))
-    workers = opened(layout, engine, base_model, open_, facts_of, run.preset)
+    run = asked.run
+    there = replace(
+        asked, engine=everywhere(asked.engine), method=anywhere(asked.method), base_model=absolute(asked.base_model)
+    )
+    open_ = functools.partial(_answerer, there)
+    workers = opened(layout, asked.engine, asked.base_model, open_, facts_of, run.preset)
     return InWorkers(
         workers,
         workers.description,
         seed=run.seed,
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
-        method=method,
+        method=asked.method,
     )
 
 
-def _answerer(
-    engine: EngineOptions, runner: RunnerOptions, run: RunOptions, method: Method | None, base_model: str
-) -> Answerer:
+def _answerer(asked: Asked) -> Answerer:
     """What a worker opens."""
     from logo.evaluation.workers import Answerer
 
-    session = _open(engine, runner, run, method, base_model)
+    session = _open(asked)
     return Answerer(lambda key: session)
 
 
@@ -377,10 +347,7 @@ def _stored(plan: Plan) -> Score:
 def _generation_options(logo: Calls, official: bool, early_stop: bool) -> dict[str, Any]:
     if not official:
         return {"stop_at_newline": early_stop}
-    return {
-        "stop_at_newline": "official" if early_stop else False,
-        "generation_config": logo.model.generation_config,
-    }
+    return {"stop_at_newline": "official" if early_stop else False, "generation_config": logo.model.generation_config}
 
 
 def resolved(logo: Calls) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import typer
-
 from logo.cli import compare, evaluate, lm_eval, merge_results, report, study, sweep
+from logo.cli.commands import Commands
+from logo.cli.expanded import expanded
 
-app = typer.Typer(help="Evaluate on datasets; compare, merge and report results.", no_args_is_help=True)
+app = Commands(help="Evaluate on datasets; compare, merge and report results.", no_args_is_help=True)
 
 
 @app.callback()
@@ -14,7 +14,7 @@ def evaluations() -> None:
     """Evaluate on datasets; compare, merge and report results."""
 
 
-app.command("run")(evaluate.evaluate)
+app.command("run")(expanded(evaluate.evaluate))
 app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)

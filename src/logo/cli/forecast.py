@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from logo.cli.choices import Preset
 from logo.cli.opening import asked_k, device_of
-from logo.cli.options import EngineOptions, Preset
+from logo.cli.options import EngineOptions
 from logo.cli.output import out, print_json, size
 from logo.errors import HubError, LoGoError
 
@@ -102,7 +103,7 @@ def _memory(
     asked = engine.dtype or ("float32" if preset is Preset.OFFICIAL else "auto")
     if asked == "auto":
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-        asked = "float32" if device_of(engine.gpu) == "cpu" else own
+        asked = "float32" if device_of(engine.device) == "cpu" else own
     prompts = [job.rows[place].context for job in jobs for place in job.places]
     tokens, exact = _longest(prompts, base_model, engine.model_dir, here)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens + max_new_tokens

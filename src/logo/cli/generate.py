@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from logo.cli.expanded import command_line, expanded
 from logo.cli.opening import open_any
-from logo.cli.options import Candidates, EngineOptions, RunnerOptions, expanded
-from logo.cli.output import err, note, out, print_json, selection_line, selection_table
-from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_prompts
+from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, rare, usual
+from logo.cli.output import err, note, out, print_json, selection_line, selection_table, write_json
+from logo.cli.prompts import Chat, PromptsFile, System, as_asked, forced, or_demo, read_prompts
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,48 +26,38 @@ def generate(
     engine: EngineOptions,
     runner: RunnerOptions,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    prompts: PromptsFile = None,
     chat: Chat = False,
     system: System = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Longest answer, in tokens.", show_default="256, or half of the context"),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 8,
+    max_new_tokens: Annotated[int | None, usual("Longest answer, in tokens.", "256, or half of the context")] = None,
+    batch_size: Annotated[int, rare("Prompts per forward pass.")] = 8,
     adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME[=WEIGHT]", help="Use this adapter instead of selecting (repeatable)."),
+        list[str] | None, usual("Use this adapter instead of selecting (repeatable).", metavar="NAME[=WEIGHT]")
     ] = None,
     candidate: Candidates = None,
     compare: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Answer one prompt several times: as selected, with each of the best N adapters alone, and with none.",
-            min=1,
-            show_default="off",
-        ),
+        usual("Also answer with each of the best N adapters alone, and with none.", False, metavar="N", min=1),
     ] = None,
-    base_only: Annotated[bool, typer.Option("--base-only", help="Use no adapter at all.")] = False,
+    base_only: Annotated[bool, usual("Use no adapter at all.", True, "--base-only")] = False,
     generation_early_stop: Annotated[
-        bool, typer.Option("--generation-early-stop", help="Stop at the end of the answer's first line.")
+        bool, rare("Stop at the end of the answer's first line.", True, "--generation-early-stop")
     ] = False,
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Sample instead of greedy decoding (see --temperature).")
-    ] = False,
-    temperature: Annotated[float | None, typer.Option(help="With --sample.", min=0.0, show_default="1.0")] = None,
-    top_p: Annotated[float | None, typer.Option(help="With --sample.", min=0.0, max=1.0, show_default="1.0")] = None,
-    seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list for several prompts.")] = False,
+    sample: Annotated[bool, usual("Sample instead of greedy decoding (--help-all).", True, "--sample")] = False,
+    temperature: Annotated[float | None, rare("With --sample.", "1.0", min=0.0)] = None,
+    top_p: Annotated[float | None, rare("With --sample.", "1.0", min=0.0, max=1.0)] = None,
+    seed: Annotated[int, rare("For --sample.")] = 0,
+    json: Json = False,
+    save: Annotated[Path | None, usual("Write answers and options as JSON, too.", False, metavar="FILE")] = None,
 ) -> None:
     """Answer prompts, each with the mixture of adapters it selects.
 
     Example: `logo generate "What is 7 plus 5?"`
     """
-    prompts = read_prompts(prompt, file)
-    asked = as_asked(prompts, chat, system)
+    texts = read_prompts(prompt, prompts)
+    asked = as_asked(texts, chat, system)
     mixture: Any = forced(adapter, base_only)
-    if compare is not None and (len(prompts) != 1 or mixture is not None):
+    if compare is not None and (len(texts) != 1 or mixture is not None):
         raise UsageError("--compare: expected one prompt, without --adapter and --base-only, which say what is mixed")
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
     engine, base_model = or_demo(engine)
@@ -78,8 +69,8 @@ def generate(
         if compare is not None:
             selection = logo.select(asked[0], max_new_tokens=max_new_tokens, candidates=options.pop("candidates"))
             mixture = [selection, *({name: 1.0} for name in selection.adapters[:compare]), {}]
-            prompts, asked = prompts * len(mixture), asked * len(mixture)
-        elif len(prompts) == 1 and not json and not generation_early_stop and sys.stdout.isatty():
+            texts, asked = texts * len(mixture), asked * len(mixture)
+        elif len(texts) == 1 and not json and save is None and not generation_early_stop and sys.stdout.isatty():
             _stream(logo, asked[0], mixture, max_new_tokens=max_new_tokens, **options)
             return
         answers = logo.generate(
@@ -90,13 +81,15 @@ def generate(
             stop_at_newline=generation_early_stop,
             **options,
         )
+    records = [_record(p, answer) for p, answer in zip(texts, answers, strict=True)]
     if json:
-        records = [_record(p, answer) for p, answer in zip(prompts, answers, strict=True)]
         print_json(records[0] if len(records) == 1 else records)
-        return
-    for answer in answers:
+    for answer in [] if json else answers:
         out.print(answer.text.strip(), markup=False)
         note(f"  {selection_line(answer.selection)}")
+    if save is not None:
+        write_json(save, {"command": command_line(), "answers": records})
+        note(f"written: {save}")
 
 
 def _stream(logo: Calls, prompt: Any, mixture: Any, *, max_new_tokens: int | None, **options: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from logo.cli.options import usual
 from logo.cli.scoreboard import Score, show
 
 
@@ -20,11 +21,10 @@ def merge_results(
         ),
     ],
     mix_environments: Annotated[
-        bool,
-        typer.Option("--mix-environments", help="Accept shards of several versions or kinds of device."),
+        bool, usual("Accept shards of several versions or kinds of device.", True, "--mix-environments")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merged result of another run.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the lines.")] = False,
+    overwrite: Annotated[bool, usual("Replace a merged result of another run.", True, "--overwrite")] = False,
+    json: Annotated[bool, usual("Print JSON instead of the lines.", True, "--json")] = False,
 ) -> None:
     """Merge the shards of an evaluation into the files that one process would have written.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from logo.cli.options import Choice
+from logo.cli.choices import Choice
+from logo.cli.options import rare, usual
 
 if TYPE_CHECKING:
     from logo.baselines import Method
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 METHOD = "Method"
 DEFAULT_EMBEDDING = "sentence-transformers/all-MiniLM-L6-v2"
+_method = functools.partial(rare, panel=METHOD)
 
 
 class Sign(Choice):
@@ -36,83 +37,55 @@ class MethodOptions:
 
     method: Annotated[
         str,
-        typer.Option(
-            help="Who selects: `logo`, `base`, `uniform`, `random`, `oracle`, `best-single`, `lorahub`, "
-            "`loraretriever`, `adaptersoup`, `lorauter`, `arrow`, `spectr` or `seqr`.",
-            rich_help_panel=METHOD,
+        usual(
+            "`logo`, `base`, `uniform`, `random`, `oracle`, `best-single`, `lorahub`, `loraretriever`, `adaptersoup`, "
+            "`lorauter`, `arrow`, `spectr` or `seqr`."
         ),
     ] = "logo"
     merge: Annotated[
         str | None,
-        typer.Option(
-            help="How selected adapters are combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
+        _method(
+            "How selected adapters are combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
             "`dare_ties`, or token by token `arrow`, `spectr` or `seqr`.",
-            show_default="the method's: mixture; lorahub, adaptersoup: fusion",
-            rich_help_panel=METHOD,
+            "the method's: mixture; lorahub, adaptersoup: fusion",
         ),
     ] = None
-    merge_density: Annotated[
-        float, typer.Option(help="Share of entries that `ties` and `dare` keep.", rich_help_panel=METHOD)
-    ] = 0.5
+    merge_density: Annotated[float, _method("Share of entries that `ties` and `dare` keep.")] = 0.5
     merge_sign: Annotated[
-        Sign,
-        typer.Option(
-            help="How `ties` elects a sign: by the sum of the entries, or by the number of adapters.",
-            rich_help_panel=METHOD,
-        ),
+        Sign, _method("How `ties` elects a sign: by the sum of the entries, or by the number of adapters.")
     ] = Sign.TOTAL
-    arrow_top_k: Annotated[
-        int, typer.Option(help="Adapters per token and module of `arrow` and `spectr`.", rich_help_panel=METHOD)
-    ] = 3
-    arrow_temperature: Annotated[
-        float, typer.Option(help="Temperature of the softmax of `arrow` and `spectr`.", rich_help_panel=METHOD)
-    ] = 1.0
+    arrow_top_k: Annotated[int, _method("Adapters per token and module of `arrow` and `spectr`.")] = 3
+    arrow_temperature: Annotated[float, _method("Temperature of the softmax of `arrow` and `spectr`.")] = 1.0
     shots: Annotated[
         int | None,
-        typer.Option(
-            help="Labelled rows to learn from; `lorauter`: of each task.",
-            show_default="best-single: 16; lorahub: 5; lorauter: 8",
-            rich_help_panel=METHOD,
-        ),
+        _method("Labelled rows to learn from; `lorauter`: of each task.", "best-single: 16; lorahub: 5; lorauter: 8"),
     ] = None
-    lorahub_budget: Annotated[
-        int, typer.Option(help="Mixtures that `lorahub` tries per dataset.", rich_help_panel=METHOD)
-    ] = 40
+    lorahub_budget: Annotated[int, _method("Mixtures that `lorahub` tries per dataset.")] = 40
     retriever_variant: Annotated[
         Variant,
-        typer.Option(
-            help="`loraretriever`: mix the outputs of the k closest adapters, fuse their factors, or take the closest.",
-            rich_help_panel=METHOD,
-        ),
+        _method("`loraretriever`: mix the outputs of the k closest adapters, fuse their factors, or take the closest."),
     ] = Variant.MIXTURE
     adapter_samples: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of NAME.jsonl with rows of the training task of adapter NAME, for `loraretriever` and "
+        _method(
+            "Folder of NAME.jsonl with rows of the training task of adapter NAME, for `loraretriever` and "
             "`adaptersoup`.",
-            rich_help_panel=METHOD,
+            metavar="DIR",
         ),
     ] = None
     validation_rows: Annotated[
         Path | None,
-        typer.Option(
+        _method(
+            "Folder of TASK.jsonl with labelled rows, by which `lorauter` finds similar tasks and tries adapters.",
+            "as --adapter-samples",
             metavar="DIR",
-            help="Folder of TASK.jsonl with labelled rows, by which `lorauter` finds similar tasks and tries adapters.",
-            show_default="as --adapter-samples",
-            rich_help_panel=METHOD,
         ),
     ] = None
-    samples_per_adapter: Annotated[
-        int, typer.Option(help="Number of rows to read from each of these files.", rich_help_panel=METHOD)
-    ] = 20
-    embedding_model: Annotated[
-        str,
-        typer.Option(help="Any sentence-transformers model: a folder or a Hub id.", rich_help_panel=METHOD),
-    ] = DEFAULT_EMBEDDING
-    embedding_instruction: Annotated[
-        str, typer.Option(help="Instruction before every text that is embedded.", rich_help_panel=METHOD)
-    ] = ""
+    samples_per_adapter: Annotated[int, _method("Number of rows to read from each of these files.")] = 20
+    embedding_model: Annotated[str, _method("Any sentence-transformers model: a folder or a Hub id.")] = (
+        DEFAULT_EMBEDDING
+    )
+    embedding_instruction: Annotated[str, _method("Instruction before every text that is embedded.")] = ""
 
 
 def make_method(

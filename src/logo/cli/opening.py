@@ -8,17 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.pool import DEFAULT_K
-from logo.cli.options import (
-    DEFAULT_PREFIX_CACHE_GB,
-    DEFAULT_SIGNAL,
-    Choice,
-    Context,
-    Engine,
-    EngineOptions,
-    OnBad,
-    Preset,
-    RunnerOptions,
-)
+from logo.cli.belonging import check_selection_options
+from logo.cli.choices import Choice, Context, Engine, OnBad, Preset
+from logo.cli.expanded import given
+from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, EngineOptions, RunnerOptions
 from logo.cli.output import err, progress
 from logo.errors import StorageError, UsageError
 
@@ -63,7 +56,7 @@ def selection_settings(options: EngineOptions, preset: Preset | None = None) -> 
 
     official = preset is Preset.OFFICIAL
     return SelectionSettings(
-        signal=options.selection_strategy or DEFAULT_SIGNAL,
+        signal=options.signal or DEFAULT_SIGNAL,
         k=asked_k(options, preset),
         weighting=_value(options.weighting),
         weight_temperature=options.weight_temperature,
@@ -80,7 +73,7 @@ def selection_settings(options: EngineOptions, preset: Preset | None = None) -> 
         probe_points=_points(options.probe_points),
         activation=options.activation,
         when_not_invoked=options.when_not_invoked,
-        baseline=options.baseline.value,
+        baseline=options.reference.value,
         calibration_prompts=_lines(options.calibration_prompts),
         cache=options.cache,
         prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
@@ -137,7 +130,7 @@ def open_base(options: EngineOptions, base_model: str, preset: Preset | None = N
     pool = open_pool(options, base_model, preset)
     model, tokenizer = load_base(
         base_model,
-        device=device_of(options.gpu),
+        device=device_of(options.device),
         dtype=options.dtype or ("float32" if preset is Preset.OFFICIAL else "auto"),
         device_map=options.device_map,
         model_dir=options.model_dir,
@@ -166,15 +159,19 @@ def open_any(
     from logo.mixing import EXACT
 
     asked, merge = _vllm_options(runner), merge or EXACT
+    settings = selection_settings(options, preset)
+    check_selection_options(given(), [settings])
     if runner.engine is Engine.LOCAL:
         local = open_engine(options, base_model, preset=preset, truncation=truncation)
         local.merge = merge
         return local
-    for name, value in (("--allow-pickle", options.allow_pickle), ("--gpu", options.gpu > 0)):
+    for name, value in (
+        ("--allow-pickle", options.allow_pickle),
+        ("--device", options.device not in ("auto", "cpu", "cuda", "cuda:0")),
+    ):
         if value:
-            hint = "set CUDA_VISIBLE_DEVICES" if name == "--gpu" else "leave it out"
+            hint = "set CUDA_VISIBLE_DEVICES" if name == "--device" else "leave it out"
             raise UsageError(f"{name}: the engine 'vllm' has no such option; {hint}")
-    settings = selection_settings(options, preset)
     # Before vLLM is imported: what it says is none of this command's answers.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -211,11 +208,21 @@ def _vllm_options(runner: RunnerOptions) -> dict[str, Any]:
     return json_object(text, "--vllm-options")
 
 
-def device_of(gpu: int) -> str:
-    """The device behind `--gpu`."""
+def device_of(name: str) -> str:
+    """The device that `--device` names; a bare number is a GPU's where there is one, as with the official `--gpu`.
+
+    Raises:
+        UsageError: a GPU that is not there.
+    """
     import torch
 
-    return f"cuda:{gpu}" if gpu >= 0 and torch.cuda.is_available() else "cpu"
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto" or name.isdigit():
+        return f"cuda:{0 if name == 'auto' else name}" if there else "cpu"
+    number = int(name.partition(":")[2] or 0)
+    if name.startswith("cuda") and number >= there:
+        raise UsageError(f"--device {name}: PyTorch sees {there} GPUs here; use auto or cpu, or another number")
+    return name if name == "cpu" else f"cuda:{number}"
 
 
 def _value(choice: Choice | None) -> Any:

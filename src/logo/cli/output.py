@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
@@ -84,6 +85,14 @@ def _fields(column: tables.Column, cell: tables.Cell | None, intervals: bool) ->
         yield text
 
 
+def plain_table(*headings: str) -> Table:
+    """A table without lines; a heading that begins with `>` is one of numbers, which are aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+    return table
+
+
 def note(message: str) -> None:
     """Something worth knowing that is not the answer: stderr, so that stdout can be piped."""
     err.print(f"[dim]{message}[/dim]")
@@ -93,6 +102,17 @@ def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
     sys.stdout.write("\n")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """The same in a file, complete or not at all.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    from logo.folders import replace_file
+
+    replace_file(file, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
 
 
 def size(count: int) -> str:

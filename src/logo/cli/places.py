@@ -6,9 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from logo.cli.options import EngineOptions
+from logo.cli.options import EngineOptions, rare
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,31 +17,24 @@ PROCESSES = "Several processes"
 
 Ray = Annotated[
     str | None,
-    typer.Option(
+    rare(
+        "`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
+        "local, where several processes are asked for",
         metavar="WHERE",
-        help="`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
-        show_default="local, where several processes are asked for",
-        rich_help_panel=PROCESSES,
+        panel=PROCESSES,
     ),
 ]
 Gpus = Annotated[
-    float | None,
-    typer.Option(
-        metavar="G",
-        help="GPUs of each process.",
-        show_default="1 where there are GPUs, else 0",
-        min=0.0,
-        rich_help_panel=PROCESSES,
-    ),
+    float | None, rare("GPUs of each process.", "1 where there are GPUs, else 0", metavar="G", min=0.0, panel=PROCESSES)
 ]
 Cpus = Annotated[
     int | None,
-    typer.Option(
+    rare(
+        "CPU cores, and threads, of each process.",
+        "local: an equal share of all; else 1",
         metavar="C",
-        help="CPU cores, and threads, of each process.",
-        show_default="local: an equal share of all; else 1",
         min=1,
-        rich_help_panel=PROCESSES,
+        panel=PROCESSES,
     ),
 ]
 
@@ -67,7 +58,7 @@ def check_devices(engine: EngineOptions, what: str, gpus: str) -> None:
         what: the processes.
         gpus: the option to use instead.
     """
-    for name in ("gpu", "device_map"):
+    for name in ("device", "device_map"):
         if getattr(engine, name) != getattr(EngineOptions(), name):
             raise UsageError(f"--{name.replace('_', '-')}: {what} get their devices from Ray; use {gpus}")
 

@@ -6,13 +6,11 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.table import Table
-
 from logo.adapters.pool import DEFAULT_K
+from logo.cli.choices import Choice
 from logo.cli.opening import quiet_transformers, selection_settings
-from logo.cli.options import Choice, EngineOptions
-from logo.cli.output import natural_width, out, print_json, screen, size
+from logo.cli.options import EngineOptions, usual
+from logo.cli.output import natural_width, out, plain_table, print_json, screen, size
 from logo.errors import UsageError, closest
 
 if TYPE_CHECKING:
@@ -45,49 +43,32 @@ class PlannedMode(Choice):
 
 
 def plan(
-    base_model: Annotated[str, typer.Option(help="Hub id, folder or short name; only its configuration is read.")],
+    base_model: Annotated[str, usual("Hub id, folder or short name; only its configuration is read.")],
     adapters: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|DIR_OR_REPO",
-            help="A number of adapters, or a pool.",
-            show_default="the base model's own",
-        ),
+        str | None, usual("A number of adapters, or a pool.", "the base model's own", metavar="N|DIR_OR_REPO")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of each of N adapters.", show_default="16")] = None,
+    rank: Annotated[int | None, usual("Rank of each of N adapters.", "16")] = None,
     targets: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="Modules that each of N adapters adapts.",
-            show_default="all-linear",
-        ),
+        str | None, usual("Modules that each of N adapters adapts.", "all-linear", metavar="NAME,...")
     ] = None,
     n_selected_modules: Annotated[
-        int | None, typer.Option("--n-selected-modules", "-k", help="Adapters per mixture.", show_default="20; demo: 3")
+        int | None, usual("Adapters per mixture.", "20; demo: 3", "--n-selected-modules", "-k")
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 64,
+    concurrency: Annotated[int, usual("Requests at a time.")] = 64,
     context: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of a request, prompt and answer.", show_default="4096, or as many as the model reads"
-        ),
+        int | None, usual("Tokens of a request, prompt and answer.", "4096, or as many as the model reads")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's; bfloat16 instead of float32).")
+        str, usual("float32, bfloat16, float16 or auto (the checkpoint's; bfloat16 instead of float32).")
     ] = "auto",
-    gpu: Annotated[
-        str | None, typer.Option(metavar="NAME|GB", help=f"{', '.join(GPUS)}, or its memory in 10⁹ bytes.")
-    ] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of a GPU's memory that vLLM may take.")] = 0.9,
+    gpu: Annotated[str | None, usual(f"{', '.join(GPUS)}, or its memory in 10⁹ bytes.", metavar="NAME|GB")] = None,
+    tensor_parallel: Annotated[int, usual("GPUs that share the model.")] = 1,
+    gpu_memory_utilization: Annotated[float, usual("Share of a GPU's memory that vLLM may take.")] = 0.9,
     mode: Annotated[
-        PlannedMode, typer.Option(help="A slot per adapter (gate) or per request (merge); auto: the smaller one.")
+        PlannedMode, usual("A slot per adapter (gate) or per request (merge); auto: the smaller one.")
     ] = PlannedMode.AUTO,
-    model_dir: Annotated[
-        str, typer.Option(help="Folder that is searched first for base models and adapters.")
-    ] = "./hf_models",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
+    model_dir: Annotated[str, usual("Folder that is searched first for base models and adapters.")] = "./hf_models",
+    json: Annotated[bool, usual("Print JSON, in bytes.", True, "--json")] = False,
 ) -> None:
     """Compute the memory of a base model and a pool inside vLLM, and the better way to mix there.
 
@@ -174,10 +155,7 @@ def _plain(found: Plan, shape: ModelShape, pool: PoolShape, context: int, concur
 
 def _print(found: Plan, shape: ModelShape, pool: PoolShape, dtype: str, context: int, concurrency: int) -> None:
     slots, each = found.slots, "" if found.tensor_parallel == 1 else f", on each of {found.tensor_parallel} GPUs"
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("part")
-    table.add_column("size", justify="right")
-    table.add_column(f"what{each}")
+    table = plain_table("part", ">size", f"what{each}")
     quantised = f", {shape.bits:g} bits in its layers" if shape.quantised else ""
     table.add_row("weights", size(found.weights), f"{shape.parameters:,} parameters in {dtype}{quantised}")
     table.add_row("adapter slots", size(slots.bytes), f"{slots.mode}: {slots.count:,} slots of rank {slots.rank}")

@@ -6,17 +6,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from logo.cli.options import EngineOptions
+from logo.cli.options import EngineOptions, usual
 from logo.cli.output import note
 from logo.errors import StorageError, UsageError
 from logo.models import DEMO
 
-Chat = Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message: apply the model's chat template.")]
-System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="A system message before it, which selects nothing; implies --chat.")
-]
+PromptsFile = Annotated[Path | None, usual("A file with one prompt per line.", True, "--prompts", metavar="FILE")]
+Chat = Annotated[bool, usual("Each prompt is a user's message.", True, "--chat")]
+System = Annotated[str | None, usual("A system message before it; implies --chat.", metavar="TEXT")]
 
 
 def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
@@ -33,7 +30,7 @@ def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise StorageError(f"prompt file {file}: cannot be read: {error}") from error
     if not prompts:
-        raise UsageError("no prompt: give one in quotes, '-' to read it from stdin, or --file with one per line")
+        raise UsageError("no prompt: give one in quotes, '-' to read it from stdin, or --prompts with one per line")
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise UsageError(f"prompt {number} is empty: expected some text")

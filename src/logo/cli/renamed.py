@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
-
-from typer.core import TyperGroup
+from collections.abc import Collection, Iterator, Sequence
 
 # Old command: where it is now. They are not in the help.
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -19,23 +17,55 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "datasets": ("data",),
 }
 
+# Old option: what it is called now, in the commands that have the new one and no other of the old name.
+OPTIONS: dict[str, str] = {
+    "selection-strategy": "signal",
+    "gpu": "device",
+    "baseline": "reference",
+    "file": "prompts",
+    "heatmap": "png",
+    "png": "pictures",  # a folder
+    "only": "tasks",
+    "rows": "limit",  # a number
+    "train-rows": "train-limit",  # a number
+}
 
-class Renaming(TyperGroup):
-    """The `logo` command, which also knows the old names of its commands."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
-        """The command that these arguments begin with, and the arguments that are left for it."""
-        old = args[0].replace("_", "-") if args else ""
-        if old not in COMMANDS:
-            return super().resolve_command(ctx, args)
-        new = " ".join(COMMANDS[old])
-        say_renamed(f"`logo {old}`", f"`logo {new}`")
-        command: Any = self
-        for name in COMMANDS[old]:
-            command = command.commands[name]
-        return new, command, args[1:]
+# What the official script and `logo evaluate` call an option for ever, with its placeholder in the help.
+OFFICIAL: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "signal": (("--selection-strategy", "--signal"), None),
+    "device": (("--gpu", "--device"), "N"),
+    "reference": (("--reference", "--baseline"), None),
+}
 
 
 def say_renamed(old: str, new: str) -> None:
     """One line on stderr that tells the user what to type from now on."""
     print(f"logo: note: {old} is called {new} now; the old name stops working with the next version", file=sys.stderr)
+
+
+def modernised(arguments: Sequence[str], known: Collection[str], command: str) -> Iterator[str]:
+    """A command's arguments with the names that its options have now; says each that it had to change.
+
+    Args:
+        known: the command's options, with their dashes.
+        command: its name.
+    """
+    named = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            yield from (argument, *rest)
+            return
+        name, equals, value = argument.partition("=")
+        old = name.replace("_", "-")
+        new = f"--{OPTIONS.get(old[2:], '')}" if old.startswith("--") and old not in known else ""
+        if old == "--json" and "--save" in known and (equals or (rest and not rest[0].startswith("-"))):
+            new = "--save"  # it named a file; now it prints
+        elif old == "--tasks" and command == "train" and "--rows" not in named:
+            new = "--rows"  # it named a folder; now it names tasks of `--rows`
+        if new not in known:
+            yield argument
+            continue
+        say_renamed(old, new)
+        yield f"{new}{equals}{value}"

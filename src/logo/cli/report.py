@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from logo.cli.options import usual
 from logo.cli.output import err, note, print_json
 from logo.errors import UsageError
 
@@ -24,46 +25,36 @@ def report(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path(
-        "report.html"
-    ),
-    png: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Also write the pictures as PNG into this folder.", show_default="no pictures"
-        ),
+    output: Annotated[Path, usual("The page to write.", True, "--output", "-o", metavar="FILE")] = Path("report.html"),
+    pictures: Annotated[
+        Path | None, usual("Also write the pictures as PNG into this folder.", "no pictures", metavar="DIR")
     ] = None,
-    latex: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the tables as LaTeX.", show_default="no LaTeX")
-    ] = None,
-    markdown: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also write the tables as Markdown.", show_default="no Markdown"),
-    ] = None,
-    title: Annotated[str | None, typer.Option(help="The page's heading.", show_default="base model and runs")] = None,
+    latex: Annotated[Path | None, usual("Also write the tables as LaTeX.", "no LaTeX", metavar="FILE")] = None,
+    markdown: Annotated[Path | None, usual("Also write the tables as Markdown.", "no Markdown", metavar="FILE")] = None,
+    title: Annotated[str | None, usual("The page's heading.", "base model and runs")] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(
-            help="Data folder to search for prompts, if a result holds none and its data file has moved.",
-            show_default="as the run did",
+        usual(
+            "Data folder to search for prompts, if a result holds none and its data file has moved.", "as the run did"
         ),
     ] = None,
     published: Annotated[
         Path | None,
-        typer.Option(
+        usual(
+            "JSON file with published numbers to show beside those of the same experiment.",
+            "the built-in ones",
             metavar="FILE",
-            help="JSON file with published numbers to show beside those of the same experiment.",
-            show_default="the built-in ones",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the intervals and tests.", min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print all numbers and the written files as JSON.")] = False,
+    seed: Annotated[int, usual("Random seed of the intervals and tests.", min=0)] = 0,
+    json: Annotated[bool, usual("Print all numbers and the written files as JSON.", True, "--json")] = False,
 ) -> None:
     """Make one self-contained HTML page of results: tables with intervals, comparisons, adapters, every instance.
 
-    Example: `logo eval report results -o report.html --png pictures --latex tables.tex`
+    Example: `logo eval report results -o report.html --pictures pictures --latex tables.tex`
     """
-    from logo.evaluation.report import analyse, as_latex, as_markdown, page, pictures, summary
+    from logo.evaluation.report import analyse, as_latex, as_markdown, page, summary
+    from logo.evaluation.report import pictures as scenes
     from logo.evaluation.report import png as drawn
     from logo.evaluation.report.published import read_published
     from logo.evaluation.runs import read_runs
@@ -75,8 +66,8 @@ def report(
             raise UsageError(f"{option} {file}: expected a file to write, found a folder")
         if file is not None:
             check_writable(file.parent, option)
-    if png is not None:
-        check_writable(png, "--png")
+    if pictures is not None:
+        check_writable(pictures, "--pictures")
     started = time.perf_counter()
     others = () if published is None else read_published(published)
     analysis = analyse(read_runs(results, data_dir), seed=seed, published=others)
@@ -85,8 +76,8 @@ def report(
         written[latex] = as_latex(analysis).encode("utf-8")
     if markdown is not None:
         written[markdown] = as_markdown(analysis).encode("utf-8")
-    if png is not None:
-        written |= {png / f"{scene.name}.png": drawn(scene) for scene in pictures(analysis)}
+    if pictures is not None:
+        written |= {pictures / f"{scene.name}.png": drawn(scene) for scene in scenes(analysis)}
     for file, content in written.items():
         replace_file(file, content)
     _warn(analysis)

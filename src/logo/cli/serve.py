@@ -11,8 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from logo.cli import serve_ray, serve_vllm
-from logo.cli.opening import open_engine
-from logo.cli.options import Choice, EngineOptions, expanded
+from logo.cli.belonging import check_selection_options
+from logo.cli.choices import Engine
+from logo.cli.expanded import expanded, given
+from logo.cli.opening import open_engine, selection_settings
+from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import note
 from logo.cli.prompts import or_demo
 from logo.cli.serve_vllm import OPEN, VllmMode
@@ -26,125 +29,75 @@ VLLM = "With --engine vllm"
 MAX_QUEUE, REQUEST_TIMEOUT, MAX_BODY_MB = 256, 600.0, 1.0
 
 
-class ServeEngine(Choice):
-    LOCAL = "local"
-    VLLM = "vllm"
-
-
 @expanded
 def serve(
     engine: EngineOptions,
     replicas: serve_ray.ReplicaOptions,
-    host: Annotated[str, typer.Option(help="Where to listen.", rich_help_panel=NETWORK)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535, rich_help_panel=NETWORK)] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Clients have to send one of these (repeatable); $LOGO_API_KEY keeps it off the command line.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = None,
+    host: Annotated[str, usual("Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, usual("0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[list[str] | None, usual("Clients need one of these (repeatable); or set $LOGO_API_KEY.")] = None,
     key_adapters: Annotated[
         Path | None,
-        typer.Option(
+        rare(
+            'API keys bound to adapters: JSON such as {"KEY": ["team-a/*", "translate"]}.',
             metavar="FILE",
-            help='API keys bound to adapters: JSON such as {"KEY": ["team-a/*", "translate"]}.',
-            rich_help_panel=NETWORK,
+            panel=NETWORK,
         ),
     ] = None,
     allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="Another name under which the server may be called.", rich_help_panel=NETWORK),
+        list[str] | None, rare("Another name under which the server may be called.", panel=NETWORK)
     ] = None,
-    cors: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Web pages from there may ask.", rich_help_panel=NETWORK),
-    ] = None,
-    open_metrics: Annotated[
-        bool, typer.Option("--open-metrics", help="/metrics needs no key.", rich_help_panel=NETWORK)
-    ] = False,
+    cors: Annotated[list[str] | None, rare("Web pages from there may ask.", metavar="ORIGIN", panel=NETWORK)] = None,
+    open_metrics: Annotated[bool, rare("/metrics needs no key.", True, "--open-metrics", panel=NETWORK)] = False,
     served_model_name: Annotated[
-        str | None,
-        typer.Option(
-            help="What the base model alone is called.",
-            show_default="the last part of --base-model",
-            rich_help_panel=NETWORK,
-        ),
+        str | None, rare("What the base model alone is called.", "the last part of --base-model", panel=NETWORK)
     ] = None,
     signals: Annotated[
         str | None,
-        typer.Option(
+        rare(
+            "Signals that requests may ask for; the pool is prepared for each before the server starts.",
+            "the one of --signal",
             metavar="SIGNAL,...",
-            help="Signals that requests may ask for; the pool is prepared for each before the server starts.",
-            show_default="the one of --selection-strategy",
-            rich_help_panel=LIMITS,
+            panel=LIMITS,
         ),
     ] = None,
-    max_concurrent: Annotated[
-        int, typer.Option(help="Answers that are generated together.", min=1, max=512, rich_help_panel=LIMITS)
-    ] = 64,
+    max_concurrent: Annotated[int, usual("Answers that are generated together.", min=1, max=512)] = 64,
     max_queue: Annotated[
-        int, typer.Option(help="Answers that may wait beside those; more get 429.", min=0, rich_help_panel=LIMITS)
+        int, rare("Answers that may wait beside those; more get 429.", min=0, panel=LIMITS)
     ] = MAX_QUEUE,
     request_timeout: Annotated[
-        float, typer.Option(help="Seconds that a request may take; 0: any.", min=0.0, rich_help_panel=LIMITS)
+        float, rare("Seconds that a request may take; 0: any.", min=0.0, panel=LIMITS)
     ] = REQUEST_TIMEOUT,
     max_body_mb: Annotated[
-        float | None,
-        typer.Option(
-            help="Size of a request, in 10⁶ bytes.",
-            min=0.001,
-            show_default="1, or 32 with --engine vllm",
-            rich_help_panel=LIMITS,
-        ),
+        float | None, rare("Size of a request, in 10⁶ bytes.", "1, or 32 with --engine vllm", min=0.001, panel=LIMITS)
     ] = None,
     kv_cache_gb: Annotated[
-        float | None,
-        typer.Option(
-            help="Memory for keys and values, in 10⁹ bytes.",
-            min=0.001,
-            show_default="2 on a CPU, half of what is free on a GPU",
-            rich_help_panel=LIMITS,
-        ),
+        float | None, usual("Memory for keys and values, in 10⁹ bytes.", "CPU: 2; GPU: half of what is free", min=0.001)
     ] = None,
     allow_adapter_changes: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Take adapters from this folder by request.",
-            show_default="the pool stays as it is",
-            rich_help_panel=CHANGES,
-        ),
+        Path | None, usual("Take adapters from this folder by request.", False, metavar="DIR")
     ] = None,
-    log_json: Annotated[
-        bool, typer.Option("--log-json", help="Log one JSON object per line.", rich_help_panel=CHANGES)
-    ] = False,
+    log_json: Annotated[bool, usual("Log one JSON object per line.", True, "--log-json")] = False,
     log_prompts: Annotated[
         bool,
-        typer.Option(
+        rare(
+            "With --log-json: log prompts, too (the first 200 tokens), for `logo pool health`.",
+            True,
             "--log-prompts",
-            help="With --log-json: log what is asked, too (its first 200 tokens), for `logo pool health`.",
-            rich_help_panel=CHANGES,
+            panel=CHANGES,
         ),
     ] = False,
     server: Annotated[
-        ServeEngine, typer.Option("--engine", help="This process, or vLLM's own server with LoGo in it.")
-    ] = ServeEngine.LOCAL,
+        Engine, usual("This process, or vLLM's own server with LoGo in it.", True, "--engine")
+    ] = Engine.LOCAL,
     vllm_mode: Annotated[
-        VllmMode,
-        typer.Option(
-            help="A slot per adapter (gate) or per request (merge); auto: what takes less.", rich_help_panel=VLLM
-        ),
+        VllmMode, rare("A slot per adapter (gate) or per request (merge); auto: what takes less.", panel=VLLM)
     ] = VllmMode.AUTO,
     max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of a prompt and its answer at most.", min=1, show_default="the model's", rich_help_panel=VLLM
-        ),
+        int | None, rare("Tokens of a prompt and its answer at most.", "the model's", min=1, panel=VLLM)
     ] = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print what would be started, without secrets.", rich_help_panel=VLLM),
+        bool, rare("Print what would be started, without secrets.", True, "--dry-run", panel=VLLM)
     ] = False,
     arguments: Annotated[
         list[str] | None,
@@ -158,13 +111,14 @@ def serve(
     `model: "logo"` selects adapters for every request, an adapter's name forces it, the base model's name uses none.
 
     Example: `logo serve --base-model demo`, then `curl localhost:8000/v1/completions -H 'Content-Type:
-    application/json' -d '{"model": "logo", "prompt": "What is 7 plus 5?", "temperature": 0}'`
+    application/json' -d '{"model": "logo", "prompt": "What is 7 plus 5?"}'`
     """
+    check_selection_options(given(), [selection_settings(engine)])
     layout = serve_ray.layout_of(replicas, engine)
     keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get("LOGO_API_KEY")]))
     others = [name.strip() for name in (signals or "").split(",") if name.strip()]
-    if server is ServeEngine.VLLM:
-        given = {
+    if server is Engine.VLLM:
+        not_theirs = {
             "--key-adapters": key_adapters is not None,
             "--max-queue": max_queue != MAX_QUEUE,
             "--request-timeout": request_timeout != REQUEST_TIMEOUT,
@@ -188,7 +142,7 @@ def serve(
             max_model_len=max_model_len,
             max_body_mb=max_body_mb,
             arguments=tuple(arguments or ()),
-            refused=tuple(option for option, is_given in given.items() if is_given),
+            refused=tuple(option for option, is_given in not_theirs.items() if is_given),
         )
         if layout is None:
             return serve_vllm.serve(engine, base_model, vllm_server, dry_run=dry_run)

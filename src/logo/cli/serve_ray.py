@@ -8,10 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from logo.cli.opening import open_engine, open_pool
-from logo.cli.options import EngineOptions
+from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import note
 from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, absolute, check_alone, check_devices, everywhere, starting
 from logo.errors import UsageError
@@ -30,32 +28,25 @@ class ReplicaOptions:
     """Several replicas, on this machine or on a cluster."""
 
     replicas: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Processes that answer, each with the model. Needs Ray: pip install 'lora-on-the-go[ray]'.",
-            show_default="this process alone; with --ray, as many as there is room for",
-            min=1,
-            rich_help_panel=PROCESSES,
-        ),
+        int | None, usual("Processes that answer, each with the model (needs Ray).", False, metavar="N", min=1)
     ] = None
     ray: Ray = None
     autoscale: Annotated[
         tuple[int, int] | None,
-        typer.Option(
+        rare(
+            "As many replicas between these as requests ask for.",
+            "always --replicas",
             metavar="MIN MAX",
-            help="As many replicas between these as requests ask for.",
-            show_default="always --replicas",
-            rich_help_panel=PROCESSES,
+            panel=PROCESSES,
         ),
     ] = None
     autoscale_after: Annotated[
         tuple[float, float] | None,
-        typer.Option(
+        rare(
+            "Seconds of more, and of fewer, requests before there are more or fewer replicas.",
+            "30 600",
             metavar="UP DOWN",
-            help="Seconds of more, and of fewer, requests before there are more or fewer replicas.",
-            show_default="30 600",
-            rich_help_panel=PROCESSES,
+            panel=PROCESSES,
         ),
     ] = None
     gpus_per_replica: Gpus = None
@@ -93,11 +84,7 @@ def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
 
 
 def plan_of(
-    engine: EngineOptions,
-    base_model: str,
-    settings: AppSettings,
-    guards: GuardSettings,
-    **service: Any,
+    engine: EngineOptions, base_model: str, settings: AppSettings, guards: GuardSettings, **service: Any
 ) -> ServerPlan:
     """What every replica does, whatever its working directory."""
     from logo.serving.replica import ServerPlan

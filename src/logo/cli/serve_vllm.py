@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from logo.cli.choices import Choice
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
-from logo.cli.options import Choice, EngineOptions
+from logo.cli.options import EngineOptions
 from logo.cli.output import note, out, size
 from logo.cli.places import absolute, everywhere
 from logo.errors import UsageError
@@ -39,7 +40,7 @@ INSTEAD = {
     "--adapter-memory-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "--adapter-cache-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "--fold": "how vLLM mixes adapters is --vllm-mode",
-    "--gpu": "set CUDA_VISIBLE_DEVICES",
+    "--device": "set CUDA_VISIBLE_DEVICES",
     "--device-map": "use `-- --tensor-parallel-size N`",
     "--key-adapters": "vLLM's keys are not bound to adapters",
     "--max-queue": "vLLM lets any number of requests wait; --max-concurrent limits those that run",
@@ -135,7 +136,7 @@ def _become(launch: Launch, more: Mapping[str, str]) -> None:
 def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -> None:
     """Raises UsageError for what vLLM's server cannot do."""
     usual = EngineOptions()
-    names = ("allow_pickle", "adapter_memory_gb", "adapter_cache_gb", "fold", "gpu", "device_map")
+    names = ("allow_pickle", "adapter_memory_gb", "adapter_cache_gb", "fold", "device", "device_map")
     given = [
         *(f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(usual, name)),
         *server.refused,

@@ -10,16 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from logo.cli.belonging import check_method_options
+from logo.cli.choices import IndexKind
 from logo.cli.contests import contest_of, methods_of, tasks_of
 from logo.cli.evaluate import Metric
+from logo.cli.expanded import command_line, expanded, given
 from logo.cli.field_table import WIDTH as FIELD_WIDTH
 from logo.cli.field_table import field_table
 from logo.cli.methods import MethodOptions
 from logo.cli.opening import open_engine, open_pool
-from logo.cli.options import EngineOptions, IndexKind, expanded
-from logo.cli.output import err, natural_width, note, progress, rich_table, screen
+from logo.cli.options import EngineOptions, Json, rare, usual
+from logo.cli.output import err, natural_width, note, print_json, progress, rich_table, screen, write_json
 from logo.cli.pace import Told
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
@@ -58,80 +59,64 @@ def study(
     cluster: WorkerOptions,
     rows: Annotated[
         str,
-        typer.Option(
+        usual(
+            "Folder of NAME.jsonl, or Hub dataset `org/name[@revision]`; NAME is the adapter whose rows they are.",
             metavar="DIR_OR_REPO",
-            help="Folder of NAME.jsonl, or Hub dataset `org/name[@revision]` whose rows name their tasks; rows of an "
-            "adapter's name are that adapter's own.",
         ),
     ],
-    json: Annotated[Path, typer.Option("--json", metavar="OUT", help="The JSON file to write all numbers to.")],
+    save: Annotated[Path, usual("The JSON file to write all numbers to.", metavar="FILE")],
     signals: Annotated[
         str | None,
-        typer.Option(
-            help="Signals to compare, separated by commas; `calibrated/0.5` is one with softmax weights of temperature "
-            "0.5 instead of its own weighting.",
-            show_default=SIGNALS,
+        usual(
+            "Signals to compare, `a,b`; `a/0.5` has softmax weights of temperature 0.5.", SIGNALS, metavar="SIGNAL,..."
         ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Names or patterns, `a,b*`, of the files to use; empty: all.")] = "",
-    limit: Annotated[int | None, typer.Option(help="Only the first rows of each task.", show_default="all")] = None,
+    tasks: Annotated[str, usual("Names or patterns, `a,b*`, of tasks to use; empty: all.")] = "",
+    limit: Annotated[int | None, usual("Only the first rows of each task.", "all")] = None,
     protocol: Annotated[
         str,
-        typer.Option(
+        rare(
+            "With each row's own adapter in the pool, with it removed, and on tasks that never had one.",
             metavar="own,left-out,unseen",
-            help="With each row's own adapter in the pool, with it removed, and on tasks that never had one.",
         ),
     ] = "own,left-out,unseen",
     generate: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Have answers of up to N new tokens generated, too, and judge their first lines.",
-            show_default="gold answers are scored, teacher-forced",
-            min=1,
-        ),
+        int | None, usual("Also generate answers of up to N new tokens, and judge them.", "no", metavar="N", min=1)
     ] = None,
     metric: Annotated[
         Metric | None,
-        typer.Option(
-            help="What generated answers are worth, in all tasks.",
-            show_default="what NAME.yaml says beside NAME.jsonl, else by the task's name",
+        rare(
+            "How generated answers are judged, in all tasks.",
+            "what NAME.yaml says beside NAME.jsonl, else by the task's name",
         ),
     ] = None,
     train_rows: Annotated[
         Path | None,
-        typer.Option(
+        rare(
+            "Folder of NAME.jsonl with training rows, for methods that learn from some.",
+            "none, or what is held out",
             metavar="DIR",
-            help="Folder of NAME.jsonl with training rows, for methods that learn from some.",
-            show_default="none, or what is held out",
         ),
     ] = None,
     hold_out: Annotated[
         int,
-        typer.Option(
-            help="Last rows of each task that are not measured: training rows, samples and validation rows for methods "
+        rare(
+            "Last rows of each task that are not measured: training rows, samples and validation rows for methods "
             "that need some, where no folder of them is named.",
             min=0,
         ),
     ] = 0,
     own_adapters_only: Annotated[
-        bool,
-        typer.Option("--own-adapters-only", help="Leave adapters without rows of their own out of the pool."),
+        bool, rare("Leave adapters without rows of their own out of the pool.", True, "--own-adapters-only")
     ] = False,
-    prompt_end: Annotated[
-        str,
-        typer.Option(help="Put after every prompt of a Hub dataset; `\\n` is a new line.", show_default="nothing"),
-    ] = "",
-    batch_size: Annotated[int, typer.Option(help="Answers that are generated at once.", min=1)] = 8,
-    so_far: Annotated[
-        bool,
-        typer.Option("--so-far", help="Only show what an unfinished study has measured; it may still be going on."),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Random seed of the intervals and of methods.", min=0)] = 0,
-    heatmap: Annotated[
-        Path | None,
-        typer.Option(help="Picture of the first signal's mean weights.", show_default="OUT with .png"),
+    prompt_end: Annotated[str, rare("Put after every prompt of a Hub dataset; `\\n` is a new line.", "nothing")] = "",
+    batch_size: Annotated[int, usual("Answers that are generated at once.", min=1)] = 8,
+    so_far: Annotated[bool, usual("Only show what an unfinished study has measured.", True, "--so-far")] = False,
+    seed: Annotated[int, usual("Random seed of the intervals and of methods.", min=0)] = 0,
+    png: Annotated[
+        Path | None, rare("Picture of the first signal's mean weights.", "as --save", metavar="FILE")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Compare signals on a pool: do they find each prompt's own adapter, and how good is the gold answer under the mix?
 
@@ -139,27 +124,29 @@ def study(
     `--generate N`; then a second table has each beside the oracle. An interrupted study goes on where it stopped when
     the same command is given again.
 
-    Example: `logo eval study --base-model M --adapters DIR --rows ROWS --limit 8 --json study.json`
+    Example: `logo eval study --base-model M --adapters DIR --rows ROWS --limit 8 --save study.json`
     """
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.reliability import picture as reliability_picture
-    from logo.evaluation.study import cut, journal_of, study_so_far, write_report
+    from logo.evaluation.study import cut, journal_of, study_so_far
     from logo.evaluation.workers import MeasuredInWorkers
     from logo.folders import replace_file
 
     if so_far:
-        _show(study_so_far(journal_of(json), seed).report)
+        _show(study_so_far(journal_of(save), seed).report, json=json)
         return
-    check_baseline(engine.baseline.value)
-    arms = _signals(signals or engine.selection_strategy or SIGNALS)
+    check_baseline(engine.reference.value)
+    arms = _signals(signals or engine.signal or SIGNALS)
     if engine.index is IndexKind.TWO_STAGE:
         raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")
-    picture = _checked(json, heatmap)
+    picture = _checked(save, png)
     layout = layout_of(cluster, engine)
     engine, base_model = or_demo(engine)
     every = tasks_of(rows, tasks, prompt_end, lambda: open_pool(engine, base_model).names)
     found, held = cut(every, limit, hold_out)
-    contest = contest_of(found, protocol, generate, methods_of(method, seed, held), metric, train_rows, held)
+    methods = methods_of(method, seed, held)
+    check_method_options(given(), list(methods.values()))
+    contest = contest_of(found, protocol, generate, methods, metric, train_rows, held)
     names = tuple(task.name for task in found) if own_adapters_only else None
     started = time.perf_counter()
     settings = {"base_model": base_model, "adapters": engine.adapters, "rows": rows, "tasks": tasks, "limit": limit}
@@ -176,19 +163,22 @@ def study(
         for name, of_signal in measuring.facts.settings["signals"].items():
             if of_signal["activations"]:  # of plain adapters, each signal reads what its page says
                 note(f"{name} reads {of_signal['reads']}")
-        result = _measure(measuring, found, json, settings, contest, seed, time.perf_counter() - started)
-    write_report(json, result.report)
+        result = _measure(measuring, found, save, settings, contest, seed, time.perf_counter() - started)
+    write_json(save, {**result.report, "command": command_line()})
     replace_file(picture, _picture(result, next(iter(arms))))
     pictures = [picture]
     if "confidence" in result.report:
         pictures.append(picture.with_name(f"{picture.stem}-confidence{picture.suffix}"))
         replace_file(pictures[-1], reliability_picture(result.report["confidence"]))
-    journal_of(json).unlink(missing_ok=True)
-    _show(result.report)
-    note(" · ".join(map(str, [json, *pictures])))
+    journal_of(save).unlink(missing_ok=True)
+    _show(result.report, json=json)
+    note(" · ".join(map(str, [save, *pictures])))
 
 
-def _show(report: Mapping[str, Any]) -> None:
+def _show(report: Mapping[str, Any], *, json: bool) -> None:
+    if json:
+        print_json(report)
+        return
     # Where there is no terminal, a long name of a method is no reason to break a line.
     whole = rich_table(_table(report, intervals=True))
     shown = screen(max(WIDTH, natural_width(whole)))
@@ -232,14 +222,14 @@ def _signals(text: str) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def _checked(json: Path, heatmap: Path | None) -> Path:
+def _checked(save: Path, png: Path | None) -> Path:
     """The picture's place, when both files can be written: looked at before hours are spent."""
     from logo.folders import check_writable
 
-    picture = json.with_suffix(".png") if heatmap is None else heatmap
-    if picture.resolve() == json.resolve():
-        raise UsageError(f"--json and --heatmap are both {json}: expected two files")
-    for option, file in (("--json", json), ("--heatmap", picture)):
+    picture = save.with_suffix(".png") if png is None else png
+    if picture.resolve() == save.resolve():
+        raise UsageError(f"--save and --png are both {save}: expected two files")
+    for option, file in (("--save", save), ("--png", picture)):
         if file.is_dir():
             raise UsageError(f"{option} {file}: expected a file to write, found a folder")
         check_writable(file.parent, option)
@@ -276,7 +266,7 @@ def _arms(
     from logo.evaluation.arms import Arms
 
     signals = [str(arm["signal"]) for arm in arms.values()]
-    first = open_engine(replace(options, selection_strategy=signals[0]), base_model)
+    first = open_engine(replace(options, signal=signals[0]), base_model)
     pool = first.pool if names is None else only(first.pool, names)
     engines: dict[str, LoGo] = {}
     for name, arm in arms.items():
@@ -308,7 +298,7 @@ def _say_what(tasks: Sequence[Task], names: Sequence[str]) -> None:
 def _measure(
     measuring: Measuring,
     tasks: Sequence[Task],
-    json: Path,
+    save: Path,
     settings: Mapping[str, object],
     contest: Contest,
     seed: int,
@@ -317,7 +307,7 @@ def _measure(
     from logo.evaluation.study import asked_of, journal_of
     from logo.evaluation.study import study as run_study
 
-    journal = journal_of(json)
+    journal = journal_of(save)
     for method in contest.methods.values():
         method.check_pool(measuring.facts.names)
     asked = asked_of(tasks, contest, measuring.facts.names)

@@ -12,10 +12,11 @@ import typer
 from rich.markup import escape
 
 from logo.cli.axes import Common, Skipped, make_cells, read_grid
-from logo.cli.evaluate import RowOptions, metric_of
+from logo.cli.evaluate import RowOptions, jobs_of
+from logo.cli.expanded import command_line, expanded
 from logo.cli.methods import MethodOptions
-from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, expanded
-from logo.cli.output import err, natural_width, note, out, print_json, progress, rich_table, screen
+from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Json, usual
+from logo.cli.output import err, natural_width, note, out, print_json, progress, rich_table, screen, write_json
 from logo.cli.prompts import or_demo
 from logo.cli.sweep_sessions import CellSessions, CellsInWorkers
 from logo.cli.workers import WorkerOptions, layout_of
@@ -44,24 +45,22 @@ def sweep(
     cluster: WorkerOptions,
     grid: Annotated[
         list[str],
-        typer.Option(
+        usual(
+            "An option and its values, `k=1,3,20`; repeat for each axis.",
+            False,
             metavar="AXIS=VALUES",
-            help="An option and its values, `k=1,3,20`; again for every further axis. `+` stands for a comma inside a "
-            "value: `probe-layer=0+5,last`.",
-            show_default=False,
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for table, pictures and result folders.")
+        Path, usual("Folder for table, pictures and result folders.", True, "--output", "-o", metavar="DIR")
     ] = Path("sweep"),
-    seed: Annotated[int, typer.Option(help="Random seed.", min=0)] = 0,
-    list_: Annotated[bool, typer.Option("--list", help="Show the cells and stop.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    seed: Annotated[int, usual("Random seed.", min=0)] = 0,
+    list_: Annotated[bool, usual("Show the cells and stop.", True, "--list")] = False,
+    json: Json = False,
 ) -> None:
-    """Evaluate under every combination of some options: k, signal, layer, token, weighting, method, merge, ...
+    """Evaluate under every combination of some options: k, signal, weighting, method, merge, ...
 
-    Writes DIR/sweep.csv, sweep.parquet, a picture per axis in DIR/plots, and a result folder for each cell and dataset
-    in DIR/runs. What is done is not done again: repeat the command to go on, or with more values.
+    Writes tables, a picture per axis and a result folder per cell and dataset. Repeat the command to go on.
 
     Example: `logo eval sweep --base-model M --adapters DIR --rows ROWS --grid k=1,3,20 --grid signal=norm,calibrated`
     """
@@ -79,7 +78,7 @@ def sweep(
     with ExitStack() as stack:
         opener: Callable[[Cell], Evaluation]
         if layout is None:
-            opener = CellSessions(engine, rows, base_model)
+            opener = CellSessions(engine, rows, base_model, command_line())
         else:
             opener = inside = CellsInWorkers(layout, engine, rows, base_model, runs(cells)[0])
             stack.enter_context(inside.workers)
@@ -97,27 +96,17 @@ def _engine(options: EngineOptions, *, quiet: bool) -> tuple[EngineOptions, str]
     options, base_model = or_demo(options)
     return replace(
         options,
-        selection_strategy=options.selection_strategy or OFFICIAL_SIGNAL,
+        signal=options.signal or OFFICIAL_SIGNAL,
         prefix_cache_gb=0.0 if options.prefix_cache_gb is None else options.prefix_cache_gb,
     ), base_model
 
 
 def _jobs(options: RowOptions, cells: Sequence[Cell], output: Path) -> list[Job]:
     """Everything that can be wrong with data and results, looked at before hours are spent."""
-    from logo.evaluation.jobs import find_jobs, train_rows
+    from logo.evaluation.jobs import train_rows
     from logo.folders import check_writable
 
-    jobs, missing = find_jobs(
-        output,
-        options.dataset,
-        data_dir=options.data_dir,
-        rows=options.rows,
-        train_rows=options.train_rows,
-        limit=options.limit,
-        metric=metric_of(options),
-    )
-    if missing:
-        err.print(f"logo: warning: not in {options.data_dir}, left out: {', '.join(missing)}", markup=False)
+    jobs = jobs_of(options, output)
     if any(cell.method is not None and "train" in cell.method.needs for cell in cells):
         for job in jobs:
             train_rows(job)
@@ -165,6 +154,7 @@ def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> lis
     contents |= {output / "plots" / name: picture for name, picture in plots(axes, swept.outcomes, seed=seed).items()}
     for file, content in contents.items():
         replace_file(file, content)
+    write_json(output / "sweep.json", {"command": command_line()})
     return list(contents)
 
 

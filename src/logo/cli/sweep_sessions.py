@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from logo.cli.evaluate import RowOptions, resolved
+from logo.cli.expanded import command_line
 from logo.cli.opening import open_base
 from logo.cli.options import EngineOptions
 from logo.cli.places import absolute, anywhere, everywhere
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 class CellSessions:
     """Sessions of cells on one base model and pool; of engines only the last one is kept."""
 
-    def __init__(self, options: EngineOptions, rows: RowOptions, base_model: str) -> None:
+    def __init__(self, options: EngineOptions, rows: RowOptions, base_model: str, command: Mapping[str, Any]) -> None:
         started = time.perf_counter()
+        self._command = command
         self._options, self._rows, self._base_model = options, rows, base_model
         self._base = open_base(options, base_model)
         self._loading = time.perf_counter() - started
@@ -48,7 +51,13 @@ class CellSessions:
             batch_size=self._rows.batch_size,
             max_new_tokens=self._rows.max_new_tokens,
             generation={"stop_at_newline": self._rows.generation_early_stop},
-            options={"base_model": self._base_model, **asdict(self._rows), **cell.options, **resolved(logo)},
+            options={
+                "base_model": self._base_model,
+                **asdict(self._rows),
+                **cell.options,
+                **resolved(logo),
+                "command": self._command,
+            },
             loading=self._loading,
             method=cell.method,
         )
@@ -69,7 +78,7 @@ class CellsInWorkers:
         from logo.evaluation.workers import facts_of
 
         self._rows, first = rows, _anywhere(first)
-        open_ = functools.partial(_answerer, everywhere(options), rows, absolute(base_model))
+        open_ = functools.partial(_answerer, everywhere(options), rows, absolute(base_model), command_line())
         self.workers = opened(layout, options, base_model, open_, functools.partial(facts_of, key=first))
 
     def __call__(self, cell: Cell) -> Evaluation:
@@ -91,8 +100,8 @@ def _anywhere(cell: Cell) -> Cell:
     return replace(cell, method=anywhere(cell.method))
 
 
-def _answerer(options: EngineOptions, rows: RowOptions, base_model: str) -> Answerer:
+def _answerer(options: EngineOptions, rows: RowOptions, base_model: str, command: Mapping[str, Any]) -> Answerer:
     """What a worker opens."""
     from logo.evaluation.workers import Answerer
 
-    return Answerer(CellSessions(options, rows, base_model))
+    return Answerer(CellSessions(options, rows, base_model, command))

@@ -15,9 +15,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from logo.cli.expanded import command_line, expanded
 from logo.cli.opening import device_of, quiet_transformers
-from logo.cli.options import EngineOptions, expanded
-from logo.cli.output import err, note, out, print_json
+from logo.cli.options import EngineOptions, Json, rare, usual
+from logo.cli.output import err, note, out, plain_table, print_json, write_json
 from logo.cli.places import absolute, check_alone, check_devices, starting
 from logo.cli.train_options import CourseOptions, DeviceOptions, RecipeOptions
 
@@ -36,28 +37,23 @@ def train(
     recipe: RecipeOptions,
     course: CourseOptions,
     device: DeviceOptions,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of TASK.jsonl, TASK.csv or TASK.parquet; or a data set on the Hub, `org/name`, whose "
-            "configurations are tasks.",
-        ),
+    rows: Annotated[
+        str, usual("Folder of TASK.jsonl, .csv or .parquet; or a Hub data set `org/name`.", metavar="DIR_OR_REPO")
     ],
-    output: Annotated[Path, typer.Option("--out", "-o", metavar="POOL", help="Folder of the pool.")],
-    base_model: Annotated[str, typer.Option(help="Hub id, folder, short name or `demo`.")] = "demo",
-    only: Annotated[str, typer.Option(help="Names or patterns of tasks, `a,b*`; empty: all.")] = "",
+    output: Annotated[Path, usual("Folder of the pool.", False, "--out", "-o", metavar="POOL")],
+    base_model: Annotated[str, usual("Hub id, folder, short name or `demo`.")] = "demo",
+    tasks: Annotated[str, usual("Names or patterns of tasks, `a,b*`; empty: all.")] = "",
     columns: Annotated[
-        str, typer.Option(metavar="PROMPT,COMPLETION", help="Columns of CSV and Parquet files and on the Hub.")
+        str, rare("Columns of CSV and Parquet files and on the Hub.", metavar="PROMPT,COMPLETION")
     ] = "context,completion",
-    json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Make a pool: one LoRA adapter per task, many trained at once.
 
     A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` that ends with the assistant's answer. The
     same command goes on where a run was interrupted, and makes the adapters of tasks that were added since.
 
-    Example: `logo train --base-model Qwen/Qwen2.5-0.5B --tasks examples/ --out pool/ --lr 1e-3 --epochs 2`
+    Example: `logo train --base-model Qwen/Qwen2.5-0.5B --rows examples/ --out pool/ --lr 1e-3 --epochs 2`
     """
     from logo.training.running import Wanted
     from logo.training.running import train as run
@@ -66,11 +62,11 @@ def train(
 
     recipes = recipe.recipes()
     layout = _layout(course, device)
-    found = find_tasks(tasks, only=only, columns=[name.strip() for name in columns.split(",")])
+    found = find_tasks(rows, only=tasks, columns=[name.strip() for name in columns.split(",")])
     opening = Opening(
         base_model=absolute(base_model),
         model_dir=os.path.abspath(device.model_dir),
-        device=device_of(device.gpu) if layout is None else "auto",
+        device=device_of(device.device) if layout is None else "auto",
         dtype=device.dtype,
         device_map=device.device_map,
         pass_tokens=course.pass_tokens,
@@ -83,6 +79,7 @@ def train(
     quiet_transformers()
     with Screen() as screen:
         trained = run(wanted, layout, screen.tell, screen.planned)
+    write_json(output / "train.json", {"command": command_line()})
     if json:
         print_json({"pool": str(output), **asdict(trained)})
     else:
@@ -97,7 +94,7 @@ def _layout(course: CourseOptions, device: DeviceOptions) -> Layout | None:
         given = {"--gpus-per-worker": course.gpus_per_worker, "--cpus-per-worker": course.cpus_per_worker}
         check_alone({name: value is not None for name, value in given.items()}, "--jobs")
         return None
-    check_devices(EngineOptions(gpu=device.gpu, device_map=device.device_map), "processes", "--gpus-per-worker")
+    check_devices(EngineOptions(device=device.device, device_map=device.device_map), "processes", "--gpus-per-worker")
     from logo.backends.cluster import LOCAL, Layout
 
     return Layout(
@@ -199,9 +196,7 @@ def _clock(seconds: float) -> str:
 def _print(output: Path, trained: Trained) -> None:
     from logo.training.pool import record_of
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("adapter", "steps", "best", "loss", "held out", ""):
-        table.add_column(name, justify="left" if name in ("adapter", "") else "right")
+    table = plain_table("adapter", ">steps", ">best", ">loss", ">held out", "")
     for name in trained.trained:
         course = (record_of(output / name) or {}).get("course", {})
         held_out, loss = course.get("held_out_loss"), course.get("train_loss")

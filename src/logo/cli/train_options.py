@@ -6,10 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from logo.cli.options import DEVICE, Choice
-from logo.cli.places import PROCESSES, Cpus, Gpus, Ray
+from logo.cli.choices import Choice
+from logo.cli.options import Device, DeviceMap, ModelDir, rare, usual
+from logo.cli.places import Cpus, Gpus, Ray
 
 if TYPE_CHECKING:
     from logo.training.recipe import Recipes
@@ -24,74 +23,69 @@ class Schedules(Choice):
     CONSTANT = "constant"
 
 
-def _said(help: str, default: object, *names: str) -> Any:
-    """An option of the recipe. What it is without stands in `Recipe`, unless a recipe file says otherwise."""
-    return typer.Option(*names, help=help, show_default=str(default), rich_help_panel=RECIPE)
+def _usual(help: str, default: object, *names: str) -> Any:
+    """An option of the recipe. Its default stands in `Recipe`, unless a recipe file says otherwise."""
+    return usual(help, str(default), *names)
+
+
+def _rare(help: str, default: object, *names: str, **more: Any) -> Any:
+    return rare(help, str(default), *names, panel=RECIPE, **more)
 
 
 @dataclass(frozen=True)
 class RecipeOptions:
     """The fields of `logo.training.recipe.Recipe`; None: as the recipe file has it, or as usual."""
 
-    r: Annotated[int | None, _said("Rank.", 8, "--r")] = None
-    alpha: Annotated[float | None, _said("The update is scaled by alpha / r.", 16)] = None
-    rslora: Annotated[bool | None, _said("Scale by alpha / sqrt(r) instead.", "no-rslora", "--rslora/--no-rslora")] = (
+    r: Annotated[int | None, _usual("Rank.", 8, "--r")] = None
+    alpha: Annotated[float | None, _rare("The update is scaled by alpha / r.", 16)] = None
+    rslora: Annotated[bool | None, _rare("Scale by alpha / sqrt(r) instead.", "no-rslora", "--rslora/--no-rslora")] = (
         None
     )
     targets: Annotated[
-        str | None, _said("Names of the modules that are adapted, or `all-linear`.", "q_proj,v_proj")
+        str | None, _usual("Names of the modules that are adapted, or `all-linear`.", "q_proj,v_proj")
     ] = None
-    lr: Annotated[float | None, _said("Learning rate at its highest.", 0.0002)] = None
-    epochs: Annotated[float | None, _said("How often every row is learned from.", 3)] = None
-    steps: Annotated[int | None, _said("Optimiser steps, instead of epochs.", "none")] = None
-    batch_size: Annotated[int | None, _said("Rows of a step.", 8)] = None
-    max_length: Annotated[int | None, _said("Tokens of a row; longer prompts lose their beginning.", 1024)] = None
+    lr: Annotated[float | None, _usual("Learning rate at its highest.", 0.0002)] = None
+    epochs: Annotated[float | None, _usual("How often every row is learned from.", 3)] = None
+    steps: Annotated[int | None, _usual("Optimiser steps, instead of epochs.", "none")] = None
+    batch_size: Annotated[int | None, _rare("Rows of a step.", 8)] = None
+    max_length: Annotated[int | None, _rare("Tokens of a row; longer prompts lose their beginning.", 1024)] = None
     seed: Annotated[
-        int | None, _said("Random seed of initial factors, of the order of rows and of which are held out.", 0)
+        int | None, _rare("Random seed of initial factors, of the order of rows and of which are held out.", 0)
     ] = None
-    warmup: Annotated[float | None, _said("Share of the steps over which the learning rate rises.", 0.03)] = None
-    schedule: Annotated[Schedules | None, _said("How the learning rate falls after that.", "cosine")] = None
-    weight_decay: Annotated[float | None, _said("Weight decay of AdamW.", 0)] = None
-    clip: Annotated[float | None, _said("Clip the gradient of a step to this norm.", 1)] = None
+    warmup: Annotated[float | None, _rare("Share of the steps over which the learning rate rises.", 0.03)] = None
+    schedule: Annotated[Schedules | None, _rare("How the learning rate falls after that.", "cosine")] = None
+    weight_decay: Annotated[float | None, _rare("Weight decay of AdamW.", 0)] = None
+    clip: Annotated[float | None, _rare("Clip the gradient of a step to this norm.", 1)] = None
     held_out: Annotated[
-        float | None, _said("Share of the rows that is held out to measure the loss on, at most 64 rows.", 0.1)
+        float | None, _rare("Share of the rows that is held out to measure the loss on, at most 64 rows.", 0.1)
     ] = None
-    evaluations: Annotated[int | None, _said("How often the loss of the held-out rows is measured.", 10)] = None
-    patience: Annotated[int | None, _said("Stop a task after this many measurements without a lower loss.", 3)] = None
+    evaluations: Annotated[int | None, _rare("How often the loss of the held-out rows is measured.", 10)] = None
+    patience: Annotated[int | None, _rare("Stop a task after this many measurements without a lower loss.", 3)] = None
     activated: Annotated[
         bool,
-        _said(
-            "Train adapters that act only from a place near the end of the prompt on, so that a prompt is read once: "
-            "in conversations from where the assistant's turn opens, elsewhere from the last 4 tokens.",
+        _usual(
+            "Adapters act only near the end of the prompt, which is read once (docs/make-a-pool.md).",
             "no",
             "--activated",
         ),
     ] = False
     invocation: Annotated[
         str | None,
-        typer.Option(
+        _rare(
+            "Activated, from the last place on at which the prompt has this text; every prompt has to have it.",
+            "none",
             metavar="TEXT",
-            help="Activated, from the last place on at which the prompt has this text; every prompt has to have it.",
-            show_default="none",
-            rich_help_panel=RECIPE,
         ),
     ] = None
-    last: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Activated, from the last N tokens of the prompt on.",
-            show_default="none",
-            rich_help_panel=RECIPE,
-        ),
-    ] = None
+    last: Annotated[int | None, _rare("Activated, from the last N tokens of the prompt on.", "none", metavar="N")] = (
+        None
+    )
     recipe: Annotated[
         Path | None,
-        typer.Option(
+        usual(
+            "YAML: the same fields, and under `tasks:` those of single tasks, by name or pattern.",
+            "none",
             metavar="FILE",
-            help="YAML: the same fields, and under `tasks:` those of single tasks, by name or pattern.",
-            show_default="none",
-            rich_help_panel=RECIPE,
         ),
     ] = None
 
@@ -127,68 +121,54 @@ class CourseOptions:
 
     at_once: Annotated[
         int | None,
-        typer.Option(
-            help="Train at most this many tasks together, whose rows share forward passes.",
-            show_default="16; with --jobs an equal share, at most 16",
+        rare(
+            "Train at most this many tasks together, whose rows share forward passes.",
+            "16; with --jobs an equal share, at most 16",
             min=1,
-            rich_help_panel=COURSE,
+            panel=COURSE,
         ),
     ] = None
     pass_tokens: Annotated[
         int,
-        typer.Option(
-            help="Tokens of one forward pass, padding included. A larger step is cut into several passes, and their "
+        rare(
+            "Tokens of one forward pass, padding included. A larger step is cut into several passes, and their "
             "gradients are added up.",
             min=1,
-            rich_help_panel=COURSE,
+            panel=COURSE,
         ),
     ] = 2048
     recompute: Annotated[
         bool,
-        typer.Option(
+        rare(
+            "Compute activations again in the backward pass instead of keeping them (gradient checkpointing).",
+            True,
             "--recompute",
-            help="Compute activations again in the backward pass instead of keeping them (gradient checkpointing).",
-            rich_help_panel=COURSE,
+            panel=COURSE,
         ),
     ] = False
-    checkpoint_every: Annotated[
-        float, typer.Option(help="Seconds between two checkpoints.", min=0.0, rich_help_panel=COURSE)
-    ] = 60.0
-    retrain: Annotated[
-        bool,
-        typer.Option(
-            "--retrain",
-            help="Replace adapters that were made from other rows or with another recipe.",
-            rich_help_panel=COURSE,
-        ),
-    ] = False
+    checkpoint_every: Annotated[float, rare("Seconds between two checkpoints.", min=0.0, panel=COURSE)] = 60.0
+    retrain: Annotated[bool, usual("Replace adapters of other rows or another recipe.", True, "--retrain")] = False
     calibrate: Annotated[
         bool,
-        typer.Option(
+        rare(
+            "Write each adapter's calibration beside it, so that the pool answers at once.",
+            True,
             "--calibrate/--no-calibrate",
-            help="Write beside the adapters what each responds to neutral text, so that the pool answers at once.",
-            rich_help_panel=COURSE,
+            panel=COURSE,
         ),
     ] = True
     examples: Annotated[
         int,
-        typer.Option(
-            metavar="N",
-            help="Leave the first N prompts of each task, without answers, beside its adapter: prompts like them are "
+        rare(
+            "Leave the first N prompts of each task, without answers, beside its adapter: prompts like them are "
             "recognised by it. They stay in the pool's folder; `logo pool push` does not send them.",
+            metavar="N",
             min=0,
-            rich_help_panel=COURSE,
+            panel=COURSE,
         ),
     ] = 4
     jobs: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Processes that train, each with the model. Needs Ray: pip install 'lora-on-the-go[ray]'.",
-            show_default="this process alone; with --ray, as many as there is room for",
-            min=1,
-            rich_help_panel=PROCESSES,
-        ),
+        int | None, usual("Processes that train, each with the model (needs Ray).", False, metavar="N", min=1)
     ] = None
     ray: Ray = None
     gpus_per_worker: Gpus = None
@@ -199,24 +179,7 @@ class CourseOptions:
 class DeviceOptions:
     """Where the base model is, and in which dtype."""
 
-    gpu: Annotated[
-        int,
-        typer.Option(help="GPU number; -1 for the CPU (used anyway where there is no GPU).", rich_help_panel=DEVICE),
-    ] = 0
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Of the base model: float32, bfloat16, float16 or auto (float32 on the CPU, else the checkpoint's). "
-            "Adapters are learned in float32.",
-            rich_help_panel=DEVICE,
-        ),
-    ] = "auto"
-    device_map: Annotated[
-        str | None,
-        typer.Option(
-            help="`auto` spreads a large model over several GPUs.", show_default="none", rich_help_panel=DEVICE
-        ),
-    ] = None
-    model_dir: Annotated[str, typer.Option(help="Looked in first for base models.", rich_help_panel=DEVICE)] = (
-        "./hf_models"
-    )
+    device: Device = "auto"
+    dtype: Annotated[str, usual("Of the base model; adapters are learned in float32.")] = "auto"
+    device_map: DeviceMap = None
+    model_dir: ModelDir = "./hf_models"

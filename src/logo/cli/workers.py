@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.progress import Progress, TaskID
 
+from logo.cli.choices import OnBad, Preset
 from logo.cli.opening import open_pool
-from logo.cli.options import EngineOptions, OnBad, Preset
+from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import note
 from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, check_alone, check_devices, starting
 from logo.errors import DataError
@@ -28,23 +28,16 @@ class WorkerOptions:
     """Several processes, on this machine or on a cluster."""
 
     workers: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Processes that answer rows, each with its own model. Needs Ray: pip install 'lora-on-the-go[ray]'.",
-            show_default="this process alone; with --ray, as many as there is room for",
-            min=1,
-            rich_help_panel=PROCESSES,
-        ),
+        int | None, usual("Processes that answer, each with the model (needs Ray).", False, metavar="N", min=1)
     ] = None
     ray: Ray = None
     gpus_per_worker: Gpus = None
     cpus_per_worker: Cpus = None
     deadline: Annotated[
         float,
-        typer.Option(
-            help="Seconds that one batch may take before its process is ended and another one gets the batch.",
-            rich_help_panel=PROCESSES,
+        rare(
+            "Seconds that one batch may take before its process is ended and another one gets the batch.",
+            panel=PROCESSES,
         ),
     ] = 3600.0
 
@@ -64,11 +57,7 @@ def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
     from logo.backends.cluster import LOCAL, Layout
 
     return Layout(
-        options.workers,
-        options.ray or LOCAL,
-        options.gpus_per_worker,
-        options.cpus_per_worker,
-        options.deadline,
+        options.workers, options.ray or LOCAL, options.gpus_per_worker, options.cpus_per_worker, options.deadline
     )
 
 

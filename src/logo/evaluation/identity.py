@@ -112,7 +112,7 @@ def order_dependence(logo: Calls, generation: Mapping[str, Any]) -> str | None:
     if logo.settings.probe_context == "carry":
         return "--probe-context carry probes with the adapters of the row before"
     if logo.settings.baseline == "running":
-        return "--baseline running compares with the rows before"
+        return "--reference running compares with the rows before"
     config = generation.get("generation_config")
     if generation.get("do_sample", False if config is None else config.do_sample):
         asks = "an option asks" if "do_sample" in generation else "the model's generation config asks"

@@ -315,9 +315,18 @@ def _run(parts: Sequence[ShardResult], rows: int) -> dict[str, Any]:
         "date": min(run["date"] for run in runs),
         "duration": sum(run["duration"] for run in runs),
         "dataset": {**runs[0]["dataset"], "rows": rows},
-        "options": {**runs[0]["options"], "shard": None},
+        "options": _of_whole(runs[0]["options"]),
         "device": ", ".join(dict.fromkeys(run["device"] for run in runs)),
         "shard": None,
         "environments": _environments(parts),
         "shards": shards,
     }
+
+
+def _of_whole(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run that was never cut, and those of its command line."""
+    whole = {**options, "shard": None}
+    if "command" in options:
+        given = {name: value for name, value in options["command"]["options"].items() if name != "shard"}
+        whole["command"] = {**options["command"], "options": given}
+    return whole

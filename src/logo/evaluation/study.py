@@ -14,7 +14,6 @@ continue after an interruption.
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,6 @@ from logo.evaluation.relative import relative
 from logo.evaluation.reliability import reliability
 from logo.evaluation.results import versions
 from logo.evaluation.summary import Measured, summary
-from logo.folders import replace_file
 from logo.rows import Row, read_rows
 
 
@@ -258,15 +256,6 @@ def asked_of(tasks: Sequence[Task], contest: Contest, names: Collection[str]) ->
 def journal_of(report: Path) -> Path:
     """The journal of an unfinished study, beside its report."""
     return report.with_name(f"{report.name}.partial.jsonl")
-
-
-def write_report(file: Path, report: Mapping[str, object]) -> None:
-    """Writes the report as JSON, complete or not at all.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    replace_file(file, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 # -- what it stands on ------------------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import typer
-
 from logo.cli import calibrate
+from logo.cli.commands import Commands
 from logo.cli.pool import card, convert, dedupe, diff, examples, export, health, inspect, lock, prune, push
 
-app = typer.Typer(help="Inspect, compare, shrink, convert and publish pools of adapters.", no_args_is_help=True)
+app = Commands(help="Inspect, compare, shrink, convert and publish pools of adapters.", no_args_is_help=True)
 
 
 @app.callback()

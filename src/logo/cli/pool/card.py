@@ -6,9 +6,8 @@ import json as json_format
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from logo.cli.options import OnBad
+from logo.cli.choices import OnBad
+from logo.cli.options import usual
 from logo.cli.output import note, out, print_json
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
 from logo.errors import DataError, StorageError, UsageError
@@ -16,26 +15,20 @@ from logo.errors import DataError, StorageError, UsageError
 
 def card(
     folder: Folder,
-    base_model: Annotated[
-        str | None, typer.Option(help="The base model's name on the Hub.", show_default="what the adapters say")
-    ] = None,
+    base_model: Annotated[str | None, usual("The base model's name on the Hub.", "what the adapters say")] = None,
     repo: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REPO[/FOLDER]", help="Where the pool will be found on the Hub.", show_default="the folder itself"
-        ),
+        str | None, usual("Where the pool will be found on the Hub.", "the folder itself", metavar="REPO[/FOLDER]")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="The card's heading.", show_default="the folder's name")] = None,
+    title: Annotated[str | None, usual("The card's heading.", "the folder's name")] = None,
     licence: Annotated[
-        str | None, typer.Option("--license", help="The licence, by the Hub's name, such as apache-2.0.")
+        str | None, usual("The licence, by the Hub's name, such as apache-2.0.", True, "--license")
     ] = None,
     study: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The JSON of `logo eval study`, or its picture; the picture is copied."),
+        Path | None, usual("The JSON of `logo eval study`, or its picture; the picture is copied.", metavar="FILE")
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Overwrite an existing card.")] = False,
+    replace: Annotated[bool, usual("Overwrite an existing card.", True, "--replace")] = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Write README.md into a pool: what is in it, how to use it with LoGo, PEFT and vLLM, and where it comes from.
 

@@ -11,7 +11,8 @@ import typer
 from rich.text import Text
 
 from logo.cache import default_cache
-from logo.cli.options import OnBad
+from logo.cli.choices import OnBad
+from logo.cli.options import usual
 from logo.cli.output import err, note, progress
 
 if TYPE_CHECKING:
@@ -23,17 +24,17 @@ NAMED = 8  # names that a line lists
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters, at any depth.")]
 Out = Annotated[
-    Path, typer.Option("--out", "-o", metavar="DIR2", help="The new pool; must not exist yet. DIR is never changed.")
+    Path, usual("The new pool; must not exist yet. DIR is never changed.", True, "--out", "-o", metavar="DIR2")
 ]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read adapter_model.bin (tensors only).")]
-OnBadAdapter = Annotated[OnBad, typer.Option(help="An adapter that cannot be used: refuse the pool, or leave it out.")]
+AllowPickle = Annotated[bool, usual("Also read adapter_model.bin (tensors only).", True, "--allow-pickle")]
+OnBadAdapter = Annotated[OnBad, usual("An adapter that cannot be used: refuse the pool, or leave it out.")]
 Threshold = Annotated[
     float,
-    typer.Option(
+    usual(
+        "Two adapters are near-duplicates if the overlap of their column spaces, the cosine of their updates "
+        "and the smaller norm's share of the larger one all reach it.",
         min=0.0,
         max=1.0,
-        help="Two adapters are near-duplicates if the overlap of their column spaces, the cosine of their updates "
-        "and the smaller norm's share of the larger one all reach it.",
     ),
 ]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.table import Table
 from rich.text import Text
 
 from logo.adapters.upkeep.card import short_ranks
-from logo.cli.options import Choice, OnBad
-from logo.cli.output import natural_width, out, print_json, screen, size
+from logo.cli.choices import Choice, OnBad
+from logo.cli.options import usual
+from logo.cli.output import natural_width, out, plain_table, print_json, screen, size
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, refusals, steps, tell_refused
 
 if TYPE_CHECKING:
@@ -29,21 +28,19 @@ class Dtype(Choice):
 def convert(
     folder: Folder,
     out_folder: Out,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Dtype of the new files.", show_default="as they are stored")
-    ] = None,
+    dtype: Annotated[Dtype | None, usual("Dtype of the new files.", "as they are stored")] = None,
     initial: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="PiSSA, OLoRA, CorDA, LoRA-GA: the initial adapters, saved before training, under the same names, or "
+        usual(
+            "PiSSA, OLoRA, CorDA, LoRA-GA: the initial adapters, saved before training, under the same names, or "
             "one for all. The results are plain LoRA of twice the rank.",
-            show_default=False,
+            False,
+            metavar="DIR",
         ),
     ] = None,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Write a pool as plain safetensors adapters: in another dtype, from pickles, from PiSSA and its relatives.
 
@@ -103,9 +100,7 @@ def convert(
 
 
 def _print(results: list[dict[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in ("adapter", "was", "dtype", "rank", "size", "is", "rank", "size", "error"):
-        table.add_column(head, justify="right" if head in ("rank", "size", "error") else "left")
+    table = plain_table("adapter", "was", "dtype", ">rank", ">size", "is", ">rank", ">size", ">error")
     for one in results:
         was, now = one["from"], one["to"]
         kind = ", ".join(filter(None, ("pickle" if was["file"].endswith(".bin") else "safetensors", was["init"])))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.text import Text
 
-from logo.cli.options import OnBad
+from logo.cli.choices import OnBad
+from logo.cli.options import usual
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Threshold, opened, refusals
 from logo.cli.pool.spectra import taken_apart
@@ -18,21 +18,21 @@ def dedupe(
     folder: Folder,
     out_folder: Annotated[
         Path | None,
-        typer.Option(
+        usual(
+            "The new pool; must not exist yet. DIR is never changed.",
+            "none is needed with --dry-run",
             "--out",
             "-o",
             metavar="DIR2",
-            help="The new pool; must not exist yet. DIR is never changed.",
-            show_default="none is needed with --dry-run",
         ),
     ] = None,
     threshold: Threshold = 0.9,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the adapters that would be removed; write nothing.")
+        bool, usual("List the adapters that would be removed; write nothing.", True, "--dry-run")
     ] = False,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Copy a pool without near-duplicates. The one with most parameters stays, else the first by name.
 

@@ -6,11 +6,11 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from logo.cli.options import OnBad
-from logo.cli.output import out, print_json
+from logo.cli.choices import OnBad
+from logo.cli.options import usual
+from logo.cli.output import out, plain_table, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, steps, tell_refused
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def diff(
     one: Annotated[str, typer.Argument(metavar="A", help="A pool or a single adapter: a folder, or a Hub repo.")],
     other: Annotated[str, typer.Argument(metavar="B", help="The pool or adapter to compare it with.")],
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if they differ, as `diff` does.")] = False,
-    all_: Annotated[bool, typer.Option("--all", help="Also list the adapters that are equal.")] = False,
+    check: Annotated[bool, usual("Exit with 1 if they differ, as `diff` does.", True, "--check")] = False,
+    all_: Annotated[bool, usual("Also list the adapters that are equal.", True, "--all")] = False,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Compare two pools by name, or two adapters: same bytes, same update with other factors, or how far apart.
 
@@ -91,9 +91,7 @@ def _report(one: str, other: str, found: Differences) -> dict[str, Any]:
 def _print(found: Differences, all_: bool) -> None:
     listed = [each for each in found.shared if all_ or not each.same]
     if listed:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for head in ("adapter", "", "relative difference", "cosine", "modules"):
-            table.add_column(head, justify="left" if head in ("adapter", "") else "right")
+        table = plain_table("adapter", "", ">relative difference", ">cosine", ">modules")
         for each in listed:
             beside = "".join(
                 f", {count} only in {place}" for count, place in zip(each.only, "AB", strict=True) if count

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from logo.cli.options import OnBad
+from logo.cli.choices import OnBad
+from logo.cli.options import usual
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, opened
 from logo.errors import DataError, UsageError
@@ -29,7 +30,7 @@ def examples(
     ] = None,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Store example prompts beside an adapter, without answers, so that prompts like them select it.
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, expanded
+from logo.cli.options import EngineOptions, usual
 from logo.cli.output import note, out, selection_line
 from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_prompts
 
@@ -16,12 +17,12 @@ from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_promp
 @expanded
 def export(
     engine: EngineOptions,
-    folder: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to; must not exist yet.")],
+    folder: Annotated[Path, usual("Where to; must not exist yet.", True, "--output", "-o", metavar="DIR")],
     prompt: Annotated[str | None, typer.Argument(help="Write the mixture that this prompt selects.")] = None,
     chat: Chat = False,
     system: System = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[=WEIGHT]", help="Write these adapters instead (repeatable).")
+        list[str] | None, usual("Write these adapters instead (repeatable).", metavar="NAME[=WEIGHT]")
     ] = None,
 ) -> None:
     """Write a mixture as one plain PEFT adapter, which any tool that reads LoRA adapters answers with.

@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.output import natural_width, note, out, print_json, screen
+from logo.cli.options import usual
+from logo.cli.output import natural_width, note, out, plain_table, print_json, screen
 from logo.cli.pool.common import listed
 
 if TYPE_CHECKING:
@@ -25,11 +26,10 @@ LENGTH = 60  # characters of an example
 
 def health(
     logs: Annotated[
-        list[Path],
-        typer.Argument(metavar="LOG...", help="Logs of servers (`logo serve --log-json 2> LOG`)."),
+        list[Path], typer.Argument(metavar="LOG...", help="Logs of servers (`logo serve --log-json 2> LOG`).")
     ],
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw wins and confidence.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, with every adapter.")] = False,
+    png: Annotated[Path | None, usual("Draw wins and confidence.", metavar="FILE")] = None,
+    json: Annotated[bool, usual("Print JSON, with every adapter.", True, "--json")] = False,
 ) -> None:
     """Report from server logs which adapters win, which never win, which always tie, and what has changed.
 
@@ -74,9 +74,7 @@ def _summary(found: Traffic) -> str:
 
 def _table(found: Traffic) -> Table:
     """The adapters that won something, by how often."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in ("adapter", "wins", "share", "first half", "second half", "weight", "confidence"):
-        table.add_column(head, justify="left" if head == "adapter" else "right")
+    table = plain_table("adapter", ">wins", ">share", ">first half", ">second half", ">weight", ">confidence")
     winners = [adapter for adapter in found.adapters if adapter.wins]
     for adapter in winners[:SHOWN]:
         table.add_row(

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.output import note, out, print_json, size
+from logo.cli.options import usual
+from logo.cli.output import note, out, plain_table, print_json, size
 from logo.cli.pool import spectra as spectra_part
 from logo.cli.pool.common import AllowPickle, Threshold, refusal, refusals, surveyed, targets
 
@@ -27,27 +28,26 @@ def inspect(
         str, typer.Argument(metavar="PLACE", help="Folder of adapters, at any depth, or whatever `--adapters` takes.")
     ],
     base_model: Annotated[
-        str | None,
-        typer.Option(help="Also check that every adapter fits this base model (its configuration is enough)."),
+        str | None, usual("Also check that every adapter fits this base model (its configuration is enough).")
     ] = None,
-    model_dir: Annotated[str, typer.Option(help="Folder that is searched first for the base model.")] = "./hf_models",
+    model_dir: Annotated[str, usual("Folder that is searched first for the base model.")] = "./hf_models",
     allow_pickle: AllowPickle = False,
-    verify: Annotated[bool, typer.Option(help="Read all tensors and check them for NaN and Inf.")] = True,
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if anything would be refused.")] = False,
+    verify: Annotated[bool, usual("Read all tensors and check them for NaN and Inf.")] = True,
+    check: Annotated[bool, usual("Exit with 1 if anything would be refused.", True, "--check")] = False,
     spectra: Annotated[
         bool,
-        typer.Option(
-            "--spectra",
-            help="Also analyse the updates: norms, effective ranks, near-duplicates, unusual adapters. Decomposes "
+        usual(
+            "Also analyse the updates: norms, effective ranks, near-duplicates, unusual adapters. Decomposes "
             "every update: seconds for tens of adapters, and the time grows with the square of their number.",
+            True,
+            "--spectra",
         ),
     ] = False,
     threshold: Threshold = 0.9,
     png: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="With `--spectra`: draw overlaps, norms and effective ranks."),
+        Path | None, usual("With `--spectra`: draw overlaps, norms and effective ranks.", metavar="FILE")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, with the sha256 of every adapter.")] = False,
+    json: Annotated[bool, usual("Print JSON, with the sha256 of every adapter.", True, "--json")] = False,
 ) -> None:
     """List the adapters of a pool, and those that would be refused, with the reason.
 
@@ -122,9 +122,7 @@ def _report(
 
 
 def _table(adapters: Sequence[Adapter]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("adapter", "rank", "modules", "targets", "parameters", "size"):
-        table.add_column(name, justify="right" if name in ("rank", "modules", "parameters", "size") else "left")
+    table = plain_table("adapter", ">rank", ">modules", "targets", ">parameters", ">size")
     for adapter in adapters:
         table.add_row(
             Text(adapter.name),

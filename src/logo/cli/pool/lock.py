@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from logo.cli.options import OnBad
+from logo.cli.choices import OnBad
+from logo.cli.options import usual
 from logo.cli.output import err, out, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, tell_refused
 
@@ -24,20 +25,15 @@ def lock(
         list[str],
         typer.Argument(metavar="PLACE...", help="One or several places, as `--adapters` takes them; also a manifest."),
     ],
-    output: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The manifest, `.yaml`.")] = Path(
-        "pool.yaml"
-    ),
+    output: Annotated[Path, usual("The manifest, `.yaml`.", True, "--out", "-o", metavar="FILE")] = Path("pool.yaml"),
     base_model: Annotated[
-        str | None,
-        typer.Option(help="Take only adapters that fit this base model (its configuration is enough)."),
+        str | None, usual("Take only adapters that fit this base model (its configuration is enough).")
     ] = None,
-    model_dir: Annotated[str, typer.Option(help="Folder that is searched first for the base model.")] = "./hf_models",
-    replaces: Annotated[
-        bool, typer.Option("--replace", help="Replace an existing manifest, and list the changes.")
-    ] = False,
+    model_dir: Annotated[str, usual("Folder that is searched first for the base model.")] = "./hf_models",
+    replaces: Annotated[bool, usual("Replace an existing manifest, and list the changes.", True, "--replace")] = False,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Write a manifest of a pool: the place and the commit of each adapter, and the digests of its files.
 

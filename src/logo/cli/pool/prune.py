@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.table import Table
 from rich.text import Text
 
 from logo.adapters.upkeep.card import short_ranks
-from logo.cli.options import OnBad
-from logo.cli.output import out, print_json
+from logo.cli.choices import OnBad
+from logo.cli.options import usual
+from logo.cli.output import out, plain_table, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, opened, refusals, steps
 
 if TYPE_CHECKING:
@@ -24,17 +23,17 @@ def prune(
     out_folder: Out,
     energy: Annotated[
         float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Keep of every update the directions that hold this share of its squared norm: 0.95 leaves a relative "
+        usual(
+            "Keep of every update the directions that hold this share of its squared norm: 0.95 leaves a relative "
             "error of at most √0.05 = 0.22.",
-            show_default=False,
+            False,
+            metavar="SHARE",
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Keep this many directions instead.", show_default=False)] = None,
+    rank: Annotated[int | None, usual("Keep this many directions instead.", False)] = None,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Write a pool whose updates are the best approximations of smaller rank, with the error of each.
 
@@ -79,9 +78,7 @@ def prune(
         told = {"folder": str(folder), "out": str(out_folder), "energy": energy, "rank": rank}
         print_json({**told, "adapters": results, "refused": refusals(pool.refused)})
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in ("adapter", "rank before", "rank", "parameters before", "parameters", "relative error"):
-        table.add_column(head, justify="left" if head == "adapter" else "right")
+    table = plain_table("adapter", ">rank before", ">rank", ">parameters before", ">parameters", ">relative error")
     for one in results:
         table.add_row(
             Text(one["name"]),

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from logo.cli.options import OnBad
+from logo.cli.choices import OnBad
+from logo.cli.options import usual
 from logo.cli.output import note, out, print_json, size
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
 
@@ -16,17 +17,17 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="`namespace/name`; created if it does not exist.")],
     path_in_repo: Annotated[
         str | None,
-        typer.Option(
+        usual(
+            "Folder in the repository; `.` for its top.",
+            "{base model}-loras-{DIR}, as in the official collection",
             metavar="FOLDER",
-            help="Folder in the repository; `.` for its top.",
-            show_default="{base model}-loras-{DIR}, as in the official collection",
         ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    message: Annotated[str | None, typer.Option(help="Commit message.", show_default="the number of files")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files; send nothing.")] = False,
+    private: Annotated[bool, usual("Make the repository private.", True, "--private")] = False,
+    message: Annotated[str | None, usual("Commit message.", "the number of files")] = None,
+    dry_run: Annotated[bool, usual("List the files; send nothing.", True, "--dry-run")] = False,
     on_bad_adapter: OnBadAdapter = OnBad.ERROR,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Upload a pool to the Hub: safetensors adapters, their configurations, the card and pool.json; no pickles or
     checkpoints.

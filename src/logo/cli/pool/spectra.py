@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.adapters.upkeep.card import short_ranks
-from logo.cli.output import note, out
+from logo.cli.output import note, out, plain_table
 from logo.cli.pool.common import listed, steps, targets
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def draw(found: Anatomy, file: Path) -> None:
 
 def table(adapters: Sequence[Adapter], found: Anatomy) -> Table:
     """One row per adapter."""
-    shown = Table(box=None, pad_edge=False, header_style="dim")
-    for head in ("adapter", "rank", "targets", "norm", "effective rank", "nearest", "overlap", "cosine"):
-        shown.add_column(head, justify="left" if head in ("adapter", "targets", "nearest") else "right")
+    shown = plain_table("adapter", ">rank", "targets", ">norm", ">effective rank", "nearest", ">overlap", ">cosine")
     for adapter in adapters:
         name = adapter.name
         nearest = found.nearest(name)
@@ -67,9 +65,7 @@ def show(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> None:
 
     by_module = list(_by_module(found))
     if by_module:
-        shown = Table(box=None, pad_edge=False, header_style="dim")
-        for head in ("module", "layers", "median norm", "effective rank", "largest norm", "of"):
-            shown.add_column(head, justify="left" if head in ("module", "layers", "of") else "right")
+        shown = plain_table("module", "layers", ">median norm", ">effective rank", ">largest norm", "of")
         for row in by_module:
             shown.add_row(
                 row["module"],

@@ -22,7 +22,19 @@ _UNTOLD = frozenset(
         "adapter_memory_gb",
         "prefix_cache_gb",
     }
-    | {"base_model", "method", "signal", "selection_strategy", "k", "n_selected_modules", "seed", "gpu", "run_name"}
+    | {
+        "base_model",
+        "method",
+        "signal",
+        "selection_strategy",
+        "k",
+        "n_selected_modules",
+        "seed",
+        "gpu",
+        "device",
+        "run_name",
+        "command",
+    }
 )
 _VARIES = "differs between its datasets"
 

@@ -1,0 +1,91 @@
+"""Options that belong to some methods, merges or signals only: with another one they are an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, NoReturn
+
+from logo.errors import UsageError
+
+if TYPE_CHECKING:
+    from logo.baselines import Method
+    from logo.selection.settings import SelectionSettings
+    from logo.selection.signals import Signal
+
+# Option: the fields of a method that read it.
+OF_METHODS: dict[str, tuple[str, ...]] = {
+    "shots": ("rows",),
+    "lorahub_budget": ("budget",),
+    "retriever_variant": ("variant",),
+    "adapter_samples": ("samples", "validation"),
+    "validation_rows": ("validation",),
+    "samples_per_adapter": ("samples",),
+    "embedding_model": ("embedding_model",),
+    "embedding_instruction": ("instruction",),
+}
+# Option: the merges that read it.
+OF_MERGES: dict[str, tuple[str, ...]] = {
+    "merge_density": ("ties", "dare_linear", "dare_ties"),
+    "merge_sign": ("ties", "dare_ties"),
+    "arrow_top_k": ("arrow", "spectr"),
+    "arrow_temperature": ("arrow", "spectr"),
+}
+
+
+def check_method_options(given: Collection[str], methods: Sequence[Method]) -> None:
+    """Refuses options that none of the methods reads.
+
+    Args:
+        given: the names of the options that the user gave.
+
+    Raises:
+        UsageError: there is one.
+    """
+    from logo.baselines.registry import METHODS
+
+    own = {field.name for method in methods for field in fields(method)}
+    merges = {method.merging.kind for method in methods}
+    chosen = ", ".join(dict.fromkeys(method.name for method in methods))
+    for option in given:
+        readers = OF_METHODS.get(option)
+        if readers is not None and not own & set(readers):
+            named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
+            _refuse(option, "method", named, f"the method is {chosen}")
+        if option in OF_MERGES and not merges & set(OF_MERGES[option]):
+            _refuse(option, "merge", OF_MERGES[option], f"the merge is {', '.join(sorted(merges))}")
+
+
+def check_selection_options(given: Collection[str], settings: Sequence[SelectionSettings]) -> None:
+    """Refuses options of selection that none of these settings looks at.
+
+    Args:
+        given: the names of the options that the user gave.
+
+    Raises:
+        UsageError: there is one.
+    """
+    from logo.selection.signals import SIGNALS
+
+    looks_at: dict[str, Callable[[Signal], bool]] = {
+        "calibration_prompts": lambda signal: signal.scale != "raw",
+        "examples": lambda signal: signal.scale == "whitened",
+        "probe_depth": lambda signal: signal.layers == "early",
+    }
+    signals = ", ".join(dict.fromkeys(one.signal for one in settings))
+    for option, looks in looks_at.items():
+        if option in given and not any(looks(one.reading) for one in settings):
+            named = [name for name, signal in SIGNALS.items() if looks(signal)]
+            _refuse(option, "signal", named, f"the signal is {signals}")
+    weighting = dict.fromkeys(one.reading.weighting for one in settings)
+    if "weight_temperature" in given and "softmax" not in weighting:
+        _refuse("weight_temperature", "weighting", ["softmax"], f"the weighting is {', '.join(weighting)}")
+    for option in ("index_rank", "index_left"):
+        if option in given and not any(one.index == "two-stage" for one in settings):
+            _refuse(option, "index", ["two-stage"], "the index is exact")
+
+
+def _refuse(option: str, what: str, belongs: Iterable[str], found: str) -> NoReturn:
+    raise UsageError(
+        f"--{option.replace('_', '-')} belongs to --{what} {', '.join(belongs)}, and {found}; leave it out"
+    )

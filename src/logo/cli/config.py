@@ -1,0 +1,138 @@
+"""Options in files and by name: `--config FILE`, `--set KEY=VALUE`, and `--help-all`, which shows what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from logo.cli.renamed import OPTIONS
+from logo.errors import DataError, StorageError, UsageError, closest
+
+
+def command_name(context: typer.Context) -> str:
+    """What the user types after `logo`."""
+    return context.command_path.partition(" ")[2]
+
+
+def _configured(context: typer.Context, file: Path | None) -> None:
+    if file is not None and not context.resilient_parsing:
+        values = _values(context, _read(context, file), f"--config {file}")
+        context.default_map = {**values, **(context.default_map or {})}  # what --set says counts more
+
+
+def _set(context: typer.Context, pairs: list[str] | None) -> None:
+    if not pairs or context.resilient_parsing:
+        return
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--set {pair!r}: expected KEY=VALUE, found no '='")
+        found[name.strip()] = value
+    context.default_map = {**(context.default_map or {}), **_values(context, found, "--set")}
+
+
+def _read(context: typer.Context, file: Path) -> Mapping[str, Any]:
+    """The options in a file: a mapping by a user's hand, or what a run wrote."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"--config {file}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise DataError(f"--config {file}: expected YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"--config {file}: expected options by name, found {type(content).__name__}")
+    options = content.get("options")
+    command = content.get("command") or (options.get("command") if isinstance(options, dict) else None)
+    if not isinstance(command, dict):
+        if "versions" in content:
+            raise DataError(f"--config {file}: an earlier version wrote this run; it did not record its command line")
+        return content
+    name, here = str(command.get("name")), command_name(context)
+    if name.replace("evaluate", "eval run") != here.replace("evaluate", "eval run"):
+        raise UsageError(f"--config {file}: `logo {name}` wrote it; expected a file for `logo {here}`")
+    found: Mapping[str, Any] = command["options"]
+    return found
+
+
+def _values(context: typer.Context, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """By the parameters' names, as their options read them.
+
+    Raises:
+        UsageError: there is no such option.
+    """
+    named: dict[str, Any] = {}
+    for parameter in context.command.params:
+        if parameter.name not in EVERYWHERE and parameter.name != "help":
+            every = (str(parameter.name), *parameter.opts)
+            named |= {name.lstrip("-").replace("-", "_"): parameter for name in every}
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        key = str(name).lstrip("-").replace("-", "_")
+        if key not in named:
+            key = OPTIONS.get(key.replace("_", "-"), key).replace("-", "_")
+        if key not in named:
+            hint = closest(key, [known for known in named if len(known) > 1])
+            raise UsageError(f"{where}: no option {str(name)!r}{hint}; `{context.command_path} --help-all` shows all")
+        if value is not None:
+            found[str(named[key].name)] = _as_typed(named[key], value)
+    return found
+
+
+def _as_typed(parameter: Any, value: Any) -> Any:
+    """As it would stand on the command line."""
+    if parameter.nargs == 1 and not getattr(parameter, "multiple", False):
+        return ",".join(map(_word, value)) if isinstance(value, list) else _word(value)
+    if isinstance(value, list):
+        return [_word(one) for one in value]
+    return _word(value).split() if parameter.nargs > 1 else [_word(value)]
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _help_all(context: typer.Context, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    for parameter in context.command.params:
+        parameter.hidden = False  # type: ignore[attr-defined]
+    typer.echo(context.get_help())
+    raise typer.Exit
+
+
+EVERYWHERE: dict[str, Any] = {
+    "config": Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Options by name, in YAML or as a run wrote them.",
+            callback=_configured,
+            is_eager=True,
+            show_default=False,
+        ),
+    ],
+    "set_": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any option of --help-all (repeatable).",
+            callback=_set,
+            is_eager=True,
+            show_default=False,
+        ),
+    ],
+    "help_all": Annotated[
+        bool,
+        typer.Option(
+            "--help-all", help="Show all options and exit.", callback=_help_all, is_eager=True, show_default=False
+        ),
+    ],
+}
