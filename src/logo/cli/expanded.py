@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import Field, fields, is_dataclass
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -39,7 +39,7 @@ def expanded(command: _F, *, official: bool = False) -> _F:
     Args:
         official: under the names of the official script.
     """
-    hints = get_type_hints(command, include_extras=True)
+    hints = inspect.get_annotations(command, eval_str=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     own_context = next((name for name, hint in hints.items() if hint is typer.Context), None)
     parameters: list[inspect.Parameter] = []
@@ -47,7 +47,7 @@ def expanded(command: _F, *, official: bool = False) -> _F:
         if name not in groups:
             parameters.append(parameter.replace(annotation=hints[name]))
             continue
-        field_hints = get_type_hints(groups[name], include_extras=True)
+        field_hints = _hints(groups[name])
         parameters += [
             _keyword(f.name, _annotation(f, field_hints[f.name], official), f.default) for f in fields(groups[name])
         ]
@@ -74,6 +74,15 @@ def expanded(command: _F, *, official: bool = False) -> _F:
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper  # type: ignore[return-value]
+
+
+def _hints(group: type) -> dict[str, Any]:
+    """The annotations of a dataclass and its parents. Python 3.10's `get_type_hints` hides `Annotated` in an `Optional`
+    where the default is None, and Typer would then take an argument for an option."""
+    found: dict[str, Any] = {}
+    for kind in reversed(group.__mro__):
+        found |= inspect.get_annotations(kind, eval_str=True)
+    return found
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
