@@ -16,6 +16,7 @@ from logo.evaluation.sources.declarations import Declaration, Layout
 from logo.evaluation.sources.instances import Instance, Instances, make_instances
 from logo.evaluation.sources.loading import chosen, load_declaration, packaged
 from logo.evaluation.sources.readers import matching, read_raw
+from logo.evaluation.sources.templates import Wording
 
 NAME = st.sampled_from(["a", "B", "_c", "d1", "_", "long_name", "from", "class", "items"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -30,7 +31,8 @@ def declaration(context: str, completion: str = "x", **templates: str) -> Declar
 
 
 def instances(row: Mapping[str, Any], *texts: str, fields: Mapping[str, str] | None = None, **more: str) -> Instances:
-    return make_instances(declaration(*texts, **more), Layout({}, fields or {}), [("x.json: row 1", row)])
+    wording = Wording(declaration(*texts, **more), Layout({}, fields or {}))
+    return make_instances("mine.words", wording, [("x.json: row 1", row)])
 
 
 def only(row: Mapping[str, Any], *texts: str, fields: Mapping[str, str] | None = None, **more: str) -> Instance:
@@ -326,7 +328,7 @@ def test_rows_of_one_prompt_are_one_instance_with_the_references_of_all(tmp_path
     made = declared(tmp_path, GOOD + 'references: "{{ more }}"\n')
     rows = [("1", {"q": "a", "a": "x", "more": ["y", "x"]}), ("2", {"q": "b", "a": "", "more": []})]
     rows += [("3", {"q": "a", "a": "z", "more": None})]
-    found = make_instances(made, made.layouts[0], rows)
+    found = make_instances("mine.words", Wording(made, made.layouts[0]), rows)
     assert found.unusable == 1
     assert [instance.row() for instance in found.items] == [
         {"context": "Q: a", "completion": "x", "references": ["x", "y", "z"]}
@@ -336,10 +338,10 @@ def test_rows_of_one_prompt_are_one_instance_with_the_references_of_all(tmp_path
 def test_text_that_no_tokenizer_accepts_is_left_out(tmp_path: Path) -> None:
     made = declared(tmp_path, GOOD)
     rows = [("1", {"q": "\ud800", "a": "x"}), ("2", {"q": "b", "a": "y"})]
-    found = make_instances(made, made.layouts[0], rows)
+    found = make_instances("mine.words", Wording(made, made.layouts[0]), rows)
     assert (len(found.items), found.unusable) == (1, 1)
     with pytest.raises(DataError, match="none of 1 rows has a prompt and a gold text; is this the right split"):
-        make_instances(made, made.layouts[0], rows[:1])
+        make_instances("mine.words", Wording(made, made.layouts[0]), rows[:1])
 
 
 def test_names_patterns_and_first_parts_are_chosen() -> None:

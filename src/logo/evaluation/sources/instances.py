@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from logo.errors import DataError
-from logo.evaluation.sources.declarations import Declaration, Layout
 from logo.evaluation.sources.readers import RawRow
 from logo.evaluation.sources.templates import RowError, Wording
 
@@ -42,13 +41,12 @@ class Instances:
     unusable: int
 
 
-def make_instances(declaration: Declaration, layout: Layout, rows: Iterable[tuple[str, RawRow]]) -> Instances:
+def make_instances(name: str, wording: Wording, rows: Iterable[tuple[str, RawRow]]) -> Instances:
     """Fill the templates from every row. Rows with the same prompt are one instance, with the references of all.
 
     Raises:
         DataError: a row that does not fit the declaration (names the file and the row), or no usable row at all.
     """
-    wording = Wording(declaration, layout)
     found: dict[str, Instance] = {}
     unusable = 0
     where = "no file"
@@ -56,7 +54,7 @@ def make_instances(declaration: Declaration, layout: Layout, rows: Iterable[tupl
         try:
             instance = _instance(wording, row)
         except RowError as error:
-            raise DataError(f"dataset {declaration.name!r}: {where}: {error}; mend the declaration") from None
+            raise DataError(f"dataset {name!r}: {where}: {error}; mend the declaration") from None
         if instance is None:
             unusable += 1
         elif (known := found.get(instance.context)) is None:
@@ -65,8 +63,7 @@ def make_instances(declaration: Declaration, layout: Layout, rows: Iterable[tupl
             found[instance.context] = replace(known, references=_merged(known.references, instance.references))
     if not found:
         raise DataError(
-            f"dataset {declaration.name!r}: {where}: none of {unusable} rows has a prompt and a gold text; is this the "
-            "right split?"
+            f"dataset {name!r}: {where}: none of {unusable} rows has a prompt and a gold text; is this the right split?"
         )
     return Instances(tuple(found.values()), unusable)
 

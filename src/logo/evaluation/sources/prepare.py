@@ -17,6 +17,7 @@ from logo.evaluation.sources.instances import Instance, Instances, draw, make_in
 from logo.evaluation.sources.manifest import Entry, add_to_manifest
 from logo.evaluation.sources.places import Place, fetch, find_local
 from logo.evaluation.sources.readers import read_raw
+from logo.evaluation.sources.templates import Wording
 from logo.folders import replace_folder
 from logo.rows import file_sha256
 
@@ -87,6 +88,7 @@ def _drawn(
     declaration: Declaration, place: Place, request: Request, on_stage: Callable[[str], None]
 ) -> tuple[dict[str, list[Instance]], int]:
     """The rows of each split, and the number of raw rows that could not be used."""
+    wording = Wording(declaration, place.layout)
     found: dict[str, Instances] = {}
     for split, names in place.names.items():
         same = next((known for known in found if place.names[known] == names), None)
@@ -94,8 +96,7 @@ def _drawn(
             found[split] = found[same]
             continue
         on_stage(f"reading {split}")
-        rows = read_raw(place.layout, split, place.root, names)
-        found[split] = make_instances(declaration, place.layout, rows)
+        found[split] = make_instances(declaration.name, wording, read_raw(place.layout, split, place.root, names))
     drawn = {"test": draw(found["test"].items, request.rows, request.seed)}
     if "train" in found:
         train = draw(found["train"].items, request.train_rows, request.seed, without=drawn["test"])
