@@ -92,12 +92,12 @@ def _parquet(root: Path, names: Sequence[str]) -> Iterator[RawRow]:
         ) from error
 
     # Not `load_dataset("parquet")`, which reports every use to a server; this is the reader inside it.
-    with tempfile.TemporaryDirectory(prefix="logo-parquet-") as cache:
-        try:
-            files = [str(root / name) for name in names]
-            yield from datasets.Dataset.from_parquet(files, cache_dir=cache, streaming=True)
-        except Exception as error:  # the boundary: pyarrow and datasets each raise their own kinds
-            raise ValueError(f"cannot be read as Parquet ({error.__cause__ or error!r:.200})") from error
+    try:
+        with tempfile.TemporaryDirectory(prefix="logo-parquet-") as cache:  # of which only the reader's making has need
+            rows = datasets.Dataset.from_parquet([str(root / name) for name in names], cache_dir=cache, streaming=True)
+        yield from rows
+    except Exception as error:  # the boundary: pyarrow and datasets each raise their own kinds
+        raise ValueError(f"cannot be read as Parquet ({error.__cause__ or error!r:.200})") from error
 
 
 def _text_rows(ending: str, text: str, rows: str) -> Iterator[Any]:
