@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +36,28 @@ atexit.register(shutil.rmtree, os.environ["LOGO_CACHE"], ignore_errors=True)
 @pytest.hookimpl(trylast=True)  # pytest-randomly has shuffled them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest_first(items)
+
+
+@pytest.fixture
+def plugins_forgotten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Forgets the plugins that a test has registered, and the modules that it has imported from folders of its own."""
+    from logo import plugins
+
+    kept = [(one, dict(one), dict(one.sources), dict(one._places)) for one in plugins._REGISTRIES]
+    modules, path, temporary = set(sys.modules), list(sys.path), str(tmp_path_factory.getbasetemp())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(plugins.VARIABLE, raising=False)
+        yield
+    for registry, *before in kept:
+        for held, entries in zip((registry, registry.sources, registry._places), before, strict=True):
+            held.clear()
+            held.update(entries)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(temporary):
+            del sys.modules[name]
+    sys.path[:] = path
+    plugins._load_named.cache_clear()
+    importlib.invalidate_caches()
 
 
 @pytest.fixture(scope="session")

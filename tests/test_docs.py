@@ -19,7 +19,7 @@ import typer
 from logo.bench.local_server import LocalServer
 from logo.cli import output
 from logo.cli.app import app
-from logo.cli.run import run
+from logo.cli.run import plugins_first, run
 from make_adapters import write_drawer
 from tolerances import PATIENCE
 from transcripts import Transcript, difference, files, transcripts
@@ -35,7 +35,7 @@ def commands(page: Path) -> list[list[str]]:
     for line in page.read_text().splitlines():
         match = re.match(r"^(?:    |\$ )+(logo|python3 main\.py) (.*)$", line)
         if match:
-            arguments = shlex.split(match[2].partition(" 2> ")[0], comments=True)
+            arguments = plugins_first(shlex.split(match[2].partition(" 2> ")[0], comments=True))
             found.append(["evaluate", "--preset", "official", *arguments] if "main" in match[1] else arguments)
     return found
 
@@ -128,7 +128,7 @@ FOLDERS = {"my-adapters": lambda at: write_drawer(at, ("kasa", "nan", "pickled",
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins_forgotten: None) -> Path:
     """A folder with the repository's own in it, and a shell in which `logo` and `python` are this environment's."""
     for name in ("src", "tests", "docs", "examples", "main.py"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -18,13 +18,13 @@ import tiny
 from logo.adapters.format import LoraWeights
 from logo.errors import UsageError
 from logo.mixing import Merge
-from logo.mixing.merges import KINDS, fusion, linear, merged, mixture, ties
+from logo.mixing.merges import MERGES, fusion, linear, merged, mixture, ties
 from test_engine import PROMPTS, engine, hooks, write_adapter
 from tolerances import SCORES, same_scores, same_tensor
 
 PEFT_NAMES = {"mixture": "cat", "linear": "linear", "ties": "ties", "dare_linear": "dare_linear"}
 PEFT_NAMES |= {"dare_ties": "dare_ties"}
-SUMS_FACTORS = [kind for kind in KINDS if kind != "mixture"]
+SUMS_FACTORS = [kind for kind in MERGES if kind != "mixture"]
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -143,7 +143,7 @@ def test_one_adapter(drawn: tuple[list[LoraWeights], list[float]]) -> None:
     close(acts(ties([part], [weight], density=1.0)), weight * acts(part))
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(MERGES))
 @calm
 @given(parts_and_weights(), st.integers(0, 23))
 def test_order_does_not_count(kind: str, drawn: tuple[list[LoraWeights], list[float]], turn: int) -> None:
@@ -157,8 +157,8 @@ def test_order_does_not_count(kind: str, drawn: tuple[list[LoraWeights], list[fl
     again = merged(Merge(kind), mix, dict(reversed(tensors.items())))["m"]
     assert torch.equal(one.A, again.A) and torch.equal(one.B, again.B)
     if not kind.startswith("dare"):
-        other = KINDS[kind](Merge(kind), [tensors[n]["m"] for n in turned], [mix[n] for n in turned], generator())
-        whole = KINDS[kind](Merge(kind), parts, weights, generator())
+        other = MERGES[kind](Merge(kind), [tensors[n]["m"] for n in turned], [mix[n] for n in turned], generator())
+        whole = MERGES[kind](Merge(kind), parts, weights, generator())
         close(acts(other), acts(whole))
 
 
@@ -208,7 +208,7 @@ def test_unequal_ranks_are_refused_by_name(kind: str, llama: nn.Module, adapters
     with pytest.raises(UsageError, match=expected):
         logo.generate(PROMPTS[0], adapters={"tasks/t0": 0.5, "tasks/t1": 0.5}, max_new_tokens=2)
     with pytest.raises(ValueError, match="expected factors of one rank, found ranks 1, 2"):
-        KINDS[kind](
+        MERGES[kind](
             Merge(kind), [LoraWeights(torch.ones(r, 3), torch.ones(3, r), 1.0) for r in (1, 2)], [1, 1], generator()
         )
     assert logo.generate(PROMPTS[0], adapters={"tasks/t0": 0.5}, max_new_tokens=2).token_ids
@@ -258,7 +258,7 @@ def equals(llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(MERGES))
 def test_a_batch_of_merges_equals_one_by_one(kind: str, llama: nn.Module, equals: Path) -> None:
     logo = engine(llama, equals)
     logo.merge = Merge(kind, density=0.6)
@@ -272,7 +272,7 @@ def test_a_batch_of_merges_equals_one_by_one(kind: str, llama: nn.Module, equals
 
 
 @pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(MERGES))
 def test_scores_are_those_of_a_model_with_the_merge_in_its_weights(kind: str, fold: bool, equals: Path) -> None:
     """Gated, folded, and added to a copy of the weights by hand: the same likelihoods."""
     llama = tiny.model("llama")
@@ -307,8 +307,8 @@ def test_a_changed_merge_counts_from_the_next_call(llama: nn.Module, equals: Pat
     logo = engine(llama, equals)
     mix = {"t0": 0.9, "t2": 0.8}
     values = {}
-    for kind in (*KINDS, "mixture"):
+    for kind in (*MERGES, "mixture"):
         logo.merge = kind
         values.setdefault(kind, []).append(logo.score(PROMPTS[0], "w50", [mix])[0].nll)
     assert values["mixture"][0] == values["mixture"][1]
-    assert len({value[0] for value in values.values()}) == len(KINDS)
+    assert len({value[0] for value in values.values()}) == len(MERGES)

@@ -14,20 +14,27 @@ from logo.errors import (
     HubError,
     LoGoError,
     ModelError,
+    PluginError,
     PoolError,
     StorageError,
     UsageError,
 )
 
 if TYPE_CHECKING:
-    from logo.adapters.format import Adapter
+    from logo.adapters.format import Adapter, LoraWeights
     from logo.adapters.pool import AdapterPool
+    from logo.baselines.method import Method, Prepared, Task
+    from logo.baselines.registry import register_method
     from logo.decoder import Generation
     from logo.decoding import Truncation
     from logo.engine import LoGo
+    from logo.evaluation.metrics import MetricFunction, register_metric
+    from logo.mixing.merges import Merge, MergeFunction, register_merge
     from logo.scoring import Scored
+    from logo.selection.index import ScoringIndex
     from logo.selection.selector import Selection
     from logo.selection.settings import SelectionSettings
+    from logo.selection.signals import SignalFunction, register_signal
 
 __version__ = "0.1.0"
 
@@ -36,10 +43,23 @@ _LAZY = {
     "AdapterPool": "logo.adapters.pool",
     "Generation": "logo.decoder",
     "LoGo": "logo.engine",
+    "LoraWeights": "logo.adapters.format",
+    "Merge": "logo.mixing.merges",
+    "MergeFunction": "logo.mixing.merges",
+    "Method": "logo.baselines.method",
+    "MetricFunction": "logo.evaluation.metrics",
+    "Prepared": "logo.baselines.method",
     "Scored": "logo.scoring",
+    "ScoringIndex": "logo.selection.index",
     "Selection": "logo.selection.selector",
     "SelectionSettings": "logo.selection.settings",
+    "SignalFunction": "logo.selection.signals",
+    "Task": "logo.baselines.method",
     "Truncation": "logo.decoding",
+    "register_merge": "logo.mixing.merges",
+    "register_method": "logo.baselines.registry",
+    "register_metric": "logo.evaluation.metrics",
+    "register_signal": "logo.selection.signals",
 }
 
 __all__ = [
@@ -51,14 +71,28 @@ __all__ = [
     "HubError",
     "LoGo",
     "LoGoError",
+    "LoraWeights",
+    "Merge",
+    "MergeFunction",
+    "Method",
+    "MetricFunction",
     "ModelError",
+    "PluginError",
     "PoolError",
+    "Prepared",
     "Scored",
+    "ScoringIndex",
     "Selection",
     "SelectionSettings",
+    "SignalFunction",
     "StorageError",
+    "Task",
     "Truncation",
     "UsageError",
+    "register_merge",
+    "register_method",
+    "register_metric",
+    "register_signal",
 ]
 
 

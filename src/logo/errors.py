@@ -18,6 +18,10 @@ class UsageError(LoGoError, ValueError):
     """An option or argument that cannot be used (command line: exit code 2)."""
 
 
+class PluginError(LoGoError, ImportError):
+    """A plugin that cannot be imported, or that is not what it has to be (`logo.plugins`)."""
+
+
 class AdapterError(LoGoError, ValueError):
     """One adapter that cannot be read, is of a kind that cannot be mixed, or does not fit the base model.
 

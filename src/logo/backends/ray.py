@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from logo import plugins
 from logo.backends.cluster import Layout, WorkersError, connect, imported, process_resources
 from logo.backends.host import Answer, Host, Refused, Shared
 from logo.backends.items import Elsewhere, I, Lost, Queue, Unlike
@@ -210,7 +211,7 @@ class Workers(Generic[H]):
         made = self._ray.remote(Host).options(
             num_cpus=self._share.cpus,
             num_gpus=self._share.gpus,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._share.cpus)}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._share.cpus), **plugins.environment()}},
             max_restarts=0,
         )
         actor = made.remote(self._open)

@@ -17,7 +17,8 @@ from logo.calls import Calls
 from logo.decoder import Generation
 from logo.errors import UsageError
 from logo.mixing import Merge
-from logo.mixing.merges import MajoritySign
+from logo.mixing.merges import MERGES, MajoritySign
+from logo.plugins import Registry
 from logo.selection import Selection
 
 Need = Literal["train", "prompts", "samples", "validation"]
@@ -143,7 +144,12 @@ class Method(ABC):
 
     def as_dict(self) -> dict[str, Any]:
         """Name and options for JSON."""
-        return {"method": self.name, **dataclasses.asdict(self), "merge": self.merging.kind}
+        said = {"method": self.name, **dataclasses.asdict(self), "merge": self.merging.kind}
+        code = {"plugin": METHODS.source(self.name), "merge_plugin": MERGES.source(self.merging.kind)}
+        return {**said, **{key: source for key, source in code.items() if source is not None}}
+
+
+METHODS: Registry[type[Method]] = Registry("method")
 
 
 @dataclass(frozen=True, kw_only=True)

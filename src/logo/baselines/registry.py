@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from logo.baselines.fixed import Arrow, Base, Oracle, OwnSelector, Random, Seqr, SpectR, Uniform
 from logo.baselines.learned import BestSingle, LoraHub
 from logo.baselines.lorauter import LoRAuter
+from logo.baselines.method import METHODS as METHODS
 from logo.baselines.method import Method
 from logo.baselines.retrieval import AdapterSoup, LoraRetriever
 from logo.errors import UsageError, closest
 
-METHODS: dict[str, type[Method]] = {
-    kind.name: kind
-    for kind in (
-        OwnSelector,
-        Base,
-        Uniform,
-        Random,
-        Oracle,
-        BestSingle,
-        LoraHub,
-        LoraRetriever,
-        AdapterSoup,
-        LoRAuter,
-        Arrow,
-        SpectR,
-        Seqr,
-    )
-}
+_K = TypeVar("_K", bound=type[Method])
+
+
+def register_method(kind: _K) -> _K:
+    """Registers a subclass of `logo.Method` under its `name`; a decorator of the class.
+
+    Raises:
+        UsageError: it has no name, or the name is taken.
+    """
+    METHODS.add(getattr(kind, "name", ""), kind, kind)
+    return kind
+
+
+for _kind in (
+    *(OwnSelector, Base, Uniform, Random, Oracle, BestSingle, LoraHub, LoraRetriever, AdapterSoup, LoRAuter),
+    *(Arrow, SpectR, Seqr),
+):
+    register_method(_kind)
 
 
 def methods() -> dict[str, str]:
@@ -38,13 +39,12 @@ def methods() -> dict[str, str]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of this name.
+    """The method of this name, ours or a plugin's.
 
     Raises:
         UsageError: there is none.
+        PluginError: it is a plugin's, which cannot be imported.
     """
-    if name not in METHODS:
-        raise UsageError(f"unknown method {name!r}{closest(name, METHODS)}; known: {', '.join(METHODS)}")
     return METHODS[name]
 
 

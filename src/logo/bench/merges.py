@@ -25,7 +25,7 @@ from logo.adapters.pool import AdapterPool
 from logo.bench.synthetic import Sizes, base_model
 from logo.errors import UsageError
 from logo.mixing import AdapterStore, GatedLoRA, Merge
-from logo.mixing.merges import KINDS
+from logo.mixing.merges import MERGES
 from logo.mixing.routing import Router, Routing
 from logo.mixing.stacks import stacked
 from logo.mixing.store import Source
@@ -83,7 +83,7 @@ def compare_merges(sizes: Sizes = SIZES, weights: Sequence[float] = WEIGHTS, see
         pool = AdapterPool.from_directory(folder).fit(BaseLayout.of(model))
         tensors = {adapter.name: adapter.read() for adapter in pool}
         mix = dict(zip(pool.names, weights, strict=True))
-        rows = [_compare_kind(Merge(kind), model, oracle, mix, tensors, ids, seed) for kind in KINDS]
+        rows = [_compare_kind(Merge(kind), model, oracle, mix, tensors, ids, seed) for kind in MERGES]
         return [*rows, _compare_arrow(model, Path(folder), pool, ids)]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
-from logo import __version__
+from logo import __version__, plugins
 from logo.cli import bench, datasets, demo, evaluate, evaluations, generate, plan, pool, select, serve, train
 from logo.cli.commands import Commands, Root
 from logo.cli.expanded import expanded
 
 EPILOG = (
-    "Errors are one line; add --debug anywhere for the traceback. Options may be written --like-this or --like_this."
+    "Errors are one line; add --debug anywhere for the traceback, and --plugin module:Object for code of your own. "
+    "Options may be written --like-this or --like_this."
 )
 
 
@@ -46,9 +48,21 @@ def root(
         ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:OBJECT",
+            help="Import a signal, method, metric or merge of your own, from an installed module or from this folder "
+            "(repeatable; docs/extend.md). It runs that module's code.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """LoGo: many LoRA adapters on one language model, picked and mixed for every single input."""
-    # --debug is taken off the command line in logo.cli.run, wherever it stands; here it is only documented.
+    # --debug is taken off the command line in logo.cli.run, wherever it stands; here it is only documented. --plugin is
+    # put before the command there.
+    for one in plugin or ():
+        plugins.load(one, os.getcwd())
 
 
 ANSWER = "Answer prompts"

@@ -43,6 +43,7 @@ def check_method_options(given: Collection[str], methods: Sequence[Method]) -> N
         UsageError: there is one.
     """
     from logo.baselines.registry import METHODS
+    from logo.mixing.merges import MERGES
 
     own = {field.name for method in methods for field in fields(method)}
     merges = {method.merging.kind for method in methods}
@@ -52,7 +53,7 @@ def check_method_options(given: Collection[str], methods: Sequence[Method]) -> N
         if readers is not None and not own & set(readers):
             named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
             _refuse(option, "method", named, f"the method is {chosen}")
-        if option in OF_MERGES and not merges & set(OF_MERGES[option]):
+        if option in OF_MERGES and not merges & {*OF_MERGES[option], *MERGES.sources}:  # what plugins read is not known
             _refuse(option, "merge", OF_MERGES[option], f"the merge is {', '.join(sorted(merges))}")
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logo.cli.evaluate import Metric
 from logo.cli.methods import MethodOptions, Variant, make_method
 from logo.cli.output import err
 from logo.errors import DataError, UsageError
@@ -71,7 +70,7 @@ def contest_of(
     protocol: str,
     new_tokens: int | None,
     methods: Mapping[str, Method],
-    metric: Metric | None,
+    metric: str | None,
     train_rows: Path | None,
     held: Mapping[str, Sequence[Row]],
 ) -> Contest:
@@ -101,7 +100,7 @@ def contest_of(
     kinds = {
         task.name: task.metric or declared_metric(task.file) or metric_kind(task.name)
         if metric is None
-        else checked_kind(metric.value, "--metric")
+        else checked_kind(metric, "--metric")
         for task in tasks
     }
     unknown = tuple(sorted(asked - set(PROTOCOLS)))

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from logo.cli.belonging import check_method_options
-from logo.cli.choices import Choice, Context, Engine, Preset
+from logo.cli.choices import Context, Engine, Preset
 from logo.cli.expanded import command_line, given
 from logo.cli.forecast import forecast
 from logo.cli.forecast import show as show_forecast
@@ -47,14 +47,6 @@ Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1
 """
 
 
-class Metric(Choice):
-    EM = "em"
-    EM_MULTI = "em_multi"
-    EM_FIRST = "em_first"
-    BLEU = "bleu"
-    ROUGE = "rouge"
-
-
 @dataclass(frozen=True)
 class RowOptions:
     """What is evaluated, and how it is answered."""
@@ -71,11 +63,12 @@ class RowOptions:
         ),
     ] = None
     metric: Annotated[
-        Metric | None,
+        str | None,
         rare(
-            "How answers are judged, for all datasets: `em_first` is exact match with the first gold text, `em` and "
-            "`em_multi` with any of them.",
+            "How answers are judged, for all datasets: `em`, `em_multi`, `em_first`, `bleu`, `rouge` or a plugin's "
+            "metric; `em_first` is exact match with the first gold text, `em` and `em_multi` with any of them.",
             "what NAME.yaml says beside NAME.jsonl, else by the dataset's name",
+            metavar="METRIC",
         ),
     ] = None
     limit: Annotated[int | None, usual("Only the first rows of each dataset.", "all")] = None
@@ -263,7 +256,7 @@ def jobs_of(rows: RowOptions, folder: Path, *, official: bool = False) -> list[J
         rows=rows.rows,
         train_rows=rows.train_rows,
         limit=rows.limit,
-        metric=None if rows.metric is None else checked_kind(rows.metric.value, "--metric"),
+        metric=None if rows.metric is None else checked_kind(rows.metric, "--metric"),
         official=official,
     )
     if missing:

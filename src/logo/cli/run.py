@@ -15,6 +15,7 @@ from logo.cli.app import app
 from logo.errors import LoGoError, UsageError
 
 DEBUG = "--debug"
+PLUGIN = "--plugin"
 INTERRUPTED = 130
 
 # Typer ships its parser's error classes without exporting them all: BadParameter -> UsageError -> ClickException.
@@ -33,7 +34,7 @@ def run(argv: list[str]) -> int:
             stream.reconfigure(errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        result = app(args=argv, prog_name="logo", standalone_mode=False)
+        result = app(args=plugins_first(argv), prog_name="logo", standalone_mode=False)
         sys.stdout.flush()
         if result == INTERRUPTED:  # typer turns Ctrl-C into an exit code
             return _fail("interrupted", INTERRUPTED)
@@ -42,6 +43,17 @@ def run(argv: list[str]) -> int:
         if debug:
             traceback.print_exc()
         return _explain(error)
+
+
+def plugins_first(argv: list[str]) -> list[str]:
+    """The same command line with `--plugin` before the command, wherever it stands; after `--` nothing is ours."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    first: list[str] = []
+    rest: list[str] = []
+    for argument in argv[:end]:
+        is_value = bool(first) and first[-1] == PLUGIN
+        (first if is_value or argument == PLUGIN or argument.startswith(f"{PLUGIN}=") else rest).append(argument)
+    return [*first, *rest, *argv[end:]]
 
 
 def _explain(error: BaseException) -> int:

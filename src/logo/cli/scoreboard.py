@@ -146,4 +146,4 @@ def say_errors(scores: Sequence[Score]) -> bool:
 def _label(key: str) -> str:
     from logo.evaluation.metrics import LABELS
 
-    return LABELS[key]
+    return LABELS.get(key, key)

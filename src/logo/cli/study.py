@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from logo.cli.belonging import check_method_options
 from logo.cli.choices import IndexKind
 from logo.cli.contests import contest_of, methods_of, tasks_of
-from logo.cli.evaluate import Metric
 from logo.cli.expanded import command_line, expanded, given
 from logo.cli.field_table import WIDTH as FIELD_WIDTH
 from logo.cli.field_table import field_table
@@ -84,10 +83,11 @@ def study(
         int | None, usual("Also generate answers of up to N new tokens, and judge them.", "no", metavar="N", min=1)
     ] = None,
     metric: Annotated[
-        Metric | None,
+        str | None,
         rare(
             "How generated answers are judged, in all tasks.",
             "what NAME.yaml says beside NAME.jsonl, else by the task's name",
+            metavar="METRIC",
         ),
     ] = None,
     train_rows: Annotated[

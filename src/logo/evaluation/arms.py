@@ -17,12 +17,13 @@ from logo.baselines.method import Learned, Method, Prepared
 from logo.baselines.method import Task as MethodTask
 from logo.errors import DataError, UsageError
 from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
-from logo.evaluation.identity import digests, environment, pool_digests
+from logo.evaluation.identity import digests, environment, plugins_used, pool_digests
 from logo.evaluation.metrics import first_line, measure, measures
 from logo.evaluation.study import Facts, Task
 from logo.evaluation.summary import Measured, Section
 from logo.mixing import EXACT, Merge
 from logo.rows import Row
+from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
     from logo.engine import LoGo
@@ -281,6 +282,7 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
     signals = {
         name: {
             **asdict(logo.settings),
+            **plugins_used(SIGNALS.source(name)),
             "k": logo.k,
             "points": [point.module for point in logo.scorer.points],
             "activations": [str(one) for one in logo.fitted.activations if logo.fitted.read_once],

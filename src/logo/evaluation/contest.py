@@ -15,7 +15,7 @@ from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Learned, Method, Task
 from logo.digests import fingerprint
 from logo.errors import UsageError, closest
-from logo.evaluation.metrics import Kind
+from logo.evaluation.metrics import METRICS, Kind
 
 OWN, LEFT_OUT, UNSEEN = "own", "left-out", "unseen"
 PROTOCOLS = (OWN, LEFT_OUT, UNSEEN)
@@ -100,4 +100,6 @@ class Contest:
         if self.new_tokens is not None:
             said["generate"] = self.new_tokens
             said["metrics"] = dict(self.metrics)
+            plugins = {kind: METRICS.source(kind) for kind in self.metrics.values() if kind in METRICS.sources}
+            said |= {"metric_plugins": plugins} if plugins else {}
         return said

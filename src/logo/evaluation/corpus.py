@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from logo.evaluation.intervals import Interval, Values, bootstrap, of_mean, proportion
-from logo.evaluation.metrics import Kind, metric_kind, rouge
+from logo.evaluation.metrics import KINDS, Kind, metric_kind, rouge
 
 CHRF_ORDER = 6  # longest character n-gram
 CHRF_BETA = 2  # recall counts twice as much as precision
@@ -121,6 +121,8 @@ def corpora(
             f"found {len(predictions)} predictions and {sum(1 for texts in golds if texts)} with gold texts"
         )
     kind = metric or metric_kind(dataset)
+    if kind not in KINDS:  # a plugin's: what else could be said of such answers is not known
+        return {}
     if kind.startswith("em"):
         pairs = list(zip(predictions, golds, strict=True))
         return {

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from logo.adapters.examples import examples_of
 from logo.digests import config_digest, fingerprint, library_versions, tokenizer_digest, weights_digest
 from logo.errors import UsageError
+from logo.mixing.merges import MERGES
 from logo.rows import Row
+from logo.selection.signals import SIGNALS
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +54,16 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
         "settings": {**settings, "k": logo.k, "points": list(logo.points)},
         "truncation": asdict(logo.prompts.truncation),
         "generation": options,
+        **plugins_used(SIGNALS.source(logo.settings.signal), MERGES.source(logo.merge.kind)),
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain
+
+
+def plugins_used(*sources: str | None) -> dict[str, list[str]]:
+    """Of the code of others that results depend on, as a part of an identity: nothing where all of it is ours."""
+    found = [source for source in sources if source is not None]
+    return {"plugins": found} if found else {}
 
 
 def digests(logo: Calls) -> dict[str, Any]:

@@ -12,14 +12,36 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any, Protocol, TypeVar
 
-from logo.errors import UsageError, closest
+from logo.errors import PluginError, UsageError, closest
+from logo.plugins import Registry
 
-Kind = Literal["em", "em_multi", "em_first", "bleu", "rouge"]
+Kind = str  # a name of `METRICS`
 Value = int | float | dict[str, float]
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = ("em", "em_multi", "em_first", "bleu", "rouge")
+"""Ours."""
+
+
+class MetricFunction(Protocol):
+    """What a metric computes: what one answer is worth, without state."""
+
+    def __call__(self, prediction: str, golds: Sequence[str], /) -> float:
+        """A number from 0 (worthless) to 1 (perfect); results are means of it, shown in percent.
+
+        Args:
+            prediction: the first line of the answer, stripped.
+            golds: the gold texts of the row, one or more.
+
+        Raises:
+            LoGoError: what the user can mend; anything else is taken for a bug of the metric.
+        """
+
+
+_F = TypeVar("_F", bound=MetricFunction)
+
+METRICS: Registry[Callable[[str, Sequence[str]], Value]] = Registry("metric")
 
 _BY_NAME: Mapping[str, Kind] = {
     "bbh": "em",
@@ -66,15 +88,21 @@ def checked_kind(text: object, where: str) -> Kind:
     Raises:
         UsageError: there is none; `where` says where the name stands.
     """
-    for kind in KINDS:
-        if text == kind:
-            return kind
-    raise UsageError(f"{where}: expected a metric ({', '.join(KINDS)}), found {text!r}{closest(str(text), KINDS)}")
+    kind = str(text)
+    try:
+        _ = METRICS[kind]
+    except UsageError:
+        known = METRICS.known
+        found = f"{text!r}{closest(kind, known)}"
+        raise UsageError(f"{where}: expected a metric ({', '.join(known)}), found {found}") from None
+    return kind
 
 
 def recorded_kind(run: Mapping[str, Any], dataset: str) -> Kind:
-    """The metric of a result, by its `run.json`, or by the dataset's name if that has none."""
-    return next((kind for kind in KINDS if run.get("metric") == kind), metric_kind(dataset))
+    """The metric of a result, by its `run.json`, or by the dataset's name if that has none. Reading a result imports no
+    plugin: its metric is known by its name."""
+    found = run.get("metric")
+    return found if isinstance(found, str) and found else metric_kind(dataset)
 
 
 def first_line(text: str) -> str:
@@ -116,23 +144,43 @@ def rouge(prediction: str, completion: str | Sequence[str]) -> dict[str, float]:
     return {ours: float(scores[theirs].fmeasure) for ours, theirs in _ROUGE.items()}
 
 
-_METRICS: Mapping[Kind, Callable[[str, str | Sequence[str]], Value]] = {
-    "em": em,
-    "em_multi": em_multi,
-    "em_first": em_first,
-    "bleu": bleu,
-    "rouge": rouge,
-}
+_OURS: tuple[Callable[[str, Sequence[str]], Value], ...] = (em, em_multi, em_first, bleu, rouge)
+for _name, _metric in zip(KINDS, _OURS, strict=True):
+    METRICS.add(_name, _metric, _metric)
+
+
+def register_metric(name: str) -> Callable[[_F], _F]:
+    """Registers a `MetricFunction` as the metric of this name; a decorator.
+
+    Raises:
+        UsageError: the name is taken.
+    """
+
+    def add(function: _F) -> _F:
+        METRICS.add(name, function, function)
+        return function
+
+    return add
 
 
 def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Value:
-    """What one prediction is worth under a metric: 0 or 1, a BLEU in [0, 1], or the three ROUGE F-measures."""
-    return _METRICS[kind](prediction, completion)
+    """What one prediction is worth under a metric: 0 or 1, a BLEU in [0, 1], the three ROUGE F-measures, or what a
+    plugin says.
+
+    Raises:
+        PluginError: a plugin does not say a number from 0 to 1.
+    """
+    value = METRICS[kind](prediction, (completion,) if isinstance(completion, str) else completion)
+    if kind in METRICS.sources:
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise PluginError(f"metric {kind!r}: expected a number from 0 to 1, found {value!r:.60}")
+        return float(value)
+    return value
 
 
 def measures(kind: Kind) -> tuple[str, ...]:
     """The names of the numbers that a metric gives each answer: `em` (also of `em_multi`, which is the same function),
-    `em_first`, `bleu`, or the three of ROUGE; the primary one comes last."""
+    `em_first`, `bleu`, a plugin's name, or the three of ROUGE; the primary one comes last."""
     if kind == "rouge":
         return tuple(_ROUGE)
     return ("em" if kind == "em_multi" else kind,)
@@ -157,7 +205,7 @@ def summary_line(kind: Kind, values: Sequence[Value]) -> str:
     Raises:
         ValueError: as `mean`.
     """
-    return "  ".join(f"{LABELS[key]}: {100 * value:.2f}" for key, value in mean(kind, values).items())
+    return "  ".join(f"{LABELS.get(key, key)}: {100 * value:.2f}" for key, value in mean(kind, values).items())
 
 
 def _normalised(text: str) -> str:

@@ -20,6 +20,7 @@ from logo.baselines.method import Answering, Learned, Task
 from logo.errors import UsageError
 from logo.evaluation.identity import engine_identity, environment, order_dependence, rows_digest
 from logo.evaluation.jobs import Job, train_rows, trained_and_tested
+from logo.evaluation.metrics import METRICS
 from logo.evaluation.results import LOGO, result_files, run_record, write_results
 from logo.evaluation.resume import (
     Plan,
@@ -175,6 +176,7 @@ class Evaluation(ABC):
             "max_new_tokens": self.max_new_tokens,
             "dataset": job.dataset,
             "metric": job.metric,
+            **({} if METRICS.source(job.metric) is None else {"metric_plugin": METRICS.source(job.metric)}),
             "rows": len(job.rows),
             "rows_sha256": rows_digest(job.rows),
         }

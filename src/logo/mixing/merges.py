@@ -13,15 +13,16 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from logo.adapters.format import LoraWeights
-from logo.errors import UsageError, closest
+from logo.errors import UsageError
 from logo.mixing.routing import Kind as RoutingKind
 from logo.mixing.routing import Routing
+from logo.plugins import Registry
 
 Parts = Sequence[LoraWeights]
 MajoritySign = Literal["total", "frequency"]
@@ -36,7 +37,7 @@ class Merge:
     """How the adapters of one selection are combined.
 
     Attributes:
-        kind: a name of `KINDS`, or of `ROUTED`; `"cat"` is PEFT's name for `"mixture"`.
+        kind: a name of `MERGES`, or of `ROUTED`; `"cat"` is PEFT's name for `"mixture"`.
         density: share of the entries that `ties`, `dare_linear` and `dare_ties` keep, above 0 and up to 1.
         majority_sign: of `ties` and `dare_ties`: the sign of the sum, or the one that more adapters have.
         seed: of the entries that `dare_linear` and `dare_ties` drop.
@@ -57,9 +58,8 @@ class Merge:
     def __post_init__(self) -> None:
         kind = _ALIASES.get(self.kind, self.kind)
         object.__setattr__(self, "kind", kind)
-        if kind not in (*KINDS, *ROUTED):
-            known = (*KINDS, *ROUTED)
-            raise UsageError(f"unknown merge {kind!r}{closest(kind, known)}; known: {', '.join(known)}")
+        if kind not in ROUTED:
+            _ = MERGES[kind]  # refuses one that does not exist
         if not 0 < self.density <= 1:
             raise UsageError(f"merge density: expected a share above 0 and up to 1, found {self.density}")
         if self.majority_sign not in ("total", "frequency"):
@@ -87,7 +87,7 @@ class Merge:
 
     def __call__(self, parts: Parts, weights: Sequence[float], generator: torch.Generator) -> LoraWeights:
         """The merged factors; only the random kinds draw from the generator."""
-        return KINDS[self.kind](self, parts, weights, generator)
+        return MERGES[self.kind](self, parts, weights, generator)
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------
@@ -164,17 +164,62 @@ def dare_ties(
     return LoraWeights(_agreed(dropped[0], right, majority_sign), _agreed(dropped[1], left, majority_sign), 1.0)
 
 
-Kind = Callable[[Merge, Parts, Sequence[float], torch.Generator], LoraWeights]
+class MergeFunction(Protocol):
+    """What a merge computes, on one module: a pure function of the adapters' factors."""
 
-KINDS: dict[str, Kind] = {
-    "mixture": lambda m, parts, weights, g: mixture(parts, weights),
-    "fusion": lambda m, parts, weights, g: fusion(parts, weights),
-    "linear": lambda m, parts, weights, g: linear(parts, weights),
-    "ties": lambda m, parts, weights, g: ties(parts, weights, m.density, m.majority_sign),
-    "dare_linear": lambda m, parts, weights, g: dare_linear(parts, weights, m.density, g),
-    "dare_ties": lambda m, parts, weights, g: dare_ties(parts, weights, m.density, m.majority_sign, g),
-}
+    def __call__(
+        self, merge: Merge, parts: Parts, weights: Sequence[float], generator: torch.Generator, /
+    ) -> LoraWeights:
+        """One adapter of several.
+
+        Args:
+            merge: its options; a merge looks at those it knows.
+            parts: factors `A` (r_i, d_in), `B` (d_out, r_i) and the factor `scaling` of each adapter, in pool order, in
+                the dtype of their files; `part.scaled_b()` is `scaling · B` in float32.
+            weights: of the adapters, parallel to `parts`. They sum to 1 unless a user forced others.
+            generator: the only source of randomness; the same mixture is always given the same one.
+
+        Returns:
+            `LoraWeights(A, B, scaling)` that acts as `scaling · B A`, of any rank, on the device of the parts.
+
+        Raises:
+            UsageError: adapters that cannot be merged in this way.
+        """
+
+
+_M = TypeVar("_M", bound=MergeFunction)
+
+MERGES: Registry[MergeFunction] = Registry("merge", ROUTED)
 """Every kind that is a function of the factors, by name."""
+
+for _function, _kind in (
+    (mixture, lambda m, parts, weights, g: mixture(parts, weights)),
+    (fusion, lambda m, parts, weights, g: fusion(parts, weights)),
+    (linear, lambda m, parts, weights, g: linear(parts, weights)),
+    (ties, lambda m, parts, weights, g: ties(parts, weights, m.density, m.majority_sign)),
+    (dare_linear, lambda m, parts, weights, g: dare_linear(parts, weights, m.density, g)),
+    (dare_ties, lambda m, parts, weights, g: dare_ties(parts, weights, m.density, m.majority_sign, g)),
+):
+    MERGES.add(_function.__name__, _kind, _function)
+
+# What these do to one adapter, or to adapters of different ranks, is known; of plugins nothing is.
+_SUMMING_FACTORS = ("linear", "ties", "dare_linear", "dare_ties")
+
+
+def register_merge(name: str) -> Callable[[_M], _M]:
+    """Registers a `MergeFunction` as the merge of this name; a decorator.
+
+    Raises:
+        UsageError: the name is taken.
+    """
+
+    def add(function: _M) -> _M:
+        if name in _ALIASES:
+            raise UsageError(f"merge {name!r}: the name is taken by {_ALIASES[name]!r}; choose another one")
+        MERGES.add(name, function, function)
+        return function
+
+    return add
 
 
 EXACT = Merge()
@@ -193,20 +238,20 @@ def merged(
     module and the names, so that the same mixture is the same adapter whenever it is made.
 
     Args:
-        merge: any kind of `KINDS`.
+        merge: any kind of `MERGES`.
         mixture: adapter name -> weight, in pool order.
         tensors: adapter name -> module path -> factors, of these adapters at least.
 
     Raises:
         UsageError: adapters of different ranks on one module, by a kind that sums factors.
     """
-    if len(mixture) == 1 and merge.kind != "fusion":  # nothing to trim, drop or agree about, as in PEFT
+    if len(mixture) == 1 and merge.kind in _SUMMING_FACTORS:  # nothing to trim, drop or agree about, as in PEFT
         merge = Merge("mixture")
     whole = {}
     for path in dict.fromkeys(path for name in mixture for path in tensors[name]):
         names = [name for name in mixture if path in tensors[name]]
         parts = [tensors[name][path] for name in names]
-        if not merge.exact:
+        if merge.kind in (*_SUMMING_FACTORS, "fusion"):
             _check_ranks(merge, path, names, parts)
         digest = hashlib.sha256("\0".join((str(merge.seed), path, *names)).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))

@@ -161,7 +161,15 @@ def _key_of(model: nn.Module, texts: Texts, signal: Signal) -> str:
     """Digest of the base model, the texts and the reading."""
     config: Any = model.config
     settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    reading: list[Any] = [signal.input, signal.token, signal.scale, signal.score.__name__, signal.readings]
+    reading: list[Any] = [
+        signal.input,
+        signal.token,
+        signal.scale,
+        getattr(signal.score, "__name__", ""),
+        signal.readings,
+    ]
+    if signal.plugin is not None:
+        reading.append(signal.plugin)
     if signal.token == "tail":
         reading.append([[list(one.tokens), one.last] for one in signal.activations])
     rows = [[list(row) for row in part] for part in (texts.neutral, texts.requests)]

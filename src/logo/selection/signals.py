@@ -1,6 +1,7 @@
 """Signals: how strongly each adapter responds, as pure functions from an index and hidden vectors to scores.
 
-A signal is registered by name, together with what it reads where the user asks for nothing else. `norm` and `entropy`
+A signal is registered by name, together with what it reads where the user asks for nothing else; docs/extend.md shows
+how others register theirs. `norm` and `entropy`
 are those of the paper (arXiv 2511.07129, section 3) with the constants of the authors' code. All of them are explained
 in docs/how-selection-works.md.
 """
@@ -8,17 +9,17 @@ in docs/how-selection-works.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from logo.adapters.activation import Activation
-from logo.errors import UsageError, closest
+from logo.errors import PluginError, UsageError
+from logo.plugins import Registry
 from logo.selection.index import ScoringIndex
 
-Score = Callable[[ScoringIndex, Tensor], Tensor]  # (index, hidden (n, d)) -> scores (n, adapters)
 ProbeInput = Literal["residual", "projection"]
 ProbeToken = Literal["last", "mean", "each", "tail"]
 Weighting = Literal["linear", "softmax", "adaptive"]
@@ -26,6 +27,34 @@ WhenUnsure = Literal["mix", "base", "best", "refuse"]
 # raw: the response itself · zscore: against the adapter's own responses to neutral text · whitened: likewise, of hidden
 # vectors from which is taken what all text has in common
 Scale = Literal["raw", "zscore", "whitened"]
+Layers = Literal["last", "early"]
+
+
+class SignalFunction(Protocol):
+    """What a signal computes: a pure function of tensors, without state."""
+
+    def __call__(self, index: ScoringIndex, hidden: Tensor, /) -> Tensor:
+        """One score for each hidden vector and each adapter; the adapters with the highest scores are selected.
+
+        Args:
+            index: all adapters that touch one point (a linear module of one layer), in pool order: `len(index)` of
+                them. `index.norms(hidden)` gives `‖ΔW_i h‖₂` (n, adapters), `index.alignments(hidden)` `|v_iᵀ h|`
+                with the first right singular vector of `ΔW_i` (n, adapters), `index.responses(hidden)` the vectors
+                `ΔW_i h` themselves, in chunks (n, adapters of the chunk, d_out). All are float32 on `index.device`.
+            hidden: (n, d), vectors at this point, in the model's dtype: one per prompt, or one per token.
+
+        Returns:
+            (n, adapters), float32, finite. A row depends on its own hidden vector alone. There is no unit: with the
+            scale `"raw"` scores of different adapters are compared as they are; with `"zscore"` each with the same
+            adapter's mean and standard deviation on neutral text; with `"whitened"`, likewise, their logarithms, so
+            they have to be positive.
+
+        Raises:
+            LoGoError: what the user can mend; anything else is taken for a bug of the signal.
+        """
+
+
+_S = TypeVar("_S", bound=SignalFunction)
 
 
 @dataclass(frozen=True)
@@ -45,10 +74,11 @@ class Signal:
         norms: the scores are `ScoringIndex.norms`, which the first stage of a two-stage index knows about.
         relative: they are `ScoringIndex.relative` instead, each norm divided by the root of the vector's length.
         late: responses are averaged with the last tokens counting most, too (`logo.selection.emphasis`).
+        plugin: what its scores depend on, if it is not ours (`logo.plugins.Registry.source`).
     """
 
-    score: Score
-    layers: Literal["last", "early"] = "last"
+    score: SignalFunction
+    layers: Layers = "last"
     input: ProbeInput = "residual"
     token: ProbeToken = "last"
     scale: Scale = "raw"
@@ -58,6 +88,7 @@ class Signal:
     relative: bool = False
     late: bool = False
     activations: tuple[Activation, ...] = ()
+    plugin: str | None = None
 
     @property
     def readings(self) -> int:
@@ -65,42 +96,75 @@ class Signal:
         return 2 if self.late and self.token == "each" and not self.activations else 1
 
     def __call__(self, index: ScoringIndex, hidden: Tensor) -> Tensor:
-        """(n, adapters) for hidden (n, d)."""
-        return self.score(index, hidden)
+        """(n, adapters) for hidden (n, d).
+
+        Raises:
+            PluginError: a signal of others has returned something else.
+        """
+        scores = self.score(index, hidden)
+        if self.plugin is not None:
+            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            if shape != (len(hidden), len(index)):
+                place, wanted = self.plugin.partition(" ")[0], (len(hidden), len(index))
+                raise PluginError(f"signal {place}: expected scores (vectors, adapters) {wanted}, found {shape}")
+            scores = scores.float()
+        return scores
 
 
-SIGNALS: dict[str, Signal] = {}
+SIGNALS: Registry[Signal] = Registry("signal")
 
 
-def register(name: str, **reading: Any) -> Callable[[Score], Score]:
-    """Adds a signal under a name that `get_signal` and the command line know; `reading` are fields of `Signal`."""
+def register_signal(
+    name: str,
+    *,
+    layers: Layers = "last",
+    input: ProbeInput = "residual",
+    token: ProbeToken = "last",
+    scale: Scale = "raw",
+    weighting: Weighting = "linear",
+    chosen: bool = False,
+    norms: bool = False,
+    relative: bool = False,
+    late: bool = False,
+) -> Callable[[_S], _S]:
+    """Registers a `SignalFunction` as the signal of this name; a decorator. The other arguments are those of `Signal`:
+    what the signal reads, and how its scores become weights, where the user asks for nothing else.
 
-    def add(score: Score) -> Score:
-        SIGNALS[name] = Signal(score, **reading)
+    Raises:
+        UsageError: the name is taken, or an argument is none of its choices.
+    """
+    choices: list[tuple[str, str, Any]] = [("layers", layers, Layers), ("input", input, ProbeInput)]
+    choices += [("token", token, ProbeToken), ("scale", scale, Scale), ("weighting", weighting, Weighting)]
+    for option, value, choice in choices:
+        if value not in get_args(choice):
+            raise UsageError(f"signal {name!r}: {option}: expected one of {get_args(choice)}, found {value!r}")
+
+    def add(score: _S) -> _S:
+        made = Signal(score, layers, input, token, scale, chosen, weighting, norms, relative, late)
+        SIGNALS.add(name, made, score)
+        SIGNALS[name] = replace(made, plugin=SIGNALS.source(name))
         return score
 
     return add
 
 
 def get_signal(name: str) -> Signal:
-    """The signal of this name.
+    """The signal of this name, ours or a plugin's.
 
     Raises:
         UsageError: there is none.
+        PluginError: it is a plugin's, which cannot be imported.
     """
-    try:
-        return SIGNALS[name]
-    except KeyError:
-        raise UsageError(f"unknown signal {name!r}{closest(name, SIGNALS)}; known: {', '.join(SIGNALS)}") from None
+    return SIGNALS[name]
 
 
-@register("norm", norms=True)
+@register_signal("norm", norms=True)
 def norm(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`‖ΔW_i h‖₂`: how large the adapter's response to this input is."""
     return index.norms(hidden)
 
 
-@register("entropy")
+@register_signal("entropy")
 def entropy(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`1 / (H + 1e-6)`, `H = -Σ q log(q + 1e-8)`, `q = softmax(ΔW_i h)`: how concentrated the response is."""
     chunks = []
@@ -124,8 +188,8 @@ _EARLY: dict[str, Any] = {
 }
 
 
-@register("signature", **_EARLY)
-@register("calibrated", **_EARLY)
+@register_signal("signature", **_EARLY)
+@register_signal("calibrated", **_EARLY)
 def calibrated(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`‖ΔW_i W (h - μ)‖₂ / √‖W (h - μ)‖₂` at several early points and all tokens, compared with neutral text.
 
@@ -135,19 +199,19 @@ def calibrated(index: ScoringIndex, hidden: Tensor) -> Tensor:
     return index.relative(hidden)
 
 
-@register("norm_z", scale="zscore", weighting="softmax", norms=True)
+@register_signal("norm_z", scale="zscore", weighting="softmax", norms=True)
 def norm_z(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """The official norm, as a z-score over neutral prompts (SEQR, arXiv 2509.18093, calibrates norms like this)."""
     return index.norms(hidden)
 
 
-@register("arrow", layers="early", input="projection", token="each")
+@register_signal("arrow", layers="early", input="projection", token="each")
 def arrow(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`|v_iᵀ h|` with `v_i` the first right singular vector of `ΔW_i` (Arrow, arXiv 2405.11157)."""
     return index.alignments(hidden)
 
 
-@register("spectr", layers="early", input="projection", token="each", norms=True)
+@register_signal("spectr", layers="early", input="projection", token="each", norms=True)
 def spectr(index: ScoringIndex, hidden: Tensor) -> Tensor:
     """`‖Σ_i V_iᵀ h‖`, the whole spectrum, which is `‖ΔW_i h‖` per token and layer (SpectR, COLM 2025)."""
     return index.norms(hidden)

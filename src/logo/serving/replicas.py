@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp
 
+from logo import plugins
 from logo.backends.cluster import Layout, imported
 from logo.errors import LoGoError
 from logo.serving.coordinator import Command, Coordinator, Joined, State
@@ -234,7 +235,7 @@ def application(plan: Plan, scale: Scale, cpus: int, gpus: float, digest: str | 
         ray_actor_options={
             "num_cpus": cpus,
             "num_gpus": gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus)}},
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus), **plugins.environment()}},
         },
         deployment_actors=[
             DeploymentActorConfig(

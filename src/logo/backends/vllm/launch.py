@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from logo import plugins
 from logo.backends.plan import Plan
 from logo.backends.vllm.options import OPTIONS, POOL
 from logo.errors import UsageError
@@ -80,7 +81,7 @@ class Launch:
                 f"the options of LoGo are {len(options.encode()):,} bytes long, and no variable of the environment may "
                 f"be longer than {_LONGEST:,}: give fewer --calibration-prompts"
             )
-        return {POOL: self.pool, OPTIONS: options}
+        return {POOL: self.pool, OPTIONS: options, **plugins.environment()}
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of the server."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from logo import plugins
 from logo.adapters.layout import BaseLayout
 from logo.adapters.options import OnBadAdapter
 from logo.adapters.pool import AdapterPool
@@ -98,6 +100,8 @@ def open_engine(
     Options.of({"logo": told}, {})  # refuses what vLLM's processes would refuse
     tokenizer, checkpoint = load_tokenizer(source), _generation_config(source)
     model.generation_config = checkpoint or model.generation_config
+    _check_importable(settings.signal)
+    os.environ.update(plugins.environment())  # vLLM's processes inherit it
     llm = _started(
         base_model,
         {
@@ -188,10 +192,19 @@ def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, cache: str | Non
     )
 
 
+def _check_importable(signal: str) -> None:
+    source = SIGNALS.sources.get(signal)
+    if source is not None and source.folder is None:
+        raise UsageError(
+            f"signal {signal!r} is defined in {source.place.partition(':')[0]}, which vLLM's processes cannot import: "
+            "put it into a module of its own"
+        )
+
+
 def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Sequence[str]:
     """The signals that a call may ask for: those that can score this pool."""
     usable = []
-    for signal in SIGNALS:
+    for signal in SIGNALS.known:
         try:
             reading_plan(model, pool, settings.for_call(signal=signal))
         except LoGoError:  # said again to whoever asks for it

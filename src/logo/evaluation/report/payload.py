@@ -56,7 +56,7 @@ def blocks(analysis: Analysis) -> dict[str, str]:
         datasets.append(
             {
                 "name": name,
-                "metric": NAMES[first.primary],
+                "metric": NAMES.get(first.primary, first.primary),
                 "graded": not first.primary.startswith("em"),
                 "values": values,
                 "errors": errors,
@@ -122,7 +122,7 @@ def _answers(result: Result, rows: _Rows, run: int, adapters: dict[str, int]) ->
             result.predictions[index],
             [adapters.setdefault(name, len(adapters)) for name in result.selected[index]],
             [_rounded(weight) for weight in result.weights[index]],
-            {NAMES[name]: _rounded(float(values[index])) for name, values in measures.items()},
+            {NAMES.get(name, name): _rounded(float(values[index])) for name, values in measures.items()},
             right_adapter(result, index),
             ranks[index],
             len(result.columns),

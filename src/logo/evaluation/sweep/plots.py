@@ -98,7 +98,8 @@ def _panels(
 
 def _measure(outcomes: Sequence[Outcome]) -> str:
     """What the panel's y axis says: the primary measure that they share."""
-    names = {LABELS[outcome.result.primary] for outcome in outcomes}
+    keys = {outcome.result.primary for outcome in outcomes}
+    names = {LABELS.get(key, key) for key in keys}
     return f"{names.pop()}, %" if len(names) == 1 else "primary measure, %"
 
 
