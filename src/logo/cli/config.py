@@ -106,33 +106,15 @@ def _help_all(context: typer.Context, wanted: bool) -> None:
     raise typer.Exit
 
 
+def _eager(name: str, help: str, callback: Any, metavar: str | None = None) -> Any:
+    """An option that is read before those whose values it gives."""
+    return typer.Option(name, help=help, callback=callback, metavar=metavar, is_eager=True, show_default=False)
+
+
 EVERYWHERE: dict[str, Any] = {
     "config": Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            metavar="FILE",
-            help="Options by name, in YAML or as a run wrote them.",
-            callback=_configured,
-            is_eager=True,
-            show_default=False,
-        ),
+        Path | None, _eager("--config", "Options by name, in YAML or as a run wrote them.", _configured, "FILE")
     ],
-    "set_": Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Any option of --help-all (repeatable).",
-            callback=_set,
-            is_eager=True,
-            show_default=False,
-        ),
-    ],
-    "help_all": Annotated[
-        bool,
-        typer.Option(
-            "--help-all", help="Show all options and exit.", callback=_help_all, is_eager=True, show_default=False
-        ),
-    ],
+    "set_": Annotated[list[str] | None, _eager("--set", "Any option of --help-all (repeatable).", _set, "KEY=VALUE")],
+    "help_all": Annotated[bool, _eager("--help-all", "Show all options and exit.", _help_all)],
 }
