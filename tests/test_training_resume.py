@@ -98,11 +98,11 @@ def test_kill_9_at_any_moment(moment: int, whole: tuple[Path, int], dying: Dying
 def begun(whole: tuple[Path, int], dying: Dying, tmp_path: Path) -> Path:
     """A pool whose training was killed in its second group."""
     pool = tmp_path / "pool"
-    for step in range(whole[1] // 2, whole[1]):  # a moment later where just this one leaves no checkpoint in its place
+    for step in range(whole[1] // 2, whole[1]):  # the first moment at which no checkpoint is being replaced
         shutil.rmtree(pool, ignore_errors=True)
         assert dying(step, pool) == -signal.SIGKILL
-        found = [path for path in (pool / ".training").iterdir() if path.is_dir() and path.name[0] != "."]
-        if found:
+        found = [path for path in (pool / ".training").iterdir() if path.is_dir()]
+        if len(found) == 1 and found[0].name[0] != ".":
             break
     [checkpoint] = found
     assert json.loads((checkpoint / STATE).read_text())["courses"]
