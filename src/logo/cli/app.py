@@ -58,7 +58,7 @@ def root(
         ),
     ] = None,
 ) -> None:
-    """LoGo: many LoRA adapters on one language model, picked and mixed for every single input."""
+    """LoGo: many LoRA adapters on one language model, selected and mixed for every prompt."""
     # --debug is taken off the command line in logo.cli.run, wherever it stands; here it is only documented. --plugin is
     # put before the command there.
     for one in plugin or ():

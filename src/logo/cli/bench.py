@@ -32,35 +32,35 @@ DTYPES = ("float32", "bfloat16", "float16")
 def bench(
     context: typer.Context,
     base_model: Annotated[str | None, usual("A real base model (with --adapters).", "synthetic")] = None,
-    adapters: Annotated[Path | None, usual("Its pool.", "synthetic", metavar="DIR")] = None,
+    adapters: Annotated[Path | None, usual("The pool of that base model.", "synthetic", metavar="DIR")] = None,
     count: Annotated[int, usual("Adapters in the pool.", min=2)] = 260,
     k: Annotated[int, usual("Adapters per prompt.", True, "-k", min=1)] = 20,
-    rank: Annotated[int, usual("Of the adapters.", min=1)] = 16,
+    rank: Annotated[int, usual("Rank of the adapters.", min=1)] = 16,
     targets: Annotated[
-        str, rare("Projections they adapt: q_, k_, v_, o_, gate_, up_ or down_proj, or all-linear.")
+        str, rare("Projections that the adapters adapt: q_, k_, v_, o_, gate_, up_ or down_proj, or all-linear.")
     ] = "q_proj,v_proj",
     hidden: Annotated[int, rare("Width of the model.", min=64)] = 1024,
     layers: Annotated[int, rare("Layers of the model.", min=1)] = 12,
     heads: Annotated[int, rare("Attention heads.", min=1)] = 16,
-    vocabulary: Annotated[int, rare("Tokens it knows.", min=256)] = 32000,
-    seed: Annotated[int, usual("Of weights and prompts.")] = 0,
-    rounds: Annotated[int, usual("Rounds that count, after one that does not.", min=1)] = 5,
-    device: Annotated[str, usual("Where to measure.")] = "cpu",
-    dtype: Annotated[str, usual("Of the base model: float32, bfloat16 or float16.")] = "float32",
+    vocabulary: Annotated[int, rare("Size of the vocabulary.", min=256)] = 32000,
+    seed: Annotated[int, usual("Random seed of weights and prompts.")] = 0,
+    rounds: Annotated[int, usual("Measured rounds, after a warm-up round.", min=1)] = 5,
+    device: Annotated[str, usual("Device to measure on.")] = "cpu",
+    dtype: Annotated[str, usual("Dtype of the base model: float32, bfloat16 or float16.")] = "float32",
     in_memory: Annotated[
         bool | None, rare("Where the synthetic adapters are.", "in memory with --device cuda", "--in-memory/--on-disk")
     ] = None,
     peft: Annotated[
         bool | None, rare("Measure PEFT too, for minutes.", "peft with adapters on disk", "--peft/--no-peft")
     ] = None,
-    large: Annotated[int, rare("Small adapters in a pool of thousands; 0: none.", min=0)] = 10000,
-    curves: Annotated[bool, rare("Measure how cost grows.")] = True,
-    save: Annotated[Path | None, usual("Write everything measured as JSON.", False, metavar="FILE")] = None,
+    large: Annotated[int, rare("Size of the additional large pool of small adapters; 0: none.", min=0)] = 10000,
+    curves: Annotated[bool, rare("Measure how cost grows with pool size, k, batch and prompt length.")] = True,
+    save: Annotated[Path | None, usual("Write all measurements to this JSON file.", False, metavar="FILE")] = None,
     png: Annotated[Path | None, usual("Draw the curves.", "beside the JSON", metavar="FILE")] = None,
 ) -> None:
-    """What every part of LoGo costs beside the base model alone and beside PEFT, in one run: a table, JSON, pictures.
+    """Measure the cost of every part of LoGo beside the base model alone and beside PEFT: table, JSON, pictures.
 
-    The model and the adapters are synthetic unless named; what counts is their sizes.
+    The model and the adapters are synthetic unless named; cost depends on their sizes only.
 
     Example: `logo bench --save bench.json`
     """
@@ -139,10 +139,10 @@ def _ratios(results: Results) -> Table:
 def probe(
     engine: EngineOptions,
     prompts: Annotated[Path, usual("Prompts, one per line.", True, "--prompts", metavar="FILE")],
-    rounds: Annotated[int, usual("Rounds that count, after one that does not.", min=1)] = 5,
+    rounds: Annotated[int, usual("Measured rounds, after a warm-up round.", min=1)] = 5,
     json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
-    """Time and memory of selecting, by the chosen and by the official signal, against a plain prefill.
+    """Measure time and memory of selecting, by the chosen and by the official signal, beside a plain prefill.
 
     Example: `logo bench probe --base-model M --adapters DIR --prompts prompts.txt`
     """
@@ -186,10 +186,10 @@ def _table(result: ProbeBench) -> Table:
 
 @app.command("merges")
 def merges(
-    seed: Annotated[int, usual("Of the model, the adapters and what is dropped.", min=0)] = 0,
+    seed: Annotated[int, usual("Random seed of the model, the adapters and DARE's drops.", min=0)] = 0,
     json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
-    """Every way of combining adapters beside PEFT's own, on a small random model: the largest difference of a logit.
+    """Compare every merge with PEFT's own on a small random model: the largest difference of a logit.
 
     Example: `logo bench merges`
     """

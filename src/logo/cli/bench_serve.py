@@ -38,41 +38,45 @@ def serve(
         list[str] | None,
         typer.Argument(metavar="[-- OPTIONS...]", help="More options for `logo serve`.", show_default=False),
     ] = None,
-    url: Annotated[str | None, usual("A server that is there already.", "starts `logo serve` itself")] = None,
-    api_key: Annotated[str | None, rare("That it wants.", envvar="LOGO_API_KEY", panel=SERVER)] = None,
+    url: Annotated[str | None, usual("Address of a running server.", "starts `logo serve` itself")] = None,
+    api_key: Annotated[str | None, rare("API key of that server.", envvar="LOGO_API_KEY", panel=SERVER)] = None,
     arms: Annotated[str, usual("What is measured.")] = "logo,base,one-by-one",
-    rounds: Annotated[int, usual("Of all arms in turn.", min=1)] = 1,
-    requests: Annotated[int, usual("Different requests.", min=1)] = 500,
+    rounds: Annotated[int, usual("Rounds over all arms.", min=1)] = 1,
+    requests: Annotated[int, usual("Number of different requests.", min=1)] = 500,
     duration: Annotated[
-        float | None, usual("Send them again and again for so long.", "each once", metavar="SECONDS", min=1.0)
+        float | None, usual("Repeat the requests for this many seconds.", "each once", metavar="SECONDS", min=1.0)
     ] = None,
     concurrency: Annotated[int, usual("Requests at a time.", min=1)] = 64,
-    stream_share: Annotated[float, rare("Of the requests, streamed.", min=0.0, max=1.0, panel=LOAD)] = 0.5,
+    stream_share: Annotated[
+        float, rare("Share of the requests that are streamed.", min=0.0, max=1.0, panel=LOAD)
+    ] = 0.5,
     prompts: Annotated[
         Path | None,
         usual(
-            "One per line, as text or as a JSON object with `prompt`.",
+            "File with one prompt per line, as text or as a JSON object with `prompt`.",
             "the demo's held-out rows; other models: requests of many kinds",
             metavar="FILE",
         ),
     ] = None,
-    max_new_tokens: Annotated[str, usual("Longest answers, drawn from this range.", metavar="N|N..M")] = "8..64",
-    seed: Annotated[int, rare("Of order, lengths and what else is drawn.", panel=LOAD)] = 0,
-    timeout: Annotated[float, rare("Of one request.", metavar="SECONDS", min=0.1, panel=LOAD)] = 300.0,
+    max_new_tokens: Annotated[
+        str, usual("Longest answer in tokens, drawn from this range.", metavar="N|N..M")
+    ] = "8..64",
+    seed: Annotated[int, rare("Random seed of the order, the lengths and all other draws.", panel=LOAD)] = 0,
+    timeout: Annotated[float, rare("Time limit of one request.", metavar="SECONDS", min=0.1, panel=LOAD)] = 300.0,
     churn: Annotated[
         float | None,
         rare(
-            "Add an adapter and remove it again, once every so many seconds.",
+            "Add an adapter and remove it again every this many seconds.",
             metavar="SECONDS",
             min=0.01,
             panel=TROUBLE,
         ),
     ] = None,
-    churn_adapter: Annotated[Path | None, rare("That adapter.", metavar="DIR", panel=TROUBLE)] = None,
+    churn_adapter: Annotated[Path | None, rare("The adapter of --churn.", metavar="DIR", panel=TROUBLE)] = None,
     hang_up: Annotated[
         float,
         rare(
-            "Of the clients, close the connection at the first token or later.",
+            "Share of the clients that close the connection at the first token or later.",
             metavar="SHARE",
             min=0.0,
             max=1.0,
@@ -80,14 +84,14 @@ def serve(
         ),
     ] = 0.0,
     verify: Annotated[
-        str, usual("Compare so many answers with `LoGo.generate`, token for token.", metavar="N|all")
+        str, usual("Compare this many answers with `LoGo.generate`, token for token.", metavar="N|all")
     ] = "0",
-    save: Annotated[Path | None, usual("Write everything measured as JSON.", False, metavar="FILE")] = None,
+    save: Annotated[Path | None, usual("Write all measurements to this JSON file.", False, metavar="FILE")] = None,
 ) -> None:
-    """Put a server under load by many HTTP clients: throughput, time to first token, time between tokens, errors.
+    """Measure a server under load from many HTTP clients: throughput, latency, errors.
 
-    The same requests go to LoGo, to the base model alone and, one by one, to LoGo without a server. Fails (exit code 1)
-    if a request fails that should not, if a compared answer differs, or if the server keeps what it should give back.
+    The same requests go to LoGo, to the base model alone and, one by one, to LoGo without a server. The exit code
+    is 1 if a request fails, if a compared answer differs, or if the server does not free its memory.
 
     Example: `logo bench serve --requests 100 --verify all`
     """

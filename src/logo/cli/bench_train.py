@@ -26,15 +26,15 @@ SHOWN = {"trainer": "PEFT with Trainer", "one": "one by one", "many": "many at o
 def train(
     recipe: RecipeOptions,
     device: DeviceOptions,
-    rows: Annotated[str, usual("Folder of TASK.jsonl, as of `logo train`.", metavar="DIR")],
+    rows: Annotated[str, usual("Folder of TASK.jsonl, as `logo train` takes it.", metavar="DIR")],
     base_model: Annotated[str, usual("Hub id, folder, short name or `demo`.")] = "demo",
     tasks: Annotated[str, usual("Names or patterns of tasks, `a,b*`; empty: all.")] = "",
-    arms: Annotated[str, usual("What is measured, in this order.")] = "trainer,one,many",
-    pass_tokens: Annotated[int, usual("Tokens of one forward pass of ours.", min=1)] = 2048,
-    threads: Annotated[int | None, usual("Of each arm.", "as PyTorch has it", min=1)] = None,
-    save: Annotated[Path | None, usual("Write everything measured as JSON.", metavar="FILE")] = None,
+    arms: Annotated[str, usual("Arms to measure, in this order.")] = "trainer,one,many",
+    pass_tokens: Annotated[int, usual("Tokens of one forward pass of our own loop.", min=1)] = 2048,
+    threads: Annotated[int | None, usual("Threads of each arm.", "as PyTorch has it", min=1)] = None,
+    save: Annotated[Path | None, usual("Write all measurements to this JSON file.", metavar="FILE")] = None,
 ) -> None:
-    """Train the same tasks in three ways, each in a process of its own: speed, memory, and how good the adapters are.
+    """Train the same tasks in three ways, each in its own process, and compare speed, memory and held-out loss.
 
     Example: `logo bench train --base-model M --rows examples/ --steps 16 --lr 1e-3`
     """

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @expanded
 def calibrate(engine: EngineOptions, json: Annotated[bool, usual("Print JSON.", True, "--json")] = False) -> None:
-    """Let every adapter of a pool hear neutral text once, and choose the points where prompts are read.
+    """Run the calibration of a pool on neutral text, and choose the points where prompts are read.
 
-    Other commands do this by themselves when they meet a pool for the first time; here it can be done ahead, looked at,
-    and overridden with `--probe-points`.
+    Other commands do this when they open a pool for the first time. This command does it in advance and prints the
+    points; `--probe-points` overrides them.
 
     Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters --probe-depth 0.5`
     """

@@ -38,7 +38,7 @@ Names = Annotated[
 
 @app.callback()
 def datasets(context: typer.Context) -> None:
-    """Datasets: list them, prepare them from their sources, verify what was prepared. Alone, it lists.
+    """List datasets, prepare them from their sources, and verify prepared files. Without a command it lists.
 
     Example: `logo data prepare bbh anli.r1 --data-dir ./data`
     """
@@ -79,7 +79,7 @@ def prepare(
     data_dir: DataDir = Path("./data"),
     limit: Annotated[int, usual("Test rows of each dataset.", min=1)] = 150,
     train_limit: Annotated[int, usual("Train rows, none of them a test row; 0: no file.", min=0)] = 300,
-    seed: Annotated[int, usual("Of the draw: the same seed draws the same rows everywhere.")] = 0,
+    seed: Annotated[int, usual("Random seed of the draw; it gives the same rows everywhere.")] = 0,
     raw: Annotated[
         Path | None, usual("Local copies of the sources' files.", "the Hub", "--from", metavar="DIR")
     ] = None,

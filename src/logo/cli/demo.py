@@ -27,7 +27,7 @@ def demo(
     limit: Annotated[int | None, usual("Held-out rows per task.", "all", min=1)] = None,
     json: Annotated[bool, usual("Print the same numbers as JSON.", True, "--json")] = False,
 ) -> None:
-    """Show the main job on the embedded model: base model | LoGo | which adapters, then exact match per task.
+    """Answer prompts with the embedded model, side by side with its base model, and measure every task.
 
     Example: `logo demo --limit 10`
     """

@@ -57,7 +57,7 @@ class RowOptions:
     train_rows: Annotated[
         str | None,
         rare(
-            "Folder of NAME.jsonl with training rows, for methods that need some.",
+            "Folder of NAME.jsonl with training rows, for methods that learn from them.",
             "train.jsonl beside test.jsonl",
             metavar="DIR",
         ),
@@ -81,7 +81,12 @@ class RowOptions:
         bool, usual("Begin again, whatever is done already, even by another run.", True, "--overwrite")
     ] = False
     mix_environments: Annotated[
-        bool, rare("Go on with what other versions or another kind of device have begun.", True, "--mix-environments")
+        bool,
+        rare(
+            "Continue a run that was begun with other versions or on another kind of device.",
+            True,
+            "--mix-environments",
+        ),
     ] = False
 
 
@@ -89,7 +94,7 @@ class RowOptions:
 class RunOptions(RowOptions):
     """The same, and where results go."""
 
-    result_dir: Annotated[str, usual("Where result folders are made.", metavar="DIR")] = "results"
+    result_dir: Annotated[str, usual("Folder for result folders.", metavar="DIR")] = "results"
     seed: Annotated[int, usual("Random seed; part of the result folder's name.", min=0)] = 0
     shard: Annotated[
         str | None,
@@ -100,7 +105,7 @@ class RunOptions(RowOptions):
         rare("Added to the result folder's name, to keep several runs beside each other.", "none", metavar="NAME"),
     ] = None
     save_dir: Annotated[str, rare("Accepted for the official command line; not used.")] = ""
-    preset: Annotated[Preset | None, usual("All as the authors' script does, for its published numbers.")] = None
+    preset: Annotated[Preset | None, usual("Every default as in the authors' script.")] = None
 
 
 @dataclass(frozen=True)
@@ -122,13 +127,13 @@ def evaluate(
     method: MethodOptions,
     cluster: WorkerOptions,
     estimate: Annotated[
-        bool, usual("Say what it takes (memory, hours, ...), and write no results.", True, "--estimate")
+        bool, usual("Estimate downloads, memory and time; write no results.", True, "--estimate")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Evaluate on datasets; writes one result folder for each.
+    """Evaluate on datasets, with one result folder for each.
 
-    The same command goes on where a run was interrupted; datasets that are done are not answered again.
+    Repeat the command to continue an interrupted run; finished datasets are not answered again.
 
     Example: `logo eval run --dataset bbh.boolean_expressions --base-model Llama-3.1-8B`
     """

@@ -44,9 +44,9 @@ def generate(
         bool, rare("Stop at the end of the answer's first line.", True, "--generation-early-stop")
     ] = False,
     sample: Annotated[bool, usual("Sample instead of greedy decoding (--help-all).", True, "--sample")] = False,
-    temperature: Annotated[float | None, rare("With --sample.", "1.0", min=0.0)] = None,
-    top_p: Annotated[float | None, rare("With --sample.", "1.0", min=0.0, max=1.0)] = None,
-    seed: Annotated[int, rare("For --sample.")] = 0,
+    temperature: Annotated[float | None, rare("Used with --sample.", "1.0", min=0.0)] = None,
+    top_p: Annotated[float | None, rare("Used with --sample.", "1.0", min=0.0, max=1.0)] = None,
+    seed: Annotated[int, rare("Random seed of --sample.")] = 0,
     json: Json = False,
     save: Annotated[Path | None, usual("Write answers and options as JSON, too.", False, metavar="FILE")] = None,
 ) -> None:

@@ -23,7 +23,7 @@ def lm_eval(
         list[str] | None,
         typer.Argument(
             metavar="ARGUMENTS",
-            help="Whatever `lm_eval` takes; `logo eval lm-eval run --help` shows it.",
+            help="Arguments of `lm_eval`; `logo eval lm-eval run --help` shows them.",
             show_default=False,
         ),
     ] = None,

@@ -67,13 +67,13 @@ _probe = functools.partial(rare, panel=PROBE)
 
 Json = Annotated[bool, usual("Print JSON instead.", True, "--json")]
 Candidates = Annotated[
-    list[str] | None, _probe("Choose among these adapters only (repeatable).", True, "--candidate", metavar="NAME")
+    list[str] | None, _probe("Select among these adapters only (repeatable).", True, "--candidate", metavar="NAME")
 ]
 Device = Annotated[
     str, usual("auto: the first GPU, if there is one.", False, metavar="auto|cpu|cuda[:N]", callback=device_name)
 ]
 DeviceMap = Annotated[str | None, rare("`auto` spreads a large model over several GPUs.", "none", panel=DEVICE)]
-ModelDir = Annotated[str, rare("Looked in first for base models and adapters.", panel=DEVICE)]
+ModelDir = Annotated[str, rare("Folder that is searched first for base models and adapters.", panel=DEVICE)]
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,16 @@ class EngineOptions:
     unscorable: Annotated[
         OnBad, _pool("An adapter that lacks the probed module: refuse the pool, or leave it out.")
     ] = OnBad.ERROR
-    allow_pickle: Annotated[bool, _pool("Read adapter_model.bin too (tensors only).", True, "--allow-pickle")] = False
+    allow_pickle: Annotated[bool, _pool("Also read adapter_model.bin (tensors only).", True, "--allow-pickle")] = False
     adapter_memory_gb: Annotated[
         float | None,
-        _pool("Memory for adapters where the model computes, in GB.", "0.3 of what is free beside the model", min=0.0),
+        _pool("Memory for adapters on the model's device, in GB.", "0.3 of what is free beside the model", min=0.0),
     ] = None
     adapter_cache_gb: Annotated[
         float | None, _pool("Host memory for adapter files beside a GPU, in GB.", "as --adapter-memory-gb", min=0.0)
     ] = None
     fold: Annotated[
-        bool | None, _pool("Add the mixture into a copy of the weights.", "float32: when it pays", "--fold/--no-fold")
+        bool | None, _pool("Fold the mixture into a copy of the weights.", "float32: when it pays", "--fold/--no-fold")
     ] = None
     prefix_cache_gb: Annotated[
         float | None,
@@ -153,7 +153,7 @@ class EngineOptions:
     probe_depth: Annotated[
         float | None,
         _probe(
-            "How far the probe may go, as a share of the layers, where the signal reads several points.",
+            "Share of the layers that a signal with several points may read.",
             "0.5; of activated adapters 1",
         ),
     ] = None
@@ -168,50 +168,53 @@ class EngineOptions:
     activation: Annotated[
         str | None,
         _probe(
-            "On which tokens all adapters act, whatever they were trained for.",
+            "Tokens on which all adapters act, instead of those that they were trained for.",
             "as each was trained",
             metavar="everywhere|invocation|last:N",
         ),
     ] = None
     when_not_invoked: Annotated[
-        str, _probe("What an adapter does in a prompt that lacks its invocation tokens.", metavar="off|error|last:N")
+        str, _probe("What an adapter does for a prompt without its invocation tokens.", metavar="off|error|last:N")
     ] = "off"
     reference: Annotated[
         Reference,
-        _probe("What responses are compared with: neutral text, or also the prompts that came (for servers)."),
+        _probe("What responses are compared with: neutral text, or also earlier prompts (for servers)."),
     ] = Reference.NEUTRAL
     calibration_prompts: Annotated[
         Path | None,
         _probe(
-            "Unlabelled prompts like those to come, one per line, on which points are ranked.",
+            "Unlabelled prompts, one per line, by which the calibration chooses points.",
             "some of ours",
             metavar="FILE",
         ),
     ] = None
     index: Annotated[
-        IndexKind, _probe("Score every adapter, or let a first stage find those worth it (docs/many-adapters.md).")
+        IndexKind, _probe("Score every adapter, or only those that a first stage keeps (docs/many-adapters.md).")
     ] = IndexKind.EXACT
-    index_rank: Annotated[int, _probe("Of two stages: the rank that the first keeps of an adapter.")] = 2
+    index_rank: Annotated[int, _probe("Two stages: rank that the first stage keeps of an adapter.")] = 2
     index_left: Annotated[
-        int | None, _probe("Of two stages: adapters that the first leaves where it estimates.", "16 k, 256 at least")
+        int | None,
+        _probe(
+            "Two stages: adapters that the first stage keeps for exact scoring, if it estimates.", "16 k, 256 at least"
+        ),
     ] = None
     cache: Annotated[
         str | None,
         _probe(
-            "Where what is computed once per pool is kept; '' keeps nothing.",
+            "Cache folder for what is computed once per pool; '' disables it.",
             "$LOGO_CACHE or ~/.cache/logo",
             metavar="DIR",
         ),
     ] = None
     weighting: Annotated[Weights | None, _probe("How scores become weights.", "the signal's; official: linear")] = None
-    weight_temperature: Annotated[float, _probe("Of `--weighting softmax`, in units of the score.")] = 0.5
+    weight_temperature: Annotated[float, _probe("Temperature of `--weighting softmax`, in units of the score.")] = 0.5
     keep_mass: Annotated[
         float | None, _probe("Keep the best adapters that together hold this share of the weight.", "keep all")
     ] = None
     when_unsure: Annotated[
         WhenUnsure,
         _probe(
-            "What answers a prompt for which no adapter of the pool seems to be made: a broad mixture, the base "
+            "What answers if the confidence of the selection is low: a broad mixture, the base "
             "model alone, the best adapter alone, or nothing."
         ),
     ] = WhenUnsure.MIX

@@ -25,7 +25,7 @@ def select(
     max_new_tokens: Annotated[
         int | None,
         rare(
-            "Of the answer that a prompt that is too long makes room for, as in `logo generate`.",
+            "Tokens to keep free for the answer; a prompt that is too long is cut as in `logo generate`.",
             "256, or half of the context",
         ),
     ] = None,

@@ -33,8 +33,8 @@ MAX_QUEUE, REQUEST_TIMEOUT, MAX_BODY_MB = 256, 600.0, 1.0
 def serve(
     engine: EngineOptions,
     replicas: serve_ray.ReplicaOptions,
-    host: Annotated[str, usual("Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, usual("0: any that is free.", min=0, max=65535)] = 8000,
+    host: Annotated[str, usual("Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, usual("Port to listen on; 0: any free port.", min=0, max=65535)] = 8000,
     api_key: Annotated[list[str] | None, usual("Clients need one of these (repeatable); or set $LOGO_API_KEY.")] = None,
     key_adapters: Annotated[
         Path | None,
@@ -45,37 +45,41 @@ def serve(
         ),
     ] = None,
     allow_host: Annotated[
-        list[str] | None, rare("Another name under which the server may be called.", panel=NETWORK)
+        list[str] | None, rare("Further host name that the server answers to.", panel=NETWORK)
     ] = None,
-    cors: Annotated[list[str] | None, rare("Web pages from there may ask.", metavar="ORIGIN", panel=NETWORK)] = None,
-    open_metrics: Annotated[bool, rare("/metrics needs no key.", True, "--open-metrics", panel=NETWORK)] = False,
+    cors: Annotated[
+        list[str] | None,
+        rare("Origin whose web pages may send requests (repeatable).", metavar="ORIGIN", panel=NETWORK),
+    ] = None,
+    open_metrics: Annotated[bool, rare("Serve /metrics without a key.", True, "--open-metrics", panel=NETWORK)] = False,
     served_model_name: Annotated[
-        str | None, rare("What the base model alone is called.", "the last part of --base-model", panel=NETWORK)
+        str | None, rare("Name of the base model alone in requests.", "the last part of --base-model", panel=NETWORK)
     ] = None,
     signals: Annotated[
         str | None,
         rare(
-            "Signals that requests may ask for; the pool is prepared for each before the server starts.",
+            "Signals that requests may ask for; the pool is calibrated for each before the server starts.",
             "the one of --signal",
             metavar="SIGNAL,...",
             panel=LIMITS,
         ),
     ] = None,
-    max_concurrent: Annotated[int, usual("Answers that are generated together.", min=1, max=512)] = 64,
+    max_concurrent: Annotated[int, usual("Answers that are generated at the same time.", min=1, max=512)] = 64,
     max_queue: Annotated[
-        int, rare("Answers that may wait beside those; more get 429.", min=0, panel=LIMITS)
+        int, rare("Further answers that may wait; more get status 429.", min=0, panel=LIMITS)
     ] = MAX_QUEUE,
     request_timeout: Annotated[
-        float, rare("Seconds that a request may take; 0: any.", min=0.0, panel=LIMITS)
+        float, rare("Seconds that a request may take; 0: no limit.", min=0.0, panel=LIMITS)
     ] = REQUEST_TIMEOUT,
     max_body_mb: Annotated[
-        float | None, rare("Size of a request, in 10⁶ bytes.", "1, or 32 with --engine vllm", min=0.001, panel=LIMITS)
+        float | None,
+        rare("Largest size of a request, in 10⁶ bytes.", "1, or 32 with --engine vllm", min=0.001, panel=LIMITS),
     ] = None,
     kv_cache_gb: Annotated[
         float | None, usual("Memory for keys and values, in 10⁹ bytes.", "CPU: 2; GPU: half of what is free", min=0.001)
     ] = None,
     allow_adapter_changes: Annotated[
-        Path | None, usual("Take adapters from this folder by request.", False, metavar="DIR")
+        Path | None, usual("Folder from which requests may add adapters to the pool.", False, metavar="DIR")
     ] = None,
     log_json: Annotated[bool, usual("Log one JSON object per line.", True, "--log-json")] = False,
     log_prompts: Annotated[
@@ -88,13 +92,14 @@ def serve(
         ),
     ] = False,
     server: Annotated[
-        Engine, usual("This process, or vLLM's own server with LoGo in it.", True, "--engine")
+        Engine, usual("This process, or vLLM's own server with LoGo inside.", True, "--engine")
     ] = Engine.LOCAL,
     vllm_mode: Annotated[
-        VllmMode, rare("A slot per adapter (gate) or per request (merge); auto: what takes less.", panel=VLLM)
+        VllmMode,
+        rare("A slot per adapter (gate) or per request (merge); auto: the one that needs less memory.", panel=VLLM),
     ] = VllmMode.AUTO,
     max_model_len: Annotated[
-        int | None, rare("Tokens of a prompt and its answer at most.", "the model's", min=1, panel=VLLM)
+        int | None, rare("Most tokens of a prompt and its answer.", "the model's", min=1, panel=VLLM)
     ] = None,
     dry_run: Annotated[
         bool, rare("Print what would be started, without secrets.", True, "--dry-run", panel=VLLM)
@@ -208,7 +213,7 @@ def serve(
 
 
 def _name(asked: str | None, base_model: str) -> str:
-    """What the base model alone is called."""
+    """Name of the base model alone in requests."""
     name = asked or base_model.rstrip("/").rpartition("/")[2]
     if name == "logo":
         raise UsageError("--served-model-name 'logo' is what selects adapters; choose another name for the base model")

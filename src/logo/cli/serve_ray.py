@@ -43,7 +43,7 @@ class ReplicaOptions:
     autoscale_after: Annotated[
         tuple[float, float] | None,
         rare(
-            "Seconds of more, and of fewer, requests before there are more or fewer replicas.",
+            "Seconds before replicas are added, and before they are removed.",
             "30 600",
             metavar="UP DOWN",
             panel=PROCESSES,

@@ -75,7 +75,7 @@ def study(
     protocol: Annotated[
         str,
         rare(
-            "With each row's own adapter in the pool, with it removed, and on tasks that never had one.",
+            "own: each row's own adapter is in the pool; left-out: it is removed; unseen: tasks without an adapter.",
             metavar="own,left-out,unseen",
         ),
     ] = "own,left-out,unseen",
@@ -93,7 +93,7 @@ def study(
     train_rows: Annotated[
         Path | None,
         rare(
-            "Folder of NAME.jsonl with training rows, for methods that learn from some.",
+            "Folder of NAME.jsonl with training rows, for methods that learn from them.",
             "none, or what is held out",
             metavar="DIR",
         ),
@@ -109,20 +109,19 @@ def study(
     own_adapters_only: Annotated[
         bool, rare("Leave adapters without rows of their own out of the pool.", True, "--own-adapters-only")
     ] = False,
-    prompt_end: Annotated[str, rare("Put after every prompt of a Hub dataset; `\\n` is a new line.", "nothing")] = "",
+    prompt_end: Annotated[str, rare("Text after every prompt of a Hub dataset; `\\n` is a new line.", "nothing")] = "",
     batch_size: Annotated[int, usual("Answers that are generated at once.", min=1)] = 8,
-    so_far: Annotated[bool, usual("Only show what an unfinished study has measured.", True, "--so-far")] = False,
+    so_far: Annotated[bool, usual("Show the results so far of an unfinished study.", True, "--so-far")] = False,
     seed: Annotated[int, usual("Random seed of the intervals and of methods.", min=0)] = 0,
     png: Annotated[
-        Path | None, rare("Picture of the first signal's mean weights.", "as --save", metavar="FILE")
+        Path | None, rare("PNG file for a picture of the first signal's mean weights.", "as --save", metavar="FILE")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Compare signals on a pool: do they find each prompt's own adapter, and how good is the gold answer under the mix?
+    """Compare signals on a pool: how often they find the own adapter, and how likely the gold answer is.
 
-    Methods (`--method arrow,lorahub,loraretriever/fusion`) stand beside them, and answers are generated with
-    `--generate N`; then a second table has each beside the oracle. An interrupted study goes on where it stopped when
-    the same command is given again.
+    `--method arrow,lorahub,loraretriever/fusion` adds other methods, and `--generate N` generates answers; a second
+    table then shows each relative to the oracle. Repeat the command to continue an interrupted study.
 
     Example: `logo eval study --base-model M --adapters DIR --rows ROWS --limit 8 --save study.json`
     """

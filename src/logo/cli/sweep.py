@@ -60,7 +60,7 @@ def sweep(
 ) -> None:
     """Evaluate under every combination of some options: k, signal, weighting, method, merge, ...
 
-    Writes tables, a picture per axis and a result folder per cell and dataset. Repeat the command to go on.
+    Writes tables, a picture per axis and a result folder per cell and dataset. Repeat the command to continue.
 
     Example: `logo eval sweep --base-model M --adapters DIR --rows ROWS --grid k=1,3,20 --grid signal=norm,calibrated`
     """

@@ -51,7 +51,7 @@ def train(
     """Make a pool: one LoRA adapter per task, many trained at once.
 
     A row is `{"context": ..., "completion": ...}`, or `{"messages": [...]}` that ends with the assistant's answer. The
-    same command goes on where a run was interrupted, and makes the adapters of tasks that were added since.
+    same command continues an interrupted run, and trains tasks that were added since.
 
     Example: `logo train --base-model Qwen/Qwen2.5-0.5B --rows examples/ --out pool/ --lr 1e-3 --epochs 2`
     """

@@ -45,7 +45,7 @@ class RecipeOptions:
         str | None, _usual("Names of the modules that are adapted, or `all-linear`.", "q_proj,v_proj")
     ] = None
     lr: Annotated[float | None, _usual("Learning rate at its highest.", 0.0002)] = None
-    epochs: Annotated[float | None, _usual("How often every row is learned from.", 3)] = None
+    epochs: Annotated[float | None, _usual("Passes over the rows.", 3)] = None
     steps: Annotated[int | None, _usual("Optimiser steps, instead of epochs.", "none")] = None
     batch_size: Annotated[int | None, _rare("Rows of a step.", 8)] = None
     max_length: Annotated[int | None, _rare("Tokens of a row; longer prompts lose their beginning.", 1024)] = None
@@ -72,18 +72,18 @@ class RecipeOptions:
     invocation: Annotated[
         str | None,
         _rare(
-            "Activated, from the last place on at which the prompt has this text; every prompt has to have it.",
+            "Activated adapters that act from the last occurrence of this text on; every prompt has to contain it.",
             "none",
             metavar="TEXT",
         ),
     ] = None
-    last: Annotated[int | None, _rare("Activated, from the last N tokens of the prompt on.", "none", metavar="N")] = (
-        None
-    )
+    last: Annotated[
+        int | None, _rare("Activated adapters that act from the last N tokens of the prompt on.", "none", metavar="N")
+    ] = None
     recipe: Annotated[
         Path | None,
         usual(
-            "YAML: the same fields, and under `tasks:` those of single tasks, by name or pattern.",
+            "YAML file with these fields, and with fields of single tasks under `tasks:`, by name or pattern.",
             "none",
             metavar="FILE",
         ),
@@ -122,7 +122,7 @@ class CourseOptions:
     at_once: Annotated[
         int | None,
         rare(
-            "Train at most this many tasks together, whose rows share forward passes.",
+            "Number of tasks whose rows share forward passes.",
             "16; with --jobs an equal share, at most 16",
             min=1,
             panel=COURSE,
@@ -140,7 +140,7 @@ class CourseOptions:
     recompute: Annotated[
         bool,
         rare(
-            "Compute activations again in the backward pass instead of keeping them (gradient checkpointing).",
+            "Recompute activations in the backward pass instead of keeping them (gradient checkpointing).",
             True,
             "--recompute",
             panel=COURSE,
@@ -180,6 +180,6 @@ class DeviceOptions:
     """Where the base model is, and in which dtype."""
 
     device: Device = "auto"
-    dtype: Annotated[str, usual("Of the base model; adapters are learned in float32.")] = "auto"
+    dtype: Annotated[str, usual("Dtype of the base model; adapters are trained in float32.")] = "auto"
     device_map: DeviceMap = None
     model_dir: ModelDir = "./hf_models"

@@ -17,7 +17,7 @@ from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_promp
 @expanded
 def export(
     engine: EngineOptions,
-    folder: Annotated[Path, usual("Where to; must not exist yet.", True, "--output", "-o", metavar="DIR")],
+    folder: Annotated[Path, usual("The folder to write; must not exist yet.", True, "--output", "-o", metavar="DIR")],
     prompt: Annotated[str | None, typer.Argument(help="Write the mixture that this prompt selects.")] = None,
     chat: Chat = False,
     system: System = None,
@@ -25,7 +25,7 @@ def export(
         list[str] | None, usual("Write these adapters instead (repeatable).", metavar="NAME[=WEIGHT]")
     ] = None,
 ) -> None:
-    """Write a mixture as one plain PEFT adapter, which any tool that reads LoRA adapters answers with.
+    """Write a mixture as one plain PEFT adapter, for any tool that reads LoRA adapters.
 
     Example: `logo pool export "What is 7 plus 5?" --output sums`
     """
