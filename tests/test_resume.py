@@ -165,7 +165,7 @@ def test_another_runs_journal_is_refused_before_anything_is_done(
     arguments = command(rows, tmp_path, "--limit", "4", "--dataset", "capital")
     folder = tmp_path / RUN / "capital"
     interrupt(monkeypatch, arguments, after=2)
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "repeat the command to continue" in capsys.readouterr().err
     before = journal_of(folder).read_bytes()
     asked = count_prompts(monkeypatch)
     assert run([*arguments, "--max-new-tokens", "7"]) == 2

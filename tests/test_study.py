@@ -431,7 +431,7 @@ def test_the_command_after_an_interruption(
     with monkeypatch.context() as patch:
         patch.setattr(LoGo, "score", killed)
         assert run(command) == 130
-    assert "the same command goes on from there" in " ".join(capsys.readouterr().err.split())
+    assert "repeat the command to continue" in " ".join(capsys.readouterr().err.split())
     assert journal_of(out).is_file() and not out.exists()
     assert run([*command, "--limit", "1"]) == 2
     assert f"logo: error: journal {journal_of(out)}: left by a run with other" in capsys.readouterr().err

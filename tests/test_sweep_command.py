@@ -134,7 +134,7 @@ def test_interrupted_sweeps_say_that_they_go_on(
 ) -> None:
     arguments = [*COMMON, *GRID, "-o", str(tmp_path / "out")]
     interrupt(monkeypatch, arguments, after=5)
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "repeat the command to continue" in capsys.readouterr().err
     asked = count_prompts(monkeypatch)
     assert run(arguments) == 0 and len(asked) == 3 * (8 - 5)  # a batch is a dataset here
     asked.clear()

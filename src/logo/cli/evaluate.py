@@ -203,7 +203,7 @@ def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> tupl
             except StopIteration:  # another dataset is the one that is not complete
                 continue
             except KeyboardInterrupt:
-                note("What is done is kept: the same command goes on from there.")
+                note("Finished rows are kept: repeat the command to continue.")
                 raise
             scores.append(score)
             if not json:

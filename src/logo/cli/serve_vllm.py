@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from logo.serving.vllm_replica import VllmPlan
 
 FRONT = "logo.serving.front.Front"
-OPEN = "Listening on {} without an API key: whoever reaches it may use it. --api-key asks for one."
+OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
 
 # vLLM reads the escape.
 PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% endif %}{% endfor %}"

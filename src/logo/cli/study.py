@@ -326,7 +326,7 @@ def _measure(
                 on_lesson=told.lesson,
             )
         except KeyboardInterrupt:
-            note(f"What is done is kept in {journal}: the same command goes on from there.")
+            note(f"Finished rows are kept in {journal}: repeat the command to continue.")
             raise
 
 

@@ -134,7 +134,7 @@ def _answered(
                 on_progress=lambda what, done: shown.update(bar, completed=done, description=_short(what)),
             )
         except KeyboardInterrupt:
-            note("What is done is kept: the same command goes on from there.")
+            note("Finished rows are kept: repeat the command to continue.")
             raise
 
 
