@@ -236,7 +236,7 @@ def test_a_hub_without_the_files_or_without_the_repository(tmp_path: Path) -> No
         found = client(hub, tmp_path / "home", "prepare", "anli.r1", "tqa")
     none, absent, _ = found.stderr.splitlines()
     expected = f"revision {commit!r} has no file plain_text/test_r1-*.parquet or "
-    assert expected in none and "it has old.csv; mend" in none
+    assert expected in none and "it has old.csv; fix" in none
     assert "tqa.rc: Hub repo datasets/mandarjoshi/trivia_qa: not found at" in absent
     assert found.returncode == 1
 

@@ -100,7 +100,7 @@ def test_malformed_references_and_adapters_are_named(tmp_path: Path, value: str,
         load_rows(tmp_path, "mine.rows")
     message = str(caught.value)
     assert message.startswith(f'{file}:2: expected "references", if there are any, to be a list of texts')
-    assert found in message and message.endswith("mend or delete the line")
+    assert found in message and message.endswith("fix or delete the line")
 
 
 def test_the_official_rows() -> None:
@@ -157,7 +157,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, found: str
     message = str(caught.value)
     assert message.startswith(f"{file}:3: expected {{")
     assert found in message
-    assert message.endswith("mend or delete the line")
+    assert message.endswith("fix or delete the line")
     assert len(message.splitlines()) == 1
     assert len(message) < len(str(file)) + 300
 

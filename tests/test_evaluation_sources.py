@@ -212,7 +212,7 @@ def test_a_column_that_is_not_there_is_named_and_nothing_is_changed(tmp_path: Pa
     file = tmp_path / "anli_v1.0/R1/test.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:3], lines[3].replace('"context"', '"premise"')]))
-    expected = r"anli.r1.*test\.jsonl: row 4: 'premise': 'context' is undefined; the row has 'uid', 'premise', .*; mend"
+    expected = r"anli.r1.*test\.jsonl: row 4: 'premise': 'context' is undefined; the row has 'uid', 'premise', .*; fix"
     with pytest.raises(DataError, match=expected):
         prepared(tmp_path, "anli.r1", tmp_path)
     assert (dataset_file(tmp_path, "anli.r1").read_bytes(), verify(tmp_path, *only(tmp_path))) == (before[0], [])

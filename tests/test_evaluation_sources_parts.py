@@ -124,14 +124,14 @@ def test_a_row_that_lacks_a_text_is_left_out(blank: str) -> None:
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("quest", "'made': 'quest' is undefined; the row has 'q', 'n', 'none', 'no items', 'answer', .*; mend"),
+        ("quest", "'made': 'quest' is undefined; the row has 'q', 'n', 'none', 'no items', 'answer', .*; fix"),
         ("answer.val", "'made': 'dict object' has no attribute 'val'"),
         ("triples[7]", "'made': list object has no element 7"),
         ("{1: 'a'}[n]", "'made': dict object has no element 2"),
         ("'ABC'.index(q)", "'made': substring not found"),
         ("answer", "'context': expected text, found {'value': .*; `join` makes text of a list"),
         ("triples", "'context': expected text, found "),
-        ("q +", "expected Jinja2, found 'q \\+' .*; mend the declaration"),
+        ("q +", "expected Jinja2, found 'q \\+' .*; fix the declaration"),
     ],
 )
 def test_what_a_field_does_not_find_is_named(expression: str, message: str) -> None:
@@ -307,7 +307,7 @@ def test_words_that_yaml_would_turn_into_values_stay_words(tmp_path: Path) -> No
         ("raw:", "source: {repo: a/b}\nraw:", "'source.test': expected the split"),
         ("raw:", "fields: {q: {from: x, map: {a: b}}}\nraw:", "'fields.q': expected text, found a mapping"),
         ("raw:", "fields: [a]\nraw:", "'fields': expected names and the Jinja2 expressions .*, found a list"),
-        ("raw: {", "raw: [{", "mine.yaml: expected YAML in UTF-8, found .*line 5.*; mend the file"),
+        ("raw: {", "raw: [{", "mine.yaml: expected YAML in UTF-8, found .*line 5.*; fix the file"),
         ("licence: none", "licence: !!python/object/apply:os.system [echo]", "'licence': expected text, found a list"),
     ],
 )

@@ -370,7 +370,7 @@ def test_prompts_that_lack_the_invocation_fail_their_task_only(
     asked = ["--invocation", "w88 w89", "--max-length", "20"]
     assert run(command(world / "base", tmp_path / "tasks", tmp_path / "pool", *asked)) == 1
     told = " ".join(capsys.readouterr().out.split())
-    end = "mend the row, or give --last N, or an --invocation that prompts have"
+    end = "fix the row, or give --last N, or an --invocation that prompts have"
     lacking = "lacking.jsonl, row 11: expected the invocation 'w88 w89' in the prompt, found '<s> w3 w88' at its end"
     assert "failed lacking: " in told and f"{lacking}; {end}" in told
     assert "long.jsonl, row 11: " in told and "w6' at its end (--max-length may have cut it off)" in told

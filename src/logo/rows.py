@@ -139,7 +139,7 @@ def row_of(value: Mapping[str, Any], where: str) -> Row:
 
 def malformed(where: str, found: str, expected: str = _EXPECTED) -> DataError:
     """The error for a malformed line; `where`: the file and the line."""
-    return DataError(f"{where}: expected {expected}, found {found}; mend or delete the line")
+    return DataError(f"{where}: expected {expected}, found {found}; fix or delete the line")
 
 
 class _Wrong(Exception):

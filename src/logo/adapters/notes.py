@@ -113,9 +113,9 @@ def checked(file: Path, *homes: Path) -> Path:
         except OSError as error:
             raise StorageError(f"{file}: cannot be read ({error.strerror or error})") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{file} is not valid JSON: {error}; mend or remove it") from error
+            raise UsageError(f"{file} is not valid JSON: {error}; fix or remove it") from error
         if not isinstance(holds, dict):
-            raise UsageError(f"{file} must hold an object, found {type(holds).__name__}; mend or remove it")
+            raise UsageError(f"{file} must hold an object, found {type(holds).__name__}; fix or remove it")
     return file
 
 

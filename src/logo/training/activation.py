@@ -118,7 +118,7 @@ class Settling:
         cut = " (--max-length may have cut it off)" if len(row) >= recipe.max_length else ""
         return DataError(
             f"{where}: expected the invocation {text!r:.60} in the prompt, found "
-            f"{self._text(_prompt(row)[-12:])!r:.90} at its end{cut}; mend the row, or {_INSTEAD}"
+            f"{self._text(_prompt(row)[-12:])!r:.90} at its end{cut}; fix the row, or {_INSTEAD}"
         )
 
     def _standing(self, text: str, prompt: Sequence[int]) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int) -> E
                 f"{max_length} with its prompt; shorten it, or raise --max-length"
             )
         if not prompt:
-            raise DataError(f"{task.source}, row {number}: the prompt has no tokens; mend or delete the row")
+            raise DataError(f"{task.source}, row {number}: the prompt has no tokens; fix or delete the row")
         cut += len(prompt) > room
         kept = cut_left(tokenizer, prompt, room)
         rows.append(Example((*kept, *completion), len(kept)))

@@ -1,6 +1,6 @@
 """What the router, or the offline engine, calls on every worker of vLLM, through `collective_rpc`.
 
-`logo.backends.vllm.hooks` puts them on vLLM's worker class, and turns errors that a user can mend into answers.
+`logo.backends.vllm.hooks` puts them on vLLM's worker class, and turns errors that a user can fix into answers.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def make_instances(name: str, wording: Wording, rows: Iterable[tuple[str, RawRow
         try:
             instance = _instance(wording, row)
         except RowError as error:
-            raise DataError(f"dataset {name!r}: {where}: {error}; mend the declaration") from None
+            raise DataError(f"dataset {name!r}: {where}: {error}; fix the declaration") from None
         if instance is None:
             unusable += 1
         elif (known := found.get(instance.context)) is None:

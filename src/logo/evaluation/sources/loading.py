@@ -47,7 +47,7 @@ def load_declaration(file: Path) -> Declaration:
     try:
         return _declaration(_checked("", _parsed(content), _SHAPE), hashlib.sha256(content).hexdigest())
     except _Wrong as wrong:
-        raise DataError(f"{file}: {wrong}; mend the file") from None
+        raise DataError(f"{file}: {wrong}; fix the file") from None
 
 
 def chosen(requests: Sequence[str], known: Collection[str]) -> list[str]:

@@ -48,14 +48,14 @@ def fetch(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place:
         raise
     except Exception as error:  # the boundary: httpx and the file system each raise their own kinds
         raise HubError(
-            f"{hub_error(repo, error, revision=hub.revision)}; mend that, or prepare from local files with --from DIR"
+            f"{hub_error(repo, error, revision=hub.revision)}; fix that, or prepare from local files with --from DIR"
         ) from error
     for split, found in names.items():
         if not found:
             has = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
             raise HubError(
                 f"Hub repo {repo}: revision {hub.revision!r} has no file {_shown(wanted[split])} for {split} rows; "
-                f"it has {has or 'no files'}; mend the declaration"
+                f"it has {has or 'no files'}; fix the declaration"
             )
     return Place(layout, root, names, root.name)
 

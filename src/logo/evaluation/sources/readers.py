@@ -80,7 +80,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, RawRow]]:
     except UsageError:
         raise
     except (ValueError, csv.Error, ElementTree.ParseError, RecursionError) as error:
-        raise DataError(f"{place}: {str(error).strip()[:300]}; mend the file or the declaration") from None
+        raise DataError(f"{place}: {str(error).strip()[:300]}; fix the file or the declaration") from None
 
 
 def _parquet(root: Path, names: Sequence[str]) -> Iterator[RawRow]:

@@ -56,7 +56,7 @@ class Wording:
         except TemplateSyntaxError as error:
             raise DataError(
                 f"dataset {declaration.name!r}: expected Jinja2, found {error.source!r:.60} ({error.message}); "
-                "mend the declaration"
+                "fix the declaration"
             ) from None
 
     def of(self, row: Mapping[str, Any]) -> dict[str, str | list[str]] | None:
