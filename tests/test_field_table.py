@@ -331,7 +331,7 @@ def demo_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(demo_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], int, Any]]:
     out = tmp_path_factory.mktemp("whole") / "study.json"
-    with dying("--json", IMPORTS, STEPS) as run_until:
+    with dying("--save", IMPORTS, STEPS) as run_until:
         assert run_until(-1, study_command(demo_rows, out), out.parent / "steps") == 0
         yield json.loads(out.read_text()), int((out.parent / "steps").read_text()), run_until
 
