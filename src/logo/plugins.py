@@ -136,7 +136,7 @@ class Registry(dict[str, T]):
             try:
                 one.load()
             except Exception as error:
-                raise PluginError(f"{said} cannot be imported ({_told(error)}); mend or uninstall it") from error
+                raise PluginError(f"{said} cannot be imported ({_told(error)}); fix or uninstall it") from error
             if name not in self:
                 raise PluginError(f"{said} registers no {self.kind} {name!r}: use @logo.register_{self.kind} there")
 

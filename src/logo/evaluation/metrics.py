@@ -35,7 +35,7 @@ class MetricFunction(Protocol):
             golds: the gold texts of the row, one or more.
 
         Raises:
-            LoGoError: what the user can mend; anything else is taken for a bug of the metric.
+            LoGoError: what the user can fix; anything else is taken for a bug of the metric.
         """
 
 

@@ -50,7 +50,7 @@ class SignalFunction(Protocol):
             they have to be positive.
 
         Raises:
-            LoGoError: what the user can mend; anything else is taken for a bug of the signal.
+            LoGoError: what the user can fix; anything else is taken for a bug of the signal.
         """
 
 
