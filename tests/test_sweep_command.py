@@ -211,6 +211,7 @@ def test_methods_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture
         assert (cell / name).read_bytes() == (alone / name).read_bytes()
     one, other = (json.loads((folder / "run.json").read_text()) for folder in (cell, alone))
     assert one["fingerprint"] == other["fingerprint"]
+    assert [found["options"].pop("command")["name"] for found in (one, other)] == ["eval sweep", "evaluate"]
     assert {**one["options"], **other["options"]} == {**other["options"], **one["options"]}
 
 
