@@ -24,7 +24,7 @@ from logo.baselines import Answering, Method, Task, get_method, methods
 from logo.baselines.learned import labelled, minimise, objective
 from logo.cli.methods import DEFAULT_EMBEDDING, MethodOptions, Sign, Variant, make_method
 from logo.cli.run import run
-from logo.errors import DataError, HubError, LoGoError, ModelError, PoolError, UsageError
+from logo.errors import DataError, HubError, LoGoError, MissingLibrary, ModelError, PoolError, UsageError
 from logo.mixing import Merge
 from logo.scoring import Scored
 from test_engine import PROMPTS, engine, hooks, write_adapter
@@ -526,9 +526,11 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "Hub repo sentence-transformers/none: not in the cache" in said("none", HubError)
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    assert "install lora-on-the-go[eval]" in said("none", UsageError)
+    assert 'needs sentence-transformers, which is not installed: pip install "lora-on-the-go[eval]"' in said(
+        "none", MissingLibrary
+    )
     monkeypatch.setitem(sys.modules, "nevergrad", None)
-    with pytest.raises(UsageError, match=r"needs nevergrad: install lora-on-the-go\[eval\]"):
+    with pytest.raises(MissingLibrary, match=r'needs nevergrad, .* "lora-on-the-go\[eval\]"'):
         get_method("lorahub").prepare(demo, Task("demo.antonym", train=heldout("antonym")))
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -250,15 +248,7 @@ def test_what_cannot_be_measured_is_refused(predictions: list[str], golds: list[
 
 
 def test_without_sacrebleu_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def importing(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "sacrebleu":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.delitem(sys.modules, "sacrebleu")
-    monkeypatch.setattr(builtins, "__import__", importing)
-    with pytest.warns(UserWarning, match=r"pip install lora-on-the-go\[eval\]"):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.warns(UserWarning, match=r'pip install "lora-on-the-go\[eval\]"'):
         extra = extra_metrics("gem.dart", ["a cat"], [["a cat"]])
     assert set(extra.values) == {"rouge-1", "rouge-2", "rouge-L"} and not extra.signatures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import shutil
@@ -459,12 +458,3 @@ def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded() -> None:
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1
     assert f"cannot listen on 127.0.0.1:{port}" in found.stderr
-
-
-def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from logo.cli.run import run
-
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else found(name))
-    assert run(["serve", "--base-model", "demo"]) == 2
-    assert capsys.readouterr().err == "logo: error: serving needs uvicorn: install lora-on-the-go[serve]\n"

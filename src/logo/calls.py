@@ -183,9 +183,35 @@ class Calls(ABC):
     # -- generating ---------------------------------------------------------------------------------------------
 
     @overload
-    def generate(self, prompts: OnePrompt, **options: Any) -> Generation: ...
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompts: OnePrompt,
+        *,
+        adapters: Forced | Sequence[Forced | None] | None = ...,
+        max_new_tokens: int | None = ...,
+        batch_size: int = ...,
+        generation_config: GenerationConfig | None = ...,
+        stop_at_newline: bool | str = ...,
+        stop: Sequence[str] = ...,
+        streamer: BaseStreamer | None = ...,
+        activation: str | None = ...,
+        **options: Any,
+    ) -> Generation: ...
     @overload
-    def generate(self, prompts: Sequence[OnePrompt], **options: Any) -> list[Generation]: ...
+    def generate(
+        self,
+        prompts: Sequence[OnePrompt],
+        *,
+        adapters: Forced | Sequence[Forced | None] | None = ...,
+        max_new_tokens: int | None = ...,
+        batch_size: int = ...,
+        generation_config: GenerationConfig | None = ...,
+        stop_at_newline: bool | str = ...,
+        stop: Sequence[str] = ...,
+        streamer: BaseStreamer | None = ...,
+        activation: str | None = ...,
+        **options: Any,
+    ) -> list[Generation]: ...
     def generate(
         self,
         prompts: OnePrompt | Sequence[OnePrompt],

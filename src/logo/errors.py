@@ -51,6 +51,10 @@ class ModelError(LoGoError, ValueError):
     """A base model that cannot be loaded, or in which a module that is needed cannot be found."""
 
 
+class MissingLibrary(LoGoError, ImportError):
+    """A library of an extra that is not installed; the message says what installs it."""
+
+
 class StoreFull(LoGoError, RuntimeError):
     """The adapters in use at one time do not fit into the memory for adapters."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logo.errors import LoGoError, UsageError
+from logo.extras import need
 
 AUTO, LOCAL = "auto", "local"
 
@@ -63,15 +64,14 @@ def imported() -> Any:
     """The module `ray`.
 
     Raises:
-        UsageError: it is not installed.
+        MissingLibrary: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to have anything reported
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _SAID)
-    try:
-        import ray
-    except ImportError:
-        raise UsageError("several processes need Ray: pip install 'lora-on-the-go[ray]'") from None
+    need("work in several processes", "ray")
+    import ray
+
     return ray
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logo.errors import ModelError, UsageError
+from logo.errors import ModelError
+from logo.extras import need
 from logo.hub.failures import hub_error
 from logo.hub.names import is_hub_id
 
@@ -55,10 +56,9 @@ def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "
 
 @functools.lru_cache(maxsize=1)
 def _load(model: str, device: str) -> Any:
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise UsageError("retrieval by text needs sentence-transformers: install lora-on-the-go[eval]") from None
+    need("retrieval by text", "sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+
     folder = fetch(model)
     try:
         loaded = SentenceTransformer(folder, device=device, local_files_only=True)

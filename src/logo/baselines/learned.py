@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -16,6 +15,7 @@ import numpy
 from logo.baselines.method import Example, Learned, Prepared, Task, check_count, same_for_all
 from logo.calls import Calls
 from logo.errors import DataError, UsageError
+from logo.extras import need
 from logo.scoring import Scored, completion_ids
 
 # Adapters whose tensors are in memory together while each is tried alone.
@@ -155,10 +155,9 @@ def minimise(
     """The weights that nevergrad's NGOpt recommends after so many trials, and their loss.
 
     Raises:
-        UsageError: nevergrad is not installed.
+        MissingLibrary: nevergrad is not installed.
     """
-    if find_spec("nevergrad") is None:
-        raise UsageError("method 'lorahub' needs nevergrad: install lora-on-the-go[eval]")
+    need("method 'lorahub'", "nevergrad")
     with _repeatable(seed), warnings.catch_warnings():
         import nevergrad
 

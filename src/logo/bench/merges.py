@@ -23,7 +23,7 @@ from logo.adapters.format import LoraWeights
 from logo.adapters.layout import BaseLayout, linear_modules
 from logo.adapters.pool import AdapterPool
 from logo.bench.synthetic import Sizes, base_model
-from logo.errors import UsageError
+from logo.extras import need
 from logo.mixing import AdapterStore, GatedLoRA, Merge
 from logo.mixing.merges import MERGES
 from logo.mixing.routing import Router, Routing
@@ -70,12 +70,9 @@ def compare_merges(sizes: Sizes = SIZES, weights: Sequence[float] = WEIGHTS, see
     """Compares every merge on one random Llama with one random adapter for each weight.
 
     Raises:
-        UsageError: PEFT is not installed.
+        MissingLibrary: PEFT is not installed.
     """
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise UsageError("comparing with PEFT needs peft: install lora-on-the-go[train]") from None
+    need("a comparison with PEFT", "peft")
     model, _ = base_model(sizes, seed)
     ids = torch.randint(3, sizes.vocabulary, (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(seed))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

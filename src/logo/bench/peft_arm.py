@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from logo.errors import UsageError
+from logo.extras import need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,10 +32,9 @@ class PeftArm:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, k: int) -> None:
-        try:
-            from peft import PeftModel
-        except ImportError:
-            raise UsageError("comparing with PEFT needs peft: install lora-on-the-go[train]") from None
+        need("a comparison with PEFT", "peft")
+        from peft import PeftModel
+
         self.tokenizer = tokenizer
         self.k = k
         self.names = sorted(path.name for path in folder.iterdir())

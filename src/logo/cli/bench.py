@@ -15,6 +15,7 @@ from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import err, note, out, plain_table, print_json, progress, write_json
 from logo.cli.prompts import or_demo, read_prompts
+from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.bench.full import Results
@@ -71,6 +72,9 @@ def bench(
     from logo.bench.synthetic import Sizes, parse_targets
     from logo.errors import UsageError, closest
 
+    picture = png if png is not None or save is None else save.with_suffix(".png")
+    if picture is not None and curves:
+        need("a picture of the curves (--png, or beside --save)", "matplotlib")
     if (base_model is None) != (adapters is None):
         raise UsageError("a real base model and its pool go together: --base-model M --adapters DIR")
     if dtype not in DTYPES:
@@ -106,7 +110,6 @@ def bench(
     if save is not None:
         write_json(save, results.as_dict())
         note(f"written: {save}")
-    picture = png if png is not None or save is None else save.with_suffix(".png")
     if picture is not None and results.shown:
         draw(list(results.shown), picture)
         note(f"drawn: {picture}")

@@ -18,6 +18,7 @@ from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import err, note, progress, write_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
+from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.bench.local_server import LocalServer
@@ -95,7 +96,7 @@ def serve(
 
     Example: `logo bench serve --requests 100 --verify all`
     """
-    _check_clients()
+    need("a benchmark of servers", "httpx")
     from logo.bench.load import Endpoint
     from logo.bench.serving import Plan, run_bench
     from logo.bench.watch import Churn
@@ -131,13 +132,6 @@ def serve(
 
 
 # -- what was asked for -----------------------------------------------------------------------------------------
-
-
-def _check_clients() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("httpx") is None:
-        raise UsageError("the library `httpx` is not installed; pip install 'lora-on-the-go[serve]'")
 
 
 def _count(text: str, requests: int) -> int:

@@ -27,6 +27,7 @@ from logo.cli.scoreboard import Score, show
 from logo.cli.workers import WorkerOptions, layout_of, opened, progress_of
 from logo.errors import UsageError
 from logo.evaluation.metrics import checked_kind
+from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.backends.cluster import Layout
@@ -140,6 +141,7 @@ def evaluate(
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.resume import ResumePolicy
 
+    need("this command", "scipy", "nltk", "rouge_score")
     check_baseline(engine.reference.value)
     base_model = engine.base_model or OFFICIAL_BASE
     engine = replace(

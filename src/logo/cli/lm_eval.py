@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import Annotated
 
 import typer
 
-from logo.errors import UsageError
+from logo.extras import need
 
 MODEL = "logo"
 _SUBCOMMANDS = frozenset({"run", "ls", "validate"})
@@ -34,8 +33,7 @@ def lm_eval(
 
     Example: `logo eval lm-eval --model_args base_model=demo --tasks my_task --include_path tasks --batch_size 8`
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError("lm-evaluation-harness is not installed: `pip install lora-on-the-go[eval]`")
+    need("this command", "lm_eval")
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
 

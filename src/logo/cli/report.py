@@ -11,6 +11,7 @@ import typer
 from logo.cli.options import usual
 from logo.cli.output import err, note, print_json
 from logo.errors import UsageError
+from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.evaluation.report import Analysis
@@ -61,12 +62,14 @@ def report(
     from logo.evaluation.tables import counted
     from logo.folders import check_writable, replace_file
 
+    need("this command", "scipy")
     for option, file in (("--output", output), ("--latex", latex), ("--markdown", markdown)):
         if file is not None and file.is_dir():
             raise UsageError(f"{option} {file}: expected a file to write, found a folder")
         if file is not None:
             check_writable(file.parent, option)
     if pictures is not None:
+        need("--pictures", "matplotlib")
         check_writable(pictures, "--pictures")
     started = time.perf_counter()
     others = () if published is None else read_published(published)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from logo.cli.output import note
 from logo.cli.prompts import or_demo
 from logo.cli.serve_vllm import OPEN, VllmMode
 from logo.errors import StorageError, UsageError
+from logo.extras import need
 
 NETWORK = "Network"
 LIMITS = "Limits"
@@ -164,9 +164,7 @@ def serve(
     ):
         if is_given:
             raise UsageError(f"{option} is for --engine vllm alone")
-    for needed in ("fastapi", "uvicorn", "prometheus_client"):
-        if importlib.util.find_spec(needed) is None:
-            raise UsageError(f"serving needs {needed}: install lora-on-the-go[serve]")
+    need("the server", "fastapi", "uvicorn", "prometheus_client")
     if log_prompts and not log_json:
         raise UsageError("--log-prompts: prompts are logged as JSON alone; add --log-json")
     folder = None if allow_adapter_changes is None else allow_adapter_changes.resolve()

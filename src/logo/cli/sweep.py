@@ -20,6 +20,7 @@ from logo.cli.output import err, natural_width, note, out, print_json, progress,
 from logo.cli.prompts import or_demo
 from logo.cli.sweep_sessions import CellSessions, CellsInWorkers
 from logo.cli.workers import WorkerOptions, layout_of
+from logo.extras import install, need
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -66,6 +67,7 @@ def sweep(
     """
     from logo.evaluation.sweep.running import runs
 
+    need("this command", "scipy", "nltk", "rouge_score", "matplotlib")
     axes = read_grid(grid)
     engine, base_model = _engine(engine, quiet=list_)
     cells, skipped = make_cells(axes, Common(engine, method, seed))
@@ -150,7 +152,8 @@ def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> lis
     if has_parquet():
         contents[output / "sweep.parquet"] = as_parquet(found)
     else:
-        err.print("logo: warning: no sweep.parquet, since pyarrow is not installed: install lora-on-the-go[eval]")
+        line = f"logo: warning: no sweep.parquet, since pyarrow is not installed: {install('eval')}"
+        err.print(line, markup=False)
     contents |= {output / "plots" / name: picture for name, picture in plots(axes, swept.outcomes, seed=seed).items()}
     for file, content in contents.items():
         replace_file(file, content)

@@ -24,6 +24,7 @@ import numpy as np
 
 from logo.evaluation.intervals import Interval, Values, bootstrap, of_mean, proportion
 from logo.evaluation.metrics import KINDS, Kind, metric_kind, rouge
+from logo.extras import install, installed
 
 CHRF_ORDER = 6  # longest character n-gram
 CHRF_BETA = 2  # recall counts twice as much as precision
@@ -133,12 +134,10 @@ def corpora(
     if kind == "rouge":
         scores = [[rouge(answer, gold) for gold in texts] for answer, texts in zip(predictions, golds, strict=True)]
         found = {key: mean_of([max(score[key] for score in each) for each in scores]) for key in scores[0][0]}
-    try:
-        import sacrebleu  # noqa: F401
-    except ImportError:
+    if not installed("sacrebleu"):
         warnings.warn(
-            f"dataset {dataset!r}: corpus BLEU and chrF are left out, because sacrebleu is not installed; "
-            "`pip install lora-on-the-go[eval]` brings it",
+            f"dataset {dataset!r}: corpus BLEU and chrF are left out, because sacrebleu is not installed: "
+            f"{install('eval')}",
             stacklevel=2,
         )
         return found

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
+from logo import __version__
 from logo.digests import fingerprint
 from logo.errors import StorageError, UsageError
 from logo.evaluation.corpus import Extra, extra_metrics, mean_of
@@ -55,15 +56,7 @@ RESULT_FILES = (
 _INDENTED = frozenset({"run.json", "metrics.json"})  # for reading; the others are as the official script writes them
 
 _SECRETS = frozenset({"token", "hf_token", "auth_token", "api_key", "password", "secret"})
-_DISTRIBUTIONS = {  # key in run.json: distribution
-    "logo": "lora-on-the-go",
-    "torch": "torch",
-    "transformers": "transformers",
-    "huggingface_hub": "huggingface_hub",
-    "nltk": "nltk",
-    "rouge_score": "rouge_score",
-    "sacrebleu": "sacrebleu",
-}
+_LIBRARIES = ("torch", "transformers", "huggingface_hub", "nltk", "rouge_score", "sacrebleu")  # in run.json
 
 
 def run_folder(
@@ -256,9 +249,10 @@ def versions() -> dict[str, str | None]:
     for one that is not installed.
     """
     found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    for key, distribution in _DISTRIBUTIONS.items():
+    found["logo"] = __version__
+    for library in _LIBRARIES:
         try:
-            found[key] = metadata.version(distribution)
+            found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
-            found[key] = None
+            found[library] = None
     return found

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI
 
+from logo import __version__
 from logo.protocol import Engine
 from logo.serving import changes, error_handlers, front, routes
 from logo.serving.answers import Answers
@@ -47,7 +47,7 @@ def create_app(service: Engine, settings: AppSettings) -> FastAPI:
         finally:
             await service.close()
 
-    app = FastAPI(title="LoGo", version=version("lora-on-the-go"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="LoGo", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.settings = settings
     app.state.created = now()
     timeout, log_prompts = settings.request_timeout, settings.log_prompts

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
+from logo import __version__
 from logo.api.errors import too_many, unavailable
 from logo.api.names import AUTO
 from logo.api.replies import AdapterCard, AdapterList, ErrorReply, ModelRole, SelectionReply
@@ -218,7 +219,7 @@ async def ready(request: Request) -> Response:
 @router.get("/version", tags=["Server"])
 async def server_version() -> dict[str, str]:
     """Of what runs here."""
-    return {"version": version("lora-on-the-go"), "transformers": version("transformers"), "torch": version("torch")}
+    return {"version": __version__, "transformers": version("transformers"), "torch": version("torch")}
 
 
 @router.get("/metrics", tags=["Server"], **TEXT)

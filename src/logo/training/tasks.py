@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from logo.errors import DataError, StorageError, UsageError
+from logo.extras import need
 from logo.hub.failures import hub_error
 from logo.hub.names import is_hub_id
 from logo.rows import malformed, objects, row_of
@@ -205,12 +206,9 @@ def _from_hub(source: str, only: str, columns: Sequence[str], split: str) -> Fou
 
 
 def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            "Parquet files and data sets of the Hub need `datasets`: pip install 'lora-on-the-go[train]'"
-        ) from None
+    need("a Parquet file or a dataset of the Hub", "datasets", extra="train")
+    import datasets
+
     return datasets
 
 

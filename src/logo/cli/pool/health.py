@@ -14,6 +14,7 @@ from rich.text import Text
 from logo.cli.options import usual
 from logo.cli.output import natural_width, note, out, plain_table, print_json, screen
 from logo.cli.pool.common import listed
+from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.serving.traffic import Adapter, Traffic
@@ -44,7 +45,9 @@ def health(
     from logo.serving.traffic_picture import picture
     from logo.serving.unserved import groups
 
+    need("this command", "scipy", extra="serve")
     if png is not None:
+        need("--png", "matplotlib")
         check_writable(png.parent, "--png")
     found = read_traffic(logs)
     alike = groups(found.unserved)

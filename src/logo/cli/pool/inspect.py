@@ -14,6 +14,7 @@ from logo.cli.options import usual
 from logo.cli.output import note, out, plain_table, print_json, size
 from logo.cli.pool import spectra as spectra_part
 from logo.cli.pool.common import AllowPickle, Threshold, refusal, refusals, surveyed, targets
+from logo.extras import need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +58,8 @@ def inspect(
 
     if png is not None and not spectra:
         raise UsageError("--png draws the results of --spectra: give both options")
+    if png is not None:
+        need("--png", "scipy", "matplotlib")
     good, refused = surveyed(folder, allow_pickle, verify)
     if base_model is not None:
         layout, skeleton = _layout(base_model, model_dir)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from logo.errors import DataError, StorageError, UsageError
+from logo.errors import DataError, StorageError
 from logo.evaluation.sources.declarations import Files, Layout
+from logo.extras import need
 
 RawRow = Mapping[str, Any]
 
@@ -77,19 +78,13 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, RawRow]]:
                 raise ValueError(f"expected an object, found {json.dumps(row)[:60]}")
             yield place, row
             place = f"{name}: row {number + 1}"
-    except UsageError:
-        raise
     except (ValueError, csv.Error, ElementTree.ParseError, RecursionError) as error:
         raise DataError(f"{place}: {str(error).strip()[:300]}; fix the file or the declaration") from None
 
 
 def _parquet(root: Path, names: Sequence[str]) -> Iterator[RawRow]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            "Parquet files need the library `datasets`, which is not installed; pip install 'lora-on-the-go[eval]'"
-        ) from error
+    need("a Parquet file", "datasets")
+    import datasets
 
     # Not `load_dataset("parquet")`, which reports every use to a server; this is the reader inside it.
     try:
