@@ -3,7 +3,7 @@
 #   make test   sets up what tests need and runs them all
 # and one is for every day:
 #   make check  the same, but for the slow tests
-.PHONY: help demo check test docs test-vllm check-vllm-versions lint demo-assets clean
+.PHONY: help demo check test docs test-vllm dist test-wheel check-vllm-versions lint demo-assets clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 # cores busy, since tests also wait: for disks, servers and timeouts.
 WORKERS ?= 3
 SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+WHEEL_PYTHONS ?= python3.10 python3.12 python3.13
 # vLLM has an environment of its own: it needs an older transformers than `logo serve` does.
 VLLM_VENV := .venv-vllm
 VLLM_WHEELS ?= $(VLLM_VENV)-wheels
@@ -26,6 +27,8 @@ help:
 	@echo "make test         linters, type checker and the whole test suite"
 	@echo "make test-vllm    set up .venv-vllm and run the tests that start vLLM, on the CPU"
 	@echo "make docs         build the site of all pages into build/site"
+	@echo "make dist         build the wheel and the sdist into dist/"
+	@echo "make test-wheel   run the demo from the wheel in bare environments of the Pythons in WHEEL_PYTHONS"
 	@echo "make check-vllm-versions  download the known versions of vLLM and look for what LoGo relies on in them"
 	@echo "make demo-assets  rebuild the embedded model and its adapters from a seed (up to an hour on two cores)"
 	@echo "make clean        remove .venv and caches"
@@ -76,6 +79,14 @@ test-vllm: $(VLLM_VENV)/.installed
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+
+# Not part of CI: it downloads PyTorch for each of them.
+test-wheel: dist
+	$(BIN)/python tools/bare_environments.py dist/*.whl $(WHEEL_PYTHONS)
+
 # Not part of CI: it downloads some 800 MB.
 check-vllm-versions: $(VENV)/.installed-dev
 	$(BIN)/python tools/vllm_versions.py $(VLLM_WHEELS)
@@ -84,4 +95,4 @@ demo-assets: $(VENV)/.installed-dev
 	PYTHONPATH=tools $(BIN)/python -m demo_world.build --out src/logo/demo/assets --seed 0
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_WHEELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_WHEELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
