@@ -133,11 +133,12 @@ def test_the_demo_runs_with_the_core_alone(bare: Bare, tmp_path: Path) -> None:
 # What commands need beyond the core, with the library that is named first and the extra that brings it.
 BEYOND = {
     "evaluate --dataset bbh.navigate": ("scipy", "eval"),
-    "study --rows . --json study.json": ("scipy", "eval"),
-    "sweep --axis k=1,2 --dataset bbh.navigate": ("scipy", "eval"),
-    "report results": ("scipy", "eval"),
-    "compare a b": ("scipy", "eval"),
-    "lm-eval --tasks x": ("lm-eval", "eval"),
+    "eval run --dataset bbh.navigate": ("scipy", "eval"),
+    "eval study --rows . --json study.json": ("scipy", "eval"),
+    "eval sweep --base-model demo --grid k=1,2 -o sweep": ("scipy", "eval"),
+    "eval report results": ("scipy", "eval"),
+    "eval compare a b": ("scipy", "eval"),
+    "eval lm-eval --tasks x": ("lm-eval", "eval"),
     "serve --base-model demo": ("fastapi", "serve"),
     "serve --base-model demo --engine vllm": ("vllm", "vllm"),
     "pool health day.log": ("scipy", "serve"),
