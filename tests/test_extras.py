@@ -20,7 +20,7 @@ from project import PROJECT, ROOT
 SRC = ROOT / "src" / "logo"
 # What libraries of ours bring of their own accord and are made of: transformers, its tokenizers; FastAPI, starlette.
 BROUGHT = {"tokenizers": "transformers", "pydantic_core": "pydantic", "starlette": "fastapi", "tqdm": "transformers"}
-BROUGHT |= {"cma": "nevergrad", "triton": "torch"}
+BROUGHT |= {"cma": "nevergrad", "triton": "torch", "typing_extensions": "torch"}
 
 
 def extra(name: str) -> set[str]:
@@ -51,7 +51,7 @@ def imported() -> dict[str, Path]:
 def test_what_is_imported_is_declared(module: str) -> None:
     owner = BROUGHT.get(module, module)
     names = {one.replace("_", "-").lower() for one in packages_distributions().get(owner, [owner])}
-    assert names & (extra("") | extra(EXTRAS.get(module, ""))) or EXTRAS.get(owner) == "vllm", imported()[module]
+    assert names & (extra("") | extra(EXTRAS.get(owner, ""))) or EXTRAS.get(owner) == "vllm", imported()[module]
 
 
 @pytest.mark.parametrize("module", EXTRAS)

@@ -18,7 +18,7 @@ SRC = Path(__file__).parent.parent / "src" / "logo"
 # What a part may import: itself and everything below. Parts on one line stand side by side.
 LAYERS = [
     {"errors", "cache"},
-    {"folders", "hub", "plugins"},
+    {"folders", "hub", "plugins", "extras"},
     {"adapters", "prompts", "rows"},
     {"models"},
     {"mixing", "selection", "pools", "decoding", "endings", "scoring", "digests"},

@@ -19,7 +19,6 @@ EXTRAS: Mapping[str, str] = {
     "matplotlib": "plots",
     "nevergrad": "eval",
     "nltk": "eval",
-    "pandas": "eval",
     "peft": "train",
     "prometheus_client": "serve",
     "pyarrow": "eval",

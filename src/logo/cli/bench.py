@@ -72,6 +72,8 @@ def bench(
     from logo.bench.synthetic import Sizes, parse_targets
     from logo.errors import UsageError, closest
 
+    if peft:
+        need("a comparison with PEFT (--no-peft leaves it out)", "peft")
     picture = png if png is not None or save is None else save.with_suffix(".png")
     if picture is not None and curves:
         need("a picture of the curves (--png, or beside --save)", "matplotlib")
