@@ -14,7 +14,7 @@ VENV_PYTHON = Path(__file__).parent / ".venv" / "bin" / "python"
 if __name__ == "__main__":
     if find_spec("logo") is None:
         if not VENV_PYTHON.exists():
-            sys.exit("main.py: the package is not installed; run `make demo`, then `.venv/bin/pip install -e '.[eval]'`")
+            sys.exit("main.py: the package is not installed; run `pip install -e '.[eval]'` first")
         os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
     from logo.cli import main
 

@@ -183,7 +183,7 @@ class Calls(ABC):
     # -- generating ---------------------------------------------------------------------------------------------
 
     @overload
-    def generate(  # type: ignore[overload-overlap]
+    def generate(
         self,
         prompts: OnePrompt,
         *,

@@ -75,7 +75,7 @@ def _explain(error: BaseException) -> int:
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and error.name in EXTRAS:
         return _fail(missing("this command", error.name), 1)
     kind = "out of memory" if type(error).__name__ == "OutOfMemoryError" else f"unexpected {type(error).__name__}"
     return _fail(f"{kind}: {error} (run again with {DEBUG} for the traceback)", 1)
