@@ -145,7 +145,7 @@ def test_a_key_is_never_on_the_command_line(
         monkeypatch.setenv(by, "s3cret")
     started: list[Any] = []
     monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr(serve_vllm, "_check_installed", lambda: None)
+    monkeypatch.setattr(serve_vllm, "need", lambda *_: None)
     assert run([*SERVE, *options]) == 0
     [(program, command, environment)] = started
     assert program == command[0] == sys.executable

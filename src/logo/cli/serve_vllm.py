@@ -99,13 +99,14 @@ def serve(
         several: serves from replicas instead.
     """
     from logo.backends.vllm.launch import API_KEY, check_environment
-    from logo.serving.front import FrontSettings
-    from logo.serving.guards import GuardSettings, is_loopback
 
     _refuse(options, server, alone=several is None)
     check_environment(os.environ)
     if not dry_run:
-        _check_installed()
+        need("--engine vllm", "vllm")
+    from logo.serving.front import FrontSettings
+    from logo.serving.guards import GuardSettings, is_loopback
+
     GuardSettings(server.host, server.api_keys, cors_origins=server.cors)  # refuses keys and origins that are none
     if not server.api_keys and not os.environ.get(API_KEY) and not is_loopback(server.host):
         note(OPEN.format(server.host))
@@ -153,10 +154,6 @@ def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -
             "--api-server-count is read by `vllm serve` alone: start that, with the flags and the environment that "
             "--dry-run prints"
         )
-
-
-def _check_installed() -> None:
-    need("--engine vllm", "vllm")
 
 
 def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) -> Launch:

@@ -10,16 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from logo.errors import DataError, UsageError
-from logo.evaluation.sources.declarations import Declaration, Layout
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-try:
-    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-except ImportError as error:
-    raise UsageError(
-        "datasets are prepared through `jinja2`, which is not installed; pip install 'lora-on-the-go[eval]'"
-    ) from error
+from logo.errors import DataError
+from logo.evaluation.sources.declarations import Declaration, Layout
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SHOWN = 8  # columns worth listing in a message
