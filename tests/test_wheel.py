@@ -170,13 +170,13 @@ def test_what_is_missing_is_one_line_with_what_to_install(bare: Bare, tmp_path: 
 CONFIG = """
 [mypy]
 strict = true
-[mypy-torch.*,transformers.*,safetensors.*,numpy.*]
+[mypy-transformers.*,safetensors.*,numpy.*,huggingface_hub.*,sympy.*]
 follow_imports = skip
 """
 
 
 def test_a_users_file_passes_the_type_checker(bare: Bare, tmp_path: Path) -> None:
-    """Strictly, and against the installed package; the libraries below it, which take minutes, are left out."""
+    """Strictly, and against the installed package; transformers, whose types are not needed, is left out for its size."""
     (tmp_path / "mypy.ini").write_text(CONFIG)
     cache = ("--cache-dir", tmp_path / "cache", "--config-file", tmp_path / "mypy.ini")
     said = done(sys.executable, "-m", "mypy", *cache, "--python-executable", bare.python, USER, cwd=tmp_path)
