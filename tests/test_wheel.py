@@ -176,7 +176,7 @@ follow_imports = skip
 
 
 def test_a_users_file_passes_the_type_checker(bare: Bare, tmp_path: Path) -> None:
-    """Strictly, and against the installed package; transformers, whose types are not needed, is left out for its size."""
+    """Strictly, and against the installed package; what its types do not need is left out for its size."""
     (tmp_path / "mypy.ini").write_text(CONFIG)
     cache = ("--cache-dir", tmp_path / "cache", "--config-file", tmp_path / "mypy.ini")
     said = done(sys.executable, "-m", "mypy", *cache, "--python-executable", bare.python, USER, cwd=tmp_path)
