@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from logo.errors import UsageError
 from logo.evaluation.intervals import Interval
+from logo.extras import installed, need
 
 Value = int | float | str | None
 Emphasis = Literal["", "bold", "dotted", "faint"]
@@ -217,10 +217,9 @@ def as_parquet(table: Table) -> bytes:
     """The same as Parquet: int64, double and string columns.
 
     Raises:
-        UsageError: pyarrow is not installed.
+        MissingLibrary: pyarrow is not installed.
     """
-    if not has_parquet():
-        raise UsageError("Parquet needs pyarrow: install lora-on-the-go[eval]")
+    need("Parquet", "pyarrow")
     arrow: Any = importlib.import_module("pyarrow")
     parquet: Any = importlib.import_module("pyarrow.parquet")
     rows = records(table)
@@ -241,7 +240,7 @@ def as_parquet(table: Table) -> bytes:
 
 def has_parquet() -> bool:
     """Whether Parquet can be written."""
-    return importlib.util.find_spec("pyarrow") is not None
+    return installed("pyarrow")
 
 
 def _names(table: Table) -> list[str]:

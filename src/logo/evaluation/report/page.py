@@ -12,13 +12,13 @@ import re
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from logo.errors import UsageError
 from logo.evaluation.report import tables
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.payload import blocks
 from logo.evaluation.report.pictures import differences, of_run, scores, spread_words, time
 from logo.evaluation.report.scene import Dot, png_uri, series
 from logo.evaluation.tables import counted
+from logo.extras import need
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -68,12 +68,10 @@ def environment() -> Environment:
     Fractions are written with at most two digits after the point.
 
     Raises:
-        UsageError: Jinja2 is not installed.
+        MissingLibrary: Jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError:
-        raise UsageError("a report's page needs jinja2: install lora-on-the-go[eval]") from None
+    need("a report's page", "jinja2")
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     found = Environment(
         loader=PackageLoader("logo.evaluation.report"),
