@@ -134,7 +134,7 @@ def test_the_demo_runs_with_the_core_alone(bare: Bare, tmp_path: Path) -> None:
 BEYOND = {
     "evaluate --dataset bbh.navigate": ("scipy", "eval"),
     "eval run --dataset bbh.navigate": ("scipy", "eval"),
-    "eval study --rows . --json study.json": ("scipy", "eval"),
+    "eval study --rows . --save study.json": ("scipy", "eval"),
     "eval sweep --base-model demo --grid k=1,2 -o sweep": ("scipy", "eval"),
     "eval report results": ("scipy", "eval"),
     "eval compare a b": ("scipy", "eval"),
@@ -143,7 +143,7 @@ BEYOND = {
     "serve --base-model demo --engine vllm": ("vllm", "vllm"),
     "pool health day.log": ("scipy", "serve"),
     "bench serve --base-model demo": ("httpx", "serve"),
-    "train tasks --base-model demo -o made": ("peft", "train"),
+    "train --tasks tasks --base-model demo -o made": ("peft", "train"),
 }
 RUN = """
 import contextlib, io, json, sys
