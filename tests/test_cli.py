@@ -253,7 +253,7 @@ def test_main_without_the_package_says_what_to_do(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-S", "-I", "main.py"], cwd=tmp_path, capture_output=True, text=True, env=env
     )
-    assert done.returncode == 1 and "run `make demo`" in done.stderr
+    assert done.returncode == 1 and "run `pip install -e '.[eval]'`" in done.stderr
 
 
 BAD = {
