@@ -293,7 +293,7 @@ def test_a_sweep_replaces_no_other_result(
     damaged.write_text("{")  # keeps no other cell out of the table
     assert run([*sweep, "--limit", "3"]) == 1
     told = capsys.readouterr()
-    assert "time_dict.json" in told.err and "expected JSON, found something else" in told.err
+    assert "time_dict.json" in told.err and "answer it again with --overwrite" in told.err
     written = (tmp_path / "sweep.csv").read_text()
     assert "runs/k=3/antonym" in written and "runs/k=1/antonym" not in written
     assert run([*sweep, "--limit", "2", "--overwrite"]) == 0

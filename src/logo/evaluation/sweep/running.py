@@ -185,7 +185,8 @@ def _outcomes(
                 try:
                     known[folder] = _read(cell, job.dataset, out, folder)
                 except LoGoError as error:
-                    known[folder] = _failure(cell, job.dataset, error)
+                    told = LoGoError(f"{error}; answer it again with --overwrite")
+                    known[folder] = _failure(cell, job.dataset, told)
             outcome = known[folder]
             if isinstance(outcome, Outcome):
                 found.append(replace(outcome, cell=cell))
