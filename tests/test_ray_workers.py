@@ -494,7 +494,7 @@ def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None
     ("more", "expected"),
     [
         (["--probe-context", "carry"], "with --probe-context carry a row depends on the row before"),
-        (["--reference", "running", "--signal", "calibrated"], "baseline 'running' learns from each row"),
+        (["--reference", "running", "--signal", "calibrated"], "reference 'running' learns from each row"),
         (["--device", "cuda:1"], "--device: workers get their devices from Ray"),
     ],
 )

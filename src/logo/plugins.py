@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import os
 import re
@@ -157,12 +158,12 @@ def load(plugin: str, folder: str = "") -> None:
     """
     if not _PLACE.fullmatch(plugin):
         raise UsageError(f"plugin {plugin!r}: expected module:Object, such as my_signals:quiet")
-    if folder and folder not in sys.path:
-        sys.path.append(folder)  # at the end, so that nothing there takes the place of what is installed
     module, _, name = plugin.partition(":")
+    if folder and folder not in sys.path and importlib.util.find_spec(module.partition(".")[0]) is None:
+        sys.path.append(folder)  # at the end, so that nothing there takes the place of what is installed
     try:
         found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"plugin {plugin!r} cannot be imported ({_told(error)})") from error
     if not any(registry.registers(found) for registry in _REGISTRIES):
         decorators = ", ".join(f"@logo.register_{kind}" for kind in ("signal", "method", "metric", "merge"))
@@ -171,18 +172,31 @@ def load(plugin: str, folder: str = "") -> None:
 
 @functools.lru_cache(maxsize=8)  # again only where the variable has changed, or something could not be imported
 def _load_named(text: str) -> None:
-    for one in shlex.split(text):
+    for one in _words(text):
         plugin, _, folder = one.partition("@")
         load(plugin, folder)
+
+
+def named() -> list[str]:
+    """The plugins of this process that were named as `module:Object`, not installed ones."""
+    sources = (source for registry in _REGISTRIES for source in registry.sources.values())
+    return list(dict.fromkeys(source.place for source in sources if source.folder is not None))
 
 
 def environment() -> dict[str, str]:
     """What a process has to have in its environment to know the plugins of this one: `LOGO_PLUGINS`, a list of
     `module:Object` or `module:Object@folder` as a shell would read it; nothing where there are none."""
-    named = shlex.split(os.environ.get(VARIABLE, ""))
+    known = _words(os.environ.get(VARIABLE, ""))
     sources = (source for registry in _REGISTRIES for source in registry.sources.values())
-    named += (f"{source.place}@{source.folder}" for source in sources if source.folder is not None)
-    return {VARIABLE: shlex.join(dict.fromkeys(named))} if named else {}
+    known += (f"{source.place}@{source.folder}" for source in sources if source.folder is not None)
+    return {VARIABLE: shlex.join(dict.fromkeys(known))} if known else {}
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{VARIABLE} {text!r}: expected module:Object as a shell would read it ({error})") from None
 
 
 def _place(definition: Any) -> str:
@@ -209,5 +223,5 @@ def _distribution(entry: importlib.metadata.EntryPoint) -> str:
     return "of unknown origin" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

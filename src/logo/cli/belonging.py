@@ -78,6 +78,10 @@ def check_selection_options(given: Collection[str], settings: Sequence[Selection
         if option in given and not any(looks(one.reading) for one in settings):
             named = [name for name, signal in SIGNALS.items() if looks(signal)]
             _refuse(option, "signal", named, f"the signal is {signals}")
+    counted = all(isinstance(one.probe_points, int) for one in settings)  # any signal can read points that are named
+    if "probe_points" in given and counted and not any(one.reading.chosen for one in settings):
+        named = [name for name, signal in SIGNALS.items() if signal.chosen]
+        _refuse("probe_points", "signal", named, f"the signal is {signals}")
     weighting = dict.fromkeys(one.reading.weighting for one in settings)
     if "weight_temperature" in given and "softmax" not in weighting:
         _refuse("weight_temperature", "weighting", ["softmax"], f"the weighting is {', '.join(weighting)}")

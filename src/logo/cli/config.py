@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from logo import plugins
 from logo.cli.renamed import OPTIONS
 from logo.errors import DataError, StorageError, UsageError, closest
 
@@ -56,7 +58,12 @@ def _read(context: typer.Context, file: Path) -> Mapping[str, Any]:
     name, here = str(command.get("name")), command_name(context)
     if name.replace("evaluate", "eval run") != here.replace("evaluate", "eval run"):
         raise UsageError(f"--config {file}: `logo {name}` wrote it; expected a file for `logo {here}`")
-    found: Mapping[str, Any] = command["options"]
+    for one in command.get("plugins") or ():
+        if one not in plugins.named():
+            raise UsageError(f"--config {file}: the run that wrote it used code of its own; add --plugin {one}")
+    found = command.get("options")
+    if not isinstance(found, dict):
+        raise DataError(f"--config {file}: expected the command's options by name, found {type(found).__name__}")
     return found
 
 
@@ -94,6 +101,8 @@ def _as_typed(parameter: Any, value: Any) -> Any:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from logo import plugins
 from logo.cli.config import EVERYWHERE, command_name
 from logo.cli.renamed import OFFICIAL
 
@@ -93,8 +94,8 @@ def _annotation(of: Field[Any], hint: Any, official: bool) -> Any:
     kind, option = hint.__origin__, hint.__metadata__[0]
     if official and of.name in OFFICIAL:
         option = copy.copy(option)
-        option.param_decls, metavar = OFFICIAL[of.name]
-        option.metavar = metavar or option.metavar
+        option.param_decls, metavar, text = OFFICIAL[of.name]
+        option.metavar, option.help = metavar or option.metavar, text or option.help
     return Annotated[list[str] | None if of.metadata.get("repeated") else kind, option]
 
 
@@ -111,7 +112,8 @@ def _what_was_given(context: typer.Context, values: Mapping[str, Any]) -> dict[s
         source = context.get_parameter_source(name)
         if source is not None and source.name in _SOURCES and name not in _SECRET:
             found[name] = _plain(value)
-    return {"name": command_name(context), "options": found}
+    made = {"name": command_name(context), "options": found}
+    return {**made, "plugins": named} if (named := plugins.named()) else made
 
 
 def _plain(value: Any) -> Any:

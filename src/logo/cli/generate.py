@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from logo.cli.expanded import command_line, expanded
+from logo.cli.expanded import command_line, expanded, given
 from logo.cli.opening import open_any
 from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, rare, usual
 from logo.cli.output import err, note, out, print_json, selection_line, selection_table, write_json
@@ -54,6 +54,8 @@ def generate(
 
     Example: `logo generate "What is 7 plus 5?"`
     """
+    if "seed" in given() and not sample:
+        raise UsageError(f"--seed {seed}: only sampling has it; add --sample or leave it out")
     texts = read_prompts(prompt, prompts)
     asked = as_asked(texts, chat, system)
     mixture: Any = forced(adapter, base_only)

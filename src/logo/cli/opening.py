@@ -143,6 +143,7 @@ def open_engine(
 ) -> LoGo:
     """Loads the base model and the pool, and puts an engine on them."""
     settings = selection_settings(options, preset)
+    check_selection_options(given(), [settings])
     return open_base(options, base_model, preset).engine(options, settings, truncation)
 
 

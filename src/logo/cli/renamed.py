@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 # Old command: where it is now. They are not in the help.
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -30,11 +31,14 @@ OPTIONS: dict[str, str] = {
     "train-rows": "train-limit",  # a number
 }
 
-# What the official script and `logo evaluate` call an option for ever, with its placeholder in the help.
-OFFICIAL: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "signal": (("--selection-strategy", "--signal"), None),
-    "device": (("--gpu", "--device"), "N"),
-    "reference": (("--reference", "--baseline"), None),
+# Commands whose `--json` named a file.
+_JSON_FILES = ("study", "bench", "serve", "train")
+
+# What the official script and `logo evaluate` call an option for ever, with its placeholder and text in the help.
+OFFICIAL: dict[str, tuple[tuple[str, ...], str | None, str | None]] = {
+    "signal": (("--selection-strategy", "--signal"), None, None),
+    "device": (("--gpu", "--device"), "N", "GPU number, if there is one; -1 is the CPU."),
+    "reference": (("--reference", "--baseline"), None, None),
 }
 
 
@@ -60,9 +64,10 @@ def modernised(arguments: Sequence[str], known: Collection[str], command: str) -
         name, equals, value = argument.partition("=")
         old = name.replace("_", "-")
         new = f"--{OPTIONS.get(old[2:], '')}" if old.startswith("--") and old not in known else ""
-        if old == "--json" and "--save" in known and (equals or (rest and not rest[0].startswith("-"))):
+        given = value if equals else next(iter(rest[:1]), "-")
+        if old == "--json" and command in _JSON_FILES and "--save" in known and not given.startswith("-"):
             new = "--save"  # it named a file; now it prints
-        elif old == "--tasks" and command == "train" and "--rows" not in named:
+        elif old == "--tasks" and command == "train" and "--rows" not in named and Path(given).is_dir():
             new = "--rows"  # it named a folder; now it names tasks of `--rows`
         if new not in known:
             yield argument

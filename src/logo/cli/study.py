@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from logo.cli.belonging import check_method_options
+from logo.cli.belonging import check_method_options, check_selection_options
 from logo.cli.choices import IndexKind
 from logo.cli.contests import contest_of, methods_of, tasks_of
 from logo.cli.expanded import command_line, expanded, given
 from logo.cli.field_table import WIDTH as FIELD_WIDTH
 from logo.cli.field_table import field_table
 from logo.cli.methods import MethodOptions
-from logo.cli.opening import open_engine, open_pool
+from logo.cli.opening import open_engine, open_pool, selection_settings
 from logo.cli.options import EngineOptions, Json, rare, usual
 from logo.cli.output import err, natural_width, note, print_json, progress, rich_table, screen, write_json
 from logo.cli.pace import Told
@@ -147,6 +147,7 @@ def study(
     found, held = cut(every, limit, hold_out)
     methods = methods_of(method, seed, held)
     check_method_options(given(), list(methods.values()))
+    check_selection_options(given(), [replace(selection_settings(engine), **arm) for arm in arms.values()])
     contest = contest_of(found, protocol, generate, methods, metric, train_rows, held)
     names = tuple(task.name for task in found) if own_adapters_only else None
     started = time.perf_counter()

@@ -111,7 +111,7 @@ def check_baseline(baseline: str) -> None:
     """
     if baseline == "running":
         raise UsageError(
-            "baseline 'running' learns from each row before the next one is scored, and results would depend on the "
+            "reference 'running' learns from each row before the next one is scored, and results would depend on the "
             "order of rows; it is for servers: use 'neutral' here"
         )
 
