@@ -355,11 +355,13 @@ def test_select_with_a_signal_of_this_folder(here: Path, place: str, capsys: pyt
         ("plug_here:loud", 1, r"cannot be imported \(AttributeError: .*'loud'\)"),
         ("plug_here:register_signal", 1, "expected an object under one of @logo.register_signal, .*found <function"),
         ("json:dumps", 1, "expected an object under one of @logo.register_signal"),
+        ("plug_exits:quiet", 1, r"cannot be imported \(SystemExit: bye\)"),
     ],
 )
 def test_a_plugin_that_cannot_be_used(
     here: Path, plugin: str, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (here / "plug_exits.py").write_text("import sys\nsys.exit('bye')\n")
     assert run(["select", PROMPT, "--base-model", "demo", "--plugin", plugin]) == code
     assert re.search(message, one_line(capsys))
 

@@ -67,8 +67,9 @@ def modernised(arguments: Sequence[str], known: Collection[str], command: str) -
         given = value if equals else next(iter(rest[:1]), "-")
         if old == "--json" and command in _JSON_FILES and "--save" in known and not given.startswith("-"):
             new = "--save"  # it named a file; now it prints
-        elif old == "--tasks" and command == "train" and "--rows" not in named and Path(given).is_dir():
-            new = "--rows"  # it named a folder; now it names tasks of `--rows`
+        elif old == "--tasks" and command == "train" and "--rows" not in named:
+            # It named a folder; now it names tasks of `--rows`, which may be in a file of options.
+            new = "--rows" if "--only" in named or Path(given).is_dir() else ""
         if new not in known:
             yield argument
             continue
