@@ -228,6 +228,7 @@ def test_a_cluster_keeps_its_address_and_loses_the_application_with_its_command(
     assert urls[0] == urls[1]
 
 
+@pytest.mark.long
 def test_there_are_as_many_as_requests_ask_for() -> None:
     options = ["--autoscale", "1", "2", "--autoscale-after", "1", "1", "--base-model", "demo", "--max-concurrent", "2"]
     with LocalServer(options, start=PATIENCE, stop=PATIENCE) as server, asking(server.url, "none") as client:
