@@ -16,7 +16,7 @@ from logo.evaluation.sources.declarations import Declaration, Layout
 from logo.evaluation.sources.instances import Instance, Instances, make_instances
 from logo.evaluation.sources.loading import chosen, load_declaration, packaged
 from logo.evaluation.sources.readers import matching, read_raw
-from logo.evaluation.sources.templates import Wording
+from logo.evaluation.sources.templates import RowError, Wording
 
 NAME = st.sampled_from(["a", "B", "_c", "d1", "_", "long_name", "from", "class", "items"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -305,7 +305,11 @@ def test_words_that_yaml_would_turn_into_values_stay_words(tmp_path: Path) -> No
         ("{{ q }}", "{q}", r"'context': expected a Jinja2 template with {{ q }} in it, found '{q}'"),
         ('"{{ a }}"', '""', "'completion': expected text, found nothing"),
         ("raw:", "source: {repo: a/b}\nraw:", "'source.test': expected the split"),
-        ("raw:", "fields: {q: {from: x, map: {a: b}}}\nraw:", "'fields.q': expected text, found a mapping"),
+        (
+            "raw:",
+            "fields: {q: {from: x, map: {a: b}}}\nraw:",
+            "'fields.q': expected a Jinja2 expression, such as `choices | join(', ')`, found a mapping",
+        ),
         ("raw:", "fields: [a]\nraw:", "'fields': expected names and the Jinja2 expressions .*, found a list"),
         ("raw: {", "raw: [{", "mine.yaml: expected YAML in UTF-8, found .*line 5.*; fix the file"),
         ("licence: none", "licence: !!python/object/apply:os.system [echo]", "'licence': expected text, found a list"),
@@ -351,3 +355,30 @@ def test_names_patterns_and_first_parts_are_chosen() -> None:
     assert chosen(["tqa.rc, nq", "tqa.*"], known) == ["tqa.rc", "nq.natural-questions"]
     with pytest.raises(UsageError, match=r"'anli.r4': not declared \(did you mean 'anli.r[123]'\?\)"):
         chosen(["anli.r4"], known)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "row", "expected"),
+    [
+        ("tqa.rc", 0, {"question": "q", "answer": {"value": "B", "aliases": None}}, ["B"]),
+        ("tqa.rc", 0, {"question": "q", "answer": None}, None),
+        ("tqa.rc", 1, {"Question": "q", "Answer": {"Value": "B", "Aliases": None}}, ["B"]),
+        ("gem.common_gen", 1, {"concept_set": None, "scene": ["a"]}, None),
+    ],
+)
+def test_null_in_a_row_of_a_source_leaves_it_out_or_says_nothing(
+    name: str, layout: int, row: dict[str, Any], expected: list[str] | None
+) -> None:
+    made = packaged()[name]
+    wording, rows = Wording(made, made.layouts[layout]), [("x.json: row 1", row)]
+    if expected is None:
+        with pytest.raises(DataError, match="none of 1 rows has a prompt and a gold text"):
+            make_instances(name, wording, rows)
+    else:
+        assert [one.completion for one in make_instances(name, wording, rows).items] == [tuple(expected)]
+
+
+@pytest.mark.parametrize("template", ["{{ [1, 2] | random }}", "{{ lipsum() }}", "{{ row | xmlattr | nosuch }}"])
+def test_the_same_row_gives_the_same_texts(template: str) -> None:
+    with pytest.raises((DataError, RowError)):
+        Wording(declaration(template), Layout({}, {})).of({"a": 1})

@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, str] = {
     "fastapi": "serve",
     "httpx": "serve",
     "jinja2": "eval",
+    "PIL": "plots",
     "lm_eval": "eval",
     "matplotlib": "plots",
     "nevergrad": "eval",

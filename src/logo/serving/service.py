@@ -267,15 +267,18 @@ class Service:
         probed: dict[int, Selection | Exception] = {}
         began = time.perf_counter()
         if _to_probe(batch, asked):
-            with self.batching.paused():
-                # Requests that came while the step before this pause was computed share its probe.
-                late = self._taken(self._probe_batch - len(batch))
-                batch += late
-                asked += [self._asked(waiting.wanted) for waiting in late]
-                began = time.perf_counter()
-                rows = _to_probe(batch, asked)
-                found = self._probed([batch[i].prompt for i in rows], list(rows.values()))
-                probed = dict(zip(rows, found, strict=True))
+            try:
+                with self.batching.paused():
+                    # Requests that came while the step before this pause was computed share its probe.
+                    late = self._taken(self._probe_batch - len(batch))
+                    batch += late
+                    asked += [self._asked(waiting.wanted) for waiting in late]
+                    began = time.perf_counter()
+                    rows = _to_probe(batch, asked)
+                    found = self._probed([batch[i].prompt for i in rows], list(rows.values()))
+                    probed = dict(zip(rows, found, strict=True))
+            except Exception as error:  # generation has ended, and cannot be paused
+                probed = dict.fromkeys(_to_probe(batch, asked), error)
         took = 1e3 * (time.perf_counter() - began)
         return batch, [
             self._finished(waiting, asked[i], probed.get(i), 1e3 * (began - waiting.since), took if i in probed else 0)

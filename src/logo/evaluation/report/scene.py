@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from logo.evaluation.intervals import Values
+from logo.extras import need
 
 Anchor = Literal["start", "middle", "end"]
 
@@ -166,6 +167,7 @@ def coloured(values: Values) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 def png_uri(values: Values) -> str:
     """A `data:` URI of a PNG with one pixel per number of a matrix in [-1, 1]."""
+    need("a picture of similarities", "PIL")
     from PIL import Image
 
     picture = io.BytesIO()

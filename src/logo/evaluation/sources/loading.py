@@ -159,6 +159,9 @@ def _places(where: str, value: Any) -> Any:
 def _fields(where: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise _Wrong(where, "names and the Jinja2 expressions they stand for", value)
+    for name, expression in value.items():
+        if isinstance(expression, dict):  # as declarations were written before 0.2
+            raise _Wrong(f"{where}.{name}", "a Jinja2 expression, such as `choices | join(', ')`", expression)
     return {name: _text(f"{where}.{name}", expression) for name, expression in value.items()}
 
 

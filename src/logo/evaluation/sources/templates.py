@@ -42,6 +42,8 @@ class Wording:
         environment = _Environment(undefined=StrictUndefined, finalize=_shown, keep_trailing_newline=True)
         environment.filters |= {"join": _join, "lettered": _lettered}
         environment.globals["letters"] = _LETTERS
+        # The same row gives the same texts every time.
+        del environment.filters["random"], environment.globals["lipsum"]
         try:
             self._fields = {key: _expression(environment, text) for key, text in layout.fields.items()}
             self._templates = {
@@ -140,7 +142,15 @@ def _texts(environment: _Environment, text: str) -> _Made:
 def _called(key: str, made: _Made, values: Mapping[str, Any]) -> Any:
     try:
         return made(values)
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+    except (
+        TemplateError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         names = [repr(name) for name in values if name != "row"]
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise RowError(f"{key!r}: {error}; the row has {', '.join(names[:_SHOWN]) or 'nothing'}{more}") from None
