@@ -232,7 +232,7 @@ def test_a_sweep_is_repeated_from_its_own_file(tmp_path: Path, capsys: pytest.Ca
         (["select", "x", "--signal", "norm", "--probe-depth", "0.3"], "--probe-depth belongs to --signal"),
         (["select", "x", "--signal", "norm", "--probe-points", "3"], "--probe-points belongs to --signal"),
         (["generate", "x", "--seed", "3"], "--seed 3: only sampling has it"),
-        (["eval", "study", *ROWS[:2], "--save", "s.json", "--index-rank", "3"], "--index-rank belongs to --index two-stage"),
+        (["eval", "study", *ROWS[:2], "--save", "s.json", "--index-rank", "3"], "--index-rank belongs to --index"),
         (["select", "x", "--signal", "entropy", "--examples", "ignore"], "and the signal is entropy"),
     ],
 )  # fmt: skip
