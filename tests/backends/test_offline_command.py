@@ -103,7 +103,8 @@ def test_methods_answer_through_vllm_too(rows: Path, tmp_path: Path, method: str
     others = tmp_path / "train"
     others.mkdir()
     (others / "antonym.jsonl").write_text("\n".join(json.dumps(row) for row in heldout()["antonym"][6:9]))
-    train = ("--train-rows", str(others), "--shots", "2", "--dataset", "antonym", "--method", method)
+    shots = ("--shots", "2") if method == "best-single" else ()
+    train = ("--train-rows", str(others), *shots, "--dataset", "antonym", "--method", method)
     expected = evaluated(tmp_path / "local", rows, *train)
     same_results(evaluated(tmp_path / "vllm", rows, *train, *INSIDE), expected, ["antonym"])
 

@@ -68,14 +68,14 @@ def mixtures(local: LoGo, count: int) -> list[dict[str, float]]:
 def cached(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of every request that ends: how many of its tokens came from the cache."""
     found: list[int] = []
-    hear = Running.hear
+    take = Running.take
 
-    def hears(self: Running, output: Any) -> None:
-        hear(self, output)
+    def takes(self: Running, output: Any) -> None:
+        take(self, output)
         if self.done:
             found.append(output.num_cached_tokens)
 
-    monkeypatch.setattr(Running, "hear", hears)
+    monkeypatch.setattr(Running, "take", takes)
     return found
 
 
