@@ -147,7 +147,7 @@ class SelectionSettings:
                 "base model read alone; use 'base'"
             )
         if self.baseline == "running" and self.reading.scale == "raw":
-            raise UsageError(f"reference 'running': the signal {self.signal!r} is not compared with any")
+            raise UsageError(f"reference 'running': the signal {self.signal!r} is not compared with a reference")
 
         self._check_index()
 
