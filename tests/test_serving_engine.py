@@ -618,7 +618,7 @@ def test_where_generation_has_stopped_nothing_is_taken(llama: nn.Module, adapter
         with pytest.raises(NotReady, match="start"), service.admitted():
             pass
         for _ in range(2):  # whoever was taken before hears of it, and nobody waits for ever
-            with pytest.raises(RuntimeError, match="pause"):
+            with pytest.raises(NotReady, match="generation has stopped"):
                 await asyncio.wait_for(service.choose(tiny.prompts([20], seed=8)[0], MixtureRequest()), PATIENCE)
 
     served(engine(llama, adapters, unscorable="skip"), use)

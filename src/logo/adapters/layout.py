@@ -47,7 +47,7 @@ def token_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
     find = getattr(model, "get_input_embeddings", None)
     try:
         wanted = None if find is None else find()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # transformers' way to say that a model has none
         return None
     if not isinstance(wanted, nn.Embedding):
         return None

@@ -12,12 +12,10 @@ import asyncio
 import logging
 import time
 import weakref
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,18 +31,12 @@ from logo.serving.batching import Batching
 from logo.serving.memory import Memory
 from logo.serving.mixtures import HeldMixture, mixed
 from logo.serving.pool import Change, ServedPool
+from logo.serving.waiting import Line, Waiting, hand_out
 
 _log = logging.getLogger("logo.serving")
 
 T = TypeVar("T")
-
-
-@dataclass
-class _Waiting:
-    prompt: Prompt | Sequence[int]
-    wanted: MixtureRequest
-    since: float
-    future: asyncio.Future[HeldMixture]
+STOPPED = "generation has stopped; the server has to be started again"
 
 
 class Service:
@@ -95,8 +87,7 @@ class Service:
         self.signals = tuple(dict.fromkeys((logo.settings.signal, *signals)))
         self.pool = ServedPool(logo, self.signals, self.batching.paused)
         self._worker = ThreadPoolExecutor(1, "logo-select")
-        self._waiting: deque[_Waiting] = deque()  # taken from by the thread that selects
-        self._wake = asyncio.Event()
+        self._line = Line()
         self._open = 0
         self.draining = False
         self.selected: dict[str, int] = {}
@@ -154,7 +145,7 @@ class Service:
         """The present state in numbers."""
         batching, store = self.batching, self.logo.store
         used, total = batching.kv_blocks
-        waiting = len(self._waiting) + batching.waiting
+        waiting = len(self._line) + batching.waiting
         return Figures(
             batching.running,
             waiting,
@@ -211,7 +202,7 @@ class Service:
         if self.draining:
             raise NotReady("the server is shutting down")
         if not self.ready:
-            raise NotReady("generation has stopped; the server has to be started again")
+            raise NotReady(STOPPED)
         room = self.memory.concurrent + self.max_queue
         if count > room:
             raise UsageError(
@@ -238,10 +229,7 @@ class Service:
         Raises:
             LoGoError: an adapter or signal that does not exist, a weight or k that cannot be used.
         """
-        waiting = _Waiting(prompt, wanted, time.perf_counter(), asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        self._wake.set()
-        return await waiting.future
+        return await self._line.join(prompt, wanted)
 
     def generate(
         self, ids: Sequence[int], chosen: HeldMixture, sampling: Sampling, deadline: float | None = None
@@ -254,15 +242,13 @@ class Service:
     async def _select_forever(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._waiting:
-                # Nothing of it stays here until the next batch comes: what was chosen holds adapters.
-                _hand_out(*await loop.run_in_executor(self._worker, self._choose))
+            await self._line.filled()
+            # Nothing of it stays here until the next batch comes: what was selected holds adapters.
+            hand_out(*await loop.run_in_executor(self._worker, self._choose))
 
-    def _choose(self) -> tuple[list[_Waiting], list[HeldMixture | Exception]]:
-        """In the other thread: takes requests that wait, and selects for all of them together."""
-        batch = self._taken(self._probe_batch)
+    def _choose(self) -> tuple[list[Waiting], list[HeldMixture | Exception]]:
+        """Takes requests that wait and selects for all of them together; runs in the thread that selects."""
+        batch = self._line.take(self._probe_batch)
         asked = [self._asked(waiting.wanted) for waiting in batch]
         probed: dict[int, Selection | Exception] = {}
         began = time.perf_counter()
@@ -270,29 +256,21 @@ class Service:
             try:
                 with self.batching.paused():
                     # Requests that came while the step before this pause was computed share its probe.
-                    late = self._taken(self._probe_batch - len(batch))
+                    late = self._line.take(self._probe_batch - len(batch))
                     batch += late
                     asked += [self._asked(waiting.wanted) for waiting in late]
                     began = time.perf_counter()
                     rows = _to_probe(batch, asked)
                     found = self._probed([batch[i].prompt for i in rows], list(rows.values()))
                     probed = dict(zip(rows, found, strict=True))
-            except Exception as error:  # generation has ended, and cannot be paused
-                probed = dict.fromkeys(_to_probe(batch, asked), error)
+            except Exception:  # the thread that generates has ended
+                _log.exception("generation cannot be paused")
+                probed = {i: NotReady(STOPPED) for i in _to_probe(batch, asked)}
         took = 1e3 * (time.perf_counter() - began)
         return batch, [
             self._finished(waiting, asked[i], probed.get(i), 1e3 * (began - waiting.since), took if i in probed else 0)
             for i, waiting in enumerate(batch)
         ]
-
-    def _taken(self, count: int) -> list[_Waiting]:
-        """At most so many of the requests that wait, without those that were cancelled."""
-        taken: list[_Waiting] = []
-        while self._waiting and len(taken) < count:
-            waiting = self._waiting.popleft()
-            if not waiting.future.done():
-                taken.append(waiting)
-        return taken
 
     def _asked(self, wanted: MixtureRequest) -> CallSettings | Exception:
         """A request's options, checked against the pool as it is now."""
@@ -317,7 +295,7 @@ class Service:
             return error
 
     def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[CallSettings]) -> list[Selection | Exception]:
-        """While generation is paused."""
+        """The selection of each prompt, or the error that it failed with. Generation is paused meanwhile."""
         try:
             return [*self.logo.select_ids(rows, asked, batch_size=self._probe_batch)]
         except Exception as error:
@@ -328,7 +306,7 @@ class Service:
 
     def _finished(
         self,
-        waiting: _Waiting,
+        waiting: Waiting,
         asked: CallSettings | Exception,
         found: Selection | Exception | None,
         queued: float,
@@ -385,17 +363,6 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
 
 
-def _to_probe(batch: Sequence[_Waiting], asked: Sequence[CallSettings | Exception]) -> dict[int, CallSettings]:
-    """What is asked for by those of a batch whose adapters are not forced, by their place in it."""
+def _to_probe(batch: Sequence[Waiting], asked: Sequence[CallSettings | Exception]) -> dict[int, CallSettings]:
+    """The settings of those requests of a batch whose adapters have to be selected, by their place in the batch."""
     return {i: one for i, one in enumerate(asked) if isinstance(one, CallSettings) and batch[i].wanted.adapters is None}
-
-
-def _hand_out(batch: Sequence[_Waiting], results: Sequence[HeldMixture | Exception]) -> None:
-    """Gives each result to the request that still waits for it."""
-    for waiting, result in zip(batch, results, strict=True):
-        if waiting.future.done():
-            continue
-        if isinstance(result, Exception):
-            waiting.future.set_exception(result)
-        else:
-            waiting.future.set_result(result)
