@@ -53,6 +53,24 @@ def test_the_official_command_shows_the_official_names(capsys: pytest.CaptureFix
     assert "--gpu" not in ours and "--selection-strategy" not in ours
 
 
+@pytest.mark.parametrize(
+    ("command", "model", "signal"),
+    [
+        ("generate", "demo", "calibrated"),
+        ("eval sweep", "demo", "norm"),
+        ("eval run", "Llama-3.1-8B", "norm"),
+        ("evaluate", "Llama-3.1-8B", "norm"),
+    ],
+)
+def test_help_shows_the_defaults_of_the_command_itself(
+    command: str, model: str, signal: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, _ = said(capsys, *command.split(), "--help")
+    words = " ".join(shown.split())
+    assert f"Hub id, folder or short name. [{model}]" in words
+    assert f"`arrow` or `spectr`. [{signal}]" in words
+
+
 # --- old names
 
 

@@ -196,7 +196,9 @@ def _words(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise UsageError(f"{VARIABLE} {text!r}: expected module:Object as a shell would read it ({error})") from None
+        raise UsageError(
+            f"{VARIABLE} {text!r}: expected module:Object, several separated by spaces ({error}); fix the quotes"
+        ) from None
 
 
 def _place(definition: Any) -> str:

@@ -11,6 +11,7 @@ from logo import __version__, plugins
 from logo.cli import bench, datasets, demo, evaluate, evaluations, generate, plan, pool, select, serve, train
 from logo.cli.commands import Commands, Root
 from logo.cli.expanded import expanded
+from logo.cli.options import EVALUATING
 
 EPILOG = (
     "Errors are one line; add --debug anywhere for the traceback, and --plugin module:Object for code of your own. "
@@ -79,4 +80,6 @@ app.add_typer(pool.app, name="pool", rich_help_panel=ADAPTERS)
 app.add_typer(evaluations.app, name="eval", rich_help_panel=MEASURE)
 app.add_typer(datasets.app, name="data", rich_help_panel=MEASURE)
 app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
-app.command("evaluate", help=evaluate.OFFICIAL, rich_help_panel=MEASURE)(expanded(evaluate.evaluate, official=True))
+app.command("evaluate", help=evaluate.OFFICIAL, rich_help_panel=MEASURE)(
+    expanded(evaluate.evaluate, official=True, defaults=EVALUATING)
+)

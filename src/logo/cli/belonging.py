@@ -1,4 +1,4 @@
-"""Options that belong to some methods, merges or signals only: with another one they are an error."""
+"""Refuses options that only other methods, merges, signals, weightings or indexes read."""
 
 from __future__ import annotations
 

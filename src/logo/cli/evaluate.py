@@ -42,7 +42,7 @@ OFFICIAL_BASE = "Llama-3.1-8B"
 VLLM_BATCH = 256
 
 # The help of `logo evaluate`, which stays as it is: the official script's names and defaults.
-OFFICIAL = """`logo eval run` under the official script's names of options.
+OFFICIAL = """Evaluate on datasets, with the option names of the official script.
 
 Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from logo.cli import compare, evaluate, lm_eval, merge_results, report, study, sweep
 from logo.cli.commands import Commands
 from logo.cli.expanded import expanded
+from logo.cli.options import EVALUATING
 
 app = Commands(help="Evaluate on datasets; compare, merge and report results.", no_args_is_help=True)
 
@@ -14,7 +15,7 @@ def evaluations() -> None:
     """Evaluate on datasets; compare, merge and report results."""
 
 
-app.command("run")(expanded(evaluate.evaluate))
+app.command("run")(expanded(evaluate.evaluate, defaults=EVALUATING))
 app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)

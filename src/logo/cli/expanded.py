@@ -1,4 +1,4 @@
-"""From dataclasses of options to a command's options, and what the user gave, for the files that runs write."""
+"""Makes options of dataclass fields, and records which options a user gave, for the files that runs write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import Field, fields, is_dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -34,11 +35,12 @@ def given() -> frozenset[str]:
     return frozenset(command_line()["options"])
 
 
-def expanded(command: _F, *, official: bool = False) -> _F:
+def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str] = MappingProxyType({})) -> _F:
     """Gives a command one option for every field of its dataclass parameters, and those that every such command has.
 
     Args:
-        official: under the names of the official script.
+        official: whether options have the names that they have in the official script.
+        defaults: what the help shows as the default of an option, where this command has one of its own.
     """
     hints = inspect.get_annotations(command, eval_str=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
@@ -50,7 +52,8 @@ def expanded(command: _F, *, official: bool = False) -> _F:
             continue
         field_hints = _hints(groups[name])
         parameters += [
-            _keyword(f.name, _annotation(f, field_hints[f.name], official), f.default) for f in fields(groups[name])
+            _keyword(f.name, _annotation(f, field_hints[f.name], official, defaults), f.default)
+            for f in fields(groups[name])
         ]
 
     @functools.wraps(command)
@@ -90,10 +93,10 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _annotation(of: Field[Any], hint: Any, official: bool) -> Any:
-    kind, option = hint.__origin__, hint.__metadata__[0]
+def _annotation(of: Field[Any], hint: Any, official: bool, defaults: Mapping[str, str]) -> Any:
+    kind, option = hint.__origin__, copy.copy(hint.__metadata__[0])
+    option.show_default = defaults.get(of.name, option.show_default)
     if official and of.name in OFFICIAL:
-        option = copy.copy(option)
         option.param_decls, metavar, text = OFFICIAL[of.name]
         option.metavar, option.help = metavar or option.metavar, text or option.help
     return Annotated[list[str] | None if of.metadata.get("repeated") else kind, option]
@@ -106,7 +109,7 @@ def _joined(of: Field[Any], value: Any) -> Any:
 
 
 def _what_was_given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
-    """By the user, for the files that runs write."""
+    """The command, the options that the user gave it, and the plugins, as `--config` reads them back."""
     found = {}
     for name, value in values.items():
         source = context.get_parameter_source(name)

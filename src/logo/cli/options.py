@@ -76,11 +76,15 @@ DeviceMap = Annotated[str | None, rare("`auto` spreads a large model over severa
 ModelDir = Annotated[str, rare("Folder that is searched first for base models and adapters.", panel=DEVICE)]
 
 
+# Defaults that the help of `logo eval run` and `logo evaluate` shows instead of those below.
+EVALUATING = {"base_model": "Llama-3.1-8B", "signal": OFFICIAL_SIGNAL, "prefix_cache_gb": "0"}
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Which model, which pool, how to probe and select. None: the preset's value, else the default shown."""
 
-    base_model: Annotated[str | None, usual("Hub id, folder or short name.", "demo; eval run: Llama-3.1-8B")] = None
+    base_model: Annotated[str | None, usual("Hub id, folder or short name.", "demo")] = None
     adapters: Annotated[
         str | None,
         usual(
@@ -110,13 +114,13 @@ class EngineOptions:
         float | None,
         _probe(
             "Memory for the keys and values of common beginnings of prompts, in GB.",
-            "0.25; eval run, sweep: 0",
+            "0.25",
             min=0.0,
         ),
     ] = None
     signal: Annotated[
         str | None,
-        usual("`calibrated`, `norm`, `entropy`, `norm_z`, `arrow` or `spectr`.", "calibrated; eval run: norm"),
+        usual("`calibrated`, `norm`, `entropy`, `norm_z`, `arrow` or `spectr`.", "calibrated"),
     ] = None
     n_selected_modules: Annotated[
         int | None, usual("Adapters selected per prompt.", "20; demo: 3", "--n-selected-modules", "-k")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -38,7 +39,7 @@ MOST_GROUPS = 7  # of datasets that have a column of their own
 SHOWN = 20  # lines about what failed
 
 
-@expanded
+@functools.partial(expanded, defaults={"signal": OFFICIAL_SIGNAL, "prefix_cache_gb": "0"})
 def sweep(
     engine: EngineOptions,
     rows: RowOptions,
