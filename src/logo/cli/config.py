@@ -60,9 +60,7 @@ def _read(context: typer.Context, file: Path) -> Mapping[str, Any]:
         raise UsageError(f"--config {file}: `logo {name}` wrote it; expected a file for `logo {here}`")
     for one in command.get("plugins") or ():
         if one not in plugins.named():
-            raise UsageError(
-                f"--config {file}: the run that wrote it used the plugin {one}, which is not loaded; add --plugin {one}"
-            )
+            raise UsageError(f"--config {file}: its run used the plugin {one}, which is not loaded; add --plugin {one}")
     found = command.get("options")
     if not isinstance(found, dict):
         raise DataError(f"--config {file}: expected the command's options by name, found {type(found).__name__}")
