@@ -63,6 +63,27 @@ def test_every_token_gets_its_own_mixture(tokens: int, slots: int, rank: int, se
     assert gates.open == bool((which != 0).any())
 
 
+@given(slots=st.integers(1, 24), opened=st.integers(0, 6), seed=st.integers(0, 99))
+def test_few_open_slots_are_multiplied_alone(slots: int, opened: int, seed: int) -> None:
+    a, b = factors(slots, 2, 6, 7, seed)
+    x, y = torch.randn(5, 6), torch.randn(5, 7)
+    chosen = torch.randperm(slots)[:opened]
+    mixtures = torch.zeros(3, slots)
+    mixtures[1:, chosen] = torch.rand(2, len(chosen)) + 0.1
+    unused = torch.full((1, slots), 9.0)  # a mixture that no token of this step has
+    gates = StepGates(8, 8, slots, CPU, torch.float32)
+    gates.write(torch.cat([mixtures, unused]), torch.tensor([1, 0, 2, 1, 2]), torch.tensor([1]))
+    assert gates.open == bool(len(chosen))
+    few = 0 < len(chosen) * 4 <= slots
+    assert (gates.slots is not None) == few
+    if gates.slots is not None:
+        assert gates.slots.tolist() == chosen.sort().values.tolist()
+    alone, among_all = y.clone(), y.clone()
+    add_gated(alone, x, a, b, gates.tokens[:5], gates.slots)
+    add_gated(among_all, x, a, b, gates.tokens[:5])
+    assert torch.allclose(alone, among_all, atol=1e-5)
+
+
 def test_what_a_longer_step_left_behind_is_gone() -> None:
     gates = StepGates(8, 8, 2, CPU, torch.float32)
     place = gates.tokens.data_ptr()

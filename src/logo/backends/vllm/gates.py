@@ -16,6 +16,10 @@ SIZES = (16, 64)
 """Tokens of a block: as few as a GPU multiplies at once, so that a block opens few slots; more where there are many
 tokens, since neighbours are mostly of one prompt."""
 
+FEW = 4
+"""On a CPU, slots are few if they are at most one in so many: copying and multiplying a quarter of 43 slots of rank 16
+took half the time of multiplying all of them, for 4 tokens and for 64; half of the slots took as long as all."""
+
 
 class Opened:
     """Which slots the tokens of each block open, in buffers that stay where they are.
@@ -62,6 +66,8 @@ class StepGates:
         opened: the slots that blocks open of `tokens` and of `sampled`; None where they are not listed.
         open: whether any gate of the step is not 0.
         rows: on a CPU, the tokens whose gate is not 0, where that is not all of them; else None.
+        slots: on a CPU, the slots that some token of the step opens, where they are few enough that copying their
+            factors side by side costs less than multiplying by those of all slots; else None.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class StepGates:
         self.opened = (Opened(self.tokens), Opened(self.sampled)) if listed else None
         self.open = False
         self.rows: Tensor | None = None
+        self.slots: Tensor | None = None
         self._written = [0, 0]
 
     def write(self, mixtures: Tensor, tokens: Tensor, sampled: Tensor) -> None:
@@ -89,6 +96,14 @@ class StepGates:
             sampled: (sampled tokens,) likewise.
         """
         device = self.tokens.device
+        gated = tokens != 0
+        self.open = bool(gated.any())
+        self.rows = self.slots = None
+        if device.type == "cpu" and self.open:
+            self.rows = None if bool(gated.all()) else gated.nonzero()[:, 0]
+            opened = (mixtures[tokens.unique()] != 0).any(dim=0).nonzero()[:, 0]
+            self.open = len(opened) > 0
+            self.slots = opened if 0 < len(opened) * FEW <= mixtures.shape[1] else None
         mixtures = mixtures.to(device, self.tokens.dtype)
         for i, (buffer, which) in enumerate(((self.tokens, tokens), (self.sampled, sampled))):
             count = min(len(which), len(buffer))
@@ -97,14 +112,9 @@ class StepGates:
             if self.opened is not None:
                 self.opened[i].write(max(count, self._written[i]))
             self._written[i] = count
-        gated = tokens != 0
-        self.open = bool(gated.any())
-        self.rows = None
-        if device.type == "cpu" and self.open and not bool(gated.all()):
-            self.rows = gated.nonzero()[:, 0]
 
 
-def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor, slots: Tensor | None = None) -> Tensor:
     """`((x Aᵀ) ⊙ gate) B`, (tokens, d_out) in the type of the adapters.
 
     A closed gate gives 0, even if `x Aᵀ` is not finite, so an adapter that overflows affects only its own rows.
@@ -114,17 +124,20 @@ def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
         a: (slots, rank, d_in).
         b: (slots, rank, d_out), scale folded in.
         gate: (tokens, slots).
+        slots: (opened slots,) int64, all that the gates open; None: all are multiplied.
     """
-    slots, rank, _ = a.shape
-    shrunk = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, slots, rank)
+    if slots is not None:
+        a, b, gate = a[slots], b[slots], gate[:, slots]
+    count, rank, _ = a.shape
+    shrunk = (x.to(a.dtype) @ a.flatten(0, 1).T).view(-1, count, rank)
     weights = gate.unsqueeze(-1)
-    opened = torch.where(weights != 0, shrunk * weights, 0).view(-1, slots * rank)
+    opened = torch.where(weights != 0, shrunk * weights, 0).view(-1, count * rank)
     return opened @ b.flatten(0, 1)
 
 
-def add_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> None:
+def add_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor, slots: Tensor | None = None) -> None:
     """Adds `gated` to `y` (tokens, d_out) in place."""
-    y.add_(gated(x, a, b, gate).to(y.dtype))
+    y.add_(gated(x, a, b, gate, slots).to(y.dtype))
 
 
 def turned(b: Tensor) -> Tensor:

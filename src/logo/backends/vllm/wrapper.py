@@ -73,11 +73,11 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         Args:
             used: the slices that some adapter acts on; None: all.
         """
-        rows = None
+        rows = slots = None
         if self._branches():
             if not self.gates.open:
                 return
-            rows = self.gates.rows
+            rows, slots = self.gates.rows, self.gates.slots
         parts, start = [], 0
         for i, (a, b, width) in enumerate(zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True)):
             if used is None or used[i]:
@@ -98,9 +98,9 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         for a, b, start, width in parts:
             part = y[:, start : start + width]
             if rows is None:
-                add_gated(part, x, a[:, 0], b[:, 0].transpose(1, 2), gate)
+                add_gated(part, x, a[:, 0], b[:, 0].transpose(1, 2), gate, slots)
             else:
-                part.index_add_(0, rows, gated(x, a[:, 0], b[:, 0].transpose(1, 2), gate).to(part.dtype))
+                part.index_add_(0, rows, gated(x, a[:, 0], b[:, 0].transpose(1, 2), gate, slots).to(part.dtype))
 
     def add_lora_logits(
         self,
@@ -119,7 +119,8 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
             self._launch(y, x, [(lora_a_stacked, lora_b_stacked, 0, width)], self.gates.sampled, self.gates.opened[1])
             return
         gate = self.gates.sampled[: x.shape[0]]
-        add_gated(y[:, :width], x, lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2), gate)
+        slots = self.gates.slots if self._branches() else None
+        add_gated(y[:, :width], x, lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2), gate, slots)
 
     def _branches(self) -> bool:
         """Whether Python may look at the step: what is compiled or captured runs once, for all steps that come."""
