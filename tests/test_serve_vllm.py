@@ -65,6 +65,7 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     assert value(command, "--dtype") == "float32"  # on a CPU
     assert value(command, "--max-num-seqs") == "64"
     assert value(command, "--kv-cache-memory-bytes") == "2000000000"
+    assert value(command, "--block-size") == "32"
     assert value(command, "--allowed-origins") == "[]"
     assert value(command, "--chat-template").startswith("{{ bos_token }}{% for")  # the demo's tokenizer has none
     around = [command[i + 1] for i, word in enumerate(command) if word == "--middleware"]

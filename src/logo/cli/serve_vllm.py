@@ -34,6 +34,9 @@ PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% 
 
 _USUAL_CONTEXT = 4096
 _CPU_CACHE_GB = 2.0
+# Tokens of a block of keys and values. The probe and the answer share whole blocks only, and both read the rest of the
+# prompt; vLLM's own size on CPUs is 128.
+_CPU_BLOCK = 32
 
 # Options of ours that vLLM's server has not, and what there is instead.
 INSTEAD = {
@@ -184,6 +187,7 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
         *("--max-num-seqs", str(server.max_concurrent)),
         *(() if server.max_model_len is None else ("--max-model-len", str(server.max_model_len))),
         *(() if cache is None else ("--kv-cache-memory-bytes", str(int(cache * 1e9)))),
+        *(("--block-size", str(_CPU_BLOCK)) if on_cpu else ()),
         *("--allowed-origins", json.dumps(server.cors)),
         *(() if template is None else ("--chat-template", template)),
     ]
