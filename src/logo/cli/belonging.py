@@ -24,6 +24,12 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "embedding_model": ("embedding_model",),
     "embedding_instruction": ("instruction",),
 }
+# Options of the engine's own selection, which the other methods replace.
+OF_SELECTION = frozenset(
+    "signal probe_context probe_input probe_token probe_text probe_layer probe_module probe_depth probe_points "
+    "reference calibration_prompts index index_rank index_left weighting weight_temperature keep_mass when_unsure "
+    "examples".split()
+)
 # Option: the merges that read it.
 OF_MERGES: dict[str, tuple[str, ...]] = {
     "merge_density": ("ties", "dare_linear", "dare_ties"),
@@ -33,21 +39,35 @@ OF_MERGES: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_method_options(given: Collection[str], methods: Sequence[Method]) -> None:
-    """Refuses options that none of the methods reads.
+def check_method_options(given: Collection[str], methods: Sequence[Method], *, selects: bool = False) -> None:
+    """Refuses options that none of the methods reads. What a plugin's method reads of the engine's selection and of the
+    training rows is not known, so these options are left to it.
 
     Args:
         given: the names of the options that the user gave.
+        selects: whether signals select beside the methods.
 
     Raises:
         UsageError: there is one.
     """
+    from logo.baselines.fixed import OwnSelector
     from logo.baselines.registry import METHODS
     from logo.mixing.merges import MERGES
 
     own = {field.name for method in methods for field in fields(method)}
     merges = {method.merging.kind for method in methods}
-    chosen = ", ".join(dict.fromkeys(method.name for method in methods))
+    chosen = ", ".join(dict.fromkeys(method.name for method in methods)) or "none"
+    known = not any(method.name in METHODS.sources for method in methods)
+    selects = selects or any(isinstance(method, OwnSelector) for method in methods)
+    for option in given if known else ():
+        if option in OF_SELECTION and not selects:
+            _refuse(option, "method", [OwnSelector.name], f"the method is {chosen}")
+        if option == "n_selected_modules" and not selects and "k" not in own:
+            named = [name for name, kind in METHODS.items() if "k" in {field.name for field in fields(kind)}]
+            _refuse(option, "method", [OwnSelector.name, *named], f"the method is {chosen}")
+        if option == "train_rows" and not any("train" in method.needs for method in methods):
+            named = [name for name, kind in METHODS.items() if "train" in kind.needs]
+            _refuse(option, "method", named, f"the method is {chosen}")
     for option in given:
         readers = OF_METHODS.get(option)
         if readers is not None and not own & set(readers):

@@ -146,7 +146,7 @@ def study(
     every = tasks_of(rows, tasks, prompt_end, lambda: open_pool(engine, base_model).names)
     found, held = cut(every, limit, hold_out)
     methods = methods_of(method, seed, held)
-    check_method_options(given(), list(methods.values()))
+    check_method_options(given(), list(methods.values()), selects=True)
     check_selection_options(given(), [replace(selection_settings(engine), **arm) for arm in arms.values()])
     contest = contest_of(found, protocol, generate, methods, metric, train_rows, held)
     names = tuple(task.name for task in found) if own_adapters_only else None
