@@ -110,7 +110,7 @@ def test_the_whole_bench(small: None, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "6 adapters, k 2" in shown.err
 
 
-def test_a_real_model_and_pool(small: None, tmp_path: Path) -> None:
+def test_a_real_model_and_pool(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny.model("llama", max_position_embeddings=512)
     model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
@@ -118,8 +118,10 @@ def test_a_real_model_and_pool(small: None, tmp_path: Path) -> None:
         write_adapter(tmp_path / "pool" / f"t{i}", model, ("q_proj", "v_proj"), rank=2, seed=i)
     real = ["--base-model", str(tmp_path / "model"), "--adapters", str(tmp_path / "pool")]
     found = tmp_path / "bench.json"
-    assert run(["bench", *real, "--rounds", "1", "--large", "0", "--no-peft", "--no-curves", "--save", str(found)]) == 0
+    less = ["--rounds", "1", "--large", "0", "--no-peft", "--no-curves"]
+    assert run(["bench", *real, *less, "--save", str(found), "--json"]) == 0
     report = json.loads(found.read_text())
+    assert json.loads(capsys.readouterr().out) == report
     assert report["about"]["adapters"] == 3 and report["about"]["k"] == 3
     assert "open_vs_peft" not in report["ratios"] and report["large_pool"] is None
     assert run(["bench", "--base-model", "x"]) == 2

@@ -393,6 +393,13 @@ def test_a_server_that_is_there(norm_server: LocalServer, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+def test_the_same_as_json(norm_server: LocalServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = ["--url", norm_server.url, "--api-key", "k", "--arms", "base", "--requests", "2"]
+    assert run(["bench", "serve", *there, "--save", str(tmp_path / "bench.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "bench.json").read_text())
+
+
+@pytest.mark.slow
 def test_other_answers_are_found(norm_server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
     there = ["--url", norm_server.url, "--api-key", "k", "--arms", "logo"]
     assert run(["bench", "serve", *there, "--requests", "8", "--verify", "all"]) == 1

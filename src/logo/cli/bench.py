@@ -12,7 +12,7 @@ from logo.cli import bench_serve, bench_train
 from logo.cli.commands import Commands, Group
 from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, rare, usual
+from logo.cli.options import EngineOptions, Json, rare, usual
 from logo.cli.output import err, note, out, plain_table, print_json, progress, write_json
 from logo.cli.prompts import or_demo, read_prompts
 from logo.extras import need
@@ -58,6 +58,7 @@ def bench(
     curves: Annotated[bool, rare("Measure how cost grows with pool size, k, batch and prompt length.")] = True,
     save: Annotated[Path | None, usual("Write all measurements to this JSON file.", False, metavar="FILE")] = None,
     png: Annotated[Path | None, usual("Draw the curves.", "beside the JSON", metavar="FILE")] = None,
+    json: Json = False,
 ) -> None:
     """Measure the cost of every part of LoGo beside the base model alone and beside PEFT: table, JSON, pictures.
 
@@ -102,13 +103,16 @@ def bench(
     )
     with err.status("") as shown:
         results = run_bench(plan, lambda part: shown.update(f"[dim]{part}[/dim]"))
-    out.print(_parts(results))
-    out.print(_ratios(results))
-    about = results.about
-    note(
-        f"medians of {about['rounds']} rounds after a warm-up · {about['hardware']}, {about['threads']} threads · "
-        f"{about['dtype']} · {about['adapters']} adapters, k {about['k']}"
-    )
+    if json:
+        print_json(results.as_dict())
+    else:
+        out.print(_parts(results))
+        out.print(_ratios(results))
+        about = results.about
+        note(
+            f"medians of {about['rounds']} rounds after a warm-up · {about['hardware']}, {about['threads']} threads · "
+            f"{about['dtype']} · {about['adapters']} adapters, k {about['k']}"
+        )
     if save is not None:
         write_json(save, results.as_dict())
         note(f"written: {save}")
@@ -145,7 +149,7 @@ def probe(
     engine: EngineOptions,
     prompts: Annotated[Path, usual("Prompts, one per line.", True, "--prompts", metavar="FILE")],
     rounds: Annotated[int, usual("Measured rounds, after a warm-up round.", min=1)] = 5,
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Measure time and memory of selecting, by the chosen and by the official signal, beside a plain prefill.
 
@@ -192,7 +196,7 @@ def _table(result: ProbeBench) -> Table:
 @app.command("merges")
 def merges(
     seed: Annotated[int, usual("Random seed of the model, the adapters and DARE's drops.", min=0)] = 0,
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Compare every merge with PEFT's own on a small random model: the largest difference of a logit.
 

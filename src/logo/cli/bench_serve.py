@@ -14,8 +14,8 @@ from rich.progress import Progress, TaskID
 from logo.cli.expanded import expanded
 from logo.cli.load_table import described, show
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, rare, usual
-from logo.cli.output import err, note, progress, write_json
+from logo.cli.options import EngineOptions, Json, rare, usual
+from logo.cli.output import err, note, print_json, progress, write_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
 from logo.extras import need
@@ -88,6 +88,7 @@ def serve(
         str, usual("Compare this many answers with `LoGo.generate`, token for token.", metavar="N|all")
     ] = "0",
     save: Annotated[Path | None, usual("Write all measurements to this JSON file.", False, metavar="FILE")] = None,
+    json: Json = False,
 ) -> None:
     """Measure a server under load from many HTTP clients: throughput, latency, errors.
 
@@ -118,10 +119,14 @@ def serve(
         results = run_bench(
             plan, place, lambda: open_engine(engine, base_model), api_key=api_key, begin=_Steps(shown).begin
         )
-    show(results, plan, url is None)
+    about = {"url": url, "base_model": base_model, "seed": seed, **described(plan, url is None)}
+    content = {"about": about, **results.as_dict()}
+    if json:
+        print_json(content)
+    else:
+        show(results, plan, url is None)
     if save is not None:
-        about = {"url": url, "base_model": base_model, "seed": seed, **described(plan, url is None)}
-        write_json(save, {"about": about, **results.as_dict()})
+        write_json(save, content)
         note(f"written: {save}")
     for problem in results.problems:
         err.print(f"[red]logo: problem:[/red] {escape(problem)}")

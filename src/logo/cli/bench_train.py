@@ -11,8 +11,8 @@ from rich.table import Table
 
 from logo.cli.expanded import expanded
 from logo.cli.opening import device_of
-from logo.cli.options import usual
-from logo.cli.output import err, note, out, plain_table, size, write_json
+from logo.cli.options import Json, usual
+from logo.cli.output import err, note, out, plain_table, print_json, size, write_json
 from logo.cli.train_options import DeviceOptions, RecipeOptions
 from logo.errors import UsageError
 
@@ -33,6 +33,7 @@ def train(
     pass_tokens: Annotated[int, usual("Tokens of one forward pass of our own loop.", min=1)] = 2048,
     threads: Annotated[int | None, usual("Threads of each arm.", "as PyTorch has it", min=1)] = None,
     save: Annotated[Path | None, usual("Write all measurements to this JSON file.", metavar="FILE")] = None,
+    json: Json = False,
 ) -> None:
     """Train the same tasks in three ways, each in its own process, and compare speed, memory and held-out loss.
 
@@ -67,11 +68,14 @@ def train(
     wanted = Wanted(opening, found.tasks, recipes.usual, threads)
     with err.status("") as status:
         measured = bench_training(wanted, names, lambda name: status.update(f"{SHOWN[name]} ..."))
-    out.print(_table(measured))
-    for line in _ratios(measured):
-        out.print(line, markup=False)
+    content = {"recipe": recipes.usual.as_dict(), "arms": [arm.as_dict() for arm in measured]}
+    if json:
+        print_json(content)
+    else:
+        out.print(_table(measured))
+        for line in _ratios(measured):
+            out.print(line, markup=False)
     if save is not None:
-        content = {"recipe": recipes.usual.as_dict(), "arms": [arm.as_dict() for arm in measured]}
         write_json(save, content)
         note(f"written to {save}")
 
