@@ -17,9 +17,11 @@ WHEEL_PYTHONS ?= python3.10 python3.12 python3.13
 # vLLM has an environment of its own: it needs an older transformers than `logo serve` does.
 VLLM_VENV := .venv-vllm
 VLLM_WHEELS ?= $(VLLM_VENV)-wheels
-VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# More options for pip.
+PIP_FLAGS ?=
+VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 help:
 	@echo "make demo         set up .venv and show LoGo on the embedded model"
