@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from logo import register_metric
 from logo.errors import DataError, UsageError
 from logo.evaluation.sources.declarations import Declaration, Layout
 from logo.evaluation.sources.instances import Instance, Instances, make_instances
@@ -269,6 +270,11 @@ def test_the_least_that_a_declaration_needs(tmp_path: Path) -> None:
         "local files",
     )
     assert made.templates["draw_by"] == made.templates["context"]
+
+
+def test_a_declaration_may_name_a_metric_of_a_plugin(tmp_path: Path, plugins_forgotten: None) -> None:
+    register_metric("length")(lambda prediction, golds: float(len(prediction)))
+    assert declared(tmp_path, GOOD + "metric: length\n").metric == "length"
 
 
 def test_words_that_yaml_would_turn_into_values_stay_words(tmp_path: Path) -> None:

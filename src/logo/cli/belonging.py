@@ -25,11 +25,11 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "embedding_instruction": ("instruction",),
 }
 # Options of the engine's own selection, which the other methods replace.
-OF_SELECTION = frozenset(
-    "signal probe_context probe_input probe_token probe_text probe_layer probe_module probe_depth probe_points "
-    "reference calibration_prompts index index_rank index_left weighting weight_temperature keep_mass when_unsure "
-    "examples".split()
-)
+OF_SELECTION = {
+    *("signal", "reference", "calibration_prompts", "examples", "index", "index_rank", "index_left"),
+    *("probe_context", "probe_input", "probe_token", "probe_text", "probe_layer", "probe_module", "probe_depth"),
+    *("probe_points", "weighting", "weight_temperature", "keep_mass", "when_unsure"),
+}
 # Option: the merges that read it.
 OF_MERGES: dict[str, tuple[str, ...]] = {
     "merge_density": ("ties", "dare_linear", "dare_ties"),

@@ -17,7 +17,7 @@ from typing import Any
 
 from logo.errors import DataError, StorageError, UsageError, closest
 from logo.evaluation.datasets import OFFICIAL, dataset_file
-from logo.evaluation.metrics import KINDS, metric_kind
+from logo.evaluation.metrics import METRICS, checked_kind, metric_kind
 from logo.evaluation.sources.declarations import SPLITS, Declaration, Hub, Layout, usual_places
 
 FILES = Path(__file__).parent / "files"
@@ -127,9 +127,10 @@ def _text(where: str, value: Any) -> str:
 
 
 def _metric(where: str, value: Any) -> str:
-    if value not in KINDS:
-        raise _Wrong(where, f"one of {', '.join(KINDS)}", value)
-    return str(value)
+    try:
+        return checked_kind(value, where)
+    except UsageError:
+        raise _Wrong(where, f"one of {', '.join(METRICS.known)}", value) from None
 
 
 def _name(where: str, value: Any) -> str:
