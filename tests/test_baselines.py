@@ -22,7 +22,7 @@ import logo.baselines.embedding as embedding
 from logo import LoGo
 from logo.baselines import Answering, Method, Task, get_method, methods
 from logo.baselines.learned import labelled, minimise, objective
-from logo.cli.methods import DEFAULT_EMBEDDING, MethodOptions, Sign, Variant, make_method
+from logo.cli.methods import DEFAULT_EMBEDDING, MethodOptions, make_method
 from logo.cli.run import run
 from logo.errors import DataError, HubError, LoGoError, MissingLibrary, ModelError, PoolError, UsageError
 from logo.mixing import Merge
@@ -550,13 +550,13 @@ def test_options_become_a_method(tmp_path: Path) -> None:
     assert made == get_method("logo", seed=3)  # its k is the engine's
     assert make_method(MethodOptions("random"), k=7) == get_method("random", k=7)
     assert make_method(MethodOptions("random")) == get_method("random", k=20)
-    options = MethodOptions("lorahub", "ties", 0.2, Sign.FREQUENCY, shots=3, lorahub_budget=9)
+    options = MethodOptions("lorahub", "ties", 0.2, "frequency", shots=3, lorahub_budget=9)
     expected = {"merge": "ties", "density": 0.2, "majority_sign": "frequency", "rows": 3, "budget": 9, "seed": 2}
     assert make_method(options, seed=2) == get_method("lorahub", **expected)
     options = MethodOptions("arrow", arrow_top_k=2, arrow_temperature=0.5)
     assert make_method(options).merging == Merge("arrow", arrow_top_k=2, arrow_temperature=0.5)
     options = MethodOptions(
-        "loraretriever", retriever_variant=Variant.FUSION, adapter_samples=tmp_path, samples_per_adapter=2
+        "loraretriever", retriever_variant="fusion", adapter_samples=tmp_path, samples_per_adapter=2
     )
     retriever: Any = make_method(options, k=4)
     assert retriever.samples == {name: texts[:2] for name, texts in SAMPLES.items()}

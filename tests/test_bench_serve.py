@@ -27,9 +27,8 @@ from logo.bench.traffic import make_asks, mixed_prompts, read_asked
 from logo.bench.watch import Sample, Watched
 from logo.bench.wire import Answer, Ask
 from logo.cli.bench_serve import as_arguments
-from logo.cli.choices import Context, OnBad, Token
 from logo.cli.expanded import expanded
-from logo.cli.options import EngineOptions, Reference
+from logo.cli.options import EngineOptions
 from logo.cli.run import run
 from logo.demo import adapters_dir
 from logo.errors import DataError, LoGoError, StorageError
@@ -225,14 +224,14 @@ def test_differences_name_the_first_token() -> None:
         EngineOptions(
             base_model="some/model",
             adapters="pool",
-            on_bad_adapter=OnBad.SKIP,
+            on_bad_adapter="skip",
             allow_pickle=True,
             fold=False,
             n_selected_modules=7,
-            probe_context=Context.POOL,
-            probe_token=Token.EACH,
+            probe_context="pool",
+            probe_token="each",
             probe_layer="0,-1",
-            reference=Reference.RUNNING,
+            reference="running",
             calibration_prompts=Path("some file"),
             cache="",
             keep_mass=0.5,

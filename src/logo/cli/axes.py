@@ -12,7 +12,6 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from logo.cli.belonging import OF_MERGES, OF_METHODS, check_method_options, check_selection_options
-from logo.cli.choices import Choice
 from logo.cli.expanded import given
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import selection_settings
@@ -117,7 +116,7 @@ def make_cells(axes: Sequence[Axis], common: Common) -> tuple[list[Cell], list[S
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.sweep.grid import product
 
-    check_baseline(common.engine.reference.value)
+    check_baseline(common.engine.reference)
     for axis in axes:
         for value in axis.values:
             _check_alone(axis.name, value, common)
@@ -232,9 +231,8 @@ def _value(axis: str, text: str) -> Value:
         return seed
     kind, default = _kind(axis)
     if text == DEFAULT and axis not in ("k", "signal"):
-        return DEFAULT if default is None else default.value if isinstance(default, Choice) else default
-    if issubclass(kind, Choice):
-        known = [choice.value for choice in kind]
+        return DEFAULT if default is None else default
+    if known := get_args(kind):
         if text not in known:
             raise UsageError(
                 f"grid {axis}: no value {text!r}{closest(text, known)}; known: {', '.join([*known, DEFAULT])}"
@@ -253,18 +251,18 @@ def _number(axis: str, text: str, kind: type[int] | type[float]) -> int | float:
 
 def _option(axis: str, value: Value) -> Any:
     """As the option's field has it."""
-    kind, default = _kind(axis)
-    if value == DEFAULT and default is None:
+    if value == DEFAULT and _kind(axis)[1] is None:
         return None
     if axis in _LISTS:
         return str(value).replace("+", ",")
-    return kind(value) if issubclass(kind, Choice) else value
+    return value
 
 
-def _kind(axis: str) -> tuple[type, Any]:
+def _kind(axis: str) -> tuple[Any, Any]:
     """Type and default of an axis's option."""
     group: type[Any] = EngineOptions if axis in SELECTION else MethodOptions
     name = SELECTION.get(axis) or METHODS[axis]
     hint = get_type_hints(group)[name]
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    either = get_args(hint) if NoneType in get_args(hint) else (hint,)
+    kinds = [kind for kind in either if kind is not NoneType]
     return kinds[0], next(field.default for field in fields(group) if field.name == name)

@@ -1,78 +1,22 @@
-"""Options with fixed values."""
+"""Options with fixed values. Those of the engine are written again here, so that `--help` need not import it; mypy
+compares them."""
 
 from __future__ import annotations
 
-from enum import Enum
+from typing import Literal
 
-
-class Choice(str, Enum):
-    """A string option with fixed values."""
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-
-class OnBad(Choice):
-    ERROR = "error"
-    SKIP = "skip"
-
-
-class Context(Choice):
-    BASE = "base"
-    POOL = "pool"
-    CARRY = "carry"
-
-
-class Read(Choice):
-    RESIDUAL = "residual"
-    PROJECTION = "projection"
-
-
-class Token(Choice):
-    LAST = "last"
-    MEAN = "mean"
-    EACH = "each"
-    TAIL = "tail"
-
-
-class ProbeText(Choice):
-    ALL = "all"
-    LAST_USER = "last_user"
-    CONVERSATION = "conversation"
-
-
-class Weights(Choice):
-    LINEAR = "linear"
-    SOFTMAX = "softmax"
-    ADAPTIVE = "adaptive"
-
-
-class WhenUnsure(Choice):
-    MIX = "mix"
-    BASE = "base"
-    BEST = "best"
-    REFUSE = "refuse"
-
-
-class Examples(Choice):
-    USE = "use"
-    IGNORE = "ignore"
-
-
-class Reference(Choice):
-    NEUTRAL = "neutral"
-    RUNNING = "running"
-
-
-class IndexKind(Choice):
-    EXACT = "exact"
-    TWO_STAGE = "two-stage"
-
-
-class Preset(Choice):
-    OFFICIAL = "official"
-
-
-class Engine(Choice):
-    LOCAL = "local"
-    VLLM = "vllm"
+OnBad = Literal["error", "skip"]
+Context = Literal["base", "pool", "carry"]
+Read = Literal["residual", "projection"]
+Token = Literal["last", "mean", "each", "tail"]
+ProbeText = Literal["all", "last_user", "conversation"]
+Weights = Literal["linear", "softmax", "adaptive"]
+WhenUnsure = Literal["mix", "base", "best", "refuse"]
+Examples = Literal["use", "ignore"]
+Reference = Literal["neutral", "running"]
+IndexKind = Literal["exact", "two-stage"]
+Preset = Literal["official"]
+Engine = Literal["local", "vllm"]
+VllmMode = Literal["auto", "gate", "merge"]
+Sign = Literal["total", "frequency"]
+Variant = Literal["mixture", "fusion", "selection"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
-from logo.cli.methods import MethodOptions, Variant, make_method
+from logo.cli.choices import Variant
+from logo.cli.methods import MethodOptions, make_method
 from logo.cli.output import err
 from logo.errors import DataError, UsageError
 
@@ -54,12 +55,12 @@ def methods_of(options: MethodOptions, seed: int, held: Mapping[str, Sequence[Ro
             continue
         own = replace(options, method=name)
         if slash:
-            if name != "loraretriever" or variant not in [one.value for one in Variant]:
+            if name != "loraretriever" or variant not in get_args(Variant):
                 raise UsageError(
                     f"method {entry!r}: expected a name, or loraretriever/VARIANT with one of "
-                    f"{', '.join(one.value for one in Variant)}"
+                    f"{', '.join(get_args(Variant))}"
                 )
-            own = replace(own, retriever_variant=Variant(variant))
+            own = replace(own, retriever_variant=cast(Variant, variant))
         made[entry] = make_method(own, seed=seed, held=held)
         made[entry].check()  # before hours are spent
     return made

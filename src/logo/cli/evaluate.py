@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from logo.cli.belonging import check_method_options
-from logo.cli.choices import Context, Engine, Preset
+from logo.cli.choices import Preset
 from logo.cli.expanded import command_line, given
 from logo.cli.forecast import forecast
 from logo.cli.forecast import show as show_forecast
@@ -142,7 +142,7 @@ def evaluate(
     from logo.evaluation.resume import ResumePolicy
 
     need("this command", "scipy", "nltk", "rouge_score")
-    check_baseline(engine.reference.value)
+    check_baseline(engine.reference)
     base_model = engine.base_model or OFFICIAL_BASE
     engine = replace(
         engine,
@@ -151,7 +151,7 @@ def evaluate(
         # prompts came before.
         prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
     )
-    if runner.engine is Engine.VLLM:
+    if runner.engine == "vllm":
         if estimate:
             raise UsageError("--estimate: what the engine 'vllm' takes is said by `logo plan`")
         # Rows run together as vLLM schedules them: it is given many at once.
@@ -238,7 +238,7 @@ def _jobs(asked: Asked, *, writes: bool) -> list[Job]:
     k = k if method is None or method.picks is None else method.picks
     label = LOGO if method is None else method.label
     folder = run_folder(run.result_dir, base_model, str(engine.signal), k, run.seed, label, run.run_name)
-    jobs = jobs_of(run, folder, official=run.preset is Preset.OFFICIAL)
+    jobs = jobs_of(run, folder, official=run.preset == "official")
     first = [job.dataset for job in jobs if job.metric == "em_first"]
     if first:
         err.print(
@@ -273,8 +273,8 @@ def jobs_of(rows: RowOptions, folder: Path, *, official: bool = False) -> list[J
 
 def _carries(engine: EngineOptions, run: RunOptions) -> bool:
     if engine.probe_context is None:
-        return run.preset is Preset.OFFICIAL
-    return engine.probe_context is Context.CARRY
+        return run.preset == "official"
+    return engine.probe_context == "carry"
 
 
 def _open(asked: Asked) -> Session:
@@ -285,7 +285,7 @@ def _open(asked: Asked) -> Session:
     from logo.opening import OFFICIAL_TRUNCATION
 
     run, method, base_model = asked.run, asked.method, asked.base_model
-    official = run.preset is Preset.OFFICIAL
+    official = run.preset == "official"
     started = time.perf_counter()
     truncation = OFFICIAL_TRUNCATION if official else None
     merge = EXACT if method is None else method.merging

@@ -100,7 +100,7 @@ def _memory(
         config = load_config(base_model, model_dir=engine.model_dir)
     except LoGoError as error:
         return None, str(error)
-    asked = engine.dtype or ("float32" if preset is Preset.OFFICIAL else "auto")
+    asked = engine.dtype or ("float32" if preset == "official" else "auto")
     if asked == "auto":
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         asked = "float32" if device_of(engine.device) == "cpu" else own

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from logo.cli.choices import Choice
+from logo.cli.choices import Sign, Variant
 from logo.cli.options import rare, usual
 
 if TYPE_CHECKING:
@@ -18,17 +18,6 @@ if TYPE_CHECKING:
 METHOD = "Method"
 DEFAULT_EMBEDDING = "sentence-transformers/all-MiniLM-L6-v2"
 _method = functools.partial(rare, panel=METHOD)
-
-
-class Sign(Choice):
-    TOTAL = "total"
-    FREQUENCY = "frequency"
-
-
-class Variant(Choice):
-    MIXTURE = "mixture"
-    FUSION = "fusion"
-    SELECTION = "selection"
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class MethodOptions:
     merge_density: Annotated[float, _method("Share of entries that `ties` and `dare` keep.")] = 0.5
     merge_sign: Annotated[
         Sign, _method("How `ties` elects a sign: by the sum of the entries, or by the number of adapters.")
-    ] = Sign.TOTAL
+    ] = "total"
     arrow_top_k: Annotated[int, _method("Adapters per token and module of `arrow` and `spectr`.")] = 3
     arrow_temperature: Annotated[float, _method("Temperature of the softmax of `arrow` and `spectr`.")] = 1.0
     shots: Annotated[
@@ -64,7 +53,7 @@ class MethodOptions:
     retriever_variant: Annotated[
         Variant,
         _method("`loraretriever`: mix the outputs of the k closest adapters, fuse their factors, or take the closest."),
-    ] = Variant.MIXTURE
+    ] = "mixture"
     adapter_samples: Annotated[
         Path | None,
         _method(
@@ -109,12 +98,12 @@ def make_method(
     given: dict[str, Any] = {
         "merge": options.merge,
         "density": options.merge_density,
-        "majority_sign": options.merge_sign.value,
+        "majority_sign": options.merge_sign,
         "arrow_top_k": options.arrow_top_k,
         "arrow_temperature": options.arrow_temperature,
         "seed": seed,
         "budget": options.lorahub_budget,
-        "variant": options.retriever_variant.value,
+        "variant": options.retriever_variant,
         "embedding_model": options.embedding_model,
         "instruction": options.embedding_instruction,
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from logo.adapters.pool import DEFAULT_K
 from logo.cli.belonging import check_selection_options
-from logo.cli.choices import Choice, Context, Engine, OnBad, Preset
+from logo.cli.choices import Preset
 from logo.cli.expanded import given
 from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, EngineOptions, RunnerOptions
 from logo.cli.output import err, progress
@@ -35,50 +35,50 @@ def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = N
         options.adapters,
         base_model,
         options.model_dir,
-        on_bad_adapter=options.on_bad_adapter.value,
+        on_bad_adapter=options.on_bad_adapter,
         allow_pickle=options.allow_pickle,
         cache=options.cache,
         # Leaving damaged adapters out means finding them before the first prompt, not in the middle of a run.
-        verify=True if options.on_bad_adapter is OnBad.SKIP else None,
+        verify=True if options.on_bad_adapter == "skip" else None,
     )
-    official = preset is Preset.OFFICIAL
+    official = preset == "official"
     return pools.officially_named(pool, base_model, options.adapters) if official else pool
 
 
 def asked_k(options: EngineOptions, preset: Preset | None = None) -> int | None:
     """Adapters per prompt; None: as many as suit the pool."""
-    return DEFAULT_K if preset is Preset.OFFICIAL and options.n_selected_modules is None else options.n_selected_modules
+    return DEFAULT_K if preset == "official" and options.n_selected_modules is None else options.n_selected_modules
 
 
 def selection_settings(options: EngineOptions, preset: Preset | None = None) -> SelectionSettings:
     """How prompts are read, scored and selected; refuses what cannot be used before a model is loaded."""
     from logo.selection.settings import SelectionSettings
 
-    official = preset is Preset.OFFICIAL
+    official = preset == "official"
     return SelectionSettings(
         signal=options.signal or DEFAULT_SIGNAL,
         k=asked_k(options, preset),
-        weighting=_value(options.weighting),
+        weighting=options.weighting,
         weight_temperature=options.weight_temperature,
         keep_mass=options.keep_mass,
-        when_unsure=options.when_unsure.value,
-        examples=options.examples.value,
-        probe_context=(options.probe_context or (Context.CARRY if official else Context.BASE)).value,
-        probe_input=_value(options.probe_input),
-        probe_token=_value(options.probe_token),
-        probe_text=_value(options.probe_text),
+        when_unsure=options.when_unsure,
+        examples=options.examples,
+        probe_context=options.probe_context or ("carry" if official else "base"),
+        probe_input=options.probe_input,
+        probe_token=options.probe_token,
+        probe_text=options.probe_text,
         probe_layer=_parts(options.probe_layer),
         probe_module=options.probe_module,
         probe_depth=options.probe_depth,
         probe_points=_points(options.probe_points),
         activation=options.activation,
         when_not_invoked=options.when_not_invoked,
-        baseline=options.reference.value,
+        baseline=options.reference,
         calibration_prompts=_lines(options.calibration_prompts),
         cache=options.cache,
         prefix_cache_gb=DEFAULT_PREFIX_CACHE_GB if options.prefix_cache_gb is None else options.prefix_cache_gb,
-        unscorable=options.unscorable.value,
-        index=options.index.value,
+        unscorable=options.unscorable,
+        index=options.index,
         index_rank=options.index_rank,
         index_left=options.index_left,
     )
@@ -108,7 +108,7 @@ class Opened:
             adapter_memory_gb=options.adapter_memory_gb,
             adapter_cache_gb=options.adapter_cache_gb,
             fold=options.fold,
-            on_bad_adapter=options.on_bad_adapter.value,
+            on_bad_adapter=options.on_bad_adapter,
         )
         with progress(disable=not err.is_terminal) as shown:
             bars: list[TaskID] = []
@@ -131,7 +131,7 @@ def open_base(options: EngineOptions, base_model: str, preset: Preset | None = N
     model, tokenizer = load_base(
         base_model,
         device=device_of(options.device),
-        dtype=options.dtype or ("float32" if preset is Preset.OFFICIAL else "auto"),
+        dtype=options.dtype or ("float32" if preset == "official" else "auto"),
         device_map=options.device_map,
         model_dir=options.model_dir,
     )
@@ -162,7 +162,7 @@ def open_any(
     asked, merge = _vllm_options(runner), merge or EXACT
     settings = selection_settings(options, preset)
     check_selection_options(given(), [settings])
-    if runner.engine is Engine.LOCAL:
+    if runner.engine == "local":
         local = open_engine(options, base_model, preset=preset, truncation=truncation)
         local.merge = merge
         return local
@@ -182,8 +182,8 @@ def open_any(
     return LoGo.from_pretrained(
         base_model,
         options.adapters,
-        engine=runner.engine.value,
-        preset=None if preset is None else preset.value,
+        engine=runner.engine,
+        preset=preset,
         dtype=options.dtype or "auto",
         device_map=options.device_map,
         model_kwargs=asked,
@@ -193,7 +193,7 @@ def open_any(
         adapter_cache_gb=options.adapter_cache_gb,
         fold=options.fold,
         merge=merge,
-        on_bad_adapter=options.on_bad_adapter.value,
+        on_bad_adapter=options.on_bad_adapter,
         **asdict(settings),
     )
 
@@ -202,7 +202,7 @@ def _vllm_options(runner: RunnerOptions) -> dict[str, Any]:
     text = runner.vllm_options
     if text is None:
         return {}
-    if runner.engine is not Engine.VLLM:
+    if runner.engine != "vllm":
         raise UsageError("--vllm-options: only the engine 'vllm' has them; add --engine vllm or leave them out")
     from logo.backends.vllm.options import json_object
 
@@ -224,10 +224,6 @@ def device_of(name: str) -> str:
     if name.startswith("cuda") and number >= there:
         raise UsageError(f"--device {name}: PyTorch sees {there} GPUs here; use auto or cpu, or another number")
     return name if name == "cpu" else f"cuda:{number}"
-
-
-def _value(choice: Choice | None) -> Any:
-    return None if choice is None else choice.value
 
 
 def _parts(text: str | None) -> list[str] | None:

@@ -94,11 +94,11 @@ class EngineOptions:
         ),
     ] = field(default=None, metadata=REPEATED)
     on_bad_adapter: Annotated[OnBad, _pool("An adapter that cannot be used: refuse the pool, or leave it out.")] = (
-        OnBad.ERROR
+        "error"
     )
     unscorable: Annotated[
         OnBad, _pool("An adapter that lacks the probed module: refuse the pool, or leave it out.")
-    ] = OnBad.ERROR
+    ] = "error"
     allow_pickle: Annotated[bool, _pool("Also read adapter_model.bin (tensors only).", True, "--allow-pickle")] = False
     adapter_memory_gb: Annotated[
         float | None,
@@ -183,7 +183,7 @@ class EngineOptions:
     reference: Annotated[
         Reference,
         _probe("What responses are compared with: neutral text, or also earlier prompts (for servers)."),
-    ] = Reference.NEUTRAL
+    ] = "neutral"
     calibration_prompts: Annotated[
         Path | None,
         _probe(
@@ -194,7 +194,7 @@ class EngineOptions:
     ] = None
     index: Annotated[
         IndexKind, _probe("Score every adapter, or only those that a first stage keeps (docs/many-adapters.md).")
-    ] = IndexKind.EXACT
+    ] = "exact"
     index_rank: Annotated[int, _probe("Two stages: rank that the first stage keeps of an adapter.")] = 2
     index_left: Annotated[
         int | None,
@@ -221,10 +221,10 @@ class EngineOptions:
             "What answers if the confidence of the selection is low: a broad mixture, the base "
             "model alone, the best adapter alone, or nothing."
         ),
-    ] = WhenUnsure.MIX
+    ] = "mix"
     examples: Annotated[
         Examples, _probe("Compare prompts with the example prompts of adapters that have some (`logo pool examples`).")
-    ] = Examples.USE
+    ] = "use"
     device: Device = "auto"
     dtype: Annotated[str | None, usual("float32, bfloat16, float16 or auto.", False)] = None
     device_map: DeviceMap = None
@@ -235,7 +235,7 @@ class EngineOptions:
 class RunnerOptions:
     """What runs the model."""
 
-    engine: Annotated[Engine, usual("This process, or vLLM (docs/vllm.md).")] = Engine.LOCAL
+    engine: Annotated[Engine, usual("This process, or vLLM (docs/vllm.md).")] = "local"
     vllm_options: Annotated[
         str | None,
         rare(

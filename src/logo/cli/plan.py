@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from logo.adapters.pool import DEFAULT_K
-from logo.cli.choices import Choice
+from logo.cli.choices import VllmMode
 from logo.cli.opening import quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, usual
 from logo.cli.output import natural_width, out, plain_table, print_json, screen, size
@@ -36,12 +36,6 @@ GPUS = {
 _USUAL_CONTEXT = 4096
 
 
-class PlannedMode(Choice):
-    AUTO = "auto"
-    GATE = "gate"
-    MERGE = "merge"
-
-
 def plan(
     base_model: Annotated[str, usual("Hub id, folder or short name; only its configuration is read.")],
     adapters: Annotated[
@@ -65,8 +59,8 @@ def plan(
     tensor_parallel: Annotated[int, usual("GPUs that share the model.")] = 1,
     gpu_memory_utilization: Annotated[float, usual("Share of a GPU's memory that vLLM may take.")] = 0.9,
     mode: Annotated[
-        PlannedMode, usual("A slot per adapter (gate) or per request (merge); auto: the smaller one.")
-    ] = PlannedMode.AUTO,
+        VllmMode, usual("A slot per adapter (gate) or per request (merge); auto: the smaller one.")
+    ] = "auto",
     model_dir: Annotated[str, usual("Folder that is searched first for base models and adapters.")] = "./hf_models",
     json: Annotated[bool, usual("Print JSON, in bytes.", True, "--json")] = False,
 ) -> None:
@@ -104,7 +98,7 @@ def plan(
         device_bytes=memory,
         tensor_parallel=tensor_parallel,
         utilisation=gpu_memory_utilization,
-        mode=None if mode is PlannedMode.AUTO else mode.value,
+        mode=None if mode == "auto" else mode,
     )
     if json:
         print_json(_plain(found, shape, pool, asked, concurrency))

@@ -68,7 +68,8 @@ def _explain(error: BaseException) -> int:
             error.show()
             return 2
         command = error.ctx.command_path if error.ctx else "logo"
-        return _fail(f"{error.format_message()} (see `{command} --help`)", 2)
+        message = error.format_message().replace("Value error, ", "")  # as Typer's own parser of types says it
+        return _fail(f"{message} (see `{command} --help`)", 2)
     if isinstance(error, PARSER_ERROR):
         return _fail(error.format_message(), 1)
     if isinstance(error, LoGoError):

@@ -11,13 +11,13 @@ import typer
 
 from logo.cli import serve_ray, serve_vllm
 from logo.cli.belonging import check_selection_options
-from logo.cli.choices import Engine
+from logo.cli.choices import Engine, VllmMode
 from logo.cli.expanded import expanded, given
 from logo.cli.opening import open_engine, selection_settings
 from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import note
 from logo.cli.prompts import or_demo
-from logo.cli.serve_vllm import OPEN, VllmMode
+from logo.cli.serve_vllm import OPEN
 from logo.errors import StorageError, UsageError
 from logo.extras import need
 
@@ -93,11 +93,11 @@ def serve(
     ] = False,
     server: Annotated[
         Engine, usual("This process, or vLLM's own server with LoGo inside.", True, "--engine")
-    ] = Engine.LOCAL,
+    ] = "local",
     vllm_mode: Annotated[
         VllmMode,
         rare("A slot per adapter (gate) or per request (merge); auto: the one that needs less memory.", panel=VLLM),
-    ] = VllmMode.AUTO,
+    ] = "auto",
     max_model_len: Annotated[
         int | None, rare("Most tokens of a prompt and its answer.", "the model's", min=1, panel=VLLM)
     ] = None,
@@ -122,7 +122,7 @@ def serve(
     layout = serve_ray.layout_of(replicas, engine)
     keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get("LOGO_API_KEY")]))
     others = [name.strip() for name in (signals or "").split(",") if name.strip()]
-    if server is Engine.VLLM:
+    if server == "vllm":
         not_theirs = {
             "--key-adapters": key_adapters is not None,
             "--max-queue": max_queue != MAX_QUEUE,
@@ -157,7 +157,7 @@ def serve(
         several = functools.partial(serve_ray.serve, engine, base_model, replicas, layout, address)
         return serve_vllm.serve(engine, base_model, vllm_server, dry_run=dry_run, several=several)
     for option, is_given in (
-        ("--vllm-mode", vllm_mode is not VllmMode.AUTO),
+        ("--vllm-mode", vllm_mode != "auto"),
         ("--max-model-len", max_model_len is not None),
         ("--dry-run", dry_run),
         (f"argument {(arguments or [''])[0]!r}", bool(arguments)),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.cli.choices import Choice
+from logo.cli.choices import VllmMode
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions
 from logo.cli.output import note, out, size
@@ -53,12 +53,6 @@ INSTEAD = {
     "--log-prompts": "vLLM logs prompts itself: `-- --enable-log-requests`",
     "--log-json": "set VLLM_LOGGING_CONFIG_PATH to a configuration of Python's logging",
 }
-
-
-class VllmMode(Choice):
-    AUTO = "auto"
-    GATE = "gate"
-    MERGE = "merge"
 
 
 @dataclass(frozen=True)
@@ -173,7 +167,7 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
     told = {
         **settings.changed,
         "signals": list(server.signals),
-        **({"on_bad_adapter": "skip"} if options.on_bad_adapter.value == "skip" else {}),
+        **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),
         **({} if server.max_body_mb is None else {"max_body_mb": server.max_body_mb}),
     }
     Options.of({"logo": {**told, "pool": place}}, {})  # refuses what vLLM's workers would refuse
@@ -217,10 +211,10 @@ def _planned(options: EngineOptions, base_model: str, server: VllmServerOptions,
     model = load_skeleton(base_model, model_dir=options.model_dir)
     shape = ModelShape.of(model)
     settings = selection_settings(options)
-    fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter.value)
+    fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
     fitted = fitted.acting(settings.activation, settings.when_not_invoked)
     pool = PoolShape.of(model, fitted, settings)
-    mode: Mode | None = None if server.mode is VllmMode.AUTO else "gate" if server.mode is VllmMode.GATE else "merge"
+    mode: Mode | None = None if server.mode == "auto" else "gate" if server.mode == "gate" else "merge"
     found = plan(
         shape,
         pool,

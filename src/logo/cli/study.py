@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from logo.cli.belonging import check_method_options, check_selection_options
-from logo.cli.choices import IndexKind
 from logo.cli.contests import contest_of, methods_of, tasks_of
 from logo.cli.expanded import command_line, expanded, given
 from logo.cli.field_table import WIDTH as FIELD_WIDTH
@@ -136,9 +135,9 @@ def study(
     if so_far:
         _show(study_so_far(journal_of(save), seed).report, json=json)
         return
-    check_baseline(engine.reference.value)
+    check_baseline(engine.reference)
     arms = _signals(signals or engine.signal or SIGNALS)
-    if engine.index is IndexKind.TWO_STAGE:
+    if engine.index == "two-stage":
         raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")
     picture = _checked(save, png)
     layout = layout_of(cluster, engine)
@@ -283,7 +282,7 @@ def _arms(
                 settings=settings,
                 adapter_memory_gb=options.adapter_memory_gb,
                 adapter_cache_gb=options.adapter_cache_gb,
-                on_bad_adapter=options.on_bad_adapter.value,
+                on_bad_adapter=options.on_bad_adapter,
             )
         )
     return Arms(engines, contest, batch_size)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from logo.cli.choices import Choice
 from logo.cli.options import Device, DeviceMap, ModelDir, rare, usual
 from logo.cli.places import Cpus, Gpus, Ray
 
@@ -17,10 +16,7 @@ RECIPE = "Recipe (a file that --recipe names may have the same)"
 COURSE = "Course"
 
 
-class Schedules(Choice):
-    COSINE = "cosine"
-    LINEAR = "linear"
-    CONSTANT = "constant"
+Schedules = Literal["cosine", "linear", "constant"]
 
 
 def _usual(help: str, default: object, *names: str) -> Any:

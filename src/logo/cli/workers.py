@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.progress import Progress, TaskID
 
-from logo.cli.choices import OnBad, Preset
+from logo.cli.choices import Preset
 from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import note
@@ -94,7 +94,7 @@ def opened(
 
     whole_pool = open_pool(options, base_model, preset)
     pool = (whole_pool if among is None else only(whole_pool, among)).sha256()
-    whole = OnBad.SKIP not in (options.on_bad_adapter, options.unscorable)
+    whole = "skip" not in (options.on_bad_adapter, options.unscorable)
     note(starting(layout, "workers"))
     workers: Workers[Any] = Workers(layout, open_, describe, differs(pool, whole=whole))
     return workers

@@ -101,7 +101,8 @@ class StepGates:
         self.rows = self.slots = None
         if device.type == "cpu" and self.open:
             self.rows = None if bool(gated.all()) else gated.nonzero()[:, 0]
-            opened = (mixtures[tokens.unique()] != 0).any(dim=0).nonzero()[:, 0]
+            used = torch.bincount(tokens, minlength=len(mixtures)) > 0
+            opened = (mixtures[used] != 0).any(dim=0).nonzero()[:, 0]
             self.open = len(opened) > 0
             self.slots = opened if 0 < len(opened) * FEW <= mixtures.shape[1] else None
         mixtures = mixtures.to(device, self.tokens.dtype)

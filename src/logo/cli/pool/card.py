@@ -6,7 +6,6 @@ import json as json_format
 from pathlib import Path
 from typing import Annotated, Any
 
-from logo.cli.choices import OnBad
 from logo.cli.options import usual
 from logo.cli.output import note, out, print_json
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
@@ -27,7 +26,7 @@ def card(
         Path | None, usual("The JSON of `logo eval study`, or its picture; the picture is copied.", metavar="FILE")
     ] = None,
     replace: Annotated[bool, usual("Overwrite an existing card.", True, "--replace")] = False,
-    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    on_bad_adapter: OnBadAdapter = "error",
     json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Write README.md into a pool: what is in it, how to use it with LoGo, PEFT and vLLM, and where it comes from.
@@ -43,7 +42,7 @@ def card(
     from logo.hub.names import is_repo_id
 
     # Leaving damaged adapters out means finding them first, as in `opened`.
-    pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=on_bad_adapter is OnBad.SKIP)
+    pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=on_bad_adapter == "skip")
     if (folder / NOTES).is_symlink():  # its content is told in the card
         checked(folder / NOTES, folder)
     numbers, picture = (None, None) if study is None else _study(study)

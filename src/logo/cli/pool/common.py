@@ -44,10 +44,8 @@ def opened(folder: Path, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
     from logo.adapters.pool import AdapterPool
 
     # Leaving damaged adapters out means finding them first. Otherwise whatever is read is checked as it is read.
-    verify = on_bad is OnBad.SKIP
-    pool = AdapterPool.from_directory(
-        folder, on_bad_adapter=on_bad.value, allow_pickle=allow_pickle, verify=verify, cache=""
-    )
+    verify = on_bad == "skip"
+    pool = AdapterPool.from_directory(folder, on_bad_adapter=on_bad, allow_pickle=allow_pickle, verify=verify, cache="")
     tell_refused(pool.refused)
     return pool
 
@@ -81,7 +79,7 @@ def without_checkpoints(folder: Path, on_bad: OnBad, *, verify: bool) -> tuple[A
     checkpoints = sorted(filter(is_left_out, names))
     kept = [adapter for adapter in good if not is_left_out(adapter.name)]
     bad = [error for error in refused if not is_left_out(error.name)]
-    pool = AdapterPool.from_survey(folder, kept, bad, on_bad_adapter=on_bad.value)
+    pool = AdapterPool.from_survey(folder, kept, bad, on_bad_adapter=on_bad)
     tell_refused(pool.refused)
     if checkpoints:
         note(f"left out: {len(checkpoints)} checkpoints, such as {checkpoints[0]}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.text import Text
 
 from logo.adapters.upkeep.card import short_ranks
-from logo.cli.choices import Choice, OnBad
 from logo.cli.options import usual
 from logo.cli.output import natural_width, out, plain_table, print_json, screen, size
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, refusals, steps, tell_refused
@@ -19,10 +18,7 @@ if TYPE_CHECKING:
     from logo.adapters.format import Adapter
 
 
-class Dtype(Choice):
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
+Dtype = Literal["bf16", "fp16", "fp32"]
 
 
 def convert(
@@ -39,7 +35,7 @@ def convert(
         ),
     ] = None,
     allow_pickle: AllowPickle = False,
-    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    on_bad_adapter: OnBadAdapter = "error",
     json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Write a pool as plain safetensors adapters: in another dtype, from pickles, from PiSSA and its relatives.
@@ -53,11 +49,11 @@ def convert(
 
     check_new(out_folder)
     first = None if initial is None else Initial.open(initial, allow_pickle=allow_pickle)
-    skip = on_bad_adapter is OnBad.SKIP
+    skip = on_bad_adapter == "skip"
     found, refused = survey(folder, allow_pickle=allow_pickle, verify=skip, unconverted=True)
-    pool = AdapterPool.from_survey(folder, found, refused, on_bad_adapter=on_bad_adapter.value)
+    pool = AdapterPool.from_survey(folder, found, refused, on_bad_adapter=on_bad_adapter)
     tell_refused(pool.refused)
-    to = None if dtype is None else DTYPES[dtype.value]
+    to = None if dtype is None else DTYPES[dtype]
     results: list[dict[str, Any]] = []
 
     def write(adapter: Adapter, place: Path) -> bool:
@@ -85,7 +81,7 @@ def convert(
         return result.error == 0
 
     def change() -> dict[str, Any]:
-        how = {"dtype": None if dtype is None else dtype.value, "initial": bool(initial)}
+        how = {"dtype": dtype, "initial": bool(initial)}
         errors = {one["name"]: one["error"] for one in results if one["error"]}
         return {"command": "convert", **how, "relative_errors": errors, "refused": [bad.name for bad in pool.refused]}
 

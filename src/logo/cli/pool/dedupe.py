@@ -7,7 +7,6 @@ from typing import Annotated
 
 from rich.text import Text
 
-from logo.cli.choices import OnBad
 from logo.cli.options import usual
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Threshold, opened, refusals
@@ -31,7 +30,7 @@ def dedupe(
         bool, usual("List the adapters that would be removed; write nothing.", True, "--dry-run")
     ] = False,
     allow_pickle: AllowPickle = False,
-    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    on_bad_adapter: OnBadAdapter = "error",
     json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Copy a pool without near-duplicates. The one with most parameters stays, else the first by name.

@@ -24,7 +24,7 @@ def diff(
     check: Annotated[bool, usual("Exit with 1 if they differ, as `diff` does.", True, "--check")] = False,
     all_: Annotated[bool, usual("Also list the adapters that are equal.", True, "--all")] = False,
     allow_pickle: AllowPickle = False,
-    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    on_bad_adapter: OnBadAdapter = "error",
     json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Compare two pools by name, or two adapters: same bytes, same update with other factors, or how far apart.
@@ -52,8 +52,8 @@ def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
     from logo.hub.names import is_hub_spec
     from logo.pools import open_pool
 
-    how: dict[str, Any] = {} if is_hub_spec(place) else {"verify": on_bad is OnBad.SKIP, "cache": ""}
-    return open_pool(place, base_model="", on_bad_adapter=on_bad.value, allow_pickle=allow_pickle, **how)
+    how: dict[str, Any] = {} if is_hub_spec(place) else {"verify": on_bad == "skip", "cache": ""}
+    return open_pool(place, base_model="", on_bad_adapter=on_bad, allow_pickle=allow_pickle, **how)
 
 
 def _named_alike(one: AdapterPool, other: AdapterPool) -> tuple[AdapterPool, AdapterPool]:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from logo.cli.choices import OnBad
 from logo.cli.options import usual
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, opened
@@ -29,7 +28,7 @@ def examples(
         ),
     ] = None,
     allow_pickle: AllowPickle = False,
-    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    on_bad_adapter: OnBadAdapter = "error",
     json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Store example prompts beside an adapter, without answers, so that prompts like them select it.

@@ -32,7 +32,7 @@ def lock(
     model_dir: Annotated[str, usual("Folder that is searched first for the base model.")] = "./hf_models",
     replaces: Annotated[bool, usual("Replace an existing manifest, and list the changes.", True, "--replace")] = False,
     allow_pickle: AllowPickle = False,
-    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    on_bad_adapter: OnBadAdapter = "error",
     json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Write a manifest of a pool: the place and the commit of each adapter, and the digests of its files.
@@ -55,7 +55,7 @@ def lock(
     before = read_manifest(output) if output.exists() else None
     found = _found(places, allow_pickle, on_bad_adapter, base_model, model_dir)
     AdapterPool.from_survey(
-        ",".join(places), found.adapters, found.refused, on_bad_adapter=on_bad_adapter.value
+        ",".join(places), found.adapters, found.refused, on_bad_adapter=on_bad_adapter
     )  # refuses what an opened pool would
     manifest = locked(found, places, base_model, output)
     replace_file(output, manifest_text(manifest).encode())
@@ -79,7 +79,7 @@ def _found(places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str
     from logo.cache import default_cache
     from logo.errors import AdapterError
 
-    skip = on_bad is OnBad.SKIP
+    skip = on_bad == "skip"
     asked = [place for text in places for place in parse_places(text)]
     how = Fetching(allow_pickle=allow_pickle)
     found = gather(asked, how, skip=skip, verify=True if skip else None, cache=default_cache())

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from logo.cli.choices import OnBad
 from logo.cli.options import usual
 from logo.cli.output import note, out, print_json, size
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
@@ -26,7 +25,7 @@ def push(
     private: Annotated[bool, usual("Make the repository private.", True, "--private")] = False,
     message: Annotated[str | None, usual("Commit message.", "the number of files")] = None,
     dry_run: Annotated[bool, usual("List the files; send nothing.", True, "--dry-run")] = False,
-    on_bad_adapter: OnBadAdapter = OnBad.ERROR,
+    on_bad_adapter: OnBadAdapter = "error",
     json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
 ) -> None:
     """Upload a pool to the Hub: safetensors adapters, their configurations, the card and pool.json; no pickles or
