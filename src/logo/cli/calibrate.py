@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -10,7 +10,7 @@ from rich.text import Text
 from logo.cli.belonging import check_selection_options
 from logo.cli.expanded import expanded, given
 from logo.cli.opening import open_engine, selection_settings
-from logo.cli.options import EngineOptions, usual
+from logo.cli.options import EngineOptions, Json
 from logo.cli.output import bar, err, note, out, plain_table, print_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @expanded
-def calibrate(engine: EngineOptions, json: Annotated[bool, usual("Print JSON.", True, "--json")] = False) -> None:
+def calibrate(engine: EngineOptions, json: Json = False) -> None:
     """Run the calibration of a pool on neutral text, and choose the points where prompts are read.
 
     Other commands do this when they open a pool for the first time. This command does it in advance and prints the

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from logo.cli.options import usual
+from logo.cli.options import Json, usual
 from logo.cli.output import err, natural_width, note, out, print_json, rich_table, screen
 from logo.extras import need
 
@@ -32,7 +32,7 @@ def compare(
         ),
     ] = "",
     seed: Annotated[int, usual("Random seed of the intervals and tests.", min=0)] = 0,
-    json: Annotated[bool, usual("Print JSON instead of the table.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Compare two runs row by row: the difference B − A, its interval, and a test whether it could be chance.
 

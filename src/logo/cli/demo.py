@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.opening import open_engine
-from logo.cli.options import DEFAULT_SIGNAL, EngineOptions, usual
+from logo.cli.options import DEFAULT_SIGNAL, EngineOptions, Json, usual
 from logo.cli.output import bar, err, out, print_json, progress, weighty
 from logo.models import DEMO
 from logo.pools import DEMO_K
@@ -25,7 +25,7 @@ def demo(
         int, usual("Adapters selected per prompt.", True, "--n-selected-modules", "-k")
     ] = DEMO_K,
     limit: Annotated[int | None, usual("Held-out rows per task.", "all", min=1)] = None,
-    json: Annotated[bool, usual("Print the same numbers as JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Answer prompts with the embedded model, side by side with its base model, and measure every task.
 

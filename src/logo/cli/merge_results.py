@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from logo.cli.options import usual
+from logo.cli.options import Json, usual
 from logo.cli.scoreboard import Score, show
 from logo.extras import need
 
@@ -25,7 +25,7 @@ def merge_results(
         bool, usual("Accept shards of several versions or kinds of device.", True, "--mix-environments")
     ] = False,
     overwrite: Annotated[bool, usual("Replace a merged result of another run.", True, "--overwrite")] = False,
-    json: Annotated[bool, usual("Print JSON instead of the lines.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Merge the shards of an evaluation into the files that one process would have written.
 

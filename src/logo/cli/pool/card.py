@@ -6,7 +6,7 @@ import json as json_format
 from pathlib import Path
 from typing import Annotated, Any
 
-from logo.cli.options import usual
+from logo.cli.options import Json, usual
 from logo.cli.output import note, out, print_json
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
 from logo.errors import DataError, StorageError, UsageError
@@ -27,7 +27,7 @@ def card(
     ] = None,
     replace: Annotated[bool, usual("Overwrite an existing card.", True, "--replace")] = False,
     on_bad_adapter: OnBadAdapter = "error",
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Write README.md into a pool: what is in it, how to use it with LoGo, PEFT and vLLM, and where it comes from.
 

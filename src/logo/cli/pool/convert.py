@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.text import Text
 
 from logo.adapters.upkeep.card import short_ranks
-from logo.cli.options import usual
+from logo.cli.options import Json, usual
 from logo.cli.output import natural_width, out, plain_table, print_json, screen, size
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, refusals, steps, tell_refused
 
@@ -36,7 +36,7 @@ def convert(
     ] = None,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Write a pool as plain safetensors adapters: in another dtype, from pickles, from PiSSA and its relatives.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from rich.text import Text
 
-from logo.cli.options import usual
+from logo.cli.options import Json, usual
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Threshold, opened, refusals
 from logo.cli.pool.spectra import taken_apart
@@ -31,7 +31,7 @@ def dedupe(
     ] = False,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Copy a pool without near-duplicates. The one with most parameters stays, else the first by name.
 

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from logo.cli.choices import OnBad
-from logo.cli.options import usual
+from logo.cli.options import Json, usual
 from logo.cli.output import out, plain_table, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, steps, tell_refused
 
@@ -25,7 +25,7 @@ def diff(
     all_: Annotated[bool, usual("Also list the adapters that are equal.", True, "--all")] = False,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Compare two pools by name, or two adapters: same bytes, same update with other factors, or how far apart.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from logo.cli.options import usual
+from logo.cli.options import Json
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, opened
 from logo.errors import DataError, UsageError
@@ -29,7 +29,7 @@ def examples(
     ] = None,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Store example prompts beside an adapter, without answers, so that prompts like them select it.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from logo.cli.choices import OnBad
-from logo.cli.options import usual
+from logo.cli.options import Json, usual
 from logo.cli.output import err, out, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, tell_refused
 
@@ -33,7 +33,7 @@ def lock(
     replaces: Annotated[bool, usual("Replace an existing manifest, and list the changes.", True, "--replace")] = False,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Write a manifest of a pool: the place and the commit of each adapter, and the digests of its files.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 
 from logo.adapters.upkeep.card import short_ranks
-from logo.cli.options import usual
+from logo.cli.options import Json, usual
 from logo.cli.output import out, plain_table, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, opened, refusals, steps
 
@@ -32,7 +32,7 @@ def prune(
     rank: Annotated[int | None, usual("Keep this many directions instead.", False)] = None,
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Write a pool whose updates are the best approximations of smaller rank, with the error of each.
 

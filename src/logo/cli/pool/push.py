@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from logo.cli.options import usual
+from logo.cli.options import Json, usual
 from logo.cli.output import note, out, print_json, size
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
 
@@ -26,7 +26,7 @@ def push(
     message: Annotated[str | None, usual("Commit message.", "the number of files")] = None,
     dry_run: Annotated[bool, usual("List the files; send nothing.", True, "--dry-run")] = False,
     on_bad_adapter: OnBadAdapter = "error",
-    json: Annotated[bool, usual("Print JSON.", True, "--json")] = False,
+    json: Json = False,
 ) -> None:
     """Upload a pool to the Hub: safetensors adapters, their configurations, the card and pool.json; no pickles or
     checkpoints.
