@@ -130,8 +130,8 @@ def test_a_shard_without_rows_is_no_trouble(tmp_path: Path, capsys: pytest.Captu
     assert run([*command, "--shard", "2/2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == {"antonym": 0} and found["hours"]["timed"] == 0
-    for method, mixed in (("base", 0), ("random", 3)):
-        assert run([*command, "--method", method, "-k", "3", "--json"]) == 0
+    for method, mixed in ((["base"], 0), (["random", "-k", "3"], 3)):
+        assert run([*command, "--method", *method, "--json"]) == 0
         memory = json.loads(capsys.readouterr().out)["memory"]
         assert memory["mixed"] == mixed * (memory["adapters"] // 16)
 

@@ -40,8 +40,8 @@ OF_MERGES: dict[str, tuple[str, ...]] = {
 
 
 def check_method_options(given: Collection[str], methods: Sequence[Method], *, selects: bool = False) -> None:
-    """Refuses options that none of the methods reads. What a plugin's method reads of the engine's selection and of the
-    training rows is not known, so these options are left to it.
+    """Refuses options that none of the methods reads. What a plugin's method reads of the engine's selection is not
+    known, so these options are left to it. `--train-rows` says where data is, and may stand beside any method.
 
     Args:
         given: the names of the options that the user gave.
@@ -56,7 +56,7 @@ def check_method_options(given: Collection[str], methods: Sequence[Method], *, s
 
     own = {field.name for method in methods for field in fields(method)}
     merges = {method.merging.kind for method in methods}
-    chosen = ", ".join(dict.fromkeys(method.name for method in methods)) or "none"
+    chosen = ", ".join(dict.fromkeys(method.name for method in methods))
     known = not any(method.name in METHODS.sources for method in methods)
     selects = selects or any(isinstance(method, OwnSelector) for method in methods)
     for option in given if known else ():
@@ -65,9 +65,6 @@ def check_method_options(given: Collection[str], methods: Sequence[Method], *, s
         if option == "n_selected_modules" and not selects and "k" not in own:
             named = [name for name, kind in METHODS.items() if "k" in {field.name for field in fields(kind)}]
             _refuse(option, "method", [OwnSelector.name, *named], f"the method is {chosen}")
-        if option == "train_rows" and not any("train" in method.needs for method in methods):
-            named = [name for name, kind in METHODS.items() if "train" in kind.needs]
-            _refuse(option, "method", named, f"the method is {chosen}")
     for option in given:
         readers = OF_METHODS.get(option)
         if readers is not None and not own & set(readers):
