@@ -35,7 +35,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(rows: Path, results: Path, *more: str) -> list[str]:
     where = ["--rows", str(rows / "rows"), "--train-rows", str(rows / "train"), "--result-dir", str(results)]
-    return [*DEMO, *where, "--dataset", "antonym", *more]
+    k = [] if "best-single" in more else ["-k", "3"]  # it takes one
+    return [*DEMO, *where, *k, "--dataset", "antonym", *more]
 
 
 def everything(folder: Path) -> dict[str, bytes]:
