@@ -474,6 +474,7 @@ def test_what_is_learnt_is_learnt_once(rows: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
+@pytest.mark.long
 def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None:
     asked = ["--base-model", "demo", "--rows", str(rows), "--limit", "2"]
     reports = []

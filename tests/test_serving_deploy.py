@@ -137,4 +137,4 @@ def test_the_dockerfile_starts_the_server_on_the_port_that_it_opens(name: str) -
     assert (options["host"], f"EXPOSE {options['port']}") == ("0.0.0.0", re.findall(r"^EXPOSE.*$", text, re.M)[0])
     assert f"127.0.0.1:{options['port']}/health" in text
     [version] = re.findall(r"^FROM vllm/vllm-openai:v(\d+\.\d+)", text, re.M) or [""]
-    assert (options["server"].value, version in KNOWN) == (("vllm", True) if "vllm" in name else ("local", False))
+    assert (options["server"], version in KNOWN) == (("vllm", True) if "vllm" in name else ("local", False))
