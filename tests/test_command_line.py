@@ -253,6 +253,7 @@ def test_a_value_that_is_none_of_the_known_ones(capsys: pytest.CaptureFixture[st
         (["eval", "run", *ROWS, "--method", "base", "--signal", "norm"], "--signal belongs to --method logo, and the"),
         (["evaluate", *ROWS, "--method", "uniform", "-k", "3"], "--n-selected-modules belongs to --method logo"),
         (["eval", "run", *ROWS, "--method", "seqr", "--set", "probe_layer=0"], "--probe-layer belongs to --method"),
+        (["eval", "study", *ROWS[:2], "--save", "s.json", "--shots", "2"], "lorahub, lorauter, and the method is logo"),
         (["eval", "sweep", *ROWS, "--grid", "method=base,uniform", "--signal", "norm"], "--signal belongs to --method"),
         (["select", "x", "--index-rank", "3"], "--index-rank belongs to --index two-stage, and the index is exact"),
         (["generate", "x", "--weight-temperature", "2"], "--weight-temperature belongs to --weighting softmax"),

@@ -30,6 +30,7 @@ OF_SELECTION = {
     *("probe_context", "probe_input", "probe_token", "probe_text", "probe_layer", "probe_module", "probe_depth"),
     *("probe_points", "weighting", "weight_temperature", "keep_mass", "when_unsure"),
 }
+K = "n_selected_modules"  # which some of the other methods read too
 # Option: the merges that read it.
 OF_MERGES: dict[str, tuple[str, ...]] = {
     "merge_density": ("ties", "dare_linear", "dare_ties"),
@@ -56,19 +57,14 @@ def check_method_options(given: Collection[str], methods: Sequence[Method], *, s
 
     own = {field.name for method in methods for field in fields(method)}
     merges = {method.merging.kind for method in methods}
-    chosen = ", ".join(dict.fromkeys(method.name for method in methods))
-    known = not any(method.name in METHODS.sources for method in methods)
-    selects = selects or any(isinstance(method, OwnSelector) for method in methods)
-    for option in given if known else ():
-        if option in OF_SELECTION and not selects:
-            _refuse(option, "method", [OwnSelector.name], f"the method is {chosen}")
-        if option == "n_selected_modules" and not selects and "k" not in own:
-            named = [name for name, kind in METHODS.items() if "k" in {field.name for field in fields(kind)}]
-            _refuse(option, "method", [OwnSelector.name, *named], f"the method is {chosen}")
+    chosen = ", ".join(dict.fromkeys(method.name for method in methods)) or OwnSelector.name
+    selects = selects or any(isinstance(method, OwnSelector) or method.name in METHODS.sources for method in methods)
     for option in given:
-        readers = OF_METHODS.get(option)
-        if readers is not None and not own & set(readers):
-            named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
+        readers = ("k",) if option == K else OF_METHODS.get(option, ())
+        named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
+        if option == K or option in OF_SELECTION:
+            named = [OwnSelector.name, *named]
+        if named and not (own & set(readers) or (selects and OwnSelector.name in named)):
             _refuse(option, "method", named, f"the method is {chosen}")
         if option in OF_MERGES and not merges & {*OF_MERGES[option], *MERGES.sources}:  # what plugins read is not known
             _refuse(option, "merge", OF_MERGES[option], f"the merge is {', '.join(sorted(merges))}")
