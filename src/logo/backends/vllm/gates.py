@@ -17,9 +17,9 @@ SIZES = (16, 64)
 tokens, since neighbours are mostly of one prompt."""
 
 FEW = 4
-"""On a CPU, slots are few if they are at most one in so many. With 43 slots of rank 16 and 640 inputs, on two cores, for
-4, 16 and 64 tokens: copying and multiplying 10 slots took 0.63, 0.59 and 0.45 of the time that multiplying all of them
-takes, and 21 slots took 1.13, 1.13 and 0.82 of it."""
+"""On a CPU, slots are few if they are at most one in so many. With 43 slots of rank 16 and 640 inputs, on two cores and
+for 4, 16 and 64 tokens, copying and multiplying 10 slots took 0.63, 0.59 and 0.45 of the time that multiplying all of
+them takes; 21 slots took 1.13, 1.13 and 0.82 of it."""
 
 
 class Opened:
