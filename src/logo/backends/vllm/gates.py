@@ -126,7 +126,7 @@ def gated(x: Tensor, a: Tensor, b: Tensor, gate: Tensor, slots: Tensor | None = 
         a: (slots, rank, d_in).
         b: (slots, rank, d_out), scale folded in.
         gate: (tokens, slots).
-        slots: (opened slots,) int64, all that the gates open; None: all are multiplied.
+        slots: (n,) int64, the slots whose gate is not 0 for some token; None: all slots are multiplied.
     """
     if slots is not None:
         a, b, gate = a[slots], b[slots], gate[:, slots]
