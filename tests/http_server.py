@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -9,8 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import uvicorn
 
+from logo.serving.logs import RequestIds
 from tolerances import PATIENCE
 
 
@@ -32,6 +35,19 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
             server.should_exit = True
             thread.join(PATIENCE)
             assert not thread.is_alive(), "the server does not end"
+
+
+@contextmanager
+def log_of(caplog: pytest.LogCaptureFixture, request: str) -> Iterator[Callable[[], list[logging.LogRecord]]]:
+    """What LoGo logs of the request with this id; a server may still write about the requests of other tests."""
+    caplog.handler.addFilter(names := RequestIds())
+    with caplog.at_level(logging.INFO):
+        yield lambda: [
+            record
+            for record in caplog.records
+            if record.name.startswith("logo.") and record.__dict__.get("request_id") == request
+        ]
+    caplog.handler.removeFilter(names)
 
 
 def eventually(check: Callable[[], object]) -> None:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
-from http_server import eventually, serving
+from http_server import eventually, log_of, serving
 from logo.api import errors
 from logo.errors import AdapterError, DataError, LoGoError, ModelError, NotFinite, PoolError, StorageError, UsageError
 from logo.serving.bodies import CompletionRequest
@@ -215,33 +215,36 @@ def test_query_parameters_are_told_by_name(client: httpx.Client) -> None:
 def test_a_crash_is_in_the_log_once_and_with_its_request(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = client.get("/fail/crash", headers={"X-Request-Id": "mine-1"})
-    assert problem(answer, 500)["message"] == "the server failed to answer (request id mine-1)"
-    eventually(lambda: failures(caplog))
-    [record] = failures(caplog)
+    with log_of(caplog, "mine-1") as log:
+        answer = client.get("/fail/crash", headers={"X-Request-Id": "mine-1"})
+        assert problem(answer, 500)["message"] == "the server failed to answer (request id mine-1)"
+        eventually(lambda: len(log()) == 2)
+    [record] = [record for record in log() if record.name != "logo.access"]
     assert record.exc_info is not None and isinstance(record.exc_info[1], KeyError)
 
 
 def test_errors_of_clients_are_not_in_the_log(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
-    client.get("/fail/pool")
-    client.post("/completions", content=b"{", headers=JSON)
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    with log_of(caplog, "wrong-1") as log:
+        client.get("/fail/pool", headers={"X-Request-Id": "wrong-1"})
+        client.post("/completions", content=b"{", headers={**JSON, "X-Request-Id": "wrong-1"})
+        eventually(lambda: len(log()) == 2)
+    assert {record.levelno for record in log()} == {logging.INFO}
 
 
 def test_a_stream_that_crashes_is_cut_so_that_the_client_notices(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with (
-        caplog.at_level(logging.INFO),
-        pytest.raises(httpx.RemoteProtocolError),
-        client.stream("GET", "/stream") as answer,
-    ):
-        assert answer.status_code == 200
-        for piece in answer.iter_bytes():
-            assert b"secret" not in piece
-    eventually(lambda: [r for r in failures(caplog) if r.exc_info and isinstance(r.exc_info[1], RuntimeError)])
-    eventually(lambda: [r for r in caplog.records if r.name == "logo.access"])
-    [line] = [r for r in caplog.records if r.name == "logo.access"]
+    with log_of(caplog, "cut-1") as log:
+        with (
+            pytest.raises(httpx.RemoteProtocolError),
+            client.stream("GET", "/stream", headers={"X-Request-Id": "cut-1"}) as answer,
+        ):
+            assert answer.status_code == 200
+            for piece in answer.iter_bytes():
+                assert b"secret" not in piece
+        eventually(lambda: [r for r in failures(caplog) if r.exc_info and isinstance(r.exc_info[1], RuntimeError)])
+        eventually(lambda: [r for r in log() if r.name == "logo.access"])
+    [line] = [r for r in log() if r.name == "logo.access"]
     assert line.__dict__["fields"]["incomplete"] is True
     assert client.get("/number?n=1").json() == 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -15,7 +14,7 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from guarded_app import KEYS, LIMIT, error, make
-from http_server import eventually, raw, serving
+from http_server import eventually, log_of, raw, serving
 from logo.errors import UsageError
 from logo.serving.guards import GuardSettings, guard, is_loopback
 
@@ -215,29 +214,30 @@ def test_streams_arrive_piece_by_piece(client: httpx.Client) -> None:
 
 def test_a_client_that_hangs_up_ends_its_stream(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     before = APP.hung_up
-    with caplog.at_level(logging.INFO):
-        with client.stream("GET", "/v1/stream", params={"count": 1_000_000}) as answer:
+    with log_of(caplog, "stream-1") as log:
+        headers = {"X-Request-Id": "stream-1"}
+        with client.stream("GET", "/v1/stream", params={"count": 1_000_000}, headers=headers) as answer:
             next(answer.iter_raw())
-        eventually(lambda: APP.hung_up == before + 1)
-        eventually(lambda: [r for r in caplog.records if r.name == "logo.access"])
-    [record] = [r for r in caplog.records if r.name == "logo.access"]
-    assert record.__dict__["fields"]["disconnected"] is True
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+        eventually(lambda: APP.hung_up > before)
+        eventually(log)
+    [record] = log()
+    assert record.name == "logo.access" and record.__dict__["fields"]["disconnected"] is True
 
 
 def test_a_client_that_hangs_up_in_the_middle_of_its_body_does_no_harm(
     url: str, client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     host, port = url.removeprefix("http://").split(":")
-    with caplog.at_level(logging.INFO):
+    with log_of(caplog, "body-1") as log:
         for route in (b"echo", b"read"):
             with socket.create_connection((host, int(port))) as connection:
                 connection.sendall(
                     b"POST /v1/" + route + b" HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer key-one\r\n"
+                    b"X-Request-Id: body-1\r\n"
                     b'Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"a":'
                 )
-        eventually(lambda: len([r for r in caplog.records if r.name == "logo.access"]) == 2)
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+        eventually(lambda: len(log()) == 2)
+    assert {record.name for record in log()} == {"logo.access"}
     assert client.post("/v1/echo", json={"a": 1}).json() == {"a": 1}
 
 
