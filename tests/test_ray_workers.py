@@ -372,6 +372,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made.shutdown()
 
 
+@pytest.mark.long
 def test_a_node_that_joins_later_gets_work_and_one_that_leaves_loses_none(cluster: Any, marks: Path) -> None:
     with opened(Layout(2, address=cluster.address, cpus=1), deadline=60.0) as workers:
         # There is room for one process, and nobody else who might do it better.
@@ -466,6 +467,7 @@ def test_a_run_that_cannot_work_ends_before_it_is_written_down() -> None:
     assert trial(0, 1).passed([]) == []
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*training rows are test rows too:UserWarning")
 def test_what_is_learnt_is_learnt_once(rows: Path, tmp_path: Path) -> None:
     more = ["--method", "best-single", "--train-rows", str(rows), "--dataset", "antonym,plural"]

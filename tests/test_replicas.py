@@ -172,6 +172,7 @@ def test_an_adapter_that_cannot_be_used_changes_nothing_anywhere(two: Cluster) -
     assert refused(lambda: two.change("unload", lora_name="bad"))[0] == 404
 
 
+@pytest.mark.long
 def test_what_has_changed_is_known_to_a_replica_that_comes_later_and_another_pool_gets_nothing(two: Cluster) -> None:
     _, digest = two.health()
     two.change("load", lora_name="later", lora_path="new")
@@ -197,6 +198,7 @@ def test_what_has_changed_is_known_to_a_replica_that_comes_later_and_another_poo
     assert two.health()[1] == digest
 
 
+@pytest.mark.long
 def test_a_cluster_keeps_its_address_and_loses_the_application_with_its_command() -> None:
     from ray.cluster_utils import Cluster as Machines
 

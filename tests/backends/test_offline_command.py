@@ -91,6 +91,7 @@ def test_results_are_those_of_the_local_engine(rows: Path, tmp_path: Path, capsy
     assert "antonym is done already" in said and "answered under other versions" in said
 
 
+@pytest.mark.long
 def test_vllms_engine_may_be_a_process_of_its_own(rows: Path, tmp_path: Path) -> None:
     expected = evaluated(tmp_path / "local", rows)
     as_process(*evaluating(tmp_path / "vllm", rows, *INSIDE), VLLM_ENABLE_V1_MULTIPROCESSING="1")
