@@ -121,6 +121,7 @@ def test_kill_9_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     done = kill_in_the_middle([*slow, "-o", str(tmp_path / "killed")], journal_of(folder), after=2)
     assert 2 <= done < 8 and not folder.exists() and (folder.parent / "antonym").exists()
     assert not (tmp_path / "killed" / "sweep.csv").exists()
+    assert json.loads((tmp_path / "killed" / "sweep.json").read_text())["command"]["name"] == "eval sweep"
     for name in ("killed", "whole"):
         assert run([*slow, "-o", str(tmp_path / name)]) == 0
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")

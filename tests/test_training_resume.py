@@ -376,5 +376,6 @@ def test_the_command_is_a_process_that_can_be_killed(base_model: Path, tasks: Pa
             continue
     process.kill()
     process.wait()
+    assert json.loads((pool / "train.json").read_text())["command"]["name"] == "train"
     assert run(asked(base_model, tasks, pool)) == 0
     assert not (pool / ".training").exists()

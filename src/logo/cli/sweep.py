@@ -125,6 +125,7 @@ def _answered(
     from logo.evaluation.sweep.running import sweep as run_sweep
 
     total = len(runs(cells)) * sum(len(job.rows) for job in jobs)
+    write_json(output / "sweep.json", {"command": command_line()})  # before hours in which a run may be killed
     with progress(disable=not err.is_terminal) as shown:
         bar = shown.add_task("rows", total=total)
         try:
@@ -158,7 +159,6 @@ def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> lis
     contents |= {output / "plots" / name: picture for name, picture in plots(axes, swept.outcomes, seed=seed).items()}
     for file, content in contents.items():
         replace_file(file, content)
-    write_json(output / "sweep.json", {"command": command_line()})
     return list(contents)
 
 

@@ -78,8 +78,12 @@ def train(
     note("loading the base model" if layout is None else starting(layout, "processes"))
     quiet_transformers()
     with Screen() as screen:
-        trained = run(wanted, layout, screen.tell, screen.planned)
-    write_json(output / "train.json", {"command": command_line()})
+
+        def planned(plan: Plan) -> None:
+            screen.planned(plan)
+            write_json(output / "train.json", {"command": command_line()})  # before hours in which a run may be killed
+
+        trained = run(wanted, layout, screen.tell, planned)
     if json:
         print_json({"pool": str(output), **asdict(trained)})
     else:
