@@ -292,7 +292,7 @@ def test_words_that_yaml_would_turn_into_values_stay_words(tmp_path: Path) -> No
         ("licence: none", "license: none", r"expected the keys name, .* \(did you mean 'licence'\?\), found 'license'"),
         ("licence: none", "licence: [a]", "'licence': expected text, found a list"),
         ("licence: none", "licence: ' '", "'licence': expected text, found ' '"),
-        ("licence: none", "licence: a\nlicence: b", "expected YAML in UTF-8, found .*licence.* stands twice .line"),
+        ("licence: none", "licence: a\nlicence: b", "expected YAML in UTF-8, found .*licence.* occurs twice .line"),
         (
             "licence: none",
             "licence: none\nmetric: blue",

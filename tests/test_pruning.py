@@ -176,7 +176,7 @@ def test_nothing_is_half_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run([*prune, str(out), "--on-bad-adapter", "skip"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert run([*prune, str(pool / "c"), "--on-bad-adapter", "skip"]) == 2
-    assert "lies in the pool" in capsys.readouterr().err
+    assert "is inside the pool" in capsys.readouterr().err
     (tmp_path / "file").write_text("x")
     assert run([*prune, str(tmp_path / "file" / "x"), "--on-bad-adapter", "skip"]) == 1
     assert "cannot be written" in capsys.readouterr().err

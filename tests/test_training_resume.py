@@ -187,7 +187,7 @@ def test_a_checkpoint_of_what_is_done_is_removed(
     shutil.copytree(whole[0], pool, dirs_exist_ok=True)
     assert run(asked(base_model, tasks, pool)) == 0
     assert contents(pool) == contents(whole[0]) and not begun.exists()
-    assert "5 stand already" in capsys.readouterr().err
+    assert "5 trained already" in capsys.readouterr().err
 
 
 # -- what stands -------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_a_task_that_is_added_touches_nothing_of_the_others(
     before, stood = contents(copied), times(copied)
     assert run(asked(base_model, more, copied)) == 0
     told = capsys.readouterr()
-    assert "adapters to train: 1, in groups: 1, 5 stand already" in told.err
+    assert "adapters to train: 1, in groups: 1, 5 trained already" in told.err
     assert told.out.splitlines()[-1] == f"{copied}: 1 adapters trained, 5 stood already, 0 failed"
     after = {name: content for name, content in contents(copied).items() if not name.startswith("bb/")}
     assert after.pop("pool.json") != before.pop("pool.json") and after == before
@@ -248,7 +248,7 @@ def test_another_recipe_other_rows_and_foreign_adapters_are_refused_by_name(
     before = contents(copied)
     assert "holds an adapter that was not trained here" in refused()
     assert run([*asked(base_model, other, copied), "--retrain"]) == 0
-    assert "adapters to train: 1, in groups: 1, 4 stand already" in capsys.readouterr().err
+    assert "adapters to train: 1, in groups: 1, 4 trained already" in capsys.readouterr().err
     after = contents(copied)
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"c/adapter_model.safetensors", "c/examples.jsonl", "pool.json"}

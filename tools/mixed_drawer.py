@@ -1,11 +1,11 @@
 """Trains a pool with adapters of different recipes, as people's collections have them.
 
-    python tools/mixed_drawer.py --base-model GEMMA_270M --tasks DIR --out POOL
+    python tools/mixed_drawer.py --base-model GEMMA_270M --tasks DIR --out POOL [--recipes tools/other_drawer.yaml]
 
 It has twenty tasks and four recipes (mixed_drawer.yaml) with different ranks, targets, learning rates and numbers of
-steps, one of them with rsLoRA. Closely related tasks have different recipes, so that a strongly trained neighbour
-stands beside a weakly trained right adapter. This is `logo train` with that file, so the same command continues an
-interrupted run.
+steps, one of them with rsLoRA; other_drawer.yaml has sixteen other tasks and five other recipes. Closely related tasks
+have different recipes, so that a strongly trained neighbour stands beside a weakly trained right adapter. This is
+`logo train` with that file, so the same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ def main() -> None:
     """Command line of the tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model", required=True, help="the folder of Gemma 3 270M, or another base model")
-    parser.add_argument("--tasks", required=True, help="folder of TASK.jsonl with the tasks of mixed_drawer.yaml")
+    parser.add_argument("--tasks", required=True, help="folder of TASK.jsonl with the tasks of the recipes")
+    parser.add_argument("--recipes", type=Path, default=RECIPES, help="tasks and recipes (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder of the pool")
     options, more = parser.parse_known_args()
-    names = ",".join(yaml.safe_load(RECIPES.read_text(encoding="utf-8"))["tasks"])
+    names = ",".join(yaml.safe_load(options.recipes.read_text(encoding="utf-8"))["tasks"])
     given = ["--base-model", options.base_model, "--rows", options.tasks, "--out", options.out]
-    logo(["train", *given, "--tasks", names, "--recipe", str(RECIPES), *more])
+    logo(["train", *given, "--tasks", names, "--recipe", str(options.recipes), *more])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-# Folders that cannot be written to, of which a warning has told.
+# Folders that cannot be written to and were named in a warning.
 _refusing: set[Path] = set()
 
 

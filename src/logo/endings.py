@@ -34,7 +34,7 @@ def at_newline(tokenizer: PreTrainedTokenizerBase, *, official: bool = False) ->
 
     Args:
         tokenizer: decodes tokens, to find newlines inside them.
-        official: end on the single token of "\\n" as the official code does, wherever it stands; merged tokens such
+        official: end on the single token of "\\n" as the official code does, wherever it occurs; merged tokens such
             as "\\n\\n" then do not end an answer, and a leading newline gives an empty one.
     """
     if official:

@@ -150,7 +150,7 @@ def load(plugin: str, folder: str = "") -> None:
 
     Args:
         plugin: `module:Object`.
-        folder: where the module may lie, if it is not installed.
+        folder: where the module may be, if it is not installed.
 
     Raises:
         UsageError: this is no `module:Object`.

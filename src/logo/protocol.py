@@ -1,4 +1,4 @@
-"""`Engine`: the interface between a server's app and whatever generates.
+"""`Engine`: the interface between a server's app and what generates.
 
     MixtureRequest -> choose -> SelectedMixture -> generate -> Delta, Delta, ...
 
@@ -108,7 +108,7 @@ class Delta:
     Attributes:
         tokens: new token ids.
         logprobs: one for each token, if requested.
-        finish_reason: None while the answer goes on.
+        finish_reason: None until the answer ends.
     """
 
     tokens: tuple[int, ...]

@@ -72,7 +72,7 @@ def objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         DataError: no such file, an empty one, or a line that is no object (the message starts with `file:line`).
         StorageError: the file cannot be read.
     """
-    blank = 0  # the first of the blank lines before this one, which may only stand at the end of the file
+    blank = 0  # the first of the blank lines before this one, which may only be at the end of the file
     empty = True
     for number, line in enumerate(_read(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():

@@ -3,7 +3,7 @@
 The name of an adapter is its path below its place. If the place has a `*`, the name is what the `*` stands for:
 `Lots-of-LoRAs/...-task*` has adapters `1`, `2`, ... If there are several places, those on the Hub are put in front of
 the names of their adapters, so that no name depends on what other places hold. An adapter that is a place itself is
-named after it, even if it lies in a subfolder `default`.
+named after it, even if it is in a subfolder `default`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Gathered:
     Attributes:
         adapters: those that can be used.
         refused: why others cannot.
-        origins: name -> where the adapter lies.
+        origins: name -> where the adapter is.
         entries: name -> its entry in a manifest.
     """
 

@@ -1,7 +1,7 @@
 """Adapters that were initialised with a part of the base weights (PiSSA, OLoRA, CorDA, LoRA-GA), read as plain LoRA.
 
 They train `W - s B_0 A_0 + s B A`, so on the untouched base their update is `s [B, -B_0] [A; A_0]`, a plain LoRA of
-twice the rank. If the initial `A_0, B_0` lie in a folder below the adapter's own, as PEFT's examples save them, the
+twice the rank. If the initial `A_0, B_0` are in a folder below the adapter's own, as PEFT's examples save them, the
 adapter is read in this form; `logo pool convert --initial` writes it.
 """
 

@@ -8,7 +8,7 @@
       sha256: <of the weight file>        default: not checked
       config_sha256: <of adapter_config.json>
       activation: last:4                  default: as the adapter, or the `pool.json` beside it, says
-      notes: whatever somebody wrote
+      notes: free text
       tags: [translation]
     left_out:                             adapters of the pool that are not in the list, and why
     - {name: broken, reason: ...}
@@ -127,7 +127,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def entry_place(entry: Entry, manifest: Path) -> Place:
-    """Where an adapter of a manifest lies: a folder counts from the manifest's own.
+    """Where an adapter of a manifest is: a folder counts from the manifest's own.
 
     Raises:
         UsageError: it could not exist.

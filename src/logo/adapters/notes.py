@@ -96,7 +96,7 @@ def checked(file: Path, *homes: Path) -> Path:
     """Checks that a file beside adapters may be published or copied with them, and returns it.
 
     Args:
-        homes: folders in which it may lie. Links of the Hub's cache may lead to the cache's `blobs`.
+        homes: folders in which it may be. Links of the Hub's cache may lead to the cache's `blobs`.
 
     Raises:
         UsageError: it is a link that leads out of these folders, or a `.json` without an object.

@@ -1,4 +1,4 @@
-"""`Place`: where adapters lie; parses what `--adapters` takes.
+"""`Place`: where adapters are; parses what `--adapters` takes.
 
     adapters/                      a folder, with adapters at any depth
     pool.yaml                      a manifest (`manifest.py`)
@@ -32,7 +32,7 @@ SUFFIXES = (".yaml", ".yml")  # of manifests
 
 @dataclass(frozen=True)
 class Place:
-    """One place where adapters lie.
+    """One place with adapters.
 
     Attributes:
         kind: `"repos"` stands for all repositories whose id matches `source`.
@@ -142,7 +142,7 @@ def _pattern(text: str) -> Place:
     head, rest = "/".join(parts[:2]), "/".join(parts[2:])
     if count == 0 or not _REPOS.fullmatch(head) or "@" in revision or (at and not revision):
         raise UsageError(
-            f"{text!r}: `*` may stand in the names of an owner's repositories or in folders below a repository "
+            f"{text!r}: `*` may be in the names of an owner's repositories or in folders below a repository "
             "(org/prefix-*[/folder][@revision]), or below a folder that exists (./*/lora)"
         )
     below = clean_subfolder(head, rest)

@@ -20,7 +20,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class WeightFile(Protocol):
-    """Tensors by key, read on demand. An object stands for one file as it was when it was opened."""
+    """Tensors by key, read on demand. An object is a view of one file as it was when it was opened."""
 
     def __hash__(self) -> int: ...
 

@@ -135,12 +135,12 @@ def write_pool(
         tell: called after each adapter.
 
     Raises:
-        UsageError: `out` is in use, or lies in the old pool; or a file to copy is a link out of that pool, or no JSON
+        UsageError: `out` is in use, or is inside the old pool; or a file to copy is a link out of that pool, or no JSON
             object.
         StorageError: it cannot be written.
     """
     if out.resolve().is_relative_to(root.resolve()):
-        raise UsageError(f"{out} lies in the pool {root} itself; name a folder outside of it")
+        raise UsageError(f"{out} is inside the pool {root} itself; name a folder outside of it")
     adapters = list(adapters)
     notes = _notes(root, adapters)
     same: list[Adapter] = []

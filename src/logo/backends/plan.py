@@ -118,7 +118,7 @@ class Plan:
 
     @property
     def slot_flags(self) -> tuple[str, ...]:
-        """What vLLM is told of its slots."""
+        """vLLM's arguments for its slots."""
         return (
             "--enable-lora",
             *("--max-loras", str(self.max_loras)),

@@ -167,7 +167,7 @@ class Workers(Generic[H]):
                     self._check_wait(idle_since)
                 done = self._wait()
                 for worker in [one for one in self._workers if one.running in done]:
-                    if worker.running in done:  # whoever was given another result may have asked it
+                    if worker.running in done:  # the receiver of another result may have asked it
                         yield from self._finished(worker)
                 self._end_late()
         finally:

@@ -62,7 +62,7 @@ def _load(model: str, device: str) -> Any:
     folder = fetch(model)
     try:
         loaded = SentenceTransformer(folder, device=device, local_files_only=True)
-    except Exception as error:  # whatever transformers or the model's own files raise
+    except Exception as error:  # of any kind that transformers or the model's own files raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
             f"embedding model {model!r} cannot be loaded: {reason[:300]}; expected a sentence-transformers model"

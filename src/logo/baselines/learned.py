@@ -64,7 +64,7 @@ class LoraHub(Learned):
         rows: labelled rows, drawn from the training rows with the seed.
         budget: number of mixtures to try.
         penalty: see `objective`.
-        bound: weights lie between `-bound` and `bound`.
+        bound: weights are between `-bound` and `bound`.
     """
 
     name: ClassVar[str] = "lorahub"

@@ -27,7 +27,7 @@ class Percentiles:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which this share of the (ascending) values lies, interpolated linearly."""
+    """The value below which this share of the (ascending) values is, interpolated linearly."""
     place = share * (len(ordered) - 1)
     below = int(place)
     low, high = ordered[below], ordered[min(below + 1, len(ordered) - 1)]

@@ -31,7 +31,7 @@ class Endpoint:
     api_key: str | None = None
 
     def client(self) -> httpx.AsyncClient:
-        """A client, straight to the server whatever proxies there are."""
+        """A client, straight to the server, past any proxies."""
         headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
         # No time limits here: each request has one of its own, over all it does.
         return httpx.AsyncClient(base_url=self.url, headers=headers, verify=_tls(), timeout=None, trust_env=False)
@@ -69,9 +69,9 @@ async def run_load(
     numbers = _numbers(len(asks), seconds)
 
     async def worker() -> None:
-        # A client for each: connections of a pool go to whoever asks first, and under load some wait for seconds.
+        # A client for each: a shared pool gives connections to the first who asks, and some would wait for seconds.
         async with endpoint.client() as client:
-            for number in numbers:  # one iterator for all: whoever is free takes the next
+            for number in numbers:  # one iterator for all: a free client takes the next
                 answer = await send(client, model, number, asks[number], timeout)
                 answers.append(answer)
                 on_answer(answer)

@@ -80,7 +80,7 @@ class Watched:
 
 
 async def sample(client: httpx.AsyncClient, started: float) -> Sample | None:
-    """How the server stands now; None where it has no metrics or is gone."""
+    """The state of the server now; None where it has no metrics or is gone."""
     try:
         response = await client.get("/metrics", timeout=_PATIENCE)
     except httpx.HTTPError:
@@ -94,7 +94,7 @@ async def sample(client: httpx.AsyncClient, started: float) -> Sample | None:
 
 
 async def samples(client: httpx.AsyncClient, started: float, stop: asyncio.Event, every: float = 1.0) -> list[Sample]:
-    """One sample every so many seconds until told to stop, and one at the beginning."""
+    """One sample every so many seconds until it is stopped, and one at the beginning."""
     found: list[Sample] = []
 
     async def look() -> None:
@@ -122,7 +122,7 @@ async def settled(
 
 
 async def churn(client: httpx.AsyncClient, plan: Churn, stop: asyncio.Event) -> tuple[int, list[str]]:
-    """Adds the adapter and removes it until told to stop, and at the end leaves the pool as it was.
+    """Adds the adapter and removes it until it is stopped, and at the end leaves the pool as it was.
 
     Returns:
         How often it was added or removed, and what failed.
@@ -154,7 +154,7 @@ async def churn(client: httpx.AsyncClient, plan: Churn, stop: asyncio.Event) -> 
 
 
 async def _each(seconds: float, stop: asyncio.Event, act: Callable[[], Awaitable[None]]) -> None:
-    """Acts on a beat, which a slow act does not shift, until told to stop."""
+    """Acts on a beat, which a slow act does not shift, until it is stopped."""
     beat = time.perf_counter()
     while not stop.is_set():
         beat = max(beat + seconds, time.perf_counter())

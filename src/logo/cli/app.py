@@ -60,7 +60,7 @@ def root(
     ] = None,
 ) -> None:
     """LoGo: many LoRA adapters on one language model, selected and mixed for every prompt."""
-    # --debug is taken off the command line in logo.cli.run, wherever it stands; here it is only documented. --plugin is
+    # --debug is taken off the command line in logo.cli.run, wherever it is; here it is only documented. --plugin is
     # put before the command there.
     for one in plugin or ():
         plugins.load(one, os.getcwd())

@@ -181,7 +181,7 @@ def _is_moot(axis: str, here: Common, method: Method) -> bool:
 
 
 def _check_alone(axis: str, value: Value, common: Common) -> None:
-    """Whether a value can be used at all, with whatever else: what cannot is a mistake and no combination."""
+    """Whether a value can be used in any combination; if not, it is a mistake."""
     from logo.selection.signals import SIGNALS, get_signal
 
     if axis == "signal":

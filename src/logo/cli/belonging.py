@@ -42,7 +42,7 @@ OF_MERGES: dict[str, tuple[str, ...]] = {
 
 def check_method_options(given: Collection[str], methods: Sequence[Method], *, selects: bool = False) -> None:
     """Refuses options that none of the methods reads. What a plugin's method reads of the engine's selection is not
-    known, so these options are left to it. `--train-rows` says where data is, and may stand beside any method.
+    known, so these options are left to it. `--train-rows` says where data is, and is allowed beside any method.
 
     Args:
         given: the names of the options that the user gave.

@@ -92,7 +92,7 @@ def _values(context: typer.Context, options: Mapping[str, Any], where: str) -> d
 
 
 def _as_typed(parameter: Any, value: Any) -> Any:
-    """As it would stand on the command line."""
+    """As it would be written on the command line."""
     if parameter.nargs == 1 and not getattr(parameter, "multiple", False):
         return ",".join(map(_word, value)) if isinstance(value, list) else _word(value)
     if isinstance(value, list):

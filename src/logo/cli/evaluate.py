@@ -79,7 +79,7 @@ class RowOptions:
         bool, rare("Stop generating at the first newline.", True, "--generation-early-stop")
     ] = False
     overwrite: Annotated[
-        bool, usual("Begin again, whatever is done already, even by another run.", True, "--overwrite")
+        bool, usual("Begin again, even if rows are done already or the result is another run's.", True, "--overwrite")
     ] = False
     mix_environments: Annotated[
         bool,

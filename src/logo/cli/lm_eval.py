@@ -27,7 +27,7 @@ def lm_eval(
         ),
     ] = None,
 ) -> None:
-    """Run lm-evaluation-harness with `--model logo`: one selection per document, whatever the task.
+    """Run lm-evaluation-harness with `--model logo`: one selection per document, for any task.
 
     `--model_args` are `base_model=..., adapters=..., k=..., signal=...` and all other settings of selection.
 

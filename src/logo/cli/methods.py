@@ -85,7 +85,7 @@ def make_method(
     Args:
         k: adapters per prompt, where the user asked for a number; None: the method's own.
         seed: of everything random in it.
-        held: labelled rows by name, which stand for samples and validation rows where no folder of them is named.
+        held: labelled rows by name, which serve as samples and validation rows if no folder of them is named.
 
     Raises:
         UsageError: a method or merge that does not exist, or an option out of range.

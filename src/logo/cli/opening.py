@@ -156,7 +156,7 @@ def open_any(
     truncation: Truncation | None = None,
     merge: Merge | None = None,
 ) -> Calls:
-    """The same in whatever is to run the model, with this merge."""
+    """The same with this merge, inside the engine that was asked for."""
     from logo.mixing import EXACT
 
     asked, merge = _vllm_options(runner), merge or EXACT
@@ -244,7 +244,7 @@ def _points(text: str | None) -> int | list[str] | None:
 
 
 def quiet_transformers() -> None:
-    """Its notes and loading bars would stand between the user and the answer."""
+    """Its notes and loading bars would bury the answer."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -70,7 +70,7 @@ def rich_table(found: tables.Table, *, intervals: bool = True) -> Table:
 
 
 def _fields(column: tables.Column, cell: tables.Cell | None, intervals: bool) -> Iterator[Text]:
-    """What stands in a column, and in that of its intervals where it has one."""
+    """The text of a cell, and that of its interval where it has one."""
     nothing = Text("-", style="dim")
     if cell is None:
         yield from [nothing, nothing] if column.interval else [nothing]

@@ -1,4 +1,4 @@
-"""How far a study is: bars on a terminal, and a line now and then for whoever looks at a file."""
+"""How far a study is: bars on a terminal, and a line now and then where the output is a file."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
 
 
 def plugins_first(argv: list[str]) -> list[str]:
-    """The same command line with `--plugin` before the command, wherever it stands; after `--` nothing is ours."""
+    """The same command line with `--plugin` moved before the command; arguments after `--` are left alone."""
     end = argv.index("--") if "--" in argv else len(argv)
     first: list[str] = []
     rest: list[str] = []

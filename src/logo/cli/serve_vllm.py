@@ -1,4 +1,4 @@
-"""`logo serve --engine vllm`: works out what vLLM has to be told, and becomes vLLM's own server."""
+"""`logo serve --engine vllm`: works out vLLM's arguments, and becomes vLLM's own server."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class VllmServerOptions:
     Attributes:
         name: what the base model alone is called.
         refused: options of `INSTEAD` that were given.
-        arguments: what stands behind `--`.
+        arguments: what follows `--`.
     """
 
     name: str
@@ -201,7 +201,7 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
 
 
 def _planned(options: EngineOptions, base_model: str, server: VllmServerOptions, dtype: str) -> tuple[Plan, int]:
-    """The slots for this pool, told with the reason; and adapters per mixture."""
+    """The slots for this pool, printed with the reason; and adapters per mixture."""
     from logo.adapters.layout import BaseLayout
     from logo.backends.plan import UTILISATION, plan
     from logo.backends.shapes import ModelShape, PoolShape, number_dtype

@@ -133,7 +133,7 @@ class Screen:
         """Says what there is to do."""
         self._expected = {task.name: task.tokens for group in plan.groups for task in group.tasks}
         count = len(self._expected)
-        done = f", {len(plan.done)} stand already" if plan.done else ""
+        done = f", {len(plan.done)} trained already" if plan.done else ""
         note(f"adapters to train: {count}, in groups: {len(plan.groups)}{done}")
 
     def tell(self, states: Sequence[Status]) -> None:

@@ -20,7 +20,7 @@ Schedules = Literal["cosine", "linear", "constant"]
 
 
 def _usual(help: str, default: object, *names: str) -> Any:
-    """An option of the recipe. Its default stands in `Recipe`, unless a recipe file says otherwise."""
+    """An option of the recipe. Its default is that of `Recipe`, unless a recipe file says otherwise."""
     return usual(help, str(default), *names)
 
 

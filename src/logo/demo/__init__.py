@@ -1,6 +1,6 @@
 """The embedded demo world: a tiny base model, a pool of single-task adapters and held-out rows, inside the package.
 
-Nothing here imports torch. ``make demo-assets`` rebuilds the assets with what stands in ``tools/demo_world``.
+Nothing here imports torch. ``make demo-assets`` rebuilds the assets from ``tools/demo_world``.
 """
 
 from __future__ import annotations

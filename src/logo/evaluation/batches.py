@@ -93,7 +93,7 @@ def in_batches(
         RuntimeError: the engine does not return one generation per prompt, or the first prompts do not fit into memory
             one by one.
     """
-    held: list[Batch] = []  # not yet told from a run that cannot work at all
+    held: list[Batch] = []  # perhaps of a run that cannot work at all
     size, done, lost = size or batch_size, 0, 0
     while done < len(prompts):
         some = list(prompts[done : done + size])

@@ -37,7 +37,7 @@ class Compared(Paired):
     rows: int
 
     def as_json(self) -> dict[str, Any]:
-        """For machines: `test` and `p` stand beside the rest."""
+        """For machines, with `test` and `p`."""
         first = {name: getattr(self, name) for name in ("name", "metric", "datasets", "rows")}
         return first | asdict(self) | asdict(self.significance)
 

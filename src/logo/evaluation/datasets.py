@@ -1,7 +1,7 @@
 """Which datasets exist in a data folder, and the rows of one of them.
 
 A dataset is the file `{data_dir}/{main}/{sub}/{split}.jsonl`, named `main.sub`: the first dot separates, `sub` may
-hold more of them. What a line holds is told in `logo.rows`; what a prediction is worth, in `metrics`.
+hold more of them. `logo.rows` describes a line, and `metrics` scores a prediction.
 """
 
 from __future__ import annotations

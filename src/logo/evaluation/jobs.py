@@ -80,7 +80,7 @@ def find_jobs(
         rows: instead of it, a folder of `NAME.jsonl`, one dataset each.
         train_rows: folder of `NAME.jsonl` with training rows; without it, those of `data_dir` are `train.jsonl`.
         limit: only the first rows of each dataset.
-        metric: of all datasets; None: what stands beside the rows (`declared_metric`), else by the dataset's name.
+        metric: of all datasets; None: the one declared beside the rows (`declared_metric`), else by the dataset's name.
         official: as the official script computes it where nobody says a metric (`metrics.official_kind`).
 
     Raises:

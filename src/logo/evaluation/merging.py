@@ -25,7 +25,7 @@ from logo.evaluation.shards import Shard, positions
 from logo.evaluation.standing import standing
 from logo.rows import Row
 
-_BOUND = ("learnt_sha256", "environments")  # beside its identity, what a whole result is told by
+_BOUND = ("learnt_sha256", "environments")  # what distinguishes whole results, besides their identity
 _NEEDED = ("identity", "fingerprint", "pool", "forms", "score_columns", *_BOUND)  # by what is put together
 _PER_ROW = ("eval_results.json", "predictions.json", "rows.json", "selected_loras.json", "weights.json")
 _CUT = {"count": "the number of shards", "block": "--batch_size", "rows": "the number of rows"}

@@ -86,7 +86,7 @@ def checked_kind(text: object, where: str) -> Kind:
     """The metric of this name.
 
     Raises:
-        UsageError: there is none; `where` says where the name stands.
+        UsageError: there is none; `where` says where the name was found.
     """
     kind = str(text)
     try:

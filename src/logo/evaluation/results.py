@@ -220,7 +220,7 @@ def run_record(
         found_out: what the method found out about the dataset before its first prompt; `learnt`: for a method that
             learns, the SHA-256 of what it learnt.
         environments: what the rows were answered on, see `logo.evaluation.identity.environment`: one, unless the run
-            was gone on with on another.
+            was continued on another.
         folding: what decides whether a mixture is folded or gated (`LoGo.folding`).
     """
     kept = {name: value for name, value in options.items() if name.strip("-").replace("-", "_") not in _SECRETS}

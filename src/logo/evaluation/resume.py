@@ -30,7 +30,7 @@ class ResumePolicy:
     """What the user allows if something is there already.
 
     Attributes:
-        overwrite: begin again, whatever is there.
+        overwrite: begin again, even if there is a result.
         mix: continue what other versions or another kind of device have begun.
         keep_both: advice for the error message: how to keep both results.
     """
@@ -46,7 +46,7 @@ class Learning:
 
     Attributes:
         file: the journal; `run`: its first line if this process learns.
-        fresh: learn again, whatever is there.
+        fresh: learn again, even if it was learnt before.
         policy: what is allowed with a state that another run has learnt, or the same run in another environment.
     """
 
@@ -249,7 +249,7 @@ def _remove(job: Job, learns: bool) -> None:
 
 
 def _in_shards(job: Job) -> bool:
-    """Whether shards of a job's dataset lie beside its result, finished or not."""
+    """Whether shards of a job's dataset are beside its result, finished or not."""
     beginnings = (f"{job.whole.name}.shard-", f".{job.whole.name}.shard-")
     return any(path.name.startswith(beginnings) for path in job.whole.parent.iterdir())
 
@@ -269,7 +269,7 @@ def _begun(file: Path) -> dict[str, Any] | None:
 def _accepted(
     job: Job, file: Path, begun: Mapping[str, Any], environment: Mapping[str, Any], policy: ResumePolicy, what: str
 ) -> dict[str, Any]:
-    """The environment in which something was begun, where it may be gone on with."""
+    """The environment in which something was begun; it may be continued there."""
     found = differences(environment, begun["environment"])
     if found and not policy.mix:
         raise UsageError(

@@ -201,7 +201,7 @@ def evaluate(
         batch_size: how many rows the engine gets at once, as long as they fit into memory.
         max_new_tokens: of each answer.
         journal: see `Answered`.
-        on_progress: gets the number of rows done so far, after each batch and at the start of a run that goes on.
+        on_progress: gets the number of rows done so far, after each batch and at the start of a run that is continued.
 
     Raises:
         UsageError: no rows, or a batch size or token limit below 1.

@@ -125,7 +125,7 @@ def read_runs(paths: Iterable[Path], data_dir: Path | None = None) -> list[Run]:
             the same dataset in one run.
         StorageError: a file that cannot be read.
     """
-    runs: dict[Path, dict[str, Place]] = {}  # by where the run really lies
+    runs: dict[Path, dict[str, Place]] = {}  # by the resolved folder of the run
     for path in paths:
         found = find_results(path)
         if not found:
@@ -147,10 +147,10 @@ def read_runs(paths: Iterable[Path], data_dir: Path | None = None) -> list[Run]:
 
 
 def read_run(path: Path, data_dir: Path | None = None) -> Run:
-    """The one run in a folder, with the datasets that lie at or below it.
+    """The one run in a folder, with the datasets at or below it.
 
     Raises:
-        UsageError: several runs lie there.
+        UsageError: there are several runs.
         UsageError, DataError, StorageError: as `read_runs`.
     """
     runs = read_runs([path], data_dir)
@@ -185,7 +185,7 @@ def _run(places: list[Place], data_dir: Path | None) -> Run:
 
 
 def _marked(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Folders with results at or below this one, each once, whatever links there are. A dataset's folder may hold those
+    """Folders with results at or below this one, each once, even if links lead to it. A dataset's folder may hold those
     of others: `a` and `a/b` are two names."""
     try:
         real = folder.resolve()

@@ -89,7 +89,7 @@ class Result:
 
     @property
     def primary(self) -> str:
-        """The name of the measure that stands for the dataset where there is room for one: ROUGE-L where there are
+        """The name of the measure that is shown where there is room for one: ROUGE-L where there are
         three."""
         return list(self.measures)[-1]
 
@@ -171,7 +171,7 @@ def read_object(file: Path, missing: dict[str, Any] | None = None) -> dict[str, 
 
 
 def _columns(run: Mapping[str, Any], scores: Values, selected: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Names of the score columns: as written, or the names that stand at the same places of both rankings."""
+    """Names of the score columns: as written, or the names at the same places of both rankings."""
     width = scores.shape[1]
     for names in (run.get("score_columns"), list(run.get("pool") or {})):
         if isinstance(names, list) and len(names) == width:

@@ -163,7 +163,7 @@ def study(
         journal_file: see `logo.evaluation.journal`; stays until the caller removes it, after writing the report.
         settings: what was asked for, to be recorded. What it holds under `base_model` must not change in a resumed
             study; nor may the pool, the rows, the contest and the engines' settings.
-        contest: what `measuring` was told to ask of every row.
+        contest: what `measuring` asks of every row.
         seed: of the bootstrap.
         loading: seconds it took to make the engines.
         on_progress: gets the task's name after each row, those of the journal included; `on_lesson` likewise.
@@ -258,7 +258,7 @@ def journal_of(report: Path) -> Path:
     return report.with_name(f"{report.name}.partial.jsonl")
 
 
-# -- what it stands on ------------------------------------------------------------------------------------------
+# -- what it is based on ----------------------------------------------------------------------------------------
 
 
 def _identity(

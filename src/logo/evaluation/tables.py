@@ -101,7 +101,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One row; rows of the same `section` stand below its name."""
+    """One row; rows of the same `section` are listed below its name."""
 
     cells: tuple[Cell | None, ...]
     section: str = ""

@@ -94,7 +94,7 @@ class Columns:
                 self.factors[path] = A[:capacity].clone(), B[:capacity].clone()
 
     def take(self, key: Hashable, rank: int) -> tuple[int, ...]:
-        """Gives a key the first free columns, so that the columns in use lie together."""
+        """Gives a key the first free columns, so that the columns in use are contiguous."""
         self.placed[key] = columns = tuple(heapq.heappop(self._free) for _ in range(rank))
         return columns
 

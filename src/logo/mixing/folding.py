@@ -1,7 +1,7 @@
 """Folding: a mixture is added to the weights that it acts on, so that decoding costs what the base model costs.
 
 `W' = W + Σ_i w_i s_i B_i A_i` replaces `W` inside a block. `W` itself is never written to, and is restored when the
-block is left for whatever reason. There is at most one copy, and none if it does not fit into memory. Quantised and
+block is left, also by an error. There is at most one copy, and none if it does not fit into memory. Quantised and
 offloaded modules cannot be folded, so they keep their gates.
 """
 

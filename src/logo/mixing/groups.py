@@ -25,7 +25,7 @@ class Groups:
     """Rows in groups of one size.
 
     Attributes:
-        rows: (n, m) the rows of each group; -1 at the end of a group stands for no row.
+        rows: (n, m) the rows of each group; -1 at the end of a group is no row.
         adapters: per group, the adapters that its rows use, as ascending columns of the weights.
     """
 

@@ -51,7 +51,7 @@ class Mixer:
         store: its adapters.
         fold: whether one mixture for all rows is folded into the weights if that is possible; None: if it pays and
             the weights are not of half precision (`logo.mixing.costs`).
-        merge: how the adapters of a row are combined if `active` is not told; may be changed.
+        merge: how the adapters of a row are combined unless `active` says otherwise; may be changed.
         neutral: makes token ids of neutral texts and the token that begins each of them, if there is one; for routing
             by `seqr`.
     """

@@ -19,7 +19,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device on which a module computes; under accelerate's offloading its weights lie elsewhere."""
+    """The device on which a module computes; under accelerate's offloading its weights are elsewhere."""
     hook_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if hook_device is not None:
         return torch.device(hook_device)

@@ -146,7 +146,7 @@ class AdapterStore:
             self._release_all()
 
     def release_later(self, hold: Hold) -> None:
-        """As `release`, but without the lock: whoever takes the lock next does the work.
+        """As `release`, but without the lock: the next holder of the lock does the work.
 
         Finalizers call this, and they may run at any point of any thread.
         """

@@ -1,7 +1,7 @@
 """`ScoringIndex`: every adapter's response to a hidden vector at one point, in a few stacked products.
 
 With `s_i B_i = Q_i R_i` (QR), `‖ΔW_i h‖ = ‖R_i A_i h‖`, so norms need an (r, d) factor per adapter and no vector of the
-output's size. The factors of all adapters lie in one matrix, so that a pool of any size takes one product. Whole
+output's size. The factors of all adapters are in one matrix, so that a pool of any size takes one product. Whole
 responses `ΔW_i h`, which need `B_i`, are computed in bounded chunks for the signals that use them.
 """
 
@@ -75,7 +75,7 @@ class ScoringIndex:
         """The index of some of the adapters; their rows are copied."""
         slices = self.rows
         some = [slices[place] for place in places]
-        if self.stacked.numel() > _PASS and self.device.type == "cpu":  # it may lie on a disk
+        if self.stacked.numel() > _PASS and self.device.type == "cpu":  # it may be on a disk
             will_need(self.stacked[rows] for rows in some)
         stacked = torch.cat([self.stacked[rows] for rows in some]) if some else self.stacked[:0]
         offset = None

@@ -32,7 +32,7 @@ def mapped(file: str | Path, shapes: Mapping[str, tuple[int, ...]], metadata: Ma
 
     Args:
         file: replaced if it exists.
-        shapes: of the tensors, in the order in which they lie in the file.
+        shapes: of the tensors, in the order of the file.
 
     Raises:
         OSError: the disk has no room for it.

@@ -85,7 +85,7 @@ def named_points(model: nn.Module, names: Sequence[str]) -> tuple[Point, ...]:
 
 
 def points_of(model: nn.Module, modules: Collection[str], depth: int) -> tuple[Point, ...]:
-    """The points of those modules that lie in the first `depth` layers, in the model's order.
+    """The points of those modules in the first `depth` layers, in the model's order.
 
     Modules of single experts are left out, since they see some of the tokens only.
     """

@@ -45,7 +45,7 @@ class Scorer:
         reader: responses to prompts at these points.
         calibration: the responses to compare with; None for signals without one.
         cache: of the calibration.
-        drift: the levels that a running reference has learnt and goes on to learn; None: prompts change nothing.
+        drift: the levels that a running reference has learnt and continues to learn; None: prompts change nothing.
         signatures: of the adapters that have example prompts; None: no adapter has, or they are not used.
         alone: the scores are those of the signatures, without the responses.
 

@@ -68,7 +68,7 @@ class AnswerChunk:
         text: new whole characters.
         tokens: new token ids, whose text may follow later.
         logprobs: one for each token, if requested.
-        finish_reason: None while the answer goes on.
+        finish_reason: None until the answer ends.
     """
 
     index: int

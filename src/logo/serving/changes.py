@@ -1,4 +1,4 @@
-"""Routes that add and remove adapters while the server runs, as vLLM's; folders have to lie inside one folder."""
+"""Routes that add and remove adapters while the server runs, as vLLM's; folders have to be inside one folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def inside(root: Path, path: str) -> Path:
     """Resolves the folder that a client names, absolute or relative to `root`.
 
     Raises:
-        ApiError: it lies outside of `root`, or is no folder.
+        ApiError: it is outside of `root`, or is no folder.
     """
     try:
         found = (root / path).resolve()

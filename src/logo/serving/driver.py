@@ -136,7 +136,7 @@ def _drain(ray: Any, serve: Any) -> None:
     try:
         serve.get_app_handle(APPLICATION).drain.remote().result(timeout_s=30)
     except (ray.exceptions.RayError, serve.exceptions.RayServeException, TimeoutError) as error:
-        _log.warning("replicas end without having been told before (%s)", type(error).__name__)
+        _log.warning("replicas end without having refused new requests first (%s)", type(error).__name__)
     time.sleep(_FAREWELL)
 
 

@@ -41,7 +41,7 @@ class AccessLog:
 
     Routes may set `request.state.model`, `.prompt_tokens`, `.completion_tokens` and `.selections` (`logged.entry` of
     each prompt) at any time before the answer ends.
-    A client that hung up before the answer was complete is told by `disconnected`, an answer that broke off otherwise
+    A client that hung up before the answer was complete is marked `disconnected`, an answer that broke off otherwise
     by `incomplete`.
     """
 

@@ -202,7 +202,7 @@ class Member:
         try:
             await self._link.reply(command.number, result)
         except Lost:
-            _log.warning("the coordinator has ended before it heard what came of %r", command.kind)
+            _log.warning("the coordinator has ended before it learnt the outcome of %r", command.kind)
 
     async def _result(self, command: Command) -> Any:
         if command.kind == "stage" and command.change is not None:

@@ -17,7 +17,7 @@ def _absent(value: Any) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """OpenAI's own stand-in for the logarithm of zero, which JSON cannot hold."""
+    """OpenAI's own replacement for the logarithm of zero, which JSON cannot hold."""
     return -9999.0 if isinstance(value, float) and not value > -9999.0 else value
 
 
@@ -88,7 +88,7 @@ class TopLogprob(Reply):
 
 
 class TokenLogprob(TopLogprob):
-    """The token that stands there."""
+    """The token at this place."""
 
     top_logprobs: list[TopLogprob] = Field([])
 

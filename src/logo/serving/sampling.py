@@ -50,7 +50,7 @@ class Drawn:
     Attributes:
         drawings: one per row.
         tokens: (rows,) token ids; `NO_TOKEN` for a row that holds NaN or an infinite largest logit.
-        told: the rows with log probabilities.
+        told: the rows whose log probabilities are reported.
         logprobs: (told, 1 + n): of the drawn token, and of the n most likely ones, best first.
         likely: (told, n): ids of the most likely tokens.
     """

@@ -321,7 +321,7 @@ class Service:
             selection = forced(waiting.wanted.adapters or {}, pool, asked.candidates) if found is None else found
             mixture, silent = mixed(self.logo.store, pool, selection, Prompt.of(waiting.prompt).ids)
             self.not_invoked += silent
-            # Held by the request from here on, so that it is answered with what it selected, whatever the pool becomes.
+            # Held by the request from here on, so that it is answered with what it selected, even if the pool changes.
             release = weakref.finalize(mixture, self.logo.store.release_later, mixture.hold)
             return HeldMixture(selection, mixture, queued, took, release)
         except Exception as error:

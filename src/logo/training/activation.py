@@ -93,7 +93,7 @@ class Settling:
         return replace(recipe, activation=INVOCATION, invocation=opening)
 
     def _tokens(self, text: str, row: Example, where: str, recipe: Recipe) -> tuple[tuple[int, ...], str]:
-        """The tokens of a text as it stands in a prompt."""
+        """The tokens of a text within a prompt."""
         alone = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if alone and last_occurrence(_prompt(row), alone) is not None:
             return alone, where
@@ -122,7 +122,7 @@ class Settling:
         )
 
     def _standing(self, text: str, prompt: Sequence[int]) -> tuple[int, ...]:
-        """The fewest tokens that hold the last occurrence of a text; none where it does not stand there."""
+        """The fewest tokens that hold the last occurrence of a text; none if it does not occur."""
         if text not in self._text(prompt):
             return ()
         start = next(start for start in reversed(range(len(prompt))) if text in self._text(prompt[start:]))

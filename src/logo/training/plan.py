@@ -85,8 +85,8 @@ class Plan:
     """All there is to do.
 
     Attributes:
-        groups: what is to be trained, with those members of a group that was begun whose adapters stand already.
-        done: names of the other adapters that stand already.
+        groups: what is to be trained, including finished members of a group that was begun.
+        done: names of the other adapters that are trained already.
     """
 
     groups: tuple[GroupPlan, ...]

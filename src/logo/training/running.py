@@ -94,11 +94,11 @@ def train(
     Args:
         layout: several processes; None: this one.
         tell: is given how far the tasks are that are being learned, again and again.
-        planned: is told what there is to do, once it is known.
+        planned: gets what there is to do, once it is known.
 
     Raises:
         UsageError, DataError: nothing can be trained, or the folder holds something else.
-        StorageError: something cannot be read or written. What was written stands, and is gone on from.
+        StorageError: something cannot be read or written. What was written is kept, and the next run continues from it.
         ModelError, HubError: the base model cannot be loaded.
         WorkersError: processes cannot be started, or are not alike.
     """

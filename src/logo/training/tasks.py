@@ -79,7 +79,7 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
     """The tasks of a folder or of a data set on the Hub, by name.
 
     Args:
-        source: a folder, at any depth of which files lie, or `org/name` of a data set whose configurations are tasks.
+        source: a folder, with files at any depth, or `org/name` of a data set whose configurations are tasks.
         only: names or patterns of tasks, separated by commas; empty: all.
         columns: those of the prompt and of the completion in CSV and Parquet files and on the Hub.
         split: of a data set on the Hub.

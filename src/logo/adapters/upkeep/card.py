@@ -33,13 +33,13 @@ class Card:
     Attributes:
         title: the pool's name.
         adapters: in pool order.
-        root: the pool's folder, in which the adapters lie.
+        root: the pool's folder, with the adapters.
         notes: `pool.json`.
         base_model: a Hub id or a name; None: the one that all adapters or the notes name.
         place: the pool on a command line: a Hub repository with a folder in it, or a folder.
         licence: the front matter's `license`.
         study: the JSON of `logo eval study`.
-        picture: whether `study.png` lies beside the card.
+        picture: whether `study.png` is beside the card.
     """
 
     title: str

@@ -54,7 +54,7 @@ class Upload:
         Raises:
             UsageError: the repository or the folder is not valid; no base model is known for the folder's name; a
                 file beside adapters is a link out of the pool or no JSON object; or a `pool.json` that applies to an
-                adapter lies outside of the pool.
+                adapter is outside of the pool.
         """
         if not is_repo_id(repo):
             raise UsageError(f"{repo!r} is not a Hub repo id; expected namespace/name")

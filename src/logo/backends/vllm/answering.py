@@ -157,11 +157,11 @@ class Answering:
                 request = stack.enter_context(self._core.request(selection))
             except KeyError:
                 raise unavailable("the pool changed while the request waited; try again", retry_after=1) from None
-            decided()  # its adapters stay until it is answered, whatever the pool becomes
+            decided()  # its adapters stay until it is answered, even if the pool changes
             yield request
 
     def _failed(self, recipe: str, reason: str | None) -> ApiError | None:
-        """What an answer with a recipe is told that was not mixed, or was not a number; the next is another recipe."""
+        """The error of an answer whose recipe was not mixed, or was not finite; the next one gets another recipe."""
         if reason is None:
             return None
         self._core.failed(recipe)

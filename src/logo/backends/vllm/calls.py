@@ -31,7 +31,7 @@ def _told(own: Worker, process: str) -> dict[str, Any]:
 
 def logo_stage(worker: Any, change: list[str] | None, process: str = "", digest: str = "") -> dict[str, Any]:
     """Begins a change, see `Worker.stage`; or says `wait` where another process changes the pool, or has changed it
-    since this one has looked (`digest`). A pool that another process has opened is told instead, as `logo_pool` does.
+    since this one has looked (`digest`). If another process has opened a pool, that is returned as by `logo_pool`.
     """
     own = _of(worker)
     if not own.processes.begin(process):

@@ -1,7 +1,7 @@
-"""Compiled layers and captured CUDA graphs of vLLM: what they have to be told of LoGo, and when none may be replayed.
+"""Compiled layers and captured CUDA graphs of vLLM: what they need to know of LoGo, and when none may be replayed.
 
 A graph replays what the device did when it was captured, and runs no Python. Products follow their buffers there, but
-a tap is Python. So the model is split at the taps as it is at attention, and what is captured is what lies between.
+a tap is Python. So the model is split at the taps as it is at attention, and what is captured is what is between.
 Graphs of the whole model, which vLLM takes where every request has one token in the step, have no splits: a step with a
 token of a probed prompt, such as the last one of a prompt that was cut into chunks, must not take one.
 """

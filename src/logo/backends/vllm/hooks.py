@@ -169,7 +169,7 @@ def _schedule(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: 
         return
     if vllm_config.device_config.device_type == "cpu" and not vllm_config.use_v2_model_runner:
         # Attention on CPUs multiplies what is left in a block by 0, and what an answer that overflows leaves is no
-        # number. Runner V1 empties blocks there when it is told to.
+        # number. Runner V1 empties blocks there on request.
         kwargs["kv_cache_config"] = _emptied(kwargs["kv_cache_config"])
     original(self, vllm_config, *args, **kwargs)
     if mode_of(options, vllm_config.model_config.model, self.lora_config)[0] == "gate":
@@ -195,7 +195,7 @@ def _notice(original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kw
 
 
 def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: Any, **kwargs: Any) -> Any:
-    # A metric per recipe would never end, and tell what adapters are called and mixed to whoever reads metrics.
+    # A metric per recipe would never end, and show the names and mixtures of adapters to all who read metrics.
     return original(self, req_id, None if lora_name and is_recipe(lora_name) else lora_name, *args, **kwargs)
 
 
@@ -271,7 +271,7 @@ def _noting(hook: Callable[[Worker], None], runner: Any) -> None:
     try:
         hook(worker)
     except Exception as error:
-        log.error("LoGo: the prompts of a step could not be told apart", exc_info=error)
+        log.error("LoGo: the prompts of a step could not be separated", exc_info=error)
         worker.late = error
 
 

@@ -102,7 +102,7 @@ def span(
         computed: how many of its tokens were run before.
         count: how many rows it has in the step.
         bos: the token that begins every text.
-        pictures: whether its tokens stand for something besides text.
+        pictures: whether its tokens represent something besides text.
     """
     found = mark(parameters)
     if found is None or prompt is None:

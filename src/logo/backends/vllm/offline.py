@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 class VllmLoGo(Calls):
     """Selects and mixes adapters per prompt inside vLLM. `LoGo.from_pretrained(..., engine="vllm")` makes one.
 
-    Rows of a call run together as vLLM schedules them, whatever `batch_size` is. The pool cannot change.
+    Rows of a call run together as vLLM schedules them; `batch_size` has no effect. The pool cannot change.
 
     Args:
-        llm: vLLM's `LLM`, which was told of a pool.
+        llm: vLLM's `LLM`, opened with a pool.
         model: the base model without its weights.
         tokenizer: the model's, with a pad token.
         prompts: reads prompts with this tokenizer.

@@ -4,7 +4,7 @@
     Onset, rows of a step -> ids   0 0 0 a a a a b    that vLLM's mapping of tokens to adapters gets
 
 Positions are absolute, so that a prompt may be read in chunks, put back and begun again. What comes before the first
-of them is the base model's, and vLLM's cache of keys and values is told so (`hash_as`).
+of them is the base model's, and vLLM's cache of keys and values is keyed accordingly (`hash_as`).
 """
 
 from __future__ import annotations

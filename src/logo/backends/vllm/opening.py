@@ -184,7 +184,7 @@ def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, cache: str | Non
         if AdapterPool.from_directory(root, on_bad_adapter=on_bad_adapter, cache=cache).names == pool.names:
             return root
     raise PoolError(
-        "the engine 'vllm' opens the pool again in vLLM's processes, so all of its adapters have to lie in one folder "
+        "the engine 'vllm' opens the pool again in vLLM's processes, so all of its adapters have to be in one folder "
         "under their names, and no others; give that folder or a Hub repository as the pool"
     )
 
@@ -204,7 +204,7 @@ def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Seque
     for signal in SIGNALS.known:
         try:
             reading_plan(model, pool, settings.for_call(signal=signal))
-        except LoGoError:  # said again to whoever asks for it
+        except LoGoError:  # raised again where it is asked for
             continue
         usable.append(signal)
     return usable

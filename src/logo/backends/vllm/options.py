@@ -1,4 +1,4 @@
-"""What LoGo is told inside vLLM: by the environment, or by `--additional-config '{"logo": {...}}'`."""
+"""LoGo's options inside vLLM: from the environment, or from `--additional-config '{"logo": {...}}'`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
 
 @dataclass(frozen=True)
 class Options:
-    """What every process of one vLLM server is told.
+    """The options of every process of one vLLM server.
 
     Attributes:
         pool: a folder of adapters, or a Hub repository `org/name[/folder][@revision]`.

@@ -18,7 +18,7 @@ from logo.backends.vllm.onsets import Onset
 
 
 class Counting(Protocol):
-    """Who is told."""
+    """What is called."""
 
     def not_invoked(self, keys: Sequence[str]) -> None:
         """The prompt does not invoke the adapters of these keys, so they do nothing."""
@@ -32,7 +32,7 @@ class _Prompt:
     """The prompt of one answer.
 
     Attributes:
-        counting: who is told.
+        counting: what is called.
         block: tokens of which vLLM's cache hands on all or none; None: no probe has read the prompt.
         request: vLLM's id of the request; None: it has not come yet.
         read: tokens that the answer may find in the cache.

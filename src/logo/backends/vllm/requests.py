@@ -1,4 +1,4 @@
-"""vLLM's offline engine, stepped by whoever waits for an answer.
+"""vLLM's offline engine, stepped by the threads that wait for answers.
 
     start -> (step, step, ...: the awaited requests and all others that run) -> Running.tokens
 

@@ -16,8 +16,8 @@ class Rewriting:
 
     Args:
         send: where the response goes.
-        change: changes one object in place; told whether it is the first.
-        check: awaited before the end of a response; an error that it returns stands instead of a whole response, and
+        change: changes one object in place; gets whether it is the first.
+        check: awaited before the end of a response; an error that it returns replaces a whole response, and
             ends a stream.
         spoilt: once set, nothing more of a stream is sent but its end.
     """

@@ -127,7 +127,7 @@ class Router:
             )
         self._core = core
         self._answering = Answering(self.app, core, self._workers, self._base, self._counts)
-        state.logo_router = self  # for whoever runs this app as one of several replicas
+        state.logo_router = self  # for a process that runs this app as one of several replicas
         log.info(
             "LoGo: %d adapters, signal %s, %s mode (%s), ready in %.1f s",
             len(core.pool.keys),

@@ -55,7 +55,7 @@ class Span:
         Args:
             unread: what `self.unread` gave for the prompt.
         """
-        if token == "last" and self.signal:  # of texts for a calibration, whoever asks for them takes the last one
+        if token == "last" and self.signal:  # of texts for a calibration, the caller takes the last one
             return range(self.end - 1 if self.end == self.total else self.end, self.end)
         return range(max(self.start, unread), self.end)
 

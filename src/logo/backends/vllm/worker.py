@@ -103,7 +103,7 @@ class Worker:
         return self.mode == "gate" or self._device.type == "cpu"
 
     def attach(self, model: nn.Module) -> None:
-        """Puts a tap before every layer that vLLM has wrapped, and turns the factors that are multiplied as they lie.
+        """Puts a tap before every layer that vLLM has wrapped, and transposes the factors that are multiplied in place.
 
         Raises:
             ModelError: a layer that adapters act on, or that is probed, is not one that vLLM can adapt.

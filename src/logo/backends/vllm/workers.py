@@ -213,7 +213,7 @@ class Workers:
             waiting, self._waiting = self._waiting, {}
             try:
                 found = (await self.call("logo_take", list(waiting)))[0]
-            except Exception as error:  # everybody who waits is told; others may wait by now
+            except Exception as error:  # all waiters get it; others may wait by now
                 for future in _open(waiting.values()):
                     future.set_exception(error)
                 continue

@@ -43,7 +43,7 @@ def card(
 
     # Leaving damaged adapters out means finding them first, as in `opened`.
     pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=on_bad_adapter == "skip")
-    if (folder / NOTES).is_symlink():  # its content is told in the card
+    if (folder / NOTES).is_symlink():  # its content is printed in the card
         checked(folder / NOTES, folder)
     numbers, picture = (None, None) if study is None else _study(study)
     files = [folder / CARD, *([folder / PICTURE] if picture is not None else [])]

@@ -43,7 +43,7 @@ def opened(folder: Path, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
     """The pool in a folder; adapters that are left out are printed. The cache is neither read nor written."""
     from logo.adapters.pool import AdapterPool
 
-    # Leaving damaged adapters out means finding them first. Otherwise whatever is read is checked as it is read.
+    # Leaving damaged adapters out means finding them first. Otherwise files are checked as they are read.
     verify = on_bad == "skip"
     pool = AdapterPool.from_directory(folder, on_bad_adapter=on_bad, allow_pickle=allow_pickle, verify=verify, cache="")
     tell_refused(pool.refused)
@@ -65,7 +65,7 @@ def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter
 
 
 def without_checkpoints(folder: Path, on_bad: OnBad, *, verify: bool) -> tuple[AdapterPool, list[str]]:
-    """The pool as it is published, and the names of checkpoints, which are no adapters of it; both are told."""
+    """The pool as it is published, and the names of checkpoints, which are no adapters of it; a line names both."""
     from logo.adapters.format import own_name
     from logo.adapters.pool import AdapterPool
     from logo.adapters.survey import survey

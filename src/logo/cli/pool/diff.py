@@ -57,7 +57,7 @@ def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
 
 
 def _named_alike(one: AdapterPool, other: AdapterPool) -> tuple[AdapterPool, AdapterPool]:
-    """Two single adapters are compared whatever they are called."""
+    """Two single adapters are compared even if their names differ."""
     from dataclasses import replace
 
     from logo.adapters.pool import AdapterPool

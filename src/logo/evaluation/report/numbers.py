@@ -131,7 +131,7 @@ def extra_lines(pairing: Pairing) -> list[Line]:
 def marked(
     cells: Sequence[Cell | None], marks: Callable[[Sequence[float | None]], Sequence[Mark]] | None = None
 ) -> tuple[Cell | None, ...]:
-    """Cells that say whether they stand on as much as any other.
+    """Cells that say whether they are means over as many rows as the others.
 
     Args:
         marks: from the values of those that do, None for the others, to their marks.

@@ -28,7 +28,7 @@ from logo.evaluation.tables import (
     words,
 )
 
-MOST = 5  # adapters per dataset, and pairs, that are told in words below a heat map
+MOST = 5  # adapters per dataset, and pairs, that are named below a heat map
 MARKS = (
     "Bold: the highest, and significantly better than every other run of that line. {weak}: where no run is, the "
     f"highest and all that are not significantly worse. Significant: p below {ALPHA} by {TESTS['mcnemar']} where the "

@@ -10,7 +10,7 @@ from logo.evaluation.metrics import Kind
 SPLITS = ("test", "train")
 
 Files = tuple[str, ...] | Mapping[str, str]
-"""Where a split's rows lie below a root: patterns of which the first that matches counts, or a file per column."""
+"""Where a split's rows are below a root: patterns of which the first that matches counts, or a file per column."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,6 @@ class Declaration:
 
 
 def usual_places(config: str, split: str) -> tuple[str, ...]:
-    """Where Parquet files of a split lie in a repository: as `push_to_hub` writes them, or as the Hub converts them."""
+    """Where Parquet files of a split are in a repository: as `push_to_hub` writes them, or as the Hub converts them."""
     places = (f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet", f"{config}/*-{split}.parquet")
     return (*places, f"data/{split}-*.parquet", f"{split}-*.parquet") if config == "default" else places

@@ -2,7 +2,7 @@
 
 Every value in such a file is text, a list or a mapping (`no` is the word no, `1` the character 1), nothing in it can
 run code, and a key that is not known is an error. `docs/datasets.md` describes the keys; those of the official
-datasets lie beside this module, in `files`.
+datasets are beside this module, in `files`.
 """
 
 from __future__ import annotations
@@ -192,14 +192,14 @@ def _parsed(content: bytes) -> Any:
     import yaml
 
     class Loader(yaml.BaseLoader):  # type: ignore[misc]
-        """Only text, lists and mappings; a key that stands twice is an error."""
+        """Only text, lists and mappings; a repeated key is an error."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value]
             for key in keys:
                 if not isinstance(key, str) or keys.count(key) > 1:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} stands twice", node.start_mark
+                        None, None, f"the key {key!r} occurs twice", node.start_mark
                     )
             return super().construct_mapping(node, deep)
 

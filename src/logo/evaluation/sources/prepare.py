@@ -48,7 +48,7 @@ def prepare(
     What was there before is replaced, as a whole and at the end, or stays if anything goes wrong.
 
     Args:
-        on_stage: told what is being done.
+        on_stage: gets what is being done.
 
     Raises:
         DataError: raw files that are missing or do not fit the declaration.

@@ -50,7 +50,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[tuple[str, Value], ...]:
-        """The values, by which a cell is told from all others."""
+        """The values, which distinguish a cell from all others."""
         return tuple(self.values.items())
 
     @property
