@@ -103,10 +103,10 @@ def locked(found: Gathered, places: Sequence[str], base_model: str | None, file:
 def changes(before: Manifest, now: Manifest) -> list[str]:
     """The differences between two manifests, a line for each adapter that has changed."""
     old, new = ({entry.name: entry for entry in one.entries} for one in (before, now))
-    told = [f"- {name}: gone" for name in old if name is not None and name not in new]
+    lines = [f"- {name}: gone" for name in old if name is not None and name not in new]
     for name, entry in new.items():
         if name not in old:
-            told.append(f"+ {name}: new")
+            lines.append(f"+ {name}: new")
             continue
         other = old[name]
         what = {"source": "another place", "sha256": "other weights", "config_sha256": "another configuration"}
@@ -114,8 +114,8 @@ def changes(before: Manifest, now: Manifest) -> list[str]:
         differs = [text for key, text in what.items() if getattr(other, key) != getattr(entry, key)]
         if differs:
             commits = f" ({(other.revision or '?')[:7]} -> {entry.revision[:7]})" if entry.revision else ""
-            told.append(f"~ {name}: {', '.join(differs)}{commits}")
-    return told
+            lines.append(f"~ {name}: {', '.join(differs)}{commits}")
+    return lines
 
 
 def _source(origin: Origin, file: Path) -> str:

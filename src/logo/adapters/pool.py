@@ -304,12 +304,12 @@ class AdapterPool:
                 fitted.append(fit)
         _refuse(refused, on_bad_adapter, where="the pool")
         copies = {adapter.name: list(adapter.copies.values()) for adapter in adapters if adapter.copies}
-        told = [name for name in copies if name not in {error.name for error in refused}]
-        if told:
-            more = f" and {len(told) - 1} more adapters" if len(told) > 1 else ""
+        dropped = [name for name in copies if name not in {error.name for error in refused}]
+        if dropped:
+            more = f" and {len(dropped) - 1} more adapters" if len(dropped) > 1 else ""
             warnings.warn(
-                f"adapter {told[0]!r}{more}: copies of base weights ({', '.join(copies[told[0]][:3])}) equal those of "
-                "the base model and are left out",
+                f"adapter {dropped[0]!r}{more}: copies of base weights ({', '.join(copies[dropped[0]][:3])}) equal "
+                "those of the base model and are left out",
                 UserWarning,
                 stacklevel=2,
             )

@@ -62,7 +62,7 @@ def compare(
 
 def _table(found: Comparison) -> Table:
     """A line for each dataset and measure, then for each group."""
-    from logo.evaluation.paired import ALPHA, told_tests
+    from logo.evaluation.paired import ALPHA, tests_in_words
     from logo.evaluation.tables import Column, Table, numbers, row, words
 
     everything = [*found.datasets, *found.groups]
@@ -80,7 +80,7 @@ def _table(found: Comparison) -> Table:
     holm = f" p Holm: the same, corrected for the {len(everything)} lines by Holm's method." if several else ""
     note = (
         "All in percent, BLEU and chrF of 100. better, worse, same: rows on which B's score is higher than A's, lower, "
-        f"or equal. p: two-sided, by {told_tests(one.significance for one in everything)}.{holm} "
+        f"or equal. p: two-sided, by {tests_in_words(one.significance for one in everything)}.{holm} "
         f"Bold: {'p Holm' if several else 'p'} below {ALPHA}."
     )
     return Table(columns, tuple(rows), note=note)

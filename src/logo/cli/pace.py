@@ -48,8 +48,8 @@ class Pace:
             note(f"{self._what}: {self._done} of {self._total} · {each:.1f} s each · {left} left")
 
 
-class Told:
-    """What a study tells of its lessons and rows.
+class Bars:
+    """The progress of a study.
 
     Args:
         shown: bars, where there is a terminal.

@@ -104,8 +104,8 @@ def say_intervals(score: Score) -> None:
     intervals = score.files["metrics.json"]["official_intervals"]
     if intervals:
         ends = {_label(key): f"{100 * low:.2f} to {100 * high:.2f}" for key, (low, high) in intervals.items()}
-        told = ", ".join(f"{label} {text}" if len(ends) > 1 else text for label, text in ends.items())
-        note(f"95 % interval: {told} · {score.rows} rows")
+        shown = ", ".join(f"{label} {text}" if len(ends) > 1 else text for label, text in ends.items())
+        note(f"95 % interval: {shown} · {score.rows} rows")
 
 
 def table(scores: Sequence[Score]) -> Table:

@@ -133,8 +133,8 @@ def application(arguments: dict[str, Any]) -> Any:
 
     from logo.cli.app import app
 
-    told = {"host": "0.0.0.0", "ray": "auto", **arguments, "port": 0}
-    flags = [flag for name, value in told.items() for flag in flags_of(f"--{name.replace('_', '-')}", value)]
+    given = {"host": "0.0.0.0", "ray": "auto", **arguments, "port": 0}
+    flags = [flag for name, value in given.items() for flag in flags_of(f"--{name.replace('_', '-')}", value)]
     token = _described.set(True)
     try:
         return get_command(app).main(["serve", *flags], standalone_mode=False)

@@ -164,13 +164,13 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
     check_access(base_model, model_dir=options.model_dir)
     settings = selection_settings(options)
     place = pool_place(options.adapters, base_model, options.model_dir).spec
-    told = {
+    config = {
         **settings.changed,
         "signals": list(server.signals),
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),
         **({} if server.max_body_mb is None else {"max_body_mb": server.max_body_mb}),
     }
-    Options.of({"logo": {**told, "pool": place}}, {})  # refuses what vLLM's workers would refuse
+    Options.of({"logo": {**config, "pool": place}}, {})  # refuses what vLLM's workers would refuse
     on_cpu = _on_cpu()
     dtype = options.dtype if options.dtype not in (None, "auto") else "float32" if on_cpu else "auto"
     plan, k = _planned(options, base_model, server, str(dtype))
@@ -190,7 +190,7 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
         name=server.name,
         plan=plan,
         pool=place,
-        options={**told, "k": k},
+        options={**config, "k": k},
         host=server.host,
         port=server.port,
         api_key=server.api_keys[0] if server.api_keys else None,

@@ -19,7 +19,7 @@ from logo.cli.methods import MethodOptions
 from logo.cli.opening import open_engine, open_pool, selection_settings
 from logo.cli.options import EngineOptions, Json, rare, usual
 from logo.cli.output import err, natural_width, note, print_json, progress, rich_table, screen, write_json
-from logo.cli.pace import Told
+from logo.cli.pace import Bars
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
 from logo.cli.workers import WorkerOptions, layout_of, only, opened
@@ -192,14 +192,14 @@ def _show(report: Mapping[str, Any], *, json: bool) -> None:
 
 def _confidence(signal: str, found: Mapping[str, Any]) -> str:
     """How well the confidence of a signal separates prompts with an adapter from others, in a line."""
-    told = [
+    values = [
         f"{found['auroc'][name]:.2f} against {what}"
         for name, what in (("unseen", "unseen tasks"), ("left_out", "left-out adapters"))
         if found["auroc"][name] is not None
     ]
     error = "" if found["error"] is None else f", reliability error {found['error']:.2f}"
-    told = told or ["unknown, nothing to compare with"]
-    return f"{signal}: AUROC of the confidence {', '.join(told)}{error}"
+    values = values or ["unknown, nothing to compare with"]
+    return f"{signal}: AUROC of the confidence {', '.join(values)}{error}"
 
 
 def _signals(text: str) -> dict[str, dict[str, Any]]:
@@ -314,7 +314,7 @@ def _measure(
     asked = asked_of(tasks, contest, measuring.facts.names)
     lessons = contest.lessons([task.name for task in asked], measuring.facts.names)
     with progress(disable=not err.is_terminal) as shown:
-        told = Told(shown, len(lessons), sum(len(task.rows) for task in asked), plain=bool(contest.as_dict()))
+        bars = Bars(shown, len(lessons), sum(len(task.rows) for task in asked), plain=bool(contest.as_dict()))
         try:
             return run_study(
                 measuring,
@@ -324,8 +324,8 @@ def _measure(
                 contest=contest,
                 seed=seed,
                 loading=loading,
-                on_progress=told.row,
-                on_lesson=told.lesson,
+                on_progress=bars.row,
+                on_lesson=bars.lesson,
             )
         except KeyboardInterrupt:
             note(f"Finished rows are kept in {journal}: repeat the command to continue.")

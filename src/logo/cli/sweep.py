@@ -258,7 +258,7 @@ def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int, *, gro
 
 
 def _captions(best: Sequence[Standing]) -> Iterator[str]:
-    from logo.evaluation.paired import ALPHA, told_tests
+    from logo.evaluation.paired import ALPHA, tests_in_words
 
     if any(standing.cell.moot for standing in best):
         yield f"{MOOT} makes no difference."
@@ -266,7 +266,7 @@ def _captions(best: Sequence[Standing]) -> Iterator[str]:
     if used:
         yield (
             "to the best: the difference from the first line, paired row by row. "
-            f"p Holm: by {told_tests(used)}, corrected for all lines by Holm's method; bold below {ALPHA}."
+            f"p Holm: by {tests_in_words(used)}, corrected for all lines by Holm's method; bold below {ALPHA}."
         )
 
 

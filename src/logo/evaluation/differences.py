@@ -20,7 +20,7 @@ def differences(one: Mapping[str, object], other: Mapping[str, object]) -> list[
     return [pair for pair in found if not (pair[0].endswith("_sha256") and pair[0].removesuffix("_sha256") in names)]
 
 
-def told(found: Sequence[Difference]) -> str:
+def described(found: Sequence[Difference]) -> str:
     """The differences in a few words, from the other side: `settings.k is 5, not 2`."""
     named = [
         f"{name} is {_short(theirs)}{' instead of' if ours is None else ', not'} {_short(ours)}"

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from logo.errors import StorageError, UsageError
-from logo.evaluation.differences import differences, told
+from logo.evaluation.differences import described, differences
 from logo.folders import sync_folder
 
 _LINE = re.compile(rb'\{"check": "([0-9a-f]{64})", "content": (.*)\}\n', re.DOTALL)
@@ -182,8 +182,8 @@ class Journal:
     def _of_another(self, run: dict[str, Any]) -> UsageError:
         return UsageError(
             f"journal {self.path}: left by a run with other settings, pool or rows, or written by an earlier version "
-            f"({told(differences(self.run, run))}); repeat that run to finish it, delete the file, or name another "
-            "result file"
+            f"({described(differences(self.run, run))}); repeat that run to finish it, delete the file, or name "
+            "another result file"
         )
 
     def _lock(self, wait: str | None) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from logo.errors import DataError, UsageError
-from logo.evaluation.differences import differences, told
+from logo.evaluation.differences import described, differences
 from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
 from logo.evaluation.resume import ResumePolicy
@@ -169,7 +169,7 @@ def _check_place(merged: Merged) -> None:
     other = there.other({**run["identity"], "pool": run["pool"], "shard": None})
     if other is None:
         found = differences({key: run[key] for key in _BOUND}, {key: there.run.get(key) for key in _BOUND})
-        other = f"{merged.folder} holds a result of its own: {told(found)}" if found else None
+        other = f"{merged.folder} holds a result of its own: {described(found)}" if found else None
     if other is not None:
         raise UsageError(f"dataset {run['dataset']['name']!r}: {other}; --overwrite replaces it")
 
@@ -209,8 +209,8 @@ def _check_environments(parts: Sequence[ShardResult]) -> None:
         odd = next(part for part in parts if others[0] in part.run["environments"])
         raise DataError(
             f"dataset {odd.dataset!r}: shards ran under several versions or on several kinds of device: in "
-            f"{str(odd.folder)!r} {told(differences(first, others[0]))}; run one of them again where the other ran, or "
-            "let them differ with --mix-environments (run.json says so)"
+            f"{str(odd.folder)!r} {described(differences(first, others[0]))}; run one of them again where the other "
+            "ran, or let them differ with --mix-environments (run.json says so)"
         )
 
 
@@ -218,7 +218,7 @@ def _difference(one: ShardResult, other: ShardResult) -> str:
     """The difference between two shards' runs, in a few words; '' if there is none."""
     found = differences(_known_by(one.run), _known_by(other.run))
     if found or one.run["fingerprint"] == other.run["fingerprint"]:
-        return told(found)
+        return described(found)
     return "their fingerprints differ"
 
 

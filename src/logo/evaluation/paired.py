@@ -199,7 +199,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in found]
 
 
-def told_tests(used: Iterable[Significance]) -> str:
+def tests_in_words(used: Iterable[Significance]) -> str:
     """The tests that some p-values come from, in words."""
     names = {one.test for one in used}
     return " or ".join(text for name, text in TESTS.items() if name in names)

@@ -18,7 +18,7 @@ from typing import Any
 
 from logo.digests import fingerprint
 from logo.errors import StorageError, UsageError
-from logo.evaluation.differences import differences, told
+from logo.evaluation.differences import described, differences
 from logo.evaluation.jobs import Job
 from logo.evaluation.journal import Journal, written
 from logo.evaluation.standing import Standing, standing
@@ -122,7 +122,7 @@ def plan(
     if begun is not None and found:
         raise UsageError(
             f"dataset {job.dataset!r}: {file} was left by an unfinished run with other settings, pool or rows, or "
-            f"written by an earlier version ({told(found)}); repeat that run to finish it, or begin again with "
+            f"written by an earlier version ({described(found)}); repeat that run to finish it, or begin again with "
             f"--overwrite; {policy.keep_both}"
         )
     resumed = begun is not None and not in_order
@@ -274,8 +274,8 @@ def _accepted(
     if found and not policy.mix:
         raise UsageError(
             f"dataset {job.dataset!r}: {file} was {what} under other versions or on another kind of device: "
-            f"{told(found)}; go on there, or here with --mix-environments (answers may differ in their last digits, "
-            "and run.json says so), or begin again with --overwrite"
+            f"{described(found)}; go on there, or here with --mix-environments (answers may differ in their last "
+            "digits, and run.json says so), or begin again with --overwrite"
         )
     return dict(begun["environment"])
 
@@ -320,8 +320,8 @@ def _taken(job: Job, learning: Learning, kept: Mapping[str, Any]) -> bool:
         return not found and (policy.mix or not differences(own["environment"], kept["environment"]))
     if found:
         raise UsageError(
-            f"dataset {job.dataset!r}: {learning.file} holds what another run learnt ({told(found)}); begin again with "
-            f"--overwrite; {policy.keep_both}"
+            f"dataset {job.dataset!r}: {learning.file} holds what another run learnt ({described(found)}); begin again "
+            f"with --overwrite; {policy.keep_both}"
         )
     _accepted(job, learning.file, kept, own["environment"], policy, "learnt")
     return True

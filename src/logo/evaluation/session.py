@@ -142,8 +142,8 @@ class Evaluation(ABC):
         Args:
             on_progress: gets the number of rows done so far.
         """
-        told = None if on_progress is None else lambda _, done: on_progress(done)
-        [(_, files)] = self.results([plan], told)
+        rows_done = None if on_progress is None else lambda _, done: on_progress(done)
+        [(_, files)] = self.results([plan], rows_done)
         return files
 
     @property

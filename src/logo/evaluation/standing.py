@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from logo.errors import StorageError
-from logo.evaluation.differences import differences, told
+from logo.evaluation.differences import described, differences
 from logo.evaluation.results import RESULT_FILES
 
 
@@ -52,7 +52,7 @@ class Standing:
         if self.problem is not None:
             return f"{self.folder} holds {self.problem}"
         found = differences(asked, self.asked)
-        return f"{self.folder} holds the result of another run: {told(found)}" if found else None
+        return f"{self.folder} holds the result of another run: {described(found)}" if found else None
 
     @property
     def digest(self) -> str:

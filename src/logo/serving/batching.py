@@ -238,15 +238,15 @@ class Batching(Steps):
         unheard = self._manager.output_router.output_queue  # outputs for callers that have left
         while not unheard.empty():
             unheard.get_nowait()
-        told = [(self._mixture(name), tokens, drawn, first) for name, tokens, drawn, first in step]
+        sequences = [(self._mixture(name), tokens, drawn, first) for name, tokens, drawn, first in step]
         # Gates that are all open do not depend on the position any more.
         standing = tuple(
             (name, tokens, drawn, first if mixture is not None and first < mixture.last else None)
-            for (name, *_), (mixture, tokens, drawn, first) in zip(step, told, strict=True)
+            for (name, *_), (mixture, tokens, drawn, first) in zip(step, sequences, strict=True)
         )
         if standing != self._standing:
             self._standing = None
-            self._mixed = self._packed.gate(told)
+            self._mixed = self._packed.gate(sequences)
             self._standing = standing
             if self._model.device.type == "cuda":  # the forward pass runs in its own stream
                 torch.cuda.current_stream(self._model.device).synchronize()

@@ -31,14 +31,14 @@ def serve_replicas(
     address: tuple[str, int],
     digest: str | None,
     started: Callable[[str], None],
-    told: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> None:
     """Serves until a signal comes, and then until accepted requests have ended.
 
     Args:
         address: host and port.
         started: called with the address when requests are accepted.
-        told: called with a line when the number of replicas changes.
+        say: called with a line when the number of replicas changes.
 
     Raises:
         UsageError: Ray is not installed, or the cluster's address is not valid.
@@ -77,7 +77,7 @@ def serve_replicas(
         )
         if _until_running(serve, min(first, room.room), stop):
             started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            _watch(serve, told, stop)
+            _watch(serve, say, stop)
             _drain(ray, serve)
     finally:
         try:
@@ -119,7 +119,7 @@ def _reason(said: str) -> str:
     return str(found[-1]).strip() if found else " ".join(said.split())[-300:]
 
 
-def _watch(serve: Any, told: Callable[[str], None], stop: threading.Event) -> None:
+def _watch(serve: Any, say: Callable[[str], None], stop: threading.Event) -> None:
     """Reports changes of the number of replicas until a signal comes."""
     before, _, _ = running(serve)
     while not stop.wait(2.0):
@@ -127,7 +127,7 @@ def _watch(serve: Any, told: Callable[[str], None], stop: threading.Event) -> No
         if status == "NOT_STARTED":
             raise WorkersError("the application was removed from the cluster")
         if count != before:
-            told(f"{count} replica{' takes' if count == 1 else 's take'} requests, {before} did")
+            say(f"{count} replica{' takes' if count == 1 else 's take'} requests, {before} did")
             before = count
 
 

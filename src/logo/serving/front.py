@@ -56,8 +56,8 @@ class FrontSettings:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> FrontSettings:
         """Reads the settings from the environment."""
-        told = json.loads(environment.get(FRONT) or "{}")
-        return cls(**{**told, "allow_hosts": tuple(told.get("allow_hosts", ()))})
+        stored = json.loads(environment.get(FRONT) or "{}")
+        return cls(**{**stored, "allow_hosts": tuple(stored.get("allow_hosts", ()))})
 
 
 class Front:

@@ -64,7 +64,7 @@ class Gated:
     Args:
         app: the app behind the gate.
         gate: for all paths but `FREE` and the page's files.
-        told: headers of `/health`.
+        headers: more headers of `/health`.
         only: the paths that pass the gate, if no others depend on the pool; None: see `gate`.
     """
 
@@ -72,10 +72,10 @@ class Gated:
         self,
         app: ASGIApp,
         gate: Gate,
-        told: Callable[[], Mapping[str, str]],
+        headers: Callable[[], Mapping[str, str]],
         only: Container[str] | None = None,
     ) -> None:
-        self.app, self._gate, self._told, self._only = app, gate, told, only
+        self.app, self._gate, self._headers, self._only = app, gate, headers, only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,9 +110,9 @@ class Gated:
                 inside.leave()
 
     def _telling(self, send: Send) -> Send:
-        async def told(message: Message) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self._told())
+                MutableHeaders(scope=message).update(self._headers())
             await send(message)
 
-        return told
+        return with_headers

@@ -50,14 +50,14 @@ class Drawn:
     Attributes:
         drawings: one per row.
         tokens: (rows,) token ids; `NO_TOKEN` for a row that holds NaN or an infinite largest logit.
-        told: the rows whose log probabilities are reported.
-        logprobs: (told, 1 + n): of the drawn token, and of the n most likely ones, best first.
-        likely: (told, n): ids of the most likely tokens.
+        reported: the rows whose log probabilities are reported.
+        logprobs: (reported, 1 + n): of the drawn token, and of the n most likely ones, best first.
+        likely: (reported, n): ids of the most likely tokens.
     """
 
     drawings: Sequence[Drawing]
     tokens: Tensor
-    told: tuple[int, ...]
+    reported: tuple[int, ...]
     logprobs: Tensor
     likely: Tensor
 
@@ -65,9 +65,9 @@ class Drawn:
         """Records the draws of a step; `tokens` are those of the rows, on the host."""
         for drawing in self.drawings:
             drawing.count += 1
-        if not self.told:
+        if not self.reported:
             return
-        for row, (own, *values), ids in zip(self.told, self.logprobs.tolist(), self.likely.tolist(), strict=True):
+        for row, (own, *values), ids in zip(self.reported, self.logprobs.tolist(), self.likely.tolist(), strict=True):
             top = zip(ids, values, strict=True)
             drawing = self.drawings[row]
             drawing.logprobs.append(TokenLogprob(tokens[row], own, tuple(top)[: drawing.sampling.logprobs]))
@@ -87,17 +87,17 @@ def next_tokens(scores: Tensor, drawings: Sequence[Drawing]) -> Drawn:
         rows = torch.tensor(sampled).to(scores.device, non_blocking=True)
         tokens = tokens.index_copy(0, rows, _sampled(scores[rows], [drawings[row] for row in sampled]))
     tokens = torch.where(best.values.isfinite(), tokens, NO_TOKEN)
-    told = tuple(row for row, drawing in enumerate(drawings) if drawing.sampling.logprobs is not None)
+    reported = tuple(row for row, drawing in enumerate(drawings) if drawing.sampling.logprobs is not None)
     logprobs = scores.new_empty(0, 1)
     likely = tokens.new_empty(0, 0)
-    if told:
-        rows = torch.tensor(told).to(scores.device, non_blocking=True)
-        most = max(drawings[row].sampling.logprobs or 0 for row in told)
+    if reported:
+        rows = torch.tensor(reported).to(scores.device, non_blocking=True)
+        most = max(drawings[row].sampling.logprobs or 0 for row in reported)
         of_all = scores[rows].log_softmax(dim=-1)
         own = of_all.gather(1, tokens[rows, None].clamp_min(0))
         top = of_all.topk(min(most, scores.shape[1]))
         logprobs, likely = torch.cat([own, top.values], dim=1), top.indices
-    return Drawn(drawings, tokens, told, logprobs, likely)
+    return Drawn(drawings, tokens, reported, logprobs, likely)
 
 
 def _sampled(scores: Tensor, drawings: Sequence[Drawing]) -> Tensor:

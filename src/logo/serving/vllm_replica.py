@@ -150,8 +150,8 @@ class Drainable:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/ready":
-            told = PlainTextResponse("not taking requests", 503) if self._draining else PlainTextResponse("ok")
-            return await told(scope, receive, send)
+            health = PlainTextResponse("not taking requests", 503) if self._draining else PlainTextResponse("ok")
+            return await health(scope, receive, send)
         if self._draining and scope["type"] == "http" and scope["method"] == "POST":
             answer = unavailable("the server is shutting down", 1.0, closing=True)
             return await response(answer)(scope, receive, send)

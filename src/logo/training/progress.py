@@ -50,7 +50,7 @@ class Telling:
         os.replace(part, self._file)
 
 
-def told(file: Path) -> list[Status]:
+def states(file: Path) -> list[Status]:
     """The progress that `Telling` wrote last; empty before its first write."""
     try:
         return [Status(**one) for one in json.loads(file.read_text(encoding="utf-8"))]

@@ -26,7 +26,7 @@ from logo.training.activation import Settling, common
 from logo.training.examples import encode
 from logo.training.plan import USUAL_AT_ONCE, GroupPlan, Plan, Prepared, check_names, plan, prepare
 from logo.training.pool import UNFINISHED, check_activation, check_base, diverged, record_of, write_pool
-from logo.training.progress import Status, Telling, told
+from logo.training.progress import Status, Telling, states
 from logo.training.recipe import Recipe, Recipes
 from logo.training.tasks import Found
 from logo.training.trainer import Opening, Outcome, Trainer, same_base
@@ -243,7 +243,7 @@ class InWorkers:
             for item, outcome in self._workers.map(items, _train):
                 group, file = item.args[0], item.args[3]
                 if tell is not None:
-                    tell(told(file))
+                    tell(states(file))
                 file.unlink(missing_ok=True)
                 if isinstance(outcome, Lost):
                     yield [_lost(task, root, outcome.reason) for task in group.tasks]
@@ -303,7 +303,7 @@ def _watched(files: Sequence[Path], tell: Tell | None) -> Iterator[None]:
 
     def look() -> None:
         while not ended.wait(_LOOK):
-            tell([status for file in files for status in told(file)])
+            tell([status for file in files for status in states(file)])
 
     thread = threading.Thread(target=look, name="logo-train-progress", daemon=True)
     thread.start()

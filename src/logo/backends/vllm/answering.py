@@ -106,9 +106,9 @@ class Answering:
             own = self._base if request is None else request.lora_name
 
             def change(found: dict[str, Any], first: bool) -> None:
-                told = found.get("response") if isinstance(found.get("response"), dict) else found
-                if isinstance(told, dict) and told.get("model") in (own, model):
-                    told["model"] = model
+                body = found.get("response") if isinstance(found.get("response"), dict) else found
+                if isinstance(body, dict) and body.get("model") in (own, model):
+                    body["model"] = model
                 if first and "error" not in found:
                     found["logo"] = Mixture.of(chosen).model_dump()
 
@@ -138,7 +138,7 @@ class Answering:
         send: Send,
     ) -> None:
         """Sends the answers to several prompts of one request as one response."""
-        told = [Mixture.of(one).model_dump() for one in chosen]
+        fields = [Mixture.of(one).model_dump() for one in chosen]
 
         async def answered(part: Body, one: RoutedMixture, sink: Send) -> None:
             await self.one(path, part, model, one, scope, receive, sink)
@@ -146,9 +146,9 @@ class Answering:
         requests = [partial(answered, part, one) for part, one in zip(parts, chosen, strict=True)]
         n = int(parts[0].get("n") or 1) if isinstance(parts[0].get("n"), int) else 1
         if parts[0].get("stream"):
-            await merged_stream(send, requests, told, n)
+            await merged_stream(send, requests, fields, n)
         else:
-            await merged(send, requests, told, n)
+            await merged(send, requests, fields, n)
 
     @contextmanager
     def _request(self, selection: Selection) -> Iterator[Any]:

@@ -105,8 +105,8 @@ class Core:
             keys of adapters that have left it; answers with them may still be on their way.
         """
         left = set(self.pool.keys.values()) - set(pool.keys.values())
-        self.pool, self._scored = pool, {signal: tuple(told["names"]) for signal, told in scored.items()}
-        described = [signal for signal, told in scored.items() if told["described"]]
+        self.pool, self._scored = pool, {signal: tuple(facts["names"]) for signal, facts in scored.items()}
+        described = [signal for signal, facts in scored.items() if facts["described"]]
         self.choosing = Choosing(pool.adapters, self.options.settings, described)
         return tuple(left)
 

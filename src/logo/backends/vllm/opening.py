@@ -92,9 +92,9 @@ def open_engine(
     )
     # Where the user says what slots there are, they decide how mixtures are made.
     mode = "auto" if {"max_loras", "max_lora_rank"} & given.keys() else slots.mode
-    told = {"k": shape.k, "mode": mode, **settings.changed, **own}
-    told |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
-    Options.of({"logo": told}, {})  # refuses what vLLM's processes would refuse
+    config = {"k": shape.k, "mode": mode, **settings.changed, **own}
+    config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
+    Options.of({"logo": config}, {})  # refuses what vLLM's processes would refuse
     tokenizer, checkpoint = load_tokenizer(source), _generation_config(source)
     model.generation_config = checkpoint or model.generation_config
     _check_importable(settings.signal)
@@ -110,7 +110,7 @@ def open_engine(
             "generation_config": "vllm",  # what is decoded is said with every request
             **given,
             "enable_lora": True,
-            "additional_config": {**additional, "logo": told},
+            "additional_config": {**additional, "logo": config},
         },
     )
     prompts = Prompts(

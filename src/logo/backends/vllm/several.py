@@ -16,12 +16,12 @@ from logo.backends.vllm.asgi import Answer
 Run = Callable[[Send], Awaitable[None]]
 
 
-async def merged(send: Send, run: Sequence[Run], told: Sequence[Any], n: int) -> None:
+async def merged(send: Send, run: Sequence[Run], fields: Sequence[Any], n: int) -> None:
     """Sends one response for all of them; where one failed, its error alone.
 
     Args:
         run: one per prompt.
-        told: the field `logo` of each.
+        fields: the field `logo` of each.
         n: answers of each.
     """
     answers = await asyncio.gather(*map(_kept, run))
@@ -36,13 +36,13 @@ async def merged(send: Send, run: Sequence[Run], told: Sequence[Any], n: int) ->
         for choice in reply["choices"]
     ]
     usages = [reply.get("usage") or {} for reply in replies]
-    reply = {**replies[0], "choices": choices, "logo": list(told)}
+    reply = {**replies[0], "choices": choices, "logo": list(fields)}
     if replies[0].get("usage"):
         reply["usage"] = _sum(usages)
     await answer(send, 200, json.dumps(reply, ensure_ascii=False).encode())
 
 
-async def merged_stream(send: Send, run: Sequence[Run], told: Sequence[Any], n: int) -> None:
+async def merged_stream(send: Send, run: Sequence[Run], fields: Sequence[Any], n: int) -> None:
     """Sends the events of all of them as one stream, as they come; each keeps its place by its index."""
     events: asyncio.Queue[tuple[int, Message | None]] = asyncio.Queue()
 
@@ -57,14 +57,14 @@ async def merged_stream(send: Send, run: Sequence[Run], told: Sequence[Any], n: 
 
     tasks = [asyncio.create_task(one(number, request)) for number, request in enumerate(run)]
     try:
-        await _forwarded(send, events, len(tasks), told, n)
+        await _forwarded(send, events, len(tasks), fields, n)
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
 
 
-async def _forwarded(send: Send, events: asyncio.Queue[Any], count: int, told: Sequence[Any], n: int) -> None:
+async def _forwarded(send: Send, events: asyncio.Queue[Any], count: int, fields: Sequence[Any], n: int) -> None:
     """Forwards what comes until all have ended. One that is refused becomes an event of its own; where all of them are,
     the first refusal is the whole response."""
     left, began, first, identity = count, False, True, None
@@ -98,7 +98,7 @@ async def _forwarded(send: Send, events: asyncio.Queue[Any], count: int, told: S
                     found["id"] = identity
                     found.pop("logo", None)
                     if first:
-                        found["logo"], first = list(told), False
+                        found["logo"], first = list(fields), False
                 if found.get("usage") and not found.get("choices"):
                     usages.append(found["usage"])
                     last = found

@@ -57,12 +57,12 @@ class Workers:
         """
         async with self._changing:
             try:
-                told = await self._begun(core, change)
-                if "scored" in told[0]:  # another process has opened it
-                    core.commit(await asyncio.to_thread(core.followed, told), told[0]["scored"])
+                replies = await self._begun(core, change)
+                if "scored" in replies[0]:  # another process has opened it
+                    core.commit(await asyncio.to_thread(core.followed, replies), replies[0]["scored"])
                     left: Sequence[str] = ()
                 else:
-                    left = await self._committed(core, await self._prepared(core, change, told))
+                    left = await self._committed(core, await self._prepared(core, change, replies))
             except BaseException:
                 await self.call("logo_abandon", self._name)
                 raise
@@ -121,16 +121,16 @@ class Workers:
         while True:
             if change is not None:
                 await self._follow(core)
-            told = await self.call("logo_stage", change and list(change), self._name, core.pool.digest)
-            if not any("wait" in one for one in told):
-                return told
+            replies = await self.call("logo_stage", change and list(change), self._name, core.pool.digest)
+            if not any("wait" in one for one in replies):
+                return replies
             await asyncio.sleep(_AGAIN)
 
     async def _prepared(
-        self, core: Core, change: Change | None, told: Sequence[Any]
+        self, core: Core, change: Change | None, replies: Sequence[Any]
     ) -> tuple[KeyedPool, dict[str, Any]]:
         """The pool that the workers have begun, and what each signal scores, when it is calibrated."""
-        pool = await asyncio.to_thread(core.staged, change, told)
+        pool = await asyncio.to_thread(core.staged, change, replies)
         return pool, await self._scored(core.signals)
 
     async def _committed(self, core: Core, staged: tuple[KeyedPool, dict[str, Any]]) -> Sequence[str]:
@@ -152,11 +152,11 @@ class Workers:
 
     async def _follow(self, core: Core) -> int:
         """See `follow`. Returns how many processes select from another pool than the workers have."""
-        told = await self.call("logo_pool", self._name, core.pool.digest)
-        if "scored" not in told[0]:
-            return int(told[0]["behind"])
-        core.commit(await asyncio.to_thread(core.followed, told), told[0]["scored"])
-        self._release(core, told[0]["left"])
+        replies = await self.call("logo_pool", self._name, core.pool.digest)
+        if "scored" not in replies[0]:
+            return int(replies[0]["behind"])
+        core.commit(await asyncio.to_thread(core.followed, replies), replies[0]["scored"])
+        self._release(core, replies[0]["left"])
         return int((await self.call("logo_pool", self._name, core.pool.digest))[0]["behind"])
 
     async def _following(self, core: Core) -> None:

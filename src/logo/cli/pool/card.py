@@ -68,8 +68,8 @@ def card(
         replace_file(folder / PICTURE, picture)
     replace_file(folder / CARD, str(made).encode())
     if json:
-        told = {"files": [str(file) for file in files], "base_model": made.base, "adapters": list(pool.names)}
-        print_json({**told, "refused": refusals(pool.refused), "left_out": checkpoints})
+        report = {"files": [str(file) for file in files], "base_model": made.base, "adapters": list(pool.names)}
+        print_json({**report, "refused": refusals(pool.refused), "left_out": checkpoints})
     else:
         out.print(f"{', '.join(map(str, files))}: written", markup=False)
 

@@ -88,8 +88,8 @@ def convert(
     with steps("adapters", len(pool)) as step:
         write_pool(folder, pool, out_folder, write, change, step)
     if json:
-        told = {"folder": str(folder), "out": str(out_folder)}
-        print_json({**told, "adapters": results, "refused": refusals(pool.refused)})
+        report = {"folder": str(folder), "out": str(out_folder)}
+        print_json({**report, "adapters": results, "refused": refusals(pool.refused)})
         return
     _print(results)
     out.print(f"{out_folder}: written", markup=False)

@@ -103,8 +103,8 @@ def _print(found: Differences, all_: bool) -> None:
     for names, sign in zip(found.only, "AB", strict=True):
         for name in names:
             to = found.renamed.get(name) if sign == "A" else None
-            told = f" (the bytes of {to} in B)" if to else ""
-            out.print(Text.assemble((f"only in {sign} ", "yellow"), (name, "bold"), told))
+            elsewhere = f" (the bytes of {to} in B)" if to else ""
+            out.print(Text.assemble((f"only in {sign} ", "yellow"), (name, "bold"), elsewhere))
     counts = {kind: sum(each.kind == kind for each in found.shared) for kind in _KINDS}
     parts = [f"{count} {kind}" for kind, count in counts.items() if count]
     parts += [f"{len(names)} only in {place}" for names, place in zip(found.only, "AB", strict=True) if names]

@@ -61,8 +61,8 @@ def lock(
     replace_file(output, manifest_text(manifest).encode())
     changed = [] if before is None else changes(before, manifest)
     if json:
-        told = {"out": str(output), "adapters": [entry.written for entry in manifest.entries]}
-        print_json({**told, "changes": changed, "refused": refusals(found.refused)})
+        report = {"out": str(output), "adapters": [entry.written for entry in manifest.entries]}
+        print_json({**report, "changes": changed, "refused": refusals(found.refused)})
         return
     tell_refused(found.refused)
     for line in changed[:_SHOWN]:

@@ -74,8 +74,8 @@ def prune(
     with steps("adapters", len(pool)) as step:
         write_pool(folder, pool, out_folder, write, change, step)
     if json:
-        told = {"folder": str(folder), "out": str(out_folder), "energy": energy, "rank": rank}
-        print_json({**told, "adapters": results, "refused": refusals(pool.refused)})
+        report = {"folder": str(folder), "out": str(out_folder), "energy": energy, "rank": rank}
+        print_json({**report, "adapters": results, "refused": refusals(pool.refused)})
         return
     table = plain_table("adapter", ">rank before", ">rank", ">parameters before", ">parameters", ">relative error")
     for one in results:

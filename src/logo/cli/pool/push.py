@@ -51,8 +51,8 @@ def push(
     address = None if dry_run else send(upload, private=private, message=message)
     if json:
         files = [{"path": path, "bytes": count} for path, count in targets.items()]
-        told = {"repo": repo, "url": address, "files": files, "left_out": checkpoints}
-        print_json({**told, "refused": refusals(pool.refused)})
+        report = {"repo": repo, "url": address, "files": files, "left_out": checkpoints}
+        print_json({**report, "refused": refusals(pool.refused)})
         return
     for path, count in targets.items() if dry_run else ():
         out.print(f"{path}  {size(count)}", markup=False)

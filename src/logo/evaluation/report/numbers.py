@@ -90,11 +90,11 @@ def dataset_lines(pairing: Pairing, numbers: Sequence[Published] = ()) -> list[L
         for metric in _metrics(pairing, [name]):
             cells = _cells(pairing, [name], metric)
             shown = [published(run, name, metric, numbers) for run in pairing.runs]
-            told = (
+            marked = (
                 cell and replace(cell, published=one if cell.complete else None)
                 for cell, one in zip(cells, shown, strict=True)
             )
-            lines.append(Line(group_of(name), name, metric, tuple(told)))
+            lines.append(Line(group_of(name), name, metric, tuple(marked)))
     return lines
 
 

@@ -75,8 +75,8 @@ def scores(analysis: Analysis) -> Scene:
         first = start + step / 2 - 4.0 * (len(line.cells) - 1)
         for number, cell in enumerate(line.cells):
             if cell is not None:
-                told = f"{name}, {analysis.labels[number]}: {told_cell(cell, line)}"
-                marks += _interval(x, first + 8.0 * number, cell, number, told)
+                hint = f"{name}, {analysis.labels[number]}: {cell_text(cell, line)}"
+                marks += _interval(x, first + 8.0 * number, cell, number, hint)
     best = [line for line in lines if any(cell for cell in line.cells)]
     return Scene(
         "scores",
@@ -108,13 +108,13 @@ def differences(analysis: Analysis) -> Scene | None:
         middle = y + step * number + step / 2
         found = pair.difference
         role, shape = series(pair.b)
-        told = f"{name}: {_signed(100 * found.value)}"
+        hint = f"{name}: {_signed(100 * found.value)}"
         if found.interval:
-            told += f" [{', '.join(_signed(100 * end) for end in found.interval)}]"
+            hint += f" [{', '.join(_signed(100 * end) for end in found.interval)}]"
         marks.append(Label(left - 10, middle + 4, short(name, 48), anchor="end", title=name))
         if found.interval:
-            marks.append(Stroke(x(found.interval.low), middle, x(found.interval.high), middle, role, 2.0, told))
-        marks.append(Dot(x(found.value), middle, 4.5, role, shape, told))
+            marks.append(Stroke(x(found.interval.low), middle, x(found.interval.high), middle, role, 2.0, hint))
+        marks.append(Dot(x(found.value), middle, 4.5, role, shape, hint))
     return Scene(
         "differences",
         "One run against another",
@@ -206,12 +206,12 @@ def spread(analysis: Analysis, number: int) -> Scene | None:
         marks.append(Label(x(tick), 16, _power(tick) if logarithmic else f"{tick:.4g}", "muted", "middle"))
     for row, (name, at) in enumerate(zip(found.adapters, found.values, strict=True)):
         y = 28.0 + step * (row + 0.5)
-        told = f"{name}: median {at[2]:.4g}, half in {at[1]:.4g} to {at[3]:.4g}, 90 % in {at[0]:.4g} to {at[4]:.4g}"
+        hint = f"{name}: median {at[2]:.4g}, half in {at[1]:.4g} to {at[3]:.4g}, 90 % in {at[0]:.4g} to {at[4]:.4g}"
         if step > NAMED:
             marks.append(Label(left - 10, y + 4, short(name), anchor="end", title=name))
-        marks.append(Stroke(x(at[0]), y, x(at[4]), y, "s0", 1.2, told))
-        marks.append(Stroke(x(at[1]), y, x(at[3]), y, "s0", min(6.0, step - 1), told))
-        marks.append(Dot(x(at[2]), y, min(3.4, step / 2), "ink", 0, told))
+        marks.append(Stroke(x(at[0]), y, x(at[4]), y, "s0", 1.2, hint))
+        marks.append(Stroke(x(at[1]), y, x(at[3]), y, "s0", min(6.0, step - 1), hint))
+        marks.append(Dot(x(at[2]), y, min(3.4, step / 2), "ink", 0, hint))
     return Scene(
         f"spread-{number}",
         f"Distribution of scores: {analysis.labels[number]}",
@@ -228,7 +228,7 @@ def primary_lines(lines: Sequence[Line]) -> list[Line]:
     return list({line.dataset: line for line in lines}.values())
 
 
-def told_cell(cell: Cell, line: Line) -> str:
+def cell_text(cell: Cell, line: Line) -> str:
     """A cell in words: `accuracy 71.3 [65.0, 77.1], 150 instances`."""
     ends = f" [{', '.join(f'{line.scale * end:.1f}' for end in cell.interval)}]" if cell.interval else ""
     return f"{NAMES.get(line.metric, line.metric)} {line.scale * cell.value:.1f}{ends}, {cell.rows} instances"
@@ -255,11 +255,11 @@ def _scale(low: float, high: float, left: float, width: float, logarithmic: bool
     return _Axis(ticks(low, high, 6), left, width, False)
 
 
-def _interval(x: _Axis, y: float, cell: Cell, number: int, told: str) -> Iterator[SceneMark]:
+def _interval(x: _Axis, y: float, cell: Cell, number: int, hint: str) -> Iterator[SceneMark]:
     role, shape = series(number)
     if cell.interval:
-        yield Stroke(x(cell.interval.low), y, x(cell.interval.high), y, role, 1.6, told)
-    yield Dot(x(cell.value), y, 3.4, role, shape, told)
+        yield Stroke(x(cell.interval.low), y, x(cell.interval.high), y, role, 1.6, hint)
+    yield Dot(x(cell.value), y, 3.4, role, shape, hint)
 
 
 def _legend(analysis: Analysis, marks: list[SceneMark], left: float) -> float:

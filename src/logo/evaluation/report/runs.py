@@ -69,10 +69,10 @@ def labels(runs: Sequence[Run]) -> list[str]:
     apart |= differing(runs)
     for name, values in apart.items():
         alike = [text for text in found if found.count(text) > 1]
-        told = dict.fromkeys(
+        varying = dict.fromkeys(
             text for text in alike if len({v for t, v in zip(found, values, strict=True) if t == text}) > 1
         )
-        found = [f"{t} · {name} {v}" if t in told and v else t for t, v in zip(found, values, strict=True)]
+        found = [f"{t} · {name} {v}" if t in varying and v else t for t, v in zip(found, values, strict=True)]
     unclear = [text for text in found if found.count(text) > 1]
     found = [f"{text} · {run.folder}" if text in unclear else text for text, run in zip(found, runs, strict=True)]
     return [text if found.count(text) == 1 else f"{text} ({number})" for number, text in enumerate(found, start=1)]

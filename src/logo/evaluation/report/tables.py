@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from logo.evaluation.paired import ALPHA, COLUMN, TESTS, told_tests
+from logo.evaluation.paired import ALPHA, COLUMN, TESTS, tests_in_words
 from logo.evaluation.report.adapters import Similarity, Weights
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.numbers import NAMES, Line
@@ -128,7 +128,7 @@ def versus(analysis: Analysis) -> Table:
     holm = f"p Holm: corrected for the {len(analysis.versus)} pairs. " if several else ""
     note = (
         "The same instances are compared in both runs; every dataset counts alike. p: two-sided, by "
-        f"{told_tests(pair.significance for pair in analysis.versus)}. {holm}"
+        f"{tests_in_words(pair.significance for pair in analysis.versus)}. {holm}"
         f"Bold: {'p Holm' if several else 'p'} below {ALPHA}."
     )
     return Table(columns, tuple(rows), title, note)
@@ -162,8 +162,8 @@ def weights(found: Weights) -> Table:
     for name, values in zip(found.datasets, found.values, strict=True):
         order = sorted(range(len(values)), key=lambda n: (-float(values[n]), found.adapters[n]))[:MOST]
         # Isolated, so that a name that is written from right to left moves no number.
-        told = [f"\u2068{found.adapters[n]}\u2069 {values[n]:.2f}" for n in order if values[n] > 0]
-        rows.append(row(name, " · ".join(told)))
+        shares = [f"\u2068{found.adapters[n]}\u2069 {values[n]:.2f}" for n in order if values[n] > 0]
+        rows.append(row(name, " · ".join(shares)))
     return Table(words("dataset", "mean weight"), tuple(rows), f"The {MOST} heaviest adapters of each dataset")
 
 

@@ -185,8 +185,8 @@ def _outcomes(
                 try:
                     known[folder] = _read(cell, job.dataset, out, folder)
                 except LoGoError as error:
-                    told = LoGoError(f"{error}; answer it again with --overwrite")
-                    known[folder] = _failure(cell, job.dataset, told)
+                    advice = LoGoError(f"{error}; answer it again with --overwrite")
+                    known[folder] = _failure(cell, job.dataset, advice)
             outcome = known[folder]
             if isinstance(outcome, Outcome):
                 found.append(replace(outcome, cell=cell))
