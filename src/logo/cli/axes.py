@@ -53,7 +53,7 @@ _LISTS = ("probe-layer", "probe-points")  # their options separate by commas, as
 
 @dataclass(frozen=True)
 class Common:
-    """What all cells have in common, where the grid says nothing else."""
+    """The options of all cells, unless the grid varies them."""
 
     engine: EngineOptions
     method: MethodOptions
@@ -67,7 +67,7 @@ class Common:
         return Common(replace(self.engine, **engine), replace(self.method, **method), seed)
 
     def parts(self) -> tuple[SelectionSettings, Method]:
-        """What they describe.
+        """The settings and the method that the options describe.
 
         Raises:
             UsageError: they cannot be used, or not together.
@@ -160,7 +160,7 @@ def _named(engine: EngineOptions) -> dict[str, Any]:
 
 
 def _is_moot(axis: str, here: Common, method: Method) -> bool:
-    """Whether an axis makes no difference to a cell, for certain."""
+    """Whether a cell certainly does not depend on an axis."""
     from logo.evaluation.results import LOGO
 
     own = {field.name for field in fields(method)}
@@ -223,7 +223,7 @@ def _method(options: MethodOptions, k: int | None, seed: int) -> Method:
 
 
 def _value(axis: str, text: str) -> Value:
-    """As tables show it: a number, or a text."""
+    """A value of an axis as tables show it: a number or a text."""
     if axis == SEED:
         seed = _number(axis, text, int)
         if seed < 0:
@@ -250,7 +250,7 @@ def _number(axis: str, text: str, kind: type[int] | type[float]) -> int | float:
 
 
 def _option(axis: str, value: Value) -> Any:
-    """As the option's field has it."""
+    """A value of an axis in the type of the option's field."""
     if value == DEFAULT and _kind(axis)[1] is None:
         return None
     if axis in _LISTS:

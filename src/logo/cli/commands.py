@@ -18,7 +18,7 @@ class _Ours:
     """Of a command or group: its options go by their old names too, and its help is plain text without boxes."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As the command's own, of the modern arguments."""
+        """Parses the arguments after old spellings have been replaced by the current ones."""
         parameters = self.get_params(ctx)  # type: ignore[attr-defined]
         known = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
         modern = list(modernised(args, known, ctx.info_name or ""))
@@ -90,5 +90,5 @@ class Commands(typer.Typer):
     """A group whose commands know the old names of their options."""
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[_F], _F]:
-        """As typer's own."""
+        """As `Typer.command`, with `Command` as the class."""
         return super().command(name, **{"cls": Command, **settings})

@@ -46,8 +46,8 @@ def tasks_of(rows: str, request: str, prompt_end: str, names: Callable[[], Seque
 
 
 def methods_of(options: MethodOptions, seed: int, held: Mapping[str, Sequence[Row]]) -> dict[str, Method]:
-    """What each entry of a list of methods asks for, such as `loraretriever/fusion`; those that are always there are
-    passed over."""
+    """Entry of `--method`, such as `loraretriever/fusion` -> its method; methods that every study includes are
+    skipped."""
     made: dict[str, Method] = {}
     for entry in (part.strip() for part in options.method.split(",") if part.strip()):
         name, slash, variant = entry.partition("/")
@@ -75,7 +75,7 @@ def contest_of(
     train_rows: Path | None,
     held: Mapping[str, Sequence[Row]],
 ) -> Contest:
-    """What is asked of every row.
+    """The comparison that the options ask for.
 
     Args:
         held: labelled rows of every task; methods learn from them where no folder (`train_rows`) is named.

@@ -179,7 +179,7 @@ def _present(data_dir: Path) -> tuple[str, ...]:
 
 
 def _row(name: str, declaration: Declaration | None, entry: Entry | None, data_dir: Path) -> dict[str, Any]:
-    """What is known of a dataset: from its declaration, or what the manifest kept of it."""
+    """A dataset's entry in the list, from its declaration or else from its entry in the manifest."""
     from logo.evaluation.datasets import dataset_file
     from logo.evaluation.jobs import declared_metric
     from logo.evaluation.metrics import metric_kind

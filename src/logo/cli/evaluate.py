@@ -50,7 +50,7 @@ Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1
 
 @dataclass(frozen=True)
 class RowOptions:
-    """What is evaluated, and how it is answered."""
+    """Options for the rows of an evaluation and how they are answered."""
 
     dataset: Annotated[str, usual("Name, list `a,b` or pattern `bbh.*`; empty: all in the data folder.")] = ""
     data_dir: Annotated[str, usual("Rows are read from DIR/main/sub/test.jsonl.", metavar="DIR")] = "./data"
@@ -93,7 +93,7 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class RunOptions(RowOptions):
-    """The same, and where results go."""
+    """`RowOptions`, and where results are written."""
 
     result_dir: Annotated[str, usual("Folder for result folders.", metavar="DIR")] = "results"
     seed: Annotated[int, usual("Random seed; part of the result folder's name.", min=0)] = 0
@@ -111,7 +111,7 @@ class RunOptions(RowOptions):
 
 @dataclass(frozen=True)
 class Asked:
-    """What one evaluation is asked for; `command` as the command line said it."""
+    """The options of one evaluation; `command` is the command line that is written beside its results."""
 
     engine: EngineOptions
     runner: RunnerOptions
@@ -328,7 +328,7 @@ def _in_workers(layout: Layout, asked: Asked) -> InWorkers:
 
 
 def _answerer(asked: Asked) -> Answerer:
-    """What a worker opens."""
+    """The session that a worker process opens."""
     from logo.evaluation.workers import Answerer
 
     session = _open(asked)

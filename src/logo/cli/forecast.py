@@ -133,7 +133,7 @@ def _longest(prompts: Sequence[str], base_model: str, model_dir: str, here: bool
 
 
 def show(found: Forecast, *, json: bool) -> None:
-    """As JSON or as lines."""
+    """Prints the forecast, as JSON or as lines."""
     if json:
         print_json(_plain(found))
         return

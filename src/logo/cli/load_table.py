@@ -33,7 +33,7 @@ def show(results: Results, plan: Plan, own: bool) -> None:
 
 
 def described(plan: Plan, own: bool) -> dict[str, object]:
-    """What was asked for; `own`: of a server that was started for it."""
+    """The requested load as JSON; `own`: whether the bench started the server itself."""
     return {
         "requests": len(plan.asks),
         "streamed": sum(ask.stream for ask in plan.asks),

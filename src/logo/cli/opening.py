@@ -244,7 +244,7 @@ def _points(text: str | None) -> int | list[str] | None:
 
 
 def quiet_transformers() -> None:
-    """Its notes and loading bars would bury the answer."""
+    """Turns off transformers' notes and loading bars, which would bury the answer."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -233,7 +233,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """What runs the model."""
+    """Options for the engine that runs the model."""
 
     engine: Annotated[Engine, usual("This process, or vLLM (docs/vllm.md).")] = "local"
     vllm_options: Annotated[

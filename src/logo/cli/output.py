@@ -35,7 +35,7 @@ BAR = 12
 
 
 def screen(width: int, *, stderr: bool = False) -> Console:
-    """Where a table goes: the terminal, or as wide as the table needs where there is none."""
+    """The console for a table: the terminal, or one of the table's own width if output is not a terminal."""
     console = err if stderr else out
     return console if console.is_terminal else Console(width=width, stderr=stderr, highlight=False)
 
@@ -105,7 +105,7 @@ def print_json(value: Any) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """The same in a file, complete or not at all.
+    """Writes a value to a JSON file, completely or not at all.
 
     Raises:
         StorageError: the file cannot be written.

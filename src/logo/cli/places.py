@@ -73,8 +73,8 @@ def starting(layout: Layout, what: str) -> str:
 
 
 def everywhere(options: EngineOptions) -> EngineOptions:
-    """The same options for a process with another working directory: paths become absolute. What may also be a name on
-    the Hub is a path if it exists; folders that are only looked into, or made, need not."""
+    """The options with absolute paths, for a process with another working directory. A text that may also be a name on
+    the Hub is a path if it exists; folders that are searched or created need not exist."""
     from logo.adapters.places import parse_places, places_text
 
     found: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def absolute(name: str) -> str:
 
 
 def anywhere(method: Method | None) -> Method | None:
-    """The same method for a process with another working directory."""
+    """The method with absolute paths, for a process with another working directory."""
     from logo.baselines.lorauter import LoRAuter
     from logo.baselines.retrieval import Retrieval
 

@@ -36,7 +36,7 @@ class Score:
 
     @classmethod
     def of(cls, plan: Plan, files: Mapping[str, Any]) -> Score:
-        """What this command has just done."""
+        """The score of a dataset that this command has just answered."""
         return cls(plan.job.dataset, plan.job.folder, files)
 
     @property
@@ -84,7 +84,7 @@ class Score:
 
 
 def show(scores: Sequence[Score], *, json: bool) -> None:
-    """What comes after the official lines, or all of it as JSON.
+    """Prints the table that follows the official lines, or everything as JSON.
 
     Raises:
         typer.Exit: rows without an answer: exit code 1.

@@ -54,7 +54,7 @@ class ReplicaOptions:
 
 
 def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
-    """What is asked for; None: one process.
+    """The replicas that the options ask for; None: one process serves.
 
     Raises:
         UsageError: an option without those that it belongs to, or that cannot be used.
@@ -86,7 +86,7 @@ def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
 def plan_of(
     engine: EngineOptions, base_model: str, settings: AppSettings, guards: GuardSettings, **service: Any
 ) -> ServerPlan:
-    """What every replica does, whatever its working directory."""
+    """The plan that every replica follows, with absolute paths."""
     from logo.serving.replica import ServerPlan
 
     return ServerPlan(functools.partial(_opened, everywhere(engine), absolute(base_model)), settings, guards, **service)

@@ -57,7 +57,7 @@ INSTEAD = {
 
 @dataclass(frozen=True)
 class VllmServerOptions:
-    """What the command line says to vLLM's server, and to our own as well.
+    """Options that vLLM's server and our own have in common.
 
     Attributes:
         name: what the base model alone is called.

@@ -203,7 +203,7 @@ def _confidence(signal: str, found: Mapping[str, Any]) -> str:
 
 
 def _signals(text: str) -> dict[str, dict[str, Any]]:
-    """What each entry of a list asks for, as settings; every signal and temperature checked."""
+    """Entry of `--signals` -> the settings it asks for, with signal and temperature checked."""
     from logo.selection.settings import SelectionSettings
 
     arms: dict[str, dict[str, Any]] = {}

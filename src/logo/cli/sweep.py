@@ -271,7 +271,7 @@ def _captions(best: Sequence[Standing]) -> Iterator[str]:
 
 
 def _behind(behind: Paired | None) -> tuple[tables.Cell | None, str | None]:
-    """How far a cell is from the best one, and the p-value of that."""
+    """The difference between a cell and the best one, and its p-value."""
     from logo.evaluation.paired import ALPHA
     from logo.evaluation.tables import number, p_value
 
@@ -321,7 +321,7 @@ def _say_skipped(skipped: Sequence[Skipped]) -> None:
 
 
 def _short(what: str) -> str:
-    """As much of the end as leaves room for the bar."""
+    """The end of a text, cut so that the progress bar has room."""
     room = max(16, err.width // 3)
     return escape(what if len(what) <= room else f"…{what[1 - room :]}")
 

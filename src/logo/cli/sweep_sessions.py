@@ -101,7 +101,7 @@ def _anywhere(cell: Cell) -> Cell:
 
 
 def _answerer(options: EngineOptions, rows: RowOptions, base_model: str, command: Mapping[str, Any]) -> Answerer:
-    """What a worker opens."""
+    """The sessions that a worker process opens."""
     from logo.evaluation.workers import Answerer
 
     return Answerer(CellSessions(options, rows, base_model, command))

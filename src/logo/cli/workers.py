@@ -43,7 +43,7 @@ class WorkerOptions:
 
 
 def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
-    """What is asked for; None: this process answers.
+    """The worker processes that the options ask for; None: this process answers.
 
     Raises:
         UsageError: an option without those that it belongs to, or that cannot be used.

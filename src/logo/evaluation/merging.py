@@ -223,7 +223,7 @@ def _difference(one: ShardResult, other: ShardResult) -> str:
 
 
 def _known_by(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be equal in all shards."""
+    """The entries of `run.json` that have to be equal in all shards."""
     cut = {name: run["shard"][key] for key, name in _CUT.items()}
     return {**cut, **run["identity"], "pool": run["pool"], "learnt_sha256": run.get("learnt_sha256")}
 

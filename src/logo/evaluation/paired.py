@@ -26,9 +26,9 @@ TESTS: Mapping[TestName, str] = {
     "mcnemar": "McNemar's exact test",
     "randomisation": "approximate randomisation with 10,000 swaps",
 }
-"""What the tests are called where people read of them."""
+"""Names of the tests in sentences."""
 COLUMN: Mapping[TestName, str] = {"mcnemar": "McNemar", "randomisation": "randomised"}
-"""The same in a column of a table."""
+"""Names of the tests in columns of tables."""
 
 
 class Pair(NamedTuple):
@@ -164,7 +164,7 @@ def significance(pairs: Sequence[Pair], *, seed: int = 0) -> Significance:
     scale = max(abs(side.value) for pair in pairs for side in pair) or 1.0
 
     def swapped(signs: Values, _: Values, axis: int) -> Any:
-        """How far the runs are apart where a sign of -1 swaps an instance's answers."""
+        """The difference of the runs after swapping the answers of instances whose sign is -1."""
         apart = np.zeros(signs.shape[:-1])
         for pair, start, end, gap, total in zip(pairs, ends[:-1], ends[1:], gaps, totals, strict=True):
             sums = signs[..., start:end] @ gap  # B's less A's

@@ -107,7 +107,7 @@ def _tasks(rows: Iterable[tuple[str, Section]], metric: str) -> Tasks:
 
 
 def _arms(tasks: Tasks) -> list[Arm]:
-    """Those that every task has, signals first."""
+    """The arms that every task has, signals first."""
     first, *others = tasks.values()
     shared = [arm for arm in first if all(arm in one for one in others)]
     return sorted(shared, key=lambda arm: _KINDS.index(arm[0]))

@@ -182,7 +182,7 @@ class Learnt:
 
 
 def learn_once(plan: Plan, learn: Callable[[], Mapping[str, Any]]) -> Learnt:
-    """What a method has learnt about a dataset: once, whatever ends the run and however many shards it has.
+    """What a method has learnt about a dataset: it learns once, even if the run is interrupted or has shards.
 
     Args:
         learn: learns it, as JSON holds it; called where it is not kept already.
@@ -281,7 +281,7 @@ def _accepted(
 
 
 def _learning(job: Job, run: Mapping[str, Any], policy: ResumePolicy, *, begun: bool) -> Learning:
-    """Where it is kept, looked at before anything is answered.
+    """Where the learnt state is kept; it is checked before anything is answered.
 
     Args:
         run: this process's, as `Plan.run`.

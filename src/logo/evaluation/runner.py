@@ -318,7 +318,7 @@ def collect(
 
 
 def known_confidences(values: Sequence[float | None]) -> tuple[float | None, ...]:
-    """The same, or nothing where none is known."""
+    """The confidences, or nothing if none is known."""
     return () if all(value is None for value in values) else tuple(values)
 
 

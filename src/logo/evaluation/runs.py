@@ -44,7 +44,7 @@ class Place:
 
     @property
     def is_shard(self) -> bool:
-        """Whether it is a part of a dataset, unless the dataset itself is called like one."""
+        """Whether the folder holds a shard of a dataset, and is not a dataset with the name of a shard."""
         folder = self.folder.absolute()
         return is_shard_folder(folder) and not (self.run and self.dataset.split("/")[-1] == folder.name)
 

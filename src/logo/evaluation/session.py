@@ -341,7 +341,7 @@ class Session(Evaluation):
         return method.learn(self.logo, self._task(job, train))
 
     def answering(self, job: Job, learnt: Mapping[str, Any] | None = None) -> Session | Answering:
-        """What answers a dataset, without state of earlier datasets.
+        """The session or method that answers a dataset, without state of earlier datasets.
 
         Args:
             learnt: what the method has learnt about it; None: it learns now, and the result is not stored.

@@ -40,7 +40,7 @@ class Standing:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What its rows depend on: the run's identity, the pool included, and which shard it is."""
+        """All that the rows depend on: the run's identity, the pool, and the shard."""
         return {**self.run["identity"], "pool": self.run["pool"], "shard": self.run["shard"]}
 
     def other(self, asked: Mapping[str, Any]) -> str | None:

@@ -270,7 +270,7 @@ def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _intervals(content: Mapping[str, Any]) -> dict[str, Interval]:
-    """Those that are two numbers. Earlier versions wrote intervals of no width where a bootstrap knew nothing."""
+    """The valid intervals. Earlier versions wrote intervals of no width where a bootstrap knew nothing."""
     pairs = {name: pair for name, pair in content.items() if isinstance(pair, list) and len(pair) == 2}
     return {
         str(name): Interval(float(a), float(b)) for name, (a, b) in pairs.items() if _number(a) and _number(b) and a < b

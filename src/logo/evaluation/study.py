@@ -137,7 +137,7 @@ class Measuring(Protocol):
     def facts(self) -> Facts: ...
 
     def learn(self, lessons: Iterable[Lesson]) -> Iterator[tuple[Lesson, Mapping[str, Any]]]:
-        """What each lesson teaches, in any order."""
+        """Each lesson with the state that its method has learnt, in any order."""
 
     def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
         """A record for each row of a task, in any order."""

@@ -214,7 +214,7 @@ def as_csv(table: Table) -> bytes:
 
 
 def as_parquet(table: Table) -> bytes:
-    """The same as Parquet: int64, double and string columns.
+    """The table as Parquet with int64, double and string columns.
 
     Raises:
         MissingLibrary: pyarrow is not installed.

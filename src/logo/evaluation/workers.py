@@ -304,7 +304,7 @@ class InWorkers(Evaluation):
             )
 
     def _blocks(self, plans: Sequence[Plan], stack: ExitStack, report: Report) -> Iterator[_Block]:
-        """What is missing of all datasets, each of which is begun when its first block is asked for."""
+        """The missing blocks of all datasets; a dataset is begun when its first block is asked for."""
         for one in plans:
             dataset = stack.enter_context(Underway(self, one))
             if len(dataset.answered):
@@ -329,7 +329,7 @@ class MeasuredInWorkers:
         self.facts: StudyFacts = workers.description
 
     def learn(self, lessons: Iterable[Lesson]) -> Iterator[tuple[Lesson, Mapping[str, Any]]]:
-        """What lessons teach, in the order in which they are done.
+        """Each lesson with the state that its method has learnt, in the order in which they are done.
 
         Raises:
             DataError: rows that are missing or cannot be scored.

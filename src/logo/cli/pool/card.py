@@ -75,7 +75,7 @@ def card(
 
 
 def _study(file: Path) -> tuple[dict[str, Any] | None, bytes | None]:
-    """What a study found, and its picture: the JSON has the picture beside it, the picture may be given alone."""
+    """The numbers and the picture of a study: from its JSON file with the picture beside it, or a picture alone."""
     picture = file if file.suffix.lower() == ".png" else file.with_suffix(".png")
     numbers = None
     try:

@@ -98,7 +98,7 @@ def refusal(bad: AdapterError) -> Text:
 
 
 def refusals(refused: Iterable[AdapterError]) -> list[dict[str, Any]]:
-    """The same for programs."""
+    """Refused adapters and the reasons, for JSON."""
     return [{"name": bad.name, "reason": bad.reason} for bad in refused]
 
 

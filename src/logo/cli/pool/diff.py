@@ -119,5 +119,5 @@ def _shown(value: float) -> str:
 
 
 def _number(value: float) -> float | None:
-    """As JSON has it."""
+    """The number, or None if it is not finite and JSON cannot hold it."""
     return value if math.isfinite(value) else None

@@ -128,7 +128,7 @@ def _never(found: Traffic) -> list[str]:
 
 
 def _moved(found: Traffic) -> list[Adapter]:
-    """Those whose share of wins has changed, most first."""
+    """Adapters whose share of wins has changed, largest change first."""
     moved = [adapter for adapter in found.adapters if adapter.moved]
     return sorted(moved, key=lambda one: -abs(one.halves[1] - one.halves[0]))
 
@@ -139,6 +139,6 @@ def _report(found: Traffic, alike: Sequence[Group]) -> dict[str, Any]:
 
 
 def _line(text: str, length: int = 80) -> str:
-    """What somebody else wrote, in a line: without what moves a terminal's cursor, and not too long."""
+    """Foreign text as one line of at most `length` characters, without control characters."""
     shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return shown if len(shown) <= length else f"{shown[: length - 1]}…"

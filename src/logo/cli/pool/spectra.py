@@ -24,7 +24,7 @@ LAYER_RANGES = 3
 
 
 def taken_apart(adapters: Sequence[Adapter]) -> Anatomy:
-    """What the adapters do, with a progress bar."""
+    """`anatomy` of the adapters, with a progress bar."""
     from logo.adapters.upkeep.anatomy import anatomy, module_paths
 
     with steps("modules", len(module_paths(adapters))) as step:
@@ -60,7 +60,7 @@ def table(adapters: Sequence[Adapter], found: Anatomy) -> Table:
 
 
 def show(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> None:
-    """What the pool does to each kind of module, near-duplicates, and what stands out."""
+    """Prints the size of the updates per kind of module, near-duplicates, and outliers."""
     from logo.adapters.upkeep.outliers import outliers
 
     by_module = list(_by_module(found))
@@ -91,7 +91,7 @@ def show(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> None:
 
 
 def report(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> dict[str, Any]:
-    """The same for programs."""
+    """What `show` prints, for JSON."""
     from logo.adapters.upkeep.outliers import outliers
 
     return {

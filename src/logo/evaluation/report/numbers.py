@@ -30,7 +30,7 @@ NAMES: Mapping[str, str] = {
     "exact_match": "exact match (SQuAD)",
     "f1": "F1 (SQuAD)",
 }
-"""What people call a measure; others are shown as they are written."""
+"""Usual names of measures; other measures keep their own."""
 
 _RIGHT = 0.5
 

@@ -80,7 +80,7 @@ def packed(content: object) -> str:
 
 
 def _rows(results: Sequence[Result | None]) -> _Rows:
-    """The same instance of several runs becomes one row; see `versus.shared_rows` for what is the same."""
+    """The same instance of several runs becomes one row; `versus.shared_rows` says which instances are the same."""
     rows = _Rows()
     present = [(run, result) for run, result in enumerate(results) if result is not None]
     present.sort(key=lambda pair: pair[1].prompts is None)  # those that say what was asked come first

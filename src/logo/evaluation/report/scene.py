@@ -73,7 +73,7 @@ class Dot:
 
     @property
     def corners(self) -> list[tuple[float, float]]:
-        """Those of the shape; a circle has none."""
+        """The corners of the shape; a circle has none."""
         return [(self.x + self.r * dx, self.y + self.r * dy) for dx, dy in _CORNERS[self.shape]]
 
 

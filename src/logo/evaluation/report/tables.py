@@ -57,7 +57,7 @@ def as_latex(analysis: Analysis) -> str:
 
 
 def as_markdown(analysis: Analysis) -> str:
-    """The same tables for a README."""
+    """The tables of groups and datasets in Markdown."""
     return markdown(groups(analysis, "In italics")) + "\n" + markdown(datasets(analysis))
 
 
@@ -196,7 +196,7 @@ def options(analysis: Analysis) -> Table | None:
 
 
 def versions(run: Run) -> Table | None:
-    """What the first dataset of a run stood on."""
+    """The versions of libraries under which the first dataset of a run was answered."""
     found = next(iter(run.results.values())).run.get("versions")
     if not isinstance(found, dict):
         return None

@@ -73,7 +73,7 @@ class Pairing:
         return self._known[a, b, both, metric]
 
     def marks(self, values: Sequence[float | None], names: Sequence[str], metric: str | None = None) -> list[Mark]:
-        """Who is best of the runs that have a value.
+        """The best of the runs that have a value.
 
         A run is `best` if it has the highest value and is significantly better than every other run. Where none is,
         `tied` are the run with the highest value and all that are not significantly worse, p-values being corrected by

@@ -92,7 +92,7 @@ def _declaration(top: dict[str, Any], sha256: str) -> Declaration:
 
 
 class _Wrong(ValueError):
-    """What a declaration has where something else was expected."""
+    """A declaration has something else than what was expected."""
 
     def __init__(self, where: str, expected: str, found: Any) -> None:
         kind = "a mapping" if isinstance(found, dict) else "a list" if isinstance(found, list) else None

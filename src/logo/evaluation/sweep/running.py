@@ -69,7 +69,7 @@ class Outcome:
 
     @property
     def dataset(self) -> str:
-        """Its name."""
+        """The name of the dataset."""
         return self.result.dataset
 
 
@@ -84,7 +84,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Swept:
-    """What came of a sweep: outcomes in the order of cells and datasets, and failures in the order they happened."""
+    """The results of a sweep: outcomes in the order of cells and datasets, and failures in the order they happened."""
 
     outcomes: tuple[Outcome, ...]
     failures: tuple[Failure, ...]
@@ -151,7 +151,7 @@ def runs(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _runs(cells: Sequence[Cell]) -> list[Cell]:
-    """Those that are to be run, sorted by settings in order of their first use."""
+    """The cells that are to be run, sorted by settings in order of their first use."""
     chosen = runs(cells)
     settings = [cell.settings for cell in chosen]
     return sorted(chosen, key=lambda cell: settings.index(cell.settings))
