@@ -111,7 +111,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_pages() -> None:
     study = (ROOT / "docs" / "concepts" / "why-calibrated.md").read_text()
     rows = {line.split()[0]: re.findall(r"(?<= )[\d.]+|-(?= )", line) for line in study.splitlines() if "  0." in line}
     first, _, after = readme.partition("```")
-    assert f"**{round(float(rows['calibrated'][0]) * 100)} of 100**" in first
+    assert f"**{round(float(rows['calibrated'][0]) * 100)} %**" in first
     assert [rows[name][3] for name in ("calibrated", "oracle", "uniform")] == re.findall(r"(?<= )0\.\d\d", first)
     averages = re.findall(r"\d\.\d\d", re.search(r"│ average .*", (ROOT / "docs" / "demo-world.md").read_text())[0])
     assert averages == re.findall(r"0\.\d\d", after.partition("held-out rows")[2].partition("table")[0])

@@ -366,6 +366,20 @@ def test_a_plugin_that_cannot_be_used(
     assert re.search(message, one_line(capsys))
 
 
+def test_a_run_with_an_installed_plugin_can_be_repeated_from_its_file(site: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first.json", tmp_path / "again.json"
+    asked = ["generate", PROMPT, "--base-model", "demo", "-k", "2", "--signal", "quiet", "--max-new-tokens", "2"]
+    assert run([*asked, "--save", str(first)]) == 0
+    assert "plugins" not in json.loads(first.read_text())["command"]
+    # In a process that has not looked the signal up.
+    repeated = [sys.executable, "-m", "logo.cli", "generate", PROMPT, "--config", str(first), "--save", str(again)]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(repeated, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    [one], [other] = (json.loads(file.read_text())["answers"] for file in (first, again))
+    assert one["adapters"] == other["adapters"] and other["scores"] == same_scores(one["scores"])
+
+
 @pytest.mark.slow
 def test_study_and_sweep_compare_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plugin = ["--plugin", "plug_here:quiet"]

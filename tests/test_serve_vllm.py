@@ -176,6 +176,8 @@ def test_a_key_is_never_on_the_command_line(
         (["--log-json"], "VLLM_LOGGING_CONFIG_PATH"),
         (["--port", "0"], "name one"),
         (["--", "--api-server-count", "2"], "vllm serve"),
+        (["--", "--api_key=secret-1"], "give it before `--`"),
+        (["--", "--api-key", "secret-1"], "as VLLM_API_KEY in the environment"),
     ],
 )
 def test_what_vllms_server_cannot_do_is_refused(

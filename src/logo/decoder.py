@@ -330,7 +330,7 @@ def _copies(config: GenerationConfig) -> int:
 
 @contextmanager
 def _without_stop_strings(checkpoint: GenerationConfig) -> Iterator[None]:
-    """Without the checkpoint's stop strings, which transformers would use and need a tokenizer for."""
+    """Removes the checkpoint's stop strings inside the block, since transformers needs a tokenizer to apply them."""
     own = checkpoint.stop_strings
     checkpoint.stop_strings = None
     try:

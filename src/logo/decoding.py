@@ -29,7 +29,8 @@ OVERFLOW = (
     "is damaged, or too large for the model's dtype; leave that adapter out, or use float32"
 )
 
-# Names of other libraries, options that would count a prompt's padding, and an option of `generate` alone.
+# Refused options -> those to use: names of other libraries, lengths that would include the padding of a prompt, and an
+# option that only `LoGo.generate` has.
 _INSTEAD = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), "max_new_tokens"),
     **dict.fromkeys(("min_tokens", "min_length"), "min_new_tokens"),

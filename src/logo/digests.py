@@ -56,7 +56,7 @@ def config_digest(config: PretrainedConfig) -> str:
 
 
 def _said(content: Any) -> Any:
-    """The content without such keys, also in the configurations of parts of a multimodal model."""
+    """The content without the keys in `_ELSEWHERE`, also in nested configurations of a multimodal model."""
     if not isinstance(content, Mapping):
         return content
     return {str(key): _said(value) for key, value in content.items() if key not in _ELSEWHERE}

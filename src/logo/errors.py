@@ -19,7 +19,7 @@ class UsageError(LoGoError, ValueError):
 
 
 class PluginError(LoGoError, ImportError):
-    """A plugin that cannot be imported, or that is not what it has to be (`logo.plugins`)."""
+    """A plugin that cannot be imported, or that does not define what its kind requires (`logo.plugins`)."""
 
 
 class AdapterError(LoGoError, ValueError):

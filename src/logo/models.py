@@ -151,7 +151,7 @@ def _padded(tokenizer: PreTrainedTokenizerBase, base_model: str) -> PreTrainedTo
 
 
 def checked_dtype(asked: str | torch.dtype, default: Any) -> Any:
-    """The dtype of that name, or the default for `"auto"`; raises UsageError where there is none."""
+    """The dtype of that name, or the default for `"auto"`; raises UsageError if there is no such dtype."""
     import torch
 
     if asked == "auto":

@@ -50,7 +50,7 @@ class Source:
 
     @classmethod
     def of(cls, definition: Any) -> Source:
-        """That of a function or class."""
+        """The source of a function or class."""
         name = definition.__module__
         file = getattr(sys.modules.get(name), "__file__", None)
         folder = None
@@ -63,7 +63,7 @@ class Source:
 
 
 class Registry(dict[str, T]):
-    """What there is of one kind, by name. Looking a name up imports the plugin that registers it, if there is one.
+    """The signals, methods, metrics or merges, by name. Looking a name up imports the plugin that registers it.
 
     Args:
         kind: a word for messages; entry points are in the group `logo.<kind>s`.
@@ -83,7 +83,7 @@ class Registry(dict[str, T]):
         _REGISTRIES.append(self)
 
     def add(self, name: str, value: T, definition: Any) -> None:
-        """Registers a value. What a module defines anew, as when it is reloaded, replaces what it defined before.
+        """Registers a value. If a module is reloaded, its new definition replaces the old one of the same name.
 
         Args:
             definition: the function or class that the value comes from.
@@ -117,12 +117,16 @@ class Registry(dict[str, T]):
         return tuple(dict.fromkeys([*self, *self._others, *(found.name for found in self._installed())]))
 
     def source(self, name: str) -> str | None:
-        """What results depend on of a plugin: its module, its object and their digest; None for ours."""
+        """The module, object and digest of a plugin, on which results depend; None for LoGo's own."""
         return str(self.sources[name]) if name in self.sources else None
 
     def registers(self, definition: Any) -> bool:
         """Whether a function or class is registered."""
         return _place(definition) in self._places.values()
+
+    def installed(self, name: str) -> bool:
+        """Whether an installed distribution registers this name."""
+        return any(found.name == name for found in self._installed())
 
     def _installed(self) -> Sequence[importlib.metadata.EntryPoint]:
         return tuple(importlib.metadata.entry_points(group=self.group))
@@ -178,14 +182,22 @@ def _load_named(text: str) -> None:
 
 
 def named() -> list[str]:
-    """The plugins of this process that were named as `module:Object`, not installed ones."""
-    sources = (source for registry in _REGISTRIES for source in registry.sources.values())
-    return list(dict.fromkeys(source.place for source in sources if source.folder is not None))
+    """The plugins of this process that another one has to be told to import, as `module:Object`.
+
+    Installed plugins are found by their names, and those of a notebook cannot be imported elsewhere.
+    """
+    sources = (
+        source
+        for registry in _REGISTRIES
+        for name, source in registry.sources.items()
+        if source.folder is not None and not registry.installed(name)
+    )
+    return list(dict.fromkeys(source.place for source in sources))
 
 
 def environment() -> dict[str, str]:
-    """What a process has to have in its environment to know the plugins of this one: `LOGO_PLUGINS`, a list of
-    `module:Object` or `module:Object@folder` as a shell would read it; nothing where there are none."""
+    """The environment in which another process finds the plugins of this one: `LOGO_PLUGINS`, a list of `module:Object`
+    or `module:Object@folder` that is quoted as for a shell; empty without plugins."""
     known = _words(os.environ.get(VARIABLE, ""))
     sources = (source for registry in _REGISTRIES for source in registry.sources.values())
     known += (f"{source.place}@{source.folder}" for source in sources if source.folder is not None)
@@ -217,7 +229,7 @@ def _digest(definition: Any, file: str | None) -> str:
         for one in files:
             digest.update(str(one.relative_to(folder)).encode() + b"\0" + hashlib.sha256(one.read_bytes()).digest())
         return digest.hexdigest()
-    except (OSError, TypeError):  # nobody can say whether it has changed since it was last used
+    except (OSError, TypeError):  # without a digest, a change could not be noticed
         return uuid.uuid4().hex
 
 

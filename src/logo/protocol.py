@@ -2,7 +2,7 @@
 
     MixtureRequest -> choose -> SelectedMixture -> generate -> Delta, Delta, ...
 
-`logo.serving.service.Service` is the engine of one process. How a mixture is held is the engine's own affair: the app
+`logo.serving.service.Service` is the engine of one process. The engine alone decides how a mixture is held: the app
 only passes the `SelectedMixture` back.
 """
 

@@ -28,7 +28,7 @@ class Activation:
 
     Attributes:
         tokens: its invocation tokens; empty if it has none.
-        last: it acts on the last so many tokens of a prompt and on the answer; None: it is not of this kind.
+        last: N of `last:N`: it acts on the last N tokens of a prompt and on the answer; None: it is not of this kind.
         without: what an adapter does in a prompt that lacks its invocation tokens: `"off"`, nothing, as in PEFT;
             `"error"`; or `"last:N"`.
     """
@@ -39,7 +39,7 @@ class Activation:
 
     @classmethod
     def parse(cls, text: str) -> Activation:
-        """`"everywhere"` or `"last:N"`.
+        """Parses `"everywhere"` or `"last:N"`.
 
         Raises:
             UsageError: it is neither.

@@ -43,7 +43,7 @@ def weight_sizes(found: FileSizes) -> list[int]:
 
 
 def _named(places: Sequence[Place]) -> Iterator[Place]:
-    """The places, and instead of manifests those that they name."""
+    """Yields the places; a manifest is replaced by the places of its entries."""
     for place in places:
         if place.kind == "manifest":
             file = Path(place.source)

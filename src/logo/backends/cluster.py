@@ -15,13 +15,13 @@ from logo.extras import need
 
 AUTO, LOCAL = "auto", "local"
 
-# Bytes of Ray's store of objects on this machine: what goes through it are rows and answers.
+# Bytes of Ray's object store on this machine, which holds rows and answers only.
 _STORE = 256_000_000
 
-# What Ray prints at length, also where nothing is to be printed, and is said here in one line.
+# A long message that Ray prints even if its log is off; LoGo reports the same in one line.
 _SAID = "^A worker died or was killed"
 
-# Seconds in which a node that is named has to accept a connection.
+# Seconds within which the node of a given address has to accept a connection.
 _CONNECT = 5.0
 
 
@@ -66,7 +66,7 @@ def imported() -> Any:
     Raises:
         MissingLibrary: it is not installed.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to have anything reported
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports without the user's consent
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are too few on a busy machine
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _SAID)
     need("work in several processes", "ray")
@@ -103,7 +103,7 @@ def connect(ray: Any, layout: Layout) -> None:
     _check_answers(layout.address)
     try:
         ray.init(address=layout.address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # the last: of a token
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # RayError: wrong token
         where = "no cluster was found" if layout.address == AUTO else f"{layout.address} does not answer"
         said = " ".join(str(error).split())[:200]
         raise WorkersError(

@@ -28,14 +28,14 @@ class Shared:
         return _READ[key]
 
 
-# What this process has read of shared values, the latest last: one dataset comes after the other, and each has two.
+# The shared values that this process has read, the latest last. Datasets follow each other, and each has two values.
 _READ: dict[str, Any] = {}
 _KEPT = 8
 
 
 @dataclass(frozen=True)
 class Refused:
-    """An error that the user has to fix, as a result, so that the item is not tried elsewhere."""
+    """An error that the user has to fix, returned as a result so that no other process tries the item."""
 
     error: LoGoError
 
@@ -49,14 +49,14 @@ class Answer:
 
 
 class Host:
-    """The actor in a process."""
+    """The Ray actor that each process runs."""
 
     def __init__(self, open_: Callable[[], Any]) -> None:
         self._open = open_
         self._held: Any = None
 
     def call(self, what: Callable[..., Any], *args: Any) -> Answer:
-        """`what(held, *args)`."""
+        """Runs `what(held, *args)`, after opening `held` in the first call; a `LoGoError` is returned as `Refused`."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             try:

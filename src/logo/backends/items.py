@@ -1,5 +1,5 @@
-"""Items of work for several processes (`logo.backends.ray`): calls, the replacements of results, and the queue. Knows
-nothing of Ray.
+"""Items of work for several processes (`logo.backends.ray`), the values that stand for missing results, and the queue.
+Independent of Ray.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ class Item:
 
 @dataclass(frozen=True)
 class Lost:
-    """An item without a result, because every process that got it has died. `reason` says how, in words."""
+    """Stands for the result of an item that no process finished. `reason`: in words, what became of the last one."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A result that another process might improve, for example because memory was too small; the third one is used."""
+    """A result that another process may improve, for example one with more memory. The third one is used as it is."""
 
     result: Any
 
 
 @dataclass(frozen=True)
 class Unlike:
-    """Instead of a result: the process differs from the others and gets no more work. `reason` names the difference."""
+    """Returned in place of a result by a process that differs from the others and gets no more work. `reason`: how."""
 
     reason: str
 
 
 @dataclass
 class Queue(Generic[I]):
-    """Waiting items; returned ones come first."""
+    """Waiting items; those that came back from a process are handed out first."""
 
     source: Iterator[I]
     back: deque[tuple[I, int, object]] = field(default_factory=deque)
     dry: bool = False
 
     def next(self, worker: object, *, alone: bool) -> tuple[I, int] | None:
-        """An item for a process and how many have had it before; None where there is none for this one.
+        """The next item for a process, and the number of processes that had it before; None if there is none for it.
 
         Args:
-            alone: no other process is open, so that it gets what it has brought back, too.
+            alone: no other process is open, so that this one also gets items that came back from itself.
         """
         for at, (item, tries, before) in enumerate(self.back):
             if alone or before is not worker:

@@ -194,14 +194,14 @@ def slot_rank(rank: int) -> int | None:
 
 
 def slotted(linears: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """Those of these modules for which vLLM makes slots: the targets, and what is packed with them."""
+    """The modules of `linears` for which vLLM makes slots: the targets, and modules packed into a layer with one."""
     wanted = set(targets)
     wanted |= {name for packed in _PACKED if wanted & set(packed) for name in packed}
     return [path for path in linears if path.rpartition(".")[2] in wanted]
 
 
 def _per_rank(shape: ModelShape, targets: Iterable[str], tensor_parallel: int) -> int:
-    """Numbers of one slot of rank 1, on one GPU."""
+    """The number of values in one slot of rank 1, on one GPU."""
     return sum(_divided(path, shape.linears[path], tensor_parallel, shape) for path in slotted(shape.linears, targets))
 
 
@@ -209,7 +209,7 @@ def _divided(path: str, linear: LinearShape, parts: int, shape: ModelShape) -> i
     name = path.rpartition(".")[2]
     if name in _INPUT_DIVIDED:
         return linear.in_features // parts + linear.out_features
-    if name in ("k_proj", "v_proj", "key", "value", "wk", "wv"):  # a head at least stays on every GPU
+    if name in ("k_proj", "v_proj", "key", "value", "wk", "wv"):  # every GPU holds at least one head
         parts = min(parts, shape.cached_heads)
     return linear.in_features + linear.out_features // parts
 
@@ -226,7 +226,7 @@ def _chosen(
     largest = f"the largest adapter has rank {max(pool.ranks)}"
     together = f"the {pool.k} largest adapters have rank {summed} together"
     ends = f"and vLLM's slots end at {RANKS[-1]}"
-    if gate is None:  # then there is no merging either
+    if gate is None:  # then merging is impossible, too: its rank is no smaller
         raise UsageError(f"{largest}, {ends}")
     if mode == "gate":
         return gate, "it was asked for"

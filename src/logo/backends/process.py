@@ -37,5 +37,5 @@ def how_ended(error: Exception) -> str:
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":
         return "was ended because its node had no memory left"
-    last = str(error).strip().splitlines()[-1].strip()  # where something was raised: what
+    last = str(error).strip().splitlines()[-1].strip()  # of a traceback, the line with the error
     return f"ended ({type(error).__name__}: {last[:200]})"

@@ -25,28 +25,28 @@ from logo.backends.process import Process, how_ended
 
 H = TypeVar("H")  # what a process has opened
 
-# An item that has taken so many processes with it is given up.
+# The most processes that get one item, or one call of `ask`, before it is given up.
 TRIES = 3
 
-# So many processes in a row that ended before they were open: the next would end, too.
+# After so many processes in a row that ended before they were open, no more are started.
 _FAILED_STARTS = 3
 
-# Seconds between two looks at deadlines and at what has been opened.
+# Seconds between two checks of deadlines and of processes that are still opening.
 _LOOK = 0.5
 
 
 class Workers(Generic[H]):
-    """Processes that have opened the same thing.
+    """Processes that have each opened the same thing, such as an engine.
 
     Args:
-        layout: number and place.
-        open_: opens it, once in each process.
+        layout: number, place and resources of the processes.
+        open_: called once in each process; its result is the `held` of `ask` and `map`.
         describe: describes what a process has opened.
-        differs: why a description is not the expected one, in words; None if it is. It gets each description, and the
-            first one as the second argument, before any work begins.
+        differs: compares the description of a process with that of the first one (second argument), before the process
+            gets work; returns why it is not the expected one, in words, or None.
 
     Attributes:
-        description: of the first process.
+        description: what `describe` returned in the first process.
 
     Raises:
         UsageError: Ray is not installed.
@@ -66,7 +66,7 @@ class Workers(Generic[H]):
         self._workers: list[Process] = []
         self._started = self._failed_starts = 0
         self._queue: Queue[Any] | None = None  # of the `map` that runs
-        self._next: list[tuple[Any, Any]] = []  # what that has to yield next
+        self._next: list[tuple[Any, Any]] = []  # results that it yields next
         self._warned: set[str] = set()
         connect(self._ray, layout)
         try:
@@ -108,12 +108,12 @@ class Workers(Generic[H]):
         return {worker.name: worker.done / worker.busy for worker in self._workers if worker.busy}
 
     def ask(self, what: Callable[..., Any], *args: Any) -> Any:
-        """What one process answers to `what(held, *args)`, after what it is doing; however long it takes. Where none is
-        open, the first one that is. The deadlines of a `map` that runs are kept meanwhile.
+        """Runs `what(held, *args)` in one process, without a deadline, and returns the result. An idle process is taken
+        if there is one; a busy one finishes its item first. The deadlines of a running `map` are enforced meanwhile.
 
         Raises:
-            WorkersError: three processes have gone over it.
-            LoGoError: as `what` does.
+            WorkersError: three processes in turn died or differed from the others while they ran it.
+            LoGoError: an error of `what`.
         """
         reason, tries = "", 0
         while tries < TRIES:
@@ -125,7 +125,7 @@ class Workers(Generic[H]):
                 result = self._got(running)
             except self._gone as error:
                 reason = f"the last one {how_ended(error)}"
-                if worker in self._workers:  # else it was ended over its item, not over this
+                if worker in self._workers:  # else it was ended for its late item, not for this call
                     tries += 1
                     self._next += self._finished(worker) if self._is_done(worker) else []
                     if worker in self._workers:
@@ -141,13 +141,13 @@ class Workers(Generic[H]):
         raise WorkersError(f"no worker could do what one of them has to do for all: {reason}")
 
     def map(self, items: Iterable[I], what: Callable[..., Any]) -> Iterator[tuple[I, Any]]:
-        """Each item with `what(held, *item.args)`, or `Lost`, in the order in which they are done.
+        """Yields each item with the result of `what(held, *item.args)`, or with `Lost`, in the order of completion.
 
         Items are taken from `items` when a process is free. One `map` runs at a time; `ask` may be called meanwhile.
 
         Raises:
             WorkersError: no process is left, and none can be started.
-            LoGoError: as `what` does; other errors of it are raised as they are.
+            LoGoError: an error of `what`; its other errors are raised unchanged, too.
         """
         queue: Queue[I] = Queue(iter(items))
         self._queue, self._next = queue, []
@@ -167,7 +167,7 @@ class Workers(Generic[H]):
                     self._check_wait(idle_since)
                 done = self._wait()
                 for worker in [one for one in self._workers if one.running in done]:
-                    if worker.running in done:  # the receiver of another result may have asked it
+                    if worker.running in done:  # an `ask` by the consumer may have collected this result
                         yield from self._finished(worker)
                 self._end_late()
         finally:
@@ -176,14 +176,14 @@ class Workers(Generic[H]):
                 worker.item = None  # nobody waits for its result any more
 
     def _give(self, worker: Process, queue: Queue[I], what: Callable[..., Any]) -> None:
-        """Gives a free process an item, where there is one for it."""
+        """Gives a free process the next item, if the queue has one that this process may get."""
         if worker not in self._workers:
             return
         opened = sum(one.opening is None for one in self._workers)
         found = queue.next(worker, alone=opened == 1)
         if found is None:
             return
-        if worker not in self._workers:  # it was ended during an `ask` that was needed to make the item
+        if worker not in self._workers:  # an `ask` by the source of items has ended it meanwhile
             queue.back.append((*found, worker))
             return
         worker.item, worker.tries = found
@@ -191,7 +191,7 @@ class Workers(Generic[H]):
         worker.since = time.monotonic()
 
     def _ready(self) -> Process:
-        """A process that is open, which has nothing to do if there is one; waits for one."""
+        """An open process, an idle one if possible; waits until there is one."""
         idle_since = time.monotonic()
         self._look_at_openings()
         while not (ready := [worker for worker in self._workers if worker.opening is None]):
@@ -218,7 +218,7 @@ class Workers(Generic[H]):
         self._workers.append(Process(f"worker {self._started}", actor, actor.call.remote(self._describe)))
 
     def _first(self, expected: int) -> Any:
-        """The description of the first process, when all have said theirs that there is room for."""
+        """The description of the first process, once `expected` processes are open or the grace period is over."""
         opened: list[Any] = []
         limit, began = float("inf"), time.monotonic()
         while len(opened) < expected and time.monotonic() < limit:
@@ -247,7 +247,7 @@ class Workers(Generic[H]):
         return opened[0]
 
     def _look_at_openings(self) -> None:
-        """Takes up processes that have opened by now. One that is not like the others gets no work."""
+        """Marks processes that have opened by now as free for work, and ends those that differ from the others."""
         opening = {worker.opening: worker for worker in self._workers if worker.opening is not None}
         if not opening:
             return
@@ -257,7 +257,7 @@ class Workers(Generic[H]):
             reason: str | None
             try:
                 found = self._got(reference)
-            except self._ray.exceptions.RayTaskError as error:  # the others go on without it
+            except self._ray.exceptions.RayTaskError as error:  # the others continue without it
                 reason = " ".join(f"{type(error.cause).__name__}: {error.cause}".split())[:200]
             except self._gone as error:
                 self._again(worker, how_ended(error))
@@ -270,14 +270,14 @@ class Workers(Generic[H]):
                 self._give_up(worker, reason)
 
     def _give_up(self, worker: Process, reason: str) -> None:
-        """Ends a process in whose place another one would be no better."""
+        """Ends a process without replacing it, since a new one would fail alike; its item goes to another process."""
         warnings.warn(f"{worker.name} gets no work: {reason}", UserWarning, stacklevel=4)
         self._end(worker)
         self._again_elsewhere(worker, f"is not like the others: {reason}")
 
     def _again(self, worker: Process, how: str) -> None:
-        """Replaces a process that ended before it was open. After too many of them no more are started, and those that
-        are open go on alone."""
+        """Replaces a process that ended before it was open. After `_FAILED_STARTS` in a row no more are started, and
+        the open processes continue alone."""
         self._failed_starts += 1
         self._end(worker)
         if self._failed_starts < _FAILED_STARTS:
@@ -294,7 +294,7 @@ class Workers(Generic[H]):
         self._ray.kill(worker.actor, no_restart=True)
 
     def _got(self, reference: Any) -> Any:
-        """The value of an answer that is there; warnings of all processes are given once."""
+        """The value of a finished answer. A warning that several processes report is issued once."""
         answer: Answer = self._ray.get(reference)
         for text in answer.warnings:
             if text not in self._warned:
@@ -306,7 +306,7 @@ class Workers(Generic[H]):
         return [worker for worker in self._workers if worker.opening is None and worker.running is None]
 
     def _wait(self) -> list[Any]:
-        """What is done or open first, of all that processes do or open; nothing after a while."""
+        """Waits for the first process to finish its work or its opening: its reference; empty after `_LOOK` seconds."""
         if not self._workers:
             raise WorkersError("no worker is left")
         found = [worker.running or worker.opening for worker in self._workers]
@@ -318,7 +318,7 @@ class Workers(Generic[H]):
         return worker.running is not None and bool(self._ray.wait([worker.running], timeout=0)[0])
 
     def _end_late(self) -> None:
-        """Ends processes that take longer over an item than they may."""
+        """Replaces processes that have exceeded the deadline of their item."""
         limit = time.monotonic() - self._layout.deadline
         for worker in [one for one in self._workers if one.running is not None and one.since < limit]:
             if not self._is_done(worker):
@@ -327,7 +327,7 @@ class Workers(Generic[H]):
     # -- results -------------------------------------------------------------------------------------------------
 
     def _over(self, worker: Process, how: str) -> None:
-        """A process has gone: another one is started, and its item goes back into the queue, or is lost."""
+        """Replaces a process that has died or is late; its item goes back into the queue, or becomes `Lost`."""
         self._end(worker)
         self._start()
         self._again_elsewhere(worker, how)
@@ -342,8 +342,8 @@ class Workers(Generic[H]):
             self._next.append((item, Lost(f"{TRIES} workers in a row did not finish it; the last one {how}")))
 
     def _finished(self, worker: Process) -> list[tuple[Any, Any]]:
-        """The item of a process with its result; or nothing, and the item goes back into the queue, if it is of the
-        `map` that runs."""
+        """The item of a process with its result; empty if the item's `map` has ended, or if the item goes back into the
+        queue, since the process has died or another one may do better."""
         try:
             result = self._got(worker.running)
         except self._ray.exceptions.RayTaskError as error:
@@ -372,7 +372,7 @@ class Workers(Generic[H]):
 
     @property
     def _gone(self) -> tuple[type[Exception], ...]:
-        """What Ray raises where a process or a node has gone, as against an error of what it ran."""
+        """The exceptions by which Ray reports a dead process or node, unlike errors of the code that it ran."""
         errors = self._ray.exceptions
         return (errors.RayActorError, errors.WorkerCrashedError, errors.OutOfMemoryError, errors.ObjectLostError) + (
             errors.NodeDiedError,

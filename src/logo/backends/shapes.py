@@ -81,12 +81,12 @@ class ModelShape:
         )
 
     def weights(self, dtype_bytes: int) -> int:
-        """Bytes of the weights, those that are not quantised with so many bytes per number."""
+        """Bytes of the weights; parameters that are not quantised take `dtype_bytes` each."""
         return (self.parameters - self.quantised) * dtype_bytes + int(self.quantised * self.bits / 8)
 
 
 def number_dtype(shape: ModelShape, dtype: str) -> torch.dtype:
-    """What vLLM computes in. `dtype`: its name; `"auto"`: the checkpoint's, but bfloat16 instead of float32.
+    """The dtype that vLLM computes in. `dtype`: its name; `"auto"`: the checkpoint's, but bfloat16 instead of float32.
 
     Raises:
         UsageError: there is none of that name.
@@ -126,7 +126,7 @@ class PoolShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel, adapters: AdapterPool, settings: SelectionSettings) -> PoolShape:
-        """The sizes of a pool that is here.
+        """The sizes of an opened pool.
 
         Args:
             model: may be on the meta device.
@@ -151,13 +151,13 @@ class PoolShape:
     def even(
         cls, model: PreTrainedModel, count: int, rank: int, targets: str | Sequence[str], k: int = DEFAULT_K
     ) -> PoolShape:
-        """A pool of so many adapters that are all alike, read as the signal `calibrated` reads.
+        """The sizes of a pool of `count` adapters of equal shape, read at the points of the signal `calibrated`.
 
         Args:
             targets: names of modules or ends of their paths, or `"all-linear"`.
 
         Raises:
-            UsageError: a number that cannot be, or a module that the model does not have.
+            UsageError: a number below 1, or a module that the model does not have.
         """
         for name, value in (("adapters", count), ("rank", rank), ("k", k)):
             if value < 1:
@@ -205,7 +205,7 @@ def _widest(linears: Mapping[str, LinearShape], paths: Collection[str]) -> int:
 
 
 def _cached(text: Any) -> tuple[int, int]:
-    """Numbers of keys and values of a token in all layers, and the heads among which they are divided."""
+    """The number of cached values per token over all layers, and the number of heads that they are divided among."""
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     layers = sum(not any(word in kind for word in _WITHOUT_CACHE) for kind in kinds)
     if getattr(text, "kv_lora_rank", None):  # latent attention: one vector for all heads, as vLLM keeps it
@@ -222,7 +222,7 @@ def _bits(quantisation: Any) -> float | None:
     """Bits of a quantised weight, from what a checkpoint's configuration says; None: it is not quantised.
 
     Raises:
-        UsageError: it does not say in a way that is known here.
+        UsageError: the configuration does not give the bits in a form that is known here.
     """
     if quantisation is None:
         return None

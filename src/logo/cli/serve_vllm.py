@@ -146,7 +146,13 @@ def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -
         raise UsageError("--port 0 is not for --engine vllm, which does not tell what port it took: name one")
     if len(server.api_keys) > 1:
         raise UsageError(f"--engine vllm takes one --api-key, found {len(server.api_keys)}: give one")
-    if any(flag.split("=")[0] in ("--api-server-count", "-asc") for flag in server.arguments):
+    flags = {flag.split("=")[0].replace("_", "-") for flag in server.arguments if flag.startswith("-")}
+    if "--api-key" in flags:
+        raise UsageError(
+            "--api-key after `--` would be in the list of processes and in what --dry-run prints: give it before `--`, "
+            "or as VLLM_API_KEY in the environment"
+        )
+    if flags & {"--api-server-count", "-asc"}:
         raise UsageError(
             "--api-server-count is read by `vllm serve` alone: start that, with the flags and the environment that "
             "--dry-run prints"

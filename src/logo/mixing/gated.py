@@ -29,7 +29,7 @@ class Gating(Protocol):
         """`g ⊙ (A x)` of one module, for `A x` (..., R)."""
 
     def applied_turned(self, stack: Stack, lead: torch.Size, response: Tensor) -> Tensor:
-        """The same with the rank first: (R, *lead)."""
+        """`g ⊙ (A x)` of one module, for `A x` with the rank first: (R, *lead)."""
 
 
 class Gates:
@@ -67,7 +67,7 @@ class Gates:
         return _product(response, self._gate(stack, response.shape[:-1], response, turned=False))
 
     def applied_turned(self, stack: Stack, lead: torch.Size, response: Tensor) -> Tensor:
-        """The same with the rank first: (R, *lead)."""
+        """As `applied`, for `A x` with the rank first: (R, *lead)."""
         return _product(response, self._gate(stack, lead, response, turned=True))
 
     def _gate(self, stack: Stack, lead: torch.Size, like: Tensor, *, turned: bool) -> _Gate:
@@ -124,7 +124,7 @@ class GatedLoRA:
 
     @contextmanager
     def grouped(self, stacks: Mapping[str, GroupedStack], mixture: GroupedMixture) -> Iterator[None]:
-        """The same for groups of rows, each multiplied by the factors of its own adapters."""
+        """Adds the mixtures of groups of rows, each multiplied by the factors of its own adapters, inside the block."""
         with hooked(self.modules, {path: adding(mixture.low_rank, stack) for path, stack in stacks.items()}):
             yield
 
@@ -172,7 +172,7 @@ def low_rank(x: Tensor, stack: Stack, gates: Gating) -> Tensor:
     if turned is None or not turned[0] <= x.numel() // x.shape[-1] <= turned[1]:
         shrunk = torch.nn.functional.linear(x, stack.A)  # (..., R)
         return gates.applied(stack, shrunk) @ stack.B  # (..., d_out)
-    # The same with the factors on the left, which CPU libraries multiply faster by the few columns of a batch.
+    # The same product with the factors on the left: CPU libraries compute it faster for the few tokens of a batch.
     lead = x.shape[:-1]
     shrunk = torch.mm(stack.A, x.reshape(-1, x.shape[-1]).T)  # (R, tokens)
     shrunk = gates.applied_turned(stack, lead, shrunk.view(-1, *lead)).view(len(stack.A), -1)

@@ -39,10 +39,11 @@ class Merge:
     Attributes:
         kind: a name of `MERGES`, or of `ROUTED`; `"cat"` is PEFT's name for `"mixture"`.
         density: share of the entries that `ties`, `dare_linear` and `dare_ties` keep, above 0 and up to 1.
-        majority_sign: of `ties` and `dare_ties`: the sign of the sum, or the one that more adapters have.
-        seed: of the entries that `dare_linear` and `dare_ties` drop.
-        arrow_top_k, arrow_temperature: of `arrow` and `spectr`: adapters per token and module, and of the softmax of
-            their weights.
+        majority_sign: for `ties` and `dare_ties`: `"total"`, the sign of the sum; or `"frequency"`, the sign that most
+            adapters have.
+        seed: for the random choice of the entries that `dare_linear` and `dare_ties` drop.
+        arrow_top_k, arrow_temperature: for `arrow` and `spectr`: adapters per token and module, and the temperature of
+            the softmax that gives their weights.
 
     Raises:
         UsageError: a kind that does not exist, or a value out of range.
@@ -76,12 +77,12 @@ class Merge:
 
     @property
     def routes(self) -> bool:
-        """Whether every token finds its own adapters, in the forward pass."""
+        """Whether every token chooses its own adapters in the forward pass (`logo.mixing.routing`)."""
         return self.kind in ROUTED
 
     @property
     def routing(self) -> Routing:
-        """How, if it does. SEQR takes the first adapter alone."""
+        """The options of the routing, for a kind that `routes`. SEQR uses one adapter per token."""
         kind = next(kind for kind in ROUTED if kind == self.kind)
         return Routing(1, kind=kind) if kind == "seqr" else Routing(self.arrow_top_k, self.arrow_temperature, kind)
 
@@ -105,8 +106,8 @@ def mixture(parts: Parts, weights: Sequence[float]) -> LoraWeights:
 def fusion(parts: Parts, weights: Sequence[float]) -> LoraWeights:
     """Does not equal `Σ w s B A`, but `(Σ w √s B)(Σ w √s A)`: weights come out squared, and every A meets every B.
 
-    LoraHub's and LoraRetriever's (arXiv 2307.13269, 2402.09997), which sum A and B of adapters of one scale. Where
-    scales differ, half of each goes to either side. One adapter of weight 1 stays what it is.
+    The fusion of LoraHub and LoraRetriever (arXiv 2307.13269, 2402.09997), which sum A and B of adapters of one scale.
+    If scales differ, A and B are each multiplied by √s. A single adapter of weight 1 is left unchanged.
     """
     scales = [part.scaling for part in parts]
     left, right = _roots(scales)
@@ -118,9 +119,9 @@ def fusion(parts: Parts, weights: Sequence[float]) -> LoraWeights:
 
 
 def linear(parts: Parts, weights: Sequence[float]) -> LoraWeights:
-    """Does not equal `Σ w s B A`: it is in it, but beside it every A meets every other B.
+    """Does not equal `Σ w s B A`: the product also has a term for the B of each adapter with the A of every other.
 
-    `(Σ √(w s) B)(Σ √(w s) A)`, the sign of `w s` on A's side: PEFT's `linear`. One adapter stays what it is.
+    `(Σ √|w s| B)(Σ ±√|w s| A)`, with the sign of `w s` on A: PEFT's `linear`. A single adapter is left unchanged.
     """
     left, right = _roots_of(parts, weights)
     return LoraWeights(_weighted(_factors(parts, "A"), right), _weighted(_factors(parts, "B"), left), 1.0)
@@ -131,8 +132,8 @@ def ties(
 ) -> LoraWeights:
     """Does not equal `Σ w s B A`: as `linear`, of trimmed factors, and only where signs agree.
 
-    TIES (arXiv 2306.01708) as PEFT applies it to A and B: of each factor the largest entries are kept; at each entry
-    the sign of the majority is elected; what has this sign is averaged, what has another is left out.
+    TIES (arXiv 2306.01708) as PEFT applies it to A and B: the largest entries of each factor are kept; for each entry
+    the majority's sign is elected; the values that have this sign are averaged, and others are left out.
     """
     left, right = _roots_of(parts, weights)
     trimmed = [_trimmed(_factors(parts, side), density) for side in ("A", "B")]
@@ -202,7 +203,7 @@ for _function, _kind in (
 ):
     MERGES.add(_function.__name__, _kind, _function)
 
-# What these do to one adapter, or to adapters of different ranks, is known; of plugins nothing is.
+# Kinds that leave a single adapter unchanged, and need equal ranks. Neither is assumed of plugins.
 _SUMMING_FACTORS = ("linear", "ties", "dare_linear", "dare_ties")
 
 
@@ -281,7 +282,7 @@ def _factors(parts: Parts, side: Literal["A", "B"]) -> Tensor:
 
 
 def _roots(values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Two numbers for each, whose product it is and which are equal but for the sign: B's, and A's with the sign."""
+    """Splits each value into two factors `√|v|`: those for B, and those for A, which carry the sign of the value."""
     roots = [math.sqrt(abs(value)) for value in values]
     return roots, [math.copysign(root, value) for root, value in zip(roots, values, strict=True)]
 
@@ -300,14 +301,14 @@ def _scaled(factors: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def _trimmed(factors: Tensor, density: float) -> Tensor:
-    """The largest entries of each factor, zeros elsewhere."""
+    """Factors (n, ...) of which the share `density` of largest entries is kept; the others are 0."""
     flat = factors.flatten(1)
     kept = flat.abs().topk(int(density * flat.shape[1]), dim=1).indices
     return (flat * torch.zeros_like(flat).scatter_(1, kept, 1.0)).view_as(factors)
 
 
 def _dropped(factors: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
-    """Each entry kept with this probability and divided by it, so that its expectation stays."""
+    """Factors (n, ...) of which each entry is kept with probability `density` and divided by it, or else is 0."""
     if density == 1:
         return factors
     kept = [torch.bernoulli(torch.full_like(factor, density), generator=generator) for factor in factors]

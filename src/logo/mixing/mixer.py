@@ -217,7 +217,7 @@ class Mixer:
         return self._last[1]
 
     def _grouped(self, hold: Hold, groups: Groups) -> dict[str, GroupedStack]:
-        """The same by groups."""
+        """The stacks of what is held, for groups of rows; the last ones are cached."""
         if self._groups is None or self._groups[:2] != (hold, groups.adapters):
             self._groups = None  # so that the memory of their copies is free
             self._groups = hold, groups.adapters, grouped(self.store, hold, groups.adapters, self._copies)

@@ -75,10 +75,10 @@ class Packed:
 
         Args:
             step: for each sequence, in the order of the packed row: its mixture, its number of tokens, whether its
-                next token is drawn, and which of the sequence the first token is. Empty: the base model alone.
+                next token is drawn, and the position of its first token in the sequence. Empty: the base model alone.
 
         Returns:
-            whether any token has a mixture.
+            Whether any token has a mixture.
         """
         residents = tuple(dict.fromkeys(r for mixture, *_ in step if mixture for r in mixture.hold.residents))
         if not residents:

@@ -29,9 +29,9 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def unwaited(device: torch.device) -> bool:
-    """Whether a copy from host memory that is not pinned may be left to the device (`non_blocking`).
+    """Whether host memory that is not pinned may be copied to the device with `non_blocking`.
 
-    CUDA has copied such memory when the call returns, and waits for no kernel.
+    On CUDA such a copy has read the host memory when the call returns, and does not wait for running kernels.
     """
     return device.type == "cuda"
 

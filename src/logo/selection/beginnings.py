@@ -56,7 +56,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Reading:
-    """One pass of the base model over what was not known of some rows.
+    """The hidden vectors of one pass of the base model over the tokens of some rows that were not cached.
 
     Attributes:
         hidden: per point of the probe, (vectors, d).
@@ -72,7 +72,7 @@ class Beginnings:
     """A cache of pages for one base model, which drops the least recently used pages when it exceeds its budget.
 
     Args:
-        model: a causal LM of which keys and values are all that it keeps of the tokens before.
+        model: a causal LM that keeps nothing but keys and values of earlier tokens.
         budget: bytes that the pages may take; inside `held` they may take more.
 
     Attributes:

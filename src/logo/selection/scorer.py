@@ -129,8 +129,8 @@ class Scorer:
         for row in scores if names else ():
             before, taken = row[responds], drift.corrections
             row[responds] = before - torch.tensor([taken.get(name, 0.0) for name in names])
-            row[~responds] = row[responds].min()  # as without: they are the least of the others
-            # A prompt that overflowed is an error of its own and must not move adapters for those to come.
+            row[~responds] = row[responds].min()  # as without a running reference: the lowest score of the others
+            # A prompt that overflowed becomes an error, and must not move the levels for later prompts.
             if bool(before.isfinite().all()):
                 drift.see(dict(zip(names, before.tolist(), strict=True)))
         return scores

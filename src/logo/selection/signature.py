@@ -39,14 +39,16 @@ MEAN, LAST = 0, 1
 
 
 def described(hidden: Tensor, owners: Tensor, rows: int) -> Tensor:
-    """(rows, 2, d): mean and last of each row's vectors; `hidden` (vectors, d), by row and position, `owners`."""
+    """(rows, 2, d): the mean and the last of each row's vectors, for `hidden` (vectors, d), sorted by row and position,
+    and the row of each vector, `owners` (vectors,)."""
     counts = torch.bincount(owners, minlength=rows)
     sums = hidden.new_zeros(rows, hidden.shape[1]).index_add_(0, owners.to(hidden.device), hidden)
     return torch.stack([sums / counts.clamp_min(1)[:, None].to(hidden.device), hidden[last(counts)]], dim=1)
 
 
 def last(counts: Tensor) -> Tensor:
-    """The index of each row's last vector, (rows,), if rows have so many vectors, one row after the other."""
+    """The index of each row's last vector, (rows,), if the vectors are sorted by row and `counts` (rows,) are their
+    numbers."""
     return counts.cumsum(0) - 1
 
 

@@ -46,7 +46,7 @@ class PreparedRequest:
         prompts: its prompts.
         chosen: the mixture of each.
         n: answers per prompt.
-        sampling: of the first answer; the seeds of the others follow it.
+        sampling: how the first answer is decoded; the seeds of the others are the numbers that follow its seed.
         stops: texts that end an answer.
         began: when the request came, by `time.perf_counter`.
     """

@@ -1,4 +1,4 @@
-"""Routes that add and remove adapters while the server runs, as vLLM's; folders have to be inside one folder."""
+"""Routes that add and remove adapters while the server runs, like vLLM's; all adapters have to be below one folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ router = APIRouter(responses=ERRORS, tags=["Adapters"])
 
 @router.post("/v1/load_lora_adapter", **TEXT)
 async def load(body: LoadAdapter, request: Request) -> Response:
-    """Adds an adapter to the pool; one that fails a check changes nothing."""
+    """Adds an adapter to the pool; if a check fails, nothing changes."""
     answers: Answers = request.app.state.answers
     folder = inside(request.app.state.settings.adapter_changes, body.lora_path)
     answers.models().check_new(body.lora_name, replace=body.load_inplace)
@@ -36,7 +36,7 @@ async def load(body: LoadAdapter, request: Request) -> Response:
 
 @router.post("/v1/unload_lora_adapter", **TEXT)
 async def unload(body: UnloadAdapter, request: Request) -> Response:
-    """Takes an adapter out of the pool; requests that have selected it are still answered with it."""
+    """Removes an adapter from the pool; requests that have selected it are still answered with it."""
     answers: Answers = request.app.state.answers
     answers.models().check_there(body.lora_name)
     try:

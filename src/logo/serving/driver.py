@@ -90,7 +90,7 @@ def serve_replicas(
 
 
 def _there(serve: Any, address: tuple[str, int]) -> tuple[str, int]:
-    """The address of a cluster that serves something already, which all applications share."""
+    """The address that all applications of a cluster share: that of its proxy if it has one, else `address`."""
     if not serve.status().proxies:
         return address
     from ray.serve.context import _get_global_client

@@ -1,4 +1,4 @@
-"""`Begun`: starts an app before its server does, for servers that need what it opens."""
+"""`Begun`: starts an app before its server starts, for servers that need what the app opens at its start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from logo.errors import LoGoError
 
 
 class Begun:
-    """An app that was started already: the server's start has no effect, and its end ends the app.
+    """Wraps an app that `start` starts. The server's startup event then has no effect; its shutdown event ends the app.
 
     Args:
         app: the app to start.
@@ -30,7 +30,7 @@ class Begun:
         self._running = asyncio.create_task(self._run(scope))
         found = await self._asked("lifespan.startup")
         if found["type"] != "lifespan.startup.complete":
-            self._running.cancel()  # it may wait for the end
+            self._running.cancel()  # it may wait for the shutdown event
             lines = str(found.get("message", "")).strip().splitlines()  # Starlette's is a traceback
             raise LoGoError(lines[-1] if lines else "the app did not start")
 

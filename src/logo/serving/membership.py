@@ -82,10 +82,10 @@ class Member:
         self._doing: set[asyncio.Task[None]] = set()
 
     async def join(self) -> None:
-        """Gets the pool of the others, and executes the coordinator's commands from now on.
+        """Joins the group: changes the pool to that of the others, and executes commands from now on.
 
         Raises:
-            PoolError: it cannot have this pool.
+            PoolError: this replica cannot change to that pool.
         """
         await self._joined(fresh=True)
         self._following = asyncio.create_task(self._follow())

@@ -25,7 +25,7 @@ Logprob = Annotated[float, BeforeValidator(_finite)]
 
 
 class Usage(Reply):
-    """Counts of tokens; prompts are counted once each, answers all."""
+    """Counts of tokens; each prompt is counted once, however many answers it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -80,7 +80,7 @@ class CompletionChunk(Completion):
 
 
 class TopLogprob(Reply):
-    """A token that could have stood at a place."""
+    """A likely token at a position of the answer, with its log probability."""
 
     token: str
     logprob: Logprob
@@ -88,7 +88,7 @@ class TopLogprob(Reply):
 
 
 class TokenLogprob(TopLogprob):
-    """The token at this place."""
+    """The answer's token at a position, with the most likely ones there."""
 
     top_logprobs: list[TopLogprob] = Field([])
 

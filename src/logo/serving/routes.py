@@ -140,7 +140,7 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
 
 @router.post("/v1/logo/select", response_model=SelectionReply, tags=["LoGo"])
 async def select(body: SelectRequest, request: Request) -> SelectionReply:
-    """Which adapters would answer, with the scores of all."""
+    """Selects the adapters that would answer a prompt, with their weights and the scores of all."""
     answers, began = _answers(request), time.perf_counter()
     wanted = answers.models(_patterns(request)).mixture_request(AUTO, body.logo)
     with _admitted(answers):
@@ -157,7 +157,7 @@ async def select(body: SelectRequest, request: Request) -> SelectionReply:
 
 @router.get("/v1/logo/adapters", response_model=AdapterList, tags=["LoGo"])
 async def adapters(request: Request) -> AdapterList:
-    """The pool, or what the API key may use of it."""
+    """Lists the adapters of the pool that the API key may use."""
     answers = _answers(request)
     service = answers.service
     names = service.usable(_patterns(request))
@@ -175,7 +175,7 @@ async def adapters(request: Request) -> AdapterList:
 
 @router.get("/v1/models", response_model=openai.ModelList, tags=["OpenAI"])
 async def models(request: Request) -> openai.ModelList:
-    """What requests may give as their model."""
+    """Lists the names that requests may give as `model`."""
     answers = _answers(request)
     created, length = request.app.state.created, answers.service.context
 
@@ -204,25 +204,25 @@ async def models(request: Request) -> openai.ModelList:
 
 @router.get("/health", tags=["Server"], **TEXT)
 async def health(request: Request) -> Response:
-    """200 as long as answers can be generated."""
+    """Answers 200 as long as answers can be generated, else 503."""
     alive = _answers(request).service.alive
     return PlainTextResponse("ok" if alive else "generation has stopped", 200 if alive else 503)
 
 
 @router.get("/ready", tags=["Server"], **TEXT)
 async def ready(request: Request) -> Response:
-    """200 as long as requests are taken."""
+    """Answers 200 as long as requests are accepted, else 503."""
     is_ready = _answers(request).service.ready
     return PlainTextResponse("ok" if is_ready else "not taking requests", 200 if is_ready else 503)
 
 
 @router.get("/version", tags=["Server"])
 async def server_version() -> dict[str, str]:
-    """Of what runs here."""
+    """The versions of LoGo, transformers and PyTorch."""
     return {"version": __version__, "transformers": version("transformers"), "torch": version("torch")}
 
 
 @router.get("/metrics", tags=["Server"], **TEXT)
 async def metrics(request: Request) -> Response:
-    """For Prometheus."""
+    """The metrics in Prometheus' text format."""
     return Response(_answers(request).metrics.text(), media_type=CONTENT_TYPE)

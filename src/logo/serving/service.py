@@ -243,7 +243,7 @@ class Service:
         loop = asyncio.get_running_loop()
         while True:
             await self._line.filled()
-            # Nothing of it stays here until the next batch comes: what was selected holds adapters.
+            # No local variable keeps the results until the next batch, since they hold adapters in the store.
             hand_out(*await loop.run_in_executor(self._worker, self._choose))
 
     def _choose(self) -> tuple[list[Waiting], list[HeldMixture | Exception]]:
@@ -278,9 +278,9 @@ class Service:
             options, pool = wanted.options.copy(), self.logo.fitted
             signal = options.get("signal") or self.logo.settings.signal
             if signal in self.pool.refused:
-                if wanted.usable is not None:  # the reason names adapters of others
+                if wanted.usable is not None:  # the reason may name adapters that this key must not see
                     raise PoolError(f"signal {signal!r}: it cannot score the pool as it is now")
-                return copy(self.pool.refused[signal])  # one that is raised again would hold every traceback
+                return copy(self.pool.refused[signal])  # one object raised often would collect all tracebacks
             if signal not in self.signals:
                 raise UsageError(f"signal: expected one of {', '.join(self.signals)}, found {signal!r}")
             if wanted.usable is not None and wanted.adapters != {}:
@@ -288,10 +288,10 @@ class Service:
                 if not names:
                     raise PoolError("none of the adapters that this API key may use is in the pool")
                 options["candidates"] = [known(name, pool, names) for name in options.get("candidates") or names]
-            if options.get("k"):  # more than there are means all of them, and a client's number warns nobody here
+            if options.get("k"):  # a larger k means all adapters; a client's k gives no warning in the server
                 options["k"] = min(options["k"] or 0, len(options.get("candidates") or pool))
             return self.logo.call_settings(**options)
-        except Exception as error:  # handed to the one who waits for it
+        except Exception as error:  # raised for the request that waits
             return error
 
     def _probed(self, rows: list[Prompt | Sequence[int]], asked: list[CallSettings]) -> list[Selection | Exception]:
@@ -301,7 +301,7 @@ class Service:
         except Exception as error:
             if len(rows) == 1:
                 return [error]
-        # One prompt that cannot be scored is no reason for the others to fail.
+        # One prompt that cannot be scored must not make the others fail, so each is scored alone.
         return [found for row, one in zip(rows, asked, strict=True) for found in self._probed([row], [one])]
 
     def _finished(
@@ -321,22 +321,22 @@ class Service:
             selection = forced(waiting.wanted.adapters or {}, pool, asked.candidates) if found is None else found
             mixture, silent = mixed(self.logo.store, pool, selection, Prompt.of(waiting.prompt).ids)
             self.not_invoked += silent
-            # Held by the request from here on, so that it is answered with what it selected, even if the pool changes.
+            # From here on the request holds its adapters, so that it is answered with them even if the pool changes.
             release = weakref.finalize(mixture, self.logo.store.release_later, mixture.hold)
             return HeldMixture(selection, mixture, queued, took, release)
         except Exception as error:
             if not isinstance(error, LoGoError):
                 _log.exception("a request cannot be given its mixture")
-            # Its frames lead to what the others of the batch hold, which would wait for the garbage collector.
+            # The traceback's frames refer to mixtures of the batch's other requests, which would stay held meanwhile.
             return error.with_traceback(None)
 
     # -- the pool --------------------------------------------------------------------------------------------------
 
     async def add(self, folder: Path, name: str, *, replace: bool = False) -> Adapter:
-        """Opens an adapter folder and adds it to the pool; all of it or nothing.
+        """Opens an adapter folder and adds it to the pool; after an error nothing has changed.
 
         Args:
-            replace: an adapter that has this name.
+            replace: whether it may replace an adapter of this name.
 
         Raises:
             LoGoError: the adapter cannot be used, or the pool has one of that name.
@@ -346,7 +346,7 @@ class Service:
         return adapter
 
     async def remove(self, name: str) -> None:
-        """Takes an adapter out of the pool; what has selected it is still answered with it.
+        """Removes an adapter from the pool; requests that have selected it are still answered with it.
 
         Raises:
             LoGoError: there is none of that name, or it is the last one.
@@ -359,7 +359,7 @@ class Service:
         return staged.adapter
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        """Calls in the thread that selects: no prompt is scored meanwhile."""
+        """Runs a call in the thread that selects, so that no prompt is scored meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
 
 

@@ -32,7 +32,7 @@ class Line:
     """Requests that wait for a mixture, the longest waiting first."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Waiting] = deque()  # whose ends may be used by two threads
+        self._waiting: deque[Waiting] = deque()  # two threads may use its two ends
         self._joined = asyncio.Event()
 
     def __len__(self) -> int:

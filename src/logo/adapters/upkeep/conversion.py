@@ -38,7 +38,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Initial:
-    """The initial states of adapters: one for all, or one for each by name."""
+    """The initial states of adapters: either one for all adapters, or one per adapter, by name."""
 
     folder: Path
     alone: Adapter | None

@@ -9,9 +9,9 @@ import hashlib
 from logo.api.asgi import App, Scope, Send, answer
 from logo.backends.vllm.asgi import ask
 
-# Headers by which clients say who they are.
+# Headers that identify a client.
 _CREDENTIALS = (b"authorization", b"proxy-authorization", b"x-api-key", b"api-key", b"cookie")
-# Clients that are remembered.
+# The most clients that are remembered.
 _MOST_KNOWN = 4096
 
 

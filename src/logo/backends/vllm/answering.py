@@ -39,7 +39,8 @@ class RoutedMixture:
     """The selection for one prompt, see `logo.protocol.SelectedMixture`.
 
     Attributes:
-        tokens: of the prompt; None if the probe has not read it: it was not probed, or a separate text was.
+        tokens: number of tokens of the prompt; None if no probe has read it, because the mixture was forced or a
+            separate text was probed.
     """
 
     selection: Selection
@@ -48,7 +49,7 @@ class RoutedMixture:
     queue_ms: float = 0.0  # vLLM's queue is part of the probe
 
     def release(self) -> None:
-        """Nothing: a recipe is held while its answer is on its way."""
+        """Does nothing: `Core.request` holds a recipe for as long as its answer takes."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class _Told:
         self.counts.not_invoked([names.get(key, key) for key in keys])
 
     def read(self, found: int, missed: int) -> None:
-        """Likewise."""
+        """See `logo.backends.vllm.prompts.Counting`."""
         self.counts.read(found, missed)
 
 
@@ -100,7 +101,7 @@ class Answering:
         """Sends the answer to one prompt.
 
         Args:
-            model: what the client calls it.
+            model: the name under which the client requested it.
         """
         with self._request(chosen.selection) as request, watched(request and request.lora_name) as overflows:
             own = self._base if request is None else request.lora_name
@@ -122,7 +123,7 @@ class Answering:
             raw = json.dumps({**body, "model": self._base if request is None else model}).encode()
             again = asking(scope, path, "POST", raw)
             self._counts.answered("base" if request is None else self._core.mode)
-            # What only a text of its own was probed for, no probe has read as it is.
+            # If only a separate text was probed, no probe has read the prompt itself.
             block = None if chosen.tokens is None else self._core.block
             with meaning(model, request), following(_Told(self._core.pool, self._counts), block):
                 await run(self._app, again, sending(raw, receive), Rewriting(send, change, check, overflows), overflows)
@@ -161,7 +162,7 @@ class Answering:
             yield request
 
     def _failed(self, recipe: str, reason: str | None) -> ApiError | None:
-        """The error of an answer whose recipe was not mixed, or was not finite; the next one gets another recipe."""
+        """The error for a recipe that was not mixed or overflowed, which is noted as failed; None without a reason."""
         if reason is None:
             return None
         self._core.failed(recipe)

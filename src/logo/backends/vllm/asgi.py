@@ -1,4 +1,4 @@
-"""Pieces of ASGI: read a request's body, and ask an app once more."""
+"""ASGI helpers: reading the body of a request, and sending a further request to an app."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Answer:
     body: bytes
 
     def json(self) -> Any:
-        """Its body; None where that is no JSON."""
+        """The parsed body; None if it is no JSON."""
         try:
             return json.loads(self.body)
         except ValueError:
@@ -27,7 +27,7 @@ class Answer:
 
 
 async def body_of(receive: Receive) -> bytes | None:
-    """The whole body of a request; None where the client has left."""
+    """The whole body of a request; None if the client has disconnected."""
     parts = []
     while True:
         message = await receive()
@@ -39,7 +39,7 @@ async def body_of(receive: Receive) -> bytes | None:
 
 
 def sending(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives this body, and then what the client does."""
+    """A `receive` that first returns this body, and then the client's further messages."""
     given = False
 
     async def receive_again() -> Message:
@@ -69,7 +69,7 @@ def asking(scope: Scope, path: str, method: str, body: bytes) -> Scope:
 
 
 async def _silence() -> Message:
-    """Never anything."""
+    """A `receive` that never returns a message."""
     await asyncio.Event().wait()
     raise AssertionError
 
@@ -77,10 +77,11 @@ async def _silence() -> Message:
 async def ask(
     app: App, scope: Scope, path: str, method: str = "POST", body: bytes = b"", receive: Receive | None = None
 ) -> Answer:
-    """What an app answers to another request by the same client.
+    """The app's response to a further request with the same client's credentials.
 
     Args:
-        receive: what the client does, once its own request was read; None: nothing of it is read.
+        receive: the client's `receive`, after its own request was read, so that the app notices when the client
+            disconnects; None: the app gets no further message.
     """
     status, headers, parts = 500, list[tuple[bytes, bytes]](), []
 

@@ -16,7 +16,7 @@ POOLED = (*PATHS, "/v1/models", "/v1/logo/select", "/v1/logo/adapters")
 
 Body = dict[str, Any]
 
-# What of a body decides how its prompt is read; anything else would only make a probe fail or last.
+# The fields that decide how a prompt is read; other fields of the body could only make a probe fail or take longer.
 _READ = {
     COMPLETIONS: ("prompt", "add_special_tokens", "truncate_prompt_tokens", "priority", "user"),
     CHAT: (
@@ -38,7 +38,7 @@ _READ = {
 
 
 def split(path: str, body: Body) -> list[Body]:
-    """One body per prompt: a list of prompts is several requests, each with a mixture of its own."""
+    """One body per prompt, since the prompts of a list are sent as separate requests, each with its own mixture."""
     prompts = body.get("prompt") if path == COMPLETIONS else None
     if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):
         return [body]
@@ -46,7 +46,7 @@ def split(path: str, body: Body) -> list[Body]:
 
 
 def probe(path: str, body: Body, base: str, probe_text: ProbeText | None) -> tuple[str, Body]:
-    """The path and body of the request that has a prompt probed, if it is sent as a probe (`marks.marking`).
+    """The path and body of the request that probes a prompt; it has to be sent inside `marks.marking`.
 
     Args:
         path, body: of the request, which has one prompt.
@@ -58,7 +58,7 @@ def probe(path: str, body: Body, base: str, probe_text: ProbeText | None) -> tup
     if path != COMPLETIONS:
         try:
             text = asked_text(messages(path, body), probe_text)
-        except UsageError:  # what vLLM makes of it, with pictures and parts that we do not know, is vLLM's affair
+        except UsageError:  # such as pictures, or parts that we do not know: vLLM reads or refuses these
             text = None
     if text is not None:
         return COMPLETIONS, {"prompt": text, **one}
@@ -80,7 +80,7 @@ def messages(path: str, body: Mapping[str, Any]) -> list[Any]:
 
 
 def _message(item: Any) -> Any:
-    """An item of `/v1/responses` as a message of a chat."""
+    """An item of a `/v1/responses` request as a chat message; items without a list of parts are returned unchanged."""
     if not isinstance(item, Mapping) or not isinstance(item.get("content"), list):
         return item
     parts = [part.get("text") for part in item["content"] if isinstance(part, Mapping)]

@@ -1,4 +1,4 @@
-"""Mixtures as adapters of vLLM, built in memory: factors side by side, weights and scales in B."""
+"""Mixtures as vLLM adapters, built in memory: factors are concatenated, weights and scales are folded into B."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from logo.adapters.format import Adapter
 
 
 def lora_model(number: int, parts: Sequence[tuple[Adapter, float]], dtype: torch.dtype) -> Any:
-    """A mixture.
+    """A mixture as vLLM's `LoRAModel`.
 
     Args:
-        number: vLLM's id of it.
+        number: its id in vLLM.
         parts: adapters and weights, one or more.
         dtype: of vLLM's slots.
     """
@@ -32,7 +32,7 @@ def lora_model(number: int, parts: Sequence[tuple[Adapter, float]], dtype: torch
 
 
 def nothing(number: int, like: Adapter, dtype: torch.dtype) -> Any:
-    """An adapter that adds nothing: vLLM takes none without layers, so it has one of those that `like` has."""
+    """A `LoRAModel` of zeros. vLLM takes no adapter without layers, so it has the first one that `like` adapts."""
     path, shape = next(iter(like.modules.items()))
     return _made(number, {path: (torch.zeros(1, shape.in_features), torch.zeros(shape.out_features, 1))}, dtype)
 
@@ -41,7 +41,7 @@ def _made(number: int, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torc
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRALayerWeights
 
-    # Any other scaling than 1 would make vLLM multiply B in place.
+    # With another scaling than 1, vLLM would multiply B in place.
     loras = {
         module: LoRALayerWeights(module, len(a), 1, a.to(dtype), b.to(dtype), scaling=1.0)
         for module, (a, b) in factors.items()

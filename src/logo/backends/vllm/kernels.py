@@ -1,15 +1,15 @@
-"""The gated product of `gates` on a GPU: two Triton kernels that multiply the slots which some token opens, no other.
+"""The gated product of `gates` on a GPU: two Triton kernels that multiply only the slots that some token opens.
 
     shrink   h[t, i] = gate[t, s] · (x[t] A[s]ᵀ)        s = the i-th slot that the block of tokens t opens
     expand   y[t] += Σ_i h[t, i] B[s]
 
 The plain products multiply every slot for every token, which costs most where the pool is large and k small. Which
 slots a block opens is written before the model runs (`gates.Opened`), so the grid is the same in every step, nothing
-waits for the device, and both kernels can be captured in a CUDA graph: what a block does not open ends at its first
-line.
+waits for the device, and both kernels can be captured in a CUDA graph: programs for slots that their block does not
+open end at once.
 
-Only imported where Triton is. `TRITON_INTERPRET=1` runs the same code on a CPU. The sizes of blocks follow from what
-the products read (`gpu_check` in tools/ measures them); they were not tuned.
+Imported only if Triton is installed. `TRITON_INTERPRET=1` runs the same code on a CPU. The sizes of blocks follow from
+what the products read (`gpu_check` in tools/ measures them); they were not tuned.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from logo.backends.vllm.gates import SIZES
 
 NAME = "logo::add_gated"
 
-# Few tokens leave most of a GPU idle, so that A is read in parts of so many columns or more, each by a program of its
-# own. Their sums are kept in the memory of one multiprocessor, which has room for so many of them.
+# In short steps most of a GPU would be idle, so A is split into parts of at least so many columns, each read by a
+# program of its own. There are at most so many parts, since their sums have to fit into one multiprocessor's memory.
 _PART, _SPLITS = 512, 8
 
 
@@ -62,7 +62,7 @@ def _shrink(
             hidden, factor = hidden.to(tl.float32), factor.to(tl.float32)
         found = tl.dot(hidden, factor, found, input_precision="ieee")
     weight = tl.load(gate + rows * gate_row + slot * gate_column, mask=here, other=0.0).to(tl.float32)
-    found = tl.where(weight[:, None] != 0.0, found * weight[:, None], 0.0)  # inf · 0 would be no number
+    found = tl.where(weight[:, None] != 0.0, found * weight[:, None], 0.0)  # inf · 0 would be NaN
     at = ((split * tokens + rows[:, None]) * slots + place) * rank + ranks[None, :]
     tl.store(h + at, found.to(h.dtype.element_ty), mask=here[:, None] & known[None, :])
 
@@ -107,7 +107,7 @@ def _expand(
 
 
 def size_of(tokens: int) -> int:
-    """Which of `SIZES` blocks have in a step of so many tokens."""
+    """The index into `SIZES` of the block size for a step of so many tokens."""
     return 0 if tokens <= 4 * SIZES[0] else 1
 
 
@@ -124,9 +124,9 @@ class Launch:
 
     @classmethod
     def of(cls, tokens: int, rank: int, inside: int, dtype: torch.dtype) -> Launch:
-        """For a step of so many tokens and adapters of this rank, width and type."""
+        """The launch for a step of `tokens` tokens, with adapters of this rank, input width and dtype."""
         size = SIZES[size_of(tokens)]
-        ranks = min(max(triton.next_power_of_2(rank), 16), 64)  # a product has no side below 16
+        ranks = min(max(triton.next_power_of_2(rank), 16), 64)  # `tl.dot` takes no dimension below 16
         columns = 64 if dtype.itemsize > 2 else 128
         splits = min(_SPLITS, triton.cdiv(inside, _PART)) if size == SIZES[0] else 1
         part = triton.cdiv(triton.cdiv(inside, splits), columns) * columns
@@ -134,17 +134,17 @@ class Launch:
 
     @property
     def constants(self) -> dict[str, int]:
-        """Of both kernels."""
+        """The compile-time constants that both kernels have."""
         return {"TILES": self.tiles, "TOKENS": self.tokens, "RANKS": self.ranks, "COLUMNS": self.columns}
 
 
-# Of a kernel's code: how many threads work on a block, and how many loads are on their way at a time.
+# Compiler options of each kernel: warps per program, and the number of loads in flight.
 SHRINK = {"num_warps": 4, "num_stages": 3}
 EXPAND = {"num_warps": 4, "num_stages": 2}
 
 
 def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor, slot_of: Tensor, count_of: Tensor) -> None:
-    """One slice: the arguments of `gates.add_gated`, and the slots that blocks of so many tokens open."""
+    """`gates.add_gated` for one slice, given the open slots of each block in the size that the step uses."""
     (tokens, inside), (slots, rank, _), outside = x.shape, a.shape, y.shape[1]
     how = Launch.of(tokens, rank, inside, a.dtype)
     blocks = triton.cdiv(tokens, how.tokens)

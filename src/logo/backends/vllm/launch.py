@@ -21,13 +21,13 @@ API_KEY = "VLLM_API_KEY"
 RUST = "VLLM_USE_RUST_FRONTEND"
 DUAL_STREAM = "VLLM_LORA_ENABLE_DUAL_STREAM"
 
-# What a process may be given as one variable, on Linux, with room for its name.
+# The longest environment variable of a process on Linux, in bytes, less some room for its name.
 _LONGEST = 128 * 1024 - 64
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A server to be started.
+    """The command and the environment that start a vLLM server.
 
     Attributes:
         model: a folder or a Hub id.
@@ -70,10 +70,10 @@ class Launch:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What is added to the environment, secrets left out.
+        """The environment variables to add, without secrets.
 
         Raises:
-            UsageError: it is longer than a process may be given.
+            UsageError: the options are longer than an environment variable may be.
         """
         options = json.dumps({**self.options, "mode": self.plan.mode}, ensure_ascii=False)
         if len(options.encode()) > _LONGEST:
@@ -88,7 +88,7 @@ class Launch:
         return {**inherited, **self.variables, **({} if self.api_key is None else {API_KEY: self.api_key})}
 
     def shown(self, variables: Mapping[str, str]) -> str:
-        """As one would type it, without secrets. `variables`: further ones of the environment."""
+        """The command line for a shell, without secrets. `variables`: further environment variables to show."""
         said = [f"{name}={shlex.quote(value)}" for name, value in {**self.variables, **variables}.items()]
         return " ".join([*said, shlex.join(self.command)])
 
@@ -102,7 +102,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def number(given: Sequence[str], *names: str) -> float | None:
-    """What a flag among these arguments says, the last one counting; None: it is not there, or says no number.
+    """The number that a flag gives, the last one if it is repeated; None if it is absent or its value is no number.
 
     Args:
         given: arguments as vLLM reads them: `--flag N`, `--flag=N`, dashes or underscores.

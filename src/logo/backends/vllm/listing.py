@@ -20,7 +20,7 @@ def adapter_list(core: Core, base: str, selected: Mapping[str, int]) -> AdapterL
 
 
 def model_cards(core: Core, base: str, listed: Sequence[Any]) -> list[dict[str, Any]]:
-    """What `GET /v1/models` lists: what vLLM lists, with what each is to LoGo; `logo`; and every adapter."""
+    """The list of `GET /v1/models`: vLLM's models, base models with their role; the model `logo`; and every adapter."""
     own = [{**card, "logo": {"role": "base"}} if card.get("parent") is None else card for card in listed]
     known = {card.get("id") for card in listed if isinstance(card, Mapping)}
     created, longest = int(time.time()), next((card.get("max_model_len") for card in listed), None)

@@ -1,7 +1,7 @@
-"""How a request says that it is a probe: in the sampling parameters' `extra_args`.
+"""Marks on requests, such as that a request is a probe, in the `extra_args` of its sampling parameters.
 
-Clients fill in `extra_args` on many of vLLM's routes, so a mark that a request comes with means nothing. It is taken
-off when vLLM takes the request (`seal`), and put on where the task that made the request is one of ours (`marking`).
+Clients can fill in `extra_args` on many of vLLM's routes, so marks that arrive with a request are not trusted. `seal`
+removes them when vLLM accepts the request, and sets those of the task that made it (`marking`, `reading`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from logo.backends.vllm.sums import Span
 
-# The key that scores are taken by, and the signal that gives them (empty: hidden vectors are kept for a calibration).
+# The key by which scores are fetched, and the signal that gives them (empty: hidden vectors are kept to calibrate).
 KEY, SIGNAL = "logo_probe", "logo_signal"
 
-# That a probe reads all of its prompt, also what vLLM has in its cache of keys and values.
+# Set on a probe that has to compute its whole prompt, including tokens that are in vLLM's KV cache.
 WHOLE = "logo_whole"
 
-# How many of its tokens are the prompt, where a completion that is scored follows it.
+# The number of prompt tokens of a request whose prompt is followed by a completion to score.
 PROMPT = "logo_prompt"
 
 _OURS = (KEY, SIGNAL, WHOLE, PROMPT)
@@ -34,7 +34,7 @@ def marked(key: str, signal: str, *, whole: bool = False) -> dict[str, str]:
 
 @contextmanager
 def marking(key: str, signal: str, *, whole: bool = False) -> Iterator[None]:
-    """Requests that vLLM takes inside the block, and in tasks begun there, are probes."""
+    """Makes probes of the requests that vLLM accepts inside the block, and in tasks started there."""
     token = _probing.set(marked(key, signal, whole=whole))
     try:
         yield
@@ -44,7 +44,7 @@ def marking(key: str, signal: str, *, whole: bool = False) -> Iterator[None]:
 
 @contextmanager
 def reading(prompt: int) -> Iterator[None]:
-    """Of requests that vLLM takes inside the block, so many tokens are the prompt."""
+    """Marks the first `prompt` tokens of requests that vLLM accepts inside the block as their prompt."""
     token = _probing.set({PROMPT: prompt})
     try:
         yield
@@ -53,13 +53,13 @@ def reading(prompt: int) -> Iterator[None]:
 
 
 def prompt_of(parameters: Any, tokens: Sequence[int]) -> Sequence[int]:
-    """The prompt among the tokens that a request gives as its prompt."""
+    """The tokens of a request's actual prompt: `tokens` without a completion to score (see `reading`)."""
     count = (getattr(parameters, "extra_args", None) or {}).get(PROMPT)
     return tokens if count is None else tokens[:count]
 
 
 def seal(parameters: Any) -> None:
-    """Makes a request that vLLM takes a probe where it is ours, and an ordinary one where it only says that it is one.
+    """Replaces the marks of a request by those of the current task, so that clients cannot send probes.
 
     Args:
         parameters: vLLM's `SamplingParams` of this request alone; None where nothing is sampled.
@@ -79,7 +79,7 @@ def mark(parameters: Any) -> tuple[str, str] | None:
 
 
 def reads_whole(parameters: Any) -> bool:
-    """Whether a request is a probe that has to read all of its prompt: of a calibration, all vectors are kept."""
+    """Whether a request is a probe that has to compute its whole prompt: a calibration text, or one marked `WHOLE`."""
     found = mark(parameters)
     return found is not None and (not found[1] or WHOLE in parameters.extra_args)
 
@@ -94,7 +94,7 @@ def span(
     *,
     pictures: bool = False,
 ) -> Span | None:
-    """The rows of a request that are tokens of a probed prompt; None where it is none, or they are all answer.
+    """The rows of a request that are tokens of a probed prompt; None if it is no probe, or has no prompt token here.
 
     Args:
         parameters, prompt: of the request.
@@ -102,7 +102,7 @@ def span(
         computed: how many of its tokens were run before.
         count: how many rows it has in the step.
         bos: the token that begins every text.
-        pictures: whether its tokens represent something besides text.
+        pictures: whether the prompt has pictures, which its token ids do not identify.
     """
     found = mark(parameters)
     if found is None or prompt is None:

@@ -52,7 +52,7 @@ class Counts:
 
     @property
     def chosen(self) -> dict[str, int]:
-        """How often each adapter had a part in a selection, in all processes that answer HTTP."""
+        """Adapter -> the number of selections that contained it, over all processes that answer HTTP."""
         from prometheus_client import CollectorRegistry, multiprocess
 
         found = self._adapters.collect()
@@ -68,13 +68,13 @@ class Counts:
         self._again.inc()
 
     def not_invoked(self, names: Sequence[str]) -> None:
-        """Counts adapters that do nothing, since a prompt lacks their invocation tokens; says so once for each."""
+        """Counts adapters that do nothing, since a prompt lacks their invocation tokens; warns once for each."""
         self._silent.inc(len(names))
         for text in self._known.new(names):
             log.warning("LoGo: %s", text)
 
     def read(self, found: int, missed: int) -> None:
-        """Counts tokens that a probe has read and an answer has found, or that were gone by then."""
+        """Counts tokens read by a probe that an answer has found in the KV cache, and those that were gone by then."""
         self._prefixes.labels("found").inc(found)
         self._prefixes.labels("missed").inc(missed)
 

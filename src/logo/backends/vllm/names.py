@@ -1,4 +1,4 @@
-"""The mapping in which vLLM's handlers look up `model`: vLLM's adapters, and this request's own mixture.
+"""The mapping in which vLLM's handlers look up `model`: vLLM's adapters, and the mixture of the current request.
 
 A mixture is not registered. Its name has a meaning only in the task that answers its request, so there is nothing to
 guess, to list or to clean up.
@@ -25,7 +25,7 @@ def meaning(name: str, request: Any) -> Iterator[None]:
 
 
 class Names(dict[str, Any]):
-    """vLLM's `lora_requests`, with the mixture of the request at hand."""
+    """vLLM's `lora_requests`, and the mixture that `meaning` has set for the current task."""
 
     def _own(self, name: object) -> Any:
         found = _mixture.get()
@@ -39,6 +39,6 @@ class Names(dict[str, Any]):
         return super().__getitem__(name) if own is None else own
 
     def get(self, name: str, default: Any = None) -> Any:
-        """As of a dict."""
+        """As `dict.get`."""
         own = self._own(name)
         return super().get(name, default) if own is None else own

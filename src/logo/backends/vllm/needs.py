@@ -21,8 +21,8 @@ class Function:
         module: where it is.
         owner: its class; empty: the module itself.
         name: of the function.
-        parameters: those that it takes, of these names. Those of a function that is wrapped are its first ones.
-        positional: whether they have to be its first ones.
+        parameters: the names of parameters that it has to take; those of a wrapped function are its first ones.
+        positional: whether they have to be its first parameters.
     """
 
     module: str
@@ -42,7 +42,7 @@ class Attributes:
     """What objects of a class have: fields, methods, or what is assigned to `self`.
 
     Attributes:
-        modules: where the class is: in the first of them that there is.
+        modules: where the class is: in the first of these modules that exists.
         owner: the class.
         names: of the attributes.
     """
@@ -190,7 +190,7 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
         ("vllm.config.lora",), "LoRAConfig", ("max_loras", "max_lora_rank", "lora_dtype", "fully_sharded_loras")
     ),
     Function("vllm.distributed.communication_op", "", "tensor_model_parallel_all_gather", ("input_",)),
-    # Which rows of a step are whose.
+    # The request of each row of a step.
     Attributes(("vllm.v1.worker.gpu_model_runner",), "GPUModelRunner", ("requests", "kv_caches")),
     Attributes(("vllm.v1.worker.lora_model_runner_mixin",), "LoRAModelRunnerMixin", ("lora_manager",)),
     Attributes(
@@ -220,7 +220,7 @@ RELIED: tuple[Function | Attributes | Call | Flags, ...] = (
         "EngineCoreRequest",
         ("request_id", "sampling_params", "lora_request", "prompt_token_ids"),
     ),
-    # Answers that overflow, and what they find in the cache.
+    # Answers that overflow, and the cached tokens that answers reuse.
     Attributes(("vllm.v1.engine",), "EngineCoreOutput", ("request_id", "num_nans_in_logits")),
     Attributes(("vllm.v1.engine.output_processor",), "OutputProcessor", ("request_states",)),
     Attributes(("vllm.v1.engine.output_processor",), "RequestState", ("lora_name", "num_cached_tokens")),

@@ -1,9 +1,9 @@
-"""`VllmLoGo`: what callers ask of `LoGo`, with vLLM's offline engine to run the model.
+"""`VllmLoGo`: an engine with the methods of `LoGo` whose model runs in vLLM's offline engine.
 
-    prompts -> (read as everywhere) -> probes in vLLM's workers -> scores -> Selection -> recipe -> vLLM -> Generation
+    prompts -> token ids -> probes in vLLM's workers -> scores -> Selection -> recipe -> vLLM -> Generation
 
-Scores and mixtures are those of the server's workers (`logo.backends.vllm.worker`); where an answer ends and what an
-error says is shared with the local engine (`logo.calls`). Nothing here knows HTTP.
+Scores and mixtures are computed by the same workers as in the server (`logo.backends.vllm.worker`); the ends of answers
+and the errors are shared with the local engine (`logo.calls`). HTTP plays no part here.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class VllmLoGo(Calls):
         model: the base model without its weights.
         tokenizer: the model's, with a pad token.
         prompts: reads prompts with this tokenizer.
-        settings: how prompts are scored and selected for.
-        default_k: adapters per prompt where neither a call nor the settings say; None: the pool's own number.
+        settings: how prompts are read, scored and selected.
+        default_k: adapters per prompt if neither a call nor the settings give k; None: the pool's own number.
 
     Raises:
         LoGoError: the pool does not fit, or cannot be scored.
@@ -88,13 +88,13 @@ class VllmLoGo(Calls):
 
     @property
     def fitted(self) -> AdapterPool:
-        """The pool, matched to the base model, less what does not fit it (`on_bad_adapter="skip"`)."""
+        """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
         self._sync()
         return self.pool
 
     @property
     def k(self) -> int:
-        """Adapters per prompt: as asked for, else as many as suit the pool."""
+        """Adapters per prompt: the setting, or the default of the pool."""
         if self.settings.k is not None:
             return self.settings.k
         return min(self.pool.default_k, len(plan(self.model, self.pool, self.settings).adapters))
@@ -105,12 +105,12 @@ class VllmLoGo(Calls):
 
     @property
     def not_invoked(self) -> Mapping[str, int]:
-        """Adapter -> how often it was to answer a prompt that lacks its invocation tokens, and did nothing."""
+        """Adapter -> how many prompts lacked its invocation tokens, so that it did nothing there."""
         return dict(self._not_invoked)
 
     @property
     def folding(self) -> dict[str, Any]:
-        """In which form vLLM mixes adapters; nothing is folded into its weights."""
+        """The form in which vLLM mixes adapters, and why, for JSON; nothing is folded into the weights."""
         return {"asked": None, "mode": self.core.mode, "reason": self.core.reason}
 
     @property
@@ -133,7 +133,7 @@ class VllmLoGo(Calls):
             raise UsageError(f"merge {asked.kind!r}: the engine 'vllm' mixes adapters exactly; use the engine 'local'")
 
     def close(self) -> None:
-        """Ends vLLM. Nothing can be asked afterwards."""
+        """Shuts vLLM down; the engine cannot be used afterwards."""
         self.llm.llm_engine.engine_core.shutdown()
 
     # -- what vLLM does ------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class VllmLoGo(Calls):
 
     def _decoding(self, decoding: Decoding) -> Decoding:
         check_config(decoding.config)
-        self.pool.acting(decoding.activation)  # refuses one that an adapter cannot have
+        self.pool.acting(decoding.activation)  # raises UsageError if an adapter cannot have it
         return decoding
 
     def _answers(
@@ -196,7 +196,7 @@ class VllmLoGo(Calls):
 
     def _start(self, group: Group, ids: Sequence[int], lora: Any, decoding: Decoding, *, every_token: bool) -> None:
         rules = decoding.rules(self.tokenizer)
-        # Each answer's draws follow from PyTorch's seed, as in the local engine, and from no other answer's.
+        # Each answer has a seed of its own, which is drawn from PyTorch's generator, as in the local engine.
         seed = int(torch.randint(2**31, ())) if decoding.config.do_sample else None
         how = parameters(decoding, every_token=every_token or bool(rules), seed=seed)
         group.start(ids, how, lora, rules)
@@ -210,10 +210,10 @@ class VllmLoGo(Calls):
     def _invoke(
         self, rows: Sequence[Sequence[int]], mixtures: Sequence[Mapping[str, float]], forced: str | None = None
     ) -> None:
-        """Notes which adapters do nothing in a prompt that lacks their invocation tokens.
+        """Counts prompts that lack the invocation tokens of an adapter in their mixture.
 
         Raises:
-            UsageError: that is an error.
+            UsageError: a prompt lacks them, and `when_not_invoked` is `"error"`.
         """
         pool = self.pool.acting(forced)
         if not all(activation.everywhere for activation in pool.activations):
@@ -222,7 +222,7 @@ class VllmLoGo(Calls):
                 self._not_invoked.note(name for name, begin in found.items() if begin == NEVER)
 
     def _check_finite(self, one: Running, selection: Selection, lora: Any) -> None:
-        """Raises NotFinite where the model's output was not a number, and leaves none of these to other requests."""
+        """Raises NotFinite if a request's logits were not finite; after a mixture, the KV cache is cleaned first."""
         if not one.finite:
             self._requests.stop([one])
             found = overflow(selection.mixture)
@@ -232,7 +232,7 @@ class VllmLoGo(Calls):
             raise found
 
     def _check_mixed(self, recipes: Sequence[str]) -> None:
-        """Raises ModelError where a worker could not mix one of these recipes."""
+        """Raises ModelError if a worker could not mix one of these recipes."""
         asked = list(dict.fromkeys(recipes))
         failed = [reason for reason in self._call("logo_take", asked)[0].values() if reason] if asked else []
         if failed:
@@ -247,7 +247,7 @@ class VllmLoGo(Calls):
         mixtures: Sequence[Mapping[str, float]],
         batch_size: int,
     ) -> list[Scored]:
-        # Refuses what cannot be scored. vLLM wants room for a token behind a prompt, also where it is not asked for it.
+        # Checks the pairs. vLLM needs room for one more token behind a prompt, even if none is requested.
         continued_rows(pairs, mixtures, (self.prompts.context or 0) - 1)
         head = next((a.name for a in self.pool if any(path.endswith("lm_head") for path in a.modules)), None)
         if head is not None:
@@ -270,7 +270,7 @@ class VllmLoGo(Calls):
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
-    """Text of tokens as they come, whole words at a time."""
+    """Decodes tokens as they come into text of whole words."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
         super().__init__(tokenizer, **options)
@@ -280,6 +280,6 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
         self._texts.append(text)
 
     def taken(self) -> list[str]:
-        """What there is since the last time."""
+        """The pieces of text since the last call."""
         found, self._texts = [text for text in self._texts if text], []
         return found

@@ -1,10 +1,10 @@
-"""Where the adapters of a request begin to act: which mixture each of its tokens has, by its position in the prompt.
+"""Onsets: the positions at which the adapters of a request begin to act, and so the mixture of each of its tokens.
 
     recipe, prompt -> Onset        begins (96, 100)   stages (the adapters from 96 on, those from 100 on)
-    Onset, rows of a step -> ids   0 0 0 a a a a b    that vLLM's mapping of tokens to adapters gets
+    Onset, rows of a step -> ids   0 0 0 a a a a b    for vLLM's mapping of tokens to adapters
 
-Positions are absolute, so that a prompt may be read in chunks, put back and begun again. What comes before the first
-of them is the base model's, and vLLM's cache of keys and values is keyed accordingly (`hash_as`).
+Positions are absolute, so that a prompt may be read in chunks, or be preempted and begun again. Tokens before the first
+of these positions are computed by the base model, and vLLM's KV cache is keyed accordingly (`hash_as`).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from logo.backends.vllm.marks import prompt_of
 from logo.backends.vllm.recipe import Recipe, is_recipe
 from logo.errors import ModelError
 
-# Ids of mixtures of some of a recipe's adapters, beside vLLM's, which are of 31 bits.
+# Added to the ids of mixtures of only some of a recipe's adapters, so that they differ from vLLM's ids of 31 bits.
 _SOME = 2**32
 
-# What was not looked at yet.
+# Stands for an onset that was not computed yet.
 _UNKNOWN = object()
 
 
 @dataclass(frozen=True)
 class Onset:
-    """Of one request.
+    """The onset of one request.
 
     Attributes:
-        text: its recipe as vLLM knows it, and `number`: its id.
-        begins: the positions at which more adapters begin to act, in order; none: no adapter acts at all.
-        stages: the adapters that act from each of them on.
-        whole: whether all of the recipe's adapters act in the end.
+        text, number: the request's recipe as vLLM knows it, and its id.
+        begins: the positions at which further adapters begin to act, ascending; empty: no adapter acts at all.
+        stages: for each of these positions, the mixture of the adapters that act from there on.
+        whole: whether all adapters of the recipe act in the last stage.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Onset:
 
     @classmethod
     def of(cls, request: Any, parameters: Any, prompt: Sequence[int] | None, length: int) -> Onset | None:
-        """The onset of a request; None where its adapters act on every token, or it has none.
+        """The onset of a request; None if all of its adapters act on every token, or if it has no recipe.
 
         Args:
             request: vLLM's `LoRARequest`.
@@ -77,11 +77,11 @@ class Onset:
 
     @property
     def last(self) -> int:
-        """The id of the mixture of the prompt's last token, and of all behind it."""
+        """The id of the mixture of the prompt's last token and of all tokens of the answer."""
         return self._number(len(self.stages) - 1) if self.stages else 0
 
     def settled(self, start: int) -> bool:
-        """Whether all tokens from `start` on have the whole recipe."""
+        """Whether all adapters of the recipe act on every token from `start` on."""
         return self.whole and start >= self.begins[-1]
 
     @property
@@ -106,9 +106,9 @@ class Rows:
 
     Attributes:
         onset: of the request.
-        row, count: the first row and how many.
-        start: the position of that token.
-        drawn, draws: likewise, which of the rows of logits are the request's.
+        row, count: the first row, and the number of rows.
+        start: the position of the first row's token in the request.
+        drawn, draws: the first row of logits that is the request's, and the number of these rows.
     """
 
     onset: Onset
@@ -120,7 +120,7 @@ class Rows:
 
 
 def mapped(mapping: Any, rows: Iterable[Rows]) -> Any:
-    """vLLM's mapping of a step's tokens to adapters, with what acts on each of them."""
+    """vLLM's mapping of a step's tokens to adapters, with the ids of the mixtures that act on these rows."""
     tokens, drawn = list(mapping.index_mapping), list(mapping.prompt_mapping)
     for one in rows:
         tokens[one.row : one.row + one.count] = one.onset.ids(one.start, one.count)
@@ -129,10 +129,10 @@ def mapped(mapping: Any, rows: Iterable[Rows]) -> Any:
 
 
 def others(rows: Iterable[Rows], mode: str) -> dict[int, tuple[str, Recipe]]:
-    """The mixtures of some of a recipe's adapters in a step, by id, with the recipe.
+    """The mixtures in a step that have only some of a recipe's adapters: id -> (text of the recipe, mixture).
 
     Raises:
-        ModelError: adapters begin to act at different positions, which merged ones cannot.
+        ModelError: adapters begin to act at different positions, although a merged mixture acts as a whole.
     """
     found = {number: (one.onset.text, some) for one in rows for number, some in one.onset.others.items()}
     if found and mode != "gate":
@@ -141,7 +141,7 @@ def others(rows: Iterable[Rows], mode: str) -> dict[int, tuple[str, Recipe]]:
 
 
 def known(state: Any, find: Callable[[], Onset | None]) -> Onset | None:
-    """The onset that was found for a request before, kept on what vLLM knows of it; else it is found now."""
+    """The onset of a request: computed by `find` in the first call, and kept as an attribute of vLLM's `state`."""
     found = getattr(state, "logo_onset", _UNKNOWN)
     if found is _UNKNOWN:
         found = state.logo_onset = find()
@@ -150,14 +150,14 @@ def known(state: Any, find: Callable[[], Onset | None]) -> Onset | None:
 
 
 def check_invoked(request: Any, parameters: Any, prompt: Sequence[int] | None) -> None:
-    """Raises UsageError where a prompt lacks the invocation tokens of an adapter, and that is an error."""
+    """Raises UsageError if a prompt lacks the invocation tokens of an adapter for which that is an error."""
     if request is not None and prompt is not None and is_recipe(request.lora_path) and "~error" in request.lora_path:
         for activation in Recipe.parse(request.lora_path).activations.values():
             activation.begin(prompt_of(parameters, prompt))
 
 
 def hash_as(request: Any, end: int) -> Any:
-    """The `LoRARequest` by which vLLM's cache is to know a block of a request: none where the base model has read it.
+    """The `LoRARequest` by which vLLM keys a cached block of a request; None if no adapter acts on the block.
 
     Args:
         request: vLLM's `Request`, as its scheduler knows it.
@@ -171,11 +171,11 @@ def hash_as(request: Any, end: int) -> Any:
         return own
     if not onset.begins or end <= onset.begins[0]:
         return None
-    # With another beginning, the same tokens have other keys and values.
+    # Keys and values depend on where adapters begin to act, even if the tokens are the same.
     name = f"{own.lora_name}@{','.join(map(str, onset.begins))}"
     return type(own)(name, own.lora_int_id, name)
 
 
 def _quiet(activation: Activation) -> Activation:
-    """Such that `begin` raises nothing: what is an error was refused when the request came."""
+    """The activation without errors from `begin`; requests that are errors were refused before (`check_invoked`)."""
     return replace(activation, without=OFF) if activation.without == "error" else activation

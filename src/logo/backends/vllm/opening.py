@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from logo.backends.vllm.offline import VllmLoGo
 
-# Answers that run at a time where nobody says so; `max_num_seqs` does.
+# Assumed number of answers that run at a time, if `max_num_seqs` is not given.
 _AT_ONCE = 64
 
 
@@ -51,8 +51,8 @@ def open_engine(
     """Starts vLLM with a pool; see `logo.opening.FromPretrained.from_pretrained`.
 
     Args:
-        model_kwargs: of `vllm.LLM`. Its slots, ranks and modules override those computed from the pool.
-        others: options that only the local engine has, by name.
+        model_kwargs: arguments of `vllm.LLM`. Its slots, ranks and modules override those computed from the pool.
+        others: options by name that only the local engine has; any of them is refused.
 
     Raises:
         MissingLibrary: vLLM is not installed.
@@ -86,15 +86,15 @@ def open_engine(
         ModelShape.of(model),
         shape,
         concurrency=int(given.get("max_num_seqs") or _AT_ONCE),
-        context=1,  # what requests keep does not decide about slots
+        context=1,  # the size of the KV cache has no effect on slots
         mode=own["mode"] if own.get("mode") in ("gate", "merge") else None,
         tensor_parallel=int(given.get("tensor_parallel_size") or 1),
     )
-    # Where the user says what slots there are, they decide how mixtures are made.
+    # If the user gives the slots, vLLM's processes choose the mode that these slots allow.
     mode = "auto" if {"max_loras", "max_lora_rank"} & given.keys() else slots.mode
     config = {"k": shape.k, "mode": mode, **settings.changed, **own}
     config |= {"pool": place, "on_bad_adapter": on_bad_adapter, "signals": _usable(model, fitted, settings)}
-    Options.of({"logo": config}, {})  # refuses what vLLM's processes would refuse
+    Options.of({"logo": config}, {})  # raises the errors of vLLM's processes here
     tokenizer, checkpoint = load_tokenizer(source), _generation_config(source)
     model.generation_config = checkpoint or model.generation_config
     _check_importable(settings.signal)
@@ -107,7 +107,7 @@ def open_engine(
             "max_loras": slots.max_loras,
             "max_lora_rank": slots.max_lora_rank,
             "lora_target_modules": list(slots.targets),
-            "generation_config": "vllm",  # what is decoded is said with every request
+            "generation_config": "vllm",  # every request has its own decoding options
             **given,
             "enable_lora": True,
             "additional_config": {**additional, "logo": config},
@@ -125,11 +125,11 @@ def open_engine(
 
 
 def _started(base_model: str, options: dict[str, Any]) -> Any:
-    """vLLM's `LLM`.
+    """Starts vLLM's `LLM`.
 
     Raises:
-        UsageError: an option that it does not have or cannot use.
-        ModelError: it cannot run the base model.
+        UsageError: an option that `vllm.LLM` does not have or cannot use.
+        ModelError: vLLM cannot run the base model.
     """
     from vllm import LLM, EngineArgs
 
@@ -164,7 +164,7 @@ def _opened(
     on_bad_adapter: OnBadAdapter,
     settings: SelectionSettings,
 ) -> tuple[str, AdapterPool]:
-    """Where vLLM's processes find the pool, and the pool."""
+    """The place from which vLLM's processes open the pool, and the opened pool."""
     if isinstance(pool, AdapterPool):
         return _folder_of(pool, on_bad_adapter, settings.cache), pool
     named = None if pool is None else str(pool)
@@ -173,10 +173,10 @@ def _opened(
 
 
 def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, cache: str | None) -> str:
-    """The folder that an open pool is all of.
+    """The folder that holds exactly the adapters of an open pool.
 
     Raises:
-        PoolError: there is none, so that vLLM's processes cannot open this pool.
+        PoolError: there is no such folder, so that vLLM's processes cannot open this pool.
     """
     roots = {str(adapter.folder.absolute()).removesuffix(f"/{adapter.name}") for adapter in pool}
     if len(roots) == 1:
@@ -204,14 +204,14 @@ def _usable(model: Any, pool: AdapterPool, settings: SelectionSettings) -> Seque
     for signal in SIGNALS.known:
         try:
             reading_plan(model, pool, settings.for_call(signal=signal))
-        except LoGoError:  # raised again where it is asked for
+        except LoGoError:  # raised again when a call asks for this signal
             continue
         usable.append(signal)
     return usable
 
 
 def _generation_config(source: str) -> Any:
-    """The checkpoint's own; None where it has none."""
+    """The generation config of the checkpoint; None if it has none."""
     from transformers import GenerationConfig
 
     with loading(source, source):

@@ -1,7 +1,7 @@
 """`Taps.tap` as an operator of PyTorch, for layers that are compiled or captured.
 
-The operator says that it changes `seen`: what has no effect that a compiler can see is dead code to it. On a GPU it
-belongs among vLLM's splitting operators, so that it runs between captured graphs.
+The operator is declared to change `seen`, since a compiler removes code without a visible effect. On a GPU it is one of
+vLLM's splitting operators, so that it runs between captured graphs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logo.backends.vllm.taps import Gather, Taps
 
-# Operators take tensors, numbers and strings alone, so taps are known to them by number.
+# Operators take only tensors, numbers and strings, so they find taps by their index in this list.
 _TAPS: list[tuple[Taps, Gather | None]] = []
 
 NAME = "logo::tap"
@@ -25,7 +25,7 @@ def registered(taps: Taps, gather: Gather | None) -> int:
 
 @torch.library.custom_op(NAME, mutates_args=("seen",))
 def tap(entering: Tensor, seen: Tensor, number: int, place: str) -> None:
-    """Calls `Taps.tap`, where something is read there in this step.
+    """Calls `Taps.tap`, if something is read at the place in the current step.
 
     Args:
         entering: (rows, d), what enters the place.

@@ -14,7 +14,7 @@ from logo.selection.settings import SelectionSettings
 Mode = Literal["auto", "gate", "merge"]
 Products = Literal["auto", "kernels", "plain"]
 
-# The pool alone, and everything else as JSON.
+# Environment variables: one with the pool, and one with all other options as JSON.
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
 
 
@@ -26,14 +26,13 @@ class Options:
         pool: a folder of adapters, or a Hub repository `org/name[/folder][@revision]`.
         mode: `"gate"`: the pool sits in vLLM's adapter slots and a request is a row of gates; `"merge"`: every mixture
             is an adapter of its own; `"auto"`: gates where the slots suffice.
-        products: `"kernels"`: those of Triton, which skip adapters that no token of a block has; `"plain"`: PyTorch's;
-            `"auto"`: kernels on GPUs with Triton.
+        products: what computes gated products. `"kernels"`: Triton kernels, which skip adapters that no token of a
+            block has; `"plain"`: PyTorch; `"auto"`: kernels on GPUs with Triton.
         signals: those that requests may ask for besides the settings' own.
-        adapter_changes: whether requests may change the pool; so they may, too, where vLLM's own variable allows it.
+        adapter_changes: whether requests may change the pool; `VLLM_ALLOW_RUNTIME_LORA_UPDATING` allows it, too.
         on_bad_adapter: what to do with adapters that do not fit the base model.
-        max_body_mb: size of a request of whose body the router has to know something, in 10⁶ bytes. Pictures are sent
-            in bodies too.
-        settings: how prompts are scored and selected for.
+        max_body_mb: the largest body, in 10⁶ bytes, of requests that the router reads. Pictures are part of bodies.
+        settings: how prompts are read, scored and selected.
     """
 
     pool: str
@@ -47,7 +46,7 @@ class Options:
 
     @classmethod
     def of(cls, additional: Mapping[str, Any] | None, environment: Mapping[str, str]) -> Options | None:
-        """The options that are given; None where nothing names a pool. `--additional-config` goes before.
+        """The options that are given; None if there are none. Those of `--additional-config` take precedence.
 
         Raises:
             UsageError: an option that does not exist or cannot be used.
@@ -97,7 +96,7 @@ class Options:
 
     @property
     def all_signals(self) -> tuple[str, ...]:
-        """The settings' own signal first."""
+        """All signals that requests may ask for, the settings' own first."""
         return tuple(dict.fromkeys((self.settings.signal, *self.signals)))
 
 

@@ -18,8 +18,8 @@ _watched: dict[str, list[asyncio.Event]] = {}
 
 @contextmanager
 def watched(recipe: str | None) -> Iterator[asyncio.Event]:
-    """An event that is set as soon as an answer with this recipe overflows: not only this one, since they may share
-    keys and values. None: the base model, which nobody mixes."""
+    """Yields an event that is set as soon as any answer with this recipe overflows, since answers with one recipe may
+    share cached keys and values. For None (the base model) it is never set."""
     noticed = asyncio.Event()
     if recipe is None:
         yield noticed

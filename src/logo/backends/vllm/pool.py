@@ -65,7 +65,7 @@ class KeyedPool:
 
     @property
     def digest(self) -> str:
-        """Equal in all processes with the same pool."""
+        """The digest of the pool's names and contents, which is equal in all processes with the same pool."""
         return pool_digest(self.keys)
 
     @property
@@ -96,11 +96,11 @@ class KeyedPool:
 
     @property
     def places(self) -> dict[str, tuple[str, str]]:
-        """Name -> key and folder of an adapter, from which another process opens the same pool."""
+        """Adapter name -> (key, folder), from which another process opens the same pool."""
         return {name: (key, str(self.adapters[name].folder)) for name, key in self.keys.items()}
 
     def following(self, places: Mapping[str, Sequence[str]], layout: BaseLayout) -> KeyedPool:
-        """The pool that another process says; adapters that are the same here are not opened again.
+        """The pool of another process, from its `places`; adapters that are the same here are not opened again.
 
         Raises:
             AdapterError: an adapter that is new here cannot be opened.
@@ -123,7 +123,7 @@ class KeyedPool:
         """The recipe of a selection; without adapters, it is the base model's and has no parts.
 
         Args:
-            forced: where all adapters act; None: each where it does in this pool.
+            forced: where all adapters act; None: each acts where the pool says.
 
         Raises:
             UsageError: see `logo.adapters.activation.acting`.

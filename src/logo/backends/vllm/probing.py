@@ -20,7 +20,7 @@ from logo.selection.confidence import EXAMPLES, Evidence
 from logo.selection.plan import plan
 from logo.selection.settings import SelectionSettings
 
-# Prompts that are probed together: vLLM's workers keep the scores of so many, and of some more.
+# The most prompts that are probed together; less than the number whose scores vLLM's workers keep.
 _PROBED = 2048
 
 
@@ -30,9 +30,9 @@ class InWorkers(Selecting):
     Args:
         model: the base model without its weights.
         pool: fitted to it.
-        settings: how to select, where a call asks for nothing else.
+        settings: how to select, unless a call has other options.
         requests: of the engine.
-        call: asks something of every worker, see `logo.backends.vllm.calls.CALLS`.
+        call: calls one of `logo.backends.vllm.calls.CALLS` on every worker, and returns the values.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class InWorkers(Selecting):
     ) -> None:
         super().__init__(pool, settings)
         self._model, self._requests, self._call = model, requests, call
-        self._opened: dict[str, dict[str, Any]] = {}  # what the workers have said of each signal
+        self._opened: dict[str, dict[str, Any]] = {}  # signal -> the result of `Scoring.open`
 
     def open(self, settings: SelectionSettings) -> dict[str, Any]:
-        """What is scored by the signal of these settings, and where, see `Scoring.open`. The pool is calibrated for it,
-        if it was not yet.
+        """Opens the signal of these settings in the workers, and calibrates the pool for it if necessary. Returns the
+        result of `Scoring.open`.
 
         Raises:
             LoGoError: it cannot score this pool.
         """
         signal = settings.signal
         if signal not in self._opened:
-            plan(self._model, self.pool, settings)  # refuses here, in the same words, what workers refuse
+            plan(self._model, self.pool, settings)  # raises the errors of the workers here
             opened = self._call("logo_signal", signal)
             while texts := texts_of(opened):
                 keys = self._run([(text, "") for text in texts])
@@ -76,7 +76,7 @@ class InWorkers(Selecting):
         return EXAMPLES if self.open(settings)["described"] else super().evidence(settings)
 
     def restart(self) -> None:
-        """Nothing: no prompt depends on those before."""
+        """Does nothing, since no selection depends on earlier prompts."""
 
     def _scores(self, rows: Sequence[tuple[Sequence[int], str]]) -> list[list[float]]:
         """The scores of prompts.
@@ -101,7 +101,7 @@ class InWorkers(Selecting):
         return found
 
     def _probed(self, rows: Sequence[tuple[Sequence[int], str]], *, whole: bool) -> list[list[float] | None]:
-        """Scores of prompts; None for those that have to be read whole."""
+        """The scores of each prompt; None for a prompt that has to be probed again and read whole."""
         keys = self._run(rows, whole=whole)
         taken = self._call("logo_take", keys)[0] if keys else {}
         return [scores_of(taken[key]) for key in keys]

@@ -25,7 +25,7 @@ class Processes:
         return True
 
     def end(self, process: str) -> bool:
-        """The process has changed the pool, or gives up. Returns whether it was the one that changes it."""
+        """Ends the change of a process, made or abandoned. Returns whether this process was changing the pool."""
         found = self._changing == process
         if found:
             self._changing = None
@@ -40,7 +40,7 @@ class Processes:
         return sum(known != digest for known in self._known.values())
 
     def changed(self, before: Iterable[str], now: Iterable[str]) -> None:
-        """The adapters with these keys were the pool, and those with the others are."""
+        """Notes that the pool has changed from the adapters with the keys `before` to those with the keys `now`."""
         now = set(now)
         for key in set(before) - now:
             self._holding[key] = set(self._known)
@@ -52,7 +52,7 @@ class Processes:
         return sorted(key for key, holding in self._holding.items() if process in holding)
 
     def release(self, process: str, keys: Iterable[str]) -> list[str]:
-        """The process has no answers with these adapters any more. Returns those that no process has."""
+        """Notes that a process no longer uses these removed adapters. Returns those that no process uses."""
         gone = []
         for key in keys:
             if key in self._holding:

@@ -1,9 +1,9 @@
 """Observes the prompts of answers, in the process that sends requests to vLLM.
 
-    vLLM takes a request     -> the adapters of its mixture that the prompt does not invoke
-    its first token comes    -> how much of what the probe has read was still in the cache
+    vLLM accepts a request   -> the adapters of its mixture that the prompt does not invoke
+    its first token comes    -> the tokens read by the probe that were still in the KV cache, and those that were not
 
-An answer of several texts (`n`) is several requests to vLLM with one prompt, of which the first counts.
+A request for several answers (`n`) becomes several vLLM requests with one prompt, of which only the first is counted.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from logo.backends.vllm.onsets import Onset
 
 
 class Counting(Protocol):
-    """What is called."""
+    """The callbacks for what is observed."""
 
     def not_invoked(self, keys: Sequence[str]) -> None:
-        """The prompt does not invoke the adapters of these keys, so they do nothing."""
+        """Called if the prompt does not invoke the adapters with these keys, so that they do nothing."""
 
     def read(self, found: int, missed: int) -> None:
-        """Of the tokens that the probe has read for all mixtures, so many were there, and so many were gone."""
+        """Called with the numbers of tokens read by the probe that were still in the KV cache, and that were not."""
 
 
 @dataclass
@@ -32,10 +32,10 @@ class _Prompt:
     """The prompt of one answer.
 
     Attributes:
-        counting: what is called.
-        block: tokens of which vLLM's cache hands on all or none; None: no probe has read the prompt.
-        request: vLLM's id of the request; None: it has not come yet.
-        read: tokens that the answer may find in the cache.
+        counting: the callbacks.
+        block: tokens per block of vLLM's KV cache; None: no probe has read the prompt.
+        request: vLLM's id of the request; None: vLLM has not accepted it yet.
+        read: the number of tokens that the answer may find in the cache.
     """
 
     counting: Counting
@@ -52,10 +52,10 @@ _waiting: dict[str, _Prompt] = {}
 
 @contextmanager
 def following(counting: Counting, block: int | None) -> Iterator[None]:
-    """Tells what becomes of the prompt of the request that vLLM takes inside the block, or in tasks begun there.
+    """Observes the prompt of the request that vLLM accepts inside the block, or in tasks started there.
 
     Args:
-        block: tokens of which vLLM's cache hands on all or none; None: no probe has read the prompt.
+        block: tokens per block of vLLM's KV cache; None: no probe has read the prompt.
     """
     prompt = _Prompt(counting, block)
     token = _at_hand.set(prompt)
@@ -68,7 +68,7 @@ def following(counting: Counting, block: int | None) -> Iterator[None]:
 
 
 def take(request: Any) -> None:
-    """Looks at the prompt of a request that vLLM takes.
+    """Examines the prompt of a request that vLLM accepts.
 
     Args:
         request: vLLM's `EngineCoreRequest`.
@@ -82,9 +82,9 @@ def take(request: Any) -> None:
     prompt.request = request.request_id
     if onset.silent:
         prompt.counting.not_invoked(onset.silent)
-    # What is asked of every token of the prompt is read whole in any case.
+    # Requests that need every token of the prompt, as for its log probabilities, do not use the cache.
     if prompt.block and not getattr(request.sampling_params, "skip_reading_prefix_cache", False):
-        # Where no adapter acts, all is the base model's, but the last token is computed again in any case.
+        # Without an acting adapter, the base model reads the whole prompt; vLLM always computes the last token again.
         end = min(onset.begins[0] if onset.begins else len(tokens), len(tokens) - 1)
         prompt.read = end // prompt.block * prompt.block
         _waiting[request.request_id] = prompt
@@ -104,7 +104,7 @@ def begun(states: Mapping[str, Any], outputs: Iterable[Any]) -> list[tuple[_Prom
 
 
 def found(begun: Iterable[tuple[_Prompt, Any]]) -> None:
-    """Tells how much of prompts was in the cache, once vLLM has looked at the step's outputs itself."""
+    """Reports how many tokens of prompts were cached; called after vLLM itself has processed the step's outputs."""
     for prompt, state in begun:
         there = min(state.num_cached_tokens, prompt.read)
         prompt.counting.read(there, prompt.read - there)

@@ -47,7 +47,7 @@ class Recipe:
         weights: dict[str, float] = {}
         for key, weight in mixture:
             weights[key] = weights.get(key, 0.0) + weight
-        # As floats are written with nine digits, every float32 survives.
+        # Nine digits, as in the text of a recipe, represent every float32 exactly.
         parts = ((key, float(f"{weight:.9g}")) for key, weight in weights.items())
         late = {key: one for key, one in (activations or {}).items() if key in weights and not one.everywhere}
         return cls(tuple(sorted(parts, key=lambda part: (-part[1], part[0]))), late)
@@ -88,13 +88,13 @@ class Recipe:
         return self.activations.get(key, EVERYWHERE)
 
     def only(self, keys: Iterable[str]) -> Recipe:
-        """Of these adapters alone."""
+        """The recipe with only those of its adapters that have these keys."""
         kept = set(keys)
         return Recipe(tuple(part for part in self.parts if part[0] in kept), self.activations)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of its adapters."""
+        """The keys of the recipe's adapters."""
         return tuple(key for key, _ in self.parts)
 
     def salted(self, salt: int) -> str:
@@ -104,11 +104,11 @@ class Recipe:
         return f"{self}#{salt}" if salt else str(self)
 
     def number(self, taken: Mapping[int, str] | None = None, text: str | None = None) -> int:
-        """The id that vLLM knows this recipe by: 31 bits of its digest, or of a further one where that is taken.
+        """The id of this recipe in vLLM: 31 bits of a digest of its text, salted until no other recipe has the id.
 
         Args:
-            taken: ids of recipes that are in use, as strings.
-            text: of the recipe, where it is salted.
+            taken: id -> text of the recipes that are in use.
+            text: the text of the recipe, if it is salted.
         """
         text, salt = text or str(self), 0
         while True:
@@ -129,7 +129,7 @@ def _is_key(key: str) -> bool:
 
 
 def _written(activation: Activation) -> str:
-    """`last:4`, or invocation tokens `7.8`, with what is done without them: `7.8~error`, `7.8~last:2`."""
+    """The text of an activation: `last:4`, or invocation tokens `7.8`, with `without` unless off: `7.8~error`."""
     if not activation.tokens:
         return str(activation)
     tokens = ".".join(map(str, activation.tokens))
@@ -137,7 +137,7 @@ def _written(activation: Activation) -> str:
 
 
 def _read(where: str) -> Activation:
-    """What `_written` wrote.
+    """The activation whose text `_written` has returned.
 
     Raises:
         ValueError: it is something else.

@@ -25,7 +25,7 @@ def refused(what: str) -> Iterator[None]:
     """Converts vLLM's refusal of a request into a UsageError."""
     import vllm.exceptions
 
-    # Errors of the client's, of which older versions have one that is a ValueError.
+    # The errors for invalid requests; in older versions of vLLM they are ValueErrors.
     kinds = (ValueError, getattr(vllm.exceptions, "VLLMClientError", ValueError))
     try:
         yield
@@ -54,7 +54,7 @@ class Running:
     last: Any = None
 
     def take(self, output: Any) -> None:
-        """Takes what a step has added."""
+        """Adds the output of a step: its tokens up to the first at which a stop rule applies."""
         self.last, self.done = output, output.finished
         [made] = output.outputs
         for place, token in enumerate(made.token_ids):
@@ -80,7 +80,7 @@ class Requests:
 
     @contextmanager
     def together(self) -> Iterator[Group]:
-        """Requests that end with the block, done or not."""
+        """Yields a group of requests; those that still run at the end of the block are stopped."""
         group = Group(self)
         try:
             yield group
@@ -88,7 +88,7 @@ class Requests:
             self.stop(group.running)
 
     def start(self, ids: Sequence[int], parameters: Any, lora: Any = None, rules: Sequence[EndRule] = ()) -> Running:
-        """See `Group.start`; has to be stopped."""
+        """See `Group.start`; the caller has to `stop` the request."""
         running = Running(new_key(), rules)
         with self._lock:
             with refused(f"a prompt of {len(ids)} tokens"):
@@ -97,7 +97,7 @@ class Requests:
         return running
 
     def step(self) -> None:
-        """One step of the model, for all that run."""
+        """Runs one step of the engine, for all running requests of all callers."""
         with self._lock:
             ended = []
             for output in self._engine.step():
@@ -112,7 +112,7 @@ class Requests:
                 self._engine.abort_request(ended)
 
     def stop(self, requests: Sequence[Running]) -> None:
-        """Ends those that still run."""
+        """Ends those of the requests that still run."""
         with self._lock:
             left = [one.key for one in requests if self._running.pop(one.key, None) is not None]
             if left:
@@ -137,7 +137,7 @@ class Group:
             ids: token ids of the prompt.
             parameters: vLLM's `SamplingParams`; with rules they have to ask for every token as it comes.
             lora: vLLM's `LoRARequest`.
-            rules: what ends it besides its end tokens.
+            rules: stop rules besides its end tokens.
 
         Raises:
             UsageError: vLLM refuses it.
@@ -146,7 +146,7 @@ class Group:
         return self.running[-1]
 
     def wait(self) -> None:
-        """Until all of them are done."""
+        """Runs steps until all requests of the group are done."""
         while not all(one.done for one in self.running):
             self._requests.step()
 

@@ -19,7 +19,7 @@ class Rewriting:
         change: changes one object in place; gets whether it is the first.
         check: awaited before the end of a response; an error that it returns replaces a whole response, and
             ends a stream.
-        spoilt: once set, nothing more of a stream is sent but its end.
+        spoilt: once this is set, only the end of a stream is still sent.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Rewriting:
                 await self._answer()
 
     async def end(self) -> None:
-        """Ends a response that the app has left in the middle, with the error that `check` finds."""
+        """Completes a response that the app did not finish, with the error that `check` returns."""
         if self._ended:
             return
         self._ended, error = True, await self._checked()
-        if self.streams:  # without an error if all that matters was sent before
+        if self.streams:  # without an error if `check` finds none
             body = b"" if error is None else error.event() + b"data: [DONE]\n\n"
             await self._send({"type": "http.response.body", "body": body})
         elif error is not None:
@@ -75,7 +75,7 @@ class Rewriting:
         if any(line.startswith(b"data: [DONE]") for line in lines) and (error := await self._checked()):
             lines = [line for line in lines if not line.startswith(b"data: [DONE]")]
             lines = [*lines, *error.event().split(b"\n"), b"data: [DONE]", b""]
-        elif not more and (error := await self._checked()):  # a stream that says [DONE] to nobody
+        elif not more and (error := await self._checked()):  # a stream that ends without [DONE]
             lines = [*lines, b"", *error.event().split(b"\n")]
         body = b"".join(self._event(line) + b"\n" for line in lines)
         self._ended = not more
@@ -98,7 +98,7 @@ class Rewriting:
         if self._check is None:
             return None
         error = await self._check()
-        self._check = None  # not before: the app may be cancelled while it waits here, and `end` has to ask then
+        self._check = None  # only now: if the app is cancelled during `check`, `end` has to call it again
         return error
 
     def _event(self, line: bytes) -> bytes:
@@ -117,12 +117,12 @@ class Rewriting:
 
 
 async def run(app: App, scope: Scope, receive: Receive, send: Rewriting, spoilt: asyncio.Event) -> None:
-    """Has an app answer, for a client who leaves as soon as `spoilt` is set, as far as the app can tell."""
+    """Runs an app for one request. Once `spoilt` is set, the app is told that its client has disconnected."""
     answering = asyncio.create_task(_call(app, scope, _leaving(receive, spoilt), send))
     waiting = asyncio.create_task(spoilt.wait())
     try:
         await asyncio.wait((answering, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if spoilt.is_set() and send.streams:  # one that streams need not look whether its client has left
+        if spoilt.is_set() and send.streams:  # a streaming app may never check for it
             answering.cancel()
         await asyncio.wait((answering,))
         if not answering.cancelled():
@@ -139,7 +139,7 @@ async def _call(app: App, scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _leaving(receive: Receive, spoilt: asyncio.Event) -> Receive:
-    """A `receive` that says that the client has left once `spoilt` is set."""
+    """A `receive` that reports a disconnected client once `spoilt` is set."""
 
     async def either() -> Message:
         coming = [asyncio.ensure_future(receive()), asyncio.ensure_future(spoilt.wait())]

@@ -1,10 +1,10 @@
 """The middleware in front of vLLM's app. A request for `model: "logo"` is probed first, and then answered with the
 mixture that its scores select.
 
-    body -> probe, the same app once more with one token -> scores from the workers -> recipe -> the app, as asked
+    body -> probe (a request for one token to the app) -> scores from the workers -> recipe -> the original request
 
-Everything else is vLLM's own: templates, limits, streams, tools, errors. Middlewares are outside of authentication, so
-everything that reaches the engine on behalf of a client goes through the app.
+Templates, limits, streams, tools and errors are vLLM's own. Middlewares run before authentication, so everything that
+reaches the engine on behalf of a client is sent through the app.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ from logo.protocol import MixtureRequest
 _B = TypeVar("_B", LoadAdapter, UnloadAdapter)
 _Handler = Callable[[str, Scope, Receive, Send], Awaitable[None]]
 
-# How often a prompt is probed while the pool changes.
+# How often a prompt is probed, if the pool changes meanwhile, before its request is refused.
 _TRIES = 5
 
 log = logging.getLogger("vllm.logo")
 
 
 class Router:
-    """For `vllm serve ... --middleware logo.backends.vllm.Router`.
+    """The middleware of `vllm serve ... --middleware logo.backends.vllm.Router`.
 
     Args:
-        app: vLLM's, with everything that it puts around it.
+        app: vLLM's app with its own middlewares.
     """
 
     def __init__(self, app: App) -> None:
         self.app = app
         self._admission = Admission(app)
-        # Changes the pool of all replicas, where this is one of several.
+        # Changes the pool of all replicas; None unless this router is part of one of several replicas.
         self.everywhere: Callable[[Change], Awaitable[None]] | None = None
         self._core: Core | None = None
         self._workers: Workers | None = None
@@ -91,14 +91,14 @@ class Router:
         try:
             await handler(path, scope, receive, send)
         except (ApiError, LoGoError) as error:
-            # Even what an error says of the pool is for those who may use it.
+            # Errors can name adapters of the pool, so only clients that may use the server get them.
             if not await self._admission.refuses(scope, send):
                 await answer_error(send, ApiError.of(error))
 
     # -- starting ------------------------------------------------------------------------------------------------
 
     def _opening(self, scope: Scope, send: Send) -> Send:
-        """A `send` that opens the pool before the app says that it has started."""
+        """A `send` that opens the pool before it forwards the app's message that startup is complete."""
 
         async def opening(message: Any) -> None:
             if message["type"] == "lifespan.startup.complete":
@@ -139,13 +139,13 @@ class Router:
 
     @property
     def core(self) -> Core:
-        """The pool; there is one as soon as the app has started."""
+        """The pool of the engine; may be used once the app has started."""
         assert self._core is not None
         return self._core
 
     @property
     def workers(self) -> Workers:
-        """Of the engine; likewise."""
+        """The workers of the engine; may be used once the app has started."""
         assert self._workers is not None
         return self._workers
 
@@ -178,10 +178,10 @@ class Router:
             )
         wanted = self._names.mixture_request(model, asked.logo)
         parts = bodies.split(path, body)
-        choosing(len(parts))  # until each has its recipe: see `Answering`
+        choosing(len(parts))  # open until each part has its recipe, see `Answering`
         found = await asyncio.gather(*(self._chosen(path, part, wanted, scope, receive) for part in parts))
         for one in found:
-            if isinstance(one, Answer):  # vLLM refused to read this prompt: its own words
+            if isinstance(one, Answer):  # vLLM's own refusal of this prompt
                 await _relay(send, one)
                 return
         chosen = [one for one in found if not isinstance(one, Answer)]
@@ -192,13 +192,13 @@ class Router:
             await self._answering.several(path, parts, model, chosen, scope, receive, send)
 
     def _ours(self, model: str, body: Body) -> bool:
-        """Whether a request is for a mixture, rather than for vLLM's own models alone."""
+        """Whether a request is for a mixture, and not for one of vLLM's own models."""
         return "logo" in body or model == AUTO or model in self.core.pool.keys
 
     async def _chosen(
         self, path: str, body: Body, wanted: MixtureRequest, scope: Scope, receive: Receive
     ) -> RoutedMixture | Answer:
-        """What is chosen for one prompt; or what vLLM said instead of probing it."""
+        """The selection for one prompt, or vLLM's response if it refused to run the probe."""
         signal = self.core.signal(wanted)
         if signal is None:
             return RoutedMixture(self.core.select(wanted, None))
@@ -211,7 +211,7 @@ class Router:
             if tries > _TRIES:
                 raise unavailable("the pool changes faster than prompts are probed; try again", retry_after=1)
             key, settings = new_key(), self.core.options.settings
-            # Where the responses to a cached prefix are not known, the prompt is read whole the second time.
+            # If the responses to a cached prefix are unknown, the second probe reads the whole prompt.
             whole = tries > 1 or not settings.prefix_cache_gb
             where, asked = bodies.probe(path, body, self._base, settings.probe_text)
             with marking(key, signal, whole=whole):
@@ -223,7 +223,7 @@ class Router:
         spent = time.perf_counter() - started
         self._counts.selected(selection, spent)
         usage = (probed.json() or {}).get("usage") or {}
-        # Of a chat, a text of its own is probed, which says nothing of the chat's length.
+        # If only a text of a conversation was probed, the probe does not give the number of the conversation's tokens.
         return RoutedMixture(selection, 1000 * spent, usage.get("prompt_tokens") if where == path else None)
 
     # -- the pool ------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class Router:
             return
         body = _object(raw)
         asked = checked(SelectRequest, raw.decode("utf-8", "replace") if body is None else body)
-        assert body is not None  # anything else has been refused
+        assert body is not None  # `checked` has refused anything else
         where = COMPLETIONS if asked.prompt is not None else CHAT
         found = await self._chosen(where, body, self._names.mixture_request(AUTO, asked.logo), scope, receive)
         tokens = found if isinstance(found, Answer) else await self._counted(body, found, scope)
@@ -243,7 +243,7 @@ class Router:
         await answer(send, 200, SelectionReply.of(found, tokens).model_dump_json().encode())
 
     async def _counted(self, body: Body, chosen: RoutedMixture, scope: Scope) -> int | Answer:
-        """The prompt's tokens: vLLM counts those that no probe has."""
+        """The number of tokens of a prompt; vLLM counts them if no probe did. An `Answer` is vLLM's refusal."""
         if chosen.tokens is not None:
             return chosen.tokens
         what = {name: body[name] for name in ("prompt", "messages") if body.get(name) is not None}
@@ -254,7 +254,7 @@ class Router:
         return int(counted.json()["count"]) if counted.status == 200 else counted
 
     async def _load(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM's own route; the adapter becomes one of the pool."""
+        """Handles vLLM's route that loads an adapter: adds the adapter to the pool, or replaces it there."""
         asked = await self._changing(path, scope, receive, send, LoadAdapter)
         if asked is None:
             return
@@ -272,7 +272,7 @@ class Router:
         await _said(send, f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     async def _changing(self, path: str, scope: Scope, receive: Receive, send: Send, kind: type[_B]) -> _B | None:
-        """The body of a change of the pool; None where vLLM does not allow any, and has said so itself."""
+        """The body of a request that changes the pool; None if vLLM has answered it, or if its client has left."""
         import vllm.envs
 
         if not (vllm.envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or self.core.options.adapter_changes):
@@ -307,14 +307,14 @@ class Router:
 
 
 async def _said(send: Send, text: str) -> None:
-    """A success in vLLM's words."""
+    """Sends a plain text in the form in which vLLM confirms changes of adapters."""
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(text.encode())).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": text.encode()})
 
 
 def _object(raw: bytes) -> Body | None:
-    """A body that is a JSON object; None for any other, of which vLLM says what is wrong."""
+    """The JSON object in a body; None for any other body, which vLLM or `checked` refuses."""
     try:
         found = json.loads(raw)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""vLLM's model runner V1 (`vllm/v1/worker/gpu_model_runner.py`, also on a CPU): which rows of a step are whose.
+"""The request of each row of a step in vLLM's model runner V1 (`vllm/v1/worker/gpu_model_runner.py`, also on a CPU).
 
 Relied on: `set_active_loras(input_batch, num_scheduled_tokens, num_sampled_tokens)` is called before every step of real
 requests, with the batch in the order of its rows. `input_batch` has `req_ids`, `num_computed_tokens_cpu` and
@@ -18,7 +18,7 @@ from logo.backends.vllm.sums import Span
 
 
 def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[int]) -> Iterator[Span]:
-    """The rows of probed prompts in the step that comes."""
+    """The rows of probed prompts in the next step."""
     row = 0
     for i, (request_id, count) in enumerate(zip(input_batch.req_ids, scheduled, strict=False)):
         state = runner.requests[request_id]
@@ -37,10 +37,10 @@ def spans(runner: Any, bos: int | None, input_batch: Any, scheduled: Sequence[in
 
 
 def onsets(runner: Any, input_batch: Any, scheduled: Sequence[int], drawn: Sequence[int] | None) -> Iterator[Rows]:
-    """The rows of the step that comes in which not all adapters of a request act.
+    """The rows of requests in the next step that have tokens on which not all of their adapters act.
 
     Args:
-        drawn: how many tokens are drawn of each request; None: one.
+        drawn: the number of tokens that are drawn for each request; None: one each.
     """
     row = place = 0
     for i, (request_id, count) in enumerate(zip(input_batch.req_ids, scheduled, strict=False)):

@@ -1,9 +1,9 @@
-"""vLLM's model runner V2 (`vllm/v1/worker/gpu/model_runner.py`, the default on GPUs): which rows of a step are whose.
+"""The request of each row of a step in vLLM's model runner V2 (`vllm/v1/worker/gpu/model_runner.py`, default on GPUs).
 
 Relied on: `add_requests(scheduler_output)` sees every new request with its `sampling_params`, `prompt_token_ids` (or
 `prompt_embeds`), `mm_features` and `lora_request` before its first step, and `prepare_inputs` returns an `InputBatch`
 whose `req_ids` are in the order of the rows, with `num_scheduled_tokens` and `num_computed_tokens_np`. Sampling
-parameters are nowhere to be found later, so what is known of a request is remembered by id until `_remove_request`.
+parameters are not available later, so the facts about a request are kept by its id until `_remove_request`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def remember(probed: Probed, onsets: Onsets, scheduler_output: Any) -> None:
 
 
 def forget(probed: Probed, onsets: Onsets, request_id: str) -> None:
-    """A request has ended, or begins anew."""
+    """Drops what was noted about a request that has ended, or that starts again."""
     probed.pop(request_id, None)
     onsets.pop(request_id, None)
 
 
 def spans(probed: Probed, bos: int | None, input_batch: Any) -> Iterator[Span]:
-    """The rows of probed prompts in the step that comes."""
+    """The rows of probed prompts in the next step."""
     row = 0
     for i, request_id in enumerate(input_batch.req_ids):
         count = int(input_batch.num_scheduled_tokens[i])
@@ -54,7 +54,7 @@ def spans(probed: Probed, bos: int | None, input_batch: Any) -> Iterator[Span]:
 
 
 def late(onsets: Onsets, input_batch: Any) -> Iterator[Rows]:
-    """The rows of the step that comes in which not all adapters of a request act."""
+    """The rows of requests in the next step that have tokens on which not all of their adapters act."""
     row = 0
     for i, request_id in enumerate(input_batch.req_ids):
         count, onset = int(input_batch.num_scheduled_tokens[i]), onsets.get(request_id)

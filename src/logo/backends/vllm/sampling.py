@@ -11,7 +11,7 @@ from logo.errors import UsageError
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-# What is said to vLLM in its own words, or done here.
+# Options that are translated into vLLM's, or handled by LoGo.
 _KNOWN = frozenset(
     {
         "do_sample",
@@ -26,8 +26,8 @@ _KNOWN = frozenset(
         "top_p",
     }
 )
-# What changes nothing of an answer here: other tokens' ids, caches, what `generate` returns, and what beams or helping
-# models would have, which are refused themselves.
+# Options without an effect on answers here: ids of other tokens, caches, what `generate` returns, and details of beam
+# search and of assistant models, which are refused by options of their own.
 _IDLE = frozenset(
     {
         "assistant_confidence_threshold",
@@ -61,7 +61,7 @@ _IDLE = frozenset(
         "use_cache",
     }
 )
-# Of transformers, where neither the call nor the checkpoint says anything.
+# The defaults of transformers, for options that neither the call nor the checkpoint sets.
 _DEFAULTS = {
     "diversity_penalty": 0.0,
     "encoder_no_repeat_ngram_size": 0,
@@ -93,11 +93,11 @@ def check_config(config: GenerationConfig) -> None:
 
 
 def parameters(decoding: Decoding, *, every_token: bool, seed: int | None = None) -> Any:
-    """vLLM's `SamplingParams`.
+    """vLLM's `SamplingParams` for a decoding.
 
     Args:
-        every_token: each token is looked at when it comes; else only whole answers are.
-        seed: of one answer's draws.
+        every_token: whether vLLM reports every token as it comes, or only whole answers.
+        seed: for the draws of one answer.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -119,9 +119,9 @@ def parameters(decoding: Decoding, *, every_token: bool, seed: int | None = None
             max_tokens=config.max_new_tokens,
             min_tokens=config.min_new_tokens or 0,
             repetition_penalty=said("repetition_penalty"),
-            ignore_eos=True,  # the tokens that end an answer are those of the call
+            ignore_eos=True,  # instead, `stop_token_ids` holds all end tokens
             stop_token_ids=sorted(decoding.ends),
-            logprobs=0,  # of the token itself: not a number where a mixture overflows
+            logprobs=0,  # that of the drawn token, which is NaN if a mixture overflows
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if every_token else RequestOutputKind.FINAL_ONLY,
         )

@@ -1,4 +1,4 @@
-"""`Scoring`: the scorers of one state of a pool, in a worker that cannot run its model by itself.
+"""`Scoring`: the scorers of one state of a pool, in a vLLM worker, which cannot start forward passes of its own.
 
 A calibration needs the hidden vectors of texts, and only the router can run texts. A signal is therefore opened in
 steps: each step returns the texts that are needed next, and the following step uses what the taps have recorded. The
@@ -33,11 +33,11 @@ from logo.selection.texts import Texts
 
 
 class _TextsNeeded(Exception):
-    """What is not in the cache: texts have to be run first.
+    """Hidden vectors are missing from the cache, so that the model has to run texts first.
 
     Attributes:
-        points: where they are read.
-        texts: these.
+        points: where the texts are read.
+        texts: the texts to run.
     """
 
     def __init__(self, points: Sequence[Point], texts: Texts) -> None:
@@ -69,7 +69,7 @@ class Scoring:
         before: Scoring | None = None,
     ) -> None:
         self._skeleton, self._pool, self._options, self._taps = skeleton, pool, options, taps
-        # Hidden vectors of the texts of the step at hand, and the keys of these texts.
+        # Hidden vectors of the texts of the current step, and the keys of these texts.
         self._kept: tuple[KeptVectors, dict[tuple[int, ...], str]] | None = None
         self._ready: dict[str, Scorer] = {}
         self._scorers: Scorers = Scorers(
@@ -84,17 +84,18 @@ class Scoring:
         )
 
     def open(self, signal: str) -> dict[str, Any]:
-        """Makes ready to score by a signal.
+        """Makes the scorer of a signal, or says which texts the model has to run before.
 
         Returns:
-            `texts`: those that have to be run first, as token ids, for `calibrate`: often none; `names`: the adapters
-            that are scored; `points`: where prompts are read; `described`: whether example prompts count, too.
+            `texts`: texts to run and then pass to `calibrate`, as token ids, often none; `names`: the adapters that are
+            scored; `points`: where prompts are read; `described`: whether example prompts contribute to scores.
         """
         settings = self._settings(signal)
         try:
             scorer = self._scorers.get(settings)
         except _TextsNeeded as needed:
-            # A calibration asks for its candidates in groups, of which none is kept before the last one was read.
+            # A calibration asks for its candidates in groups, and caches nothing before the last group was read. So all
+            # of them are recorded at once.
             whole = needed.texts is self._scorers.texts(settings)
             points = plan(self._skeleton, self._pool, settings).points if whole else needed.points
             self._taps.start_calibration(points, settings.reading)
@@ -105,11 +106,11 @@ class Scoring:
         return {"texts": [], **_told(scorer)}
 
     def calibrate(self, signal: str, texts: Sequence[Sequence[int]], keys: Sequence[str]) -> dict[str, Any]:
-        """`open` after texts that it has asked for were run under these keys. Where another worker has asked for them,
-        and this one needs none, they are forgotten.
+        """Calls `open` again, after the texts that it returned were run as probes with these keys. A worker that asked
+        for no texts ignores them.
 
         Raises:
-            ModelError: one of them was not read whole.
+            ModelError: a text was not read whole.
         """
         failed = self._taps.failed(keys)
         if failed:
@@ -120,11 +121,11 @@ class Scoring:
 
     @property
     def scored(self) -> dict[str, dict[str, Any]]:
-        """What each signal scores, as `open` says it."""
+        """For each opened signal, the result of `open` without texts."""
         return {signal: _told(scorer) for signal, scorer in self._ready.items()}
 
     def install(self) -> None:
-        """Scores by this state from now on."""
+        """Makes the taps score by this state of the pool from now on."""
         for signal, scorer in self._ready.items():
             self._taps.score(signal, scorer, self._settings(signal))
 
@@ -141,7 +142,7 @@ class Scoring:
 
 
 def _told(scorer: Scorer | None) -> dict[str, Any]:
-    """What other processes know of a scorer; of one that is not ready, nothing."""
+    """The facts about a scorer that other processes need, without values if it is not ready (None)."""
     if scorer is None:
         return {"names": [], "points": [], "described": False}
     points = [point.name for point in scorer.points]
@@ -149,7 +150,7 @@ def _told(scorer: Scorer | None) -> dict[str, Any]:
 
 
 def _acted(texts: Texts, signal: Signal) -> Tensor:
-    """(vectors,) bool: on which of the tokens of texts that are read adapters act."""
+    """(vectors,) bool: whether adapters act on each token of the texts that is read."""
     found = []
     for row in texts.rows:
         read = torch.arange(int(row[0] == texts.bos and len(row) > 1), len(row))

@@ -12,17 +12,17 @@ from typing import Any
 from logo.api.asgi import Message, Send, answer
 from logo.backends.vllm.asgi import Answer
 
-# Runs one of the requests, whose response goes to the `send` that it is given.
+# Runs one of the requests, and sends its response to the given `send`.
 Run = Callable[[Send], Awaitable[None]]
 
 
 async def merged(send: Send, run: Sequence[Run], fields: Sequence[Any], n: int) -> None:
-    """Sends one response for all of them; where one failed, its error alone.
+    """Runs the requests of all prompts and sends one response with all answers, or the first error alone.
 
     Args:
-        run: one per prompt.
-        fields: the field `logo` of each.
-        n: answers of each.
+        run: the requests, one per prompt.
+        fields: the field `logo` of each response.
+        n: answers per prompt.
     """
     answers = await asyncio.gather(*map(_kept, run))
     for found in answers:
@@ -43,7 +43,7 @@ async def merged(send: Send, run: Sequence[Run], fields: Sequence[Any], n: int) 
 
 
 async def merged_stream(send: Send, run: Sequence[Run], fields: Sequence[Any], n: int) -> None:
-    """Sends the events of all of them as one stream, as they come; each keeps its place by its index."""
+    """Runs the requests of all prompts and sends their events as one stream, as they come; indices as in `merged`."""
     events: asyncio.Queue[tuple[int, Message | None]] = asyncio.Queue()
 
     async def one(number: int, request: Run) -> None:
@@ -65,8 +65,8 @@ async def merged_stream(send: Send, run: Sequence[Run], fields: Sequence[Any], n
 
 
 async def _forwarded(send: Send, events: asyncio.Queue[Any], count: int, fields: Sequence[Any], n: int) -> None:
-    """Forwards what comes until all have ended. One that is refused becomes an event of its own; where all of them are,
-    the first refusal is the whole response."""
+    """Forwards events until all requests have ended. The error of a refused request becomes an event; if all requests
+    are refused, the first error is the whole response."""
     left, began, first, identity = count, False, True, None
     starts: list[Message] = [{} for _ in range(count)]
     rest, refused, usages, last = [b""] * count, list[Answer](), list[Any](), {}
@@ -123,7 +123,7 @@ async def _event(send: Send, found: Any) -> None:
 
 
 async def _kept(request: Run) -> Answer:
-    """A response that is kept whole."""
+    """Runs a request and returns its whole response."""
     start: Message = {"status": 500, "headers": []}
     parts: list[bytes] = []
 

@@ -1,7 +1,7 @@
 """The base model as transformers knows it, without its weights: module paths, shapes and a digest.
 
 Pools are fitted to it and points are found in it, as the local engine does with a loaded model. A sample of each weight
-is read from the checkpoint, so that calibrations are kept under the digest that the local engine keeps them under.
+is read from the checkpoint, so that calibrations are cached under the same digest as in the local engine.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def skeleton(source: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
-    """A causal LM on the meta device, each of its parameters with a `sample` of the checkpoint where that has it,
-    and `read`, which reads it whole (nothing where the checkpoint has it under another name).
+    """A causal LM on the meta device. Each parameter has a function `read`, which reads it from the checkpoint, and a
+    `sample` of its values; if the checkpoint lacks its name, there is no sample, and `read` returns an empty tensor.
 
     Args:
         source: a folder, or a Hub repository whose files were fetched before.

@@ -1,7 +1,7 @@
 """Adapter responses summed over the tokens of probed prompts, while vLLM computes them chunk by chunk.
 
-A runner describes by `Span` which rows of a step are tokens of which prompt; `Step` cuts them into blocks; `PromptSums`
-adds them up, and keeps the sums over every prefix of whole blocks.
+A `Span` from a runner says which rows of a step are tokens of a prompt. `Step` cuts these rows into blocks.
+`PromptSums` adds up their responses, and keeps the sums over every prefix of whole blocks.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Span:
         signal: the signal that scores it; empty where its hidden vectors are kept for a calibration.
         row: the first row.
         start: the position of that token in the prompt.
-        count: how many rows.
-        total: tokens of the prompt.
-        bos: whether the prompt begins with the token that begins every text, which is not read where every token is.
-        prompt: its tokens.
-        pictures: whether these do not say all of what is read.
+        count: the number of rows.
+        total: the number of tokens of the prompt.
+        bos: whether the prompt begins with the token that begins every text; signals that read all tokens skip it.
+        prompt: its token ids.
+        pictures: whether the prompt has pictures, which its token ids do not identify.
     """
 
     key: str
@@ -53,14 +53,15 @@ class Span:
         """The positions that are read by a signal that reads this `token` (see `logo.selection.signals.Signal`).
 
         Args:
-            unread: what `self.unread` gave for the prompt.
+            unread: the result of `self.unread` for the prompt.
         """
         if token == "last" and self.signal:  # of texts for a calibration, the caller takes the last one
             return range(self.end - 1 if self.end == self.total else self.end, self.end)
         return range(max(self.start, unread), self.end)
 
     def unread(self, signal: Signal) -> int:
-        """Tokens at the beginning of the prompt that a signal leaves out. Texts of a calibration are read whole."""
+        """The number of tokens at the beginning of the prompt that a signal does not read. In texts of a calibration,
+        tokens before adapters act are read, too."""
         begun = int(signal.token in ("each", "tail") and self.bos and self.total > 1)
         if signal.token == "tail" and self.signal:
             return max(begun, earliest(signal.activations, self.prompt))
@@ -69,21 +70,21 @@ class Span:
 
 @dataclass
 class PromptSums:
-    """What has been summed of one prompt so far.
+    """The sums over the tokens of one prompt so far.
 
     Attributes:
-        signal: the signal that scores it.
-        total: tokens of the prompt.
-        scorer: of the pool as it was when the prompt began to be read.
-        unread: tokens at its beginning that are not read.
-        seen: how many of them have been run, or were run for another prompt.
-        read: how many of them have been read.
-        by_point: per reading of a point: the summed responses (adapters,), or hidden vectors (d,) where their mean is
-            scored; and behind these, the summed hidden vectors at each place where prompts are described.
-        last: per such place: the hidden vector of the last token that is read (d,), once it was.
-        failure: why there are no scores.
+        signal: the signal that scores the prompt.
+        total: the number of tokens of the prompt.
+        scorer: the scorer of the pool at the time when the first tokens were run.
+        unread: the number of tokens at the beginning that are not read.
+        seen: the number of tokens that have been run, for this prompt or for the one that filled the KV cache.
+        read: the number of tokens that have been read.
+        by_point: per reading of a point: the summed responses (adapters,), or hidden vectors (d,) if their mean is
+            scored; after these, the summed hidden vectors at each place where prompts are described.
+        last: per such place: the hidden vector of the last token that is read (d,), as soon as it was read.
+        failure: why there are no scores; None if nothing has failed.
         prefixes: digests of the prompt's prefixes that are whole blocks, the shortest first.
-        ended: per reading: the sums up to the end of every block that the step at hand has ended (blocks, n).
+        ended: per reading: the sums up to the end of every block that the current step completes (blocks, n).
     """
 
     signal: str
@@ -99,13 +100,13 @@ class PromptSums:
     ended: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, number: int, parts: Tensor, blocks: int, late: tuple[Tensor, Tensor] | None = None) -> None:
-        """Adds what a step has read.
+        """Adds the sums of a step.
 
         Args:
-            number: of the reading, or of what comes behind them.
+            number: the key in `by_point`.
             parts: (parts, n), the sums over the step's tokens in each block.
-            blocks: how many of these blocks have ended.
-            late: `PromptRows.late` of the parts, where these are sums with emphasis on the end.
+            blocks: the number of these blocks that the step completes.
+            late: `PromptRows.late` of the parts, for sums with emphasis on the end; None: plain sums.
         """
         before = self.by_point.get(number)
         if late is None:
@@ -123,12 +124,12 @@ class PromptRows:
 
     Attributes:
         key: of the prompt.
-        first, end: which parts of the step's sums are the prompt's.
-        ended: the digests of the prompt's prefixes that the step ends, those of its first parts.
-        blocks: how many blocks the step ends.
-        unread: of how many of them no token is read.
-        last: which of the step's rows that are read is the prompt's last token; None: it is not among them.
-        late: what `logo.selection.emphasis.late_along` makes of these parts of the sums, on the model's device.
+        first, end: the range of the step's sums that are the prompt's.
+        ended: the digests of the prompt's prefixes that the step completes, in the order of its parts.
+        blocks: the number of blocks that the step completes.
+        unread: the number of these blocks of which no token is read.
+        last: the index, among the rows that the step reads, of the prompt's last token; None: it is not among them.
+        late: the result of `logo.selection.emphasis.late_along` for these parts, on the model's device.
     """
 
     key: str
@@ -143,14 +144,14 @@ class PromptRows:
 
 @dataclass(frozen=True)
 class Step:
-    """The rows of the step at hand that one signal reads.
+    """The rows of the current step that one signal reads.
 
     Attributes:
         parts: the prompts.
-        rows: (n,) int64 on the model's device.
-        owners: (n,) which part of the sums each row belongs to: the tokens of one prompt in one block.
-        weights: (n,) float32, what each row counts in sums with emphasis on the end; None: there are none.
-        prompts: (n,) on the CPU: which of the prompts each row belongs to.
+        rows: (n,) int64 on the model's device: the rows that are read.
+        owners: (n,) the sum that each row belongs to; there is one for the tokens of one prompt in one block.
+        weights: (n,) float32, the weight of each row in sums with emphasis on the end; None: there are no such sums.
+        prompts: (n,) on the CPU: the index in `parts` of the prompt that each row belongs to.
     """
 
     parts: tuple[PromptRows, ...]
@@ -161,7 +162,7 @@ class Step:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of the prompts."""
+        """The keys of the prompts."""
         return tuple(part.key for part in self.parts)
 
     @classmethod
@@ -173,14 +174,14 @@ class Step:
         device: torch.device,
         late: bool = False,
     ) -> Step | None:
-        """The step of these prompts; None where no row is read.
+        """The step of these prompts; None if no row is read.
 
         Args:
             spans: the prompts.
             token: what the signal reads.
-            block: tokens of a block, for prompts whose prefixes are kept.
+            block: tokens per block, for prompts whose prefixes are kept.
             device: where the model runs.
-            late: sums with emphasis on the end are wanted, too.
+            late: whether sums with emphasis on the end are needed, too.
         """
         parts: list[PromptRows] = []
         rows, owners, prompts = [], [], []

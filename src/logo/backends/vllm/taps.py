@@ -26,13 +26,13 @@ from logo.selection.scorer import Scorer
 from logo.selection.settings import SelectionSettings
 from logo.selection.signals import Signal
 
-# Prompts whose scores wait to be taken: those of clients that have left are dropped at last.
+# The most prompts whose scores are kept until they are taken; nobody takes those of clients that have left.
 _MOST_WAITING = 4096
 
-# Why a prompt has to be probed once more.
+# A failure after which a prompt has to be probed again.
 CHANGED = "the pool changed while the prompt was probed"
 
-# Why a prompt has to be probed once more, and read whole.
+# A failure after which a prompt has to be probed again, and read whole.
 UNKNOWN_PREFIX = "a prefix of the prompt came from the cache, and how adapters respond to it is not known"
 
 # Joins the parts of hidden vectors (rows, d / ranks) that the ranks of a tensor parallel group hold to (rows, d).
@@ -40,14 +40,15 @@ Gather = Callable[[Tensor], Tensor]
 
 
 class Taps:
-    """Listens at the places that some signal reads.
+    """Reads hidden vectors at the places that some signal needs.
 
     Args:
-        place_of: the place in vLLM's model at which a point of the base model is read, by the way it is read.
+        place_of: maps a point of the base model and `Signal.input` to the place in vLLM's model where it is read.
         device: where the model runs.
-        block: the tokens of which vLLM's cache hands on all or none, as soon as vLLM knows it.
-        budget: bytes for sums over prefixes of prompts. One takes 33 KB with 16 points and 260 adapters, and 0.2 MB
-            more where prompts of an 8B model are described at 12 places; the keys and values of a block take 2 MB.
+        block: returns the tokens per block of vLLM's KV cache; 0 until vLLM knows it.
+        budget: bytes for sums over prefixes of prompts. The sums of a prefix take 33 KB with 16 points and 260
+            adapters, and 0.2 MB more if prompts of an 8B model are described at 12 places; the keys and values of a
+            block take 2 MB.
     """
 
     def __init__(
@@ -59,18 +60,18 @@ class Taps:
         self._prefixes = Prefixes(budget)
         self._scorers: dict[str, tuple[Scorer, Signal]] = {}
         self._calibrating: KeptVectors | None = None
-        # place -> signals, the points read there, and the descriptions made there, by their numbers
+        # place -> for each signal, the numbers of the points and of the descriptions that are read there
         self._wanted: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
         self._prompts: OrderedDict[str, PromptSums] = OrderedDict()
         self._steps: dict[str, Step] = {}
 
     @property
     def places(self) -> frozenset[str]:
-        """Where the model has to call `tap`."""
+        """The places at which the model has to call `tap`."""
         return frozenset(self._wanted) | (frozenset() if self._calibrating is None else self._calibrating.places)
 
     def score(self, name: str, scorer: Scorer, settings: SelectionSettings) -> None:
-        """Scores prompts by this signal from now on."""
+        """Installs the scorer of a signal, by which prompts are scored from now on."""
         reading = settings.reading
         if name in self._scorers and self._scorers[name][0] is not scorer:
             self._prefixes.clear()
@@ -99,11 +100,11 @@ class Taps:
     # -- while the model runs ------------------------------------------------------------------------------------
 
     def begin(self, spans: Sequence[Span]) -> None:
-        """Says which rows of the next step belong to probed prompts; none of the step before do any more."""
+        """Sets the rows of the next step that belong to probed prompts, after completing the step before."""
         self._end_step()
         for span in spans:
             sums = self._prompts.get(span.key)
-            if sums is None or sums.seen != span.start:  # a new one, or one that was put back
+            if sums is None or sums.seen != span.start:  # a new prompt, or a preempted one
                 sums = self._prompts[span.key] = self._begun(span)
                 if self._calibrating is not None:
                     self._calibrating.forget(span.key)
@@ -123,7 +124,7 @@ class Taps:
                 sums.read += len(span.read(how.token, sums.unread))
             if step is not None:
                 self._steps[signal] = step
-        for span in spans:  # at last: of prompts whose step could not be begun, it is missed then
+        for span in spans:  # last, so that after an error above, `take` reports that tokens were not run
             self._prompts[span.key].seen = span.end
         while len(self._prompts) > _MOST_WAITING:
             self._prompts.popitem(last=False)
@@ -135,12 +136,12 @@ class Taps:
         return self._scorers[signal][1] if signal in self._scorers else None
 
     def _begun(self, span: Span) -> PromptSums:
-        """A prompt of which these are the first tokens that are run for it."""
+        """The sums of a prompt whose first tokens are run now; earlier ones, if any, came from the KV cache."""
         scorer, _ = self._scorers.get(span.signal, (None, None))
         sums, how = PromptSums(span.signal, span.total, scorer, seen=span.start), self._how(span.signal)
         sums.unread = 0 if how is None else span.unread(how)
         if how is None or not span.signal or how.token == "last":
-            # A calibration keeps the vectors of all tokens; where the last one is read, those before it do not matter.
+            # A calibration needs the vectors of all tokens; a signal that reads the last token needs no earlier ones.
             sums.failure = UNKNOWN_PREFIX if not span.signal and span.start else None
             return sums
         block = self._block()
@@ -157,8 +158,8 @@ class Taps:
         return sums
 
     def _end_step(self) -> None:
-        """Keeps the sums over the prefixes that the last step has completed. A tap that a compiler or a captured graph
-        has left out is noticed here: a score without it would be wrong and look like any other."""
+        """Keeps the sums over the prefixes that the last step has completed. Prompts fail here if a compiler or a
+        captured graph has left a tap out, since their scores would be wrong without any sign of it."""
         steps, self._steps = self._steps, {}
         for signal, step in steps.items():
             for part in step.parts:
@@ -174,7 +175,7 @@ class Taps:
                     self._prefixes.put(part.ended[part.unread :], sums_of)
 
     def active(self, place: str) -> bool:
-        """Whether anything is read there in this step."""
+        """Whether anything is read at this place in the current step."""
         if not self._steps:
             return False
         return any(signal in self._steps for signal, *_ in self._wanted.get(place, ())) or (
@@ -182,7 +183,7 @@ class Taps:
         )
 
     def tap(self, place: str, entering: Tensor, gather: Gather | None = None) -> None:
-        """Called with what enters a place: (rows, d), or a part of it for each rank."""
+        """Called by the model with the hidden vectors that enter a place: (rows, d), or this rank's part of them."""
         try:
             if "" in self._steps and self._calibrating is not None and place in self._calibrating.places:
                 self._keep(self._calibrating, place, self._steps[""], entering, gather)
@@ -198,7 +199,7 @@ class Taps:
     # -- afterwards ----------------------------------------------------------------------------------------------
 
     def take(self, keys: Sequence[str]) -> dict[str, list[float] | str]:
-        """Scores per adapter of these prompts, or why there are none. What is taken is forgotten."""
+        """The scores of these prompts per adapter, or why there are none. Prompts that were taken are dropped."""
         self._end_step()
         taken: dict[str, list[float] | str] = {}
         for key in keys:
@@ -261,7 +262,7 @@ class Taps:
                     self._prompts[part.key].last[number] = hidden[part.last].clone()
 
     def _add_up(self, step: Step, number: int, values: Tensor, late: bool = False) -> None:
-        """Adds what the step's rows (n, m) give to the sums of this number; `late`: with emphasis on the end."""
+        """Adds values (n, m) of the step's rows to the sums of this number; `late`: with emphasis on the end."""
         sums = torch.zeros(step.parts[-1].end, values.shape[1], device=values.device)
         sums.index_add_(0, step.owners.to(values.device), values)
         for part in step.parts:
@@ -273,17 +274,17 @@ class Taps:
             kept.add(key, place, hidden[step.prompts == prompt])
 
     def failed(self, keys: Sequence[str]) -> Mapping[str, str]:
-        """Which of these prompts cannot be used for a calibration, and why."""
+        """Drops these prompts, and returns why some of them cannot be used for a calibration: key -> reason."""
         return {key: sums.failure for key in keys if (sums := self._prompts.pop(key, None)) and sums.failure}
 
 
 def _described_at(scorer: Scorer) -> tuple[int, ...]:
-    """The points at which prompts are described, by their numbers. Sums of hidden vectors there come behind those of
-    all points."""
+    """The numbers of the points at which prompts are described. In `PromptSums.by_point`, the sums of hidden vectors
+    there follow those of all readings."""
     return () if scorer.signatures is None else scorer.signatures.points
 
 
 def _picked(entering: Tensor, rows: Tensor, gather: Gather | None) -> Tensor:
-    """(n, d) float32."""
+    """The hidden vectors of these rows, joined over all ranks: (n, d) float32."""
     picked = entering.reshape(-1, entering.shape[-1]).index_select(0, rows)
     return (picked if gather is None else gather(picked)).float()

@@ -44,7 +44,7 @@ _REMEMBERED = 4096
 
 
 class Worker:
-    """LoGo beside one of vLLM's LoRA managers.
+    """LoGo's part of one vLLM worker, attached to the worker's LoRA manager.
 
     Args:
         manager: vLLM's manager of the adapters of one worker, before its model is wrapped.
@@ -73,15 +73,15 @@ class Worker:
             lambda: block_of(vllm_config.cache_config),
             int(options.settings.prefix_cache_gb * 1e9),
         )
-        self.spans: Sequence[Span] = ()  # of the step that comes, as its runner says
-        self.late: Sequence[Rows] | Exception = ()  # likewise, or why its runner cannot say
+        self.spans: Sequence[Span] = ()  # of the next step, set by the runner's hook
+        self.late: Sequence[Rows] | Exception = ()  # likewise; or the error of that hook
         self.probed: dict[str, tuple[Any, Any, bool]] = {}  # probes among the requests of runner V2
         self.onsets: dict[str, Onset] = {}  # of requests of runner V2
         self._mixtures: dict[int, tuple[str, Recipe]] = {}  # by vLLM's ids, the latest last
         self._failures: dict[str, str] = {}  # recipe -> why it was not mixed
-        # Compiled layers keep what their slices are for and where they are read; a pool that changes may use others.
+        # Compiled layers keep the slices and the taps that they were compiled with; a changed pool may need others.
         self._compiled = graphs.compiled(vllm_config)
-        self.reading = False  # whether the step at hand has tokens of probed prompts
+        self.reading = False  # whether the current step has tokens of probed prompts
         self.split = graphs.split(vllm_config)
         self._places = self._read_at(self.pool.adapters)
         graphs.stamp(vllm_config, [self.mode, str(listed), *sorted(map(str, self._places))])
@@ -112,7 +112,7 @@ class Worker:
 
         self._model = model
         manager = self._adapters
-        self._modules: dict[str, str] = {}  # what an adapter calls a module -> vLLM's layer
+        self._modules: dict[str, str] = {}  # module path in adapters -> path of vLLM's layer
         for path in manager.modules:
             for part in manager.packed_modules.get(path, [path]):
                 self._modules[part] = path
@@ -140,7 +140,8 @@ class Worker:
         self._tap_residuals()
 
     def _note_used(self) -> None:
-        """Tells the layers which of their slices adapters act on. In merge mode there may be others than the pool's."""
+        """Tells the layers on which of their slices the pool acts. That is unknown (None) in merge mode, where vLLM may
+        have other adapters, too, and if layers are compiled."""
         touched = {module for adapter in self._by_key.values() for module in adapter.modules}
         manager = self._adapters
         for path, layer in manager.modules.items():
@@ -150,7 +151,7 @@ class Worker:
                 layer.punica_wrapper.used = tuple(part in touched for part in parts) if known else None
 
     def _read_at(self, pool: AdapterPool) -> frozenset[tuple[str, str]]:
-        """Where the signals that requests may ask for read the model: layers' residual streams, and modules."""
+        """The places that the requestable signals read: (`Signal.input`, path of a layer or module)."""
         found = set()
         for signal in scoring_signals(self.options, self.skeleton, pool):
             settings = self.options.settings.for_call(signal=signal)
@@ -160,7 +161,7 @@ class Worker:
         return frozenset(found)
 
     def _tap_residuals(self) -> None:
-        """Reads the residual stream that enters the decoder layers which some signal reads so."""
+        """Puts a tap before the decoder layers whose residual stream some signal reads."""
         for path in sorted(path for how, path in self._places if how == "residual"):
             layer = self._model.get_submodule(self._decoder(path))
             layer.register_forward_pre_hook(Residual(path, self.taps, self._device), with_kwargs=True)
@@ -188,7 +189,7 @@ class Worker:
     # -- every step ----------------------------------------------------------------------------------------------
 
     def begin_step(self, requests: Iterable[Any]) -> None:
-        """Before a step: the prompts that are probed in it, and the recipes that are mixed.
+        """Prepares a step: passes its probed prompts to the taps, and finds the recipes to mix in gate mode.
 
         Args:
             requests: vLLM's `LoRARequest` of every adapter in the step.
@@ -213,7 +214,7 @@ class Worker:
             self.make_resident()
 
     def mapped(self, mapping: Any) -> Any:
-        """vLLM's mapping of the step's tokens to adapters, with what acts on each of them."""
+        """See `logo.backends.vllm.onsets.mapped`; raises the error of a runner's hook that failed for this step."""
         late, self.late = self.late, ()
         if isinstance(late, Exception):
             raise late
@@ -221,7 +222,7 @@ class Worker:
         return mapped(mapping, late) if late else mapping
 
     def recipe(self, text: str) -> Recipe:
-        """The recipe of a text. A recipe of unknown adapters becomes the base model's, and is noted as failed."""
+        """Parses a recipe. One with an adapter that this worker lacks is noted as failed, and becomes empty."""
         recipe = Recipe.parse(text)
         lacking = set(recipe.keys) - self._by_key.keys()
         if lacking:
@@ -230,7 +231,7 @@ class Worker:
         return recipe
 
     def fail(self, text: str, reason: str) -> None:
-        """Notes that a recipe was not mixed, so that its answer becomes an error. Raising would end all answers."""
+        """Notes that a recipe failed, so that its answer becomes an error. An exception here would end the engine."""
         self._failures[text] = reason
         while len(self._failures) > _REMEMBERED:
             self._failures.pop(next(iter(self._failures)))
@@ -248,11 +249,11 @@ class Worker:
         return {**scored, **{key: self._failures.get(key) for key in keys if is_recipe(key)}}
 
     def write_gates(self, mapping: Any, slots: Sequence[int | None]) -> None:
-        """Sets the gates of the step at hand.
+        """Sets the gates of the current step.
 
         Args:
             mapping: vLLM's ids of the adapter of every token, and of every token whose logits are computed.
-            slots: the id that each of vLLM's slots holds.
+            slots: the id of the adapter in each of vLLM's slots; None: the slot is empty.
         """
         ids = np.asarray(mapping.index_mapping, dtype=np.int64)
         sampled = np.asarray(mapping.prompt_mapping, dtype=np.int64)
@@ -295,7 +296,7 @@ class Worker:
                 made.loras.clear()  # the slots hold it now
 
     def merged(self, request: Any) -> Any:
-        """The adapter of vLLM that a recipe says, in merge mode."""
+        """The merged adapter of a recipe, for merge mode; one of zeros, and a noted failure, if it cannot be made."""
         try:
             parts = [(self._by_key[key], weight) for key, weight in self.recipe(request.lora_path).parts]
             if parts:
@@ -326,7 +327,7 @@ class Worker:
                 f"pass --max-loras {self._slots + 1} or more"
             )
         if self.mode != "gate" or lacking:
-            mode_of(self.options, "", self._lora, pool.adapters)  # ranks that slots cannot hold
+            mode_of(self.options, "", self._lora, pool.adapters)  # raises an error if slots cannot hold the ranks
         unread = self._read_at(pool.adapters) - self._places
         if unread and (self._compiled or any(how == "residual" for how, _ in unread)):
             where = ", ".join(sorted(path for _, path in unread))
@@ -337,8 +338,8 @@ class Worker:
         return described(pool, self.mode, self.reason)
 
     def open_signal(self, signal: str, run: tuple[Sequence[Sequence[int]], Sequence[str]] | None) -> dict[str, Any]:
-        """`Scoring.open` of the pool that was begun, or else of the one there is; or where texts were run under keys,
-        `Scoring.calibrate`."""
+        """Calls `Scoring.open`, or `Scoring.calibrate` if `run` gives texts that were run and their keys. It is called
+        for the staged pool if there is one, else for the current pool."""
         scoring = self.scoring if self._staged is None else self._staged[1]
         if scoring is None:
             raise ModelError("the pool is not open")
@@ -392,5 +393,5 @@ class Worker:
 
 
 def _own_id(key: str) -> int:
-    """vLLM's id of an adapter of the pool in its slot."""
+    """The id in vLLM of a single adapter, by which gate mode finds its slot."""
     return Recipe(((key, 1.0),)).number()

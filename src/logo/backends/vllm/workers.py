@@ -15,8 +15,8 @@ from logo.errors import LoGoError
 
 log = logging.getLogger("vllm.logo")
 
-# Seconds: until a process asks again for what others have to do first; between looks at what others have changed; and
-# for which a change waits for all processes to know it.
+# Seconds: between two attempts while a process waits for others; between two checks for changes by other processes; and
+# the longest that a change waits until all processes have taken it over.
 _AGAIN, _LOOKING, _LONGEST = 0.05, 1.0, 60.0
 
 
@@ -32,28 +32,28 @@ class Workers:
         self._name = new_key()  # of this process
         self._alone = getattr(client.vllm_config.parallel_config, "_api_process_count", 1) <= 1
         self._changing = asyncio.Lock()
-        self._staged: tuple[KeyedPool, dict[str, Any]] | None = None  # and the adapters that each signal scores
+        self._staged: tuple[KeyedPool, dict[str, Any]] | None = None  # pool, and what each signal scores
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: dict[str, list[asyncio.Future[Any]]] = {}  # several answers may have one recipe
         self._taking: asyncio.Task[None] | None = None
 
     async def call(self, name: str, *args: Any) -> list[Any]:
-        """What each worker answers to one of `logo.backends.vllm.calls.CALLS`.
+        """Calls one of `logo.backends.vllm.calls.CALLS` on every worker, and returns their values.
 
         Raises:
-            WorkerError: one of them refused.
+            WorkerError: a worker returned an error.
         """
         return values(await self._client.collective_rpc(name, args=args))
 
     async def change(self, core: Core, change: Change | None = None) -> None:
-        """Opens the pool in all workers, or changes it, all or nothing; answers go on meanwhile.
+        """Opens or changes the pool in all workers or in none; answers continue meanwhile.
 
-        Texts are run through the model where a calibration is not known yet. Adapters that leave are forgotten when the
-        last answer with them has ended. Where several processes answer HTTP, one of them opens the pool, and a change
-        is done when all of them know it.
+        If a calibration is not cached, its texts are run through the model. A removed adapter stays loaded until the
+        last answer with it has ended. If several processes answer HTTP, one of them opens the pool, and a change is
+        complete when all of them have taken it over.
 
         Raises:
-            LoGoError: the workers cannot do it; nothing has changed then.
+            LoGoError: a worker cannot open or change the pool; nothing has changed then.
         """
         async with self._changing:
             try:
@@ -73,11 +73,11 @@ class Workers:
         self._release(core, left)
 
     async def stage(self, core: Core, change: Change) -> KeyedPool:
-        """Makes the pool ready in all workers that a change leads to, and returns it. Answers go on with the pool that
-        there is, until `commit`; or `abandon` leaves it as it is.
+        """Prepares the pool after a change in all workers, and returns it. Answers use the current pool until `commit`;
+        `abandon` drops the prepared one.
 
         Raises:
-            LoGoError: the workers cannot do it; nothing has changed then.
+            LoGoError: a worker cannot make the change; nothing has changed then.
         """
         async with self._changing:
             try:
@@ -88,10 +88,10 @@ class Workers:
             return self._staged[0]
 
     async def commit(self, core: Core) -> None:
-        """Makes true what was staged, in all workers; where one of them cannot, they are not alike any more.
+        """Makes the staged pool the current one in all workers. After an error in one of them, their pools may differ.
 
         Raises:
-            LoGoError: nothing was staged, or a worker cannot do it.
+            LoGoError: nothing was staged, or a worker has failed.
         """
         async with self._changing:
             if self._staged is None:
@@ -101,13 +101,13 @@ class Workers:
         self._release(core, left)
 
     async def abandon(self) -> None:
-        """Leaves what was staged."""
+        """Drops the staged pool in all workers."""
         async with self._changing:
             self._staged = None
             await self.call("logo_abandon", self._name)
 
     async def follow(self, core: Core) -> None:
-        """Takes over what another process has changed.
+        """Takes over a change of the pool that another process has made.
 
         Raises:
             LoGoError: an adapter cannot be opened here.
@@ -117,7 +117,7 @@ class Workers:
                 await self._follow(core)
 
     async def _begun(self, core: Core, change: Change | None) -> list[Any]:
-        """What the workers say of the change that has begun: as soon as no other process changes the pool."""
+        """Begins a change in all workers, once no other process is changing the pool; returns their replies."""
         while True:
             if change is not None:
                 await self._follow(core)
@@ -129,17 +129,17 @@ class Workers:
     async def _prepared(
         self, core: Core, change: Change | None, replies: Sequence[Any]
     ) -> tuple[KeyedPool, dict[str, Any]]:
-        """The pool that the workers have begun, and what each signal scores, when it is calibrated."""
+        """The pool that the workers have staged, and what each signal scores, after calibrating the pool for it."""
         pool = await asyncio.to_thread(core.staged, change, replies)
         return pool, await self._scored(core.signals)
 
     async def _committed(self, core: Core, staged: tuple[KeyedPool, dict[str, Any]]) -> Sequence[str]:
-        """Makes it true, and returns the keys of adapters that have left."""
+        """Makes the staged pool the current one, and returns the keys of adapters that are no longer in it."""
         await self.call("logo_commit", self._name)
         return core.commit(*staged)
 
     async def _scored(self, signals: Sequence[str]) -> dict[str, Any]:
-        """What each signal scores, when it is calibrated."""
+        """Signal -> the result of `Scoring.open`, after running the texts of its calibration if necessary."""
         scored = {}
         for signal in signals:
             opened = await self.call("logo_signal", signal)
@@ -151,7 +151,7 @@ class Workers:
         return scored
 
     async def _follow(self, core: Core) -> int:
-        """See `follow`. Returns how many processes select from another pool than the workers have."""
+        """As `follow`; returns the number of processes that select from another pool than that of the workers."""
         replies = await self.call("logo_pool", self._name, core.pool.digest)
         if "scored" not in replies[0]:
             return int(replies[0]["behind"])
@@ -160,7 +160,7 @@ class Workers:
         return int((await self.call("logo_pool", self._name, core.pool.digest))[0]["behind"])
 
     async def _following(self, core: Core) -> None:
-        """Follows what others change, for as long as this process runs."""
+        """Takes over the changes of other processes, for as long as this process runs."""
         while True:
             await asyncio.sleep(_LOOKING)
             try:
@@ -177,7 +177,7 @@ class Workers:
             await asyncio.sleep(_AGAIN)
 
     def _release(self, core: Core, keys: Sequence[str]) -> None:
-        """Has adapters that have left forgotten, when no answer of this process is on its way with them."""
+        """Tells the workers that this process has released removed adapters, once its answers with them have ended."""
 
         async def wait() -> None:
             while core.answering(keys):
@@ -201,7 +201,7 @@ class Workers:
                 pass
 
     async def take(self, key: str) -> Any:
-        """See `logo.backends.vllm.worker.Worker.take`; those that wait are asked for together."""
+        """The result of `logo.backends.vllm.worker.Worker.take` for one key; waiting callers share one call."""
         waiting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, []).append(waiting)
         if self._taking is None or self._taking.done():
@@ -213,7 +213,7 @@ class Workers:
             waiting, self._waiting = self._waiting, {}
             try:
                 found = (await self.call("logo_take", list(waiting)))[0]
-            except Exception as error:  # all waiters get it; others may wait by now
+            except Exception as error:  # all of these waiters get it; new ones may have come
                 for future in _open(waiting.values()):
                     future.set_exception(error)
                 continue
@@ -223,5 +223,5 @@ class Workers:
 
 
 def _open(futures: Iterable[Sequence[asyncio.Future[Any]]]) -> Iterator[asyncio.Future[Any]]:
-    """Those that somebody still waits for: a client may have left."""
+    """The futures that are not done yet; that of a client that has left is cancelled."""
     return (future for some in futures for future in some if not future.done())

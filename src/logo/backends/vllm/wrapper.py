@@ -29,12 +29,12 @@ _Part = tuple[Tensor, Tensor, int, int]
 
 
 class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
-    """vLLM's interface to LoRA products, over gates.
+    """Implements vLLM's interface for LoRA products by gated products.
 
     Args:
         max_num_batched_tokens, max_batches, device: as vLLM gives them.
-        gates: of the step at hand.
-        write: writes them from vLLM's mapping of tokens to adapter ids.
+        gates: the gates of the current step.
+        write: sets the gates from vLLM's mapping of tokens to adapter ids, and the ids in its slots.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         write: Callable[[Any, Sequence[int | None]], None],
     ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
-        self._embeddings_indices.zero_()  # the embedding looks its adapters up by them: always those of slot 0, zeros
+        self._embeddings_indices.zero_()  # the embedding layer always reads slot 0, which is zeros
         self.gates = gates
         self._write = write
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
     ) -> None:
-        """Called before a step in which other adapters act, or on other tokens."""
+        """Called by vLLM before a step whose mapping of tokens to adapters differs from the last one."""
         self._write(mapping, lora_index_to_id)
 
     def add_lora_linear(
@@ -88,8 +88,8 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
             return
         gate = self.gates.tokens[: x.shape[0]]
         if torch.compiler.is_compiling():
-            # All columns at once: inductor loses the shape of a tensor of which a part was changed in place and another
-            # part leaves the piece that it compiles.
+            # All columns are changed at once: if one part of a tensor is changed in place and another part leaves the
+            # compiled graph, inductor loses the tensor's shape.
             every = [gated(x, a[:, 0], b[:, 0].transpose(1, 2), gate) for a, b, _, _ in parts]
             y.add_(torch.cat(every, dim=1).to(y.dtype))
             return
@@ -111,7 +111,7 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """The same for the output head, which is given the tokens whose logits are computed."""
+        """Adds the product of the output head to `y`, for the tokens whose logits are computed."""
         if self._branches() and not self.gates.open:
             return
         width = lora_b_stacked.shape[2]
@@ -123,11 +123,11 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         add_gated(y[:, :width], x, lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2), gate, slots)
 
     def _branches(self) -> bool:
-        """Whether Python may look at the step: what is compiled or captured runs once, for all steps that come."""
+        """Whether Python may branch on the current step; compiled or captured code is traced once for all steps."""
         return self.gates.tokens.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def _launch(self, y: Tensor, x: Tensor, parts: Sequence[_Part], gate: Tensor, opened: Opened) -> None:
-        """The products by `kernels`."""
+        """Adds the products of all parts to `y` by the Triton kernels of `kernels`."""
         torch.ops.logo.add_gated(
             y,
             x,
@@ -141,7 +141,7 @@ class GatedWrapper(PunicaWrapperBase):  # type: ignore[misc]
         )
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **kwargs: Any) -> None:
-        """Nothing: pools with adapters of embeddings are refused when they are opened."""
+        """Does nothing, since pools with adapters of embeddings are refused when they are opened."""
 
     def add_shrink(self, *args: Any, **kwargs: Any) -> None:
         """Part of vLLM's interface. No layer that `multiplied` lets through calls it.
@@ -172,7 +172,7 @@ def with_kernels(products: Products, device: torch.device) -> bool:
 
 
 def multiplied(layer: nn.Module) -> bool:
-    """Whether a layer that vLLM has wrapped asks for products that `GatedWrapper` has: experts ask for others."""
+    """Whether a layer that vLLM has wrapped only calls products that `GatedWrapper` implements; experts do not."""
     from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
@@ -180,17 +180,17 @@ def multiplied(layer: nn.Module) -> bool:
 
 
 class Tapped:
-    """One layer's view of a wrapper: its tap first.
+    """The wrapper of one layer: calls the layer's tap, then the shared wrapper.
 
     Args:
         inner: the wrapper that all layers share.
-        place: of the layer in the model.
-        taps: what reads the hidden vectors.
-        gather: joins what the ranks hold of the layer's input; None: each rank holds all of it.
+        place: path of the layer in the model.
+        taps: read the hidden vectors.
+        gather: joins the parts of the layer's input that the ranks hold; None: each rank holds all of it.
 
     Attributes:
         used: the layer's slices that some adapter acts on; None: unknown, so all of them are multiplied.
-        read: whether some signal reads there: a compiled model is split at every tap, so it has no other.
+        read: whether some signal reads the layer; a compiled model has taps only there, since each one splits it.
     """
 
     def __init__(self, inner: Any, place: str, taps: Taps, gather: Gather | None) -> None:
@@ -201,7 +201,7 @@ class Tapped:
         self._seen = torch.zeros(1, device=inner.device)
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the wrapper's."""
+        """Calls the tap, then `GatedWrapper.add_lora_linear`."""
         if torch.compiler.is_compiling():
             if self.read:
                 ops.tap(x, self._seen, self._number, self._place)
@@ -219,8 +219,8 @@ class Residual:
     """A hook before a decoder layer: the tap of the residual stream that enters it.
 
     Args:
-        place: of the layer in the model.
-        taps: what reads the hidden vectors.
+        place: path of the layer in the model.
+        taps: read the hidden vectors.
         device: where the model runs.
     """
 
