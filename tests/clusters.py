@@ -1,4 +1,4 @@
-"""Several replicas for tests: what a client sees of them, and the processes that they are."""
+"""Helpers for tests of several replicas: a client's view of them, and their processes."""
 
 from __future__ import annotations
 

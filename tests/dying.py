@@ -1,6 +1,6 @@
-"""Commands that kill themselves before a step that they are told, so that a moment is the same one on every machine.
+"""Commands that kill themselves before a given step, so that they die at the same point on every machine.
 
-Steps are what a process does to files below the folder of its results, and the calls that a test names.
+Steps are changes of files below the folder of results, and the calls that a test names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An app behind guards, for tests of what the guards and the log make of its requests."""
+"""A small app behind the server's guards, for tests of how guards and log treat requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIMIT = 10_000
 
 
 class App(FastAPI):
-    """Counts what is told from outside only with difficulty."""
+    """Counts events that are hard to observe from outside: disconnections, and bytes that were read."""
 
     hung_up = 0
     bytes_read = 0

@@ -1,4 +1,4 @@
-"""Small things to train on: models and rows, learners of them, and groups that learn without a file of examples."""
+"""Helpers for tests of training: tiny models, rows and learners, and groups that train without files of examples."""
 
 from __future__ import annotations
 

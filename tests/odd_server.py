@@ -1,4 +1,4 @@
-"""A server on the loopback that does what the prompt says, good or bad: what a load generator has to tell apart.
+"""A server on the loopback whose answers, valid or broken, the prompt chooses, for tests of the load generator.
 
     async with OddServer() as server:
         await send(server.endpoint.client(), "logo", 0, Ask("cut", 4, stream=True))

@@ -1,4 +1,4 @@
-"""Which files of tests begin."""
+"""The order in which test files run."""
 
 from __future__ import annotations
 

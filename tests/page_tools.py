@@ -1,4 +1,4 @@
-"""What the tests of the page share: opening it, asking, and reading what it shows."""
+"""Helpers for tests of the page: opening it, asking, and reading what it shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pyproject.toml says of the project."""
+"""The `project` table of pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A door between a client and a server that a test can slam: TCP, byte for byte."""
+"""A TCP relay between a client and a server, whose connections a test can break."""
 
 from __future__ import annotations
 

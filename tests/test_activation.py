@@ -92,7 +92,7 @@ def test_what_is_no_activation(text: Any) -> None:
 
 
 def test_nothing_would_act_on_the_first_token_of_the_answer() -> None:
-    with pytest.raises(UsageError, match="last:0 leaves"):
+    with pytest.raises(UsageError, match="last:0: no adapter would act"):
         Activation.parse("last:0")
 
 

@@ -443,7 +443,9 @@ def test_a_pickle_that_runs_code_does_not_run_and_nobody_is_told_how_to(tmp_path
     mark = tmp_path / "executed"
     folder = pickled(tmp_path / "evil", tensors() | {"x": Evil(mark)})
     reason = refusal(folder, allow_pickle=True).reason
-    assert reason == f"{PICKLE} cannot be read: it holds more than tensors, or is damaged; nothing in it was run"
+    assert (
+        reason == f"{PICKLE} cannot be read: it holds objects other than tensors, or is damaged; no code in it was run"
+    )
     assert not mark.exists()
     torch.load(folder / PICKLE, weights_only=False)
     assert mark.exists()  # so the trap was a real one

@@ -1,4 +1,4 @@
-"""A pool taken apart: norms, overlaps and cosines against whole matrices, near-duplicates, what stands out."""
+"""The anatomy of a pool: norms, overlaps and cosines against whole matrices, near-duplicates, outliers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What our own server and vLLM share: what a request may ask of LoGo, and how it is told what is wrong."""
+"""Requests that our own server and vLLM share: what they may ask of LoGo, and the messages about invalid ones."""
 
 from __future__ import annotations
 
@@ -63,7 +63,12 @@ def test_what_a_request_asks_for(body: dict[str, Any], wanted: MixtureRequest) -
             "logo.signal",
             "logo.signal: expected one of norm, calibrated, which this server was started with, found 'x'",
         ),
-        ({"model": "tiny", "logo": {"k": 2}}, 400, "logo", "logo: model 'tiny' selects nothing; leave out 'k'"),
+        (
+            {"model": "tiny", "logo": {"k": 2}},
+            400,
+            "logo",
+            "logo: model 'tiny' does not select adapters; leave out 'k'",
+        ),
         (
             {"model": AUTO, "x": float("nan")},
             400,

@@ -420,7 +420,7 @@ def test_lorauter_tries_nothing_twice(tiny_logo: LoGo, sentences: str, monkeypat
     monkeypatch.setattr("logo.baselines.lorauter._TRIED", None)
     assert embedding_only.prepare(tiny_logo, TASK).record == first  # and another one
     assert embedding_only.as_dict() == method.as_dict() and embedding_only == method
-    with pytest.raises(DataError, match=r"'lorauter' knows tasks by labelled rows, and there are none"):
+    with pytest.raises(DataError, match=r"'lorauter' needs labelled rows of tasks, found none"):
         get_method("lorauter").prepare(tiny_logo, TASK)
     for option, message in (("temperature", "expected a number above 0"), ("rows", "validation rows: expected 1")):
         with pytest.raises(UsageError, match=message):
@@ -507,7 +507,7 @@ def test_lora_retrievers_own_model_is_an_instructor(instructor: Path, monkeypatc
 @pytest.mark.parametrize("name", ["loraretriever", "adaptersoup"])
 def test_samples_are_needed_for_every_adapter(name: str, tiny_logo: LoGo, sentences: str) -> None:
     few = {key: SAMPLES[key] for key in ("t0", "t3")} | {"t2": ()}
-    with pytest.raises(DataError, match=r"there are none for t1, t2: expected .*--adapter-samples DIR"):
+    with pytest.raises(DataError, match=r"found none for t1, t2: expected .*--adapter-samples DIR"):
         made(name, sentences, samples=few).prepare(tiny_logo, TASK)
 
 

@@ -1,4 +1,4 @@
-"""`logo bench`: that it measures what it says. What it measures is no test's business."""
+"""`logo bench`: that each part measures what its name says. The measured numbers are not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`logo bench serve`: that it counts and compares what it says. What it measures is no test's business."""
+"""`logo bench serve`: that it counts and compares what it says. The measured numbers are not tested."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     file.write_text('plain text\n\n{"prompt": "one\\ntwo"}\n{"context": "asked", "completion": "gold"}\n')
     assert read_asked(file) == ["plain text", "one\ntwo", "asked"]
     for content, expected in [
-        ("good\n{bad\n", r"prompts:2: begins like a JSON object and is none"),
+        ("good\n{bad\n", r"prompts:2: begins with '\{' but is not valid JSON"),
         ('{"text": "x"}\n', r"prompts:1: expected some text as 'prompt' or 'context', found the fields \['text'\]"),
         ('{"prompt": 7}\n', "prompts:1: expected some text"),
         ("\n \n", "expected one prompt per line, found none"),
@@ -284,7 +284,7 @@ def test_how_a_server_ends(handler: str, code: int, monkeypatch: pytest.MonkeyPa
 def test_a_server_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_server, "_LOGO", (sys.executable, "-c", "import sys; sys.exit('no room\\n')"))
     with (
-        pytest.raises(LoGoError, match=r"logo serve ended with code 1 .* the last it printed: no room"),
+        pytest.raises(LoGoError, match=r"logo serve ended with code 1 .* its last output: no room"),
         LocalServer([]),
     ):
         pass
@@ -302,7 +302,7 @@ def test_a_server_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max-new-tokens", "9..8"], "--max-new-tokens '9..8': expected a number, or a range such as 8..64"),
         (["--max-new-tokens", "0"], "--max-new-tokens '0'"),
         (["--arms", "logo,vllm"], "--arms 'logo,vllm': expected some of logo, base, one-by-one"),
-        (["--url", "http://127.0.0.1:1", "--", "--max-queue", "1"], "options for a server of our own"),
+        (["--url", "http://127.0.0.1:1", "--", "--max-queue", "1"], "only for a server that this command starts"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,7 +364,7 @@ def test_a_server_that_dies() -> None:
         return started[0]
 
     asks = tuple(Ask("What is 7 plus 5?", 8, stream) for stream in (True, False) * 8)
-    with pytest.raises(LoGoError, match=r"no answer .* `logo serve` has ended by itself"):
+    with pytest.raises(LoGoError, match=r"no answer .* `logo serve` has exited"):
         run_bench(Plan(asks, ("logo", "base"), concurrency=4), place, lambda: pytest.fail("not needed"), begin=begin)
     assert started[0].exit_code == -signal.SIGKILL
 

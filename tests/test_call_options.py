@@ -1,4 +1,4 @@
-"""What one call may ask of the selection: it is answered as by an engine that was made so, with one model and index."""
+"""Options of selection in one call: they act as in an engine that was made with them, on the same model and index."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ def test_bad_options(options: Any, error: type[LoGoError], message: str, logo: L
 def test_an_unknown_option_is_told(logo: LoGo) -> None:
     with pytest.raises(UsageError, match=r"unknown option 'candidate' .did you mean 'candidates'"):
         logo.select(PROMPTS[0], candidate=["t1"])  # type: ignore[call-overload]
-    with pytest.raises(UsageError, match="k says how to select"):
+    with pytest.raises(UsageError, match="k selects adapters, but"):
         logo.generate(PROMPTS[0], adapters={"t1": 1.0}, k=2)
 
 

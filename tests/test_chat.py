@@ -1,4 +1,4 @@
-"""Conversations become what the model's template makes of them, and what is probed is what the user said."""
+"""Conversations are written by the model's chat template, and the probe reads the user's messages."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_what_is_no_conversation_is_refused(templated: Any, messages: Any, messa
     [
         ([], "expected one prompt or more, found an empty list"),
         (torch.tensor([]), "expected one prompt or more, found an empty list"),
-        ({"input_ids": []}, "found a BatchEncoding of none"),
+        ({"input_ids": []}, "found an empty BatchEncoding"),
         ({"role": "user", "content": "x"}, "expected 'input_ids' .*; put a message into a list"),
         (3, "expected a string, a list of messages, token ids or a BatchEncoding, or a list of these, found int"),
         ([3, -1], "expected token ids from 0 to 622, which the model knows, found -1"),

@@ -1,4 +1,4 @@
-"""A browser in continuous integration: installed where that is allowed, and missed aloud where it is not there."""
+"""The browser in continuous integration: installed where that is allowed; where it is missing, its tests fail."""
 
 from __future__ import annotations
 

@@ -173,10 +173,10 @@ def test_official_results_have_neither_and_that_is_said(tmp_path: Path, capsys: 
     a = write(tmp_path / "a" / "bbh.one", GOLDS, GOLDS)
     b = write(tmp_path / "b" / "bbh.one", WRONG, GOLDS, rows=False, sha256=None)
     assert run(["eval", "compare", str(a), str(b)]) == 0
-    assert "warning: nothing says whether both runs saw the same rows of bbh.one" in capsys.readouterr().err
+    assert "warning: cannot tell whether both runs used the same rows of bbh.one" in capsys.readouterr().err
     c = write(tmp_path / "c" / "bbh.one", WRONG, GOLDS, rows=False, sha256=None)
     message = refused(b, c, "--metric", "extra.f1", capsys=capsys, code=2)
-    assert "found no such; extra.* need rows.json" in message
+    assert "found none of them; extra.* need rows.json" in message
     assert compared(a, b, "--metric", "extra.f1", capsys=capsys)["datasets"][0]["difference"]["a"] == 1
 
 

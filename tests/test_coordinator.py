@@ -259,7 +259,7 @@ def test_changes_that_are_made_up_take_an_order_that_can_be() -> None:
             async def no_pool_is_empty() -> None:
                 if late.staged is None and late.pool == ("a",) and not tried:
                     tried.append("a")
-                    raise PoolError("adapter 'a' is the only one left")
+                    raise PoolError("adapter 'a' is the last one of the pool and cannot be removed")
 
             tried: list[str] = []
             late.hooks["stage"] = no_pool_is_empty
@@ -426,7 +426,7 @@ def test_a_coordinator_that_is_started_again_changes_nothing_while_a_replica_may
                 while "x" not in again._members:
                     await asyncio.sleep(0.01)
             error = await again.change(NEW)
-            assert isinstance(error, NotReady) and "started again" in str(error)
+            assert isinstance(error, NotReady) and "has restarted" in str(error)
             assert first.pool == y.pool and not y.gate.closed_for
             while isinstance(await again.change(NEW), NotReady):
                 await asyncio.sleep(0.01)

@@ -39,7 +39,7 @@ def test_copies_of_the_base_are_left_out_and_answers_are_pefts(kind: str, tmp_pa
     pool = AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")
     assert AdapterPool.from_directory(tmp_path / "pool", cache=tmp_path / "cache")["a"].copies == pool["a"].copies
     assert pool["a"].copies and not pool["b"].copies
-    with pytest.raises(AdapterError, match=r"holds full weights .* unless they are the base model's own"):
+    with pytest.raises(AdapterError, match=r"holds full weights .* unless they equal the base model's"):
         pool["a"].read()
     with pytest.raises(PoolError, match="holds full weights"):
         pool.fit(BaseLayout.of(base))

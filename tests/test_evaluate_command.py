@@ -57,7 +57,7 @@ def test_results_must_not_depend_on_the_order_of_rows(
     asked = [*command, *DEMO, "--rows", str(rows), "--signal", "calibrated", "--reference", "running"]
     assert run(asked) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("logo: error: reference 'running' learns from each row") and "use 'neutral'" in line
+    assert line.startswith("logo: error: reference 'running' is for servers, since") and "use 'neutral'" in line
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
@@ -142,7 +142,7 @@ def test_runs_of_different_metrics_are_not_compared(tmp_path: Path) -> None:
         ("metric: [em]", r"mine.yaml: expected a metric"),
         ("metrics: em", r"mine.yaml: expected 'metric: NAME' and nothing else, found \"{'metrics': 'em'}\""),
         ("- em", r"mine.yaml: expected 'metric: NAME' and nothing else"),
-        ("a: b: c", r"mine.yaml: expected 'metric: NAME', found what is no YAML"),
+        ("a: b: c", r"mine.yaml: expected 'metric: NAME', found invalid YAML"),
     ],
 )
 def test_a_metric_that_cannot_be_read_is_named(content: str, message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shards: any cut of any dataset, put together again, is the whole; and what does not belong together is named."""
+"""Shards: merged again, they are the whole result for any division; those that do not belong together are named."""
 
 from __future__ import annotations
 
@@ -210,19 +210,19 @@ def fewer_scores(job: Job) -> None:
     [
         (
             of_an_earlier_version,
-            "its run.json says nothing of forms, environments, as an earlier version wrote it; run",
+            "its run.json, of an earlier version, lacks forms, environments; run",
         ),
         (fewer_selected, "gem.x.shard-2-of-3': expected 2 rows, found 1 and 2; run that shard again"),
         (fewer_scores, "gem.x.shard-2-of-3': expected 2 rows, found 1 and 2; run that shard again"),
         (gone, "dataset 'gem.x': missing of 3 shards in '{run}': 2/3; run them with --shard"),
-        (twice, "dataset 'gem.x': shard 2/3 is there twice, in "),
+        (twice, "dataset 'gem.x': shard 2/3 was found twice, in "),
         (other_settings, "gem.x.shard-1-of-3': settings.k is 5, not 2"),
         (other_rows, 'rows_sha256 is "fffffffffffffffffff... instead of not given'),
         (other_batches, "--batch_size is 1, not 2"),
         (other_pool, 'pool.b is "cc", not "bb"'),
         (other_count, "the number of shards is 3, not 2"),
         (shorter, "gem.x.shard-2-of-3': expected 2 rows, found 1 and 2; run that shard again"),
-        (no_shard, "gem.x.shard-2-of-3': its run.json says nothing of a shard"),
+        (no_shard, "gem.x.shard-2-of-3': its run.json names no shard"),
         (half, "gem.x.shard-2-of-3': expected the file weights.json, found none"),
     ],
 )

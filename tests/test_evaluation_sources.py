@@ -174,7 +174,7 @@ def test_missing_files_are_named(hub: Path, tmp_path: Path) -> None:
         find_local(declaration, tmp_path / "absent", ["test"])
     write_raw(tmp_path, "anli.r1")
     (tmp_path / "anli_v1.0/R1/train.jsonl").unlink()
-    with pytest.raises(DataError, match=r"has anli_v1.0/R1/test.jsonl \(test\), but no .*--train-rows 0 does without"):
+    with pytest.raises(DataError, match=r"has anli_v1.0/R1/test.jsonl \(test\), but no .*--train-limit 0 does without"):
         find_local(declaration, tmp_path, ["test", "train"])
     assert find_local(declaration, tmp_path, ["test"]).names == {"test": ["anli_v1.0/R1/test.jsonl"]}
 

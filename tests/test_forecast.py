@@ -88,7 +88,10 @@ def test_downloads_are_told_before_and_are_nothing_afterwards(official: Path, tm
     assert before["adapters"]["missing"] == before["adapters"]["total"] == weights + configs
     assert before["adapters"]["source"] == f"{POOL}/Llama-3.1-8B-loras-flanv2"
     assert before["rows"] == {"bbh.navigate": 3}
-    assert before["hours"] is None and "can be timed when base model and adapters are here" in before["hours_reason"]
+    assert (
+        before["hours"] is None
+        and "can only be timed if base model and adapters are on this machine" in before["hours_reason"]
+    )
     assert before["memory"]["adapters"] == weights and before["memory"]["mixed"] == 2 * (weights // 3)
     assert not before["memory"]["exact"] and after["memory"]["exact"]
     assert before["memory"]["weights"] == after["memory"]["weights"]

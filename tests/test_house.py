@@ -1,4 +1,4 @@
-"""The shape of the house: no import points up or in a circle, and light things stay light."""
+"""The structure of the package: imports point to lower layers only, without cycles, and light modules stay light."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tolerances import PATIENCE
 
 SRC = Path(__file__).parent.parent / "src" / "logo"
 
-# What a part may import: itself and everything below. Parts on one line stand side by side.
+# A part may import itself and the parts of lower layers, which come first. Parts of one layer do not import each other.
 LAYERS = [
     {"errors", "cache"},
     {"folders", "hub", "plugins", "extras"},
@@ -39,7 +39,7 @@ def part(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Parts of the house that a file imports, wherever in the file."""
+    """The parts of the package that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "logo":

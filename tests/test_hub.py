@@ -267,7 +267,7 @@ def test_a_hub_that_is_gone_is_no_obstacle_for_a_complete_copy(pool: Path, tmp_p
 
 
 def test_nothing_cached_and_no_connection(hub: HubServer, tmp_path: Path) -> None:
-    beginning, end = "Hub repo org/pool: not in the cache, and", "forbids to fetch it; unset that"
+    beginning, end = "Hub repo org/pool: not in the cache, and", "forbids fetching it; unset that"
     assert f"{beginning} HF_HUB_OFFLINE=1 {end}" in refusal(hub.env(tmp_path, HF_HUB_OFFLINE="1"), repo_id="org/pool")
     local = refusal(hub.env(tmp_path), repo_id="org/pool", local_files_only=True)
     assert f"{beginning} local_files_only {end}" in local
@@ -291,7 +291,7 @@ for name in ("adapter_config.json", "adapter_model.safetensors"):
 """
     run_client(hub.env(tmp_path), script=script)
     message = refusal(hub.env(tmp_path, HF_HUB_OFFLINE="1"), repo_id="org/pool", subfolder="tasks")
-    assert "nothing tells whether its cached copy is complete" in message
+    assert "LoGo cannot tell whether its cached copy is complete" in message
     snapshot = Path(message.rpartition(": ")[2])
     assert contents(snapshot / "tasks") == pair("flan/cot/ecqa")
     assert fetch(hub.env(tmp_path), repo_id="org/pool", subfolder="tasks").files == pair(*TASKS)
@@ -515,7 +515,7 @@ for call in json.load(sys.stdin):
         "Hub repo org/gated: access is gated and this token's account is not on the list",
         f"Hub repo org/nope: not found at {hub.url}",
         "Hub repo org/pool: it has no revision 'v9'",
-        "Hub repo org/pool: not in the cache, and local_files_only forbids to fetch it",
+        "Hub repo org/pool: not in the cache, and local_files_only forbids fetching it",
         "Hub repo not//an id: not a valid repo id",
     ]
     for message, beginning in zip(messages, expected, strict=True):

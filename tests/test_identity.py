@@ -285,7 +285,9 @@ def test_a_run_goes_on_under_other_versions_only_on_request(
     with pytest.raises(UsageError) as caught:
         session.plans(jobs)
     message = str(caught.value)
-    assert f"was begun under other versions or on another kind of device: {said}; go on there, or here with" in message
+    assert (
+        f"was begun under other versions or on another kind of device: {said}; continue there, or here with" in message
+    )
     assert journal_of(jobs[0].folder).read_bytes() == before
     with pytest.raises(KeyboardInterrupt):  # and stopped once more
         session.run(session.plans(jobs, ResumePolicy(mix=True))[0], stop_after(4))
@@ -327,7 +329,7 @@ def test_nobody_else_may_have_the_journal_while_it_is_removed(
     [plan] = session.plans([job])
 
     def finishing(plan: Plan) -> None:
-        with pytest.raises(UsageError, match="another process is on this run"):
+        with pytest.raises(UsageError, match="another process is working on this run"):
             open_journal(plan)
         finish(plan)
 

@@ -1,4 +1,4 @@
-"""Intervals: how often they hold the truth, that none is of no width, and what they are of means over datasets."""
+"""Intervals: how often they hold the true value, that none has zero width, and those of means over datasets."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_any_damage_leaves_a_prefix(path: Path, data: st.DataObject, some: list[
     try:
         found = read(path)
     except UsageError as error:
-        assert "damaged in its first line" in str(error) and path.read_bytes() == left
+        assert "its first line, which identifies the run, is damaged" in str(error) and path.read_bytes() == left
         assert left.splitlines(keepends=True)[0] != content.splitlines(keepends=True)[0]
         return
     assert found == some[: len(found)]
@@ -112,7 +112,7 @@ def test_only_one_run_and_one_process(tmp_path: Path) -> None:
     with Journal(path, RUN) as journal:
         assert journal.records == []
         journal.append({"a": 0.1})
-        with pytest.raises(UsageError, match="another process is on this run"):
+        with pytest.raises(UsageError, match="another process is working on this run"):
             Journal(path, RUN)
     before = path.read_bytes()
     with pytest.raises(UsageError) as caught:
@@ -122,7 +122,7 @@ def test_only_one_run_and_one_process(tmp_path: Path) -> None:
         '(identity.seed is 0, not 1; pool.b is "11" instead of not given)'
     ) in str(caught.value)
     path.write_text("not json\nat all\n")
-    with pytest.raises(UsageError, match="not a journal, or damaged in its first line"):
+    with pytest.raises(UsageError, match="not a journal, or its first line, which identifies the run, is damaged"):
         Journal(path, RUN)
     assert path.read_text() == "not json\nat all\n" and before
     path.write_text('{"check": "00')  # killed before the first line was complete

@@ -168,7 +168,7 @@ def test_answers_are_not_gone_on_with_under_other_weights(
     kept.unlink()
     capsys.readouterr()
     assert run(arguments) == 2
-    assert "antonym.learnt.jsonl is gone; put it back" in capsys.readouterr().err
+    assert "antonym.learnt.jsonl is missing; put it back" in capsys.readouterr().err
     assert run(command(rows, tmp_path / "elsewhere", "--shard", "1/2")) == 0  # learnt anew, of the same run
     shutil.copy(tmp_path / "elsewhere" / RUN / LEARNT, kept)
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Nothing that somebody has is replaced by what somebody else asks for: results, shards, sweeps."""
+"""Results, shards and sweeps of one run are not replaced by those of another run."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
     assert open_(device_map={"": "cpu"}).model.device.type == "cpu"
     for options, message in (
         ({"dtype": torch.int8}, "dtype torch.int8: expected 'auto', 'float32', 'bfloat16' or 'float16'"),
-        ({"trust_remote_code": True}, "trust_remote_code cannot be set: no code .* are ever run"),
+        ({"trust_remote_code": True}, "trust_remote_code cannot be set: a model's own code .* are never run"),
         ({"model_kwargs": {"trust_remote_code": True}}, "trust_remote_code cannot be set"),
         ({"model_kwargs": {"use_safetensors": False}}, "use_safetensors cannot be set"),
         ({"model_kwargs": {"dtype": "float16"}}, "model_kwargs: give 'dtype' as an option of its own"),
@@ -174,5 +174,5 @@ def test_a_streamer_is_of_one_prompt(llama: nn.Module, adapters: Path) -> None:
     streamer = TextStreamer(logo.tokenizer)
     with pytest.raises(UsageError, match="streamer: expected a single prompt, found 2; ask for them one by one"):
         logo.generate(PROMPTS[:2], streamer=streamer)
-    with pytest.raises(UsageError, match="streamer: beams change tokens afterwards; leave out num_beams=2"):
+    with pytest.raises(UsageError, match="streamer: beam search changes tokens that were sent; leave out num_beams=2"):
         logo.generate(PROMPTS[0], num_beams=2, streamer=streamer)

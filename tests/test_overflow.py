@@ -1,4 +1,4 @@
-"""Mixtures that overflow: whoever asked for one is told, instead of getting the first token of the vocabulary."""
+"""Mixtures that overflow: they raise an error, instead of answering with the first token of the vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed sequences: every token is what its own mixture makes of it, whoever comes and goes and whatever fails."""
+"""Packed sequences: each token depends on its own mixture alone, while other sequences join, leave or fail."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_merging_ends_where_the_slots_do(big: Any) -> None:
     found = of(big, 1000, 64, QV, concurrency=2)
     assert found.mode == "gate" and found.other is None
     assert found.reason == (
-        "merging is not possible: the 20 largest adapters have rank 1280 together, and vLLM's slots end at 512"
+        "merging is not possible: the ranks of the 20 largest adapters add up to 1280, but vLLM allows at most 512"
     )
     assert of(big, 1000, 64, QV, concurrency=2, k=8).mode == "merge"
 
@@ -252,7 +252,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("--adapters 3 -k 0", "k: expected 1 or more, found 0"),
         ("-k 0", "number of selected adapters (k): expected 1 or more, found 0"),
         ("--rank 4", "--rank and --targets describe adapters that do not exist yet: give --adapters a number"),
-        ("--adapters 3 --rank 600", "the largest adapter has rank 600, and vLLM's slots end at 512"),
+        ("--adapters 3 --rank 600", "the largest adapter has rank 600, but vLLM allows at most 512"),
         ("--adapters 3 --targets q_prj", "no linear module of this model is called 'q_prj' (did you mean 'q_proj'?)"),
         ("--gpu H10", "(did you mean 'H100'?)"),
         ("--gpu 0", "--gpu '0': expected the memory in 10⁹ bytes, or one of B200, H200"),

@@ -71,7 +71,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*pool.json is left out:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*pool.json is ignored:UserWarning")
 @pytest.mark.parametrize("command", HOW)
 def test_adapters_act_where_they_did(command: str, pool: Path, tmp_path: Path) -> None:
     assert activations(pool) == EXPECTED

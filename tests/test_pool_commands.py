@@ -161,7 +161,7 @@ def test_dedupe_may_only_look(pool: Path, tmp_path: Path, capsys: pytest.Capture
     assert [(one["name"], one["kept"]) for one in found["gone"]] == [("twin", "a")]
     assert found["out"] is None and not (tmp_path / "out").exists()
     assert run(["pool", "dedupe", str(pool)]) == 2
-    assert "--out DIR2 says where the new pool goes" in capsys.readouterr().err
+    assert "expected --out DIR2 for the new pool" in capsys.readouterr().err
 
 
 # ---- diff -----------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_a_card_says_what_is_in_the_pool_and_how_it_is_used(
     assert "](study.png)" in text and (pool / "study.png").read_bytes() == b"\x89PNG rest"
     assert AdapterPool.from_directory(pool).names == ("a", "dead", "deep/b", "twin")
     assert run(["pool", "card", str(pool)]) == 2
-    assert "--replace writes over it" in capsys.readouterr().err
+    assert "add --replace to overwrite it" in capsys.readouterr().err
     assert run(["pool", "card", str(pool), "--replace", "--base-model", "org/other"]) == 0
     assert ModelCard.load(pool / "README.md").data.base_model == "org/other"
 
@@ -297,7 +297,7 @@ def test_a_card_says_what_is_in_the_pool_and_how_it_is_used(
 @pytest.mark.parametrize(
     "notes", ["[]", "{", '{"tasks": [1, {"a": null}], "recipe": {"r": 1}, "x": null}', '{"a": "b\\nc"}']
 )
-@pytest.mark.filterwarnings("ignore:.*pool.json is left out:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*pool.json is ignored:UserWarning")
 def test_a_card_is_written_whatever_pool_json_holds(pool: Path, notes: str) -> None:
     (pool / "pool.json").write_text(notes)
     assert run(["pool", "card", str(pool)]) == 0
@@ -308,7 +308,7 @@ def test_a_card_of_a_local_base_names_no_place_of_this_machine(pool: Path, capsy
     for name in ("a", "dead", "deep/b", "twin"):
         edit_config(pool / name, base_model_name_or_path="/home/me/models/base")
     assert run(["pool", "card", str(pool), "--repo", "org/loras"]) == 0
-    assert "--base-model names one" in capsys.readouterr().err
+    assert "name one with --base-model" in capsys.readouterr().err
     card = ModelCard.load(pool / "README.md")
     assert "base_model" not in card.data.to_dict() and "/home/me" not in card.text
     assert "--base-model base --adapters org/loras" in card.text
@@ -373,7 +373,7 @@ def test_several_base_models_are_listed(tmp_path: Path, capsys: pytest.CaptureFi
         write(tmp_path / "pool" / name, base_model_name_or_path=base)
     (tmp_path / "pool" / "pool.json").write_text('{"base_model": "org/b"}')
     assert run(["pool", "card", str(tmp_path / "pool")]) == 0
-    assert "(several: org/a, org/b): --base-model names one" in capsys.readouterr().err
+    assert "(several: org/a, org/b): name one with --base-model" in capsys.readouterr().err
     card = ModelCard.load(tmp_path / "pool" / "README.md")
     assert "base_model" not in card.data.to_dict() and "for `org/a`, `org/b`, in PEFT" in card.text
     assert "| `one` | `org/a` | 4 |" in card.text and "| `two` | `org/b` | 4 |" in card.text

@@ -112,7 +112,7 @@ def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -
 def test_sampling_options_without_sampling_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "hello", option, "0.5"]) == 2
     assert capsys.readouterr().err == (
-        f"logo: error: {option} 0.5: only sampling has it; add --sample or leave it out\n"
+        f"logo: error: {option} 0.5 is only for sampling; add --sample or leave it out\n"
     )
 
 

@@ -111,7 +111,7 @@ def test_held_out_rows_are_the_last_ones() -> None:
     assert cut([asked], None, 0) == ([asked], {})
     with pytest.raises(UsageError, match="hold-out 6: task 't' has 6 rows, expected more"):
         cut([Task("t", Path("x"), some)], None, 6)
-    with pytest.raises(UsageError, match="--prompt-end: the rows of"):
+    with pytest.raises(UsageError, match="--prompt-end is only for datasets of the Hub, and"):
         tasks_of(str(F1), "", "x", lambda: ())
 
 

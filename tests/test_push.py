@@ -113,7 +113,7 @@ def test_places_that_cannot_be(
 def test_a_pool_of_unknown_or_several_bases_says_where_to(tmp_path: Path) -> None:
     write(tmp_path / "pool" / "a")
     pool = AdapterPool.from_directory(tmp_path / "pool")
-    with pytest.raises(UsageError, match="name no base model; say with --path-in-repo"):
+    with pytest.raises(UsageError, match="name no base model; give the folder to write with --path-in-repo"):
         Upload.of(tmp_path / "pool", list(pool), "org/x")
     for name in ("b", "c"):
         write(tmp_path / "pool" / name, base_model_name_or_path=f"org/{name}")

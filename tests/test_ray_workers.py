@@ -264,7 +264,7 @@ def test_processes_that_cannot_be_used_are_told_in_one_line(marks: Path) -> None
         opened(open_=refuses)
     with pytest.raises(WorkersError, match="workers ended before they were ready"):
         opened(open_=dies)
-    with pytest.raises(WorkersError, match=r"is not like the driver: number \d is not number"):
+    with pytest.raises(WorkersError, match=r"differs from the driver: number \d is not number"):
         opened(open_=functools.partial(by_turns, marks), describe_=whose)
     with pytest.raises(WorkersError, match="no room for 2 workers of 1 CPUs and 1 GPUs each: this machine has"):
         opened(Layout(2, cpus=1, gpus=1))
@@ -291,7 +291,9 @@ def test_a_pool_that_lacks_an_adapter_is_not_the_drivers() -> None:
     assert differs({"a": "1"}, whole=True)(own, own) is None
     assert differs({"a": "1", "b": "2"}, whole=False)(own, own) is None  # it may leave out what it cannot use
     assert str(differs({"a": "1", "b": "2"}, whole=True)(own, own)).startswith("its pool lacks adapter 'b'")
-    assert str(differs({"a": "3"}, whole=False)(own, own)).startswith("adapter 'a' of its pool is not the driver's")
+    assert str(differs({"a": "3"}, whole=False)(own, own)).startswith(
+        "adapter 'a' of its pool differs from the driver's"
+    )
 
 
 def test_a_cluster_that_refuses_a_token_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,8 +498,8 @@ def test_studies_and_sweeps_have_workers_too(rows: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--probe-context", "carry"], "with --probe-context carry a row depends on the row before"),
-        (["--reference", "running", "--signal", "calibrated"], "reference 'running' learns from each row"),
+        (["--probe-context", "carry"], "with --probe-context carry each row depends on the one before"),
+        (["--reference", "running", "--signal", "calibrated"], "reference 'running' is for servers"),
         (["--device", "cuda:1"], "--device: workers get their devices from Ray"),
     ],
 )
@@ -510,4 +512,4 @@ def test_what_workers_cannot_do(
 
 def test_options_that_belong_to_workers(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(rows, tmp_path / "out", "--cpus-per-worker", "1")) == 2
-    assert "--cpus-per-worker belongs to --workers or --ray" in capsys.readouterr().err
+    assert "--cpus-per-worker needs --workers or --ray" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Whether confidence is told as it is."""
+"""The reliability of confidences: AUROC, bins, error and picture."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ def test_two_processes_do_not_work_on_one_dataset(
 
     monkeypatch.setattr(LoGo, "generate", twice)
     assert run(arguments) == 0 and codes == [2]
-    assert "another process is on this run" in capsys.readouterr().err
+    assert "another process is working on this run" in capsys.readouterr().err
 
 
 def test_an_index_from_disk_gives_the_bits_of_a_new_one(tmp_path: Path) -> None:

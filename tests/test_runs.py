@@ -1,4 +1,4 @@
-"""Results are found again whatever their datasets are called, and mean the same wherever somebody points."""
+"""Results are found whatever their datasets are called, and are the same from every folder that leads to them."""
 
 from __future__ import annotations
 

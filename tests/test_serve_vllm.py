@@ -101,8 +101,8 @@ def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize(
     ("options", "slots", "why"),
     [
-        (["--vllm-mode", "merge"], ("64", "32"), "merge mode: it was asked for"),
-        (["--vllm-mode", "gate", "--max-concurrent", "1"], ("16", "8"), "gate mode: it was asked for"),
+        (["--vllm-mode", "merge"], ("64", "32"), "merge mode: as requested"),
+        (["--vllm-mode", "gate", "--max-concurrent", "1"], ("16", "8"), "gate mode: as requested"),
         (["--max-concurrent", "2"], ("2", "32"), "merge mode: one slot per request (2 x rank 32) takes less"),
         (["-k", "12", "--max-concurrent", "2"], ("16", "8"), "gate mode: one slot per adapter (16 x rank 8)"),
     ],
@@ -169,12 +169,12 @@ def test_a_key_is_never_on_the_command_line(
         (["--adapter-memory-gb", "1"], "--max-loras"),
         (["--adapter-cache-gb", "1"], "--max-loras"),
         (["--allow-pickle"], "safetensors"),
-        (["--key-adapters", "keys.json"], "not bound"),
+        (["--key-adapters", "keys.json"], "cannot bind API keys"),
         (["--max-queue", "3"], "--max-concurrent"),
         (["--request-timeout", "3"], "proxy"),
         (["--allow-adapter-changes", "pool"], "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         (["--log-json"], "VLLM_LOGGING_CONFIG_PATH"),
-        (["--port", "0"], "name one"),
+        (["--port", "0"], "give a port"),
         (["--", "--api-server-count", "2"], "vllm serve"),
         (["--", "--api_key=secret-1"], "give it before `--`"),
         (["--", "--api-key", "secret-1"], "as VLLM_API_KEY in the environment"),
@@ -229,7 +229,9 @@ def test_the_rust_frontend_is_refused(
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
     dry(capsys)
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", said)
-    assert "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend runs no middleware" in refused(capsys)
+    assert "VLLM_USE_RUST_FRONTEND is set: vLLM's Rust frontend does not run the middleware that LoGo needs" in refused(
+        capsys
+    )
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND")
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", said)
     assert "VLLM_LORA_ENABLE_DUAL_STREAM is set: it hides layers from LoGo's probe" in refused(capsys)
@@ -251,7 +253,7 @@ def test_where_vllm_is_not_installed_one_line_says_what_to_install(
 )
 def test_options_for_vllm_are_refused_without_it(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     assert run(["serve", "--base-model", "demo", *options]) == 2
-    assert "for --engine vllm alone" in capsys.readouterr().err
+    assert "is only for --engine vllm" in capsys.readouterr().err
 
 
 def test_flags_are_read_as_vllm_reads_them() -> None:

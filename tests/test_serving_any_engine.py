@@ -1,4 +1,4 @@
-"""The app on an engine that is none of ours: all it needs is what `logo.protocol` writes down."""
+"""The app on an engine of somebody else, which needs no more than `logo.protocol` declares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people copy: the examples run, the unit starts what it says, the Dockerfile passes its linter."""
+"""Files that users copy: the examples run, the unit starts what it says, the Dockerfile passes its linter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences that share steps: each is answered as if it were alone, whoever comes, goes or fails beside it."""
+"""Sequences that share steps: each is answered as if it were alone, while others join, leave or fail."""
 
 from __future__ import annotations
 
@@ -411,7 +411,7 @@ def test_the_last_adapter_stays(llama: nn.Module, tmp_path: Path) -> None:
     write_adapter(tmp_path / "pool" / "t0", llama, ("q_proj",), rank=2, seed=0)
 
     async def use(service: Service) -> None:
-        with pytest.raises(UsageError, match="only one"):
+        with pytest.raises(UsageError, match="is the last one of the pool and cannot be removed"):
             await service.remove("t0")
 
     served(engine(llama, tmp_path / "pool", k=1), use)

@@ -1,4 +1,4 @@
-"""Mixtures that overflow: the request that asked for one fails and says why, and nobody beside it notices."""
+"""Mixtures that overflow: the request that asked for one fails with a reason, and others are not affected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of requests: what is taken, what is refused and how that is said, and that nothing at all breaks them."""
+"""Bodies of requests: what is accepted, what is refused with which message, and that no input breaks the parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter store: who has which columns, what is in them, and that nothing is half done when something fails."""
+"""The adapter store: owners and content of columns, and that a failure leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_columns_that_are_given_back_while_parts_are_cut_are_free(monkeypatch: p
 def test_a_host_cache_that_is_smaller_than_what_it_feeds_says_so() -> None:
     elsewhere = nn.Sequential(nn.Linear(4, 4)).to("meta")
     elsewhere.dtype = torch.float32  # type: ignore[assignment]
-    with pytest.warns(UserWarning, match=r"keeps 1\.00 GB.*may have 2\.00 GB.*--adapter-cache-gb"):
+    with pytest.warns(UserWarning, match=r"has 1\.00 GB.*less than the 2\.00 GB.*--adapter-cache-gb"):
         found = adapter_store(elsewhere, 2.0, 1.0)
     assert found.host is not None and found.host.budget == 10**9
     with warnings.catch_warnings():

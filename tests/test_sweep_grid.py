@@ -120,8 +120,8 @@ def test_values_are_read_as_their_options_read_them() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["k=1", "k=2"], "axis 'k' is there twice"),
-        (["k=3,03"], "the value 3 is there twice"),
+        (["k=1", "k=2"], "axis 'k' is given twice"),
+        (["k=3,03"], "the value 3 is given twice"),
         (["sginal=norm"], "no axis 'sginal' .did you mean 'signal'.+; known: k, signal, "),
         (["signal=calibratd"], "unknown signal 'calibratd' .did you mean 'calibrated'"),
         (["method=logo,orcale"], "unknown method 'orcale' .did you mean 'oracle'"),
@@ -135,7 +135,7 @@ def test_values_are_read_as_their_options_read_them() -> None:
         (["k="], "expected AXIS=VALUE"),
         (["=1"], "expected AXIS=VALUE"),
         ([], "expected at least one axis"),
-        (["weighting=adaptive"], "none of 1 combinations can be: weighting 'adaptive'"),
+        (["weighting=adaptive"], r"none of the combinations \(1\) is possible; the first: weighting 'adaptive'"),
     ],
 )
 def test_grids_that_cannot_be_used(texts: list[str], message: str) -> None:

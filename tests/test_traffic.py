@@ -264,7 +264,7 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "moved a: won 100.0% of the first half, 0.0% of the second" in shown
     assert "moved unsure: 0.0% of the first half, 100.0% of the second" in shown
     assert "no adapter for 40 prompts such as: [2Jplease do [red]thing " in shown
-    assert f"lines that are not whole JSON objects, and left out: 1, the first at {log}:1" in " ".join(said.split())
+    assert f"skipped lines that are not complete JSON objects: 1, the first at {log}:1" in " ".join(said.split())
     assert png.read_bytes().startswith(b"\x89PNG")
     assert run(["pool", "health", str(log), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

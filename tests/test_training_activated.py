@@ -317,9 +317,9 @@ def test_options_and_recipes_that_contradict_each_other(
         return refused(world, tmp_path / "pool", capsys, *more)
 
     assert told("--invocation", "w88", "--last", "3") == "give either --invocation or --last, found both"
-    assert told("--last", "0").startswith("activation last:0 leaves the prompt's last token")
+    assert told("--last", "0").startswith("activation last:0: no adapter would act on the prompt's last token")
     assert "expected everywhere, invocation or last:N, found 'last:-1'" in told("--last", "-1")
-    assert told("--invocation", " ") == "--invocation: expected a text that prompts have, found ' '"
+    assert told("--invocation", " ") == "--invocation: expected a text that all prompts contain, found ' '"
     file = tmp_path / "recipe.yaml"
     file.write_text("activation: 'last:3'\ntasks: {deep/b: {activation: everywhere}}\n")
     assert told("--recipe", str(file)) == (
@@ -370,7 +370,7 @@ def test_prompts_that_lack_the_invocation_fail_their_task_only(
     asked = ["--invocation", "w88 w89", "--max-length", "20"]
     assert run(command(world / "base", tmp_path / "tasks", tmp_path / "pool", *asked)) == 1
     told = " ".join(capsys.readouterr().out.split())
-    end = "fix the row, or give --last N, or an --invocation that prompts have"
+    end = "fix the row, or give --last N, or an --invocation that all prompts contain"
     lacking = "lacking.jsonl, row 11: expected the invocation 'w88 w89' in the prompt, found '<s> w3 w88' at its end"
     assert "failed lacking: " in told and f"{lacking}; {end}" in told
     assert "long.jsonl, row 11: " in told and "w6' at its end (--max-length may have cut it off)" in told
@@ -398,7 +398,7 @@ def test_tokens_are_those_that_the_text_has_in_prompts() -> None:
     assert tokens.convert_ids_to_tokens(list(other.invocation)) == ["Answer", ":"]
     # One that was settled holds for the tasks that follow, and for the rows that follow.
     said = (
-        r"u.jsonl, row 2: the tokenizer splits the invocation 'Answer:' otherwise in this prompt: expected tokens "
+        r"u.jsonl, row 2: the tokenizer splits the invocation 'Answer:' differently here: expected tokens "
         r"\['Answer', ':'\] as t.jsonl, row 1, found \['\u0120Answer', ':'\]"
     )
     with pytest.raises(DataError, match=said):

@@ -145,9 +145,9 @@ def test_numbers_as_yaml_reads_them(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rate: 1", "no recipe has 'learning_rate'"),
-        ("lrr: 1", "no recipe has 'lrr'; did you mean 'lr'|no recipe has 'lrr'.*lr"),
-        ("tasks: {a: {epoch: 1}}", "task 'a': no recipe has 'epoch'.*'epochs'"),
+        ("learning_rate: 1", "unknown field 'learning_rate'"),
+        ("lrr: 1", "unknown field 'lrr'; did you mean 'lr'|unknown field 'lrr'.*lr"),
+        ("tasks: {a: {epoch: 1}}", "task 'a': unknown field 'epoch'.*'epochs'"),
         ("tasks: [a, b]", "'tasks' must hold names of tasks with their own values, found "),
         ("tasks: {a: 3}", "task 'a': expected fields such as"),
         ("tasks: {a: {r: 0}}", "r: expected 1 or more, found 0"),
@@ -169,7 +169,7 @@ def test_numbers_as_yaml_reads_them(file: Path) -> None:
         ("schedule: cosin", "schedule: expected one of cosine, linear, constant, found 'cosin'"),
         ("activation: late", "activation: expected everywhere, invocation or last:N, found 'late'"),
         ("activation: 4", "activation: expected str, found 4"),
-        ("activation: last:0", "activation last:0 leaves the prompt's last token"),
+        ("activation: last:0", "activation last:0: no adapter would act on the prompt's last token"),
         ("activation: invocation", "activation invocation: give the text"),
         ("{activation: last:2, invocation: A}", "give either an invocation or activation last:2, found both"),
         ("tasks: {a: {activation: activated, invocation: A}}", "give either an invocation or activation activated"),

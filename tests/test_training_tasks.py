@@ -135,10 +135,10 @@ def test_names(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(GOOD)
     found = find_tasks(str(tmp_path))
     assert [task.name for task in found.tasks] == ["deep/b", "x.y"]
-    assert found.refused == {"a": "several files are of this name (a.csv, a.jsonl); rename all but one"}
+    assert found.refused == {"a": "several files have this name (a.csv, a.jsonl); rename all but one"}
     assert [task.name for task in find_tasks(str(tmp_path), only="deep/*").tasks] == ["deep/b"]
     assert find_tasks(str(tmp_path), only="deep/*").names == ("a", "deep/b", "x.y")
-    with pytest.raises(UsageError, match=r"task 'x\.yy': there is none of this name \(did you mean 'x\.y'\?\)"):
+    with pytest.raises(UsageError, match=r"task 'x\.yy': not found \(did you mean 'x\.y'\?\)"):
         find_tasks(str(tmp_path), only="x.yy")
     for where, message in [
         (tmp_path / "none", "expected a folder with TASK.jsonl files, found nothing"),

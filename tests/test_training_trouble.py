@@ -1,4 +1,4 @@
-"""Trouble of one task is its own: losses that explode, gradients that overflow, a disk that is full."""
+"""Failures of one task do not affect others: losses that explode, gradients that overflow, a disk that is full."""
 
 from __future__ import annotations
 
@@ -181,14 +181,14 @@ def test_a_list_at_the_end_says_what_is_wrong(
         assert run(asked) == 1
     told = capsys.readouterr()
     assert (
-        "logo: warning: task 'few' has 3 rows: too few to hold any out, so it is trained for all of its steps and "
-        "nobody knows how well; give it 10 or more"
+        "logo: warning: task 'few' has 3 rows: too few to hold any out, so it is trained for all of its steps "
+        "without a held-out loss; give it 10 or more"
     ) in told.err.splitlines()
     lines = " ".join(told.out.split())
     assert "long: 1 prompts were longer than --max-length and lost their beginning" in lines
-    assert "failed a: several files are of this name (a.csv, a.jsonl); rename all but one" in lines
-    assert "failed b: after step 2 its factors are not finite; its adapter is that of step 1 " in lines
-    assert "failed c: after step 1 its factors are not finite; nothing is kept of it" in lines
+    assert "failed a: several files have this name (a.csv, a.jsonl); rename all but one" in lines
+    assert "failed b: after step 2 its factors are not finite; the adapter of step 1 is kept " in lines
+    assert "failed c: after step 1 its factors are not finite; no adapter is kept" in lines
     assert "endless.jsonl, row 3: the completion has 51 tokens, and a row may have 20 with its prompt" in lines
     assert "failed empty: " in lines and "empty.jsonl: expected one JSON object per line" in lines
     assert lines.endswith(f"{pool}: 3 adapters trained, 5 failed")

@@ -1,4 +1,4 @@
-"""A new folder is whole or not there, whoever else writes to the same place and whoever died doing so."""
+"""A new folder is complete or absent, even if other processes write to the same place or die while writing."""
 
 from __future__ import annotations
 
@@ -101,6 +101,6 @@ def test_the_current_folder_is_not_replaced(
     monkeypatch.chdir(tmp_path / "here")
     for out in (".", "../here"):
         assert run(["pool", "prune", "../pool", "--rank", "1", "--out", out]) == 2
-        assert "is the folder that this runs in" in capsys.readouterr().err
+        assert "is the current folder" in capsys.readouterr().err
     assert run(["pool", "prune", "../pool", "--rank", "1", "--out", "below/../new"]) == 0
     assert names(tmp_path / "here" / "new") == ["a", "pool.json"]

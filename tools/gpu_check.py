@@ -28,7 +28,7 @@ from torch import Tensor
 from logo.backends.vllm import kernels
 from logo.backends.vllm.gates import StepGates, add_gated
 
-# Name, columns that enter, and the widths of what leaves, as vLLM packs them.
+# Name, number of inputs, and widths of the packed outputs, as vLLM packs them.
 Shape = tuple[str, int, tuple[int, ...]]
 SHAPES: Sequence[Shape] = (
     ("qkv", 4096, (4096, 1024, 1024)),
@@ -38,7 +38,7 @@ SHAPES: Sequence[Shape] = (
 )
 TINY: Sequence[Shape] = (("qkv", 48, (40, 24, 24)), ("down", 1100, (36,)))
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# What rounding explains, of the largest sum.
+# The error that rounding explains, relative to the largest sum.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 
 
@@ -65,7 +65,7 @@ class Case:
         slots, rank: of the pool.
         tokens: of the step.
         k: adapters in a mixture.
-        device, dtype: where and in what it is multiplied.
+        device, dtype: of the products.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class Case:
         self.weight = drawn(sum(widths), inside) * inside**-0.5
         self.x, self.before = drawn(tokens, inside), drawn(tokens, sum(widths))
         self.gates = StepGates(tokens, tokens, slots, device, dtype, listed=True)
-        # As in a server: each token of few is another request's, and of many they are prompts; one in eight is the
-        # base model's.
+        # As in a server: in small steps each token is of another request, and large steps hold prompts of 512 tokens;
+        # one request in eight uses the base model alone.
         of = torch.arange(tokens) // (1 if tokens <= 256 else 512)
         requests = int(of.max()) + 1
         chosen = torch.rand(requests, slots).argsort(dim=1)[:, :k]
@@ -99,7 +99,7 @@ class Case:
         self.gates.write(self.mixtures, which, which)
 
     def by_kernels(self, y: Tensor) -> None:
-        """What a layer calls."""
+        """Adds the gated product by the kernels, as a layer does."""
         assert self.gates.opened is not None
         opened = self.gates.opened[0]
         kernels.add_gated(
@@ -107,16 +107,16 @@ class Case:
         )
 
     def by_plain(self, y: Tensor) -> None:
-        """The same by PyTorch's own products."""
+        """Adds the gated product by PyTorch's own products."""
         for a, b, start, width in zip(self.a, self.b, self.starts, self.widths, strict=True):
             add_gated(y[:, start : start + width], self.x, a, b, self.gates.tokens)
 
     def by_base(self, y: Tensor) -> None:
-        """The layer's own product."""
+        """Computes the base layer's own product."""
         torch.mm(self.x, self.weight.T, out=y)
 
     def exact(self) -> Tensor:
-        """The plain products in float32."""
+        """The expected result: the plain products in float32."""
         y = self.before.float()
         for a, b, start, width in zip(self.a, self.b, self.starts, self.widths, strict=True):
             part = y[:, start : start + width]
@@ -170,7 +170,7 @@ def checked(case: Case, name: str, device: torch.device, calls: int) -> Row:
     base = (case.which == 0).to(device)
     equal = still and torch.equal(y[base], case.before[base])
     error = float((y.float() - exact).abs().max() / exact.abs().max())
-    case.write(closed=True)  # the graph follows its gates back, too
+    case.write(closed=True)  # the replayed graph follows closed gates, too
     again = case.before.clone()
     y.copy_(case.before)
     by_kernels()
@@ -194,7 +194,7 @@ def rows(asked: argparse.Namespace) -> Iterator[Row]:
 
 
 def numbers(text: str) -> list[int]:
-    """`1,2,3`."""
+    """The numbers of a text such as `1,2,3`."""
     return [int(part) for part in text.split(",")]
 
 

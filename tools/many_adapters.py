@@ -41,17 +41,17 @@ SPECTRUM = {
     "norm": (1, 0.39, 0.23, 0.16, 0.12, 0.10, 0.07, 0.06),
     "calibrated": (1, 0.46, 0.29, 0.21, 0.15, 0.11, 0.09, 0.07),
 }
-# Share of their rows' energy within 16 directions that other adapters of the pool have too, and of a last token's
-# vector in one direction that all texts have.
+# Share of the energy of an adapter's rows in 16 directions that the adapters of the pool share, and of a last token's
+# vector in one direction that all texts share.
 SHARED_ENERGY, COMMON_ENERGY = 0.73, 0.926
-# Adapters of one family share half of what is their own, and a prompt excites one adapter.
+# Size of a family, whose adapters share half of their own first row, and how strongly a prompt excites one adapter.
 FAMILY, EXCITED = 20, 1.5
 BLOCK = 1024
 TEXTS, TEXT_TOKENS, PROMPT_TOKENS = 24, 4, 32
 
 
 class Drawn:
-    """An adapter of which there is a name, and the points that it touches."""
+    """A stand-in for an adapter: its name, and the modules that it adapts."""
 
     def __init__(self, number: int, modules: dict[str, None]) -> None:
         self.name, self.modules = f"adapter{number:07}", modules
@@ -89,7 +89,7 @@ class World:
         return rows.addcmul_(own, (1 - SHARED_ENERGY) ** 0.5 * size)
 
     def vectors(self, number: int, tokens: int, excited: Tensor | None) -> Tensor:
-        """(tokens, d) of one text; of a prompt, with what one adapter (r, d) answers to."""
+        """Vectors (tokens, d) of one text; those of a prompt also hold a direction of one adapter (r, d)."""
         g = self._generator(-number - 1)
         if self.signal == "norm":
             fall = (1 + torch.arange(self.width)).float() ** -0.6
@@ -220,7 +220,7 @@ def recall(args: argparse.Namespace) -> None:
     texts = [json.loads(line)["context"] for line in lines]
     found: dict[str, Any] = {"adapters": len(pool), "prompts": len(texts), "first_rank": args.first_rank}
     for signal in ("norm", "calibrated"):
-        # What estimates of responses are worth: example prompts would be the same in both stages.
+        # Example prompts are ignored: they would be the same in both stages, and the estimates are what is measured.
         settings = SelectionSettings(signal=signal, index="two-stage", index_rank=args.first_rank, examples="ignore")
         scorer: Any = LoGo(model, tokenizer, pool, settings=settings).scorer
         rows: dict[int, list[dict[str, float]]] = {k: [] for k in args.ks}
@@ -291,9 +291,9 @@ def model(args: argparse.Namespace) -> None:
 def cost(at: dict[str, Any], count: int, memory: float, disk: float, workers: int) -> dict[tuple[str, str], float]:
     """Bytes and ms of one prompt for so many adapters.
 
-    What is computed grows with the adapters, from what was measured. What does not fit into a worker's memory is read
-    from its disk besides. Of adapters that are scored exactly, a calibrated signal has a fixed number, and a bound
-    leaves a share.
+    Computing time is extrapolated in proportion to the number of adapters. What does not fit into a worker's memory is
+    also read from its disk. A calibrated signal scores a fixed number of adapters exactly; with a bound (one point), it
+    is a share of them.
     """
     ratio = count / at["adapters"]
     each = at["one_bytes"] / at["adapters"]
@@ -311,7 +311,7 @@ def cost(at: dict[str, Any], count: int, memory: float, disk: float, workers: in
         first = at["first_bytes"] * ratio / among
         exact = scored / (among if at["points"] == 1 else 1) * each  # every worker scores as many as one alone would
         found[arm, "bytes"] = first + exact
-        # The exact part is read from the disk where the index is larger than memory, the first stage where itself is.
+        # The exact part is read from the disk if the index exceeds the memory, the first stage if it exceeds it itself.
         from_disk = disk_ms(first, first) + disk_ms(exact, at["one_bytes"] * ratio / among)
         found[arm, "ms"] = warm_two * ratio / among + from_disk
     return found
@@ -334,7 +334,7 @@ def _memory() -> int:
 
 
 def say(text: str) -> None:
-    """To stderr."""
+    """Prints a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def arms(study: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """All ways to choose adapters, on the tasks that have one of their own."""
+    """Name of each signal and mixture -> its metrics on the tasks that have an adapter of their own."""
     return study["signals"] | study["mixtures"]
 
 

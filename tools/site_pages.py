@@ -1,4 +1,4 @@
-"""What the site has beside docs/: the README as its first page, the commands' help, and files that pages link to.
+"""Pages of the site from outside docs/: the README as its first page, the commands' help, and files that pages link to.
 
 A hook of MkDocs (`hooks` in mkdocs.yml). Pages link to each other, and to other files, as they lie in the repository.
 This module turns links that leave docs/ into links of the site, and puts the files they name into it.
@@ -49,11 +49,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def with_links_of_the_site(markdown: str, page: str, add: Callable[[str], None]) -> str:
-    """A page's text, its links as they have to be in the site.
+    """A page's text, with its links rewritten for the site.
 
     Args:
-        page: where it lies in the site.
-        add: told of every file of the repository that the page links to and that is not in docs/.
+        page: path of the page in the site.
+        add: called with every file of the repository that the page links to and that is not in docs/.
     """
     sources = {place: name for name, place in PAGES.items()}
     folder = posixpath.dirname(sources.get(page, f"docs/{page}"))
@@ -86,7 +86,7 @@ def help_of_commands() -> str:
 
 
 def _show_rare_options(command: Any) -> None:
-    """As `--help-all` does, in all commands below this one."""
+    """Shows all options of a command and of those below it, as `--help-all` does."""
     for parameter in command.params:
         parameter.hidden = False
     for one in getattr(command, "commands", {}).values():

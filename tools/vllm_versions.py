@@ -121,7 +121,7 @@ class Sources:
     # -- what is missing -----------------------------------------------------------------------------------------
 
     def missing(self, need: Need) -> str | None:
-        """What is not as LoGo expects it; None: all is."""
+        """How the sources differ from what LoGo expects, in words; None if they do not."""
         if isinstance(need, Function):
             return self._without(need)
         if isinstance(need, Call):
@@ -149,7 +149,7 @@ class Sources:
         return None if fits else f"takes ({', '.join(taken)})"
 
     def _generated(self, need: Function) -> bool:
-        """Whether the fields of a dataclass are its parameters."""
+        """Whether a dataclass generates an `__init__` with these parameters."""
         fields = [
             inner.target.id
             for node in self.line(need.module, need.owner)
@@ -169,7 +169,7 @@ class Sources:
 
 
 def title(need: Need) -> str:
-    """A row's."""
+    """The description of a need in the table."""
     if isinstance(need, Function):
         return f"{need.path}({', '.join(need.parameters)})"
     if isinstance(need, Call):
@@ -179,7 +179,7 @@ def title(need: Need) -> str:
 
 
 def needs() -> list[tuple[str, Need]]:
-    """All that is looked for, and what each is."""
+    """All needs, each with its kind, which says how LoGo uses it."""
     return [
         *(("wrapped", need) for need in HOOKS.values()),
         *(("wrapped, V2", need) for need in HOOKS_V2.values()),
@@ -214,7 +214,7 @@ def in_folder(root: Path) -> Sources:
 
 
 def table(found: dict[str, Sources], wanted: Sequence[tuple[str, Need]]) -> tuple[list[str], list[str]]:
-    """Rows of a table, and what is different where something is."""
+    """The lines of the table, and a line for each need that a version does not meet."""
     versions = list(found)
     lines = [f"{'':11}  {'  '.join(version.rjust(6) for version in versions)}  what"]
     different = []

@@ -105,7 +105,7 @@ class Prompts:
         except UsageError as error:
             raise UsageError(f"prompt {number}: {error}") from error
         if not len(prompt):
-            raise UsageError(f"prompt {number} is empty: this tokenizer adds no token of its own; write something")
+            raise UsageError(f"prompt {number} is empty, and this tokenizer adds no token: expected some text")
         if limit is None or len(prompt) <= limit:
             return prompt
         warnings.warn(
@@ -150,8 +150,8 @@ class Prompts:
                 raise UsageError(f"generation option {name!r} cannot be used here: give {_INSTEAD[name]!r} instead")
             if name not in _KNOWN:
                 raise UsageError(
-                    f"unknown generation option {name!r}{closest(name, _KNOWN)}: expected one of "
-                    "transformers.GenerationConfig"
+                    f"unknown generation option {name!r}{closest(name, _KNOWN)}: expected an option "
+                    "of transformers.GenerationConfig"
                 )
         config = config or self._default
         if config is None:
@@ -167,7 +167,7 @@ class Prompts:
                 if value is not None and hasattr(config, name) and getattr(config, name) is None:
                     setattr(config, name, copy.deepcopy(value))
         if (config.num_return_sequences or 1) != 1:
-            raise UsageError("num_return_sequences: one answer per prompt; repeat the prompt to get several")
+            raise UsageError("num_return_sequences: expected 1; repeat the prompt to get several answers")
         config.max_new_tokens = limit
         return config
 
@@ -245,7 +245,7 @@ def check_streamable(rows: int, config: GenerationConfig) -> None:
     if rows != 1:
         raise UsageError(f"streamer: expected a single prompt, found {rows}; ask for them one by one")
     if (config.num_beams or 1) != 1:
-        raise UsageError(f"streamer: beams change tokens afterwards; leave out num_beams={config.num_beams}")
+        raise UsageError(f"streamer: beam search changes tokens that were sent; leave out num_beams={config.num_beams}")
 
 
 def greedy_config(**options: Any) -> GenerationConfig:

@@ -283,7 +283,7 @@ def _tell_of_kinds(pool: AdapterPool, k: int | None) -> None:
     if alone and k != 1:
         warnings.warn(
             f"{len(alone)} of {len(pool)} adapters are DoRA adapters ({', '.join(alone[:3])}"
-            f"{', ...' if len(alone) > 3 else ''}), which answer alone only: use k 1, or force them",
+            f"{', ...' if len(alone) > 3 else ''}), which cannot be mixed: use k 1, or force one of them",
             UserWarning,
             stacklevel=4,
         )

@@ -166,7 +166,7 @@ def checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Checks options for transformers; those of `load_base` itself and those that run the model's code are refused."""
     for name in options:
         if name in ("trust_remote_code", "use_safetensors", "weights_only"):
-            raise UsageError(f"{name} cannot be set: no code and no pickles that come with a model are ever run")
+            raise UsageError(f"{name} cannot be set: a model's own code and its pickles are never run")
         if name in _LOADING:
             raise UsageError(f"model_kwargs: give {name!r} as an option of its own")
     return options

@@ -232,7 +232,7 @@ def _rows(encoding: Mapping[str, Any]) -> tuple[list[Any], bool]:
         raise UsageError(f"prompt: expected 'input_ids' in a BatchEncoding, found {found}{hint}")
     ids, mask = _listed(encoding["input_ids"]), _listed(encoding.get("attention_mask"))
     if not ids:
-        raise UsageError("prompt: expected one prompt or more, found a BatchEncoding of none")
+        raise UsageError("prompt: expected one prompt or more, found an empty BatchEncoding")
     if _is_number(ids[0]):
         return [_kept(ids, mask)], True
     masks = [None] * len(ids) if mask is None else mask

@@ -320,5 +320,5 @@ def take_call_options(options: dict[str, Any], adapters: Forced | Sequence[Force
     taken: Any = {name: options.pop(name) for name in CallOptions.__annotations__ if name in options}
     for name, value in taken.items():
         if value is not None and name != "candidates" and isinstance(adapters, (Mapping, Selection)):
-            raise UsageError(f"{name} says how to select, and `adapters` says what is mixed: leave out one of the two")
+            raise UsageError(f"{name} selects adapters, but `adapters` fixes the mixture: leave out one of the two")
     return taken  # type: ignore[no-any-return]

@@ -42,7 +42,7 @@ def engines() -> Iterator[Engines]:
 
 @pytest.fixture(scope="module")
 def settings_of_vllm() -> Iterator[None]:
-    """For engines in this process."""
+    """Sets vLLM's environment for engines in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

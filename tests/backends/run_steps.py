@@ -1,4 +1,4 @@
-"""Runs engines of vLLM, step by step as files say, and writes what came of it.
+"""Runs engines of vLLM, step by step as files describe, and writes the results.
 
 A process of its own for each engine: vLLM keeps state that a second engine in the same process would meet. All are
 forks of this one, since importing vLLM takes longer than starting an engine.

@@ -462,7 +462,7 @@ def test_a_pool_in_memory_has_to_be_a_folder(base: Path, pool: Path) -> None:
 
     whole = AdapterPool.from_directory(pool)
     assert _folder_of(whole, "error", None) == str(pool)
-    with pytest.raises(PoolError, match="all of its adapters have to be in one folder"):
+    with pytest.raises(PoolError, match="expected all adapters in one folder"):
         LoGo.from_pretrained(str(base), whole.subset("ours/*"), engine="vllm")
 
 

@@ -117,7 +117,7 @@ def test_methods_answer_through_vllm_too(rows: Path, tmp_path: Path, method: str
         (("--method", "arrow"), "merge 'arrow': the engine 'vllm' mixes adapters exactly"),
         (("--probe-context", "carry"), "inside vLLM prompts are probed by the base model alone"),
         (("--preset", "official"), "preset 'official' probes as the authors' script does"),
-        (("--estimate",), "--estimate: what the engine 'vllm' takes is said by `logo plan`"),
+        (("--estimate",), "--estimate is not for the engine 'vllm'; use `logo plan`"),
         (("--device", "cuda:1"), "--device: the engine 'vllm' has no such option; set CUDA_VISIBLE_DEVICES"),
         (("--allow-pickle",), "--allow-pickle: the engine 'vllm' has no such option"),
         (("--fold",), "fold: the engine 'vllm' has no such option"),
@@ -160,4 +160,4 @@ def test_generating_and_selecting_say_the_same(
 
 def test_options_of_vllm_belong_to_vllm(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["select", "x", *DEMO, "--vllm-options", "{}"]) == 2
-    assert "--vllm-options: only the engine 'vllm' has them; add --engine vllm or leave" in capsys.readouterr().err
+    assert "--vllm-options is only for the engine 'vllm'; add --engine vllm or leave" in capsys.readouterr().err

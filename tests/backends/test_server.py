@@ -447,7 +447,7 @@ def test_a_change_that_cannot_be_made_changes_nothing(
 ) -> None:
     for what, name, more, expected in (
         ("load", "bad", {"lora_path": str(tmp_path)}, "adapter_config.json"),
-        ("load", "logo", {"lora_path": str(ASSETS / "adapters" / "capital")}, "already means another model"),
+        ("load", "logo", {"lora_path": str(ASSETS / "adapters" / "capital")}, "is the name of another model"),
         ("load", "../bad", {"lora_path": str(ASSETS / "adapters" / "capital")}, "lora_name"),
         ("unload", "nobody", {}, "cannot be found"),
     ):

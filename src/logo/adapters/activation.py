@@ -51,8 +51,8 @@ class Activation:
             raise UsageError(f"activation: expected everywhere, invocation or last:N, found {text!r}")
         if int(match[1]) == 0:
             raise UsageError(
-                "activation last:0 leaves the prompt's last token, from which the answer's first token is drawn, to "
-                "the base model: expected last:1 or more"
+                "activation last:0: no adapter would act on the prompt's last token, which gives the answer's first "
+                "token: expected last:1 or more"
             )
         return cls(last=int(match[1]))
 
@@ -77,8 +77,7 @@ class Activation:
             if self.without == ERROR:
                 raise UsageError(
                     f"the prompt does not contain the invocation tokens {list(self.tokens)} that activate an adapter: "
-                    "write them where the answer is to begin, or say what to do without them (--when-not-invoked off "
-                    "or last:N)"
+                    "put them where the answer begins, or set --when-not-invoked to off or last:N"
                 )
             return Activation.parse(self.without).begin(prompt)
         return 0 if self.last is None else max(0, len(prompt) - self.last)
@@ -101,8 +100,8 @@ class NotInvoked(Counter[str]):
         for name in names:
             if name not in self:
                 found.append(
-                    f"adapter {name!r}: a prompt lacks its invocation tokens, so it does nothing there "
-                    "(--when-not-invoked says what else it may do)"
+                    f"adapter {name!r}: a prompt lacks its invocation tokens, so the adapter is not applied to it; "
+                    "--when-not-invoked changes this"
                 )
             self[name] += 1
         return found

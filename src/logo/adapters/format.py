@@ -167,7 +167,7 @@ class Adapter:
     def _holds_weights(self) -> str:
         return (
             f"it holds full weights ({next(iter(self.copies))}), as modules_to_save or resized embeddings do; they "
-            "cannot be mixed unless they are the base model's own, which shows when it is loaded"
+            "cannot be mixed unless they equal the base model's, which is checked when it is loaded"
         )
 
     def read(self, modules: Iterable[str] | None = None) -> dict[str, LoraWeights]:

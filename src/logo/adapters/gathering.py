@@ -264,7 +264,7 @@ def _adapters_in(source: _Source, full: bool, refused: list[AdapterError]) -> It
     names = {name: (folder, path) for folder, path in paths if (name := _name(asked, repo, path, full)) is not None}
     for name, (folder, path) in names.items():
         if asked.place.on_hub and path != asked.place.below and _CHECKPOINT.fullmatch(os.path.basename(path)):
-            refused.append(LeftOut(name, "it is a checkpoint of a training; name its folder alone to open it"))
+            refused.append(LeftOut(name, "it is a training checkpoint; to open it, name only its folder"))
             continue
         short = name
         if os.path.basename(path) == _DEFAULT and (full or not asked.place.plain):

@@ -52,9 +52,9 @@ def _as_entry(adapter: Adapter, entry: Entry, digests: DigestCache) -> Adapter:
                 f"{file.name} is not the one in the manifest: expected sha256 {expected[:_SHOWN]}..., found "
                 f"{found[:_SHOWN]}... in "
                 + (
-                    f"{adapter.folder}; that copy in the cache is damaged: delete it, and it is fetched again"
+                    f"{adapter.folder}; that cached copy is damaged: delete it, and it is fetched again"
                     if entry.revision
-                    else f"{entry.source}; if the change is wanted, write the manifest again (`logo pool lock`)"
+                    else f"{entry.source}; if the change is intended, write the manifest again (`logo pool lock`)"
                 ),
             )
     own = Activation(adapter.config.invocation)

@@ -91,13 +91,13 @@ def read_manifest(file: Path) -> Manifest:
     except OSError as error:
         raise StorageError(f"manifest {file}: cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"manifest {file}: is no YAML: {' '.join(str(error).split())[:200]}") from error
+        raise UsageError(f"manifest {file}: is not valid YAML: {' '.join(str(error).split())[:200]}") from error
     problem = _Problem(f"manifest {file}")
     if not isinstance(said, dict) or not isinstance(said.get("adapters"), list) or not said["adapters"]:
         raise problem("expected `adapters:`, a list of one or more, as `logo pool lock` writes it")
     problem.keys(said, _TOP)
     if said.get("version", VERSION) != VERSION:
-        raise problem(f"expected version {VERSION}, found {said['version']!r}; this LoGo is too old for it")
+        raise problem(f"expected version {VERSION}, found {said['version']!r}; this version of LoGo is too old for it")
     entries = [_entry(one, problem.at(f"entry {number}")) for number, one in enumerate(said["adapters"], 1)]
     names = [entry.name for entry in entries if entry.name is not None]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)

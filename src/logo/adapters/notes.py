@@ -32,10 +32,10 @@ def read_notes(root: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        warnings.warn(f"{file} is left out, since it cannot be read: {error}", UserWarning, stacklevel=2)
+        warnings.warn(f"{file} is ignored, since it cannot be read: {error}", UserWarning, stacklevel=2)
         return {}
     if not isinstance(notes, dict):
-        warnings.warn(f"{file} is left out: it must hold an object", UserWarning, stacklevel=2)
+        warnings.warn(f"{file} is ignored: it must hold an object", UserWarning, stacklevel=2)
         return {}
     return notes
 

@@ -55,8 +55,8 @@ def list_repos(
     if local_files_only or constants.HF_HUB_OFFLINE:
         if kept is None:
             raise HubError(
-                f"Hub repos {pattern}: offline, and they were never listed here; open them once with a connection, or "
-                "open a manifest of them (`logo pool lock`)"
+                f"Hub repos {pattern}: offline, and no earlier list of them is in the cache; open them once with a "
+                "connection, or open a manifest of them (`logo pool lock`)"
             )
         return kept
     owner, _, name = pattern.partition("/")
@@ -70,12 +70,12 @@ def list_repos(
         failure = hub_error(pattern, error)
         if kept is None or not _is_unreachable(error):
             raise failure from error
-        warnings.warn(f"{failure}; opened as it was listed before", UserWarning, stacklevel=2)
+        warnings.warn(f"{failure}; using the list of an earlier run", UserWarning, stacklevel=2)
         return kept
     if not found:
         raise HubError(
-            f"Hub repos {pattern}: {constants.ENDPOINT} has none of this name; check it, and HF_TOKEN if they are "
-            "private"
+            f"Hub repos {pattern}: no repository at {constants.ENDPOINT} matches; check the name, and HF_TOKEN if they "
+            "are private"
         )
     listing = Listing(dict(sorted(found.items())))
     keep_listing(pattern, listing, cache)
@@ -136,7 +136,7 @@ def _in_threads(task: Callable[[_K], None], repos: Sequence[_K], workers: int) -
             raise error
         if not is_lasting(error):
             here = len(ended) - len(failures)
-            raise HubError(f"{error} ({here} of {len(repos)} repositories are here)" if len(repos) > 1 else str(error))
+            raise HubError(f"{error} ({here} of {len(repos)} repositories fetched)" if len(repos) > 1 else str(error))
 
 
 def _is_unreachable(error: BaseException) -> bool:

@@ -76,7 +76,7 @@ def opened(
         name = spot.name
         if spot.folder != str(spot.top) and began(spot.folder):
             refused.append(
-                LeftOut(name, "it is the initial state of the adapter in the folder above it, and is read with that")
+                LeftOut(name, "it is the initial state of the adapter in the folder above, and is read with that one")
             )
             continue
         try:
@@ -96,7 +96,7 @@ def opened(
     for name in [name for name in adapters if tops.get(_twin(name)) == tops[name]]:
         if adapters[name].config.invocation and not adapters[_twin(name)].config.invocation:
             del adapters[name]
-            reason = f"it is the activated form of {_twin(name)!r}, which is taken; name its folder alone to open it"
+            reason = f"it is the activated form of {_twin(name)!r}, which is used; to open it, name only its folder"
             refused.append(LeftOut(name, reason))
     unverified = [adapter for name, adapter in adapters.items() if name not in unchanged]
     if verify is None:

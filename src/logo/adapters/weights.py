@@ -77,7 +77,7 @@ class PickleFile:
         try:
             loaded = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # torch's own text suggests weights_only=False, which runs the code
-            raise ValueError("it holds more than tensors, or is damaged; nothing in it was run") from error
+            raise ValueError("it holds objects other than tensors, or is damaged; no code in it was run") from error
         if not isinstance(loaded, dict) or not all(
             isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
             for key, value in loaded.items()

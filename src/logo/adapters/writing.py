@@ -38,7 +38,7 @@ def check_new(folder: Path) -> None:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UsageError(f"{folder} exists already and is not an empty folder; name another one, or remove it")
     if folder.exists() and folder.samefile(os.curdir):
-        raise UsageError(f"{folder} is the folder that this runs in, which cannot be replaced; name another one")
+        raise UsageError(f"{folder} is the current folder, which cannot be replaced; name another one")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ async def answer(send: Send, status: int, body: bytes, headers: Iterable[tuple[b
 
 
 async def answer_error(send: Send, error: ApiError) -> None:
-    """Sends an error."""
+    """Sends an error as a complete JSON response."""
     headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     await answer(send, error.status, error.content(), headers)
 
@@ -38,8 +38,8 @@ class BodyLimit:
     would lose the answer.
     """
 
-    LINGER = 30.0  # the most seconds that it stays open
-    QUIET = 2.0  # it closes after so many seconds without data
+    LINGER = 30.0  # the longest time, in seconds, that the connection stays open
+    QUIET = 2.0  # the connection closes after this many seconds without data
     THROWN_AWAY = 64 * 2**20  # the most bytes that are discarded
 
     def __init__(self, app: App, limit: int) -> None:
@@ -77,7 +77,7 @@ class BodyLimit:
         while seen < self.THROWN_AWAY and time.monotonic() < end:
             try:
                 message = await asyncio.wait_for(receive(), self.QUIET)
-            except asyncio.TimeoutError:  # before Python 3.11 not the built-in one
+            except asyncio.TimeoutError:  # not the built-in TimeoutError before Python 3.11
                 return
             seen += len(message.get("body", b""))
             if not message.get("more_body", False):

@@ -1,6 +1,6 @@
 """`ApiError`: every failure as an answer in OpenAI's form, `{"error": {"message", "type", "param", "code"}}`.
 
-Messages show values of a request shortened, and internal errors only go to the log. Web frameworks are not known here.
+Messages show values of a request shortened, and internal errors only go to the log. This module knows no web framework.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ApiError(Exception):
         type: OpenAI's type: `invalid_request_error`, `rate_limit_error` or `server_error`.
         param: the wrong field.
         code: a word for programs.
-        headers: of the answer.
+        headers: further headers of the answer.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ def forbidden(message: str) -> ApiError:
 
 
 def not_found(message: str, param: str | None = None, code: str | None = "not_found") -> ApiError:
-    """404: it does not exist."""
+    """404: the requested thing does not exist."""
     return ApiError(404, message, INVALID, param, code)
 
 
@@ -144,7 +144,7 @@ def failed(message: str, code: str) -> ApiError:
 
 
 def internal(request_id: str | None = None) -> ApiError:
-    """500: an internal error. The message only has the request id, by which the log has the cause."""
+    """500: an internal error. The message names only the request id, under which the log holds the cause."""
     where = f" (request id {request_id})" if request_id else ""
     return ApiError(500, f"the server failed to answer{where}", SERVER, code="internal_error")
 

@@ -32,7 +32,7 @@ MAX_LOGPROBS = 20
 MAX_TOKEN = 2**31 - 1  # the largest token id or count, above any vocabulary and context
 
 TAGS = ("<text>", "<texts>", "<tokens>", "<token lists>", "<parts>")
-"""Names of union branches; pydantic puts them into an error's place, where no client would know them."""
+"""Names of union branches; pydantic adds them to an error's path, from which `validation.path` removes them."""
 
 
 def refused(message: str, field: str | None = None) -> PydanticCustomError:
@@ -57,7 +57,7 @@ def _whole(value: Any) -> Any:
 Text = Annotated[str, Strict(), AfterValidator(_encodable)]
 Flag = Annotated[bool, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-# The bound comes before the validator of 16.0, so that pydantic writes it into the OpenAPI document.
+# The bound stands before the validator that accepts 16.0, so that pydantic writes it into the OpenAPI document.
 Seed = Annotated[int, Strict(), Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 Count = Annotated[int, Strict(), Field(ge=1, le=MAX_TOKEN), BeforeValidator(_whole)]
 Choices = Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES), BeforeValidator(_whole)]

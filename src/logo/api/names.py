@@ -16,7 +16,7 @@ from logo.errors import closest
 from logo.protocol import MixtureRequest, Patterns
 
 AUTO = "logo"
-"""The model name that selects by itself."""
+"""The model name for which the prompt selects the adapters."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,20 @@ class Models:
             return MixtureRequest(None, given, self.patterns)
         if options.selecting:
             said = ", ".join(map(repr, options.selecting))
-            raise bad_request(f"logo: model {shown(model)} selects nothing; leave out {said}", "logo")
+            raise bad_request(f"logo: model {shown(model)} does not select adapters; leave out {said}", "logo")
         return MixtureRequest({} if model == self.base else {model: 1.0}, usable=self.patterns)
 
     def check_new(self, name: str, *, replace: bool) -> None:
         """Checks that an adapter of this name may be added.
 
         Args:
-            replace: it may replace an adapter of the same name.
+            replace: whether an adapter of the same name may be replaced.
 
         Raises:
             ApiError: the name is reserved, or there is such an adapter.
         """
         if name in (AUTO, self.base):
-            raise bad_request(f"lora_name: {shown(name)} already means another model", "lora_name")
+            raise bad_request(f"lora_name: {shown(name)} is the name of another model", "lora_name")
         if name in self.adapters and not replace:
             raise bad_request(f"The lora adapter {shown(name)} has already been loaded.", "lora_name")
 

@@ -30,7 +30,7 @@ class Mixture(Reply):
 
     @classmethod
     def of(cls, chosen: SelectedMixture) -> Mixture:
-        """What was chosen for a prompt."""
+        """The mixture that was selected for a prompt."""
         return cls(
             adapters=list(chosen.selection.adapters),
             weights=list(chosen.selection.weights),
@@ -58,7 +58,7 @@ class SelectionReply(Reply):
 
     @classmethod
     def of(cls, chosen: SelectedMixture, tokens: int) -> SelectionReply:
-        """What was chosen for a prompt of so many tokens."""
+        """The reply about the selection for a prompt of `tokens` tokens."""
         return cls(
             adapters=list(chosen.selection.adapters),
             weights=list(chosen.selection.weights),
@@ -82,7 +82,7 @@ class AdapterCard(Reply):
 
     @classmethod
     def of(cls, card: Card, selected: int) -> AdapterCard:
-        """A card, and how often its adapter was selected."""
+        """The reply about an adapter, from its card and the number of its selections."""
         return cls(
             id=card.name,
             rank=card.rank,

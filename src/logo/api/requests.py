@@ -60,7 +60,7 @@ class LogoOptions(Body):
 
     @property
     def selecting(self) -> list[str]:
-        """The fields that are given and say how to select."""
+        """The names of the given fields that set the selection, which are all except `adapters`."""
         return [name for name, value in self if name != "adapters" and value is not None]
 
 

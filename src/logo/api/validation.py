@@ -82,11 +82,11 @@ def plain(text: str) -> str:
 
 
 def unreadable(cause: BaseException) -> str:
-    """Why a body could not be read."""
+    """A message of one line that says why a body could not be read."""
     if isinstance(cause, UnicodeDecodeError):
         return f"the body is not UTF-8: byte {cause.start} belongs to no character"
     if isinstance(cause, RecursionError):
-        return "the body is not usable JSON: too many lists or objects inside each other"
+        return "the body is not usable JSON: lists or objects are nested too deeply"
     if isinstance(cause, ValueError) and "digits" in str(cause):
         return "the body is not usable JSON: a number has too many digits"
     return "the body could not be read"

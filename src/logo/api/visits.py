@@ -11,7 +11,7 @@ from contextvars import ContextVar
 class Visit:
     """A request that depends on the pool until its mixtures are selected.
 
-    The prompts of a request are selected for at the same time; the visit lasts until the last one is done.
+    The selections for the prompts of one request run concurrently; the visit ends with the last of them.
     """
 
     def __init__(self, leave: Callable[[], None]) -> None:
@@ -36,11 +36,11 @@ class Visit:
 
 
 visit: ContextVar[Visit | None] = ContextVar("visit", default=None)
-"""Of the request that is being answered."""
+"""The visit of the request that is being answered; None if it has none."""
 
 
 def choosing(times: int = 1) -> None:
-    """The current request begins to select for so many prompts."""
+    """Notes that the current request begins `times` selections."""
     inside = visit.get()
     if inside is not None:
         for _ in range(times):
@@ -48,14 +48,14 @@ def choosing(times: int = 1) -> None:
 
 
 def chosen() -> None:
-    """The current request has selected for one prompt."""
+    """Notes that the current request has finished one selection."""
     inside = visit.get()
     if inside is not None:
         inside.chosen()
 
 
 def indifferent() -> None:
-    """The current request does not depend on the pool."""
+    """Ends the visit of the current request, because the request does not depend on the pool."""
     inside = visit.get()
     if inside is not None:
         inside.leave()

@@ -94,7 +94,7 @@ def connect(ray: Any, layout: Layout) -> None:
     """Connects this process to Ray as a driver."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if ray.is_initialized():
-        raise WorkersError("this process uses Ray already")
+        raise WorkersError("this process is connected to Ray already")
     if layout.address == LOCAL:
         cores = os.cpu_count() or 1
         cpus = max(cores, (layout.count or 1) * (layout.cpus or 1))  # more processes than cores share them

@@ -224,18 +224,18 @@ def _chosen(
 ) -> tuple[Slots, str]:
     """The slots to take, and why."""
     largest = f"the largest adapter has rank {max(pool.ranks)}"
-    together = f"the {pool.k} largest adapters have rank {summed} together"
-    ends = f"and vLLM's slots end at {RANKS[-1]}"
+    together = f"the ranks of the {pool.k} largest adapters add up to {summed}"
+    ends = f"but vLLM allows at most {RANKS[-1]}"
     if gate is None:  # then merging is impossible, too: its rank is no smaller
         raise UsageError(f"{largest}, {ends}")
     if mode == "gate":
-        return gate, "it was asked for"
+        return gate, "as requested"
     if merge is None:
         if mode == "merge":
             raise UsageError(f"merging is not possible: {together}, {ends}; choose a smaller k, or mode gate")
         return gate, f"merging is not possible: {together}, {ends}"
     if mode == "merge":
-        return merge, "it was asked for"
+        return merge, "as requested"
     ours, theirs = (f"{one.count:,} x rank {one.rank}" for one in (gate, merge))
     if gate.count * gate.rank <= merge.count * merge.rank:
         return gate, f"one slot per adapter ({ours}) takes no more than one per request ({theirs})"

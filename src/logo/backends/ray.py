@@ -135,10 +135,10 @@ class Workers(Generic[H]):
                 raise result.error
             if not isinstance(result, Unlike):
                 return result
-            reason, tries = f"the last one is not like the others: {result.reason}", tries + 1
+            reason, tries = f"the last one differs from the others: {result.reason}", tries + 1
             if worker in self._workers:
                 self._give_up(worker, result.reason)
-        raise WorkersError(f"no worker could do what one of them has to do for all: {reason}")
+        raise WorkersError(f"no worker could finish a step on which all workers depend: {reason}")
 
     def map(self, items: Iterable[I], what: Callable[..., Any]) -> Iterator[tuple[I, Any]]:
         """Yields each item with the result of `what(held, *item.args)`, or with `Lost`, in the order of completion.
@@ -202,7 +202,9 @@ class Workers(Generic[H]):
 
     def _check_wait(self, since: float) -> None:
         if time.monotonic() - since > self._layout.deadline:
-            raise WorkersError(f"no worker for {self._layout.deadline:.0f} s: the cluster has no room for any")
+            raise WorkersError(
+                f"no worker could start within {self._layout.deadline:.0f} s: the cluster has no room for one"
+            )
 
     # -- processes -----------------------------------------------------------------------------------------------
 
@@ -243,7 +245,7 @@ class Workers(Generic[H]):
                 limit = min(limit, time.monotonic() + self._layout.grace)
                 reason = self._differs(found, opened[0])
                 if reason is not None:
-                    raise WorkersError(f"{worker.name} is not like the driver: {reason}")
+                    raise WorkersError(f"{worker.name} differs from the driver: {reason}")
         return opened[0]
 
     def _look_at_openings(self) -> None:
@@ -273,7 +275,7 @@ class Workers(Generic[H]):
         """Ends a process without replacing it, since a new one would fail alike; its item goes to another process."""
         warnings.warn(f"{worker.name} gets no work: {reason}", UserWarning, stacklevel=4)
         self._end(worker)
-        self._again_elsewhere(worker, f"is not like the others: {reason}")
+        self._again_elsewhere(worker, f"differs from the others: {reason}")
 
     def _again(self, worker: Process, how: str) -> None:
         """Replaces a process that ended before it was open. After `_FAILED_STARTS` in a row no more are started, and

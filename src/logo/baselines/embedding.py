@@ -27,7 +27,7 @@ _OTHER_FRAMEWORKS = ["onnx/*", "openvino/*", "tf_model*", "flax_model*", "rust_m
 
 
 def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "", device: str = "cpu") -> Tensor:
-    """(texts, d), float32 on the CPU, rows of length 1.
+    """Embeds texts: (texts, d), float32 on the CPU, rows of length 1.
 
     Args:
         model: a Hub id or a folder. It is loaded once; a folder, or a model in the cache, needs no network.
@@ -36,8 +36,8 @@ def embed(texts: Sequence[str], model: str = DEFAULT_MODEL, instruction: str = "
         device: where to compute.
 
     Raises:
-        UsageError: sentence-transformers is not installed.
-        HubError: the model is no folder, and the Hub does not give it.
+        MissingLibrary: sentence-transformers is not installed.
+        HubError: the model is not a folder, and cannot be fetched from the Hub.
         ModelError: it cannot be loaded.
     """
     loaded = _load(model, device)
@@ -67,7 +67,7 @@ def _load(model: str, device: str) -> Any:
         raise ModelError(
             f"embedding model {model!r} cannot be loaded: {reason[:300]}; expected a sentence-transformers model"
         ) from error
-    # The library is given a folder, in which it does not know even the models that it knows by their ids.
+    # The library gets a folder, so it does not recognise even the INSTRUCTOR models that it knows by their ids.
     if model == _LORA_RETRIEVER or "instructor" in Path(model).name.lower():
         loaded.set_pooling_include_prompt(False)
     return loaded
@@ -78,11 +78,11 @@ def _leaves_out_instructions(loaded: Any) -> bool:
 
 
 def fetch(model: str) -> str:
-    """The folder of a model, downloaded where it is not one already.
+    """The folder of a model; a model on the Hub is downloaded, unless it is in the cache.
 
     Raises:
-        ModelError: it is no folder, and no Hub id.
-        HubError: the Hub does not give it.
+        ModelError: the name is neither a folder nor a Hub id.
+        HubError: the model cannot be fetched from the Hub.
     """
     if Path(model).is_dir():
         return model

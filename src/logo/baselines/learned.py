@@ -18,7 +18,7 @@ from logo.errors import DataError, UsageError
 from logo.extras import need
 from logo.scoring import Scored, completion_ids
 
-# Adapters whose tensors are in memory together while each is tried alone.
+# Number of adapters that one call scores, each alone: the tensors of so many are in memory at once.
 _TOGETHER = 32
 _ROWS_PER_PASS = 8
 
@@ -137,10 +137,10 @@ def objective(scored: Sequence[Scored], weights: Sequence[float], penalty: float
 
 
 def labelled(method: str, task: Task, count: int, seed: int) -> list[Example]:
-    """So many of the train rows, drawn with the seed.
+    """`count` of the training rows, drawn with the seed; all of them if there are fewer.
 
     Raises:
-        DataError: there are none.
+        DataError: the task has no training rows.
     """
     if not task.train:
         raise DataError(
@@ -152,7 +152,7 @@ def labelled(method: str, task: Task, count: int, seed: int) -> list[Example]:
 def minimise(
     loss: Callable[[Sequence[float]], float], size: int, budget: int, bound: float, seed: int
 ) -> tuple[list[float], float]:
-    """The weights that nevergrad's NGOpt recommends after so many trials, and their loss.
+    """The weights that nevergrad's NGOpt recommends after `budget` trials, and their loss.
 
     Raises:
         MissingLibrary: nevergrad is not installed.
@@ -161,7 +161,7 @@ def minimise(
     with _repeatable(seed), warnings.catch_warnings():
         import nevergrad
 
-        warnings.simplefilter("ignore")  # nevergrad's, about the optimisers it has chosen itself
+        warnings.simplefilter("ignore")  # nevergrad warns about optimisers that it has chosen itself
         space: Any = nevergrad.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
         space.random_state.seed(seed)
         optimiser = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
@@ -172,8 +172,9 @@ def minimise(
 
 @contextmanager
 def _repeatable(seed: int) -> Iterator[None]:
-    """Some of nevergrad's optimisers draw from numpy's global generator, or from one that cma seeds by the clock."""
-    state = numpy.random.get_state()  # before the imports: nevergrad's draws, too
+    """Within the block, all draws of nevergrad depend on the seed. Some of its optimisers draw from numpy's global
+    generator, or from one that cma seeds by the clock."""
+    state = numpy.random.get_state()  # before the imports: that of nevergrad draws, too
     from cma import options_parameters as cma
     from nevergrad.optimization import metamodel
 
@@ -187,7 +188,7 @@ def _repeatable(seed: int) -> Iterator[None]:
 
 
 def _as_float(value: Any) -> float:
-    """nevergrad 1.0 takes an array of one number for a number, which numpy has stopped to do."""
+    """An array of one number as a float. nevergrad 1.0 passes such arrays to `float`, and numpy no longer allows it."""
     return float(numpy.asarray(value).reshape(-1)[0])
 
 
@@ -197,7 +198,7 @@ def _score(logo: Calls, task: Task, row: Example, mixtures: Sequence[dict[str, f
 
 
 def _tokens(logo: Calls, task: Task, row: Example) -> tuple[list[int], list[int]]:
-    """Prompt and gold text, as they are scored after each other."""
+    """The token ids of a row's prompt and of its gold text, as they are scored."""
     with _named(task):
         gold = completion_ids(logo.tokenizer, row.context, _gold(row), logo.prompts.context)
         return logo.prompts.encode([row.context], room=len(gold))[0], gold

@@ -29,7 +29,7 @@ from logo.selection import Selection
 # Adapter -> its share of `exact_match` and its mean `nll` on the validation rows of one task.
 Table = Mapping[str, Mapping[str, float]]
 
-# What an engine's adapters did, by task and rows: all datasets of a run ask for the same.
+# Engine -> (task, digest of its rows) -> table. Kept, because all datasets of a run need the same tables.
 _TRIED: WeakKeyDictionary[Calls, dict[tuple[str, str], Table]] = WeakKeyDictionary()
 
 
@@ -43,7 +43,7 @@ class LoRAuter(Embedding):
         embedding_model, instruction: as in retrieval.
         k: tasks whose adapters are mixed.
         temperature: of the softmax over the tasks' cosine similarities, which gives their weights.
-        tables: known results of adapters; the rest is evaluated.
+        tables: known results by task; adapters are evaluated on the other tasks.
     """
 
     name: ClassVar[str] = "lorauter"
@@ -81,14 +81,14 @@ class LoRAuter(Embedding):
         return known[key]
 
     def knowing(self, tables: Mapping[str, Table]) -> LoRAuter:
-        """The same method with these tables, whose adapters need no evaluation."""
+        """The same method with these tables, whose tasks need no evaluation."""
         return replace(self, tables=tables)
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:
         if not self.validation:
             raise DataError(
-                f"method {self.name!r} knows tasks by labelled rows, and there are none: expected a folder "
-                "(--validation-rows DIR) with TASK.jsonl for each"
+                f"method {self.name!r} needs labelled rows of tasks, found none: expected a folder "
+                "(--validation-rows DIR) with TASK.jsonl for each task"
             )
         among = task.candidates(logo)
         best: dict[str, dict[str, Any]] = {}
@@ -106,7 +106,8 @@ class LoRAuter(Embedding):
         return Prepared(select, {"embedding_model": self.embedding_model, "tasks": best})
 
     def _mixed(self, adapters: Sequence[str], similarities: torch.Tensor) -> Selection:
-        """Of tasks with these similarities (tasks,) and adapters; an adapter's score is that of its nearest task."""
+        """The selection for a prompt, from its similarities (tasks,) and the tasks' adapters. An adapter's score is the
+        similarity of its nearest task."""
         order = torch.sort(similarities, descending=True, stable=True).indices.tolist()
         near = order[: self.k]
         weights: dict[str, float] = {}
@@ -118,6 +119,6 @@ class LoRAuter(Embedding):
         return ranked(weights, scores)
 
     def _digest(self, tasks: Sequence[str]) -> str:
-        """Of the rows of these tasks that are used."""
+        """The SHA-256, in hex, of the rows of these tasks that are used."""
         rows = {task: [[row.context, row.completion] for row in self.validation[task][: self.rows]] for task in tasks}
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """`Method`: how adapters are chosen for the prompts of a dataset, and `Answering`, which answers with what it chooses.
 
-A method is a value: its options, and nothing that changes. What it finds out about a dataset, once, before the first
-prompt, is in the `Prepared` that it makes of a `Task`. Knows datasets only as texts.
+A method holds its options and no other state. What it finds out about a dataset, once and before the first prompt, is
+in the `Prepared` that it makes from a `Task`. This module knows datasets only as texts.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Prepared:
     """A method that knows its dataset.
 
     Attributes:
-        select: a selection for each prompt, the same one whatever prompts it is asked for together with; None: the
-            engine's own.
-        record: what was found out, for JSON: weights, tables, seeds.
+        select: returns a selection for each prompt, which does not depend on the other prompts of the call; None: the
+            engine selects.
+        record: what the method found out, for JSON: weights, tables, seeds.
     """
 
     select: Select | None
@@ -99,7 +99,7 @@ class Method(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _ = self.merging  # refuses what cannot be used
+        _ = self.merging  # raises for options that cannot be used
 
     @property
     def merging(self) -> Merge:
@@ -115,7 +115,7 @@ class Method(ABC):
 
     @property
     def label(self) -> str:
-        """The name, with what sets this one apart from others of its kind."""
+        """The name, followed by the merge if that is not the method's own."""
         return self.name if self.merging.kind == self.own_merge else f"{self.name}-{self.merging.kind}"
 
     @property
@@ -135,11 +135,11 @@ class Method(ABC):
         """
 
     def check(self) -> None:
-        """Raises LoGoError where this machine lacks what the method needs; a process does so before it has any work."""
+        """Raises LoGoError if this machine lacks something that the method needs; each process checks it first."""
         return
 
     def check_pool(self, names: Sequence[str]) -> None:
-        """Raises DataError where the method lacks something that it has to know of these adapters."""
+        """Raises DataError if the method lacks data about one of these adapters, such as samples of its inputs."""
         return
 
     def as_dict(self) -> dict[str, Any]:
@@ -160,11 +160,11 @@ class Learned(Method):
 
     @abstractmethod
     def learn(self, logo: Calls, task: Task) -> dict[str, Any]:
-        """What is learnt about a dataset, for JSON; see `prepare`. The longest part of the work, so keep it."""
+        """Learns about a dataset and returns the result as JSON, to be kept for reuse; errors as in `prepare`."""
 
     @abstractmethod
     def recall(self, learnt: Mapping[str, Any]) -> Prepared:
-        """The method that knows its dataset by what it learnt of it before."""
+        """The prepared method, from the result of an earlier `learn`."""
 
     def prepare(self, logo: Calls, task: Task) -> Prepared:
         return self.recall(self.learn(logo, task))
@@ -177,10 +177,10 @@ class Answering:
         record: what the method found out about the dataset, for JSON.
 
     Args:
-        logo: its `merge` becomes the method's.
-        method: prepared for the task at once.
-        prepared: the method that knows the task already.
-        **options: of `LoGo.generate`, for every prompt.
+        logo: the engine; its `merge` is set to the method's.
+        method: the method, which is prepared for the task unless `prepared` is given.
+        prepared: the result of an earlier preparation for the task.
+        **options: options of `LoGo.generate`, for every prompt.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Answering:
 
 
 def same_for_all(weights: dict[str, float], scores: dict[str, float] | None = None) -> Select:
-    """One selection, best first, for every prompt."""
+    """A `Select` that returns one selection, best first, for every prompt."""
     selection = ranked(weights, scores)
     return lambda prompts, batch_size: [selection] * len(prompts)
 
@@ -225,6 +225,6 @@ def ranked(weights: dict[str, float], scores: dict[str, float] | None = None) ->
 
 
 def check_count(option: str, value: int) -> None:
-    """Raises UsageError unless it is 1 or more."""
+    """Raises UsageError unless the value is 1 or more."""
     if value < 1:
         raise UsageError(f"{option}: expected 1 or more, found {value}")

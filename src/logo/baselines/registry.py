@@ -34,12 +34,12 @@ for _kind in (
 
 
 def methods() -> dict[str, str]:
-    """What each method does, in a line."""
+    """Name of each method -> what it does, in one line."""
     return {name: (kind.__doc__ or "").splitlines()[0] for name, kind in METHODS.items()}
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of this name, ours or a plugin's.
+    """The class of the method of this name, ours or a plugin's.
 
     Raises:
         UsageError: there is none.
@@ -49,10 +49,10 @@ def method_class(name: str) -> type[Method]:
 
 
 def get_method(name: str, **options: Any) -> Method:
-    """The method of this name with these options; see its class for what there is.
+    """The method of this name with these options, which its class documents.
 
     Raises:
-        UsageError: there is none, it has no such option, or one cannot be used.
+        UsageError: there is no such method or option, or an option cannot be used.
     """
     kind = method_class(name)
     known = [field.name for field in fields(kind)]

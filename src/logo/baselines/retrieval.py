@@ -82,7 +82,7 @@ class Retrieval(Embedding):
         if lacking:
             more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
             raise DataError(
-                f"method {self.name!r} knows adapters by samples of their inputs, and there are none for "
+                f"method {self.name!r} needs samples of every adapter's inputs, found none for "
                 f"{', '.join(lacking[:5])}{more}: expected a folder (--adapter-samples DIR) with NAME.jsonl for each"
             )
 
@@ -96,7 +96,7 @@ class Retrieval(Embedding):
         return self.means(logo, [tuple(self.samples[name]) for name in names])
 
     def closest(self, names: Sequence[str], similarities: Tensor) -> Selection:
-        """The k adapters of the highest similarities (pool,), alike in weight; ties to the earlier name."""
+        """The k adapters with the highest similarities (pool,), equally weighted; among ties the earlier name."""
         order = torch.sort(similarities, descending=True, stable=True).indices[: self.picks].tolist()
         chosen = dict.fromkeys((names[i] for i in order), 1 / len(order))
         return ranked(chosen, dict(zip(names, similarities.tolist(), strict=True)))
@@ -130,7 +130,7 @@ class LoraRetriever(Retrieval):
         vectors = self.vectors(logo, names)
 
         def select(prompts: Sequence[str], batch_size: int) -> list[Selection]:
-            # The inner product with the mean itself: an adapter of many kinds of input is far from any one of them.
+            # The inner product with the unnormalised mean, which is short for an adapter of many kinds of input.
             return [self.closest(names, similarities) for similarities in self.embedded(logo, prompts) @ vectors.T]
 
         return Prepared(select, {"embedding_model": self.embedding_model})
@@ -164,5 +164,5 @@ class AdapterSoup(Retrieval):
 
 @functools.lru_cache(maxsize=2048)
 def _mean(texts: tuple[str, ...], model: str, instruction: str, device: str) -> Tensor:
-    """Cached, since all datasets of a run use the same groups."""
+    """The mean embedding (d,) of texts; cached, since all datasets of a run use the same groups."""
     return embed(texts, model, instruction, device).mean(dim=0)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # One layer of Llama-3.1-8B, with hardly any vocabulary.
 LLAMA_8B_LAYER = Sizes(hidden=4096, layers=1, heads=32, vocabulary=512)
-# Of a prompt that is read once: what is known of it, and what is a user's own.
+# Tokens of a prompt that is read once: the cached beginning, and the user's own part.
 _KNOWN, _OWN = 500, 50
 # Lengths in tokens.
 _PROMPT, _DECODE_PROMPT, _NEW, _PREFIX, _AFTER_PREFIX, _BATCH = 256, 64, 32, 1000, 64, 16
@@ -161,7 +161,7 @@ def run_bench(plan: Plan, say: Callable[[str], None] = lambda part: None) -> Res
         large = large_pool(plan.large, plan.rounds, say, plan.seed) if plan.large else None
         peft = None
         if plan.peft and folder is not None:
-            # Last: what a hundred thousand modules of hundreds of adapters cost is PEFT's alone.
+            # Last, so that PEFT's hundred thousand modules for hundreds of adapters slow down no other arm.
             say("open pool with PEFT")
             model, tokenizer = _base(plan, plan.sizes)
             peft, spent = peft_opened(lambda: PeftArm(model, tokenizer, folder, bench.k))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from logo.engine import LoGo
 
 Begin = Callable[[str, "int | None"], Callable[[], None]]
-"""Told what begins and of how many steps; returns what is to be called after each."""
+"""Called with the name of a step and its length (None: unknown); returns a function to call after each unit."""
 
 
 @dataclass(frozen=True)

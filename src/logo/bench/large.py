@@ -16,7 +16,7 @@ from logo.bench.synthetic import Sizes, base_model, prompts, write_adapters
 from logo.engine import LoGo
 from logo.selection.settings import SelectionSettings
 
-# Thousands of them fit on a disk, and the model costs next to nothing.
+# So small that thousands of adapters fit on a disk and the model costs almost nothing.
 SMALL = Sizes(hidden=256, layers=2, heads=4, vocabulary=1024, rank=8)
 _ADAPTERS_GB = 0.05
 

@@ -33,7 +33,7 @@ class Endpoint:
     def client(self) -> httpx.AsyncClient:
         """A client, straight to the server, past any proxies."""
         headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-        # No time limits here: each request has one of its own, over all it does.
+        # No timeouts here: `send` limits the whole duration of each request.
         return httpx.AsyncClient(base_url=self.url, headers=headers, verify=_tls(), timeout=None, trust_env=False)
 
 
@@ -53,13 +53,13 @@ async def run_load(
     timeout: float = 300.0,
     on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> tuple[list[Answer], float]:
-    """Sends all asks once, or again and again for some time; so many at a time, each client taking the next.
+    """Sends all requests once, or repeatedly for some time, from several clients that each take the next one.
 
     Args:
         concurrency: requests in flight.
         seconds: begin no request later than this; None: each ask once.
         timeout: seconds that one request may take.
-        on_answer: called as answers come.
+        on_answer: called with each answer.
 
     Returns:
         Answers in the order in which they ended, and seconds from the first request to the last answer.
@@ -69,7 +69,7 @@ async def run_load(
     numbers = _numbers(len(asks), seconds)
 
     async def worker() -> None:
-        # A client for each: a shared pool gives connections to the first who asks, and some would wait for seconds.
+        # One client per worker: with a shared connection pool, some workers would wait for seconds.
         async with endpoint.client() as client:
             for number in numbers:  # one iterator for all: a free client takes the next
                 answer = await send(client, model, number, asks[number], timeout)
@@ -94,7 +94,7 @@ def _numbers(count: int, seconds: float | None) -> Iterator[int]:
 
 
 async def send(client: httpx.AsyncClient, model: str, number: int, ask: Ask, timeout: float = 300.0) -> Answer:
-    """One request and what came of it; never raises for what a server or a connection does."""
+    """Sends one request and returns its answer. Errors of server and connection are in the answer, not raised."""
     received = Received(time.perf_counter())
     kind = message = ""
     leaves = ask.hang_up is not None and not ask.stream
@@ -145,7 +145,7 @@ async def _stream(client: httpx.AsyncClient, model: str, ask: Ask, received: Rec
 
 async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:
     """The data of a stream's server-sent events, each of which is one line here."""
-    # A generator it is; left early, it has to be closed before the response is.
+    # `aiter_lines` is a generator; if it is left early, it has to be closed before the response.
     async with contextlib.aclosing(cast(AsyncGenerator[str, None], response.aiter_lines())) as lines:
         async for line in lines:
             if line.startswith("data:"):

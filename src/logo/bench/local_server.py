@@ -23,7 +23,7 @@ from logo.errors import LoGoError
 SERVING = re.compile(r"Serving on (http://\S+)")
 
 _LOGO = (sys.executable, "-c", "from logo.cli import main; main()")
-_SAID = 40  # last lines of what it prints that are kept
+_SAID = 40  # number of its last printed lines that are kept
 
 
 class LocalServer:
@@ -130,14 +130,14 @@ class LocalServer:
         while time.monotonic() < end:
             if self._process.poll() is not None:
                 raise self._not_ready(f"ended with code {self._process.returncode}")
-            with contextlib.suppress(OSError), direct.open(f"{self.url}/ready", timeout=30):  # a 503 is one too
+            with contextlib.suppress(OSError), direct.open(f"{self.url}/ready", timeout=30):  # also for a 503
                 return
             time.sleep(0.05)
         raise self._not_ready("was not ready")
 
     def _not_ready(self, what: str) -> LoGoError:
         last = next((line for line in reversed(self._said) if line.strip()), "nothing")
-        return LoGoError(f"logo serve {what} (waited up to {self._start:g} s); the last it printed: {last}")
+        return LoGoError(f"logo serve {what} (waited up to {self._start:g} s); its last output: {last}")
 
     def _end(self) -> None:
         self._process.send_signal(signal.SIGTERM)

@@ -37,8 +37,8 @@ SIZES = Sizes(hidden=128, layers=3, heads=4, vocabulary=512, rank=4, targets=("q
 WEIGHTS = (0.5, 0.3, 0.4, -0.2)
 _PEFT_NAMES = {"mixture": "cat", "fusion": "Σ w of state dicts"}
 _ROWS, _TOKENS = 4, 16
-# Singular values of an adapter fall by this factor: as trained ones do, and fast enough for PEFT's fifteen steps of
-# power iteration, so that both know the same first one.
+# Ratio of each singular value of an adapter to the one before: as in trained adapters, and small enough for PEFT's
+# fifteen steps of power iteration to find the first direction.
 _DECAY = 0.5
 _MEMORY = 10**9  # bytes
 
@@ -119,7 +119,7 @@ def _compare_kind(
 
 
 def _merge_in_peft(oracle: Any, merge: Merge, mix: Mapping[str, float], source: torch.Generator) -> None:
-    """Adds an adapter `merged`."""
+    """Adds the merge to the PEFT model, as an adapter `merged`."""
     names, weights = list(mix), list(mix.values())
     if merge.kind == "fusion":  # as LoraHub does it: every tensor of the state dicts
         from peft import get_peft_model_state_dict, set_peft_model_state_dict

@@ -14,7 +14,7 @@ from logo.bench.rounds import side_by_side
 from logo.bench.synthetic import related_mixtures
 from logo.engine import LoGo
 
-# Where adapters act, as many public pools are trained: the tokens that open the answer.
+# The adapters act on the last tokens of the prompt, which open the answer, as in many public pools.
 ACTIVATION = "last:4"
 
 
@@ -45,7 +45,7 @@ def once_prefill(bench: Bench, once: LoGo, tokens: int, prefix: int, own: int) -
 
 
 def once_end_to_end(bench: Bench, once: LoGo, batch: int, tokens: int, new: int) -> MeasuredPart:
-    """As `Bench.end_to_end`."""
+    """From prompts to answers of `new` tokens, as `Bench.end_to_end`, by the engine that reads prompts once."""
     bench.say(f"read once, end to end, batch {batch}")
     arms: dict[str, Callable[[], object]] = {
         "base": lambda: answering(bench.logo, bench.prompts(batch, tokens), new, [{}] * batch),

@@ -21,8 +21,8 @@ from logo.engine import LoGo
 from logo.selection.settings import SelectionSettings
 from logo.selection.texts import NEUTRAL
 
-# Decoding is the difference between generations of few tokens and of so many more: not of one token, whose mixtures are
-# grouped and folded in other ways than those of long answers.
+# The cost of decoding is the difference between generations of _BEFORE tokens and of _DECODED more. The shorter one has
+# more than one token, because mixtures for a single token are grouped and folded in other ways.
 _BEFORE, _DECODED = 9, 32
 
 
@@ -54,7 +54,7 @@ class Bench:
         open: opens the pool again, with a cache folder; "" disables the cache.
         in_memory: whether the pool has no files, so that nothing can be cached.
         k: adapters per prompt.
-        prompts: makes new prompts of this number and length in tokens.
+        prompts: (number, length in tokens) -> new prompts.
         rounds: measured rounds.
         say: called with the name of every part when it begins.
     """
@@ -105,7 +105,7 @@ class Bench:
         arms["prefill"] = lambda: prefill(logo.model, rows)
         for signal in ("norm", "calibrated"):
             logo.calibrate(signal)
-            # Always another prompt: what is known of an earlier one would be no fair game.
+            # A new prompt each time: cached results of an earlier one would make the comparison unfair.
             arms[signal] = lambda signal=signal: logo.select(  # type: ignore[misc]
                 self.prompts(1, tokens)[0], signal=signal
             )

@@ -27,7 +27,7 @@ class PeftArm:
     Args:
         model: changed in place, as PEFT does.
         tokenizer: the model's.
-        folder: of adapter folders.
+        folder: a folder of adapter folders.
         k: adapters per prompt.
     """
 
@@ -50,7 +50,7 @@ class PeftArm:
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         with self.model.disable_adapter():
             states = self.model(**inputs, output_hidden_states=True).hidden_states
-        hidden = states[-2][0, -1].float()  # as PEFT keeps adapters
+        hidden = states[-2][0, -1].float()  # PEFT keeps adapters in float32
         projection = self.model.get_base_model().model.layers[-1].self_attn.q_proj
         scores = {}
         for name in self.names:
@@ -74,7 +74,7 @@ class PeftArm:
 
     @torch.no_grad()
     def answer_active(self, prompt: str, config: Any) -> list[int]:
-        """The same without making a new adapter: the selected ones are all active, each scaled by its weight.
+        """`answer` without making a new adapter: the selected ones are all active, each scaled by its weight.
 
         That is how the authors' script mixes.
         """
@@ -97,7 +97,7 @@ class PeftArm:
 
     @torch.no_grad()
     def answer_batch(self, prompts: Sequence[str], config: Any) -> list[list[int]]:
-        """The same for prompts of one length, generated as one batch in which every row names its mixture."""
+        """`answer` for prompts of one length, generated as one batch in which every row names its mixture."""
         inputs = self.tokenizer(list(prompts), return_tensors="pt").to(self.model.device)
         names = [f"mixture{i}" for i in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):

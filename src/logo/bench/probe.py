@@ -65,8 +65,8 @@ def probe_bench(
     Args:
         engines: by signal, on one model.
         prompts: each is taken alone.
-        rounds: after one that is not counted.
-        on_round: called after each.
+        rounds: measured rounds, after a warm-up round.
+        on_round: called after each round.
     """
     first = next(iter(engines.values()))
     rows = first.prompts.encode(prompts)
@@ -97,7 +97,7 @@ def _selecting(logo: LoGo, prompts: Sequence[str]) -> Callable[[], None]:
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
-    """As `generate` begins: the whole prompt, a cache for what follows, logits of the last token only."""
+    """Runs each prompt as `generate` begins: all tokens at once, with a cache, and logits of the last token only."""
     device = model.get_input_embeddings().weight.device
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for row in rows:

@@ -76,7 +76,7 @@ def wait(device: torch.device | None) -> None:
 
 @contextmanager
 def peak_memory(device: torch.device | None = None) -> Iterator[list[int | None]]:
-    """One number, set at the end of the block: the most additional bytes within it."""
+    """Yields a list whose one entry is set at the end of the block: the most additional bytes, None if unknown."""
     result: list[int | None] = [None]
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -125,7 +125,7 @@ def run_bench(
     """Runs the arms on a running server, or on one of our own, which is started for every round.
 
     Args:
-        place: the address, or what starts a server.
+        place: the address, or a function that starts a server.
         engine: opens the same model and pool in this process; called at most once, when it is needed. One by one means
             `LoGo.generate` after our own server has ended, or one request at a time through another server.
         api_key: key of our own server.
@@ -162,7 +162,7 @@ def run_bench(
 
 def _compare(plan: Plan, results: Results, engine: LoGo, begin: Begin) -> None:
     """Compares the servers' answers to the first requests with `LoGo.generate`."""
-    own = {arm for arm, loads in results.loads.items() if not any(load.before for load in loads)}  # is that itself
+    own = {arm for arm, loads in results.loads.items() if not any(load.before for load in loads)}  # by LoGo itself
     known = {a.ask: a for arm in own for load in results.loads[arm] for a in load.answers}
     for arm, loads in results.loads.items():
         if arm in own:
@@ -190,15 +190,13 @@ def _open(
         except LoGoError as error:
             if not server.gone:
                 raise
-            raise LoGoError(
-                f"{error} `logo serve` has ended by itself; the last it printed: {server.said[-500:]}"
-            ) from error
+            raise LoGoError(f"{error} `logo serve` has exited; its last output: {server.said[-500:]}") from error
     if server.exit_code != 0:
         results.problems.append(f"the server ended with code {server.exit_code} after SIGTERM: {server.said[-500:]}")
 
 
 async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], None]) -> Watched:
-    """One arm's load on a server, and how it stood meanwhile."""
+    """Runs the load of one arm on a server, and observes the server meanwhile."""
     async with endpoint.client() as client:
         model = await _model(client, arm)
         alone = arm == "one-by-one"
@@ -237,10 +235,10 @@ async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], N
 
 
 async def _model(client: httpx.AsyncClient, arm: Arm) -> str:
-    """The id under which the server answers as the arm wants it.
+    """The model id under which the server answers as the arm requires.
 
     Raises:
-        LoGoError: no server there, or none that has such a model.
+        LoGoError: there is no server, or it has no such model.
     """
     role = "base" if arm == "base" else "auto"
     try:

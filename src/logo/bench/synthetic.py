@@ -27,11 +27,11 @@ from logo.errors import UsageError, closest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# How A and B are drawn: responses of the order of a trained adapter's, small beside the base weights.
+# Standard deviation of A and B: responses are of the order of a trained adapter's, small beside the base weights.
 _SPREAD = 0.02
-# Numbers of the random vector that adapters are made of, and the multiple of them at which tensors begin: as in a file.
+# Length of the random vector that adapters are cut from, and the alignment of tensors in it, as in a file.
 _NOISE, _ALIGNED = 2**24, 16
-# Tokens before it are special ones and signs.
+# The first token that is a number; those before it are special tokens and signs.
 _FIRST_NUMBER = 98
 
 ALL_LINEAR = "all-linear"
@@ -40,7 +40,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a Llama and its adapters. Feed-forward and key-value widths are in Llama 3.1's proportions by default.
+    """Sizes of a Llama and its adapters. Feed-forward and key-value widths are in Llama 3.1's proportions.
 
     Attributes:
         hidden, layers, heads, vocabulary: of the model.
@@ -91,10 +91,10 @@ class Sizes:
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """Projections by name, separated by commas; or all of them.
+    """The projections that a text names, separated by commas; all of them for `all-linear`.
 
     Raises:
-        UsageError: one that the model has not.
+        UsageError: the model has no projection of a name.
     """
     if text == ALL_LINEAR:
         return TARGETS
@@ -109,7 +109,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
 def base_model(
     sizes: Sizes, seed: int = 0, device: str = "cpu", dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random Llama, made where it is to compute, and a tokenizer whose tokens are numbers."""
+    """A random Llama, made on the device where it computes, and a tokenizer whose tokens are numbers."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -117,7 +117,7 @@ def base_model(
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(sizes.config, dtype=getattr(torch, dtype))
     model = model.eval().requires_grad_(False)
-    # It never ends by itself, so that every arm decodes the same number of tokens.
+    # The model never ends an answer by itself, so that every arm decodes the same number of tokens.
     model.generation_config.eos_token_id = None
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     signs = [chr(code) for code in range(33, 127)]

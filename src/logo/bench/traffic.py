@@ -39,7 +39,7 @@ def _prompt(line: str, place: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{place}: begins like a JSON object and is none: {error}") from None
+        raise DataError(f"{place}: begins with '{{' but is not valid JSON: {error}") from None
     found = next((row[name] for name in _FIELDS if isinstance(row.get(name), str) and row[name].strip()), None)
     if found is None:
         raise DataError(f"{place}: expected some text as 'prompt' or 'context', found the fields {sorted(row)}")

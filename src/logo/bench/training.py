@@ -106,7 +106,7 @@ def bench_training(wanted: Wanted, arms: Sequence[str], say: Callable[[str], Non
 
 
 def _measured(wanted: Wanted, name: str, answer: Any) -> None:
-    """Measures an arm in its own process."""
+    """Measures an arm in its own process, and sends the result or the error through `answer`."""
     try:
         if wanted.threads is not None:
             torch.set_num_threads(wanted.threads)
@@ -125,7 +125,7 @@ def _arm(wanted: Wanted, name: str) -> Arm:
     learners = trainer.learners(prepared)
     held_out = {learner: learner.held_out for learner in learners}
     for learner in learners:
-        learner.held_out = []  # nothing is measured while time is taken
+        learner.held_out = []  # no measurements within the timed part
     started = time.perf_counter()
     if name == "trainer":
         tokens = sum(_by_trainer(trainer.base.model, learner, trainer.base.pad) for learner in learners)
@@ -170,7 +170,7 @@ def _by_trainer(model: Any, learner: Learner, pad: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
-            per_device_train_batch_size=1,  # of our batches, so that both learn from the same
+            per_device_train_batch_size=1,  # one of our batches, so that all arms learn from the same
             max_steps=learner.steps,
             learning_rate=recipe.lr,
             lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,

@@ -18,7 +18,7 @@ MEMORY = "process_resident_memory_bytes"
 KV_BLOCKS = "logo:kv_blocks_used"
 RUNNING = ("logo:num_requests_running", "logo:num_requests_waiting")
 
-_PATIENCE = 60.0  # seconds for a question that is no load
+_PATIENCE = 60.0  # seconds; timeout of requests that are not part of the load
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Churn:
-    """An adapter that is added and removed again every this many seconds."""
+    """An adapter that is added and removed again once every `seconds` seconds."""
 
     seconds: float
     folder: Path
@@ -94,7 +94,7 @@ async def sample(client: httpx.AsyncClient, started: float) -> Sample | None:
 
 
 async def samples(client: httpx.AsyncClient, started: float, stop: asyncio.Event, every: float = 1.0) -> list[Sample]:
-    """One sample every so many seconds until it is stopped, and one at the beginning."""
+    """One sample at the beginning, and one every `every` seconds until `stop` is set."""
     found: list[Sample] = []
 
     async def look() -> None:
@@ -110,7 +110,7 @@ async def samples(client: httpx.AsyncClient, started: float, stop: asyncio.Event
 async def settled(
     client: httpx.AsyncClient, started: float, before: Sample | None, wait: float = 10.0
 ) -> Sample | None:
-    """The server once all requests have left it and its cache is as it was before, or after waiting for that."""
+    """A sample once no request is left and the cache is no larger than before, or after `wait` seconds."""
     end = time.perf_counter() + wait
     while True:
         now = await sample(client, started)
@@ -122,10 +122,10 @@ async def settled(
 
 
 async def churn(client: httpx.AsyncClient, plan: Churn, stop: asyncio.Event) -> tuple[int, list[str]]:
-    """Adds the adapter and removes it until it is stopped, and at the end leaves the pool as it was.
+    """Adds and removes the adapter in turn until `stop` is set, and leaves the pool as it was.
 
     Returns:
-        How often it was added or removed, and what failed.
+        The number of changes, and a line for each one that failed.
     """
     changes = 0
     failed: list[str] = []
@@ -154,7 +154,7 @@ async def churn(client: httpx.AsyncClient, plan: Churn, stop: asyncio.Event) -> 
 
 
 async def _each(seconds: float, stop: asyncio.Event, act: Callable[[], Awaitable[None]]) -> None:
-    """Acts on a beat, which a slow act does not shift, until it is stopped."""
+    """Calls `act` every `seconds` seconds until `stop` is set; the duration of a call does not shift the next one."""
     beat = time.perf_counter()
     while not stop.is_set():
         beat = max(beat + seconds, time.perf_counter())

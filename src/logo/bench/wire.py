@@ -86,7 +86,7 @@ def parsed(text: str) -> Mapping[str, Any]:
     """A JSON object.
 
     Raises:
-        Refused: the text is none.
+        Refused: the text is not a JSON object.
     """
     try:
         parsed = json.loads(text)
@@ -120,7 +120,7 @@ class Received:
     adapters: tuple[str, ...] = ()
 
     def take_chunk(self, chunk: Mapping[str, Any]) -> None:
-        """A chunk of a stream, with the time."""
+        """Takes a chunk of a stream and its time; raises Refused if it is an error."""
         if "error" in chunk:
             raise Refused("error in stream", said(json.dumps(chunk)))
         new = self.take(chunk)
@@ -134,7 +134,7 @@ class Received:
         self.last = now
 
     def take(self, chunk: Mapping[str, Any]) -> int:
-        """A whole answer, or a chunk of one; how many tokens it brings."""
+        """Takes a whole answer or a chunk of one, and returns its number of tokens."""
         try:
             self.usage = chunk.get("usage") or self.usage
             if "logo" in chunk:
@@ -153,7 +153,7 @@ class Received:
         return new
 
     def check(self) -> None:
-        """That a whole answer agrees with itself."""
+        """Raises Refused unless the complete answer is consistent."""
         if self.finished is None:
             raise Refused("bad answer", "it has no finish_reason")
         counted = self.usage.get("completion_tokens")
@@ -161,7 +161,7 @@ class Received:
             raise Refused("bad answer", f"usage counts {counted} tokens, {len(self.token_ids)} came")
 
     def answer(self, number: int, outcome: Outcome, kind: str, message: str) -> Answer:
-        """All that has come in until now."""
+        """The answer, as far as it has been received."""
         return Answer(
             number,
             outcome,

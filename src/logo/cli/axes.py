@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from logo.evaluation.sweep.running import Cell
     from logo.selection.settings import SelectionSettings
 
-DEFAULT = "default"  # a value: as where the option is not given
+DEFAULT = "default"  # the value that stands for the option's default
 
 
 def _fields(names: str) -> dict[str, str]:
-    """Axes by name: the field of the options."""
+    """Axis -> field of the options, from names of fields separated by blanks."""
     return {name.replace("_", "-"): name for name in names.split()}
 
 
@@ -48,7 +48,7 @@ SEED = "seed"
 AXES = (*SELECTION, *METHODS, SEED)
 
 _ALIASES = {"n-selected-modules": "k", "selection-strategy": "signal"}
-_LISTS = ("probe-layer", "probe-points")  # their options separate by commas, as the values of an axis are
+_LISTS = ("probe-layer", "probe-points")  # options that are lists; axes write + for their commas
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Common:
     seed: int
 
     def at(self, values: Mapping[str, Value]) -> Common:
-        """With the options of these axes."""
+        """The options with these values of axes."""
         engine = {SELECTION[axis]: _option(axis, value) for axis, value in values.items() if axis in SELECTION}
         method = {METHODS[axis]: _option(axis, value) for axis, value in values.items() if axis in METHODS}
         seed = int(values.get(SEED, self.seed))
@@ -78,7 +78,7 @@ class Common:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A combination that cannot be, and why."""
+    """A combination of values that cannot be used, and why."""
 
     values: Mapping[str, Value]
     reason: str
@@ -99,7 +99,7 @@ def read_grid(texts: Sequence[str]) -> tuple[Axis, ...]:
         if name not in AXES:
             raise UsageError(f"grid {text!r}: no axis {name!r}{closest(name, AXES)}; known: {', '.join(AXES)}")
         if name in (axis.name for axis in axes):
-            raise UsageError(f"grid: axis {name!r} is there twice; give all of its values at once")
+            raise UsageError(f"grid: axis {name!r} is given twice; give all of its values at once")
         axes.append(Axis(name, tuple(_value(name, value) for value in values)))
     if not axes:
         raise UsageError("grid: expected at least one axis, such as --grid k=1,3,20")
@@ -107,7 +107,7 @@ def read_grid(texts: Sequence[str]) -> tuple[Axis, ...]:
 
 
 def make_cells(axes: Sequence[Axis], common: Common) -> tuple[list[Cell], list[Skipped]]:
-    """The cells of a grid, and the combinations that cannot be.
+    """The cells of a grid, and the combinations that cannot be used.
 
     Raises:
         UsageError: a value that no combination can use, or no cell is left.
@@ -127,7 +127,7 @@ def make_cells(axes: Sequence[Axis], common: Common) -> tuple[list[Cell], list[S
         except UsageError as error:
             skipped.append(Skipped(values, str(error)))
     if not cells:
-        raise UsageError(f"grid: none of {len(skipped)} combinations can be: {skipped[0].reason}")
+        raise UsageError(f"grid: none of the combinations ({len(skipped)}) is possible; the first: {skipped[0].reason}")
     check_selection_options(given(), [cell.settings for cell in cells])
     methods = [_method(common.at(cell.values).method, None, cell.seed) for cell in cells]
     check_method_options(given(), methods)
@@ -141,7 +141,7 @@ def _cell(values: Mapping[str, Value], common: Common) -> Cell:
     here = common.at(values)
     method = _method(here.method, here.engine.n_selected_modules, here.seed)
     moot = frozenset(axis for axis in values if _is_moot(axis, here, method))
-    # Cells that share a run must not differ in what the run does not look at: it would not be known again.
+    # Cells that share a run must have one identity, so values of moot axes are replaced by the common ones.
     here = common.at({axis: value for axis, value in values.items() if axis not in moot})
     settings, method = here.parts()
     return Cell(
@@ -155,7 +155,7 @@ def _cell(values: Mapping[str, Value], common: Common) -> Cell:
 
 
 def _named(engine: EngineOptions) -> dict[str, Any]:
-    """The options by name; what model they are for is no matter of a cell."""
+    """The options by name, without the base model, which is the same in all cells."""
     return {name: value for name, value in asdict(engine).items() if name != "base_model"}
 
 
@@ -181,7 +181,7 @@ def _is_moot(axis: str, here: Common, method: Method) -> bool:
 
 
 def _check_alone(axis: str, value: Value, common: Common) -> None:
-    """Whether a value can be used in any combination; if not, it is a mistake."""
+    """Raises LoGoError for a value that is a mistake by itself, whatever values it is combined with."""
     from logo.selection.signals import SIGNALS, get_signal
 
     if axis == "signal":
@@ -218,7 +218,7 @@ def _one_of(attempts: Sequence[Callable[[], object]], axis: str, value: Value) -
 
 @functools.lru_cache(maxsize=8)
 def _method(options: MethodOptions, k: int | None, seed: int) -> Method:
-    """Kept, because some read a folder of samples."""
+    """The method that the options describe; cached, because some methods read a folder of samples."""
     return make_method(options, k=k, seed=seed)
 
 

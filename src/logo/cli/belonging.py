@@ -105,5 +105,5 @@ def check_selection_options(given: Collection[str], settings: Sequence[Selection
 
 def _refuse(option: str, what: str, belongs: Iterable[str], found: str) -> NoReturn:
     raise UsageError(
-        f"--{option.replace('_', '-')} belongs to --{what} {', '.join(belongs)}, and {found}; leave it out"
+        f"--{option.replace('_', '-')} is only for --{what} {', '.join(belongs)}, but {found}; leave it out"
     )

@@ -79,7 +79,7 @@ def bench(
     if picture is not None and curves:
         need("a picture of the curves (--png, or beside --save)", "matplotlib")
     if (base_model is None) != (adapters is None):
-        raise UsageError("a real base model and its pool go together: --base-model M --adapters DIR")
+        raise UsageError("expected both --base-model M and --adapters DIR, or neither")
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}{closest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
     if in_memory and (adapters is not None or peft):

@@ -47,7 +47,7 @@ def serve(
     duration: Annotated[
         float | None, usual("Repeat the requests for this many seconds.", "each once", metavar="SECONDS", min=1.0)
     ] = None,
-    concurrency: Annotated[int, usual("Requests at a time.", min=1)] = 64,
+    concurrency: Annotated[int, usual("Concurrent requests.", min=1)] = 64,
     stream_share: Annotated[
         float, rare("Share of the requests that are streamed.", min=0.0, max=1.0, panel=LOAD)
     ] = 0.5,
@@ -105,7 +105,7 @@ def serve(
     if (churn is None) != (churn_adapter is None):
         raise UsageError("--churn and --churn-adapter go together: give both or neither")
     if url is not None and options:
-        raise UsageError(f"{' '.join(options)}: options for a server of our own; --url names one that is there already")
+        raise UsageError(f"{' '.join(options)}: only for a server that this command starts; leave them or --url out")
     compared = _count(verify, requests)
     engine, base_model = or_demo(_float32(engine) if compared else engine)
     engine = replace(engine, base_model=base_model)
@@ -195,10 +195,10 @@ def _asks(
 
 
 def _own(engine: EngineOptions, plan: Plan, options: Sequence[str], api_key: str | None) -> Callable[[], LocalServer]:
-    """Starts a server with these options; its key is not on its command line, where others could read it."""
+    """A function that starts a server with these options. The key is not on its command line, which others can read."""
     from logo.bench.local_server import LocalServer
 
-    queue = max(256, plan.concurrency)  # none of ours is to be turned away
+    queue = max(256, plan.concurrency)  # so that no request of ours is refused
     wanted = [*as_arguments(engine), f"--max-queue={queue}", *options]
     if plan.churn is not None:
         wanted += ["--allow-adapter-changes", str(plan.churn.folder.parent)]
@@ -220,7 +220,7 @@ def as_arguments(engine: EngineOptions) -> list[str]:
 
 
 class _Steps:
-    """A line of progress for what is being done, and one for each load that is done."""
+    """Progress bars: one for the current step, and one for each finished load."""
 
     def __init__(self, shown: Progress) -> None:
         self._shown = shown

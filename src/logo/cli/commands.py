@@ -15,7 +15,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class _Ours:
-    """Of a command or group: its options go by their old names too, and its help is plain text without boxes."""
+    """Mixin of commands and groups: options keep their old names, too, and the help is plain text without boxes."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parses the arguments after old spellings have been replaced by the current ones."""

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from logo.evaluation.comparison import Compared, Comparison
     from logo.evaluation.tables import Emphasis, Table
 
-WIDTH = 100  # a pipe gets this much, or what the table needs
-_HUNDREDS = frozenset({"extra.bleu", "extra.chrf"})  # what comes in hundreds already
+WIDTH = 100  # columns in a pipe, or as many as the table needs
+_HUNDREDS = frozenset({"extra.bleu", "extra.chrf"})  # measures from 0 to 100 already
 
 
 def compare(
@@ -27,7 +27,7 @@ def compare(
     metric: Annotated[
         str,
         usual(
-            "Names or patterns, `rouge-L,extra.*`; `extra.` are the measures beside the official ones.",
+            "Names or patterns of metrics, `rouge-L,extra.*`; those of `extra.` are not official.",
             "the official ones",
         ),
     ] = "",
@@ -48,7 +48,7 @@ def compare(
             note(f"Only in {name}: {', '.join(only)}")
     if found.unchecked:
         err.print(
-            f"logo: warning: nothing says whether both runs saw the same rows of {', '.join(found.unchecked)}: "
+            f"logo: warning: cannot tell whether both runs used the same rows of {', '.join(found.unchecked)}: "
             "a run has neither rows.json nor run.json",
             markup=False,
         )

@@ -15,14 +15,14 @@ from logo.errors import DataError, StorageError, UsageError, closest
 
 
 def command_name(context: typer.Context) -> str:
-    """What the user types after `logo`."""
+    """The command's name, as the user types it after `logo`."""
     return context.command_path.partition(" ")[2]
 
 
 def _configured(context: typer.Context, file: Path | None) -> None:
     if file is not None and not context.resilient_parsing:
         values = _values(context, _read(context, file), f"--config {file}")
-        context.default_map = {**values, **(context.default_map or {})}  # what --set says counts more
+        context.default_map = {**values, **(context.default_map or {})}  # --set overrides the file
 
 
 def _set(context: typer.Context, pairs: list[str] | None) -> None:
@@ -38,7 +38,7 @@ def _set(context: typer.Context, pairs: list[str] | None) -> None:
 
 
 def _read(context: typer.Context, file: Path) -> Mapping[str, Any]:
-    """The options in a file: a mapping by a user's hand, or what a run wrote."""
+    """The options in a file, which a user or a run wrote, by name."""
     import yaml
 
     try:
@@ -68,7 +68,7 @@ def _read(context: typer.Context, file: Path) -> Mapping[str, Any]:
 
 
 def _values(context: typer.Context, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """By the parameters' names, as their options read them.
+    """The values by the parameters' names, as texts that the options parse.
 
     Raises:
         UsageError: there is no such option.
@@ -92,7 +92,7 @@ def _values(context: typer.Context, options: Mapping[str, Any], where: str) -> d
 
 
 def _as_typed(parameter: Any, value: Any) -> Any:
-    """As it would be written on the command line."""
+    """A value as it would be written on the command line."""
     if parameter.nargs == 1 and not getattr(parameter, "multiple", False):
         return ",".join(map(_word, value)) if isinstance(value, list) else _word(value)
     if isinstance(value, list):
@@ -116,7 +116,7 @@ def _help_all(context: typer.Context, wanted: bool) -> None:
 
 
 def _eager(name: str, help: str, callback: Any, metavar: str | None = None) -> Any:
-    """An option that is read before those whose values it gives."""
+    """An option that is read before the options that it sets."""
     return typer.Option(name, help=help, callback=callback, metavar=metavar, is_eager=True, show_default=False)
 
 

@@ -1,4 +1,4 @@
-"""What a study is asked to compare beside its signals, of options: methods, protocols, training rows, metrics."""
+"""The contest of a study, made from options: methods beside the signals, protocols, training rows, metrics."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def tasks_of(rows: str, request: str, prompt_end: str, names: Callable[[], Seque
     Args:
         request: names or patterns of tasks; empty: all.
         prompt_end: put after every prompt of a repository, with `\\n` for a new line.
-        names: of the pool's adapters, which tasks of a repository are called like.
+        names: returns the names of the pool's adapters, after which tasks of a repository are renamed.
 
     Raises:
         DataError, HubError: they cannot be used, or not be fetched.
-        UsageError: an end of prompts for a folder.
+        UsageError: `prompt_end` is given for a folder.
     """
     from logo.evaluation.study import find_tasks
     from logo.hub.names import is_hub_id
 
     if Path(rows).exists() or not is_hub_id(rows.partition("@")[0]):
         if prompt_end:
-            raise UsageError(f"--prompt-end: the rows of {rows!r} are a folder's, whose prompts end as they are to end")
+            raise UsageError(f"--prompt-end is only for datasets of the Hub, and {rows!r} is none; leave it out")
         return find_tasks(rows, request)
     from logo.evaluation.sources.many import hub_tasks, named_like
 
@@ -112,7 +112,7 @@ def _train(tasks: Sequence[Task], folder: Path | None, methods: Sequence[str]) -
     """The training rows of every task.
 
     Raises:
-        UsageError: nobody said where they are.
+        UsageError: no folder of them is named.
         DataError: a task has none.
     """
     from logo.rows import read_rows
@@ -136,7 +136,7 @@ def _train(tasks: Sequence[Task], folder: Path | None, methods: Sequence[str]) -
         if shared:
             err.print(
                 f"logo: warning: task {task.name!r}: {shared} of its {len(found[task.name])} training rows are test "
-                f"rows too: what {', '.join(methods)} is worth may be too much",
+                f"rows too: the results of {', '.join(methods)} may be too good",
                 markup=False,
             )
     return found

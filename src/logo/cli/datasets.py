@@ -157,7 +157,7 @@ def _declared(files: Sequence[Path] | None) -> dict[str, Declaration]:
     for file in files or []:
         made = load_declaration(file)
         if made.name in own:
-            raise UsageError(f"--source {file}: declares {made.name!r}, as another --source does; expected one of each")
+            raise UsageError(f"--source {file}: declares {made.name!r}, as another --source does; leave one out")
         own[made.name] = made
     return own
 
@@ -204,7 +204,7 @@ def _row(name: str, declaration: Declaration | None, entry: Entry | None, data_d
 
 
 def _counts(data_dir: Path, name: str) -> dict[str, int]:
-    """Lines of the files that are there."""
+    """Split -> number of rows, for the files that exist."""
     from logo.evaluation.datasets import dataset_file
 
     found = {}
@@ -255,7 +255,7 @@ def _rows(counts: Mapping[str, int]) -> str:
 
 
 def _prepare(declaration: Declaration, data_dir: Path, request: Request, bar: Progress, task: TaskID) -> bool:
-    """Prepare one and say how it went; whether it went well."""
+    """Prepares one dataset and prints the outcome; returns whether it succeeded."""
     from logo.evaluation.sources.manifest import counts
     from logo.evaluation.sources.prepare import prepare as prepare_one
 

@@ -68,7 +68,7 @@ class RowOptions:
         rare(
             "How answers are judged, for all datasets: `em`, `em_multi`, `em_first`, `bleu`, `rouge` or a plugin's "
             "metric; `em_first` is exact match with the first gold text, `em` and `em_multi` with any of them.",
-            "what NAME.yaml says beside NAME.jsonl, else by the dataset's name",
+            "from NAME.yaml beside NAME.jsonl, else from the dataset's name",
             metavar="METRIC",
         ),
     ] = None
@@ -79,7 +79,7 @@ class RowOptions:
         bool, rare("Stop generating at the first newline.", True, "--generation-early-stop")
     ] = False
     overwrite: Annotated[
-        bool, usual("Begin again, even if rows are done already or the result is another run's.", True, "--overwrite")
+        bool, usual("Start again, replacing finished rows and a result of another run.", True, "--overwrite")
     ] = False
     mix_environments: Annotated[
         bool,
@@ -106,7 +106,7 @@ class RunOptions(RowOptions):
         rare("Added to the result folder's name, to keep several runs beside each other.", "none", metavar="NAME"),
     ] = None
     save_dir: Annotated[str, rare("Accepted for the official command line; not used.")] = ""
-    preset: Annotated[Preset | None, usual("Every default as in the authors' script.")] = None
+    preset: Annotated[Preset | None, usual("Use the defaults of the authors' script.")] = None
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,19 @@ def evaluate(
     engine = replace(
         engine,
         signal=engine.signal or OFFICIAL_SIGNAL,
-        # What is remembered of other prompts would show in the last digits of scores, and in an interrupted run other
-        # prompts came before.
+        # No cache of prefixes: with it, the last digits of scores depend on earlier prompts, which differ after an
+        # interruption.
         prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
     )
     if runner.engine == "vllm":
         if estimate:
-            raise UsageError("--estimate: what the engine 'vllm' takes is said by `logo plan`")
-        # Rows run together as vLLM schedules them: it is given many at once.
+            raise UsageError("--estimate is not for the engine 'vllm'; use `logo plan`")
+        # vLLM schedules rows itself, so it gets many at once.
         run = replace(run, batch_size=max(run.batch_size, VLLM_BATCH))
     asked = Asked(engine, runner, run, _method(method, engine, run), base_model, command_line())
     layout = layout_of(cluster, engine)
     if layout is not None and _carries(engine, run):
-        raise UsageError("workers: with --probe-context carry a row depends on the row before; answer rows in one go")
+        raise UsageError("workers: with --probe-context carry each row depends on the one before; use one process")
     jobs = _jobs(asked, writes=not estimate)
     if estimate:
         opened = functools.partial(_open, asked)
@@ -186,7 +186,7 @@ def evaluate(
 
 
 def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> tuple[list[Score], Incomplete | None]:
-    """Scores of all datasets, shown as they come; and what has no answer, where workers were lost."""
+    """The scores of all datasets, printed as they come; and the error about rows that lost workers left unanswered."""
     from logo.evaluation.workers import Incomplete
 
     for plan in plans:
@@ -199,10 +199,10 @@ def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> tupl
         for plan in plans:
             try:
                 score = _stored(plan) if plan.done else Score.of(*next(results))
-            except Incomplete as error:  # the last that `results` says
+            except Incomplete as error:  # `results` raises it at its end
                 lost = error
                 continue
-            except StopIteration:  # another dataset is the one that is not complete
+            except StopIteration:  # `results` has ended: some dataset is incomplete
                 continue
             except KeyboardInterrupt:
                 note("Finished rows are kept: repeat the command to continue.")
@@ -215,7 +215,7 @@ def _answered(session: Evaluation, plans: Sequence[Plan], *, json: bool) -> tupl
 
 
 def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> Method | None:
-    """None: the engine's own selection and the exact mixture, which need no method around them."""
+    """The method; None for the engine's own selection with the exact mixture."""
     from logo.evaluation.results import LOGO
 
     method = make_method(options, k=engine.n_selected_modules, seed=run.seed)
@@ -224,7 +224,7 @@ def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> M
 
 
 def _jobs(asked: Asked, *, writes: bool) -> list[Job]:
-    """Everything that can be wrong with data and results, looked at before hours are spent."""
+    """The jobs. Errors in data and result folders are raised here, before the long part of the work."""
     from logo.evaluation.results import LOGO, run_folder
     from logo.evaluation.shards import Shard
     from logo.folders import check_writable
@@ -233,7 +233,7 @@ def _jobs(asked: Asked, *, writes: bool) -> list[Job]:
     engine, run, method, base_model = asked.engine, asked.run, asked.method, asked.base_model
     shard = None if run.shard is None else Shard.parse(run.shard)
     if shard is not None and _carries(engine, run):
-        raise UsageError("shard: with --probe-context carry a row depends on the row before; answer all rows in one go")
+        raise UsageError("shard: with --probe-context carry each row depends on the one before; leave out --shard")
     k = asked_k(engine, run.preset) or default_k(base_model, engine.adapters)
     k = k if method is None or method.picks is None else method.picks
     label = LOGO if method is None else method.label
@@ -253,7 +253,7 @@ def _jobs(asked: Asked, *, writes: bool) -> list[Job]:
 
 
 def jobs_of(rows: RowOptions, folder: Path, *, official: bool = False) -> list[Job]:
-    """The datasets that the options name, with their rows; says which of them are not there."""
+    """The datasets that the options name, with their rows; warns about those that are missing."""
     from logo.evaluation.jobs import find_jobs
 
     jobs, missing = find_jobs(
@@ -336,7 +336,7 @@ def _answerer(asked: Asked) -> Answerer:
 
 
 def _stored(plan: Plan) -> Score:
-    """A result that was there."""
+    """The score of a dataset that was finished before; prints a note about it."""
     from logo.evaluation.results import read_results
 
     under = f"; it was answered under other versions or on another kind of device: {plan.note}" if plan.note else ""

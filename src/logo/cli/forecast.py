@@ -31,11 +31,11 @@ def forecast(
     opened: Callable[[], Session],
     picks: int | None = None,
 ) -> Forecast:
-    """What these jobs would take.
+    """The estimate of downloads, memory and time for these jobs.
 
     Args:
-        rows: of a batch.
-        picks: adapters that a method picks for a prompt, where it is no matter of k.
+        rows: number of rows in a batch.
+        picks: adapters that a method picks for a prompt; None: k.
         opened: opens engine and session; called only if nothing has to be fetched for it.
     """
     from logo.evaluation.forecast import Download, Forecast, timed
@@ -59,7 +59,7 @@ def forecast(
         memory=memory,
         hours=timed(opened(), jobs) if here else None,
         memory_reason=memory_reason,
-        hours_reason="" if here else "rows can be timed when base model and adapters are here",
+        hours_reason="" if here else "rows can only be timed if base model and adapters are on this machine",
     )
 
 

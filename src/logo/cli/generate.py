@@ -55,12 +55,12 @@ def generate(
     Example: `logo generate "What is 7 plus 5?"`
     """
     if "seed" in given() and not sample:
-        raise UsageError(f"--seed {seed}: only sampling has it; add --sample or leave it out")
+        raise UsageError(f"--seed {seed} is only for sampling; add --sample or leave it out")
     texts = read_prompts(prompt, prompts)
     asked = as_asked(texts, chat, system)
     mixture: Any = forced(adapter, base_only)
     if compare is not None and (len(texts) != 1 or mixture is not None):
-        raise UsageError("--compare: expected one prompt, without --adapter and --base-only, which say what is mixed")
+        raise UsageError("--compare: expected one prompt, without --adapter and --base-only, which fix the mixture")
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
     engine, base_model = or_demo(engine)
     with closing(open_any(engine, runner, base_model)) as logo:
@@ -95,7 +95,7 @@ def generate(
 
 
 def _stream(logo: Calls, prompt: Any, mixture: Any, *, max_new_tokens: int | None, **options: Any) -> None:
-    """Prints an answer as it comes, and then what answered."""
+    """Prints an answer as it is generated, and then the selected adapters."""
     selection = None
     if mixture is None:
         selection = logo.select(prompt, max_new_tokens=max_new_tokens, candidates=options["candidates"])
@@ -108,13 +108,13 @@ def _stream(logo: Calls, prompt: Any, mixture: Any, *, max_new_tokens: int | Non
 
 
 def _sampling(sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """The options of `LoGo.generate` that ask for it."""
+    """The options of `LoGo.generate` for sampling; empty without --sample."""
     given = {"temperature": temperature, "top_p": top_p}
     if sample:
         return {"do_sample": True, **{name: 1.0 if value is None else value for name, value in given.items()}}
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: only sampling has it; add --sample or leave it out")
+            raise UsageError(f"--{name.replace('_', '-')} {value} is only for sampling; add --sample or leave it out")
     return {}
 
 

@@ -13,7 +13,7 @@ MODEL = "logo"
 _SUBCOMMANDS = frozenset({"run", "ls", "validate"})
 _NAMES_A_MODEL = ("--model", "-M", "--config", "-C")
 
-# Everything is the harness's, also what looks like an option of ours.
+# All arguments are the harness's, also those that look like options of ours.
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -40,7 +40,7 @@ def lm_eval(
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="logo.evaluation.harness:LoGoLM")
     before = sys.argv
-    sys.argv = ["lm_eval", *completed(arguments or [])]  # the harness reads nothing else
+    sys.argv = ["lm_eval", *completed(arguments or [])]  # from which the harness reads its arguments
     try:
         cli_evaluate()
     finally:

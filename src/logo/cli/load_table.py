@@ -70,7 +70,7 @@ def _table(results: Results, plan: Plan) -> Table:
     row("ms between tokens, p50 / p90 / p99", lambda s: _milliseconds(s.inter_token))
     row("ms end to end, p50 / p90 / p99", lambda s: _milliseconds(s.end_to_end))
     spent = [[load.client_cpu or 0.0 for load in results.loads[arm]] for arm in arms]
-    if any(map(any, spent)):  # much of the wall time: the clients are what is slow
+    if any(map(any, spent)):  # if much of the wall time, the clients are the bottleneck
         table.add_row("CPU seconds of the clients", *(f"{sum(one):,.1f}" if any(one) else "-" for one in spent))
     servers: list[Mapping[str, Any] | None] = [results.loads[arm][-1].server() for arm in arms]
     if any(servers):

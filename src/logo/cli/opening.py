@@ -38,7 +38,7 @@ def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = N
         on_bad_adapter=options.on_bad_adapter,
         allow_pickle=options.allow_pickle,
         cache=options.cache,
-        # Leaving damaged adapters out means finding them before the first prompt, not in the middle of a run.
+        # To leave damaged adapters out, they have to be found before the first prompt, not in the middle of a run.
         verify=True if options.on_bad_adapter == "skip" else None,
     )
     official = preset == "official"
@@ -46,12 +46,12 @@ def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = N
 
 
 def asked_k(options: EngineOptions, preset: Preset | None = None) -> int | None:
-    """Adapters per prompt; None: as many as suit the pool."""
+    """Adapters per prompt; None: the pool's own number."""
     return DEFAULT_K if preset == "official" and options.n_selected_modules is None else options.n_selected_modules
 
 
 def selection_settings(options: EngineOptions, preset: Preset | None = None) -> SelectionSettings:
-    """How prompts are read, scored and selected; refuses what cannot be used before a model is loaded."""
+    """The settings of probe and selection; raises for values that cannot be used, before a model is loaded."""
     from logo.selection.settings import SelectionSettings
 
     official = preset == "official"
@@ -86,7 +86,7 @@ def selection_settings(options: EngineOptions, preset: Preset | None = None) -> 
 
 @dataclass(frozen=True)
 class Opened:
-    """A base model and a pool, on which any number of engines may be put."""
+    """A loaded base model and a pool, for any number of engines."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ class Opened:
         """An engine with these settings."""
         from logo.engine import LoGo
 
-        # The preset's k: nobody asked for more than the pool has, so nobody is warned.
+        # The preset's k is reduced to a smaller pool without a warning, since the user did not ask for it.
         if options.n_selected_modules is None and settings.k is not None:
             settings = replace(settings, k=min(settings.k, len(self.pool)))
         logo = LoGo(
@@ -141,7 +141,7 @@ def open_base(options: EngineOptions, base_model: str, preset: Preset | None = N
 def open_engine(
     options: EngineOptions, base_model: str, *, preset: Preset | None = None, truncation: Truncation | None = None
 ) -> LoGo:
-    """Loads the base model and the pool, and puts an engine on them."""
+    """Loads the base model and the pool, and returns an engine on them."""
     settings = selection_settings(options, preset)
     check_selection_options(given(), [settings])
     return open_base(options, base_model, preset).engine(options, settings, truncation)
@@ -156,7 +156,7 @@ def open_any(
     truncation: Truncation | None = None,
     merge: Merge | None = None,
 ) -> Calls:
-    """The same with this merge, inside the engine that was asked for."""
+    """An engine with this merge, in this process or inside vLLM, as `runner` says."""
     from logo.mixing import EXACT
 
     asked, merge = _vllm_options(runner), merge or EXACT
@@ -173,7 +173,7 @@ def open_any(
         if value:
             hint = "set CUDA_VISIBLE_DEVICES" if name == "--device" else "leave it out"
             raise UsageError(f"{name}: the engine 'vllm' has no such option; {hint}")
-    # Before vLLM is imported: what it says is none of this command's answers.
+    # Set before vLLM is imported, so that its messages stay out of this command's output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     quiet_transformers()
@@ -203,7 +203,7 @@ def _vllm_options(runner: RunnerOptions) -> dict[str, Any]:
     if text is None:
         return {}
     if runner.engine != "vllm":
-        raise UsageError("--vllm-options: only the engine 'vllm' has them; add --engine vllm or leave them out")
+        raise UsageError("--vllm-options is only for the engine 'vllm'; add --engine vllm or leave it out")
     from logo.backends.vllm.options import json_object
 
     return json_object(text, "--vllm-options")

@@ -31,7 +31,7 @@ POOL = "Pool"
 PROBE = "Probe and selection"
 DEVICE = "Device"
 
-# Of a field whose option may be repeated: what is given is put together with commas.
+# Metadata of a field whose option may be repeated; its values are joined with commas.
 REPEATED = {"repeated": True}
 
 DEFAULT_SIGNAL = "calibrated"
@@ -50,10 +50,10 @@ def rare(help: str, default: str | bool = True, *names: str, panel: str | None =
 
 
 def device_name(text: str) -> str:
-    """What `--device` says, checked; a number is a GPU's, as the official `--gpu` has it, and -1 the CPU.
+    """The checked value of `--device`. A number is that of a GPU, as with the official `--gpu`; -1 is the CPU.
 
     Raises:
-        typer.BadParameter: it is no device.
+        typer.BadParameter: the text is not a device.
     """
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?|\d+", text):
         return "auto" if text in ("0", "cuda:auto") else text
@@ -93,27 +93,27 @@ class EngineOptions:
             metavar="PLACE",
         ),
     ] = field(default=None, metadata=REPEATED)
-    on_bad_adapter: Annotated[OnBad, _pool("An adapter that cannot be used: refuse the pool, or leave it out.")] = (
+    on_bad_adapter: Annotated[OnBad, _pool("If an adapter cannot be used: refuse the pool, or skip the adapter.")] = (
         "error"
     )
     unscorable: Annotated[
-        OnBad, _pool("An adapter that lacks the probed module: refuse the pool, or leave it out.")
+        OnBad, _pool("If an adapter lacks the probed module: refuse the pool, or skip the adapter.")
     ] = "error"
     allow_pickle: Annotated[bool, _pool("Also read adapter_model.bin (tensors only).", True, "--allow-pickle")] = False
     adapter_memory_gb: Annotated[
         float | None,
-        _pool("Memory for adapters on the model's device, in GB.", "0.3 of what is free beside the model", min=0.0),
+        _pool("Memory for adapters on the model's device, in GB.", "0.3 of what the model leaves free", min=0.0),
     ] = None
     adapter_cache_gb: Annotated[
         float | None, _pool("Host memory for adapter files beside a GPU, in GB.", "as --adapter-memory-gb", min=0.0)
     ] = None
     fold: Annotated[
-        bool | None, _pool("Fold the mixture into a copy of the weights.", "float32: when it pays", "--fold/--no-fold")
+        bool | None, _pool("Fold the mixture into a copy of the weights.", "float32: where faster", "--fold/--no-fold")
     ] = None
     prefix_cache_gb: Annotated[
         float | None,
         _probe(
-            "Memory for the keys and values of common beginnings of prompts, in GB.",
+            "Memory for the keys and values of shared prompt prefixes, in GB.",
             "0.25",
             min=0.0,
         ),
@@ -158,7 +158,7 @@ class EngineOptions:
         float | None,
         _probe(
             "Share of the layers that a signal with several points may read.",
-            "0.5; of activated adapters 1",
+            "0.5; activated adapters: 1",
         ),
     ] = None
     probe_points: Annotated[
@@ -188,19 +188,17 @@ class EngineOptions:
         Path | None,
         _probe(
             "Unlabelled prompts, one per line, by which the calibration chooses points.",
-            "some of ours",
+            "built-in ones",
             metavar="FILE",
         ),
     ] = None
     index: Annotated[
         IndexKind, _probe("Score every adapter, or only those that a first stage keeps (docs/many-adapters.md).")
     ] = "exact"
-    index_rank: Annotated[int, _probe("Two stages: rank that the first stage keeps of an adapter.")] = 2
+    index_rank: Annotated[int, _probe("Two stages: rank of each adapter in the first stage.")] = 2
     index_left: Annotated[
         int | None,
-        _probe(
-            "Two stages: adapters that the first stage keeps for exact scoring, if it estimates.", "16 k, 256 at least"
-        ),
+        _probe("Two stages: adapters left for exact scoring by a first stage that estimates.", "16 k, at least 256"),
     ] = None
     cache: Annotated[
         str | None,

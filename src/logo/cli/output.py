@@ -41,12 +41,12 @@ def screen(width: int, *, stderr: bool = False) -> Console:
 
 
 def natural_width(table: Table) -> int:
-    """Columns that a table takes where nothing is wrapped."""
+    """The width of a table without wrapping, in columns."""
     return Measurement.get(out, out.options.update(width=10_000), table).maximum
 
 
 def rich_table(found: tables.Table, *, intervals: bool = True) -> Table:
-    """A table of results for a terminal, with intervals in the columns that are theirs, or else below their numbers.
+    """A table of results for a terminal, with intervals in columns of their own, or else below their numbers.
 
     Args:
         intervals: False leaves out those below their numbers.
@@ -94,12 +94,12 @@ def plain_table(*headings: str) -> Table:
 
 
 def note(message: str) -> None:
-    """Something worth knowing that is not the answer: stderr, so that stdout can be piped."""
+    """Prints a note to stderr, so that stdout holds results only."""
     err.print(f"[dim]{message}[/dim]")
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Prints a value to stdout as one JSON document."""
     json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
     sys.stdout.write("\n")
 
@@ -184,7 +184,7 @@ def progress(disable: bool = False) -> Progress:
         TextColumn("[dim]eta[/dim]"),
         TimeRemainingColumn(),
         console=err,
-        # On one screen, lines have to be printed above the bar; in a pipe they must not end up on stderr.
+        # On a terminal, printed lines have to appear above the bar; in a pipe, they have to stay on stdout.
         redirect_stdout=sys.stdout.isatty(),
         disable=disable,
     )

@@ -1,4 +1,4 @@
-"""How far a study is: bars on a terminal, and a line now and then where the output is a file."""
+"""The progress of a study: bars on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from logo.evaluation.contest import Lesson
 
 EVERY = 60.0  # seconds between two lines
-WINDOW = 20  # steps that say how long the next ones take
-AT_ONCE = 0.005  # seconds; what comes faster was done by an earlier process
+WINDOW = 20  # last steps, from which the remaining time is estimated
+AT_ONCE = 0.005  # seconds; faster steps were done by an earlier process
 
 
 class Pace:
-    """Says on stderr, once a minute, how many are done and how long the others will take.
+    """Prints to stderr, once a minute, the number of finished steps and the remaining time.
 
     Args:
-        what: is counted; `total`: how many there are.
+        what: name of the steps; `total`: their number.
     """
 
     def __init__(self, what: str, total: int) -> None:
@@ -31,11 +31,11 @@ class Pace:
         self._took: deque[float] = deque(maxlen=WINDOW)
 
     def begin(self) -> None:
-        """The time since the last step, or since this was made, was spent on something else."""
+        """Restarts the clock: the time since the last step was spent on something else."""
         self._last = time.monotonic()
 
     def step(self) -> None:
-        """One more is done."""
+        """Counts a finished step."""
         now = time.monotonic()
         self._done += 1
         if now - self._last >= AT_ONCE:
@@ -64,14 +64,14 @@ class Bars:
         self._plain = plain and not err.is_terminal
 
     def lesson(self, lesson: Lesson) -> None:
-        """A lesson is learnt."""
+        """Counts a finished lesson."""
         self._shown.update(self._lessons, advance=1, description=f"{lesson.method}: {lesson.of}")
         if self._plain:
             self._pace["lessons"].step()
             self._pace["rows"].begin()
 
     def row(self, task: str) -> None:
-        """A row of a task is measured."""
+        """Counts a measured row of a task."""
         self._shown.update(self._rows, advance=1, description=task)
         if self._plain:
             self._pace["rows"].step()

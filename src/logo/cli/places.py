@@ -19,18 +19,18 @@ Ray = Annotated[
     str | None,
     rare(
         "`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
-        "local, where several processes are asked for",
+        "local, with several processes",
         metavar="WHERE",
         panel=PROCESSES,
     ),
 ]
 Gpus = Annotated[
-    float | None, rare("GPUs of each process.", "1 where there are GPUs, else 0", metavar="G", min=0.0, panel=PROCESSES)
+    float | None, rare("GPUs per process.", "1 if there are GPUs, else 0", metavar="G", min=0.0, panel=PROCESSES)
 ]
 Cpus = Annotated[
     int | None,
     rare(
-        "CPU cores, and threads, of each process.",
+        "CPU cores and threads per process.",
         "local: an equal share of all; else 1",
         metavar="C",
         min=1,
@@ -48,7 +48,7 @@ def check_alone(given: dict[str, bool], needed: str) -> None:
     """
     for option, is_given in given.items():
         if is_given:
-            raise UsageError(f"{option} belongs to {needed}; add that")
+            raise UsageError(f"{option} needs {needed}; add that")
 
 
 def check_devices(engine: EngineOptions, what: str, gpus: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from logo.backends.plan import Plan
     from logo.backends.shapes import ModelShape, PoolShape
 
-# What PyTorch sees of them, in 2³⁰ bytes.
+# GPU -> the memory that PyTorch reports, in 2³⁰ bytes.
 GPUS = {
     "B200": 178.3,
     "H200": 139.8,
@@ -48,7 +48,7 @@ def plan(
     n_selected_modules: Annotated[
         int | None, usual("Adapters per mixture.", "20; demo: 3", "--n-selected-modules", "-k")
     ] = None,
-    concurrency: Annotated[int, usual("Requests at a time.")] = 64,
+    concurrency: Annotated[int, usual("Concurrent requests.")] = 64,
     context: Annotated[
         int | None, usual("Tokens of a request, prompt and answer.", "4096, or as many as the model reads")
     ] = None,

@@ -48,7 +48,7 @@ def say_renamed(old: str, new: str) -> None:
 
 
 def modernised(arguments: Sequence[str], known: Collection[str], command: str) -> Iterator[str]:
-    """A command's arguments with the names that its options have now; says each that it had to change.
+    """A command's arguments with the current names of its options; prints a note for each old name.
 
     Args:
         known: the command's options, with their dashes.

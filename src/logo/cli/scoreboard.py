@@ -1,4 +1,4 @@
-"""What an evaluation says when it is done: the official lines, intervals, a table, and the rows without an answer."""
+"""The output of a finished evaluation: the official lines, intervals, a table, and the rows without an answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from logo.evaluation.tables import Table
 
 SHOWN = 20  # rows without an answer that are named; metrics.json has all
-WIDTH = 100  # of the table, where there is no terminal to say
+WIDTH = 100  # of the table, if there is no terminal
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Score:
     Attributes:
         dataset: its name.
         folder: where the result is; `files`: what it holds, by name.
-        skipped: it was there before this command.
+        skipped: whether it was finished before this command.
     """
 
     dataset: str
@@ -100,7 +100,7 @@ def show(scores: Sequence[Score], *, json: bool) -> None:
 
 
 def say_intervals(score: Score) -> None:
-    """One line beside the official ones, on stderr."""
+    """Prints the intervals of the official measures to stderr, in one line."""
     intervals = score.files["metrics.json"]["official_intervals"]
     if intervals:
         ends = {_label(key): f"{100 * low:.2f} to {100 * high:.2f}" for key, (low, high) in intervals.items()}

@@ -53,7 +53,7 @@ def serve(
     ] = None,
     open_metrics: Annotated[bool, rare("Serve /metrics without a key.", True, "--open-metrics", panel=NETWORK)] = False,
     served_model_name: Annotated[
-        str | None, rare("Name of the base model alone in requests.", "the last part of --base-model", panel=NETWORK)
+        str | None, rare("Model name to request the base model alone.", "the last part of --base-model", panel=NETWORK)
     ] = None,
     signals: Annotated[
         str | None,
@@ -76,7 +76,7 @@ def serve(
         rare("Largest size of a request, in 10⁶ bytes.", "1, or 32 with --engine vllm", min=0.001, panel=LIMITS),
     ] = None,
     kv_cache_gb: Annotated[
-        float | None, usual("Memory for keys and values, in 10⁹ bytes.", "CPU: 2; GPU: half of what is free", min=0.001)
+        float | None, usual("Memory for keys and values, in 10⁹ bytes.", "CPU: 2; GPU: half the free memory", min=0.001)
     ] = None,
     allow_adapter_changes: Annotated[
         Path | None, usual("Folder from which requests may add adapters to the pool.", False, metavar="DIR")
@@ -99,7 +99,7 @@ def serve(
         rare("A slot per adapter (gate) or per request (merge); auto: the one that needs less memory.", panel=VLLM),
     ] = "auto",
     max_model_len: Annotated[
-        int | None, rare("Most tokens of a prompt and its answer.", "the model's", min=1, panel=VLLM)
+        int | None, rare("Maximum tokens of a prompt and its answer.", "the model's", min=1, panel=VLLM)
     ] = None,
     dry_run: Annotated[
         bool, rare("Print what would be started, without secrets.", True, "--dry-run", panel=VLLM)
@@ -163,10 +163,10 @@ def serve(
         (f"argument {(arguments or [''])[0]!r}", bool(arguments)),
     ):
         if is_given:
-            raise UsageError(f"{option} is for --engine vllm alone")
+            raise UsageError(f"{option} is only for --engine vllm")
     need("the server", "fastapi", "uvicorn", "prometheus_client")
     if log_prompts and not log_json:
-        raise UsageError("--log-prompts: prompts are logged as JSON alone; add --log-json")
+        raise UsageError("--log-prompts: prompts are only logged as JSON; add --log-json")
     folder = None if allow_adapter_changes is None else allow_adapter_changes.resolve()
     if folder is not None and not folder.is_dir():
         raise StorageError(f"--allow-adapter-changes {folder}: expected a folder, found none; create it first")
@@ -214,5 +214,5 @@ def _name(asked: str | None, base_model: str) -> str:
     """Name of the base model alone in requests."""
     name = asked or base_model.rstrip("/").rpartition("/")[2]
     if name == "logo":
-        raise UsageError("--served-model-name 'logo' is what selects adapters; choose another name for the base model")
+        raise UsageError("--served-model-name: 'logo' is the model that selects adapters; choose another name")
     return name

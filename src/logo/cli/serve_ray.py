@@ -34,7 +34,7 @@ class ReplicaOptions:
     autoscale: Annotated[
         tuple[int, int] | None,
         rare(
-            "As many replicas between these as requests ask for.",
+            "Adapt the number of replicas to the load, between MIN and MAX.",
             "always --replicas",
             metavar="MIN MAX",
             panel=PROCESSES,
@@ -74,9 +74,9 @@ def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
     if options.autoscale is not None:
         least, most = options.autoscale
         if count is not None:
-            raise UsageError("--autoscale MIN MAX and --replicas N: give one of the two")
+            raise UsageError("--autoscale MIN MAX and --replicas N: give only one of them")
         if not 1 <= least <= most:
-            raise UsageError(f"--autoscale: expected 1 or more and not less, found {least} {most}")
+            raise UsageError(f"--autoscale: expected a MIN of 1 or more and a MAX not below it, found {least} {most}")
         count = least
     from logo.backends.cluster import LOCAL, Layout
 
@@ -104,7 +104,7 @@ def serve(
     address: tuple[str, int],
     plan: Plan,
 ) -> Any:
-    """Serves until a signal comes; or, where `application` asks, returns what Ray Serve is to run."""
+    """Serves until a signal comes; if `application` calls it, returns the application for Ray Serve instead."""
     from logo.serving.driver import serve_replicas
     from logo.serving.replica import digest
     from logo.serving.replicas import Scale
@@ -116,7 +116,7 @@ def serve(
         scale = Scale(layout, options.autoscale[1], *after)
     if _described.get():
         return build(plan, scale, layout.cpus or 1, layout.gpus or 0.0)
-    pool = open_pool(engine, base_model)  # what is wrong with it is said before anything is started
+    pool = open_pool(engine, base_model)  # raises its errors before anything is started
     note(starting(layout, "replicas"))
     serve_replicas(plan, scale, address, digest(pool), lambda url: note(f"Serving on {url}"), note)
     return None
@@ -124,7 +124,7 @@ def serve(
 
 def application(arguments: dict[str, Any]) -> Any:
     """For `serve run` and RayService: `import_path: logo.cli.serve_ray:application`, with options of `logo serve` as
-    `args`, such as `max_concurrent: 32`. Where Ray Serve listens is its own affair.
+    `args`, such as `max_concurrent: 32`. Ray Serve itself decides where it listens.
 
     Raises:
         LoGoError, and what typer raises: an option that does not exist or cannot be used.
@@ -143,7 +143,7 @@ def application(arguments: dict[str, Any]) -> Any:
 
 
 def flags_of(option: str, value: Any) -> list[str]:
-    """An option as it is written on a command line."""
+    """The command-line arguments for an option with this value."""
     if value is None or value is False:
         return []
     if value is True:
@@ -154,5 +154,5 @@ def flags_of(option: str, value: Any) -> list[str]:
     return [part for one in values for part in (option, str(one))]
 
 
-# Whether `logo serve` is only asked what it would run.
+# Whether `logo serve` only returns the application that it would run.
 _described: ContextVar[bool] = ContextVar("described", default=False)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FRONT = "logo.serving.front.Front"
 OPEN = "Listening on {} without an API key: everybody who reaches it may use it. --api-key requires one."
 
-# vLLM reads the escape.
+# vLLM interprets the escape sequence.
 PLAIN_CHAT = "{% for m in messages %}{{ m.content }}{% if not loop.last %}\\n{% endif %}{% endfor %}"
 
 _USUAL_CONTEXT = 4096
@@ -38,15 +38,15 @@ _CPU_CACHE_GB = 2.0
 # prompt; vLLM's own size on CPUs is 128.
 _CPU_BLOCK = 32
 
-# Options of ours that vLLM's server has not, and what there is instead.
+# Options that vLLM's server does not have, and what to use instead.
 INSTEAD = {
-    "--allow-pickle": "vLLM's processes read safetensors alone",
+    "--allow-pickle": "vLLM's processes only read safetensors",
     "--adapter-memory-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
     "--adapter-cache-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
-    "--fold": "how vLLM mixes adapters is --vllm-mode",
+    "--fold": "use --vllm-mode to choose how vLLM mixes adapters",
     "--device": "set CUDA_VISIBLE_DEVICES",
     "--device-map": "use `-- --tensor-parallel-size N`",
-    "--key-adapters": "vLLM's keys are not bound to adapters",
+    "--key-adapters": "vLLM cannot bind API keys to adapters",
     "--max-queue": "vLLM lets any number of requests wait; --max-concurrent limits those that run",
     "--request-timeout": "a proxy in front of vLLM can end requests",
     "--allow-adapter-changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and leave room with `-- --max-loras N`",
@@ -60,7 +60,7 @@ class VllmServerOptions:
     """Options that vLLM's server and our own have in common.
 
     Attributes:
-        name: what the base model alone is called.
+        name: model name of the base model alone.
         refused: options of `INSTEAD` that were given.
         arguments: what follows `--`.
     """
@@ -93,7 +93,7 @@ def serve(
     """Replaces this process by vLLM's server; with `dry_run`, prints what would be started.
 
     Args:
-        several: serves from replicas instead.
+        several: called instead, to serve from replicas.
     """
     from logo.backends.vllm.launch import API_KEY, check_environment
 
@@ -104,7 +104,7 @@ def serve(
     from logo.serving.front import FrontSettings
     from logo.serving.guards import GuardSettings, is_loopback
 
-    GuardSettings(server.host, server.api_keys, cors_origins=server.cors)  # refuses keys and origins that are none
+    GuardSettings(server.host, server.api_keys, cors_origins=server.cors)  # raises for invalid keys and origins
     if not server.api_keys and not os.environ.get(API_KEY) and not is_loopback(server.host):
         note(OPEN.format(server.host))
     more = FrontSettings(server.host, server.allow_hosts, server.open_metrics).environment()
@@ -128,12 +128,12 @@ def _become(launch: Launch, more: Mapping[str, str]) -> None:
     environment = launch.environment({**os.environ, **more})
     sys.stdout.flush()
     sys.stderr.flush()
-    # Signals and the exit code are vLLM's from here on.
+    # From here on, vLLM handles signals and sets the exit code.
     os.execvpe(launch.command[0], launch.command, environment)
 
 
 def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -> None:
-    """Raises UsageError for what vLLM's server cannot do."""
+    """Raises UsageError for options that vLLM's server does not support."""
     usual = EngineOptions()
     names = ("allow_pickle", "adapter_memory_gb", "adapter_cache_gb", "fold", "device", "device_map")
     given = [
@@ -143,18 +143,18 @@ def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -
     for option in given:
         raise UsageError(f"{option} is not for --engine vllm: {INSTEAD[option]}")
     if server.port == 0 and alone:
-        raise UsageError("--port 0 is not for --engine vllm, which does not tell what port it took: name one")
+        raise UsageError("--port 0 is not for --engine vllm, which does not report the port that it chose: give a port")
     if len(server.api_keys) > 1:
         raise UsageError(f"--engine vllm takes one --api-key, found {len(server.api_keys)}: give one")
     flags = {flag.split("=")[0].replace("_", "-") for flag in server.arguments if flag.startswith("-")}
     if "--api-key" in flags:
         raise UsageError(
-            "--api-key after `--` would be in the list of processes and in what --dry-run prints: give it before `--`, "
-            "or as VLLM_API_KEY in the environment"
+            "--api-key after `--` would be visible in the list of processes and in the output of --dry-run: give it "
+            "before `--`, or as VLLM_API_KEY in the environment"
         )
     if flags & {"--api-server-count", "-asc"}:
         raise UsageError(
-            "--api-server-count is read by `vllm serve` alone: start that, with the flags and the environment that "
+            "--api-server-count is only read by `vllm serve`: start that with the flags and the environment that "
             "--dry-run prints"
         )
 

@@ -86,7 +86,7 @@ def study(
         str | None,
         rare(
             "How generated answers are judged, in all tasks.",
-            "what NAME.yaml says beside NAME.jsonl, else by the task's name",
+            "from NAME.yaml beside NAME.jsonl, else from the task's name",
             metavar="METRIC",
         ),
     ] = None,
@@ -94,15 +94,15 @@ def study(
         Path | None,
         rare(
             "Folder of NAME.jsonl with training rows, for methods that learn from them.",
-            "none, or what is held out",
+            "none, or the held-out rows",
             metavar="DIR",
         ),
     ] = None,
     hold_out: Annotated[
         int,
         rare(
-            "Last rows of each task that are not measured: training rows, samples and validation rows for methods "
-            "that need some, where no folder of them is named.",
+            "Do not measure the last N rows of each task; methods use them as training, sample or validation rows "
+            "where no folder of them is named.",
             min=0,
         ),
     ] = 0,
@@ -162,7 +162,7 @@ def study(
             stack.enter_context(measuring.workers)
         _say_what(found, measuring.facts.names)
         for name, of_signal in measuring.facts.settings["signals"].items():
-            if of_signal["activations"]:  # of plain adapters, each signal reads what its page says
+            if of_signal["activations"]:  # for plain adapters, the documentation says it
                 note(f"{name} reads {of_signal['reads']}")
         result = _measure(measuring, found, save, settings, contest, seed, time.perf_counter() - started)
     write_json(save, {**result.report, "command": command_line()})
@@ -180,7 +180,7 @@ def _show(report: Mapping[str, Any], *, json: bool) -> None:
     if json:
         print_json(report)
         return
-    # Where there is no terminal, a long name of a method is no reason to break a line.
+    # Without a terminal, the table is as wide as its content, since a method's name may be long.
     whole = rich_table(_table(report, intervals=True))
     shown = screen(max(WIDTH, natural_width(whole)))
     shown.print(whole if shown.width >= WIDTH else rich_table(_table(report, intervals=False), intervals=False))
@@ -224,7 +224,7 @@ def _signals(text: str) -> dict[str, dict[str, Any]]:
 
 
 def _checked(save: Path, png: Path | None) -> Path:
-    """The picture's place, when both files can be written: looked at before hours are spent."""
+    """The path of the picture, after a check that both files can be written, before the long part of the work."""
     from logo.folders import check_writable
 
     picture = save.with_suffix(".png") if png is None else png
@@ -262,7 +262,7 @@ def _arms(
     batch_size: int,
     names: tuple[str, ...] | None,
 ) -> Arms:
-    """One engine per entry, on one model and one pool: of the adapters of these names, if there are some."""
+    """One engine per entry of `--signals`, on one model and one pool, restricted to the adapters of these names."""
     from logo.engine import LoGo
     from logo.evaluation.arms import Arms
 
@@ -293,7 +293,7 @@ def _say_what(tasks: Sequence[Task], names: Sequence[str]) -> None:
     own = sum(task.name in adapters for task in tasks)
     note(f"adapters: {len(adapters)} · tasks with an adapter of their own: {own} · unseen tasks: {len(tasks) - own}")
     if not own:
-        err.print("logo: warning: no file of rows is named like an adapter, so nothing says which is right")
+        err.print("logo: warning: no file of rows is named like an adapter, so the right adapter of a row is unknown")
 
 
 def _measure(

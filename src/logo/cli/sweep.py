@@ -93,7 +93,7 @@ def sweep(
 
 
 def _engine(options: EngineOptions, *, quiet: bool) -> tuple[EngineOptions, str]:
-    """With the defaults of `logo eval run`, so that a cell is what that command would do."""
+    """The options with the defaults of `logo eval run`, so that a cell equals such a run, and the base model."""
     if quiet and options.base_model is None:
         options = replace(options, base_model="demo")
     options, base_model = or_demo(options)
@@ -105,7 +105,7 @@ def _engine(options: EngineOptions, *, quiet: bool) -> tuple[EngineOptions, str]
 
 
 def _jobs(options: RowOptions, cells: Sequence[Cell], output: Path) -> list[Job]:
-    """Everything that can be wrong with data and results, looked at before hours are spent."""
+    """The jobs. Errors in data and result folders are raised here, before the long part of the work."""
     from logo.evaluation.jobs import train_rows
     from logo.folders import check_writable
 
@@ -213,7 +213,7 @@ def _show(
     elif best:
         count = len(datasets_of(swept.outcomes))
         shown = rich_table(_table(axes, best, count))
-        if out.is_terminal and natural_width(shown) > out.width:  # the table of the files has the groups too
+        if out.is_terminal and natural_width(shown) > out.width:  # the files have the groups, too
             shown = rich_table(_table(axes, best, count, groups=False))
         _print(shown)
         note(" · ".join(str(file) for file in written))
@@ -225,7 +225,7 @@ def _show(
 
 
 def _print(shown: RichTable) -> None:
-    """On a terminal as wide as that is; elsewhere nothing is cut."""
+    """Prints a table as wide as the terminal, or elsewhere at its full width."""
     screen(natural_width(shown)).print(shown)
 
 

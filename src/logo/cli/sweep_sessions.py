@@ -1,4 +1,4 @@
-"""What answers the cells of `logo eval sweep`: one engine after the other in this process, or in several."""
+"""The sessions that answer the cells of `logo eval sweep`: one engine after the other, here or in other processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class CellSessions:
-    """Sessions of cells on one base model and pool; of engines only the last one is kept."""
+    """Sessions of cells on one base model and pool; only the last engine is kept."""
 
     def __init__(self, options: EngineOptions, rows: RowOptions, base_model: str, command: Mapping[str, Any]) -> None:
         started = time.perf_counter()
@@ -64,7 +64,7 @@ class CellSessions:
 
     def _engine(self, cell: Cell) -> LoGo:
         if self._logo is None or self._settings != cell.settings:
-            self._logo = None  # what it holds has to go before the next one needs the memory
+            self._logo = None  # frees its memory before the next one is made
             options = replace(self._options, n_selected_modules=cell.options["n_selected_modules"])
             self._logo = self._base.engine(options, cell.settings)
             self._settings = cell.settings

@@ -93,7 +93,7 @@ def train(
 
 
 def _layout(course: CourseOptions, device: DeviceOptions) -> Layout | None:
-    """The processes that are asked for; None: this one trains."""
+    """The processes that the options ask for; None: this process trains."""
     if course.jobs is None and course.ray is None:
         given = {"--gpus-per-worker": course.gpus_per_worker, "--cpus-per-worker": course.cpus_per_worker}
         check_alone({name: value is not None for name, value in given.items()}, "--jobs")
@@ -107,7 +107,7 @@ def _layout(course: CourseOptions, device: DeviceOptions) -> Layout | None:
 
 
 class Screen:
-    """What is seen while a pool is trained: a table of the tasks that run, or now and then a line where it is piped."""
+    """The progress display of a training: a table of the tasks on a terminal, else a line now and then."""
 
     _LINE_EVERY = 30.0
 
@@ -130,14 +130,14 @@ class Screen:
             self._live.stop()
 
     def planned(self, plan: Plan) -> None:
-        """Says what there is to do."""
+        """Prints the numbers of adapters and groups to train."""
         self._expected = {task.name: task.tokens for group in plan.groups for task in group.tasks}
         count = len(self._expected)
         done = f", {len(plan.done)} trained already" if plan.done else ""
         note(f"adapters to train: {count}, in groups: {len(plan.groups)}{done}")
 
     def tell(self, states: Sequence[Status]) -> None:
-        """Shows how far tasks are."""
+        """Updates the display with the progress of tasks."""
         now = time.monotonic()
         for state in states:
             self._began.setdefault(state.task, (now, state.tokens))

@@ -12,7 +12,7 @@ from logo.cli.places import Cpus, Gpus, Ray
 if TYPE_CHECKING:
     from logo.training.recipe import Recipes
 
-RECIPE = "Recipe (a file that --recipe names may have the same)"
+RECIPE = "Recipe (also in a --recipe file)"
 COURSE = "Course"
 
 
@@ -40,20 +40,18 @@ class RecipeOptions:
     targets: Annotated[
         str | None, _usual("Names of the modules that are adapted, or `all-linear`.", "q_proj,v_proj")
     ] = None
-    lr: Annotated[float | None, _usual("Learning rate at its highest.", 0.0002)] = None
+    lr: Annotated[float | None, _usual("Peak learning rate.", 0.0002)] = None
     epochs: Annotated[float | None, _usual("Passes over the rows.", 3)] = None
     steps: Annotated[int | None, _usual("Optimiser steps, instead of epochs.", "none")] = None
-    batch_size: Annotated[int | None, _rare("Rows of a step.", 8)] = None
+    batch_size: Annotated[int | None, _rare("Rows per optimiser step.", 8)] = None
     max_length: Annotated[int | None, _rare("Tokens of a row; longer prompts lose their beginning.", 1024)] = None
-    seed: Annotated[
-        int | None, _rare("Random seed of initial factors, of the order of rows and of which are held out.", 0)
-    ] = None
+    seed: Annotated[int | None, _rare("Random seed of initial factors, row order and held-out rows.", 0)] = None
     warmup: Annotated[float | None, _rare("Share of the steps over which the learning rate rises.", 0.03)] = None
     schedule: Annotated[Schedules | None, _rare("How the learning rate falls after that.", "cosine")] = None
     weight_decay: Annotated[float | None, _rare("Weight decay of AdamW.", 0)] = None
     clip: Annotated[float | None, _rare("Clip the gradient of a step to this norm.", 1)] = None
     held_out: Annotated[
-        float | None, _rare("Share of the rows that is held out to measure the loss on, at most 64 rows.", 0.1)
+        float | None, _rare("Share of the rows held out to measure the loss, at most 64 rows.", 0.1)
     ] = None
     evaluations: Annotated[int | None, _rare("How often the loss of the held-out rows is measured.", 10)] = None
     patience: Annotated[int | None, _rare("Stop a task after this many measurements without a lower loss.", 3)] = None
@@ -103,7 +101,7 @@ class RecipeOptions:
         if self.invocation is not None and self.last is not None:
             raise UsageError("give either --invocation or --last, found both")
         if self.invocation is not None and not self.invocation.strip():
-            raise UsageError(f"--invocation: expected a text that prompts have, found {self.invocation!r}")
+            raise UsageError(f"--invocation: expected a text that all prompts contain, found {self.invocation!r}")
         if self.last is not None:
             given["activation"] = f"last:{self.last}"
         elif self.activated and self.invocation is None:
@@ -113,7 +111,7 @@ class RecipeOptions:
 
 @dataclass(frozen=True)
 class CourseOptions:
-    """How the training goes, which changes no adapter but in its last digits."""
+    """Options of the course of a training, which change an adapter in its last digits at most."""
 
     at_once: Annotated[
         int | None,
@@ -143,7 +141,9 @@ class CourseOptions:
         ),
     ] = False
     checkpoint_every: Annotated[float, rare("Seconds between two checkpoints.", min=0.0, panel=COURSE)] = 60.0
-    retrain: Annotated[bool, usual("Replace adapters of other rows or another recipe.", True, "--retrain")] = False
+    retrain: Annotated[
+        bool, usual("Replace adapters trained from other rows or with another recipe.", True, "--retrain")
+    ] = False
     calibrate: Annotated[
         bool,
         rare(

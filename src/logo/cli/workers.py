@@ -65,7 +65,7 @@ def only(pool: AdapterPool, names: Sequence[str]) -> AdapterPool:
     """The adapters of these names, as far as the pool has them.
 
     Raises:
-        DataError: it has none.
+        DataError: the pool has none of them.
     """
     found = [name for name in pool.names if name in set(names)]
     if not found:
@@ -82,7 +82,7 @@ def opened(
     preset: Preset | None = None,
     among: Sequence[str] | None = None,
 ) -> Workers[Any]:
-    """Starts processes, and says what they are when those that there is room for are ready.
+    """Starts worker processes, and returns them when those that there is room for are ready.
 
     Args:
         options, base_model, preset: of the pool that they have to have open.
@@ -101,7 +101,7 @@ def opened(
 
 
 def progress_of(bar: Progress, session: Evaluation, plans: Sequence[Plan]) -> Callable[[Plan, int], None]:
-    """What tells a session's progress on a screen: a bar for each dataset, or one for all that workers answer."""
+    """A function that shows a session's progress: a bar for each dataset, or one bar for all if workers answer."""
     from logo.evaluation.workers import InWorkers
 
     tasks: dict[int, TaskID] = {}

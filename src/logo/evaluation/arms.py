@@ -1,7 +1,7 @@
 """`Arms`: what a study compares on a row, in this process: signals, methods and fixed mixtures, on one model and one
 pool.
 
-    row -> each arm's mixture, with the row's own adapter and without it -> scored, and answered, all of a merge at once
+    row -> each arm's mixture, with the row's own adapter and without it -> scored and answered, one merge at a time
 """
 
 from __future__ import annotations

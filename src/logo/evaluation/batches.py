@@ -16,7 +16,7 @@ from typing import Protocol
 
 from logo.errors import HubError, LoGoError, StorageError
 
-OUT_OF_MEMORY = "out of memory with this prompt alone; fewer new tokens or a smaller dtype need less"
+OUT_OF_MEMORY = "out of memory with this prompt alone; ask for fewer new tokens, or use a smaller dtype"
 
 
 class SelectionLike(Protocol):
@@ -93,7 +93,7 @@ def in_batches(
         RuntimeError: the engine does not return one generation per prompt, or the first prompts do not fit into memory
             one by one.
     """
-    held: list[Batch] = []  # perhaps of a run that cannot work at all
+    held: list[Batch] = []  # until a prompt has an answer: the run may fail in all of them
     size, done, lost = size or batch_size, 0, 0
     while done < len(prompts):
         some = list(prompts[done : done + size])
@@ -105,7 +105,7 @@ def in_batches(
             continue
         [*_, last] = answers
         if len(some) == 1 and isinstance(last, Failure) and is_out_of_memory(last.error):
-            size, lost = batch_size, 0  # it was this prompt, and is no reason to be slow with the others
+            size, lost = batch_size, 0  # only this prompt was too large: the others use full batches again
         if lost:
             message = f"out of memory with {lost} prompts at once: going on with {size}"
             warnings.warn(message, UserWarning, stacklevel=2)
@@ -154,7 +154,7 @@ def _attempt(engine: Engine, prompts: list[str], max_new_tokens: int) -> tuple[G
     except (LoGoError, RuntimeError) as error:
         if not isinstance(error, LoGoError) and not is_out_of_memory(error):
             raise
-        # Its frames hold the tensors that leave no room for the next attempt.
+        # The traceback's frames hold tensors, which would leave no room for the next attempt.
         return Failure(error.with_traceback(None))
     if len(generations) != len(prompts):
         raise RuntimeError(f"engine: expected {len(prompts)} generations, one per prompt, found {len(generations)}")

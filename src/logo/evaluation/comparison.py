@@ -28,7 +28,7 @@ class Compared(Paired):
     Attributes:
         name: the dataset's or the group's.
         metric: `em`, `bleu`, `rouge-1`, ..., or with `extra.` before it one of `logo.evaluation.corpus`.
-        datasets: how many; `rows`: how many instances they have together.
+        datasets: number of datasets; `rows`: number of their instances together.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Compared(Paired):
     rows: int
 
     def as_json(self) -> dict[str, Any]:
-        """For machines, with `test` and `p`."""
+        """The comparison as JSON, with `test` and `p`."""
         first = {name: getattr(self, name) for name in ("name", "metric", "datasets", "rows")}
         return first | asdict(self) | asdict(self.significance)
 
@@ -60,7 +60,7 @@ class Comparison:
     unchecked: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
+        """The comparison as JSON."""
         shown = {name: [one.as_json() for one in getattr(self, name)] for name in ("datasets", "groups")}
         return asdict(self) | shown
 
@@ -71,7 +71,7 @@ def compare(a: Run, b: Run, metrics: str = "", *, seed: int = 0) -> Comparison:
     Args:
         a, b: as `logo.evaluation.runs.read_run` returns them.
         metrics: names or patterns (`rouge-*`, `extra.chrf`), separated by commas; empty: the official ones.
-        seed: of the draws.
+        seed: seed of the intervals and tests.
 
     Raises:
         DataError: no dataset in common, or different rows in the two runs.
@@ -91,7 +91,7 @@ def compare(a: Run, b: Run, metrics: str = "", *, seed: int = 0) -> Comparison:
         known = dict.fromkeys(metric for name in names for metric in _pairs(ours[name], theirs[name], extra=True))
         rows = all(ours[name].prompts or theirs[name].prompts for name in names)
         raise UsageError(
-            f"metric {metrics!r}: expected names or patterns of {', '.join(known)}, found no such"
+            f"metric {metrics!r}: expected names or patterns of {', '.join(known)}, found none of them"
             f"{closest(metrics, known)}{'' if rows else f'; {EXTRA}* need rows.json in a run'}"
         )
     datasets = [(name, metric, [name]) for name in names for metric in measures[name]]
@@ -160,10 +160,10 @@ def _groups(measures: Mapping[str, Mapping[str, Pair]]) -> list[tuple[str, str, 
 
 
 def _same_rows(a: Result, b: Result) -> bool:
-    """True when the rows are known to be the same, False when nobody can tell.
+    """Whether the rows are known to be the same; False if it is not known whether they are.
 
     Raises:
-        DataError: they are not.
+        DataError: they are known to differ.
     """
     found = ""
     if len(a) != len(b):

@@ -56,7 +56,7 @@ class Corpus:
         return self.worth is mean_worth and bool(np.isin(self.rows[:, 0], (0.0, 1.0)).all())
 
     def interval(self, *, seed: Sequence[int] = (0,)) -> Interval | None:
-        """Its 95 % interval: Wilson's where instances are right or wrong, else a bootstrap's, as far as that has one.
+        """Its 95 % interval: Wilson's where instances are right or wrong, else a bootstrap's; None if that has none.
 
         Args:
             seed: of the draws.
@@ -92,8 +92,8 @@ def extra_metrics(
     Args:
         dataset: its name.
         predictions: one answer per instance; '' is a wrong one.
-        golds: all gold texts of each instance, at least one, of any number.
-        metric: what it is judged by, which says what kind it is; None: by its name.
+        golds: all gold texts of each instance, at least one.
+        metric: the dataset's metric, which decides the measures; None: by the dataset's name.
         seed: of the intervals that are drawn.
 
     Raises:
@@ -122,7 +122,7 @@ def corpora(
             f"found {len(predictions)} predictions and {sum(1 for texts in golds if texts)} with gold texts"
         )
     kind = metric or metric_kind(dataset)
-    if kind not in KINDS:  # a plugin's: what else could be said of such answers is not known
+    if kind not in KINDS:  # a plugin's metric: no further measures are known for its answers
         return {}
     if kind.startswith("em"):
         pairs = list(zip(predictions, golds, strict=True))
@@ -183,7 +183,7 @@ def token_f1(prediction: str, gold: str) -> float:
 
 
 def normalised(text: str) -> str:
-    """In lower case, without ASCII punctuation, without `a`, `an` and `the`, and with single blanks.
+    """The text in lower case, without ASCII punctuation, without `a`, `an` and `the`, and with single blanks.
 
     Articles stay where nothing else is left, so that the choice "(A)" is not the same as no answer; SQuAD has no such
     answers, and its own script would call them equal.
@@ -207,14 +207,14 @@ def tokenizer_for(golds: Sequence[Sequence[str]]) -> str:
             scripts[_BY_CHARACTER.get(script, "13a")] += 1
     if 2 * scripts["13a"] >= scripts.total():
         return "13a"
-    # A Japanese text is Chinese characters and kana: kana decide.
+    # Japanese mixes Chinese characters and kana, so kana decide.
     return "char" if 10 * scripts["char"] > scripts["zh"] else "zh"
 
 
 def _bleu(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
     from sacrebleu import BLEU
 
-    # `force`: nothing is said about texts that look tokenized.
+    # `force` turns off the warning about texts that look tokenized.
     return _by_sacrebleu(BLEU(tokenize=tokenizer_for(golds), force=True), bleu_worth, predictions, golds)
 
 
@@ -227,8 +227,8 @@ def _chrf(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Corpus:
 def _by_sacrebleu(
     metric: Any, worth: Callable[[Values], Values], predictions: Sequence[str], golds: Sequence[Sequence[str]]
 ) -> Corpus:
-    """A measure of sacrebleu, with the counts that it draws from in its own tests of significance. These have no public
-    name; tests hold that their sums are worth what the library says."""
+    """A measure of sacrebleu, with the statistics of each instance that its own significance tests use. They are
+    private there; our tests check that `worth` of their sums is the library's value."""
     texts, streams = list(predictions), _streams(golds)
     value = metric.corpus_score(texts, streams).score
     rows = np.array(metric._extract_corpus_statistics(texts, streams), dtype=np.float64)
@@ -262,6 +262,6 @@ def chrf_worth(sums: Values) -> Values:
 
 
 def _streams(golds: Sequence[Sequence[str]]) -> list[list[Any]]:
-    """First gold texts, second ones, ...; None where an instance has no more."""
+    """The gold texts by position: all first ones, all second ones, ...; None where an instance has no more."""
     longest = max(map(len, golds))
     return [[texts[i] if i < len(texts) else None for texts in golds] for i in range(longest)]

@@ -9,10 +9,10 @@ from typing import Any
 
 
 def new_figure(width: float, height: float, **options: Any) -> Any:
-    """A `matplotlib.figure.Figure` of so many inches.
+    """A `matplotlib.figure.Figure` of this size in inches.
 
     Args:
-        options: of that class.
+        options: further options of that class.
     """
     from matplotlib.figure import Figure  # the class behind pyplot
 

@@ -17,7 +17,7 @@ from logo.hub.sizes import FileSizes
 if TYPE_CHECKING:
     from logo.evaluation.session import Session
 
-TIMED = 8  # rows, or three batches where these are more
+TIMED = 8  # rows that are timed, or three batches if these are more
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them, as far as they are known."""
+        """The sum of all parts whose size is known."""
         return self.weights + self.keys_and_values + (self.adapters or 0) + (self.mixed or 0)
 
 
@@ -87,7 +87,7 @@ class Hours:
 class Forecast:
     """Attributes:
     rows: to be answered, by dataset.
-    memory, hours: None: not known, then a reason says why.
+    memory, hours: None if unknown; then `memory_reason` or `hours_reason` says why.
     """
 
     rows: Mapping[str, int]
@@ -102,10 +102,10 @@ class Forecast:
 def memory_of(
     config: Any, dtype: str, *, rows: int, tokens: int, exact: bool, adapters: Sequence[int], budget: int | None, k: int
 ) -> Memory:
-    """What a base model with this configuration takes.
+    """The memory of a base model with this configuration, and of its adapters.
 
     Args:
-        config: transformers'.
+        config: the transformers configuration.
         dtype: a torch dtype's name.
         rows: of a batch, each of `tokens` tokens.
         adapters: bytes of each adapter's weights; none: not known.
@@ -134,8 +134,8 @@ def memory_of(
 
 
 def timed(session: Session, jobs: Sequence[Job]) -> Hours:
-    """Answers a few rows and counts up. Where a method prepares for each dataset, the rows are of the first that has
-    some. Nothing is timed where no job has rows, as of a shard too many.
+    """Answers a few rows and extrapolates to all. If a method prepares for each dataset, the rows are those of the
+    first one that has some. If no job has rows (a superfluous shard), nothing is timed.
 
     The first batch warms up and is not counted, unless it is the only one.
     """

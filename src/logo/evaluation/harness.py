@@ -38,7 +38,7 @@ from logo.scoring import Scored
 from logo.selection.settings import SelectionSettings
 
 UNKNOWN_CONTEXT = 2048  # tokens, where a model does not say how many it reads
-_BATCHES = 8  # between two steps of a progress bar; rows are sorted by length, so more make no difference
+_BATCHES = 8  # batches between two steps of a progress bar; rows are sorted by length, so more make no difference
 
 Mixture = Mapping[str, float]
 
@@ -53,10 +53,10 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         k: adapters per document; None: the pool's own number, which is 20 (demo: 3), or all of a smaller pool.
         signal: what scores adapters.
         batch_size: rows per forward pass, each with its own mixture.
-        device: where this process is alone; each of several has its own. `auto`, `cpu`, `cuda:0`, ...; the harness says
-            `cuda:0` where nobody says anything, so a GPU is used only where there is one.
-        max_gen_toks: new tokens where a task does not say; None: 256, or half of a context that is shorter than twice.
-        model_dir: looked in first for base models and adapters.
+        device: `auto`, `cpu`, `cuda:0`, ..., if this process is alone; several processes get one each. The harness
+            passes `cuda:0` by default, which counts as `auto` on a machine without a GPU.
+        max_gen_toks: new tokens if a task does not set them; None: 256, or half of the context if that is less.
+        model_dir: folder that is searched first for base models and adapters.
         on_bad_adapter: `error`, or `skip` those that cannot be used.
         allow_pickle: read `adapter_model.bin` too, tensors only.
         options: all other options of `LoGo.from_pretrained` and `SelectionSettings`, by name.
@@ -166,7 +166,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         return self._max_gen_toks or min(MAX_NEW_TOKENS, self.max_length // 2)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; with the tokenizer's special ones unless the text begins with its first one or the caller says."""
+        """Token ids of a text. By default, special tokens are added unless the text begins with the prefix token."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
@@ -238,7 +238,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The generation after each context, up to the first of its `until` texts; greedy unless the task samples."""
         contexts = [request.args[0] for request in requests]
-        groups: dict[str, list[int]] = {}  # requests that are to be decoded alike
+        groups: dict[str, list[int]] = {}  # options as JSON -> requests that have them
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         answers: dict[int, str] = {}
@@ -292,7 +292,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         """The mixture of each text; those that were seen before are not selected again.
 
         Args:
-            max_new_tokens: of what follows them: for these, texts that are too long leave room.
+            max_new_tokens: length of the answers, for which a text that is too long is cut to leave room.
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._mixtures]
         with tqdm(total=len(new), desc="Selecting adapters", disable=quiet or not new) as bar:
@@ -327,7 +327,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         options["max_new_tokens"] = options.pop("max_gen_toks")
         options.pop("max_length", None)
         if not (options.get("do_sample") and options.get("temperature", 1.0)):
-            options["do_sample"] = False  # and so without what only sampling knows
+            options["do_sample"] = False  # and the options of sampling are dropped
             options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
         return options
 
@@ -335,7 +335,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         return batches_by_length(lengths, self.batch_size * _BATCHES)
 
     def _cut(self, context: list[int], following: int) -> list[int]:
-        """The end of a context that leaves room for as many tokens more, the last of which is not read."""
+        """The end of a context, which leaves room for `following` more tokens, the last of which is not read."""
         room = self.max_length + 1 - following
         if room < 1:
             raise UsageError(f"a continuation has {following} tokens, but the model reads {self.max_length} at once")
@@ -367,5 +367,5 @@ def _batch_size(asked: int | str) -> int:
     except ValueError:
         size = 0
     if size < 1:
-        raise UsageError(f"--batch_size {asked}: expected a number, 1 or more; it is not found automatically")
+        raise UsageError(f"--batch_size {asked}: expected a number, 1 or more; LoGo does not find it automatically")
     return size

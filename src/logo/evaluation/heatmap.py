@@ -9,9 +9,9 @@ import numpy as np
 from logo.evaluation.drawing import as_png, new_figure
 
 CELL = 0.19  # inches: names in small print still fit beside every row at 50 x 50
-SIDE = 8.0  # inches: fewer names get larger cells, up to
-LARGEST_CELL = 0.6
-LARGEST_SIDE = 60.0  # more names than fit there get smaller cells and smaller print
+SIDE = 8.0  # inches: few names get larger cells, until the map has this size or cells the largest one
+LARGEST_CELL = 0.6  # inches
+LARGEST_SIDE = 60.0  # inches: more names than fit get smaller cells and smaller print
 FONT = 7.0  # points
 DPI = 160
 OWN = "#d1495b"
@@ -28,7 +28,7 @@ def heatmap(weights: Mapping[str, Mapping[str, float]], adapters: Sequence[str],
 
     Args:
         weights: task -> adapter -> mean weight; adapters that are absent have weight 0.
-        adapters: all of the pool.
+        adapters: the names of all adapters of the pool.
         title: above the picture, such as the signal's name.
     """
     from matplotlib.patches import Patch, Rectangle

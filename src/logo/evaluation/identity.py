@@ -1,4 +1,4 @@
-"""What the results of a run depend on, and nothing else. By it a run recognises its own journal, result and shards.
+"""What the results of a run depend on, and nothing else. A run recognises its journal, result and shards by it.
 
 There are two parts. The *identity* is the request: the base model's weights and tokenizer, settings, rows, and the
 options of generation. The *environment* is what it runs on: versions and the kind of device, whose results agree up to
@@ -61,13 +61,13 @@ def engine_identity(logo: Calls, base_model: str, generation: Mapping[str, Any])
 
 
 def plugins_used(*sources: str | None) -> dict[str, list[str]]:
-    """Of the code of others that results depend on, as a part of an identity: nothing where all of it is ours."""
+    """The part of an identity that names the plugins on which results depend; empty if there are none."""
     found = [source for source in sources if source is not None]
     return {"plugins": found} if found else {}
 
 
 def digests(logo: Calls) -> dict[str, Any]:
-    """Of all that was loaded, but for the adapters' weights (see `pool_digests`): the base model's weights and
+    """Digests of what was loaded, except the adapters' weights (`pool_digests`): the base model's weights and
     configuration, the tokens at which an answer ends, the tokenizer, the adapters' scales, and the example prompts that
     selections look at, if there are some."""
     looked_at = logo.settings.examples == "use" and logo.settings.reading.scale == "whitened"
@@ -111,8 +111,7 @@ def check_baseline(baseline: str) -> None:
     """
     if baseline == "running":
         raise UsageError(
-            "reference 'running' learns from each row before the next one is scored, and results would depend on the "
-            "order of rows; it is for servers: use 'neutral' here"
+            "reference 'running' is for servers, since results would depend on the order of rows: use 'neutral' here"
         )
 
 

@@ -25,7 +25,7 @@ Values = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """The two ends, in the unit of their number."""
+    """The two ends of an interval, in the unit of its number."""
 
     low: float
     high: float

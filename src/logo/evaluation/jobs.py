@@ -77,11 +77,11 @@ def find_jobs(
         run_folder: results go into `run_folder / dataset`.
         request: names, a list or patterns, see `find_datasets`; empty: all.
         data_dir: folder of `{main}/{sub}/test.jsonl`.
-        rows: instead of it, a folder of `NAME.jsonl`, one dataset each.
+        rows: a folder of `NAME.jsonl`, one dataset each, instead of `data_dir`.
         train_rows: folder of `NAME.jsonl` with training rows; without it, those of `data_dir` are `train.jsonl`.
         limit: only the first rows of each dataset.
         metric: of all datasets; None: the one declared beside the rows (`declared_metric`), else by the dataset's name.
-        official: as the official script computes it where nobody says a metric (`metrics.official_kind`).
+        official: use the official script's form of each metric (`metrics.official_kind`), unless `metric` is given.
 
     Raises:
         DataError: no such folder, file or dataset, or a malformed line.
@@ -93,7 +93,7 @@ def find_jobs(
     else:
         if os.fspath(data_dir) != DATA_DIR:
             raise UsageError(f"--data_dir {data_dir} and --rows {rows}: expected one of them, found both")
-        from logo.evaluation.study import find_tasks  # which knows methods, and with them PyTorch
+        from logo.evaluation.study import find_tasks  # which imports methods, and with them PyTorch
 
         tasks = find_tasks(rows, request, limit)
         found = Found(tuple(task.name for task in tasks))
@@ -129,7 +129,7 @@ def declared_metric(file: Path) -> Kind | None:
     except OSError as error:
         raise StorageError(f"{beside}: cannot be read ({error.strerror or error}); check its permissions") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{beside}: expected 'metric: NAME', found what is no YAML: {error}") from None
+        raise DataError(f"{beside}: expected 'metric: NAME', found invalid YAML: {error}") from None
     if not isinstance(content, dict) or set(content) != {"metric"}:
         raise DataError(f"{beside}: expected 'metric: NAME' and nothing else, found {str(content)[:60]!r}")
     try:

@@ -159,7 +159,7 @@ class Journal:
         found = _written(self.path, self._file.readall())
         begun = found.run
         if begun is not None and begun != self.run:
-            # A run that got nowhere stands in nobody's way.
+            # A journal without records does not block another run.
             if found.empty or (other is not None and not other(begun)):
                 found = Written(None, [], 0, "", 0)
             elif other is not None:
@@ -197,7 +197,7 @@ class Journal:
         except BlockingIOError:
             if wait is None:
                 raise UsageError(
-                    f"journal {self.path}: another process is on this run; wait for it or end it"
+                    f"journal {self.path}: another process is working on this run; wait for it or end it"
                 ) from None
             warnings.warn(wait, UserWarning, stacklevel=4)
             fcntl.flock(self._file, fcntl.LOCK_EX)
@@ -224,7 +224,7 @@ def _written(path: Path, content: bytes) -> Written:
         size, check = size + len(line) + 1, match[1].decode()
     if lines and not found:
         raise UsageError(
-            f"journal {path}: not a journal, or damaged in its first line, which says which run it is of; "
+            f"journal {path}: not a journal, or its first line, which identifies the run, is damaged; "
             "delete it to start again"
         )
     return Written(found[0] if found else None, found[1:], size, check, len(lines) - len(found))

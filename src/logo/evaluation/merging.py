@@ -26,7 +26,7 @@ from logo.evaluation.standing import standing
 from logo.rows import Row
 
 _BOUND = ("learnt_sha256", "environments")  # what distinguishes whole results, besides their identity
-_NEEDED = ("identity", "fingerprint", "pool", "forms", "score_columns", *_BOUND)  # by what is put together
+_NEEDED = ("identity", "fingerprint", "pool", "forms", "score_columns", *_BOUND)  # keys of run.json that merging needs
 _PER_ROW = ("eval_results.json", "predictions.json", "rows.json", "selected_loras.json", "weights.json")
 _CUT = {"count": "the number of shards", "block": "--batch_size", "rows": "the number of rows"}
 
@@ -133,12 +133,12 @@ def _part(place: Place) -> ShardResult:
         expected = len(part.places)
     except (KeyError, TypeError):
         raise DataError(
-            f"shard {str(folder)!r}: its run.json says nothing of a shard; expected what `logo eval run --shard` wrote"
+            f"shard {str(folder)!r}: its run.json names no shard; expected a folder that `logo eval run --shard` wrote"
         ) from None
     unsaid = [key for key in _NEEDED if key not in part.run]
     if unsaid:
         raise DataError(
-            f"shard {str(folder)!r}: its run.json says nothing of {', '.join(unsaid)}, as an earlier version wrote it; "
+            f"shard {str(folder)!r}: its run.json, of an earlier version, lacks {', '.join(unsaid)}; "
             "run that shard again with --overwrite"
         )
     try:
@@ -186,7 +186,7 @@ def _checked(parts: Sequence[ShardResult], mix: bool) -> list[ShardResult]:
         if part.shard.index in held:
             twice = held[part.shard.index].folder
             raise DataError(
-                f"{named}: shard {part.shard} is there twice, in {str(twice)!r} and {str(part.folder)!r}; "
+                f"{named}: shard {part.shard} was found twice, in {str(twice)!r} and {str(part.folder)!r}; "
                 "name the folders to merge"
             )
         held[part.shard.index] = part
@@ -236,7 +236,7 @@ def _environments(parts: Sequence[ShardResult]) -> list[dict[str, Any]]:
 
 def _merged(parts: Sequence[ShardResult]) -> Merged:
     rows = sum(len(part.places) for part in parts)
-    # A shard without a single answer does not know what would have been scored.
+    # A shard without any answer has no score columns.
     columns = common_columns([c for part in parts if (c := part.run["score_columns"])])
     strategy = next(iter(parts[0].files["metric_dict.json"]))
     errors = {
@@ -324,7 +324,7 @@ def _run(parts: Sequence[ShardResult], rows: int) -> dict[str, Any]:
 
 
 def _of_whole(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run that was never cut, and those of its command line."""
+    """A shard's options without `shard`, as of a run that was never divided, also in the recorded command line."""
     whole = {**options, "shard": None}
     if "command" in options:
         given = {name: value for name, value in options["command"]["options"].items() if name != "shard"}

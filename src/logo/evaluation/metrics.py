@@ -1,9 +1,9 @@
-"""What a prediction is worth: the official metrics, one number (or three) per instance.
+"""The score of a prediction: the official metrics, one number (or three) per instance.
 
 Exact match: strip, lower, drop every ".", compare. BLEU: nltk's sentence BLEU-4 with uniform weights, smoothing method
-1, tokens at white space, one reference. ROUGE: rouge_score with its stemmer, F-measure. A dataset's metric is what a
-run was told, what stands beside its rows, or else a matter of its name's first part; `run.json` records it, and whoever
-reads a result asks `recorded_kind`. Values are fractions of one; only `summary_line` speaks in percent.
+1, tokens at white space, one reference. ROUGE: rouge_score with its stemmer, F-measure. A dataset's metric is the one
+that the run was given, else the one declared beside its rows, else that of its name's first part. `run.json` records
+it, and `recorded_kind` reads it. Values are fractions of one; only `summary_line` uses percent.
 nltk and rouge_score are imported at the first use.
 """
 
@@ -21,11 +21,11 @@ Kind = str  # a name of `METRICS`
 Value = int | float | dict[str, float]
 
 KINDS = ("em", "em_multi", "em_first", "bleu", "rouge")
-"""Ours."""
+"""The metrics that are not a plugin's."""
 
 
 class MetricFunction(Protocol):
-    """What a metric computes: what one answer is worth, without state."""
+    """A metric: a function without state that scores one answer."""
 
     def __call__(self, prediction: str, golds: Sequence[str], /) -> float:
         """A number from 0 (worthless) to 1 (perfect); results are means of it, shown in percent.
@@ -35,7 +35,7 @@ class MetricFunction(Protocol):
             golds: the gold texts of the row, one or more.
 
         Raises:
-            LoGoError: what the user can fix; anything else is taken for a bug of the metric.
+            LoGoError: an error that the user can fix; any other exception counts as a bug of the metric.
         """
 
 
@@ -74,7 +74,7 @@ def metric_kind(dataset: str) -> Kind:
 
 
 def official_kind(kind: Kind) -> Kind:
-    """What the official script computes where its table of metrics says `kind`.
+    """The metric that the official script computes where its table of metrics says `kind`.
 
     Of several gold texts it sees only the first: the loader of its rows turns the list of a row into as many lists of
     one text, and the row's one answer is compared with the first of them.
@@ -164,11 +164,11 @@ def register_metric(name: str) -> Callable[[_F], _F]:
 
 
 def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Value:
-    """What one prediction is worth under a metric: 0 or 1, a BLEU in [0, 1], the three ROUGE F-measures, or what a
-    plugin says.
+    """The score of one prediction under a metric: 0 or 1, a BLEU in [0, 1], the three ROUGE F-measures, or a plugin's
+    number.
 
     Raises:
-        PluginError: a plugin does not say a number from 0 to 1.
+        PluginError: a plugin does not return a number from 0 to 1.
     """
     value = METRICS[kind](prediction, (completion,) if isinstance(completion, str) else completion)
     if kind in METRICS.sources:

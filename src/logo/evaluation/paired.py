@@ -18,7 +18,7 @@ import numpy as np
 from logo.evaluation.corpus import Corpus
 from logo.evaluation.intervals import BATCH, EQUAL, LEVEL, Interval, Values, bootstrap, of_mean
 
-SWAPS = 9_999  # with the one that was found 10,000
+SWAPS = 9_999  # 10,000 with the observed one
 ALPHA = 0.05  # a p-value below it is called significant
 
 TestName = Literal["mcnemar", "randomisation"]
@@ -68,7 +68,7 @@ class Record:
     ties: int
 
     def __add__(self, other: Record) -> Record:
-        """Both together."""
+        """The sums of both records' counts."""
         return Record(self.wins + other.wins, self.losses + other.losses, self.ties + other.ties)
 
 
@@ -100,12 +100,12 @@ class Paired:
 def paired(
     comparisons: Sequence[Sequence[Pair]], *, seed: int = 0, known: Sequence[Significance] | None = None
 ) -> list[Paired]:
-    """Several comparisons that are shown together.
+    """Makes several comparisons, whose p-values are corrected together.
 
     Args:
-        comparisons: the datasets of each.
-        seed: of what is drawn.
-        known: their tests, where they were computed before.
+        comparisons: the pairs of each, one per dataset.
+        seed: seed of intervals and tests.
+        known: the tests of all comparisons, if they were computed before.
     """
     tests = known or [significance(pairs, seed=seed) for pairs in comparisons]
     corrected = holm([test.p for test in tests])
@@ -169,7 +169,7 @@ def significance(pairs: Sequence[Pair], *, seed: int = 0) -> Significance:
         for pair, start, end, gap, total in zip(pairs, ends[:-1], ends[1:], gaps, totals, strict=True):
             sums = signs[..., start:end] @ gap  # B's less A's
             apart = apart + pair.b.worth((total + sums) / 2) - pair.a.worth((total - sums) / 2)
-        return np.round(np.abs(apart) / (scale * len(pairs)), 9)  # what differs by rounding is equal
+        return np.round(np.abs(apart) / (scale * len(pairs)), 9)  # equal up to rounding counts as equal
 
     # A pair of 1 and -1 for each instance: which of the two comes first says whether its answers are swapped.
     signs = np.ones(ends[-1])
@@ -227,8 +227,8 @@ def _interval(pair: Pair, seed: Sequence[int]) -> Interval | None:
 
 
 def _of_proportions(found: Record) -> Interval:
-    """Of the difference of two proportions of the same instances, after Bonett and Price: as if one instance more had
-    been won and one more lost."""
+    """The interval of the difference of two proportions of the same instances, after Bonett and Price: with one win and
+    one loss more than were found."""
     from scipy.stats import norm
 
     count = found.wins + found.losses + found.ties + 2

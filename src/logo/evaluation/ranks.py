@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The ranks meet when the slowest has answered all of its documents.
+# Timeout of collective operations: all ranks wait until the slowest has answered its documents.
 _PATIENCE = timedelta(weeks=52)
 
 

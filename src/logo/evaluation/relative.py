@@ -26,7 +26,7 @@ GENERATED, FORCED = "generated", "exact_match"
 _KINDS = ("signals", "methods", "mixtures")
 
 Arm = tuple[str, str]  # kind and name
-Tasks = dict[str, dict[Arm, float]]  # task -> what each arm is worth on it
+Tasks = dict[str, dict[Arm, float]]  # task -> arm -> mean score
 
 
 def relative(rows: Iterable[Measured], pool: Sequence[str], *, generated: bool, seed: int = 0) -> dict[str, Any]:

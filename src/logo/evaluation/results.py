@@ -73,7 +73,7 @@ def run_folder(
     `{base}_method_{method}_n_{k}_seed_{seed}`; a run's own name follows after `_`.
 
     Raises:
-        UsageError: a run's name that cannot be part of a folder's.
+        UsageError: the run's name cannot be part of a folder's name.
     """
     if run_name is not None and not _RUN_NAME.fullmatch(run_name):
         raise UsageError(
@@ -203,7 +203,7 @@ def run_record(
     environments: Sequence[Mapping[str, object]] = (),
     folding: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
-    """What `run.json` holds: enough to do the run again and to see that it was the same one.
+    """The content of `run.json`: enough to repeat the run and to recognise it.
 
     Args:
         options: every option by name; those that carry a secret (`token`, ...) are left out, and values that JSON

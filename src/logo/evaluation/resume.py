@@ -115,7 +115,7 @@ def plan(
     found = [] if begun is None else differences(_asked(run), _asked(begun))
     if there is not None and there.other(_asked(run)) is None and not there.missing:
         finished = begun is not None and not found and there.digest != begun["replaces"]
-        if finished:  # and then its run was killed, before it could remove the journal
+        if finished:  # its run was killed before it could remove the journal
             _remove(job, learns)
         if begun is None or found or finished:
             return Plan(job, run, environment, done=True, note=_under_others(there, environment))
@@ -177,7 +177,7 @@ class Learnt:
 
     @property
     def sha256(self) -> str:
-        """Of the content, in hex."""
+        """The SHA-256 of the content, in hex."""
         return fingerprint(self.content)
 
 
@@ -185,11 +185,11 @@ def learn_once(plan: Plan, learn: Callable[[], Mapping[str, Any]]) -> Learnt:
     """What a method has learnt about a dataset: it learns once, even if the run is interrupted or has shards.
 
     Args:
-        learn: learns it, as JSON holds it; called where it is not kept already.
+        learn: learns it and returns it as JSON; called only if it is not stored already.
 
     Raises:
         UsageError: another run has learnt it, or another environment that may not be mixed with this one.
-        StorageError: it cannot be kept.
+        StorageError: it cannot be stored.
     """
     learning = plan.learning
     if learning is None:
@@ -274,7 +274,7 @@ def _accepted(
     if found and not policy.mix:
         raise UsageError(
             f"dataset {job.dataset!r}: {file} was {what} under other versions or on another kind of device: "
-            f"{described(found)}; go on there, or here with --mix-environments (answers may differ in their last "
+            f"{described(found)}; continue there, or here with --mix-environments (answers may differ in their last "
             "digits, and run.json says so), or begin again with --overwrite"
         )
     return dict(begun["environment"])
@@ -289,7 +289,7 @@ def _learning(job: Job, run: Mapping[str, Any], policy: ResumePolicy, *, begun: 
     """
     file = learnt_of(job)
     own = {**_asked(run), "shard": None, "environment": run["environment"]}
-    # With --overwrite a shard still takes what other shards may have taken, if it is of this run.
+    # With --overwrite, a shard still uses what this run has learnt, because other shards may have used it.
     learning = Learning(file, own, fresh=policy.overwrite and job.shard is None, policy=policy)
     if policy.overwrite:
         return learning
@@ -297,8 +297,8 @@ def _learning(job: Job, run: Mapping[str, Any], policy: ResumePolicy, *, begun: 
     if kept is None:
         if begun:
             raise UsageError(
-                f"dataset {job.dataset!r}: the rows so far were answered with what the method learnt, but {file} is "
-                "gone; put it back, or begin again with --overwrite"
+                f"dataset {job.dataset!r}: the rows so far depend on what the method learnt, but its file {file} is "
+                "missing; put it back, or begin again with --overwrite"
             )
     else:
         _taken(job, learning, kept)
@@ -306,10 +306,10 @@ def _learning(job: Job, run: Mapping[str, Any], policy: ResumePolicy, *, begun: 
 
 
 def _taken(job: Job, learning: Learning, kept: Mapping[str, Any]) -> bool:
-    """Whether what another process has learnt is taken over; if not, it is dropped.
+    """Whether the learnt state of another process is used; if not, it is dropped.
 
     Args:
-        kept: what its journal begins with.
+        kept: the first line of its journal.
 
     Raises:
         UsageError: neither is allowed.

@@ -138,7 +138,7 @@ class Answered:
                 AnsweredBatch(first, tuple(map(_recorded, record["instances"])), record["seconds"], record["size"])
             )
             if record["batch_size"] != batch_size:
-                self.size = batch_size  # other batches are asked for: how many fit is found out again
+                self.size = batch_size  # another size is requested: the one that fits is found again
 
     def __len__(self) -> int:
         return len(self._instances)
@@ -330,7 +330,7 @@ def common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:
     if isinstance(answer, Failure):
-        # Not what an empty answer is worth: a gold text may be empty once it is normalised.
+        # Always zero, unlike the score of an empty answer: a gold text may be empty after normalisation.
         nothing: Value = {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-L": 0.0} if kind == "rouge" else 0
         return Instance(nothing, "", (), (), {}, {}, answer.message)
     prediction = first_line(answer.text)

@@ -82,12 +82,12 @@ def place_of(folder: Path) -> Place:
     data = run.get("dataset")
     named = data.get("name") if isinstance(data, dict) else None
     full = Path(os.path.abspath(folder))
-    # Paths stay as the user wrote them, as far as they say enough.
+    # Paths stay as the user wrote them, unless they lack the parts that are needed.
     above = folder.parents if ".." not in folder.parts else full.parents
     if isinstance(named, str) and named:
         own = named.split("/")
         lies = [[*full.parts[:-1], name] for name in (full.name, _SHARD.sub("", full.name))]
-        # Otherwise somebody has moved or renamed it.
+        # If the path does not end with the dataset's name, the result was moved or renamed.
         depth = len(own) if own in [parts[-len(own) :] for parts in lies] else 1
     else:
         found = (number for number, parent in enumerate(full.parents, start=1) if _NAME.fullmatch(parent.name))
@@ -195,7 +195,7 @@ def _marked(folder: Path, seen: set[Path]) -> Iterator[Path]:
         if (folder / MARK).is_file():
             yield folder
         below = [child for child in folder.iterdir() if not child.name.startswith(".") and child.is_dir()]
-        below.sort(key=lambda child: (child.is_symlink(), child.name))  # what a link leads to has a name of its own
+        below.sort(key=lambda child: (child.is_symlink(), child.name))  # links last: their targets come first
     except OSError as error:
         raise StorageError(f"results {str(folder)!r}: cannot be read ({error.strerror or error})") from error
     for child in below:

@@ -86,7 +86,7 @@ class Evaluation(ABC):
     @property
     @abstractmethod
     def facts(self) -> Facts:
-        """Of what answers."""
+        """The facts of the engine that answers."""
 
     @abstractmethod
     def results(
@@ -259,7 +259,7 @@ class Underway:
         )
         check_place(job, self.plan.run, self.plan.keep_both)
         write_results(job.folder, files)
-        finish(self.plan)  # while no other process can have the journal
+        finish(self.plan)  # while this process still has the journal
         return files
 
 

@@ -26,7 +26,7 @@ class Shard:
         """`2/4` as a shard.
 
         Raises:
-            UsageError: it is not one.
+            UsageError: the text is not a shard.
         """
         match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):

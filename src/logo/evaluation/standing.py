@@ -47,7 +47,7 @@ class Standing:
         """Why this is not the result of the run that asks, in words; None if it is.
 
         Args:
-            asked: as `asked` above.
+            asked: the facts of that run, as in the property `asked`.
         """
         if self.problem is not None:
             return f"{self.folder} holds {self.problem}"
@@ -56,7 +56,7 @@ class Standing:
 
     @property
     def digest(self) -> str:
-        """Of the files, so that it is known whether they are still the same.
+        """The SHA-256 of the files, in hex, by which changes are detected.
 
         Raises:
             StorageError: one cannot be read.

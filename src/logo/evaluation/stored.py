@@ -32,14 +32,14 @@ class Result:
     Attributes:
         dataset: its name.
         folder: where it was read.
-        values: what each answer is worth.
+        values: the score of each answer.
         predictions: the answers.
         selected: adapters of each, best first; `weights` are parallel to it.
         columns: the adapters that were scored, in pool order.
         scores: (instances, columns); nan where an instance has none.
         seconds: by stage.
-        prompts: what was asked, or None; then `no_prompts` says why.
-        errors: what went wrong, by instance.
+        prompts: the prompts; None if they are unknown, and then `no_prompts` says why.
+        errors: error messages by instance.
         official: the means of the official measures, with `official_intervals`, as far as the run wrote them.
         extra: the measures beside them, with `extra_intervals` and sacrebleu's `signatures`.
         run: `run.json`, or nothing.
@@ -75,12 +75,12 @@ class Result:
 
     @property
     def metric(self) -> Kind:
-        """By which the answers were judged."""
+        """The metric by which the answers were judged."""
         return recorded_kind(self.run, self.dataset)
 
     @property
     def measures(self) -> dict[str, Values]:
-        """What each answer is worth (instances,) by official measure: one, or the three of ROUGE; the primary one comes
+        """The score of each answer (instances,) by official measure: one, or the three of ROUGE; the primary one comes
         last."""
         names = measures(self.metric)
         if self.metric == "rouge":
@@ -89,13 +89,12 @@ class Result:
 
     @property
     def primary(self) -> str:
-        """The name of the measure that is shown where there is room for one: ROUGE-L where there are
-        three."""
+        """The name of the measure that is shown where there is room for one: ROUGE-L where there are three."""
         return list(self.measures)[-1]
 
     @property
     def data_sha256(self) -> str | None:
-        """Of the file that the rows came from; None where the run did not write it."""
+        """The SHA-256 of the file that the rows came from; None if the run did not record it."""
         data = self.run.get("dataset")
         found = data.get("sha256") if isinstance(data, dict) else None
         return None if found is None else str(found)
@@ -171,14 +170,14 @@ def read_object(file: Path, missing: dict[str, Any] | None = None) -> dict[str, 
 
 
 def _columns(run: Mapping[str, Any], scores: Values, selected: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Names of the score columns: as written, or the names at the same places of both rankings."""
+    """Names of the score columns: as recorded, or inferred from the order of scores and of selected adapters."""
     width = scores.shape[1]
     for names in (run.get("score_columns"), list(run.get("pool") or {})):
         if isinstance(names, list) and len(names) == width:
             return tuple(str(name) for name in names)
     found: dict[int, str] = {}
     for row, names in zip(scores, selected, strict=True):
-        if width and not np.isnan(row).any() and len(set(row.tolist())) == width:  # ties have no one order
+        if width and not np.isnan(row).any() and len(set(row.tolist())) == width:  # ties have no unique order
             found |= dict(zip(np.argsort(-row).tolist(), names, strict=False))
     unique = len(set(found.values())) == len(found)
     return tuple(found.get(column, f"#{column}") if unique else f"#{column}" for column in range(width))

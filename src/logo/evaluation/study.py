@@ -91,7 +91,7 @@ def find_tasks(folder: str | os.PathLike[str], request: str = "", limit: int | N
 def cut(
     tasks: Sequence[Task], limit: int | None = None, hold_out: int = 0
 ) -> tuple[list[Task], dict[str, tuple[Row, ...]]]:
-    """The tasks' first rows, and by name the last `hold_out` rows of each, which are none of them.
+    """The tasks with their first rows, and by name the last `hold_out` rows of each, which are not among these.
 
     Raises:
         UsageError: a limit below 1, or a task that has no rows left.
@@ -179,7 +179,7 @@ def study(
     run = _identity(facts, tasks, settings, tuple(contest.as_dict()))
     if facts.in_order:
         Journal(journal_file, run).close()  # refused if it is another study's
-    with Journal(journal_file, run, fresh=facts.in_order) as journal:  # there is no going on in the middle
+    with Journal(journal_file, run, fresh=facts.in_order) as journal:  # such a study cannot continue in the middle
         lessons = {Lesson(*one["lesson"]): one["learnt"] for one in journal.records if "lesson" in one}
         records = (Measured(**record) for record in journal.records if "lesson" not in record)
         rows = {(row.task, row.index): row for row in records}
@@ -193,7 +193,7 @@ def study(
             lessons[lesson] = learnt
             taught(lesson)
         every = [(task, index) for task in tasks for index in range(len(task.rows))]
-        # The first rows of all tasks come first, so that what there is so far is a smaller study.
+        # The first rows of all tasks come first, so that an unfinished study is a smaller study of all tasks.
         order = every if facts.in_order else sorted(every, key=lambda one: one[1])
         missing = ((task, index) for task, index in order if (task.name, index) not in rows)
         for measured in measuring(missing, lessons):

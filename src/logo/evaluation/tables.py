@@ -126,8 +126,8 @@ class Table:
 
     @property
     def above(self) -> list[tuple[Column, int]]:
-        """The first of the columns that share a heading above theirs, with their number; columns without one stand
-        alone. Nothing where no column has one."""
+        """For neighbours that share an upper heading, the first column and their number; columns without one stand
+        alone. Empty if no column has one."""
         found: list[tuple[Column, int]] = []
         for column in self.columns if any(column.above for column in self.columns) else ():
             if found and column.above and found[-1][0].above == column.above:
@@ -148,7 +148,7 @@ def numbers(*names: str) -> tuple[Column, ...]:
 
 
 def row(*cells: object, section: str = "") -> Row:
-    """A row of cells; anything that is none is shown as its text, and None as nothing known."""
+    """A row of cells; other values become cells with their text, and None stays None, which means unknown."""
     return Row(tuple(cell if cell is None or isinstance(cell, Cell) else _plain_cell(cell) for cell in cells), section)
 
 
@@ -172,13 +172,13 @@ def _plain_cell(value: object) -> Cell:
 
 
 def _shown(value: float, form: str) -> str:
-    """A number in a format; what is rounded to nothing is not below nothing."""
+    """A number in a format, without a minus sign if it is rounded to zero."""
     text = f"{value:{form}}"
     return f"{0.0:{form}}" if float(text) == 0 else text
 
 
 def p_value(p: float) -> str:
-    """With three digits after the point."""
+    """A p-value with three digits after the point."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -191,7 +191,7 @@ def counted(count: int, what: str) -> str:
 
 
 def records(table: Table) -> list[dict[str, Value]]:
-    """The rows by column, with all digits; beside a column with a column of intervals `... low` and `... high`."""
+    """The rows as column -> value, with all digits; a column with intervals also has `... low` and `... high`."""
     found = []
     for row in table.rows:
         record: dict[str, Value] = {}
@@ -244,7 +244,7 @@ def has_parquet() -> bool:
 
 
 def _names(table: Table) -> list[str]:
-    """Of what `records` holds."""
+    """The keys of the `records`."""
     more = {column.name: [f"{column.name} low", f"{column.name} high"] for column in table.columns if column.interval}
     return [name for column in table.columns for name in (column.name, *more.get(column.name, ()))]
 
@@ -273,7 +273,7 @@ def latex(table: Table, label: str) -> str:
     """A `table` environment with booktabs' lines; the note is part of its caption.
 
     Args:
-        label: by which a text refers to it.
+        label: the LaTeX label of the table.
     """
     heads = [[latex_text(column.name) for column in table.columns]]
     if table.above:

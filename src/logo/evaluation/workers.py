@@ -67,7 +67,7 @@ class Answerer:
             LoGoError: it cannot be opened, or its method cannot be used on this machine.
         """
         if self._session is None or self._session[0] != key:
-            self._session = self._engine = None  # what they hold may have to go before the next one has room
+            self._session = self._engine = None  # frees their memory before the next session is opened
             session = self._session_of(key)
             if session.method is not None:
                 session.method.check()
@@ -87,7 +87,7 @@ class Answerer:
         Args:
             key: of the session.
             learnt: what its method has learnt about the dataset; `sha256`: of that.
-            proven: some process has answered a row of it, so that what fails is a matter of the row.
+            proven: some process has answered a row of it, so that an error concerns its row and not the run.
         """
         session = self.session(key)
         which = job.folder, sha256
@@ -118,7 +118,7 @@ class Answerer:
 
 
 def facts_of(answerer: Answerer, key: Any = None) -> Facts:
-    """Of a session."""
+    """The facts of the session of a key."""
     return answerer.session(key).facts
 
 
@@ -149,12 +149,12 @@ def _answer(
 
 
 def differs(pool: Mapping[str, str], *, whole: bool) -> Callable[[Any, Any], str | None]:
-    """What `Workers` asks: why a process is not like this one or like the first one, in words. Processes describe
-    themselves by `Facts`, or by those of a study.
+    """A function for `Workers` that says how a process differs from this one or from the first one, in words. Processes
+    describe themselves by `Facts`, or by those of a study.
 
     Args:
         pool: SHA-256 by name of the adapters, as this process reads them.
-        whole: no process may leave any of them out.
+        whole: whether every process has to have all of them.
     """
 
     def why(own: Facts | StudyFacts, first: Facts | StudyFacts) -> str | None:
@@ -163,7 +163,7 @@ def differs(pool: Mapping[str, str], *, whole: bool) -> Callable[[Any, Any], str
                 return f"it has {name} {own.environment.get(name)}, and the driver has {version}"
         for name, digest in own.pool.items():
             if pool.get(name) != digest:
-                return f"adapter {name!r} of its pool is not the driver's: put the same files in both places"
+                return f"adapter {name!r} of its pool differs from the driver's: put the same files in both places"
         lacking = [name for name in pool if whole and name not in own.pool]
         if lacking:
             return f"its pool lacks adapter {lacking[0]!r}, which the driver's has: put the same files in both places"
@@ -205,7 +205,7 @@ class Trial:
         self.held: list[AnsweredBatch] = []
 
     def passed(self, found: Sequence[AnsweredBatch]) -> list[AnsweredBatch]:
-        """The batches that may be written down, now that these have come.
+        """Takes further batches, and returns those that may be recorded now.
 
         Raises:
             LoGoError: all rows so far fail for one and the same reason, and they are as many as a batch.
@@ -269,12 +269,12 @@ class InWorkers(Evaluation):
     def results(
         self, plans: Sequence[Plan], on_progress: Report | None = None
     ) -> Iterator[tuple[Plan, dict[str, object]]]:
-        """As `Evaluation.results`; the next dataset is begun where processes would have to wait for the last blocks of
-        the one before.
+        """As `Evaluation.results`; the next dataset begins while the last blocks of the one before are being answered,
+        so that no process waits.
 
         Raises:
             LoGoError: the first rows of a dataset fail for one and the same reason.
-            Incomplete: some rows have no answer since every process that was given them has gone.
+            Incomplete: some rows have no answer, because every process that got them has died.
         """
         report = on_progress or (lambda one, done: None)
         lost: list[str] = []
@@ -295,12 +295,12 @@ class InWorkers(Evaluation):
                     files = dataset.write()
                     dataset.close()
                     yield dataset.plan, files
-            for dataset, trial in trials.items():  # of whose other rows some are lost
+            for dataset, trial in trials.items():  # held back where other rows are lost
                 for batch in trial.held:
                     dataset.answered.add(batch)
         if lost:
             raise Incomplete(
-                f"no answer to dataset {'; '.join(lost)}. Everything else is done; the same command tries them again"
+                f"no answer to dataset {'; '.join(lost)}. Everything else is done; repeat the command to try again"
             )
 
     def _blocks(self, plans: Sequence[Plan], stack: ExitStack, report: Report) -> Iterator[_Block]:
@@ -314,7 +314,7 @@ class InWorkers(Evaluation):
             if dataset.learnt is not None:
                 learnt, sha256 = self.workers.shared(dataset.learnt.content), dataset.learnt.sha256
             for stretch in dataset.answered.missing or [range(0)]:
-                # All rows may be there already, or there are none: one block without rows has the result written.
+                # If no row is missing, one block without rows still makes the result be written.
                 for start in range(stretch.start, max(stretch.stop, 1), self.batch_size):
                     part = range(start, min(start + self.batch_size, stretch.stop))
                     args = (self._key, self._expected, job, learnt, sha256, part, dataset.answered.proven)
@@ -333,7 +333,7 @@ class MeasuredInWorkers:
 
         Raises:
             DataError: rows that are missing or cannot be scored.
-            Incomplete: some are not learnt since every process that was given them has gone.
+            Incomplete: some are not learnt, because every process that got them has died.
         """
         for item, learnt in self._done((Item((lesson,), 1) for lesson in lessons), _learnt, "not learnt"):
             yield item.args[0], learnt
@@ -344,10 +344,10 @@ class MeasuredInWorkers:
         Raises:
             UsageError: rows depend on those before them.
             DataError: a row cannot be scored (names the file and the line).
-            Incomplete: some rows have no record since every process that was given them has gone.
+            Incomplete: some rows have no record, because every process that got them has died.
         """
         if self.facts.in_order:
-            raise UsageError("workers: a selection must not depend on the prompts before, but a signal's does")
+            raise UsageError("workers: a signal's selection depends on the prompts before; measure in one process")
         shared = self.workers.shared(lessons)
         items = (_measured_item(task, index, shared) for task, index in rows)
         for _, measured in self._done(items, _measured, "not measured"):
@@ -362,11 +362,11 @@ class MeasuredInWorkers:
             else:
                 yield item, outcome
         if lost:
-            raise Incomplete(f"{failed}: {'; '.join(lost)}. The same command tries them again")
+            raise Incomplete(f"{failed}: {'; '.join(lost)}. Repeat the command to try again")
 
 
 def study_facts_of(arms: Arms) -> StudyFacts:
-    """Of the engines that a process compares."""
+    """The facts of the engines that a process compares."""
     return arms.facts
 
 

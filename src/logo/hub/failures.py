@@ -71,7 +71,7 @@ def _reason(repo_id: str, error: BaseException, revision: str | None) -> str | N
                 return f"offline, and its cached copy is incomplete; with a connection, {_AGAIN}"
             return f"its cached copy is incomplete, and {_reason(repo_id, cause, revision) or type(cause).__name__}"
         case errors.OfflineModeIsEnabled():
-            return "not in the cache, and HF_HUB_OFFLINE=1 forbids to fetch it; unset that, or download it beforehand"
+            return "not in the cache, and HF_HUB_OFFLINE=1 forbids fetching it; unset that, or download it beforehand"
         case errors.FileMetadataError():
             return f"{constants.ENDPOINT} does not answer like a Hub; check HF_ENDPOINT and the proxy settings"
         case errors.LocalTokenNotFoundError():
@@ -145,7 +145,7 @@ def _last_resort(chain: list[BaseException]) -> str:
 
     if any(isinstance(link, errors.LocalEntryNotFoundError) for link in chain):
         switch = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else "local_files_only"
-        return f"not in the cache, and {switch} forbids to fetch it; unset that, or download it beforehand"
+        return f"not in the cache, and {switch} forbids fetching it; unset that, or download it beforehand"
     lines = str(chain[0]).strip().splitlines()
     text = _SECRET.sub("...", lines[0][:300]) if lines else "no message"
     return text if type(chain[0]) is OSError else f"{type(chain[0]).__name__}: {text}"

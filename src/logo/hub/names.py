@@ -1,4 +1,4 @@
-"""How repositories of the Hub are written: `namespace/name[/folder...][@revision]`. Nothing is asked of the Hub."""
+"""How repositories of the Hub are written: `namespace/name[/folder...][@revision]`. Nothing here connects to it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_revision(repo_id: str, revision: str | None) -> None:
     """Refuses what git refuses, since huggingface_hub turns a revision into a path below the cache.
 
     Raises:
-        UsageError: no branch, tag or commit can be called so.
+        UsageError: no branch, tag or commit can have this name.
     """
     if revision is not None and (not revision or _NOT_IN_GIT_NAMES.search(revision)):
         raise UsageError(f"Hub repo {repo_id}: {revision!r} is not a branch, a tag or a commit")

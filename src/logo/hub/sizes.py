@@ -36,7 +36,7 @@ def file_sizes(source: str, revision: str | None, wanted: list[str], left_out: l
     Args:
         source: a folder, or `namespace/name` on the Hub.
         wanted: globs of the files, in which `*` also matches `/`.
-        left_out: globs of files that are not taken all the same.
+        left_out: globs of files that are left out even if `wanted` matches them.
 
     Raises:
         HubError: the Hub cannot be asked, and not all of it is in the cache.
@@ -49,7 +49,7 @@ def file_sizes(source: str, revision: str | None, wanted: list[str], left_out: l
     try:
         files = snapshot_download(source, revision=revision, dry_run=True, **options)
     except Exception as error:  # the boundary, as in `download_files`
-        try:  # without a connection, what is in the cache may be all there is
+        try:  # without a connection, the cached copy may be complete
             folder = snapshot_download(source, revision=revision, local_files_only=True, **options)
         except Exception:
             raise hub_error(source, error, revision=revision) from error
@@ -61,7 +61,7 @@ def file_sizes(source: str, revision: str | None, wanted: list[str], left_out: l
 
 
 def _sizes(folder: Path, wanted: list[str], left_out: list[str]) -> dict[str, int]:
-    """As huggingface_hub chooses files: `*` also matches `/`."""
+    """Path -> bytes of the chosen files of a folder. Globs match as in huggingface_hub: `*` also matches `/`."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
     def matches(name: str, patterns: list[str]) -> bool:

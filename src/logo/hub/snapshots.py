@@ -59,7 +59,7 @@ def download_files(
         **others: see `DownloadOptions`.
 
     Raises:
-        UsageError: the repo id or the revision is not one that could exist.
+        UsageError: the repo id or the revision has a form that cannot exist.
         HubError: everything else, in one line that names the repository and what to do.
     """
     if not is_repo_id(repo_id):
@@ -110,7 +110,7 @@ def silent_bars() -> Any:
 
 @contextmanager
 def _quiet_when_nothing_matches() -> Iterator[None]:
-    """Drop one warning of huggingface_hub: a folder without adapters is our error, and a better one."""
+    """Drops huggingface_hub's warning that no file matches, because `check` raises a clearer error."""
     logger = logging.getLogger("huggingface_hub._snapshot_download")
 
     def keep(record: logging.LogRecord) -> bool:
@@ -153,7 +153,7 @@ def _listing(
     except CachedRepoTreeNotFoundError as error:
         if local_files_only or constants.HF_HUB_OFFLINE:
             raise HubError(
-                f"Hub repo {repo_id}: offline, and nothing tells whether its cached copy is complete; run the same "
-                f"command once with a connection, or pass the folder itself if you know that it is: {snapshot}"
+                f"Hub repo {repo_id}: offline, and LoGo cannot tell whether its cached copy is complete; run the same "
+                f"command once with a connection, or, if you know that it is, pass its folder: {snapshot}"
             ) from error
-        return list(HfApi(token=token).list_repo_files(repo_id, revision=snapshot.name))  # a cache that is read-only
+        return list(HfApi(token=token).list_repo_files(repo_id, revision=snapshot.name))  # a read-only cache

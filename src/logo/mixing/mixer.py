@@ -171,7 +171,7 @@ class Mixer:
             for path in self._stacked(hold):
                 if isinstance(self._gated.modules[path], nn.Embedding):
                     raise UsageError(
-                        f"merge {merge.kind!r}: an adapter acts on the embedding {path}, where nothing is routed"
+                        f"merge {merge.kind!r}: an adapter acts on the embedding {path}, where tokens cannot be routed"
                     )
             allowed = weights != 0
             if bool((allowed == allowed[0]).all()):
@@ -293,8 +293,8 @@ def _columns(names: Sequence[str], rows: Sequence[Mapping[str, float]], begins: 
     ]
     if merge.routes or any(len(found) > 1 for found in own):
         raise UsageError(
-            f"merge {merge.kind!r}: the adapters of this batch act from different positions on, and only the exact "
-            "mixture can open each at its own; use merge 'exact', or prompts one by one"
+            f"merge {merge.kind!r}: the adapters of this batch begin to act at different tokens, which only the exact "
+            "mixture can do; use merge 'mixture', or send the prompts one by one"
         )
     return torch.tensor([[next(iter(found), 0)] for found in own])
 

@@ -327,7 +327,7 @@ def adapter_store(model: nn.Module, memory_gb: float | None, cache_gb: float | N
         size = usual if cache_gb is None else int(cache_gb * 1e9)
         if size < budget:
             warnings.warn(
-                f"the host keeps {size / 1e9:.2f} GB of adapter files, and adapters may have {budget / 1e9:.2f} GB "
+                f"the host has {size / 1e9:.2f} GB for adapter files, less than the {budget / 1e9:.2f} GB for adapters "
                 "where the model computes: files that do not fit are read again from disk; give --adapter-cache-gb as "
                 "much as --adapter-memory-gb",
                 UserWarning,

@@ -66,8 +66,8 @@ def plan(model: nn.Module, pool: AdapterPool, settings: SelectionSettings) -> Pl
         points = points_of(model, {module for adapter in pool for module in adapter.modules}, depth)
         if not points:
             raise PoolError(
-                f"no adapter touches a module in the first {depth} of {layers} layers, which is how far the probe "
-                "goes; let it go deeper (--probe-depth)"
+                f"no adapter touches a module in the first {depth} of {layers} layers, where the probe stops; raise "
+                "--probe-depth"
             )
         # If the whole model runs anyway, every point is read (docs/read-once.md says what choosing would cost there).
         usual = 0 if settings.activations else MOST_POINTS

@@ -195,13 +195,13 @@ class Batching(Steps):
                 list(prompt), sequence, sampling.max_tokens, streaming=True, eos_token_id=self._ends
             )
             if added is None:
-                raise GenerationFailed("generation has stopped; the server has to be started again")
+                raise GenerationFailed("generation has stopped; restart the server")
             while not ended:
                 output = await job.outputs.get()
                 while output is not None and not job.outputs.empty():  # the last output holds all earlier ones
                     output = job.outputs.get_nowait()
                 if output is None:
-                    raise GenerationTimeout("the answer took longer than a request may")
+                    raise GenerationTimeout("the answer exceeded the time limit of a request")
                 ended = output.is_finished()
                 if output.error is not None or job.error is not None:
                     ended = True
@@ -353,7 +353,7 @@ class Batching(Steps):
         shared = 0 if self._beginnings is None else self._beginnings.budget
         if shared >= self.plan.kv:
             raise UsageError(
-                f"{shared / 1e9:.2f} GB for what prompts begin with (--prefix-cache-gb) leave nothing of the "
+                f"{shared / 1e9:.2f} GB for prompt prefixes (--prefix-cache-gb) leave nothing of the "
                 f"{self.plan.kv / 1e9:.2f} GB for keys and values (--kv-cache-gb)"
             )
         tokens = min(tokens, (self.plan.kv - shared) // per_token)

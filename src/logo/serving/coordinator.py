@@ -244,7 +244,7 @@ class Coordinator:
             if self._state is None or not self._members:
                 return NotReady("no replica is ready")
             if self._again and (left := self._began + REFUSED - time.monotonic()) > 0:
-                said = "the replicas' coordinator has started again, and does not know all of them yet"
+                said = "the replicas' coordinator has restarted and does not know all replicas yet"
                 return NotReady(f"{said}; try again in {left:.0f} s")
             try:
                 staged = await self._ask("stage", STAGING, change=change)

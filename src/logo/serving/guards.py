@@ -253,7 +253,7 @@ class ApiKeys:
             answer = unauthorized("expected a valid API key as 'Authorization: Bearer KEY', found another")
             return await response(answer)(scope, receive, send)
         if patterns is not None and scope["path"] in self.WHOLE:
-            answer = forbidden("this API key is bound to some adapters, and this concerns the whole pool")
+            answer = forbidden("this API key is bound to some adapters and may not use a route of the whole pool")
             return await response(answer)(scope, receive, send)
         scope.setdefault("state", {})["adapters"] = patterns
         await self.app(scope, receive, send)

@@ -187,7 +187,7 @@ class Member:
                     await self._own.forget()
                     await self._joined(fresh=False)
         except Exception as error:
-            _log.exception("this replica follows the others no more")
+            _log.exception("this replica no longer follows the others")
             self.trouble = str(error)
             await self._close()
 

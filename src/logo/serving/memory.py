@@ -60,7 +60,7 @@ class Plan:
         plan = cls(taken, adapters, int(kv), free)
         if adapters + plan.kv > free:
             raise UsageError(
-                f"{plan.line}: adapters and keys and values together do not fit; give less to --adapter-memory-gb or "
+                f"{plan.line}: adapters and keys and values together do not fit; lower --adapter-memory-gb or "
                 "--kv-cache-gb"
             )
         return plan

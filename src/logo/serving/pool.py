@@ -102,7 +102,7 @@ class ServedPool:
         if change.folder is None:
             later[change.name]  # raises with a did-you-mean
             if len(later) == 1:
-                raise UsageError(f"adapter {change.name!r} is the only one left: a pool needs one")
+                raise UsageError(f"adapter {change.name!r} is the last one of the pool and cannot be removed")
             later.remove(change.name)
         else:
             adapter = open_adapter(change.folder, change.name)

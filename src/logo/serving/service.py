@@ -36,7 +36,7 @@ from logo.serving.waiting import Line, Waiting, hand_out
 _log = logging.getLogger("logo.serving")
 
 T = TypeVar("T")
-STOPPED = "generation has stopped; the server has to be started again"
+STOPPED = "generation has stopped; restart the server"
 
 
 class Service:
@@ -210,7 +210,7 @@ class Service:
                 "prompts, or a smaller n"
             )
         if self._open + count > room:
-            raise Overloaded(f"{self._open} answers are being made or waited for, of {room} at most; try again later")
+            raise Overloaded(f"{self._open} answers are running or waiting, of {room} at most; try again later")
         self._open += count
         try:
             yield

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Tokens at the end of a prompt on which `activated` adapters act where no chat template opens a turn.
 USUAL_LAST = 4
 
-_INSTEAD = "give --last N, or an --invocation that prompts have"
+_INSTEAD = "give --last N, or an --invocation that all prompts contain"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Settling:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, tuple[tuple[int, ...], str]] = {}  # tokens of a text, and in which row it first had them
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {}  # text -> tokens, and the row where they were found
 
     def settle(self, task: Task, recipe: Recipe, rows: Sequence[Example]) -> Settled:
         """Resolves where the adapter of a task acts in each of its rows.
@@ -76,7 +76,8 @@ class Settling:
         return Settled(recipe, tokens, tuple(begun))
 
     def _chosen(self, task: Task, recipe: Recipe) -> Recipe:
-        """What suits the rows: in conversations the text that opens the assistant's turn."""
+        """The recipe with `activated` replaced: by the text that opens the assistant's turn if rows are conversations
+        and the tokenizer has a chat template, else by the last tokens."""
         asked = task.pairs[0].prompt
         if isinstance(asked, str) or not self._tokenizer.chat_template:
             return replace(recipe, activation=f"last:{USUAL_LAST}")
@@ -93,7 +94,7 @@ class Settling:
         return replace(recipe, activation=INVOCATION, invocation=opening)
 
     def _tokens(self, text: str, row: Example, where: str, recipe: Recipe) -> tuple[tuple[int, ...], str]:
-        """The tokens of a text within a prompt."""
+        """The tokens of a text within a prompt, and where they were found, for messages."""
         alone = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if alone and last_occurrence(_prompt(row), alone) is not None:
             return alone, where
@@ -106,12 +107,12 @@ class Settling:
     def _refused(
         self, text: str, row: Example, where: str, recipe: Recipe, expected: tuple[tuple[int, ...], str]
     ) -> DataError:
-        """Why a prompt cannot activate an adapter."""
+        """The error that says why a prompt cannot activate an adapter."""
         tokens, place = expected
         found = self._standing(text, _prompt(row)) or self._standing(text.lstrip(), _prompt(row))
         if found:
             return DataError(
-                f"{where}: the tokenizer splits the invocation {text!r:.60} otherwise in this prompt: expected tokens "
+                f"{where}: the tokenizer splits the invocation {text!r:.60} differently here: expected tokens "
                 f"{self._shown(tokens)} as {place}, found {self._shown(found)}; separate it from what stands around "
                 f"it in the same way in every prompt, or {_INSTEAD}"
             )

@@ -76,21 +76,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int) -> E
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], list[int]]:
-    """Of the prompt and of the completion."""
+    """The token ids of the prompt and of the completion."""
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if isinstance(pair.prompt, str):
         return text_ids(tokenizer, pair.prompt), _ids(tokenizer, joined(pair.prompt, pair.completion)) + end
     prompt = chat(tokenizer, pair.prompt)
     if tokenizer.chat_template and prompt.text is not None:
         whole = conversation_text(tokenizer, [*pair.prompt, {"role": "assistant", "content": pair.completion}])
-        if whole.startswith(prompt.text):  # nearly all templates write an answer behind what asks for it
+        if whole.startswith(prompt.text):  # nearly all templates append the answer to the prompt
             return list(prompt.ids), _ended(_ids(tokenizer, whole[len(prompt.text) :].rstrip()), end)
     return list(prompt.ids), _ids(tokenizer, joined(prompt.text or "", pair.completion)) + end
 
 
 def _ended(ids: list[int], end: list[int]) -> list[int]:
-    """An answer up to its end token; where the template ends it by another one, with the end token behind, since that
-    is where generation stops."""
+    """An answer up to its last end token. If the template ends it with another one, the end token is appended, because
+    generation stops there."""
     if end and end[0] in ids:
         return ids[: len(ids) - ids[::-1].index(end[0])]
     return ids + end

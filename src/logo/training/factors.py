@@ -106,7 +106,7 @@ class Bank:
             self.stacks[path] = Stack(A, B, owners[key])
 
     def _joined(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """One tensor, of which these parameters become the rows."""
+        """A tensor that concatenates these parameters, which become views of its rows."""
         whole = torch.cat([parameter.detach() for parameter in parameters]).requires_grad_()
         start = 0
         for parameter in parameters:
@@ -156,7 +156,7 @@ def adapted(model: Any, recipe: Recipe) -> Adapted:
         model: on the meta device; it is changed.
 
     Raises:
-        UsageError: it adapts none, or one that is not linear or the output head.
+        UsageError: it adapts no module, one that is not linear, or the output head.
     """
     from peft import inject_adapter_in_model
 
@@ -176,7 +176,7 @@ def adapted(model: Any, recipe: Recipe) -> Adapted:
             what = "the output head" if path in head else "not a linear module"
             raise UsageError(f"targets {asked}: {path} is {what}, which cannot be trained here; leave it out")
         made[path] = shape
-    # PEFT has written into it what it found.
+    # PEFT has written the names that it found into the configuration.
     return Adapted(made, tuple(sorted(config.target_modules)), bool(config.fan_in_fan_out))
 
 

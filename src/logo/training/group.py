@@ -23,8 +23,8 @@ from logo.training.factors import Bank
 from logo.training.learner import Learner
 from logo.training.passes import Limits, Owned, checkpointing, cut, laid_out, losses
 
-# A mean loss of so many times that of guessing among all words alike, and of so many times the task's first one, is an
-# explosion: the base model may find a task more surprising than a guess.
+# A mean loss has exploded above both _EXPLODED times that of a uniform guess over the vocabulary and _WORSE times the
+# task's first one. The second limit is there because a base model may do worse than guessing on a task.
 _EXPLODED, _WORSE = 3.0, 2.0
 
 
@@ -168,11 +168,11 @@ class Group:
     def _overflowing(
         self, running: Sequence[Learner], batches: Mapping[Learner, Sequence[Example]], bank: Bank
     ) -> dict[Learner, str]:
-        """Whose gradients are not finite, and why that ends it; where all are finite, they are cut to their norms."""
+        """Learner -> why its non-finite gradient ends it. If it is empty, all gradients are clipped to their norms."""
         norms = {learner: learner.gradient_norm() for learner in batches}
         suspects = [learner for learner, norm in norms.items() if not math.isfinite(norm)]
         wrong = {}
-        for learner in suspects:  # rows of others were read in the same pass; whose fault it is shows alone
+        for learner in suspects:  # read alone, because rows of others in the same pass may be the cause
             self._gradients(running, {learner: batches[learner]}, bank)
             if not math.isfinite(learner.gradient_norm()):
                 wrong[learner] = "its gradient is not finite"
@@ -192,7 +192,7 @@ class Group:
         return {learner: sums[learner] / tokens[learner] for learner in batches}
 
     def _wrong(self, learner: Learner, loss: float) -> str | None:
-        """Why a mean loss ends a learner, in words."""
+        """Why a mean loss ends a learner, in words; None if it does not."""
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         guessing, first = math.log(self._base.vocabulary), learner.course.first
@@ -226,8 +226,8 @@ def summed(
     """Reads rows in as few passes as they need: the loss of each learner's rows, summed over tokens.
 
     Args:
-        learners: all that are in the bank, in its order; `rows`: of those that are read.
-        shares: (learners,): what a token's loss counts in the gradient; None: there is none.
+        learners: all that are in the bank, in its order; `rows`: the rows to read, of some of them.
+        shares: (learners,): the weight of a token's loss in the gradient; None: no gradient is computed.
     """
     place = {learner: number for number, learner in enumerate(learners)}
     owned = [Owned(place[learner], example) for learner, examples in rows.items() for example in examples]

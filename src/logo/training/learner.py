@@ -148,7 +148,7 @@ class Learner:
         """Makes a step along the collected gradient of a batch with this mean loss."""
         if self.course.first is None:
             self.course.first = loss
-        elif not self.course.measured:  # what has a finite loss is kept, until there is something measured
+        elif not self.course.measured:  # factors with a finite loss are kept until the first measurement
             self.course.best, self._best = self.course.step, self.factors.copy()
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.lr * self._share(self.course.step)
@@ -220,7 +220,7 @@ class Learner:
     def load(self, course: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restores the state of a checkpoint."""
         self.course = Course.of(course)
-        if not self.running:  # its adapter was written before the checkpoint was
+        if not self.running:  # its adapter was written before the checkpoint
             self.release()
             return
         self.factors.load(_below("now.", tensors))

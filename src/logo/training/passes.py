@@ -19,11 +19,11 @@ from logo.mixing.gated import GatedLoRA, Gates
 from logo.training.examples import Example
 from logo.training.factors import Bank
 
-# Numbers that the logits of a pass may have: 0.5 GB in float32, and as much again twice in the backward pass.
+# The most values that the logits of a pass may have: 0.5 GB in float32, and twice as much again in the backward pass.
 MAX_LOGITS = 2**27
 
 
-# What a pass costs besides its tokens, in tokens. On a CPU short passes multiply nearly as fast as long ones; other
+# The fixed cost of a pass, in tokens. On a CPU short passes multiply nearly as fast as long ones; other
 # devices are not busy with a few hundred tokens.
 _PER_PASS = {"cpu": 192}
 _PER_PASS_ELSEWHERE = 512
@@ -66,7 +66,7 @@ class Pass:
         gates: (rows, adapters): the scale of a row's own adapter, 0 for the others. Where one of them acts from a later
             token on, (rows, length, adapters): 0 before it.
         positions: (n,): where, in the rows laid one behind the other, the logits of completion tokens are.
-        targets: (n,): these tokens; `owners`: (n,): whose they are.
+        targets: (n,): the completion tokens; `owners`: (n,): the numbers of their adapters.
     """
 
     ids: Tensor
@@ -80,7 +80,7 @@ class Pass:
 def cut(rows: Sequence[Owned], limits: Limits) -> list[list[Owned]]:
     """The rows, longest first, in the cheapest passes: few passes with little padding."""
     ordered = sorted(rows, key=lambda one: -len(one.example))
-    # The least that the rows from each on cost, and how many of them are in the first pass.
+    # For each row: the lowest cost of the rows from it on, and the number of rows in their first pass.
     best = [(0, 0)] * (len(ordered) + 1)
     for start in reversed(range(len(ordered))):
         length, positions = len(ordered[start].example), 0
@@ -132,8 +132,8 @@ def losses(model: Any, bank: Bank, one: Pass, weights: Tensor | None = None) -> 
     """The negative log likelihood (n,) of every completion token of a pass, in nats, each under its row's adapter.
 
     Args:
-        weights: (n,): where they are given, the gradient of their weighted sum is added to that of the bank's factors,
-            unless one of them is not finite.
+        weights: (n,): if given, the gradient of the weighted sum of the losses is added to that of the bank's factors,
+            unless a loss is not finite.
     """
     adapted = GatedLoRA({path: model.get_submodule(path) for path in bank.stacks})
     gates = Gates(one.gates.flatten(0, -2), per_token=one.gates.dim() == 3)
@@ -141,7 +141,7 @@ def losses(model: Any, bank: Bank, one: Pass, weights: Tensor | None = None) -> 
         logits = model(input_ids=one.ids, attention_mask=one.mask, use_cache=False).logits
         found: Tensor = nn.functional.cross_entropy(logits.float(), one.targets.to(logits.device), reduction="none")
         if weights is not None and bool(found.isfinite().all()):
-            # Inside, since layers whose activations were not kept are computed again.
+            # Within the block, because the backward pass recomputes layers whose activations were not kept.
             torch.autograd.backward((found * weights).sum())
     return found.detach()
 
@@ -167,10 +167,10 @@ def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
 def checkpointing(model: Any, on: bool) -> Iterator[None]:
     """Inside the block, activations between layers are computed again in the backward pass instead of being kept.
 
-    transformers does so in training mode only. The layers alone are put into it, without what drops out in them.
+    transformers does so in training mode only, so the layers (and nothing else) are put into it, with dropout set to 0.
 
     Raises:
-        UsageError: the model cannot do so.
+        UsageError: the model does not support it.
     """
     if not on:
         yield

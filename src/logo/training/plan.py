@@ -82,7 +82,7 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All there is to do.
+    """The remaining work.
 
     Attributes:
         groups: what is to be trained, including finished members of a group that was begun.
@@ -130,7 +130,7 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
     Args:
         root: folder of the pool.
         at_once: most tasks of a group.
-        retrain: adapters that were made from something else are replaced, and what was begun so is begun anew.
+        retrain: replace adapters that were made from something else, and restart tasks that were begun from it.
 
     Raises:
         UsageError: the folder holds an adapter, or the beginnings of one, that was made from something else.
@@ -154,17 +154,17 @@ def plan(tasks: Sequence[Prepared], root: Path, at_once: int, *, retrain: bool =
         if changed and not retrain:
             raise UsageError(
                 f"{root}: {', '.join(repr(name) for name in changed[:3])} was begun here from other rows or with "
-                "another recipe; give the same again, or begin it anew with --retrain"
+                "another recipe; use those again, or start over with --retrain"
             )
         same = tuple(known[name] for name, digest in members.items() if name in known and known[name].digest == digest)
         if any(task.name in left for task in same):
             groups.append(GroupPlan(same, folder))
             for task in same:
                 left.pop(task.name, None)
-        elif all(name in known for name in members):  # what is not done of it is begun anew
+        elif all(name in known for name in members):  # its unfinished tasks begin anew
             forget(folder)
-    # What an interrupted run has not begun is learned in the groups that it would have made: whom an adapter is learned
-    # with shows in its last digits.
+    # Tasks that an interrupted run has not begun are trained in the groups that it would have made, because the other
+    # members of its group affect the last digits of an adapter.
     for group in _groups(list(tasks), root, at_once):
         if all(task.name in left for task in group.tasks):
             groups.append(group)
@@ -191,7 +191,7 @@ def _groups(tasks: Sequence[Prepared], root: Path, at_once: int) -> list[GroupPl
 
 
 def _stands(task: Prepared, root: Path, retrain: bool) -> bool:
-    """Whether its adapter is there; raises UsageError where another one is."""
+    """Whether the task's adapter is in the pool; raises UsageError if another one is in its place, unless `retrain`."""
     folder = root / task.name
     record = record_of(folder)
     if record is not None and record.get("digest") == task.digest:

@@ -1,9 +1,9 @@
-"""What training writes: adapters as PEFT writes them, and what each was made from.
+"""The files that training writes: adapters in PEFT's format, and a record of what each was made from.
 
-POOL/<task>/adapter_config.json, adapter_model.safetensors     as PEFT
+POOL/<task>/adapter_config.json, adapter_model.safetensors     in PEFT's format
 POOL/<task>/training.json     recipe, digests of rows and base model, losses: what the adapter was made from
-POOL/pool.json                the same of all, and versions
-POOL/.training/<group>/       checkpoints of what is not done yet
+POOL/pool.json                the records of all adapters, and versions
+POOL/.training/<group>/       checkpoints of unfinished groups
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 UNFINISHED = ".training"
-TOKENS = "invocation_tokens"  # in what is recorded of an adapter: from which on it acts
+TOKENS = "invocation_tokens"  # in an adapter's record: the tokens from which on it acts
 
 
 def write_adapter(folder: Path, factors: Mapping[str, Tensor], config: LoraConfig, record: Mapping[str, Any]) -> None:
-    """Writes an adapter, all of it or nothing.
+    """Writes an adapter, completely or not at all.
 
     Args:
         factors: `A.path` (r, d_in) and `B.path` (r, d_out).
-        config: PEFT's.
-        record: what it was made from.
+        config: the PEFT configuration.
+        record: the record of what it was made from.
 
     Raises:
         StorageError: it cannot be written.
     """
     paths = [key.removeprefix("A.") for key in factors if key.startswith("A.")]
-    # What the scale is, the configuration says.
+    # The configuration holds the scale.
     weights = {path: LoraWeights(factors[f"A.{path}"], factors[f"B.{path}"].T, 1.0) for path in paths}
     tensors = {key: tensor.contiguous().cpu() for key, tensor in plain_tensors(weights).items()}
     replace_folder(
@@ -98,12 +98,12 @@ def course_record(course: Course) -> dict[str, Any]:
 
 
 def write_pool(root: Path, facts: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Writes `pool.json`: facts of all, and what each adapter in the folder was made from; what was done to the pool
-    before stays.
+    """Writes `pool.json`: common facts, and the record of every adapter in the folder. Earlier changes to the pool stay
+    recorded.
 
     Args:
         facts: base model, versions, recipe.
-        names: task -> why there is no adapter of it.
+        names: task -> why it failed.
 
     Raises:
         StorageError: it cannot be written.
@@ -167,7 +167,7 @@ def _records(root: Path) -> list[Path]:
 
 def _files(root: Path, name: str) -> list[Path]:
     found = []
-    for folder, folders, files in os.walk(root):  # which does not mind what other processes take away meanwhile
+    for folder, folders, files in os.walk(root):  # ignores folders that other processes remove
         folders[:] = sorted(below for below in folders if not below.startswith("."))
         if name in files:
             found.append(Path(folder) / name)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 Schedule = Literal["cosine", "linear", "constant"]
 ALL_LINEAR = "all-linear"
 
-# A task with fewer rows gives none of them away: so few held-out rows would say nothing, and it needs them to learn.
+# A task with fewer rows has none held out: they would be too few to measure on, and it needs them for training.
 FEWEST_TO_HOLD_OUT = 10
 MOST_HELD_OUT = 64
 
-# What a recipe may say about where an adapter acts, besides `last:N`.
+# Values of a recipe's `activation`, besides `last:N`.
 EVERYWHERE, INVOCATION, ACTIVATED = "everywhere", "invocation", "activated"
 
 
@@ -35,7 +35,7 @@ class Recipe:
         r, alpha, rslora: rank, and the scale `alpha / r` of the update, or `alpha / sqrt(r)` with rsLoRA.
         targets: names of the linear modules that are adapted, as PEFT's `target_modules`; `("all-linear",)`: all of
             them but the output head.
-        lr: learning rate at its highest.
+        lr: the highest learning rate.
         epochs: how often every row is learned from; `steps`: optimiser steps instead, where they are given.
         batch_size: rows of one step.
         max_length: tokens of a row; longer prompts lose their beginning.
@@ -44,10 +44,10 @@ class Recipe:
         weight_decay, clip: of AdamW, and the largest norm of a step's gradient.
         held_out: share of the rows on which progress is measured, at most 64 of them.
         evaluations: how often it is measured.
-        patience: after so many measurements without a better one the task is stopped; None: never.
+        patience: number of measurements without a better one after which the task is stopped; None: never.
         activation: where the adapter acts, in training as afterwards: `"everywhere"`; `"last:N"`, from the last N
             tokens of the prompt on; `"invocation"`, from the last place on at which the prompt has the text
-            `invocation`; `"activated"`, as suits the rows (`logo.training.activation`).
+            `invocation`; `"activated"`, chosen by the rows (`logo.training.activation`).
         invocation: that text; empty: none.
     """
 
@@ -97,7 +97,7 @@ class Recipe:
     def _check_activation(self) -> None:
         if self.activation == INVOCATION and not self.invocation:
             raise UsageError(
-                f"activation invocation: give the text from which adapters are to act (invocation), or {ACTIVATED}"
+                f"activation invocation: give the text from which adapters act (invocation), or use {ACTIVATED}"
             )
         if self.invocation and self.activation != INVOCATION:
             raise UsageError(
@@ -118,7 +118,7 @@ class Recipe:
 
         Args:
             targets: the names that PEFT has found for those of the recipe.
-            transposed: the modules keep their weights so (Conv1D, as in GPT-2).
+            transposed: the modules store their weights transposed (Conv1D, as in GPT-2).
             invocation: tokens from which the adapter acts; empty: it has none.
         """
         from peft import LoraConfig
@@ -155,7 +155,8 @@ class Recipe:
         return min(MOST_HELD_OUT, max(1, round(self.held_out * rows)))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. Of where it acts, what is usual is left out: digests of plain adapters were made without."""
+        """The recipe for JSON. `activation` and `invocation` are left out if they have their defaults, since digests of
+        plain adapters were made without them."""
         said = {**asdict(self), "targets": list(self.targets)}
         return {name: value for name, value in said.items() if name not in _ACTING or value != _ACTING[name]}
 
@@ -184,25 +185,25 @@ class Recipes:
         return replace(self.usual, **_over({}, found))
 
     def check(self, tasks: typing.Collection[str]) -> None:
-        """Raises UsageError for an entry that no task has."""
+        """Raises UsageError for an entry that matches no task."""
         for pattern in self.other:
             if not any(pattern == task or fnmatch.fnmatchcase(task, pattern) for task in tasks):
                 raise UsageError(f"recipe: no task is called {pattern!r}{closest(pattern, tasks)}")
 
 
 def read_recipes(file: Path | None, given: Mapping[str, Any]) -> Recipes:
-    """The recipes of a YAML file, with what is `given` besides it.
+    """The recipes of a YAML file and of the `given` fields.
 
         lr: 2.0e-3            # fields of `Recipe`
         tasks:                # for single tasks, by name or pattern
           "word_*": {r: 16, targets: all-linear}
 
     Args:
-        file: None: what is given alone.
-        given: fields that count more than those of the file for all tasks, and less than those of single tasks.
+        file: the YAML file; None: the given fields only.
+        given: fields that override the file's fields of all tasks, but not those of single tasks.
 
     Raises:
-        UsageError: something in it that no recipe has, or of another kind.
+        UsageError: a field is unknown, or its value has the wrong type.
         StorageError: the file cannot be read.
     """
     raw = {} if file is None else _yaml(file)
@@ -259,7 +260,7 @@ def _yaml(file: Path) -> dict[str, Any]:
 
 
 def _values(raw: Any, where: str) -> dict[str, Any]:
-    """Fields of a recipe, each of its own kind."""
+    """The fields of a recipe, checked and converted to their types."""
     if not isinstance(raw, dict):
         raise UsageError(f"{where}: expected fields such as `lr: 0.001`, found {raw!r:.60}")
     known = {one.name for one in fields(Recipe)}
@@ -268,7 +269,7 @@ def _values(raw: Any, where: str) -> dict[str, Any]:
     for key, value in raw.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UsageError(f"{where}: no recipe has {key!r}{closest(name, known)}; it may have {', '.join(known)}")
+            raise UsageError(f"{where}: unknown field {key!r}{closest(name, known)}; known: {', '.join(known)}")
         found[name] = _value(name, value, hints[name], where)
     return found
 

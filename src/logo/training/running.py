@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from logo.backends.cluster import Layout
     from logo.backends.ray import Workers
 
-# Seconds between two looks at how far other processes are.
+# Seconds between two reads of the progress of other processes.
 _LOOK = 1.0
 Tell = Callable[[Sequence[Status]], None]
 
@@ -89,12 +89,12 @@ def train(
     tell: Tell | None = None,
     planned: Callable[[Plan], None] | None = None,
 ) -> Trained:
-    """Trains what is not there yet.
+    """Trains the adapters that are not in the pool yet.
 
     Args:
         layout: several processes; None: this one.
-        tell: is given how far the tasks are that are being learned, again and again.
-        planned: gets what there is to do, once it is known.
+        tell: called repeatedly with the progress of the tasks in training.
+        planned: called with the plan, once it is known.
 
     Raises:
         UsageError, DataError: nothing can be trained, or the folder holds something else.
@@ -125,7 +125,7 @@ def train(
         trained = []
         facts = {"base_model": wanted.opening.base_model, "base": trainers.facts, "versions": trainers.versions}
         facts |= _acting(root, prepared, activation, recipes.usual)
-        write_pool(root, facts, failed)  # first, since adapters that are made act where it says
+        write_pool(root, facts, failed)  # first, because it says where the new adapters act
         for outcomes in trainers.train(todo.groups, root, wanted.every, tell):
             for outcome in outcomes:
                 if outcome.reason is not None:
@@ -155,7 +155,7 @@ def _leave_examples(wanted: Wanted, trained: Sequence[str], done: Sequence[str])
 
 
 def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -> tuple[list[Prepared], dict[str, int]]:
-    """The tasks that can be trained, and how many prompts of each were cut; why others cannot goes into `failed`."""
+    """The trainable tasks, and the number of truncated prompts by task. Errors of the other tasks go into `failed`."""
     tokenizer = load_tokenizer(wanted.opening.base_model, model_dir=wanted.opening.model_dir)
     prepared, cut, settling = [], {}, Settling(tokenizer)
     for task in wanted.found.tasks:
@@ -171,7 +171,7 @@ def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -
         if recipe.held_out and not recipe.held_out_rows(len(examples.rows)):
             warnings.warn(
                 f"task {task.name!r} has {len(examples.rows)} rows: too few to hold any out, so it is trained for all "
-                "of its steps and nobody knows how well; give it 10 or more",
+                "of its steps without a held-out loss; give it 10 or more",
                 UserWarning,
                 stacklevel=2,
             )
@@ -183,8 +183,8 @@ def _prepared(wanted: Wanted, base: Mapping[str, Any], failed: dict[str, str]) -
 
 
 def _acting(root: Path, prepared: Sequence[Prepared], activation: Activation | None, usual: Recipe) -> dict[str, Any]:
-    """What the pool's notes say of its activation, and of the recipe that is usual in it."""
-    if activation is None:  # nothing to train: as it was
+    """The entries of the pool's notes for its activation and its usual recipe."""
+    if activation is None:  # no task can be trained: the noted activation stays
         return {"activation": read_notes(root).get("activation", "everywhere"), "recipe": usual.as_dict()}
     one = prepared[0].recipe
     usual = replace(usual, activation=one.activation, invocation=one.invocation)
@@ -234,7 +234,7 @@ class InWorkers:
 
         files = {group.folder: group.folder.with_suffix(".progress.json") for group in groups}
         for file in files.values():
-            file.unlink(missing_ok=True)  # of a run that was interrupted
+            file.unlink(missing_ok=True)  # left by an interrupted run
         items = (
             Item((group, root, every, files[group.folder]), round(sum(task.tokens for task in group.tasks)))
             for group in groups
@@ -260,15 +260,15 @@ class InWorkers:
 
 
 def _lost(task: Prepared, root: Path, reason: str) -> Outcome:
-    """Of a task whose group no process has finished; it may have ended before."""
+    """The outcome of a task whose group no process finished; its adapter may have been written before."""
     if (record_of(root / task.name) or {}).get("digest") == task.digest:
         return Outcome(task.name, None, True)
-    return Outcome(task.name, f"not finished: {reason}; the same command goes on with it", False)
+    return Outcome(task.name, f"not finished: {reason}; repeat the command to continue", False)
 
 
 @contextlib.contextmanager
 def opened(opening: Opening, layout: Layout | None) -> Iterator[InThisProcess | InWorkers]:
-    """Within the block: what trains."""
+    """Within the block: the trainer, in this process or in several others."""
     if layout is None:
         yield InThisProcess(opening)
         return
@@ -316,10 +316,10 @@ def _watched(files: Sequence[Path], tell: Tell | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """Makes the folder, and holds it against other runs inside the block.
+    """Creates the folder, and locks it against other runs within the block.
 
     Raises:
-        StorageError: it cannot be made.
+        StorageError: it cannot be created.
         UsageError: another run trains into it.
     """
     try:
@@ -338,7 +338,7 @@ def alone(root: Path) -> Iterator[None]:
 
 
 def _lock(file: IO[bytes], root: Path) -> None:
-    """Holds the file against other runs, where the file system can.
+    """Locks the file against other runs, if the file system can.
 
     Raises:
         UsageError: another run holds it.

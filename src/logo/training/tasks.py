@@ -1,8 +1,8 @@
 """Tasks to make adapters for: a folder of files, one per task, or the configurations of a data set on the Hub.
 
 A row is a prompt and its completion: `{"context": ..., "completion": ...}`, or `{"messages": [...]}` of which the last
-one is the assistant's answer. A CSV or Parquet file has these as columns. A task of which one row cannot be used is
-refused as a whole, with the file and the line, and the others are not.
+one is the assistant's answer. A CSV or Parquet file has these as columns. If one row of a task cannot be used, the
+whole task is refused, with the file and the line; other tasks are not affected.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
 
     Raises:
         DataError: no such folder, or no task in it.
-        UsageError: no task of a name that was asked for.
+        UsageError: a requested task does not exist.
         HubError: the Hub refused or could not be reached.
     """
     if len(columns) != 2:
@@ -111,7 +111,7 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
             continue
         if count[name] > 1:
             both = ", ".join(other.name for known, other in named if known == name)
-            refused[name] = f"several files are of this name ({both}); rename all but one"
+            refused[name] = f"several files have this name ({both}); rename all but one"
             continue
         try:
             tasks.append(Task(name, str(path), tuple(pair for pair in _pairs(path, columns))))
@@ -132,7 +132,7 @@ def _chosen(names: Mapping[str, int], only: str) -> set[str]:
     for item in wanted:
         matching = {name for name in names if name == item or fnmatch.fnmatchcase(name, item)}
         if not matching:
-            raise UsageError(f"task {item!r}: there is none of this name{closest(item, names)}")
+            raise UsageError(f"task {item!r}: not found{closest(item, names)}")
         chosen |= matching
     return chosen
 

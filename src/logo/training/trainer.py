@@ -109,12 +109,12 @@ class Trainer:
     def train(
         self, plan: GroupPlan, root: Path, every: float, tell: Callable[[Sequence[Status]], None] | None = None
     ) -> list[Outcome]:
-        """Learns a group, from where it is, and writes its adapters.
+        """Trains a group, from its checkpoint if there is one, and writes its adapters.
 
         Args:
             root: folder of the pool.
             every: seconds between two checkpoints.
-            tell: is given how far its tasks are, after each round.
+            tell: called with the progress of its tasks, at the beginning and after each round.
 
         Raises:
             StorageError: something cannot be written.
@@ -176,7 +176,7 @@ class Trainer:
         """The modules that a recipe adapts.
 
         Raises:
-            UsageError: as `logo.training.factors.adapted`.
+            UsageError: as in `logo.training.factors.adapted`.
         """
         if recipe.targets not in self._adapted:
             config = load_config(self._opening.base_model, model_dir=self._opening.model_dir)
@@ -207,7 +207,7 @@ def _outcome(learner: Learner) -> Outcome:
     course = learner.course
     reason = course.reason if course.status == DIVERGED else None
     if reason is not None:
-        kept = "nothing is kept of it" if course.best is None else f"its adapter is that of step {course.best}"
+        kept = "no adapter is kept" if course.best is None else f"the adapter of step {course.best} is kept"
         reason = f"{reason}; {kept}"
     return Outcome(learner.name, reason, course.best is not None)
 

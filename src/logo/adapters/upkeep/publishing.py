@@ -147,7 +147,7 @@ def _refusals() -> dict[int, str]:
     return {
         401: f"the Hub does not accept this token, or there is none; {_LOG_IN}",
         403: f"this token may not write there; use another one: {_LOG_IN}",
-        404: f"not found, and this token may not make it; check the name, and {_LOG_IN}",
+        404: f"not found, and this token may not create it; check the name, and {_LOG_IN}",
         409: f"it was changed meanwhile; {again}",
         412: f"it was changed meanwhile; {again}",
         413: "the Hub refuses files of this size; see its limits on storage",
@@ -161,5 +161,5 @@ def _official(root: Path, adapters: Sequence[Adapter]) -> str:
     }
     if len(bases) != 1:
         found = f"several base models ({', '.join(sorted(bases))})" if bases else "no base model"
-        raise UsageError(f"the adapters name {found}; say with --path-in-repo where they go ('.' for the top)")
+        raise UsageError(f"the adapters name {found}; give the folder to write with --path-in-repo ('.' for the top)")
     return f"{bases.pop()}-loras-{own_name(root)}"

@@ -53,7 +53,7 @@ class Core:
         if options is None:
             raise UsageError("LoGo needs a pool: set LOGO_POOL to a folder of adapters or a Hub repository")
         if vllm_config.lora_config is None:
-            raise UsageError("LoGo needs vLLM to take adapters: start it with --enable-lora")
+            raise UsageError("LoGo needs vLLM's support for adapters: start vLLM with --enable-lora")
         if plugin.refused is not None:
             raise ModelError(plugin.refused)
         self.options = options

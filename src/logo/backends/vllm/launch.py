@@ -78,8 +78,8 @@ class Launch:
         options = json.dumps({**self.options, "mode": self.plan.mode}, ensure_ascii=False)
         if len(options.encode()) > _LONGEST:
             raise UsageError(
-                f"the options of LoGo are {len(options.encode()):,} bytes long, and no variable of the environment may "
-                f"be longer than {_LONGEST:,}: give fewer --calibration-prompts"
+                f"the options of LoGo take {len(options.encode()):,} bytes, but an environment variable may have at "
+                f"most {_LONGEST:,}: give fewer --calibration-prompts"
             )
         return {POOL: self.pool, OPTIONS: options, **plugins.environment()}
 
@@ -96,7 +96,7 @@ class Launch:
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError where vLLM would start a server that has no place for LoGo."""
     if environment.get(RUST, "0").strip() not in ("", "0"):
-        raise UsageError(f"{RUST} is set: vLLM's Rust frontend runs no middleware, so no LoGo; unset it")
+        raise UsageError(f"{RUST} is set: vLLM's Rust frontend does not run the middleware that LoGo needs; unset it")
     if environment.get(DUAL_STREAM, "0").strip() not in ("", "0"):
         raise UsageError(f"{DUAL_STREAM} is set: it hides layers from LoGo's probe; unset it")
 

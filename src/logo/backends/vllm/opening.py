@@ -184,8 +184,8 @@ def _folder_of(pool: AdapterPool, on_bad_adapter: OnBadAdapter, cache: str | Non
         if AdapterPool.from_directory(root, on_bad_adapter=on_bad_adapter, cache=cache).names == pool.names:
             return root
     raise PoolError(
-        "the engine 'vllm' opens the pool again in vLLM's processes, so all of its adapters have to be in one folder "
-        "under their names, and no others; give that folder or a Hub repository as the pool"
+        "the engine 'vllm' opens the pool again in vLLM's processes: expected all adapters in one folder under their "
+        "names, and no others in it; give that folder or a Hub repository as the pool"
     )
 
 

@@ -86,7 +86,7 @@ class KeyedPool:
         if kind == "remove":
             del adapters[self.adapters[name].name], keys[name]
             if not adapters:
-                raise PoolError(f"adapter {name!r} is the last one of the pool: a pool has one adapter or more")
+                raise PoolError(f"adapter {name!r} is the last one of the pool and cannot be removed")
         else:
             if kind == "add" and name in adapters:
                 raise PoolError(f"the pool has an adapter {name!r} already")

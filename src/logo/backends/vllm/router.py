@@ -122,7 +122,7 @@ class Router:
         native = [*self._models.lora_requests, *getattr(self._models, "lora_resolvers", ())]
         if core.mode == "gate" and native:
             raise UsageError(
-                "in gate mode all of vLLM's slots are the pool's, and there are none for --lora-modules and resolvers: "
+                "in gate mode the pool takes all of vLLM's slots, which leaves none for --lora-modules and resolvers: "
                 "put those adapters into the pool, or use the mode 'merge'"
             )
         self._core = core
@@ -172,8 +172,7 @@ class Router:
         asked = checked(ModelRequest, {"model": model, "logo": body.pop("logo", None)})
         if body.get("background"):
             raise bad_request(
-                "background: an answer with a mixture is only given while its client waits; leave it out, or name the "
-                "base model",
+                "background: only the base model answers in the background; leave it out, or name the base model",
                 "background",
             )
         wanted = self._names.mixture_request(model, asked.logo)

@@ -123,8 +123,8 @@ class Worker:
         for path, layer in manager.modules.items():
             if self.replaces_kernels and not multiplied(layer):
                 raise ModelError(
-                    f"LoGo cannot multiply adapters of {path} ({type(layer).__name__}): where the pool does not act on "
-                    "it, pass --lora-target-modules with the modules that it acts on; else leave those adapters out"
+                    f"LoGo cannot apply adapters to {path} ({type(layer).__name__}): leave out the adapters that act "
+                    "on it; if none does, pass --lora-target-modules with the modules that the pool acts on"
                 )
             b = getattr(layer, "lora_b_stacked", None)
             if self.replaces_kernels and isinstance(b, tuple):
@@ -331,7 +331,7 @@ class Worker:
         unread = self._read_at(pool.adapters) - self._places
         if unread and (self._compiled or any(how == "residual" for how, _ in unread)):
             where = ", ".join(sorted(path for _, path in unread))
-            raise UsageError(f"this pool is probed at {where}, where the model is not read: start the server with it")
+            raise UsageError(f"this pool is probed at {where}, which the server cannot read: restart it with this pool")
         before = self.scoring
         made = Scoring(self.skeleton, pool.adapters, self.options, self.taps, self._prompts, self._device, before)
         self._staged = pool, made

@@ -14,7 +14,7 @@ from logo.errors import DataError, StorageError, UsageError
 
 def card(
     folder: Folder,
-    base_model: Annotated[str | None, usual("The base model's name on the Hub.", "what the adapters say")] = None,
+    base_model: Annotated[str | None, usual("The base model's name on the Hub.", "the one the adapters name")] = None,
     repo: Annotated[
         str | None, usual("Where the pool will be found on the Hub.", "the folder itself", metavar="REPO[/FOLDER]")
     ] = None,
@@ -41,7 +41,7 @@ def card(
     from logo.folders import replace_file
     from logo.hub.names import is_repo_id
 
-    # Leaving damaged adapters out means finding them first, as in `opened`.
+    # To leave damaged adapters out, they have to be found first, as in `opened`.
     pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=on_bad_adapter == "skip")
     if (folder / NOTES).is_symlink():  # its content is printed in the card
         checked(folder / NOTES, folder)
@@ -49,7 +49,7 @@ def card(
     files = [folder / CARD, *([folder / PICTURE] if picture is not None else [])]
     for file in files:
         if file.exists() and not replace:
-            raise UsageError(f"{file} exists already; --replace writes over it")
+            raise UsageError(f"{file} exists already; add --replace to overwrite it")
     made = Card(
         title=title or own_name(folder),
         adapters=list(pool),
@@ -63,7 +63,7 @@ def card(
     )
     if made.base is None or not is_repo_id(made.base):
         found = made.base or (f"several: {', '.join(made.bases)}" if made.bases else "none is named")
-        note(f"no base model on the Hub is known ({found}): --base-model names one")
+        note(f"no base model on the Hub is known ({found}): name one with --base-model")
     if picture is not None:
         replace_file(folder / PICTURE, picture)
     replace_file(folder / CARD, str(made).encode())

@@ -27,7 +27,7 @@ Out = Annotated[
     Path, usual("The new pool; must not exist yet. DIR is never changed.", True, "--out", "-o", metavar="DIR2")
 ]
 AllowPickle = Annotated[bool, usual("Also read adapter_model.bin (tensors only).", True, "--allow-pickle")]
-OnBadAdapter = Annotated[OnBad, usual("An adapter that cannot be used: refuse the pool, or leave it out.")]
+OnBadAdapter = Annotated[OnBad, usual("If an adapter cannot be used: refuse the pool, or skip the adapter.")]
 Threshold = Annotated[
     float,
     usual(
@@ -43,7 +43,7 @@ def opened(folder: Path, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
     """The pool in a folder; adapters that are left out are printed. The cache is neither read nor written."""
     from logo.adapters.pool import AdapterPool
 
-    # Leaving damaged adapters out means finding them first. Otherwise files are checked as they are read.
+    # To leave damaged adapters out, they have to be found first. Otherwise files are checked as they are read.
     verify = on_bad == "skip"
     pool = AdapterPool.from_directory(folder, on_bad_adapter=on_bad, allow_pickle=allow_pickle, verify=verify, cache="")
     tell_refused(pool.refused)
@@ -51,7 +51,7 @@ def opened(folder: Path, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
 
 
 def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
-    """The adapters of a place, and why others there cannot be used. Of a folder, nothing is looked up in the cache."""
+    """The adapters of a place, and why others there cannot be used. For a plain folder the cache is not used."""
     from logo.adapters.gathering import gather
     from logo.adapters.options import Fetching
     from logo.adapters.places import parse_places
@@ -65,13 +65,13 @@ def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter
 
 
 def without_checkpoints(folder: Path, on_bad: OnBad, *, verify: bool) -> tuple[AdapterPool, list[str]]:
-    """The pool as it is published, and the names of checkpoints, which are no adapters of it; a line names both."""
+    """The pool as it is published, and the names of the checkpoints that are left out; prints what is left out."""
     from logo.adapters.format import own_name
     from logo.adapters.pool import AdapterPool
     from logo.adapters.survey import survey
     from logo.adapters.upkeep.publishing import is_checkpoint
 
-    def is_left_out(name: str) -> bool:  # never the folder itself, which somebody has named
+    def is_left_out(name: str) -> bool:  # never the folder that the user named
         return is_checkpoint(name) and name != own_name(folder)
 
     good, refused = survey(folder, verify=verify)
@@ -104,7 +104,7 @@ def refusals(refused: Iterable[AdapterError]) -> list[dict[str, Any]]:
 
 @contextmanager
 def steps(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar of so many steps on a terminal; yields what ends a step."""
+    """A progress bar of `total` steps on a terminal; yields a function that ends a step."""
     with progress(disable=not err.is_terminal) as shown:
         bar = shown.add_task(what, total=total)
         yield lambda: shown.advance(bar)

@@ -19,7 +19,7 @@ def dedupe(
         Path | None,
         usual(
             "The new pool; must not exist yet. DIR is never changed.",
-            "none is needed with --dry-run",
+            "not needed with --dry-run",
             "--out",
             "-o",
             metavar="DIR2",
@@ -44,7 +44,7 @@ def dedupe(
     if out_folder is not None:
         check_new(out_folder)
     elif not dry_run:
-        raise UsageError("--out DIR2 says where the new pool goes; --dry-run only lists")
+        raise UsageError("expected --out DIR2 for the new pool, or --dry-run to list only")
     pool = opened(folder, allow_pickle, on_bad_adapter)
     adapters = list(pool)
     gone = duplicates(adapters, taken_apart(adapters), threshold)

@@ -57,7 +57,7 @@ def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
 
 
 def _named_alike(one: AdapterPool, other: AdapterPool) -> tuple[AdapterPool, AdapterPool]:
-    """Two single adapters are compared even if their names differ."""
+    """The two pools. If each has one adapter, the second is renamed, so that they are compared whatever their names."""
     from dataclasses import replace
 
     from logo.adapters.pool import AdapterPool

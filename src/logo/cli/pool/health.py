@@ -52,7 +52,7 @@ def health(
     found = read_traffic(logs)
     alike = groups(found.unserved)
     if found.first_bad is not None:
-        note(f"lines that are not whole JSON objects, and left out: {found.bad}, the first at {found.first_bad}")
+        note(f"skipped lines that are not complete JSON objects: {found.bad}, the first at {found.first_bad}")
     if png is not None:
         replace_file(png, picture(found))
         note(f"{png}")
@@ -76,7 +76,7 @@ def _summary(found: Traffic) -> str:
 
 
 def _table(found: Traffic) -> Table:
-    """The adapters that won something, by how often."""
+    """The adapters that won at least once, by number of wins."""
     table = plain_table("adapter", ">wins", ">share", ">first half", ">second half", ">weight", ">confidence")
     winners = [adapter for adapter in found.adapters if adapter.wins]
     for adapter in winners[:SHOWN]:
@@ -100,7 +100,7 @@ def _remarks(found: Traffic, alike: Sequence[Group]) -> Iterator[tuple[str, str]
     if not found.pool_known:
         yield (
             "unknown pool",
-            "no line says which adapters there are (the server's first one does); those named are listed",
+            "no line lists the pool's adapters (the server's first line does); only those named in the log are listed",
         )
     for tie in found.ties:
         one, other = map(_line, tie.adapters)
@@ -134,7 +134,7 @@ def _moved(found: Traffic) -> list[Adapter]:
 
 
 def _report(found: Traffic, alike: Sequence[Group]) -> dict[str, Any]:
-    """Everything, for programs."""
+    """The whole report, for JSON."""
     return {**asdict(found), "never_won": _never(found), "unserved": [asdict(group) for group in alike]}
 
 

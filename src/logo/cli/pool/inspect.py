@@ -93,7 +93,7 @@ def inspect(
 
 
 def _layout(base_model: str, model_dir: str) -> tuple[BaseLayout, PreTrainedModel]:
-    """Of the base model, and the model without its weights."""
+    """The layout of the base model, and the model without its weights."""
     from logo.adapters.layout import BaseLayout
     from logo.models import load_skeleton
 

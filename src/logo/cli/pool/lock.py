@@ -51,7 +51,7 @@ def lock(
     if output.suffix not in SUFFIXES:
         raise UsageError(f"--out {output}: expected a name that ends with {' or '.join(SUFFIXES)}")
     if output.exists() and not replaces:
-        raise UsageError(f"--out {output}: it exists; choose another name, or say --replace")
+        raise UsageError(f"--out {output}: exists already; choose another name, or add --replace")
     before = read_manifest(output) if output.exists() else None
     found = _found(places, allow_pickle, on_bad_adapter, base_model, model_dir)
     AdapterPool.from_survey(

@@ -40,7 +40,7 @@ def push(
     from logo.adapters.upkeep.publishing import CARD, Upload
     from logo.adapters.upkeep.publishing import push as send
 
-    if (folder / NOTES).is_file():  # before anything is made of what it says
+    if (folder / NOTES).is_file():  # before its content is used
         checked(folder / NOTES, folder)
     pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=True)
     upload = Upload.of(folder, list(pool), repo, path_in_repo)

@@ -126,9 +126,9 @@ def report(adapters: Sequence[Adapter], found: Anatomy, threshold: float) -> dic
 
 
 def _by_module(found: Anatomy) -> Iterator[dict[str, Any]]:
-    """Over each kind of module and range of layers: medians over adapters and modules, and the largest norm.
+    """For each kind of module and range of layers: medians over adapters and modules, and the largest norm.
 
-    Updates of zeros are left out: they are reported as outliers, and would hide what the others do.
+    Updates of zeros are left out: they are reported as outliers, and would distort the medians.
     """
     from logo.adapters.upkeep.anatomy import kind_of, layer_of
 

@@ -98,7 +98,7 @@ def weights(run: Run) -> Weights | None:
 
 
 def similarity(run: Run) -> Similarity | None:
-    """Which adapters' scores rise and fall together over a run's instances; None where too few have scores."""
+    """The rank correlation of the adapters' scores over a run's instances; None if too few of them have scores."""
     from scipy.stats import rankdata
 
     names, scores = _scores(run)
@@ -107,7 +107,7 @@ def similarity(run: Run) -> Similarity | None:
     ranks = rankdata(scores, axis=0)
     ranks -= ranks.mean(axis=0)
     length = np.sqrt((ranks**2).sum(axis=0))
-    ranks /= np.where(length > 0, length, 1.0)  # an adapter whose score never changes is like no other
+    ranks /= np.where(length > 0, length, 1.0)  # an adapter with a constant score correlates with no other
     values = np.clip(ranks.T @ ranks, -1.0, 1.0)
     np.fill_diagonal(values, 1.0)
     order = leaf_order(1.0 - values)
@@ -115,7 +115,7 @@ def similarity(run: Run) -> Similarity | None:
 
 
 def spread(run: Run) -> Spread | None:
-    """How each adapter's scores are distributed over a run's instances; None where there are none."""
+    """The quantiles of each adapter's scores over a run's instances; None without scores."""
     names, scores = _scores(run)
     if not scores.size:
         return None
@@ -154,8 +154,8 @@ def own_adapter(dataset: str, adapters: Sequence[str]) -> str | None:
 
 
 def right_ranks(result: Result) -> list[int | None]:
-    """The rank of each instance's right adapter among all scores, from 1; ties count against it. None if it is unknown
-    or was not scored.
+    """The rank of each instance's right adapter among all scores, from 1; ties count against it. None if the adapter is
+    unknown or was not scored, or if any score of the instance is missing.
     """
     place = {name: column for column, name in enumerate(result.columns)}
     ranks: list[int | None] = []

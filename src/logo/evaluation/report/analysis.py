@@ -64,7 +64,7 @@ class Analysis:
 
 
 def analyse(found: Sequence[Run], *, seed: int = 0, published: Sequence[Published] = ()) -> Analysis:
-    """All numbers of at least one run. `seed`: of the intervals and tests; `published`: beside what is shipped."""
+    """All numbers of at least one run. `seed`: of the intervals and tests; `published`: beside the shipped numbers."""
     pairing = Pairing(tuple(found), seed)
     return Analysis(
         runs=tuple(found),
@@ -86,7 +86,7 @@ def analyse(found: Sequence[Run], *, seed: int = 0, published: Sequence[Publishe
 
 
 def summary(analysis: Analysis) -> dict[str, Any]:
-    """The numbers for machines: fractions as in the result files, sacrebleu's measures as that library gives them."""
+    """The numbers as JSON: fractions as in the result files, sacrebleu's measures as that library gives them."""
     labels = analysis.labels
     return {
         "runs": [

@@ -83,7 +83,7 @@ def dataset_lines(pairing: Pairing, numbers: Sequence[Published] = ()) -> list[L
     """One line per dataset and official measure.
 
     Args:
-        numbers: what others have published.
+        numbers: published numbers.
     """
     lines = []
     for name in pairing.datasets:
@@ -114,8 +114,8 @@ def overall(pairing: Pairing) -> Line:
 
 
 def extra_lines(pairing: Pairing) -> list[Line]:
-    """One line per dataset and measure beside the official ones, as the runs have written them. None is marked: what
-    tells such runs apart is a matter of `logo eval compare`."""
+    """One line per dataset and measure beside the official ones, as the runs have written them. None is marked as
+    best; `logo eval compare` tests these measures."""
     lines = []
     for name in pairing.datasets:
         found = [run.results.get(name) for run in pairing.runs]
@@ -123,7 +123,7 @@ def extra_lines(pairing: Pairing) -> list[Line]:
         signed = {metric for result in present for metric in result.signatures}
         for metric in dict.fromkeys(metric for result in present for metric in result.extra):
             cells = [_extra_cell(result, metric) for result in found]
-            scale = 1.0 if metric in signed else 100.0  # sacrebleu speaks in percent already
+            scale = 1.0 if metric in signed else 100.0  # sacrebleu's values are in percent already
             lines.append(Line(group_of(name), name, metric, marked(cells), scale))
     return lines
 
@@ -131,10 +131,10 @@ def extra_lines(pairing: Pairing) -> list[Line]:
 def marked(
     cells: Sequence[Cell | None], marks: Callable[[Sequence[float | None]], Sequence[Mark]] | None = None
 ) -> tuple[Cell | None, ...]:
-    """Cells that say whether they are means over as many rows as the others.
+    """The cells with `complete` and `mark` set.
 
     Args:
-        marks: from the values of those that do, None for the others, to their marks.
+        marks: values of the complete cells (None for the others) -> their marks.
     """
     most = max(((cell.datasets, cell.rows) for cell in cells if cell is not None), default=(0, 0))
     whole = [cell is not None and (cell.datasets, cell.rows) == most for cell in cells]
@@ -160,7 +160,7 @@ def _cells(pairing: Pairing, names: Sequence[str], metric: str | None) -> tuple[
 
 
 def _column(result: Result, metric: str | None) -> Values:
-    """Empty where the result lacks the measure."""
+    """The scores (instances,) under a measure (None: the primary one); empty if the result lacks it."""
     return result.measures.get(metric or result.primary, np.empty(0))
 
 

@@ -23,7 +23,7 @@ from logo.extras import need
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-LONGEST_TITLE = 60  # characters of runs
+LONGEST_TITLE = 60  # characters of the runs' names
 # Not allowed in HTML, and half of a surrogate pair is no character at all.
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -64,7 +64,7 @@ def page(analysis: Analysis, title: str | None = None) -> str:
 
 
 def environment() -> Environment:
-    """How templates become HTML: whatever is not markup already is escaped, so text from data cannot become any.
+    """The environment of the templates. Text that is not markup already is escaped, so data cannot become markup.
     Fractions are written with at most two digits after the point.
 
     Raises:
@@ -88,7 +88,7 @@ def environment() -> Environment:
 
 
 def title_of(analysis: Analysis) -> str:
-    """`Gemma-2B: norm, entropy`; how many runs where their names would be too long."""
+    """The title, such as `Gemma-2B: norm, entropy`, with the number of runs instead of names that are too long."""
     bases = list(dict.fromkeys(run.base for run in analysis.runs if run.base))
     base = ", ".join(bases[:3]) + (" and others" if len(bases) > 3 else "")
     what = ", ".join(analysis.labels)
@@ -105,7 +105,7 @@ def _shown(value: object) -> object:
 
 
 def _point(run: int) -> Dot:
-    """A run's point beside its name."""
+    """The point that is drawn beside a run's name."""
     return Dot(6, 6, 4, *series(run))
 
 

@@ -83,7 +83,7 @@ def _rows(results: Sequence[Result | None]) -> _Rows:
     """The same instance of several runs becomes one row; `versus.shared_rows` says which instances are the same."""
     rows = _Rows()
     present = [(run, result) for run, result in enumerate(results) if result is not None]
-    present.sort(key=lambda pair: pair[1].prompts is None)  # those that say what was asked come first
+    present.sort(key=lambda pair: pair[1].prompts is None)  # results with prompts come first
     for order, (run, result) in enumerate(present):
         if result.prompts is not None:
             places = []
@@ -132,7 +132,7 @@ def _answers(result: Result, rows: _Rows, run: int, adapters: dict[str, int]) ->
 
 
 def _matrix(rows: Sequence[str], columns: Sequence[str], values: Values) -> Mapping[str, object]:
-    """In thousandths."""
+    """A heat map for the page's script, with values in thousandths."""
     return {"rows": list(rows), "columns": list(columns), "values": np.round(values * 1000).astype(int).tolist()}
 
 

@@ -29,11 +29,11 @@ PLOT = 760.0  # width of what is plotted, without names
 PAD = 8.0
 MAP = 780.0  # width that a heat map may fill before its fields get smaller
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-NAMED = 14.0  # a field at least as large has its name beside it
+NAMED = 14.0  # fields of at least this size have names beside them
 
 
 def pictures(analysis: Analysis) -> list[Scene]:
-    """All of them, those of one run after those of all."""
+    """All pictures: first those of all runs together, then those of each run."""
     every = [scores(analysis), differences(analysis), time(analysis)]
     found = [scene for scene in every if scene is not None]
     return found + [scene for number in range(len(analysis.runs)) for scene in of_run(analysis, number)]
@@ -173,7 +173,7 @@ def weights(analysis: Analysis, number: int) -> Scene | None:
 
 
 def similarity(analysis: Analysis, number: int) -> Scene | None:
-    """Which adapters' scores rise and fall together in one run."""
+    """The rank correlation of the adapters' scores in one run, as a heat map; None without scores."""
     found = analysis.similarity[number]
     if found is None:
         return None
@@ -287,7 +287,7 @@ def heat_map(
     own: Sequence[str | None] = (),
     square: bool = False,
 ) -> Scene:
-    """A heat map; fields shrink with their number, and names go where they no longer fit."""
+    """A heat map; fields shrink with their number, and names that do not fit are left out."""
     cell = max(2.5, min(20.0, MAP / max(1, len(columns))))
     tall = cell if square else max(cell, 16.0)
     left = _margin(rows) + 8 if tall >= NAMED else 12.0
@@ -330,13 +330,13 @@ def _stage(stage: str, number: int) -> str:
 
 
 def _signed(value: float) -> str:
-    """With a sign, but zero without."""
+    """A number with its sign; zero has none."""
     text = f"{round(value, 1) + 0.0:+.1f}".removesuffix(".0").replace("-", "−")
     return text.lstrip("+") if text == "+0" else text
 
 
 def _power(value: float) -> str:
-    """A power of ten: as it is where that is short."""
+    """A power of ten, in full if it is short."""
     power = round(math.log10(value))
     return f"{value:g}" if -3 <= power <= 3 else "10" + str(power).translate(_RAISED)
 

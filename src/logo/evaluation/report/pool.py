@@ -23,7 +23,7 @@ def likeness(found: Anatomy) -> Scene:
     values = np.nan_to_num(found.overlap.numpy(), nan=0.0)
     values = (values + values.T) / 2
     np.fill_diagonal(values, 0.0)
-    most = float(values.max(initial=0.0)) or 1.0  # of two adapters: the colours are theirs
+    most = float(values.max(initial=0.0)) or 1.0  # the largest overlap of two adapters scales the colours
     np.fill_diagonal(values, 1.0)
     order = leaf_order(1.0 - values)
     names = [found.names[place] for place in order]

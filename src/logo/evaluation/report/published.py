@@ -19,7 +19,7 @@ from logo.evaluation.metrics import KINDS, measures
 from logo.evaluation.runs import Run
 from logo.evaluation.stored import Result
 
-_CHANGES = ("limit", "rows", "adapters", "weighting")  # options with which it is another experiment
+_CHANGES = ("limit", "rows", "adapters", "weighting")  # options that, if given, make it another experiment
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Published:
 
     Attributes:
         base_model: its name, the last part of its Hub id.
-        dataset, metric: as ours are called.
+        dataset, metric: by the names that this package uses.
         method: the signal by which LoGo selects, or another method's name.
         k: adapters in a mixture.
         value: a fraction of one.
-        source: in which it was read, with the table where there is one; `url`: where that is.
+        source: the publication, with the table if there is one; `url`: its address.
     """
 
     base_model: str

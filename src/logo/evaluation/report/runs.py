@@ -9,7 +9,7 @@ from typing import Any
 
 from logo.evaluation.runs import Run
 
-# Places, names and bookkeeping: they change no answer, or are shown elsewhere.
+# Options that are not listed as differences: they change no answer, or are shown elsewhere.
 _UNTOLD = frozenset(
     {
         "dataset",
@@ -96,7 +96,7 @@ def seconds(run: Run) -> Seconds:
             if name not in ("loading", "inference"):
                 stages[name] = stages.get(name, 0.0) + value
     rest = inference - sum(stages.values())
-    # Stages are measured apart from the whole; what rounding leaves is not a stage.
+    # Stages and the whole are measured separately; a rest that rounding explains is not shown as a stage.
     if rest > 0.001 * inference or not stages:
         stages["other" if stages else "inference"] = max(0.0, rest)
     loading = sum({result.seconds.get("loading", 0.0) for result in results})

@@ -26,9 +26,9 @@ _CORNERS: tuple[tuple[tuple[float, float], ...], ...] = (
     ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
     ((0, -1.2), (1.15, 0.85), (-1.15, 0.85)),
 )
-POSITIVE = (46, 120, 210)  # of the fields of a raster
+POSITIVE = (46, 120, 210)  # colour of a raster's positive fields
 NEGATIVE = (214, 90, 60)
-_WIDTH = 0.55  # of a character of proportional print, in font sizes, on average
+_WIDTH = 0.55  # average width of a character in proportional print, in font sizes
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Raster:
     width: float
     height: float
     values: Values
-    key: str = ""  # under which the page keeps its numbers
+    key: str = ""  # name of the page's block with its numbers
 
 
 SceneMark = Rect | Stroke | Dot | Label | Raster
@@ -127,13 +127,13 @@ def series(number: int) -> tuple[str, int]:
 
 
 def text_width(text: str, size: float = SMALL) -> float:
-    """About how wide a text is."""
+    """The approximate width of a text in pixels."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return size * (_WIDTH * (len(text) - wide) + wide)
 
 
 def short(text: str, longest: int = 40) -> str:
-    """A name cut in its middle, where the ends tell it apart from others."""
+    """A name shortened in its middle, because names mostly differ at their ends."""
     text = " ".join(text.split())
     if len(text) <= longest:
         return text

@@ -65,7 +65,7 @@ def groups(analysis: Analysis, weak: str = "Dotted") -> Table:
     """Runs by groups, with the mean over all datasets where there are several groups.
 
     Args:
-        weak: how those look of which none is the best.
+        weak: how runs are marked if there is no single best one.
     """
     lines, several = list(analysis.groups), len({line.group for line in analysis.groups}) > 1
     lines += [analysis.overall] if several else []
@@ -94,7 +94,7 @@ def extra(analysis: Analysis) -> Table | None:
 
 
 def runs(analysis: Analysis) -> Table:
-    """What was run."""
+    """The runs, with their settings, counts and dates."""
     rows = []
     for name, run in zip(_names(analysis), analysis.runs, strict=True):
         first = next(iter(run.results.values()))
@@ -110,7 +110,7 @@ def runs(analysis: Analysis) -> Table:
 
 
 def versus(analysis: Analysis) -> Table:
-    """Pairs of runs."""
+    """The comparisons of pairs of runs."""
     several = len(analysis.versus) > 1
     names, rows = _names(analysis), []
     for pair in analysis.versus:
@@ -135,7 +135,7 @@ def versus(analysis: Analysis) -> Table:
 
 
 def selected(analysis: Analysis) -> Table | None:
-    """How selections looked, and how often they found the right adapter where it is known; None without selections."""
+    """Statistics of selections, and the ranks of the right adapter where it is known; None without selections."""
     if not any(analysis.selected):
         return None
     known = any(found is not None and found.known for found in analysis.selected)
@@ -216,7 +216,7 @@ def _names(analysis: Analysis) -> list[Cell]:
 
 
 def _legend(analysis: Analysis, weak: str) -> str:
-    """What marks and intervals mean."""
+    """A text that explains marks and intervals."""
     return f"{MARKS.format(weak=weak)} {INTERVALS}" if len(analysis.runs) > 1 else INTERVALS
 
 

@@ -37,7 +37,7 @@ class Pairing:
 
     Attributes:
         runs: at least one.
-        seed: of what is drawn.
+        seed: seed of intervals and tests.
     """
 
     runs: tuple[Run, ...]
@@ -59,7 +59,7 @@ class Pairing:
         return [name for name, primary in found.items() if len(primary) > 1]
 
     def pairs(self, a: int, b: int, names: Iterable[str], metric: str | None = None) -> list[Pair]:
-        """What two runs (their places) share of these datasets; `metric` is an official one, None the primary one."""
+        """The shared instances of two runs (by index) on these datasets; `metric`: official, None: the primary one."""
         sides = (self.runs[a].results, self.runs[b].results)
         found = [_pair(sides[0][name], sides[1][name], metric) for name in names if all(name in side for side in sides)]
         return [pair for pair in found if pair is not None]
@@ -77,7 +77,7 @@ class Pairing:
 
         A run is `best` if it has the highest value and is significantly better than every other run. Where none is,
         `tied` are the run with the highest value and all that are not significantly worse, p-values being corrected by
-        Holm's method. Where all are worth the same nobody is marked.
+        Holm's method. If all values are equal, none is marked.
         """
         marks: list[Mark] = ["" for _ in values]
         present = [(value, run) for run, value in enumerate(values) if value is not None]
@@ -104,7 +104,7 @@ class Pairing:
         ]
 
     def _p(self, a: int, b: int, names: Sequence[str], metric: str | None) -> float:
-        """1 where two runs were not asked the same: a test of what they share says nothing of the rest."""
+        """The p-value of two runs; 1 if their instances differ, because the test covers only the shared ones."""
         found = self.significance(a, b, names, metric)
         shared = sum(len(pair.a.rows) for pair in self.pairs(a, b, names, metric))
         asked = [sum(len(self.runs[run].results.get(name, ())) for name in names) for run in (a, b)]

@@ -1,4 +1,4 @@
-"""What a dataset is: where its rows are shipped, in which shape, and what prompt and gold text are made of one."""
+"""Declarations of datasets: where the rows are, in which form, and how prompt and gold text are made from a row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from logo.evaluation.metrics import Kind
 SPLITS = ("test", "train")
 
 Files = tuple[str, ...] | Mapping[str, str]
-"""Where a split's rows are below a root: patterns of which the first that matches counts, or a file per column."""
+"""The files of a split below a root: patterns, of which the first that matches is used, or a file per column."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Hub:
-    """A dataset repository on the Hub and what of it is used."""
+    """A dataset repository on the Hub, with the revision and the configuration that are used."""
 
     repo: str
     revision: str = "main"

@@ -1,8 +1,8 @@
 """From raw rows to instances, and the seeded draw among them.
 
-The draw looks at an instance's text and the seed only: instances are ordered by a hash of both, and the first come
-first. So the same seed draws the same rows on every machine, in whatever order a source ships them; fewer rows are a
-part of more rows; and what other rows there are changes nothing. It is no random generator's, which may change.
+The draw depends only on an instance's text and the seed: instances are ordered by a hash of both, and the first ones
+are taken. So the same seed draws the same rows on every machine, in whatever order a source ships them; fewer rows are
+a part of more rows; and further rows do not change the order. No random generator is used, since generators may change.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Instances:
-    """The instances of a split, and how many raw rows are in none because they lack a prompt or a gold text."""
+    """The instances of a split, and the number of raw rows that lack a prompt or a gold text."""
 
     items: tuple[Instance, ...]
     unusable: int
@@ -82,7 +82,7 @@ def draw(instances: Sequence[Instance], count: int, seed: int, without: Iterable
 
 
 def _instance(wording: Wording, row: RawRow) -> Instance | None:
-    """None: no prompt, no gold text, or text that no tokenizer accepts."""
+    """The instance of a row; None if it lacks a prompt or a gold text, or has text that no tokenizer accepts."""
     texts = wording.of(row)
     if texts is None:
         return None

@@ -35,7 +35,7 @@ def load_declaration(file: Path) -> Declaration:
     """Read and check one declaration. Its templates are compiled when rows are made.
 
     Raises:
-        DataError: it is no YAML, or not such a file; the message names the key, what was expected and what was found.
+        DataError: it is no YAML, or no declaration; the message names the key, what was expected and what was found.
         StorageError: it cannot be read.
     """
     try:

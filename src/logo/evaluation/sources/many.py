@@ -2,8 +2,8 @@
 
     inputs, targets, task [, metric]     FLAN's names, as LoraRetriever's rows have them; or context, completion, task
 
-Only Parquet or JSON lines of the test split are fetched, and nothing of the repository is run. FLAN calls a task by how
-many templates it was written with, too (`anli_r1_10templates`); adapters are not called so.
+Only Parquet or JSON lines of the test split are fetched, and nothing of the repository is run. FLAN's task names end
+with the number of templates (`anli_r1_10templates`); that ending is removed, since names of adapters lack it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def hub_tasks(spec: str, request: str = "", *, prompt_end: str = "") -> list[Tas
 
     Raises:
         HubError: it cannot be fetched, or has no such file.
-        DataError: a row that is not as it should be, or no such task.
+        DataError: a row is malformed, or a requested task does not exist.
     """
     repo, _, revision = spec.partition("@")
     layout = Layout({_SPLIT: _PLACES}, {})
@@ -56,7 +56,7 @@ def hub_tasks(spec: str, request: str = "", *, prompt_end: str = "") -> list[Tas
 
 
 def named_like(tasks: Sequence[Task], adapters: Sequence[str]) -> list[Task]:
-    """The same tasks, each called like the one adapter whose name it ends (`anli_r1`: `llama2_7b_lora-anli_r1`)."""
+    """The tasks, each renamed to the one adapter whose name ends with it (`anli_r1`: `llama2_7b_lora-anli_r1`)."""
     found = []
     for task in tasks:
         ending = [name for name in adapters if re.search(rf"(^|[-/.]){re.escape(task.name)}$", name)]

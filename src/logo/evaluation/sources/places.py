@@ -37,7 +37,7 @@ def fetch(hub: Hub, layout: Layout, splits: Sequence[str]) -> Place:
     Raises:
         HubError: it cannot be fetched, or the repository does not hold such files.
     """
-    repo = f"datasets/{hub.repo}"  # as its page is called
+    repo = f"datasets/{hub.repo}"  # as in the address of its page
     wanted = {split: layout.files[split] for split in splits if split in layout.files}
     patterns = [pattern for files in wanted.values() for pattern in _patterns(files)]
     try:
@@ -82,7 +82,7 @@ def find_local(declaration: Declaration, folder: Path, splits: Sequence[str]) ->
                 lacking = next(split for split, found in names.items() if not found)
                 problem = (
                     f"{root} has {names[there][0]} ({there}), but no file {_shown(layout.files[lacking])} ({lacking})"
-                    + ("; --train-rows 0 does without" if lacking == "train" else "")
+                    + ("; --train-limit 0 does without" if lacking == "train" else "")
                 )
     shapes = ", nor ".join(_shown(layout.files["test"]) for layout in declaration.layouts)
     problem = problem or f"{folder} has no file {shapes}; expected one of these in it"
@@ -121,7 +121,7 @@ def _snapshot(hub: Hub, patterns: list[str]) -> Path:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
     logger = logging.getLogger(snapshot_download.__module__)
-    logger.disabled = True  # a warning where no file matches, of which `fetch` says more
+    logger.disabled = True  # it warns if no file matches, for which `fetch` has a clearer error
     try:
         folder = snapshot_download(
             hub.repo,

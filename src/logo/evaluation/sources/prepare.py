@@ -45,10 +45,10 @@ def prepare(
 ) -> Entry:
     """Write `{data_dir}/{main}/{sub}/{test,train}.jsonl` and return the entry that the manifest now has.
 
-    What was there before is replaced, as a whole and at the end, or stays if anything goes wrong.
+    Existing files are replaced together at the end; if an error occurs, they stay.
 
     Args:
-        on_stage: gets what is being done.
+        on_stage: called with a description of each step.
 
     Raises:
         DataError: raw files that are missing or do not fit the declaration.
@@ -92,7 +92,7 @@ def _drawn(
     found: dict[str, Instances] = {}
     for split, names in place.names.items():
         same = next((known for known in found if place.names[known] == names), None)
-        if same is not None:  # train rows are what the draw of test rows leaves
+        if same is not None:  # train rows are drawn from those that the test draw leaves
             found[split] = found[same]
             continue
         on_stage(f"reading {split}")

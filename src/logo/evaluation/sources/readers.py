@@ -70,7 +70,7 @@ def read_raw(layout: Layout, split: str, root: Path, names: Sequence[str]) -> It
 
 
 def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, RawRow]]:
-    """Rows with their places, which a reader's complaint gets too."""
+    """The rows with their places; errors of the reader name the place, too."""
     place = f"{name}: row 1"
     try:
         for number, row in enumerate(rows, start=1):
@@ -88,7 +88,7 @@ def _parquet(root: Path, names: Sequence[str]) -> Iterator[RawRow]:
 
     # Not `load_dataset("parquet")`, which reports every use to a server; this is the reader inside it.
     try:
-        with tempfile.TemporaryDirectory(prefix="logo-parquet-") as cache:  # of which only the reader's making has need
+        with tempfile.TemporaryDirectory(prefix="logo-parquet-") as cache:  # needed only to make the reader
             rows = datasets.Dataset.from_parquet([str(root / name) for name in names], cache_dir=cache, streaming=True)
         yield from rows
     except Exception as error:  # the boundary: pyarrow and datasets each raise their own kinds
@@ -136,7 +136,7 @@ def _json_lines(text: str) -> Iterator[Any]:
 
 
 def _table(text: str, **form: Any) -> Iterator[RawRow]:
-    csv.field_size_limit(1 << 27)  # the module's own limit is below what a passage may have
+    csv.field_size_limit(1 << 27)  # the module's own limit is too small for long passages
     table = csv.DictReader(io.StringIO(text, newline="\n"), strict=True, **form)  # only LF ends a line
     for row in table:
         if None in row or None in row.values():

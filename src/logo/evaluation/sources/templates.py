@@ -1,6 +1,6 @@
 """Prompts and gold texts of rows, through Jinja2 in its sandbox: a template from elsewhere cannot reach into objects.
 
-Values stand in a text without the blanks around them, numbers as Python writes them. A row in which a value of a
+Values are written without surrounding blanks, and numbers as Python writes them. A row in which a value of a
 template is null, empty or an empty list is left out; a name that the row does not have is an error.
 """
 
@@ -24,11 +24,11 @@ _Made = Callable[[Mapping[str, Any]], Any]
 
 
 class RowError(ValueError):
-    """A row that does not fit its declaration; the message says how. Whoever knows the file and the row adds both."""
+    """A row that does not fit its declaration; the message says how. Callers add the file and the row."""
 
 
 class _Blank(Exception):
-    """A value that says nothing."""
+    """A template has a value that is null or empty."""
 
 
 class Wording:
@@ -42,7 +42,7 @@ class Wording:
         environment = _Environment(undefined=StrictUndefined, finalize=_shown, keep_trailing_newline=True)
         environment.filters |= {"join": _join, "lettered": _lettered}
         environment.globals["letters"] = _LETTERS
-        # The same row gives the same texts every time.
+        # No random filters: the same row always gives the same texts.
         del environment.filters["random"], environment.globals["lipsum"]
         try:
             self._fields = {key: _expression(environment, text) for key, text in layout.fields.items()}
@@ -77,7 +77,7 @@ class Wording:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Whatever is looked up in null is null: a row without the object is one without text, not an error."""
+    """An environment in which every attribute and item of null is null: a missing object is missing text, no error."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         return None if obj is None else super().getattr(obj, attribute)
@@ -88,7 +88,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _as_text(value: object) -> str:
     if isinstance(value, (str, bool, int, float, StrictUndefined)):
-        return str(value).strip()  # of a name without a value, Jinja2's error
+        return str(value).strip()  # an undefined name raises Jinja2's error
     if value is None:
         return ""
     raise RowError(f"expected text, found {value!r:.60}; `join` makes text of a list")
@@ -101,12 +101,12 @@ def _shown(value: object) -> str:
 
 
 def _join(values: Iterable[object] | None, separator: str = "") -> str:
-    """Jinja2's own filter takes no null, and leaves the blanks around items."""
+    """Joins texts. Unlike Jinja2's own filter, it accepts null and strips the blanks around items."""
     return separator.join(map(_as_text, values or ()))
 
 
 def _lettered(values: Iterable[object] | None) -> list[str]:
-    """Options as FLAN writes them."""
+    """The options with letters, as FLAN writes them: `(A) yes`."""
     return [f"({_LETTERS[i % len(_LETTERS)]}) {_as_text(value)}" for i, value in enumerate(values or ())]
 
 

@@ -1,7 +1,7 @@
 """The grid of a sweep: axes, the cells between them, and names for cells that every file system can hold.
 
-An axis is the name of an option with the values that it is to take; a cell takes one value of every axis. What the
-options mean is not known here.
+An axis is the name of an option with the values that it is to take; a cell takes one value of every axis. Nothing here
+depends on what the options mean.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from logo.errors import UsageError
 
 Value = int | float | str
 
-_LONGEST = 120  # of a name: half of what file systems allow, since journals add to it
+_LONGEST = 120  # characters of a name: half of what file systems allow, since journals add to it
 _KEPT = 80  # characters of a name that is too long
-# Two names of such values differ in more than upper and lower case, and no system reads anything into them.
+# Values that are written unchanged: without upper case, and without characters that a file system treats specially.
 _PLAIN = re.compile(r"[a-z0-9+._-]*[a-z0-9+_-]")
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
@@ -42,7 +42,7 @@ class Axis:
             raise UsageError(f"axis {self.name!r}: expected a name in lower case with dashes")
         twice = [value for i, value in enumerate(self.values) if value in self.values[:i]]
         if twice:
-            raise UsageError(f"grid {self.name}: the value {twice[0]!r} is there twice; name it once")
+            raise UsageError(f"grid {self.name}: the value {twice[0]!r} is given twice; give it once")
         if not self.values:
             raise UsageError(f"grid {self.name}: expected one or more values, found none")
 
@@ -51,7 +51,7 @@ def split(text: str) -> tuple[str, tuple[str, ...]]:
     """`k=1,3,20` as an axis's name and values; an underscore in a name is a dash.
 
     Raises:
-        UsageError: it is no such thing.
+        UsageError: the text has another form.
     """
     name, equals, rest = text.partition("=")
     values = tuple(value.strip() for value in rest.split(","))
@@ -88,7 +88,7 @@ def label(values: Mapping[str, Value]) -> str:
 
 
 def numbers(values: Sequence[Value]) -> list[int] | list[float] | None:
-    """The values as numbers of one kind; None if one of them is none."""
+    """The values as numbers of one type; None if one of them is not a number."""
     integers = [value for value in values if isinstance(value, int) or _INTEGER.fullmatch(str(value))]
     if len(integers) == len(values):
         return [int(value) for value in integers]

@@ -18,8 +18,8 @@ from logo.evaluation.sweep.running import Cell, Outcome
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of some datasets' means, a fraction of one, and its 95 % `interval` if it has one; `datasets`: how many
-    they are."""
+    """The mean of some datasets' means, a fraction of one, and its 95 % `interval` if it has one; `datasets`: their
+    number."""
 
     value: float
     interval: Interval | None
@@ -33,10 +33,10 @@ class Standing:
     Attributes:
         mean: over all datasets that it has.
         complete: no dataset is missing that another cell has.
-        seconds: of wall time that its answers took.
-        groups: over those of each group; a group of which a dataset is missing is not there.
-        behind: this cell less the best one, tested together with all others; None for that cell, and where a dataset is
-            missing.
+        seconds: wall time of its answers.
+        groups: group -> mean over its datasets; groups of which a dataset is missing are absent.
+        behind: this cell minus the best one, with a test corrected for all cells; None for the best cell, and if a
+            dataset is missing.
     """
 
     cell: Cell
@@ -53,7 +53,7 @@ def datasets_of(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def means(outcomes: Sequence[Outcome], datasets: Sequence[str], *, seed: int = 0) -> list[tuple[Cell, Mean]]:
-    """Of every cell that has all of these datasets, in the order of cells.
+    """The mean of every cell that has all of these datasets, in the order of cells.
 
     Args:
         outcomes: of any cells and datasets.

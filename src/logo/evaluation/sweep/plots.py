@@ -29,7 +29,7 @@ DOWN = 10  # rows of panels in one picture
 DPI = 130
 FONT = 8.0
 EVERYTHING = "all datasets"
-_WIDE = 8.0  # how far apart numbers are, as a ratio, that want a logarithmic axis
+_WIDE = 8.0  # from this ratio of the largest number to the smallest, the axis is logarithmic
 _TICKS = 12  # values that are all written below the axis
 
 
@@ -84,7 +84,7 @@ def _panels(
     found: Mapping[str, Sequence[tuple[Cell, Mean]]],
     measures: Mapping[str, str],
 ) -> Iterator[Panel]:
-    """One for each group; none where no cell has these values of the other axes."""
+    """One panel for each group; none if no cell has these values of the other axes."""
     for group, names in groups.items():
         points: dict[Value | None, dict[Value, Mean]] = {}
         for cell, mean in found[group]:
@@ -97,7 +97,7 @@ def _panels(
 
 
 def _measure(outcomes: Sequence[Outcome]) -> str:
-    """What the panel's y axis says: the primary measure that they share."""
+    """The label of a panel's y axis: the primary measure that the outcomes share."""
     keys = {outcome.result.primary for outcome in outcomes}
     names = {LABELS.get(key, key) for key in keys}
     return f"{names.pop()}, %" if len(names) == 1 else "primary measure, %"
@@ -116,7 +116,7 @@ def _drawn(axis: Axis, second: Axis | None, panels: Sequence[Panel | None], acro
     for number, panel in enumerate(panels, start=1):
         if panel is None:
             continue
-        # Of one group, all panels have one scale.
+        # All panels of a group have one scale.
         at = figure.add_subplot(down, across, number, sharey=first.get(panel.group))
         first.setdefault(panel.group, at)
         (_lines if ordered else _bars)(at, axis, panel, lines, colours)
@@ -138,7 +138,7 @@ def _drawn(axis: Axis, second: Axis | None, panels: Sequence[Panel | None], acro
 
 
 def _lines(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], colours: Sequence[Any]) -> None:
-    """Over numbers, in their order; a cell that is missing breaks the line."""
+    """Draws lines over numbers, in their order; a missing cell breaks its line."""
     known = numbers(axis.values) or []
     order = sorted(zip(known, axis.values, strict=True))
     for number, line in enumerate(lines):
@@ -163,7 +163,7 @@ def _lines(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], col
 
 
 def _bars(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], colours: Sequence[Any]) -> None:
-    """A bar for each value, those of the second axis beside each other."""
+    """Draws a bar for each value, those of the second axis beside each other."""
     width = 0.8 / len(lines)
     size = min(3.0, 72 * PANEL[0] * width / len(axis.values) / 4)  # points: a quarter of a bar
     for number, line in enumerate(lines):
@@ -194,7 +194,7 @@ def _bars(at: Any, axis: Axis, panel: Panel, lines: Sequence[Value | None], colo
 
 
 def _colours(second: Axis | None) -> list[Any]:
-    """From light to dark where the second axis has an order, else as different as they can be."""
+    """Colours of the second axis's values: from light to dark if they have an order, else as distinct as possible."""
     if second is None:
         return [SERIES[0]]
     known = numbers(second.values)

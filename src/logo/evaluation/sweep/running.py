@@ -1,8 +1,8 @@
-"""Every cell of a sweep through a session, and what came of it.
+"""Runs every cell of a sweep in a session, and collects outcomes and failures.
 
-A cell's results are ordinary result folders, at `{out}/runs/{name of the cell}/{dataset}`: what is done is known again,
-what was interrupted goes on, and every tool that reads results reads these. A cell that fails does not keep the others
-from being run. Cells in which an axis makes no difference share a run.
+A cell's results are ordinary result folders, at `{out}/runs/{name of the cell}/{dataset}`: finished ones are known,
+interrupted ones continue, and every tool that reads results can read them. If a cell fails, the others still run. Cells
+in which an axis makes no difference share a run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder below `runs`; cells that do the same have the same one."""
+        """The name of its folder below `runs`; cells that do the same share one."""
         return cell_name({axis: value for axis, value in self.values.items() if axis not in self.moot})
 
 
@@ -75,7 +75,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Failure:
-    """A dataset that a cell could not answer, or could not answer some rows of; `dataset` is None for all of them."""
+    """A dataset of which a cell could not answer all rows; `dataset` is None if the whole cell failed."""
 
     name: str
     dataset: str | None
@@ -106,8 +106,8 @@ def sweep(
         out: the sweep's folder.
         open_session: makes the session of a cell. Cells of the same settings come one after the other, so that an
             engine can serve all of them, and none is needed again once others have come.
-        policy: what may become of what is there already; None: nothing of another run is touched.
-        on_progress: gets what is being answered, `cell · dataset`, and the number of rows done, of all runs.
+        policy: what is allowed with existing results; None: those of other runs are not touched.
+        on_progress: called with `cell · dataset`, and the number of finished rows of all runs.
     """
     done: set[tuple[str, str]] = set()
     failures: list[Failure] = []
@@ -172,8 +172,8 @@ def _failure(cell: Cell, dataset: str | None, error: Exception) -> Failure:
 def _outcomes(
     cells: Sequence[Cell], jobs: Sequence[Job], out: Path, done: set[tuple[str, str]]
 ) -> tuple[tuple[Outcome, ...], tuple[Failure, ...]]:
-    """Of what is done, read from the folders, so that it does not matter which process did it; and the folders that
-    cannot be read."""
+    """The outcomes of what is done, read from the folders, whichever process wrote them; and failures for the folders
+    that cannot be read."""
     known: dict[str, Outcome | Failure] = {}
     found: list[Outcome] = []
     for cell in cells:
