@@ -225,9 +225,9 @@ def test_the_oracle_knows_rows_and_names(tiny_logo: LoGo) -> None:
     assert chosen(Task("main.t2", PROMPTS, adapters=rows)) == [("t0",), ("t2",), ("t3",), ("t3",), ("t1",)]
     everyone = ("t0", "t1", "t2", "t3", "t0")
     assert chosen(Task("main.other", PROMPTS, adapters=everyone)) == [(name,) for name in everyone]
-    with pytest.raises(DataError, match=r"'main.t22': 5 rows name no adapter, and the pool has none called .* 't22'"):
+    with pytest.raises(DataError, match=r"'main.t22': 5 prompts name no adapter, and the pool has none .* 't22'"):
         chosen(Task("main.t22", PROMPTS))
-    with pytest.raises(DataError, match=r"1 rows name no adapter"):
+    with pytest.raises(DataError, match=r"1 prompts name no adapter"):
         chosen(Task("main.other", PROMPTS, adapters=rows))
     with pytest.raises(DataError, match=r"row 2 names adapter 'tt', which the pool does not have"):
         chosen(Task("main.t2", PROMPTS, adapters=("t0", "tt", None, None, None)))
@@ -414,6 +414,8 @@ def test_lorauter_tries_nothing_twice(tiny_logo: LoGo, sentences: str, monkeypat
     method = made("lorauter", sentences, rows=1)
     tables = {task: method.tried(tiny_logo, task) for task in VALIDATION}
     first = method.prepare(tiny_logo, TASK).record
+    fewer = {task: {name: found for name, found in table.items() if name != "t0"} for task, table in tables.items()}
+    assert method.knowing(fewer).prepare(tiny_logo, TASK).record == first  # tables of a smaller pool are not enough
     monkeypatch.setattr(tiny_logo, "score", None)
     assert method.prepare(tiny_logo, Task("main.other")).record == first  # the same process
     embedding_only = method.knowing(json.loads(json.dumps(tables)))

@@ -156,7 +156,7 @@ def test_adapters_in_memory_are_those_on_disk(tmp_path: Path) -> None:
 def test_a_bench_without_files_in_half_precision(small: None, tmp_path: Path, capsys: Any) -> None:
     found = tmp_path / "bench.json"
     size = ["--hidden", "64", "--layers", "3", "--heads", "4", "--vocabulary", "256", "--rank", "2", "--count", "4"]
-    options = ["-k", "2", "--rounds", "1", "--large", "0", "--no-curves", "--save", str(found)]
+    options = ["-k", "2", "--rounds", "1", "--large", "8", "--no-curves", "--save", str(found)]
     chosen = ["--in-memory", "--dtype", "bfloat16", "--targets", "q_proj,down_proj"]
     assert run(["bench", *size, *options, *chosen]) == 0
     assert "bfloat16 · 4 adapters, k 2" in capsys.readouterr().err
@@ -164,6 +164,7 @@ def test_a_bench_without_files_in_half_precision(small: None, tmp_path: Path, ca
     assert report["about"]["dtype"] == "bfloat16" and report["about"]["in_memory"]
     assert set(report["parts"]["open pool"]["arms"]) == {"cold"}  # there are no files that could be known, nor PEFT
     assert "decode16_random_8b_layer_vs_base" in report["ratios"]
+    assert report["large_pool"]["adapters"] == 8 and report["large_pool"]["same_best"]
 
 
 @pytest.mark.parametrize(

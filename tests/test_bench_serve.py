@@ -319,6 +319,14 @@ def test_no_server_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_one_by_one_repeats_its_requests_for_a_duration(tmp_path: Path) -> None:
+    found = tmp_path / "bench.json"
+    load = ["--requests", "1", "--duration", "3", "--max-new-tokens", "1..2", "--arms", "one-by-one"]
+    assert run(["bench", "serve", *load, "--save", str(found)]) == 0
+    assert json.loads(found.read_text())["arms"]["one-by-one"]["ok"] > 1
+
+
+@pytest.mark.slow
 def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A server of its own; a third of the clients leave; an adapter like one of the pool's comes and goes."""
     shutil.copytree(adapters_dir() / "antonym", tmp_path / "changes" / "extra")

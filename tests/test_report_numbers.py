@@ -170,11 +170,14 @@ OFFICIAL_RUN = {"preset": "official", "limit": None, "adapters": None, "weightin
         ({"rows": "mine"}, 2, False),
         ({"adapters": "mine"}, 2, False),
         ({"weighting": "softmax"}, 2, False),
+        ({"keep_mass": 0.9}, 2, False),
+        ({"max_new_tokens": 8}, 2, False),
+        ({"max_new_tokens": 256}, 2, True),
         ({}, 1, False),  # fewer than the other run of the report
     ],
 )
 def test_published_numbers_need_a_run_that_does_what_the_authors_did(
-    change: dict[str, str], rows: int, shown: bool, tmp_path: Path
+    change: dict[str, object], rows: int, shown: bool, tmp_path: Path
 ) -> None:
     folder = tmp_path / "Llama-3.1-8B_selection_norm_n_20_seed_0" / "bbh.boolean_expressions"
     write_result(folder, [1] * rows, run_json={"options": OFFICIAL_RUN | change})
@@ -346,6 +349,16 @@ def test_the_right_adapter_is_named_by_the_row_or_the_dataset(tmp_path: Path) ->
     assert adapters.right_ranks(run.results["d.y"]) == [2, 2, 2]  # a tie counts against it
     chosen = adapters.selected(run)
     assert chosen is not None and (chosen.known, chosen.first, chosen.in_three, chosen.reciprocal) == (3, 0.0, 1.0, 0.5)
+
+
+def test_the_right_adapter_is_ranked_among_those_that_were_scored(tmp_path: Path) -> None:
+    """As with a two-stage index, which scores other adapters for every row."""
+    rows = [{"context": text, "completion": "g", "adapter": "x"} for text in "pqr"]
+    scores = {"norm": [[1.0, 3.0, None], [2.0, None, 1.0], [None, 2.0, 1.0]]}
+    run_json = {"score_columns": ["x", "y", "z"]}
+    write_result(tmp_path / "r" / "d.y", [1, 1, 1], scores=scores, rows=rows, run_json=run_json)
+    [run] = read_runs([tmp_path])
+    assert adapters.right_ranks(run.results["d.y"]) == [2, 1, None]
 
 
 @given(

@@ -256,6 +256,11 @@ def test_options_for_vllm_are_refused_without_it(capsys: pytest.CaptureFixture[s
     assert "is only for --engine vllm" in capsys.readouterr().err
 
 
+def test_what_follows_two_dashes_is_vllms(capsys: pytest.CaptureFixture[str]) -> None:
+    _, command, _ = dry(capsys, "--", "--debug")
+    assert command[-1] == "--debug"
+
+
 def test_flags_are_read_as_vllm_reads_them() -> None:
     names = ("--tensor-parallel-size", "-tp")
     assert number(["--seed", "1"], *names) is None

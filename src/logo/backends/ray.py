@@ -49,7 +49,7 @@ class Workers(Generic[H]):
         description: what `describe` returned in the first process.
 
     Raises:
-        UsageError: Ray is not installed.
+        MissingLibrary: Ray is not installed.
         WorkersError: the cluster does not answer, has no room, or its processes differ.
         LoGoError: an error of `open_` in a process.
     """

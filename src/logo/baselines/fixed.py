@@ -99,7 +99,7 @@ class Oracle(Method):
         if whole is None and (unnamed or not named):
             sub = task.name.partition(".")[2] or task.name
             raise DataError(
-                f"oracle: dataset {task.name!r}: {unnamed} rows name no adapter, and the pool has none called "
+                f"oracle: dataset {task.name!r}: {unnamed} prompts name no adapter, and the pool has none called "
                 f"{task.name!r} or {sub!r}{closest(sub, names)}; put an 'adapter' field into the rows"
             )
 

@@ -43,7 +43,7 @@ class LoRAuter(Embedding):
         embedding_model, instruction: as in retrieval.
         k: tasks whose adapters are mixed.
         temperature: of the softmax over the tasks' cosine similarities, which gives their weights.
-        tables: known results by task; adapters are evaluated on the other tasks.
+        tables: known results by task; adapters are evaluated on tasks without one that holds all candidates.
     """
 
     name: ClassVar[str] = "lorauter"
@@ -93,7 +93,9 @@ class LoRAuter(Embedding):
         among = task.candidates(logo)
         best: dict[str, dict[str, Any]] = {}
         for name in self.validation:
-            table = self.tables.get(name) or self.tried(logo, name)
+            table = self.tables.get(name, {})
+            if not table.keys() >= set(among):
+                table = self.tried(logo, name)
             adapter = best_of({one: table[one] for one in among})
             best[name] = {"adapter": adapter, "rows": len(self.validation[name][: self.rows]), **table[adapter]}
         groups = [tuple(row.context for row in rows[: self.rows]) for rows in self.validation.values()]

@@ -32,7 +32,7 @@ class LargePool:
         index_bytes, budget_bytes: size of the index, and the limit for tensors of used adapters.
         held_bytes: memory of opening it again and answering prompts.
         scoring, product: seconds to score one hidden vector, and of one matrix-vector product with the index.
-        same_best: whether the 20 best equal those of scoring one adapter after the other.
+        same_best: whether the best 20 (or fewer) equal those of scoring one adapter after the other.
     """
 
     adapters: int
@@ -97,8 +97,9 @@ def _scoring(logo: LoGo, rounds: int, seed: int) -> tuple[float, float, bool]:
         max(rounds, 20),
     )
     each = torch.tensor([float(_response(adapter, index.point.module, hidden).norm()) for adapter in index.adapters])
-    best = index.norms(hidden)[0].topk(20).indices
-    return found["scoring"].seconds, found["product"].seconds, bool((best == each.topk(20).indices).all())
+    most = min(20, len(each))
+    best = index.norms(hidden)[0].topk(most).indices
+    return found["scoring"].seconds, found["product"].seconds, bool((best == each.topk(most).indices).all())
 
 
 def _response(adapter: Adapter, module: str, hidden: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -136,6 +137,7 @@ def run_bench(
     """
     results = Results({arm: [] for arm in plan.arms})
     local = not isinstance(place, Endpoint)
+    total = None if plan.seconds else len(plan.asks)
     opened: list[LoGo] = []
 
     def in_process() -> LoGo:
@@ -150,10 +152,10 @@ def run_bench(
         if served:
             with _open(place, api_key, begin, results) as endpoint:
                 for arm in served:
-                    step = begin(f"{arm}{suffix}", None if plan.seconds else len(plan.asks))
+                    step = begin(f"{arm}{suffix}", total)
                     results.loads[arm].append(asyncio.run(_served(plan, endpoint, arm, step)))
         if local and "one-by-one" in plan.arms:
-            results.loads["one-by-one"].append(_alone(plan, in_process(), begin(f"one-by-one{suffix}", len(plan.asks))))
+            results.loads["one-by-one"].append(_alone(plan, in_process(), begin(f"one-by-one{suffix}", total)))
     results.problems += problems(results, local)
     if plan.verify:
         _compare(plan, results, in_process(), begin)
@@ -260,7 +262,9 @@ async def _model(client: httpx.AsyncClient, arm: Arm) -> str:
 
 def _alone(plan: Plan, engine: LoGo, step: Callable[[], None]) -> Watched:
     one_by_one(engine, plan.asks, range(min(_WARM_UP, len(plan.asks))))
-    answers = one_by_one(engine, plan.asks, range(len(plan.asks)), seconds=plan.seconds, on_answer=step)
+    numbers = range(len(plan.asks))
+    repeated = itertools.cycle(numbers) if plan.seconds else numbers
+    answers = one_by_one(engine, plan.asks, repeated, seconds=plan.seconds, on_answer=step)
     return Watched(answers, sum(answer.seconds for answer in answers))
 
 

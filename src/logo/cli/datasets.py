@@ -270,7 +270,7 @@ def _prepare(declaration: Declaration, data_dir: Path, request: Request, bar: Pr
         err.print(f"logo: error: {prefix}{message}", markup=False)
         return False
     made = counts(entry)
-    short = made["test"] < request.rows or made.get("train", 0) < request.train_rows
+    short = made["test"] < request.rows or made.get("train", request.train_rows) < request.train_rows
     extra = [
         *(["all that the source has"] if short else []),
         *([f"{entry['unusable_rows']} source rows without text left out"] if entry["unusable_rows"] else []),

@@ -26,9 +26,9 @@ PARSER_ERROR: type[Any] = typer.BadParameter.__mro__[2]
 
 def run(argv: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    debug = DEBUG in argv
-    if debug:
-        argv = [argument for argument in argv if argument != DEBUG]
+    own = argv.index("--") if "--" in argv else len(argv)  # what follows is for another program
+    debug = DEBUG in argv[:own]
+    argv = [*(argument for argument in argv[:own] if argument != DEBUG), *argv[own:]]
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows '?'
         if isinstance(stream, io.TextIOWrapper):

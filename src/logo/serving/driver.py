@@ -41,7 +41,8 @@ def serve_replicas(
         say: called with a line when the number of replicas changes.
 
     Raises:
-        UsageError: Ray is not installed, or the cluster's address is not valid.
+        MissingLibrary: Ray is not installed.
+        UsageError: the cluster's address is not valid.
         WorkersError: no cluster answers, it has no room, or an application of this name runs there already.
         LoGoError: no replica can be opened.
         KeyboardInterrupt: the signal was SIGINT.

@@ -154,15 +154,15 @@ def own_adapter(dataset: str, adapters: Sequence[str]) -> str | None:
 
 
 def right_ranks(result: Result) -> list[int | None]:
-    """The rank of each instance's right adapter among all scores, from 1; ties count against it. None if the adapter is
-    unknown or was not scored, or if any score of the instance is missing.
+    """The rank of each instance's right adapter among the adapters that were scored for it, from 1; ties count against
+    it. None if the right adapter is unknown or was not scored.
     """
     place = {name: column for column, name in enumerate(result.columns)}
     ranks: list[int | None] = []
     for index in range(len(result)):
         adapter = right_adapter(result, index)
         column = place.get(adapter) if adapter is not None else None
-        known = column is not None and not np.isnan(result.scores[index]).any()
+        known = column is not None and not np.isnan(result.scores[index, column])
         ranks.append(int((result.scores[index] >= result.scores[index, column]).sum()) if known else None)
     return ranks
 

@@ -19,7 +19,12 @@ from logo.evaluation.metrics import KINDS, measures
 from logo.evaluation.runs import Run
 from logo.evaluation.stored import Result
 
-_CHANGES = ("limit", "rows", "adapters", "weighting")  # options that, if given, make it another experiment
+# Options that make a run another experiment if they have other values than these.
+_USUAL = {
+    **dict.fromkeys(("limit", "rows", "adapters", "weighting", "keep_mass", "probe_text", "activation")),
+    **dict.fromkeys(("probe_input", "probe_token", "probe_layer", "probe_module", "probe_depth")),
+    "max_new_tokens": 256,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ def _as_the_authors(result: Result | None) -> bool:
     script, which writes no options."""
     if result is None or not result.run:
         return result is not None
-    return result.options.get("preset") == "official" and all(result.options.get(name) is None for name in _CHANGES)
+    return result.options.get("preset") == "official" and all(
+        result.options.get(name, usual) == usual for name, usual in _USUAL.items()
+    )
 
 
 CAVEAT = (
