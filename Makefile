@@ -32,7 +32,7 @@ help:
 	@echo "make dist         build the wheel and the sdist into dist/"
 	@echo "make test-wheel   run the demo from the wheel in bare environments of the Pythons in WHEEL_PYTHONS"
 	@echo "make check-vllm-versions  download the known versions of vLLM and look for what LoGo relies on in them"
-	@echo "make demo-assets  rebuild the embedded model and its adapters from a seed (up to an hour on two cores)"
+	@echo "make demo-assets  rebuild the embedded model and its adapters from a seed (some 30 minutes on two cores)"
 	@echo "make clean        remove .venv and caches"
 
 $(BIN)/python:

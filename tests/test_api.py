@@ -93,8 +93,12 @@ def test_names_that_an_adapter_may_be_given() -> None:
     MODELS.check_new("new", replace=False)
     MODELS.check_new("sums", replace=True)
     MODELS.check_there("sums")
-    for name, replace in ((AUTO, True), ("tiny", True), ("sums", False)):
-        with pytest.raises(ApiError, match="already"):
+    for name, replace, why in (
+        (AUTO, True, "is the name of another model"),
+        ("tiny", True, "is the name of another model"),
+        ("sums", False, "has already been loaded"),
+    ):
+        with pytest.raises(ApiError, match=why):
             MODELS.check_new(name, replace=replace)
     with pytest.raises(ApiError, match=r"'sum' cannot be found\. \(did you mean 'sums'\?\)"):
         MODELS.check_there("sum")

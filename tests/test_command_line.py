@@ -265,6 +265,14 @@ def test_a_value_that_is_none_of_the_known_ones(capsys: pytest.CaptureFixture[st
         (["generate", "x", "--seed", "3"], "--seed 3 is only for sampling"),
         (["eval", "study", *ROWS[:2], "--save", "s.json", "--index-rank", "3"], "--index-rank is only for --index"),
         (["select", "x", "--signal", "entropy", "--examples", "ignore"], "but the signal is entropy"),
+        (["eval", "study", *ROWS[:2], "--save", "s.json", "--merge", "ties"], "--merge combines the adapters"),
+        (["eval", "study", *ROWS[:2], "--save", "s.json", "--merge-density", "0.3"], "but the merge is mixture"),
+        (["eval", "study", *ROWS[:2], "--save", "s.json", "--signals", "norm", "--signal", "norm"], "leave out one"),
+        (["generate", "x", "--adapter", "antonym", "-k", "2"], "-k selects adapters, but --adapter or --base-only"),
+        (["generate", "x", "--base-only", "--when-unsure", "refuse"], "--when-unsure selects adapters, but"),
+        (["generate", "x", "--sample", "--temperature", "0"], "--temperature 0: expected more than 0"),
+        (["serve", "--fold"], "--fold is not for this server"),
+        (["serve", "--no-fold"], "--no-fold is not for this server"),
     ],
 )  # fmt: skip
 def test_an_option_of_something_else_is_an_error(

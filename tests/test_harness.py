@@ -278,6 +278,7 @@ def test_chat_templates_are_the_tokenizers(base: Path, pools: Path) -> None:
         ({"pretrained": "x"}, "unknown option 'pretrained'"),
         ({"adapter": "x"}, "did you mean 'adapters'"),
         ({"token": "x"}, "unknown option 'token'"),
+        ({"preset": "official"}, "unknown option 'preset'"),
         ({"batch_size": "auto"}, "--batch_size auto: expected a number"),
         ({"batch_size": 0}, "--batch_size 0"),
         ({"signal": "nrom"}, "nrom"),

@@ -83,10 +83,14 @@ def test_the_commands_cut_long_prompts_alike(tmp_path: Path, capsys: pytest.Capt
         ({"min_length": 9}, "generation option 'min_length' cannot be used here: give 'min_new_tokens'"),
         ({"input_ids": []}, "unknown generation option 'input_ids'"),
         ({"_from_model_config": True}, "unknown generation option '_from_model_config'"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
+        ({"do_sample": True, "top_p": 2.0}, "top_p: expected a number above 0 and at most 1, found 2.0"),
+        ({"num_beams": 0}, "num_beams: expected a number above 0, found 0"),
+        ({"repetition_penalty": "1"}, "repetition_penalty: expected a number above 0, found '1'"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",
 )
-def test_options_that_do_not_exist_are_refused(
+def test_options_that_cannot_be_used_are_refused(
     llama: nn.Module, adapters: Path, options: dict[str, Any], message: str
 ) -> None:
     logo = engine(llama, adapters)

@@ -197,6 +197,8 @@ def test_unknown_fields_are_kept() -> None:
     }
     [message] = chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]).messages
     assert message.model_extra == {"tool_calls": [{"id": "1"}]}
+    [named] = chat(messages=[{"role": "user", "content": "x", "name": "Ann", "more": 1}]).messages
+    assert named.further == {"more": 1, "name": "Ann"} and message.further == message.model_extra  # for the template
 
 
 def test_null_means_left_out() -> None:

@@ -222,7 +222,7 @@ def test_methods_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--grid", "method=logo,lorahub"], "needs training rows"),
         (["--grid", "method=logo,adaptersoup"], "--adapter-samples"),
         (["--grid", "k=1", "--dataset", "antonmy"], "did you mean 'antonym'"),
-        (["--grid", "weighting=adaptive"], "none of 1 combinations"),
+        (["--grid", "weighting=adaptive"], "none of the combinations (1) is possible"),
         (["--grid", "k=1", "--base-model", "no/such-folder/here"], "no/such-folder/here"),
         ([], "--grid"),
     ],

@@ -143,7 +143,8 @@ class Prompts:
         """The config of one call: the given one, the default or a greedy one, with the options applied.
 
         Raises:
-            UsageError: no new tokens, several answers per prompt, or an option that transformers does not know.
+            UsageError: no new tokens, several answers per prompt, or an option that transformers does not know or
+                whose value it cannot use.
         """
         for name in options:
             if name in _INSTEAD:
@@ -168,6 +169,7 @@ class Prompts:
                     setattr(config, name, copy.deepcopy(value))
         if (config.num_return_sequences or 1) != 1:
             raise UsageError("num_return_sequences: expected 1; repeat the prompt to get several answers")
+        _check_ranges(config)
         config.max_new_tokens = limit
         return config
 
@@ -197,6 +199,16 @@ class Prompts:
             ids[i, place] = torch.tensor(row)
             mask[i, place] = 1
         return ids.to(device), mask.to(device)
+
+
+def _check_ranges(config: GenerationConfig) -> None:
+    """Raises UsageError for a number that transformers would refuse in the middle of generating."""
+    for name in ("num_beams", "repetition_penalty", *(("temperature", "top_p") if config.do_sample else ())):
+        value = getattr(config, name)
+        most = 1 if name == "top_p" else float("inf")
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value <= most):
+            end = " and at most 1" if name == "top_p" else ""
+            raise UsageError(f"{name}: expected a number above 0{end}, found {value!r}")
 
 
 def batches_by_length(

@@ -104,6 +104,11 @@ class Message(Body):
         return self
 
     @property
+    def further(self) -> dict[str, Any]:
+        """The fields besides role and content that the request gives, for the chat template."""
+        return {**(self.model_extra or {}), **({} if self.name is None else {"name": self.name})}
+
+    @property
     def text(self) -> str:
         """The content as one text; its parts follow each other as they are."""
         if self.content is None:

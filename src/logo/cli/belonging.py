@@ -59,6 +59,8 @@ def check_method_options(given: Collection[str], methods: Sequence[Method], *, s
     merges = {method.merging.kind for method in methods}
     chosen = ", ".join(dict.fromkeys(method.name for method in methods)) or OwnSelector.name
     selects = selects or any(isinstance(method, OwnSelector) or method.name in METHODS.sources for method in methods)
+    if "merge" in given and not methods:
+        raise UsageError("--merge combines the adapters that a --method selects, and there is none; leave it out")
     for option in given:
         readers = ("k",) if option == K else OF_METHODS.get(option, ())
         named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
@@ -67,7 +69,23 @@ def check_method_options(given: Collection[str], methods: Sequence[Method], *, s
         if named and not (own & set(readers) or (selects and OwnSelector.name in named)):
             _refuse(option, "method", named, f"the method is {chosen}")
         if option in OF_MERGES and not merges & {*OF_MERGES[option], *MERGES.sources}:  # what plugins read is not known
-            _refuse(option, "merge", OF_MERGES[option], f"the merge is {', '.join(sorted(merges))}")
+            _refuse(option, "merge", OF_MERGES[option], f"the merge is {', '.join(sorted(merges)) or 'mixture'}")
+
+
+def check_forced(given: Collection[str]) -> None:
+    """Refuses options of selection where the adapters are forced.
+
+    Args:
+        given: the names of the options that the user gave.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for option in sorted({*OF_SELECTION, K} & set(given)):
+        flag = "-k" if option == K else f"--{option.replace('_', '-')}"
+        raise UsageError(
+            f"{flag} selects adapters, but --adapter or --base-only fixes the mixture: leave out one of the two"
+        )
 
 
 def check_selection_options(given: Collection[str], settings: Sequence[SelectionSettings]) -> None:

@@ -45,9 +45,11 @@ def tasks_of(rows: str, request: str, prompt_end: str, names: Callable[[], Seque
     return named_like(hub_tasks(rows, request, prompt_end=prompt_end.replace("\\n", "\n")), names())
 
 
-def methods_of(options: MethodOptions, seed: int, held: Mapping[str, Sequence[Row]]) -> dict[str, Method]:
+def methods_of(
+    options: MethodOptions, k: int | None, seed: int, held: Mapping[str, Sequence[Row]]
+) -> dict[str, Method]:
     """Entry of `--method`, such as `loraretriever/fusion` -> its method; methods that every study includes are
-    skipped."""
+    skipped. `k`: adapters per prompt; None: each method's own number."""
     made: dict[str, Method] = {}
     for entry in (part.strip() for part in options.method.split(",") if part.strip()):
         name, slash, variant = entry.partition("/")
@@ -61,7 +63,7 @@ def methods_of(options: MethodOptions, seed: int, held: Mapping[str, Sequence[Ro
                     f"{', '.join(get_args(Variant))}"
                 )
             own = replace(own, retriever_variant=cast(Variant, variant))
-        made[entry] = make_method(own, seed=seed, held=held)
+        made[entry] = make_method(own, k=k, seed=seed, held=held)
         made[entry].check()  # before hours are spent
     return made
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from logo.cli.belonging import check_forced
 from logo.cli.expanded import command_line, expanded, given
 from logo.cli.opening import open_any
 from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, rare, usual
@@ -59,6 +60,8 @@ def generate(
     texts = read_prompts(prompt, prompts)
     asked = as_asked(texts, chat, system)
     mixture: Any = forced(adapter, base_only)
+    if mixture is not None:
+        check_forced(given())
     if compare is not None and (len(texts) != 1 or mixture is not None):
         raise UsageError("--compare: expected one prompt, without --adapter and --base-only, which fix the mixture")
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
@@ -110,6 +113,8 @@ def _stream(logo: Calls, prompt: Any, mixture: Any, *, max_new_tokens: int | Non
 def _sampling(sample: bool, temperature: float | None, top_p: float | None) -> dict[str, Any]:
     """The options of `LoGo.generate` for sampling; empty without --sample."""
     given = {"temperature": temperature, "top_p": top_p}
+    if temperature == 0 and sample:
+        raise UsageError("--temperature 0: expected more than 0; leave out --sample for greedy decoding")
     if sample:
         return {"do_sample": True, **{name: 1.0 if value is None else value for name, value in given.items()}}
     for name, value in given.items():

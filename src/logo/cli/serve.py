@@ -164,6 +164,11 @@ def serve(
     ):
         if is_given:
             raise UsageError(f"{option} is only for --engine vllm")
+    if engine.fold is not None:
+        raise UsageError(
+            f"--{'' if engine.fold else 'no-'}fold is not for this server, in which sequences with different mixtures "
+            "share batches and nothing is folded; leave it out"
+        )
     need("the server", "fastapi", "uvicorn", "prometheus_client")
     if log_prompts and not log_json:
         raise UsageError("--log-prompts: prompts are only logged as JSON; add --log-json")

@@ -136,6 +136,10 @@ def study(
         _show(study_so_far(journal_of(save), seed).report, json=json)
         return
     check_baseline(engine.reference)
+    if signals and engine.signal:
+        raise UsageError(
+            f"--signal {engine.signal}: a study compares the signals of --signals; leave out one of the two"
+        )
     arms = _signals(signals or engine.signal or SIGNALS)
     if engine.index == "two-stage":
         raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")
@@ -144,7 +148,7 @@ def study(
     engine, base_model = or_demo(engine)
     every = tasks_of(rows, tasks, prompt_end, lambda: open_pool(engine, base_model).names)
     found, held = cut(every, limit, hold_out)
-    methods = methods_of(method, seed, held)
+    methods = methods_of(method, engine.n_selected_modules, seed, held)
     check_method_options(given(), list(methods.values()), selects=True)
     check_selection_options(given(), [replace(selection_settings(engine), **arm) for arm in arms.values()])
     contest = contest_of(found, protocol, generate, methods, metric, train_rows, held)
@@ -282,6 +286,7 @@ def _arms(
                 settings=settings,
                 adapter_memory_gb=options.adapter_memory_gb,
                 adapter_cache_gb=options.adapter_cache_gb,
+                fold=options.fold,
                 on_bad_adapter=options.on_bad_adapter,
             )
         )

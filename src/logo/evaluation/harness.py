@@ -345,13 +345,18 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
 _SETTINGS = {field.name for field in fields(SelectionSettings)} - {"k", "signal"}
 
 
+# Parameters of `LoGo.from_pretrained` and `LoGoLM` that are no options of the harness. A preset is none, because the
+# defaults here would override its settings.
+_NOT_OURS = {"self", "pool", "settings", "options", "truncation", "token", "preset"}
+
+
 def _check_options(options: Iterable[str]) -> None:
     """Refuses unknown names and suggests the closest one. A Hub token is refused too, because these options are written
     to the results.
     """
     engine = inspect.signature(LoGo.from_pretrained).parameters
     own = inspect.signature(LoGoLM.__init__).parameters
-    known = sorted({*_SETTINGS, *engine, *own} - {"self", "pool", "settings", "options", "truncation", "token"})
+    known = sorted({*_SETTINGS, *engine, *own} - _NOT_OURS)
     for name in options:
         if name not in known:
             raise UsageError(f"--model_args: unknown option {name!r}{closest(name, known)}; known: {', '.join(known)}")

@@ -146,7 +146,7 @@ class Selector:
             if self.when_unsure == "refuse":
                 raise Unsure(
                     f"no adapter of the pool seems to be made for this prompt (confidence {confidence:.2f}, expected "
-                    f"{UNSURE} or more); force one (`adapters`), or let the base model answer (--when-unsure base)"
+                    f"{UNSURE} or more); force one (--adapter), or let the base model answer (--when-unsure base)"
                 )
             return torch.ones(1 if self.when_unsure == "best" else 0)
         if self.weighting == "linear":

@@ -12,7 +12,7 @@ from typing import Any
 
 from logo import plugins
 from logo.backends.plan import Plan
-from logo.backends.vllm.options import OPTIONS, POOL
+from logo.backends.vllm.options import NO_USAGE, OPTIONS, POOL
 from logo.errors import UsageError
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -84,12 +84,19 @@ class Launch:
         return {POOL: self.pool, OPTIONS: options, **plugins.environment()}
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
-        """The whole environment of the server."""
-        return {**inherited, **self.variables, **({} if self.api_key is None else {API_KEY: self.api_key})}
+        """The whole environment of the server; vLLM reports its usage only if the user's environment says so."""
+        return {
+            NO_USAGE: "1",
+            **inherited,
+            **self.variables,
+            **({} if self.api_key is None else {API_KEY: self.api_key}),
+        }
 
     def shown(self, variables: Mapping[str, str]) -> str:
         """The command line for a shell, without secrets. `variables`: further environment variables to show."""
-        said = [f"{name}={shlex.quote(value)}" for name, value in {**self.variables, **variables}.items()]
+        said = [
+            f"{name}={shlex.quote(value)}" for name, value in {NO_USAGE: "1", **self.variables, **variables}.items()
+        ]
         return " ".join([*said, shlex.join(self.command)])
 
 

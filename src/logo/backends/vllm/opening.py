@@ -67,7 +67,7 @@ def open_engine(
     need("engine 'vllm'", "vllm")
     checked_options(model_kwargs)
     from logo.backends.vllm.offline import VllmLoGo
-    from logo.backends.vllm.options import Options
+    from logo.backends.vllm.options import NO_USAGE, Options
     from logo.backends.vllm.skeleton import skeleton
 
     source = fetch(resolve_base(base_model, model_dir), revision=revision, token=token)
@@ -99,6 +99,7 @@ def open_engine(
     model.generation_config = checkpoint or model.generation_config
     _check_importable(settings.signal)
     os.environ.update(plugins.environment())  # vLLM's processes inherit it
+    os.environ.setdefault(NO_USAGE, "1")
     llm = _started(
         base_model,
         {

@@ -23,7 +23,7 @@ def examples(
         typer.Argument(
             metavar="FILE",
             help="The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not "
-            "stored. They replace the adapter's present examples.",
+            "stored. The first 16 replace the adapter's present examples.",
             show_default="prints the present ones",
         ),
     ] = None,
@@ -60,7 +60,8 @@ def examples(
         print_json({name: list(kept)})
         return
     if file is not None:
-        out.print(f"{adapter.name}: {len(kept)} examples", markup=False, highlight=False)
+        more = f" (the first of {len(prompts)})" if len(prompts) > len(kept) else ""
+        out.print(f"{adapter.name}: {len(kept)} examples{more}", markup=False, highlight=False)
         return
     for prompt in kept:
         out.print(prompt, markup=False, highlight=False)
