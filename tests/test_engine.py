@@ -92,7 +92,7 @@ def test_selection_is_the_formula(llama: nn.Module, adapters: Path) -> None:
     for signal in ("norm", "entropy"):
         logo = engine(llama, adapters, signal=signal)
         ids = torch.tensor(logo.prompts.encode([PROMPTS[2]]))
-        hidden = llama(input_ids=ids, output_hidden_states=True).hidden_states[2][0, -1]
+        hidden = llama(input_ids=ids, output_hidden_states=True).hidden_states[2][0, -1].detach()
         expected = {}
         for adapter in logo.pool:
             weights = adapter.read()["model.layers.2.self_attn.q_proj"]
