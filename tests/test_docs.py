@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -170,8 +171,16 @@ def said_by_the_demo(command: str) -> str:
     return said_by(command)
 
 
+# Its transcripts train adapters for a minute or two.
+LONG = ("make-a-pool.md",)
+
+
+def _page(page: Path) -> Any:
+    return pytest.param(page, marks=pytest.mark.long if page.name in LONG else (), id=page.name)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page, found in RUN.items() if found], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [_page(page) for page, found in RUN.items() if found])
 def test_transcripts_are_what_the_commands_print(page: Path, world: Path) -> None:
     for name, content in files(page).items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)

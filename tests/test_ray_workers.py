@@ -215,6 +215,7 @@ def but_the_first_dies(marks: Path) -> Held:
     return Held()
 
 
+@pytest.mark.long
 def test_processes_that_keep_ending_are_given_up_and_the_others_go_on(marks: Path) -> None:
     given_up = "3 workers ended before they were ready; .*; no more are started"
     end = time.monotonic() + PATIENCE
@@ -259,6 +260,7 @@ def whose(held: Held) -> str:
     return f"number {held.process}"
 
 
+@pytest.mark.long
 def test_processes_that_cannot_be_used_are_told_in_one_line(marks: Path) -> None:
     with pytest.raises(UsageError, match="the pool cannot be read here"):
         opened(open_=refuses)

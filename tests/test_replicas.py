@@ -120,6 +120,7 @@ def test_keys_and_sizes_are_looked_at(two: Cluster) -> None:
         assert len(page.headers.get_all("X-Request-Id")) == 1
 
 
+@pytest.mark.long
 def test_a_replica_that_is_killed_takes_its_answers_with_it_and_no_others(two: Cluster) -> None:
     before = two.answered()
     outcomes: list[str] = []

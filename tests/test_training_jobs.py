@@ -33,7 +33,8 @@ def workers(driver: int) -> list[int]:
 ACTING = {"everywhere": [], "last": ["--last", "3", "--calibrate"]}
 
 
-@pytest.mark.parametrize("acting", [pytest.param("everywhere", marks=pytest.mark.long), "last"])
+@pytest.mark.long
+@pytest.mark.parametrize("acting", ["everywhere", "last"])
 def test_two_processes_make_the_adapters_of_one_also_when_one_is_killed(acting: str, tmp_path: Path) -> None:
     """With the same tasks learned together; whoever goes on with a group goes on at its checkpoint."""
     write_base(tmp_path / "base")

@@ -45,6 +45,7 @@ def local(here: Path) -> LoGo:
     return LoGo.from_pretrained("demo", device="cpu", signal="quiet", k=3)
 
 
+@pytest.mark.long
 def test_the_offline_engine_selects_by_it(here: Path, local: LoGo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process that knows nothing of this one
