@@ -39,15 +39,13 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
 
 @contextmanager
 def log_of(caplog: pytest.LogCaptureFixture, request: str) -> Iterator[Callable[[], list[logging.LogRecord]]]:
-    """What LoGo logs of the request with this id; a server may still write about the requests of other tests."""
-    caplog.handler.addFilter(names := RequestIds())
-    with caplog.at_level(logging.INFO):
+    """Collects the records that LoGo logs about the request with this id, and no records of other tests' requests."""
+    with caplog.at_level(logging.INFO), caplog.filtering(RequestIds()):
         yield lambda: [
             record
             for record in caplog.records
             if record.name.startswith("logo.") and record.__dict__.get("request_id") == request
         ]
-    caplog.handler.removeFilter(names)
 
 
 def eventually(check: Callable[[], object]) -> None:

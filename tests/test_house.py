@@ -22,7 +22,7 @@ LAYERS = [
     {"adapters", "prompts", "rows"},
     {"models"},
     {"mixing", "selection", "pools", "decoding", "endings", "scoring", "digests"},
-    {"decoder", "completions", "opening", "selecting"},
+    {"decoder", "completions", "opening", "selecting", "facts"},
     {"calls"},
     {"engine", "protocol"},
     {"api"},
@@ -64,7 +64,7 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
 def test_files_stay_readable(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 450, "find its seam"
+    assert len(path.read_text().splitlines()) <= 400, "find its seam"
 
 
 def test_importing_the_package_imports_no_model_library() -> None:

@@ -71,9 +71,17 @@ def test_the_demo_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None
     around = [command[i + 1] for i, word in enumerate(command) if word == "--middleware"]
     assert around == ["logo.backends.vllm.Router", "logo.serving.front.Front"]  # the last one is outermost
     assert variables["LOGO_POOL"] == str(adapters_dir())
+    assert variables["VLLM_NO_USAGE_STATS"] == "1"
     assert json.loads(variables["LOGO_OPTIONS"]) == {"signals": [], "k": 3, "mode": "gate"}
     assert json.loads(variables["LOGO_FRONT"]) == {"host": "127.0.0.1", "allow_hosts": [], "open_metrics": False}
     assert "16 adapters, gate mode: one slot per adapter (16 x rank 8) takes no more than" in said
+
+
+def test_a_user_may_ask_for_vllms_usage_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    assert dry(capsys)[0]["VLLM_NO_USAGE_STATS"] == "0"
 
 
 def test_the_workers_read_what_was_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

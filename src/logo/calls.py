@@ -6,7 +6,7 @@ prompts -> (read, options checked) -> selections -> answers, pieces or scores
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,87 +17,28 @@ import torch
 from logo.adapters.activation import check_forced
 from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
-from logo.adapters.pool import AdapterPool
 from logo.decoder import Decoding, Generation
-from logo.decoding import Prompts, check_batch_size, check_streamable
-from logo.mixing import Merge
+from logo.decoding import check_batch_size, check_streamable
+from logo.facts import Facts
 from logo.prompts import Prompt, several
 from logo.scoring import Scored, completion_ids
 from logo.selecting import CallOptions, CallSettings, Selecting, for_each, take_call_options
 from logo.selection.selector import Forced, Selection, forced
-from logo.selection.settings import SelectionSettings
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
     from typing_extensions import Unpack
 
     from logo.prompts import OnePrompt
 
 
-class Calls(ABC):
-    """An engine that selects, generates and scores.
+class Calls(Facts):
+    """An engine that selects, generates and scores. `Facts` lists its attributes and properties."""
 
-    Attributes:
-        model: the base model; without weights if another process has them.
-        tokenizer: its tokenizer.
-        pool: the adapters.
-        settings: how prompts are read, scored and selected.
-        prompts: turns prompts into token ids.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    pool: AdapterPool
-    settings: SelectionSettings
-    prompts: Prompts
     _layout: BaseLayout
     _selecting: Selecting
     _lock: AbstractContextManager[Any]
-
-    @property
-    @abstractmethod
-    def fitted(self) -> AdapterPool:
-        """The pool fitted to the base model, without adapters that do not fit (`on_bad_adapter="skip"`)."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters in use, in pool order."""
-        return self.fitted.names
-
-    @property
-    @abstractmethod
-    def k(self) -> int:
-        """Adapters per prompt: the setting, or the default of the pool as it is now."""
-
-    @property
-    @abstractmethod
-    def points(self) -> tuple[str, ...]:
-        """The points where prompts are read, such as `"4.v_proj"`. The pool is calibrated first if necessary."""
-
-    @property
-    @abstractmethod
-    def folding(self) -> dict[str, Any]:
-        """The settings by which the form of a mixture is chosen, for JSON."""
-
-    @property
-    @abstractmethod
-    def devices(self) -> tuple[torch.device, ...]:
-        """The devices that compute."""
-
-    @property
-    @abstractmethod
-    def versions(self) -> dict[str, str]:
-        """Versions of libraries that run the model, beside PyTorch and transformers."""
-
-    @property
-    @abstractmethod
-    def merge(self) -> Merge:
-        """How selected adapters are combined when they answer or are scored; probing always sums them exactly."""
-
-    @merge.setter
-    @abstractmethod
-    def merge(self, merge: Merge | str) -> None: ...
 
     # -- selecting ----------------------------------------------------------------------------------------------
 
@@ -356,10 +297,10 @@ class Calls(ABC):
 
     # -- what an engine does ------------------------------------------------------------------------------------
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Ends processes and threads of the engine, which cannot be used afterwards."""
 
-    def _sync(self) -> None:  # noqa: B027
+    def _sync(self) -> None:
         """Follows changes of the pool."""
 
     def _parts(self, lengths: Sequence[int], batch_size: int) -> Iterable[Sequence[int]]:

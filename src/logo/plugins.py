@@ -182,9 +182,9 @@ def _load_named(text: str) -> None:
 
 
 def named() -> list[str]:
-    """The plugins of this process that another one has to be told to import, as `module:Object`.
+    """The plugins of this process, as `module:Object`, that have to be named with `--plugin` to repeat its run.
 
-    Installed plugins are found by their names, and those of a notebook cannot be imported elsewhere.
+    Installed plugins are found without being named, and plugins of a notebook cannot be imported elsewhere.
     """
     sources = (
         source

@@ -60,7 +60,7 @@ def check_method_options(given: Collection[str], methods: Sequence[Method], *, s
     chosen = ", ".join(dict.fromkeys(method.name for method in methods)) or OwnSelector.name
     selects = selects or any(isinstance(method, OwnSelector) or method.name in METHODS.sources for method in methods)
     if "merge" in given and not methods:
-        raise UsageError("--merge combines the adapters that a --method selects, and there is none; leave it out")
+        raise UsageError("--merge combines the adapters of a --method, and none is given: name one, or leave it out")
     for option in given:
         readers = ("k",) if option == K else OF_METHODS.get(option, ())
         named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
@@ -72,19 +72,20 @@ def check_method_options(given: Collection[str], methods: Sequence[Method], *, s
             _refuse(option, "merge", OF_MERGES[option], f"the merge is {', '.join(sorted(merges)) or 'mixture'}")
 
 
-def check_forced(given: Collection[str]) -> None:
-    """Refuses options of selection where the adapters are forced.
+def check_forced_options(given: Collection[str]) -> None:
+    """Refuses options that configure selection, for a command whose adapters are forced and not selected.
 
     Args:
         given: the names of the options that the user gave.
 
     Raises:
-        UsageError: there is one.
+        UsageError: one of them configures selection.
     """
     for option in sorted({*OF_SELECTION, K} & set(given)):
         flag = "-k" if option == K else f"--{option.replace('_', '-')}"
         raise UsageError(
-            f"{flag} selects adapters, but --adapter or --base-only fixes the mixture: leave out one of the two"
+            f"{flag} configures how adapters are selected, but --adapter or --base-only says which ones answer: leave "
+            "out one of the two"
         )
 
 

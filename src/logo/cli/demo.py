@@ -56,9 +56,9 @@ def demo(
         return
     out.print(_table(results, average))
     out.print(
-        "\nbase: no adapter · uniform: all adapters alike · norm: selected per prompt as in the paper ·\n"
-        "calibrated: selected per prompt by our signal · oracle: the task's own adapter.\n"
-        "Only the oracle knows the task. None of these wordings was trained on, nor these inputs with their task.\n"
+        "\nbase: no adapter · uniform: an equal mixture of all adapters · norm: selected per prompt as in the paper ·\n"
+        "calibrated: selected per prompt by LoGo's own signal · oracle: the task's own adapter.\n"
+        "Only the oracle is told the task. No adapter was trained on these wordings, or on these inputs of its task.\n"
         'Your turn: logo generate "What is 7 plus 5?"'
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from logo.cli.belonging import check_forced
+from logo.cli.belonging import check_forced_options
 from logo.cli.expanded import command_line, expanded, given
 from logo.cli.opening import open_any
 from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, rare, usual
@@ -61,7 +61,7 @@ def generate(
     asked = as_asked(texts, chat, system)
     mixture: Any = forced(adapter, base_only)
     if mixture is not None:
-        check_forced(given())
+        check_forced_options(given())
     if compare is not None and (len(texts) != 1 or mixture is not None):
         raise UsageError("--compare: expected one prompt, without --adapter and --base-only, which fix the mixture")
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}

@@ -347,7 +347,7 @@ _SETTINGS = {field.name for field in fields(SelectionSettings)} - {"k", "signal"
 
 # Parameters of `LoGo.from_pretrained` and `LoGoLM` that are no options of the harness. A preset is none, because the
 # defaults here would override its settings.
-_NOT_OURS = {"self", "pool", "settings", "options", "truncation", "token", "preset"}
+_NO_OPTIONS = {"self", "pool", "settings", "options", "truncation", "token", "preset"}
 
 
 def _check_options(options: Iterable[str]) -> None:
@@ -356,7 +356,7 @@ def _check_options(options: Iterable[str]) -> None:
     """
     engine = inspect.signature(LoGo.from_pretrained).parameters
     own = inspect.signature(LoGoLM.__init__).parameters
-    known = sorted({*_SETTINGS, *engine, *own} - _NOT_OURS)
+    known = sorted({*_SETTINGS, *engine, *own} - _NO_OPTIONS)
     for name in options:
         if name not in known:
             raise UsageError(f"--model_args: unknown option {name!r}{closest(name, known)}; known: {', '.join(known)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -81,22 +82,16 @@ class Launch:
                 f"the options of LoGo take {len(options.encode()):,} bytes, but an environment variable may have at "
                 f"most {_LONGEST:,}: give fewer --calibration-prompts"
             )
-        return {POOL: self.pool, OPTIONS: options, **plugins.environment()}
+        usage = os.environ.get(NO_USAGE, "1")  # a user may ask for vLLM's reports
+        return {POOL: self.pool, OPTIONS: options, NO_USAGE: usage, **plugins.environment()}
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
-        """The whole environment of the server; vLLM reports its usage only if the user's environment says so."""
-        return {
-            NO_USAGE: "1",
-            **inherited,
-            **self.variables,
-            **({} if self.api_key is None else {API_KEY: self.api_key}),
-        }
+        """The whole environment of the server."""
+        return {**inherited, **self.variables, **({} if self.api_key is None else {API_KEY: self.api_key})}
 
     def shown(self, variables: Mapping[str, str]) -> str:
         """The command line for a shell, without secrets. `variables`: further environment variables to show."""
-        said = [
-            f"{name}={shlex.quote(value)}" for name, value in {NO_USAGE: "1", **self.variables, **variables}.items()
-        ]
+        said = [f"{name}={shlex.quote(value)}" for name, value in {**self.variables, **variables}.items()]
         return " ".join([*said, shlex.join(self.command)])
 
 

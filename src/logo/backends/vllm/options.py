@@ -16,7 +16,7 @@ Products = Literal["auto", "kernels", "plain"]
 
 # Environment variables: one with the pool, and one with all other options as JSON.
 POOL, OPTIONS = "LOGO_POOL", "LOGO_OPTIONS"
-NO_USAGE = "VLLM_NO_USAGE_STATS"  # vLLM reports its usage unless this is 1
+NO_USAGE = "VLLM_NO_USAGE_STATS"  # vLLM reports its usage unless this variable is 1
 
 
 @dataclass(frozen=True)
