@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -114,6 +115,10 @@ def test_it_is_the_same_engine_to_whoever_asks(inside: Any, local: LoGo) -> None
     assert inside.fitted.names == inside.pool.names == local.fitted.names
     assert inside.prompts.context == local.prompts.context == CONTEXT
     assert inside.tokenizer("cats")["input_ids"] == local.tokenizer("cats")["input_ids"]
+
+
+def test_vllm_sends_no_usage_reports(inside: Any) -> None:
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
 
 
 def test_a_run_has_the_same_identity_and_says_in_which_environment_it_ran(inside: Any, local: LoGo) -> None:
