@@ -102,18 +102,13 @@ def opened(
     layout: Layout | None = None,
     open_: Callable[[], Any] = Held,
     describe_: Callable[[Any], Any] = describe,
-    deadline: float | None = None,
 ) -> Workers[Any]:
-    """Processes with any time to start, on a busy machine, and with a deadline for items."""
-    workers = Workers(layout or Layout(2, cpus=1, deadline=PATIENCE, grace=60.0), open_, describe_, alike)
-    if deadline is not None:
-        workers._layout = replace(workers._layout, deadline=deadline)
-    return workers
+    return Workers(layout or Layout(2, cpus=1, deadline=PATIENCE, grace=60.0), open_, describe_, alike)
 
 
 def test_every_item_is_done_whatever_happens_to_its_process(marks: Path) -> None:
     numbers = [number for number in range(16) if number not in (11, 13)]
-    with opened(deadline=8.0) as workers:
+    with opened(Layout(2, cpus=1, deadline=8.0)) as workers:
         assert workers.description == "all alike"
         with pytest.warns(UserWarning, match="one and two are small") as warned:
             found = list(workers.map((Item((marks, number), 1) for number in numbers), work))
@@ -154,7 +149,7 @@ def test_a_map_that_ends_early_leaves_all_processes_to_the_next(marks: Path) -> 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_process_may_die_over_what_is_asked_for_an_item(count: int, marks: Path) -> None:
     """As one that learns a dataset before its rows are answered."""
-    with opened(Layout(count, cpus=1), deadline=90.0) as workers:
+    with opened(Layout(count, cpus=1, deadline=90.0)) as workers:
 
         def items() -> Iterator[Item]:
             for number in (3, 4):
@@ -182,7 +177,7 @@ def outlives(held: Held, marks: Path) -> bool:
 
 
 def test_deadlines_are_kept_while_one_process_does_something_for_all(marks: Path) -> None:
-    with opened(deadline=2.0) as workers:
+    with opened(Layout(2, cpus=1, deadline=2.0)) as workers:
 
         def items() -> Iterator[Item]:
             yield Item((marks, 5), 1)
@@ -274,6 +269,16 @@ def test_processes_that_cannot_be_used_are_told_in_one_line(marks: Path) -> None
         opened(Layout(2, address="127.0.0.1:1"))
     with pytest.raises(UsageError, match="expected auto, local or HOST:PORT"):
         opened(Layout(2, address="nowhere"))
+
+
+def never(seconds: float = 1000.0) -> Held:
+    time.sleep(seconds)
+    return Held()
+
+
+def test_processes_that_do_not_open_in_time_are_waited_for_no_longer() -> None:
+    with pytest.raises(WorkersError, match=r"^no worker could start within 0\.5 s: .* or the model takes longer to load$"):
+        opened(Layout(1, cpus=1, start=0.5), open_=never)
 
 
 def test_a_process_that_fails_to_open_is_told_apart_from_one_that_has_gone(marks: Path) -> None:
@@ -378,7 +383,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.long
 def test_a_node_that_joins_later_gets_work_and_one_that_leaves_loses_none(cluster: Any, marks: Path) -> None:
-    with opened(Layout(2, address=cluster.address, cpus=1), deadline=60.0) as workers:
+    with opened(Layout(2, address=cluster.address, cpus=1, deadline=60.0)) as workers:
         # There is room for one process, and nobody else who might do it better.
         assert [result[0] for _, result in workers.map(iter([Item((marks, 7), 1)]), work)] == [14]
         nodes: list[Any] = []

@@ -40,6 +40,7 @@ class Layout:
         gpus: of each process; None: one if there are GPUs, else none.
         cpus: of each process; None: on this machine its share of the cores, in a cluster one.
         deadline: seconds that an item may take.
+        start: seconds that a process may take to start and to open, while no other one is open.
         grace: seconds to wait for further processes after the first one is ready.
     """
 
@@ -48,6 +49,7 @@ class Layout:
     gpus: float | None = None
     cpus: int | None = None
     deadline: float = 3600.0
+    start: float = 3600.0
     grace: float = 120.0
 
     def __post_init__(self) -> None:

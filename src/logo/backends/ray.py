@@ -201,9 +201,10 @@ class Workers(Generic[H]):
         return min(ready, key=lambda one: one.running is not None)
 
     def _check_wait(self, since: float) -> None:
-        if time.monotonic() - since > self._layout.deadline:
+        if time.monotonic() - since > self._layout.start:
             raise WorkersError(
-                f"no worker could start within {self._layout.deadline:.0f} s: the cluster has no room for one"
+                f"no worker could start within {self._layout.start:g} s: the cluster has no room for one, or the "
+                "model takes longer to load"
             )
 
     # -- processes -----------------------------------------------------------------------------------------------
