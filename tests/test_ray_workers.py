@@ -422,6 +422,7 @@ def rows(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_two_workers_write_the_files_of_one_process(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

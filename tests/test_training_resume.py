@@ -94,17 +94,24 @@ def test_kill_9_at_any_moment(moment: int, whole: tuple[Path, int], dying: Dying
     assert contents(pool) == contents(root)
 
 
-@pytest.fixture
-def begun(whole: tuple[Path, int], dying: Dying, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def killed(whole: tuple[Path, int], dying: Dying, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pool whose training was killed in its second group."""
-    pool = tmp_path / "pool"
+    pool = tmp_path_factory.mktemp("killed") / "pool"
     for step in range(whole[1] // 2, whole[1]):  # the first moment at which no checkpoint is being replaced
         shutil.rmtree(pool, ignore_errors=True)
         assert dying(step, pool) == -signal.SIGKILL
         found = [path for path in (pool / ".training").iterdir() if path.is_dir()]
         if len(found) == 1 and found[0].name[0] != ".":
             break
-    [checkpoint] = found
+    return pool
+
+
+@pytest.fixture
+def begun(killed: Path, tmp_path: Path) -> Path:
+    """The checkpoint of such a pool."""
+    shutil.copytree(killed, tmp_path / "pool")
+    [checkpoint] = (path for path in (tmp_path / "pool" / ".training").iterdir() if path.is_dir())
     assert json.loads((checkpoint / STATE).read_text())["courses"]
     return checkpoint
 
