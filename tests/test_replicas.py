@@ -245,9 +245,8 @@ def test_there_are_as_many_as_requests_ask_for() -> None:
     assert "2 replicas take requests, 1 did" in server.said and "1 replica takes requests, 2 did" in server.said
 
 
-@pytest.mark.parametrize(  # as with one process
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])  # as with one process
 def test_a_signal_ends_the_server_and_leaves_nothing_behind(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """A terminal sends Ctrl-C to all of its processes at once, Ray's included."""
     command = [sys.executable, "-m", "logo.cli", "serve", "--replicas", "2", "--port", "0", "--base-model"]

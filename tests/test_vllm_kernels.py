@@ -55,7 +55,7 @@ def written(mixtures: Tensor, which: Tensor, dtype: torch.dtype, room: int = 9) 
     return gates
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     tokens=st.integers(1, 40) | st.integers(62, 140),
     slots=st.integers(1, 9),
@@ -162,7 +162,7 @@ def test_the_operator_says_what_it_does() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [80, pytest.param(90, marks=pytest.mark.long)])
 @pytest.mark.parametrize("dtype", list(NAMES), ids=NAMES.get)
 def test_kernels_compile_for_gpus(
     architecture: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_plain_vllm_answers_with_pools_that_were_trained_or_pruned_and_converted(
     tmp_path: Path, rows: list[str]
 ) -> None:
