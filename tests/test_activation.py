@@ -163,8 +163,11 @@ def test_one_alone_answers_as_in_peft(name: str, tmp_path: Path) -> None:
     assert logo.not_invoked == {"a": 2}
 
 
-def test_likelihoods_are_those_of_peft(tmp_path: Path) -> None:
-    write_peft(tmp_path / "pool" / "a", alora_invocation_tokens=INVOKE)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+def test_likelihoods_are_those_of_peft(targets: list[str], tmp_path: Path) -> None:
+    """Also where an adapter acts on the output head, which gets the positions of completions only."""
+    save = {"save_embedding_layers": False}
+    write_peft(tmp_path / "pool" / "a", alora_invocation_tokens=INVOKE, target_modules=targets, save=save)
     reference: Any = load_peft(tmp_path / "pool" / "a")
     logo = engine(tiny.model("llama"), tmp_path / "pool", k=1)
     prompts, gold = invoked((9, 30, 70)), [20, 21, 22]
@@ -178,6 +181,16 @@ def test_likelihoods_are_those_of_peft(tmp_path: Path) -> None:
         text = " ".join(f"w{i}" for i in gold)
         [scored] = logo.score(prompt, text, [{"a": 1.0}])
         assert one.nll == pytest.approx(want, abs=1e-4) and scored.nll == pytest.approx(want, abs=1e-4)
+
+
+def test_an_output_head_that_gets_some_positions_has_the_gates_of_these(tmp_path: Path) -> None:
+    write_peft(tmp_path / "a", target_modules=["q_proj", "lm_head"], save={"save_embedding_layers": False})
+    logo = engine(tiny.model("llama"), notes(tmp_path, "last:4"), k=1)
+    ids, some = torch.tensor([list(range(10, 20))]), torch.tensor([2, 5, 6, 9])
+    with torch.no_grad(), logo._mixer.active(logo.pool, [{"a": 1.0}], begins=[{"a": 6}]):
+        every = logo.model(input_ids=ids).logits
+        found = logo.model(input_ids=ids, logits_to_keep=some).logits
+    assert torch.allclose(found, every[:, some], atol=1e-5)
 
 
 # -- mixtures, against a mask ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,20 +252,41 @@ def test_single_tokens_after_one_prompt_are_one_row(logo: LoGo, monkeypatch: pyt
     mixtures = [{"a": 1.0}] * 3 + [{"b": 1.0}] + [{"a": 1.0}]
     expected = [logo.score_pairs([pair], [mixture])[0] for pair, mixture in zip(pairs, mixtures, strict=True)]
     shapes = []
-    real = scoring.tail_logits
+    real = scoring.logits_at
 
-    def counted(model: Any, ids: torch.Tensor, count: int, mask: torch.Tensor) -> torch.Tensor:
-        shapes.append((*ids.shape, count))
-        return real(model, ids, count, mask)
+    def counted(model: Any, ids: torch.Tensor, places: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
+        shapes.append((*ids.shape, list(places)))
+        return real(model, ids, places, mask)
 
-    monkeypatch.setattr(scoring, "tail_logits", counted)
+    monkeypatch.setattr(scoring, "logits_at", counted)
     scored = logo.score_pairs(pairs, mixtures)
-    assert shapes == [(2, 4, 3)]  # three golds and the longer pair read the same tokens under the same mixture
+    assert shapes == [(2, 4, [1, 2, 3])]  # three golds and the longer pair read the same tokens under the same mixture
     for one, other in zip(scored, expected, strict=True):
         assert one.nll == same_scores(other.nll)
     monkeypatch.setattr(scoring, "MAX_LOGITS", 3 * 100)
     assert [one.nll for one in logo.score_pairs(pairs, mixtures)] == same_scores([one.nll for one in scored])
     assert len(shapes) == 3  # a batch that is too large was halved
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_the_output_head_gets_no_position_that_is_not_needed(
+    able: bool, logo: LoGo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, mixtures = pairs_of([(4, 2), (40, 1), (20, 2)]), MIXTURES[:3]
+    apart = [logo.score_pairs([pair], [mixture])[0].nll for pair, mixture in zip(pairs, mixtures, strict=True)]
+    if not able:  # as a model does that only takes a number of positions
+        forward = logo.model.forward
+
+        def plain(input_ids: Any, attention_mask: Any, use_cache: bool, logits_to_keep: int = 0) -> Any:
+            return forward(input_ids, attention_mask, use_cache=use_cache, logits_to_keep=logits_to_keep)
+
+        monkeypatch.setattr(logo.model, "forward", plain)
+    shapes: list[tuple[int, ...]] = []
+    handle = logo.model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    together = logo.score_pairs(pairs, mixtures)
+    handle.remove()
+    assert shapes == [(3, 5 if able else 37, 96)]
+    assert [one.nll for one in together] == same_scores(apart)
 
 
 def test_pairs_that_cannot_be_scored(logo: LoGo) -> None:

@@ -79,9 +79,9 @@ class Continued:
         return self.ids[: next(start for start, _ in self.golds.values())]
 
     @property
-    def first(self) -> int:
-        """The first position whose logits are needed."""
-        return min(start for start, _ in self.golds.values()) - 1
+    def places(self) -> set[int]:
+        """The positions whose logits are needed: those before each token of a completion."""
+        return {start - 1 + i for start, gold in self.golds.values() for i in range(len(gold))}
 
 
 def joined(prompt: str, completion: str) -> str:
@@ -154,7 +154,8 @@ def score_mixtures(
         rows = ids.expand(len(part), -1)
         known = {} if read is None else read.options(len(part))  # before any mixture is active
         with active([dict(key) for key in part]):
-            logits = tail_logits(model, rows[:, 0 if read is None else read.tokens :], len(gold), None, known)
+            unread = rows[:, 0 if read is None else read.tokens :]
+            logits = logits_at(model, unread, range(unread.shape[1] - len(gold), unread.shape[1]), None, known)
         scored |= zip(part, score_logits(logits, torch.tensor(gold, device=logits.device)), strict=True)
     return [scored[key] for key in keys]
 
@@ -212,20 +213,19 @@ def score_continued(
         pad: pads rows on the right; returns ids and mask (rows, length).
         vocabulary: its size; a batch with too many logits is halved.
     """
-    first = min(row.first for row in rows)
-    kept = max(len(row.ids) for row in rows) - first
-    if len(rows) > 1 and len(rows) * kept * vocabulary > MAX_LOGITS:
+    needed = sorted({place for row in rows for place in row.places})
+    if len(rows) > 1 and len(rows) * len(needed) * vocabulary > MAX_LOGITS:
         half = len(rows) // 2
         parts = (rows[:half], rows[half:])
         return {n: s for part in parts for n, s in score_continued(model, part, active, pad, vocabulary).items()}
     ids, mask = pad([row.ids for row in rows])
     with active(rows):
-        logits = tail_logits(model, ids, kept, mask)
+        logits = logits_at(model, ids, needed, mask)
     scored = {}
-    for row, tail in zip(rows, logits, strict=True):
+    for row, found in zip(rows, logits, strict=True):
         for number, (start, gold) in row.golds.items():
-            own = tail[None, start - 1 - first :][:, : len(gold)]
-            scored[number] = score_logits(own, torch.tensor(list(gold), device=tail.device))[0]
+            own = found[None, needed.index(start - 1) :][:, : len(gold)]
+            scored[number] = score_logits(own, torch.tensor(list(gold), device=found.device))[0]
     return scored
 
 
@@ -233,10 +233,10 @@ def _key(mixture: Mapping[str, float]) -> frozenset[tuple[str, float]]:
     return frozenset((name, weight) for name, weight in mixture.items() if weight)
 
 
-def tail_logits(
-    model: Any, ids: Tensor, count: int, mask: Tensor | None = None, known: Mapping[str, Any] | None = None
+def logits_at(
+    model: Any, ids: Tensor, places: Sequence[int], mask: Tensor | None = None, known: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """Logits (rows, count, vocabulary) at the last `count` positions of rows (rows, length), padding included.
+    """Logits (rows, places, vocabulary) at these ascending positions of rows (rows, length).
 
     If the model can, it computes no others: with 262,000 tokens in a vocabulary, the logits of a whole prompt would be
     the largest tensor by far.
@@ -245,15 +245,20 @@ def tail_logits(
         mask: (rows, length), 0 on padding; None: there is none.
         known: arguments with the keys and values of all earlier tokens; then rows are not padded.
     """
-    able = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"logits_to_keep": count} if able else {}
+    length, tail = ids.shape[1], ids.shape[1] - places[0]
+    parameter = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    options: dict[str, Any] = {}
+    if parameter is not None:
+        scattered = tail > len(places) and "Tensor" in str(parameter.annotation)
+        options["logits_to_keep"] = torch.tensor(places, device=ids.device) if scattered else tail
     if known:
         output = model(input_ids=ids, use_cache=True, **known, **options)
     else:
         mask = torch.ones_like(ids) if mask is None else mask
         output = model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
-    logits: Tensor = output.logits[:, -count:]
-    return logits
+    logits: Tensor = output.logits
+    before = length - logits.shape[1]  # positions without logits, if those that have them are the last ones
+    return logits if logits.shape[1] == len(places) else logits[:, [place - before for place in places]]
 
 
 def score_logits(logits: Tensor, gold: Tensor) -> list[Scored]:

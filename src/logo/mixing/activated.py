@@ -43,6 +43,7 @@ class OpeningGates:
         self._last = int(self._begins.max())
         self._batch, self._width = len(weights), 0
         self._columns: tuple[int, int] | None = None  # of the current forward pass; None: all gates are open
+        self._kept: Tensor | None = None  # those of them that the output head gets, if they are not the last ones
         self._made: dict[tuple[int, int, int], Gates] = {}
 
     @contextmanager
@@ -62,6 +63,8 @@ class OpeningGates:
         seen = 0 if cache is None else int(cache.get_seq_length())
         self._batch, self._width = read.shape[:2]
         self._columns = None if seen >= self._last else (seen, seen + self._width)
+        kept = kwargs.get("logits_to_keep")
+        self._kept = seen + kept.cpu() if isinstance(kept, Tensor) else None
         self._made.clear()
 
     def applied(self, stack: Stack, response: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class OpeningGates:
         return self._now(lead.numel()).applied_turned(stack, lead, response)
 
     def _now(self, tokens: int) -> Gates:
-        """The gates of so many tokens: all of the pass, or the last columns of each row, which an output head gets."""
+        """The gates of so many tokens: all of the pass, or those columns of each row that an output head gets."""
         if self._columns is None:
             return self._open
         rows, batch = len(self._weights), self._batch
@@ -81,7 +84,10 @@ class OpeningGates:
             raise ValueError(f"gates for {rows} rows of {self._width} tokens cannot serve {tokens} tokens")
         key = (batch, tokens, self._columns[1])
         if key not in self._made:
-            columns = torch.arange(self._columns[1] - tokens // batch, self._columns[1])
+            count = tokens // batch
+            columns = torch.arange(self._columns[1] - count, self._columns[1])
+            if self._kept is not None and count < self._width:
+                columns = self._kept
             gates = torch.where(columns[:, None] >= self._begins[:, None], self._weights[:, None], 0.0)
             gates = gates.repeat_interleave(batch // rows, dim=0)  # (batch, columns, adapters)
             self._made[key] = Gates(gates.flatten(0, 1), per_token=True)
