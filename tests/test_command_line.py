@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from logo import LoGo
 from logo.cli.opening import device_of
-from logo.cli.options import EngineOptions
+from logo.cli.options import EngineOptions, device_name
 from logo.cli.renamed import modernised
 from logo.cli.run import run
 from logo.errors import UsageError
+from logo.models import pick_device
 
 DEMO = ["--base-model", "demo", "--device", "cpu"]
 ROWS = ["--rows", "src/logo/demo/assets/heldout", "--dataset", "antonym"]
@@ -120,6 +122,7 @@ def test_an_old_option_answers_as_the_new_one(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("name", ["auto", "cpu", "0", "3"])
 def test_devices_that_may_be_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     assert device_of(name) == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
@@ -128,11 +131,58 @@ def test_devices_that_may_be_missing(name: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_gpu_that_is_named_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UsageError, match="PyTorch sees 0 GPUs"):
-        device_of("cuda:1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(UsageError, match=f"device '{name}': this machine has no GPU; use device 'cpu'"):
+            device_of(name)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert (device_of("cuda"), device_of("cuda:1")) == ("cuda:0", "cuda:1")
+    with pytest.raises(UsageError, match=r"device 'cuda:2': this machine has 2 GPU\(s\)"):
+        device_of("2")
+
+
+def test_one_rule_chooses_the_device_for_the_command_line_and_for_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for apple, auto in ((True, "mps"), (False, "cpu")):
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda apple=apple: apple)
+        assert device_of(device_name("auto")) == str(pick_device("auto")) == auto
+        assert device_of(device_name("0")) == auto
+        assert device_of(device_name("-1")) == "cpu"
+    with pytest.raises(UsageError, match="device 'mps': this machine has no GPU of Apple's; use device 'cpu'"):
+        device_of(device_name("mps"))
+
+
+# --- options that vLLM does not have
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu"], "--device: the engine 'vllm' has no such option; set CUDA_VISIBLE_DEVICES"),
+        (["--device", "cuda:0"], "--device: the engine 'vllm' has no such option"),
+        (["--device-map", "auto"], "--device-map: the engine 'vllm' has no such option; use `--vllm-options"),
+        (["--no-fold"], "--no-fold: the engine 'vllm' has no such option; nothing is folded there"),
+        (["--fold"], "--fold: the engine 'vllm' has no such option"),
+        (["--adapter-memory-gb", "1"], "--adapter-memory-gb: the engine 'vllm' has no such option; vLLM keeps"),
+        (["--adapter-cache-gb", "1"], "--adapter-cache-gb: the engine 'vllm' has no such option; vLLM keeps"),
+        (["--allow-pickle"], "--allow-pickle: the engine 'vllm' has no such option"),
+        (["--batch-size", "4"], "--batch-size: the engine 'vllm' runs all prompts at once"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("command", ["generate", "select"])
+def test_options_without_effect_in_vllm_are_errors(
+    command: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, error = said(capsys, command, "x", "--base-model", "demo", "--engine", "vllm", *arguments, code=2)
+    assert message in error
+
+
+def test_options_without_effect_in_vllm_are_errors_in_python_too() -> None:
+    for fold in (True, False):
+        with pytest.raises(UsageError, match="fold: the engine 'vllm' has no such option"):
+            LoGo.from_pretrained("demo", engine="vllm", fold=fold)
 
 
 # --- files and --set

@@ -63,7 +63,8 @@ def resolve_base(name: str, model_dir: str | Path | None = None) -> str:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`"auto"`: the first CUDA device, else Apple's, else the CPU; otherwise the device named.
+    """`"auto"`: the first CUDA device, else Apple's, else the CPU; otherwise the device named. `--device` follows this
+    rule, too.
 
     Raises:
         UsageError: the device does not exist here.
@@ -76,12 +77,15 @@ def pick_device(device: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UsageError(f"device {device!r}: expected 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
-    count = torch.cuda.device_count()
-    if chosen.type == "cuda" and (chosen.index or 0) >= count:
-        found = f"{count} GPU(s)" if count else "no GPU"
-        raise UsageError(f"device {device!r}: this machine has {found}; use device 'cpu' (--device cpu)")
+    if chosen.type == "cuda":
+        chosen, count = torch.device("cuda", chosen.index or 0), torch.cuda.device_count()
+        if chosen.index >= count:
+            found = f"{count} GPU(s)" if count else "no GPU"
+            raise UsageError(f"device {device!r}: this machine has {found}; use device 'cpu' (--device cpu)")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device {device!r}: this machine has no GPU of Apple's; use device 'cpu' (--device cpu)")
     return chosen
 
 

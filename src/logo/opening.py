@@ -99,7 +99,7 @@ class FromPretrained:
                 "quantization_config": quantization_config,
                 "adapter_memory_gb": adapter_memory_gb,
                 "adapter_cache_gb": adapter_cache_gb,
-                "fold": fold or None,
+                "fold": fold,
             }
             made: Self = _opener(engine)(
                 base_model,

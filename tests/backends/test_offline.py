@@ -439,6 +439,7 @@ def test_a_merge_that_is_not_exact_and_a_pool_that_changes_are_refused(inside: A
         ({"engine": "vlm"}, r"unknown engine 'vlm' \(did you mean 'vllm'\?\): expected one of local, vllm"),
         ({"probe_context": "pool", "signal": "norm"}, "inside vLLM prompts are probed by the base model alone"),
         ({"fold": True}, "fold: the engine 'vllm' has no such option"),
+        ({"fold": False}, "fold: the engine 'vllm' has no such option"),
         ({"device": "cpu"}, "device: the engine 'vllm' has no such option"),
         ({"adapter_memory_gb": 1.0}, "adapter_memory_gb: the engine 'vllm' has no such option"),
         ({"merge": "ties"}, "merge 'ties': the engine 'vllm' mixes adapters exactly"),

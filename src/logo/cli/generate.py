@@ -11,7 +11,7 @@ import typer
 
 from logo.cli.belonging import check_forced_options
 from logo.cli.expanded import command_line, expanded, given
-from logo.cli.opening import open_any
+from logo.cli.opening import check_batch_size, open_any
 from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, rare, usual
 from logo.cli.output import err, note, out, print_json, selection_line, selection_table, write_json
 from logo.cli.prompts import Chat, PromptsFile, System, as_asked, forced, or_demo, read_prompts
@@ -57,6 +57,7 @@ def generate(
     """
     if "seed" in given() and not sample:
         raise UsageError(f"--seed {seed} is only for sampling; add --sample or leave it out")
+    check_batch_size(runner)
     texts = read_prompts(prompt, prompts)
     asked = as_asked(texts, chat, system)
     mixture: Any = forced(adapter, base_only)

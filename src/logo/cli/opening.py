@@ -26,6 +26,17 @@ if TYPE_CHECKING:
     from logo.mixing import Merge
     from logo.selection.settings import SelectionSettings
 
+_SLOTS = """vLLM keeps adapters in slots: `--vllm-options '{"max_loras": N, "max_lora_rank": R}'`"""
+# Options that vLLM's offline engine does not have, and what to do instead.
+_INSTEAD = {
+    "allow_pickle": "vLLM's processes only read safetensors",
+    "adapter_memory_gb": _SLOTS,
+    "adapter_cache_gb": _SLOTS,
+    "fold": "nothing is folded there; leave it out",
+    "device": "set CUDA_VISIBLE_DEVICES",
+    "device_map": """use `--vllm-options '{"tensor_parallel_size": N}'`""",
+}
+
 
 def open_pool(options: EngineOptions, base_model: str, preset: Preset | None = None) -> AdapterPool:
     """The pool the options name, or the base model's own; under the preset with the names of the official script."""
@@ -166,13 +177,7 @@ def open_any(
         local = open_engine(options, base_model, preset=preset, truncation=truncation)
         local.merge = merge
         return local
-    for name, value in (
-        ("--allow-pickle", options.allow_pickle),
-        ("--device", options.device not in ("auto", "cpu", "cuda", "cuda:0")),
-    ):
-        if value:
-            hint = "set CUDA_VISIBLE_DEVICES" if name == "--device" else "leave it out"
-            raise UsageError(f"{name}: the engine 'vllm' has no such option; {hint}")
+    _check_vllm_has(options)
     # Set before vLLM is imported, so that its messages stay out of this command's output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -185,17 +190,28 @@ def open_any(
         engine=runner.engine,
         preset=preset,
         dtype=options.dtype or "auto",
-        device_map=options.device_map,
         model_kwargs=asked,
         model_dir=options.model_dir,
         truncation=truncation,
-        adapter_memory_gb=options.adapter_memory_gb,
-        adapter_cache_gb=options.adapter_cache_gb,
-        fold=options.fold,
         merge=merge,
         on_bad_adapter=options.on_bad_adapter,
         **asdict(settings),
     )
+
+
+def _check_vllm_has(options: EngineOptions) -> None:
+    """Raises UsageError for options that vLLM's offline engine does not have."""
+    for name, instead in _INSTEAD.items():
+        value = getattr(options, name)
+        if value != getattr(EngineOptions(), name):
+            flag = f"--{'no-' if name == 'fold' and not value else ''}{name.replace('_', '-')}"
+            raise UsageError(f"{flag}: the engine 'vllm' has no such option; {instead}")
+
+
+def check_batch_size(runner: RunnerOptions) -> None:
+    """Raises UsageError for `--batch-size` with an engine that takes all prompts at once."""
+    if runner.engine == "vllm" and "batch_size" in given():
+        raise UsageError("--batch-size: the engine 'vllm' runs all prompts at once; leave it out")
 
 
 def _vllm_options(runner: RunnerOptions) -> dict[str, Any]:
@@ -210,20 +226,19 @@ def _vllm_options(runner: RunnerOptions) -> dict[str, Any]:
 
 
 def device_of(name: str) -> str:
-    """The device that `--device` names; a bare number is a GPU's where there is one, as with the official `--gpu`.
+    """The device that `--device` names, by the rule of the library. A bare number is a GPU's, as with the official
+    `--gpu`, and means `auto` on a machine without numbered GPUs.
 
     Raises:
-        UsageError: a GPU that is not there.
+        UsageError: a device that is not there.
     """
     import torch
 
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto" or name.isdigit():
-        return f"cuda:{0 if name == 'auto' else name}" if there else "cpu"
-    number = int(name.partition(":")[2] or 0)
-    if name.startswith("cuda") and number >= there:
-        raise UsageError(f"--device {name}: PyTorch sees {there} GPUs here; use auto or cpu, or another number")
-    return name if name == "cpu" else f"cuda:{number}"
+    from logo.models import pick_device
+
+    if name.isdigit():
+        name = f"cuda:{name}" if torch.cuda.is_available() else "auto"
+    return str(pick_device(name))
 
 
 def _parts(text: str | None) -> list[str] | None:

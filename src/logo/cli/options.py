@@ -55,11 +55,11 @@ def device_name(text: str) -> str:
     Raises:
         typer.BadParameter: the text is not a device.
     """
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?|\d+", text):
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|\d+", text):
         return "auto" if text in ("0", "cuda:auto") else text
     if text == "-1":
         return "cpu"
-    raise typer.BadParameter(f"expected auto, cpu, cuda or cuda:N, found {text!r}")
+    raise typer.BadParameter(f"expected auto, cpu, cuda, cuda:N or mps, found {text!r}")
 
 
 _pool = functools.partial(rare, panel=POOL)

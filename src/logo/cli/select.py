@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from logo.cli.expanded import expanded
-from logo.cli.opening import open_any
+from logo.cli.opening import check_batch_size, open_any
 from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, rare
 from logo.cli.output import out, print_json, selection_table
 from logo.cli.prompts import Chat, PromptsFile, System, as_asked, or_demo, read_prompts
@@ -37,6 +37,7 @@ def select(
 
     Example: `logo select "What is 7 plus 5?" -k 5`
     """
+    check_batch_size(runner)
     texts = read_prompts(prompt, prompts)
     engine, base_model = or_demo(engine)
     with closing(open_any(engine, runner, base_model)) as logo:
