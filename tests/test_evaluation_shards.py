@@ -254,8 +254,8 @@ def test_the_command(cut: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nowhere"], 1, "results 'nowhere': expected a folder, found nothing"),
-        (["."], 1, "results '.': no shards there; expected folders DATASET.shard-1-of-N"),
+        (["nowhere"], 2, "results 'nowhere': expected a folder, found nothing"),
+        (["."], 2, "results '.': no shards there; expected folders DATASET.shard-1-of-N"),
         ([], 2, "Missing argument"),
     ],
 )
@@ -271,6 +271,16 @@ def test_the_command_refuses(
     assert run(["eval", "merge", *arguments]) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("logo: error: ") and message in lines[0]
+
+
+@pytest.mark.parametrize("command", [["merge", "{}"], ["compare", "{}", "{}"], ["report", "{}"]], ids=" ".join)
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_a_path_without_results_is_a_usage_error_of_every_command(
+    command: list[str], folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run(["eval", *(part.format(tmp_path / folder) for part in command)]) == 2
+    assert f"results {str(tmp_path / folder)!r}: " in capsys.readouterr().err
 
 
 def test_bad_rows_are_told_by_their_number_in_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,17 +84,18 @@ def find_shards(paths: Iterable[Path]) -> list[ShardResult]:
     """The shards of these paths. Each path is a shard's folder, or a folder of which all shards are taken.
 
     Raises:
-        DataError: a folder is missing or has no shard, or a shard is incomplete.
+        UsageError: a path is no folder, or has no shard.
+        DataError: a shard is incomplete.
         StorageError: a shard lacks a file, or one cannot be read.
     """
     places: dict[Path, Place] = {}
     for path in paths:
         if not path.is_dir():
             kind = "a file" if path.exists() else "nothing"
-            raise DataError(f"results {str(path)!r}: expected a folder, found {kind}")
+            raise UsageError(f"results {str(path)!r}: expected a folder, found {kind}")
         found = find_results(path, shards=True)
         if not found:
-            raise DataError(
+            raise UsageError(
                 f"results {str(path)!r}: no shards there; expected folders DATASET.shard-1-of-N, as "
                 "`logo eval run --shard 1/N` makes them"
             )
