@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from logo.adapters.places import parse_places
 from logo.adapters.sizes import pool_sizes, weight_sizes
 from logo.cli.run import run
 from logo.demo import adapters_dir, heldout, model_dir
-from logo.evaluation.forecast import memory_of
+from logo.evaluation.forecast import memory_of, timed
 from logo.models import load_base, model_sizes
 from test_engine import tokenizer
 from tolerances import PATIENCE
@@ -173,8 +174,50 @@ def test_lines_on_the_demo(method: list[str], tmp_path: Path, capsys: pytest.Cap
     assert "from 8 rows timed" in lines[-1]
     assert run([*command, *options, *results, "--json"]) == 0
     hours = json.loads(capsys.readouterr().out)["hours"]
-    assert hours["seconds"] == pytest.approx(hours["loading"] + hours["learning"] + 20 * hours["row"])
+    assert hours["seconds"] == pytest.approx(hours["loading"] + hours["once"] + hours["learning"] + 20 * hours["row"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows", "train"]
+
+
+class Clocked:
+    """A session on a clock of its own: its method takes 100 s for the first dataset and 4 s for every other one, and
+    each row takes 2 s."""
+
+    method, loading, batch_size, max_new_tokens = object(), 10.0, 2, 4
+
+    def __init__(self, learns: bool) -> None:
+        self.learns, self.now = learns, 0.0
+        self.prepared: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def answering(self, job: Any) -> Any:
+        self.now += 4.0 if self.prepared else 100.0
+        self.prepared.append(job.dataset)
+        return self
+
+    def generate(self, prompts: list[str], **_: Any) -> None:
+        self.now += 2.0 * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("learns", "datasets", "prepared", "once", "each"),
+    [
+        (False, 3, ["0", "1"], 96.0, 4.0),  # such as LoRAuter, whose tables are the same for all datasets
+        (True, 3, ["0"], 0.0, 100.0),  # such as LoraHub, which learns from the rows of each
+        (False, 1, ["0"], 0.0, 100.0),
+    ],
+)
+def test_what_a_method_finds_out_once_counts_once(
+    learns: bool, datasets: int, prepared: list[str], once: float, each: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = Clocked(learns)
+    monkeypatch.setattr("logo.evaluation.forecast.time", session)
+    row = SimpleNamespace(context="x")
+    jobs: Any = [SimpleNamespace(dataset=str(i), rows=[row] * 5, places=range(5)) for i in range(datasets)]
+    found = timed(session, jobs)
+    assert (session.prepared, found.once, found.learning, found.row) == (prepared, once, each, 2.0)
+    assert found.seconds == 10 + once + each * datasets + 2 * 5 * datasets
 
 
 def test_a_pool_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

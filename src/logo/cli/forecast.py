@@ -181,10 +181,11 @@ def _memory_lines(memory: Memory) -> list[tuple[str, str]]:
 
 
 def _time(hours: Hours) -> str:
+    once = f", {_duration(hours.once)} of preparing once" if hours.once >= 0.05 else ""
     learning = f", {_duration(hours.learning)} of preparing for each dataset" if hours.learning >= 0.05 else ""
     return (
         f"about {_duration(hours.seconds)}: {_duration(hours.row)} per row, from {hours.timed} rows timed"
-        f"{learning}, {_duration(hours.loading)} of loading"
+        f"{once}{learning}, {_duration(hours.loading)} of loading"
     )
 
 
