@@ -97,14 +97,17 @@ def logo_take(worker: Any, keys: list[str]) -> dict[str, Any]:
     return _of(worker).take(keys)
 
 
-def logo_clean(worker: Any, recipe: str, reason: str) -> None:
-    """Marks a recipe as failed because its answers overflow, and replaces non-finite numbers in the KV cache by 0.
+def logo_clean(worker: Any, recipe: str | None, reason: str) -> None:
+    """Replaces non-finite numbers in the KV cache by 0, after answers that overflow; marks their recipe as failed, or
+    none if the base model alone has answered.
 
     The next request that gets such a block overwrites only the positions of its own tokens. Attention may multiply the
     positions behind them by 0, which does not remove a NaN. Runner V1 on a CPU zeroes blocks before they are reused
     (`hooks`), so nothing is done there.
     """
-    _of(worker).fail(recipe, reason)
+    own = _of(worker)
+    if recipe is not None:
+        own.fail(recipe, reason)
     runner = worker.model_runner
     if runner.device.type == "cpu" and hasattr(runner, "_zero_block_ids"):
         return

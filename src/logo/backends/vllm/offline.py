@@ -222,14 +222,25 @@ class VllmLoGo(Calls):
                 self._not_invoked.note(name for name, begin in found.items() if begin == NEVER)
 
     def _check_finite(self, one: Running, selection: Selection, lora: Any) -> None:
-        """Raises NotFinite if a request's logits were not finite; after a mixture, the KV cache is cleaned first."""
+        """Raises NotFinite if a request's logits were not finite; the KV cache is cleaned first."""
         if not one.finite:
             self._requests.stop([one])
             found = overflow(selection.mixture)
-            if lora is not None:
-                self._call("logo_clean", lora.lora_name, str(found))
-                self.core.failed(lora.lora_name)
+            self._clean(lora, found)
             raise found
+
+    def _clean(self, lora: Any, found: ModelError) -> None:
+        """Removes from the KV cache what an overflow has left there.
+
+        Blocks of a mixture that has failed are not found again (`Core.failed`). Those of the base model are found by
+        their tokens alone, so they are forgotten before they change. vLLM does not do that while other requests run;
+        then they stay as they are.
+        """
+        if lora is not None:
+            self._call("logo_clean", lora.lora_name, str(found))
+            self.core.failed(lora.lora_name)
+        elif self.llm.reset_prefix_cache():
+            self._call("logo_clean", None, str(found))
 
     def _check_mixed(self, recipes: Sequence[str]) -> None:
         """Raises ModelError if a worker could not mix one of these recipes."""
@@ -266,7 +277,14 @@ class VllmLoGo(Calls):
                     group.start([*ids, *gold[:-1]], scoring(gold), lora)
             group.wait()
             self._check_mixed([lora.lora_name for lora in loras if lora is not None])
-        return [scored(one.last, gold) for one, (_, gold) in zip(group.running, pairs, strict=True)]
+        return [self._scored(one, gold, lora) for one, (_, gold), lora in zip(group.running, pairs, loras, strict=True)]
+
+    def _scored(self, one: Running, gold: Sequence[int], lora: Any) -> Scored:
+        try:
+            return scored(one.last, gold)
+        except ModelError as found:
+            self._clean(lora, found)
+            raise
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
