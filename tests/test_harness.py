@@ -157,7 +157,8 @@ def test_batches_change_nothing_and_contexts_are_selected_once(
     assert rolling[0] == same_scores(rolling[1])
     assert answers[0] == answers[1]
     asked = [*(context or following for context, following in PAIRS), *TEXTS, *(text for text, _ in QUESTIONS)]
-    assert sorted(probed) == sorted(set(asked))  # each text once
+    # Each text once, but the long one again for answers of another length, for which it is cut in another place.
+    assert sorted(probed) == sorted([*set(asked), LONG])
     assert len({json.dumps(mixture, sort_keys=True) for mixture in batched._mixtures.values()}) > 3
 
 
@@ -188,7 +189,27 @@ def test_all_requests_about_a_document_are_scored_under_one_mixture(base: Path, 
             assert total == same_scores(expected.log_likelihood)
     alone = model.loglikelihood([Instance("loglikelihood", {}, ("", rest), 0)], disable_tqdm=True)
     assert answers[2] != alone[0]  # that is a document of its own, selected on its continuation
-    assert set(model._mixtures) == {start, "w70 w71", rest}
+    assert {text for text, _ in model._mixtures} == {start, "w70 w71", rest}
+
+
+def test_a_text_that_is_cut_is_selected_on_what_is_left_of_it(
+    base: Path, pools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer answers leave less of it, so the mixture does not come from a request for shorter ones."""
+    model = LoGoLM(str(base), str(pools / "three"), signal="norm", k=2, device="cpu")
+    used: dict[int, Any] = {}
+    generate = model.logo.generate
+
+    def noted(prompts: Any, *, max_new_tokens: int, adapters: Any, **options: Any) -> Any:
+        [used[max_new_tokens]] = adapters
+        return generate(prompts, max_new_tokens=max_new_tokens, adapters=adapters, **options)
+
+    monkeypatch.setattr(model.logo, "generate", noted)
+    questions = [(LONG, {"until": [], "max_gen_toks": length}) for length in (4, 100)]
+    model.generate_until(requests("generate_until", questions), disable_tqdm=True)
+    expected = {length: model.logo.select(LONG, max_new_tokens=length).mixture for length in (4, 100)}
+    assert used == expected and expected[4] != expected[100]
+    assert model.get_model_info()["logo"]["texts"] == 1
 
 
 WORDS = st.lists(st.sampled_from(["a", "b", "cc", "the"]), min_size=1, max_size=5).map(" ".join)

@@ -115,7 +115,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self._device = self.logo.model.device
         self._revision = options.get("revision") or "main"
         self._max_gen_toks = max_gen_toks
-        self._mixtures: dict[str, Mixture] = {}
+        self._mixtures: dict[tuple[str, int | None], Mixture] = {}  # by `_key`
         self._documents: list[str] = []  # parallel to the requests that are being scored
 
     # -- several processes --------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
                 "version": __version__,
                 "settings": {**asdict(self.logo.settings), "k": self.logo.k, "points": points},
                 "pool": pool,
-                "texts": len(used),
+                "texts": len({text for text, _ in self._mixtures}),
                 "mean_weights": {name: round(weight, 6) for name, weight in weights.items() if weight},
             },
         }
@@ -294,15 +294,22 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         Args:
             max_new_tokens: length of the answers, for which a text that is too long is cut to leave room.
         """
-        new = [text for text in dict.fromkeys(texts) if text not in self._mixtures]
+        keys = {text: self._key(text, max_new_tokens) for text in dict.fromkeys(texts)}
+        new = [text for text, key in keys.items() if key not in self._mixtures]
         with tqdm(total=len(new), desc="Selecting adapters", disable=quiet or not new) as bar:
             step = self.batch_size * _BATCHES
             for start in range(0, len(new), step):
                 part = new[start : start + step]
                 selections = self.logo.select(part, max_new_tokens=max_new_tokens, batch_size=self.batch_size)
-                self._mixtures |= {text: found.mixture for text, found in zip(part, selections, strict=True)}
+                self._mixtures |= {keys[text]: found.mixture for text, found in zip(part, selections, strict=True)}
                 bar.update(len(part))
-        return [self._mixtures[text] for text in texts]
+        return [self._mixtures[keys[text]] for text in texts]
+
+    def _key(self, text: str, max_new_tokens: int) -> tuple[str, int | None]:
+        """What a mixture depends on: the text, and, if it is cut to leave room for the answer, the answer's length."""
+        [whole] = self.logo.prompts.read([text], room=None)
+        context = self.logo.prompts.context
+        return text, max_new_tokens if context is not None and len(whole) + max_new_tokens > context else None
 
     def _score(
         self, pairs: Sequence[tuple[list[int], list[int]]], mixtures: Sequence[Mixture], quiet: bool
