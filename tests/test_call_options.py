@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
-from logo import AdapterPool, LoGo, PoolError, SelectionSettings, UsageError
+from logo import AdapterPool, LoGo, PoolError, Selection, SelectionSettings, UsageError
 from logo.adapters.format import Adapter
 from logo.errors import LoGoError, NotFinite
 from logo.selection.confidence import RESPONSES
@@ -279,6 +279,91 @@ def test_bad_options(options: Any, error: type[LoGoError], message: str, logo: L
         with pytest.raises(error, match=message):
             call(PROMPTS[0], **options)
     assert logo.select(PROMPTS[0]) == expected
+
+
+WHOLE = "expected a whole number, found"
+FORCED = r"expected \{name: weight\}"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(
+            (call, message)
+            for name in ("select", "generate", "stream")
+            for call, message in (
+                (lambda logo, name=name: getattr(logo, name)(5), "expected a string, a list of messages"),
+                (lambda logo, name=name: getattr(logo, name)(None), "expected a string, a list of messages"),
+                (lambda logo, name=name: getattr(logo, name)(b"w3"), "expected a string, a list of messages"),
+                (lambda logo, name=name: getattr(logo, name)("w3", k="3"), f"k: {WHOLE} '3'"),
+                (lambda logo, name=name: getattr(logo, name)("w3", k=3.0), f"k: {WHOLE} 3.0"),
+                (lambda logo, name=name: getattr(logo, name)("w3", k=True), f"k: {WHOLE} True"),
+                (lambda logo, name=name: getattr(logo, name)("w3", signal=5), "unknown signal 5"),
+                (lambda logo, name=name: getattr(logo, name)("w3", keep_mass="1"), "keep_mass: expected a number, fo"),
+                (lambda logo, name=name: getattr(logo, name)("w3", candidates=5), "candidates: expected names of ada"),
+                (lambda logo, name=name: getattr(logo, name)("w3", candidates=[5]), "no adapter 5 in the pool"),
+                (lambda logo, name=name: getattr(logo, name)("w3", max_new_tokens="5"), f"max_new_tokens: {WHOLE} '5'"),
+            )
+        ),
+        (lambda logo: logo.select("w3", batch_size="8"), f"batch_size: {WHOLE} '8'"),
+        (lambda logo: logo.generate("w3", batch_size=None), f"batch_size: {WHOLE} None"),
+        (lambda logo: logo.generate("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
+        (lambda logo: logo.stream("w3", adapters="t1"), f"adapters: {FORCED}, a Selection, or a list .*, found 't1'"),
+        (lambda logo: logo.generate(["w3"], adapters=["t1"]), f"adapters: {FORCED} or a Selection, found 't1'"),
+        (lambda logo: logo.generate("w3", adapters={"t1": None}), "adapters: expected a number as the weight of each"),
+        (lambda logo: logo.generate("w3", adapters={5: 1.0}), "no adapter 5 in the pool"),
+        (lambda logo: logo.generate("w3", stop=5), "stop: expected a text or a list of texts, found 5"),
+        (lambda logo: logo.score("w3", 5, [{}]), "completion: expected a string, found int"),
+        (
+            lambda logo: logo.score("w3", "w4", {"t1": 1.0}),
+            r"mixtures: expected a list of mixtures, found \{'t1': 1.0\}",
+        ),
+        (lambda logo: logo.save_mixture("t1", "nowhere"), f"adapters: {FORCED} or a Selection, found 't1'"),
+        (
+            lambda logo: LoGo(logo.model, logo.tokenizer, "adapters/"),
+            "pool: expected an AdapterPool, .* found 'adapter",
+        ),
+        (lambda _: SelectionSettings(prefix_cache_gb="1"), "prefix_cache_gb: expected a number, found '1'"),
+        (lambda _: LoGo.from_pretrained("demo", k="3"), f"k: {WHOLE} '3'"),
+        (lambda _: LoGo.from_pretrained(5), "base_model: expected a Hub id, a folder or a short name, found 5"),
+        (lambda _: LoGo.from_pretrained("demo", 5), "pool: expected a folder, a manifest or a Hub .* found 5"),
+        (
+            lambda _: LoGo.from_pretrained("demo", ["x", 5]),
+            "pool: expected a folder, a manifest or a Hub .* found 5",
+        ),
+        (lambda _: LoGo.from_pretrained("demo", device=None), "device None: expected 'auto', 'cpu'"),
+        (
+            lambda _: LoGo.from_pretrained("demo", device="cpu", adapter_memory_gb="1"),
+            "adapter_memory_gb: expected a nu",
+        ),
+        (lambda _: SelectionSettings(index_rank=None), f"index_rank: {WHOLE} None"),
+        (
+            lambda _: SelectionSettings(calibration_prompts="a long text"),
+            "calibration_prompts: expected a list of texts",
+        ),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_told_in_a_line(call: Any, message: str, logo: LoGo) -> None:
+    with pytest.raises(LoGoError, match=message) as found:
+        call(logo)
+    assert "\n" not in str(found.value)
+
+
+def test_a_selection_is_chosen_again_from_its_own_signals_scores(logo: LoGo) -> None:
+    """The engine's own is another, so what it makes of these scores would not be theirs."""
+    for signal in ("calibrated", "norm"):
+        made = logo.select(PROMPTS[0], signal=signal)
+        assert made.signal == signal
+        for named in ({}, {"signal": signal}):
+            assert logo.reselect(made, **named) == made
+            fewer = logo.reselect(made, k=1, candidates=NAMES[:4], **named)
+            assert fewer == logo.select(PROMPTS[0], signal=signal, k=1, candidates=NAMES[:4])
+        assert logo.reselect(made.scores, signal=signal) == made  # scores alone do not say whose they are
+        with pytest.raises(UsageError, match=f"signal 'entropy': the selection has the scores of '{signal}'"):
+            logo.reselect(made, signal="entropy")
+    for nothing in (Selection.forced({"t1": 1.0}), {}):
+        with pytest.raises(UsageError, match="expected the scores of a selection, found none; a forced selection has"):
+            logo.reselect(nothing)
 
 
 def test_an_unknown_option_is_told(logo: LoGo) -> None:

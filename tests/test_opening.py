@@ -41,6 +41,8 @@ def test_options_of_transformers_reach_it(base: Path, adapters: Path) -> None:
         return LoGo.from_pretrained(str(base), adapters, device="cpu", k=3, unscorable="skip", **options)
 
     assert open_().model.dtype == torch.float32
+    of_a_path = LoGo.from_pretrained(base, adapters, device="cpu", k=3, unscorable="skip")
+    assert of_a_path.names == open_().names
     for dtype in (torch.bfloat16, "bfloat16"):
         assert open_(dtype=dtype).model.dtype == torch.bfloat16
     assert open_(attn_implementation="eager").model.config._attn_implementation == "eager"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -19,6 +19,7 @@ from logo.adapters.export import write_mixture
 from logo.adapters.layout import BaseLayout
 from logo.decoder import Decoding, Generation
 from logo.decoding import check_batch_size, check_streamable
+from logo.errors import UsageError, check_type
 from logo.facts import Facts
 from logo.prompts import Prompt, several
 from logo.scoring import Scored, completion_ids
@@ -112,8 +113,26 @@ class Calls(Facts):
             each = [every] * len(rows) if isinstance(every, CallSettings) else every
             return self._selecting([Prompt.of(row) for row in rows], each, batch_size)
 
-    def reselect(self, scores: Mapping[str, float], **options: Unpack[CallOptions]) -> Selection:
-        """The selection that the scores of an earlier one give with other options, which may not change the signal."""
+    def reselect(self, scores: Selection | Mapping[str, float], **options: Unpack[CallOptions]) -> Selection:
+        """The selection that the scores of an earlier one give with other options.
+
+        Args:
+            scores: the earlier selection; or its scores alone, which are taken for those of the call's signal.
+            **options: options of `select`; the signal of an earlier selection cannot be changed.
+
+        Raises:
+            UsageError: a selection of another signal than the call's, or one without scores, which was forced.
+        """
+        if isinstance(scores, Selection):
+            made_by, asked = scores.signal, options.get("signal")
+            if made_by is not None and asked not in (None, made_by):
+                raise UsageError(
+                    f"signal {asked!r}: the selection has the scores of {made_by!r}, which are no scores of another "
+                    "signal; leave signal out, or select again"
+                )
+            options["signal"], scores = made_by or asked, scores.scores
+        if not scores:
+            raise UsageError("reselect: expected the scores of a selection, found none; a forced selection has none")
         return self._selecting.choose(torch.tensor(list(scores.values())), list(scores), self.call_settings(**options))
 
     def restart(self) -> None:
@@ -190,6 +209,7 @@ class Calls(Facts):
         """
         given, alone = several(prompts)
         check_batch_size(batch_size)
+        check_type("stop", stop, (str, Collection), "a text or a list of texts")
         stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
         call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
@@ -247,9 +267,10 @@ class Calls(Facts):
             **options: options of `select`.
 
         Raises:
-            UsageError: an empty prompt, or a completion without tokens or too long.
+            UsageError: an empty prompt, a completion without tokens or too long, or no list of mixtures.
             PoolError: as `generate`.
         """
+        check_type("mixtures", mixtures, (list, tuple), "a list of mixtures")
         call = self.call_settings(**options)
         with self._lock:
             self._sync()

@@ -11,13 +11,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
-from logo.errors import NotFinite, UsageError, closest
+from logo.errors import NotFinite, UsageError, check_type, closest
 from logo.prompts import ProbeText, Prompt, cut_left, read, text_ids
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class Prompts:
         """
         if max_new_tokens is None:
             return min(MAX_NEW_TOKENS, (self.context or 2 * MAX_NEW_TOKENS) // 2)
+        check_type("max_new_tokens", max_new_tokens, Integral, "a whole number")
         if max_new_tokens <= 0:
             raise UsageError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
         return max_new_tokens
@@ -248,6 +250,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def check_batch_size(batch_size: int) -> None:
     """Raises UsageError unless it is a number of rows."""
+    check_type("batch_size", batch_size, Integral, "a whole number")
     if batch_size <= 0:
         raise UsageError(f"batch_size: expected 1 or more, found {batch_size}")
 

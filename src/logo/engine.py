@@ -25,6 +25,7 @@ from logo.calls import Calls
 from logo.completions import CompletionScorer
 from logo.decoder import Decoder, Decoding, Generation
 from logo.decoding import Prompts, Truncation, batches_by_length, reads_prompts
+from logo.errors import check_type
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.store import adapter_store
 from logo.models import context_length, devices
@@ -67,7 +68,7 @@ class LoGo(Calls, FromPretrained):
 
     Raises:
         PoolError: an adapter does not fit, or cannot be scored (see `SelectionSettings.unscorable`).
-        UsageError: a merge that does not exist.
+        UsageError: a merge that does not exist, or something else than a pool.
 
     Attributes:
         beginnings: the cache of prompt beginnings, for adapters that act only from a position on; None: the model keeps
@@ -89,6 +90,7 @@ class LoGo(Calls, FromPretrained):
         merge: Merge | str = EXACT,
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
+        check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(PLACE)")
         self.model = model
         self.tokenizer = tokenizer
         self.pool = pool

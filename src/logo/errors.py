@@ -79,8 +79,21 @@ class HubError(LoGoError, OSError):
     """The Hugging Face Hub refused a request, could not be reached, or lacks a repository or file."""
 
 
-def closest(name: str, known: Iterable[str]) -> str:
+def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raises UsageError unless a value is of one of these types, none of which is that of True and False.
+
+    Args:
+        name: the argument's.
+        expected: the types in words.
+    """
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise UsageError(f"{name}: expected {expected}, found {' '.join(f'{value!r:.60}'.split())}")
+
+
+def closest(name: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for a name that resembles a known one in whatever case, else an empty text."""
+    if not isinstance(name, str):
+        return ""
     lowered = {other.lower(): other for other in known}
     matches = difflib.get_close_matches(name.lower(), list(lowered), n=1)
     return f" (did you mean {lowered[matches[0]]!r}?)" if matches else ""

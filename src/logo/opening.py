@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from logo.adapters.options import OnBadAdapter
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.decoding import Truncation
-from logo.errors import UsageError, closest
+from logo.errors import UsageError, check_type, closest
 from logo.mixing import EXACT, Merge
 from logo.models import load_base
 from logo.pools import officially_named, open_pool, pool_place
@@ -35,7 +36,7 @@ class FromPretrained:
     @classmethod
     def from_pretrained(
         cls,
-        base_model: str,
+        base_model: str | os.PathLike[str],
         pool: AdapterPool | str | Path | Sequence[str | Path] | None = None,
         *,
         engine: str = LOCAL,
@@ -81,6 +82,8 @@ class FromPretrained:
             PoolError, AdapterError: the pool cannot be used on it.
             UsageError: a setting that does not exist or cannot be used.
         """
+        check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
+        base_model = os.fspath(base_model)
         if preset is not None and preset not in get_args(Preset):
             raise UsageError(f"preset: expected {', '.join(map(repr, get_args(Preset)))} or None, found {preset!r}")
         official = preset == "official"

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
 from logo.decoding import Prompts, batches_by_length, input_device
-from logo.errors import PoolError, UsageError, closest
+from logo.errors import PoolError, UsageError, check_type, closest
 from logo.mixing import EXACT, Mixer
 from logo.prompts import Prompt
 from logo.scoring import MAX_TOKENS
@@ -92,6 +92,7 @@ class Choosing:
                 raise UsageError(f"unknown option {name!r}{closest(name, allowed)}; known: {', '.join(allowed)}")
         settings = self._settings.for_call(**given)
         if candidates is not None:
+            check_type("candidates", candidates, (str, Collection), "names of adapters")
             names = (candidates,) if isinstance(candidates, str) else candidates
             among = frozenset(known(name, self.pool) for name in names)
             if not among:
@@ -127,7 +128,8 @@ class Choosing:
         k = min(self.pool.default_k if settings.k is None else settings.k, len(names))
         weighting, evidence = settings.reading.weighting, self.evidence(settings)
         temperature, mass = settings.weight_temperature, settings.keep_mass
-        return Selector(k, weighting, temperature, mass, evidence, settings.when_unsure)(scores, names)
+        selector = Selector(k, weighting, temperature, mass, evidence, settings.when_unsure)
+        return replace(selector(scores, names), signal=settings.signal)
 
     def evidence(self, settings: SelectionSettings) -> Evidence | None:
         """Turns a lead of these settings' scores into a confidence; None if scores have no scale of their own."""
@@ -302,10 +304,11 @@ def for_each(adapters: Forced | Sequence[Forced | None] | None, count: int) -> l
     """The mixtures that are forced on so many prompts.
 
     Raises:
-        UsageError: the list has another length.
+        UsageError: it is no list, or has another length.
     """
     if adapters is None or isinstance(adapters, (Mapping, Selection)):
         return [adapters] * count
+    check_type("adapters", adapters, (list, tuple), "{name: weight}, a Selection, or a list of these")
     if len(adapters) != count:
         raise UsageError(f"adapters: expected one entry for each of {count} prompts, found {len(adapters)}")
     return list(adapters)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from logo.adapters.presets import PREFIX, preset
-from logo.errors import UsageError
+from logo.errors import UsageError, check_type
 from logo.hub.names import clean_subfolder, is_hub_spec, split_hub_spec
 
 Kind = Literal["folder", "manifest", "repo", "repos"]
@@ -96,14 +96,19 @@ def parse_places(texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     """Parses one text, which may name several places, or several texts.
 
     Raises:
-        UsageError: a text names no place, or there is no text.
+        UsageError: a text names no place, or something else is given than texts.
     """
+    expected = "a folder, a manifest or a Hub repository, or a list of these"
+    check_type("pool", texts, (str, os.PathLike, Iterable), expected)
     if isinstance(texts, (str, os.PathLike)):
         text = os.fspath(texts)
         whole = os.path.exists(text) or not isinstance(texts, str)  # a folder may have a comma in its name
         parts = [text] if whole else [part.strip() for part in text.split(",")]
     else:
-        parts = [os.fspath(text) for text in texts]
+        parts = []
+        for one in texts:
+            check_type("pool", one, (str, os.PathLike), expected)
+            parts.append(os.fspath(one))
     if not parts or not all(parts):
         raise UsageError("no place with adapters: expected a folder, a manifest or a Hub repository; see --adapters")
     found = (place for part in parts for place in _places(part))

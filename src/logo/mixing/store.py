@@ -18,13 +18,14 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import nn
 
 from logo.adapters.format import Adapter, LoraWeights
 from logo.adapters.layout import adaptable_modules
-from logo.errors import StoreFull
+from logo.errors import StoreFull, check_type
 from logo.mixing.columns import Columns
 from logo.mixing.host_cache import HostCache
 from logo.mixing.placement import ADAPTER_SHARE, device_of, dtype_of, free_bytes
@@ -317,6 +318,9 @@ def adapter_store(model: nn.Module, memory_gb: float | None, cache_gb: float | N
     Warns:
         UserWarning: `cache_gb` is less than the columns may have, so that files are read again.
     """
+    for name, size in (("adapter_memory_gb", memory_gb), ("adapter_cache_gb", cache_gb)):
+        if size is not None:
+            check_type(name, size, Real, "a number")
     modules = adaptable_modules(model)
     devices = {device_of(module) for module in modules.values()}
     budget = int(ADAPTER_SHARE * free_bytes(devices) if memory_gb is None else memory_gb * 1e9)

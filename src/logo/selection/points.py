@@ -64,8 +64,8 @@ def find_points(
     return tuple(dict.fromkeys(points))
 
 
-def named_points(model: nn.Module, names: Sequence[str]) -> tuple[Point, ...]:
-    """Points by name: `"4.v_proj"`, `"4.self_attn.v_proj"` or a full module path.
+def named_points(model: nn.Module, names: str | Sequence[str]) -> tuple[Point, ...]:
+    """Points by name: `"4.v_proj"`, `"4.self_attn.v_proj"` or a full module path; one or several.
 
     Raises:
         UsageError: a name that is not of this kind, or no name at all.
@@ -73,7 +73,7 @@ def named_points(model: nn.Module, names: Sequence[str]) -> tuple[Point, ...]:
     """
     path, blocks = decoder_layers(model)
     points = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         layer, _, module = name.removeprefix(f"{path}.").partition(".")
         if not module or not layer.lstrip("-").isdigit():
             raise UsageError(f"probe point {name!r}: expected a layer and a module, such as '4.v_proj'")

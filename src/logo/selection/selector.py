@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from logo.adapters.pool import AdapterPool
-from logo.errors import NotFinite, PoolError, Unsure, UsageError, closest
+from logo.errors import NotFinite, PoolError, Unsure, UsageError, check_type, closest
 from logo.selection.confidence import RESPONSES, Evidence
 from logo.selection.signals import Weighting, WhenUnsure
 
@@ -36,17 +36,26 @@ class Selection:
         scores: the score of every scored adapter, in pool order. Empty for a forced selection.
         confidence: the probability that the pool holds an adapter that was made for this prompt; None for a forced
             selection, and for signals whose scores have no scale of their own.
+        signal: the signal whose scores these are; None for a selection that no signal made.
     """
 
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
     scores: dict[str, float]
     confidence: float | None = None
+    signal: str | None = None
 
     @classmethod
     def forced(cls, weights: Mapping[str, float]) -> Selection:
-        """The selection that a user forces."""
-        return cls(tuple(weights), tuple(float(w) for w in weights.values()), {})
+        """The selection that a user forces.
+
+        Raises:
+            UsageError: a weight that is no number.
+        """
+        try:
+            return cls(tuple(weights), tuple(float(w) for w in weights.values()), {})
+        except (TypeError, ValueError):
+            raise UsageError(f"adapters: expected a number as the weight of each, found {weights!r:.60}") from None
 
     @property
     def mixture(self) -> dict[str, float]:
@@ -72,8 +81,9 @@ def forced(entry: Forced, pool: AdapterPool, candidates: Collection[str] | None 
 
     Raises:
         PoolError: an adapter is not in the pool, or not among the candidates.
-        UsageError: a weight that is not a finite number.
+        UsageError: neither weights by name nor a selection, or a weight that is not a finite number.
     """
+    check_type("adapters", entry, (Mapping, Selection), "{name: weight} or a Selection")
     selection = entry if isinstance(entry, Selection) else Selection.forced(entry)
     for name, weight in zip(selection.adapters, selection.weights, strict=True):
         known(name, pool, candidates)

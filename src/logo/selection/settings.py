@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from logo.adapters.activation import OFF, Activation, check_forced, check_without
-from logo.errors import UsageError, closest
+from logo.errors import UsageError, check_type, closest
 from logo.prompts import ProbeText, check_probe_text
 from logo.selection.signals import SIGNALS, ProbeInput, ProbeToken, Signal, Weighting, WhenUnsure, get_signal
 
 # The depth of a probe, as a share of the layers, if the prompt is read again under its mixture.
 DEPTH = 0.5
+_WHOLE = ("k", "index_rank", "index_left")
+_NUMBERS = ("weight_temperature", "keep_mass", "probe_depth", "prefix_cache_gb")
 
 ProbeContext = Literal["base", "pool", "carry"]
 Unscorable = Literal["error", "skip"]
@@ -96,6 +99,7 @@ class SelectionSettings:
     activations: tuple[Activation, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_types()
         get_signal(self.signal)
         check_probe_text(self.probe_text)
         check_forced(self.activation)
@@ -150,6 +154,15 @@ class SelectionSettings:
             raise UsageError(f"reference 'running': the signal {self.signal!r} is not compared with a reference")
 
         self._check_index()
+
+    def _check_types(self) -> None:
+        for name in (*_WHOLE, *_NUMBERS):
+            value = getattr(self, name)
+            if value is not getattr(type(self), name):  # the default, which may be None
+                whole = name in _WHOLE
+                check_type(name, value, Integral if whole else Real, "a whole number" if whole else "a number")
+        if isinstance(self.calibration_prompts, str):
+            raise UsageError(f"calibration_prompts: expected a list of texts, found {self.calibration_prompts!r:.60}")
 
     def _check_index(self) -> None:
         for name, value in (("index_rank", self.index_rank), ("index_left", self.index_left)):
