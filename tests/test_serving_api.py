@@ -215,7 +215,6 @@ def test_what_prometheus_reads(server: Served, client: openai.OpenAI) -> None:
 # -- what cannot be answered ---------------------------------------------------------------------------------------
 
 COMPLETION = {"model": "logo", "prompt": "x"}
-CHAT = {"model": "logo", "messages": [{"role": "user", "content": "x"}]}
 
 
 @pytest.mark.parametrize(
@@ -237,8 +236,6 @@ CHAT = {"model": "logo", "messages": [{"role": "user", "content": "x"}]}
         ("logo/select", {"prompt": "x", "logo": {"signal": "entropy"}}, 400, "logo.signal"),
         ("completions", {**COMPLETION, "prompt": ["x"] * 64, "n": 16}, 400, None),
         ("completions", {**COMPLETION, "model": "antonym", "logo": {"k": 2}}, 400, "logo"),
-        ("completions", {**COMPLETION, "model": "demo", "logo": {"adapters": {"antonym": 1}}}, 400, "logo.adapters"),
-        ("chat/completions", {**CHAT, "model": "demo", "logo": {"adapters": {"antonym": 1}}}, 400, "logo.adapters"),
         ("chat/completions", {"model": "logo", "messages": []}, 400, "messages"),
         ("chat/completions", {"model": "logo", "messages": [{"role": "user"}]}, 400, "messages[0].content"),
         ("logo/select", {}, 400, None),

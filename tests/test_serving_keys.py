@@ -97,6 +97,7 @@ def test_a_keys_answers_are_the_librarys(team: Served, engine: LoGo) -> None:
         {"model": "logo", "logo": {"adapters": {"french": 1.0}}},
         {"model": "logo", "logo": {"adapters": {"add_numbers": 0.5, "french": 0.5}}},
         {"model": "logo", "logo": {"candidates": ["add_numbers", "french"]}},
+        {"model": "demo", "logo": {"adapters": {"french": 1.0}}},
     ],
     ids=str,
 )

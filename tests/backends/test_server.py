@@ -245,10 +245,6 @@ def sent(server: Server, path: str, key: str | None, header: str, body: bytes = 
         ({"logo": {"signal": "nosignal"}}, "logo.signal: expected one of calibrated, norm"),
         ({"logo": {"mode": "x"}}, "logo.mode"),
         ({"logo": {"k": 2, "adapters": {}}}, "adapters"),
-        (
-            {"model": "base", "logo": {"adapters": {"antonym": 1}}},
-            "logo.adapters: model 'base' is the base model alone",
-        ),
         ({"temperature": 9}, "temperature"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"prompt": "word " * 400}, "256"),

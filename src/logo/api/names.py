@@ -44,15 +44,7 @@ class Models:
         if model not in (AUTO, self.base) and model not in self.adapters:
             raise model_not_found(model, closest(model, (AUTO, self.base, *self.adapters)))
         options = options or LogoOptions()
-        own: dict[str, float] = {} if model == self.base else {model: 1.0}
         if options.adapters is not None:
-            if model != AUTO and options.adapters != own:
-                alone = "the base model alone" if model == self.base else "that adapter alone, with weight 1"
-                raise bad_request(
-                    f"logo.adapters: model {shown(model)} is {alone}, and 'adapters' says another mixture: leave out "
-                    f"'adapters', or ask for model {shown(AUTO)}",
-                    "logo.adapters",
-                )
             return MixtureRequest(options.adapters, usable=self.patterns)
         if options.signal is not None and options.signal not in self.signals:
             raise bad_request(
@@ -66,7 +58,7 @@ class Models:
         if options.selecting:
             said = ", ".join(map(repr, options.selecting))
             raise bad_request(f"logo: model {shown(model)} does not select adapters; leave out {said}", "logo")
-        return MixtureRequest(own, usable=self.patterns)
+        return MixtureRequest({} if model == self.base else {model: 1.0}, usable=self.patterns)
 
     def check_new(self, name: str, *, replace: bool) -> None:
         """Checks that an adapter of this name may be added.

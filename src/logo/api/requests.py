@@ -40,8 +40,7 @@ class LogoOptions(Body):
     model_config = ConfigDict(extra="forbid")
 
     adapters: dict[Text, Annotated[Number, Field(gt=-1e6, lt=1e6)]] | None = Field(
-        None,
-        description="For model 'logo': adapter -> weight, exactly this mixture. An empty object: the base model alone.",
+        None, description="Adapter -> weight: exactly this mixture. An empty object: the base model alone."
     )
     k: Count | None = Field(None, description="How many adapters are mixed.")
     signal: Text | None = Field(None, description="The signal that scores adapters.")
