@@ -277,7 +277,7 @@ def never(seconds: float = 1000.0) -> Held:
 
 
 def test_processes_that_do_not_open_in_time_are_waited_for_no_longer() -> None:
-    with pytest.raises(WorkersError, match=r"^no worker could start within 0\.5 s: .* or the model takes longer"):
+    with pytest.raises(WorkersError, match=r"^no worker could start within 0\.5 s: .* or opening takes longer; give"):
         opened(Layout(1, cpus=1, start=0.5), open_=never)
 
 

@@ -80,7 +80,7 @@ class HubError(LoGoError, OSError):
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Raises UsageError unless a value is of one of these types, none of which is that of True and False.
+    """Raises UsageError unless a value is of one of these types. True and False are refused, though Python has them as ints.
 
     Args:
         name: the argument's.

@@ -257,7 +257,7 @@ def logits_at(
         mask = torch.ones_like(ids) if mask is None else mask
         output = model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
     logits: Tensor = output.logits
-    before = length - logits.shape[1]  # positions without logits, if those that have them are the last ones
+    before = length - logits.shape[1]  # if the model returns the last positions only, so many stand before them
     return logits if logits.shape[1] == len(places) else logits[:, [place - before for place in places]]
 
 

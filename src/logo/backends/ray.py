@@ -203,8 +203,8 @@ class Workers(Generic[H]):
     def _check_wait(self, since: float) -> None:
         if time.monotonic() - since > self._layout.start:
             raise WorkersError(
-                f"no worker could start within {self._layout.start:g} s: the cluster has no room for one, or the "
-                "model takes longer to load"
+                f"no worker could start within {self._layout.start:g} s: the cluster has no room for one, or opening "
+                "takes longer; give each worker fewer CPUs or GPUs, or see Ray's logs for what it waits for"
             )
 
     # -- processes -----------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self._device = self.logo.model.device
         self._revision = options.get("revision") or "main"
         self._max_gen_toks = max_gen_toks
-        self._mixtures: dict[tuple[str, int | None], Mixture] = {}  # by `_key`
+        self._mixtures: dict[tuple[str, int | None], Mixture] = {}  # by `_keys`
         self._documents: list[str] = []  # parallel to the requests that are being scored
 
     # -- several processes --------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         Args:
             max_new_tokens: length of the answers, for which a text that is too long is cut to leave room.
         """
-        keys = {text: self._key(text, max_new_tokens) for text in dict.fromkeys(texts)}
+        keys = self._keys(list(dict.fromkeys(texts)), max_new_tokens)
         new = [text for text, key in keys.items() if key not in self._mixtures]
         with tqdm(total=len(new), desc="Selecting adapters", disable=quiet or not new) as bar:
             step = self.batch_size * _BATCHES
@@ -305,11 +305,15 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
                 bar.update(len(part))
         return [self._mixtures[keys[text]] for text in texts]
 
-    def _key(self, text: str, max_new_tokens: int) -> tuple[str, int | None]:
-        """What a mixture depends on: the text, and, if it is cut to leave room for the answer, the answer's length."""
-        [whole] = self.logo.prompts.read([text], room=None)
+    def _keys(self, texts: Sequence[str], max_new_tokens: int) -> dict[str, tuple[str, int | None]]:
+        """What the mixture of each text depends on: the text, and, if the text is cut to leave room for the answer, the
+        answer's length."""
         context = self.logo.prompts.context
-        return text, max_new_tokens if context is not None and len(whole) + max_new_tokens > context else None
+        if context is None:
+            return {text: (text, None) for text in texts}
+        whole = self.logo.prompts.read(texts, room=None)
+        cut = [len(prompt) + max_new_tokens > context for prompt in whole]
+        return {text: (text, max_new_tokens if is_cut else None) for text, is_cut in zip(texts, cut, strict=True)}
 
     def _score(
         self, pairs: Sequence[tuple[list[int], list[int]]], mixtures: Sequence[Mixture], quiet: bool

@@ -232,9 +232,9 @@ class VllmLoGo(Calls):
     def _clean(self, lora: Any, found: ModelError) -> None:
         """Removes from the KV cache what an overflow has left there.
 
-        Blocks of a mixture that has failed are not found again (`Core.failed`). Those of the base model are found by
-        their tokens alone, so they are forgotten before they change. vLLM does not do that while other requests run;
-        then they stay as they are.
+        No later request finds the blocks of a mixture that has failed (`Core.failed`). vLLM finds blocks of the base
+        model by their tokens, so its prefix cache is reset before their content changes. vLLM refuses to reset it while
+        other requests run; the blocks then keep their content.
         """
         if lora is not None:
             self._call("logo_clean", lora.lora_name, str(found))
