@@ -80,7 +80,7 @@ class HubError(LoGoError, OSError):
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Raises UsageError unless a value is of one of these types. True and False are refused, though Python has them as ints.
+    """Raises UsageError unless a value is of one of these types. True and False are never accepted as numbers.
 
     Args:
         name: the argument's.
