@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,8 +102,11 @@ def test_what_answers_where_nothing_stands_out(when: str, adapters: tuple[str, .
 
 
 def test_an_unsure_selection_may_be_refused() -> None:
-    with pytest.raises(Unsure, match=r"confidence 0\.\d\d, expected 0\.25 or more"):
+    with pytest.raises(Unsure, match=r"confidence 0\.\d\d, expected 0\.25 or more") as caught:
         select([1.25, *REST], when_unsure="refuse")
+    same = pickle.loads(pickle.dumps(caught.value))
+    assert (str(same), same.confidence) == (str(caught.value), caught.value.confidence) and same.confidence < UNSURE
+    assert same.scores == caught.value.scores == select([1.25, *REST]).scores
     assert select([9.0, *REST], when_unsure="refuse").adapters
 
 

@@ -13,13 +13,16 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from logo.bench.local_server import LocalServer
 from logo.cli.run import run
 from logo.demo import heldout
+from logo.protocol import MixtureRequest
 from logo.selection import Selection
+from logo.selection.selector import Selector
 from logo.serving.app import AppSettings, create_app
 from logo.serving.logged import LEADING, entry
 from logo.serving.logs import AccessLog, JsonLines
@@ -245,6 +248,44 @@ def test_prompts_are_logged_only_where_that_is_asked_for(
     assert [one.get("prompt") for one in found] == (["a secret", "b", "a secret"] if log_prompts else [None] * 3)
     assert [json.loads(text)["pool"] for text in written if "pool" in json.loads(text)] == [["a", "b"], ["a"]]
     assert not any("secret" in record.getMessage() or "selections" in record.getMessage() for record in caplog.records)
+
+
+def test_refused_prompts_are_in_the_log_and_in_the_metrics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `--when-unsure refuse` these are the prompts for which the pool lacks an adapter."""
+    engine = Scripted()
+    app = create_app(engine, AppSettings("base", log_prompts=True))
+    selector, answered = Selector(1, when_unsure="refuse"), engine.choose
+
+    async def choose(prompt: Any, wanted: MixtureRequest) -> Any:
+        if engine.tokenizer.decode(prompt.ids, skip_special_tokens=True) == "strange":
+            selector(torch.tensor([0.5, 0.5]), ["a", "b"])
+        return await answered(prompt, wanted)
+
+    engine.choose = choose  # type: ignore[method-assign]
+
+    async def talk() -> None:
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(AccessLog(app))
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                for path, prompt in (("/v1/completions", ["known", "strange"]), ("/v1/logo/select", "strange")):
+                    answer = await client.post(path, json={"model": "logo", "prompt": prompt})
+                    error = answer.json()["error"]
+                    assert (answer.status_code, error["code"]) == (400, "no_adapter_fits")
+                    assert "--" not in error["message"] and "as 'model'" in error["message"]
+                told = (await client.get("/metrics")).text
+                assert 'logo:request_failure_total{reason="unsure"} 2.0' in told
+                assert "logo:selection_confidence_count 2.0" in told
+
+    with caplog.at_level(logging.INFO, "logo"):
+        asyncio.run(talk())
+    assert engine.released == ["a"]
+    log = tmp_path / "day.log"
+    log.write_text("\n".join(JsonLines().format(record) for record in caplog.records), "utf-8")
+    assert run(["pool", "health", str(log), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompts"], found["unsure"]) == (2, 2) and found["unserved"][0]["size"] == 2
 
 
 # -- the command ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ built-in error, so that `except ValueError` and `except OSError` work.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class LoGoError(Exception):
@@ -64,7 +64,22 @@ class NotFinite(ModelError, ArithmeticError):
 
 
 class Unsure(PoolError):
-    """No adapter of the pool seems to be made for a prompt, and `when_unsure` is `"refuse"`."""
+    """No adapter of the pool seems to be made for a prompt, and `when_unsure` is `"refuse"`.
+
+    Attributes:
+        reason: what was found, without the options that change it.
+        scores: of the adapters, by name.
+        confidence: of the selection that is refused.
+    """
+
+    def __init__(self, reason: str, scores: Mapping[str, float], confidence: float) -> None:
+        super().__init__(f"{reason}; force one (--adapter), or let the base model answer (--when-unsure base)")
+        self.reason = reason
+        self.scores = scores
+        self.confidence = confidence
+
+    def __reduce__(self) -> tuple[type[Unsure], tuple[str, Mapping[str, float], float]]:
+        return type(self), (self.reason, self.scores, self.confidence)
 
 
 class DataError(LoGoError, ValueError):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logo.api.validation import shown
-from logo.errors import AdapterError, NotFinite, PoolError, StorageError, StoreFull, UsageError
+from logo.errors import AdapterError, NotFinite, PoolError, StorageError, StoreFull, Unsure, UsageError
 from logo.protocol import NotReady
 
 INVALID = "invalid_request_error"
@@ -52,6 +52,9 @@ class ApiError(Exception):
         """The answer to any exception, before a response has begun or in the middle of a stream."""
         if isinstance(error, ApiError):
             return error
+        if isinstance(error, Unsure):  # its own advice names options of the command line
+            advice = "name an adapter or the base model as 'model'"
+            return bad_request(f"{error.reason}; {advice}", code="no_adapter_fits")
         if isinstance(error, (UsageError, PoolError)):
             return bad_request(shown_line(str(error)))
         if isinstance(error, AdapterError):  # an adapter of the pool: the request is not to blame

@@ -129,6 +129,7 @@ class Selector:
 
         Raises:
             NotFinite: a score is NaN or infinite.
+            Unsure: the confidence is too low, and `when_unsure` is `"refuse"`.
         """
         scores = scores.detach().float().cpu()
         if not bool(scores.isfinite().all()):
@@ -136,6 +137,14 @@ class Selector:
             raise NotFinite(f"the score of adapter {bad!r} is not finite: the hidden state or the adapter overflows")
         top, order = torch.sort(scores, descending=True, stable=True)
         confidence = None if self.evidence is None else self.evidence.confidence(top)
+        named = dict(zip(names, scores.tolist(), strict=True))
+        if self.when_unsure == "refuse" and confidence is not None and confidence < UNSURE:
+            raise Unsure(
+                f"no adapter of the pool seems to be made for this prompt (confidence {confidence:.2f}, expected "
+                f"{UNSURE} or more)",
+                named,
+                confidence,
+            )
         weights = self._weights(top, confidence)
         if self.keep_mass is not None:
             # The first adapter always stays; another one is dropped if those before it hold the mass already.
@@ -145,7 +154,7 @@ class Selector:
         return Selection(
             tuple(names[i] for i in order.tolist()),
             tuple(weights.tolist()),
-            dict(zip(names, scores.tolist(), strict=True)),
+            named,
             confidence,
         )
 
@@ -153,11 +162,6 @@ class Selector:
         """Weights (k,) from all scores (adapters,), best first; fewer where the selection is unsure."""
         top = ranked[: self.k]
         if confidence is not None and confidence < UNSURE and self.when_unsure != "mix":
-            if self.when_unsure == "refuse":
-                raise Unsure(
-                    f"no adapter of the pool seems to be made for this prompt (confidence {confidence:.2f}, expected "
-                    f"{UNSURE} or more); force one (--adapter), or let the base model answer (--when-unsure base)"
-                )
             return torch.ones(1 if self.when_unsure == "best" else 0)
         if self.weighting == "linear":
             return linear(top)

@@ -17,6 +17,7 @@ from logo.api.names import Models
 from logo.api.requests import Message
 from logo.decoding import MAX_NEW_TOKENS
 from logo.endings import FinishReason
+from logo.errors import Unsure
 from logo.prompts import Prompt, read
 from logo.protocol import (
     Engine,
@@ -28,6 +29,7 @@ from logo.protocol import (
     SelectedMixture,
     TokenLogprob,
 )
+from logo.selection import Selection
 from logo.serving import logged
 from logo.serving.metrics import Metrics
 from logo.serving.text import Text
@@ -160,28 +162,40 @@ class Answers:
     # -- answering -------------------------------------------------------------------------------------------------
 
     async def choose(
-        self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float
+        self, prompts: Sequence[Prompt], wanted: MixtureRequest, began: float, state: Any
     ) -> tuple[SelectedMixture, ...]:
         """Selects the mixture of each prompt; they are probed together.
+
+        Args:
+            state: of the request; gets the entries of the log, also those of prompts that are refused.
 
         Raises:
             ApiError: the request has timed out.
             LoGoError: as `Engine.choose`.
         """
-        choosing = asyncio.gather(*(self.service.choose(prompt, wanted) for prompt in prompts))
+        choosing = asyncio.gather(*(self.service.choose(prompt, wanted) for prompt in prompts), return_exceptions=True)
         try:
-            chosen = await asyncio.wait_for(choosing, self._left(began))
+            found = await asyncio.wait_for(choosing, self._left(began))
         except asyncio.TimeoutError:
             self.metrics.failures.labels("timeout").inc()
             raise timed_out(self.timeout or 0) from None
         own = wanted.options.get("signal") in (None, self.service.signal)
-        for one in chosen:
-            self.metrics.chosen(one, own)
+        entries, chosen = [], []
+        for prompt, one in zip(prompts, found, strict=True):
+            if isinstance(one, Unsure):
+                self.metrics.refused(one, own)
+                entries.append(logged.entry(Selection((), (), dict(one.scores), one.confidence), self._said(prompt)))
+            elif not isinstance(one, BaseException):
+                self.metrics.chosen(one, own)
+                entries.append(logged.entry(one.selection, self._said(prompt)))
+                chosen.append(one)
+        state.selections = entries or None
+        for error in found:
+            if isinstance(error, BaseException):
+                for one in chosen:
+                    one.release()
+                raise error
         return tuple(chosen)
-
-    def logged(self, prompts: Sequence[Prompt], chosen: Sequence[SelectedMixture]) -> list[dict[str, Any]]:
-        """The entry of each prompt's selection in the log."""
-        return [logged.entry(one.selection, self._said(p)) for p, one in zip(prompts, chosen, strict=True)]
 
     def _said(self, prompt: Prompt) -> str | None:
         """The beginning of the probed tokens of a prompt, if they may be logged."""

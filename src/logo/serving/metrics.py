@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from logo.errors import Unsure
 from logo.selection.drift import Drift
 
 if TYPE_CHECKING:
@@ -73,9 +74,17 @@ class Metrics:
             self.probe.observe(chosen.probe_ms / 1e3)
         self.adapters_per_request.observe(len(chosen.selection.adapters))
         if chosen.selection.confidence is not None:
-            self.confidence.observe(chosen.selection.confidence)
-            if own:
-                self.drift.see(chosen.selection.scores)
+            self._scored(chosen.selection.scores, chosen.selection.confidence, own)
+
+    def refused(self, refused: Unsure, own: bool = True) -> None:
+        """Counts a prompt that nothing answers, whose confidence tells what the pool lacks; `own`: as in `chosen`."""
+        self.failures.labels("unsure").inc()
+        self._scored(refused.scores, refused.confidence, own)
+
+    def _scored(self, scores: Mapping[str, float], confidence: float, own: bool) -> None:
+        self.confidence.observe(confidence)
+        if own:
+            self.drift.see(scores)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -113,10 +113,9 @@ async def _generate(
         prompts = await encoded()
         request.state.prompt_tokens = sum(map(len, prompts))
         sampling = Sampling(answers.room(prompts, *limit), body.temperature, body.top_p, body.seed, logprobs)
-        chosen = await unless_left(request, answers.choose(prompts, wanted, began))
+        chosen = await unless_left(request, answers.choose(prompts, wanted, began, request.state))
         for one in chosen:
             stack.callback(one.release)
-        request.state.selections = answers.logged(prompts, chosen)
         prepared = PreparedRequest(tuple(prompts), chosen, body.n, sampling, body.stops, began)
         if body.stream:
             return Streamed(answers, prepared, rendering, request.state, stack.pop_all())
@@ -149,9 +148,8 @@ async def select(body: SelectRequest, request: Request) -> SelectionReply:
         else:
             prompt = await answers.conversation(body.messages or [])
         answers.room([prompt], None, "prompt" if body.messages is None else "messages")
-        [chosen] = await unless_left(request, answers.choose([prompt], wanted, began))
+        [chosen] = await unless_left(request, answers.choose([prompt], wanted, began, request.state))
         chosen.release()
-        request.state.selections = answers.logged([prompt], [chosen])
     return SelectionReply.of(chosen, len(prompt))
 
 
