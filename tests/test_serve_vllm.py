@@ -202,6 +202,7 @@ def test_what_vllms_server_cannot_do_is_refused(
         (["--api-key", "with space"], "printable"),
         (["--cors", "nothing"], "--cors"),
         (["--served-model-name", "logo"], "another name"),
+        (["--served-model-name", "antonym"], "adapter 'antonym': the base model has the same name"),
         (["--signals", "nosuch"], "nosuch"),
         (["--probe-context", "pool"], "probe"),
         (["--dtype", "int8"], "expected 'auto'"),

@@ -74,6 +74,15 @@ def refused(call: Any) -> dict[str, Any]:
     return {**body["error"], "status": caught.value.code}
 
 
+def test_an_adapter_that_nobody_could_ask_for_is_refused(tmp_path: Path) -> None:
+    """It has the name of the base model, or that of the model that selects; each would answer in its place."""
+    shutil.copytree(adapters_dir() / "antonym", tmp_path / "logo")
+    for options in (["--served-model-name", "antonym"], ["--adapters", str(tmp_path)]):
+        command = [sys.executable, "-m", "logo.cli", "serve", "--base-model", "demo", "--port", "0", *options]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert found.returncode == 2 and "nobody could ask for" in found.stderr, found.stderr
+
+
 # -- the official client -------------------------------------------------------------------------------------------
 
 

@@ -12,11 +12,28 @@ from typing import Any
 from logo.api.errors import bad_request, model_not_found, not_found
 from logo.api.requests import LogoOptions
 from logo.api.validation import shown
-from logo.errors import closest
+from logo.errors import UsageError, closest
 from logo.protocol import MixtureRequest, Patterns
 
 AUTO = "logo"
 """The model name for which the prompt selects the adapters."""
+
+
+def check_pool(base: str, adapters: Collection[str]) -> None:
+    """Checks that every adapter of a pool can be requested by its name.
+
+    Raises:
+        UsageError: an adapter has the name of another model, which would answer in its place.
+    """
+    if AUTO in adapters:
+        raise UsageError(
+            f"adapter {AUTO!r}: requests for this name select adapters, so nobody could ask for it; rename its folder"
+        )
+    if base in adapters:
+        raise UsageError(
+            f"adapter {base!r}: the base model has the same name, so nobody could ask for the adapter; give the base "
+            "model another one (--served-model-name)"
+        )
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,7 @@ def serve(
     engine, base_model = or_demo(engine)
     name = _name(served_model_name, base_model)
 
+    from logo.api.names import check_pool
     from logo.selection.signals import get_signal
     from logo.serving.app import AppSettings
     from logo.serving.memory import Memory
@@ -206,6 +207,7 @@ def serve(
         )
         return serve_ray.serve(engine, base_model, replicas, layout, released(taken), plan)
     logo = open_engine(engine, base_model)
+    check_pool(name, logo.names)
     for pattern in unmatched(logo.names, bound):
         note(f"--key-adapters: no adapter matches {pattern!r} now")
     memory = Memory(max_concurrent, kv_cache_gb)

@@ -105,8 +105,9 @@ def serve(
     plan: Plan,
 ) -> Any:
     """Serves until a signal comes; if `application` calls it, returns the application for Ray Serve instead."""
+    from logo.api.names import check_pool
     from logo.serving.driver import serve_replicas
-    from logo.serving.replica import digest
+    from logo.serving.replica import ServerPlan, digest
     from logo.serving.replicas import Scale
     from logo.serving.replicas import application as build
 
@@ -117,6 +118,8 @@ def serve(
     if _described.get():
         return build(plan, scale, layout.cpus or 1, layout.gpus or 0.0)
     pool = open_pool(engine, base_model)  # raises its errors before anything is started
+    if isinstance(plan, ServerPlan):
+        check_pool(plan.settings.base_model, pool.names)
     note(starting(layout, "replicas"))
     serve_replicas(plan, scale, address, digest(pool), lambda url: note(f"Serving on {url}"), note)
     return None

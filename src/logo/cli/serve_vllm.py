@@ -209,6 +209,7 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
 def _planned(options: EngineOptions, base_model: str, server: VllmServerOptions, dtype: str) -> tuple[Plan, int]:
     """The slots for this pool, printed with the reason; and adapters per mixture."""
     from logo.adapters.layout import BaseLayout
+    from logo.api.names import check_pool
     from logo.backends.plan import UTILISATION, plan
     from logo.backends.shapes import ModelShape, PoolShape, number_dtype
     from logo.backends.vllm.launch import number
@@ -218,6 +219,7 @@ def _planned(options: EngineOptions, base_model: str, server: VllmServerOptions,
     shape = ModelShape.of(model)
     settings = selection_settings(options)
     fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
+    check_pool(server.name, fitted.names)
     fitted = fitted.acting(settings.activation, settings.when_not_invoked)
     pool = PoolShape.of(model, fitted, settings)
     mode: Mode | None = None if server.mode == "auto" else "gate" if server.mode == "gate" else "merge"
