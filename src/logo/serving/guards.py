@@ -96,7 +96,7 @@ def guard(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
             app,
             settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     if is_loopback(settings.host) or settings.allow_hosts:
