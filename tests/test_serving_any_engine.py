@@ -12,9 +12,10 @@ from typing import Any
 
 import httpx
 
+from http_server import serving
 from logo.models import load_base
 from logo.prompts import Prompt
-from logo.protocol import Delta, Engine, Figures, MixtureRequest, Sampling
+from logo.protocol import Delta, Engine, Figures, MixtureRequest, Overloaded, Sampling
 from logo.selection import Selection
 from logo.selection.drift import Drift
 from logo.serving.app import AppSettings, create_app
@@ -117,6 +118,43 @@ def test_answers_whole_and_streamed() -> None:
         assert engine.released == ["a", "b"]
 
     asked(use)
+
+
+def test_one_model_is_told() -> None:
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        engine.adapters["team/a"] = None
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in listed] == ["logo", "base", "a", "b", "team/a"]
+        for card in listed:
+            assert (await client.get(f"/v1/models/{card['id']}")).json() == card
+        answer = await client.get("/v1/models/team/b")
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+        assert "team/a" in answer.json()["error"]["message"]
+
+    asked(use)
+
+
+def test_requests_that_found_no_place_are_counted() -> None:
+    async def use(client: httpx.AsyncClient, engine: Scripted) -> None:
+        def full(count: int = 1) -> Any:
+            raise Overloaded
+
+        engine.admitted = full  # type: ignore[method-assign]
+        answer = await client.post("/v1/completions", json={"model": "logo", "prompt": ["x", "y"], "n": 2})
+        assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+        assert 'logo:request_failure_total{reason="queue_full"} 4.0' in (await client.get("/metrics")).text
+
+    asked(use)
+
+
+def test_head_is_answered_like_get_without_a_body() -> None:
+    with serving(create_app(Scripted(), AppSettings("base"))) as url:
+        for path in ("/health", "/ready", "/version", "/metrics", "/v1/models", "/", "/page/page.js"):
+            answer = httpx.head(url + path)
+            assert answer.status_code == 200 and answer.content == b"", path
+            assert answer.headers["content-type"] == httpx.get(url + path).headers["content-type"]
+        assert httpx.head(url + "/v1/completions").status_code == 405
+        assert httpx.head(url + "/nothing").status_code == 404
 
 
 def test_confidence_and_shifts_are_told(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logo import __version__
 from logo.protocol import Engine
@@ -35,6 +36,17 @@ class AppSettings:
     log_prompts: bool = False
 
 
+class HeadAsGet:
+    """Answers HEAD wherever GET is answered, as HTTP requires and probes expect; the server leaves out the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A copy, since uvicorn looks at its own scope to see whether a body belongs to the answer.
+        await self.app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
+
+
 def create_app(service: Engine, settings: AppSettings) -> FastAPI:
     """The app, which starts and ends the service; `logo.serving.guards.guard` is to be put around it."""
 
@@ -52,6 +64,7 @@ def create_app(service: Engine, settings: AppSettings) -> FastAPI:
     app.state.created = now()
     timeout, log_prompts = settings.request_timeout, settings.log_prompts
     app.state.answers = Answers(service, Metrics(service), settings.base_model, timeout, log_prompts)
+    app.add_middleware(HeadAsGet)
     error_handlers.install(app)
     app.include_router(routes.router)
     if settings.adapter_changes is not None:

@@ -12,10 +12,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from logo import __version__
-from logo.api.errors import too_many, unavailable
+from logo.api.errors import model_not_found, too_many, unavailable
 from logo.api.names import AUTO
 from logo.api.replies import AdapterCard, AdapterList, ErrorReply, ModelRole, SelectionReply
 from logo.api.requests import SelectRequest
+from logo.errors import closest
 from logo.prompts import Prompt
 from logo.protocol import NotReady, Overloaded, Patterns, Sampling
 from logo.serving import bodies, openai
@@ -129,6 +130,7 @@ def _admitted(answers: Answers, count: int = 1) -> Iterator[None]:
         with answers.service.admitted(count):
             yield
     except Overloaded:
+        answers.metrics.failures.labels("queue_full").inc(count)
         raise too_many(_RETRY_AFTER) from None
     except NotReady as error:
         raise unavailable(str(error), _RETRY_AFTER, closing=True) from None
@@ -174,6 +176,20 @@ async def adapters(request: Request) -> AdapterList:
 @router.get("/v1/models", response_model=openai.ModelList, tags=["OpenAI"])
 async def models(request: Request) -> openai.ModelList:
     """Lists the names that requests may give as `model`."""
+    return openai.ModelList(data=_cards(request))
+
+
+@router.get("/v1/models/{name:path}", response_model=openai.ModelCard, tags=["OpenAI"])
+async def model(name: str, request: Request) -> openai.ModelCard:
+    """One of the models that `/v1/models` lists."""
+    cards = {card.id: card for card in _cards(request)}
+    if name not in cards:
+        raise model_not_found(name, closest(name, cards))
+    return cards[name]
+
+
+def _cards(request: Request) -> list[openai.ModelCard]:
+    """The models that the API key may use."""
     answers = _answers(request)
     created, length = request.app.state.created, answers.service.context
 
@@ -188,13 +204,11 @@ async def models(request: Request) -> openai.ModelList:
         )
 
     names = answers.service.usable(_patterns(request))
-    return openai.ModelList(
-        data=[
-            card(AUTO, "auto", None),
-            card(answers.base_model, "base", None),
-            *(card(name, "adapter", answers.base_model) for name in names),
-        ]
-    )
+    return [
+        card(AUTO, "auto", None),
+        card(answers.base_model, "base", None),
+        *(card(name, "adapter", answers.base_model) for name in names),
+    ]
 
 
 # -- the server itself ---------------------------------------------------------------------------------------------
