@@ -350,6 +350,8 @@ def test_a_real_server_writes_what_is_read(tmp_path: Path, capsys: pytest.Captur
         answers = [server.post("/v1/completions", {**body, "prompt": prompts}) for prompts in asked.values()]
         server.text("/v1/completions", {**body, "prompt": strange, "stream": True})
         server.post("/v1/completions", {**body, "model": "capital", "prompt": "x"})
+    written = [json.loads(line) for line in log.read_text("utf-8").splitlines()]  # every line, also the first ones
+    assert any(str(one.get("message")).startswith("Serving on http://") for one in written)
     assert run(["pool", "health", str(log), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["prompts"], found["forced"], len(found["adapters"])) == (10, 1, 16)

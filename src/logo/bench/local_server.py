@@ -20,7 +20,7 @@ from typing import IO
 
 from logo.errors import LoGoError
 
-SERVING = re.compile(r"Serving on (http://\S+)")
+SERVING = re.compile(r"Serving on (http://[^\s\"]+)")
 
 _LOGO = (sys.executable, "-c", "from logo.cli import main; main()")
 _SAID = 40  # number of its last printed lines that are kept

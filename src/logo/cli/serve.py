@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -184,8 +185,10 @@ def serve(
     size = int((max_body_mb or MAX_BODY_MB) * 1e6)
     guards = GuardSettings(host, keys, size, tuple(allow_host or ()), tuple(cors or ()), open_metrics, bound)
     configure(log_json=log_json)
+    # A log that programs read is JSON from its first line to its last.
+    tell = logging.getLogger("logo.serving").info if log_json else note
     if not keys and not bound and not is_loopback(host):
-        note(OPEN.format(host))
+        tell(OPEN.format(host))
     taken = listening(host, port)
     engine, base_model = or_demo(engine)
     name = _name(served_model_name, base_model)
@@ -209,11 +212,11 @@ def serve(
     logo = open_engine(engine, base_model)
     check_pool(name, logo.names)
     for pattern in unmatched(logo.names, bound):
-        note(f"--key-adapters: no adapter matches {pattern!r} now")
+        tell(f"--key-adapters: no adapter matches {pattern!r} now")
     memory = Memory(max_concurrent, kv_cache_gb)
     service = Service(logo, memory, signals=others, max_queue=max_queue)
-    note(service.batching.plan.line)
-    run(service, settings, guards, taken, lambda: note(f"Serving on {address_of(taken)}"))
+    tell(service.batching.plan.line)
+    run(service, settings, guards, taken, lambda: tell(f"Serving on {address_of(taken)}"))
     return None
 
 
