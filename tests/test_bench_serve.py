@@ -302,6 +302,7 @@ def test_a_server_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max-new-tokens", "9..8"], "--max-new-tokens '9..8': expected a number, or a range such as 8..64"),
         (["--max-new-tokens", "0"], "--max-new-tokens '0'"),
         (["--arms", "logo,vllm"], "--arms 'logo,vllm': expected some of logo, base, one-by-one"),
+        (["--url", "http://127.0.0.1:1", "--verify", "1"], "--verify: name the server's base model (--base-model)"),
         (["--url", "http://127.0.0.1:1", "--", "--max-queue", "1"], "only for a server that this command starts"),
     ],
 )
@@ -390,7 +391,8 @@ def norm_server() -> Iterator[LocalServer]:
 def test_a_server_that_is_there(norm_server: LocalServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = tmp_path / "bench.json"
     there = ["--url", norm_server.url + "/", "--api-key", "k", "--rounds", "2"]
-    same = ["--signal", "norm", "-k", "1", "--requests", "6", "--verify", "4", "--save", str(found)]
+    same = ["--base-model", "demo", "--signal", "norm", "-k", "1"]
+    same += ["--requests", "6", "--verify", "4", "--save", str(found)]
     assert run(["bench", "serve", *there, *same]) == 0
     assert "one-by-one: through the server, one request at a time" in capsys.readouterr().err
     report = json.loads(found.read_text())
@@ -403,12 +405,14 @@ def test_a_server_that_is_there(norm_server: LocalServer, tmp_path: Path, capsys
 def test_the_same_as_json(norm_server: LocalServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there = ["--url", norm_server.url, "--api-key", "k", "--arms", "base", "--requests", "2"]
     assert run(["bench", "serve", *there, "--save", str(tmp_path / "bench.json"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "bench.json").read_text())
+    shown, report = capsys.readouterr(), json.loads((tmp_path / "bench.json").read_text())
+    assert json.loads(shown.out) == report
+    assert report["about"]["base_model"] is None and "demo" not in shown.err  # the server has a base model of its own
 
 
 @pytest.mark.slow
 def test_other_answers_are_found(norm_server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
-    there = ["--url", norm_server.url, "--api-key", "k", "--arms", "logo"]
+    there = ["--url", norm_server.url, "--api-key", "k", "--arms", "logo", "--base-model", "demo"]
     assert run(["bench", "serve", *there, "--requests", "8", "--verify", "all"]) == 1
     shown = capsys.readouterr().err
     assert "of 8 answers differ from LoGo.generate" in shown and "logo, request 0 (" in shown and "instead of" in shown

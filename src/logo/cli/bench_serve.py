@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from logo.bench.local_server import LocalServer
     from logo.bench.serving import Plan
     from logo.bench.wire import Ask
+    from logo.engine import LoGo
 
 SERVER = "Server"
 LOAD = "Load"
@@ -55,7 +56,7 @@ def serve(
         Path | None,
         usual(
             "File with one prompt per line, as text or as a JSON object with `prompt`.",
-            "the demo's held-out rows; other models: requests of many kinds",
+            "the demo's held-out rows; other models, and --url: requests of many kinds",
             metavar="FILE",
         ),
     ] = None,
@@ -107,18 +108,20 @@ def serve(
     if url is not None and options:
         raise UsageError(f"{' '.join(options)}: only for a server that this command starts; leave them or --url out")
     compared = _count(verify, requests)
-    engine, base_model = or_demo(_float32(engine) if compared else engine)
-    engine = replace(engine, base_model=base_model)
+    engine, base_model = _models(engine, url, compared)
     asks = _asks(prompts, base_model, requests, _range(max_new_tokens), stream_share, hang_up, seed)
     passing = None
     if churn is not None and churn_adapter is not None:
         passing = Churn(churn, churn_adapter.resolve(), f"bench-{churn_adapter.resolve().name}")
     plan = Plan(tuple(asks), _arms(arms), concurrency, duration, rounds, compared, passing, timeout)
     place = Endpoint(url.rstrip("/"), api_key) if url is not None else _own(engine, plan, options or (), api_key)
+
+    def opened() -> LoGo:
+        assert base_model is not None  # an engine is compared with, or answers one by one: see `_models`
+        return open_engine(engine, base_model)
+
     with progress(disable=not err.is_terminal) as shown:
-        results = run_bench(
-            plan, place, lambda: open_engine(engine, base_model), api_key=api_key, begin=_Steps(shown).begin
-        )
+        results = run_bench(plan, place, opened, api_key=api_key, begin=_Steps(shown).begin)
     about = {"url": url, "base_model": base_model, "seed": seed, **described(plan, url is None)}
     content = {"about": about, **results.as_dict()}
     if json:
@@ -147,6 +150,18 @@ def _count(text: str, requests: int) -> int:
     return min(int(text), requests)
 
 
+def _models(engine: EngineOptions, url: str | None, compared: int) -> tuple[EngineOptions, str | None]:
+    """The options and the base model to open here; None: a server that is there already has its own."""
+    if compared and url is not None and engine.base_model is None:
+        raise UsageError("--verify: name the server's base model (--base-model), which is opened here to compare with")
+    if compared:
+        engine = _float32(engine)
+    if url is not None and engine.base_model is None:
+        return engine, None
+    engine, base_model = or_demo(engine)
+    return replace(engine, base_model=base_model), base_model
+
+
 def _float32(engine: EngineOptions) -> EngineOptions:
     if engine.dtype not in (None, "float32"):
         raise UsageError(f"--verify compares tokens, which takes float32; leave out --dtype {engine.dtype}")
@@ -172,7 +187,7 @@ def _arms(text: str) -> tuple[Any, ...]:
 
 def _asks(
     prompts: Path | None,
-    base_model: str,
+    base_model: str | None,
     requests: int,
     max_tokens: tuple[int, int],
     stream_share: float,
