@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from logo.errors import LoGoError, ModelError, UsageError, closest
 from logo.hub.failures import hub_error
@@ -174,6 +176,43 @@ def checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
         if name in _LOADING:
             raise UsageError(f"model_kwargs: give {name!r} as an option of its own")
     return options
+
+
+# One lock per model that is in memory. The keys are compared by identity, as modules are.
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def lock_of(model: PreTrainedModel) -> threading.RLock:
+    """The lock under which a model runs with adapters; all engines on one model share it."""
+    with _MAKING:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+def check_usable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks a model and a tokenizer that the caller has loaded.
+
+    Raises:
+        UsageError: the model is wrapped by PEFT or in training mode, or the tokenizer cannot pad.
+    """
+    if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
+        raise UsageError(
+            "the model contains layers of PEFT, whose adapter would be mixed into every answer; give the base model: "
+            "`model.unload()` removes the adapter, and `model.merge_and_unload()` makes it a part of the base model"
+        )
+    check_mode(model)
+    if tokenizer.pad_token_id is None:
+        raise UsageError(
+            "the tokenizer has no pad token, which batches need; set one: tokenizer.pad_token = tokenizer.eos_token"
+        )
+
+
+def check_mode(model: PreTrainedModel) -> None:
+    """Raises UsageError if the model is in training mode, where dropout makes scores and answers random."""
+    if model.training:
+        raise UsageError(
+            "the model is in training mode, in which dropout changes scores and answers; call model.eval() first"
+        )
 
 
 def context_length(model: Any) -> int | None:
