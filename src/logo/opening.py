@@ -82,8 +82,9 @@ class FromPretrained:
             PoolError, AdapterError: the pool cannot be used on it.
             UsageError: a setting that does not exist or cannot be used.
         """
-        expected = "a Hub id, a folder or a short name (for a loaded model: LoGo(model, tokenizer, pool))"
-        check_type("base_model", base_model, (str, os.PathLike), expected)
+        if hasattr(base_model, "generate"):
+            raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
+        check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
         base_model = os.fspath(base_model)
         if preset is not None and preset not in get_args(Preset):
             raise UsageError(f"preset: expected {', '.join(map(repr, get_args(Preset)))} or None, found {preset!r}")

@@ -26,7 +26,7 @@ def duplicates(adapters: Sequence[Adapter], found: Anatomy, threshold: float) ->
 
     Adapters are visited by falling number of parameters, then by name. Each stays, unless it is a near-duplicate of one
     that stays, so that every removed adapter is as close to one that stays as the threshold says. Adapters that act on
-    different tokens are never duplicates, unless both are zero. A DoRA adapter always stays, since its magnitudes are not
+    different tokens are never duplicates, unless both are zero. A DoRA adapter always stays: its magnitudes are not
     compared.
     """
     alike: dict[str, dict[str, tuple[float, float]]] = {adapter.name: {} for adapter in adapters}

@@ -70,9 +70,7 @@ def checked(pool: AdapterPool, place: str, on_bad: OnBad, check: Callable[[Adapt
     return AdapterPool.from_survey(place, good, [*pool.refused, *bad], on_bad_adapter=on_bad)
 
 
-def divided(
-    adapters: Iterable[Adapter], check: Callable[[Adapter], None]
-) -> tuple[list[Adapter], list[AdapterError]]:
+def divided(adapters: Iterable[Adapter], check: Callable[[Adapter], None]) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters that pass a check, and the errors of the others."""
     from logo.errors import AdapterError
 

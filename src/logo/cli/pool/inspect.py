@@ -70,8 +70,8 @@ def inspect(
                 good.remove(adapter)
                 refused.append(error)
     if spectra:
-        good, bad = divided(good, lambda adapter: adapter.check_compared())
-        refused += bad
+        good, copies = divided(good, lambda adapter: adapter.check_compared())
+        refused += copies
     refused.sort(key=lambda error: error.name)
     taken = spectra_part.taken_apart(good) if spectra else None
     if png is not None and taken is not None:
