@@ -160,6 +160,7 @@ class Prompts:
         if config is None:
             config = greedy_config(**options)
         else:
+            check_type("generation_config", config, GenerationConfig, "a transformers.GenerationConfig")
             config = copy.deepcopy(config)
             config.update(**options)
         limit = self.room(config.max_new_tokens if max_new_tokens is None else max_new_tokens)
