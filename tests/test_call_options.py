@@ -313,6 +313,12 @@ FORCED = r"expected \{name: weight\}"
         (lambda logo: logo.generate("w3", adapters={"t1": None}), "adapters: expected a number as the weight of each"),
         (lambda logo: logo.generate("w3", adapters={5: 1.0}), "no adapter 5 in the pool"),
         (lambda logo: logo.generate("w3", stop=5), "stop: expected a text or a list of texts, found 5"),
+        (
+            lambda logo: logo.generate("w3", generation_config={"top_k": 3}),
+            "generation_config: expected a transf",
+        ),
+        (lambda logo: logo.stream(["w3"]), "expected one prompt, found a list of texts"),
+        (lambda logo: logo.score(["w3"], "w4", [{}]), "expected one prompt, found a list of texts"),
         (lambda logo: logo.score("w3", 5, [{}]), "completion: expected a string, found int"),
         (
             lambda logo: logo.score("w3", "w4", {"t1": 1.0}),

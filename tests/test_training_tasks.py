@@ -245,3 +245,16 @@ def test_without_a_template_a_conversation_is_its_texts() -> None:
 def test_a_conversation_that_cannot_be_read_names_its_row(messages: Any, message: str) -> None:
     with pytest.raises(DataError, match=rf"t\.jsonl, row 1: .*{message}"):
         encoded(Pair(messages, "w7"), tokens=with_template(tokenizer(), MARKED))
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """A task in another format is not missing unnoticed."""
+    (tmp_path / "plural.json").write_text("[]")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"expected files TASK.jsonl, .*, found notes.txt, plural.json"):
+        find_tasks(str(tmp_path))
+    write_csv(tmp_path / "capital.csv", [("a", "b")])
+    with pytest.warns(UserWarning, match=r": plural.json not read: rows are in files TASK.jsonl"):
+        found = find_tasks(str(tmp_path))
+    assert [task.name for task in found.tasks] == ["capital"]
+    find_tasks(str(tmp_path), only="capital")  # no warning: the task was asked for by name

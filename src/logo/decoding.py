@@ -83,6 +83,12 @@ class Prompts:
         self.context = context
         self.truncation = truncation
 
+    @property
+    def pad_id(self) -> int:
+        """The token that pads rows; any will do where the tokenizer has none, since a mask hides it."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(one) for one in known if one is not None), 0)
+
     def encode(self, prompts: Sequence[Any], room: int = 0) -> list[list[int]]:
         """The token ids of `read`."""
         return [list(prompt.ids) for prompt in self.read(prompts, room)]
@@ -160,11 +166,12 @@ class Prompts:
         if config is None:
             config = greedy_config(**options)
         else:
+            check_type("generation_config", config, GenerationConfig, "a transformers.GenerationConfig")
             config = copy.deepcopy(config)
             config.update(**options)
         limit = self.room(config.max_new_tokens if max_new_tokens is None else max_new_tokens)
         if config.pad_token_id is None:
-            config.pad_token_id = self.tokenizer.pad_token_id
+            config.pad_token_id = self.pad_id
         if self._checkpoint is not None:  # as transformers does later, but decisions here depend on it
             for name, value in self._checkpoint.to_dict().items():
                 if value is not None and hasattr(config, name) and getattr(config, name) is None:
@@ -194,7 +201,7 @@ class Prompts:
     ) -> tuple[Tensor, Tensor]:
         """(rows, length) ids and attention mask. Probing pads on the right, generating on the left."""
         width = max(map(len, rows))
-        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
+        ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):
             place = slice(width - len(row), width) if side == "left" else slice(0, len(row))

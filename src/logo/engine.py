@@ -8,7 +8,6 @@ mixing and selection:
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +27,7 @@ from logo.decoding import Prompts, Truncation, batches_by_length, reads_prompts
 from logo.errors import check_type
 from logo.mixing import EXACT, Merge, Mixer
 from logo.mixing.store import adapter_store
-from logo.models import context_length, devices
+from logo.models import check_mode, check_usable, context_length, devices, lock_of
 from logo.opening import FromPretrained
 from logo.scoring import MAX_TOKENS, Scored
 from logo.selecting import Probing
@@ -68,7 +67,8 @@ class LoGo(Calls, FromPretrained):
 
     Raises:
         PoolError: an adapter does not fit, or cannot be scored (see `SelectionSettings.unscorable`).
-        UsageError: a merge that does not exist, or something else than a pool.
+        UsageError: a merge that does not exist, something else than a pool, or a model with layers of PEFT or with
+            dropout in training mode.
 
     Attributes:
         beginnings: the cache of prompt beginnings, for adapters that act only from a position on; None: the model keeps
@@ -91,6 +91,7 @@ class LoGo(Calls, FromPretrained):
         on_bad_adapter: OnBadAdapter = "error",
     ) -> None:
         check_type("pool", pool, AdapterPool, "an AdapterPool, such as AdapterPool.open(PLACE)")
+        check_usable(model)
         self.model = model
         self.tokenizer = tokenizer
         self.pool = pool
@@ -112,7 +113,7 @@ class LoGo(Calls, FromPretrained):
         self.beginnings = Beginnings(model, budget) if reusable(model) else None
         self._decoder = Decoder(model, self.prompts, self._mixer, self.beginnings)
         self._completions = CompletionScorer(model, self.prompts, self._mixer, self.beginnings)
-        self._lock = threading.RLock()  # a mixture is active on the whole model, so calls take turns
+        self._lock = lock_of(model)  # a mixture is active on the whole model, so calls of all its engines take turns
         self.merge = merge
         self._selecting: Probing = Probing(model, self.prompts, self._mixer, self.settings, self.beginnings)
         self.take(self.prepared(pool))
@@ -267,7 +268,8 @@ class LoGo(Calls, FromPretrained):
             self._mixer.forget(self._fitted)
 
     def _sync(self) -> None:
-        """Follows changes of the pool."""
+        """Follows changes of the pool, and checks that the model was not put into training mode."""
+        check_mode(self.model)
         if self.pool.version == self._seen:
             return
         with self._lock:

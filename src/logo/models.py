@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from logo.errors import LoGoError, ModelError, UsageError, closest
 from logo.hub.failures import hub_error
@@ -174,6 +176,46 @@ def checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
         if name in _LOADING:
             raise UsageError(f"model_kwargs: give {name!r} as an option of its own")
     return options
+
+
+# One lock per model that is in memory. The keys are compared by identity, as modules are.
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def lock_of(model: PreTrainedModel) -> threading.RLock:
+    """The lock under which a model runs with adapters; all engines on one model share it."""
+    with _MAKING:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+def check_usable(model: PreTrainedModel) -> None:
+    """Checks a model that the caller has loaded.
+
+    Raises:
+        UsageError: the model contains layers of PEFT, or has dropout in training mode.
+    """
+    if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
+        raise UsageError(
+            "the model contains layers of PEFT, whose adapter would be mixed into every answer; give the base model: "
+            "`model.unload()` removes the adapter, and `model.merge_and_unload()` makes it a part of the base model"
+        )
+    check_mode(model)
+
+
+def check_mode(model: PreTrainedModel) -> None:
+    """Raises UsageError if the model is in training mode and has dropout, which makes scores and answers random."""
+    if model.training and any(module.training and _drops(module) for module in model.modules()):
+        raise UsageError(
+            "the model is in training mode, in which dropout changes scores and answers; call model.eval() first"
+        )
+
+
+def _drops(module: Any) -> bool:
+    """Whether a module drops values in training mode: dropout itself, or an attention that gets its probability."""
+    name = "p" if "Dropout" in type(module).__name__ else "attention_dropout"
+    probability = getattr(module, name, 0)
+    return isinstance(probability, float | int) and probability > 0
 
 
 def context_length(model: Any) -> int | None:

@@ -82,6 +82,8 @@ class FromPretrained:
             PoolError, AdapterError: the pool cannot be used on it.
             UsageError: a setting that does not exist or cannot be used.
         """
+        if hasattr(base_model, "generate"):
+            raise UsageError("base_model: a loaded model has no name to open; give it to LoGo(model, tokenizer, pool)")
         check_type("base_model", base_model, (str, os.PathLike), "a Hub id, a folder or a short name")
         base_model = os.fspath(base_model)
         if preset is not None and preset not in get_args(Preset):

@@ -100,6 +100,8 @@ def read(
         raise UsageError(f"expected {_EXPECTED}, found {type(prompt).__name__}")
     if listed and _is_message(listed[0]):
         return chat(tokenizer, listed, probe_text)
+    if listed and isinstance(listed[0], str):
+        raise UsageError("expected one prompt, found a list of texts; give them one by one")
     ids = tuple(_token(value, vocabulary) for value in listed)
     return Prompt(ids)
 

@@ -177,9 +177,13 @@ class Adapter:
             AdapterError: the file became unreadable; a tensor is not of a float type, or holds NaN or Inf; or there are
                 copies that were not compared with the base model.
         """
+        self.check_compared()
+        return self._read(modules)
+
+    def check_compared(self) -> None:
+        """Raises AdapterError if it holds copies of base weights that were not compared with the base model."""
         if self.copies:
             raise AdapterError(self.name, self._holds_weights())
-        return self._read(modules)
 
     def check_linear(self) -> None:
         """Raises AdapterError unless it is `s B A` on linear modules, since no other kind can be written."""
@@ -188,6 +192,7 @@ class Adapter:
         for path, module in self.modules.items():
             if module.embedding:
                 raise AdapterError(self.name, f"it adapts an embedding ({path}), which cannot be rewritten yet")
+        self.check_compared()
 
     def verify(self) -> None:
         """Reads all tensors of its modules.

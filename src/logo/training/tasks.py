@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from logo.hub.names import is_hub_id
 from logo.rows import malformed, objects, row_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+# Other files that probably hold rows. They are not read, which is said, so that no task is missing unnoticed.
+OTHER_SUFFIXES = (".json", ".ndjson", ".tsv", ".xlsx", ".gz", ".zst", ".zip")
 USUAL_COLUMNS = ("context", "completion")
 
 
@@ -97,12 +100,16 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
     if not root.is_dir():
         found = "a file" if root.exists() else "nothing"
         raise DataError(f"tasks folder {source!r}: expected a folder with TASK.jsonl files, found {found}")
-    files = [path for path in sorted(root.rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
-    named = [(path.relative_to(root).with_suffix("").as_posix(), path) for path in files]
-    named = [(name, path) for name, path in named if not any(part.startswith(".") for part in name.split("/"))]
+    files = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file()}
+    files = {part: path for part, path in files.items() if not any(name.startswith(".") for name in part.parts)}
+    named = [(part.with_suffix("").as_posix(), path) for part, path in files.items() if part.suffix in SUFFIXES]
+    others = [str(part) for part in files if part.suffix not in SUFFIXES]
+    kinds = ", ".join(f"TASK{suffix}" for suffix in SUFFIXES)
     if not named:
-        kinds = ", ".join(f"TASK{suffix}" for suffix in SUFFIXES)
-        raise DataError(f"tasks folder {source!r}: expected files {kinds}, found none")
+        raise DataError(f"tasks folder {source!r}: expected files {kinds}, found {_several(others) or 'none'}")
+    unread = [name for name in others if name.endswith(OTHER_SUFFIXES)]
+    if unread and not only:
+        warnings.warn(f"{source}: {_several(unread)} not read: rows are in files {kinds}", UserWarning, stacklevel=2)
     count = Counter(name for name, _ in named)
     tasks, refused = [], {}
     chosen = _chosen(count, only)
@@ -118,6 +125,11 @@ def find_tasks(source: str, *, only: str = "", columns: Sequence[str] = USUAL_CO
         except (DataError, StorageError) as error:
             refused[name] = str(error)
     return Found(tuple(tasks), refused, tuple(count))
+
+
+def _several(names: Sequence[str], most: int = 3) -> str:
+    """Names in a line, the first few of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _chosen(names: Mapping[str, int], only: str) -> set[str]:

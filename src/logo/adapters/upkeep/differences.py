@@ -93,6 +93,8 @@ def difference_of(name: str, one: Adapter, other: Adapter) -> Difference:
     only = len(left) - len(both), len(right) - len(both)
     if adapter_key(one) == adapter_key(other):
         return Difference(name, "same bytes", 0.0, 1.0, len(both), only)
+    if one.alone or other.alone:  # the factors of DoRA do not say what its magnitudes change
+        return Difference(name, "other update", math.nan, math.nan, len(both), only)
     if any(_shape(left[path]) != _shape(right[path]) for path in both):
         return Difference(name, "other shapes", math.nan, math.nan, len(both), only)
     sizes = [{path: norm(weights) for path, weights in side.items()} for side in (left, right)]

@@ -26,14 +26,15 @@ def duplicates(adapters: Sequence[Adapter], found: Anatomy, threshold: float) ->
 
     Adapters are visited by falling number of parameters, then by name. Each stays, unless it is a near-duplicate of one
     that stays, so that every removed adapter is as close to one that stays as the threshold says. Adapters that act on
-    different tokens are never duplicates, unless both are zero.
+    different tokens are never duplicates, unless both are zero. A DoRA adapter always stays: its magnitudes are not
+    compared.
     """
     alike: dict[str, dict[str, tuple[float, float]]] = {adapter.name: {} for adapter in adapters}
-    where = {adapter.name: adapter.activation for adapter in adapters}
+    where = {adapter.name: adapter.activation for adapter in adapters if not adapter.alone}
     for one, other, overlap, cosine in found.near_duplicates(threshold):
-        if where[one] == where[other]:
+        if one in where and other in where and where[one] == where[other]:
             alike[one][other] = alike[other][one] = overlap, cosine
-    idle = [name for name in found.names if found.norm(name) == 0]
+    idle = [name for name in found.names if name in where and found.norm(name) == 0]
     for name in idle:
         alike[name] |= {other: (1.0, 1.0) for other in idle if other != name}
     kept: list[str] = []

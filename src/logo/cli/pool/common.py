@@ -39,15 +39,50 @@ Threshold = Annotated[
 ]
 
 
-def opened(folder: Path, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
-    """The pool in a folder; adapters that are left out are printed. The cache is neither read nor written."""
+def opened(
+    folder: Path, allow_pickle: bool, on_bad: OnBad, check: Callable[[Adapter], None] | None = None
+) -> AdapterPool:
+    """The pool in a folder; adapters that are left out are printed. The cache is neither read nor written.
+
+    Args:
+        check: raises AdapterError for an adapter that the command cannot work on, which is then a bad one.
+    """
     from logo.adapters.pool import AdapterPool
 
     # To leave damaged adapters out, they have to be found first. Otherwise files are checked as they are read.
     verify = on_bad == "skip"
     pool = AdapterPool.from_directory(folder, on_bad_adapter=on_bad, allow_pickle=allow_pickle, verify=verify, cache="")
+    if check is not None:
+        pool = checked(pool, str(folder), on_bad, check)
     tell_refused(pool.refused)
     return pool
+
+
+def checked(pool: AdapterPool, place: str, on_bad: OnBad, check: Callable[[Adapter], None]) -> AdapterPool:
+    """The pool with the adapters that fail a check treated as bad ones: refused, or left out.
+
+    Raises:
+        PoolError: there is a bad one and `on_bad` is `"error"`, or nothing is left.
+    """
+    from logo.adapters.pool import AdapterPool
+
+    good, bad = divided(pool, check)
+    return AdapterPool.from_survey(place, good, [*pool.refused, *bad], on_bad_adapter=on_bad)
+
+
+def divided(adapters: Iterable[Adapter], check: Callable[[Adapter], None]) -> tuple[list[Adapter], list[AdapterError]]:
+    """The adapters that pass a check, and the errors of the others."""
+    from logo.errors import AdapterError
+
+    good, bad = list[Any](), list[AdapterError]()
+    for adapter in adapters:
+        try:
+            check(adapter)
+        except AdapterError as error:
+            bad.append(error)
+        else:
+            good.append(adapter)
+    return good, bad
 
 
 def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:

@@ -10,7 +10,7 @@ from rich.text import Text
 from logo.adapters.upkeep.card import short_ranks
 from logo.cli.options import Json, usual
 from logo.cli.output import natural_width, out, plain_table, print_json, screen, size
-from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, refusals, steps, tell_refused
+from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, checked, refusals, steps, tell_refused
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,7 @@ def convert(
     skip = on_bad_adapter == "skip"
     found, refused = survey(folder, allow_pickle=allow_pickle, verify=skip, unconverted=True)
     pool = AdapterPool.from_survey(folder, found, refused, on_bad_adapter=on_bad_adapter)
+    pool = checked(pool, str(folder), on_bad_adapter, lambda adapter: adapter.check_linear())
     tell_refused(pool.refused)
     to = None if dtype is None else DTYPES[dtype]
     results: list[dict[str, Any]] = []

@@ -45,7 +45,7 @@ def dedupe(
         check_new(out_folder)
     elif not dry_run:
         raise UsageError("expected --out DIR2 for the new pool, or --dry-run to list only")
-    pool = opened(folder, allow_pickle, on_bad_adapter)
+    pool = opened(folder, allow_pickle, on_bad_adapter, lambda adapter: adapter.check_compared())
     adapters = list(pool)
     gone = duplicates(adapters, taken_apart(adapters), threshold)
     left_out = {one.name for one in gone}

@@ -11,7 +11,7 @@ from rich.text import Text
 from logo.cli.choices import OnBad
 from logo.cli.options import Json, usual
 from logo.cli.output import out, plain_table, print_json
-from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, steps, tell_refused
+from logo.cli.pool.common import AllowPickle, OnBadAdapter, checked, refusals, steps, tell_refused
 
 if TYPE_CHECKING:
     from logo.adapters.pool import AdapterPool
@@ -53,7 +53,8 @@ def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
     from logo.pools import open_pool
 
     how: dict[str, Any] = {} if is_hub_spec(place) else {"verify": on_bad == "skip", "cache": ""}
-    return open_pool(place, base_model="", on_bad_adapter=on_bad, allow_pickle=allow_pickle, **how)
+    pool = open_pool(place, base_model="", on_bad_adapter=on_bad, allow_pickle=allow_pickle, **how)
+    return checked(pool, place, on_bad, lambda adapter: adapter.check_compared())
 
 
 def _named_alike(one: AdapterPool, other: AdapterPool) -> tuple[AdapterPool, AdapterPool]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from logo.cli.options import usual
 from logo.cli.output import note, out, plain_table, print_json, size
 from logo.cli.pool import spectra as spectra_part
-from logo.cli.pool.common import AllowPickle, Threshold, refusal, refusals, surveyed, targets
+from logo.cli.pool.common import AllowPickle, Threshold, divided, refusal, refusals, surveyed, targets
 from logo.extras import need
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ def inspect(
             except AdapterError as error:
                 good.remove(adapter)
                 refused.append(error)
+    if spectra:
+        good, copies = divided(good, lambda adapter: adapter.check_compared())
+        refused += copies
     refused.sort(key=lambda error: error.name)
     taken = spectra_part.taken_apart(good) if spectra else None
     if png is not None and taken is not None:

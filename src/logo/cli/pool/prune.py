@@ -46,7 +46,7 @@ def prune(
 
     budget = Budget(energy, rank)
     check_new(out_folder)
-    pool = opened(folder, allow_pickle, on_bad_adapter)
+    pool = opened(folder, allow_pickle, on_bad_adapter, lambda adapter: adapter.check_linear())
     results: list[dict[str, Any]] = []
 
     def write(adapter: Adapter, to: Path) -> bool:
