@@ -167,6 +167,15 @@ def test_stream_joins_to_generate(llama: nn.Module, adapters: Path) -> None:
     assert len(pieces) > 1
 
 
+def test_a_stream_ends_as_generate_does(llama: nn.Module, adapters: Path) -> None:
+    logo = engine(llama, adapters)
+    words = logo.generate(PROMPTS[2], max_new_tokens=10).text.split()
+    for options in ({"stop": words[4]}, {"stop": [" ".join(words[3:5]), "w1000"]}, {"stop_at_newline": True}):
+        text = logo.generate(PROMPTS[2], max_new_tokens=10, **options).text
+        assert "".join(logo.stream(PROMPTS[2], max_new_tokens=10, **options)) == text
+        assert ("stop" in options) == (len(text.split()) < 10)
+
+
 def test_leaving_a_stream_ends_it(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     before = hooks(llama)

@@ -346,9 +346,14 @@ def test_groups_are_those_of_a_run_that_nobody_interrupted(
 
 
 def test_interrupting_is_not_an_error_of_ours(
-    base_model: Path, tasks: Path, tmp_path: Path, whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+    base_model: Path,
+    tasks: Path,
+    tmp_path: Path,
+    whole: tuple[Path, int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C: exit code 130, and the same command goes on."""
+    """Ctrl-C: exit code 130, and the same command goes on, which it says."""
     from logo.training.learner import Learner
 
     steps, step = 0, Learner.step
@@ -363,6 +368,7 @@ def test_interrupting_is_not_an_error_of_ours(
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "step", stepping)
         assert run(asked(base_model, tasks, tmp_path / "pool")) == 130
+    assert "repeat the command to continue" in capsys.readouterr().err
     assert run(asked(base_model, tasks, tmp_path / "pool")) == 0
     assert contents(tmp_path / "pool") == contents(whole[0])
 

@@ -25,6 +25,7 @@ from logo.prompts import Prompt, several
 from logo.scoring import Scored, completion_ids
 from logo.selecting import CallOptions, CallSettings, Selecting, for_each, take_call_options
 from logo.selection.selector import Forced, Selection, forced
+from logo.stops import cut_pieces
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -209,13 +210,9 @@ class Calls(Facts):
         """
         given, alone = several(prompts)
         check_batch_size(batch_size)
-        check_type("stop", stop, (str, Collection), "a text or a list of texts")
-        stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
         call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
-        check_forced(activation)
-        decoding = Decoding(config, self.model.generation_config, stop_at_newline, stop, activation)
-        decoding = self._decoding(decoding)
+        decoding = self._asked(config, stop_at_newline, stop, activation)
         with self._lock:
             self._sync()
             rows = self.prompts.read(given, room=config.max_new_tokens)
@@ -240,6 +237,8 @@ class Calls(Facts):
         adapters: Forced | None = None,
         max_new_tokens: int | None = None,
         generation_config: GenerationConfig | None = None,
+        stop_at_newline: bool | str = False,
+        stop: Sequence[str] = (),
         activation: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
@@ -249,12 +248,21 @@ class Calls(Facts):
         """
         call = self.call_settings(**take_call_options(options, adapters))
         config = self.prompts.generation_config(generation_config, max_new_tokens, options)
-        decoding = self._decoding(Decoding(config, self.model.generation_config, activation=check_forced(activation)))
+        decoding = self._asked(config, stop_at_newline, stop, activation)
         with self._lock:
             self._sync()
             [row] = self.prompts.read([prompt], room=config.max_new_tokens)
             [selection] = self._selecting.mixtures([row], adapters, call, 1)
-        return self._pieces(row.ids, selection, decoding)
+        return cut_pieces(self._pieces(row.ids, selection, decoding), decoding.stop)
+
+    def _asked(
+        self, config: GenerationConfig, stop_at_newline: bool | str, stop: Sequence[str], activation: str | None
+    ) -> Decoding:
+        """How to continue prompts, from the arguments of a call."""
+        check_type("stop", stop, (str, Collection), "a text or a list of texts")
+        stop = tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text)
+        check_forced(activation)
+        return self._decoding(Decoding(config, self.model.generation_config, stop_at_newline, stop, activation))
 
     def score(
         self, prompt: OnePrompt, completion: str, mixtures: Sequence[Forced | None], **options: Unpack[CallOptions]

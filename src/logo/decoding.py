@@ -30,12 +30,10 @@ OVERFLOW = (
     "is damaged, or too large for the model's dtype; leave that adapter out, or use float32"
 )
 
-# Refused options -> those to use: names of other libraries, lengths that would include the padding of a prompt, and an
-# option that only `LoGo.generate` has.
+# Refused options -> those to use: names of other libraries, and lengths that would include the padding of a prompt.
 _INSTEAD = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), "max_new_tokens"),
     **dict.fromkeys(("min_tokens", "min_length"), "min_new_tokens"),
-    "stop": "stop_strings",
 }
 _KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) - _INSTEAD.keys()
 

@@ -83,7 +83,11 @@ def train(
             screen.planned(plan)
             write_json(output / "train.json", {"command": command_line()})  # before hours in which a run may be killed
 
-        trained = run(wanted, layout, screen.tell, planned)
+        try:
+            trained = run(wanted, layout, screen.tell, planned)
+        except KeyboardInterrupt:
+            note("Trained adapters and the last checkpoints are kept: repeat the command to continue.")
+            raise
     if json:
         print_json({"pool": str(output), **asdict(trained)})
     else:
