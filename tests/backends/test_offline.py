@@ -234,7 +234,8 @@ def test_sampling_follows_the_seed_of_pytorch(inside: Any, rows: list[str]) -> N
 
 def test_the_pieces_of_a_stream_are_the_answer(inside: Any, rows: list[str]) -> None:
     names = [name for name in inside.names if name != "ours/overflows"]
-    for options in ({}, {"candidates": names, "k": 2}, {"adapters": {"ours/small": 1.0}}, {"stop_strings": ["e"]}, {"stop": "e"}):
+    forced = {"adapters": {"ours/small": 1.0}}
+    for options in ({}, {"candidates": names, "k": 2}, forced, {"stop_strings": ["e"]}, {"stop": "e"}):
         whole = inside.generate(rows[0], max_new_tokens=10, **options)
         pieces = list(inside.stream(rows[0], max_new_tokens=10, **options))
         assert "".join(pieces) == whole.text
