@@ -451,6 +451,7 @@ def test_the_command_after_an_interruption(
         (["--signals", "nrom"], 2, "unknown signal 'nrom' (did you mean 'norm'?)"),
         (["--signals", ","], 2, "signals ',': expected names separated by commas, found none"),
         (["--limit", "0"], 2, "limit 0: expected at least 1 row"),
+        (["--metric", "rouge"], 2, "--metric rouge: judges generated answers"),
         (["--save", "rows"], 2, "--save rows: expected a file to write, found a folder"),
         (["--save", "rows/ad03.jsonl/x.json"], 1, "a file is where a folder should be"),
         (["--png", "study.json"], 2, "--save and --png are both study.json"),
