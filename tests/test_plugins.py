@@ -249,6 +249,15 @@ def test_a_signal_that_returns_something_else_is_named(site: Path, returns: str)
         LoGo.from_pretrained("demo", signal="wrong", k=2).select(PROMPT)
 
 
+def test_a_signal_that_fails_is_named(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "plug_broken.py").write_text(SIGNAL.replace("index.norms(hidden).sqrt()", "index.norms(hidden)[:, 99]"))
+    plugins.load("plug_broken:quiet")
+    assert run(["select", "hot", "--base-model", "demo", "--signal", "quiet"]) == 1
+    told = capsys.readouterr().err
+    assert "unexpected RuntimeError: signal plug_broken:quiet failed: IndexError: index 99 is out of bounds" in told
+    assert "--debug" in told
+
+
 def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:
     (site / "plug_metric.py").write_text(
         "from logo import register_metric\n@register_metric('as_told')\ndef as_told(prediction, golds):\n"
