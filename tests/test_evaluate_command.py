@@ -310,3 +310,20 @@ def test_other_pools_keep_their_names_under_the_preset(official_layout: Path) ->
         assert officially_named(pool, base, adapters).names == tuple(
             f"Llama-3.1-8B-loras-flanv2/{name}" for name in pool.names
         )
+
+
+def test_one_row_is_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows", antonym=heldout()["antonym"][:1])
+    command = [
+        "eval",
+        "run",
+        *DEMO,
+        "--rows",
+        str(rows),
+        "--max-new-tokens",
+        "1",
+        "--result-dir",
+        str(tmp_path / "out"),
+    ]
+    assert run(command) == 0
+    assert capsys.readouterr().err.rstrip().endswith("· 1 row")

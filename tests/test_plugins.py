@@ -249,6 +249,15 @@ def test_a_signal_that_returns_something_else_is_named(site: Path, returns: str)
         LoGo.from_pretrained("demo", signal="wrong", k=2).select(PROMPT)
 
 
+def test_a_signal_that_fails_is_named(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "plug_broken.py").write_text(SIGNAL.replace("index.norms(hidden).sqrt()", "index.norms(hidden)[:, 99]"))
+    plugins.load("plug_broken:quiet")
+    assert run(["select", "hot", "--base-model", "demo", "--signal", "quiet"]) == 1
+    told = capsys.readouterr().err
+    assert "unexpected RuntimeError: signal plug_broken:quiet failed: IndexError: index 99 is out of bounds" in told
+    assert "--debug" in told
+
+
 def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:
     (site / "plug_metric.py").write_text(
         "from logo import register_metric\n@register_metric('as_told')\ndef as_told(prediction, golds):\n"
@@ -257,9 +266,27 @@ def test_a_metric_says_a_number_from_0_to_1(site: Path) -> None:
     plugins.load("plug_metric:as_told")
     assert measure("as_told", "1", "gold") == measure("as_told", "True", ("gold",)) == 1.0
     assert measure("as_told", "len(golds) / 2", "gold") == 0.5
-    for wrong in ("1.5", "-1", "float('nan')", "None", "'1'"):
+    assert measure("as_told", "__import__('numpy').float32(0.5)", "gold") == 0.5
+    assert measure("as_told", "__import__('numpy').bool_(True)", "gold") == 1.0
+    assert measure("as_told", "__import__('torch').tensor(0.5)", "gold") == 0.5
+    for wrong in ("1.5", "-1", "float('nan')", "None", "'1'", "__import__('torch').ones(2)", "1j"):
         with pytest.raises(PluginError, match="metric 'as_told': expected a number from 0 to 1, found"):
             measure("as_told", wrong, "gold")
+
+
+def test_a_metric_that_fails_is_named_with_the_answer(site: Path) -> None:
+    (site / "plug_failing.py").write_text(
+        "from logo import UsageError, register_metric\n@register_metric('failing')\n"
+        "def failing(prediction, golds):\n"
+        "    if not prediction:\n        raise UsageError('no answer')\n    return 1 / (len(prediction) - 4)\n"
+    )
+    plugins.load("plug_failing:failing")
+    told = r"metric 'failing' failed for the answer 'cold' and the gold texts \['hot'\] \(ZeroDivisionError: "
+    with pytest.raises(PluginError, match=told) as found:
+        measure("failing", "cold", "hot")
+    assert isinstance(found.value.__cause__, ZeroDivisionError)
+    with pytest.raises(UsageError, match="no answer"):
+        measure("failing", "", "hot")
 
 
 def test_a_merge_is_given_all_that_is_merged(site: Path) -> None:

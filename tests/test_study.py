@@ -444,11 +444,14 @@ def test_the_command_after_an_interruption(
     [
         (["--rows", "nowhere"], 1, "rows folder 'nowhere': expected a folder with NAME.jsonl files, found nothing"),
         (["--rows", "empty"], 1, "rows folder 'empty': expected files NAME.jsonl, found none"),
+        (["--rows", "packed"], 1, "expected files NAME.jsonl, found none, only 'ad03.jsonl.gz'; unpack it first"),
+        (["--rows", "table"], 1, "only 'ad03.csv'; `logo data prepare --source` makes rows of it (docs/datasets.md)"),
         (["--rows", "bad"], 1, "bad/ad03.jsonl:2: expected"),
         (["--tasks", "ad04"], 1, "task 'ad04': no such file in 'rows' (did you mean 'ad0"),
         (["--signals", "nrom"], 2, "unknown signal 'nrom' (did you mean 'norm'?)"),
         (["--signals", ","], 2, "signals ',': expected names separated by commas, found none"),
         (["--limit", "0"], 2, "limit 0: expected at least 1 row"),
+        (["--metric", "rouge"], 2, "--metric rouge: judges generated answers"),
         (["--save", "rows"], 2, "--save rows: expected a file to write, found a folder"),
         (["--save", "rows/ad03.jsonl/x.json"], 1, "a file is where a folder should be"),
         (["--png", "study.json"], 2, "--save and --png are both study.json"),
@@ -466,6 +469,9 @@ def test_what_goes_wrong_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    for folder, name in (("packed", "ad03.jsonl.gz"), ("table", "ad03.csv")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
     bad = write_rows(tmp_path / "bad", "ad03", [("x", "y")])
     bad.write_text(bad.read_text() + "{}\n")
     command = [

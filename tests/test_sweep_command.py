@@ -80,6 +80,16 @@ def test_going_on_answers_nothing_again(swept: Path) -> None:
     assert (swept / "sweep.csv").read_bytes() == before
 
 
+def test_a_sweep_that_is_refused_keeps_the_earlier_table(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["sweep.csv", "sweep.json", *(["sweep.parquet"] if (swept / "sweep.parquet").exists() else [])]
+    before = {name: (swept / name).read_bytes() for name in names}
+    assert run([*COMMON, *GRID, "--limit", "2", "-o", str(swept)]) == 1
+    assert {name: (swept / name).read_bytes() for name in names} == before
+    refused = capsys.readouterr().err
+    assert f"cell k=1_signal=norm, dataset 'antonym': {swept}" in refused
+    assert "holds the result of another run" in refused
+
+
 def test_combinations_that_cannot_be_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = ["--grid", "signal=norm,calibrated", "--grid", "weighting=linear,adaptive"]
     assert run([*COMMON, *grid, "-o", str(tmp_path), "--list", "--json"]) == 0

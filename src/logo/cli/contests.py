@@ -92,6 +92,11 @@ def contest_of(
     from logo.evaluation.jobs import declared_metric
     from logo.evaluation.metrics import checked_kind, metric_kind
 
+    if metric is not None and new_tokens is None:
+        raise UsageError(
+            f"--metric {metric}: judges generated answers, and without --generate gold answers are scored; add "
+            "--generate N or leave it out"
+        )
     asked = {part.strip() for part in protocol.split(",") if part.strip()}
     learning = [label for label, method in methods.items() if isinstance(method, Learned)]
     train: Mapping[str, Sequence[Row]] = held if train_rows is None else {}

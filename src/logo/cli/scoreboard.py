@@ -105,7 +105,7 @@ def say_intervals(score: Score) -> None:
     if intervals:
         ends = {_label(key): f"{100 * low:.2f} to {100 * high:.2f}" for key, (low, high) in intervals.items()}
         shown = ", ".join(f"{label} {text}" if len(ends) > 1 else text for label, text in ends.items())
-        note(f"95 % interval: {shown} · {score.rows} rows")
+        note(f"95 % interval: {shown} · {score.rows} row{'' if score.rows == 1 else 's'}")
 
 
 def table(scores: Sequence[Score]) -> Table:

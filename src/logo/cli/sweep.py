@@ -86,7 +86,7 @@ def sweep(
             opener = inside = CellsInWorkers(layout, engine, rows, base_model, runs(cells)[0])
             stack.enter_context(inside.workers)
         swept = _answered(opener, cells, jobs, output, rows)
-    written = _written(axes, swept, output, seed)
+    written = _written(axes, swept, output, seed) if swept.outcomes else []  # the table of an earlier sweep stays
     _show(axes, swept, skipped, written, seed, json=json)
     if swept.failures:
         raise typer.Exit(1)
@@ -123,13 +123,16 @@ def _answered(
     from logo.evaluation.resume import ResumePolicy
     from logo.evaluation.sweep.running import runs
     from logo.evaluation.sweep.running import sweep as run_sweep
+    from logo.folders import replace_file
 
     total = len(runs(cells)) * sum(len(job.rows) for job in jobs)
-    write_json(output / "sweep.json", {"command": command_line()})  # before hours in which a run may be killed
+    command = output / "sweep.json"
+    earlier = command.read_bytes() if command.is_file() else None
+    write_json(command, {"command": command_line()})  # before hours in which a run may be killed
     with progress(disable=not err.is_terminal) as shown:
         bar = shown.add_task("rows", total=total)
         try:
-            return run_sweep(
+            swept = run_sweep(
                 cells,
                 jobs,
                 output,
@@ -140,6 +143,9 @@ def _answered(
         except KeyboardInterrupt:
             note("Finished rows are kept: repeat the command to continue.")
             raise
+    if earlier is not None and not swept.outcomes:
+        replace_file(command, earlier)  # what is in the folder is still of the earlier command
+    return swept
 
 
 def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> list[Path]:
@@ -218,8 +224,11 @@ def _show(
         _print(shown)
         note(" · ".join(str(file) for file in written))
     for failure in swept.failures[:SHOWN]:
-        where = failure.name if failure.dataset is None else f"{failure.name}, dataset {failure.dataset!r}"
-        err.print(f"logo: error: cell {where}: {failure.message}", markup=False)
+        where, message = failure.name, failure.message
+        if failure.dataset is not None:
+            where = f"{where}, dataset {failure.dataset!r}"
+            message = message.removeprefix(f"dataset {failure.dataset!r}: ")  # some messages name it themselves
+        err.print(f"logo: error: cell {where}: {message}", markup=False)
     if len(swept.failures) > SHOWN:
         err.print(f"logo: error: and {len(swept.failures) - SHOWN} more")
 

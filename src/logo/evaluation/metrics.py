@@ -10,11 +10,12 @@ nltk and rouge_score are imported at the first use.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, SupportsFloat, TypeVar
 
-from logo.errors import PluginError, UsageError, closest
+from logo.errors import LoGoError, PluginError, UsageError, closest
 from logo.plugins import Registry
 
 Kind = str  # a name of `METRICS`
@@ -35,7 +36,8 @@ class MetricFunction(Protocol):
             golds: the gold texts of the row, one or more.
 
         Raises:
-            LoGoError: an error that the user can fix; any other exception counts as a bug of the metric.
+            LoGoError: an error that the user can fix; any other exception is a bug of the metric, and the error
+                names it.
         """
 
 
@@ -168,14 +170,26 @@ def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Val
     number.
 
     Raises:
-        PluginError: a plugin does not return a number from 0 to 1.
+        PluginError: a plugin fails, or does not return a number from 0 to 1.
     """
-    value = METRICS[kind](prediction, (completion,) if isinstance(completion, str) else completion)
-    if kind in METRICS.sources:
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise PluginError(f"metric {kind!r}: expected a number from 0 to 1, found {value!r:.60}")
-        return float(value)
-    return value
+    golds = (completion,) if isinstance(completion, str) else completion
+    if kind not in METRICS.sources:
+        return METRICS[kind](prediction, golds)
+    try:
+        value: object = METRICS[kind](prediction, golds)
+    except LoGoError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        where = f"for the answer {prediction!r:.60} and the gold texts {list(golds)!r:.60}"
+        raise PluginError(f"metric {kind!r} failed {where} ({said}); --debug shows the traceback") from error
+    try:
+        number = float(value) if isinstance(value, SupportsFloat) else math.nan  # of NumPy and torch, too
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise PluginError(f"metric {kind!r}: expected a number from 0 to 1, found {value!r:.60}")
+    return number
 
 
 def measures(kind: Kind) -> tuple[str, ...]:

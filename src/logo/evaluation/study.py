@@ -77,7 +77,7 @@ def find_tasks(folder: str | os.PathLike[str], request: str = "", limit: int | N
     files = {path.relative_to(root).as_posix().removesuffix(".jsonl"): path for path in root.rglob("*.jsonl")}
     names = sorted(name for name in files if not any(part.startswith(".") for part in name.split("/")))
     if not names:
-        raise DataError(f"rows folder {str(root)!r}: expected files NAME.jsonl, found none")
+        raise DataError(f"rows folder {str(root)!r}: expected files NAME.jsonl, found none{_instead(root)}")
     wanted = [item.strip() for item in request.split(",") if item.strip()] or ["*"]
     chosen: set[str] = set()
     for item in wanted:
@@ -86,6 +86,16 @@ def find_tasks(folder: str | os.PathLike[str], request: str = "", limit: int | N
             raise DataError(f"task {item!r}: no such file in {str(root)!r}{closest(item, names)}")
         chosen.update(matching)
     return [Task(name, files[name], tuple(read_rows(files[name], limit))) for name in sorted(chosen)]
+
+
+def _instead(root: Path) -> str:
+    """What a folder without rows holds that looks like rows, and what makes rows of it; "" if there is nothing."""
+    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*")):
+        if name.endswith(".jsonl.gz"):
+            return f", only {name!r}; unpack it first"
+        if name.endswith((".csv", ".tsv", ".json", ".parquet")):
+            return f", only {name!r}; `logo data prepare --source` makes rows of it (docs/datasets.md)"
+    return ""
 
 
 def cut(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from logo.adapters.activation import Activation
-from logo.errors import PluginError, UsageError
+from logo.errors import LoGoError, PluginError, UsageError
 from logo.plugins import Registry
 from logo.selection.index import ScoringIndex
 
@@ -100,15 +100,22 @@ class Signal:
 
         Raises:
             PluginError: a signal of others has returned something else.
+            RuntimeError: a signal of others has failed.
         """
-        scores = self.score(index, hidden)
-        if self.plugin is not None:
-            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            if shape != (len(hidden), len(index)):
-                place, wanted = self.plugin.partition(" ")[0], (len(hidden), len(index))
-                raise PluginError(f"signal {place}: expected scores (vectors, adapters) {wanted}, found {shape}")
-            scores = scores.float()
-        return scores
+        if self.plugin is None:
+            return self.score(index, hidden)
+        place = self.plugin.partition(" ")[0]
+        try:
+            scores = self.score(index, hidden)
+        except (LoGoError, MemoryError, torch.cuda.OutOfMemoryError):  # are dealt with elsewhere
+            raise
+        except Exception as error:
+            raise RuntimeError(f"signal {place} failed: {type(error).__name__}: {error}") from error
+        shape, wanted = tuple(scores.shape) if isinstance(scores, Tensor) else None, (len(hidden), len(index))
+        if shape != wanted:
+            found = type(scores).__name__ if shape is None else shape
+            raise PluginError(f"signal {place}: expected scores (vectors, adapters) {wanted}, found {found}")
+        return scores.float()
 
 
 SIGNALS: Registry[Signal] = Registry("signal")
