@@ -459,6 +459,38 @@ def test_evaluate_and_report_what_others_judge_choose_and_merge(here: Path, caps
     assert done.returncode != 0 and "metric_plugin" in done.stderr + done.stdout, done.stderr
 
 
+METRIC = """
+from logo import register_metric
+
+@register_metric("own")
+def own(prediction, golds):
+    return {value}
+"""
+
+
+@pytest.mark.slow
+def test_answers_outlive_a_metric_that_fails(here: Path) -> None:
+    """It fails for the last row. Once it is corrected, only that row is answered, and all rows are judged by it."""
+    rows = Path(ROWS).resolve()
+    last = json.loads((rows / "antonym.jsonl").read_text().splitlines()[3])["completion"]
+    asked = ["eval", "run", "--rows", str(rows), "--dataset", "antonym", "--base-model", "demo", "--limit", "4"]
+    asked += ["--max-new-tokens", "4", "--plugin", "plug_own:own", "--metric", "own"]
+
+    def evaluated(value: str, results: str) -> subprocess.CompletedProcess[str]:
+        Path("plug_own.py").write_text(METRIC.format(value=value))
+        code = [sys.executable, "-B", "-c", "from logo.cli import main; main()", *asked, "--result-dir", results]
+        return subprocess.run(code, capture_output=True, text=True, timeout=PATIENCE)
+
+    wrong, right = f"1 / (golds[0] != {last!r})", "1 / (1 + len(prediction))"
+    failed = evaluated(wrong, "results")
+    assert failed.returncode == 1 and "metric 'own' failed for the answer" in failed.stderr, failed.stderr
+    done = evaluated(right, "results")
+    assert done.returncode == 0 and "3 finished rows were judged by another metric" in done.stderr, done.stderr
+    assert evaluated(right, "whole").returncode == 0
+    [one], [whole] = (list(Path(place).rglob("eval_results.json")) for place in ("results", "whole"))
+    assert one.read_text() == whole.read_text()
+
+
 # -- other processes ---------------------------------------------------------------------------------------------------
 
 

@@ -125,6 +125,25 @@ def test_kill_9_in_the_middle(
     assert times["inference"] >= times["probe"] + times["generate"]  # what the killed process took counts
 
 
+@pytest.mark.filterwarnings("default:.*judged again")
+def test_an_unfinished_run_goes_on_with_another_metric(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers do not depend on the metric: those that are there are judged again, and a finished result is not."""
+    same = ["--dataset", "antonym", "--batch-size", "3"]
+    arguments, folder = command(rows, tmp_path / "killed", *same), tmp_path / "killed" / RUN / "antonym"
+    done = kill_in_the_middle([*arguments, "--metric", "em"], journal_of(folder), after=2)
+    asked = count_prompts(monkeypatch)
+    assert run([*arguments, "--metric", "rouge"]) == 0
+    assert len(asked) == COUNT - 3 * done
+    assert f"{3 * done} finished rows were judged by another metric" in capsys.readouterr().err
+    assert run(command(rows, tmp_path / "whole", *same, "--metric", "rouge")) == 0
+    assert contents(folder) == contents(tmp_path / "whole" / RUN / "antonym")
+    capsys.readouterr()
+    assert run([*arguments, "--metric", "em"]) == 2
+    assert "metric" in capsys.readouterr().err
+
+
 def test_what_is_done_is_not_done_again(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

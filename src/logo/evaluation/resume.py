@@ -2,7 +2,8 @@
 
 A result belongs to this run if its `run.json` says so (`logo.evaluation.standing`). The journal
 (`logo.evaluation.journal`) is a hidden file beside the future result's folder, and is removed when the result is
-written. If rows depend on those before them, an interrupted dataset begins again.
+written. If rows depend on those before them, an interrupted dataset begins again. Answers do not depend on the metric,
+so an unfinished run may continue with another one, or with a corrected one.
 
 The request and the environment are treated separately. A result that was finished under other versions is finished; a
 run that was begun under other versions continues only if the user allows mixing.
@@ -112,7 +113,7 @@ def plan(
         return Plan(job, run, environment, learning=learning, keep_both=policy.keep_both)
     file = journal_of(job.folder)
     begun = _begun(file)
-    found = [] if begun is None else differences(_asked(run), _asked(begun))
+    found = [] if begun is None else differences(_answering(run), _asked(begun))
     if there is not None and there.other(_asked(run)) is None and not there.missing:
         finished = begun is not None and not found and there.digest != begun["replaces"]
         if finished:  # its run was killed before it could remove the journal
@@ -162,7 +163,7 @@ def open_journal(plan: Plan, learnt: Learnt | None = None) -> Journal:
         UsageError: another process is on this job, or the journal is of another run.
         StorageError: it cannot be written.
     """
-    run = {**plan.run, **({} if learnt is None else {"learnt_sha256": learnt.sha256})}
+    run = {**_unjudged(plan.run), **({} if learnt is None else {"learnt_sha256": learnt.sha256})}
     elsewhere = plan.run["environment"] != plan.environment
     stamp = {"environment": plan.environment} if elsewhere else {}
     return Journal(_placed(journal_of(plan.job.folder)), run, fresh=plan.fresh, stamp=stamp)
@@ -260,6 +261,16 @@ def _asked(run: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key not in ("environment", "replaces", "learnt_sha256")}
 
 
+def _answering(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The part that the answers depend on."""
+    return _unjudged(_asked(run))
+
+
+def _unjudged(run: Mapping[str, Any]) -> dict[str, Any]:
+    """All but the metric, which a journal does not depend on."""
+    return {key: value for key, value in run.items() if key not in ("metric", "metric_plugin")}
+
+
 def _begun(file: Path) -> dict[str, Any] | None:
     """The first line of a journal; None without records, since an empty journal blocks nothing."""
     found = written(file)
@@ -288,7 +299,7 @@ def _learning(job: Job, run: Mapping[str, Any], policy: ResumePolicy, *, begun: 
         begun: rows have been answered with it already.
     """
     file = learnt_of(job)
-    own = {**_asked(run), "shard": None, "environment": run["environment"]}
+    own = {**_answering(run), "shard": None, "environment": run["environment"]}
     # With --overwrite, a shard still uses what this run has learnt, because other shards may have used it.
     learning = Learning(file, own, fresh=policy.overwrite and job.shard is None, policy=policy)
     if policy.overwrite:

@@ -9,15 +9,16 @@ also of an interrupted run or of shards.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from logo.errors import UsageError
 from logo.evaluation.batches import Engine, Failure, GenerationLike, SelectionLike, in_batches
 from logo.evaluation.journal import Journal
-from logo.evaluation.metrics import Kind, Value, first_line, measure, metric_kind
+from logo.evaluation.metrics import METRICS, Kind, Value, first_line, measure, metric_kind
 from logo.rows import Row
 
 __all__ = [
@@ -115,10 +116,11 @@ class Answered:
 
     Args:
         dataset: its name.
-        rows: number of its rows.
+        rows: its rows.
         batch_size: number of rows answered at once.
         metric: its metric; None: by its name.
-        journal: of these rows under these settings: recorded rows are not answered again, and new ones are recorded.
+        journal: of these rows under these settings: recorded rows are not answered again, and new ones are recorded. A
+            row that was judged by another metric, or by another version of a plugin's, is judged again.
 
     Attributes:
         size: the present batch size, smaller than `batch_size` if larger batches did not fit.
@@ -126,19 +128,37 @@ class Answered:
     """
 
     def __init__(
-        self, dataset: str, rows: int, batch_size: int, metric: Kind | None = None, journal: Journal | None = None
+        self,
+        dataset: str,
+        rows: Sequence[Row],
+        batch_size: int,
+        metric: Kind | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        self._dataset, self._rows, self._metric = dataset, rows, metric
+        self._dataset, self._rows, self._metric = dataset, rows, metric or metric_kind(dataset)
         self._batch_size, self._journal = batch_size, journal
         self._instances: dict[int, Instance] = {}
         self.size, self.seconds = batch_size, 0.0
+        judge, again = [self._metric, METRICS.source(self._metric)], 0
         for record in [] if journal is None else journal.records:
             first = record.get("first", len(self._instances))
-            self._take(
-                AnsweredBatch(first, tuple(map(_recorded, record["instances"])), record["seconds"], record["size"])
-            )
+            instances = [_recorded(values) for values in record["instances"]]
+            if record.get("judge") != judge:
+                again += len(instances)
+                instances = [
+                    _judged_again(self._metric, row, instance)
+                    for row, instance in zip(rows[first : first + len(instances)], instances, strict=True)
+                ]
+            self._take(AnsweredBatch(first, tuple(instances), record["seconds"], record["size"]))
             if record["batch_size"] != batch_size:
                 self.size = batch_size  # another size is requested: the one that fits is found again
+        if again:
+            warnings.warn(
+                f"dataset {dataset!r}: {again} finished rows were judged by another metric or another version of it, "
+                "and are judged again",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def __len__(self) -> int:
         return len(self._instances)
@@ -152,7 +172,7 @@ class Answered:
     def missing(self) -> list[range]:
         """The unanswered rows, as ranges of consecutive rows."""
         stretches: list[range] = []
-        for row in range(self._rows):
+        for row in range(len(self._rows)):
             if row in self._instances:
                 continue
             if stretches and stretches[-1].stop == row:
@@ -170,12 +190,12 @@ class Answered:
         if self._journal is not None:
             kept = {"first": batch.first, "instances": [asdict(instance) for instance in batch.instances]}
             more = {"seconds": batch.seconds, "batch_size": self._batch_size, "size": batch.size}
-            self._journal.append({**kept, **more})
+            self._journal.append({**kept, **more, "judge": [self._metric, METRICS.source(self._metric)]})
         self._take(batch)
 
     def result(self) -> DatasetResult:
         """The result, when all rows are answered."""
-        instances = [self._instances[row] for row in range(self._rows)]
+        instances = [self._instances[row] for row in range(len(self._rows))]
         return collect(self._dataset, instances, inference=self.seconds, metric=self._metric)
 
     def _take(self, batch: AnsweredBatch) -> None:
@@ -209,7 +229,7 @@ def evaluate(
     """
     if not rows:
         raise UsageError(f"dataset {dataset!r}: expected at least one row, found none")
-    answered = Answered(dataset, len(rows), batch_size, metric, journal)
+    answered = Answered(dataset, rows, batch_size, metric, journal)
     report = on_progress or (lambda done: None)
     if len(answered):
         report(len(answered))
@@ -330,9 +350,7 @@ def common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:
     if isinstance(answer, Failure):
-        # Always zero, unlike the score of an empty answer: a gold text may be empty after normalisation.
-        nothing: Value = {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-L": 0.0} if kind == "rouge" else 0
-        return Instance(nothing, "", (), (), {}, {}, answer.message)
+        return Instance(_nothing(kind), "", (), (), {}, {}, answer.message)
     prediction = first_line(answer.text)
     selection = answer.selection
     return Instance(
@@ -345,6 +363,16 @@ def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:
         form=answer.form,
         confidence=selection.confidence,
     )
+
+
+def _judged_again(kind: Kind, row: Row, instance: Instance) -> Instance:
+    failed = instance.error is not None
+    return replace(instance, value=_nothing(kind) if failed else measure(kind, instance.prediction, row.completion))
+
+
+def _nothing(kind: Kind) -> Value:
+    """The value of a row without an answer: zero, unlike that of an empty answer, which the gold text may be too."""
+    return {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-L": 0.0} if kind == "rouge" else 0
 
 
 def _recorded(values: Mapping[str, Any]) -> Instance:

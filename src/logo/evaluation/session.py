@@ -210,7 +210,11 @@ class Underway:
             self.learnt = learn_once(plan, functools.partial(evaluation.learn, job, train_rows(job)))
         self.found_out: Mapping[str, Any] | None = None
         self._journal = open_journal(plan, self.learnt)
-        self.answered = Answered(job.dataset, len(self.rows), evaluation.batch_size, job.metric, self._journal)
+        try:
+            self.answered = Answered(job.dataset, self.rows, evaluation.batch_size, job.metric, self._journal)
+        except BaseException:  # a plugin's metric has failed
+            self.close()
+            raise
 
     def __enter__(self) -> Underway:
         return self
