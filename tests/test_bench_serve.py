@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -361,20 +362,35 @@ def test_the_whole_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.slow
-def test_a_server_that_dies() -> None:
-    """Its requests are errors; what comes after is not begun, and says why."""
-    started = []
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_server_that_dies(at_once: bool) -> None:
+    """Before it is asked anything, the error says why. Later its requests are errors; the next arm has its own server."""
+    started: list[LocalServer] = []
+
+    def kill() -> None:
+        if len(started) == 1:
+            os.kill(started[0].pid, signal.SIGKILL)
+            while not started[0].gone:
+                time.sleep(0.01)
 
     def begin(what: str, steps: int | None) -> Callable[[], None]:
-        return lambda: os.kill(started[0].pid, signal.SIGKILL)  # at the first answer
+        if at_once and what == "logo":
+            kill()
+        return kill  # at the first answer
 
     def place() -> LocalServer:
         started.append(LocalServer(["--base-model=demo"]))
-        return started[0]
+        return started[-1]
 
     asks = tuple(Ask("What is 7 plus 5?", 8, stream) for stream in (True, False) * 8)
-    with pytest.raises(LoGoError, match=r"no answer .* `logo serve` has exited"):
-        run_bench(Plan(asks, ("logo", "base"), concurrency=4), place, lambda: pytest.fail("not needed"), begin=begin)
+    plan = Plan(asks, ("logo", "base"), concurrency=4)
+    if at_once:
+        with pytest.raises(LoGoError, match=r"no answer .* `logo serve` has exited"):
+            run_bench(plan, place, lambda: pytest.fail("not needed"), begin=begin)
+    else:
+        results = run_bench(plan, place, lambda: pytest.fail("not needed"), begin=begin)
+        assert results.summary("logo").errors and not results.summary("base").errors
+        assert any("the server ended with code -9" in problem for problem in results.problems)
     assert started[0].exit_code == -signal.SIGKILL
 
 

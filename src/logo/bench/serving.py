@@ -43,7 +43,7 @@ class Plan:
         arms: in this order.
         concurrency: requests in flight.
         seconds: repeat the requests for this long; None: send each once.
-        rounds: rounds over all arms; a server of our own is started anew in each.
+        rounds: rounds over all arms; a server of our own is started anew for each arm and round.
         verify: number of requests, from the first, whose answers are compared.
         churn: an adapter that is added and removed meanwhile.
         timeout: seconds that one request may take.
@@ -123,7 +123,7 @@ def run_bench(
     api_key: str | None = None,
     begin: Begin = lambda what, steps: lambda: None,
 ) -> Results:
-    """Runs the arms on a running server, or on one of our own, which is started for every round.
+    """Runs the arms on a running server, or each on one of our own, which is started anew in every round.
 
     Args:
         place: the address, or a function that starts a server.
@@ -148,14 +148,14 @@ def run_bench(
 
     for round_ in range(plan.rounds):
         suffix = f", round {round_ + 1} of {plan.rounds}" if plan.rounds > 1 else ""
-        served = [arm for arm in plan.arms if arm != "one-by-one" or not local]
-        if served:
+        for arm in plan.arms:
+            if local and arm == "one-by-one":
+                results.loads[arm].append(_alone(plan, in_process(), begin(f"{arm}{suffix}", total)))
+                continue
+            # A server that has answered another arm has its prompts in the cache.
             with _open(place, api_key, begin, results) as endpoint:
-                for arm in served:
-                    step = begin(f"{arm}{suffix}", total)
-                    results.loads[arm].append(asyncio.run(_served(plan, endpoint, arm, step)))
-        if local and "one-by-one" in plan.arms:
-            results.loads["one-by-one"].append(_alone(plan, in_process(), begin(f"one-by-one{suffix}", total)))
+                step = begin(f"{arm}{suffix}", total)
+                results.loads[arm].append(asyncio.run(_served(plan, endpoint, arm, step)))
     results.problems += problems(results, local)
     if plan.verify:
         _compare(plan, results, in_process(), begin)
@@ -194,7 +194,7 @@ def _open(
                 raise
             raise LoGoError(f"{error} `logo serve` has exited; its last output: {server.said[-500:]}") from error
     if server.exit_code != 0:
-        results.problems.append(f"the server ended with code {server.exit_code} after SIGTERM: {server.said[-500:]}")
+        results.problems.append(f"the server ended with code {server.exit_code}: {server.said[-500:]}")
 
 
 async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], None]) -> Watched:
@@ -204,8 +204,7 @@ async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], N
         alone = arm == "one-by-one"
         asks = [replace(ask, hang_up=None) for ask in plan.asks] if alone else plan.asks
         concurrency = 1 if alone else plan.concurrency
-        patient = [replace(ask, hang_up=None) for ask in plan.asks[:_WARM_UP]]
-        await run_load(endpoint, model, patient, concurrency=concurrency, timeout=plan.timeout)
+        await run_load(endpoint, model, _warm_up(plan), concurrency=concurrency, timeout=plan.timeout)
         started = time.perf_counter()
         before = await sample(client, started)
         stop = asyncio.Event()
@@ -236,6 +235,11 @@ async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], N
         )
 
 
+def _warm_up(plan: Plan) -> list[Ask]:
+    """Requests that do not count. No cache of prompt beginnings may use theirs for those that do."""
+    return [replace(ask, prompt=f"Please answer. {ask.prompt}", hang_up=None) for ask in plan.asks[:_WARM_UP]]
+
+
 async def _model(client: httpx.AsyncClient, arm: Arm) -> str:
     """The model id under which the server answers as the arm requires.
 
@@ -261,7 +265,8 @@ async def _model(client: httpx.AsyncClient, arm: Arm) -> str:
 
 
 def _alone(plan: Plan, engine: LoGo, step: Callable[[], None]) -> Watched:
-    one_by_one(engine, plan.asks, range(min(_WARM_UP, len(plan.asks))))
+    warm_up = _warm_up(plan)
+    one_by_one(engine, warm_up, range(len(warm_up)))
     numbers = range(len(plan.asks))
     repeated = itertools.cycle(numbers) if plan.seconds else numbers
     answers = one_by_one(engine, plan.asks, repeated, seconds=plan.seconds, on_answer=step)
