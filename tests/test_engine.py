@@ -170,10 +170,10 @@ def test_stream_joins_to_generate(llama: nn.Module, adapters: Path) -> None:
 def test_a_stream_ends_as_generate_does(llama: nn.Module, adapters: Path) -> None:
     logo = engine(llama, adapters)
     words = logo.generate(PROMPTS[2], max_new_tokens=10).text.split()
-    for options in ({"stop": words[4]}, {"stop": [" ".join(words[3:5]), "w1000"]}, {"stop_at_newline": True}):
-        text = logo.generate(PROMPTS[2], max_new_tokens=10, **options).text
-        assert "".join(logo.stream(PROMPTS[2], max_new_tokens=10, **options)) == text
-        assert ("stop" in options) == (len(text.split()) < 10)
+    for stop in (words[4], [" ".join(words[3:5]), "w1000"]):
+        text = logo.generate(PROMPTS[2], max_new_tokens=10, stop=stop).text
+        assert "".join(logo.stream(PROMPTS[2], max_new_tokens=10, stop=stop)) == text
+        assert len(text.split()) < 10
 
 
 def test_leaving_a_stream_ends_it(llama: nn.Module, adapters: Path) -> None:
@@ -257,6 +257,8 @@ def test_stop_at_newline_keeps_the_answer(llama: nn.Module, adapters: Path) -> N
         stopped = logo.generate(PROMPTS[0], stop_at_newline=True, **options)
         assert first_line(stopped.text) == first_line(full.text).rstrip()
         assert stopped.token_ids == full.token_ids[: len(stopped.token_ids)]
+        torch.manual_seed(seed)
+        assert "".join(logo.stream(PROMPTS[0], stop_at_newline=True, **options)) == stopped.text
 
 
 def test_the_pool_may_change(llama: nn.Module, adapters: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import tiny
 from logo import AdapterPool, LoGo, UsageError
-from logo.models import lock_of
+from logo.models import check_mode, lock_of
 from test_engine import engine, tokenizer, write_adapter
 from tolerances import PATIENCE, same_scores
 
@@ -52,6 +52,16 @@ def test_layers_of_peft_are_refused(llama: nn.Module, adapters: Path) -> None:
         with pytest.raises(UsageError, match=r"layers of PEFT.*model\.unload\(\)"):
             engine(model, adapters)
     engine(wrapped.unload(), adapters).select(PROMPT)
+
+
+@pytest.mark.parametrize("part", ["", "model"])
+def test_dropout_is_found_wherever_it_is(part: str) -> None:
+    """OPT keeps its probability in its layers, and only a part of the model may be in training mode."""
+    opt = tiny.model("opt", dropout=0.1)
+    opt.get_submodule(part).train()
+    with pytest.raises(UsageError, match="training mode"):
+        check_mode(cast(Any, opt))
+    check_mode(cast(Any, opt.eval()))
 
 
 def test_training_mode_without_dropout_is_harmless(adapters: Path) -> None:

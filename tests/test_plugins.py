@@ -468,6 +468,15 @@ def own(prediction, golds):
 """
 
 
+def test_the_first_value_of_a_metric_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is first used, nothing says that a metric is a plugin's."""
+    wild = METRIC.format(value="7").replace('"own"', '"wild"')
+    entries = {"logo.metrics": {"wild": "plug_wild:own"}}
+    monkeypatch.syspath_prepend(str(installed(tmp_path / "site", "plug-wild", entries, plug_wild=wild)))
+    with pytest.raises(PluginError, match="metric 'wild': expected a number from 0 to 1, found 7"):
+        measure("wild", "an answer", "gold")
+
+
 @pytest.mark.slow
 def test_answers_outlive_a_metric_that_fails(here: Path) -> None:
     """It fails for the last row. Once it is corrected, only that row is answered, and all rows are judged by it."""

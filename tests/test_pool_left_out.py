@@ -48,6 +48,13 @@ def test_new_pools(pool: Path, capsys: pytest.CaptureFixture[str], command: list
     assert change["refused"] == bad
 
 
+def test_an_adapter_without_its_initial_state_is_left_out_of_a_conversion(pool: Path) -> None:
+    write_peft(pool / "begun", init_lora_weights="pissa")
+    out = pool.parent / "out"
+    assert run(["pool", "convert", str(pool), "--out", str(out), *SKIP]) == 0
+    assert AdapterPool.from_directory(out).names == ("plain",)
+
+
 def test_nothing_is_left(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["pool", "prune", str(pool / "dora"), "--rank", "1", "--out", str(pool.parent / "out"), *SKIP]
     assert run(line) == 1

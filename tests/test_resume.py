@@ -126,6 +126,23 @@ def test_kill_9_in_the_middle(
 
 
 @pytest.mark.filterwarnings("default:.*judged again")
+def test_beginning_again_with_another_metric_leaves_the_result_alone(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal that may replace a finished result does so only with its own metric."""
+    arguments = command(rows, tmp_path, "--dataset", "antonym", "--batch-size", "3")
+    folder = tmp_path / RUN / "antonym"
+    assert run([*arguments, "--metric", "em"]) == 0
+    before = contents(folder)
+    kill_in_the_middle([*arguments, "--metric", "rouge", "--overwrite"], journal_of(folder), after=2)
+    asked = count_prompts(monkeypatch)
+    assert run([*arguments, "--metric", "em"]) == 0 and not asked
+    assert contents(folder) == before and journal_of(folder).exists()
+    assert run([*arguments, "--metric", "rouge"]) == 0
+    assert 0 < len(asked) < COUNT and "rouge" in (folder / "eval_results.json").read_text()
+
+
+@pytest.mark.filterwarnings("default:.*judged again")
 def test_an_unfinished_run_goes_on_with_another_metric(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,7 @@ def test_one_model_is_told() -> None:
         assert [card["id"] for card in listed] == ["logo", "base", "a", "b", "team/a"]
         for card in listed:
             assert (await client.get(f"/v1/models/{card['id']}")).json() == card
+        assert (await client.get("/v1/models/", follow_redirects=True)).json()["data"] == listed
         answer = await client.get("/v1/models/team/b")
         assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
         assert "team/a" in answer.json()["error"]["message"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -365,7 +365,7 @@ class Calls(Facts):
         """
 
     @abstractmethod
-    def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Iterator[str]:
+    def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Generator[str]:
         """See `stream`."""
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -183,7 +183,7 @@ class Decoder:
 
     def stream(
         self, pool: AdapterPool, row: Sequence[int], mixture: Mapping[str, float], decoding: Decoding, lock: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Yields the text of one continuation in pieces; `lock` is held while it is generated."""
         rules, acting = decoding.rules(self.prompts.tokenizer), pool.acting(decoding.activation)
 

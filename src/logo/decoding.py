@@ -9,7 +9,7 @@ import copy
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
@@ -320,7 +320,7 @@ class Cancelled(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
 
 
-def streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, Cancelled], None]) -> Iterator[str]:
+def streamed(tokenizer: PreTrainedTokenizerBase, generate: Callable[[Any, Cancelled], None]) -> Generator[str]:
     """Yields the text of a generation in pieces, while it runs in another thread.
 
     Args:

@@ -9,7 +9,7 @@ mixing and selection:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -228,7 +228,7 @@ class LoGo(Calls, FromPretrained):
             answers |= zip(batch, made, strict=True)
         return [answers[i] for i in range(len(rows))]
 
-    def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Iterator[str]:
+    def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Generator[str]:
         return self._decoder.stream(self._fitted, row, selection.mixture, decoding, self._lock)
 
     def _score(self, row: Sequence[int], gold: Sequence[int], mixtures: Sequence[Mapping[str, float]]) -> list[Scored]:

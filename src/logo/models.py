@@ -205,17 +205,17 @@ def check_usable(model: PreTrainedModel) -> None:
 
 def check_mode(model: PreTrainedModel) -> None:
     """Raises UsageError if the model is in training mode and has dropout, which makes scores and answers random."""
-    if model.training and any(module.training and _drops(module) for module in model.modules()):
+    if any(module.training and _drops(module) for module in model.modules()):
         raise UsageError(
             "the model is in training mode, in which dropout changes scores and answers; call model.eval() first"
         )
 
 
 def _drops(module: Any) -> bool:
-    """Whether a module drops values in training mode: dropout itself, or an attention that gets its probability."""
-    name = "p" if "Dropout" in type(module).__name__ else "attention_dropout"
-    probability = getattr(module, name, 0)
-    return isinstance(probability, float | int) and probability > 0
+    """Whether a module drops values in training mode: dropout itself, or a module that calls it as a function."""
+    found = [value for name, value in vars(module).items() if "drop" in name]
+    found += [module.p] if "Dropout" in type(module).__name__ else []
+    return any(isinstance(value, float) and value > 0 for value in found)
 
 
 def context_length(model: Any) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache
 
 
@@ -45,12 +46,13 @@ class StopTexts:
         return piece
 
 
-def cut_pieces(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+def cut_pieces(pieces: Generator[str], stops: Sequence[str]) -> Iterator[str]:
     """The pieces of a text up to the first stop text, none of them empty."""
     text = StopTexts(stops)
-    for piece in pieces:
-        if passed := text.push(piece):
-            yield passed
+    with closing(pieces):
+        for piece in pieces:
+            if passed := text.push(piece):
+                yield passed
     if rest := text.finish():
         yield rest
 

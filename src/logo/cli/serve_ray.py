@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -120,8 +121,10 @@ def serve(
     pool = open_pool(engine, base_model)  # raises its errors before anything is started
     if isinstance(plan, ServerPlan):
         check_pool(plan.settings.base_model, pool.names)
-    note(starting(layout, "replicas"))
-    serve_replicas(plan, scale, address, digest(pool), lambda url: note(f"Serving on {url}"), note)
+    # A log that programs read is JSON from its first line to its last.
+    tell = logging.getLogger("logo.serving").info if plan.log_json else note
+    tell(starting(layout, "replicas"))
+    serve_replicas(plan, scale, address, digest(pool), lambda url: tell(f"Serving on {url}"), tell)
     return None
 
 

@@ -173,10 +173,11 @@ def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Val
         PluginError: a plugin fails, or does not return a number from 0 to 1.
     """
     golds = (completion,) if isinstance(completion, str) else completion
+    function = METRICS[kind]  # a plugin is loaded, and known as one, when it is first used
     if kind not in METRICS.sources:
-        return METRICS[kind](prediction, golds)
+        return function(prediction, golds)
     try:
-        value: object = METRICS[kind](prediction, golds)
+        value: object = function(prediction, golds)
     except LoGoError:
         raise
     except Exception as error:
@@ -190,6 +191,12 @@ def measure(kind: Kind, prediction: str, completion: str | Sequence[str]) -> Val
     if not 0 <= number <= 1:
         raise PluginError(f"metric {kind!r}: expected a number from 0 to 1, found {value!r:.60}")
     return number
+
+
+def judge(kind: Kind) -> list[str | None]:
+    """The name of a metric and, of a plugin's, its module, object and digest: what values depend on."""
+    METRICS[kind]  # loads a plugin
+    return [kind, METRICS.source(kind)]
 
 
 def measures(kind: Kind) -> tuple[str, ...]:

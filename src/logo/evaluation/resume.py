@@ -71,6 +71,7 @@ class Plan:
         learning: None if the method does not learn.
         note: what the user should know about an existing result of this run, in words.
         keep_both: as in the policy.
+        judge: the metric of the first line of the journal, if the run was begun.
     """
 
     job: Job
@@ -81,6 +82,7 @@ class Plan:
     learning: Learning | None = None
     note: str = ""
     keep_both: str = ""
+    judge: Mapping[str, Any] | None = None
 
 
 def plan(
@@ -113,12 +115,13 @@ def plan(
         return Plan(job, run, environment, learning=learning, keep_both=policy.keep_both)
     file = journal_of(job.folder)
     begun = _begun(file)
-    found = [] if begun is None else differences(_answering(run), _asked(begun))
+    found = [] if begun is None else differences(_unjudged(_asked(run)), _unjudged(_asked(begun)))
+    judge = None if begun is None else _judge(begun)
     if there is not None and there.other(_asked(run)) is None and not there.missing:
         finished = begun is not None and not found and there.digest != begun["replaces"]
         if finished:  # its run was killed before it could remove the journal
             _remove(job, learns)
-        if begun is None or found or finished:
+        if begun is None or found or finished or judge != _judge(run):
             return Plan(job, run, environment, done=True, note=_under_others(there, environment))
     if begun is not None and found:
         raise UsageError(
@@ -134,7 +137,8 @@ def plan(
             run = {**run, "environment": _accepted(job, file, begun, environment, policy, "begun")}
     check_place(job, run, policy.keep_both)
     note = "" if there is None or not there.missing else f"{job.folder} lacks {', '.join(there.missing)}"
-    return Plan(job, run, environment, fresh=not resumed, learning=learning, note=note, keep_both=policy.keep_both)
+    how: dict[str, Any] = {"fresh": not resumed, "judge": judge if resumed else None}
+    return Plan(job, run, environment, learning=learning, note=note, keep_both=policy.keep_both, **how)
 
 
 def check_place(job: Job, run: Mapping[str, Any], keep_both: str) -> None:
@@ -163,7 +167,8 @@ def open_journal(plan: Plan, learnt: Learnt | None = None) -> Journal:
         UsageError: another process is on this job, or the journal is of another run.
         StorageError: it cannot be written.
     """
-    run = {**_unjudged(plan.run), **({} if learnt is None else {"learnt_sha256": learnt.sha256})}
+    judge = _judge(plan.run) if plan.judge is None else plan.judge
+    run = {**_unjudged(plan.run), **judge, **({} if learnt is None else {"learnt_sha256": learnt.sha256})}
     elsewhere = plan.run["environment"] != plan.environment
     stamp = {"environment": plan.environment} if elsewhere else {}
     return Journal(_placed(journal_of(plan.job.folder)), run, fresh=plan.fresh, stamp=stamp)
@@ -261,14 +266,13 @@ def _asked(run: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key not in ("environment", "replaces", "learnt_sha256")}
 
 
-def _answering(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The part that the answers depend on."""
-    return _unjudged(_asked(run))
+def _judge(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The metric of a run, on which answers and what a method learns do not depend."""
+    return {key: value for key, value in run.items() if key in ("metric", "metric_plugin")}
 
 
 def _unjudged(run: Mapping[str, Any]) -> dict[str, Any]:
-    """All but the metric, which a journal does not depend on."""
-    return {key: value for key, value in run.items() if key not in ("metric", "metric_plugin")}
+    return {key: value for key, value in run.items() if key not in _judge(run)}
 
 
 def _begun(file: Path) -> dict[str, Any] | None:
@@ -299,7 +303,7 @@ def _learning(job: Job, run: Mapping[str, Any], policy: ResumePolicy, *, begun: 
         begun: rows have been answered with it already.
     """
     file = learnt_of(job)
-    own = {**_answering(run), "shard": None, "environment": run["environment"]}
+    own = {**_asked(run), "shard": None, "environment": run["environment"]}
     # With --overwrite, a shard still uses what this run has learnt, because other shards may have used it.
     learning = Learning(file, own, fresh=policy.overwrite and job.shard is None, policy=policy)
     if policy.overwrite:
@@ -326,7 +330,7 @@ def _taken(job: Job, learning: Learning, kept: Mapping[str, Any]) -> bool:
         UsageError: neither is allowed.
     """
     policy, own = learning.policy, learning.run
-    found = differences(_asked(own), _asked(kept))
+    found = differences(_unjudged(_asked(own)), _unjudged(_asked(kept)))
     if policy.overwrite:
         return not found and (policy.mix or not differences(own["environment"], kept["environment"]))
     if found:

@@ -18,7 +18,7 @@ from typing import Any
 from logo.errors import UsageError
 from logo.evaluation.batches import Engine, Failure, GenerationLike, SelectionLike, in_batches
 from logo.evaluation.journal import Journal
-from logo.evaluation.metrics import METRICS, Kind, Value, first_line, measure, metric_kind
+from logo.evaluation.metrics import Kind, Value, first_line, judge, measure, metric_kind
 from logo.rows import Row
 
 __all__ = [
@@ -139,11 +139,11 @@ class Answered:
         self._batch_size, self._journal = batch_size, journal
         self._instances: dict[int, Instance] = {}
         self.size, self.seconds = batch_size, 0.0
-        judge, again = [self._metric, METRICS.source(self._metric)], 0
+        self._judge, again = judge(self._metric), 0
         for record in [] if journal is None else journal.records:
             first = record.get("first", len(self._instances))
             instances = [_recorded(values) for values in record["instances"]]
-            if record.get("judge") != judge:
+            if record.get("judge") != self._judge:
                 again += len(instances)
                 instances = [
                     _judged_again(self._metric, row, instance)
@@ -190,7 +190,7 @@ class Answered:
         if self._journal is not None:
             kept = {"first": batch.first, "instances": [asdict(instance) for instance in batch.instances]}
             more = {"seconds": batch.seconds, "batch_size": self._batch_size, "size": batch.size}
-            self._journal.append({**kept, **more, "judge": [self._metric, METRICS.source(self._metric)]})
+            self._journal.append({**kept, **more, "judge": self._judge})
         self._take(batch)
 
     def result(self) -> DatasetResult:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logo.adapters.digests import key_of, pool_digest
 from logo.adapters.pool import AdapterPool
+from logo.api.names import check_pool
 from logo.api.visits import choosing, chosen
 from logo.engine import LoGo
 from logo.errors import LoGoError
@@ -163,6 +164,7 @@ class Replica:
     def __init__(self, name: str, plan: ServerPlan, link: Link) -> None:
         self._name, self._link = name, link
         logo = plan.open()
+        check_pool(plan.settings.base_model, logo.names)
         self.service = ReplicaService(
             logo,
             Memory(plan.max_concurrent, plan.kv_cache_gb),

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, RedirectResponse, Response
 
 from logo import __version__
 from logo.api.errors import model_not_found, too_many, unavailable
@@ -180,8 +180,10 @@ async def models(request: Request) -> openai.ModelList:
 
 
 @router.get("/v1/models/{name:path}", response_model=openai.ModelCard, tags=["OpenAI"])
-async def model(name: str, request: Request) -> openai.ModelCard:
+async def model(name: str, request: Request) -> openai.ModelCard | RedirectResponse:
     """One of the models that `/v1/models` lists."""
+    if not name:
+        return RedirectResponse(str(request.url.replace(path="/v1/models")))  # as for every other path
     cards = {card.id: card for card in _cards(request)}
     if name not in cards:
         raise model_not_found(name, closest(name, cards))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +180,7 @@ class VllmLoGo(Calls):
         continued: Any = [(one.tokens, form) for one, form in zip(group.running, forms, strict=True)]
         return decoding.generations(self.tokenizer, continued, selections, seconds)
 
-    def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Iterator[str]:
+    def _pieces(self, row: Sequence[int], selection: Selection, decoding: Decoding) -> Generator[str]:
         said = _Pieces(self.tokenizer, skip_special_tokens=True)
         self._invoke([row], [selection.mixture], decoding.activation)
         with self.core.request(selection, decoding.activation) as lora, self._requests.together() as group:

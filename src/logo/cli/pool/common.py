@@ -40,7 +40,7 @@ Threshold = Annotated[
 
 
 def opened(
-    folder: Path, allow_pickle: bool, on_bad: OnBad, check: Callable[[Adapter], None] | None = None
+    folder: Path, allow_pickle: bool, on_bad: OnBad, check: Callable[[Adapter], object] | None = None
 ) -> AdapterPool:
     """The pool in a folder; adapters that are left out are printed. The cache is neither read nor written.
 
@@ -58,7 +58,7 @@ def opened(
     return pool
 
 
-def checked(pool: AdapterPool, place: str, on_bad: OnBad, check: Callable[[Adapter], None]) -> AdapterPool:
+def checked(pool: AdapterPool, place: str, on_bad: OnBad, check: Callable[[Adapter], object]) -> AdapterPool:
     """The pool with the adapters that fail a check treated as bad ones: refused, or left out.
 
     Raises:
@@ -70,7 +70,9 @@ def checked(pool: AdapterPool, place: str, on_bad: OnBad, check: Callable[[Adapt
     return AdapterPool.from_survey(place, good, [*pool.refused, *bad], on_bad_adapter=on_bad)
 
 
-def divided(adapters: Iterable[Adapter], check: Callable[[Adapter], None]) -> tuple[list[Adapter], list[AdapterError]]:
+def divided(
+    adapters: Iterable[Adapter], check: Callable[[Adapter], object]
+) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters that pass a check, and the errors of the others."""
     from logo.errors import AdapterError
 

@@ -42,6 +42,7 @@ def convert(
 
     Example: `logo pool convert adapters/ --out plain-adapters/ --dtype bf16 --allow-pickle`
     """
+    from logo.adapters.format import Adapter
     from logo.adapters.pool import AdapterPool
     from logo.adapters.survey import survey
     from logo.adapters.upkeep.conversion import DTYPES, Initial, converted, write_converted
@@ -52,9 +53,11 @@ def convert(
     skip = on_bad_adapter == "skip"
     found, refused = survey(folder, allow_pickle=allow_pickle, verify=skip, unconverted=True)
     pool = AdapterPool.from_survey(folder, found, refused, on_bad_adapter=on_bad_adapter)
-    pool = checked(pool, str(folder), on_bad_adapter, lambda adapter: adapter.check_linear())
-    tell_refused(pool.refused)
     to = None if dtype is None else DTYPES[dtype]
+    # What is left out has to be known before the new pool is written.
+    check = (lambda one: converted(one, to, first)) if skip else Adapter.check_linear
+    pool = checked(pool, str(folder), on_bad_adapter, check)
+    tell_refused(pool.refused)
     results: list[dict[str, Any]] = []
 
     def write(adapter: Adapter, place: Path) -> bool:
