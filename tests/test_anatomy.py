@@ -129,7 +129,7 @@ def test_nobody_goes_for_somebody_who_goes() -> None:
 
     class Sized:
         def __init__(self, name: str, parameters: int) -> None:
-            self.name, self.parameters, self.activation = name, parameters, EVERYWHERE
+            self.name, self.parameters, self.activation, self.alone = name, parameters, EVERYWHERE, False
 
     equal: list[Any] = [Sized(name, 10) for name in "abc"]
     assert [(one.name, one.kept) for one in duplicates(equal, found, 0.9)] == [("b", "a")]

@@ -100,9 +100,9 @@ def test_options_that_cannot_be_used_are_refused(
         assert message in str(refused.value)
 
 
-def test_a_stream_refuses_what_only_generate_takes(llama: nn.Module, adapters: Path) -> None:
-    with pytest.raises(UsageError, match="'stop' cannot be used here: give 'stop_strings' instead"):
-        engine(llama, adapters).stream(PROMPTS[0], stop=["w3"])
+def test_a_stream_refuses_what_generate_refuses(llama: nn.Module, adapters: Path) -> None:
+    with pytest.raises(UsageError, match="stop: expected a text or a list of texts"):
+        engine(llama, adapters).stream(PROMPTS[0], stop=3)  # type: ignore[arg-type]
 
 
 def test_every_option_of_transformers_passes(llama: nn.Module, adapters: Path) -> None:
