@@ -25,7 +25,7 @@ class StopTexts:
         self.stopped = False
 
     def push(self, more: str) -> str:
-        """What can be passed on after these further characters: a stop text may begin with those held back."""
+        """Adds characters, and returns the new text that certainly is no part of a stop text."""
         if self.stopped:
             return ""
         self.known += more

@@ -152,7 +152,7 @@ def run_bench(
             if local and arm == "one-by-one":
                 results.loads[arm].append(_alone(plan, in_process(), begin(f"{arm}{suffix}", total)))
                 continue
-            # A server that has answered another arm has its prompts in the cache.
+            # All arms send the same prompts, so a server that has answered one arm has them in its cache.
             with _open(place, api_key, begin, results) as endpoint:
                 step = begin(f"{arm}{suffix}", total)
                 results.loads[arm].append(asyncio.run(_served(plan, endpoint, arm, step)))
@@ -236,7 +236,9 @@ async def _served(plan: Plan, endpoint: Endpoint, arm: Arm, step: Callable[[], N
 
 
 def _warm_up(plan: Plan) -> list[Ask]:
-    """Requests that do not count. No cache of prompt beginnings may use theirs for those that do."""
+    """Requests that are not measured. Their prompts begin in another way, so that the cache of prompt beginnings holds
+    nothing of the measured ones.
+    """
     return [replace(ask, prompt=f"Please answer. {ask.prompt}", hang_up=None) for ask in plan.asks[:_WARM_UP]]
 
 

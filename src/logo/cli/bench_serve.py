@@ -117,7 +117,7 @@ def serve(
     place = Endpoint(url.rstrip("/"), api_key) if url is not None else _own(engine, plan, options or (), api_key)
 
     def opened() -> LoGo:
-        assert base_model is not None  # an engine is compared with, or answers one by one: see `_models`
+        assert base_model is not None  # `_models` has one wherever a model is opened here
         return open_engine(engine, base_model)
 
     with progress(disable=not err.is_terminal) as shown:

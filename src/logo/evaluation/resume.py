@@ -266,13 +266,16 @@ def _asked(run: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key not in ("environment", "replaces", "learnt_sha256")}
 
 
+# The metric of a run. Neither its answers nor what its method learns depend on it.
+_METRIC = ("metric", "metric_plugin")
+
+
 def _judge(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The metric of a run, on which answers and what a method learns do not depend."""
-    return {key: value for key, value in run.items() if key in ("metric", "metric_plugin")}
+    return {key: value for key, value in run.items() if key in _METRIC}
 
 
 def _unjudged(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in run.items() if key not in _judge(run)}
+    return {key: value for key, value in run.items() if key not in _METRIC}
 
 
 def _begun(file: Path) -> dict[str, Any] | None:

@@ -371,7 +371,7 @@ def _judged_again(kind: Kind, row: Row, instance: Instance) -> Instance:
 
 
 def _nothing(kind: Kind) -> Value:
-    """The value of a row without an answer: zero, unlike that of an empty answer, which the gold text may be too."""
+    """The value of a row without an answer. It is always zero, although an empty answer can be right."""
     return {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-L": 0.0} if kind == "rouge" else 0
 
 

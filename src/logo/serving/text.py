@@ -40,7 +40,7 @@ class Text:
         # As in vLLM, a few earlier tokens are decoded, too, since the text of a token depends on them.
         before = self._decode(self._ids[self._start : self._read])
         both = self._decode(self._ids[self._start :])
-        if len(both) == len(before) or both.endswith(_INCOMPLETE):
+        if len(both) <= len(before) or both.endswith(_INCOMPLETE):
             return ""
         self._start, self._read = self._read, len(self._ids)
         return self._text.push(both[len(before) :])
