@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,9 +13,10 @@ from logo.cli import bench_serve, bench_train
 from logo.cli.commands import Commands, Group
 from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, Json, rare, usual
+from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Json, rare, usual
 from logo.cli.output import err, note, out, plain_table, print_json, progress, write_json
 from logo.cli.prompts import or_demo, read_prompts
+from logo.errors import UsageError, closest
 from logo.extras import need
 
 if TYPE_CHECKING:
@@ -71,7 +73,6 @@ def bench(
     from logo.bench.curves import draw
     from logo.bench.full import Plan, run_bench
     from logo.bench.synthetic import Sizes, parse_targets
-    from logo.errors import UsageError, closest
 
     if peft:
         need("a comparison with PEFT (--no-peft leaves it out)", "peft")
@@ -155,10 +156,8 @@ def probe(
 
     Example: `logo bench probe --base-model M --adapters DIR --prompts prompts.txt`
     """
-    from dataclasses import replace
 
     from logo.bench.probe import probe_bench
-    from logo.cli.options import OFFICIAL_SIGNAL
     from logo.engine import LoGo
 
     texts = read_prompts(None, prompts)

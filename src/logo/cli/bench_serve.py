@@ -19,6 +19,7 @@ from logo.cli.output import err, note, print_json, progress, write_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
 from logo.extras import need
+from logo.models import DEMO
 
 if TYPE_CHECKING:
     from logo.bench.local_server import LocalServer
@@ -196,7 +197,6 @@ def _asks(
 ) -> list[Ask]:
     from logo.bench.traffic import make_asks, mixed_prompts, read_asked
     from logo.demo import heldout
-    from logo.models import DEMO
 
     if prompts is not None:
         texts = read_asked(prompts)

@@ -11,11 +11,11 @@ from rich.text import Text
 
 from logo.cli.options import Json, usual
 from logo.cli.output import err, natural_width, note, out, print_json, rich_table, screen
+from logo.evaluation.tables import Column, Emphasis, Table, number, numbers, p_value, row, words
 from logo.extras import need
 
 if TYPE_CHECKING:
     from logo.evaluation.comparison import Compared, Comparison
-    from logo.evaluation.tables import Emphasis, Table
 
 WIDTH = 100  # columns in a pipe, or as many as the table needs
 _HUNDREDS = frozenset({"extra.bleu", "extra.chrf"})  # measures from 0 to 100 already
@@ -63,7 +63,6 @@ def compare(
 def _table(found: Comparison) -> Table:
     """A line for each dataset and measure, then for each group."""
     from logo.evaluation.paired import ALPHA, tests_in_words
-    from logo.evaluation.tables import Column, Table, numbers, row, words
 
     everything = [*found.datasets, *found.groups]
     several = len(everything) > 1
@@ -88,7 +87,6 @@ def _table(found: Comparison) -> Table:
 
 def _cells(compared: Compared, several: bool) -> Iterator[object]:
     from logo.evaluation.paired import ALPHA, COLUMN
-    from logo.evaluation.tables import number, p_value
 
     scale = 1 if compared.metric in _HUNDREDS else 100
     difference, record = compared.difference, compared.record

@@ -11,12 +11,14 @@ from logo.cli.choices import Variant
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.output import err
 from logo.errors import DataError, UsageError
+from logo.evaluation.metrics import checked_kind, metric_kind
+from logo.hub.names import is_hub_id
+from logo.rows import Row, read_rows
 
 if TYPE_CHECKING:
     from logo.baselines import Method
     from logo.evaluation.contest import Contest
     from logo.evaluation.study import Task
-    from logo.rows import Row
 
 ALWAYS = ("logo", "uniform", "base", "oracle")  # methods that every study has, as signals and as mixtures
 
@@ -34,7 +36,6 @@ def tasks_of(rows: str, request: str, prompt_end: str, names: Callable[[], Seque
         UsageError: `prompt_end` is given for a folder.
     """
     from logo.evaluation.study import find_tasks
-    from logo.hub.names import is_hub_id
 
     if Path(rows).exists() or not is_hub_id(rows.partition("@")[0]):
         if prompt_end:
@@ -90,7 +91,6 @@ def contest_of(
     from logo.baselines.method import Task as MethodTask
     from logo.evaluation.contest import PROTOCOLS, Contest
     from logo.evaluation.jobs import declared_metric
-    from logo.evaluation.metrics import checked_kind, metric_kind
 
     if metric is not None and new_tokens is None:
         raise UsageError(
@@ -122,7 +122,6 @@ def _train(tasks: Sequence[Task], folder: Path | None, methods: Sequence[str]) -
         UsageError: no folder of them is named.
         DataError: a task has none.
     """
-    from logo.rows import read_rows
 
     if folder is None:
         raise UsageError(

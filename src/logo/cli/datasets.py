@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
@@ -14,10 +15,10 @@ from logo.cli.commands import Commands
 from logo.cli.options import usual
 from logo.cli.output import err, note, print_json, progress, screen
 from logo.errors import DataError, LoGoError, UsageError
+from logo.evaluation.metrics import metric_kind
+from logo.folders import check_writable
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from logo.evaluation.sources.declarations import Declaration
     from logo.evaluation.sources.manifest import Entry
     from logo.evaluation.sources.prepare import Request
@@ -95,7 +96,6 @@ def prepare(
     from logo.evaluation.sources.loading import chosen
     from logo.evaluation.sources.manifest import read_manifest
     from logo.evaluation.sources.prepare import Request
-    from logo.folders import check_writable
 
     known, own = _known(source), _declared(source)
     found = chosen(names or list(own), list(known))
@@ -182,7 +182,6 @@ def _row(name: str, declaration: Declaration | None, entry: Entry | None, data_d
     """A dataset's entry in the list, from its declaration or else from its entry in the manifest."""
     from logo.evaluation.datasets import dataset_file
     from logo.evaluation.jobs import declared_metric
-    from logo.evaluation.metrics import metric_kind
 
     made = entry or {}
     usual = declaration.metric if declaration else metric_kind(name)

@@ -10,6 +10,7 @@ from rich.text import Text
 from logo.cli.opening import open_engine
 from logo.cli.options import DEFAULT_SIGNAL, EngineOptions, Json, usual
 from logo.cli.output import bar, err, out, print_json, progress, weighty
+from logo.evaluation.metrics import em
 from logo.models import DEMO
 from logo.pools import DEMO_K
 
@@ -77,7 +78,6 @@ def _side_by_side(answers: list[Answer]) -> Table:
 
 
 def _judged(text: str, gold: str) -> Text:
-    from logo.evaluation.metrics import em
 
     right = em(text, gold) == 1
     return Text(("✓ " if right else "✗ ") + text, style="green" if right else "red")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options
 from logo.cli.choices import Preset
 from logo.cli.expanded import command_line, given
@@ -28,9 +29,10 @@ from logo.cli.workers import WorkerOptions, layout_of, opened, progress_of
 from logo.errors import UsageError
 from logo.evaluation.metrics import checked_kind
 from logo.extras import need
+from logo.folders import check_writable
+from logo.pools import default_k
 
 if TYPE_CHECKING:
-    from logo.backends.cluster import Layout
     from logo.baselines import Method
     from logo.calls import Calls
     from logo.evaluation.jobs import Job
@@ -227,8 +229,6 @@ def _jobs(asked: Asked, *, writes: bool) -> list[Job]:
     """The jobs. Errors in data and result folders are raised here, before the long part of the work."""
     from logo.evaluation.results import LOGO, run_folder
     from logo.evaluation.shards import Shard
-    from logo.folders import check_writable
-    from logo.pools import default_k
 
     engine, run, method, base_model = asked.engine, asked.run, asked.method, asked.base_model
     shard = None if run.shard is None else Shard.parse(run.shard)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from logo.evaluation.tables import Cell, Table
+from logo.evaluation.tables import Cell, Column, Table, number, numbers, row, words
 
 WIDTH = 118
 # Heading, part of the table, key, digits.
@@ -25,7 +24,6 @@ _ENCODER = "Styxxxx/lora_retriever"  # LoraRetriever's own
 def field_table(report: Mapping[str, Any]) -> Table:
     """Signals, methods and fixed mixtures as rows, the best with the own adapter in the pool first: method / oracle, as
     the mean of the tasks' ratios and as the ratio of their means."""
-    from logo.evaluation.tables import Cell, Column, Table, numbers, row, words
 
     found = report["relative"]
     methods = report["settings"].get("methods", {})
@@ -83,7 +81,6 @@ def _rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cell(entry: Mapping[str, Any], key: str, digits: int) -> Cell | None:
-    from logo.evaluation.tables import number
 
     if entry.get(key) is None:
         return None

@@ -7,11 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from logo.adapters.survey import check_folder
 from logo.cli.choices import Preset
 from logo.cli.opening import asked_k, device_of
 from logo.cli.options import EngineOptions
 from logo.cli.output import out, print_json, size
 from logo.errors import HubError, LoGoError
+from logo.models import load_config, load_tokenizer, model_sizes, resolve_base
+from logo.pools import default_k, pool_place
 
 LABEL = 12  # columns
 
@@ -39,7 +42,6 @@ def forecast(
         opened: opens engine and session; called only if nothing has to be fetched for it.
     """
     from logo.evaluation.forecast import Download, Forecast, timed
-    from logo.models import model_sizes, resolve_base
 
     source = resolve_base(base_model, engine.model_dir)
     named = base_model if Path(source).is_dir() else source
@@ -65,9 +67,7 @@ def forecast(
 
 def _pool(engine: EngineOptions, base_model: str) -> tuple[Download, Sequence[int]]:
     from logo.adapters.sizes import pool_sizes, weight_sizes
-    from logo.adapters.survey import check_folder
     from logo.evaluation.forecast import Download
-    from logo.pools import pool_place
 
     place = pool_place(engine.adapters, base_model, engine.model_dir)
     for one in place.places:
@@ -93,8 +93,6 @@ def _memory(
     picks: int | None,
 ) -> tuple[Memory | None, str]:
     from logo.evaluation.forecast import memory_of
-    from logo.models import load_config
-    from logo.pools import default_k
 
     try:
         config = load_config(base_model, model_dir=engine.model_dir)
@@ -126,7 +124,6 @@ def _longest(prompts: Sequence[str], base_model: str, model_dir: str, here: bool
     text has more tokens than bytes."""
     if not here:
         return max((len(text.encode()) for text in prompts), default=0), False
-    from logo.models import load_tokenizer
 
     tokenizer = load_tokenizer(base_model, model_dir=model_dir)
     return max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0), True

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from logo.cli.choices import Sign, Variant
 from logo.cli.options import rare, usual
+from logo.errors import UsageError
+from logo.rows import Row
 
 if TYPE_CHECKING:
     from logo.baselines import Method
-    from logo.rows import Row
 
 METHOD = "Method"
 DEFAULT_EMBEDDING = "sentence-transformers/all-MiniLM-L6-v2"
@@ -119,7 +120,6 @@ def make_method(
 
 
 def _samples(options: MethodOptions) -> dict[str, tuple[str, ...]]:
-    from logo.errors import UsageError
     from logo.evaluation.study import find_tasks
 
     if options.adapter_samples is None:
@@ -132,7 +132,6 @@ def _samples(options: MethodOptions) -> dict[str, tuple[str, ...]]:
 
 
 def _validation(options: MethodOptions) -> dict[str, tuple[Row, ...]]:
-    from logo.errors import UsageError
     from logo.evaluation.study import find_tasks
 
     folder = options.validation_rows or options.adapter_samples

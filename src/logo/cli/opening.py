@@ -7,19 +7,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logo.adapters.pool import DEFAULT_K
+from rich.progress import TaskID
+
+from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.cli.belonging import check_selection_options
 from logo.cli.choices import Preset
 from logo.cli.expanded import given
 from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, EngineOptions, RunnerOptions
 from logo.cli.output import err, progress
 from logo.errors import StorageError, UsageError
+from logo.models import check_access, load_base, pick_device
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from logo.adapters.pool import AdapterPool
     from logo.calls import Calls
     from logo.decoding import Truncation
     from logo.engine import LoGo
@@ -134,7 +135,6 @@ class Opened:
 
 def open_base(options: EngineOptions, base_model: str, preset: Preset | None = None) -> Opened:
     """Opens the pool and loads the base model."""
-    from logo.models import check_access, load_base
 
     quiet_transformers()
     check_access(base_model, model_dir=options.model_dir)
@@ -233,8 +233,6 @@ def device_of(name: str) -> str:
         UsageError: a device that is not there.
     """
     import torch
-
-    from logo.models import pick_device
 
     if name.isdigit():
         name = f"cuda:{name}" if torch.cuda.is_available() else "auto"

@@ -24,8 +24,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from logo.evaluation import tables
+from logo.folders import replace_file
+
 if TYPE_CHECKING:
-    from logo.evaluation import tables
     from logo.selection.selector import Selection
 
 out = Console(highlight=False, soft_wrap=True)
@@ -110,7 +112,6 @@ def write_json(file: Path, value: Any) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    from logo.folders import replace_file
 
     replace_file(file, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
 

@@ -6,11 +6,11 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from rich.progress import Progress
+
 from logo.cli.output import err, note
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from logo.evaluation.contest import Lesson
 
 EVERY = 60.0  # seconds between two lines

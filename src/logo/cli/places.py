@@ -6,11 +6,12 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from logo.adapters.places import parse_places, places_text
+from logo.backends.cluster import LOCAL, Layout
 from logo.cli.options import EngineOptions, rare
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.backends.cluster import Layout
     from logo.baselines import Method
 
 PROCESSES = "Several processes"
@@ -65,7 +66,6 @@ def check_devices(engine: EngineOptions, what: str, gpus: str) -> None:
 
 def starting(layout: Layout, what: str) -> str:
     """A line that says what is being started, and where."""
-    from logo.backends.cluster import LOCAL
 
     count = f"{layout.count} {what}" if layout.count else f"as many {what} as there is room for"
     where = "on this machine" if layout.address == LOCAL else f"on the Ray cluster {layout.address}"
@@ -75,7 +75,6 @@ def starting(layout: Layout, what: str) -> str:
 def everywhere(options: EngineOptions) -> EngineOptions:
     """The options with absolute paths, for a process with another working directory. A text that may also be a name on
     the Hub is a path if it exists; folders that are searched or created need not exist."""
-    from logo.adapters.places import parse_places, places_text
 
     found: dict[str, Any] = {}
     for name in ("base_model", "adapters", "calibration_prompts", "model_dir", "cache"):

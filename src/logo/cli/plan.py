@@ -6,12 +6,14 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
+from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import DEFAULT_K
 from logo.cli.choices import VllmMode
-from logo.cli.opening import quiet_transformers, selection_settings
+from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions, usual
 from logo.cli.output import natural_width, out, plain_table, print_json, screen, size
 from logo.errors import UsageError, closest
+from logo.models import load_skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +79,6 @@ def plan(
 
     from logo.backends.plan import plan as planned
     from logo.backends.shapes import ModelShape, number_dtype
-    from logo.models import load_skeleton
 
     quiet_transformers()
     model = load_skeleton(base_model, model_dir=model_dir)
@@ -130,9 +131,7 @@ def _counted(model: PreTrainedModel, count: int, rank: int, targets: str | None,
 
 
 def _of_folder(model: PreTrainedModel, options: EngineOptions, base_model: str) -> PoolShape:
-    from logo.adapters.layout import BaseLayout
     from logo.backends.shapes import PoolShape
-    from logo.cli.opening import open_pool
 
     pool = open_pool(options, base_model).fit(BaseLayout.of(model))
     return PoolShape.of(model, pool, selection_settings(options))

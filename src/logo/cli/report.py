@@ -11,7 +11,9 @@ import typer
 from logo.cli.options import usual
 from logo.cli.output import err, note, print_json
 from logo.errors import UsageError
+from logo.evaluation.tables import counted
 from logo.extras import need
+from logo.folders import check_writable, replace_file
 
 if TYPE_CHECKING:
     from logo.evaluation.report import Analysis
@@ -59,8 +61,6 @@ def report(
     from logo.evaluation.report import png as drawn
     from logo.evaluation.report.published import read_published
     from logo.evaluation.runs import read_runs
-    from logo.evaluation.tables import counted
-    from logo.folders import check_writable, replace_file
 
     need("this command", "scipy")
     for option, file in (("--output", output), ("--latex", latex), ("--markdown", markdown)):

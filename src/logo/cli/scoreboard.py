@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from logo.cli.output import err, note, print_json, rich_table, screen
+from logo.evaluation.metrics import LABELS, recorded_kind, summary_line
+from logo.evaluation.tables import Cell, Column, Table, number, numbers, row, words
 
 if TYPE_CHECKING:
     from logo.evaluation.resume import Plan
-    from logo.evaluation.tables import Table
 
 SHOWN = 20  # rows without an answer that are named; metrics.json has all
 WIDTH = 100  # of the table, if there is no terminal
@@ -50,7 +51,6 @@ class Score:
     @property
     def line(self) -> str:
         """As the official script prints it: `Accuracy: 71.33`."""
-        from logo.evaluation.metrics import recorded_kind, summary_line
 
         if not self.rows:
             return "no rows in this shard"
@@ -110,7 +110,6 @@ def say_intervals(score: Score) -> None:
 
 def table(scores: Sequence[Score]) -> Table:
     """A line for each dataset and official metric, in percent."""
-    from logo.evaluation.tables import Cell, Column, Table, number, numbers, row, words
 
     failed = any(score.errors for score in scores)
     columns = (
@@ -135,15 +134,14 @@ def table(scores: Sequence[Score]) -> Table:
 
 def say_errors(scores: Sequence[Score]) -> bool:
     """Names the rows without an answer on stderr; returns whether there are any."""
-    found = [(score, row, message) for score in scores for row, message in score.errors]
-    for score, row, message in found[:SHOWN]:
-        err.print(f"logo: error: {score.dataset} row {row} has no answer: {message}", markup=False)
+    found = [(score, place, message) for score in scores for place, message in score.errors]
+    for score, place, message in found[:SHOWN]:
+        err.print(f"logo: error: {score.dataset} row {place} has no answer: {message}", markup=False)
     if len(found) > SHOWN:
         err.print(f"logo: error: and {len(found) - SHOWN} more rows; metrics.json in each folder names all")
     return bool(found)
 
 
 def _label(key: str) -> str:
-    from logo.evaluation.metrics import LABELS
 
     return LABELS.get(key, key)

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+from logo.backends.cluster import LOCAL, Layout
 from logo.cli.opening import open_engine, open_pool
 from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import note
@@ -16,7 +17,6 @@ from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, absolute, check_alone, c
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.backends.cluster import Layout
     from logo.engine import LoGo
     from logo.serving.app import AppSettings
     from logo.serving.guards import GuardSettings
@@ -79,7 +79,6 @@ def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
         if not 1 <= least <= most:
             raise UsageError(f"--autoscale: expected a MIN of 1 or more and a MAX not below it, found {least} {most}")
         count = least
-    from logo.backends.cluster import LOCAL, Layout
 
     return Layout(count, options.ray or LOCAL, options.gpus_per_replica, options.cpus_per_replica)
 

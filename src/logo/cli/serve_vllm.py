@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from logo.adapters.layout import BaseLayout
 from logo.cli.choices import VllmMode
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
 from logo.cli.options import EngineOptions
@@ -20,6 +21,8 @@ from logo.cli.output import note, out, size
 from logo.cli.places import absolute, everywhere
 from logo.errors import UsageError
 from logo.extras import need
+from logo.models import check_access, load_skeleton, loading, resolve_base
+from logo.pools import pool_place
 
 if TYPE_CHECKING:
     from logo.backends.plan import Mode, Plan
@@ -162,8 +165,6 @@ def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -
 def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) -> Launch:
     from logo.backends.vllm.launch import Launch
     from logo.backends.vllm.options import Options
-    from logo.models import check_access, resolve_base
-    from logo.pools import pool_place
 
     quiet_transformers()
     source = resolve_base(base_model, options.model_dir)
@@ -208,12 +209,10 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
 
 def _planned(options: EngineOptions, base_model: str, server: VllmServerOptions, dtype: str) -> tuple[Plan, int]:
     """The slots for this pool, printed with the reason; and adapters per mixture."""
-    from logo.adapters.layout import BaseLayout
     from logo.api.names import check_pool
     from logo.backends.plan import UTILISATION, plan
     from logo.backends.shapes import ModelShape, PoolShape, number_dtype
     from logo.backends.vllm.launch import number
-    from logo.models import load_skeleton
 
     model = load_skeleton(base_model, model_dir=options.model_dir)
     shape = ModelShape.of(model)
@@ -267,8 +266,6 @@ def _chat_template(base_model: str, source: str) -> str | None:
     """A template that vLLM has to be given, where the tokenizer has none: messages one after the other, as our own
     server writes them. Of the Hub only the tokenizer's files are fetched."""
     import transformers
-
-    from logo.models import loading
 
     with loading(base_model, source):
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)

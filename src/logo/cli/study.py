@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options, check_selection_options
 from logo.cli.contests import contest_of, methods_of, tasks_of
 from logo.cli.expanded import command_line, expanded, given
@@ -24,15 +25,15 @@ from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.prompts import or_demo
 from logo.cli.workers import WorkerOptions, layout_of, only, opened
 from logo.errors import UsageError
+from logo.evaluation.tables import Cell, Column, Table, number, numbers, row
 from logo.extras import need
+from logo.folders import check_writable, replace_file
 
 if TYPE_CHECKING:
-    from logo.backends.cluster import Layout
     from logo.engine import LoGo
     from logo.evaluation.arms import Arms
     from logo.evaluation.contest import Contest
     from logo.evaluation.study import Measuring, Study, Task
-    from logo.evaluation.tables import Cell, Table
     from logo.evaluation.workers import MeasuredInWorkers
 
 SIGNALS = "calibrated,norm,entropy"
@@ -129,7 +130,6 @@ def study(
     from logo.evaluation.reliability import picture as reliability_picture
     from logo.evaluation.study import cut, journal_of, study_so_far
     from logo.evaluation.workers import MeasuredInWorkers
-    from logo.folders import replace_file
 
     need("this command", "scipy", "nltk", "rouge_score", "matplotlib")
     if so_far:
@@ -229,7 +229,6 @@ def _signals(text: str) -> dict[str, dict[str, Any]]:
 
 def _checked(save: Path, png: Path | None) -> Path:
     """The path of the picture, after a check that both files can be written, before the long part of the work."""
-    from logo.folders import check_writable
 
     picture = save.with_suffix(".png") if png is None else png
     if picture.resolve() == save.resolve():
@@ -347,7 +346,6 @@ def _picture(result: Study, signal: str) -> bytes:
 
 def _table(report: Mapping[str, Any], *, intervals: bool) -> Table:
     """Signals, methods and fixed mixtures as rows, with the intervals of their numbers."""
-    from logo.evaluation.tables import Column, Table, numbers, row
 
     parts: dict[str | None, Mapping[str, Any]] = {None: report}
     parts |= {name: report[name] or {} for name in ("left_out", "unseen")}
@@ -363,6 +361,5 @@ def _table(report: Mapping[str, Any], *, intervals: bool) -> Table:
 
 
 def _cell(entry: Mapping[str, Any] | None, metric: str) -> Cell | None:
-    from logo.evaluation.tables import number
 
     return number(entry[metric], interval=entry["intervals"][metric], scale=1) if entry and metric in entry else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.table import Table as RichTable
 
 from logo.cli.axes import Common, Skipped, make_cells, read_grid
 from logo.cli.evaluate import RowOptions, jobs_of
@@ -21,12 +22,13 @@ from logo.cli.output import err, natural_width, note, out, print_json, progress,
 from logo.cli.prompts import or_demo
 from logo.cli.sweep_sessions import CellSessions, CellsInWorkers
 from logo.cli.workers import WorkerOptions, layout_of
+from logo.evaluation import tables
+from logo.evaluation.tables import Cell as TableCell
+from logo.evaluation.tables import Column, Table, as_csv, as_parquet, has_parquet, number, numbers, p_value, row, words
 from logo.extras import install, need
+from logo.folders import check_writable, replace_file
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
-    from logo.evaluation import tables
     from logo.evaluation.jobs import Job
     from logo.evaluation.paired import Paired
     from logo.evaluation.session import Evaluation
@@ -107,7 +109,6 @@ def _engine(options: EngineOptions, *, quiet: bool) -> tuple[EngineOptions, str]
 def _jobs(options: RowOptions, cells: Sequence[Cell], output: Path) -> list[Job]:
     """The jobs. Errors in data and result folders are raised here, before the long part of the work."""
     from logo.evaluation.jobs import train_rows
-    from logo.folders import check_writable
 
     jobs = jobs_of(options, output)
     if any(cell.method is not None and "train" in cell.method.needs for cell in cells):
@@ -123,7 +124,6 @@ def _answered(
     from logo.evaluation.resume import ResumePolicy
     from logo.evaluation.sweep.running import runs
     from logo.evaluation.sweep.running import sweep as run_sweep
-    from logo.folders import replace_file
 
     total = len(runs(cells)) * sum(len(job.rows) for job in jobs)
     command = output / "sweep.json"
@@ -152,8 +152,6 @@ def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> lis
     """The files of the whole sweep, in the order they are written."""
     from logo.evaluation.sweep.plots import plots
     from logo.evaluation.sweep.table import table
-    from logo.evaluation.tables import as_csv, as_parquet, has_parquet
-    from logo.folders import replace_file
 
     found = table(axes, swept.outcomes)
     contents = {output / "sweep.csv": as_csv(found)}
@@ -170,8 +168,6 @@ def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> lis
 
 def _list(axes: Sequence[Axis], cells: Sequence[Cell], skipped: Sequence[Skipped], *, json: bool) -> None:
     from logo.evaluation.sweep.running import runs
-    from logo.evaluation.tables import Cell as TableCell
-    from logo.evaluation.tables import Table, row, words
 
     chosen = runs(cells)
     if json:
@@ -240,7 +236,6 @@ def _print(shown: RichTable) -> None:
 
 def _table(axes: Sequence[Axis], best: Sequence[Standing], datasets: int, *, groups: bool = True) -> tables.Table:
     """A line for each run, best first, in percent; a column for each group of datasets where they are few."""
-    from logo.evaluation.tables import Column, Table, number, numbers, row
 
     names = list(dict.fromkeys(group for standing in best for group in standing.groups))
     names = names if groups and 1 < len(names) <= MOST_GROUPS else []
@@ -282,7 +277,6 @@ def _captions(best: Sequence[Standing]) -> Iterator[str]:
 def _behind(behind: Paired | None) -> tuple[tables.Cell | None, str | None]:
     """The difference between a cell and the best one, and its p-value."""
     from logo.evaluation.paired import ALPHA
-    from logo.evaluation.tables import number, p_value
 
     if behind is None:
         return None, None
@@ -292,14 +286,12 @@ def _behind(behind: Paired | None) -> tuple[tables.Cell | None, str | None]:
 
 
 def _axis_columns(axes: Sequence[Axis]) -> list[tables.Column]:
-    from logo.evaluation import tables
     from logo.evaluation.sweep.grid import numbers
 
     return [tables.Column(axis.name, numeric=numbers(axis.values) is not None) for axis in axes]
 
 
 def _values(axes: Sequence[Axis], cell: Cell) -> list[tables.Cell]:
-    from logo.evaluation import tables
 
     moot = tables.Cell(MOOT, emphasis="faint")
     return [moot if axis.name in cell.moot else tables.Cell(str(cell.values[axis.name])) for axis in axes]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from logo.backends.cluster import Layout
 from logo.cli.evaluate import RowOptions, resolved
 from logo.cli.expanded import command_line
 from logo.cli.opening import open_base
@@ -16,7 +17,6 @@ from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.workers import opened
 
 if TYPE_CHECKING:
-    from logo.backends.cluster import Layout
     from logo.engine import LoGo
     from logo.evaluation.session import Evaluation, Session
     from logo.evaluation.sweep.running import Cell

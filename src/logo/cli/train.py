@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from logo.backends.cluster import LOCAL, Layout
 from logo.cli.expanded import command_line, expanded
 from logo.cli.opening import device_of, quiet_transformers
 from logo.cli.options import EngineOptions, Json, rare, usual
@@ -23,7 +24,6 @@ from logo.cli.places import absolute, check_alone, check_devices, starting
 from logo.cli.train_options import CourseOptions, DeviceOptions, RecipeOptions
 
 if TYPE_CHECKING:
-    from logo.backends.cluster import Layout
     from logo.training.plan import Plan
     from logo.training.progress import Status
     from logo.training.running import Trained
@@ -103,7 +103,6 @@ def _layout(course: CourseOptions, device: DeviceOptions) -> Layout | None:
         check_alone({name: value is not None for name, value in given.items()}, "--jobs")
         return None
     check_devices(EngineOptions(device=device.device, device_map=device.device_map), "processes", "--gpus-per-worker")
-    from logo.backends.cluster import LOCAL, Layout
 
     return Layout(
         course.jobs, course.ray or LOCAL, course.gpus_per_worker, course.cpus_per_worker, deadline=float("inf")

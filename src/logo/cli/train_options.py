@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from logo.cli.options import Device, DeviceMap, ModelDir, rare, usual
 from logo.cli.places import Cpus, Gpus, Ray
+from logo.errors import UsageError
 
 if TYPE_CHECKING:
     from logo.training.recipe import Recipes
@@ -89,7 +90,6 @@ class RecipeOptions:
         Raises:
             UsageError, StorageError: as `read_recipes`.
         """
-        from logo.errors import UsageError
         from logo.training.recipe import ACTIVATED, Recipe, read_recipes, targets_of
 
         given = {one.name: getattr(self, one.name) for one in fields(Recipe) if one.name != "activation"}

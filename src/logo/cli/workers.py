@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.progress import Progress, TaskID
 
+from logo.adapters.pool import AdapterPool
+from logo.backends.cluster import LOCAL, Layout
 from logo.cli.choices import Preset
 from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions, rare, usual
@@ -16,8 +18,6 @@ from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, check_alone, check_devic
 from logo.errors import DataError
 
 if TYPE_CHECKING:
-    from logo.adapters.pool import AdapterPool
-    from logo.backends.cluster import Layout
     from logo.backends.ray import Workers
     from logo.evaluation.resume import Plan
     from logo.evaluation.session import Evaluation
@@ -54,7 +54,6 @@ def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
         check_alone(given, "--workers or --ray")
         return None
     check_devices(engine, "workers", "--gpus-per-worker")
-    from logo.backends.cluster import LOCAL, Layout
 
     return Layout(
         options.workers, options.ray or LOCAL, options.gpus_per_worker, options.cpus_per_worker, options.deadline

@@ -14,10 +14,12 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from logo.evaluation.intervals import Interval
 from logo.extras import installed, need
+
+if TYPE_CHECKING:
+    from logo.evaluation.intervals import Interval  # imports numpy
 
 Value = int | float | str | None
 Emphasis = Literal["", "bold", "dotted", "faint"]

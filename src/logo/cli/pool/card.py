@@ -6,10 +6,16 @@ import json as json_format
 from pathlib import Path
 from typing import Annotated, Any
 
+from logo.adapters.files import NOTES
+from logo.adapters.format import own_name
+from logo.adapters.notes import checked, read_notes
+from logo.adapters.upkeep.card import PICTURE, Card
 from logo.cli.options import Json, usual
 from logo.cli.output import note, out, print_json
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
 from logo.errors import DataError, StorageError, UsageError
+from logo.folders import replace_file
+from logo.hub.names import is_repo_id
 
 
 def card(
@@ -33,13 +39,7 @@ def card(
 
     Example: `logo pool card adapters/ --repo org/my-loras --study study.json`
     """
-    from logo.adapters.files import NOTES
-    from logo.adapters.format import own_name
-    from logo.adapters.notes import checked, read_notes
-    from logo.adapters.upkeep.card import PICTURE, Card
     from logo.adapters.upkeep.publishing import CARD
-    from logo.folders import replace_file
-    from logo.hub.names import is_repo_id
 
     # To leave damaged adapters out, they have to be found first, as in `opened`.
     pool, checkpoints = without_checkpoints(folder, on_bad_adapter, verify=on_bad_adapter == "skip")

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
+from logo.adapters.format import Adapter, own_name
+from logo.adapters.gathering import gather
+from logo.adapters.options import Fetching
+from logo.adapters.places import parse_places
+from logo.adapters.pool import AdapterPool
+from logo.adapters.survey import survey
 from logo.cache import default_cache
 from logo.cli.choices import OnBad
 from logo.cli.options import usual
 from logo.cli.output import err, note, progress
-
-if TYPE_CHECKING:
-    from logo.adapters.format import Adapter
-    from logo.adapters.pool import AdapterPool
-    from logo.errors import AdapterError
+from logo.errors import AdapterError
 
 NAMED = 8  # names that a line lists
 
@@ -47,7 +49,6 @@ def opened(
     Args:
         check: raises AdapterError for an adapter that the command cannot work on, which is then a bad one.
     """
-    from logo.adapters.pool import AdapterPool
 
     # To leave damaged adapters out, they have to be found first. Otherwise files are checked as they are read.
     verify = on_bad == "skip"
@@ -64,7 +65,6 @@ def checked(pool: AdapterPool, place: str, on_bad: OnBad, check: Callable[[Adapt
     Raises:
         PoolError: there is a bad one and `on_bad` is `"error"`, or nothing is left.
     """
-    from logo.adapters.pool import AdapterPool
 
     good, bad = divided(pool, check)
     return AdapterPool.from_survey(place, good, [*pool.refused, *bad], on_bad_adapter=on_bad)
@@ -74,7 +74,6 @@ def divided(
     adapters: Iterable[Adapter], check: Callable[[Adapter], object]
 ) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters that pass a check, and the errors of the others."""
-    from logo.errors import AdapterError
 
     good, bad = list[Any](), list[AdapterError]()
     for adapter in adapters:
@@ -89,10 +88,6 @@ def divided(
 
 def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:
     """The adapters of a place, and why others there cannot be used. For a plain folder the cache is not used."""
-    from logo.adapters.gathering import gather
-    from logo.adapters.options import Fetching
-    from logo.adapters.places import parse_places
-    from logo.adapters.survey import survey
 
     [only, *more] = places = parse_places(place)
     if not more and only.kind == "folder" and only.plain:
@@ -103,9 +98,6 @@ def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter
 
 def without_checkpoints(folder: Path, on_bad: OnBad, *, verify: bool) -> tuple[AdapterPool, list[str]]:
     """The pool as it is published, and the names of the checkpoints that are left out; prints what is left out."""
-    from logo.adapters.format import own_name
-    from logo.adapters.pool import AdapterPool
-    from logo.adapters.survey import survey
     from logo.adapters.upkeep.publishing import is_checkpoint
 
     def is_left_out(name: str) -> bool:  # never the folder that the user named

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.text import Text
 
+from logo.adapters.format import Adapter
+from logo.adapters.pool import AdapterPool
+from logo.adapters.survey import survey
 from logo.adapters.upkeep.card import short_ranks
 from logo.cli.options import Json, usual
 from logo.cli.output import natural_width, out, plain_table, print_json, screen, size
@@ -14,8 +17,6 @@ from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, checked
 
 if TYPE_CHECKING:
     import torch
-
-    from logo.adapters.format import Adapter
 
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -42,9 +43,6 @@ def convert(
 
     Example: `logo pool convert adapters/ --out plain-adapters/ --dtype bf16 --allow-pickle`
     """
-    from logo.adapters.format import Adapter
-    from logo.adapters.pool import AdapterPool
-    from logo.adapters.survey import survey
     from logo.adapters.upkeep.conversion import DTYPES, Initial, converted, write_converted
     from logo.adapters.writing import check_new, write_pool
 

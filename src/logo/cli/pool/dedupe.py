@@ -11,6 +11,7 @@ from logo.cli.options import Json, usual
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Threshold, opened, refusals
 from logo.cli.pool.spectra import taken_apart
+from logo.errors import UsageError
 
 
 def dedupe(
@@ -39,7 +40,6 @@ def dedupe(
     """
     from logo.adapters.upkeep.duplicates import duplicates
     from logo.adapters.writing import check_new, copy_adapter, write_pool
-    from logo.errors import UsageError
 
     if out_folder is not None:
         check_new(out_folder)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
+from logo.adapters.pool import AdapterPool
 from logo.cli.choices import OnBad
 from logo.cli.options import Json, usual
 from logo.cli.output import out, plain_table, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, checked, refusals, steps, tell_refused
+from logo.hub.names import is_hub_spec
+from logo.pools import open_pool
 
 if TYPE_CHECKING:
-    from logo.adapters.pool import AdapterPool
     from logo.adapters.upkeep.differences import Differences
 
 
@@ -49,8 +52,6 @@ def diff(
 
 
 def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
-    from logo.hub.names import is_hub_spec
-    from logo.pools import open_pool
 
     how: dict[str, Any] = {} if is_hub_spec(place) else {"verify": on_bad == "skip", "cache": ""}
     pool = open_pool(place, base_model="", on_bad_adapter=on_bad, allow_pickle=allow_pickle, **how)
@@ -59,9 +60,6 @@ def _opened(place: str, allow_pickle: bool, on_bad: OnBad) -> AdapterPool:
 
 def _named_alike(one: AdapterPool, other: AdapterPool) -> tuple[AdapterPool, AdapterPool]:
     """The two pools. If each has one adapter, the second is renamed, so that they are compared whatever their names."""
-    from dataclasses import replace
-
-    from logo.adapters.pool import AdapterPool
 
     if len(one) != 1 or len(other) != 1 or one.names == other.names:
         return one, other

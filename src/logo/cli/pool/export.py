@@ -12,6 +12,7 @@ from logo.cli.opening import open_engine
 from logo.cli.options import EngineOptions, usual
 from logo.cli.output import note, out, selection_line
 from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_prompts
+from logo.errors import UsageError
 
 
 @expanded
@@ -29,7 +30,6 @@ def export(
 
     Example: `logo pool export "What is 7 plus 5?" --output sums`
     """
-    from logo.errors import UsageError
 
     mixture = forced(adapter)
     if (prompt is None) == (mixture is None):

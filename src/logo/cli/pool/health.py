@@ -15,6 +15,7 @@ from logo.cli.options import usual
 from logo.cli.output import natural_width, note, out, plain_table, print_json, screen
 from logo.cli.pool.common import listed
 from logo.extras import need
+from logo.folders import check_writable, replace_file
 
 if TYPE_CHECKING:
     from logo.serving.traffic import Adapter, Traffic
@@ -40,7 +41,6 @@ def health(
 
     Example: `logo pool health day.log --png day.png`
     """
-    from logo.folders import check_writable, replace_file
     from logo.serving.traffic import read_traffic
     from logo.serving.traffic_picture import picture
     from logo.serving.unserved import groups

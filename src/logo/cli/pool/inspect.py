@@ -10,18 +10,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from logo.adapters.format import Adapter
+from logo.adapters.layout import BaseLayout
 from logo.cli.options import usual
 from logo.cli.output import note, out, plain_table, print_json, size
 from logo.cli.pool import spectra as spectra_part
 from logo.cli.pool.common import AllowPickle, Threshold, divided, refusal, refusals, surveyed, targets
+from logo.errors import AdapterError, LeftOut, UsageError
 from logo.extras import need
+from logo.models import load_skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from logo.adapters.format import Adapter
-    from logo.adapters.layout import BaseLayout
-    from logo.errors import AdapterError
 
 
 def inspect(
@@ -54,7 +54,6 @@ def inspect(
 
     Example: `logo pool inspect adapters/ --base-model Qwen/Qwen2.5-7B --spectra`
     """
-    from logo.errors import AdapterError, LeftOut, UsageError
 
     if png is not None and not spectra:
         raise UsageError("--png draws the results of --spectra: give both options")
@@ -97,8 +96,6 @@ def inspect(
 
 def _layout(base_model: str, model_dir: str) -> tuple[BaseLayout, PreTrainedModel]:
     """The layout of the base model, and the model without its weights."""
-    from logo.adapters.layout import BaseLayout
-    from logo.models import load_skeleton
 
     skeleton = load_skeleton(base_model, model_dir=model_dir)
     return BaseLayout.of(skeleton), skeleton

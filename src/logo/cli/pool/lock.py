@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from logo.adapters.gathering import Gathered, gather
+from logo.adapters.layout import BaseLayout
+from logo.adapters.locking import changes, locked
+from logo.adapters.manifest import Manifest, manifest_text, read_manifest
+from logo.adapters.options import Fetching
+from logo.adapters.places import SUFFIXES, parse_places
+from logo.adapters.pool import AdapterPool
+from logo.cache import default_cache
 from logo.cli.choices import OnBad
 from logo.cli.options import Json, usual
 from logo.cli.output import err, out, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, tell_refused
-
-if TYPE_CHECKING:
-    from logo.adapters.gathering import Gathered
-    from logo.adapters.manifest import Manifest
+from logo.errors import AdapterError, UsageError
+from logo.folders import replace_file
+from logo.models import load_skeleton
 
 _SHOWN = 10  # changes that are listed one by one
 
@@ -41,12 +48,6 @@ def lock(
 
     Example: `logo pool lock 'org/my-loras-*' --out pool.yaml --on-bad-adapter skip`
     """
-    from logo.adapters.locking import changes, locked
-    from logo.adapters.manifest import manifest_text, read_manifest
-    from logo.adapters.places import SUFFIXES
-    from logo.adapters.pool import AdapterPool
-    from logo.errors import UsageError
-    from logo.folders import replace_file
 
     if output.suffix not in SUFFIXES:
         raise UsageError(f"--out {output}: expected a name that ends with {' or '.join(SUFFIXES)}")
@@ -73,11 +74,6 @@ def lock(
 
 
 def _found(places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str | None, model_dir: str) -> Gathered:
-    from logo.adapters.gathering import gather
-    from logo.adapters.options import Fetching
-    from logo.adapters.places import parse_places
-    from logo.cache import default_cache
-    from logo.errors import AdapterError
 
     skip = on_bad == "skip"
     asked = [place for text in places for place in parse_places(text)]
@@ -85,8 +81,6 @@ def _found(places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str
     found = gather(asked, how, skip=skip, verify=True if skip else None, cache=default_cache())
     if base_model is None:
         return found
-    from logo.adapters.layout import BaseLayout
-    from logo.models import load_skeleton
 
     skeleton = load_skeleton(base_model, model_dir=model_dir)
     layout = BaseLayout.of(skeleton)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from rich.text import Text
 
+from logo.adapters.format import Adapter
 from logo.adapters.upkeep.card import short_ranks
 from logo.cli.options import Json, usual
 from logo.cli.output import out, plain_table, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, opened, refusals, steps
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from logo.adapters.format import Adapter
 
 
 def prune(

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from logo.adapters.files import NOTES
+from logo.adapters.notes import checked
 from logo.cli.options import Json, usual
 from logo.cli.output import note, out, print_json, size
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
@@ -35,8 +37,6 @@ def push(
 
     Example: `logo pool push adapters/ org/my-loras --private --dry-run`
     """
-    from logo.adapters.files import NOTES
-    from logo.adapters.notes import checked
     from logo.adapters.upkeep.publishing import CARD, Upload
     from logo.adapters.upkeep.publishing import push as send
 

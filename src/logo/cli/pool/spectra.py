@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from logo.adapters.format import Adapter
 from logo.adapters.upkeep.card import short_ranks
 from logo.cli.output import note, out, plain_table
 from logo.cli.pool.common import listed, steps, targets
+from logo.folders import replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from logo.adapters.format import Adapter
     from logo.adapters.upkeep.anatomy import Anatomy
 
 LAYER_RANGES = 3
@@ -35,7 +36,6 @@ def draw(found: Anatomy, file: Path) -> None:
     """Writes the picture."""
     from logo.evaluation.report.png import png
     from logo.evaluation.report.pool import likeness
-    from logo.folders import replace_file
 
     replace_file(file, png(likeness(found)))
     note(f"{file}")
