@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 from logo.cli.expanded import expanded
 from logo.cli.load_table import described, show
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, Json, rare, usual
+from logo.cli.options import EngineOptions, Json, changed, rare, usual
 from logo.cli.output import err, note, print_json, progress, write_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
@@ -222,16 +222,8 @@ def _own(engine: EngineOptions, plan: Plan, options: Sequence[str], api_key: str
 
 def as_arguments(engine: EngineOptions) -> list[str]:
     """The options as they are written on a command line; those that have their default are left out."""
-    written = []
-    for option in fields(engine):
-        value, name = getattr(engine, option.name), option.name.replace("_", "-")
-        if value == option.default:
-            continue
-        if isinstance(value, bool):
-            written.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            written.append(f"--{name}={value}")
-    return written
+    values = ((flag, getattr(engine, name)) for name, flag in changed(engine).items())
+    return [flag if isinstance(value, bool) else f"{flag}={value}" for flag, value in values]
 
 
 class _Steps:

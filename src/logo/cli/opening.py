@@ -13,7 +13,7 @@ from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.cli.belonging import check_selection_options
 from logo.cli.choices import Preset
 from logo.cli.expanded import given
-from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, EngineOptions, RunnerOptions
+from logo.cli.options import DEFAULT_PREFIX_CACHE_GB, DEFAULT_SIGNAL, EngineOptions, RunnerOptions, changed
 from logo.cli.output import err, progress
 from logo.errors import StorageError, UsageError
 from logo.models import check_access, load_base, pick_device
@@ -201,11 +201,8 @@ def open_any(
 
 def _check_vllm_has(options: EngineOptions) -> None:
     """Raises UsageError for options that vLLM's offline engine does not have."""
-    for name, instead in _INSTEAD.items():
-        value = getattr(options, name)
-        if value != getattr(EngineOptions(), name):
-            flag = f"--{'no-' if name == 'fold' and not value else ''}{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: the engine 'vllm' has no such option; {instead}")
+    for name, flag in changed(options, *_INSTEAD).items():
+        raise UsageError(f"{flag}: the engine 'vllm' has no such option; {_INSTEAD[name]}")
 
 
 def check_batch_size(runner: RunnerOptions) -> None:

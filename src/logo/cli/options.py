@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +60,21 @@ def device_name(text: str) -> str:
     if text == "-1":
         return "cpu"
     raise typer.BadParameter(f"expected auto, cpu, cuda, cuda:N or mps, found {text!r}")
+
+
+def changed(options: Any, *names: str) -> dict[str, str]:
+    """Field -> flag of those of these options that do not have their defaults, in the order of the fields.
+
+    Args:
+        options: a dataclass of options.
+        names: of its fields; none: all of them.
+    """
+    found = {}
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if value != one.default and (not names or one.name in names):
+            found[one.name] = f"--{'no-' if value is False else ''}{one.name.replace('_', '-')}"
+    return found
 
 
 _pool = functools.partial(rare, panel=POOL)

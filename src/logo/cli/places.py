@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from logo.adapters.places import parse_places, places_text
 from logo.backends.cluster import LOCAL, Layout
-from logo.cli.options import EngineOptions, rare
+from logo.cli.options import EngineOptions, changed, rare
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,28 +40,38 @@ Cpus = Annotated[
 ]
 
 
-def check_alone(given: dict[str, bool], needed: str) -> None:
-    """Raises UsageError for an option that means nothing without another one.
+def check_alone(options: Any, needed: str, *names: str) -> None:
+    """Raises UsageError for the first of these options that was given, since it means nothing without another one.
 
     Args:
-        given: whether each of these options was given.
         needed: the other one, in words.
     """
-    for option, is_given in given.items():
-        if is_given:
-            raise UsageError(f"{option} needs {needed}; add that")
+    for flag in changed(options, *names).values():
+        raise UsageError(f"{flag} needs {needed}; add that")
 
 
-def check_devices(engine: EngineOptions, what: str, gpus: str) -> None:
-    """Raises UsageError for options that choose a device, since Ray gives each process its own.
+def processes(
+    options: Any, engine: Any, count: int | None, what: str, one: str, needed: str, *others: str, **more: float
+) -> Layout | None:
+    """The processes that options ask for; None: this process does the work.
 
     Args:
-        what: the processes.
-        gpus: the option to use instead.
+        options: with `ray`, `gpus_per_{one}` and `cpus_per_{one}`, which mean nothing, as `others`, without what is
+            `needed`.
+        engine: with `device` and `device_map`, which must not be given, since Ray gives each process its own device.
+        what: the processes in words; `one`: the word for one of them in their options.
+        more: further fields of `Layout`.
+
+    Raises:
+        UsageError: an option without those that it belongs to, or that cannot be used.
     """
-    for name in ("device", "device_map"):
-        if getattr(engine, name) != getattr(EngineOptions(), name):
-            raise UsageError(f"--{name.replace('_', '-')}: {what} get their devices from Ray; use {gpus}")
+    gpus, cpus = f"gpus_per_{one}", f"cpus_per_{one}"
+    if count is None and options.ray is None:
+        check_alone(options, needed, gpus, cpus, *others)
+        return None
+    for flag in changed(engine, "device", "device_map").values():
+        raise UsageError(f"{flag}: {what} get their devices from Ray; use --{gpus.replace('_', '-')}")
+    return Layout(count, options.ray or LOCAL, getattr(options, gpus), getattr(options, cpus), **more)
 
 
 def starting(layout: Layout, what: str) -> str:

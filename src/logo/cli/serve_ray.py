@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from logo.backends.cluster import LOCAL, Layout
-from logo.cli.opening import open_engine, open_pool
+from logo.backends.cluster import Layout
+from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import note
-from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, absolute, check_alone, check_devices, everywhere, starting
+from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, check_alone, processes, starting
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
-    from logo.engine import LoGo
-    from logo.serving.app import AppSettings
-    from logo.serving.guards import GuardSettings
-    from logo.serving.replica import ServerPlan
     from logo.serving.replicas import Plan
 
 
@@ -60,40 +55,19 @@ def layout_of(options: ReplicaOptions, engine: EngineOptions) -> Layout | None:
     Raises:
         UsageError: an option without those that it belongs to, or that cannot be used.
     """
+    count, after = options.replicas, options.autoscale_after
     if options.autoscale is None:
-        check_alone({"--autoscale-after": options.autoscale_after is not None}, "--autoscale")
-    if options.replicas is None and options.ray is None and options.autoscale is None:
-        names = ("gpus_per_replica", "cpus_per_replica")
-        given = {f"--{name.replace('_', '-')}": getattr(options, name) is not None for name in names}
-        check_alone(given, "--replicas or --ray")
-        return None
-    check_devices(engine, "replicas", "--gpus-per-replica")
-    up, down = options.autoscale_after or (0.0, 0.0)
-    if not (math.isfinite(up) and math.isfinite(down) and min(up, down) >= 0):
-        raise UsageError(f"--autoscale-after: expected 0 seconds or more, found {up:g} {down:g}")
-    count = options.replicas
-    if options.autoscale is not None:
+        check_alone(options, "--autoscale", "autoscale_after")
+    else:
         least, most = options.autoscale
         if count is not None:
             raise UsageError("--autoscale MIN MAX and --replicas N: give only one of them")
         if not 1 <= least <= most:
             raise UsageError(f"--autoscale: expected a MIN of 1 or more and a MAX not below it, found {least} {most}")
         count = least
-
-    return Layout(count, options.ray or LOCAL, options.gpus_per_replica, options.cpus_per_replica)
-
-
-def plan_of(
-    engine: EngineOptions, base_model: str, settings: AppSettings, guards: GuardSettings, **service: Any
-) -> ServerPlan:
-    """The plan that every replica follows, with absolute paths."""
-    from logo.serving.replica import ServerPlan
-
-    return ServerPlan(functools.partial(_opened, everywhere(engine), absolute(base_model)), settings, guards, **service)
-
-
-def _opened(engine: EngineOptions, base_model: str) -> LoGo:
-    return open_engine(engine, base_model)
+    if after is not None and not all(math.isfinite(seconds) and seconds >= 0 for seconds in after):
+        raise UsageError(f"--autoscale-after: expected 0 seconds or more, found {after[0]:g} {after[1]:g}")
+    return processes(options, engine, count, "replicas", "replica", "--replicas or --ray")
 
 
 def serve(

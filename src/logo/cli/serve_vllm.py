@@ -8,24 +8,24 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout
-from logo.cli.choices import VllmMode
 from logo.cli.opening import open_pool, quiet_transformers, selection_settings
-from logo.cli.options import EngineOptions
+from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note, out, size
 from logo.cli.places import absolute, everywhere
+from logo.cli.serve_options import ServerOptions
 from logo.errors import UsageError
 from logo.extras import need
 from logo.models import check_access, load_skeleton, loading, resolve_base
 from logo.pools import pool_place
 
 if TYPE_CHECKING:
-    from logo.backends.plan import Mode, Plan
+    from logo.backends.plan import Plan
     from logo.backends.vllm.launch import Launch
     from logo.serving.vllm_replica import VllmPlan
 
@@ -43,57 +43,28 @@ _CPU_BLOCK = 32
 
 # Options that vLLM's server does not have, and what to use instead.
 INSTEAD = {
-    "--allow-pickle": "vLLM's processes only read safetensors",
-    "--adapter-memory-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
-    "--adapter-cache-gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
-    "--fold": "use --vllm-mode to choose how vLLM mixes adapters",
-    "--device": "set CUDA_VISIBLE_DEVICES",
-    "--device-map": "use `-- --tensor-parallel-size N`",
-    "--key-adapters": "vLLM cannot bind API keys to adapters",
-    "--max-queue": "vLLM lets any number of requests wait; --max-concurrent limits those that run",
-    "--request-timeout": "a proxy in front of vLLM can end requests",
-    "--allow-adapter-changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and leave room with `-- --max-loras N`",
-    "--log-prompts": "vLLM logs prompts itself: `-- --enable-log-requests`",
-    "--log-json": "set VLLM_LOGGING_CONFIG_PATH to a configuration of Python's logging",
+    "allow_pickle": "vLLM's processes only read safetensors",
+    "adapter_memory_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
+    "adapter_cache_gb": "vLLM keeps adapters in slots; use `-- --max-loras N --max-lora-rank R`",
+    "fold": "use --vllm-mode to choose how vLLM mixes adapters",
+    "device": "set CUDA_VISIBLE_DEVICES",
+    "device_map": "use `-- --tensor-parallel-size N`",
+    "key_adapters": "vLLM cannot bind API keys to adapters",
+    "max_queue": "vLLM lets any number of requests wait; --max-concurrent limits those that run",
+    "request_timeout": "a proxy in front of vLLM can end requests",
+    "allow_adapter_changes": "set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and leave room with `-- --max-loras N`",
+    "log_prompts": "vLLM logs prompts itself: `-- --enable-log-requests`",
+    "log_json": "set VLLM_LOGGING_CONFIG_PATH to a configuration of Python's logging",
 }
-
-
-@dataclass(frozen=True)
-class VllmServerOptions:
-    """Options that vLLM's server and our own have in common.
-
-    Attributes:
-        name: model name of the base model alone.
-        refused: options of `INSTEAD` that were given.
-        arguments: what follows `--`.
-    """
-
-    name: str
-    host: str
-    port: int
-    api_keys: tuple[str, ...]
-    allow_hosts: tuple[str, ...]
-    cors: tuple[str, ...]
-    open_metrics: bool
-    signals: Sequence[str]
-    max_concurrent: int
-    kv_cache_gb: float | None
-    mode: VllmMode
-    max_model_len: int | None
-    max_body_mb: float | None
-    arguments: tuple[str, ...]
-    refused: tuple[str, ...]
 
 
 def serve(
     options: EngineOptions,
     base_model: str,
-    server: VllmServerOptions,
-    *,
-    dry_run: bool,
+    server: ServerOptions,
     several: Callable[[VllmPlan], Any] | None = None,
 ) -> Any:
-    """Replaces this process by vLLM's server; with `dry_run`, prints what would be started.
+    """Replaces this process by vLLM's server; with `--dry-run`, prints what would be started.
 
     Args:
         several: called instead, to serve from replicas.
@@ -102,17 +73,18 @@ def serve(
 
     _refuse(options, server, alone=several is None)
     check_environment(os.environ)
-    if not dry_run:
+    if not server.dry_run:
         need("--engine vllm", "vllm")
     from logo.serving.front import FrontSettings
     from logo.serving.guards import GuardSettings, is_loopback
 
-    GuardSettings(server.host, server.api_keys, cors_origins=server.cors)  # raises for invalid keys and origins
+    # Raises for invalid keys and origins.
+    GuardSettings(server.host, server.api_keys, cors_origins=tuple(server.cors or ()))
     if not server.api_keys and not os.environ.get(API_KEY) and not is_loopback(server.host):
         note(OPEN.format(server.host))
-    more = FrontSettings(server.host, server.allow_hosts, server.open_metrics).environment()
+    more = FrontSettings(server.host, tuple(server.allow_host or ()), server.open_metrics).environment()
     launch = _launch(options, base_model, server)
-    if dry_run:
+    if server.dry_run:
         out.print(launch.shown(more), markup=False)
         if launch.api_key is not None:
             note(f"{API_KEY} is set too; it is not shown.")
@@ -135,21 +107,15 @@ def _become(launch: Launch, more: Mapping[str, str]) -> None:
     os.execvpe(launch.command[0], launch.command, environment)
 
 
-def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -> None:
+def _refuse(options: EngineOptions, server: ServerOptions, *, alone: bool) -> None:
     """Raises UsageError for options that vLLM's server does not support."""
-    usual = EngineOptions()
-    names = ("allow_pickle", "adapter_memory_gb", "adapter_cache_gb", "fold", "device", "device_map")
-    given = [
-        *(f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(usual, name)),
-        *server.refused,
-    ]
-    for option in given:
-        raise UsageError(f"{option} is not for --engine vllm: {INSTEAD[option]}")
+    for name, flag in {**changed(options, *INSTEAD), **changed(server, *INSTEAD)}.items():
+        raise UsageError(f"{flag} is not for --engine vllm: {INSTEAD[name]}")
     if server.port == 0 and alone:
         raise UsageError("--port 0 is not for --engine vllm, which does not report the port that it chose: give a port")
     if len(server.api_keys) > 1:
         raise UsageError(f"--engine vllm takes one --api-key, found {len(server.api_keys)}: give one")
-    flags = {flag.split("=")[0].replace("_", "-") for flag in server.arguments if flag.startswith("-")}
+    flags = {flag.split("=")[0].replace("_", "-") for flag in server.arguments or () if flag.startswith("-")}
     if "--api-key" in flags:
         raise UsageError(
             "--api-key after `--` would be visible in the list of processes and in the output of --dry-run: give it "
@@ -162,7 +128,7 @@ def _refuse(options: EngineOptions, server: VllmServerOptions, *, alone: bool) -
         )
 
 
-def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) -> Launch:
+def _launch(options: EngineOptions, base_model: str, server: ServerOptions) -> Launch:
     from logo.backends.vllm.launch import Launch
     from logo.backends.vllm.options import Options
 
@@ -173,7 +139,7 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
     place = pool_place(options.adapters, base_model, options.model_dir).spec
     config = {
         **settings.changed,
-        "signals": list(server.signals),
+        "signals": list(server.other_signals),
         **({"on_bad_adapter": "skip"} if options.on_bad_adapter == "skip" else {}),
         **({} if server.max_body_mb is None else {"max_body_mb": server.max_body_mb}),
     }
@@ -189,12 +155,12 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
         *(() if server.max_model_len is None else ("--max-model-len", str(server.max_model_len))),
         *(() if cache is None else ("--kv-cache-memory-bytes", str(int(cache * 1e9)))),
         *(("--block-size", str(_CPU_BLOCK)) if on_cpu else ()),
-        *("--allowed-origins", json.dumps(server.cors)),
+        *("--allowed-origins", json.dumps(server.cors or [])),
         *(() if template is None else ("--chat-template", template)),
     ]
     return Launch(
         model=str(Path(source).absolute()) if Path(source).is_dir() else source,
-        name=server.name,
+        name=server.model_name(base_model),
         plan=plan,
         pool=place,
         options={**config, "k": k},
@@ -203,25 +169,25 @@ def _launch(options: EngineOptions, base_model: str, server: VllmServerOptions) 
         api_key=server.api_keys[0] if server.api_keys else None,
         flags=flags,
         middlewares=(FRONT,),
-        given=server.arguments,
+        given=tuple(server.arguments or ()),
     )
 
 
-def _planned(options: EngineOptions, base_model: str, server: VllmServerOptions, dtype: str) -> tuple[Plan, int]:
+def _planned(options: EngineOptions, base_model: str, server: ServerOptions, dtype: str) -> tuple[Plan, int]:
     """The slots for this pool, printed with the reason; and adapters per mixture."""
     from logo.api.names import check_pool
     from logo.backends.plan import UTILISATION, plan
     from logo.backends.shapes import ModelShape, PoolShape, number_dtype
     from logo.backends.vllm.launch import number
 
+    arguments = server.arguments or ()
     model = load_skeleton(base_model, model_dir=options.model_dir)
     shape = ModelShape.of(model)
     settings = selection_settings(options)
     fitted = open_pool(options, base_model).fit(BaseLayout.of(model), on_bad_adapter=options.on_bad_adapter)
-    check_pool(server.name, fitted.names)
+    check_pool(server.model_name(base_model), fitted.names)
     fitted = fitted.acting(settings.activation, settings.when_not_invoked)
     pool = PoolShape.of(model, fitted, settings)
-    mode: Mode | None = None if server.mode == "auto" else "gate" if server.mode == "gate" else "merge"
     found = plan(
         shape,
         pool,
@@ -229,9 +195,9 @@ def _planned(options: EngineOptions, base_model: str, server: VllmServerOptions,
         context=server.max_model_len or min(_USUAL_CONTEXT, shape.context or _USUAL_CONTEXT),
         dtype_bytes=number_dtype(shape, dtype).itemsize,
         device_bytes=_device_bytes(),
-        tensor_parallel=int(number(server.arguments, "--tensor-parallel-size", "-tp") or 1),
-        utilisation=number(server.arguments, "--gpu-memory-utilization") or UTILISATION,
-        mode=mode,
+        tensor_parallel=int(number(arguments, "--tensor-parallel-size", "-tp") or 1),
+        utilisation=number(arguments, "--gpu-memory-utilization") or UTILISATION,
+        mode=None if server.vllm_mode == "auto" else server.vllm_mode,
     )
     note(f"{len(pool)} adapters, {found.mode} mode: {found.reason}; {size(found.slots.bytes)} of slots")
     if found.fits is False and found.usable is not None:

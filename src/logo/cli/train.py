@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -15,12 +16,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from logo.backends.cluster import LOCAL, Layout
 from logo.cli.expanded import command_line, expanded
 from logo.cli.opening import device_of, quiet_transformers
-from logo.cli.options import EngineOptions, Json, rare, usual
+from logo.cli.options import Json, rare, usual
 from logo.cli.output import err, note, out, plain_table, print_json, write_json
-from logo.cli.places import absolute, check_alone, check_devices, starting
+from logo.cli.places import absolute, processes, starting
 from logo.cli.train_options import CourseOptions, DeviceOptions, RecipeOptions
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def train(
     from logo.training.trainer import Opening
 
     recipes = recipe.recipes()
-    layout = _layout(course, device)
+    layout = processes(course, device, course.jobs, "processes", "worker", "--jobs", deadline=math.inf)
     found = find_tasks(rows, only=tasks, columns=[name.strip() for name in columns.split(",")])
     opening = Opening(
         base_model=absolute(base_model),
@@ -94,19 +94,6 @@ def train(
         _print(output, trained)
     if trained.failed:
         raise typer.Exit(1)
-
-
-def _layout(course: CourseOptions, device: DeviceOptions) -> Layout | None:
-    """The processes that the options ask for; None: this process trains."""
-    if course.jobs is None and course.ray is None:
-        given = {"--gpus-per-worker": course.gpus_per_worker, "--cpus-per-worker": course.cpus_per_worker}
-        check_alone({name: value is not None for name, value in given.items()}, "--jobs")
-        return None
-    check_devices(EngineOptions(device=device.device, device_map=device.device_map), "processes", "--gpus-per-worker")
-
-    return Layout(
-        course.jobs, course.ray or LOCAL, course.gpus_per_worker, course.cpus_per_worker, deadline=float("inf")
-    )
 
 
 class Screen:

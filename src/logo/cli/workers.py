@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.progress import Progress, TaskID
 
 from logo.adapters.pool import AdapterPool
-from logo.backends.cluster import LOCAL, Layout
+from logo.backends.cluster import Layout
 from logo.cli.choices import Preset
 from logo.cli.opening import open_pool
 from logo.cli.options import EngineOptions, rare, usual
 from logo.cli.output import note
-from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, check_alone, check_devices, starting
+from logo.cli.places import PROCESSES, Cpus, Gpus, Ray, processes, starting
 from logo.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,21 +43,9 @@ class WorkerOptions:
 
 
 def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:
-    """The worker processes that the options ask for; None: this process answers.
-
-    Raises:
-        UsageError: an option without those that it belongs to, or that cannot be used.
-    """
-    if options.workers is None and options.ray is None:
-        usual, names = WorkerOptions(), ("gpus_per_worker", "cpus_per_worker", "deadline")
-        given = {f"--{name.replace('_', '-')}": getattr(options, name) != getattr(usual, name) for name in names}
-        check_alone(given, "--workers or --ray")
-        return None
-    check_devices(engine, "workers", "--gpus-per-worker")
-
-    return Layout(
-        options.workers, options.ray or LOCAL, options.gpus_per_worker, options.cpus_per_worker, options.deadline
-    )
+    """The worker processes that the options ask for; None: this process answers."""
+    needed, deadline = "--workers or --ray", options.deadline
+    return processes(options, engine, options.workers, "workers", "worker", needed, "deadline", deadline=deadline)
 
 
 def only(pool: AdapterPool, names: Sequence[str]) -> AdapterPool:
