@@ -104,14 +104,13 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     pool: AdapterPool
 
-    def engine(self, options: EngineOptions, settings: SelectionSettings, truncation: Truncation | None = None) -> LoGo:
-        """An engine with these settings."""
+    def uncalibrated(
+        self, options: EngineOptions, settings: SelectionSettings, truncation: Truncation | None = None
+    ) -> LoGo:
+        """An engine with these settings, which calibrates the pool when it first selects."""
         from logo.engine import LoGo
 
-        # The preset's k is reduced to a smaller pool without a warning, since the user did not ask for it.
-        if options.n_selected_modules is None and settings.k is not None:
-            settings = replace(settings, k=min(settings.k, len(self.pool)))
-        logo = LoGo(
+        return LoGo(
             self.model,
             self.tokenizer,
             self.pool,
@@ -122,6 +121,13 @@ class Opened:
             fold=options.fold,
             on_bad_adapter=options.on_bad_adapter,
         )
+
+    def engine(self, options: EngineOptions, settings: SelectionSettings, truncation: Truncation | None = None) -> LoGo:
+        """An engine with these settings, on the calibrated pool."""
+        # The preset's k is reduced to a smaller pool without a warning, since the user did not ask for it.
+        if options.n_selected_modules is None and settings.k is not None:
+            settings = replace(settings, k=min(settings.k, len(self.pool)))
+        logo = self.uncalibrated(options, settings, truncation)
         with progress(disable=not err.is_terminal) as shown:
             bars: list[TaskID] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from logo.cli.expanded import command_line, expanded, given
 from logo.cli.field_table import WIDTH as FIELD_WIDTH
 from logo.cli.field_table import field_table
 from logo.cli.methods import MethodOptions
-from logo.cli.opening import open_engine, open_pool, selection_settings
+from logo.cli.opening import Opened, open_engine, open_pool, selection_settings
 from logo.cli.options import EngineOptions, Json, rare, usual
 from logo.cli.output import err, natural_width, note, print_json, progress, rich_table, screen, write_json
 from logo.cli.pace import Bars
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from logo.evaluation.contest import Contest
     from logo.evaluation.study import Measuring, Study, Task
     from logo.evaluation.workers import MeasuredInWorkers
+
+Names = tuple[str, ...] | None  # of adapters; None: all of the pool
 
 SIGNALS = "calibrated,norm,entropy"
 
@@ -153,14 +155,15 @@ def study(
     check_selection_options(given(), [replace(selection_settings(engine), **arm) for arm in arms.values()])
     contest = contest_of(found, protocol, generate, methods, metric, train_rows, held)
     names = tuple(task.name for task in found) if own_adapters_only else None
+    opener = functools.partial(_arms, arms=arms, batch_size=batch_size, names=names)
     started = time.perf_counter()
     settings = {"base_model": base_model, "adapters": engine.adapters, "rows": rows, "tasks": tasks, "limit": limit}
     settings |= {"hold_out": hold_out} if hold_out else {}
     with ExitStack() as stack:
         measuring: Measuring = (
-            _arms(engine, base_model, arms, contest, batch_size, names)
+            opener(engine, base_model, contest)
             if layout is None
-            else _in_workers(layout, engine, base_model, arms, contest, batch_size, names)
+            else _in_workers(layout, engine, base_model, contest, opener, names)
         )
         if isinstance(measuring, MeasuredInWorkers):
             stack.enter_context(measuring.workers)
@@ -241,54 +244,36 @@ def _checked(save: Path, png: Path | None) -> Path:
 
 
 def _in_workers(
-    layout: Layout,
-    options: EngineOptions,
-    base_model: str,
-    arms: Mapping[str, Mapping[str, Any]],
-    contest: Contest,
-    batch_size: int,
-    names: tuple[str, ...] | None,
+    layout: Layout, options: EngineOptions, base_model: str, contest: Contest, arms: Callable[..., Arms], names: Names
 ) -> MeasuredInWorkers:
     from logo.evaluation.workers import MeasuredInWorkers, study_facts_of
 
     methods = {label: one for label, method in contest.methods.items() if (one := anywhere(method)) is not None}
     there = replace(contest, methods=methods)
-    open_ = functools.partial(_arms, everywhere(options), absolute(base_model), arms, there, batch_size, names)
+    open_ = functools.partial(arms, everywhere(options), absolute(base_model), there)
     return MeasuredInWorkers(opened(layout, options, base_model, open_, study_facts_of, among=names))
 
 
 def _arms(
     options: EngineOptions,
     base_model: str,
-    arms: Mapping[str, Mapping[str, Any]],
     contest: Contest,
+    *,
+    arms: Mapping[str, Mapping[str, Any]],
     batch_size: int,
-    names: tuple[str, ...] | None,
+    names: Names,
 ) -> Arms:
     """One engine per entry of `--signals`, on one model and one pool, restricted to the adapters of these names."""
-    from logo.engine import LoGo
     from logo.evaluation.arms import Arms
 
-    signals = [str(arm["signal"]) for arm in arms.values()]
-    first = open_engine(replace(options, signal=signals[0]), base_model)
+    first = open_engine(replace(options, signal=str(next(iter(arms.values()))["signal"])), base_model)
     pool = first.pool if names is None else only(first.pool, names)
+    base = Opened(first.model, first.tokenizer, pool)
     engines: dict[str, LoGo] = {}
     for name, arm in arms.items():
         settings = replace(first.settings, **arm)
-        engines[name] = (
-            first
-            if settings == first.settings and pool is first.pool
-            else LoGo(
-                first.model,
-                first.tokenizer,
-                pool,
-                settings=settings,
-                adapter_memory_gb=options.adapter_memory_gb,
-                adapter_cache_gb=options.adapter_cache_gb,
-                fold=options.fold,
-                on_bad_adapter=options.on_bad_adapter,
-            )
-        )
+        is_first = settings == first.settings and pool is first.pool
+        engines[name] = first if is_first else base.uncalibrated(options, settings)
     return Arms(engines, contest, batch_size)
 
 

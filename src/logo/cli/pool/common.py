@@ -12,6 +12,7 @@ from rich.text import Text
 
 from logo.adapters.format import Adapter, own_name
 from logo.adapters.gathering import gather
+from logo.adapters.layout import BaseLayout
 from logo.adapters.options import Fetching
 from logo.adapters.places import parse_places
 from logo.adapters.pool import AdapterPool
@@ -21,6 +22,7 @@ from logo.cli.choices import OnBad
 from logo.cli.options import usual
 from logo.cli.output import err, note, progress
 from logo.errors import AdapterError
+from logo.models import load_skeleton
 
 NAMED = 8  # names that a line lists
 
@@ -84,6 +86,13 @@ def divided(
         else:
             good.append(adapter)
     return good, bad
+
+
+def fitting(base_model: str, model_dir: str) -> Callable[[Adapter], object]:
+    """A check that raises AdapterError for an adapter that does not fit the base model, whose weights are not read."""
+    skeleton = load_skeleton(base_model, model_dir=model_dir)
+    layout = BaseLayout.of(skeleton)
+    return lambda adapter: adapter.fit(layout, skeleton)
 
 
 def surveyed(place: str, allow_pickle: bool, verify: bool) -> tuple[list[Adapter], list[AdapterError]]:

@@ -11,17 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.adapters.format import Adapter
-from logo.adapters.layout import BaseLayout
 from logo.cli.options import usual
 from logo.cli.output import note, out, plain_table, print_json, size
 from logo.cli.pool import spectra as spectra_part
-from logo.cli.pool.common import AllowPickle, Threshold, divided, refusal, refusals, surveyed, targets
+from logo.cli.pool.common import AllowPickle, Threshold, divided, fitting, refusal, refusals, surveyed, targets
 from logo.errors import AdapterError, LeftOut, UsageError
 from logo.extras import need
-from logo.models import load_skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 def inspect(
@@ -61,13 +59,8 @@ def inspect(
         need("--png", "scipy", "matplotlib")
     good, refused = surveyed(folder, allow_pickle, verify)
     if base_model is not None:
-        layout, skeleton = _layout(base_model, model_dir)
-        for adapter in list(good):
-            try:
-                adapter.fit(layout, skeleton)
-            except AdapterError as error:
-                good.remove(adapter)
-                refused.append(error)
+        good, misfits = divided(good, fitting(base_model, model_dir))
+        refused += misfits
     if spectra:
         good, copies = divided(good, lambda adapter: adapter.check_compared())
         refused += copies
@@ -92,13 +85,6 @@ def inspect(
         out.print(f"{folder}: {len(good)} usable ({total}), {len(refused)} refused", markup=False)
     if check and not all(isinstance(bad, LeftOut) for bad in refused):
         raise typer.Exit(1)
-
-
-def _layout(base_model: str, model_dir: str) -> tuple[BaseLayout, PreTrainedModel]:
-    """The layout of the base model, and the model without its weights."""
-
-    skeleton = load_skeleton(base_model, model_dir=model_dir)
-    return BaseLayout.of(skeleton), skeleton
 
 
 def _report(

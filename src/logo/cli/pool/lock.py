@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from logo.adapters.gathering import Gathered, gather
-from logo.adapters.layout import BaseLayout
 from logo.adapters.locking import changes, locked
 from logo.adapters.manifest import Manifest, manifest_text, read_manifest
 from logo.adapters.options import Fetching
@@ -19,10 +18,9 @@ from logo.cache import default_cache
 from logo.cli.choices import OnBad
 from logo.cli.options import Json, usual
 from logo.cli.output import err, out, print_json
-from logo.cli.pool.common import AllowPickle, OnBadAdapter, refusals, tell_refused
-from logo.errors import AdapterError, UsageError
+from logo.cli.pool.common import AllowPickle, OnBadAdapter, divided, fitting, refusals, tell_refused
+from logo.errors import UsageError
 from logo.folders import replace_file
-from logo.models import load_skeleton
 
 _SHOWN = 10  # changes that are listed one by one
 
@@ -81,18 +79,8 @@ def _found(places: list[str], allow_pickle: bool, on_bad: OnBad, base_model: str
     found = gather(asked, how, skip=skip, verify=True if skip else None, cache=default_cache())
     if base_model is None:
         return found
-
-    skeleton = load_skeleton(base_model, model_dir=model_dir)
-    layout = BaseLayout.of(skeleton)
-    fit, refused = [], [*found.refused]
-    for adapter in found.adapters:
-        try:
-            adapter.fit(layout, skeleton)
-        except AdapterError as error:
-            refused.append(error)
-        else:
-            fit.append(adapter)
-    return replace(found, adapters=fit, refused=refused)
+    fit, misfits = divided(found.adapters, fitting(base_model, model_dir))
+    return replace(found, adapters=fit, refused=[*found.refused, *misfits])
 
 
 def _told(manifest: Manifest, changed: list[Any] | None) -> str:
