@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
@@ -34,32 +34,30 @@ DTYPES = ("float32", "bfloat16", "float16")
 @expanded
 def bench(
     context: typer.Context,
-    base_model: Annotated[str | None, usual("A real base model (with --adapters).", "synthetic")] = None,
-    adapters: Annotated[Path | None, usual("The pool of that base model.", "synthetic", metavar="DIR")] = None,
-    count: Annotated[int, usual("Adapters in the pool.", min=2)] = 260,
-    k: Annotated[int, usual("Adapters per prompt.", True, "-k", min=1)] = 20,
-    rank: Annotated[int, usual("Rank of the adapters.", min=1)] = 16,
-    targets: Annotated[
-        str, rare("Projections that the adapters adapt: q_, k_, v_, o_, gate_, up_ or down_proj, or all-linear.")
-    ] = "q_proj,v_proj",
-    hidden: Annotated[int, rare("Width of the model.", min=64)] = 1024,
-    layers: Annotated[int, rare("Layers of the model.", min=1)] = 12,
-    heads: Annotated[int, rare("Attention heads.", min=1)] = 16,
-    vocabulary: Annotated[int, rare("Size of the vocabulary.", min=256)] = 32000,
-    seed: Annotated[int, usual("Random seed of weights and prompts.")] = 0,
-    rounds: Annotated[int, usual("Measured rounds, after a warm-up round.", min=1)] = 5,
-    device: Annotated[str, usual("Device to measure on.")] = "cpu",
-    dtype: Annotated[str, usual("Dtype of the base model: float32, bfloat16 or float16.")] = "float32",
-    in_memory: Annotated[
-        bool | None, rare("Where the synthetic adapters are.", "in memory with --device cuda", "--in-memory/--on-disk")
-    ] = None,
-    peft: Annotated[
-        bool | None, rare("Measure PEFT too, for minutes.", "peft with adapters on disk", "--peft/--no-peft")
-    ] = None,
-    large: Annotated[int, rare("Size of the additional large pool of small adapters; 0: none.", min=0)] = 10000,
-    curves: Annotated[bool, rare("Measure how cost grows with pool size, k, batch and prompt length.")] = True,
-    save: Annotated[Path | None, usual("Write all measurements to this JSON file.", False, metavar="FILE")] = None,
-    png: Annotated[Path | None, usual("Draw the curves.", "beside the JSON", metavar="FILE")] = None,
+    base_model: str | None = usual(None, "A real base model (with --adapters).", "synthetic"),
+    adapters: Path | None = usual(None, "The pool of that base model.", "synthetic", metavar="DIR"),
+    count: int = usual(260, "Adapters in the pool.", min=2),
+    k: int = usual(20, "Adapters per prompt.", True, "-k", min=1),
+    rank: int = usual(16, "Rank of the adapters.", min=1),
+    targets: str = rare(
+        "q_proj,v_proj", "Projections that the adapters adapt: q_, k_, v_, o_, gate_, up_ or down_proj, or all-linear."
+    ),
+    hidden: int = rare(1024, "Width of the model.", min=64),
+    layers: int = rare(12, "Layers of the model.", min=1),
+    heads: int = rare(16, "Attention heads.", min=1),
+    vocabulary: int = rare(32000, "Size of the vocabulary.", min=256),
+    seed: int = usual(0, "Random seed of weights and prompts."),
+    rounds: int = usual(5, "Measured rounds, after a warm-up round.", min=1),
+    device: str = usual("cpu", "Device to measure on."),
+    dtype: str = usual("float32", "Dtype of the base model: float32, bfloat16 or float16."),
+    in_memory: bool | None = rare(
+        None, "Where the synthetic adapters are.", "in memory with --device cuda", "--in-memory/--on-disk"
+    ),
+    peft: bool | None = rare(None, "Measure PEFT too, for minutes.", "peft with adapters on disk", "--peft/--no-peft"),
+    large: int = rare(10000, "Size of the additional large pool of small adapters; 0: none.", min=0),
+    curves: bool = rare(True, "Measure how cost grows with pool size, k, batch and prompt length."),
+    save: Path | None = usual(None, "Write all measurements to this JSON file.", False, metavar="FILE"),
+    png: Path | None = usual(None, "Draw the curves.", "beside the JSON", metavar="FILE"),
     json: Json = False,
 ) -> None:
     """Measure the cost of every part of LoGo beside the base model alone and beside PEFT: table, JSON, pictures.
@@ -148,8 +146,8 @@ def _ratios(results: Results) -> Table:
 @expanded
 def probe(
     engine: EngineOptions,
-    prompts: Annotated[Path, usual("Prompts, one per line.", True, "--prompts", metavar="FILE")],
-    rounds: Annotated[int, usual("Measured rounds, after a warm-up round.", min=1)] = 5,
+    prompts: Path = usual(..., "Prompts, one per line.", True, "--prompts", metavar="FILE"),
+    rounds: int = usual(5, "Measured rounds, after a warm-up round.", min=1),
     json: Json = False,
 ) -> None:
     """Measure time and memory of selecting, by the chosen and by the official signal, beside a plain prefill.
@@ -194,7 +192,7 @@ def _table(result: ProbeBench) -> Table:
 
 @app.command("merges")
 def merges(
-    seed: Annotated[int, usual("Random seed of the model, the adapters and DARE's drops.", min=0)] = 0,
+    seed: int = usual(0, "Random seed of the model, the adapters and DARE's drops.", min=0),
     json: Json = False,
 ) -> None:
     """Compare every merge with PEFT's own on a small random model: the largest difference of a logit.

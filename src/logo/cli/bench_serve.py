@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 from logo.cli.expanded import expanded
 from logo.cli.load_table import described, show
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, Json, changed, rare, usual
+from logo.cli.options import EngineOptions, Json, argument, changed, rare, usual
 from logo.cli.output import err, note, print_json, progress, write_json
 from logo.cli.prompts import or_demo
 from logo.errors import UsageError
@@ -37,59 +37,42 @@ SHOWN = 5  # differences that are named
 @expanded
 def serve(
     engine: EngineOptions,
-    options: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- OPTIONS...]", help="More options for `logo serve`.", show_default=False),
-    ] = None,
-    url: Annotated[str | None, usual("Address of a running server.", "starts `logo serve` itself")] = None,
-    api_key: Annotated[str | None, rare("API key of that server.", envvar="LOGO_API_KEY", panel=SERVER)] = None,
-    arms: Annotated[str, usual("What is measured.")] = "logo,base,one-by-one",
-    rounds: Annotated[int, usual("Rounds over all arms.", min=1)] = 1,
-    requests: Annotated[int, usual("Number of different requests.", min=1)] = 500,
-    duration: Annotated[
-        float | None, usual("Repeat the requests for this many seconds.", "each once", metavar="SECONDS", min=1.0)
-    ] = None,
-    concurrency: Annotated[int, usual("Concurrent requests.", min=1)] = 64,
-    stream_share: Annotated[
-        float, rare("Share of the requests that are streamed.", min=0.0, max=1.0, panel=LOAD)
-    ] = 0.5,
-    prompts: Annotated[
-        Path | None,
-        usual(
-            "File with one prompt per line, as text or as a JSON object with `prompt`.",
-            "the demo's held-out rows; other models, and --url: requests of many kinds",
-            metavar="FILE",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        str, usual("Longest answer in tokens, drawn from this range.", metavar="N|N..M")
-    ] = "8..64",
-    seed: Annotated[int, rare("Random seed of the order, the lengths and all other draws.", panel=LOAD)] = 0,
-    timeout: Annotated[float, rare("Time limit of one request.", metavar="SECONDS", min=0.1, panel=LOAD)] = 300.0,
-    churn: Annotated[
-        float | None,
-        rare(
-            "Add an adapter and remove it again every this many seconds.",
-            metavar="SECONDS",
-            min=0.01,
-            panel=TROUBLE,
-        ),
-    ] = None,
-    churn_adapter: Annotated[Path | None, rare("The adapter of --churn.", metavar="DIR", panel=TROUBLE)] = None,
-    hang_up: Annotated[
-        float,
-        rare(
-            "Share of the clients that close the connection at the first token or later.",
-            metavar="SHARE",
-            min=0.0,
-            max=1.0,
-            panel=TROUBLE,
-        ),
-    ] = 0.0,
-    verify: Annotated[
-        str, usual("Compare this many answers with `LoGo.generate`, token for token.", metavar="N|all")
-    ] = "0",
-    save: Annotated[Path | None, usual("Write all measurements to this JSON file.", False, metavar="FILE")] = None,
+    options: list[str] | None = argument(
+        None, metavar="[-- OPTIONS...]", help="More options for `logo serve`.", show_default=False
+    ),
+    url: str | None = usual(None, "Address of a running server.", "starts `logo serve` itself"),
+    api_key: str | None = rare(None, "API key of that server.", envvar="LOGO_API_KEY", panel=SERVER),
+    arms: str = usual("logo,base,one-by-one", "What is measured."),
+    rounds: int = usual(1, "Rounds over all arms.", min=1),
+    requests: int = usual(500, "Number of different requests.", min=1),
+    duration: float | None = usual(
+        None, "Repeat the requests for this many seconds.", "each once", metavar="SECONDS", min=1.0
+    ),
+    concurrency: int = usual(64, "Concurrent requests.", min=1),
+    stream_share: float = rare(0.5, "Share of the requests that are streamed.", min=0.0, max=1.0, panel=LOAD),
+    prompts: Path | None = usual(
+        None,
+        "File with one prompt per line, as text or as a JSON object with `prompt`.",
+        "the demo's held-out rows; other models, and --url: requests of many kinds",
+        metavar="FILE",
+    ),
+    max_new_tokens: str = usual("8..64", "Longest answer in tokens, drawn from this range.", metavar="N|N..M"),
+    seed: int = rare(0, "Random seed of the order, the lengths and all other draws.", panel=LOAD),
+    timeout: float = rare(300.0, "Time limit of one request.", metavar="SECONDS", min=0.1, panel=LOAD),
+    churn: float | None = rare(
+        None, "Add an adapter and remove it again every this many seconds.", metavar="SECONDS", min=0.01, panel=TROUBLE
+    ),
+    churn_adapter: Path | None = rare(None, "The adapter of --churn.", metavar="DIR", panel=TROUBLE),
+    hang_up: float = rare(
+        0.0,
+        "Share of the clients that close the connection at the first token or later.",
+        metavar="SHARE",
+        min=0.0,
+        max=1.0,
+        panel=TROUBLE,
+    ),
+    verify: str = usual("0", "Compare this many answers with `LoGo.generate`, token for token.", metavar="N|all"),
+    save: Path | None = usual(None, "Write all measurements to this JSON file.", False, metavar="FILE"),
     json: Json = False,
 ) -> None:
     """Measure a server under load from many HTTP clients: throughput, latency, errors.

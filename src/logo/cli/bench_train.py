@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -26,13 +26,13 @@ SHOWN = {"trainer": "PEFT with Trainer", "one": "one by one", "many": "many at o
 def train(
     recipe: RecipeOptions,
     device: DeviceOptions,
-    rows: Annotated[str, usual("Folder of TASK.jsonl, as `logo train` takes it.", metavar="DIR")],
-    base_model: Annotated[str, usual("Hub id, folder, short name or `demo`.")] = "demo",
-    tasks: Annotated[str, usual("Names or patterns of tasks, `a,b*`; empty: all.")] = "",
-    arms: Annotated[str, usual("Arms to measure, in this order.")] = "trainer,one,many",
-    pass_tokens: Annotated[int, usual("Tokens of one forward pass of our own loop.", min=1)] = 2048,
-    threads: Annotated[int | None, usual("Threads of each arm.", "as PyTorch has it", min=1)] = None,
-    save: Annotated[Path | None, usual("Write all measurements to this JSON file.", metavar="FILE")] = None,
+    rows: str = usual(..., "Folder of TASK.jsonl, as `logo train` takes it.", metavar="DIR"),
+    base_model: str = usual("demo", "Hub id, folder, short name or `demo`."),
+    tasks: str = usual("", "Names or patterns of tasks, `a,b*`; empty: all."),
+    arms: str = usual("trainer,one,many", "Arms to measure, in this order."),
+    pass_tokens: int = usual(2048, "Tokens of one forward pass of our own loop.", min=1),
+    threads: int | None = usual(None, "Threads of each arm.", "as PyTorch has it", min=1),
+    save: Path | None = usual(None, "Write all measurements to this JSON file.", metavar="FILE"),
     json: Json = False,
 ) -> None:
     """Train the same tasks in three ways, each in its own process, and compare speed, memory and held-out loss.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from logo.cli.expanded import declared
 from logo.cli.renamed import COMMANDS, modernised, say_renamed
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -90,5 +91,11 @@ class Commands(typer.Typer):
     """A group whose commands know the old names of their options."""
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[_F], _F]:
-        """As `Typer.command`, with `Command` as the class."""
-        return super().command(name, **{"cls": Command, **settings})
+        """As `Typer.command`, with `Command` as the class, for options as `logo.cli.options` makes them."""
+        register = super().command(name, **{"cls": Command, **settings})
+
+        def add(command: _F) -> _F:
+            register(declared(command))
+            return command
+
+        return add

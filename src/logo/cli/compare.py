@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.text import Text
 
-from logo.cli.options import Json, usual
+from logo.cli.options import Json, argument, usual
 from logo.cli.output import err, natural_width, note, out, print_json, rich_table, screen
 from logo.evaluation.tables import Column, Emphasis, Table, number, numbers, p_value, row, words
 from logo.extras import need
@@ -22,16 +21,12 @@ _HUNDREDS = frozenset({"extra.bleu", "extra.chrf"})  # measures from 0 to 100 al
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Result folder of one dataset, or of a whole run.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Result folder of another run on the same rows.")],
-    metric: Annotated[
-        str,
-        usual(
-            "Names or patterns of metrics, `rouge-L,extra.*`; those of `extra.` are not official.",
-            "the official ones",
-        ),
-    ] = "",
-    seed: Annotated[int, usual("Random seed of the intervals and tests.", min=0)] = 0,
+    run_a: Path = argument(..., metavar="RUN_A", help="Result folder of one dataset, or of a whole run."),
+    run_b: Path = argument(..., metavar="RUN_B", help="Result folder of another run on the same rows."),
+    metric: str = usual(
+        "", "Names or patterns of metrics, `rouge-L,extra.*`; those of `extra.` are not official.", "the official ones"
+    ),
+    seed: int = usual(0, "Random seed of the intervals and tests.", min=0),
     json: Json = False,
 ) -> None:
     """Compare two runs row by row: the difference B − A, its interval, and a test whether it could be chance.

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.commands import Commands
-from logo.cli.options import usual
+from logo.cli.options import option, usual
 from logo.cli.output import err, note, print_json, progress, screen
 from logo.errors import DataError, LoGoError, UsageError
 from logo.evaluation.metrics import metric_kind
@@ -27,9 +27,9 @@ app = Commands(invoke_without_command=True)
 
 WIDTH = 160  # of the table where there is no terminal to fit
 
-DataDir = Annotated[Path, usual("Folder of {main}/{sub}/{test,train}.jsonl.", metavar="DIR")]
+DataDir = Annotated[Path, option("Folder of {main}/{sub}/{test,train}.jsonl.", metavar="DIR")]
 Source = Annotated[
-    list[Path] | None, usual("Your own dataset's declaration; may be given several times.", metavar="FILE.yaml")
+    list[Path] | None, option("Your own dataset's declaration; may be given several times.", metavar="FILE.yaml")
 ]
 Names = Annotated[
     list[str] | None,
@@ -44,7 +44,7 @@ def datasets(context: typer.Context) -> None:
     Example: `logo data prepare bbh anli.r1 --data-dir ./data`
     """
     if context.invoked_subcommand is None:
-        list_datasets()
+        list_datasets(json=False)
 
 
 @app.command("list")
@@ -52,7 +52,7 @@ def list_datasets(
     names: Names = None,
     data_dir: DataDir = Path("./data"),
     source: Source = None,
-    json: Annotated[bool, usual("Print JSON, with homepages, citations and notes.", True, "--json")] = False,
+    json: bool = usual(False, "Print JSON, with homepages, citations and notes."),
 ) -> None:
     """List the datasets, and how many rows of each are prepared.
 
@@ -78,14 +78,12 @@ def list_datasets(
 def prepare(
     names: Names = None,
     data_dir: DataDir = Path("./data"),
-    limit: Annotated[int, usual("Test rows of each dataset.", min=1)] = 150,
-    train_limit: Annotated[int, usual("Train rows, none of them a test row; 0: no file.", min=0)] = 300,
-    seed: Annotated[int, usual("Random seed of the draw; it gives the same rows everywhere.")] = 0,
-    raw: Annotated[
-        Path | None, usual("Local copies of the sources' files.", "the Hub", "--from", metavar="DIR")
-    ] = None,
+    limit: int = usual(150, "Test rows of each dataset.", min=1),
+    train_limit: int = usual(300, "Train rows, none of them a test row; 0: no file.", min=0),
+    seed: int = usual(0, "Random seed of the draw; it gives the same rows everywhere."),
+    raw: Path | None = usual(None, "Local copies of the sources' files.", "the Hub", "--from", metavar="DIR"),
     source: Source = None,
-    force: Annotated[bool, usual("Replace files that are there.", True, "--force")] = False,
+    force: bool = usual(False, "Replace files that are there."),
 ) -> None:
     """Fetch datasets from their sources and draw test and train rows, as prompts with gold answers.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 
 
 def demo(
-    signal: Annotated[
-        str, usual("Signal that answers: `calibrated`, `norm`, `entropy`, `norm_z`, `arrow`, `spectr`.")
-    ] = DEFAULT_SIGNAL,
-    n_selected_modules: Annotated[
-        int, usual("Adapters selected per prompt.", True, "--n-selected-modules", "-k")
-    ] = DEMO_K,
-    limit: Annotated[int | None, usual("Held-out rows per task.", "all", min=1)] = None,
+    signal: str = usual(
+        DEFAULT_SIGNAL, "Signal that answers: `calibrated`, `norm`, `entropy`, `norm_z`, `arrow`, `spectr`."
+    ),
+    n_selected_modules: int = usual(DEMO_K, "Adapters selected per prompt.", True, "--n-selected-modules", "-k"),
+    limit: int | None = usual(None, "Held-out rows per task.", "all", min=1),
     json: Json = False,
 ) -> None:
     """Answer prompts with the embedded model, side by side with its base model, and measure every task.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -54,61 +54,46 @@ Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1
 class RowOptions:
     """Options for the rows of an evaluation and how they are answered."""
 
-    dataset: Annotated[str, usual("Name, list `a,b` or pattern `bbh.*`; empty: all in the data folder.")] = ""
-    data_dir: Annotated[str, usual("Rows are read from DIR/main/sub/test.jsonl.", metavar="DIR")] = "./data"
-    rows: Annotated[str | None, usual("Or a folder of NAME.jsonl, one dataset each.", "none", metavar="DIR")] = None
-    train_rows: Annotated[
-        str | None,
-        rare(
-            "Folder of NAME.jsonl with training rows, for methods that learn from them.",
-            "train.jsonl beside test.jsonl",
-            metavar="DIR",
-        ),
-    ] = None
-    metric: Annotated[
-        str | None,
-        rare(
-            "How answers are judged, for all datasets: `em`, `em_multi`, `em_first`, `bleu`, `rouge` or a plugin's "
-            "metric; `em_first` is exact match with the first gold text, `em` and `em_multi` with any of them.",
-            "from NAME.yaml beside NAME.jsonl, else from the dataset's name",
-            metavar="METRIC",
-        ),
-    ] = None
-    limit: Annotated[int | None, usual("Only the first rows of each dataset.", "all")] = None
-    batch_size: Annotated[int, usual("Prompts per forward pass.", min=1)] = 1
-    max_new_tokens: Annotated[int, usual("Longest answer, in tokens.", min=1)] = 256
-    generation_early_stop: Annotated[
-        bool, rare("Stop generating at the first newline.", True, "--generation-early-stop")
-    ] = False
-    overwrite: Annotated[
-        bool, usual("Start again, replacing finished rows and a result of another run.", True, "--overwrite")
-    ] = False
-    mix_environments: Annotated[
-        bool,
-        rare(
-            "Continue a run that was begun with other versions or on another kind of device.",
-            True,
-            "--mix-environments",
-        ),
-    ] = False
+    dataset: str = usual("", "Name, list `a,b` or pattern `bbh.*`; empty: all in the data folder.")
+    data_dir: str = usual("./data", "Rows are read from DIR/main/sub/test.jsonl.", metavar="DIR")
+    rows: str | None = usual(None, "Or a folder of NAME.jsonl, one dataset each.", "none", metavar="DIR")
+    train_rows: str | None = rare(
+        None,
+        "Folder of NAME.jsonl with training rows, for methods that learn from them.",
+        "train.jsonl beside test.jsonl",
+        metavar="DIR",
+    )
+    metric: str | None = rare(
+        None,
+        "How answers are judged, for all datasets: `em`, `em_multi`, `em_first`, `bleu`, `rouge` or a plugin's "
+        "metric; `em_first` is exact match with the first gold text, `em` and `em_multi` with any of them.",
+        "from NAME.yaml beside NAME.jsonl, else from the dataset's name",
+        metavar="METRIC",
+    )
+    limit: int | None = usual(None, "Only the first rows of each dataset.", "all")
+    batch_size: int = usual(1, "Prompts per forward pass.", min=1)
+    max_new_tokens: int = usual(256, "Longest answer, in tokens.", min=1)
+    generation_early_stop: bool = rare(False, "Stop generating at the first newline.")
+    overwrite: bool = usual(False, "Start again, replacing finished rows and a result of another run.")
+    mix_environments: bool = rare(
+        False, "Continue a run that was begun with other versions or on another kind of device."
+    )
 
 
 @dataclass(frozen=True)
 class RunOptions(RowOptions):
     """`RowOptions`, and where results are written."""
 
-    result_dir: Annotated[str, usual("Folder for result folders.", metavar="DIR")] = "results"
-    seed: Annotated[int, usual("Random seed; part of the result folder's name.", min=0)] = 0
-    shard: Annotated[
-        str | None,
-        rare("Answer only part I of N; `logo eval merge` puts the parts together.", "all rows", metavar="I/N"),
-    ] = None
-    run_name: Annotated[
-        str | None,
-        rare("Added to the result folder's name, to keep several runs beside each other.", "none", metavar="NAME"),
-    ] = None
-    save_dir: Annotated[str, rare("Accepted for the official command line; not used.")] = ""
-    preset: Annotated[Preset | None, usual("Use the defaults of the authors' script.")] = None
+    result_dir: str = usual("results", "Folder for result folders.", metavar="DIR")
+    seed: int = usual(0, "Random seed; part of the result folder's name.", min=0)
+    shard: str | None = rare(
+        None, "Answer only part I of N; `logo eval merge` puts the parts together.", "all rows", metavar="I/N"
+    )
+    run_name: str | None = rare(
+        None, "Added to the result folder's name, to keep several runs beside each other.", "none", metavar="NAME"
+    )
+    save_dir: str = rare("", "Accepted for the official command line; not used.")
+    preset: Preset | None = usual(None, "Use the defaults of the authors' script.")
 
 
 @dataclass(frozen=True)
@@ -129,9 +114,7 @@ def evaluate(
     run: RunOptions,
     method: MethodOptions,
     cluster: WorkerOptions,
-    estimate: Annotated[
-        bool, usual("Estimate downloads, memory and time; write no results.", True, "--estimate")
-    ] = False,
+    estimate: bool = usual(False, "Estimate downloads, memory and time; write no results."),
     json: Json = False,
 ) -> None:
     """Evaluate on datasets, with one result folder for each.

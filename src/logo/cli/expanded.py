@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import Field, fields, is_dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_origin
 
 import typer
 
@@ -35,6 +35,13 @@ def given() -> frozenset[str]:
     return frozenset(command_line()["options"])
 
 
+def declared(command: _F) -> _F:
+    """The command with its options in the form that Typer reads."""
+    hints = inspect.get_annotations(command, eval_str=True)
+    parameters = inspect.signature(command).parameters.values()
+    return _with_parameters(command, command, [_parameter(p.name, hints[p.name], p.default) for p in parameters])
+
+
 def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str] = MappingProxyType({})) -> _F:
     """Gives a command one option for every field of its dataclass parameters, and those that every such command has.
 
@@ -45,19 +52,13 @@ def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str]
     hints = inspect.get_annotations(command, eval_str=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     own_context = next((name for name, hint in hints.items() if hint is typer.Context), None)
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if name not in groups:
-            parameters.append(parameter.replace(annotation=hints[name]))
-            continue
-        field_hints = _hints(groups[name])
-        parameters += [
-            _keyword(f.name, _annotation(f, field_hints[f.name], official, defaults), f.default)
-            for f in fields(groups[name])
-        ]
+    own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
+    parameters = [_parameter(p.name, hints[p.name], p.default) for p in own]
+    for group in groups.values():
+        of_fields = _hints(group)
+        parameters += [_parameter(f.name, of_fields[f.name], f, official, defaults) for f in fields(group)]
 
-    @functools.wraps(command)
-    def wrapper(**values: Any) -> Any:
+    def run(**values: Any) -> Any:
         for name in EVERYWHERE:
             values.pop(name)
         context = values.pop(_CONTEXT) if own_context is None else values.pop(own_context)
@@ -71,10 +72,19 @@ def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str]
         finally:
             _given.reset(token)
 
-    parameters += [_keyword(name, annotation, None) for name, annotation in EVERYWHERE.items()]
-    parameters.sort(key=lambda p: p.kind)
+    parameters += [_parameter(name, annotation, None) for name, annotation in EVERYWHERE.items()]
     if own_context is None:
-        parameters.append(_keyword(_CONTEXT, typer.Context, inspect.Parameter.empty))
+        parameters.append(_parameter(_CONTEXT, typer.Context, inspect.Parameter.empty))
+    return _with_parameters(command, run, parameters)
+
+
+def _with_parameters(command: _F, run: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> _F:
+    """A function that is called like `run`, has these parameters, and is otherwise like the command."""
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> Any:
+        return run(**values)
+
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper  # type: ignore[return-value]
@@ -89,17 +99,30 @@ def _hints(group: type) -> dict[str, Any]:
     return found
 
 
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def _parameter(
+    name: str, hint: Any, of: Any, official: bool = False, defaults: Mapping[str, str] = MappingProxyType({})
+) -> inspect.Parameter:
+    """A parameter for Typer.
 
-
-def _annotation(of: Field[Any], hint: Any, official: bool, defaults: Mapping[str, str]) -> Any:
-    kind, option = hint.__origin__, copy.copy(hint.__metadata__[0])
-    option.show_default = defaults.get(of.name, option.show_default)
-    if official and of.name in OFFICIAL:
-        option.param_decls, metavar, text = OFFICIAL[of.name]
-        option.metavar, option.help = metavar or option.metavar, text or option.help
-    return Annotated[list[str] | None if of.metadata.get("repeated") else kind, option]
+    Args:
+        of: a field, or the default of a parameter, which is a field if the option is not in the annotation.
+        official, defaults: as `expanded`.
+    """
+    default, told = (of.default, of.metadata) if isinstance(of, Field) else (of, {})
+    option = told.get("option")
+    if option is None and get_origin(hint) is Annotated:
+        hint, option = hint.__origin__, hint.__metadata__[0]
+    if option is not None:
+        option = copy.copy(option)
+        option.show_default = defaults.get(name, option.show_default)
+        if default is False and not option.param_decls:
+            option.param_decls = (f"--{name.replace('_', '-')}",)
+        if official and name in OFFICIAL:
+            option.param_decls, metavar, text = OFFICIAL[name]
+            option.metavar, option.help = metavar or option.metavar, text or option.help
+        hint = Annotated[list[str] | None if told.get("repeated") else hint, option]
+    default = inspect.Parameter.empty if default is ... else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
 def _joined(of: Field[Any], value: Any) -> Any:

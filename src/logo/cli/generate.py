@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from logo.cli.belonging import check_forced_options
 from logo.cli.expanded import command_line, expanded, given
 from logo.cli.opening import check_batch_size, open_any
-from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, rare, usual
+from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, argument, rare, usual
 from logo.cli.output import err, note, out, print_json, selection_line, selection_table, write_json
 from logo.cli.prompts import Chat, PromptsFile, System, as_asked, forced, or_demo, read_prompts
 from logo.errors import UsageError
@@ -26,30 +24,27 @@ if TYPE_CHECKING:
 def generate(
     engine: EngineOptions,
     runner: RunnerOptions,
-    prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
+    prompt: list[str] | None = argument(None, help="One or more prompts; `-` reads one from stdin."),
     prompts: PromptsFile = None,
     chat: Chat = False,
     system: System = None,
-    max_new_tokens: Annotated[int | None, usual("Longest answer, in tokens.", "256, or half of the context")] = None,
-    batch_size: Annotated[int, rare("Prompts per forward pass.")] = 8,
-    adapter: Annotated[
-        list[str] | None, usual("Use this adapter instead of selecting (repeatable).", metavar="NAME[=WEIGHT]")
-    ] = None,
+    max_new_tokens: int | None = usual(None, "Longest answer, in tokens.", "256, or half of the context"),
+    batch_size: int = rare(8, "Prompts per forward pass."),
+    adapter: list[str] | None = usual(
+        None, "Use this adapter instead of selecting (repeatable).", metavar="NAME[=WEIGHT]"
+    ),
     candidate: Candidates = None,
-    compare: Annotated[
-        int | None,
-        usual("Also answer with each of the best N adapters alone, and with none.", False, metavar="N", min=1),
-    ] = None,
-    base_only: Annotated[bool, usual("Use no adapter at all.", True, "--base-only")] = False,
-    generation_early_stop: Annotated[
-        bool, rare("Stop at the end of the answer's first line.", True, "--generation-early-stop")
-    ] = False,
-    sample: Annotated[bool, usual("Sample instead of greedy decoding (--help-all).", True, "--sample")] = False,
-    temperature: Annotated[float | None, rare("Used with --sample.", "1.0", min=0.0)] = None,
-    top_p: Annotated[float | None, rare("Used with --sample.", "1.0", min=0.0, max=1.0)] = None,
-    seed: Annotated[int, rare("Random seed of --sample.")] = 0,
+    compare: int | None = usual(
+        None, "Also answer with each of the best N adapters alone, and with none.", False, metavar="N", min=1
+    ),
+    base_only: bool = usual(False, "Use no adapter at all."),
+    generation_early_stop: bool = rare(False, "Stop at the end of the answer's first line."),
+    sample: bool = usual(False, "Sample instead of greedy decoding (--help-all)."),
+    temperature: float | None = rare(None, "Used with --sample.", "1.0", min=0.0),
+    top_p: float | None = rare(None, "Used with --sample.", "1.0", min=0.0, max=1.0),
+    seed: int = rare(0, "Random seed of --sample."),
     json: Json = False,
-    save: Annotated[Path | None, usual("Write answers and options as JSON, too.", False, metavar="FILE")] = None,
+    save: Path | None = usual(None, "Write answers and options as JSON, too.", False, metavar="FILE"),
 ) -> None:
     """Answer prompts, each with the mixture of adapters it selects.
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
 
-import typer
-
+from logo.cli.options import argument
 from logo.extras import need
 
 MODEL = "logo"
@@ -18,14 +16,12 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_inte
 
 
 def lm_eval(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="ARGUMENTS",
-            help="Arguments of `lm_eval`; `logo eval lm-eval run --help` shows them.",
-            show_default=False,
-        ),
-    ] = None,
+    arguments: list[str] | None = argument(
+        None,
+        metavar="ARGUMENTS",
+        help="Arguments of `lm_eval`; `logo eval lm-eval run --help` shows them.",
+        show_default=False,
+    ),
 ) -> None:
     """Run lm-evaluation-harness with `--model logo`: one selection per document, for any task.
 

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from logo.cli.options import Json, usual
+from logo.cli.options import Json, argument, usual
 from logo.cli.scoreboard import Score, show
 from logo.extras import need
 
 
 def merge_results(
-    folders: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RESULTS",
-            help="Folders of shards, or folders that hold shards, of one machine or of several.",
-            show_default=False,
-        ),
-    ],
-    mix_environments: Annotated[
-        bool, usual("Accept shards of several versions or kinds of device.", True, "--mix-environments")
-    ] = False,
-    overwrite: Annotated[bool, usual("Replace a merged result of another run.", True, "--overwrite")] = False,
+    folders: list[Path] = argument(
+        ...,
+        metavar="RESULTS",
+        help="Folders of shards, or folders that hold shards, of one machine or of several.",
+        show_default=False,
+    ),
+    mix_environments: bool = usual(False, "Accept shards of several versions or kinds of device."),
+    overwrite: bool = usual(False, "Replace a merged result of another run."),
     json: Json = False,
 ) -> None:
     """Merge the shards of an evaluation into the files that one process would have written.

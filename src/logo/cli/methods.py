@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from logo.cli.choices import Sign, Variant
 from logo.cli.options import rare, usual
@@ -25,57 +25,45 @@ _method = functools.partial(rare, panel=METHOD)
 class MethodOptions:
     """Which method, and its own options."""
 
-    method: Annotated[
-        str,
-        usual(
-            "`logo`, `base`, `uniform`, `random`, `oracle`, `best-single`, `lorahub`, `loraretriever`, `adaptersoup`, "
-            "`lorauter`, `arrow`, `spectr` or `seqr`."
-        ),
-    ] = "logo"
-    merge: Annotated[
-        str | None,
-        _method(
-            "How selected adapters are combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
-            "`dare_ties`, or token by token `arrow`, `spectr` or `seqr`.",
-            "the method's: mixture; lorahub, adaptersoup: fusion",
-        ),
-    ] = None
-    merge_density: Annotated[float, _method("Share of entries that `ties` and `dare` keep.")] = 0.5
-    merge_sign: Annotated[
-        Sign, _method("How `ties` elects a sign: by the sum of the entries, or by the number of adapters.")
-    ] = "total"
-    arrow_top_k: Annotated[int, _method("Adapters per token and module of `arrow` and `spectr`.")] = 3
-    arrow_temperature: Annotated[float, _method("Temperature of the softmax of `arrow` and `spectr`.")] = 1.0
-    shots: Annotated[
-        int | None,
-        _method("Labelled rows to learn from; `lorauter`: of each task.", "best-single: 16; lorahub: 5; lorauter: 8"),
-    ] = None
-    lorahub_budget: Annotated[int, _method("Mixtures that `lorahub` tries per dataset.")] = 40
-    retriever_variant: Annotated[
-        Variant,
-        _method("`loraretriever`: mix the outputs of the k closest adapters, fuse their factors, or take the closest."),
-    ] = "mixture"
-    adapter_samples: Annotated[
-        Path | None,
-        _method(
-            "Folder of NAME.jsonl with rows of the training task of adapter NAME, for `loraretriever` and "
-            "`adaptersoup`.",
-            metavar="DIR",
-        ),
-    ] = None
-    validation_rows: Annotated[
-        Path | None,
-        _method(
-            "Folder of TASK.jsonl with labelled rows, by which `lorauter` finds similar tasks and tries adapters.",
-            "as --adapter-samples",
-            metavar="DIR",
-        ),
-    ] = None
-    samples_per_adapter: Annotated[int, _method("Number of rows to read from each of these files.")] = 20
-    embedding_model: Annotated[str, _method("Any sentence-transformers model: a folder or a Hub id.")] = (
-        DEFAULT_EMBEDDING
+    method: str = usual(
+        "logo",
+        "`logo`, `base`, `uniform`, `random`, `oracle`, `best-single`, `lorahub`, `loraretriever`, `adaptersoup`, "
+        "`lorauter`, `arrow`, `spectr` or `seqr`.",
     )
-    embedding_instruction: Annotated[str, _method("Instruction before every text that is embedded.")] = ""
+    merge: str | None = _method(
+        None,
+        "How selected adapters are combined: `mixture` (exact), `fusion`, `linear`, `ties`, `dare_linear`, "
+        "`dare_ties`, or token by token `arrow`, `spectr` or `seqr`.",
+        "the method's: mixture; lorahub, adaptersoup: fusion",
+    )
+    merge_density: float = _method(0.5, "Share of entries that `ties` and `dare` keep.")
+    merge_sign: Sign = _method(
+        "total", "How `ties` elects a sign: by the sum of the entries, or by the number of adapters."
+    )
+    arrow_top_k: int = _method(3, "Adapters per token and module of `arrow` and `spectr`.")
+    arrow_temperature: float = _method(1.0, "Temperature of the softmax of `arrow` and `spectr`.")
+    shots: int | None = _method(
+        None, "Labelled rows to learn from; `lorauter`: of each task.", "best-single: 16; lorahub: 5; lorauter: 8"
+    )
+    lorahub_budget: int = _method(40, "Mixtures that `lorahub` tries per dataset.")
+    retriever_variant: Variant = _method(
+        "mixture",
+        "`loraretriever`: mix the outputs of the k closest adapters, fuse their factors, or take the closest.",
+    )
+    adapter_samples: Path | None = _method(
+        None,
+        "Folder of NAME.jsonl with rows of the training task of adapter NAME, for `loraretriever` and `adaptersoup`.",
+        metavar="DIR",
+    )
+    validation_rows: Path | None = _method(
+        None,
+        "Folder of TASK.jsonl with labelled rows, by which `lorauter` finds similar tasks and tries adapters.",
+        "as --adapter-samples",
+        metavar="DIR",
+    )
+    samples_per_adapter: int = _method(20, "Number of rows to read from each of these files.")
+    embedding_model: str = _method(DEFAULT_EMBEDDING, "Any sentence-transformers model: a folder or a Hub id.")
+    embedding_instruction: str = _method("", "Instruction before every text that is embedded.")
 
 
 def make_method(

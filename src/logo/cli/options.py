@@ -1,6 +1,8 @@
 """Options that several commands share, defined once; `logo.cli.opening` makes an engine of them.
 
-A command takes them as one dataclass parameter; `logo.cli.expanded` turns the fields into options of the command line.
+An option is the default of a parameter or of a dataclass's field, as in `rounds: int = usual(5, "Measured rounds.")`; a
+type that several commands share has the option in its annotation. A command takes a dataclass of options as one
+parameter. `logo.cli.expanded` tells Typer of all of them.
 """
 
 from __future__ import annotations
@@ -31,22 +33,41 @@ POOL = "Pool"
 PROBE = "Probe and selection"
 DEVICE = "Device"
 
-# Metadata of a field whose option may be repeated; its values are joined with commas.
-REPEATED = {"repeated": True}
-
 DEFAULT_SIGNAL = "calibrated"
 OFFICIAL_SIGNAL = "norm"
 DEFAULT_PREFIX_CACHE_GB = 0.25
 
 
-def usual(help: str, default: str | bool = True, *names: str, panel: str | None = None, **more: Any) -> Any:
-    """An option that `--help` shows; `default` says what it is where it is not given."""
-    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel, **more)
+def option(help: str, shown: str | bool = True, *names: str, panel: str | None = None, **more: Any) -> Any:
+    """What `--help` says of an option, in the annotation of a type that several commands share, such as `Json`.
+
+    Args:
+        shown: what the option is where it is not given; True: its default.
+        names: None are needed for `--<the parameter's name>`.
+    """
+    return typer.Option(..., *names, help=help, show_default=shown, rich_help_panel=panel, **more)
 
 
-def rare(help: str, default: str | bool = True, *names: str, panel: str | None = None, **more: Any) -> Any:
+def usual(default: Any, help: str, shown: str | bool = True, *names: str, repeated: bool = False, **more: Any) -> Any:
+    """An option that `--help` shows, as the default of a command's parameter or of a dataclass's field.
+
+    Args:
+        default: `...` for an option that has to be given. An option that is False has no `--no-` form, unless `names`
+            say so.
+        repeated: whether it may be given several times; its values are joined with commas.
+        shown, names, more: as `option`.
+    """
+    return field(default=default, metadata={"option": option(help, shown, *names, **more), "repeated": repeated})
+
+
+def rare(default: Any, help: str, shown: str | bool = True, *names: str, **more: Any) -> Any:
     """An option that only `--help-all` shows."""
-    return usual(help, default, *names, panel=panel, hidden=True, **more)
+    return usual(default, help, shown, *names, hidden=True, **more)
+
+
+def argument(default: Any, **more: Any) -> Any:
+    """An argument; `...` for one that has to be given."""
+    return field(default=default, metadata={"option": typer.Argument(**more)})
 
 
 def device_name(text: str) -> str:
@@ -80,15 +101,22 @@ def changed(options: Any, *names: str) -> dict[str, str]:
 _pool = functools.partial(rare, panel=POOL)
 _probe = functools.partial(rare, panel=PROBE)
 
-Json = Annotated[bool, usual("Print JSON instead.", True, "--json")]
+Json = Annotated[bool, option("Print JSON instead.")]
 Candidates = Annotated[
-    list[str] | None, _probe("Select among these adapters only (repeatable).", True, "--candidate", metavar="NAME")
+    list[str] | None,
+    option(
+        "Select among these adapters only (repeatable).", True, "--candidate", metavar="NAME", panel=PROBE, hidden=True
+    ),
 ]
 Device = Annotated[
-    str, usual("auto: the first GPU, if there is one.", False, metavar="auto|cpu|cuda[:N]", callback=device_name)
+    str, option("auto: the first GPU, if there is one.", False, metavar="auto|cpu|cuda[:N]", callback=device_name)
 ]
-DeviceMap = Annotated[str | None, rare("`auto` spreads a large model over several GPUs.", "none", panel=DEVICE)]
-ModelDir = Annotated[str, rare("Folder that is searched first for base models and adapters.", panel=DEVICE)]
+DeviceMap = Annotated[
+    str | None, option("`auto` spreads a large model over several GPUs.", "none", panel=DEVICE, hidden=True)
+]
+ModelDir = Annotated[
+    str, option("Folder that is searched first for base models and adapters.", panel=DEVICE, hidden=True)
+]
 
 
 # Defaults that the help of `logo eval run` and `logo evaluate` shows instead of those below.
@@ -99,147 +127,110 @@ EVALUATING = {"base_model": "Llama-3.1-8B", "signal": OFFICIAL_SIGNAL, "prefix_c
 class EngineOptions:
     """Which model, which pool, how to probe and select. None: the preset's value, else the default shown."""
 
-    base_model: Annotated[str | None, usual("Hub id, folder or short name.", "demo")] = None
-    adapters: Annotated[
-        str | None,
-        usual(
-            "Folder, Hub repo or manifest, several with commas (docs/open-any-pool.md).",
-            "the base model's own",
-            metavar="PLACE",
-        ),
-    ] = field(default=None, metadata=REPEATED)
-    on_bad_adapter: Annotated[OnBad, _pool("If an adapter cannot be used: refuse the pool, or skip the adapter.")] = (
-        "error"
+    base_model: str | None = usual(None, "Hub id, folder or short name.", "demo")
+    adapters: str | None = usual(
+        None,
+        "Folder, Hub repo or manifest, several with commas (docs/open-any-pool.md).",
+        "the base model's own",
+        metavar="PLACE",
+        repeated=True,
     )
-    unscorable: Annotated[
-        OnBad, _pool("If an adapter lacks the probed module: refuse the pool, or skip the adapter.")
-    ] = "error"
-    allow_pickle: Annotated[bool, _pool("Also read adapter_model.bin (tensors only).", True, "--allow-pickle")] = False
-    adapter_memory_gb: Annotated[
-        float | None,
-        _pool("Memory for adapters on the model's device, in GB.", "0.3 of what the model leaves free", min=0.0),
-    ] = None
-    adapter_cache_gb: Annotated[
-        float | None, _pool("Host memory for adapter files beside a GPU, in GB.", "as --adapter-memory-gb", min=0.0)
-    ] = None
-    fold: Annotated[
-        bool | None, _pool("Fold the mixture into a copy of the weights.", "float32: where faster", "--fold/--no-fold")
-    ] = None
-    prefix_cache_gb: Annotated[
-        float | None,
-        _probe(
-            "Memory for the keys and values of shared prompt prefixes, in GB.",
-            "0.25",
-            min=0.0,
-        ),
-    ] = None
-    signal: Annotated[
-        str | None,
-        usual("`calibrated`, `norm`, `entropy`, `norm_z`, `arrow` or `spectr`.", "calibrated"),
-    ] = None
-    n_selected_modules: Annotated[
-        int | None, usual("Adapters selected per prompt.", "20; demo: 3", "--n-selected-modules", "-k")
-    ] = None
-    probe_context: Annotated[
-        Context | None,
-        _probe("Adapters active while probing: none, the whole pool, or as the official script runs.", "base"),
-    ] = None
-    probe_input: Annotated[
-        Read | None,
-        _probe("Which vector is read: before or after the layer's input norm.", "the signal's; official: residual"),
-    ] = None
-    probe_token: Annotated[
-        Token | None,
-        _probe(
-            "Which tokens are read: the last one, the mean of all, or each, whose scores are averaged.",
-            "the signal's; official: last",
-        ),
-    ] = None
-    probe_text: Annotated[
-        ProbeText | None,
-        _probe(
-            "Which part of a conversation is read: the user's last message, all of the user's, or everything.",
-            "last_user",
-        ),
-    ] = None
-    probe_layer: Annotated[
-        str | None,
-        _probe("Which layer is read: `last`, an index, or several: `0,5,-1`.", "the signal's; official: last"),
-    ] = None
-    probe_module: Annotated[
-        str | None, _probe("Which linear module is read, by name.", "the signal's; official: the query projection")
-    ] = None
-    probe_depth: Annotated[
-        float | None,
-        _probe(
-            "Share of the layers that a signal with several points may read.",
-            "0.5; activated adapters: 1",
-        ),
-    ] = None
-    probe_points: Annotated[
-        str | None,
-        _probe(
-            "How many points `calibrated` may choose, or the points: `4.v_proj,6.mlp.down_proj`.",
-            "12",
-            metavar="N|POINTS",
-        ),
-    ] = None
-    activation: Annotated[
-        str | None,
-        _probe(
-            "Tokens on which all adapters act, instead of those that they were trained for.",
-            "as each was trained",
-            metavar="everywhere|invocation|last:N",
-        ),
-    ] = None
-    when_not_invoked: Annotated[
-        str, _probe("What an adapter does for a prompt without its invocation tokens.", metavar="off|error|last:N")
-    ] = "off"
-    reference: Annotated[
-        Reference,
-        _probe("What responses are compared with: neutral text, or also earlier prompts (for servers)."),
-    ] = "neutral"
-    calibration_prompts: Annotated[
-        Path | None,
-        _probe(
-            "Unlabelled prompts, one per line, by which the calibration chooses points.",
-            "built-in ones",
-            metavar="FILE",
-        ),
-    ] = None
-    index: Annotated[
-        IndexKind, _probe("Score every adapter, or only those that a first stage keeps (docs/many-adapters.md).")
-    ] = "exact"
-    index_rank: Annotated[int, _probe("Two stages: rank of each adapter in the first stage.")] = 2
-    index_left: Annotated[
-        int | None,
-        _probe("Two stages: adapters left for exact scoring by a first stage that estimates.", "16 k, at least 256"),
-    ] = None
-    cache: Annotated[
-        str | None,
-        _probe(
-            "Cache folder for what is computed once per pool; '' disables it.",
-            "$LOGO_CACHE or ~/.cache/logo",
-            metavar="DIR",
-        ),
-    ] = None
-    weighting: Annotated[Weights | None, _probe("How scores become weights.", "the signal's; official: linear")] = None
-    weight_temperature: Annotated[float, _probe("Temperature of `--weighting softmax`, in units of the score.")] = 0.5
-    keep_mass: Annotated[
-        float | None, _probe("Keep the best adapters that together hold this share of the weight.", "keep all")
-    ] = None
-    when_unsure: Annotated[
-        WhenUnsure,
-        _probe(
-            "What answers if the confidence of the selection is low: a broad mixture, the base "
-            "model alone, the best adapter alone, or nothing."
-        ),
-    ] = "mix"
-    examples: Annotated[
-        Examples, _probe("Compare prompts with the example prompts of adapters that have some (`logo pool examples`).")
-    ] = "use"
+    on_bad_adapter: OnBad = _pool("error", "If an adapter cannot be used: refuse the pool, or skip the adapter.")
+    unscorable: OnBad = _pool("error", "If an adapter lacks the probed module: refuse the pool, or skip the adapter.")
+    allow_pickle: bool = _pool(False, "Also read adapter_model.bin (tensors only).")
+    adapter_memory_gb: float | None = _pool(
+        None, "Memory for adapters on the model's device, in GB.", "0.3 of what the model leaves free", min=0.0
+    )
+    adapter_cache_gb: float | None = _pool(
+        None, "Host memory for adapter files beside a GPU, in GB.", "as --adapter-memory-gb", min=0.0
+    )
+    fold: bool | None = _pool(
+        None, "Fold the mixture into a copy of the weights.", "float32: where faster", "--fold/--no-fold"
+    )
+    prefix_cache_gb: float | None = _probe(
+        None, "Memory for the keys and values of shared prompt prefixes, in GB.", "0.25", min=0.0
+    )
+    signal: str | None = usual(None, "`calibrated`, `norm`, `entropy`, `norm_z`, `arrow` or `spectr`.", "calibrated")
+    n_selected_modules: int | None = usual(
+        None, "Adapters selected per prompt.", "20; demo: 3", "--n-selected-modules", "-k"
+    )
+    probe_context: Context | None = _probe(
+        None, "Adapters active while probing: none, the whole pool, or as the official script runs.", "base"
+    )
+    probe_input: Read | None = _probe(
+        None, "Which vector is read: before or after the layer's input norm.", "the signal's; official: residual"
+    )
+    probe_token: Token | None = _probe(
+        None,
+        "Which tokens are read: the last one, the mean of all, or each, whose scores are averaged.",
+        "the signal's; official: last",
+    )
+    probe_text: ProbeText | None = _probe(
+        None,
+        "Which part of a conversation is read: the user's last message, all of the user's, or everything.",
+        "last_user",
+    )
+    probe_layer: str | None = _probe(
+        None, "Which layer is read: `last`, an index, or several: `0,5,-1`.", "the signal's; official: last"
+    )
+    probe_module: str | None = _probe(
+        None, "Which linear module is read, by name.", "the signal's; official: the query projection"
+    )
+    probe_depth: float | None = _probe(
+        None, "Share of the layers that a signal with several points may read.", "0.5; activated adapters: 1"
+    )
+    probe_points: str | None = _probe(
+        None,
+        "How many points `calibrated` may choose, or the points: `4.v_proj,6.mlp.down_proj`.",
+        "12",
+        metavar="N|POINTS",
+    )
+    activation: str | None = _probe(
+        None,
+        "Tokens on which all adapters act, instead of those that they were trained for.",
+        "as each was trained",
+        metavar="everywhere|invocation|last:N",
+    )
+    when_not_invoked: str = _probe(
+        "off", "What an adapter does for a prompt without its invocation tokens.", metavar="off|error|last:N"
+    )
+    reference: Reference = _probe(
+        "neutral", "What responses are compared with: neutral text, or also earlier prompts (for servers)."
+    )
+    calibration_prompts: Path | None = _probe(
+        None,
+        "Unlabelled prompts, one per line, by which the calibration chooses points.",
+        "built-in ones",
+        metavar="FILE",
+    )
+    index: IndexKind = _probe(
+        "exact", "Score every adapter, or only those that a first stage keeps (docs/many-adapters.md)."
+    )
+    index_rank: int = _probe(2, "Two stages: rank of each adapter in the first stage.")
+    index_left: int | None = _probe(
+        None, "Two stages: adapters left for exact scoring by a first stage that estimates.", "16 k, at least 256"
+    )
+    cache: str | None = _probe(
+        None,
+        "Cache folder for what is computed once per pool; '' disables it.",
+        "$LOGO_CACHE or ~/.cache/logo",
+        metavar="DIR",
+    )
+    weighting: Weights | None = _probe(None, "How scores become weights.", "the signal's; official: linear")
+    weight_temperature: float = _probe(0.5, "Temperature of `--weighting softmax`, in units of the score.")
+    keep_mass: float | None = _probe(
+        None, "Keep the best adapters that together hold this share of the weight.", "keep all"
+    )
+    when_unsure: WhenUnsure = _probe(
+        "mix",
+        "What answers if the confidence of the selection is low: a broad mixture, the base "
+        "model alone, the best adapter alone, or nothing.",
+    )
+    examples: Examples = _probe(
+        "use", "Compare prompts with the example prompts of adapters that have some (`logo pool examples`)."
+    )
     device: Device = "auto"
-    dtype: Annotated[str | None, usual("float32, bfloat16, float16 or auto.", False)] = None
+    dtype: str | None = usual(None, "float32, bfloat16, float16 or auto.", False)
     device_map: DeviceMap = None
     model_dir: ModelDir = "./hf_models"
 
@@ -248,13 +239,11 @@ class EngineOptions:
 class RunnerOptions:
     """Options for the engine that runs the model."""
 
-    engine: Annotated[Engine, usual("This process, or vLLM (docs/vllm.md).")] = "local"
-    vllm_options: Annotated[
-        str | None,
-        rare(
-            'With `--engine vllm`: options of `vllm.LLM`, such as `{"max_model_len": 4096}`.',
-            "none",
-            metavar="JSON",
-            panel=DEVICE,
-        ),
-    ] = None
+    engine: Engine = usual("local", "This process, or vLLM (docs/vllm.md).")
+    vllm_options: str | None = rare(
+        None,
+        'With `--engine vllm`: options of `vllm.LLM`, such as `{"max_model_len": 4096}`.',
+        "none",
+        metavar="JSON",
+        panel=DEVICE,
+    )

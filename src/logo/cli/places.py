@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from logo.adapters.places import parse_places, places_text
 from logo.backends.cluster import LOCAL, Layout
-from logo.cli.options import EngineOptions, changed, rare
+from logo.cli.options import EngineOptions, changed, option
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,24 +18,27 @@ PROCESSES = "Several processes"
 
 Ray = Annotated[
     str | None,
-    rare(
+    option(
         "`local`: this machine; `auto`: the Ray cluster that this machine is part of; or its HOST:PORT.",
         "local, with several processes",
         metavar="WHERE",
         panel=PROCESSES,
+        hidden=True,
     ),
 ]
 Gpus = Annotated[
-    float | None, rare("GPUs per process.", "1 if there are GPUs, else 0", metavar="G", min=0.0, panel=PROCESSES)
+    float | None,
+    option("GPUs per process.", "1 if there are GPUs, else 0", metavar="G", min=0.0, panel=PROCESSES, hidden=True),
 ]
 Cpus = Annotated[
     int | None,
-    rare(
+    option(
         "CPU cores and threads per process.",
         "local: an equal share of all; else 1",
         metavar="C",
         min=1,
         panel=PROCESSES,
+        hidden=True,
     ),
 ]
 

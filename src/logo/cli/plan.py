@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from logo.adapters.layout import BaseLayout
 from logo.adapters.pool import DEFAULT_K
@@ -39,32 +39,22 @@ _USUAL_CONTEXT = 4096
 
 
 def plan(
-    base_model: Annotated[str, usual("Hub id, folder or short name; only its configuration is read.")],
-    adapters: Annotated[
-        str | None, usual("A number of adapters, or a pool.", "the base model's own", metavar="N|DIR_OR_REPO")
-    ] = None,
-    rank: Annotated[int | None, usual("Rank of each of N adapters.", "16")] = None,
-    targets: Annotated[
-        str | None, usual("Modules that each of N adapters adapts.", "all-linear", metavar="NAME,...")
-    ] = None,
-    n_selected_modules: Annotated[
-        int | None, usual("Adapters per mixture.", "20; demo: 3", "--n-selected-modules", "-k")
-    ] = None,
-    concurrency: Annotated[int, usual("Concurrent requests.")] = 64,
-    context: Annotated[
-        int | None, usual("Tokens of a request, prompt and answer.", "4096, or as many as the model reads")
-    ] = None,
-    dtype: Annotated[
-        str, usual("float32, bfloat16, float16 or auto (the checkpoint's; bfloat16 instead of float32).")
-    ] = "auto",
-    gpu: Annotated[str | None, usual(f"{', '.join(GPUS)}, or its memory in 10⁹ bytes.", metavar="NAME|GB")] = None,
-    tensor_parallel: Annotated[int, usual("GPUs that share the model.")] = 1,
-    gpu_memory_utilization: Annotated[float, usual("Share of a GPU's memory that vLLM may take.")] = 0.9,
-    mode: Annotated[
-        VllmMode, usual("A slot per adapter (gate) or per request (merge); auto: the smaller one.")
-    ] = "auto",
-    model_dir: Annotated[str, usual("Folder that is searched first for base models and adapters.")] = "./hf_models",
-    json: Annotated[bool, usual("Print JSON, in bytes.", True, "--json")] = False,
+    base_model: str = usual(..., "Hub id, folder or short name; only its configuration is read."),
+    adapters: str | None = usual(
+        None, "A number of adapters, or a pool.", "the base model's own", metavar="N|DIR_OR_REPO"
+    ),
+    rank: int | None = usual(None, "Rank of each of N adapters.", "16"),
+    targets: str | None = usual(None, "Modules that each of N adapters adapts.", "all-linear", metavar="NAME,..."),
+    n_selected_modules: int | None = usual(None, "Adapters per mixture.", "20; demo: 3", "--n-selected-modules", "-k"),
+    concurrency: int = usual(64, "Concurrent requests."),
+    context: int | None = usual(None, "Tokens of a request, prompt and answer.", "4096, or as many as the model reads"),
+    dtype: str = usual("auto", "float32, bfloat16, float16 or auto (the checkpoint's; bfloat16 instead of float32)."),
+    gpu: str | None = usual(None, f"{', '.join(GPUS)}, or its memory in 10⁹ bytes.", metavar="NAME|GB"),
+    tensor_parallel: int = usual(1, "GPUs that share the model."),
+    gpu_memory_utilization: float = usual(0.9, "Share of a GPU's memory that vLLM may take."),
+    mode: VllmMode = usual("auto", "A slot per adapter (gate) or per request (merge); auto: the smaller one."),
+    model_dir: str = usual("./hf_models", "Folder that is searched first for base models and adapters."),
+    json: bool = usual(False, "Print JSON, in bytes."),
 ) -> None:
     """Compute the memory of a base model and a pool inside vLLM, and the better way to mix there.
 

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from logo.cli.options import EngineOptions, usual
+from logo.cli.options import EngineOptions, option
 from logo.cli.output import note
 from logo.errors import StorageError, UsageError
 from logo.models import DEMO
 
-PromptsFile = Annotated[Path | None, usual("A file with one prompt per line.", True, "--prompts", metavar="FILE")]
-Chat = Annotated[bool, usual("Each prompt is a user's message.", True, "--chat")]
-System = Annotated[str | None, usual("A system message before it; implies --chat.", metavar="TEXT")]
+PromptsFile = Annotated[Path | None, option("A file with one prompt per line.", metavar="FILE")]
+Chat = Annotated[bool, option("Each prompt is a user's message.")]
+System = Annotated[str | None, option("A system message before it; implies --chat.", metavar="TEXT")]
 
 
 def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from logo.cli.options import usual
+from logo.cli.options import argument, usual
 from logo.cli.output import err, note, print_json
 from logo.errors import UsageError
 from logo.evaluation.tables import counted
@@ -20,37 +18,30 @@ if TYPE_CHECKING:
 
 
 def report(
-    results: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RESULTS...",
-            help="Run folders, folders of single datasets, or a folder that holds several runs.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[Path, usual("The page to write.", True, "--output", "-o", metavar="FILE")] = Path("report.html"),
-    pictures: Annotated[
-        Path | None, usual("Also write the pictures as PNG into this folder.", "no pictures", metavar="DIR")
-    ] = None,
-    latex: Annotated[Path | None, usual("Also write the tables as LaTeX.", "no LaTeX", metavar="FILE")] = None,
-    markdown: Annotated[Path | None, usual("Also write the tables as Markdown.", "no Markdown", metavar="FILE")] = None,
-    title: Annotated[str | None, usual("The page's heading.", "base model and runs")] = None,
-    data_dir: Annotated[
-        Path | None,
-        usual(
-            "Data folder to search for prompts, if a result holds none and its data file has moved.", "as the run did"
-        ),
-    ] = None,
-    published: Annotated[
-        Path | None,
-        usual(
-            "JSON file with published numbers to show beside those of the same experiment.",
-            "the built-in ones",
-            metavar="FILE",
-        ),
-    ] = None,
-    seed: Annotated[int, usual("Random seed of the intervals and tests.", min=0)] = 0,
-    json: Annotated[bool, usual("Print all numbers and the written files as JSON.", True, "--json")] = False,
+    results: list[Path] = argument(
+        ...,
+        metavar="RESULTS...",
+        help="Run folders, folders of single datasets, or a folder that holds several runs.",
+        show_default=False,
+    ),
+    output: Path = usual(Path("report.html"), "The page to write.", True, "--output", "-o", metavar="FILE"),
+    pictures: Path | None = usual(
+        None, "Also write the pictures as PNG into this folder.", "no pictures", metavar="DIR"
+    ),
+    latex: Path | None = usual(None, "Also write the tables as LaTeX.", "no LaTeX", metavar="FILE"),
+    markdown: Path | None = usual(None, "Also write the tables as Markdown.", "no Markdown", metavar="FILE"),
+    title: str | None = usual(None, "The page's heading.", "base model and runs"),
+    data_dir: Path | None = usual(
+        None, "Data folder to search for prompts, if a result holds none and its data file has moved.", "as the run did"
+    ),
+    published: Path | None = usual(
+        None,
+        "JSON file with published numbers to show beside those of the same experiment.",
+        "the built-in ones",
+        metavar="FILE",
+    ),
+    seed: int = usual(0, "Random seed of the intervals and tests.", min=0),
+    json: bool = usual(False, "Print all numbers and the written files as JSON."),
 ) -> None:
     """Make one self-contained HTML page of results: tables with intervals, comparisons, adapters, every instance.
 

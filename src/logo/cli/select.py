@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Annotated
-
-import typer
 
 from logo.cli.expanded import expanded
 from logo.cli.opening import check_batch_size, open_any
-from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, rare
+from logo.cli.options import Candidates, EngineOptions, Json, RunnerOptions, argument, rare
 from logo.cli.output import out, print_json, selection_table
 from logo.cli.prompts import Chat, PromptsFile, System, as_asked, or_demo, read_prompts
 
@@ -18,18 +15,16 @@ from logo.cli.prompts import Chat, PromptsFile, System, as_asked, or_demo, read_
 def select(
     engine: EngineOptions,
     runner: RunnerOptions,
-    prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; `-` reads one from stdin.")] = None,
+    prompt: list[str] | None = argument(None, help="One or more prompts; `-` reads one from stdin."),
     prompts: PromptsFile = None,
     chat: Chat = False,
     system: System = None,
-    max_new_tokens: Annotated[
-        int | None,
-        rare(
-            "Tokens to keep free for the answer; a prompt that is too long is cut as in `logo generate`.",
-            "256, or half of the context",
-        ),
-    ] = None,
-    batch_size: Annotated[int, rare("Prompts per probe.")] = 8,
+    max_new_tokens: int | None = rare(
+        None,
+        "Tokens to keep free for the answer; a prompt that is too long is cut as in `logo generate`.",
+        "256, or half of the context",
+    ),
+    batch_size: int = rare(8, "Prompts per probe."),
     candidate: Candidates = None,
     json: Json = False,
 ) -> None:

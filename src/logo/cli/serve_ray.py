@@ -6,7 +6,7 @@ import logging
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from logo.backends.cluster import Layout
 from logo.cli.opening import open_pool
@@ -23,28 +23,24 @@ if TYPE_CHECKING:
 class ReplicaOptions:
     """Several replicas, on this machine or on a cluster."""
 
-    replicas: Annotated[
-        int | None, usual("Processes that answer, each with the model (needs Ray).", False, metavar="N", min=1)
-    ] = None
+    replicas: int | None = usual(
+        None, "Processes that answer, each with the model (needs Ray).", False, metavar="N", min=1
+    )
     ray: Ray = None
-    autoscale: Annotated[
-        tuple[int, int] | None,
-        rare(
-            "Adapt the number of replicas to the load, between MIN and MAX.",
-            "always --replicas",
-            metavar="MIN MAX",
-            panel=PROCESSES,
-        ),
-    ] = None
-    autoscale_after: Annotated[
-        tuple[float, float] | None,
-        rare(
-            "Seconds before replicas are added, and before they are removed.",
-            "30 600",
-            metavar="UP DOWN",
-            panel=PROCESSES,
-        ),
-    ] = None
+    autoscale: tuple[int, int] | None = rare(
+        None,
+        "Adapt the number of replicas to the load, between MIN and MAX.",
+        "always --replicas",
+        metavar="MIN MAX",
+        panel=PROCESSES,
+    )
+    autoscale_after: tuple[float, float] | None = rare(
+        None,
+        "Seconds before replicas are added, and before they are removed.",
+        "30 600",
+        metavar="UP DOWN",
+        panel=PROCESSES,
+    )
     gpus_per_replica: Gpus = None
     cpus_per_replica: Cpus = None
 

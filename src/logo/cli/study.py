@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options, check_selection_options
@@ -59,66 +59,54 @@ def study(
     engine: EngineOptions,
     method: MethodOptions,
     cluster: WorkerOptions,
-    rows: Annotated[
-        str,
-        usual(
-            "Folder of NAME.jsonl, or Hub dataset `org/name[@revision]`; NAME is the adapter whose rows they are.",
-            metavar="DIR_OR_REPO",
-        ),
-    ],
-    save: Annotated[Path, usual("The JSON file to write all numbers to.", metavar="FILE")],
-    signals: Annotated[
-        str | None,
-        usual(
-            "Signals to compare, `a,b`; `a/0.5` has softmax weights of temperature 0.5.", SIGNALS, metavar="SIGNAL,..."
-        ),
-    ] = None,
-    tasks: Annotated[str, usual("Names or patterns, `a,b*`, of tasks to use; empty: all.")] = "",
-    limit: Annotated[int | None, usual("Only the first rows of each task.", "all")] = None,
-    protocol: Annotated[
-        str,
-        rare(
-            "own: each row's own adapter is in the pool; left-out: it is removed; unseen: tasks without an adapter.",
-            metavar="own,left-out,unseen",
-        ),
-    ] = "own,left-out,unseen",
-    generate: Annotated[
-        int | None, usual("Also generate answers of up to N new tokens, and judge them.", "no", metavar="N", min=1)
-    ] = None,
-    metric: Annotated[
-        str | None,
-        rare(
-            "How generated answers are judged, in all tasks.",
-            "from NAME.yaml beside NAME.jsonl, else from the task's name",
-            metavar="METRIC",
-        ),
-    ] = None,
-    train_rows: Annotated[
-        Path | None,
-        rare(
-            "Folder of NAME.jsonl with training rows, for methods that learn from them.",
-            "none, or the held-out rows",
-            metavar="DIR",
-        ),
-    ] = None,
-    hold_out: Annotated[
-        int,
-        rare(
-            "Do not measure the last N rows of each task; methods use them as training, sample or validation rows "
-            "where no folder of them is named.",
-            min=0,
-        ),
-    ] = 0,
-    own_adapters_only: Annotated[
-        bool, rare("Leave adapters without rows of their own out of the pool.", True, "--own-adapters-only")
-    ] = False,
-    prompt_end: Annotated[str, rare("Text after every prompt of a Hub dataset; `\\n` is a new line.", "nothing")] = "",
-    batch_size: Annotated[int, usual("Answers that are generated at once.", min=1)] = 8,
-    so_far: Annotated[bool, usual("Show the results so far of an unfinished study.", True, "--so-far")] = False,
-    seed: Annotated[int, usual("Random seed of the intervals and of methods.", min=0)] = 0,
-    png: Annotated[
-        Path | None, rare("PNG file for a picture of the first signal's mean weights.", "as --save", metavar="FILE")
-    ] = None,
+    rows: str = usual(
+        ...,
+        "Folder of NAME.jsonl, or Hub dataset `org/name[@revision]`; NAME is the adapter whose rows they are.",
+        metavar="DIR_OR_REPO",
+    ),
+    save: Path = usual(..., "The JSON file to write all numbers to.", metavar="FILE"),
+    signals: str | None = usual(
+        None,
+        "Signals to compare, `a,b`; `a/0.5` has softmax weights of temperature 0.5.",
+        SIGNALS,
+        metavar="SIGNAL,...",
+    ),
+    tasks: str = usual("", "Names or patterns, `a,b*`, of tasks to use; empty: all."),
+    limit: int | None = usual(None, "Only the first rows of each task.", "all"),
+    protocol: str = rare(
+        "own,left-out,unseen",
+        "own: each row's own adapter is in the pool; left-out: it is removed; unseen: tasks without an adapter.",
+        metavar="own,left-out,unseen",
+    ),
+    generate: int | None = usual(
+        None, "Also generate answers of up to N new tokens, and judge them.", "no", metavar="N", min=1
+    ),
+    metric: str | None = rare(
+        None,
+        "How generated answers are judged, in all tasks.",
+        "from NAME.yaml beside NAME.jsonl, else from the task's name",
+        metavar="METRIC",
+    ),
+    train_rows: Path | None = rare(
+        None,
+        "Folder of NAME.jsonl with training rows, for methods that learn from them.",
+        "none, or the held-out rows",
+        metavar="DIR",
+    ),
+    hold_out: int = rare(
+        0,
+        "Do not measure the last N rows of each task; methods use them as training, sample or validation rows "
+        "where no folder of them is named.",
+        min=0,
+    ),
+    own_adapters_only: bool = rare(False, "Leave adapters without rows of their own out of the pool."),
+    prompt_end: str = rare("", "Text after every prompt of a Hub dataset; `\\n` is a new line.", "nothing"),
+    batch_size: int = usual(8, "Answers that are generated at once.", min=1),
+    so_far: bool = usual(False, "Show the results so far of an unfinished study."),
+    seed: int = usual(0, "Random seed of the intervals and of methods.", min=0),
+    png: Path | None = rare(
+        None, "PNG file for a picture of the first signal's mean weights.", "as --save", metavar="FILE"
+    ),
     json: Json = False,
 ) -> None:
     """Compare signals on a pool: how often they find the own adapter, and how likely the gold answer is.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -47,19 +47,14 @@ def sweep(
     rows: RowOptions,
     method: MethodOptions,
     cluster: WorkerOptions,
-    grid: Annotated[
-        list[str],
-        usual(
-            "An option and its values, `k=1,3,20`; repeat for each axis.",
-            False,
-            metavar="AXIS=VALUES",
-        ),
-    ],
-    output: Annotated[
-        Path, usual("Folder for table, pictures and result folders.", True, "--output", "-o", metavar="DIR")
-    ] = Path("sweep"),
-    seed: Annotated[int, usual("Random seed.", min=0)] = 0,
-    list_: Annotated[bool, usual("Show the cells and stop.", True, "--list")] = False,
+    grid: list[str] = usual(
+        ..., "An option and its values, `k=1,3,20`; repeat for each axis.", False, metavar="AXIS=VALUES"
+    ),
+    output: Path = usual(
+        Path("sweep"), "Folder for table, pictures and result folders.", True, "--output", "-o", metavar="DIR"
+    ),
+    seed: int = usual(0, "Random seed.", min=0),
+    list_: bool = usual(False, "Show the cells and stop.", True, "--list"),
     json: Json = False,
 ) -> None:
     """Evaluate under every combination of some options: k, signal, weighting, method, merge, ...

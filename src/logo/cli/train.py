@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.live import Live
@@ -37,15 +37,15 @@ def train(
     recipe: RecipeOptions,
     course: CourseOptions,
     device: DeviceOptions,
-    rows: Annotated[
-        str, usual("Folder of TASK.jsonl, .csv or .parquet; or a Hub data set `org/name`.", metavar="DIR_OR_REPO")
-    ],
-    output: Annotated[Path, usual("Folder of the pool.", False, "--out", "-o", metavar="POOL")],
-    base_model: Annotated[str, usual("Hub id, folder, short name or `demo`.")] = "demo",
-    tasks: Annotated[str, usual("Names or patterns of tasks, `a,b*`; empty: all.")] = "",
-    columns: Annotated[
-        str, rare("Columns of CSV and Parquet files and on the Hub.", metavar="PROMPT,COMPLETION")
-    ] = "context,completion",
+    rows: str = usual(
+        ..., "Folder of TASK.jsonl, .csv or .parquet; or a Hub data set `org/name`.", metavar="DIR_OR_REPO"
+    ),
+    output: Path = usual(..., "Folder of the pool.", False, "--out", "-o", metavar="POOL"),
+    base_model: str = usual("demo", "Hub id, folder, short name or `demo`."),
+    tasks: str = usual("", "Names or patterns of tasks, `a,b*`; empty: all."),
+    columns: str = rare(
+        "context,completion", "Columns of CSV and Parquet files and on the Hub.", metavar="PROMPT,COMPLETION"
+    ),
     json: Json = False,
 ) -> None:
     """Make a pool: one LoRA adapter per task, many trained at once.

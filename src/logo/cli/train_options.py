@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from logo.cli.options import Device, DeviceMap, ModelDir, rare, usual
 from logo.cli.places import Cpus, Gpus, Ray
@@ -22,67 +22,51 @@ Schedules = Literal["cosine", "linear", "constant"]
 
 def _usual(help: str, default: object, *names: str) -> Any:
     """An option of the recipe. Its default is that of `Recipe`, unless a recipe file says otherwise."""
-    return usual(help, str(default), *names)
+    return usual(None, help, str(default), *names)
 
 
 def _rare(help: str, default: object, *names: str, **more: Any) -> Any:
-    return rare(help, str(default), *names, panel=RECIPE, **more)
+    return rare(None, help, str(default), *names, panel=RECIPE, **more)
 
 
 @dataclass(frozen=True)
 class RecipeOptions:
     """The fields of `logo.training.recipe.Recipe`; None: as the recipe file has it, or as usual."""
 
-    r: Annotated[int | None, _usual("Rank.", 8, "--r")] = None
-    alpha: Annotated[float | None, _rare("The update is scaled by alpha / r.", 16)] = None
-    rslora: Annotated[bool | None, _rare("Scale by alpha / sqrt(r) instead.", "no-rslora", "--rslora/--no-rslora")] = (
-        None
+    r: int | None = _usual("Rank.", 8, "--r")
+    alpha: float | None = _rare("The update is scaled by alpha / r.", 16)
+    rslora: bool | None = _rare("Scale by alpha / sqrt(r) instead.", "no-rslora", "--rslora/--no-rslora")
+    targets: str | None = _usual("Names of the modules that are adapted, or `all-linear`.", "q_proj,v_proj")
+    lr: float | None = _usual("Peak learning rate.", 0.0002)
+    epochs: float | None = _usual("Passes over the rows.", 3)
+    steps: int | None = _usual("Optimiser steps, instead of epochs.", "none")
+    batch_size: int | None = _rare("Rows per optimiser step.", 8)
+    max_length: int | None = _rare("Tokens of a row; longer prompts lose their beginning.", 1024)
+    seed: int | None = _rare("Random seed of initial factors, row order and held-out rows.", 0)
+    warmup: float | None = _rare("Share of the steps over which the learning rate rises.", 0.03)
+    schedule: Schedules | None = _rare("How the learning rate falls after that.", "cosine")
+    weight_decay: float | None = _rare("Weight decay of AdamW.", 0)
+    clip: float | None = _rare("Clip the gradient of a step to this norm.", 1)
+    held_out: float | None = _rare("Share of the rows held out to measure the loss, at most 64 rows.", 0.1)
+    evaluations: int | None = _rare("How often the loss of the held-out rows is measured.", 10)
+    patience: int | None = _rare("Stop a task after this many measurements without a lower loss.", 3)
+    activated: bool = usual(
+        False, "Adapters act only near the end of the prompt, which is read once (docs/make-a-pool.md).", "no"
     )
-    targets: Annotated[
-        str | None, _usual("Names of the modules that are adapted, or `all-linear`.", "q_proj,v_proj")
-    ] = None
-    lr: Annotated[float | None, _usual("Peak learning rate.", 0.0002)] = None
-    epochs: Annotated[float | None, _usual("Passes over the rows.", 3)] = None
-    steps: Annotated[int | None, _usual("Optimiser steps, instead of epochs.", "none")] = None
-    batch_size: Annotated[int | None, _rare("Rows per optimiser step.", 8)] = None
-    max_length: Annotated[int | None, _rare("Tokens of a row; longer prompts lose their beginning.", 1024)] = None
-    seed: Annotated[int | None, _rare("Random seed of initial factors, row order and held-out rows.", 0)] = None
-    warmup: Annotated[float | None, _rare("Share of the steps over which the learning rate rises.", 0.03)] = None
-    schedule: Annotated[Schedules | None, _rare("How the learning rate falls after that.", "cosine")] = None
-    weight_decay: Annotated[float | None, _rare("Weight decay of AdamW.", 0)] = None
-    clip: Annotated[float | None, _rare("Clip the gradient of a step to this norm.", 1)] = None
-    held_out: Annotated[
-        float | None, _rare("Share of the rows held out to measure the loss, at most 64 rows.", 0.1)
-    ] = None
-    evaluations: Annotated[int | None, _rare("How often the loss of the held-out rows is measured.", 10)] = None
-    patience: Annotated[int | None, _rare("Stop a task after this many measurements without a lower loss.", 3)] = None
-    activated: Annotated[
-        bool,
-        _usual(
-            "Adapters act only near the end of the prompt, which is read once (docs/make-a-pool.md).",
-            "no",
-            "--activated",
-        ),
-    ] = False
-    invocation: Annotated[
-        str | None,
-        _rare(
-            "Activated adapters that act from the last occurrence of this text on; every prompt has to contain it.",
-            "none",
-            metavar="TEXT",
-        ),
-    ] = None
-    last: Annotated[
-        int | None, _rare("Activated adapters that act from the last N tokens of the prompt on.", "none", metavar="N")
-    ] = None
-    recipe: Annotated[
-        Path | None,
-        usual(
-            "YAML file with these fields, and with fields of single tasks under `tasks:`, by name or pattern.",
-            "none",
-            metavar="FILE",
-        ),
-    ] = None
+    invocation: str | None = _rare(
+        "Activated adapters that act from the last occurrence of this text on; every prompt has to contain it.",
+        "none",
+        metavar="TEXT",
+    )
+    last: int | None = _rare(
+        "Activated adapters that act from the last N tokens of the prompt on.", "none", metavar="N"
+    )
+    recipe: Path | None = usual(
+        None,
+        "YAML file with these fields, and with fields of single tasks under `tasks:`, by name or pattern.",
+        "none",
+        metavar="FILE",
+    )
 
     def recipes(self) -> Recipes:
         """The recipes that these options and the file make.
@@ -113,59 +97,43 @@ class RecipeOptions:
 class CourseOptions:
     """Options of the course of a training, which change an adapter in its last digits at most."""
 
-    at_once: Annotated[
-        int | None,
-        rare(
-            "Number of tasks whose rows share forward passes.",
-            "16; with --jobs an equal share, at most 16",
-            min=1,
-            panel=COURSE,
-        ),
-    ] = None
-    pass_tokens: Annotated[
-        int,
-        rare(
-            "Tokens of one forward pass, padding included. A larger step is cut into several passes, and their "
-            "gradients are added up.",
-            min=1,
-            panel=COURSE,
-        ),
-    ] = 2048
-    recompute: Annotated[
-        bool,
-        rare(
-            "Recompute activations in the backward pass instead of keeping them (gradient checkpointing).",
-            True,
-            "--recompute",
-            panel=COURSE,
-        ),
-    ] = False
-    checkpoint_every: Annotated[float, rare("Seconds between two checkpoints.", min=0.0, panel=COURSE)] = 60.0
-    retrain: Annotated[
-        bool, usual("Replace adapters trained from other rows or with another recipe.", True, "--retrain")
-    ] = False
-    calibrate: Annotated[
-        bool,
-        rare(
-            "Write each adapter's calibration beside it, so that the pool answers at once.",
-            True,
-            "--calibrate/--no-calibrate",
-            panel=COURSE,
-        ),
-    ] = True
-    examples: Annotated[
-        int,
-        rare(
-            "Leave the first N prompts of each task, without answers, beside its adapter: prompts like them are "
-            "recognised by it. They stay in the pool's folder; `logo pool push` does not send them.",
-            metavar="N",
-            min=0,
-            panel=COURSE,
-        ),
-    ] = 4
-    jobs: Annotated[
-        int | None, usual("Processes that train, each with the model (needs Ray).", False, metavar="N", min=1)
-    ] = None
+    at_once: int | None = rare(
+        None,
+        "Number of tasks whose rows share forward passes.",
+        "16; with --jobs an equal share, at most 16",
+        min=1,
+        panel=COURSE,
+    )
+    pass_tokens: int = rare(
+        2048,
+        "Tokens of one forward pass, padding included. A larger step is cut into several passes, and their "
+        "gradients are added up.",
+        min=1,
+        panel=COURSE,
+    )
+    recompute: bool = rare(
+        False,
+        "Recompute activations in the backward pass instead of keeping them (gradient checkpointing).",
+        panel=COURSE,
+    )
+    checkpoint_every: float = rare(60.0, "Seconds between two checkpoints.", min=0.0, panel=COURSE)
+    retrain: bool = usual(False, "Replace adapters trained from other rows or with another recipe.")
+    calibrate: bool = rare(
+        True,
+        "Write each adapter's calibration beside it, so that the pool answers at once.",
+        True,
+        "--calibrate/--no-calibrate",
+        panel=COURSE,
+    )
+    examples: int = rare(
+        4,
+        "Leave the first N prompts of each task, without answers, beside its adapter: prompts like them are "
+        "recognised by it. They stay in the pool's folder; `logo pool push` does not send them.",
+        metavar="N",
+        min=0,
+        panel=COURSE,
+    )
+    jobs: int | None = usual(None, "Processes that train, each with the model (needs Ray).", False, metavar="N", min=1)
     ray: Ray = None
     gpus_per_worker: Gpus = None
     cpus_per_worker: Cpus = None
@@ -176,6 +144,6 @@ class DeviceOptions:
     """Where the base model is, and in which dtype."""
 
     device: Device = "auto"
-    dtype: Annotated[str, usual("Dtype of the base model; adapters are trained in float32.")] = "auto"
+    dtype: str = usual("auto", "Dtype of the base model; adapters are trained in float32.")
     device_map: DeviceMap = None
     model_dir: ModelDir = "./hf_models"

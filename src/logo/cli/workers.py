@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress, TaskID
 
@@ -27,19 +27,17 @@ if TYPE_CHECKING:
 class WorkerOptions:
     """Several processes, on this machine or on a cluster."""
 
-    workers: Annotated[
-        int | None, usual("Processes that answer, each with the model (needs Ray).", False, metavar="N", min=1)
-    ] = None
+    workers: int | None = usual(
+        None, "Processes that answer, each with the model (needs Ray).", False, metavar="N", min=1
+    )
     ray: Ray = None
     gpus_per_worker: Gpus = None
     cpus_per_worker: Cpus = None
-    deadline: Annotated[
-        float,
-        rare(
-            "Seconds that one batch may take before its process is ended and another one gets the batch.",
-            panel=PROCESSES,
-        ),
-    ] = 3600.0
+    deadline: float = rare(
+        3600.0,
+        "Seconds that one batch may take before its process is ended and another one gets the batch.",
+        panel=PROCESSES,
+    )
 
 
 def layout_of(options: WorkerOptions, engine: EngineOptions) -> Layout | None:

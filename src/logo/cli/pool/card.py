@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from logo.adapters.files import NOTES
 from logo.adapters.format import own_name
@@ -20,18 +20,16 @@ from logo.hub.names import is_repo_id
 
 def card(
     folder: Folder,
-    base_model: Annotated[str | None, usual("The base model's name on the Hub.", "the one the adapters name")] = None,
-    repo: Annotated[
-        str | None, usual("Where the pool will be found on the Hub.", "the folder itself", metavar="REPO[/FOLDER]")
-    ] = None,
-    title: Annotated[str | None, usual("The card's heading.", "the folder's name")] = None,
-    licence: Annotated[
-        str | None, usual("The licence, by the Hub's name, such as apache-2.0.", True, "--license")
-    ] = None,
-    study: Annotated[
-        Path | None, usual("The JSON of `logo eval study`, or its picture; the picture is copied.", metavar="FILE")
-    ] = None,
-    replace: Annotated[bool, usual("Overwrite an existing card.", True, "--replace")] = False,
+    base_model: str | None = usual(None, "The base model's name on the Hub.", "the one the adapters name"),
+    repo: str | None = usual(
+        None, "Where the pool will be found on the Hub.", "the folder itself", metavar="REPO[/FOLDER]"
+    ),
+    title: str | None = usual(None, "The card's heading.", "the folder's name"),
+    licence: str | None = usual(None, "The licence, by the Hub's name, such as apache-2.0.", True, "--license"),
+    study: Path | None = usual(
+        None, "The JSON of `logo eval study`, or its picture; the picture is copied.", metavar="FILE"
+    ),
+    replace: bool = usual(False, "Overwrite an existing card."),
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,
 ) -> None:

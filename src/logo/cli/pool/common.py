@@ -19,7 +19,7 @@ from logo.adapters.pool import AdapterPool
 from logo.adapters.survey import survey
 from logo.cache import default_cache
 from logo.cli.choices import OnBad
-from logo.cli.options import usual
+from logo.cli.options import option
 from logo.cli.output import err, note, progress
 from logo.errors import AdapterError
 from logo.models import load_skeleton
@@ -28,13 +28,13 @@ NAMED = 8  # names that a line lists
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of adapters, at any depth.")]
 Out = Annotated[
-    Path, usual("The new pool; must not exist yet. DIR is never changed.", True, "--out", "-o", metavar="DIR2")
+    Path, option("The new pool; must not exist yet. DIR is never changed.", True, "--out", "-o", metavar="DIR2")
 ]
-AllowPickle = Annotated[bool, usual("Also read adapter_model.bin (tensors only).", True, "--allow-pickle")]
-OnBadAdapter = Annotated[OnBad, usual("If an adapter cannot be used: refuse the pool, or skip the adapter.")]
+AllowPickle = Annotated[bool, option("Also read adapter_model.bin (tensors only).")]
+OnBadAdapter = Annotated[OnBad, option("If an adapter cannot be used: refuse the pool, or skip the adapter.")]
 Threshold = Annotated[
     float,
-    usual(
+    option(
         "Two adapters are near-duplicates if the overlap of their column spaces, the cosine of their updates "
         "and the smaller norm's share of the larger one all reach it.",
         min=0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.text import Text
 
@@ -25,16 +25,14 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 def convert(
     folder: Folder,
     out_folder: Out,
-    dtype: Annotated[Dtype | None, usual("Dtype of the new files.", "as they are stored")] = None,
-    initial: Annotated[
-        Path | None,
-        usual(
-            "PiSSA, OLoRA, CorDA, LoRA-GA: the initial adapters, saved before training, under the same names, or "
-            "one for all. The results are plain LoRA of twice the rank.",
-            False,
-            metavar="DIR",
-        ),
-    ] = None,
+    dtype: Dtype | None = usual(None, "Dtype of the new files.", "as they are stored"),
+    initial: Path | None = usual(
+        None,
+        "PiSSA, OLoRA, CorDA, LoRA-GA: the initial adapters, saved before training, under the same names, or "
+        "one for all. The results are plain LoRA of twice the rank.",
+        False,
+        metavar="DIR",
+    ),
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,

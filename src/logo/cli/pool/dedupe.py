@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 from rich.text import Text
 
@@ -16,20 +15,16 @@ from logo.errors import UsageError
 
 def dedupe(
     folder: Folder,
-    out_folder: Annotated[
-        Path | None,
-        usual(
-            "The new pool; must not exist yet. DIR is never changed.",
-            "not needed with --dry-run",
-            "--out",
-            "-o",
-            metavar="DIR2",
-        ),
-    ] = None,
+    out_folder: Path | None = usual(
+        None,
+        "The new pool; must not exist yet. DIR is never changed.",
+        "not needed with --dry-run",
+        "--out",
+        "-o",
+        metavar="DIR2",
+    ),
     threshold: Threshold = 0.9,
-    dry_run: Annotated[
-        bool, usual("List the adapters that would be removed; write nothing.", True, "--dry-run")
-    ] = False,
+    dry_run: bool = usual(False, "List the adapters that would be removed; write nothing."),
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.text import Text
 
 from logo.adapters.pool import AdapterPool
 from logo.cli.choices import OnBad
-from logo.cli.options import Json, usual
+from logo.cli.options import Json, argument, usual
 from logo.cli.output import out, plain_table, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, checked, refusals, steps, tell_refused
 from logo.hub.names import is_hub_spec
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def diff(
-    one: Annotated[str, typer.Argument(metavar="A", help="A pool or a single adapter: a folder, or a Hub repo.")],
-    other: Annotated[str, typer.Argument(metavar="B", help="The pool or adapter to compare it with.")],
-    check: Annotated[bool, usual("Exit with 1 if they differ, as `diff` does.", True, "--check")] = False,
-    all_: Annotated[bool, usual("Also list the adapters that are equal.", True, "--all")] = False,
+    one: str = argument(..., metavar="A", help="A pool or a single adapter: a folder, or a Hub repo."),
+    other: str = argument(..., metavar="B", help="The pool or adapter to compare it with."),
+    check: bool = usual(False, "Exit with 1 if they differ, as `diff` does."),
+    all_: bool = usual(False, "Also list the adapters that are equal.", True, "--all"),
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from logo.cli.options import Json
+from logo.cli.options import Json, argument
 from logo.cli.output import out, print_json
 from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, opened
 from logo.errors import DataError, UsageError
@@ -15,18 +12,14 @@ from logo.errors import DataError, UsageError
 
 def examples(
     folder: Folder,
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="The adapter.", show_default="counts the examples of all")
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="FILE",
-            help="The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not "
-            "stored. The first 16 replace the adapter's present examples.",
-            show_default="prints the present ones",
-        ),
-    ] = None,
+    name: str | None = argument(None, metavar="NAME", help="The adapter.", show_default="counts the examples of all"),
+    file: Path | None = argument(
+        None,
+        metavar="FILE",
+        help="The example prompts: a JSON object per line with a `prompt` (or `context`); answers are not "
+        "stored. The first 16 replace the adapter's present examples.",
+        show_default="prints the present ones",
+    ),
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine
-from logo.cli.options import EngineOptions, usual
+from logo.cli.options import EngineOptions, argument, usual
 from logo.cli.output import note, out, selection_line
 from logo.cli.prompts import Chat, System, as_asked, forced, or_demo, read_prompts
 from logo.errors import UsageError
@@ -18,13 +15,11 @@ from logo.errors import UsageError
 @expanded
 def export(
     engine: EngineOptions,
-    folder: Annotated[Path, usual("The folder to write; must not exist yet.", True, "--output", "-o", metavar="DIR")],
-    prompt: Annotated[str | None, typer.Argument(help="Write the mixture that this prompt selects.")] = None,
+    folder: Path = usual(..., "The folder to write; must not exist yet.", True, "--output", "-o", metavar="DIR"),
+    prompt: str | None = argument(None, help="Write the mixture that this prompt selects."),
     chat: Chat = False,
     system: System = None,
-    adapter: Annotated[
-        list[str] | None, usual("Write these adapters instead (repeatable).", metavar="NAME[=WEIGHT]")
-    ] = None,
+    adapter: list[str] | None = usual(None, "Write these adapters instead (repeatable).", metavar="NAME[=WEIGHT]"),
 ) -> None:
     """Write a mixture as one plain PEFT adapter, for any tool that reads LoRA adapters.
 

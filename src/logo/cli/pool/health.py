@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
-from logo.cli.options import usual
+from logo.cli.options import argument, usual
 from logo.cli.output import natural_width, note, out, plain_table, print_json, screen
 from logo.cli.pool.common import listed
 from logo.extras import need
@@ -27,11 +26,9 @@ LENGTH = 60  # characters of an example
 
 
 def health(
-    logs: Annotated[
-        list[Path], typer.Argument(metavar="LOG...", help="Logs of servers (`logo serve --log-json 2> LOG`).")
-    ],
-    png: Annotated[Path | None, usual("Draw wins and confidence.", metavar="FILE")] = None,
-    json: Annotated[bool, usual("Print JSON, with every adapter.", True, "--json")] = False,
+    logs: list[Path] = argument(..., metavar="LOG...", help="Logs of servers (`logo serve --log-json 2> LOG`)."),
+    png: Path | None = usual(None, "Draw wins and confidence.", metavar="FILE"),
+    json: bool = usual(False, "Print JSON, with every adapter."),
 ) -> None:
     """Report from server logs which adapters win, which never win, which always tie, and what has changed.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from logo.adapters.format import Adapter
-from logo.cli.options import usual
+from logo.cli.options import argument, usual
 from logo.cli.output import note, out, plain_table, print_json, size
 from logo.cli.pool import spectra as spectra_part
 from logo.cli.pool.common import AllowPickle, Threshold, divided, fitting, refusal, refusals, surveyed, targets
@@ -23,30 +23,24 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    folder: Annotated[
-        str, typer.Argument(metavar="PLACE", help="Folder of adapters, at any depth, or whatever `--adapters` takes.")
-    ],
-    base_model: Annotated[
-        str | None, usual("Also check that every adapter fits this base model (its configuration is enough).")
-    ] = None,
-    model_dir: Annotated[str, usual("Folder that is searched first for the base model.")] = "./hf_models",
+    folder: str = argument(
+        ..., metavar="PLACE", help="Folder of adapters, at any depth, or whatever `--adapters` takes."
+    ),
+    base_model: str | None = usual(
+        None, "Also check that every adapter fits this base model (its configuration is enough)."
+    ),
+    model_dir: str = usual("./hf_models", "Folder that is searched first for the base model."),
     allow_pickle: AllowPickle = False,
-    verify: Annotated[bool, usual("Read all tensors and check them for NaN and Inf.")] = True,
-    check: Annotated[bool, usual("Exit with 1 if anything would be refused.", True, "--check")] = False,
-    spectra: Annotated[
-        bool,
-        usual(
-            "Also analyse the updates: norms, effective ranks, near-duplicates, unusual adapters. Decomposes "
-            "every update: seconds for tens of adapters, and the time grows with the square of their number.",
-            True,
-            "--spectra",
-        ),
-    ] = False,
+    verify: bool = usual(True, "Read all tensors and check them for NaN and Inf."),
+    check: bool = usual(False, "Exit with 1 if anything would be refused."),
+    spectra: bool = usual(
+        False,
+        "Also analyse the updates: norms, effective ranks, near-duplicates, unusual adapters. Decomposes "
+        "every update: seconds for tens of adapters, and the time grows with the square of their number.",
+    ),
     threshold: Threshold = 0.9,
-    png: Annotated[
-        Path | None, usual("With `--spectra`: draw overlaps, norms and effective ranks.", metavar="FILE")
-    ] = None,
-    json: Annotated[bool, usual("Print JSON, with the sha256 of every adapter.", True, "--json")] = False,
+    png: Path | None = usual(None, "With `--spectra`: draw overlaps, norms and effective ranks.", metavar="FILE"),
+    json: bool = usual(False, "Print JSON, with the sha256 of every adapter."),
 ) -> None:
     """List the adapters of a pool, and those that would be refused, with the reason.
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from logo.adapters.gathering import Gathered, gather
 from logo.adapters.locking import changes, locked
@@ -16,7 +14,7 @@ from logo.adapters.places import SUFFIXES, parse_places
 from logo.adapters.pool import AdapterPool
 from logo.cache import default_cache
 from logo.cli.choices import OnBad
-from logo.cli.options import Json, usual
+from logo.cli.options import Json, argument, usual
 from logo.cli.output import err, out, print_json
 from logo.cli.pool.common import AllowPickle, OnBadAdapter, divided, fitting, refusals, tell_refused
 from logo.errors import UsageError
@@ -26,16 +24,13 @@ _SHOWN = 10  # changes that are listed one by one
 
 
 def lock(
-    places: Annotated[
-        list[str],
-        typer.Argument(metavar="PLACE...", help="One or several places, as `--adapters` takes them; also a manifest."),
-    ],
-    output: Annotated[Path, usual("The manifest, `.yaml`.", True, "--out", "-o", metavar="FILE")] = Path("pool.yaml"),
-    base_model: Annotated[
-        str | None, usual("Take only adapters that fit this base model (its configuration is enough).")
-    ] = None,
-    model_dir: Annotated[str, usual("Folder that is searched first for the base model.")] = "./hf_models",
-    replaces: Annotated[bool, usual("Replace an existing manifest, and list the changes.", True, "--replace")] = False,
+    places: list[str] = argument(
+        ..., metavar="PLACE...", help="One or several places, as `--adapters` takes them; also a manifest."
+    ),
+    output: Path = usual(Path("pool.yaml"), "The manifest, `.yaml`.", True, "--out", "-o", metavar="FILE"),
+    base_model: str | None = usual(None, "Take only adapters that fit this base model (its configuration is enough)."),
+    model_dir: str = usual("./hf_models", "Folder that is searched first for the base model."),
+    replaces: bool = usual(False, "Replace an existing manifest, and list the changes.", True, "--replace"),
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rich.text import Text
 
@@ -17,16 +17,14 @@ from logo.cli.pool.common import AllowPickle, Folder, OnBadAdapter, Out, opened,
 def prune(
     folder: Folder,
     out_folder: Out,
-    energy: Annotated[
-        float | None,
-        usual(
-            "Keep of every update the directions that hold this share of its squared norm: 0.95 leaves a relative "
-            "error of at most √0.05 = 0.22.",
-            False,
-            metavar="SHARE",
-        ),
-    ] = None,
-    rank: Annotated[int | None, usual("Keep this many directions instead.", False)] = None,
+    energy: float | None = usual(
+        None,
+        "Keep of every update the directions that hold this share of its squared norm: 0.95 leaves a relative "
+        "error of at most √0.05 = 0.22.",
+        False,
+        metavar="SHARE",
+    ),
+    rank: int | None = usual(None, "Keep this many directions instead.", False),
     allow_pickle: AllowPickle = False,
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from logo.adapters.files import NOTES
 from logo.adapters.notes import checked
-from logo.cli.options import Json, usual
+from logo.cli.options import Json, argument, usual
 from logo.cli.output import note, out, print_json, size
 from logo.cli.pool.common import Folder, OnBadAdapter, refusals, without_checkpoints
 
 
 def push(
     folder: Folder,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="`namespace/name`; created if it does not exist.")],
-    path_in_repo: Annotated[
-        str | None,
-        usual(
-            "Folder in the repository; `.` for its top.",
-            "{base model}-loras-{DIR}, as in the official collection",
-            metavar="FOLDER",
-        ),
-    ] = None,
-    private: Annotated[bool, usual("Make the repository private.", True, "--private")] = False,
-    message: Annotated[str | None, usual("Commit message.", "the number of files")] = None,
-    dry_run: Annotated[bool, usual("List the files; send nothing.", True, "--dry-run")] = False,
+    repo: str = argument(..., metavar="REPO", help="`namespace/name`; created if it does not exist."),
+    path_in_repo: str | None = usual(
+        None,
+        "Folder in the repository; `.` for its top.",
+        "{base model}-loras-{DIR}, as in the official collection",
+        metavar="FOLDER",
+    ),
+    private: bool = usual(False, "Make the repository private."),
+    message: str | None = usual(None, "Commit message.", "the number of files"),
+    dry_run: bool = usual(False, "List the files; send nothing."),
     on_bad_adapter: OnBadAdapter = "error",
     json: Json = False,
 ) -> None:
