@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,13 @@ from rich.markup import escape
 
 from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options
-from logo.cli.choices import Preset
+from logo.cli.evaluate_options import Asked, RowOptions, RunOptions
 from logo.cli.expanded import command_line, given
 from logo.cli.forecast import forecast
 from logo.cli.forecast import show as show_forecast
 from logo.cli.methods import MethodOptions, make_method
-from logo.cli.opening import asked_k, open_any
-from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Json, RunnerOptions, rare, usual
+from logo.cli.opening import open_any
+from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Json, RunnerOptions, usual
 from logo.cli.output import err, note, progress
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.scoreboard import Score, show
@@ -30,7 +30,6 @@ from logo.errors import UsageError
 from logo.evaluation.metrics import checked_kind
 from logo.extras import need
 from logo.folders import check_writable
-from logo.pools import default_k
 
 if TYPE_CHECKING:
     from logo.baselines import Method
@@ -48,64 +47,6 @@ OFFICIAL = """Evaluate on datasets, with the option names of the official script
 
 Example: `logo evaluate --dataset bbh.boolean_expressions --base_model Llama-3.1-8B --gpu 0`
 """
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """Options for the rows of an evaluation and how they are answered."""
-
-    dataset: str = usual("", "Name, list `a,b` or pattern `bbh.*`; empty: all in the data folder.")
-    data_dir: str = usual("./data", "Rows are read from DIR/main/sub/test.jsonl.", metavar="DIR")
-    rows: str | None = usual(None, "Or a folder of NAME.jsonl, one dataset each.", "none", metavar="DIR")
-    train_rows: str | None = rare(
-        None,
-        "Folder of NAME.jsonl with training rows, for methods that learn from them.",
-        "train.jsonl beside test.jsonl",
-        metavar="DIR",
-    )
-    metric: str | None = rare(
-        None,
-        "How answers are judged, for all datasets: `em`, `em_multi`, `em_first`, `bleu`, `rouge` or a plugin's "
-        "metric; `em_first` is exact match with the first gold text, `em` and `em_multi` with any of them.",
-        "from NAME.yaml beside NAME.jsonl, else from the dataset's name",
-        metavar="METRIC",
-    )
-    limit: int | None = usual(None, "Only the first rows of each dataset.", "all")
-    batch_size: int = usual(1, "Prompts per forward pass.", min=1)
-    max_new_tokens: int = usual(256, "Longest answer, in tokens.", min=1)
-    generation_early_stop: bool = rare(False, "Stop generating at the first newline.")
-    overwrite: bool = usual(False, "Start again, replacing finished rows and a result of another run.")
-    mix_environments: bool = rare(
-        False, "Continue a run that was begun with other versions or on another kind of device."
-    )
-
-
-@dataclass(frozen=True)
-class RunOptions(RowOptions):
-    """`RowOptions`, and where results are written."""
-
-    result_dir: str = usual("results", "Folder for result folders.", metavar="DIR")
-    seed: int = usual(0, "Random seed; part of the result folder's name.", min=0)
-    shard: str | None = rare(
-        None, "Answer only part I of N; `logo eval merge` puts the parts together.", "all rows", metavar="I/N"
-    )
-    run_name: str | None = rare(
-        None, "Added to the result folder's name, to keep several runs beside each other.", "none", metavar="NAME"
-    )
-    save_dir: str = rare("", "Accepted for the official command line; not used.")
-    preset: Preset | None = usual(None, "Use the defaults of the authors' script.")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The options of one evaluation; `command` is the command line that is written beside its results."""
-
-    engine: EngineOptions
-    runner: RunnerOptions
-    run: RunOptions
-    method: Method | None
-    base_model: str
-    command: Mapping[str, Any]
 
 
 def evaluate(
@@ -143,14 +84,12 @@ def evaluate(
         run = replace(run, batch_size=max(run.batch_size, VLLM_BATCH))
     asked = Asked(engine, runner, run, _method(method, engine, run), base_model, command_line())
     layout = layout_of(cluster, engine)
-    if layout is not None and _carries(engine, run):
+    if layout is not None and asked.carries:
         raise UsageError("workers: with --probe-context carry each row depends on the one before; use one process")
     jobs = _jobs(asked, writes=not estimate)
     if estimate:
         opened = functools.partial(_open, asked)
-        picks = None if asked.method is None else asked.method.picks
-        found = forecast(engine, base_model, run.preset, jobs, run.batch_size, run.max_new_tokens, opened, picks)
-        show_forecast(found, json=json)
+        show_forecast(forecast(asked, jobs, opened), json=json)
         return
     with ExitStack() as stack:
         session: Evaluation
@@ -213,15 +152,15 @@ def _jobs(asked: Asked, *, writes: bool) -> list[Job]:
     from logo.evaluation.results import LOGO, run_folder
     from logo.evaluation.shards import Shard
 
-    engine, run, method, base_model = asked.engine, asked.run, asked.method, asked.base_model
+    run, method = asked.run, asked.method
     shard = None if run.shard is None else Shard.parse(run.shard)
-    if shard is not None and _carries(engine, run):
+    if shard is not None and asked.carries:
         raise UsageError("shard: with --probe-context carry each row depends on the one before; leave out --shard")
-    k = asked_k(engine, run.preset) or default_k(base_model, engine.adapters)
-    k = k if method is None or method.picks is None else method.picks
     label = LOGO if method is None else method.label
-    folder = run_folder(run.result_dir, base_model, str(engine.signal), k, run.seed, label, run.run_name)
-    jobs = jobs_of(run, folder, official=run.preset == "official")
+    folder = run_folder(
+        run.result_dir, asked.base_model, str(asked.engine.signal), asked.k, run.seed, label, run.run_name
+    )
+    jobs = jobs_of(run, folder, official=asked.official)
     first = [job.dataset for job in jobs if job.metric == "em_first"]
     if first:
         err.print(
@@ -254,12 +193,6 @@ def jobs_of(rows: RowOptions, folder: Path, *, official: bool = False) -> list[J
     return jobs
 
 
-def _carries(engine: EngineOptions, run: RunOptions) -> bool:
-    if engine.probe_context is None:
-        return run.preset == "official"
-    return engine.probe_context == "carry"
-
-
 def _open(asked: Asked) -> Session:
     from logo.evaluation.identity import pool_digests
     from logo.evaluation.results import LOGO
@@ -268,9 +201,8 @@ def _open(asked: Asked) -> Session:
     from logo.opening import OFFICIAL_TRUNCATION
 
     run, method, base_model = asked.run, asked.method, asked.base_model
-    official = run.preset == "official"
     started = time.perf_counter()
-    truncation = OFFICIAL_TRUNCATION if official else None
+    truncation = OFFICIAL_TRUNCATION if asked.official else None
     merge = EXACT if method is None else method.merging
     logo = open_any(asked.engine, asked.runner, base_model, preset=run.preset, truncation=truncation, merge=merge)
     pool = pool_digests(logo)
@@ -284,7 +216,7 @@ def _open(asked: Asked) -> Session:
         seed=run.seed,
         batch_size=run.batch_size,
         max_new_tokens=run.max_new_tokens,
-        generation=_generation_options(logo, official, run.generation_early_stop),
+        generation=_generation_options(logo, asked.official, run.generation_early_stop),
         options={**options, **resolved(logo), **named, "command": asked.command},
         loading=loading,
         method=method,

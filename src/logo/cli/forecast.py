@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logo.adapters.survey import check_folder
-from logo.cli.choices import Preset
-from logo.cli.opening import asked_k, device_of
+from logo.cli.evaluate_options import Asked
+from logo.cli.opening import device_of
 from logo.cli.options import EngineOptions
 from logo.cli.output import out, print_json, size
 from logo.errors import HubError, LoGoError
 from logo.models import load_config, load_tokenizer, model_sizes, resolve_base
-from logo.pools import default_k, pool_place
+from logo.pools import pool_place
 
 LABEL = 12  # columns
 
@@ -24,25 +24,15 @@ if TYPE_CHECKING:
     from logo.evaluation.session import Session
 
 
-def forecast(
-    engine: EngineOptions,
-    base_model: str,
-    preset: Preset | None,
-    jobs: Sequence[Job],
-    rows: int,
-    max_new_tokens: int,
-    opened: Callable[[], Session],
-    picks: int | None = None,
-) -> Forecast:
+def forecast(asked: Asked, jobs: Sequence[Job], opened: Callable[[], Session]) -> Forecast:
     """The estimate of downloads, memory and time for these jobs.
 
     Args:
-        rows: number of rows in a batch.
-        picks: adapters that a method picks for a prompt; None: k.
         opened: opens engine and session; called only if nothing has to be fetched for it.
     """
     from logo.evaluation.forecast import Download, Forecast, timed
 
+    engine, base_model = asked.engine, asked.base_model
     source = resolve_base(base_model, engine.model_dir)
     named = base_model if Path(source).is_dir() else source
     try:
@@ -50,9 +40,7 @@ def forecast(
     except HubError as error:
         base = Download(named, reason=str(error))
     pool, sizes = _pool(engine, base_model)
-    memory, memory_reason = _memory(
-        engine, base_model, preset, jobs, rows, max_new_tokens, sizes, base.missing == 0, picks
-    )
+    memory, memory_reason = _memory(asked, jobs, sizes, base.missing == 0)
     here = base.missing == 0 and pool.missing == 0
     return Forecast(
         rows={job.dataset: len(job.places) for job in jobs},
@@ -81,40 +69,30 @@ def _pool(engine: EngineOptions, base_model: str) -> tuple[Download, Sequence[in
     return Download.of(named, sizes), weight_sizes(sizes)
 
 
-def _memory(
-    engine: EngineOptions,
-    base_model: str,
-    preset: Preset | None,
-    jobs: Sequence[Job],
-    rows: int,
-    max_new_tokens: int,
-    adapters: Sequence[int],
-    here: bool,
-    picks: int | None,
-) -> tuple[Memory | None, str]:
+def _memory(asked: Asked, jobs: Sequence[Job], adapters: Sequence[int], here: bool) -> tuple[Memory | None, str]:
     from logo.evaluation.forecast import memory_of
 
+    engine, base_model, run = asked.engine, asked.base_model, asked.run
     try:
         config = load_config(base_model, model_dir=engine.model_dir)
     except LoGoError as error:
         return None, str(error)
-    asked = engine.dtype or ("float32" if preset == "official" else "auto")
-    if asked == "auto":
+    dtype = engine.dtype or ("float32" if asked.official else "auto")
+    if dtype == "auto":
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-        asked = "float32" if device_of(engine.device) == "cpu" else own
+        dtype = "float32" if device_of(engine.device) == "cpu" else own
     prompts = [job.rows[place].context for job in jobs for place in job.places]
     tokens, exact = _longest(prompts, base_model, engine.model_dir, here)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens + max_new_tokens
-    k = asked_k(engine, preset) or default_k(base_model, engine.adapters) if picks is None else picks
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens + run.max_new_tokens
     found = memory_of(
         config,
-        asked,
-        rows=min(rows, len(prompts)),
-        tokens=min(tokens + max_new_tokens, context),
+        dtype,
+        rows=min(run.batch_size, len(prompts)),
+        tokens=min(tokens + run.max_new_tokens, context),
         exact=exact,
         adapters=adapters,
         budget=None if engine.adapter_memory_gb is None else int(engine.adapter_memory_gb * 1e9),
-        k=k,
+        k=asked.k,
     )
     return found, ""
 

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from logo.cli.axes import Common, Skipped, make_cells, read_grid
-from logo.cli.evaluate import RowOptions, jobs_of
+from logo.cli.evaluate import jobs_of
+from logo.cli.evaluate_options import RowOptions
 from logo.cli.expanded import command_line, expanded
 from logo.cli.methods import MethodOptions
 from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Json, usual

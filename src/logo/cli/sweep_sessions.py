@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from logo.backends.cluster import Layout
-from logo.cli.evaluate import RowOptions, resolved
+from logo.cli.evaluate import resolved
+from logo.cli.evaluate_options import RowOptions
 from logo.cli.expanded import command_line
 from logo.cli.opening import open_base
 from logo.cli.options import EngineOptions
