@@ -144,19 +144,15 @@ def _cell(values: Mapping[str, Value], common: Common) -> Cell:
     # Cells that share a run must have one identity, so values of moot axes are replaced by the common ones.
     here = common.at({axis: value for axis, value in values.items() if axis not in moot})
     settings, method = here.parts()
+    options = {name: value for name, value in asdict(here.engine).items() if name != "base_model"}  # the same in all
     return Cell(
         values,
         settings,
         None if method.label == LOGO else method,
         here.seed,
         moot,
-        {**_named(here.engine), SEED: here.seed, "method": method.label, "merge": method.merging.kind},
+        {**options, SEED: here.seed, "method": method.label, "merge": method.merging.kind},
     )
-
-
-def _named(engine: EngineOptions) -> dict[str, Any]:
-    """The options by name, without the base model, which is the same in all cells."""
-    return {name: value for name, value in asdict(engine).items() if name != "base_model"}
 
 
 def _is_moot(axis: str, here: Common, method: Method) -> bool:

@@ -159,7 +159,7 @@ def probe(
     from logo.engine import LoGo
 
     texts = read_prompts(None, prompts)
-    engine, base_model = or_demo(engine)
+    base_model = or_demo(engine)
     chosen = open_engine(engine, base_model)
     official = LoGo(
         chosen.model,

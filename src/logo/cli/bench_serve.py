@@ -139,17 +139,13 @@ def _models(engine: EngineOptions, url: str | None, compared: int) -> tuple[Engi
     if compared and url is not None and engine.base_model is None:
         raise UsageError("--verify: name the server's base model (--base-model), which is opened here to compare with")
     if compared:
-        engine = _float32(engine)
+        if engine.dtype not in (None, "float32"):
+            raise UsageError(f"--verify compares tokens, which takes float32; leave out --dtype {engine.dtype}")
+        engine = replace(engine, dtype="float32")
     if url is not None and engine.base_model is None:
         return engine, None
-    engine, base_model = or_demo(engine)
+    base_model = or_demo(engine)
     return replace(engine, base_model=base_model), base_model
-
-
-def _float32(engine: EngineOptions) -> EngineOptions:
-    if engine.dtype not in (None, "float32"):
-        raise UsageError(f"--verify compares tokens, which takes float32; leave out --dtype {engine.dtype}")
-    return replace(engine, dtype="float32")
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -30,7 +30,7 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
     Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters --probe-depth 0.5`
     """
     check_selection_options(given(), [selection_settings(engine)])
-    engine, base_model = or_demo(engine)
+    base_model = or_demo(engine)
     with err.status("Loading and calibrating ..."):
         logo = open_engine(engine, base_model)
     calibration = logo.calibrate()

@@ -18,6 +18,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 class _Ours:
     """Mixin of commands and groups: options keep their old names, too, and the help is plain text without boxes."""
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{**settings, "rich_markup_mode": None})
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parses the arguments after old spellings have been replaced by the current ones."""
         parameters = self.get_params(ctx)  # type: ignore[attr-defined]
@@ -42,15 +45,9 @@ class _Ours:
 class Command(_Ours, TyperCommand):
     """A command of `logo`."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **{**settings, "rich_markup_mode": None})
-
 
 class Group(_Ours, TyperGroup):
     """A group with options of its own."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **{**settings, "rich_markup_mode": None})
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """The options, and the commands below them."""

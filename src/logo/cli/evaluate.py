@@ -15,13 +15,13 @@ from rich.markup import escape
 
 from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options
-from logo.cli.evaluate_options import Asked, RowOptions, RunOptions
+from logo.cli.evaluate_options import Asked, RowOptions, RunOptions, as_evaluated
 from logo.cli.expanded import command_line, given
 from logo.cli.forecast import forecast
 from logo.cli.forecast import show as show_forecast
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import open_any
-from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Json, RunnerOptions, usual
+from logo.cli.options import EngineOptions, Json, RunnerOptions, usual
 from logo.cli.output import err, note, progress
 from logo.cli.places import absolute, anywhere, everywhere
 from logo.cli.scoreboard import Score, show
@@ -70,13 +70,7 @@ def evaluate(
     need("this command", "scipy", "nltk", "rouge_score")
     check_baseline(engine.reference)
     base_model = engine.base_model or OFFICIAL_BASE
-    engine = replace(
-        engine,
-        signal=engine.signal or OFFICIAL_SIGNAL,
-        # No cache of prefixes: with it, the last digits of scores depend on earlier prompts, which differ after an
-        # interruption.
-        prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
-    )
+    engine = as_evaluated(engine)
     if runner.engine == "vllm":
         if estimate:
             raise UsageError("--estimate is not for the engine 'vllm'; use `logo plan`")

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from logo.cli.choices import Preset
 from logo.cli.opening import asked_k
-from logo.cli.options import EngineOptions, RunnerOptions, rare, usual
+from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, RunnerOptions, rare, usual
 from logo.pools import default_k
 
 if TYPE_CHECKING:
     from logo.baselines import Method
+
+
+def as_evaluated(engine: EngineOptions) -> EngineOptions:
+    """The options with the defaults of evaluations, so that a cell of a sweep equals such a run."""
+    return replace(
+        engine,
+        signal=engine.signal or OFFICIAL_SIGNAL,
+        # No cache of prefixes: with it, the last digits of scores depend on earlier prompts, which differ after an
+        # interruption.
+        prefix_cache_gb=0.0 if engine.prefix_cache_gb is None else engine.prefix_cache_gb,
+    )
 
 
 @dataclass(frozen=True)

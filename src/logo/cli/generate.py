@@ -61,7 +61,7 @@ def generate(
     if compare is not None and (len(texts) != 1 or mixture is not None):
         raise UsageError("--compare: expected one prompt, without --adapter and --base-only, which fix the mixture")
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}
-    engine, base_model = or_demo(engine)
+    base_model = or_demo(engine)
     with closing(open_any(engine, runner, base_model)) as logo:
         if sample:
             import torch

@@ -183,7 +183,8 @@ def open_any(
         local = open_engine(options, base_model, preset=preset, truncation=truncation)
         local.merge = merge
         return local
-    _check_vllm_has(options)
+    for name, flag in changed(options, *_INSTEAD).items():
+        raise UsageError(f"{flag}: the engine 'vllm' has no such option; {_INSTEAD[name]}")
     # Set before vLLM is imported, so that its messages stay out of this command's output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -203,12 +204,6 @@ def open_any(
         on_bad_adapter=options.on_bad_adapter,
         **asdict(settings),
     )
-
-
-def _check_vllm_has(options: EngineOptions) -> None:
-    """Raises UsageError for options that vLLM's offline engine does not have."""
-    for name, flag in changed(options, *_INSTEAD).items():
-        raise UsageError(f"{flag}: the engine 'vllm' has no such option; {_INSTEAD[name]}")
 
 
 def check_batch_size(runner: RunnerOptions) -> None:

@@ -16,8 +16,6 @@ from logo.errors import UsageError, closest
 from logo.models import load_skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from logo.backends.plan import Plan
     from logo.backends.shapes import ModelShape, PoolShape
 
@@ -68,7 +66,7 @@ def plan(
         raise UsageError("--rank and --targets describe adapters that do not exist yet: give --adapters a number")
 
     from logo.backends.plan import plan as planned
-    from logo.backends.shapes import ModelShape, number_dtype
+    from logo.backends.shapes import ALL_LINEAR, ModelShape, PoolShape, number_dtype
 
     quiet_transformers()
     model = load_skeleton(base_model, model_dir=model_dir)
@@ -76,9 +74,12 @@ def plan(
     kind = number_dtype(shape, dtype)
     if count is None:
         options = EngineOptions(base_model, adapters, n_selected_modules=n_selected_modules, model_dir=model_dir)
-        pool = _of_folder(model, options, base_model)
+        opened = open_pool(options, base_model).fit(BaseLayout.of(model))
+        pool = PoolShape.of(model, opened, selection_settings(options))
     else:
-        pool = _counted(model, count, 16 if rank is None else rank, targets, n_selected_modules)
+        names = ALL_LINEAR if targets in (None, ALL_LINEAR) else [name.strip() for name in str(targets).split(",")]
+        k = DEFAULT_K if n_selected_modules is None else n_selected_modules
+        pool = PoolShape.even(model, count, 16 if rank is None else rank, names, k)
     asked = min(_USUAL_CONTEXT, shape.context or _USUAL_CONTEXT) if context is None else context
     found = planned(
         shape,
@@ -111,20 +112,6 @@ def device_bytes(gpu: str) -> int:
             f"--gpu {gpu!r}: expected the memory in 10⁹ bytes, or one of {', '.join(GPUS)}{closest(gpu.upper(), GPUS)}"
         )
     return int(named[gpu.lower()] * 2**30)
-
-
-def _counted(model: PreTrainedModel, count: int, rank: int, targets: str | None, k: int | None) -> PoolShape:
-    from logo.backends.shapes import ALL_LINEAR, PoolShape
-
-    names = ALL_LINEAR if targets in (None, ALL_LINEAR) else [name.strip() for name in str(targets).split(",")]
-    return PoolShape.even(model, count, rank, names, DEFAULT_K if k is None else k)
-
-
-def _of_folder(model: PreTrainedModel, options: EngineOptions, base_model: str) -> PoolShape:
-    from logo.backends.shapes import PoolShape
-
-    pool = open_pool(options, base_model).fit(BaseLayout.of(model))
-    return PoolShape.of(model, pool, selection_settings(options))
 
 
 def _plain(found: Plan, shape: ModelShape, pool: PoolShape, context: int, concurrency: int) -> dict[str, Any]:

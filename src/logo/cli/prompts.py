@@ -63,10 +63,9 @@ def forced(adapter: list[str] | None, base_only: bool = False) -> dict[str, floa
     return weights
 
 
-def or_demo(options: EngineOptions) -> tuple[EngineOptions, str]:
-    """The options and base model to use: the embedded demo where none is named (and says so)."""
-    base_model = options.base_model
-    if base_model is None:
-        note("No --base-model given: using the embedded demo model.")
-        base_model = DEMO
-    return options, base_model
+def or_demo(options: EngineOptions) -> str:
+    """The base model: the embedded demo where none is named (and says so)."""
+    if options.base_model is not None:
+        return options.base_model
+    note("No --base-model given: using the embedded demo model.")
+    return DEMO

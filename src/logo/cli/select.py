@@ -34,7 +34,7 @@ def select(
     """
     check_batch_size(runner)
     texts = read_prompts(prompt, prompts)
-    engine, base_model = or_demo(engine)
+    base_model = or_demo(engine)
     with closing(open_any(engine, runner, base_model)) as logo:
         selections = logo.select(
             as_asked(texts, chat, system),

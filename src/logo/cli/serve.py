@@ -34,7 +34,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     check_selection_options(given(), [selection_settings(engine)])
     layout = serve_ray.layout_of(replicas, engine)
     if server.server == "vllm":
-        engine, base_model = or_demo(engine)
+        base_model = or_demo(engine)
         server.model_name(base_model)  # raises before anything slow happens
         if layout is None:
             return serve_vllm.serve(engine, base_model, server)
@@ -80,7 +80,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     if not guards.api_keys and not bound and not is_loopback(server.host):
         tell(OPEN.format(server.host))
     taken = listening(server.host, server.port)
-    engine, base_model = or_demo(engine)
+    base_model = or_demo(engine)
     name = server.model_name(base_model)
 
     from logo.api.names import check_pool

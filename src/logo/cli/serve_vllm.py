@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,10 +96,6 @@ def serve(
             launch = replace(launch, options={**launch.options, "adapter_changes": True})
         pool = functools.partial(open_pool, everywhere(options), absolute(base_model))
         return several(VllmPlan(launch, more, pool, server.max_concurrent))
-    return _become(launch, more)
-
-
-def _become(launch: Launch, more: Mapping[str, str]) -> None:
     environment = launch.environment({**os.environ, **more})
     sys.stdout.flush()
     sys.stderr.flush()

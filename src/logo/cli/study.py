@@ -116,9 +116,11 @@ def study(
 
     Example: `logo eval study --base-model M --adapters DIR --rows ROWS --limit 8 --save study.json`
     """
+    from logo.evaluation.heatmap import heatmap
     from logo.evaluation.identity import check_baseline
     from logo.evaluation.reliability import picture as reliability_picture
     from logo.evaluation.study import cut, journal_of, study_so_far
+    from logo.evaluation.summary import mean_weights
     from logo.evaluation.workers import MeasuredInWorkers
 
     need("this command", "scipy", "nltk", "rouge_score", "matplotlib")
@@ -135,7 +137,7 @@ def study(
         raise UsageError("--index two-stage: a study ranks all adapters of the pool; leave it out")
     picture = _checked(save, png)
     layout = layout_of(cluster, engine)
-    engine, base_model = or_demo(engine)
+    base_model = or_demo(engine)
     every = tasks_of(rows, tasks, prompt_end, lambda: open_pool(engine, base_model).names)
     found, held = cut(every, limit, hold_out)
     methods = methods_of(method, engine.n_selected_modules, seed, held)
@@ -161,7 +163,9 @@ def study(
                 note(f"{name} reads {of_signal['reads']}")
         result = _measure(measuring, found, save, settings, contest, seed, time.perf_counter() - started)
     write_json(save, {**result.report, "command": command_line()})
-    replace_file(picture, _picture(result, next(iter(arms))))
+    first = next(iter(arms))
+    title = f"{first}: mean weight of each adapter, by task"
+    replace_file(picture, heatmap(mean_weights(result.rows, first), result.report["pool"], title))
     pictures = [picture]
     if "confidence" in result.report:
         pictures.append(picture.with_name(f"{picture.stem}-confidence{picture.suffix}"))
@@ -307,14 +311,6 @@ def _measure(
         except KeyboardInterrupt:
             note(f"Finished rows are kept in {journal}: repeat the command to continue.")
             raise
-
-
-def _picture(result: Study, signal: str) -> bytes:
-    from logo.evaluation.heatmap import heatmap
-    from logo.evaluation.summary import mean_weights
-
-    title = f"{signal}: mean weight of each adapter, by task"
-    return heatmap(mean_weights(result.rows, signal), result.report["pool"], title)
 
 
 def _table(report: Mapping[str, Any], *, intervals: bool) -> Table:

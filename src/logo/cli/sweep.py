@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 
 from logo.cli.axes import Common, Skipped, make_cells, read_grid
 from logo.cli.evaluate import jobs_of
-from logo.cli.evaluate_options import RowOptions
+from logo.cli.evaluate_options import RowOptions, as_evaluated
 from logo.cli.expanded import command_line, expanded
 from logo.cli.methods import MethodOptions
 from logo.cli.options import OFFICIAL_SIGNAL, EngineOptions, Json, usual
@@ -28,6 +28,7 @@ from logo.evaluation.tables import Cell as TableCell
 from logo.evaluation.tables import Column, Table, as_csv, as_parquet, has_parquet, number, numbers, p_value, row, words
 from logo.extras import install, need
 from logo.folders import check_writable, replace_file
+from logo.models import DEMO
 
 if TYPE_CHECKING:
     from logo.evaluation.jobs import Job
@@ -68,7 +69,8 @@ def sweep(
 
     need("this command", "scipy", "nltk", "rouge_score", "matplotlib")
     axes = read_grid(grid)
-    engine, base_model = _engine(engine, quiet=list_)
+    base_model = DEMO if list_ else or_demo(engine)  # to list cells, no model is opened
+    engine = as_evaluated(engine)
     cells, skipped = make_cells(axes, Common(engine, method, seed))
     _say_skipped(skipped)
     if list_:
@@ -88,18 +90,6 @@ def sweep(
     _show(axes, swept, skipped, written, seed, json=json)
     if swept.failures:
         raise typer.Exit(1)
-
-
-def _engine(options: EngineOptions, *, quiet: bool) -> tuple[EngineOptions, str]:
-    """The options with the defaults of `logo eval run`, so that a cell equals such a run, and the base model."""
-    if quiet and options.base_model is None:
-        options = replace(options, base_model="demo")
-    options, base_model = or_demo(options)
-    return replace(
-        options,
-        signal=options.signal or OFFICIAL_SIGNAL,
-        prefix_cache_gb=0.0 if options.prefix_cache_gb is None else options.prefix_cache_gb,
-    ), base_model
 
 
 def _jobs(options: RowOptions, cells: Sequence[Cell], output: Path) -> list[Job]:

@@ -29,7 +29,7 @@ def export(
     mixture = forced(adapter)
     if (prompt is None) == (mixture is None):
         raise UsageError("expected either a prompt, which selects, or --adapter NAME=WEIGHT")
-    engine, base_model = or_demo(engine)
+    base_model = or_demo(engine)
     logo = open_engine(engine, base_model)
     if prompt is not None:
         [selection] = logo.select(as_asked(read_prompts([prompt], None), chat, system))
