@@ -90,9 +90,4 @@ class Commands(typer.Typer):
     def command(self, name: str | None = None, **settings: Any) -> Callable[[_F], _F]:
         """As `Typer.command`, with `Command` as the class, for options as `logo.cli.options` makes them."""
         register = super().command(name, **{"cls": Command, **settings})
-
-        def add(command: _F) -> _F:
-            register(declared(command))
-            return command
-
-        return add
+        return lambda command: register(declared(command))

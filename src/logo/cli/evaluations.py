@@ -10,11 +10,6 @@ from logo.cli.options import EVALUATING
 app = Commands(help="Evaluate on datasets; compare, merge and report results.", no_args_is_help=True)
 
 
-@app.callback()
-def evaluations() -> None:
-    """Evaluate on datasets; compare, merge and report results."""
-
-
 app.command("run")(expanded(evaluate.evaluate, defaults=EVALUATING))
 app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)

@@ -36,10 +36,10 @@ def given() -> frozenset[str]:
 
 
 def declared(command: _F) -> _F:
-    """The command with its options in the form that Typer reads."""
+    """Tells Typer of a command's options, in the signature of the command."""
     hints = inspect.get_annotations(command, eval_str=True)
-    parameters = inspect.signature(command).parameters.values()
-    return _with_parameters(command, command, [_parameter(p.name, hints[p.name], p.default) for p in parameters])
+    own = inspect.signature(command).parameters.values()
+    return _signed(command, [_parameter(p.name, hints[p.name], p.default) for p in own])
 
 
 def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str] = MappingProxyType({})) -> _F:
@@ -58,7 +58,8 @@ def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str]
         of_fields = _hints(group)
         parameters += [_parameter(f.name, of_fields[f.name], f, official, defaults) for f in fields(group)]
 
-    def run(**values: Any) -> Any:
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> Any:
         for name in EVERYWHERE:
             values.pop(name)
         context = values.pop(_CONTEXT) if own_context is None else values.pop(own_context)
@@ -75,19 +76,13 @@ def expanded(command: _F, *, official: bool = False, defaults: Mapping[str, str]
     parameters += [_parameter(name, annotation, None) for name, annotation in EVERYWHERE.items()]
     if own_context is None:
         parameters.append(_parameter(_CONTEXT, typer.Context, inspect.Parameter.empty))
-    return _with_parameters(command, run, parameters)
+    return _signed(wrapper, parameters)  # type: ignore[return-value]
 
 
-def _with_parameters(command: _F, run: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> _F:
-    """A function that is called like `run`, has these parameters, and is otherwise like the command."""
-
-    @functools.wraps(command)
-    def wrapper(**values: Any) -> Any:
-        return run(**values)
-
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapper  # type: ignore[return-value]
+def _signed(command: _F, parameters: Sequence[inspect.Parameter]) -> _F:
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
 
 
 def _hints(group: type) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import TaskID
-
 from logo.adapters.pool import DEFAULT_K, AdapterPool
 from logo.cli.belonging import check_selection_options
 from logo.cli.choices import Preset
@@ -129,13 +127,8 @@ class Opened:
             settings = replace(settings, k=min(settings.k, len(self.pool)))
         logo = self.uncalibrated(options, settings, truncation)
         with progress(disable=not err.is_terminal) as shown:
-            bars: list[TaskID] = []
-
-            def tell(done: int, of: int) -> None:
-                bars[:] = bars or [shown.add_task("index", total=of)]
-                shown.update(bars[0], completed=done)
-
-            logo.calibrate(tell=tell)
+            bar = shown.add_task("index", total=None, visible=False)
+            logo.calibrate(tell=lambda done, of: shown.update(bar, total=of, completed=done, visible=True))
         return logo
 
 

@@ -9,11 +9,6 @@ from logo.cli.pool import card, convert, dedupe, diff, examples, export, health,
 app = Commands(help="Inspect, compare, shrink, convert and publish pools of adapters.", no_args_is_help=True)
 
 
-@app.callback()
-def pool() -> None:
-    """Inspect, compare, shrink, convert and publish pools of adapters."""
-
-
 app.command("inspect")(inspect.inspect)
 app.command("calibrate")(calibrate.calibrate)
 app.command("lock")(lock.lock)
