@@ -12,7 +12,6 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from logo.cli.belonging import OF_MERGES, OF_METHODS, check_method_options, check_selection_options
-from logo.cli.expanded import given
 from logo.cli.methods import MethodOptions, make_method
 from logo.cli.opening import selection_settings
 from logo.cli.options import EngineOptions
@@ -128,9 +127,9 @@ def make_cells(axes: Sequence[Axis], common: Common) -> tuple[list[Cell], list[S
             skipped.append(Skipped(values, str(error)))
     if not cells:
         raise UsageError(f"grid: none of the combinations ({len(skipped)}) is possible; the first: {skipped[0].reason}")
-    check_selection_options(given(), [cell.settings for cell in cells])
+    check_selection_options([cell.settings for cell in cells])
     methods = [_method(common.at(cell.values).method, None, cell.seed) for cell in cells]
-    check_method_options(given(), methods)
+    check_method_options(methods)
     return cells, skipped
 
 

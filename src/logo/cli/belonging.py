@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, NoReturn
 
+from logo.cli.expanded import given
 from logo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ OF_MERGES: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_method_options(given: Collection[str], methods: Sequence[Method], *, selects: bool = False) -> None:
-    """Refuses options that none of the methods reads. What a plugin's method reads of the engine's selection is not
-    known, so these options are left to it. `--train-rows` says where data is, and is allowed beside any method.
+def check_method_options(methods: Sequence[Method], *, selects: bool = False) -> None:
+    """Refuses options that the user gave and none of the methods reads.
+
+    What a plugin's method reads of the engine's selection is not known, so these options are left to it. `--train-rows`
+    says where data is, and is allowed beside any method.
 
     Args:
-        given: the names of the options that the user gave.
         selects: whether signals select beside the methods.
 
     Raises:
@@ -59,9 +61,9 @@ def check_method_options(given: Collection[str], methods: Sequence[Method], *, s
     merges = {method.merging.kind for method in methods}
     chosen = ", ".join(dict.fromkeys(method.name for method in methods)) or OwnSelector.name
     selects = selects or any(isinstance(method, OwnSelector) or method.name in METHODS.sources for method in methods)
-    if "merge" in given and not methods:
+    if "merge" in given() and not methods:
         raise UsageError("--merge combines the adapters of a --method, and none is given: name one, or leave it out")
-    for option in given:
+    for option in given():
         readers = ("k",) if option == K else OF_METHODS.get(option, ())
         named = [name for name, kind in METHODS.items() if {field.name for field in fields(kind)} & set(readers)]
         if option == K or option in OF_SELECTION:
@@ -72,16 +74,13 @@ def check_method_options(given: Collection[str], methods: Sequence[Method], *, s
             _refuse(option, "merge", OF_MERGES[option], f"the merge is {', '.join(sorted(merges)) or 'mixture'}")
 
 
-def check_forced_options(given: Collection[str]) -> None:
+def check_forced_options() -> None:
     """Refuses options that configure selection, for a command whose adapters are forced and not selected.
-
-    Args:
-        given: the names of the options that the user gave.
 
     Raises:
         UsageError: one of them configures selection.
     """
-    for option in sorted({*OF_SELECTION, K} & set(given)):
+    for option in sorted({*OF_SELECTION, K} & given()):
         flag = "-k" if option == K else f"--{option.replace('_', '-')}"
         raise UsageError(
             f"{flag} configures how adapters are selected, but --adapter or --base-only says which ones answer: leave "
@@ -89,11 +88,8 @@ def check_forced_options(given: Collection[str]) -> None:
         )
 
 
-def check_selection_options(given: Collection[str], settings: Sequence[SelectionSettings]) -> None:
-    """Refuses options of selection that none of these settings looks at.
-
-    Args:
-        given: the names of the options that the user gave.
+def check_selection_options(settings: Sequence[SelectionSettings]) -> None:
+    """Refuses options of selection that the user gave and none of these settings looks at.
 
     Raises:
         UsageError: there is one.
@@ -107,18 +103,18 @@ def check_selection_options(given: Collection[str], settings: Sequence[Selection
     }
     signals = ", ".join(dict.fromkeys(one.signal for one in settings))
     for option, looks in looks_at.items():
-        if option in given and not any(looks(one.reading) for one in settings):
+        if option in given() and not any(looks(one.reading) for one in settings):
             named = [name for name, signal in SIGNALS.items() if looks(signal)]
             _refuse(option, "signal", named, f"the signal is {signals}")
     counted = all(isinstance(one.probe_points, int) for one in settings)  # any signal can read points that are named
-    if "probe_points" in given and counted and not any(one.reading.chosen for one in settings):
+    if "probe_points" in given() and counted and not any(one.reading.chosen for one in settings):
         named = [name for name, signal in SIGNALS.items() if signal.chosen]
         _refuse("probe_points", "signal", named, f"the signal is {signals}")
     weighting = dict.fromkeys(one.reading.weighting for one in settings)
-    if "weight_temperature" in given and "softmax" not in weighting:
+    if "weight_temperature" in given() and "softmax" not in weighting:
         _refuse("weight_temperature", "weighting", ["softmax"], f"the weighting is {', '.join(weighting)}")
     for option in ("index_rank", "index_left"):
-        if option in given and not any(one.index == "two-stage" for one in settings):
+        if option in given() and not any(one.index == "two-stage" for one in settings):
             _refuse(option, "index", ["two-stage"], "the index is exact")
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logo.cli.belonging import check_selection_options
-from logo.cli.expanded import expanded, given
+from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine, selection_settings
 from logo.cli.options import EngineOptions, Json
 from logo.cli.output import bar, err, note, out, plain_table, print_json
@@ -29,7 +29,7 @@ def calibrate(engine: EngineOptions, json: Json = False) -> None:
 
     Example: `logo pool calibrate --base-model Qwen/Qwen2.5-7B --adapters my/adapters --probe-depth 0.5`
     """
-    check_selection_options(given(), [selection_settings(engine)])
+    check_selection_options([selection_settings(engine)])
     base_model = or_demo(engine)
     with err.status("Loading and calibrating ..."):
         logo = open_engine(engine, base_model)

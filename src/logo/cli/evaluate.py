@@ -16,7 +16,7 @@ from rich.markup import escape
 from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options
 from logo.cli.evaluate_options import Asked, RowOptions, RunOptions, as_evaluated
-from logo.cli.expanded import command_line, given
+from logo.cli.expanded import command_line
 from logo.cli.forecast import forecast
 from logo.cli.forecast import show as show_forecast
 from logo.cli.methods import MethodOptions, make_method
@@ -137,7 +137,7 @@ def _method(options: MethodOptions, engine: EngineOptions, run: RunOptions) -> M
     from logo.evaluation.results import LOGO
 
     method = make_method(options, k=engine.n_selected_modules, seed=run.seed)
-    check_method_options(given(), [method])
+    check_method_options([method])
     return None if method.label == LOGO else method
 
 

@@ -57,7 +57,7 @@ def generate(
     asked = as_asked(texts, chat, system)
     mixture: Any = forced(adapter, base_only)
     if mixture is not None:
-        check_forced_options(given())
+        check_forced_options()
     if compare is not None and (len(texts) != 1 or mixture is not None):
         raise UsageError("--compare: expected one prompt, without --adapter and --base-only, which fix the mixture")
     options: dict[str, Any] = {**_sampling(sample, temperature, top_p), "candidates": candidate or None}

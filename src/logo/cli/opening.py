@@ -153,7 +153,7 @@ def open_engine(
 ) -> LoGo:
     """Loads the base model and the pool, and returns an engine on them."""
     settings = selection_settings(options, preset)
-    check_selection_options(given(), [settings])
+    check_selection_options([settings])
     return open_base(options, base_model, preset).engine(options, settings, truncation)
 
 
@@ -171,7 +171,7 @@ def open_any(
 
     asked, merge = _vllm_options(runner), merge or EXACT
     settings = selection_settings(options, preset)
-    check_selection_options(given(), [settings])
+    check_selection_options([settings])
     if runner.engine == "local":
         local = open_engine(options, base_model, preset=preset, truncation=truncation)
         local.merge = merge

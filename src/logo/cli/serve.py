@@ -8,7 +8,7 @@ from typing import Any
 
 from logo.cli import serve_ray, serve_vllm
 from logo.cli.belonging import check_selection_options
-from logo.cli.expanded import expanded, given
+from logo.cli.expanded import expanded
 from logo.cli.opening import open_engine, selection_settings
 from logo.cli.options import EngineOptions, changed
 from logo.cli.output import note
@@ -31,7 +31,7 @@ def serve(server: ServerOptions, engine: EngineOptions, replicas: serve_ray.Repl
     Example: `logo serve --base-model demo`, then `curl localhost:8000/v1/completions -H 'Content-Type:
     application/json' -d '{"model": "logo", "prompt": "What is 7 plus 5?"}'`
     """
-    check_selection_options(given(), [selection_settings(engine)])
+    check_selection_options([selection_settings(engine)])
     layout = serve_ray.layout_of(replicas, engine)
     if server.server == "vllm":
         base_model = or_demo(engine)

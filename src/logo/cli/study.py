@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from logo.backends.cluster import Layout
 from logo.cli.belonging import check_method_options, check_selection_options
 from logo.cli.contests import contest_of, methods_of, tasks_of
-from logo.cli.expanded import command_line, expanded, given
+from logo.cli.expanded import command_line, expanded
 from logo.cli.field_table import WIDTH as FIELD_WIDTH
 from logo.cli.field_table import field_table
 from logo.cli.methods import MethodOptions
@@ -141,8 +141,8 @@ def study(
     every = tasks_of(rows, tasks, prompt_end, lambda: open_pool(engine, base_model).names)
     found, held = cut(every, limit, hold_out)
     methods = methods_of(method, engine.n_selected_modules, seed, held)
-    check_method_options(given(), list(methods.values()), selects=True)
-    check_selection_options(given(), [replace(selection_settings(engine), **arm) for arm in arms.values()])
+    check_method_options(list(methods.values()), selects=True)
+    check_selection_options([replace(selection_settings(engine), **arm) for arm in arms.values()])
     contest = contest_of(found, protocol, generate, methods, metric, train_rows, held)
     names = tuple(task.name for task in found) if own_adapters_only else None
     opener = functools.partial(_arms, arms=arms, batch_size=batch_size, names=names)
