@@ -6,7 +6,7 @@ An axis is an option of `logo eval run` under its own name, and reads its values
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -187,28 +187,19 @@ def _check_alone(axis: str, value: Value, common: Common) -> None:
         return
     plain = Common(EngineOptions(), MethodOptions(), 0)
     if axis in SELECTION:
-        attempts: list[Callable[[], object]] = [
-            functools.partial(selection_settings, replace(plain.at({axis: value}).engine, signal=signal))
-            for signal in SIGNALS
-        ]
-        _one_of(attempts, axis, value)
-        return
+        reasons = []
+        for name in SIGNALS:
+            try:
+                selection_settings(replace(plain.at({axis: value}).engine, signal=name))
+                return
+            except LoGoError as error:
+                reasons.append(str(error))
+        raise UsageError(f"grid {axis}={value}: {reasons[0]}")
     for method in ("logo", "best-single", "lorahub"):
         try:
             plain.at({axis: value, "method": method}).parts()
         except UsageError as error:
             raise UsageError(f"grid {axis}={value}: {error}") from None
-
-
-def _one_of(attempts: Sequence[Callable[[], object]], axis: str, value: Value) -> None:
-    reasons = []
-    for attempt in attempts:
-        try:
-            attempt()
-            return
-        except LoGoError as error:
-            reasons.append(str(error))
-    raise UsageError(f"grid {axis}={value}: {reasons[0]}")
 
 
 @functools.lru_cache(maxsize=8)

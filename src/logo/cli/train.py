@@ -6,9 +6,9 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import typer
@@ -77,7 +77,8 @@ def train(
     wanted = Wanted(found, recipes, root, opening, *how)
     note("loading the base model" if layout is None else starting(layout, "processes"))
     quiet_transformers()
-    with Screen() as screen:
+    screen = Screen()
+    with screen.live:
 
         def planned(plan: Plan) -> None:
             screen.planned(plan)
@@ -97,27 +98,16 @@ def train(
 
 
 class Screen:
-    """The progress display of a training: a table of the tasks on a terminal, else a line now and then."""
+    """The progress display of a training: on a terminal a table inside `live`, else a line now and then."""
 
     _LINE_EVERY = 30.0
 
     def __init__(self) -> None:
-        self._live = Live(console=err, refresh_per_second=2, transient=True) if err.is_terminal else None
+        self.live = Live(console=err, refresh_per_second=2, transient=True) if err.is_terminal else nullcontext()
         self._states: dict[str, Status] = {}
         self._expected: dict[str, float] = {}
         self._began: dict[str, tuple[float, int]] = {}
         self._said = time.monotonic()
-
-    def __enter__(self) -> Screen:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def planned(self, plan: Plan) -> None:
         """Prints the numbers of adapters and groups to train."""
@@ -132,8 +122,8 @@ class Screen:
         for state in states:
             self._began.setdefault(state.task, (now, state.tokens))
             self._states[state.task] = state
-        if self._live is not None:
-            self._live.update(self._table(now))
+        if isinstance(self.live, Live):
+            self.live.update(self._table(now))
         elif now - self._said >= self._LINE_EVERY:
             self._said = now
             err.print(self._line(now), markup=False)
