@@ -23,21 +23,8 @@ from logo.evaluation.corpus import Extra, extra_metrics, mean_of
 from logo.evaluation.intervals import Interval
 from logo.evaluation.metrics import Kind, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
-from logo.folders import check_writable, replace_folder
+from logo.folders import replace_folder
 from logo.rows import Row
-
-__all__ = [
-    "LOGO",
-    "RESULT_FILES",
-    "check_writable",
-    "metrics_record",
-    "read_results",
-    "result_files",
-    "run_folder",
-    "run_record",
-    "versions",
-    "write_results",
-]
 
 _RUN_NAME = re.compile(r"[^\W_]([\w.+=-]{0,62}[^\W_])?")
 LOGO = "logo"  # the method that is not a baseline

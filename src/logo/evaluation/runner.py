@@ -13,27 +13,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logo.errors import UsageError
-from logo.evaluation.batches import Engine, Failure, GenerationLike, SelectionLike, in_batches
+from logo.evaluation.batches import Engine, Failure, in_batches
 from logo.evaluation.journal import Journal
 from logo.evaluation.metrics import Kind, Value, first_line, judge, measure, metric_kind
 from logo.rows import Row
 
-__all__ = [
-    "Answered",
-    "AnsweredBatch",
-    "DatasetResult",
-    "Engine",
-    "GenerationLike",
-    "Instance",
-    "SelectionLike",
-    "answered_batches",
-    "answers",
-    "collect",
-    "evaluate",
-]
+if TYPE_CHECKING:
+    from logo.decoder import Generation
 
 
 @dataclass(frozen=True)
@@ -193,6 +182,24 @@ class Answered:
             self._journal.append({**kept, **more, "judge": self._judge})
         self._take(batch)
 
+    def complete(self, engine: Engine, max_new_tokens: int, on_progress: Callable[[int], None]) -> None:
+        """Answers the missing rows; arguments and errors as of `evaluate`."""
+        if len(self):
+            on_progress(len(self))
+        for stretch in self.missing:
+            for batch in answered_batches(
+                engine,
+                self._rows,
+                stretch,
+                metric=self._metric,
+                batch_size=self._batch_size,
+                max_new_tokens=max_new_tokens,
+                size=self.size,
+                proven=self.proven,
+            ):
+                self.add(batch)
+                on_progress(len(self))
+
     def result(self) -> DatasetResult:
         """The result, when all rows are answered."""
         instances = [self._instances[row] for row in range(len(self._rows))]
@@ -230,22 +237,7 @@ def evaluate(
     if not rows:
         raise UsageError(f"dataset {dataset!r}: expected at least one row, found none")
     answered = Answered(dataset, rows, batch_size, metric, journal)
-    report = on_progress or (lambda done: None)
-    if len(answered):
-        report(len(answered))
-    for stretch in answered.missing:
-        for batch in answered_batches(
-            engine,
-            rows,
-            stretch,
-            metric=metric or metric_kind(dataset),
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            size=answered.size,
-            proven=answered.proven,
-        ):
-            answered.add(batch)
-            report(len(answered))
+    answered.complete(engine, max_new_tokens, on_progress or (lambda done: None))
     return answered.result()
 
 
@@ -348,7 +340,7 @@ def common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
     return different[0] if len(different) == 1 else tuple(sorted({name for names in different for name in names}))
 
 
-def _judged(kind: Kind, row: Row, answer: GenerationLike | Failure) -> Instance:
+def _judged(kind: Kind, row: Row, answer: Generation | Failure) -> Instance:
     if isinstance(answer, Failure):
         return Instance(_nothing(kind), "", (), (), {}, {}, answer.message)
     prediction = first_line(answer.text)

@@ -33,7 +33,7 @@ from logo.evaluation.resume import (
     part_of,
     plan,
 )
-from logo.evaluation.runner import Answered, answered_batches
+from logo.evaluation.runner import Answered
 from logo.rows import Row
 
 if TYPE_CHECKING:
@@ -316,23 +316,9 @@ class Session(Evaluation):
         report = on_progress or (lambda one, done: None)
         for one in plans:
             with Underway(self, one) as dataset:
-                if len(dataset.answered):
-                    report(one, len(dataset.answered))
                 engine = self.answering(one.job, None if dataset.learnt is None else dataset.learnt.content)
                 dataset.found_out = engine.record if isinstance(engine, Answering) else None
-                for stretch in dataset.answered.missing:
-                    for batch in answered_batches(
-                        engine,
-                        dataset.rows,
-                        stretch,
-                        metric=one.job.metric,
-                        batch_size=self.batch_size,
-                        max_new_tokens=self.max_new_tokens,
-                        size=dataset.answered.size,
-                        proven=dataset.answered.proven,
-                    ):
-                        dataset.answered.add(batch)
-                        report(one, len(dataset.answered))
+                dataset.answered.complete(engine, self.max_new_tokens, functools.partial(report, one))
                 files = dataset.write()
             yield one, files
 
