@@ -308,7 +308,8 @@ def collect(
         metric: by which they were judged; None: by the dataset's name.
     """
     answered = [instance for instance in instances if instance.error is None]
-    scored = common_columns([tuple(instance.scores) for instance in answered])
+    scored = _common_columns([tuple(instance.scores) for instance in answered])
+    confidences = tuple(instance.confidence for instance in instances)
     seconds = {"inference": inference}
     for instance in instances:
         for stage, share in instance.seconds.items():
@@ -325,16 +326,11 @@ def collect(
         seconds=seconds,
         errors={index: instance.error for index, instance in enumerate(instances) if instance.error is not None},
         forms=dict(sorted(Counter(instance.form for instance in answered).items())),
-        confidences=known_confidences([instance.confidence for instance in instances]),
+        confidences=() if all(one is None for one in confidences) else confidences,
     )
 
 
-def known_confidences(values: Sequence[float | None]) -> tuple[float | None, ...]:
-    """The confidences, or nothing if none is known."""
-    return () if all(value is None for value in values) else tuple(values)
-
-
-def common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def _common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The adapters that any instance scored, in pool order; instances of a two-stage index score different ones."""
     different = list(dict.fromkeys(map(tuple, scored)))
     return different[0] if len(different) == 1 else tuple(sorted({name for names in different for name in names}))
