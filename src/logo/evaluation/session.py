@@ -261,7 +261,7 @@ class Underway:
             run=record,
             seed=self._evaluation.seed,
         )
-        check_place(job, self.plan.run, self.plan.keep_both)
+        check_place(self.plan)
         write_results(job.folder, files)
         finish(self.plan)  # while this process still has the journal
         return files
