@@ -17,11 +17,9 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from tqdm import tqdm
 
 from logo import __version__
@@ -44,7 +42,7 @@ Mixture = Mapping[str, float]
 
 
 @register_model("logo")  # type: ignore[misc, untyped-decorator, unused-ignore]
-class LoGoLM(TemplateLM):  # type: ignore[misc]
+class LoGoLM(Ranks):
     """A base model and a pool of adapters, mixed per document.
 
     Args:
@@ -83,8 +81,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
-        self._ranks = Ranks()
-        self._rank, self._world_size = self._ranks.rank, self._ranks.world_size
         _check_options(options)
         if not base_model:
             raise UsageError("--model_args: expected base_model=..., a Hub id, a folder or demo; found none")
@@ -106,7 +102,7 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self.logo = LoGo.from_pretrained(
             base_model,
             pool,
-            device=self._ranks.device or _device(device),
+            device=_device(device) if self.accelerator is None else str(self.accelerator.device),
             model_dir=model_dir,
             on_bad_adapter=on_bad_adapter,
             **options,
@@ -117,20 +113,6 @@ class LoGoLM(TemplateLM):  # type: ignore[misc]
         self._max_gen_toks = max_gen_toks
         self._mixtures: dict[tuple[str, int | None], Mixture] = {}  # by `_keys`
         self._documents: list[str] = []  # parallel to the requests that are being scored
-
-    # -- several processes --------------------------------------------------------------------------------------------
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """See `logo.evaluation.ranks.Ranks`."""
-        return self._ranks.all_gather(tensor)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Likewise."""
-        return self._ranks.gather_object(obj, dst)
-
-    def barrier(self) -> None:
-        """Likewise."""
-        self._ranks.barrier()
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
