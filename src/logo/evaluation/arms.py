@@ -124,7 +124,7 @@ class Arms:
         arms = list(self._arms(picked, task, own))
         for label in self._contest.methods:
             started = time.perf_counter()
-            arms += self._of_method(label, task, own, row.context, lessons)
+            arms += self._of_method(label, task, row.context, lessons)
             seconds["select"][label] = time.perf_counter() - started
         self._judge(arms, task, where, row, seconds)
         for arm in arms:
@@ -169,12 +169,9 @@ class Arms:
         """Whether adapters remain without a row's own one."""
         return len(self._logo.names) > 1 and not any(set(chosen.scores) <= {own} for chosen in picked.values())
 
-    def _of_method(self, label: str, task: str, own: str | None, prompt: str, lessons: Lessons) -> Iterator[Arm]:
-        method, asked = self._contest.methods[label], self._contest.protocols
-        abouts = [OWN] if own is None or OWN in asked else []
-        if own is not None and LEFT_OUT in asked and len(self._logo.names) > 1:
-            abouts.append(LEFT_OUT)
-        for about in abouts:
+    def _of_method(self, label: str, task: str, prompt: str, lessons: Lessons) -> Iterator[Arm]:
+        method = self._contest.methods[label]
+        for about in self._contest.abouts(task, self._logo.names):
             select = self._knowing(Lesson(label, task, about), lessons).select
             [selection] = self._logo.select([prompt]) if select is None else select([prompt], 1)
             part = "answers" if about == OWN else "left_out"

@@ -335,7 +335,7 @@ class MeasuredInWorkers:
             DataError: rows that are missing or cannot be scored.
             Incomplete: some are not learnt, because every process that got them has died.
         """
-        for item, learnt in self._done((Item((lesson,), 1) for lesson in lessons), _learnt, "not learnt"):
+        for item, learnt in self._done((Item((lesson,), 1) for lesson in lessons), Arms.learnt, "not learnt"):
             yield item.args[0], learnt
 
     def __call__(self, rows: Iterable[tuple[Task, int]], lessons: Lessons) -> Iterator[Measured]:
@@ -349,7 +349,9 @@ class MeasuredInWorkers:
         if self.facts.in_order:
             raise UsageError("workers: a signal's selection depends on the prompts before; measure in one process")
         shared = self.workers.shared(lessons)
-        items = (_measured_item(task, index, shared) for task, index in rows)
+        items = (
+            Item((task.name, f"{task.file}:{index + 1}", index, task.rows[index], shared), 1) for task, index in rows
+        )
         for _, measured in self._done(items, _measured, "not measured"):
             yield measured
 
@@ -368,14 +370,6 @@ class MeasuredInWorkers:
 def study_facts_of(arms: Arms) -> StudyFacts:
     """The facts of the engines that a process compares."""
     return arms.facts
-
-
-def _learnt(arms: Arms, lesson: Lesson) -> Mapping[str, Any]:
-    return arms.learnt(lesson)
-
-
-def _measured_item(task: Task, index: int, lessons: Shared) -> Item:
-    return Item((task.name, f"{task.file}:{index + 1}", index, task.rows[index], lessons), 1)
 
 
 def _measured(arms: Arms, task: str, where: str, index: int, row: Row, lessons: Shared) -> Measured:
