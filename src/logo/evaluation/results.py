@@ -21,7 +21,7 @@ from logo.digests import fingerprint
 from logo.errors import StorageError, UsageError
 from logo.evaluation.corpus import Extra, extra_metrics, mean_of
 from logo.evaluation.intervals import Interval
-from logo.evaluation.metrics import Kind, mean, metric_kind
+from logo.evaluation.metrics import Kind, by_measure, mean, metric_kind
 from logo.evaluation.runner import DatasetResult
 from logo.folders import replace_folder
 from logo.rows import Row
@@ -121,9 +121,8 @@ def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, see
     extra = Extra()
     if result.predictions:
         official = mean(result.metric, result.eval_results)
-        for key in official:
-            values = mean_of([float(v[key] if isinstance(v, dict) else v) for v in result.eval_results])
-            interval = values.interval(seed=[seed])
+        for key, column in by_measure(result.metric, result.eval_results).items():
+            interval = mean_of(column).interval(seed=[seed])
             intervals |= {} if interval is None else {key: interval}
         extra = extra_metrics(result.dataset, result.predictions, golds, metric=result.metric, seed=seed)
     return {

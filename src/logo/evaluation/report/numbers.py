@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from logo.evaluation.corpus import mean_of, mean_over
 from logo.evaluation.groups import group_of, grouped
@@ -31,8 +30,6 @@ NAMES: Mapping[str, str] = {
     "f1": "F1 (SQuAD)",
 }
 """Usual names of measures; other measures keep their own."""
-
-_RIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,6 @@ class Line:
 def primary(result: Result) -> Values:
     """The score of each answer as one number (instances,): ROUGE-L if there are three."""
     return result.measures[result.primary]
-
-
-def right(result: Result) -> NDArray[np.bool_]:
-    """Which answers count as right (instances,): a score of at least one half."""
-    return np.asarray(primary(result) >= _RIGHT)
 
 
 def dataset_lines(pairing: Pairing, numbers: Sequence[Published] = ()) -> list[Line]:
