@@ -7,10 +7,10 @@ pool.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from logo.baselines.lorauter import LoRAuter
 from logo.baselines.method import Learned, Method, Prepared
@@ -20,7 +20,7 @@ from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
 from logo.evaluation.identity import digests, environment, plugins_used, pool_digests
 from logo.evaluation.metrics import first_line, measure, measures
 from logo.evaluation.study import Facts, Task
-from logo.evaluation.summary import Measured, Section
+from logo.evaluation.summary import KINDS, Measured
 from logo.mixing import EXACT, Merge
 from logo.rows import Row
 from logo.selection.signals import SIGNALS
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from logo.selection.selector import Selection
 
 Mixture = Mapping[str, float]
+_V = TypeVar("_V")
 
 
 @dataclass
@@ -132,15 +133,15 @@ class Arms:
                 arm.metrics["confidence"] = arm.confidence
             if own is not None and (arm.part, arm.kind) == ("answers", "signals"):
                 arm.metrics = rank_metrics(picked[arm.name].scores, own) | arm.metrics
-        left_out = _section(arms, "left_out")
+        scores = _by_part(sorted(arms, key=lambda arm: KINDS.index(arm.kind)), lambda arm: arm.metrics)
         return Measured(
             task=task,
             index=index,
-            answers=_section(arms, "answers"),
-            left_out=left_out or None,
+            answers=scores["answers"],
+            left_out=scores.get("left_out"),
             weights={signal: selection.mixture for signal, selection in picked.items()},
             seconds=seconds,
-            predictions=_predictions(arms) if self._contest.new_tokens is not None else {},
+            predictions={} if self._contest.new_tokens is None else _by_part(arms, lambda arm: arm.prediction),
         )
 
     # -- what answers -----------------------------------------------------------------------------------------------
@@ -258,19 +259,11 @@ def _fixed(part: str, names: Sequence[str]) -> Iterator[Arm]:
     yield Arm(part, "mixtures", "base", {})
 
 
-def _section(arms: Sequence[Arm], part: str) -> Section:
-    found: Section = {}
-    for kind in ("signals", "methods", "mixtures"):
-        for arm in arms:
-            if (arm.part, arm.kind) == (part, kind):
-                found.setdefault(kind, {})[arm.name] = arm.metrics
-    return found
-
-
-def _predictions(arms: Sequence[Arm]) -> dict[str, dict[str, dict[str, str]]]:
-    found: dict[str, dict[str, dict[str, str]]] = {}
+def _by_part(arms: Sequence[Arm], value: Callable[[Arm], _V]) -> dict[str, dict[str, dict[str, _V]]]:
+    """A value of each arm, by part, kind and name."""
+    found: dict[str, dict[str, dict[str, _V]]] = {}
     for arm in arms:
-        found.setdefault(arm.part, {}).setdefault(arm.kind, {})[arm.name] = arm.prediction
+        found.setdefault(arm.part, {}).setdefault(arm.kind, {})[arm.name] = value(arm)
     return found
 
 

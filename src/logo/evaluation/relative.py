@@ -20,10 +20,9 @@ import numpy as np
 
 from logo.evaluation.corpus import mean_worth
 from logo.evaluation.intervals import Interval, Values, bootstrap
-from logo.evaluation.summary import Measured, Section, values_of
+from logo.evaluation.summary import KINDS, Measured, Section, values_of
 
 GENERATED, FORCED = "generated", "exact_match"
-_KINDS = ("signals", "methods", "mixtures")
 
 Arm = tuple[str, str]  # kind and name
 Tasks = dict[str, dict[Arm, float]]  # task -> arm -> mean score
@@ -110,7 +109,7 @@ def _arms(tasks: Tasks) -> list[Arm]:
     """The arms that every task has, signals first."""
     first, *others = tasks.values()
     shared = [arm for arm in first if all(arm in one for one in others)]
-    return sorted(shared, key=lambda arm: _KINDS.index(arm[0]))
+    return sorted(shared, key=lambda arm: KINDS.index(arm[0]))
 
 
 def _mean_interval(values: Values, seed: int) -> Interval | None:

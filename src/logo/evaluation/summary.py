@@ -10,7 +10,8 @@ from typing import Any
 from logo.evaluation.corpus import mean_of
 from logo.evaluation.intervals import of_mean
 
-# "signals", "methods" or "mixtures" -> name -> metric -> value. Of one row, of a task, or of all tasks.
+KINDS = ("signals", "methods", "mixtures")
+# Kind -> name -> metric -> value. Of one row, of a task, or of all tasks.
 Section = dict[str, dict[str, dict[str, float]]]
 
 
