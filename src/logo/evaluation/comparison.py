@@ -123,12 +123,12 @@ def _pairs(a: Result, b: Result, *, extra: bool) -> dict[str, Pair]:
             f"in {b.folder}; evaluate both with the same --metric"
         )
     prompts = a.prompts or b.prompts
-    sides = [_official(side) | (_extra(side, prompts) if extra and prompts else {}) for side in (a, b)]
+    sides = [
+        {name: mean_of(values) for name, values in side.measures.items()}
+        | (_extra(side, prompts) if extra and prompts else {})
+        for side in (a, b)
+    ]
     return {metric: Pair(sides[0][metric], sides[1][metric]) for metric in sides[0] if metric in sides[1]}
-
-
-def _official(side: Result) -> dict[str, Corpus]:
-    return {name: mean_of(values) for name, values in side.measures.items()}
 
 
 def _extra(side: Result, prompts: Sequence[Row]) -> dict[str, Corpus]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -232,7 +232,7 @@ class LoGoLM(Ranks):
                 mixtures = dict(
                     zip(numbers, self._select(wanted, disable_tqdm, options["max_new_tokens"]), strict=True)
                 )
-                for part in self._parts(list(map(len, wanted))):
+                for part in batches_by_length(list(map(len, wanted)), self.batch_size * _BATCHES):
                     chosen = [numbers[i] for i in part]
                     found = self.logo.generate(
                         [contexts[i] for i in chosen],
@@ -323,9 +323,6 @@ class LoGoLM(Ranks):
             options["do_sample"] = False  # and the options of sampling are dropped
             options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
         return options
-
-    def _parts(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        return batches_by_length(lengths, self.batch_size * _BATCHES)
 
     def _cut(self, context: list[int], following: int) -> list[int]:
         """The end of a context, which leaves room for `following` more tokens, the last of which is not read."""

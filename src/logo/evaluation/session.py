@@ -151,10 +151,6 @@ class Evaluation(ABC):
         """Whether the method uses labelled training rows."""
         return isinstance(self.method, Learned)
 
-    def overlap(self, job: Job) -> dict[str, int]:
-        """For `run.json`: the number of training rows of the method that are also answered."""
-        return {"train_rows_also_tested": trained_and_tested(job)} if self.learns else {}
-
     def _warn_of_overlap(self, job: Job) -> None:
         shared = trained_and_tested(job)
         if shared and self.method is not None:
@@ -234,7 +230,9 @@ class Underway:
             StorageError: it cannot be written.
         """
         job, facts, result = self.plan.job, self._evaluation.facts, self.answered.result()
-        found_out = {} if self.found_out is None else {**self.found_out, **self._evaluation.overlap(job)}
+        found_out = dict(self.found_out or {})
+        if self.found_out is not None and self._evaluation.learns:
+            found_out["train_rows_also_tested"] = trained_and_tested(job)
         record = run_record(
             options=facts.options,
             pool=facts.pool,
