@@ -21,7 +21,7 @@ from logo.cli.output import err, natural_width, note, out, print_json, progress,
 from logo.cli.prompts import or_demo
 from logo.cli.sweep_sessions import CellSessions, CellsInWorkers
 from logo.cli.workers import WorkerOptions, layout_of
-from logo.extras import install, need
+from logo.extras import install, installed, need
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -152,12 +152,12 @@ def _written(axes: Sequence[Axis], swept: Swept, output: Path, seed: int) -> lis
     """The files of the whole sweep, in the order they are written."""
     from logo.evaluation.sweep.plots import plots
     from logo.evaluation.sweep.table import table
-    from logo.evaluation.tables import as_csv, as_parquet, has_parquet
+    from logo.evaluation.tables import as_csv, as_parquet
     from logo.folders import replace_file
 
     found = table(axes, swept.outcomes)
     contents = {output / "sweep.csv": as_csv(found)}
-    if has_parquet():
+    if installed("pyarrow"):
         contents[output / "sweep.parquet"] = as_parquet(found)
     else:
         line = f"logo: warning: no sweep.parquet, since pyarrow is not installed: {install('eval')}"

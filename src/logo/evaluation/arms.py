@@ -17,7 +17,7 @@ from logo.baselines.method import Learned, Method, Prepared
 from logo.baselines.method import Task as MethodTask
 from logo.errors import DataError, UsageError
 from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
-from logo.evaluation.identity import digests, environment, plugins_used, pool_digests
+from logo.evaluation.identity import digests, environment, order_dependence, plugins_used, pool_digests
 from logo.evaluation.metrics import first_line, measure, measures
 from logo.evaluation.study import Facts, Task
 from logo.evaluation.summary import KINDS, Measured
@@ -76,7 +76,7 @@ class Arms:
             settings=_engine_settings(self._engines),
             digests=digests(self._logo),
             environment=environment(self._logo),
-            in_order=any(_depends_on_order(logo) for logo in self._engines.values()),
+            in_order=any(order_dependence(logo, {}) is not None for logo in self._engines.values()),
         )
 
     def learn(self, lessons: Iterable[Lesson]) -> Iterator[tuple[Lesson, Mapping[str, Any]]]:
@@ -281,8 +281,3 @@ def _engine_settings(engines: Mapping[str, LoGo]) -> dict[str, Any]:
         for name, logo in engines.items()
     }
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "signals": signals}
-
-
-def _depends_on_order(logo: LoGo) -> bool:
-    """Whether a selection depends on earlier prompts."""
-    return logo.settings.probe_context == "carry" or logo.settings.baseline == "running"

@@ -28,7 +28,7 @@ from logo.decoding import MAX_NEW_TOKENS, batches_by_length
 from logo.engine import LoGo
 from logo.errors import UsageError, closest
 from logo.evaluation.documents import document_texts
-from logo.evaluation.identity import check_baseline
+from logo.evaluation.identity import check_baseline, pool_digests
 from logo.evaluation.ranks import Ranks
 from logo.models import check_access
 from logo.pools import open_pool
@@ -248,8 +248,7 @@ class LoGoLM(Ranks):
 
     def get_model_info(self) -> dict[str, Any]:
         """The facts for the harness's record: the base model, the pool, and the settings of the mixture."""
-        digests = self.logo.pool.sha256()
-        pool = {name: digests[name] for name in self.logo.names}
+        pool = pool_digests(self.logo)
         used = list(self._mixtures.values())
         weights = {name: sum(mixture.get(name, 0.0) for mixture in used) / max(1, len(used)) for name in pool}
         points = list(self.logo.points)

@@ -19,7 +19,7 @@ from logo.evaluation.differences import described, differences
 from logo.evaluation.metrics import recorded_kind
 from logo.evaluation.results import read_results, result_files, write_results
 from logo.evaluation.resume import ResumePolicy
-from logo.evaluation.runner import Instance, collect
+from logo.evaluation.runner import Instance, collect, summed
 from logo.evaluation.runs import Place, find_results
 from logo.evaluation.shards import Shard, positions
 from logo.evaluation.standing import standing
@@ -256,8 +256,7 @@ def _merged(parts: Sequence[ShardResult]) -> Merged:
         for place, instance, row in zip(part.places, part.instances, part.files["rows.json"], strict=True)
     }
     instances, rows = zip(*(placed[place] for place in range(len(placed))), strict=True)
-    times = [part.files["time_dict.json"] for part in parts]
-    seconds = {key: sum(time.get(key, 0.0) for time in times) for key in dict.fromkeys(k for t in times for k in t)}
+    seconds = summed(part.files["time_dict.json"] for part in parts)
     loading = seconds.pop("loading")
     first = parts[0]
     kind = recorded_kind(first.run, first.dataset)

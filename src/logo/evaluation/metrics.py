@@ -208,10 +208,9 @@ def measures(kind: Kind) -> tuple[str, ...]:
 
 
 def by_measure(kind: Kind, values: Sequence[Value]) -> dict[str, list[float]]:
-    """The numbers of each measure, parallel to the values, the primary one last."""
-    return {
-        name: [float(value[name] if isinstance(value, dict) else value) for value in values] for name in measures(kind)
-    }
+    """The numbers of each measure, the primary one last, one number for each value of this metric."""
+    own = [value for value in values if isinstance(value, dict) == (kind == "rouge")]
+    return {name: [float(one[name] if isinstance(one, dict) else one) for one in own] for name in measures(kind)}
 
 
 def mean(kind: Kind, values: Sequence[Value]) -> dict[str, float]:

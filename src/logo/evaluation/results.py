@@ -117,17 +117,16 @@ def metrics_record(result: DatasetResult, golds: Sequence[Sequence[str]], *, see
         seed: of the intervals that are drawn.
     """
     official: dict[str, float] = {}
-    intervals: dict[str, Interval] = {}
+    intervals: dict[str, Interval | None] = {}
     extra = Extra()
     if result.predictions:
         official = mean(result.metric, result.eval_results)
-        for key, column in by_measure(result.metric, result.eval_results).items():
-            interval = mean_of(column).interval(seed=[seed])
-            intervals |= {} if interval is None else {key: interval}
+        columns = by_measure(result.metric, result.eval_results)
+        intervals = {key: mean_of(column).interval(seed=[seed]) for key, column in columns.items()}
         extra = extra_metrics(result.dataset, result.predictions, golds, metric=result.metric, seed=seed)
     return {
         "official": official,
-        "official_intervals": intervals,
+        "official_intervals": {key: interval for key, interval in intervals.items() if interval is not None},
         "extra": extra.values,
         "extra_intervals": extra.intervals,
         "signatures": extra.signatures,

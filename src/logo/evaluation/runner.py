@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from logo.errors import UsageError
 from logo.evaluation.batches import Engine, Failure, in_batches
 from logo.evaluation.journal import Journal
-from logo.evaluation.metrics import Kind, Value, first_line, judge, measure, metric_kind
+from logo.evaluation.metrics import Kind, Value, first_line, judge, measure, measures, metric_kind
 from logo.rows import Row
 
 if TYPE_CHECKING:
@@ -310,10 +310,6 @@ def collect(
     answered = [instance for instance in instances if instance.error is None]
     scored = _common_columns([tuple(instance.scores) for instance in answered])
     confidences = tuple(instance.confidence for instance in instances)
-    seconds = {"inference": inference}
-    for instance in instances:
-        for stage, share in instance.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + share
     return DatasetResult(
         dataset=dataset,
         metric=metric or metric_kind(dataset),
@@ -323,11 +319,20 @@ def collect(
         weights=tuple(instance.weights for instance in instances),
         scored=scored,
         scores=tuple(tuple(instance.scores.get(name) for name in scored) for instance in instances),
-        seconds=seconds,
+        seconds=summed([{"inference": inference}, *(instance.seconds for instance in instances)]),
         errors={index: instance.error for index, instance in enumerate(instances) if instance.error is not None},
         forms=dict(sorted(Counter(instance.form for instance in answered).items())),
         confidences=() if all(one is None for one in confidences) else confidences,
     )
+
+
+def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of numbers by name."""
+    found: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            found[name] = found.get(name, 0.0) + value
+    return found
 
 
 def _common_columns(scored: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -360,7 +365,7 @@ def _judged_again(kind: Kind, row: Row, instance: Instance) -> Instance:
 
 def _nothing(kind: Kind) -> Value:
     """The value of a row without an answer. It is always zero, although an empty answer can be right."""
-    return {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-L": 0.0} if kind == "rouge" else 0
+    return dict.fromkeys(measures(kind), 0.0) if kind == "rouge" else 0
 
 
 def _recorded(values: Mapping[str, Any]) -> Instance:

@@ -24,7 +24,7 @@ from logo.rows import Row, file_sha256, read_rows
 
 MARK = "eval_results.json"  # a folder with this file is the result of one dataset
 RUN = "run.json"
-_ROUGE = ("rouge-1", "rouge-2", "rouge-L")
+_ROUGE = measures("rouge")
 
 
 @dataclass(frozen=True)

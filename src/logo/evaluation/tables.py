@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from logo.evaluation.intervals import Interval
-from logo.extras import installed, need
+from logo.extras import need
 
 Value = int | float | str | None
 Emphasis = Literal["", "bold", "dotted", "faint"]
@@ -236,11 +236,6 @@ def as_parquet(table: Table) -> bytes:
     sink = io.BytesIO()
     parquet.write_table(arrow.table(columns, schema=arrow.schema(kinds)), sink)
     return sink.getvalue()
-
-
-def has_parquet() -> bool:
-    """Whether Parquet can be written."""
-    return installed("pyarrow")
 
 
 def _names(table: Table) -> list[str]:
