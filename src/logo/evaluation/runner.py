@@ -187,16 +187,16 @@ class Answered:
         if len(self):
             on_progress(len(self))
         for stretch in self.missing:
-            for batch in answered_batches(
+            batches = answers(
                 engine,
-                self._rows,
-                stretch,
+                self._rows[stretch.start : stretch.stop],
                 metric=self._metric,
                 batch_size=self._batch_size,
                 max_new_tokens=max_new_tokens,
                 size=self.size,
                 proven=self.proven,
-            ):
+            )
+            for batch in placed(stretch.start, batches):
                 self.add(batch)
                 on_progress(len(self))
 
@@ -241,33 +241,6 @@ def evaluate(
     return answered.result()
 
 
-def answered_batches(
-    engine: Engine,
-    rows: Sequence[Row],
-    stretch: range,
-    *,
-    metric: Kind,
-    batch_size: int,
-    max_new_tokens: int,
-    size: int | None = None,
-    proven: bool = False,
-) -> Iterator[AnsweredBatch]:
-    """Answers a stretch of a dataset's rows, a batch at a time; arguments and errors as `answers`."""
-    first, began = stretch.start, time.perf_counter()
-    for instances, fits in answers(
-        engine,
-        rows[stretch.start : stretch.stop],
-        metric=metric,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        size=size,
-        proven=proven,
-    ):
-        took, began = time.perf_counter() - began, time.perf_counter()
-        yield AnsweredBatch(first, tuple(instances), took, fits)
-        first += len(instances)
-
-
 def answers(
     engine: Engine,
     rows: Sequence[Row],
@@ -296,6 +269,15 @@ def answers(
         some = rows[done : done + len(batch.answers)]
         done += len(some)
         yield [_judged(metric, row, answer) for row, answer in zip(some, batch.answers, strict=True)], batch.size
+
+
+def placed(first: int, batches: Iterable[tuple[Sequence[Instance], int]]) -> Iterator[AnsweredBatch]:
+    """Batches as `answers` makes them, from the row `first` of a dataset on, with the time that each takes."""
+    began = time.perf_counter()
+    for instances, size in batches:
+        took, began = time.perf_counter() - began, time.perf_counter()
+        yield AnsweredBatch(first, tuple(instances), took, size)
+        first += len(instances)
 
 
 def collect(

@@ -25,7 +25,7 @@ from logo.evaluation.batches import OUT_OF_MEMORY
 from logo.evaluation.contest import Lesson, Lessons
 from logo.evaluation.jobs import Job
 from logo.evaluation.resume import Plan, ResumePolicy
-from logo.evaluation.runner import AnsweredBatch, answered_batches
+from logo.evaluation.runner import AnsweredBatch, answers, placed
 from logo.evaluation.session import Evaluation, Facts, Session, Underway
 from logo.evaluation.study import Facts as StudyFacts
 from logo.evaluation.study import Task
@@ -94,18 +94,16 @@ class Answerer:
         if self._engine is None or which != self._of:
             self._engine, self._rows = session.answering(job, learnt), [job.rows[place] for place in job.places]
             self._of, self._size, self._proven = which, session.batch_size, False
-        found = list(
-            answered_batches(
-                self._engine,
-                self._rows,
-                stretch,
-                metric=job.metric,
-                batch_size=session.batch_size,
-                max_new_tokens=session.max_new_tokens,
-                size=self._size,
-                proven=proven or self._proven,
-            )
+        batches = answers(
+            self._engine,
+            self._rows[stretch.start : stretch.stop],
+            metric=job.metric,
+            batch_size=session.batch_size,
+            max_new_tokens=session.max_new_tokens,
+            size=self._size,
+            proven=proven or self._proven,
         )
+        found = list(placed(stretch.start, batches))
         if found:
             self._size = found[-1].size
         self._proven = self._proven or any(one.error is None for batch in found for one in batch.instances)
