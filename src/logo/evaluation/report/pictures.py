@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from logo.evaluation.intervals import Values
+from logo.evaluation.intervals import Interval, Values
 from logo.evaluation.report.adapters import Similarity, Spread, Weights, own_adapter
 from logo.evaluation.report.analysis import Analysis
 from logo.evaluation.report.numbers import NAMES, Cell, Line
@@ -47,7 +47,7 @@ def of_run(analysis: Analysis, number: int) -> list[Scene]:
 
 def scores(analysis: Analysis) -> Scene:
     """Every dataset's primary measure with its interval, a point per run."""
-    lines = primary_lines(analysis.lines)
+    lines = {line.dataset: line for line in analysis.lines}.values()  # the last one of each is its primary measure
     step = max(22.0, 8.0 * len(analysis.runs) + 8.0)
     marks: list[SceneMark] = []
     left = _margin([line.dataset or "" for line in lines]) + 8
@@ -74,7 +74,8 @@ def scores(analysis: Analysis) -> Scene:
         for number, cell in enumerate(line.cells):
             if cell is not None:
                 hint = f"{name}, {analysis.labels[number]}: {cell_text(cell, line)}"
-                marks += _interval(x, first + 8.0 * number, cell, number, hint)
+                height = first + 8.0 * number
+                marks += _measured(x, height, cell.value, cell.interval, number, hint, width=1.6, r=3.4)
     best = [line for line in lines if any(line.cells)]
     return Scene(
         "scores",
@@ -102,14 +103,11 @@ def differences(analysis: Analysis) -> Scene | None:
     for number, (name, pair) in enumerate(zip(names, analysis.versus, strict=True)):
         middle = y + step * number + step / 2
         found = pair.difference
-        role, shape = series(pair.b)
         hint = f"{name}: {_signed(100 * found.value)}"
         if found.interval:
             hint += f" [{', '.join(_signed(100 * end) for end in found.interval)}]"
         marks.append(_name(left, middle + 4, name, 48))
-        if found.interval:
-            marks.append(Stroke(x(found.interval.low), middle, x(found.interval.high), middle, role, 2.0, hint))
-        marks.append(Dot(x(found.value), middle, 4.5, role, shape, hint))
+        marks += _measured(x, middle, found.value, found.interval, pair.b, hint, width=2.0, r=4.5)
     return Scene(
         "differences",
         "One run against another",
@@ -213,11 +211,6 @@ def spread(analysis: Analysis, number: int) -> Scene | None:
     )
 
 
-def primary_lines(lines: Sequence[Line]) -> list[Line]:
-    """The last line of every dataset: its primary measure."""
-    return list({line.dataset: line for line in lines}.values())
-
-
 def cell_text(cell: Cell, line: Line) -> str:
     """A cell in words: `accuracy 71.3 [65.0, 77.1], 150 instances`."""
     ends = f" [{', '.join(f'{line.scale * end:.1f}' for end in cell.interval)}]" if cell.interval else ""
@@ -253,11 +246,14 @@ def _name(left: float, y: float, name: str, longest: int = 40) -> Label:
     return Label(left - 10, y, short(name, longest), anchor="end", title=name)
 
 
-def _interval(x: _Axis, y: float, cell: Cell, number: int, hint: str) -> Iterator[SceneMark]:
-    role, shape = series(number)
-    if cell.interval:
-        yield Stroke(x(cell.interval.low), y, x(cell.interval.high), y, role, 1.6, hint)
-    yield Dot(x(cell.value), y, 3.4, role, shape, hint)
+def _measured(
+    x: _Axis, y: float, value: float, interval: Interval | None, run: int, hint: str, *, width: float, r: float
+) -> Iterator[SceneMark]:
+    """A value as the point of a run, with its interval."""
+    role, shape = series(run)
+    if interval:
+        yield Stroke(x(interval.low), y, x(interval.high), y, role, width, hint)
+    yield Dot(x(value), y, r, role, shape, hint)
 
 
 def _legend(analysis: Analysis, marks: list[SceneMark], left: float) -> float:
