@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from logo.baselines.lorauter import LoRAuter
-from logo.baselines.method import Learned, Method, Prepared
+from logo.baselines.method import Learned, Prepared
 from logo.baselines.method import Task as MethodTask
 from logo.errors import DataError, UsageError
 from logo.evaluation.contest import LEFT_OUT, OWN, Contest, Lesson, Lessons
@@ -65,7 +65,6 @@ class Arms:
         self._engines, self._contest, self._batch_size = engines, contest or Contest(), batch_size
         self._logo = next(iter(engines.values()))
         self._prepared: dict[Lesson, Prepared] = {}
-        self._known: dict[str, Method] = {}
 
     @cached_property
     def facts(self) -> Facts:
@@ -181,11 +180,9 @@ class Arms:
     def _knowing(self, which: Lesson, lessons: Lessons) -> Prepared:
         """A method prepared for a task; cached, because every row of the task needs it."""
         if which not in self._prepared:
-            method = self._known.get(which.method) or self._contest.methods[which.method]
-            if isinstance(method, LoRAuter) and which.method not in self._known:
-                method = self._known[which.method] = method.knowing(
-                    {one.of: found for one, found in lessons.items() if one.method == which.method}
-                )
+            method = self._contest.methods[which.method]
+            if isinstance(method, LoRAuter):
+                method = method.knowing({one.of: found for one, found in lessons.items() if one.method == which.method})
             self._logo.merge = method.merging
             if isinstance(method, Learned):
                 self._prepared[which] = method.recall(lessons[which])
